@@ -1,0 +1,245 @@
+"""How far the student's distribution is from the teacher's, at one position.
+
+A divergence is one frozen dataclass with one method. For q = softmax(z / T) of the student and p of the teacher,
+
+    D(p, q) = sum_v value_v            slope_v = q_v * dD/dq_v
+    dD/dz_v = (slope_v - q_v * sum_u slope_u) / T
+
+so `pointwise` alone gives the loss and its gradient, in every backend. A constant times q may be added to the
+slope: it cancels. To add a divergence of your own, subclass `Divergence` and return the two tensors; see
+docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from potstill.errors import ShapeError
+
+
+class Divergence(ABC):
+    """A divergence between the teacher's p and the student's q over one vocabulary."""
+
+    @abstractmethod
+    def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """The terms of the divergence and of its gradient.
+
+        Args:
+            log_q: [..., V] the student's log-probabilities, float32 or float64.
+            log_p: [..., V] the teacher's, same shape; -inf where the teacher rules a token out.
+        Returns:
+            value: [..., V], whose sum over V is the divergence in nats.
+            slope: [..., V], q * dD/dq, up to a constant times q.
+        """
+
+
+def _times(weight: Tensor, factor: Tensor) -> Tensor:
+    """weight * factor with 0 * inf = 0: a token without probability contributes nothing."""
+    return torch.where(weight == 0, torch.zeros_like(weight), weight * factor)
+
+
+def _open_unit(owner: object, name: str, value: float, hint: str) -> None:
+    if not 0.0 < value < 1.0:
+        raise ShapeError(f"{type(owner).__name__}: expected {name} in the open interval (0, 1), got {value}. {hint}")
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(teacher || student): the student must cover all that the teacher finds likely.
+
+        sum_v p_v (log p_v - log q_v)
+
+    References:
+        Hinton et al. 2015, arXiv 1503.02531.
+    """
+
+    def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        p = log_p.exp()
+        return _times(p, log_p - log_q), -p
+
+
+@dataclass(frozen=True)
+class SoftCrossEntropy(Divergence):
+    """Cross-entropy with soft targets: forward KL plus the teacher's own entropy.
+
+        -sum_v p_v log q_v
+    """
+
+    def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        p = log_p.exp()
+        return _times(p, -log_q), -p
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """KL(student || teacher): the student must avoid all that the teacher finds unlikely.
+
+        sum_v q_v (log q_v - log p_v)
+
+    It is +inf where the teacher rules out (-inf logit) a token to which the student gives probability.
+
+    References:
+        Gu et al. 2023, arXiv 2306.08543.
+    """
+
+    def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        value = _times(log_q.exp(), log_q - log_p)
+        return value, value
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    """Generalised Jensen-Shannon divergence; beta weights the teacher in the mixture.
+
+        beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
+
+    As beta tends to 0 or 1 it tends to 0 and not to a KL, so the ends are refused.
+
+    References:
+        Agarwal et al. 2023, arXiv 2306.13649, section 2.
+    """
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        _open_unit(self, "beta", self.beta, "At 0 and 1 the divergence is 0: use ForwardKL or ReverseKL there.")
+
+    def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        p, q = log_p.exp(), log_q.exp()
+        log_m = torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
+        slope = (1 - self.beta) * _times(q, log_q - log_m)
+        return self.beta * _times(p, log_p - log_m) + slope, slope
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """Forward KL to a mixture that holds a share alpha of the teacher: bounded by -log(alpha).
+
+        KL(p || m),   m = alpha p + (1 - alpha) q
+
+    References:
+        Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.1.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _open_unit(self, "alpha", self.alpha, "At 0 it is ForwardKL, at 1 it is 0.")
+
+    def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        p = log_p.exp()
+        log_m = torch.logaddexp(log_p + math.log(self.alpha), log_q + math.log1p(-self.alpha))
+        return _times(p, log_p - log_m), -(1 - self.alpha) * _times(p, (log_q - log_m).exp())
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """Reverse KL to a mixture that holds a share alpha of the student: bounded by -log(alpha).
+
+        KL(q || m),   m = (1 - alpha) p + alpha q
+
+    References:
+        Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.1.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _open_unit(self, "alpha", self.alpha, "At 0 it is ReverseKL, at 1 it is 0.")
+
+    def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        q = log_q.exp()
+        log_m = torch.logaddexp(log_p + math.log1p(-self.alpha), log_q + math.log(self.alpha))
+        log_ratio = log_q - log_m
+        value = _times(q, log_ratio)
+        return value, value + _times(q, 1 - self.alpha * log_ratio.exp())
+
+
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """Half the L1 distance, in [0, 1].
+
+        1/2 sum_v |p_v - q_v|
+
+    References:
+        Wen et al. 2023 (f-DISTILL), arXiv 2307.15190.
+    """
+
+    def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        q = log_q.exp()
+        gap = log_p.exp() - q
+        return 0.5 * gap.abs(), -0.5 * q * gap.sign()
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """Alpha-beta divergence: (1, 0) is forward KL, (0, 1) reverse KL, and the plane between them is open.
+
+        -1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)]
+
+    with its limits where alpha or beta is 0.
+
+    Args:
+        alpha: >= 0, the weight of hard-to-match tokens.
+        beta: >= 0, the weight of the student's own confidence. alpha + beta > 0.
+
+    References:
+        Wang et al. 2025 (ABKD), arXiv 2505.04560; Cichocki et al. 2011, Entropy 13, for the limits.
+    """
+
+    alpha: float
+    beta: float
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0 or self.beta < 0 or self.alpha + self.beta == 0:
+            raise ShapeError(
+                f"AlphaBeta: expected alpha >= 0, beta >= 0 and not both 0, got alpha={self.alpha}, "
+                f"beta={self.beta}. Negative powers are infinite where a token has no probability."
+            )
+
+    def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        # Both forms are the definition, with 1 = alpha/s + beta/s moved inside the bracket. Each is used where it
+        # divides by the larger of alpha and beta, so that neither loses digits near its limit.
+        if self.alpha >= self.beta:
+            gap = _power_mean_gap(log_p, log_q, self.beta, self.alpha + self.beta)
+        else:
+            gap = _power_mean_gap(log_q, log_p, self.alpha, self.alpha + self.beta)
+        value = gap / max(self.alpha, self.beta)
+        return value, -_power_gap(log_q, log_p, self.alpha, self.alpha + self.beta)
+
+
+def _exp_difference(high: Tensor, low: Tensor) -> Tensor:
+    """exp(high) - exp(low), without losing the digits of a small difference."""
+    step = high - low
+    return torch.where(step.abs() < 0.5, low.exp() * torch.expm1(step), high.exp() - low.exp())
+
+
+def _power_gap(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
+    """(y^share x^(total-share) - x^total) / share, and x^total (log y - log x) at share = 0."""
+    if share == 0:
+        return _times((total * log_x).exp(), log_y - log_x)
+    mixed = share * log_y if share == total else share * log_y + (total - share) * log_x
+    return _exp_difference(mixed, total * log_x) / share
+
+
+def _power_mean_gap(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
+    """(y^total - x^total) / total minus `_power_gap`."""
+    return _exp_difference(total * log_y, total * log_x) / total - _power_gap(log_x, log_y, share, total)
+
+
+# The names that a recipe uses.
+KINDS: dict[str, type[Divergence]] = {
+    "forward_kl": ForwardKL,
+    "reverse_kl": ReverseKL,
+    "jsd": JSD,
+    "skew_forward_kl": SkewForwardKL,
+    "skew_reverse_kl": SkewReverseKL,
+    "total_variation": TotalVariation,
+    "soft_cross_entropy": SoftCrossEntropy,
+    "alpha_beta": AlphaBeta,
+}

@@ -1,0 +1,57 @@
+"""Every error that Potstill raises on purpose.
+
+    PotstillError
+    ├── UserError               something to correct in what was asked; exit status 2
+    │   ├── RecipeError         a recipe does not say what it must
+    │   ├── DataError           a file, a field or an example is not usable
+    │   ├── VocabularyError     teacher and student do not speak of the same tokens
+    │   ├── ModelError          a model cannot be read or built
+    │   ├── ShapeError          tensors that do not fit together
+    │   └── MissingExtra        a package of an optional part is not installed
+    └── RunError                a run could not go on; exit status 1
+        └── DivergedError       the loss is not a number any more
+
+Each message is one line: `<what was called>: expected <X>, got <Y>. <why>. <what to do>.`
+"""
+
+from __future__ import annotations
+
+
+class PotstillError(Exception):
+    """The root of the tree."""
+
+
+class UserError(PotstillError):
+    """Something to correct in what was asked."""
+
+
+class RecipeError(UserError, ValueError):
+    """A recipe does not say what it must."""
+
+
+class DataError(UserError, ValueError):
+    """A file, a field or an example is not usable."""
+
+
+class VocabularyError(UserError, ValueError):
+    """Teacher and student do not speak of the same tokens."""
+
+
+class ModelError(UserError, ValueError):
+    """A model cannot be read or built."""
+
+
+class ShapeError(UserError, ValueError):
+    """Tensors that do not fit together, or a number outside its range."""
+
+
+class MissingExtra(UserError, ImportError):
+    """A package of an optional part is not installed."""
+
+
+class RunError(PotstillError, RuntimeError):
+    """A run could not go on."""
+
+
+class DivergedError(RunError):
+    """The loss is not a number any more."""
