@@ -1,0 +1,87 @@
+"""Potstill: a small model out of a large one.
+
+The losses need torch alone and are imported here; what needs transformers is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from potstill import schedule
+from potstill.divergence import (
+    JSD,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SoftCrossEntropy,
+    TotalVariation,
+)
+from potstill.errors import PotstillError
+from potstill.losses import token_cross_entropy, token_divergence, token_mean
+from potstill.targets import DenseTargets, HeadTargets, LMHead
+
+if TYPE_CHECKING:
+    from potstill.data import Examples, PaddingCollator, Source, encode
+    from potstill.pipeline import RunResult, run
+    from potstill.recipe import Recipe
+    from potstill.teachers import ModelTeacher, Teacher
+    from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
+
+_LATER = {
+    "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
+    "potstill.pipeline": ("RunResult", "run"),
+    "potstill.recipe": ("Recipe",),
+    "potstill.teachers": ("ModelTeacher", "Teacher"),
+    "potstill.train": (
+        "DistillationConfig",
+        "DistillationTrainer",
+        "Distiller",
+        "Labels",
+        "Logits",
+        "Objective",
+    ),
+}
+
+__all__ = [
+    "JSD",
+    "AlphaBeta",
+    "DenseTargets",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "Distiller",
+    "Divergence",
+    "Examples",
+    "ForwardKL",
+    "HeadTargets",
+    "LMHead",
+    "Labels",
+    "Logits",
+    "ModelTeacher",
+    "Objective",
+    "PaddingCollator",
+    "PotstillError",
+    "Recipe",
+    "ReverseKL",
+    "RunResult",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "SoftCrossEntropy",
+    "Source",
+    "Teacher",
+    "TotalVariation",
+    "encode",
+    "run",
+    "schedule",
+    "token_cross_entropy",
+    "token_divergence",
+    "token_mean",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'potstill' has no attribute {name!r}")

@@ -32,6 +32,7 @@ class Divergence(ABC):
         Args:
             log_q: [..., V] the student's log-probabilities, float32 or float64.
             log_p: [..., V] the teacher's, same shape; -inf where the teacher rules a token out.
+
         Returns:
             value: [..., V], whose sum over V is the divergence in nats.
             slope: [..., V], q * dD/dq, up to a constant times q.
@@ -68,6 +69,8 @@ class SoftCrossEntropy(Divergence):
     """Cross-entropy with soft targets: forward KL plus the teacher's own entropy.
 
         -sum_v p_v log q_v
+
+    Its least value is that entropy, and not 0.
     """
 
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +199,7 @@ class AlphaBeta(Divergence):
     beta: float
 
     def __post_init__(self) -> None:
-        if self.alpha < 0 or self.beta < 0 or self.alpha + self.beta == 0:
+        if not (self.alpha >= 0 and self.beta >= 0 and 0 < self.alpha + self.beta < math.inf):
             raise ShapeError(
                 f"AlphaBeta: expected alpha >= 0, beta >= 0 and not both 0, got alpha={self.alpha}, "
                 f"beta={self.beta}. Negative powers are infinite where a token has no probability."
@@ -213,23 +216,28 @@ class AlphaBeta(Divergence):
         return value, -_power_gap(log_q, log_p, self.alpha, self.alpha + self.beta)
 
 
-def _exp_difference(high: Tensor, low: Tensor) -> Tensor:
-    """exp(high) - exp(low), without losing the digits of a small difference."""
-    step = high - low
-    return torch.where(step.abs() < 0.5, low.exp() * torch.expm1(step), high.exp() - low.exp())
+def _power_difference(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
+    """y^share x^(total-share) - x^total.
+
+    The exponent's step is share * (log y - log x) and not a difference of two exponents: for a small share
+    that difference would be all rounding.
+    """
+    base = total * log_x
+    mixed = share * log_y if share == total else share * log_y + (total - share) * log_x
+    step = share * (log_y - log_x)
+    return torch.where(step.abs() < 0.5, base.exp() * torch.expm1(step), mixed.exp() - base.exp())
 
 
 def _power_gap(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
     """(y^share x^(total-share) - x^total) / share, and x^total (log y - log x) at share = 0."""
     if share == 0:
         return _times((total * log_x).exp(), log_y - log_x)
-    mixed = share * log_y if share == total else share * log_y + (total - share) * log_x
-    return _exp_difference(mixed, total * log_x) / share
+    return _power_difference(log_x, log_y, share, total) / share
 
 
 def _power_mean_gap(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
     """(y^total - x^total) / total minus `_power_gap`."""
-    return _exp_difference(total * log_y, total * log_x) / total - _power_gap(log_x, log_y, share, total)
+    return _power_difference(log_x, log_y, total, total) / total - _power_gap(log_x, log_y, share, total)
 
 
 # The names that a recipe uses.

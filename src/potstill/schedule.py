@@ -43,7 +43,7 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
 
 
 def exponential(start: float, end: float, steps: int) -> Schedule:
-    """start * (end / start) ** (step / steps), then end: the same factor each step, so fastest at first when falling."""
+    """start * (end / start) ** (step / steps), then end: the same factor each step, fastest at first when falling."""
     _positive("exponential", "steps", steps)
     _positive("exponential", "start * end", start * end)
     return lambda step: start * (end / start) ** _share(step, steps)
@@ -67,11 +67,11 @@ def stages(start: float, end: float, stages: int, steps: int) -> Schedule:
     """`stages` equal stretches of constant value, evenly spaced from start to end."""
     _positive("stages", "stages - 1", stages - 1)
     _positive("stages", "steps", steps)
-    return lambda step: start + (end - start) * min(step * stages // steps, stages - 1) / (stages - 1)
+    return lambda step: start + (end - start) * min(max(step, 0) * stages // steps, stages - 1) / (stages - 1)
 
 
 def warmup(schedule: Schedule, steps: int, start: float = 0.0) -> Schedule:
     """A straight line from `start` to the schedule's first value over `steps`, then the schedule from its step 0."""
     _positive("warmup", "steps", steps)
-    first = schedule(0)
-    return lambda step: start + (first - start) * step / steps if step < steps else schedule(step - steps)
+    line = linear(start, schedule(0), steps)
+    return lambda step: line(step) if step < steps else schedule(step - steps)

@@ -26,6 +26,7 @@ class LMHead:
         bias: [V] or None.
         logit_scale: a factor on the logits (Cohere, Granite: 1 / logits_scaling).
         softcap: the bound of Gemma 2's final soft cap, or None.
+
     Raises:
         ShapeError: weight and bias do not fit together, or softcap is not positive.
     """
@@ -160,6 +161,7 @@ def counting(labels: Tensor) -> Tensor:
 
     Args:
         labels: [B, T], -100 where a token does not count. Not shifted: labels[t] is the token at t.
+
     Returns:
         [B, T - 1] bool, for positions 0 to T - 2.
     """

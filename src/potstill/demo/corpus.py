@@ -14,7 +14,12 @@ from potstill.errors import DataError
 Split = Literal["teacher", "transfer", "dev", "heldout"]
 
 # Shares of the files. dev is for choosing hyperparameters; heldout is for reported figures only.
-_SHARES: tuple[tuple[Split, float], ...] = (("heldout", 0.06), ("dev", 0.04), ("transfer", 0.10), ("teacher", 0.80))
+_SHARES: tuple[tuple[Split, float], ...] = (
+    ("heldout", 0.06),
+    ("dev", 0.04),
+    ("transfer", 0.10),
+    ("teacher", 0.80),
+)
 
 _LEFT_OUT = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",
@@ -40,6 +45,7 @@ def documents(split: Split, root: Path | None = None) -> Iterator[tuple[str, str
     Args:
         split: which part.
         root: a library other than the running Python's.
+
     Raises:
         DataError: the library's source is not on this machine.
     """

@@ -57,21 +57,21 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, split: Split) -> torch.Tens
 
 
 def build_model() -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=688,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            max_position_embeddings=2 * CONTEXT,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=1,
-            attn_implementation="eager",  # at this size faster on a CPU than the fused kernel's backward
-        )
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        max_position_embeddings=2 * CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
     )
+    # At this size eager attention is faster on a CPU than the fused kernel's backward pass.
+    model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    return model
 
 
 def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
@@ -94,7 +94,11 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
         torch.optim.Muon(
-            matrices, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            matrices,
+            lr=LEARNING_RATE,
+            weight_decay=WEIGHT_DECAY,
+            momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
         ),
         torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
@@ -137,7 +141,7 @@ def main() -> None:
         return min((step + 1) / 200, 1.0, (args.steps - step) / (0.7 * args.steps))
 
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
-    parts = [model, *optimizers, *schedulers]
+    parts: list[Any] = [model, *optimizers, *schedulers]
     snapshot = args.out / "snapshot.pt"
     start = 0
     if snapshot.exists():
@@ -158,7 +162,7 @@ def main() -> None:
         loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedulers):
+        for part in parts[1:]:
             part.step()
         model.zero_grad()
         total += loss.item()
@@ -183,8 +187,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    model.config._attn_implementation = None
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.bfloat16().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     (args.out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts, indent=2))

@@ -16,6 +16,7 @@ def token_mean(values: Tensor, weights: Tensor | None = None, normalizer: Tensor
         weights: [N] or None for ones.
         normalizer: what to divide by: the number (or weight) of all counting tokens in the optimiser step, over
             ranks and accumulation steps. Default: the sum of the weights here, at least 1.
+
     Returns:
         A scalar; 0 with a gradient of 0 for N = 0.
     """

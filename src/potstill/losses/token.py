@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from potstill.divergence import Divergence
-from potstill.errors import ShapeError, VocabularyError
+from potstill.errors import ShapeError, UserError, VocabularyError
 from potstill.targets import Targets
 
 
@@ -25,8 +24,10 @@ def token_divergence(
         targets: what the teacher says over the same V, with the same leading shape. No gradient flows to it.
         divergence: which one; a user's own subclass works too.
         temperature: softmax temperature, > 0. No T^2 factor is applied here.
+
     Returns:
         [...] float32 (float64), nats, unmasked, unreduced.
+
     Raises:
         VocabularyError: the vocabularies differ.
         ShapeError: the leading shapes differ, the temperature is not positive, or the divergence is infinite
@@ -53,7 +54,9 @@ def token_divergence(
             f"token_divergence: expected targets of shape {list(student_logits.shape)}, "
             f"got {list(teacher_logits.shape)}."
         )
-    result: Tensor = _TokenDivergence.apply(student_logits, teacher_logits, divergence, temperature)
+    result: Tensor = _TokenDivergence.apply(  # type: ignore[no-untyped-call]
+        student_logits, teacher_logits, divergence, temperature
+    )
     if torch.isposinf(result.detach()).any():
         raise ShapeError(
             f"token_divergence: expected a finite {type(divergence).__name__}, got inf: teacher and student rule "
@@ -65,7 +68,8 @@ def token_divergence(
 
 class _TokenDivergence(torch.autograd.Function):
     """The gradient comes from `slope`, made in the forward pass: one [..., V] buffer is kept and no NaN can arise
-    from 0 * inf in a chain of elementary operations."""
+    from 0 * inf in a chain of elementary operations.
+    """
 
     @staticmethod
     def forward(
@@ -77,13 +81,17 @@ class _TokenDivergence(torch.autograd.Function):
         value, slope = divergence.pointwise(log_q, log_p)
         if ctx.needs_input_grad[0]:
             gradient = (slope - log_q.exp() * slope.sum(dim=-1, keepdim=True)) / temperature
-            ctx.save_for_backward(gradient.to(student_logits.dtype) if dtype == torch.float64 else gradient)
+            ctx.save_for_backward(gradient)
             ctx.dtype = student_logits.dtype
         return value.sum(dim=-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # only under create_graph, whose graph would miss the student, in silence
+            raise UserError(
+                "token_divergence: expected a first derivative, got create_graph=True. The gradient is made in "
+                "the forward pass. For a second one differentiate the sum of divergence.pointwise itself."
+            )
         (gradient,) = ctx.saved_tensors
         return (grad_outputs[0].unsqueeze(-1) * gradient).to(ctx.dtype), None, None, None
 
@@ -96,6 +104,7 @@ def token_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         student_logits: [N, V], any float dtype; computed in float32 (float64 for float64).
         labels: [N] token ids, none of them -100: select the counting positions first.
+
     Returns:
         [N] float32 (float64), nats.
     """

@@ -1,0 +1,177 @@
+"""The command line: each command is one function."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from potstill.errors import PotstillError, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="""Potstill makes a small model out of a large one: knowledge distillation.
+
+    [bold]potstill demo[/] shows it offline in four minutes. [bold]potstill run RECIPE[/] does it with your models and
+    data; [bold]potstill check RECIPE[/] says first what that needs, and what does not fit.
+    Add --debug to any command for a traceback.""",
+)
+console = Console(stderr=True)
+
+RecipePath = Annotated[Path, typer.Argument(help="a YAML file; `potstill schema` describes it", show_default=False)]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="change any key of the recipe, such as train.max_steps=100"),
+]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    set_: Sets = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
+) -> None:
+    """Distil as a recipe says. The student, its figures and report.html go to the recipe's output."""
+    from potstill.pipeline import run as run_recipe
+    from potstill.recipe import Recipe
+
+    _finish(run_recipe(Recipe.load(recipe, set_ or ()), resume=resume, console=console))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="the run directory")] = Path("runs/demo"),
+    set_: Sets = None,
+) -> None:
+    """Distil the teacher that comes with Potstill, offline, on the source of Python's standard library.
+
+    A demo that was stopped goes on; one that is finished is measured again.
+    """
+    from potstill.demo import demo_recipe
+    from potstill.pipeline import run as run_recipe
+
+    recipe = demo_recipe(out, set_ or ())
+    console.print(
+        "A 5.3M-parameter teacher, and a student a sixth of its size: trained once by the teacher, once on labels alone.\n"
+        f"[dim]The recipe: {out / 'recipe.yaml'}[/]",
+        highlight=False,
+    )
+    _finish(run_recipe(recipe, resume=True, console=console))
+
+
+@app.command()
+def check(recipe: RecipePath, set_: Sets = None) -> None:
+    """Say what a run will need, and whether vocabularies, data and models fit. Nothing is trained."""
+    from potstill.preflight import check as check_recipe
+    from potstill.recipe import Recipe
+
+    found = check_recipe(Recipe.load(recipe, set_ or ()))
+    table = Table(show_header=False, box=None)
+    ratio = found.teacher_parameters / found.student_parameters
+    table.add_row("teacher", f"{found.teacher_parameters:,} parameters")
+    table.add_row("student", f"{found.student_parameters:,} parameters, {ratio:.1f} times smaller")
+    table.add_row("vocabulary", f"{found.vocabulary:,} tokens, the same for both")
+    table.add_row("train", f"{found.train_tokens:,} tokens that count, in {found.train_rows:,} rows")
+    table.add_row("eval", f"{found.eval_tokens:,} tokens that count")
+    table.add_row("steps", f"{found.steps:,}")
+    table.add_row("memory", f"about {found.memory_bytes / 1e9:.2f} GB and the activations of one batch")
+    table.add_row("disk", f"about {found.disk_bytes / 1e9:.2f} GB of {found.disk_free_bytes / 1e9:.0f} GB free")
+    table.add_row("time", f"about {_duration(found.seconds)} of training on this machine")
+    for note in found.notes:
+        table.add_row("note", note)
+    Console().print(table, highlight=False)
+    if found.disk_bytes > found.disk_free_bytes:
+        raise UserError(
+            f"output: expected {found.disk_bytes / 1e9:.2f} GB of free disk, got {found.disk_free_bytes / 1e9:.2f}. "
+            "Choose another directory with --set output=DIR."
+        )
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
+    """Write report.html again from the records of a run."""
+    from potstill.evaluate.report import write_report
+
+    console.print(f"report  {write_report(directory)}", highlight=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors and for reading."""
+    from potstill.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
+) -> None:
+    """Set for all commands."""
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("potstill"))
+        raise typer.Exit
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _finish(result: Any) -> None:
+    """Show the table, the verdict and where everything is."""
+    from potstill.evaluate.report import verdict
+
+    table = Table(title=result.summary["name"], title_justify="left")
+    for column in ("", "loss", "perplexity", "agreement", "KL to teacher", "parameters", "MB", "ms"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in result.summary["rows"].items():
+        table.add_row(
+            name,
+            f"{row['loss']:.3f}",
+            f"{row['perplexity']:.1f}",
+            f"{row['agreement']:.1%}",
+            f"{row['kl']:.3f}",
+            f"{row['parameters']:,}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['latency_ms']:.1f}",
+        )
+    out = Console()
+    out.print(table, highlight=False)
+    out.print(verdict(result.summary), highlight=False)
+    out.print(f"student {result.directory / 'student'}\nreport  {result.directory / 'report.html'}", highlight=False)
+
+
+def main() -> None:
+    """Run a command. Exit status: 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
+    debug = "--debug" in sys.argv
+    try:
+        app([argument for argument in sys.argv[1:] if argument != "--debug"])
+    except KeyboardInterrupt:
+        console.print("interrupted: what was saved is kept; `potstill run RECIPE --resume` goes on.", highlight=False)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, PotstillError):
+            text = str(error)
+        else:
+            text = f"failed: {type(error).__name__}: {error}. Run it again with --debug for the traceback."
+        console.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, UserError) else 1)

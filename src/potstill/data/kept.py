@@ -1,0 +1,60 @@
+"""Arrow files under `datasets.config.HF_DATASETS_CACHE`, each named after all that it was made of.
+
+The name is a hash of content and options, never of a path or a time: what is found there cannot be stale. The
+folder may be deleted whenever nothing runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets.fingerprint import Hasher
+
+BATCH = 256  # rows read, tokenised and written at a time
+FORMAT = 1  # to be raised whenever the same input is kept in another form
+
+
+def kept_file(made_of: list[Any]) -> Path:
+    """The file for something made of these values; tokenizers are hashed by all that they hold."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "potstill"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{Hasher.hash([FORMAT, *made_of])}.arrow"
+
+
+@contextmanager
+def whole_or_nothing(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes `path` when all went well, and is gone when not."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write batches to an Arrow file, whole or not at all."""
+    with (
+        whole_or_nothing(path) as partial,
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+    ):
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def digest(path: Path) -> str:
+    """A hash of the content of a file, or of all files in a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        parts = "\n".join(f"{file.relative_to(path).as_posix()} {digest(file)}" for file in files)
+        return hashlib.sha256(parts.encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,231 @@
+"""What a file holds: its columns, and their values in batches.
+
+JSON is parsed here and not by `datasets.load_dataset`, whose reader infers types: a column of dates would become
+timestamps, and a number among texts a text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset
+from pyarrow import csv, parquet
+
+from potstill.data.kept import BATCH
+from potstill.errors import DataError
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a file, and a way to read some of them in batches of Python values.
+
+    Args:
+        columns: their names.
+        read: from some of these names to batches; a row that lacks one has None there.
+    """
+
+    columns: list[str]
+    read: Callable[[list[str]], Iterator[dict[str, list[Any]]]]
+
+
+def open_table(path: Path) -> Table:
+    """The table of a file that exists and has one of `SUFFIXES`, or of a saved dataset's folder."""
+    return _open_saved(path) if path.is_dir() else _READERS[path.suffix.lower()](path)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever a broken file raises while it is read, as one line."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data: expected UTF-8 in {path.name}, got the byte 0x{error.object[error.start]:02x}. "
+            "Save the file as UTF-8."
+        ) from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"data: expected {path.name} to be readable as {path.suffix or 'a saved dataset'}, got "
+            f"{one_line(error)!r}. Write the file again."
+        ) from None
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of someone else's message, without its line breaks."""
+    return " ".join(str(error).split())[:200]
+
+
+def empty(path: Path) -> DataError:
+    """The error for a file without rows."""
+    return DataError(f"data: expected at least one row in {path.name}, got none. Give a file with data.")
+
+
+def said(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"the number {value!r}"[:60]
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    if isinstance(value, list):
+        return f"the list {str(value[:8])[:40]}"
+    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def _open_json(path: Path) -> Table:
+    first = next(_json_rows(path), None)
+    if first is None:
+        raise empty(path)
+
+    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+        rows = _json_rows(path)
+        while chunk := list(islice(rows, BATCH)):
+            yield {name: [row.get(name) for row in chunk] for name in names}
+
+    return Table(list(first), read)
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that has one a line, or one list of them."""
+    for number, row in enumerate(_json_values(path), 1):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"data: expected a JSON object in row {number} of {path.name}, got {said(row)}. "
+                'Write each row as {"text": "..."}.'
+            )
+        yield row
+
+
+def _json_values(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        opening = next((line.lstrip()[0] for line in file if line.strip()), "")
+        file.seek(0)
+        if opening == "[":
+            yield from _parse_json(file.read(), 1, path)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _parse_json(line.rstrip(), number, path)
+
+
+def _parse_json(text: str, line: int, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"data: expected JSON in {path.name}, got {error.msg!r} in line {line + error.lineno - 1}, "
+            f"column {error.colno}. Write one whole object a line, or one list of objects."
+        ) from None
+
+
+def _open_csv(path: Path) -> Table:
+    def batches(convert: csv.ConvertOptions | None = None) -> csv.CSVStreamingReader:
+        return csv.open_csv(
+            path,
+            read_options=csv.ReadOptions(block_size=1 << 26),  # a row must fit in a block
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            convert_options=convert,
+        )
+
+    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+        # Everything is text: a cell that says NA or 12 means just that.
+        types = dict.fromkeys(names, pa.large_string())
+        with batches(csv.ConvertOptions(include_columns=names, column_types=types)) as opened:
+            for batch in opened:
+                for start in range(0, batch.num_rows, BATCH):
+                    yield batch.slice(start, BATCH).to_pydict()
+
+    with batches() as opened:
+        return Table(opened.schema.names, read)
+
+
+def _open_parquet(path: Path) -> Table:
+    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=BATCH, columns=names):
+                yield _without_filled_keys(batch.to_pydict())
+
+    with parquet.ParquetFile(path) as file:
+        return Table(file.schema_arrow.names, read)
+
+
+def _open_text(path: Path) -> Table:
+    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+        text = path.read_text(encoding="utf-8-sig")
+        yield {name: [text] for name in names}
+
+    return Table(["text"], read)
+
+
+def _open_saved(path: Path) -> Table:
+    splits = path / "dataset_dict.json"
+    if splits.exists():
+        raise DataError(
+            f"data: expected one dataset in the folder {path}, got the splits "
+            f"{', '.join(json.loads(splits.read_text(encoding='utf-8'))['splits'])}. Add one to the path."
+        )
+    if not (path / "state.json").exists():
+        raise DataError(
+            f"data: expected a file, or a folder written by save_to_disk, got the folder {path}. Name a file in it."
+        )
+    with _no_progress_bars():
+        dataset = Dataset.load_from_disk(str(path)).with_format(None)
+
+    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+        for batch in dataset.select_columns(names).iter(BATCH):
+            yield _without_filled_keys(batch)
+
+    return Table(dataset.column_names, read)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = not datasets.are_progress_bars_disabled()
+    if shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _without_filled_keys(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns without the nulls that Arrow puts in an object for keys that only other objects have."""
+    return {
+        name: [_without_nulls(value) if _is_objects(value) else value for value in values]
+        for name, values in columns.items()
+    }
+
+
+def _is_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
+_READERS: dict[str, Callable[[Path], Table]] = {
+    ".jsonl": _open_json,
+    ".json": _open_json,
+    ".csv": _open_csv,
+    ".parquet": _open_parquet,
+    ".txt": _open_text,
+}
+SUFFIXES = tuple(_READERS)

@@ -1,0 +1,299 @@
+"""From the columns of a source to rows of ids and labels: one function a kind."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import jinja2
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from potstill.data.kept import BATCH
+from potstill.data.readers import one_line
+from potstill.data.sources import Kind
+from potstill.errors import DataError
+from potstill.targets import IGNORE
+
+
+class Row(NamedTuple):
+    """One example, labels not shifted."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What every kind needs, and the facts that it counts.
+
+    Args:
+        tokenizer: of the student.
+        max_length: tokens of the longest row.
+        packing: documents in one stream.
+        file: its name, for messages.
+        facts: `empty` rows that were skipped and `cut` rows are added to it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    packing: bool
+    file: str
+    facts: Counter[str]
+
+    def rows(self, dataset: Dataset, kind: Kind) -> Iterator[Row]:
+        """The encoded rows of a dataset that `load` gave.
+
+        Raises:
+            DataError: while iterating, when a row cannot be encoded.
+        """
+        if kind == "text":
+            return _text_rows(dataset, self)
+        if kind == "completion":
+            return _with_room(_completions(dataset, self), self)
+        if kind == "messages":
+            return _with_room(_conversations(dataset, self), self)
+        return _given_ids(dataset, self)
+
+    def tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
+        """The ids of texts, with or without the special tokens that the tokenizer adds."""
+        return [ids for group in in_groups(texts) for ids in self._tokens(group, special)]
+
+    def _tokens(self, texts: list[str], special: bool) -> list[list[int]]:
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=special,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return cast(list[list[int]], encoded["input_ids"])
+
+    def closed(self, ids: list[int]) -> list[int]:
+        """The ids with EOS at their end, once."""
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def cut(self, ids: list[int], labels: list[int]) -> Row:
+        """The first max_length tokens."""
+        self.facts["cut"] += len(ids) > self.max_length
+        return Row(ids[: self.max_length], labels[: self.max_length])
+
+    def filled(self, dataset: Dataset, column: str) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
+        """Batches without the rows whose `column` is empty, and the rows' numbers in the file, from 1."""
+        for number, batch in enumerate(dataset.iter(BATCH)):
+            hollow = "[]" if column == "messages" else ""
+            places = [i for i, value in enumerate(batch[column]) if value and value != hollow]
+            self.facts["empty"] += len(batch[column]) - len(places)
+            yield (
+                [number * BATCH + i + 1 for i in places],
+                {name: [values[i] for i in places] for name, values in batch.items()},
+            )
+
+
+def in_groups(texts: list[str], characters: int = 1 << 22) -> Iterator[list[str]]:
+    """The texts in turn, some at a time: while a tokenizer works it holds a hundred bytes for each token."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > characters:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
+
+
+# text
+
+
+def _text_rows(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
+    arrange = packed if encoding.packing else windows
+    return (Row(ids, ids) for ids in arrange(_documents(dataset, encoding), encoding.max_length))
+
+
+def _documents(dataset: Dataset, encoding: Encoding) -> Iterator[list[int]]:
+    for _, batch in encoding.filled(dataset, "text"):
+        for ids in encoding.tokens(batch["text"], special=True):
+            yield encoding.closed(ids)
+
+
+def packed(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
+    """All documents in one stream, in rows of `length`; the last may be shorter, but not a lone token."""
+    stream: list[int] = []
+    for ids in documents:
+        stream += ids
+        whole = len(stream) - len(stream) % length
+        yield from (stream[start : start + length] for start in range(0, whole, length))
+        stream = stream[whole:]
+    if len(stream) > 1:
+        yield stream
+
+
+def windows(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
+    """Each document by itself, in windows of at most `length` that do not overlap."""
+    for ids in documents:
+        bounds = [*range(0, len(ids), length), len(ids)] if ids else [0, 0]
+        # The first token of a row is never predicted, so a lone last one gets company from the window before.
+        if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 and length > 2:
+            bounds[-2] -= 1
+        yield from (ids[start:end] for start, end in pairwise(bounds))
+
+
+# prompt and completion, messages: rows with an answer, whose first token is at a known place
+
+
+class _Answered(NamedTuple):
+    number: int  # of the row in the file
+    prompt: int  # tokens before the first that counts
+    row: Row
+
+
+def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Row]:
+    """The rows cut at max_length, each of which must keep a token of its answer."""
+    full: list[_Answered] = []
+    for one in answered:
+        if one.prompt >= encoding.max_length:
+            full.append(one._replace(row=Row([], [])))
+        yield encoding.cut(*one.row)
+    if full:
+        raise DataError(
+            f"data: expected prompts shorter than max_length {encoding.max_length}, got {full[0].prompt} tokens "
+            f"in row {full[0].number} of {encoding.file} ({len(full)} such in all). Nothing of the answer would "
+            "be left. Raise max_length, or shorten or remove these rows."
+        )
+
+
+def _completions(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
+    closing = _closing_tokens(encoding)
+    for numbers, batch in encoding.filled(dataset, "completion"):
+        prompts = encoding.tokens(batch["prompt"], special=True)
+        completions = encoding.tokens(batch["completion"], special=False)
+        for number, prompt, completion in zip(numbers, prompts, completions, strict=True):
+            if closing and prompt[-len(closing) :] == closing:
+                prompt = prompt[: -len(closing)]
+            completion = encoding.closed(completion)
+            row = Row(prompt + completion, [IGNORE] * len(prompt) + completion)
+            yield _Answered(number, len(prompt), row)
+
+
+def _closing_tokens(encoding: Encoding) -> list[int]:
+    """What the tokenizer itself puts after a text: EOS, or [SEP]."""
+    (bare,), (whole,) = encoding.tokens(["a"], special=False), encoding.tokens(["a"], special=True)
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return whole[start + len(bare) :]
+    return []
+
+
+class _Written(NamedTuple):
+    """A conversation as text, and for each turn of the assistant the text before it and up to its end."""
+
+    number: int
+    whole: str
+    turns: list[tuple[str, str]]
+
+
+def _conversations(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
+    for numbers, batch in encoding.filled(dataset, "messages"):
+        written = [
+            _write(json.loads(text), number, encoding) for number, text in zip(numbers, batch["messages"], strict=True)
+        ]
+        texts = {one.whole for one in written} | {text for one in written for turn in one.turns for text in turn}
+        ordered = sorted(texts)
+        ids_of = dict(zip(ordered, encoding.tokens(ordered, special=False), strict=True))
+        for one in written:
+            ids = ids_of[one.whole]
+            spans = [tuple(_agreement(ids_of[text], ids) for text in turn) for turn in one.turns]
+            labels = [IGNORE] * len(ids)
+            for start, end in spans:
+                labels[start:end] = ids[start:end]
+            yield _Answered(one.number, spans[0][0], Row(ids, labels))
+
+
+def _write(messages: list[dict[str, Any]], number: int, encoding: Encoding) -> _Written:
+    where = f"row {number} of {encoding.file}"
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise DataError(
+            f"data: expected a turn of the assistant in every conversation, got none in {where}. "
+            "Only the assistant's tokens count. Remove the row, or call the role assistant."
+        )
+    if turns[0] == 0:
+        raise DataError(
+            f"data: expected a message before the assistant's first turn, got none in {where}. "
+            "Begin the conversation with the user or the system."
+        )
+    whole = _render(messages, False, where, encoding)
+    written = _Written(number, whole, [])
+    for turn in turns:
+        before = _render(messages[:turn], True, where, encoding)
+        is_last = turn == len(messages) - 1
+        after = whole if is_last else _render(messages[: turn + 1], False, where, encoding)
+        if not (after.startswith(before) and whole.startswith(after)):
+            raise DataError(
+                f"data: expected a chat template that only appends, got one that rewrites what it wrote before, at "
+                f"message {turn + 1} of {where}. The assistant's tokens cannot be told apart. Use another template, "
+                "or end each conversation with its only turn of the assistant."
+            )
+        written.turns.append((before, after))
+    return written
+
+
+def _render(messages: list[dict[str, Any]], open_turn: bool, where: str, encoding: Encoding) -> str:
+    try:
+        text = encoding.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        raise DataError(
+            f"data: expected messages that the chat template takes, got {one_line(error)!r} in {where}. "
+            "Correct the row, or use another chat template."
+        ) from None
+    return cast(str, text)
+
+
+def _agreement(ids: list[int], whole: list[int]) -> int:
+    """How many tokens two lists have in common at their start."""
+    if whole[: len(ids)] == ids:
+        return len(ids)
+    # A token may reach over the end of the shorter text.
+    return next((i for i, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), min(len(ids), len(whole)))
+
+
+# input_ids
+
+
+def _given_ids(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
+    vocabulary = max(encoding.tokenizer.get_vocab().values()) + 1
+    for numbers, batch in encoding.filled(dataset, "input_ids"):
+        for i, number in enumerate(numbers):
+            ids = batch["input_ids"][i]
+            labels = batch["labels"][i] if "labels" in batch else ids
+            mask = batch["attention_mask"][i] if "attention_mask" in batch else []
+            _check_ids(ids, labels, mask, vocabulary, f"row {number} of {encoding.file}")
+            yield encoding.cut(ids, labels)
+
+
+def _check_ids(ids: list[int], labels: list[int], mask: list[int], vocabulary: int, where: str) -> None:
+    if len(labels) != len(ids):
+        raise DataError(
+            f"data: expected as many labels as input_ids, got {len(labels)} and {len(ids)} in {where}. "
+            "Label t belongs to token t. Correct the row."
+        )
+    if 0 in mask:
+        raise DataError(
+            f"data: expected input_ids without padding, got an attention_mask with 0 in {where}. "
+            "Batches are padded later. Remove the padding."
+        )
+    strange = [i for i in (set(labels) - {IGNORE}) | set(ids) if not 0 <= i < vocabulary]
+    if strange:
+        raise DataError(
+            f"data: expected ids from 0 to {vocabulary - 1}, got {strange[0]} in {where}. "
+            "Use the tokenizer that the ids were made with."
+        )

@@ -1,0 +1,252 @@
+"""From a file to a memory-mapped dataset whose columns have their standard names and types."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+from datasets import Dataset
+
+from potstill.data.kept import digest, kept_file, write_arrow
+from potstill.data.readers import SUFFIXES, Table, empty, open_table, reading, said
+from potstill.errors import DataError
+
+Kind = Literal["text", "completion", "messages", "input_ids"]
+
+COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "text": ("text",),
+    "completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "input_ids": ("input_ids",),
+}
+COMPANIONS = ("labels", "attention_mask")  # taken along with input_ids when they are there
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file and the names of its columns.
+
+    With no column named, the kind is found by the standard names: text, prompt and completion, messages, or
+    input_ids.
+
+    Args:
+        path: a .jsonl, .json, .csv, .parquet or .txt file, or a folder written by `Dataset.save_to_disk`. A .txt
+            is one document, in a column named text.
+        field: the column of documents.
+        prompt: the column of what is given; needs `completion`.
+        completion: the column of what is to be said; needs `prompt`.
+        messages: the column of conversations, each a list of {role, content, ...} or that list as JSON text.
+        input_ids: the column of token ids; a column named labels is taken along.
+    """
+
+    path: str | Path
+    field: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    input_ids: str | None = None
+
+
+def load(source: Source) -> tuple[Dataset, Kind]:
+    """Read a file into a memory-mapped dataset with the standard columns of its kind.
+
+    Row i of the dataset is row i + 1 of the file; empty rows are there too. The columns are text; or prompt and
+    completion; or messages, each conversation as JSON text, because Arrow would give every message the keys of all
+    others; or input_ids, with labels and attention_mask where the file has them.
+
+    Returns:
+        The dataset and its kind.
+
+    Raises:
+        DataError: the file is missing, empty or not of its format, a column is missing, the kind is ambiguous, or
+            a row holds something else than its kind does.
+    """
+    path = Path(source.path).expanduser()
+    _require_file(path)
+    with reading(path):
+        table = open_table(path)
+        kind, names = _choose(source, table.columns, path.name)
+        kept = kept_file(["source", digest(path), path.suffix.lower(), names])
+    if not kept.exists():
+        schema = pa.schema({standard: _TYPES[standard].arrow for standard in names})
+        write_arrow(kept, schema, _checked(table, names, schema, path))
+    dataset = Dataset.from_file(str(kept))
+    if not len(dataset):
+        raise empty(path)
+    return dataset, kind
+
+
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(
+            f"data: expected a file, got {path}, which does not exist.{_nearest(path.name, beside)} Correct the path."
+        )
+    if path.is_dir():
+        return
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(
+            f"data: expected a file that ends in one of {_listed(SUFFIXES)}, got {path.name}. "
+            "Rename or convert it; JSON Lines hold any text."
+        )
+    if path.stat().st_size == 0:
+        raise empty(path)
+
+
+# Which columns
+
+
+def _choose(source: Source, columns: list[str], file: str) -> tuple[Kind, dict[str, str]]:
+    """The kind, and for each of its standard columns the name in the file."""
+    asked: dict[Kind, dict[str, str | None]] = {
+        "text": {"text": source.field},
+        "completion": {"prompt": source.prompt, "completion": source.completion},
+        "messages": {"messages": source.messages},
+        "input_ids": {"input_ids": source.input_ids},
+    }
+    kinds = [kind for kind, names in asked.items() if any(name is not None for name in names.values())]
+    if len(kinds) > 1:
+        raise DataError(
+            f"data: expected columns of one kind for {file}, got "
+            f"{' and '.join(kind.replace('text', 'field') for kind in kinds)}. Name one of field, prompt with "
+            "completion, messages or input_ids."
+        )
+    kind = kinds[0] if kinds else _find_kind(columns, file)
+    names = asked[kind] if kinds else {name: name for name in COLUMNS[kind]}
+    found = {standard: _require_column(name, standard, columns, file) for standard, name in names.items()}
+    if kind == "input_ids":
+        found |= {name: name for name in COMPANIONS if name in columns}
+    return kind, found
+
+
+def _find_kind(columns: list[str], file: str) -> Kind:
+    kinds = [kind for kind, names in COLUMNS.items() if set(names) <= set(columns)]
+    if not kinds:
+        raise DataError(
+            f"data: expected a column text, messages or input_ids, or both prompt and completion, in {file}, got "
+            f"{_listed(columns)}. Say which to read, as in `field: {columns[0] if columns else 'text'}`."
+        )
+    if len(kinds) > 1:
+        found = [name for kind in kinds for name in COLUMNS[kind]]
+        raise DataError(
+            f"data: expected columns of one kind in {file}, got {_listed(found)}. "
+            "Say which to read: field, prompt with completion, messages or input_ids."
+        )
+    return kinds[0]
+
+
+def _require_column(name: str | None, standard: str, columns: list[str], file: str) -> str:
+    if name is None:
+        raise DataError(
+            f"data: expected both prompt and completion for {file}, got no {standard}. Name its column too."
+        )
+    if name not in columns:
+        raise DataError(
+            f"data: expected a column {name!r} in {file}, got {_listed(columns)}.{_nearest(name, columns)} "
+            "Name one of these."
+        )
+    return name
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+# What a row must hold
+
+
+def _checked(table: Table, names: dict[str, str], schema: pa.Schema, path: Path) -> Iterator[pa.RecordBatch]:
+    row = 1
+    with reading(path):
+        for batch in table.read(list(dict.fromkeys(names.values()))):
+            arrays = [_convert(batch[name], standard, name, row, path) for standard, name in names.items()]
+            yield pa.record_batch(arrays, schema=schema)
+            row += len(arrays[0])
+
+
+_MISFITS = (TypeError, ValueError, OverflowError)  # what Arrow and the converters below raise
+
+
+def _convert(values: list[Any], standard: str, name: str, first_row: int, path: Path) -> pa.Array:
+    """The values as an Arrow array, or an error that says which row does not fit."""
+    expected = _TYPES[standard]
+    try:
+        return expected.convert(values)
+    except _MISFITS:
+        for row, value in enumerate(values, first_row):
+            try:
+                expected.convert([value])
+            except UnicodeEncodeError:
+                got = "half of a surrogate pair"
+            except _MISFITS:
+                got = said(value)
+            else:
+                continue
+            raise DataError(
+                f"data: expected {expected.words} in column {name!r} of {path.name}, got {got} in row {row}. "
+                "Correct or remove the row."
+            ) from None
+        raise
+
+
+def _texts(values: list[Any]) -> pa.Array:
+    return _without_null(pa.array(values, type=pa.large_string()))
+
+
+def _id_lists(values: list[Any]) -> pa.Array:
+    # The type is inferred first, because Arrow that is asked for integers cuts 1.5 to 1.
+    array = pa.array(values)
+    if not pa.types.is_list(array.type) or not (
+        pa.types.is_integer(array.type.value_type) or pa.types.is_null(array.type.value_type)
+    ):
+        raise TypeError("not lists of whole numbers")
+    _without_null(array.flatten())
+    return _without_null(array).cast(pa.list_(pa.int64()))
+
+
+def _without_null(array: pa.Array) -> pa.Array:
+    if array.null_count:
+        raise TypeError("null")
+    return array
+
+
+def _conversations(values: list[Any]) -> pa.Array:
+    return _texts([_conversation(value) for value in values])
+
+
+def _conversation(value: Any) -> str:
+    messages = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise TypeError("not a list of messages")
+    return json.dumps(messages, ensure_ascii=False)
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str | list | None)
+
+
+class _Type(NamedTuple):
+    arrow: pa.DataType
+    words: str
+    convert: Callable[[list[Any]], pa.Array]
+
+
+_TEXT = _Type(pa.large_string(), "text", _texts)
+_IDS = _Type(pa.list_(pa.int64()), "a list of whole numbers", _id_lists)
+_TYPES: dict[str, _Type] = {
+    **dict.fromkeys(("text", "prompt", "completion"), _TEXT),
+    "messages": _Type(pa.large_string(), "a list of messages with role and content", _conversations),
+    **dict.fromkeys(("input_ids", *COMPANIONS), _IDS),
+}

@@ -1,0 +1,59 @@
+"""Do teacher and student speak of the same tokens?"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from potstill.errors import VocabularyError
+
+
+def shared_vocabulary(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, teacher_rows: int, student_rows: int
+) -> int:
+    """The number of tokens both models share, after checking that the token -> id maps are one.
+
+    Heads may have more rows than there are tokens (padding): they are sliced to this size.
+
+    Args:
+        teacher: the teacher's tokenizer.
+        student: the student's.
+        teacher_rows: rows of the teacher's head.
+        student_rows: rows of the student's.
+
+    Returns:
+        The highest token id + 1.
+
+    Raises:
+        VocabularyError: the maps differ (an equal size is not an equal vocabulary), or a head is too small.
+    """
+    of_teacher, of_student = teacher.get_vocab(), student.get_vocab()
+    if of_teacher != of_student:
+        raise VocabularyError(
+            "vocabulary: expected one token -> id map for teacher and student, got two: "
+            f"{_difference(of_teacher, of_student)}. Per-token divergence needs one vocabulary. Give the student "
+            "the teacher's tokenizer, or use a cross-tokenizer objective."
+        )
+    size = max(of_teacher.values()) + 1
+    for name, rows in (("teacher", teacher_rows), ("student", student_rows)):
+        if rows < size:
+            raise VocabularyError(
+                f"vocabulary: expected a {name} head with a row for each of {size} tokens, got {rows}. "
+                f"Resize the {name} with resize_token_embeddings({size}), or use the tokenizer it was trained with."
+            )
+    return size
+
+
+def _difference(teacher: dict[str, int], student: dict[str, int]) -> str:
+    """What differs, in a few words."""
+    only_teacher = [token for token in teacher if token not in student]
+    only_student = [token for token in student if token not in teacher]
+    moved = [token for token in teacher if token in student and teacher[token] != student[token]]
+    parts = [f"{len(teacher)} and {len(student)} tokens"]
+    if only_teacher:
+        parts.append(f"{len(only_teacher)} only the teacher has (such as {only_teacher[0]!r})")
+    if only_student:
+        parts.append(f"{len(only_student)} only the student has (such as {only_student[0]!r})")
+    if moved:
+        token = moved[0]
+        parts.append(f"{len(moved)} under another id (such as {token!r}: {teacher[token]} and {student[token]})")
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""What was kept: quality, speed, and the report."""

@@ -1,0 +1,176 @@
+"""How good a language model is on held-out text, and how like its teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.divergence import ForwardKL
+from potstill.losses import token_cross_entropy, token_divergence
+from potstill.targets import Alignment, DenseTargets, causal_alignment
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over the counting tokens of a held-out set.
+
+    Args:
+        loss: cross-entropy with the data, nats a token.
+        perplexity: exp(loss).
+        agreement: share of tokens where the most likely next token is the reference's.
+        kl: KL(reference || model), nats a token.
+        kl_by_position: the same by place in the row, a mean for each bin of `position_edges`; None for an empty bin.
+        position_edges: [bins + 1] the first place of each bin, and the end.
+        tokens: how many counted.
+    """
+
+    loss: float
+    perplexity: float
+    agreement: float
+    kl: float
+    kl_by_position: list[float | None]
+    position_edges: list[int]
+    tokens: int
+
+
+@dataclass
+class _Sums:
+    """Running sums of one model, in float64."""
+
+    loss: float = 0.0
+    agreed: int = 0
+    kl: float = 0.0
+    kl_at: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    count_at: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    tokens: int = 0
+
+
+@torch.no_grad()
+def compare(
+    reference: nn.Module,
+    models: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    vocabulary: int | None = None,
+    bins: int = 16,
+) -> dict[str, Quality]:
+    """Measure models and the reference (the teacher) on the same held-out batches.
+
+    Args:
+        reference: whose distribution the others are compared with.
+        models: name -> model.
+        batches: input_ids, attention_mask, labels, [B, T] each.
+        vocabulary: compare over the first tokens only; see `LMHead.slice`.
+        bins: how many bins the places in a row are put in.
+
+    Returns:
+        name -> Quality, with the reference itself as "teacher".
+    """
+    everyone = {"teacher": reference, **models}
+    was_training = {name: model.training for name, model in everyone.items()}
+    sums = {name: _Sums() for name in everyone}
+    for model in everyone.values():
+        model.eval()
+    for batch in batches:
+        alignment = causal_alignment(batch["labels"])
+        expected = _logits(reference, batch, alignment, vocabulary)
+        for name, model in everyone.items():
+            logits = expected if model is reference else _logits(model, batch, alignment, vocabulary)
+            _add(sums[name], logits, expected, alignment)
+    for name, model in everyone.items():
+        model.train(was_training[name])
+    return {name: _finish(one, bins) for name, one in sums.items()}
+
+
+def _logits(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, vocabulary: int | None) -> Tensor:
+    """The model's logits [N, V] at the counting positions, on the CPU's or the batch's device, float32."""
+    device = next(model.parameters()).device
+    output = model(
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["attention_mask"].to(device),
+        use_cache=False,
+    )
+    return alignment.select(output.logits)[:, :vocabulary].float().to(batch["labels"].device)
+
+
+def _add(sums: _Sums, logits: Tensor, expected: Tensor, alignment: Alignment) -> None:
+    kl = token_divergence(logits, DenseTargets(expected), ForwardKL()).double().cpu()
+    sums.loss += float(token_cross_entropy(logits, alignment.labels).double().sum())
+    sums.agreed += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+    sums.kl += float(kl.sum())
+    sums.tokens += len(alignment)
+    places = max(len(sums.kl_at), alignment.length)
+    column = alignment.column.cpu()
+    sums.kl_at = _padded(sums.kl_at, places).index_add(0, column, kl)
+    sums.count_at = _padded(sums.count_at, places).index_add(0, column, torch.ones_like(kl))
+
+
+def _padded(values: Tensor, size: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(size - len(values))])
+
+
+def _finish(sums: _Sums, bins: int) -> Quality:
+    count = max(sums.tokens, 1)
+    places = len(sums.kl_at) - 1  # the last place of a row predicts nothing
+    edges = [round(i * places / min(bins, max(places, 1))) for i in range(min(bins, max(places, 1)) + 1)]
+    by_position = []
+    for start, end in pairwise(edges):
+        tokens = float(sums.count_at[start:end].sum())
+        by_position.append(float(sums.kl_at[start:end].sum()) / tokens if tokens else None)
+    loss = sums.loss / count
+    return Quality(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        agreement=sums.agreed / count,
+        kl=sums.kl / count,
+        kl_by_position=by_position,
+        position_edges=edges,
+        tokens=sums.tokens,
+    )
+
+
+def gap_closed(teacher: float, baseline: float, student: float) -> float | None:
+    """The share of the distance from baseline to teacher that the student went.
+
+        (baseline - student) / (baseline - teacher)
+
+    Args:
+        teacher: held-out loss; the others likewise.
+        baseline: of the same student from labels alone.
+        student: of the distilled one.
+
+    Returns:
+        1 is the teacher's own loss, 0 the baseline's, below 0 is worse than it; None where the teacher is no better
+        than the baseline.
+    """
+    return (baseline - student) / (baseline - teacher) if baseline > teacher else None
+
+
+@torch.no_grad()
+def continuation(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
+    """The most likely continuation of a prompt, token by token.
+
+    Args:
+        model: a causal language model of transformers.
+        prompt: token ids.
+        new_tokens: how many at most.
+
+    Returns:
+        The new token ids alone.
+    """
+    ids = torch.tensor([prompt], device=next(model.parameters()).device)
+    pad = model.generation_config.pad_token_id
+    end = model.generation_config.eos_token_id
+    if pad is None:  # generate() warns about it, though one row needs no padding
+        pad = end[0] if isinstance(end, list) else end
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
+    )
+    new: list[int] = output[0, len(prompt) :].tolist()
+    return new

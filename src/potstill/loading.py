@@ -1,0 +1,79 @@
+"""Models and tokenizers from a folder or the Hugging Face hub: weights as safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from potstill.errors import ModelError
+
+
+def load_model(where: str, key: str, dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model.
+
+    Args:
+        where: a folder, or the name of a model on the hub.
+        key: how the recipe calls it, for errors.
+        dtype: float32, bfloat16, float16, or auto for the precision in which it is saved.
+
+    Raises:
+        ModelError: there is no such model, or it is not a causal language model in safetensors.
+    """
+    _must_exist(where, key)
+    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            where, dtype=chosen, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise _unreadable(key, "a causal language model with weights in safetensors", where, error) from error
+    return model
+
+
+def load_config(where: str, key: str) -> PretrainedConfig:
+    """The config of a model; arguments and errors as `load_model`."""
+    _must_exist(where, key)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:
+        raise _unreadable(key, "a model's config.json", where, error) from error
+    return config
+
+
+def load_tokenizer(where: str, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; arguments and errors as `load_model`."""
+    _must_exist(where, key)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:
+        raise _unreadable(key, "a tokenizer", where, error) from error
+    return tokenizer
+
+
+def _must_exist(where: str, key: str) -> None:
+    """A path that is meant as one must be there: else transformers would ask the hub for it."""
+    path = Path(where).expanduser()
+    if path.is_dir():
+        return
+    looks_like_a_hub_name = where.count("/") <= 1 and not where.startswith((".", "/", "~"))
+    if path.exists() or not looks_like_a_hub_name or (path.parent.is_dir() and "/" in where):
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the path."
+        raise ModelError(f"{key}: expected a folder with a model, got {where}, which is not one. {hint}")
+
+
+def _unreadable(key: str, wanted: str, where: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= 300 else reason[:300] + "..."
+    return ModelError(f"{key}: expected {wanted} in {where}, got {type(error).__name__}: {reason}")

@@ -1,0 +1,288 @@
+"""run(recipe): from a recipe to a run directory. Read it from top to bottom."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PrinterCallback
+
+from potstill.data import PaddingCollator, pad_token_id
+from potstill.errors import RecipeError
+from potstill.evaluate.quality import compare, continuation, gap_closed
+from potstill.evaluate.report import write_report, write_student_card
+from potstill.evaluate.speed import latency_ms, weight_bytes
+from potstill.loading import load_model
+from potstill.prepare import Parts, prepare
+from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart
+from potstill.teachers import ModelTeacher
+from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
+from potstill.train.callbacks import MetricsFile, ProgressBar, read_metrics, seconds_of
+from potstill.train.trainer import last_checkpoint
+
+EVAL_ROWS = 16  # rows in a batch of the final evaluation
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Args:
+        directory: the run directory; `student/` and `report.html` are in it.
+        summary: the content of summary.json.
+    """
+
+    directory: Path
+    summary: dict[str, Any]
+
+
+def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> RunResult:
+    """Distil as a recipe says, and report.
+
+    A run that was killed goes on where it stopped and ends in the same weights.
+
+    Args:
+        recipe: all that there is to say.
+        resume: go on with the run in `recipe.output`, if there is one.
+        console: where progress is shown; default: standard error.
+
+    Raises:
+        UserError: something in the recipe, the data or the models is to be corrected; nothing is lost.
+        DivergedError: the loss is not finite any more.
+    """
+    console = console or Console(stderr=True)
+    state = PartialState()
+    directory = Path(recipe.output)
+    if state.is_main_process:
+        _open(directory, recipe, resume)
+    state.wait_for_everyone()
+
+    with _quiet():
+        parts = prepare(recipe)
+        if state.is_main_process:
+            for note in parts.notes:
+                console.print(f"[dim]{note}[/]", highlight=False)
+        _train(parts, "student", parts.objective(), directory, console)
+        if recipe.evaluate.baseline:
+            _train(parts, "baseline", Objective([Labels()]), directory, console)
+
+        if state.is_main_process:
+            with console.status("evaluating on held-out data"):
+                summary = _summarize(parts, directory)
+            _write(directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            write_student_card(directory)
+            write_report(directory)
+        state.wait_for_everyone()
+    return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))
+
+
+def _open(directory: Path, recipe: Recipe, resume: bool) -> None:
+    """Make the run directory, or check that it holds the same recipe."""
+    record = directory / "recipe.yaml"
+    if record.exists():
+        if not resume:
+            raise RecipeError(
+                f"output: expected an empty or new directory, got {directory}, which holds a run. "
+                "Go on with it with --resume, or choose another with --set output=DIR."
+            )
+        earlier = Recipe.load(record)
+        changed = [key for key, value in recipe if value != getattr(earlier, key)]
+        if changed:
+            raise RecipeError(
+                f"output: expected the recipe that the run in {directory} began with, got another "
+                f"{', '.join(changed)}. Take {record}, or choose another directory with --set output=DIR."
+            )
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(record, recipe.dump())
+
+
+def _train(parts: Parts, name: str, objective: Objective, directory: Path, console: Console) -> None:
+    """Train one student and save it in `directory/name`; done already where that is there."""
+    target = directory / name
+    if target.exists():
+        return
+    checkpoints = directory / "checkpoints" / name
+    steps = parts.steps
+    arguments: dict[str, Any] = {
+        "logging_steps": max(1, steps // 60),
+        "eval_strategy": "steps",
+        "eval_steps": max(1, steps // 6),
+        "save_strategy": "steps",
+        "save_steps": max(1, steps // 6),
+        "save_total_limit": 1,
+        "per_device_eval_batch_size": EVAL_ROWS,
+        **parts.recipe.train,
+    }
+    trainer = DistillationTrainer(
+        student=parts.new_student(),
+        teacher=ModelTeacher(parts.teacher, device=parts.recipe.teacher.device) if objective.needs_teacher else None,
+        objective=objective,
+        args=DistillationConfig(output_dir=str(checkpoints), seed=parts.recipe.seed, disable_tqdm=True, **arguments),
+        train_dataset=parts.train.dataset,
+        eval_dataset=parts.eval.dataset,
+        processing_class=parts.tokenizer,
+        vocabulary=parts.vocabulary,
+        callbacks=[MetricsFile(directory / "metrics.jsonl", name), ProgressBar(name, console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
+    partial = directory / f"{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.save_model(str(partial))
+    if trainer.is_world_process_zero():
+        partial.rename(target)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
+    """Measure teacher, baseline and student as they lie on disk; the content of summary.json."""
+    recipe = parts.recipe
+    names = [name for name in ("baseline", "student") if (directory / name).exists()]
+    folders = {"teacher": Path(recipe.teacher.model), **{name: directory / name for name in names}}
+    models = {name: load_model(str(directory / name), name) for name in names}
+    measured = compare(parts.teacher, models, _batches(parts), vocabulary=parts.vocabulary)
+    everyone = {"teacher": parts.teacher, **models}
+    rows = {
+        name: {
+            "loss": measured[name].loss,
+            "perplexity": measured[name].perplexity,
+            "agreement": measured[name].agreement,
+            "kl": measured[name].kl,
+            "parameters": model.num_parameters(),
+            "bytes": weight_bytes(folders[name]) or model.get_memory_footprint(),
+            "latency_ms": latency_ms(model, recipe.data.max_length),
+        }
+        for name, model in everyone.items()
+    }
+    closed = None
+    if "baseline" in rows:
+        closed = gap_closed(rows["teacher"]["loss"], rows["baseline"]["loss"], rows["student"]["loss"])
+    metrics = read_metrics(directory / "metrics.jsonl")
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rows": rows,
+        "gap_closed": closed,
+        "kl_by_position": {
+            "edges": measured["student"].position_edges,
+            **{name: measured[name].kl_by_position for name in names},
+        },
+        "continuations": _continuations(parts, everyone),
+        "data": {
+            "train": recipe.data.train.path,
+            "train_tokens": parts.train.tokens,
+            "train_examples": len(parts.train.dataset),
+            "eval": recipe.data.eval.path,
+            "eval_tokens": parts.eval.tokens,
+            "eval_examples": len(parts.eval.dataset),
+        },
+        "training": {
+            "steps": parts.steps,
+            "tokens_per_step": round(parts.train.tokens / len(parts.train.dataset) * parts.rows_per_step),
+            "seconds": {name: seconds_of(metrics, name) for name in names},
+        },
+        "objective": "; ".join(_describe(part) for part in recipe.objective),
+        "models": {
+            "teacher": recipe.teacher.model,
+            "student": recipe.student.model or _describe_design(recipe.student.design or {}),
+        },
+        "notes": list(parts.notes),
+        "versions": _versions(),
+    }
+
+
+def _batches(parts: Parts) -> Iterator[dict[str, Tensor]]:
+    collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
+    dataset = parts.eval.dataset
+    for start in range(0, len(dataset), EVAL_ROWS):
+        yield collate([dataset[i] for i in range(start, min(start + EVAL_ROWS, len(dataset)))])
+
+
+def _continuations(parts: Parts, models: Mapping[str, PreTrainedModel]) -> list[dict[str, str]]:
+    """Held-out beginnings, evenly spread, and how each model goes on."""
+    dataset = parts.eval.dataset
+
+    def decode(ids: list[int]) -> str:
+        return str(parts.tokenizer.decode(ids))
+
+    wanted = min(parts.recipe.evaluate.continuations, len(dataset))
+    found = []
+    for i in range(wanted):
+        row = dataset[int((i + 0.5) * len(dataset) / wanted)]
+        ids, labels = row["input_ids"], row["labels"]
+        prompt = next((place for place, label in enumerate(labels) if label != -100), 0)
+        prompt = prompt or min(64, len(ids) // 2)
+        new = min(64, parts.recipe.data.max_length - prompt)
+        if prompt == 0 or new <= 0:
+            continue
+        said = {name: decode(continuation(model, ids[:prompt], new)) for name, model in models.items()}
+        found.append({"prompt": decode(ids[:prompt]), "truth": decode(ids[prompt : prompt + new]), **said})
+    return found
+
+
+def _describe(part: LogitsPart | LabelsPart) -> str:
+    def number(value: float | SchedulePart) -> str:
+        if isinstance(value, SchedulePart):
+            return " ".join(f"{k} {v}" for k, v in value.model_dump(exclude_defaults=True).items())
+        return f"{value:g}"
+
+    if isinstance(part, LabelsPart):
+        return f"labels, weight {number(part.weight)}"
+    kind = part.divergence.model_dump(exclude_none=True)
+    parameters = ", ".join(f"{k} {v:g}" for k, v in kind.items() if k != "kind")
+    name = kind["kind"] + (f" ({parameters})" if parameters else "")
+    return f"{name} at temperature {number(part.temperature)}, weight {number(part.weight)}"
+
+
+def _describe_design(design: Mapping[str, Any]) -> str:
+    return "the teacher's kind with " + ", ".join(f"{key} {value}" for key, value in design.items())
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "potstill": importlib.metadata.version("potstill"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers' own bars and remarks would tear the progress bar apart; warnings and errors stay."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

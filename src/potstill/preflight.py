@@ -1,0 +1,107 @@
+"""potstill check: what a run will need, before anything is trained."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from potstill.data import PaddingCollator, pad_token_id
+from potstill.prepare import Parts, prepare
+from potstill.recipe import Recipe
+from potstill.train import Distiller
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run will need, estimated on this machine.
+
+    Args:
+        teacher_parameters: of the teacher; student_parameters likewise.
+        vocabulary: tokens that both share.
+        train_tokens: counting tokens; train_rows, eval_tokens likewise.
+        steps: optimiser steps.
+        memory_bytes: weights, gradients, Adam's two moments and the logits of one batch.
+        disk_bytes: checkpoints and exported models.
+        disk_free_bytes: what the output's disk has.
+        seconds: training time, from one timed batch (without the final evaluation).
+        notes: what else the run will say.
+    """
+
+    teacher_parameters: int
+    student_parameters: int
+    vocabulary: int
+    train_tokens: int
+    train_rows: int
+    eval_tokens: int
+    steps: int
+    memory_bytes: int
+    disk_bytes: int
+    disk_free_bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def check(recipe: Recipe) -> Preflight:
+    """Load everything that a recipe names and estimate what the run needs.
+
+    Raises:
+        UserError: the run could not start.
+    """
+    parts = prepare(recipe)
+    student = parts.new_student()
+    weights = student.num_parameters() * 4
+    runs = 2 if recipe.evaluate.baseline else 1
+    output = Path(recipe.output).absolute()
+    existing = next(folder for folder in (output, *output.parents) if folder.exists())
+    return Preflight(
+        teacher_parameters=parts.teacher.num_parameters(),
+        student_parameters=student.num_parameters(),
+        vocabulary=parts.vocabulary,
+        train_tokens=parts.train.tokens,
+        train_rows=len(parts.train.dataset),
+        eval_tokens=parts.eval.tokens,
+        steps=parts.steps,
+        # Weights, gradient and two moments of the student; the teacher's weights; student's and teacher's logits with
+        # the student's gradient in float32.
+        memory_bytes=4 * weights
+        + parts.teacher.get_memory_footprint()
+        + 3 * 4 * _batch_tokens(parts) * parts.vocabulary,
+        # A checkpoint is the weights and two moments; while one is written the one before is still there.
+        disk_bytes=runs * (2 * 3 * weights + weights),
+        disk_free_bytes=shutil.disk_usage(existing).free,
+        seconds=runs * parts.steps * _seconds_per_step(parts, student),
+        notes=parts.notes,
+    )
+
+
+def _batch_rows(parts: Parts) -> int:
+    return int(parts.recipe.train.get("per_device_train_batch_size", 8))
+
+
+def _batch_tokens(parts: Parts) -> int:
+    return round(_batch_rows(parts) * parts.train.tokens / len(parts.train.dataset))
+
+
+def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
+    """The time of one optimiser step's batches, forward and backward, from the second of two."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    distiller = Distiller(student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary).to(device)
+    collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
+    rows = [parts.train.dataset[i] for i in range(min(_batch_rows(parts), len(parts.train.dataset)))]
+    batch = {name: value.to(device) for name, value in collate(rows).items()}
+    dtype = torch.bfloat16 if parts.recipe.train.get("bf16") else torch.float16
+    mixed = bool(parts.recipe.train.get("bf16") or parts.recipe.train.get("fp16"))
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        with torch.autocast(device, dtype=dtype, enabled=mixed):
+            loss = distiller.step(batch).loss
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - start
+    return seconds * max(parts.rows_per_step // _batch_rows(parts), 1)

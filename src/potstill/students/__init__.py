@@ -1,0 +1,1 @@
+"""What is being made: the student's shape and its first weights."""

@@ -1,0 +1,42 @@
+"""A teacher that sits beside the student: a frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from potstill.targets import Alignment, DenseTargets
+from potstill.teachers.teacher import Teacher, TeacherOutput
+
+
+class ModelTeacher(Teacher):
+    """A frozen model: evaluation mode, no gradient, its own precision and, if asked, its own device.
+
+    Args:
+        model: a causal language model of transformers. It is switched to evaluation mode and frozen in place.
+        device: where it runs; None follows the batch.
+        dtype: its precision; None leaves it as it is.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        self._device = None if device is None else torch.device(device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
+        home = batch["input_ids"].device
+        device = self._device or home
+        if next(self.model.parameters()).device != device:
+            self.model.to(device)
+        # The student's autocast must not change what the teacher says.
+        with torch.autocast(device.type, enabled=False):
+            output = self.model(
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=batch["attention_mask"].to(device),
+                use_cache=False,
+            )
+        return TeacherOutput(DenseTargets(alignment.select(output.logits).to(home)))

@@ -1,0 +1,135 @@
+"""One step of distillation: student, teacher and objective put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import ShapeError
+from potstill.losses import token_cross_entropy, token_mean
+from potstill.targets import causal_alignment
+from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
+from potstill.train.objective import Objective, Signals, Term
+
+
+class StepOutput(NamedTuple):
+    """What one step gives.
+
+    Args:
+        loss: a scalar with gradient.
+        logs: every term's value without its weight, detached; in evaluation mode also cross_entropy.
+    """
+
+    loss: Tensor
+    logs: dict[str, Tensor]
+
+
+class Distiller(nn.Module):
+    """A student that learns from a teacher.
+
+    The student and what the objective trains are parameters of this module; the teacher is not.
+
+    Args:
+        student: a causal language model of transformers.
+        teacher: a `Teacher`, or a model, which becomes a `ModelTeacher`; None where no term needs one.
+        objective: an `Objective`, or a list of its terms.
+        vocabulary: the number of tokens that teacher and student share, where a head has padding rows behind them:
+            both are sliced to it before the normaliser.
+
+    Raises:
+        ShapeError: a term needs a teacher and there is none.
+
+    >>> from potstill.divergence import ForwardKL
+    >>> from potstill.train.objective import Logits
+    >>> Distiller(nn.Identity(), None, [Logits(ForwardKL())])
+    Traceback (most recent call last):
+    potstill.errors.ShapeError: Distiller: expected a teacher for the term logits, got None.
+    """
+
+    accepts_loss_kwargs = True  # tells transformers.Trainer that the loss is normalised over the whole step
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | nn.Module | None,
+        objective: Objective | Sequence[Term],
+        *,
+        vocabulary: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective if isinstance(objective, Objective) else Objective(objective)
+        self.vocabulary = vocabulary
+        # In a tuple, so that torch does not take the teacher for a part of what is trained and saved.
+        self._teacher = (ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher,)
+        self._steps = 0
+        if self.objective.needs_teacher and self.teacher is None:
+            asking = next(term.name for term in self.objective.terms if term.needs_teacher)
+            raise ShapeError(f"Distiller: expected a teacher for the term {asking}, got None.")
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, if there is one."""
+        return self._teacher[0]
+
+    def step(self, batch: Mapping[str, Tensor], *, normalizer: Tensor | float | None = None) -> StepOutput:
+        """The loss of a batch, for a loop of one's own: call `loss.backward()` on it.
+
+        In training mode each call counts as one optimiser step for the schedules. To accumulate gradients over
+        several batches call the module itself: `distiller(batch, normalizer=counting tokens of all, at=step)`.
+
+        Args:
+            batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count.
+            normalizer: see `forward`.
+        """
+        output: StepOutput = self(batch, normalizer=normalizer, at=self._steps)
+        self._steps += self.training
+        return output
+
+    def forward(self, batch: Mapping[str, Tensor], normalizer: Tensor | float | None = None, at: int = 0) -> StepOutput:
+        """The loss of a batch.
+
+        Args:
+            batch: input_ids, attention_mask and labels, [B, T] each.
+            normalizer: the number of counting tokens in the whole optimiser step; default: those of this batch.
+            at: the optimiser step, for the schedules.
+        """
+        alignment = causal_alignment(batch["labels"])
+        output = self.student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        student_logits = alignment.select(output.logits)
+        teacher = self._ask(batch, alignment) if self.objective.needs_teacher else None
+        if self.vocabulary is not None:
+            student_logits = student_logits[:, : self.vocabulary]
+        loss, logs = self.objective(Signals(student_logits, alignment.labels, teacher, normalizer, at))
+        if not self.training:
+            with torch.no_grad():
+                cross_entropy = token_cross_entropy(student_logits, alignment.labels)
+                logs["cross_entropy"] = token_mean(cross_entropy, normalizer=normalizer)
+        return StepOutput(loss, logs)
+
+    def _ask(self, batch: Mapping[str, Tensor], alignment: Any) -> TeacherOutput:
+        assert self.teacher is not None
+        said = self.teacher(batch, alignment)
+        return said if self.vocabulary is None else TeacherOutput(said.targets.slice(self.vocabulary))
+
+    # What transformers.Trainer asks of a model, passed on to the student.
+
+    @property
+    def config(self) -> Any:
+        """The student's config."""
+        return self.student.config
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's input embeddings."""
+        return self.student.get_input_embeddings()  # type: ignore[operator]
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute the student's activations in the backward pass."""
+        self.student.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The newer name of `gradient_checkpointing_enable`."""
+        self.student.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]

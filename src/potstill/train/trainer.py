@@ -1,0 +1,276 @@
+"""DistillationTrainer: a transformers.Trainer whose loss is an objective."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from potstill.data import PaddingCollator, pad_token_id
+from potstill.errors import DivergedError, UserError
+from potstill.targets import IGNORE, counting
+from potstill.teachers import Teacher
+from potstill.train.distiller import Distiller, StepOutput
+from potstill.train.objective import Objective, Term
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """transformers.TrainingArguments; only the defaults differ that distillation needs.
+
+    What the loss is, is said by the objective: `label_smoothing_factor` is refused.
+    """
+
+    remove_unused_columns: bool = False  # the columns are the batch; the student's signature does not know them
+    report_to: str | list[str] | None = "none"
+
+    def __post_init__(self) -> None:
+        if self.greater_is_better is None:
+            self.greater_is_better = False  # all that is measured here are losses, whatever they are called
+        super().__post_init__()
+        if self.label_smoothing_factor:
+            raise UserError(
+                f"train.label_smoothing_factor: expected 0, got {self.label_smoothing_factor}. "
+                "The objective is the loss: soften the labels with a logits term instead."
+            )
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student by an objective, with all that transformers.Trainer can do.
+
+    The loss is divided once, by the counting tokens of the whole optimiser step over all ranks and accumulation steps.
+    Checkpoints and `save_model` hold the plain student: `from_pretrained` loads it.
+
+    Args:
+        student: the model to train.
+        teacher: a `Teacher` or a model; None where no term needs one.
+        objective: an `Objective` or a list of its terms.
+        args: a `DistillationConfig`.
+        train_dataset: examples with input_ids and labels; see `potstill.data`.
+        eval_dataset: the same, held out.
+        processing_class: the tokenizer.
+        vocabulary: see `Distiller`.
+        **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
+    """
+
+    # Read by transformers.Trainer: what `compute_loss` returns needs no division by accumulation steps.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: Teacher | nn.Module | None,
+        objective: Objective | Sequence[Term],
+        args: DistillationConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        vocabulary: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or DistillationConfig(output_dir="runs/student")
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # nn.DataParallel would copy the teacher in every step; several GPUs want torchrun
+        if "data_collator" not in kwargs and processing_class is not None:
+            kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
+        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary)
+        super().__init__(
+            model=self.distiller,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._train_sums = _Sums()
+        self._eval_sums = _Sums()
+        self._micro_step = 0
+        self._steps_since_log = 0
+
+    # The loss.
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """The counting tokens of an optimiser step, over its batches and all ranks."""
+        self._micro_step = 0
+        self._steps_since_log += 1
+        if not batch_samples:
+            return None
+        count = torch.stack([counting(batch["labels"]).sum() for batch in batch_samples]).sum().to(device)
+        if self.args.world_size > 1:
+            count = self.accelerator.reduce(count)
+        return count.clamp_min(1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss of one batch, divided by the tokens of the whole optimiser step.
+
+        Raises:
+            DivergedError: it is not a finite number.
+        """
+        output: StepOutput = model(inputs, normalizer=num_items_in_batch, at=self.state.global_step)
+        self._micro_step += 1
+        if not torch.isfinite(output.loss):
+            self._stop(f"loss {output.loss.item()} in batch {self._micro_step} of the step")
+        if model.training:
+            self._train_sums.add(output.logs)
+        # Gradients are averaged over ranks; the division above is by the sum over ranks.
+        loss = output.loss * self.args.world_size if model.training else output.loss
+        return (loss, output) if return_outputs else loss
+
+    @property
+    def _checkpoints(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _stop(self, what: str) -> None:
+        kept = last_checkpoint(self._checkpoints)
+        raise DivergedError(
+            f"training: expected finite numbers, got {what} (optimiser step {self.state.global_step + 1}). "
+            f"{f'The last good checkpoint is {kept}. ' if kept else ''}"
+            "Lower train.learning_rate, raise train.warmup_steps, or train in bf16 instead of fp16."
+        )
+
+    # Evaluation: means over tokens, not over batches.
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """transformers.Trainer's; with several ranks, filled up with rows that do not count.
+
+        Ranks must have equally many batches: accelerate would repeat rows, which would count twice.
+        """
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.args.world_size > 1:
+            missing = -len(rows) % (self.args.world_size * self.args.per_device_eval_batch_size)
+            blank = {"input_ids": rows[0]["input_ids"], "labels": [IGNORE] * len(rows[0]["labels"])}
+            filling: Any = [blank] * missing
+            rows = ConcatDataset([rows, filling])
+        return super().get_eval_dataloader(rows)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of a held-out batch; its sums are kept for `evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output: StepOutput = model(inputs, normalizer=1.0, at=self.state.global_step)
+        count = counting(inputs["labels"]).sum()
+        self._eval_sums.add({"loss": output.loss, **output.logs}, count)
+        return output.loss.detach() / count.clamp_min(1), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """transformers.Trainer's, with every number a mean over all held-out tokens."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self._eval_sums = _Sums()
+        result = super().evaluation_loop(*args, **kwargs)
+        means = self._eval_sums.means(self.accelerator)
+        exact = {f"{prefix}_{name}": mean for name, mean in means.items()}
+        return result._replace(metrics={**(result.metrics or {}), **exact})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds every term's mean since the last line to what is logged."""
+        if "loss" in logs:
+            for name, total in self._train_sums.totals(self.accelerator).items():
+                logs[name] = total / max(self._steps_since_log, 1)
+            self._train_sums = _Sums()
+            self._steps_since_log = 0
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See transformers.Trainer; `resume_from_checkpoint=True` takes the last complete checkpoint.
+
+        Raises:
+            UserError: there is none.
+        """
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self._checkpoints)
+            if found is None:
+                raise UserError(f"train: expected a complete checkpoint in {self.args.output_dir}, got none.")
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # Checkpoints.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        for name, parameter in self.distiller.named_parameters():
+            if not torch.isfinite(parameter).all():
+                self._stop(f"a weight that is not finite in {name} before checkpoint {self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        target = str(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if state_dict is not None:
+            state_dict = {
+                name.removeprefix("student."): value
+                for name, value in state_dict.items()
+                if name.startswith("student.")
+            }
+        self.distiller.student.save_pretrained(target, state_dict=state_dict)  # type: ignore[operator]
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(target)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        student = self.distiller.student
+        saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)  # type: ignore[attr-defined]
+        student.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class _Sums:
+    """Named sums over batches, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count: Tensor | None = None
+
+    def add(self, values: Mapping[str, Tensor], count: Tensor | None = None) -> None:
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if count is not None:
+            self._count = count if self._count is None else self._count + count
+
+    def totals(self, accelerator: Any) -> dict[str, float]:
+        """The sums over all ranks."""
+        return {name: float(accelerator.reduce(value)) for name, value in self._sums.items()}
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """The sums over all ranks, divided by the count over all ranks."""
+        if self._count is None:
+            return {}
+        count = max(float(accelerator.reduce(self._count)), 1.0)
+        return {name: total / count for name, total in self.totals(accelerator).items()}
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, or None.
+
+    The trainer's state is the last file of a checkpoint: where it is whole, so is everything before it.
+    """
+    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return next((path for path in reversed(found) if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,274 @@
+"""A whole run as a user would make it: the directory, killed and resumed, and what goes wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import make_llama, make_tokenizer
+from potstill.errors import DataError, ModelError, PotstillError, RecipeError, VocabularyError
+from potstill.pipeline import run
+from potstill.preflight import check
+from potstill.recipe import Recipe
+
+
+def quiet_run(values: dict[str, Any], **kwargs: Any) -> Any:
+    return run(Recipe.parse(values), console=Console(file=io.StringIO()), **kwargs)
+
+
+def potstill(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "potstill", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+
+
+def written(values: dict[str, Any], folder: Path) -> str:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return str(folder / "recipe.yaml")
+
+
+def test_a_run_leaves_what_it_promises(recipe_values: dict[str, Any]) -> None:
+    result = quiet_run(recipe_values)
+    names = {path.name for path in result.directory.iterdir()}
+    assert names == {
+        "recipe.yaml", "metrics.jsonl", "summary.json", "checkpoints", "student", "baseline", "report.html",
+    }  # fmt: skip
+    rows = result.summary["rows"]
+    assert list(rows) == ["teacher", "baseline", "student"]
+    for row in rows.values():
+        assert set(row) == {"loss", "perplexity", "agreement", "kl", "parameters", "bytes", "latency_ms"}
+    assert rows["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows["teacher"]["agreement"] == 1
+    assert rows["student"]["parameters"] == rows["baseline"]["parameters"] < rows["teacher"]["parameters"]
+    gap = rows["baseline"]["loss"] - rows["teacher"]["loss"]
+    if gap > 0:
+        closed = (rows["baseline"]["loss"] - rows["student"]["loss"]) / gap
+        assert result.summary["gap_closed"] == pytest.approx(closed)
+    assert len(result.summary["continuations"]) == 3
+    lines = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
+    for name in ("student", "baseline"):
+        assert [line["step"] for line in lines if line["run"] == name and "loss" in line] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+        ]
+    assert Recipe.load(result.directory / "recipe.yaml") == Recipe.parse(recipe_values)
+    model = AutoModelForCausalLM.from_pretrained(result.directory / "student")
+    assert model.num_parameters() == rows["student"]["parameters"]
+    assert AutoTokenizer.from_pretrained(result.directory / "student").get_vocab()
+    assert "gap closed" in (result.directory / "student" / "README.md").read_text().lower()
+
+
+def test_both_runs_begin_with_the_same_weights_and_see_the_same_data(recipe_values: dict[str, Any]) -> None:
+    recipe_values["objective"] = [{"term": "labels"}]
+    result = quiet_run(recipe_values)
+    student, baseline = (load_file(result.directory / n / "model.safetensors") for n in ("student", "baseline"))
+    assert all(torch.equal(student[key], baseline[key]) for key in student)
+    assert result.summary["rows"]["student"]["loss"] == result.summary["rows"]["baseline"]["loss"]
+
+
+def test_an_existing_student_is_taken_as_it_is(recipe_values: dict[str, Any], toys: Path) -> None:
+    recipe_values["student"] = {"model": str(toys / "student")}
+    recipe_values["train"] = {"num_train_epochs": 1, "per_device_train_batch_size": 16}
+    recipe_values["evaluate"] = {"baseline": False, "continuations": 0}
+    summary = quiet_run(recipe_values).summary
+    assert list(summary["rows"]) == ["teacher", "student"]
+    assert summary["gap_closed"] is None
+    assert summary["continuations"] == []
+    assert summary["training"]["steps"] == -(-summary["data"]["train_examples"] // 16)
+
+
+def test_a_finished_directory_is_not_overwritten(recipe_values: dict[str, Any]) -> None:
+    first = quiet_run(recipe_values)
+    with pytest.raises(RecipeError, match="which holds a run"):
+        quiet_run(recipe_values)
+    before = (first.directory / "student" / "model.safetensors").stat().st_mtime_ns
+    again = quiet_run(recipe_values, resume=True)
+    assert (again.directory / "student" / "model.safetensors").stat().st_mtime_ns == before
+    assert again.summary["rows"]["student"]["loss"] == first.summary["rows"]["student"]["loss"]
+    with pytest.raises(RecipeError, match="got another train"):
+        quiet_run(recipe_values | {"train": recipe_values["train"] | {"max_steps": 7}}, resume=True)
+
+
+def test_killed_and_resumed_equals_uninterrupted(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    recipe_values["train"] |= {"max_steps": 40, "save_steps": 5, "logging_steps": 5}
+    whole = quiet_run(recipe_values)
+    recipe_values["output"] = str(tmp_path / "killed")
+    path = written(recipe_values, tmp_path)
+    kills = 0
+    for wanted in ("student/checkpoint-10", "baseline/checkpoint-10"):
+        command = [sys.executable, "-m", "potstill", "run", path, "--resume"]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        seen = tmp_path / "killed" / "checkpoints" / wanted
+        while process.poll() is None and not seen.exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        kills += process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert kills == 2
+    done = potstill("run", path, "--resume")
+    assert done.returncode == 0, done.stderr
+    for name in ("student", "baseline"):
+        one, two = (load_file(d / name / "model.safetensors") for d in (whole.directory, tmp_path / "killed"))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    steps = [(line["run"], line["step"]) for line in lines if "loss" in line]
+    assert len(steps) == len(set(steps)) == 16
+
+
+def test_check_trains_nothing(recipe_values: dict[str, Any]) -> None:
+    found = check(Recipe.parse(recipe_values))
+    assert found.steps == 6
+    assert found.vocabulary == 300
+    assert found.student_parameters < found.teacher_parameters
+    assert found.memory_bytes > 16 * found.student_parameters
+    assert found.seconds > 0
+    assert not Path(recipe_values["output"]).exists()
+
+
+def broken(values: dict[str, Any], toys: Path, tmp_path: Path, what: str) -> dict[str, Any]:
+    data = values["data"]
+    if what == "teacher path":
+        values["teacher"]["model"] = str(toys / "teachr")
+    elif what == "not a model":
+        (tmp_path / "empty").mkdir()
+        values["teacher"]["model"] = str(tmp_path / "empty")
+    elif what == "pickled weights":
+        model = make_llama()
+        model.save_pretrained(tmp_path / "pickled")
+        make_tokenizer().save_pretrained(tmp_path / "pickled")
+        torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+        (tmp_path / "pickled" / "model.safetensors").unlink()
+        values["teacher"]["model"] = str(tmp_path / "pickled")
+    elif what == "data field":
+        data["train"]["field"] = "txt"
+    elif what == "data path":
+        data["train"]["path"] = str(toys / "trian.jsonl")
+    elif what == "empty data":
+        (tmp_path / "empty.jsonl").write_text("")
+        data["eval"]["path"] = str(tmp_path / "empty.jsonl")
+    elif what == "design field":
+        values["student"]["design"]["hiden_size"] = 8
+    elif what == "design shape":
+        values["student"]["design"]["num_attention_heads"] = 3
+    elif what == "other tokenizer":
+        make_llama(vocab_size=310).save_pretrained(tmp_path / "other")
+        make_tokenizer(310).save_pretrained(tmp_path / "other")
+        values["student"] = {"model": str(tmp_path / "other")}
+    elif what == "same size, other tokens":
+        make_llama().save_pretrained(tmp_path / "moved")
+        tokenizer = make_tokenizer()
+        tokenizer.save_pretrained(tmp_path / "moved")
+        path = tmp_path / "moved" / "tokenizer.json"
+        state = json.loads(path.read_text())
+        vocab = state["model"]["vocab"]
+        vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+        path.write_text(json.dumps(state))
+        values["student"] = {"model": str(tmp_path / "moved")}
+    elif what == "too long":
+        data["max_length"] = 1000
+    elif what == "NaN":
+        values["train"] |= {"learning_rate": 1e30, "max_grad_norm": 0.0, "optim": "sgd", "save_steps": 1}
+    return values
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "message"),
+    [
+        ("teacher path", ModelError, "Did you mean .*teacher"),
+        ("not a model", ModelError, "teacher.model: expected a causal language model"),
+        ("pickled weights", ModelError, "safetensors"),
+        ("data field", DataError, "text"),
+        ("data path", DataError, "train.jsonl"),
+        ("empty data", DataError, "empty"),
+        ("design field", ModelError, "Did you mean hidden_size"),
+        ("design shape", ModelError, "student.design"),
+        ("other tokenizer", VocabularyError, "300 and 310 tokens, 10 only the student has.*cross-tokenizer"),
+        ("same size, other tokens", VocabularyError, "2 under another id"),
+        ("too long", RecipeError, "data.max_length: expected at most 64"),
+        ("NaN", PotstillError, "optimiser step .*last good checkpoint"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    recipe_values: dict[str, Any],
+    toys: Path,
+    tmp_path: Path,
+    what: str,
+    kind: type[PotstillError],
+    message: str,
+) -> None:
+    values = broken(recipe_values, toys, tmp_path, what)
+    with pytest.raises(kind, match=message) as caught:
+        quiet_run(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_padded_teacher_head_is_sliced_and_said(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    make_llama(vocab_size=320, seed=1).save_pretrained(tmp_path / "padded")
+    make_tokenizer().save_pretrained(tmp_path / "padded")
+    recipe_values["teacher"]["model"] = str(tmp_path / "padded")
+    result = quiet_run(recipe_values)
+    assert any("300 tokens are real" in note and "teacher 320" in note for note in result.summary["notes"])
+
+
+def test_a_tokenizer_without_pad_uses_its_end_and_says_so(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    make_llama(seed=1).save_pretrained(tmp_path / "padless")
+    make_tokenizer(eos_token="<end>").save_pretrained(tmp_path / "padless")
+    recipe_values["teacher"]["model"] = str(tmp_path / "padless")
+    recipe_values["data"]["packing"] = False
+    result = quiet_run(recipe_values)
+    assert any("pad" in note and "<end>" in note for note in result.summary["notes"])
+
+
+def test_the_command_line(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    path = written(recipe_values, tmp_path)
+    checked = potstill("check", path)
+    assert checked.returncode == 0, checked.stderr
+    assert "300 tokens, the same for both" in checked.stdout
+    done = potstill("run", path, "--set", "train.max_steps=2", "--set", "evaluate.continuations=1")
+    assert done.returncode == 0, done.stderr
+    assert "student" in done.stdout
+    report = Path(recipe_values["output"]) / "report.html"
+    report.unlink()
+    assert potstill("report", recipe_values["output"]).returncode == 0
+    assert report.exists()
+    assert "potstill demo" in potstill("--help").stdout
+    assert json.loads(potstill("schema").stdout)["title"] == "Recipe"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["run", "nowhere.yaml"], 2, "recipe: expected a file, got nowhere.yaml"),
+        (["run", "recipe.yaml", "--set", "train.max_step=1"], 2, "Did you mean max_steps?"),
+        (["report", "."], 2, "report: expected"),
+        (["rum"], 2, "No such command"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(
+    recipe_values: dict[str, Any], tmp_path: Path, arguments: list[str], status: int, message: str
+) -> None:
+    written(recipe_values, tmp_path)
+    done = potstill(*arguments, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if arguments[0] == "run":
+        assert "Traceback" in potstill(*arguments, "--debug", cwd=tmp_path).stderr

@@ -1,0 +1,168 @@
+"""The recipe: strict, typed, all mistakes at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from potstill.divergence import JSD, AlphaBeta
+from potstill.errors import RecipeError
+from potstill.recipe import DivergencePart, Recipe, SchedulePart
+
+MINIMAL = """
+name: toy
+teacher: {model: a}
+student: {model: b}
+data: {train: {path: t.jsonl}, eval: {path: e.jsonl}}
+objective: [{term: logits, divergence: {kind: jsd, beta: 0.3}, temperature: {schedule: linear, start: 4.0, end: 1.0}}]
+train: {max_steps: 600, learning_rate: 2e-3}
+output: runs/toy
+"""
+
+
+def mistakes(change: dict[str, Any]) -> str:
+    values = yaml.safe_load(MINIMAL) | change
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(values)
+    return str(caught.value)
+
+
+def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL)
+    recipe = Recipe.load(path)
+    assert recipe.train["learning_rate"] == 2e-3
+    assert recipe.objective[0].divergence.build() == JSD(0.3)
+    assert recipe.objective[0].temperature.build(steps=6)(3) == 2.5
+    path.write_text(recipe.dump())
+    assert Recipe.load(path) == recipe
+
+
+def test_sets_change_any_key(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL)
+    changes = [
+        "train.max_steps=5",
+        "objective.0.divergence=reverse_kl",
+        "evaluate.baseline=true",
+        "train.max_grad_norm=1e-1",
+    ]
+    recipe = Recipe.load(path, changes)
+    assert recipe.train["max_steps"] == 5
+    assert recipe.objective[0].divergence.kind == "reverse_kl"
+    assert recipe.evaluate.baseline
+    assert recipe.train["max_grad_norm"] == 0.1
+    for wrong in ("train.max_steps", "objective.3.weight=1", "objective.x=1", "name.first=1"):
+        with pytest.raises(RecipeError, match="--set"):
+            Recipe.load(path, [wrong])
+
+
+def test_all_mistakes_are_told_at_once_with_the_nearest_key() -> None:
+    text = mistakes(
+        {
+            "nmae": "x",
+            "teacher": {"modle": "a"},
+            "student": {"model": "a", "design": {"hidden_size": 3}},
+            "data": {"train": {"path": "t"}, "eval": {"path": "e", "feild": "x"}, "max_length": 1},
+            "train": {"max_step": 5, "warmup_steps": "many", "seed": 3},
+            "objective": [
+                {
+                    "term": "logits",
+                    "divergence": "forwardkl",
+                    "temperature": {"schedule": "linear", "start": 1},
+                }
+            ],
+        }
+    )
+    for expected in (
+        "recipe: 11 mistakes",
+        "nmae: unknown key. Did you mean name?",
+        "teacher.modle: unknown key. Did you mean model?",
+        "teacher.model: expected a value",
+        "student: expected either model or design, got both",
+        "data.eval.feild: unknown key. Did you mean field?",
+        "data.max_length: input should be greater than or equal to 2, got 1",
+        "train.max_step: unknown key. Did you mean max_steps?",
+        "train.warmup_steps: expected float, got 'many'",
+        "train.seed: expected it not to be set here",
+        "objective.0.divergence: expected one of forward_kl",
+        "objective.0.temperature: expected linear with end, start (and steps), got start",
+    ):
+        assert expected in text, text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"objective": []}, "objective: list should have at least 1 item"),
+        ({"objective": [{"term": "logit"}]}, "objective.0: expected a term of logits, labels"),
+        ({"objective": [{"term": "labels", "weight": -1.0}]}, "objective.0.weight: expected a number >= 0"),
+        ({"objective": [{"term": "logits", "temperature": 0}]}, "objective.0.temperature: expected a number > 0"),
+        ({"objective": [{"term": "logits", "temperature": "hot"}]}, "objective.0.temperature: input should be a valid number"),
+        ({"objective": [{"term": "logits", "divergence": {"kind": "jsd", "beta": 1}}]}, "open interval (0, 1), got 1"),
+        ({"objective": [{"term": "logits", "divergence": {"kind": "jsd", "alpha": 1}}]}, "expected jsd with beta, got alpha"),
+        ({"objective": [{"term": "logits", "divergence": "alpha_beta"}]}, "expected alpha_beta with alpha, beta, got none"),
+        ({"objective": [{"term": "labels", "weight": {"schedule": "linear", "start": 1, "ende": 2}}]}, "Did you mean end?"),
+        ({"train": "fast"}, "train: expected a mapping"),
+        ({"student": {}}, "student: expected either model or design, got neither"),
+        ({"output": ""}, "output: string should have at least 1 character"),
+    ],
+)  # fmt: skip
+def test_each_mistake_names_its_key(change: dict[str, Any], expected: str) -> None:
+    assert expected in mistakes(change)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\nname: b", "the key name stands twice"),
+        ("name: [", "expected YAML"),
+        ("- a", "expected a mapping of keys, got list"),
+        ("", "expected a mapping of keys, got NoneType"),
+    ],
+)
+def test_files_that_are_not_recipes(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=expected):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(MINIMAL)
+    with pytest.raises(RecipeError, match=r"not there\. Did you mean recipe\.yaml\?"):
+        Recipe.load(tmp_path / "recipes.yaml")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"schedule": "constant", "value": 1.0},
+        {"schedule": "cosine", "start": 1.0, "end": 0.0},
+        {"schedule": "exponential", "start": 1.0, "end": 0.1, "steps": 5},
+        {"schedule": "piecewise", "values": [1.0, 0.5], "boundaries": [5]},
+        {"schedule": "stages", "start": 4.0, "end": 0.5, "stages": 5},
+        {"schedule": "linear", "start": 1.0, "end": 0.0, "warmup": 3},
+    ],
+    ids=lambda values: values["schedule"],
+)
+def test_every_schedule_builds(values: dict[str, Any]) -> None:
+    built = SchedulePart(**values).build(steps=10)
+    assert all(isinstance(built(step), float) for step in range(12))
+
+
+def test_a_schedule_is_as_long_as_the_run() -> None:
+    built = SchedulePart(schedule="linear", start=4.0, end=1.0, warmup=2).build(steps=12)
+    assert [built(0), built(2), built(7), built(12)] == [0.0, 4.0, 2.5, 1.0]
+
+
+def test_every_divergence_has_a_name() -> None:
+    assert DivergencePart(kind="alpha_beta", alpha=0.2, beta=0.7).build() == AlphaBeta(0.2, 0.7)
+
+
+def test_the_schema_describes_every_key() -> None:
+    schema = Recipe.model_json_schema()
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert schema["additionalProperties"] is False
