@@ -94,18 +94,21 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key() -> None:
         assert expected in text, text
 
 
+LOGITS = {"term": "logits"}
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({"objective": []}, "objective: list should have at least 1 item"),
         ({"objective": [{"term": "logit"}]}, "objective.0: expected a term of logits, labels"),
         ({"objective": [{"term": "labels", "weight": -1.0}]}, "objective.0.weight: expected a number >= 0"),
-        ({"objective": [{"term": "logits", "temperature": 0}]}, "objective.0.temperature: expected a number > 0"),
-        ({"objective": [{"term": "logits", "temperature": "hot"}]}, "objective.0.temperature: input should be a valid number"),
-        ({"objective": [{"term": "logits", "divergence": {"kind": "jsd", "beta": 1}}]}, "open interval (0, 1), got 1"),
-        ({"objective": [{"term": "logits", "divergence": {"kind": "jsd", "alpha": 1}}]}, "expected jsd with beta, got alpha"),
-        ({"objective": [{"term": "logits", "divergence": "alpha_beta"}]}, "expected alpha_beta with alpha, beta, got none"),
-        ({"objective": [{"term": "labels", "weight": {"schedule": "linear", "start": 1, "ende": 2}}]}, "Did you mean end?"),
+        ({"objective": [LOGITS | {"temperature": 0}]}, "objective.0.temperature: expected a number > 0"),
+        ({"objective": [LOGITS | {"temperature": "hot"}]}, "objective.0.temperature: input should be a valid"),
+        ({"objective": [LOGITS | {"divergence": {"kind": "jsd", "beta": 1}}]}, "open interval (0, 1), got 1"),
+        ({"objective": [LOGITS | {"divergence": {"kind": "jsd", "alpha": 1}}]}, "expected jsd with beta, got alpha"),
+        ({"objective": [LOGITS | {"divergence": "alpha_beta"}]}, "expected alpha_beta with alpha, beta, got none"),
+        ({"objective": [LOGITS | {"weight": {"schedule": "linear", "start": 1, "ende": 2}}]}, "Did you mean end?"),
         ({"train": "fast"}, "train: expected a mapping"),
         ({"student": {}}, "student: expected either model or design, got neither"),
         ({"output": ""}, "output: string should have at least 1 character"),

@@ -61,7 +61,7 @@ def demo(
 
     recipe = demo_recipe(out, set_ or ())
     console.print(
-        "A 5.3M-parameter teacher, and a student a sixth of its size: trained once by the teacher, once on labels alone.\n"
+        "A 5.3M-parameter teacher and a student a sixth of its size: taught by it once, trained on labels once.\n"
         f"[dim]The recipe: {out / 'recipe.yaml'}[/]",
         highlight=False,
     )

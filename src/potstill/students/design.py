@@ -45,4 +45,14 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
         config.head_dim = config.hidden_size // config.num_attention_heads
     if "num_hidden_layers" in changes and isinstance(known.get("layer_types"), list):
         config.layer_types = known["layer_types"][: config.num_hidden_layers]
-    return config
+    try:
+        # Made anew, because only then a config checks that its fields fit together.
+        made: PretrainedConfig = type(teacher).from_dict(config.to_dict())
+    except Exception as error:  # each architecture has its own words for a shape that cannot be
+        raise ModelError(f"student.design: expected a shape that a model can have, got: {last_line(error)}") from None
+    return made
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error's text, where libraries put the reason."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()

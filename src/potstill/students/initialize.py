@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, set_seed
 
 from potstill.errors import ModelError
+from potstill.students.design import last_line
 
 
 def random_student(config: PretrainedConfig, seed: int) -> PreTrainedModel:
@@ -24,7 +25,6 @@ def random_student(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     set_seed(seed)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ModelError(f"student.design: expected a shape that a model can have, got: {reason}") from None
+    except Exception as error:  # each architecture has its own words for a shape that cannot be
+        raise ModelError(f"student.design: expected a shape that a model can have, got: {last_line(error)}") from None
     return model

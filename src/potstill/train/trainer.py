@@ -35,6 +35,8 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.greater_is_better is None:
             self.greater_is_better = False  # all that is measured here are losses, whatever they are called
+        # Without an accelerator there is nothing to pin for, and torch would warn at every epoch.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
         if self.label_smoothing_factor:
             raise UserError(
