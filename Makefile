@@ -30,7 +30,7 @@ bench: setup
 	$(BIN)/python benchmarks/demo.py
 
 docs: setup
-	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/reference.py
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -35,8 +35,9 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.greater_is_better is None:
             self.greater_is_better = False  # all that is measured here are losses, whatever they are called
-        # Without an accelerator there is nothing to pin for, and torch would warn at every epoch.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers allows bf16 on a CPU only where this is said
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn at every epoch
         super().__post_init__()
         if self.label_smoothing_factor:
             raise UserError(

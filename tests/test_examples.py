@@ -1,0 +1,102 @@
+"""What is shown works: every recipe trains two steps, every block of the README runs, the docs are up to date."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import runpy
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from conftest import TEXT, make_llama, make_tokenizer
+from potstill.cli import app
+from potstill.pipeline import run
+from potstill.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), ROOT / "src/potstill/demo/recipe.yaml"])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture
+def workplace(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the README's reader has it: teacher/, student/, train.jsonl, eval.jsonl."""
+    shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem if path.parent.name == "recipes" else "demo")
+def test_every_recipe_trains_two_steps(path: Path, workplace: Path) -> None:
+    recipe = Recipe.load(path)
+    source = recipe.data.train.model_dump(exclude_none=True)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    for name, seed in (("teacher", 1), ("student", 2)):
+        make_llama(seed=seed).save_pretrained(workplace / name)
+        tokenizer.save_pretrained(workplace / name)
+    for split in ("train", "eval"):
+        rows = []
+        for text in TEXT[:20]:
+            chat = [{"role": "user", "content": text[:9]}, {"role": "assistant", "content": text[9:30]}]
+            values = {"field": text, "prompt": text[:9], "completion": text[9:30], "messages": chat}
+            rows.append({column: values[key] for key, column in source.items() if key != "path"})
+        (workplace / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ["data.max_length=48", "train.max_steps=2", "train.warmup_steps=0", "evaluate.continuations=0"]
+    small += ["train.gradient_accumulation_steps=2"] if "gradient_accumulation_steps" in recipe.train else []
+    if recipe.student.design:
+        small.append("student.design={hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2}")
+    result = run(Recipe.load(path, small), console=Console(file=io.StringIO()))
+    assert result.summary["training"]["steps"] == 2
+    assert set(result.summary["rows"]) == {"teacher", "baseline", "student"}
+
+
+def test_the_python_of_the_readme_runs(workplace: Path) -> None:
+    (code,) = blocks("python")
+    assert len(code.splitlines()) <= 16
+    (workplace / "example.py").write_text(code)
+    runpy.run_path(str(workplace / "example.py"))
+    assert (workplace / "runs/mine/student/model.safetensors").exists()
+
+
+def test_the_recipe_and_the_commands_of_the_readme_run(workplace: Path) -> None:
+    (recipe,) = blocks("yaml")
+    (workplace / "recipe.yaml").write_text(recipe)
+    lines = [line.partition("#")[0] for block in blocks("console") for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("potstill")]
+    assert [command[0] for command in commands] == ["check", "run", "run", "report", "schema"]
+    for command in commands:
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+
+
+def test_the_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("make")]
+    assert lines
+    for line in lines:
+        assert f"\n{line.split()[1]}:" in makefile
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_keys_of_a_recipe_are_documented() -> None:
+    page = runpy.run_path(str(ROOT / "docs/reference.py"))["page"]()
+    assert (ROOT / "docs/recipe.md").read_text(encoding="utf-8") == page, "run make docs"

@@ -1,0 +1,70 @@
+"""Shapes and first weights of students, and how models are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, Qwen3Config
+
+from conftest import make_llama, make_tokenizer
+from potstill.data.vocabulary import shared_vocabulary
+from potstill.errors import ModelError, VocabularyError
+from potstill.loading import load_config, load_model, load_tokenizer
+from potstill.students.design import student_config
+from potstill.students.initialize import random_student
+
+
+def test_a_student_is_of_the_teachers_kind() -> None:
+    teacher = LlamaConfig(vocab_size=320, hidden_size=64, num_attention_heads=8, num_hidden_layers=6)
+    config = student_config(teacher, {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}, 300)
+    assert (config.vocab_size, config.num_key_value_heads, config.head_dim) == (300, 4, 8)
+    assert teacher.hidden_size == 64
+    assert random_student(config, 0).num_parameters() > 0
+
+
+def test_layer_types_follow_the_number_of_layers() -> None:
+    teacher = Qwen3Config(num_hidden_layers=4, vocab_size=300)
+    assert len(student_config(teacher, {"num_hidden_layers": 2}, 300).layer_types) == 2
+
+
+def test_a_kind_without_these_fields_works_too() -> None:
+    config = student_config(GPT2Config(vocab_size=300), {"n_embd": 32, "n_head": 2, "n_layer": 1}, 300)
+    assert random_student(config, 0).config.n_embd == 32
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    config = make_llama().config
+    one, two, other = (next(random_student(config, seed).parameters()) for seed in (3, 3, 4))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"hiden_size": 8}, "Did you mean hidden_size"), ({"hidden_size": 9, "num_attention_heads": 2}, "student.design")],
+)
+def test_shapes_that_cannot_be(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        student_config(make_llama().config, changes, 300)
+
+
+def test_models_are_read_in_the_precision_asked_for(toys: Path) -> None:
+    assert load_model(str(toys / "teacher"), "teacher.model", "bfloat16").dtype == torch.bfloat16
+    assert load_model(str(toys / "teacher"), "teacher.model").dtype == torch.float32
+    assert load_config(str(toys / "teacher"), "teacher.model").vocab_size == 300
+    assert load_tokenizer(str(toys / "teacher"), "teacher.model").eos_token == "<end>"
+
+
+@pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])
+def test_a_path_that_is_not_there(toys: Path, load) -> None:
+    with pytest.raises(ModelError, match=r"student\.model: expected a folder .* Did you mean .*student\?"):
+        load(str(toys / "studnt"), "student.model")
+
+
+def test_heads_must_have_a_row_for_each_token() -> None:
+    tokenizer = make_tokenizer()
+    assert shared_vocabulary(tokenizer, tokenizer, 320, 300) == 300
+    with pytest.raises(VocabularyError, match="student head with a row for each of 300 tokens, got 299"):
+        shared_vocabulary(tokenizer, tokenizer, 320, 299)
