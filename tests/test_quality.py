@@ -29,7 +29,8 @@ def test_compare_is_what_a_loop_finds() -> None:
                 if label == -100:
                     continue
                 losses.append(-float(q[row, t, label]))
-                kls.append(sum(math.exp(a) * (a - b) for a, b in zip(p[row, t].tolist(), q[row, t].tolist(), strict=False)))
+                pairs = zip(p[row, t].tolist(), q[row, t].tolist(), strict=True)
+                kls.append(sum(math.exp(a) * (a - b) for a, b in pairs))
                 agreed.append(int(p[row, t].argmax()) == int(q[row, t].argmax()))
                 places.append(t)
     count = len(losses)

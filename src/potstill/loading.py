@@ -7,10 +7,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -38,16 +36,6 @@ def load_model(where: str, key: str, dtype: str = "auto") -> PreTrainedModel:
     except Exception as error:
         raise _unreadable(key, "a causal language model with weights in safetensors", where, error) from error
     return model
-
-
-def load_config(where: str, key: str) -> PretrainedConfig:
-    """The config of a model; arguments and errors as `load_model`."""
-    _must_exist(where, key)
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except Exception as error:
-        raise _unreadable(key, "a model's config.json", where, error) from error
-    return config
 
 
 def load_tokenizer(where: str, key: str) -> PreTrainedTokenizerBase:

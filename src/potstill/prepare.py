@@ -86,11 +86,12 @@ def prepare(recipe: Recipe) -> Parts:
             raise RecipeError(
                 f"data.max_length: expected at most {limit}, the {name}'s number of positions, got {max_length}."
             )
-    train, held_out = (
-        encode(_source(part), tokenizer, max_length=max_length, packing=recipe.data.packing)
-        for part in (recipe.data.train, recipe.data.eval)
-    )
-    notes = [f"train: {note}" for note in train.notes] + [f"eval: {note}" for note in held_out.notes]
+    with PartialState().main_process_first():  # the other ranks then find what it has encoded
+        train, held_out = (
+            encode(_source(part), tokenizer, max_length=max_length, packing=recipe.data.packing)
+            for part in (recipe.data.train, recipe.data.eval)
+        )
+    notes = [*train.notes, *held_out.notes]
     _, pad_note = pad_token_id(tokenizer)
     if pad_note:
         notes.append(pad_note)
