@@ -41,7 +41,7 @@ class Divergence(ABC):
 
 def _times(weight: Tensor, factor: Tensor) -> Tensor:
     """weight * factor with 0 * inf = 0: a token without probability contributes nothing."""
-    return torch.where(weight == 0, torch.zeros_like(weight), weight * factor)
+    return (weight * factor).masked_fill_(weight == 0, 0.0)
 
 
 def _open_unit(owner: object, name: str, value: float, hint: str) -> None:

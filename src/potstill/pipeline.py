@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
@@ -134,7 +135,7 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
         objective=objective,
         args=DistillationConfig(output_dir=str(checkpoints), seed=parts.recipe.seed, disable_tqdm=True, **arguments),
         train_dataset=parts.train.dataset,
-        eval_dataset=parts.eval.dataset,
+        eval_dataset=parts.curve,
         processing_class=parts.tokenizer,
         vocabulary=parts.vocabulary,
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), ProgressBar(name, console)],
@@ -155,7 +156,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     names = [name for name in ("baseline", "student") if (directory / name).exists()]
     folders = {"teacher": Path(recipe.teacher.model), **{name: directory / name for name in names}}
     models = {name: load_model(str(directory / name), name) for name in names}
-    measured = compare(parts.teacher, models, _batches(parts), vocabulary=parts.vocabulary)
+    measured = compare(parts.teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary)
+    curve = compare(parts.teacher, {}, _batches(parts, parts.curve), vocabulary=parts.vocabulary)
     everyone = {"teacher": parts.teacher, **models}
     rows = {
         name: {
@@ -179,6 +181,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
         "gap_closed": closed,
+        "curve": {"rows": len(parts.curve), "teacher_loss": curve["teacher"].loss},
         "kl_by_position": {
             "edges": measured["student"].position_edges,
             **{name: measured[name].kl_by_position for name in names},
@@ -207,9 +210,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     }
 
 
-def _batches(parts: Parts) -> Iterator[dict[str, Tensor]]:
+def _batches(parts: Parts, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
     collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
-    dataset = parts.eval.dataset
     for start in range(0, len(dataset), EVAL_ROWS):
         yield collate([dataset[i] for i in range(start, min(start + EVAL_ROWS, len(dataset)))])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data import Examples, Source, encode, pad_token_id
@@ -48,6 +49,13 @@ class Parts:
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
         return _objective(self.recipe, self.steps)
+
+    @property
+    def curve(self) -> Dataset:
+        """Held-out rows for the learning curves: evenly spread, the same at every evaluation."""
+        rows = len(self.eval.dataset)
+        wanted = min(self.recipe.evaluate.curve_rows, rows)
+        return self.eval.dataset.select([i * rows // wanted for i in range(wanted)])
 
     @property
     def rows_per_step(self) -> int:

@@ -52,7 +52,7 @@ def write_report(run_directory: Path) -> Path:
         **_facts(summary),
         headlines=list(_headlines(summary)),
         gap=_gap(summary.rows),
-        curves=_learning_curves(summary.rows, held_out, training),
+        curves=_learning_curves(summary, held_out, training),
         positions=_positions(summary.kl_by_position),
         continuations=summary.continuations,
         recipe=read_text(run_directory / "recipe.yaml"),
@@ -276,8 +276,10 @@ def _passes(summary: Summary) -> str | None:
     return f"{training.steps * training.tokens_per_step / tokens:.1f}"
 
 
-def _learning_curves(rows: Rows, held_out: Curves, training: Curves) -> dict[str, Markup]:
-    floor = rows.teacher.loss if rows.teacher and math.isfinite(rows.teacher.loss) else None
+def _learning_curves(summary: Summary, held_out: Curves, training: Curves) -> dict[str, Markup]:
+    teacher = summary.rows.teacher
+    floor = summary.curve.teacher_loss if summary.curve.teacher_loss is not None else teacher and teacher.loss
+    floor = floor if floor is not None and math.isfinite(floor) else None
     curves = {}
     if held_out:
         curves["held_out"] = Markup(pictures.held_out_curves(held_out, floor))

@@ -94,12 +94,20 @@ class Training(BaseModel):
     seconds: dict[str, float] = {}
 
 
+class CurveRows(BaseModel):
+    """The held-out rows of the learning curves: fewer than those of the table."""
+
+    rows: int | None = None
+    teacher_loss: float | None = None
+
+
 class Summary(BaseModel):
     name: str = "a run"
     seed: int | None = None
     created: datetime | None = None
     rows: Rows
     gap_closed: float | None = None
+    curve: CurveRows = CurveRows()
     kl_by_position: Positions | None = None
     continuations: list[Continuation] = []
     data: Data = Data()

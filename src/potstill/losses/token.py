@@ -76,12 +76,15 @@ class _TokenDivergence(torch.autograd.Function):
         ctx: Any, student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence, temperature: float
     ) -> Tensor:
         dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-        log_q = torch.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
-        log_p = torch.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
+        log_q, log_p = (
+            torch.log_softmax(logits if temperature == 1 else logits.to(dtype) / temperature, dim=-1, dtype=dtype)
+            for logits in (student_logits, teacher_logits)
+        )
         value, slope = divergence.pointwise(log_q, log_p)
         if ctx.needs_input_grad[0]:
-            gradient = (slope - log_q.exp() * slope.sum(dim=-1, keepdim=True)) / temperature
-            ctx.save_for_backward(gradient)
+            # (slope - q * sum(slope)) / T, in place: a [..., V] buffer costs more than its arithmetic.
+            gradient = log_q.exp().mul_(-slope.sum(dim=-1, keepdim=True)).add_(slope)
+            ctx.save_for_backward(gradient if temperature == 1 else gradient.div_(temperature))
             ctx.dtype = student_logits.dtype
         return value.sum(dim=-1)
 
