@@ -184,6 +184,8 @@ def broken(values: dict[str, Any], toys: Path, tmp_path: Path, what: str) -> dic
         values["student"] = {"model": str(tmp_path / "moved")}
     elif what == "too long":
         data["max_length"] = 1000
+    elif what == "arguments":
+        values["train"] |= {"load_best_model_at_end": True, "eval_strategy": "no"}
     elif what == "NaN":
         values["train"] |= {"learning_rate": 1e30, "max_grad_norm": 0.0, "optim": "sgd", "save_steps": 1}
     return values
@@ -203,6 +205,7 @@ def broken(values: dict[str, Any], toys: Path, tmp_path: Path, what: str) -> dic
         ("other tokenizer", VocabularyError, "300 and 310 tokens, 10 only the student has.*cross-tokenizer"),
         ("same size, other tokens", VocabularyError, "2 under another id"),
         ("too long", RecipeError, "data.max_length: expected at most 64"),
+        ("arguments", RecipeError, "train: expected arguments that go together"),
         ("NaN", PotstillError, "optimiser step .*last good checkpoint"),
     ],
 )
@@ -218,6 +221,8 @@ def test_bad_input_is_one_clear_line(
     with pytest.raises(kind, match=message) as caught:
         quiet_run(values)
     assert "\n" not in str(caught.value)
+    if what != "NaN":  # a mistake corrected, the same command works: nothing stands in its way
+        assert not Path(values["output"]).exists() or not (Path(values["output"]) / "metrics.jsonl").exists()
 
 
 def test_a_padded_teacher_head_is_sliced_and_said(recipe_values: dict[str, Any], tmp_path: Path) -> None:

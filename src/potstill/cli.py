@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -19,11 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode="rich",
-    help="""Potstill makes a small model out of a large one: knowledge distillation.
-
-    [bold]potstill demo[/] shows it offline in four minutes. [bold]potstill run RECIPE[/] does it with your models and
-    data; [bold]potstill check RECIPE[/] says first what that needs, and what does not fit.
-    Add --debug to any command for a traceback.""",
+    help="Potstill makes a small model out of a large one: knowledge distillation.\n\n"
+    "[bold]potstill demo[/] shows it offline in four minutes. [bold]potstill run RECIPE[/] does it with your models "
+    "and data; [bold]potstill check RECIPE[/] says first what that needs, and what does not fit.\n\n"
+    "Add --debug to any command for a traceback.",
 )
 console = Console(stderr=True)
 
@@ -71,6 +72,7 @@ def demo(
 @app.command()
 def check(recipe: RecipePath, set_: Sets = None) -> None:
     """Say what a run will need, and whether vocabularies, data and models fit. Nothing is trained."""
+    from potstill.evaluate import words
     from potstill.preflight import check as check_recipe
     from potstill.recipe import Recipe
 
@@ -83,15 +85,15 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
     table.add_row("train", f"{found.train_tokens:,} tokens that count, in {found.train_rows:,} rows")
     table.add_row("eval", f"{found.eval_tokens:,} tokens that count")
     table.add_row("steps", f"{found.steps:,}")
-    table.add_row("memory", f"about {found.memory_bytes / 1e9:.2f} GB and the activations of one batch")
-    table.add_row("disk", f"about {found.disk_bytes / 1e9:.2f} GB of {found.disk_free_bytes / 1e9:.0f} GB free")
-    table.add_row("time", f"about {_duration(found.seconds)} of training on this machine")
+    table.add_row("memory", f"about {words.size(found.memory_bytes)} and the activations of one batch")
+    table.add_row("disk", f"about {words.size(found.disk_bytes)} of {words.size(found.disk_free_bytes)} free")
+    table.add_row("time", f"about {words.duration(found.seconds)} of training on this machine")
     for note in found.notes:
         table.add_row("note", note)
     Console().print(table, highlight=False)
     if found.disk_bytes > found.disk_free_bytes:
         raise UserError(
-            f"output: expected {found.disk_bytes / 1e9:.2f} GB of free disk, got {found.disk_free_bytes / 1e9:.2f}. "
+            f"output: expected {words.size(found.disk_bytes)} of free disk, got {words.size(found.disk_free_bytes)}. "
             "Choose another directory with --set output=DIR."
         )
 
@@ -124,34 +126,30 @@ def version(
         raise typer.Exit
 
 
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
 def _finish(result: Any) -> None:
-    """Show the table, the verdict and where everything is."""
+    """Show the table, the verdict and where everything is; once, whatever the number of ranks."""
+    from accelerate import PartialState
+
+    from potstill.evaluate import words
     from potstill.evaluate.report import verdict
 
-    table = Table(title=result.summary["name"], title_justify="left")
-    for column in ("", "loss", "perplexity", "agreement", "KL to teacher", "parameters", "MB", "ms"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, row in result.summary["rows"].items():
-        table.add_row(
-            name,
-            f"{row['loss']:.3f}",
-            f"{row['perplexity']:.1f}",
-            f"{row['agreement']:.1%}",
-            f"{row['kl']:.3f}",
-            f"{row['parameters']:,}",
-            f"{row['bytes'] / 1e6:.1f}",
-            f"{row['latency_ms']:.1f}",
-        )
+    if not PartialState().is_main_process:
+        return
+    rows = result.summary["rows"]
+    table = Table(title=result.summary["name"], title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("", *rows):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    measures: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "held-out loss, nats a token": ("loss", words.nats),
+        "perplexity": ("perplexity", words.perplexity),
+        "top-1 agreement with the teacher": ("agreement", lambda share: words.percent(share, 1)),
+        "KL to the teacher, nats a token": ("kl", words.nats),
+        "parameters": ("parameters", words.count),
+        "size": ("bytes", words.size),
+        "latency of one row": ("latency_ms", words.milliseconds),
+    }
+    for measure, (key, form) in measures.items():
+        table.add_row(measure, *(form(row[key]) for row in rows.values()))
     out = Console()
     out.print(table, highlight=False)
     out.print(verdict(result.summary), highlight=False)

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +26,7 @@ from potstill.errors import RecipeError
 from potstill.evaluate.quality import compare, continuation, gap_closed
 from potstill.evaluate.report import write_report, write_student_card
 from potstill.evaluate.speed import latency_ms, weight_bytes
-from potstill.loading import load_model
+from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
 from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart
 from potstill.teachers import ModelTeacher
@@ -68,15 +67,16 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     console = console or Console(stderr=True)
     state = PartialState()
     directory = Path(recipe.output)
-    if state.is_main_process:
-        _open(directory, recipe, resume)
-    state.wait_for_everyone()
+    _must_be_free(directory, recipe, resume)
 
-    with _quiet():
+    with quiet():
         parts = prepare(recipe)
         if state.is_main_process:
+            directory.mkdir(parents=True, exist_ok=True)
+            _write(directory / "recipe.yaml", recipe.dump())
             for note in parts.notes:
-                console.print(f"[dim]{note}[/]", highlight=False)
+                console.print(note, style="dim", highlight=False, markup=False)
+        state.wait_for_everyone()
         _train(parts, "student", parts.objective(), directory, console)
         if recipe.evaluate.baseline:
             _train(parts, "baseline", Objective([Labels()]), directory, console)
@@ -91,25 +91,23 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))
 
 
-def _open(directory: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the run directory, or check that it holds the same recipe."""
+def _must_be_free(directory: Path, recipe: Recipe, resume: bool) -> None:
+    """The run directory holds no training, or one of the same recipe to go on with."""
     record = directory / "recipe.yaml"
-    if record.exists():
-        if not resume:
-            raise RecipeError(
-                f"output: expected an empty or new directory, got {directory}, which holds a run. "
-                "Go on with it with --resume, or choose another with --set output=DIR."
-            )
-        earlier = Recipe.load(record)
-        changed = [key for key, value in recipe if value != getattr(earlier, key)]
-        if changed:
-            raise RecipeError(
-                f"output: expected the recipe that the run in {directory} began with, got another "
-                f"{', '.join(changed)}. Take {record}, or choose another directory with --set output=DIR."
-            )
-    else:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write(record, recipe.dump())
+    if not record.exists() or not (directory / "metrics.jsonl").exists():
+        return
+    if not resume:
+        raise RecipeError(
+            f"output: expected an empty or new directory, got {directory}, which holds a run. "
+            "Go on with it with --resume, or choose another with --set output=DIR."
+        )
+    earlier = Recipe.load(record)
+    changed = [key for key, value in recipe if value != getattr(earlier, key)]
+    if changed:
+        raise RecipeError(
+            f"output: expected the recipe that the run in {directory} began with, got another "
+            f"{', '.join(changed)}. Take {record}, or choose another directory with --set output=DIR."
+        )
 
 
 def _train(parts: Parts, name: str, objective: Objective, directory: Path, console: Console) -> None:
@@ -118,8 +116,36 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
     if target.exists():
         return
     checkpoints = directory / "checkpoints" / name
+    bar = ProgressBar(name, console)
+    trainer = DistillationTrainer(
+        student=parts.new_student(),
+        teacher=ModelTeacher(parts.teacher, device=parts.recipe.teacher.device) if objective.needs_teacher else None,
+        objective=objective,
+        args=_arguments(parts, checkpoints),
+        train_dataset=parts.train.dataset,
+        eval_dataset=parts.curve,
+        processing_class=parts.tokenizer,
+        vocabulary=parts.vocabulary,
+        callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
+    finally:
+        bar.progress.stop()
+    partial = directory / f"{name}.partial"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)  # what a kill in the middle of the next line leaves
+    trainer.save_model(str(partial))
+    if trainer.is_world_process_zero():
+        partial.rename(target)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _arguments(parts: Parts, checkpoints: Path) -> DistillationConfig:
+    """The recipe's `train`, with what a run sets unless the recipe does."""
     steps = parts.steps
-    arguments: dict[str, Any] = {
+    values: dict[str, Any] = {
         "logging_steps": max(1, steps // 60),
         "eval_strategy": "steps",
         "eval_steps": max(1, steps // 6),
@@ -129,25 +155,11 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
         "per_device_eval_batch_size": EVAL_ROWS,
         **parts.recipe.train,
     }
-    trainer = DistillationTrainer(
-        student=parts.new_student(),
-        teacher=ModelTeacher(parts.teacher, device=parts.recipe.teacher.device) if objective.needs_teacher else None,
-        objective=objective,
-        args=DistillationConfig(output_dir=str(checkpoints), seed=parts.recipe.seed, disable_tqdm=True, **arguments),
-        train_dataset=parts.train.dataset,
-        eval_dataset=parts.curve,
-        processing_class=parts.tokenizer,
-        vocabulary=parts.vocabulary,
-        callbacks=[MetricsFile(directory / "metrics.jsonl", name), ProgressBar(name, console)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
-    partial = directory / f"{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    trainer.save_model(str(partial))
-    if trainer.is_world_process_zero():
-        partial.rename(target)
-    trainer.accelerator.wait_for_everyone()
+    try:
+        return DistillationConfig(output_dir=str(checkpoints), seed=parts.recipe.seed, disable_tqdm=True, **values)
+    except (ValueError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"train: expected arguments that go together, got: {reason}") from None
 
 
 def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
@@ -155,7 +167,9 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     recipe = parts.recipe
     names = [name for name in ("baseline", "student") if (directory / name).exists()]
     folders = {"teacher": Path(recipe.teacher.model), **{name: directory / name for name in names}}
-    models = {name: load_model(str(directory / name), name) for name in names}
+    device = PartialState().device
+    parts.teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
+    models = {name: load_model(str(directory / name), name).to(device) for name in names}
     measured = compare(parts.teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary)
     curve = compare(parts.teacher, {}, _batches(parts, parts.curve), vocabulary=parts.vocabulary)
     everyone = {"teacher": parts.teacher, **models}
@@ -272,19 +286,3 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers' own bars and remarks would tear the progress bar apart; warnings and errors stay."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from potstill.data import PaddingCollator, pad_token_id
+from potstill.loading import quiet
 from potstill.prepare import Parts, prepare
 from potstill.recipe import Recipe
 from potstill.train import Distiller
@@ -52,8 +53,9 @@ def check(recipe: Recipe) -> Preflight:
     Raises:
         UserError: the run could not start.
     """
-    parts = prepare(recipe)
-    student = parts.new_student()
+    with quiet():
+        parts = prepare(recipe)
+        student = parts.new_student()
     weights = student.num_parameters() * 4
     runs = 2 if recipe.evaluate.baseline else 1
     output = Path(recipe.output).absolute()

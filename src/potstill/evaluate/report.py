@@ -277,9 +277,11 @@ def _passes(summary: Summary) -> str | None:
 
 
 def _learning_curves(summary: Summary, held_out: Curves, training: Curves) -> dict[str, Markup]:
-    teacher = summary.rows.teacher
-    floor = summary.curve.teacher_loss if summary.curve.teacher_loss is not None else teacher and teacher.loss
-    floor = floor if floor is not None and math.isfinite(floor) else None
+    floor = summary.curve.teacher_loss
+    if floor is None and summary.rows.teacher:
+        floor = summary.rows.teacher.loss
+    if floor is not None and not math.isfinite(floor):
+        floor = None
     curves = {}
     if held_out:
         curves["held_out"] = Markup(pictures.held_out_curves(held_out, floor))

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from potstill.divergence import Divergence
@@ -118,10 +119,6 @@ class Objective(nn.Module):
 
     def forward(self, signals: Signals) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and every term's value without its weight, detached."""
-        loss = signals.student_logits.new_zeros((), dtype=signals.student_logits.dtype).float()
-        logs: dict[str, Tensor] = {}
-        for name, term in zip(self.names, self.terms, strict=True):
-            value = term(signals)
-            loss = loss + value_at(term.weight, signals.step) * value
-            logs[name] = value.detach()
-        return loss, logs
+        values = [term(signals) for term in self.terms]
+        weighted = [value_at(t.weight, signals.step) * v for t, v in zip(self.terms, values, strict=True)]
+        return torch.stack(weighted).sum(), {n: v.detach() for n, v in zip(self.names, values, strict=True)}

@@ -1,0 +1,90 @@
+"""The demo: its corpus, its teacher, and (slow) the whole of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from potstill.data import Source, encode
+from potstill.demo import demo_recipe
+from potstill.demo.corpus import documents, split_of, write_jsonl
+from potstill.demo.make_teacher import batch_at, build_model, mean_loss, token_stream
+from potstill.errors import DataError
+from potstill.loading import load_model, load_tokenizer
+from potstill.pipeline import run
+
+TEACHER = Path(str(files("potstill.demo"))) / "teacher"
+
+
+def test_each_file_is_in_one_split_and_stays_there() -> None:
+    names = {split: [name for name, _ in documents(split)] for split in ("teacher", "transfer", "dev", "heldout")}
+    everything = [name for split in names.values() for name in split]
+    assert len(everything) == len(set(everything)) > 300
+    assert all(split_of(name) == split for split, listed in names.items() for name in listed)
+    assert names["heldout"] == [name for name, _ in documents("heldout")]
+    # By the path alone, so that no other Python version puts a held-out file among what the teacher learnt from.
+    assert [split_of(name) for name in ("traceback.py", "subprocess.py", "inspect.py")] == ["heldout", "dev", "teacher"]
+    assert not any("/test/" in name or name.startswith(("test/", "encodings/")) for name in everything)
+
+
+def test_a_split_is_cut_where_it_is_told(tmp_path: Path) -> None:
+    assert write_jsonl(tmp_path / "a.jsonl", "transfer", 5000) == 5000
+    texts = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sum(map(len, texts)) == 5000
+
+
+def test_a_python_without_source_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="demo corpus: expected the standard library's source"):
+        list(documents("dev", tmp_path))
+
+
+def test_the_teacher_is_small_to_ship_and_good_enough_to_learn_from() -> None:
+    assert sum(path.stat().st_size for path in TEACHER.iterdir()) <= 12_000_000
+    facts = json.loads((TEACHER / "facts.json").read_text())
+    model = load_model(str(TEACHER), "teacher", "float32")
+    tokenizer = load_tokenizer(str(TEACHER), "teacher")
+    assert model.num_parameters() == facts["parameters"]
+    assert len(tokenizer) == 2048
+    assert facts["heldout_loss_nats"] <= 3.0
+    stream = token_stream(tokenizer, "heldout")
+    sample = torch.cat([stream[i * len(stream) // 8 :][:256] for i in range(8)])
+    assert mean_loss(model, sample) == pytest.approx(facts["heldout_loss_nats"], abs=0.6)
+
+
+def test_the_tokenizer_loses_nothing(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(TEACHER), "teacher")
+    text = "def f(x):\n\treturn 'ä€𝄞'  # naïve\r\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    write_jsonl(tmp_path / "t.jsonl", "transfer", 20_000)
+    rows = encode(Source(tmp_path / "t.jsonl"), tokenizer, max_length=128, packing=True)
+    assert {len(row["input_ids"]) for row in rows.dataset.select(range(len(rows.dataset) - 1))} == {128}
+
+
+def test_the_teachers_script_makes_that_model_and_can_resume() -> None:
+    assert build_model().num_parameters() == json.loads((TEACHER / "facts.json").read_text())["parameters"]
+    stream = torch.arange(10_000)
+    assert torch.equal(batch_at(stream, 5, 4, 0), batch_at(stream, 5, 4, 0))
+    assert not torch.equal(batch_at(stream, 5, 4, 0), batch_at(stream, 6, 4, 0))
+
+
+def test_the_demos_recipe_is_ready(tmp_path: Path) -> None:
+    recipe = demo_recipe(tmp_path, ["seed=3"])
+    assert recipe.seed == 3
+    assert Path(recipe.data.train.path).is_file()
+    assert Path(recipe.data.eval.path).is_file()
+    assert Path(recipe.teacher.model).is_dir()
+
+
+@pytest.mark.slow
+def test_the_demo_closes_a_part_of_the_gap(tmp_path: Path) -> None:
+    result = run(demo_recipe(tmp_path / "demo"), console=Console(file=io.StringIO()))
+    rows = result.summary["rows"]
+    assert rows["teacher"]["parameters"] >= 5 * rows["student"]["parameters"]
+    assert rows["student"]["agreement"] > rows["baseline"]["agreement"]
+    assert result.summary["gap_closed"] > 0.3
