@@ -184,6 +184,9 @@ def broken(values: dict[str, Any], toys: Path, tmp_path: Path, what: str) -> dic
         values["student"] = {"model": str(tmp_path / "moved")}
     elif what == "too long":
         data["max_length"] = 1000
+    elif what == "output":
+        (tmp_path / "file").write_text("")
+        values["output"] = str(tmp_path / "file")
     elif what == "arguments":
         values["train"] |= {"load_best_model_at_end": True, "eval_strategy": "no"}
     elif what == "NaN":
@@ -205,6 +208,7 @@ def broken(values: dict[str, Any], toys: Path, tmp_path: Path, what: str) -> dic
         ("other tokenizer", VocabularyError, "300 and 310 tokens, 10 only the student has.*cross-tokenizer"),
         ("same size, other tokens", VocabularyError, "2 under another id"),
         ("too long", RecipeError, "data.max_length: expected at most 64"),
+        ("output", RecipeError, "output: expected a directory to write to"),
         ("arguments", RecipeError, "train: expected arguments that go together"),
         ("NaN", PotstillError, "optimiser step .*last good checkpoint"),
     ],

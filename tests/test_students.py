@@ -62,6 +62,12 @@ def test_a_path_that_is_not_there(toys: Path, load) -> None:
         load(str(toys / "studnt"), "student.model")
 
 
+def test_a_bare_name_near_a_folder_is_not_asked_of_the_hub(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(toys)
+    with pytest.raises(ModelError, match=r"Did you mean teacher\?"):
+        load_model("teachers", "teacher.model")
+
+
 def test_heads_must_have_a_row_for_each_token() -> None:
     tokenizer = make_tokenizer()
     assert shared_vocabulary(tokenizer, tokenizer, 320, 300) == 300

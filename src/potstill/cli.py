@@ -170,6 +170,7 @@ def main() -> None:
         if isinstance(error, PotstillError):
             text = str(error)
         else:
-            text = f"failed: {type(error).__name__}: {error}. Run it again with --debug for the traceback."
+            kept = "What was saved is kept and --resume goes on. " if "run" in sys.argv[1:2] else ""
+            text = f"failed: {type(error).__name__}: {error}. {kept}--debug shows the traceback."
         console.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)

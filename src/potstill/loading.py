@@ -66,16 +66,17 @@ def load_tokenizer(where: str, key: str) -> PreTrainedTokenizerBase:
 
 
 def _must_exist(where: str, key: str) -> None:
-    """A path that is meant as one must be there: else transformers would ask the hub for it."""
+    """A path that is meant as one must be there: else transformers would ask the hub for it, for a long time."""
     path = Path(where).expanduser()
     if path.is_dir():
         return
-    looks_like_a_hub_name = where.count("/") <= 1 and not where.startswith((".", "/", "~"))
-    if path.exists() or not looks_like_a_hub_name or (path.parent.is_dir() and "/" in where):
-        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the path."
-        raise ModelError(f"{key}: expected a folder with a model, got {where}, which is not one. {hint}")
+    folders = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, folders, n=1, cutoff=0.8)
+    may_be_on_the_hub = where.count("/") <= 1 and not where.startswith((".", "/", "~")) and not path.exists()
+    if may_be_on_the_hub and not near and not ("/" in where and path.parent.is_dir()):
+        return
+    hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the path."
+    raise ModelError(f"{key}: expected a folder with a model, got {where}, which is not one. {hint}")
 
 
 def _unreadable(key: str, wanted: str, where: str, error: Exception) -> ModelError:

@@ -72,8 +72,14 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     with quiet():
         parts = prepare(recipe)
         if state.is_main_process:
-            directory.mkdir(parents=True, exist_ok=True)
-            _write(directory / "recipe.yaml", recipe.dump())
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                _write(directory / "recipe.yaml", recipe.dump())
+            except OSError as error:
+                raise RecipeError(
+                    f"output: expected a directory to write to, got {directory}: {error.strerror}. "
+                    "Choose another with --set output=DIR."
+                ) from None
             for note in parts.notes:
                 console.print(note, style="dim", highlight=False, markup=False)
         state.wait_for_everyone()
