@@ -17,7 +17,7 @@ import potstill
 
 SOURCE = Path(__file__).parents[1] / "src" / "potstill"
 
-BASE = {"errors", "divergence", "targets", "schedule", "layers"}
+BASE = {"errors", "atomic", "divergence", "targets", "schedule", "layers"}
 TRAIN = {"teachers", "students", "losses", "data", "engines"}
 PIPELINE = BASE | TRAIN | {"cache", "train", "evaluate", "recipe", "loading"}
 

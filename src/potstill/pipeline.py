@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
+from potstill.atomic import write_text
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import RecipeError
 from potstill.evaluate.quality import compare, continuation, gap_closed
@@ -31,7 +32,7 @@ from potstill.prepare import Parts, prepare
 from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart
 from potstill.teachers import ModelTeacher
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
-from potstill.train.callbacks import MetricsFile, ProgressBar, read_metrics, seconds_of
+from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
 from potstill.train.trainer import last_checkpoint
 
 EVAL_ROWS = 16  # rows in a batch of the final evaluation
@@ -74,7 +75,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         if state.is_main_process:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
-                _write(directory / "recipe.yaml", recipe.dump())
+                write_text(directory / "recipe.yaml", recipe.dump())
             except OSError as error:
                 raise RecipeError(
                     f"output: expected a directory to write to, got {directory}: {error.strerror}. "
@@ -90,7 +91,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         if state.is_main_process:
             with console.status("evaluating on held-out data"):
                 summary = _summarize(parts, directory)
-            _write(directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            write_text(directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
             write_student_card(directory)
             write_report(directory)
         state.wait_for_everyone()
@@ -194,7 +195,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     closed = None
     if "baseline" in rows:
         closed = gap_closed(rows["teacher"]["loss"], rows["baseline"]["loss"], rows["student"]["loss"])
-    metrics = read_metrics(directory / "metrics.jsonl")
+    metrics = logged_lines(directory / "metrics.jsonl")
     return {
         "name": recipe.name,
         "seed": recipe.seed,
@@ -285,10 +286,3 @@ def _versions() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from potstill.data.kept import BATCH, kept_file, whole_or_nothing, write_arrow
+from potstill.atomic import write_text
+from potstill.data.kept import BATCH, kept_file, write_arrow
 from potstill.data.rows import Encoding, Row
 from potstill.data.sources import Kind, Source, load
 from potstill.errors import DataError
@@ -81,8 +82,7 @@ def encode(source: Source, tokenizer: PreTrainedTokenizerBase, *, max_length: in
         facts: Counter[str] = Counter()
         rows = Encoding(tokenizer, max_length, packing, file, facts).rows(dataset, kind)
         write_arrow(kept, _SCHEMA, _counted(rows, facts))
-        with whole_or_nothing(kept_facts) as partial:
-            partial.write_text(json.dumps(facts))
+        write_text(kept_facts, json.dumps(facts))
     facts = Counter(json.loads(kept_facts.read_text()))
     if not facts["tokens"]:
         raise DataError(

@@ -7,15 +7,15 @@ folder may be deleted whenever nothing runs.
 from __future__ import annotations
 
 import hashlib
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 from datasets.fingerprint import Hasher
+
+from potstill.atomic import whole_or_nothing
 
 BATCH = 256  # rows read, tokenised and written at a time
 FORMAT = 1  # to be raised whenever the same input is kept in another form
@@ -26,17 +26,6 @@ def kept_file(made_of: list[Any]) -> Path:
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "potstill"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{Hasher.hash([FORMAT, *made_of])}.arrow"
-
-
-@contextmanager
-def whole_or_nothing(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` when all went well, and is gone when not."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from potstill.atomic import write_text
 from potstill.errors import DataError
 from potstill.evaluate import pictures
 from potstill.evaluate.summary import (
@@ -57,7 +57,8 @@ def write_report(run_directory: Path) -> Path:
         continuations=summary.continuations,
         recipe=read_text(run_directory / "recipe.yaml"),
     )
-    return _write(run_directory / "report.html", rendered)
+    write_text(run_directory / "report.html", rendered)
+    return run_directory / "report.html"
 
 
 def write_student_card(run_directory: Path) -> Path:
@@ -77,7 +78,8 @@ def write_student_card(run_directory: Path) -> Path:
     if not folder.is_dir():
         raise DataError(f"report: expected a saved student in {folder}, got nothing. Finish the run first.")
     card = _environment(autoescape=False).get_template("student_card.md.j2")
-    return _write(folder / "README.md", card.render(**_facts(summary)))
+    write_text(folder / "README.md", card.render(**_facts(summary)))
+    return folder / "README.md"
 
 
 def verdict(summary: dict[str, Any]) -> str:
@@ -90,18 +92,6 @@ def verdict(summary: dict[str, Any]) -> str:
         DataError: it does not hold that.
     """
     return judge(checked(summary, "the summary"))
-
-
-def _write(path: Path, text: str) -> Path:
-    """All or nothing: a page that was there stays whole until the new one is."""
-    # A model may write half a surrogate pair, which UTF-8 does not know.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(text.encode("utf-8", errors="replace"))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
 
 
 def _environment(*, autoescape: bool) -> Environment:

@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from potstill.atomic import write_text
+
 
 class ProgressBar(TrainerCallback):
     """One line on the terminal: how far, the last loss, how long still."""
@@ -78,11 +80,9 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = [
-            line for line in read_metrics(self.path) if line["run"] != self.run or line["step"] <= state.global_step
+            line for line in logged_lines(self.path) if line["run"] != self.run or line["step"] <= state.global_step
         ]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._began = time.monotonic() - seconds_of(kept, self.run)
 
     def on_log(
@@ -100,7 +100,7 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps(line) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def logged_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that a kill cut off is left out."""
     if not path.exists():
         return []

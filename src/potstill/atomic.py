@@ -1,0 +1,25 @@
+"""Files that are there whole or not at all, whatever kills the process that writes them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_or_nothing(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes `path` when all went well, and is gone when not."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8; half a surrogate pair, which a model may write, becomes a question mark."""
+    with whole_or_nothing(path) as partial:
+        partial.write_bytes(text.encode("utf-8", errors="replace"))
