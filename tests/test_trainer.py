@@ -273,6 +273,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     stopped.train()
     (tmp_path / "b" / "checkpoint-6").mkdir(exist_ok=True)  # what a kill in the middle of saving leaves
     (tmp_path / "b" / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 1')
+    (tmp_path / "b" / "checkpoint-mine").mkdir()
     assert last_checkpoint(tmp_path / "b") is not None
     resumed = trainer(tmp_path / "b", per_device_train_batch_size=4, **arguments)
     resumed.train(resume_from_checkpoint=True)

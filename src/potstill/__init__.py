@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from potstill.data import Examples, PaddingCollator, Source, encode
     from potstill.pipeline import RunResult, run
     from potstill.recipe import Recipe
-    from potstill.teachers import ModelTeacher, Teacher
+    from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
     from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
 
 _LATER = {
     "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
     "potstill.pipeline": ("RunResult", "run"),
     "potstill.recipe": ("Recipe",),
-    "potstill.teachers": ("ModelTeacher", "Teacher"),
+    "potstill.teachers": ("ModelTeacher", "Teacher", "TeacherOutput"),
     "potstill.train": (
         "DistillationConfig",
         "DistillationTrainer",
@@ -70,6 +70,7 @@ __all__ = [
     "SoftCrossEntropy",
     "Source",
     "Teacher",
+    "TeacherOutput",
     "TotalVariation",
     "encode",
     "run",

@@ -162,7 +162,10 @@ def main() -> None:
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"])
     except KeyboardInterrupt:
-        console.print("interrupted: what was saved is kept; `potstill run RECIPE --resume` goes on.", highlight=False)
+        console.print(
+            "interrupted: what was saved is kept; `run` with --resume goes on, `demo` does so by itself.",
+            highlight=False,
+        )
         sys.exit(130)
     except Exception as error:
         if debug:

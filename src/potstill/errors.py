@@ -6,8 +6,7 @@
     │   ├── DataError           a file, a field or an example is not usable
     │   ├── VocabularyError     teacher and student do not speak of the same tokens
     │   ├── ModelError          a model cannot be read or built
-    │   ├── ShapeError          tensors that do not fit together
-    │   └── MissingExtra        a package of an optional part is not installed
+    │   └── ShapeError          tensors that do not fit together
     └── RunError                a run could not go on; exit status 1
         └── DivergedError       the loss is not a number any more
 
@@ -43,10 +42,6 @@ class ModelError(UserError, ValueError):
 
 class ShapeError(UserError, ValueError):
     """Tensors that do not fit together, or a number outside its range."""
-
-
-class MissingExtra(UserError, ImportError):
-    """A package of an optional part is not installed."""
 
 
 class RunError(PotstillError, RuntimeError):

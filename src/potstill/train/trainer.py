@@ -153,6 +153,8 @@ class DistillationTrainer(Trainer):
         Ranks must have equally many batches: accelerate would repeat rows, which would count twice.
         """
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = self.eval_dataset[rows]  # type: ignore[index]  # one of several held-out sets, by its name
         if self.args.world_size > 1:
             missing = -len(rows) % (self.args.world_size * self.args.per_device_eval_batch_size)
             blank = {"input_ids": rows[0]["input_ids"], "labels": [IGNORE] * len(rows[0]["labels"])}
@@ -267,7 +269,8 @@ def last_checkpoint(directory: Path) -> Path | None:
 
     The trainer's state is the last file of a checkpoint: where it is whole, so is everything before it.
     """
-    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    numbered = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
     return next((path for path in reversed(found) if _is_complete(path)), None)
 
 

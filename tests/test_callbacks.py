@@ -1,0 +1,65 @@
+"""What is kept of a training while it runs."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
+
+
+def written(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(lines))
+
+
+def line(run: str, step: int, seconds: float) -> str:
+    return json.dumps({"run": run, "step": step, "seconds": seconds, "loss": 1.0})
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
+    assert logged_lines(tmp_path / "none.jsonl") == []
+    written(tmp_path / "m.jsonl", line("student", 1, 0.5), line("student", 2, 1.0)[:20])
+    assert [found["step"] for found in logged_lines(tmp_path / "m.jsonl")] == [1]
+
+
+def test_a_resumed_run_drops_what_is_past_its_checkpoint_and_goes_on_counting(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, line("baseline", 9, 4.0), line("student", 2, 10.0), line("student", 4, 20.0), '{"run": "stu')
+    args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
+    state = TrainerState(global_step=2, is_world_process_zero=True)
+    writer = MetricsFile(path, "student")
+    writer.on_train_begin(args, state, control)
+    state.global_step = 3
+    writer.on_log(args, state, control, {"loss": 0.9})
+    lines = logged_lines(path)
+    assert [(one["run"], one["step"]) for one in lines] == [("baseline", 9), ("student", 2), ("student", 3)]
+    assert 10 <= seconds_of(lines, "student") < 11
+    assert seconds_of(lines, "baseline") == 4.0
+
+
+def test_only_the_first_rank_writes(tmp_path: Path) -> None:
+    args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
+    state = TrainerState(is_world_process_zero=False)
+    writer = MetricsFile(tmp_path / "metrics.jsonl", "student")
+    writer.on_train_begin(args, state, control)
+    writer.on_log(args, state, control, {"loss": 0.9})
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_progress_bar_shows_how_far_and_the_loss(tmp_path: Path) -> None:
+    out = io.StringIO()
+    bar = ProgressBar("student", Console(file=out, width=100))
+    args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
+    state = TrainerState(global_step=0, max_steps=4, is_world_process_zero=True)
+    bar.on_train_begin(args, state, control)
+    state.global_step = 3
+    bar.on_log(args, state, control, {"loss": 1.2345})
+    bar.on_step_end(args, state, control)
+    bar.on_train_end(args, state, control)
+    assert "student" in out.getvalue()
+    assert "3/4" in out.getvalue()
+    assert "loss 1.234" in out.getvalue()
