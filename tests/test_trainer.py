@@ -184,7 +184,7 @@ def test_padding_does_not_matter(tmp_path: Path) -> None:
 
 
 TWO_RANKS = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_trainer import trainer, weights, losses
@@ -193,7 +193,9 @@ one.train()
 metrics = one.evaluate()
 if one.is_world_process_zero():
     torch.save({{"weights": weights(one), "losses": losses(one), "eval": metrics["eval_loss"]}}, {out!r})
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+os._exit(0)  # gloo's threads now and then abort the interpreter's own way out
 """
 
 

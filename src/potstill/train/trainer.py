@@ -35,6 +35,8 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.greater_is_better is None:
             self.greater_is_better = False  # all that is measured here are losses, whatever they are called
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every step uses all of them; looking for others costs a pass
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers allows bf16 on a CPU only where this is said
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn at every epoch
