@@ -133,6 +133,20 @@ def test_killed_and_resumed_equals_uninterrupted(recipe_values: dict[str, Any], 
     assert len(steps) == len(set(steps)) == 16
 
 
+def test_an_interrupted_run_says_how_to_go_on(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    recipe_values["train"] |= {"max_steps": 100_000, "save_steps": 5, "logging_steps": 1000, "eval_strategy": "no"}
+    command = [sys.executable, "-m", "potstill", "run", written(recipe_values, tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/checkpoints/student/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: what was saved is kept" in said
+    assert "Traceback" not in said
+
+
 def test_check_trains_nothing(recipe_values: dict[str, Any]) -> None:
     found = check(Recipe.parse(recipe_values))
     assert found.steps == 6

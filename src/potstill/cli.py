@@ -161,7 +161,9 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"])
-    except KeyboardInterrupt:
+    except SystemExit as stop:
+        if stop.code != 130:  # what typer makes of Ctrl-C
+            raise
         console.print(
             "interrupted: what was saved is kept; `run` with --resume goes on, `demo` does so by itself.",
             highlight=False,
