@@ -15,6 +15,9 @@ Each message is one line: `<what was called>: expected <X>, got <Y>. <why>. <wha
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class PotstillError(Exception):
     """The root of the tree."""
@@ -50,3 +53,9 @@ class RunError(PotstillError, RuntimeError):
 
 class DivergedError(RunError):
     """The loss is not a number any more."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: " Did you mean <the nearest known one>?", or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""

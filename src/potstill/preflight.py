@@ -81,12 +81,8 @@ def check(recipe: Recipe) -> Preflight:
     )
 
 
-def _batch_rows(parts: Parts) -> int:
-    return int(parts.recipe.train.get("per_device_train_batch_size", 8))
-
-
 def _batch_tokens(parts: Parts) -> int:
-    return round(_batch_rows(parts) * parts.train.tokens / len(parts.train.dataset))
+    return round(parts.batch_rows * parts.train.tokens / len(parts.train.dataset))
 
 
 def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
@@ -94,7 +90,7 @@ def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     distiller = Distiller(student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary).to(device)
     collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
-    rows = [parts.train.dataset[i] for i in range(min(_batch_rows(parts), len(parts.train.dataset)))]
+    rows = [parts.train.dataset[i] for i in range(min(parts.batch_rows, len(parts.train.dataset)))]
     batch = {name: value.to(device) for name, value in collate(rows).items()}
     dtype = torch.bfloat16 if parts.recipe.train.get("bf16") else torch.float16
     mixed = bool(parts.recipe.train.get("bf16") or parts.recipe.train.get("fp16"))
@@ -106,4 +102,4 @@ def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
         loss.backward()
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start
-    return seconds * max(parts.rows_per_step // _batch_rows(parts), 1)
+    return seconds * max(parts.rows_per_step // parts.batch_rows, 1)

@@ -58,11 +58,15 @@ class Parts:
         return self.eval.dataset.select([i * rows // wanted for i in range(wanted)])
 
     @property
+    def batch_rows(self) -> int:
+        """Rows in one batch of one rank."""
+        return int(self.recipe.train.get("per_device_train_batch_size", 8))
+
+    @property
     def rows_per_step(self) -> int:
         """Rows in one optimiser step, over accumulation and ranks."""
-        arguments = self.recipe.train
-        accumulated = int(arguments.get("gradient_accumulation_steps", 1))
-        return int(arguments.get("per_device_train_batch_size", 8)) * accumulated * PartialState().num_processes
+        accumulated = int(self.recipe.train.get("gradient_accumulation_steps", 1))
+        return self.batch_rows * accumulated * PartialState().num_processes
 
     @property
     def steps(self) -> int:

@@ -6,7 +6,6 @@ Every mistake of a file is reported at once, unknown keys with the nearest known
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -29,7 +28,7 @@ from pydantic import (
 
 from potstill import schedule as schedules
 from potstill.divergence import KINDS, Divergence
-from potstill.errors import RecipeError
+from potstill.errors import RecipeError, nearest
 
 
 class Part(BaseModel):
@@ -165,7 +164,7 @@ class DivergencePart(Part):
     @model_validator(mode="after")
     def _buildable(self) -> Self:
         if self.kind not in KINDS:
-            raise ValueError(f"expected one of {', '.join(KINDS)}, got {self.kind}.{_nearest(self.kind, KINDS)}")
+            raise ValueError(f"expected one of {', '.join(KINDS)}, got {self.kind}.{nearest(self.kind, KINDS)}")
         self.build()
         return self
 
@@ -222,7 +221,7 @@ def _training_arguments(values: Any) -> Any:
         if name in _OWN_ARGUMENTS:
             mistakes.append(f"train.{name}: expected it not to be set here. {_OWN_ARGUMENTS[name]}")
         elif name not in settable:
-            mistakes.append(f"train.{name}: unknown key.{_nearest(name, settable)}")
+            mistakes.append(f"train.{name}: unknown key.{nearest(name, settable)}")
         else:
             try:
                 checked[name] = TypeAdapter(types[name]).validate_python(value)
@@ -316,7 +315,7 @@ def _read(path: Path) -> Any:
         folder = path.parent
         names = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
         raise RecipeError(
-            f"recipe: expected a file, got {path}, which is not there.{_nearest(path.name, names)}"
+            f"recipe: expected a file, got {path}, which is not there.{nearest(path.name, names)}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe: expected a readable YAML file, got {path}: {error}.") from None
@@ -354,18 +353,13 @@ def _index(values: list[Any], name: str, change: str) -> int:
     return int(name)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" Did you mean {near[0]}?" if near else ""
-
-
 def _explain(error: Any) -> list[str]:
     """One pydantic error as lines `<key>: <what is wrong>`."""
     tags = {"logits", "labels", "a number", "a schedule"}  # which member of a union was tried, not a key
     place = [str(part) for part in error["loc"] if part not in tags]
     key = ".".join(place)
     if error["type"] == "extra_forbidden":
-        return [f"{key}: unknown key.{_nearest(place[-1], _keys_at(error['loc'][:-1]))}"]
+        return [f"{key}: unknown key.{nearest(place[-1], _keys_at(error['loc'][:-1]))}"]
     if error["type"] == "missing":
         return [f"{key}: expected a value, got none."]
     if error["type"] in {"union_tag_invalid", "union_tag_not_found"}:

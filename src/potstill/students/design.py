@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from potstill.errors import ModelError
+from potstill.errors import ModelError, nearest
 
 
 def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabulary: int) -> PretrainedConfig:
@@ -32,8 +31,7 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
     config.vocab_size = vocabulary
     for name, value in changes.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}."
+            hint = nearest(name, known) or f" Known: {', '.join(sorted(known))}."
             raise ModelError(
                 f"student.design: expected a field of the teacher's {type(teacher).__name__}, got {name}.{hint}"
             )
