@@ -157,6 +157,57 @@ def token_divergence(student: Tensor, teacher: Tensor, divergence: Divergence, t
     return torch.tensor(values, dtype=torch.float64).reshape(student.shape[:-1])
 
 
+def sparse_events(
+    q: list[float], ids: list[int], log_probs: list[float], kind: str, ratio: float
+) -> tuple[list[float], list[float]]:
+    """The teacher's and the student's probabilities of the K tokens and, last, of all others together.
+
+    A slot with log probability -inf holds no token. ratio is the temperature that the log_probs were taken at, over
+    the one that is asked for.
+    """
+    held = {token: log_prob for token, log_prob in zip(ids, log_probs, strict=True) if log_prob > -math.inf}
+    teacher = [math.exp(log_prob) for log_prob in held.values()]
+    if kind == "renormalized" and held:
+        teacher = softmax([log_prob * ratio for log_prob in held.values()])
+    others = [token for token in range(len(q)) if token not in held]
+    rest = max(0.0, 1 - sum(teacher)) if kind == "bucket" and others else 0.0
+    return [*teacher, rest], [*(q[token] for token in held), sum(q[token] for token in others)]
+
+
+def sparse_divergence(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    kind: str,
+    divergence: Divergence,
+    temperature: float = 1.0,
+    taken_at: float = 1.0,
+) -> Tensor:
+    """[N] float64 from logits [N, V] and the teacher's K tokens [N, K] at the temperature they were taken at."""
+    loop = formula(divergence)
+    values = [
+        loop(*sparse_events(softmax(row, temperature), row_ids, row_log_probs, kind, taken_at / temperature))
+        for row, row_ids, row_log_probs in zip(student.tolist(), ids.tolist(), log_probs.tolist(), strict=True)
+    ]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    size: int | None = None,
+) -> Tensor:
+    """[N, V] float64 from hidden [N, H] and weight [V, H], without a matrix product."""
+    logits = (hidden.double().unsqueeze(1) * weight.double()).sum(-1)
+    if bias is not None:
+        logits = logits + bias.double()
+    logits = logits[:, :size] * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """[N] float64 from logits [N, V] and labels [N]: -log softmax(logits)[label]."""
     rows = zip(logits.tolist(), labels.tolist(), strict=True)

@@ -12,6 +12,7 @@ from potstill import divergence as module
 from potstill.divergence import (
     JSD,
     KINDS,
+    LOG_ZERO,
     AlphaBeta,
     Divergence,
     ForwardKL,
@@ -38,7 +39,7 @@ def logits() -> tuple[Tensor, Tensor]:
 
 
 def pointwise(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    return divergence.pointwise(student.log_softmax(-1), teacher.log_softmax(-1))
+    return divergence.pointwise(*(logits.log_softmax(-1).clamp_min(LOG_ZERO) for logits in (student, teacher)))
 
 
 def gradient(slope: Tensor, student: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ def test_tokens_that_the_teacher_rules_out(divergence, logits):
     teacher[:, 3] = -math.inf
     value, slope = pointwise(divergence, student, teacher)
     if divergence in INFINITE_AT_ZERO:
-        assert (value.sum(-1) == math.inf).all()
+        assert (value.sum(-1) > 1e30).all()
     else:
         assert value.isfinite().all() and slope.isfinite().all()
         close(value.sum(-1), reference.token_divergence(student, teacher, divergence))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import reference
 from potstill.divergence import ForwardKL
 from potstill.errors import ShapeError, VocabularyError
 from potstill.losses import token_divergence
-from potstill.targets import DenseTargets, HeadTargets, LMHead, causal_alignment
+from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, causal_alignment
 
 V, H = 6, 4
 
@@ -67,6 +68,81 @@ def test_a_slice_of_a_head_is_no_copy():
     sliced = head.slice(4)
     assert sliced.weight.data_ptr() == head.weight.data_ptr()
     assert sliced.bias.data_ptr() == head.bias.data_ptr()
+
+
+def test_a_slice_of_a_slice_is_the_smaller_one():
+    head = LMHead(randn(V, H), randn(V), logit_scale=0.5, softcap=2.0).slice(5)
+    assert head.vocabulary == 5 and head.slice(3).vocabulary == 3
+    torch.testing.assert_close(head.slice(3).logits(randn(2, H)), head.logits(randn(2, H))[..., :3])
+    with pytest.raises(VocabularyError, match=r"^LMHead\.slice: expected a size in 1\.\.5, got 6"):
+        head.slice(6)
+
+
+def test_the_gradient_of_padding_is_zero():
+    weight, bias = randn(V, H).requires_grad_(), randn(V).requires_grad_()
+    LMHead(weight, bias).slice(4).logits(randn(3, H)).square().sum().backward()
+    assert (weight.grad[4:] == 0).all() and (bias.grad[4:] == 0).all()
+    assert (weight.grad[:4] != 0).all() and (bias.grad[:4] != 0).all()
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["bucket", "sampled", "renormalized"])
+def test_the_events_of_sparse_targets(leading, kind):
+    log_probs = torch.tensor([0.5, 0.125, 0.0], dtype=torch.float64).log().expand(*leading, 3)
+    targets = SparseTargets(torch.tensor([4, 1, 1]).expand(*leading, 3), log_probs, kind, temperature=2.0)
+    expected = {"bucket": [0.5, 0.125, 0, 0.375], "sampled": [0.5, 0.125, 0, 0], "renormalized": [0.8, 0.2, 0, 0]}[kind]
+    events = targets.events(2.0)
+    assert targets.leading == leading and targets.used().tolist() == (log_probs > -math.inf).tolist()
+    assert events.shape == (*leading, 4) and events.isfinite().all()
+    torch.testing.assert_close(events.exp(), torch.tensor(expected, dtype=torch.float64).expand(*leading, 4))
+
+
+def test_the_events_of_sparse_targets_at_another_temperature():
+    log_probs = randn(3, 4).log_softmax(-1)
+    targets = SparseTargets(torch.arange(4).expand(3, 4), log_probs, "renormalized", temperature=2.0)
+    for temperature in (0.5, 1.0, 4.0):
+        torch.testing.assert_close(targets.events(temperature)[:, :4], (log_probs * 2 / temperature).log_softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_rest_of_a_bucket_is_never_below_nothing(dtype):
+    """Rounded probabilities may add up to more than 1."""
+    log_probs = torch.tensor([0.5, 0.5]).log().to(dtype) + 1e-2
+    rest = SparseTargets(torch.tensor([0, 1]), log_probs).events(1.0)[-1]
+    assert rest.isfinite() and rest < -15 and rest.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_sparse_targets_know_whether_they_speak_of_the_first_tokens():
+    targets = SparseTargets(torch.tensor([[0, 3], [2, 99]]), torch.tensor([[-1.0, -1.0], [-1.0, -math.inf]]))
+    assert targets.slice(4) is targets  # a slot that is not used may hold any id
+    with pytest.raises(VocabularyError, match=r"^SparseTargets: expected token ids in 0\.\.2, got 0\.\.3\. .*another"):
+        targets.slice(3)
+
+
+def test_sparse_targets_without_positions():
+    targets = SparseTargets(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert targets.slice(1) is targets and targets.events(1.0).shape == (0, 3)
+
+
+IDS = torch.zeros(3, 2, dtype=torch.long)
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    (lambda: SparseTargets(IDS, torch.zeros(3, 3)), r"expected ids and log_probs of one shape .*\[3, 2\] and \[3, 3\]"),
+    (lambda: SparseTargets(IDS[:, :0], torch.zeros(3, 0)), r"expected ids and log_probs of one shape \[\.\.\., K\]"),
+    (lambda: SparseTargets(IDS[0, 0], torch.tensor(0.0)), r"expected ids and log_probs of one shape \[\.\.\., K\]"),
+    (lambda: SparseTargets(IDS, torch.zeros(3, 2), "top"), r"expected kind bucket, sampled or renormalized, got 'top'"),
+    (lambda: SparseTargets(IDS, torch.zeros(3, 2), temperature=0.0), r"expected temperature > 0, got 0\.0"),
+    (lambda: SparseTargets(IDS, torch.zeros(3, 2), temperature=-1.0), r"expected temperature > 0, got -1\.0"),
+    (lambda: SparseTargets(IDS, torch.zeros(3, 2), temperature=math.nan), r"expected temperature > 0, got nan"),
+    (lambda: SparseTargets(IDS, torch.zeros(3, 2), temperature=math.inf), r"expected temperature > 0, got inf"),
+    (lambda: SparseTargets(IDS, torch.zeros(3, 2)).events(2.0), r"temperature 1 .*bucket.*, got 2\. .*renorm"),
+    (lambda: SparseTargets(IDS, torch.zeros(3, 2), "sampled").events(0.5), r"temperature 1 .*sampled.*, got 0\.5"),
+])  # fmt: skip
+def test_what_are_no_sparse_targets(wrong, words):
+    with pytest.raises(ShapeError, match=rf"^SparseTargets: .*{words}") as caught:
+        wrong()
+    assert "\n" not in str(caught.value)
 
 
 def test_padding_of_the_vocabulary_is_sliced_off_before_the_normaliser():
@@ -159,6 +235,7 @@ def test_no_counting_position_leaves_a_gradient_of_zero():
     LMHead(randn(V, H)),
     DenseTargets(randn(3, V)),
     HeadTargets(randn(3, H), LMHead(randn(V, H))),
+    SparseTargets(torch.zeros(3, 2, dtype=torch.long), randn(3, 2)),
     causal_alignment(random_labels(2, 3)),
 ], ids=lambda owner: type(owner).__name__)  # fmt: skip
 def test_they_are_frozen(owner):

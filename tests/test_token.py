@@ -138,8 +138,8 @@ def test_an_infinite_divergence_is_an_error_that_says_what_to_use():
     [
         ((4, 9), 1.0, VocabularyError, r"vocabulary 7, got 9\. .*slice both .*at most 7.*targets\.slice"),
         ((4, 5), 1.0, VocabularyError, r"vocabulary 7, got 5\. .*slice both .*at most 5.*targets\.slice"),
-        ((3, 7), 1.0, ShapeError, r"expected targets of shape \[4, 7\], got \[3, 7\]"),
-        ((7,), 1.0, ShapeError, r"expected targets of shape \[4, 7\], got \[7\]"),
+        ((3, 7), 1.0, ShapeError, r"expected targets for positions \[4\], got \[3\]"),
+        ((7,), 1.0, ShapeError, r"expected targets for positions \[4\], got \[\]"),
         ((4, 7), 0.0, ShapeError, r"expected temperature > 0, got 0\.0"),
         ((4, 7), -1.0, ShapeError, r"expected temperature > 0, got -1\.0"),
         ((4, 7), math.nan, ShapeError, r"expected temperature > 0, got nan"),

@@ -8,6 +8,9 @@ A divergence is one frozen dataclass with one method. For q = softmax(z / T) of 
 so `pointwise` alone gives the loss and its gradient, in every backend. A constant times q may be added to the
 slope: it cancels. To add a divergence of your own, subclass `Divergence` and return the two tensors; see
 docs/architecture.md.
+
+The logarithm of a probability of 0 is `LOG_ZERO` and not -inf: so large that its exponential is 0, so finite that 0
+times it is 0. No formula needs to look out for 0 * inf.
 """
 
 from __future__ import annotations
@@ -15,15 +18,23 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from potstill.errors import ShapeError
 
+LOG_ZERO = -1e37
+
 
 class Divergence(ABC):
-    """A divergence between the teacher's p and the student's q over one vocabulary."""
+    """A divergence between the teacher's p and the student's q over one vocabulary.
+
+    Set `linear_in_teacher` where the slope is linear in p: then an unbiased sample of p gives an unbiased gradient.
+    """
+
+    linear_in_teacher: ClassVar[bool] = False
 
     @abstractmethod
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,17 +42,12 @@ class Divergence(ABC):
 
         Args:
             log_q: [..., V] the student's log-probabilities, float32 or float64.
-            log_p: [..., V] the teacher's, same shape; -inf where the teacher rules a token out.
+            log_p: [..., V] the teacher's, same shape. Both are finite, and `LOG_ZERO` where a token is ruled out.
 
         Returns:
             value: [..., V], whose sum over V is the divergence in nats.
             slope: [..., V], q * dD/dq, up to a constant times q.
         """
-
-
-def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight * factor with 0 * inf = 0: a token without probability contributes nothing."""
-    return (weight * factor).masked_fill_(weight == 0, 0.0)
 
 
 def _open_unit(owner: object, name: str, value: float, hint: str) -> None:
@@ -59,9 +65,11 @@ class ForwardKL(Divergence):
         Hinton et al. 2015, arXiv 1503.02531.
     """
 
+    linear_in_teacher = True
+
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         p = log_p.exp()
-        return _times(p, log_p - log_q), -p
+        return p * (log_p - log_q), -p
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,11 @@ class SoftCrossEntropy(Divergence):
     Its least value is that entropy, and not 0.
     """
 
+    linear_in_teacher = True
+
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         p = log_p.exp()
-        return _times(p, -log_q), -p
+        return p * -log_q, -p
 
 
 @dataclass(frozen=True)
@@ -84,14 +94,14 @@ class ReverseKL(Divergence):
 
         sum_v q_v (log q_v - log p_v)
 
-    It is +inf where the teacher rules out (-inf logit) a token to which the student gives probability.
+    It is infinite where the teacher rules out (-inf logit) a token to which the student gives probability.
 
     References:
         Gu et al. 2023, arXiv 2306.08543.
     """
 
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        value = _times(log_q.exp(), log_q - log_p)
+        value = log_q.exp() * (log_q - log_p)
         return value, value
 
 
@@ -115,8 +125,8 @@ class JSD(Divergence):
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         p, q = log_p.exp(), log_q.exp()
         log_m = torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
-        slope = (1 - self.beta) * _times(q, log_q - log_m)
-        return self.beta * _times(p, log_p - log_m) + slope, slope
+        slope = (1 - self.beta) * (q * (log_q - log_m))
+        return self.beta * (p * (log_p - log_m)) + slope, slope
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ class SkewForwardKL(Divergence):
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         p = log_p.exp()
         log_m = torch.logaddexp(log_p + math.log(self.alpha), log_q + math.log1p(-self.alpha))
-        return _times(p, log_p - log_m), -(1 - self.alpha) * _times(p, (log_q - log_m).exp())
+        return p * (log_p - log_m), (self.alpha - 1) * (p * (log_q - log_m).exp())
 
 
 @dataclass(frozen=True)
@@ -159,8 +169,8 @@ class SkewReverseKL(Divergence):
         q = log_q.exp()
         log_m = torch.logaddexp(log_p + math.log1p(-self.alpha), log_q + math.log(self.alpha))
         log_ratio = log_q - log_m
-        value = _times(q, log_ratio)
-        return value, value + _times(q, 1 - self.alpha * log_ratio.exp())
+        value = q * log_ratio
+        return value, value + q * (1 - self.alpha * log_ratio.exp())
 
 
 @dataclass(frozen=True)
@@ -231,7 +241,7 @@ def _power_difference(log_x: Tensor, log_y: Tensor, share: float, total: float) 
 def _power_gap(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
     """(y^share x^(total-share) - x^total) / share, and x^total (log y - log x) at share = 0."""
     if share == 0:
-        return _times((total * log_x).exp(), log_y - log_x)
+        return (total * log_x).exp() * (log_y - log_x)
     return _power_difference(log_x, log_y, share, total) / share
 
 

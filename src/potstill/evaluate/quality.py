@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.divergence import ForwardKL
+from potstill.heads import says
 from potstill.losses import token_cross_entropy, token_divergence
 from potstill.targets import Alignment, DenseTargets, causal_alignment
 
@@ -91,12 +92,8 @@ def compare(
 def _logits(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, vocabulary: int | None) -> Tensor:
     """The model's logits [N, V] at the counting positions, on the CPU's or the batch's device, float32."""
     device = next(model.parameters()).device
-    output = model(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        use_cache=False,
-    )
-    return alignment.select(output.logits)[:, :vocabulary].float().to(batch["labels"].device)
+    there = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    return says(model, None, there, alignment).dense()[:, :vocabulary].float().to(batch["labels"].device)
 
 
 def _add(sums: _Sums, logits: Tensor, expected: Tensor, alignment: Alignment) -> None:

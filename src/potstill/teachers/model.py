@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from potstill.heads import Cut, cut, says
 from potstill.targets import Alignment, DenseTargets
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 
 class ModelTeacher(Teacher):
     """A frozen model: evaluation mode, no gradient, its own precision and, if asked, its own device.
+
+    It gives hidden states and head where it can be cut (`potstill.heads`) and runs where the batch is, else logits.
 
     Args:
         model: a causal language model of transformers. It is switched to evaluation mode and frozen in place.
@@ -32,11 +36,14 @@ class ModelTeacher(Teacher):
         device = self._device or home
         if next(self.model.parameters()).device != device:
             self.model.to(device)
+        there = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         # The student's autocast must not change what the teacher says.
         with torch.autocast(device.type, enabled=False):
-            output = self.model(
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=batch["attention_mask"].to(device),
-                use_cache=False,
-            )
-        return TeacherOutput(DenseTargets(alignment.select(output.logits).to(home)))
+            said = says(self.model, self._cut, there, alignment)
+            if isinstance(said, DenseTargets) or said.hidden.device != home:
+                return TeacherOutput(DenseTargets(said.dense().to(home)))
+        return TeacherOutput(said)
+
+    @cached_property
+    def _cut(self) -> Cut | None:
+        return cut(self.model)  # at the first batch, where the model is to run

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from potstill.errors import ShapeError
-from potstill.losses import token_cross_entropy, token_mean
+from potstill.heads import cut, says
 from potstill.targets import causal_alignment
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 from potstill.train.objective import Objective, Signals, Term
@@ -30,7 +29,8 @@ class StepOutput(NamedTuple):
 class Distiller(nn.Module):
     """A student that learns from a teacher.
 
-    The student and what the objective trains are parameters of this module; the teacher is not.
+    The student and what the objective trains are parameters of this module; the teacher is not. Where heads are plain
+    no logits are built (`potstill.heads`). To compile, compile the Distiller: a compiled student gives whole logits.
 
     Args:
         student: a causal language model of transformers.
@@ -69,6 +69,7 @@ class Distiller(nn.Module):
         if self.objective.needs_teacher and self.teacher is None:
             asking = next(term.name for term in self.objective.terms if term.needs_teacher)
             raise ShapeError(f"Distiller: expected a teacher for the term {asking}, got None.")
+        self.cut = cut(student)  # here, before wrappers of the Distiller shard the weights
 
     @property
     def teacher(self) -> Teacher | None:
@@ -98,17 +99,11 @@ class Distiller(nn.Module):
             at: the optimiser step, for the schedules.
         """
         alignment = causal_alignment(batch["labels"])
-        output = self.student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        student_logits = alignment.select(output.logits)
+        student = says(self.student, self.cut, batch, alignment)
         teacher = self._ask(batch, alignment) if self.objective.needs_teacher else None
         if self.vocabulary is not None:
-            student_logits = student_logits[:, : self.vocabulary]
-        loss, logs = self.objective(Signals(student_logits, alignment.labels, teacher, normalizer, at))
-        if not self.training:
-            with torch.no_grad():
-                cross_entropy = token_cross_entropy(student_logits, alignment.labels)
-                logs["cross_entropy"] = token_mean(cross_entropy, normalizer=normalizer)
-        return StepOutput(loss, logs)
+            student = student.slice(self.vocabulary)
+        return StepOutput(*self.objective(Signals(student, alignment.labels, teacher, normalizer, at)))
 
     def _ask(self, batch: Mapping[str, Tensor], alignment: Any) -> TeacherOutput:
         assert self.teacher is not None

@@ -5,17 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from potstill.divergence import Divergence
 from potstill.errors import ShapeError
-from potstill.losses import token_cross_entropy, token_divergence, token_mean
+from potstill.losses import FusedLoss, linear_divergence, token_cross_entropy, token_divergence, token_mean
 from potstill.schedule import Schedule
+from potstill.targets import DenseTargets, HeadTargets
 from potstill.teachers import TeacherOutput
 
 Number = float | Schedule  # every weight and temperature: fixed, or a function of the optimiser step
+
+# How much more than the logits the labels may weigh where both go through the head together: their gradient may be in
+# half precision before it is weighted, and must stay within its range.
+MOST = 100.0
 
 
 def value_at(number: Number, step: int) -> float:
@@ -28,18 +34,64 @@ class Signals:
     """All that a term may look at: N counting positions of one batch.
 
     Args:
-        student_logits: [N, V].
+        student: what the student says, in the form in which teachers speak: its last hidden states [N, H] and its head,
+            or its logits [N, V] where the head is not plain. With gradient. `student.dense()` makes logits of both.
         labels: [N] token ids.
         teacher: what the teacher said, or None where no term asks for it.
         normalizer: what every mean over tokens divides by, or None for N.
         step: the optimiser step, from 0.
     """
 
-    student_logits: Tensor
+    student: HeadTargets | DenseTargets
     labels: Tensor
     teacher: TeacherOutput | None
     normalizer: Tensor | float | None
     step: int
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of values [N] over the tokens of the optimiser step."""
+        return token_mean(values, normalizer=self.normalizer)
+
+    def compare(
+        self, divergence: Divergence | None, *, temperature: float = 1.0, label_weight: float | None = None
+    ) -> FusedLoss:
+        """How far the student is from the teacher, from the labels, or from both in one pass through its head.
+
+            mean over tokens of D + label_weight * CE
+
+        Args:
+            divergence: from the teacher; None to leave it out.
+            temperature: of the divergence.
+            label_weight: of the cross-entropy, with 0 it is only reported; None to leave it out.
+        """
+        targets = None if divergence is None or self.teacher is None else self.teacher.targets
+        labels = None if label_weight is None else self.labels
+        if isinstance(self.student, HeadTargets):
+            return linear_divergence(
+                self.student.hidden,
+                self.student.head,
+                targets,
+                divergence,
+                temperature=temperature,
+                normalizer=self.normalizer,
+                labels=labels,
+                label_weight=label_weight or 0.0,
+            )
+        logits = self.student.logits
+        apart = entropy = None
+        parts = []
+        with torch.autocast(logits.device.type, enabled=False):  # a teacher's head keeps its own precision
+            if targets is not None and divergence is not None:
+                apart = token_divergence(logits, targets, divergence, temperature=temperature)
+                parts.append(self.mean(apart))
+            if labels is not None:
+                entropy = token_cross_entropy(logits, labels)
+                parts += [label_weight * self.mean(entropy)] if label_weight else []
+        return FusedLoss(
+            torch.stack(parts).sum(),
+            None if apart is None else apart.detach(),
+            None if entropy is None else entropy.detach(),
+        )
 
 
 class Term(ABC):
@@ -75,12 +127,16 @@ class Logits(Term):
     needs_teacher = True
 
     def __call__(self, signals: Signals) -> Tensor:
-        assert signals.teacher is not None
+        return self.with_labels(signals, None).loss
+
+    def with_labels(self, signals: Signals, label_weight: float | None) -> FusedLoss:
+        """The term plus label_weight times Labels, and both of them by token; None leaves the labels out."""
         temperature = value_at(self.temperature, signals.step)
-        values = token_divergence(
-            signals.student_logits, signals.teacher.targets, self.divergence, temperature=temperature
-        )
-        return temperature**2 * token_mean(values, normalizer=signals.normalizer)
+        factor = temperature**2
+        weight = None if label_weight is None else label_weight / factor
+        found = signals.compare(self.divergence, temperature=temperature, label_weight=weight)
+        assert found.divergence is not None
+        return FusedLoss(factor * found.loss, factor * found.divergence, found.cross_entropy)
 
 
 @dataclass(frozen=True)
@@ -92,7 +148,7 @@ class Labels(Term):
     needs_teacher = False
 
     def __call__(self, signals: Signals) -> Tensor:
-        return token_mean(token_cross_entropy(signals.student_logits, signals.labels), normalizer=signals.normalizer)
+        return signals.compare(None, label_weight=1.0).loss
 
 
 class Objective(nn.Module):
@@ -118,7 +174,38 @@ class Objective(nn.Module):
         self.needs_teacher = any(term.needs_teacher for term in terms)
 
     def forward(self, signals: Signals) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar loss, and every term's value without its weight, detached."""
-        values = [term(signals) for term in self.terms]
-        weighted = [value_at(t.weight, signals.step) * v for t, v in zip(self.terms, values, strict=True)]
-        return torch.stack(weighted).sum(), {n: v.detach() for n, v in zip(self.names, values, strict=True)}
+        """The scalar loss, and every term's value without its weight, detached; in evaluation mode also cross_entropy.
+
+        The first Logits and the first Labels go through the student's head together: its products are most of the work.
+        """
+        weights = [value_at(term.weight, signals.step) for term in self.terms]
+        summands: list[Tensor] = []
+        values: dict[int, Tensor] = {}
+        entropy = None
+        logits, labels = self._first(Logits), self._first(Labels)
+        joined = labels
+        if logits is None or labels is None or weights[logits] <= 0 or weights[labels] > MOST * weights[logits]:
+            joined = None
+        if logits is not None:
+            ratio = 0.0 if joined is None else weights[joined] / weights[logits]
+            asked = joined is not None or not self.training
+            found = cast(Logits, self.terms[logits]).with_labels(signals, ratio if asked else None)
+            summands.append(weights[logits] * found.loss)
+            values[logits] = signals.mean(cast(Tensor, found.divergence))
+            if found.cross_entropy is not None:
+                entropy = signals.mean(found.cross_entropy)
+                values |= {} if joined is None else {joined: entropy}
+        for i, term in enumerate(self.terms):
+            if i not in values:
+                value = term(signals)
+                summands.append(weights[i] * value)
+                values[i] = value.detach()
+        logs = {name: values[i] for i, name in enumerate(self.names)}
+        if not self.training:
+            if entropy is None:
+                entropy = Labels()(signals).detach() if labels is None else values[labels]
+            logs["cross_entropy"] = entropy
+        return torch.stack(summands).sum(), logs
+
+    def _first(self, kind: type[Term]) -> int | None:
+        return next((i for i, term in enumerate(self.terms) if isinstance(term, kind)), None)

@@ -1,0 +1,220 @@
+/* The tail of a chunk on a CPU, for float32 rows: see chunked.py and native.py.
+
+   A row of logits is read twice: once for both normalisers, once for the loss and its slope; and the slope once more
+   for the gradient. Blocks of a row stay in the first cache between the steps on them. GCC and Clang turn the vectors
+   below into whatever the processor has. POINTWISE is written by native.py from Divergence.pointwise. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) /* a longer vector than the processor's would be taken apart into single numbers */
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define BLOCK 1024 /* elements */
+#define LOG_ZERO -1e37f
+
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf splat(float x) { return x - (vf){0}; }
+INLINE vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+INLINE vf larger(vf a, vf b) { return pick(a > b, a, b); }
+INLINE vf smaller(vf a, vf b) { return pick(a < b, a, b); }
+INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
+INLINE vf signum(vf x) { return pick(x > 0.0f, splat(1.0f), pick(x < 0.0f, splat(-1.0f), x)); }
+INLINE vf root(vf x) {
+    for (int k = 0; k < LANES; k++) x[k] = sqrtf(x[k]);
+    return x;
+}
+
+/* e^x = 2^n * e^r with |r| <= ln 2 / 2; the polynomial is the minimax one of Cephes, under 2 units in the last place. What
+   float32 holds only as a subnormal number is 0. For x < 88. */
+INLINE vf exponential_below_88(vf x) {
+    vf n = x * 1.44269504f + 12582912.0f - 12582912.0f;
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + (r + 1.0f);
+    vi power = (__builtin_convertvector(n, vi) + 127) << 23; /* nonsense for x < -87, and not taken there */
+    return pick(x < -87.33f, splat(0.0f), p * (vf)power);
+}
+INLINE vf exponential(vf x) {
+    vf result = exponential_below_88(smaller(x, splat(88.0f)));
+    return pick(x == x, pick(x > 88.0f, splat(INFINITY), result), x);
+}
+
+/* log(1 + x) for 0 <= x <= 1, as 2 artanh(x / (2 + x)). */
+INLINE vf log_one_plus(vf x) {
+    vf s = x / (x + 2.0f), y = s * s;
+    vf p = y * (1.0f / 13) + 1.0f / 11;
+    p = p * y + 1.0f / 9;
+    p = p * y + 1.0f / 7;
+    p = p * y + 1.0f / 5;
+    p = p * y + 1.0f / 3;
+    return 2.0f * (s + s * y * p);
+}
+INLINE vf log_add_exp(vf a, vf b) { return larger(a, b) + log_one_plus(exponential_below_88(-absolute(a - b))); }
+
+/* x = 2^n * m with m in [2/3, 4/3), log m = 2 artanh((m - 1) / (m + 1)). */
+INLINE vf logarithm(vf x) {
+    vi bits = (vi)x - 0x3f2aaaab;
+    vf n = __builtin_convertvector(bits >> 23, vf);
+    vf m = (vf)((bits & 0x007fffff) + 0x3f2aaaab);
+    vf s = (m - 1.0f) / (m + 1.0f), y = s * s;
+    vf p = y * (1.0f / 11) + 1.0f / 9;
+    p = p * y + 1.0f / 7;
+    p = p * y + 1.0f / 5;
+    p = p * y + 1.0f / 3;
+    vf result = 2.0f * (s + s * y * p) + n * -2.12194440e-4f + n * 0.693359375f;
+    result = pick(x > 1.17e-38f, result, pick(x < 0.0f, splat(NAN), splat(-INFINITY)));
+    return pick((x == x) & (x < INFINITY), result, x);
+}
+INLINE vf log1p_any(vf x) { /* Goldberg's correction for what 1 + x rounds away */
+    vf u = x + 1.0f, exact = logarithm(u) * (x / (u - 1.0f));
+    return pick(u == 1.0f, x, pick(absolute(x) < INFINITY, exact, logarithm(u)));
+}
+INLINE vf expm1_any(vf x) {
+    vf p = x * (1.0f / 40320) + 1.0f / 5040;
+    p = p * x + 1.0f / 720;
+    p = p * x + 1.0f / 120;
+    p = p * x + 1.0f / 24;
+    p = p * x + 1.0f / 6;
+    p = p * x + 0.5f;
+    return pick(absolute(x) < 0.5f, p * x * x + x, exponential(x) - 1.0f);
+}
+
+INLINE void pointwise(vf log_q, vf log_p, vf *value, vf *slope) {
+    POINTWISE
+}
+
+/* Rows have room behind V for the last vector to be full; what stands there is made LOG_ZERO. */
+INLINE vf load(const float *at) { return *(const vf *)at; }
+INLINE void store(float *at, vf x) { *(vf *)at = x; }
+INLINE void fill(float *row, long V) {
+    for (long v = V; v % LANES; v++) row[v] = LOG_ZERO;
+}
+INLINE vi inside(long v, long V) { /* lanes before V */
+    vi lane;
+    for (int k = 0; k < LANES; k++) lane[k] = k;
+    return lane < (int32_t)(V - v < LANES ? V - v : LANES);
+}
+INLINE float sum(vf x) {
+    float total = 0;
+    for (int k = 0; k < LANES; k++) total += x[k];
+    return total;
+}
+
+/* A row's largest z / T and the sum of exp(z / T - largest): LOG_ZERO and 1 where every token is ruled out. */
+typedef struct { float top; double total; } sums;
+
+static sums add_up(const float *row, long V, float inverse) {
+    float top = LOG_ZERO;
+    double total = 0;
+    for (long start = 0; start < V; start += BLOCK) {
+        long end = start + BLOCK < V ? start + BLOCK : V;
+        vf most = splat(LOG_ZERO), part = {0};
+        vi unordered = {0};
+        for (long v = start; v < end; v += LANES) {
+            vf z = load(row + v);
+            unordered |= z != z;
+            most = larger(z * inverse, most);
+        }
+        float block_top = top;
+        for (int k = 0; k < LANES; k++) {
+            if (most[k] > block_top) block_top = most[k];
+            if (unordered[k]) return (sums){NAN, NAN};
+        }
+        if (block_top > top) {
+            total *= exp((double)top - block_top);
+            top = block_top;
+        }
+        for (long v = start; v < end; v += LANES)
+            part += exponential_below_88(larger(load(row + v) * inverse, splat(LOG_ZERO)) - top);
+        total += top > LOG_ZERO ? sum(part) : 0;
+    }
+    return top > LOG_ZERO ? (sums){top, total} : (sums){LOG_ZERO, 1};
+}
+
+/* log softmax(z / T)_v = (max(z_v / T, LOG_ZERO) - top) - log_total; LOG_ZERO in a row where every token is ruled out */
+typedef struct { float inverse, top, log_total; } normaliser;
+
+INLINE float base(sums row) { return row.top == LOG_ZERO ? 0 : row.top; }
+INLINE vf log_softmax(vf z, normaliser n) { return (larger(z * n.inverse, splat(LOG_ZERO)) - n.top) - n.log_total; }
+
+static normaliser normalise(const float *row, long V, float inverse) {
+    sums s = add_up(row, V, inverse);
+    return (normaliser){inverse, base(s), (float)log(s.total)};
+}
+
+/* Rows of one chunk, `stride` apart. student becomes the gradient where scale is not NULL; teacher is overwritten and may
+   be NULL; labels may be NULL, and are below 0 where they do not count. */
+void tail(float *student, float *teacher, const float *scale, const int64_t *labels, float *divergence,
+          float *cross_entropy, long rows, long V, long stride, float temperature, float label_weight) {
+    for (long row = 0; row < rows; row++) {
+        float *z = student + row * stride, *said = teacher ? teacher + row * stride : 0;
+        fill(z, V);
+        if (said) fill(said, V);
+        normaliser soft = {0}, hard = {0};
+        double value_total = 0, slope_total = 0;
+        if (said) {
+            soft = normalise(z, V, 1 / temperature);
+            normaliser theirs = normalise(said, V, 1 / temperature);
+            for (long start = 0; start < V; start += BLOCK) {
+                vf values = {0}, slopes = {0};
+                for (long v = start; v < V && v < start + BLOCK; v += LANES) {
+                    vf value, slope;
+                    pointwise(log_softmax(load(z + v), soft), log_softmax(load(said + v), theirs),
+                              &value, &slope);
+                    values += (vf)((vi)value & inside(v, V));
+                    slopes += (vf)((vi)slope & inside(v, V));
+                    if (scale) store(said + v, slope);
+                }
+                value_total += sum(values);
+                slope_total += sum(slopes);
+            }
+            divergence[row] = (float)value_total;
+        }
+        int counts = labels && labels[row] >= 0;
+        if (labels) {
+            hard = said && temperature == 1 ? soft : normalise(z, V, 1);
+            float of_label = counts ? z[labels[row]] : 0;
+            of_label = of_label > LOG_ZERO || of_label != of_label ? of_label : LOG_ZERO;
+            cross_entropy[row] = counts ? hard.log_total - (of_label - hard.top) : 0;
+        }
+        if (!scale) continue;
+
+        float of_slope = said ? scale[row] / temperature : 0, of_label = counts ? scale[row] * label_weight : 0;
+        float of_soft = -(float)slope_total * of_slope;
+        int one_normaliser = !counts || (said && temperature == 1); /* then one exponential serves both losses */
+        if (one_normaliser) of_soft += of_label;
+        for (long v = 0; v < V; v += LANES) {
+            vf here = load(z + v), gradient = {0};
+            if (said) gradient = load(said + v) * of_slope + exponential_below_88(log_softmax(here, soft)) * of_soft;
+            if (!one_normaliser) gradient += exponential_below_88(log_softmax(here, hard)) * of_label;
+            store(z + v, gradient);
+        }
+        if (counts) z[labels[row]] -= of_label;
+    }
+}
+
+/* Rows of logits become exp(z - top), with their largest logit and their sum. */
+void exponentials(float *logits, float *tops, float *totals, long rows, long V, long stride) {
+    for (long row = 0; row < rows; row++) {
+        float *z = logits + row * stride;
+        fill(z, V);
+        sums s = add_up(z, V, 1);
+        for (long v = 0; v < V; v += LANES)
+            store(z + v, exponential_below_88(larger(load(z + v), splat(LOG_ZERO)) - base(s)));
+        tops[row] = s.top;
+        totals[row] = (float)s.total;
+    }
+}

@@ -1,0 +1,242 @@
+"""The tail of a chunk on CUDA: one program a row, in place, in the dtype of the logits.
+
+A row of logits is read three times: for both normalisers, for the loss and the sum of its slope, and for the gradient.
+All arithmetic is float32. The divergence's formula comes from its own `pointwise`.
+"""
+
+# A kernel's arguments are what Triton makes of them.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+from __future__ import annotations
+
+import linecache
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from potstill.divergence import LOG_ZERO, Divergence
+from potstill.losses.chunked import Chunk, Job, Tail
+from potstill.losses.tail import TorchTail
+from potstill.losses.token import Row
+from potstill.losses.trace import Program, program
+
+LOWEST = tl.constexpr(LOG_ZERO)
+INTERPRETED: bool = triton.knobs.runtime.interpret  # the kernels run on a CPU, slowly, for tests
+
+OPERATIONS = {
+    "add": "{} + {}",
+    "sub": "{} - {}",
+    "mul": "{} * {}",
+    "div": "{} / {}",
+    "neg": "-{}",
+    "exp": "tl.exp({})",
+    "log": "tl.log({})",
+    "log1p": "log_one_plus({})",
+    "expm1": "exp_minus_one({})",
+    "sqrt": "tl.sqrt({})",
+    "abs": "tl.abs({})",
+    "sign": "({0} > 0).to(tl.float32) - ({0} < 0).to(tl.float32)",
+    "square": "{0} * {0}",
+    "reciprocal": "1.0 / {}",
+    "logaddexp": "log_add_exp({}, {})",
+    "maximum": "tl.maximum({}, {})",
+    "minimum": "tl.minimum({}, {})",
+    "where": "tl.where({}, {}, {})",
+    "lt": "{} < {}",
+    "gt": "{} > {}",
+}
+
+
+@triton.jit
+def log_one_plus(x):
+    """log(1 + x), with Goldberg's correction for what 1 + x rounds away."""
+    u = x + 1.0
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def exp_minus_one(x):
+    """exp(x) - 1, as a series where the difference would lose digits."""
+    p = 1.0 + x * (1.0 / 8)
+    p = 1.0 + x * (1.0 / 7) * p
+    p = 1.0 + x * (1.0 / 6) * p
+    p = 1.0 + x * (1.0 / 5) * p
+    p = 1.0 + x * (1.0 / 4) * p
+    p = 1.0 + x * (1.0 / 3) * p
+    p = 1.0 + x * (1.0 / 2) * p
+    return tl.where(tl.abs(x) < 0.5, x * p, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log_add_exp(a, b):
+    """log(exp(a) + exp(b))."""
+    return tl.maximum(a, b) + log_one_plus(tl.exp(-tl.abs(a - b)))
+
+
+@triton.jit
+def _load(row, start, V, inverse, BLOCK: tl.constexpr):
+    """z / T of a block, LOWEST behind the row's end."""
+    at = start + tl.arange(0, BLOCK)
+    z = tl.load(row + at, mask=at < V, other=-float("inf")).to(tl.float32) * inverse
+    return tl.where(z < LOWEST, LOWEST, z)  # and not a maximum, which would hide NaN
+
+
+@triton.jit
+def _normalise(row, V, inverse, BLOCK: tl.constexpr):
+    """A row's largest z / T and the sum of exp(z / T - largest); LOWEST and 1 where every token is ruled out."""
+    top = LOWEST + 0.0
+    total = 0.0
+    for start in range(0, V, BLOCK):
+        z = _load(row, start, V, inverse, BLOCK)
+        larger = tl.maximum(top, tl.max(z, 0))
+        total = total * tl.exp(top - larger) + tl.sum(tl.exp(z - larger), 0)
+        top = larger
+    nothing = top <= LOWEST
+    return top, tl.where(nothing, 1.0, total)
+
+
+@triton.jit
+def _tail(
+    student, teacher, scale, labels, divergence, cross_entropy,
+    V, stride, temperature, label_weight,
+    POINTWISE: tl.constexpr, HAS_LABELS: tl.constexpr, WITH_GRADIENT: tl.constexpr, ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """See `Tail`; ONE says that the temperature is 1, so that one normaliser serves both losses."""
+    row = tl.program_id(0).to(tl.int64)
+    student += row * stride
+    label = -1
+    of_label = 0.0
+    hard_base, hard_log = 0.0, 0.0
+    if HAS_LABELS:
+        label = tl.load(labels + row)
+        if POINTWISE is None or not ONE:
+            hard_top, hard_total = _normalise(student, V, 1.0, BLOCK)
+            hard_base, hard_log = tl.where(hard_top <= LOWEST, 0.0, hard_top), tl.log(hard_total)
+    base, log_total, slopes = 0.0, 0.0, 0.0
+    inverse = 1.0 / temperature
+    if POINTWISE is not None:
+        teacher += row * stride
+        top, total = _normalise(student, V, inverse, BLOCK)
+        base, log_total = tl.where(top <= LOWEST, 0.0, top), tl.log(total)
+        said_top, said_total = _normalise(teacher, V, inverse, BLOCK)
+        said_base, said_log = tl.where(said_top <= LOWEST, 0.0, said_top), tl.log(said_total)
+        values = 0.0
+        for start in range(0, V, BLOCK):
+            log_q = _load(student, start, V, inverse, BLOCK) - base - log_total
+            log_p = _load(teacher, start, V, inverse, BLOCK) - said_base - said_log
+            value, slope = POINTWISE(log_q, log_p)
+            inside = start + tl.arange(0, BLOCK) < V
+            values += tl.sum(tl.where(inside, value, 0.0), 0)
+            slopes += tl.sum(tl.where(inside, slope, 0.0), 0)
+        tl.store(divergence + row, values)
+        if ONE:
+            hard_base, hard_log = base, log_total
+    if HAS_LABELS:
+        counts = label >= 0
+        z = tl.load(student + tl.where(counts, label, 0)).to(tl.float32)
+        z = tl.where(z < LOWEST, LOWEST, z)
+        tl.store(cross_entropy + row, tl.where(counts, hard_log - (z - hard_base), 0.0))
+    if WITH_GRADIENT:
+        weight = tl.load(scale + row)
+        if HAS_LABELS:
+            of_label = tl.where(label >= 0, weight * label_weight, 0.0)
+        for start in range(0, V, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            gradient = tl.zeros([BLOCK], tl.float32)
+            if POINTWISE is not None:
+                log_q = _load(student, start, V, inverse, BLOCK) - base - log_total
+                log_p = _load(teacher, start, V, inverse, BLOCK) - said_base - said_log
+                value, slope = POINTWISE(log_q, log_p)
+                gradient = (slope - tl.exp(log_q) * slopes) * (weight * inverse)
+            if HAS_LABELS:
+                hard = tl.exp(_load(student, start, V, 1.0, BLOCK) - hard_base - hard_log)
+                gradient += of_label * (hard - tl.where(at == label, 1.0, 0.0))
+            tl.store(student + at, gradient, mask=at < V)
+
+
+@triton.jit
+def _exponentials(logits, tops, totals, V, stride, BLOCK: tl.constexpr):
+    """See `exponentials_`."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    top, total = _normalise(logits, V, 1.0, BLOCK)
+    tl.store(tops + row, top)
+    tl.store(totals + row, total)
+    base = tl.where(top <= LOWEST, 0.0, top)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(logits + at, tl.exp(_load(logits, start, V, 1.0, BLOCK) - base), mask=at < V)
+
+
+class TritonTail:
+    """The kernel, with one divergence's formula (None: cross-entropy alone)."""
+
+    def __init__(self, pointwise: Any) -> None:
+        self._pointwise = pointwise
+
+    def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
+        """That of the products: half of the memory and of the traffic in half precision."""
+        return products
+
+    def __call__(self, chunk: Chunk, job: Job) -> tuple[Tensor | None, Tensor | None]:
+        """See `Tail`."""
+        student = chunk.student
+        rows, V = student.shape
+        divergence, cross_entropy = student.new_empty(2, rows, dtype=torch.float32).unbind()
+        labels = None if chunk.labels is None else chunk.labels.to(torch.int64).contiguous()
+        scale = None if chunk.scale is None else chunk.scale.float().contiguous()
+        _tail[(rows,)](
+            student, chunk.teacher, scale, labels, divergence, cross_entropy,
+            V, student.stride(0), float(job.temperature), float(job.label_weight),
+            POINTWISE=self._pointwise, HAS_LABELS=labels is not None, WITH_GRADIENT=scale is not None,
+            ONE=job.divergence is None or job.temperature == 1, **_shape(V),
+        )  # fmt: skip
+        return (None if job.divergence is None else divergence, None if labels is None else cross_entropy)
+
+
+def triton_exponentials_(logits: Tensor) -> Row:
+    """`exponentials_` in two passes over [N, V]."""
+    rows, V = logits.shape
+    top, total = logits.new_empty(2, rows, 1, dtype=torch.float32).unbind()
+    _exponentials[(rows,)](logits, top, total, V, logits.stride(0), **_shape(V))
+    return Row(top, total)
+
+
+@lru_cache(maxsize=256)
+def triton_tail(divergence: Divergence | None, sparse: bool) -> Tail | None:
+    """The tail for a divergence (None: cross-entropy alone); None where its formula is no elementary arithmetic."""
+    if sparse:
+        return TorchTail(triton_exponentials_)
+    if divergence is None:
+        return TritonTail(None)
+    steps = program(divergence)
+    return None if steps is None else TritonTail(_function(steps))
+
+
+def _shape(V: int) -> dict[str, int]:
+    block = min(4096, triton.next_power_of_2(V))
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 256))}
+
+
+def _function(steps: Program) -> Any:
+    """The formula as a Triton function, from a source that Triton can read back."""
+    lines = ["def pointwise(log_q, log_p):"]
+    for step in steps.steps:
+        arguments = [f"({x!r})" if isinstance(x, float) else x for x in step.arguments]
+        lines.append(f"    {step.name} = {OPERATIONS[step.operation].format(*arguments)}")
+    source = "\n".join([*lines, f"    return {steps.value}, {steps.slope}", ""])
+    name = f"<potstill divergence {hash(steps):x}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    names: dict[str, Any] = {
+        "tl": tl,
+        "log_one_plus": log_one_plus,
+        "exp_minus_one": exp_minus_one,
+        "log_add_exp": log_add_exp,
+        "__name__": __name__,
+    }
+    exec(compile(source, name, "exec"), names)  # written above, from a fixed table
+    return triton.jit(names["pointwise"])
