@@ -15,7 +15,7 @@
 #else
 #define LANES 4
 #endif
-#define BLOCK 1024 /* elements */
+#define BLOCK (16 * LANES) /* elements: so many are added up in float32, and from there on in double */
 #define LOG_ZERO -1e37f
 
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -43,7 +43,7 @@ INLINE vf exponential_below_88(vf x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + (r + 1.0f);
+    p = (p * (r * r) + r) + 1.0f;
     vi power = (__builtin_convertvector(n, vi) + 127) << 23; /* nonsense for x < -87, and not taken there */
     return pick(x < -87.33f, splat(0.0f), p * (vf)power);
 }
@@ -193,13 +193,14 @@ void tail(float *student, float *teacher, const float *scale, const int64_t *lab
         if (!scale) continue;
 
         float of_slope = said ? scale[row] / temperature : 0, of_label = counts ? scale[row] * label_weight : 0;
-        float of_soft = -(float)slope_total * of_slope;
-        int one_normaliser = !counts || (said && temperature == 1); /* then one exponential serves both losses */
-        if (one_normaliser) of_soft += of_label;
+        float total = (float)slope_total, rest = (float)(slope_total - total); /* slope - q * total cancels */
         for (long v = 0; v < V; v += LANES) {
-            vf here = load(z + v), gradient = {0};
-            if (said) gradient = load(said + v) * of_slope + exponential_below_88(log_softmax(here, soft)) * of_soft;
-            if (!one_normaliser) gradient += exponential_below_88(log_softmax(here, hard)) * of_label;
+            vf here = load(z + v), gradient = {0}, q = {0};
+            if (said) {
+                q = exponential_below_88(log_softmax(here, soft));
+                gradient = ((load(said + v) - q * total) - q * rest) * of_slope;
+            }
+            if (counts) gradient += (said && temperature == 1 ? q : exponential_below_88(log_softmax(here, hard))) * of_label;
             store(z + v, gradient);
         }
         if (counts) z[labels[row]] -= of_label;

@@ -1,0 +1,256 @@
+"""What the benchmarks share: new processes, the clock, peak memory, checks against float64, the machine, tables."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from potstill.divergence import KINDS, AlphaBeta, Divergence
+from potstill.errors import PotstillError
+from potstill.losses import linear_divergence
+from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+
+T = TypeVar("T")
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+BACKENDS = {"cpu": ("auto",), "cuda": ("triton", "chunked")}  # "ours" is the first that runs
+LIMITS = {"float32": 2e-5, "bf16": 2e-2}  # of the relative errors in the checks
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def fresh(task: Callable[..., T], *arguments: Any) -> T:
+    """The task's result from a new process, which shares no memory, caches or peaks with another one.
+
+    Raises:
+        BrokenProcessPool: the system killed it, as it does where memory ends.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(task, *arguments).result()
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """The wall time of one call, to the end of its last kernel."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+class Peak:
+    """The most bytes in use since this was made, and what was in use then.
+
+    On CUDA what torch's tensors take. On a CPU the memory of the whole process that the kernel counts (VmHWM, reset
+    through /proc/self/clear_refs), libraries' own buffers included; None where the kernel does not tell.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        gc.collect()
+        self.start: int | None
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            self.start = _resident() if _reset_peak() else None
+
+    def bytes(self) -> int | None:
+        """The most since then, all that was there before included."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated()
+        return None if self.start is None else _status("VmHWM")
+
+    def extra(self) -> int | None:
+        """The most since then, above what was in use then."""
+        peak = self.bytes()
+        return None if peak is None or self.start is None else peak - self.start
+
+
+def _status(key: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _reset_peak() -> bool:
+    """Whether the kernel counts the peak anew from here. What was freed goes back to it first."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        CLEAR.write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return _status("VmHWM") - _resident() < 2**20
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """The processor's name and its flags, lower case; both empty where /proc/cpuinfo does not say."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    said = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return said.get("model name", ""), set((said.get("flags") or said.get("features") or "").lower().split())
+
+
+def has_bf16(device: str) -> bool:
+    """Whether bf16 products have instructions of their own."""
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return bool(_cpu()[1] & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def machine(device: str) -> dict[str, str]:
+    """What figures depend on."""
+    name, flags = _cpu()
+    has = [text for flag, text in (("avx512f", "AVX-512"), ("avx512_bf16", "AVX-512 bf16")) if flag in flags]
+    has += ["AMX bf16"] if "amx_bf16" in flags else []
+    said = {
+        "cpu": f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads, {' and '.join(has) or 'neither AVX-512 nor bf16 instructions'}"
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        said["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    packages = ("torch", "triton", "transformers", "trl", "liger-kernel")
+    said["software"] = f"Python {platform.python_version()}, " + ", ".join(
+        f"{package} {found}" for package in packages if (found := installed(package))
+    )
+    return said
+
+
+def installed(package: str) -> str | None:
+    """Its version, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def keep(path: Path | None, result: dict[str, Any]) -> None:
+    """Write the result as JSON, if a path was given. Called after every row: an interruption costs one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def ms(spent: float | str, by: float | None = None) -> str:
+    return spent if isinstance(spent, str) else f"{spent * 1e3:,.1f}" + (f" ({spent / by:.2f})" if by else "")
+
+
+def mb(extra: int | str | None) -> str:
+    return extra if isinstance(extra, str) else "not measured" if extra is None else f"{extra / 2**20:,.1f}"
+
+
+def attempt(call: Callable[..., T], *arguments: Any) -> T | str:
+    """What the call gives; or "none" where a backend cannot do it, or "out of memory"."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*has no Triton kernel")  # another backend would be measured
+            return call(*arguments)
+    except torch.OutOfMemoryError:
+        pass
+    except (PotstillError, UserWarning) as error:
+        if not any(word in str(error) for word in ("expected backend", 'backend "triton"', "no Triton kernel")):
+            raise
+        return "none"
+    torch.cuda.empty_cache()
+    return "out of memory"
+
+
+def distance(got: Tensor, to: Tensor) -> float:
+    """||got - to|| / ||to||, a piece at a time: these are large."""
+    pieces = zip(got.split(4096), to.split(4096), strict=True)
+    return math.sqrt(sum(float((a.to(b) - b).square().sum()) for a, b in pieces)) / float(to.norm())
+
+
+# Every divergence against float64 on small inputs.
+
+
+def checks(device: str) -> list[dict[str, Any]]:
+    """The worst relative errors of loss and gradients, by dtype, targets and backend.
+
+    In bf16 some gradients are worse than any fixed limit (total variation jumps where p = q): there they may be no
+    worse than those of the eager backend in the same dtype.
+    """
+    numbers = {"alpha_beta": AlphaBeta(0.5, 0.7)}
+    lines = []
+    for dtype, kind in product(LIMITS, ("head", "dense", "sparse")):
+        far: dict[str, list[tuple[float, float, str]]] = {backend: [] for backend in BACKENDS[device]}
+        for name, more in product(KINDS, (False, True)):
+            divergence = numbers.get(name) or KINDS[name]()
+            true = small(divergence, kind, more, dtype, "cpu", "eager", torch.float64)
+            eager = furthest(small(divergence, kind, more, dtype, "cpu", "eager"), true)
+            for backend, found in far.items():
+                got = attempt(small, divergence, kind, more, dtype, device, backend)
+                if not isinstance(got, str):
+                    found.append((furthest(got, true), eager, name + ", with everything" * more))
+        for backend, found in far.items():
+            worst, eager, where = max(found, default=(math.nan, math.nan, "does not run"))
+            ok = all(error <= max(LIMITS[dtype], 1.2 * usual) for error, usual, _ in found)
+            line = {"backend": backend, "dtype": dtype, "targets": kind, "worst": worst, "where": where}
+            lines.append(line | {"eager": eager, "ok": ("yes" if ok else "NO") if found else "-"})
+    return lines
+
+
+def furthest(got: list[Tensor], true: list[Tensor]) -> float:
+    return max(distance(a.cpu().flatten(), b.flatten()) for a, b in zip(got, true, strict=True))
+
+
+def small(
+    divergence: Divergence, kind: str, more: bool, dtype: str, device: str, backend: Any, wide: Any = None
+) -> list[Tensor]:
+    """Loss and gradients of small inputs, rounded to dtype and computed in `wide`.
+
+    `more` is all that a head and a loss can have: padding, bias, scale, soft cap; temperature, weights, labels.
+    """
+    torch.manual_seed(1)
+    N, H, V, temperature = 300, 64, 1003, 2.0 if more else 1.0
+
+    def draw(scale: float, *shape: int) -> Tensor:
+        return (torch.randn(*shape) * scale).to(DTYPES[dtype]).to(device, wide)
+
+    leaves = [x.requires_grad_() for x in (draw(1, N, H), draw(0.3, V + 5, H), draw(1, V + 5))]
+    head = LMHead(leaves[1], leaves[2], logit_scale=0.7, softcap=8.0, size=V) if more else LMHead(leaves[1], size=V)
+    targets: Targets = HeadTargets(draw(1, N, 96), LMHead(draw(0.2, V, 96)))
+    log_probs, ids = torch.log_softmax(torch.randn(N, V) * 2, -1).topk(16)
+    if kind == "dense":
+        targets = DenseTargets(draw(2, N, V))
+    elif kind == "sparse":
+        targets = SparseTargets(ids.to(device), log_probs.to(device, wide), temperature=temperature)
+    options: dict[str, Any] = {"temperature": temperature, "backend": backend}
+    weights, labels = torch.rand(N), torch.randint(V, (N,)).masked_fill_(torch.rand(N) < 0.1, -100)
+    if more:
+        options |= {"token_weights": weights.to(device), "labels": labels.to(device), "label_weight": 0.5}
+    loss = linear_divergence(leaves[0], head, targets, divergence, **options).loss
+    loss.backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
