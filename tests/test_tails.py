@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from potstill.divergence import ForwardKL, JSD, Divergence
+from potstill.divergence import JSD, Divergence, ForwardKL
 from potstill.losses import linear_cross_entropy, linear_divergence, native
 from potstill.losses.chunked import ROUND, Chunk, Job, Tail
 from potstill.losses.native import native_tail
 from potstill.losses.tail import TorchTail
 from potstill.losses.token import exponentials_
 from potstill.losses.trace import program
-from potstill.targets import DenseTargets, LMHead, SparseTargets
+from potstill.targets import DenseTargets, LMHead
 from reference import DIVERGENCES
 
 every_divergence = pytest.mark.parametrize("divergence", [None, *DIVERGENCES], ids=str)

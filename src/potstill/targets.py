@@ -70,8 +70,10 @@ class LMHead:
         """The logits [..., V] of hidden states [..., H]."""
         if hidden.shape[-1] != self.weight.shape[1]:
             raise ShapeError(f"LMHead: expected hidden of width {self.weight.shape[1]}, got {hidden.shape[-1]}.")
-        bias = None if self.bias is None else self.bias[: self.vocabulary]
-        logits = torch.nn.functional.linear(hidden, self.weight[: self.vocabulary], bias)
+        dtype = torch.promote_types(hidden.dtype, self.weight.dtype)
+        weight = self.weight[: self.vocabulary].to(dtype)
+        bias = None if self.bias is None else self.bias[: self.vocabulary].to(dtype)
+        logits = torch.nn.functional.linear(hidden.to(dtype), weight, bias)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.softcap is not None:
@@ -146,8 +148,8 @@ class SparseTargets:
     """K of the teacher's probabilities at every position, and one event for all other tokens: K + 1 events.
 
     kind says what log_probs are and what is left for the other tokens:
-        bucket: the teacher's own, of its likeliest tokens; the others have what is missing to 1. Every divergence is
-            a lower bound of the dense one, and equal to it at K = V.
+        bucket: the teacher's own, of its likeliest tokens; the others have what is missing to 1. The divergence is
+            the dense one at K = V, and below it at a smaller K (alpha-beta divergences may be above).
         sampled: log(count / draws) of draws from the teacher; the others have 0. Unbiased for divergences that are
             linear in the teacher (forward KL, soft cross-entropy), and refused for all else.
         renormalized: any; they are divided by their sum, the others have 0. Biased: the student is taught to give

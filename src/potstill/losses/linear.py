@@ -72,8 +72,8 @@ def linear_divergence(
         targets: the teacher's, for the same N; None for cross-entropy alone. No gradient flows to it.
         divergence: which one; a user's own subclass works too. None for cross-entropy alone.
         temperature: softmax temperature of the divergence, > 0. No T^2 factor is applied here.
-        token_weights: [N], w_n; None for ones.
-        normalizer: what to divide by; default: the sum of w_n, at least 1.
+        token_weights: [N], w_n, without gradient; None for ones.
+        normalizer: what to divide by, without gradient; default: the sum of w_n, at least 1.
         labels: [N] token ids for the cross-entropy (at temperature 1); -100 does not count.
         label_weight: its weight; with 0 it is only reported.
         reduction: "none" gives w_n (D_n + label_weight * CE_n) by token, for weights that are known only afterwards
@@ -97,11 +97,13 @@ def linear_divergence(
     >>> loss = linear_divergence(hidden, head, HeadTargets(hidden, head), JSD()).loss
     >>> torch.testing.assert_close(loss, torch.tensor(0.0))
     """
-    _check(hidden, head, targets, divergence, temperature, token_weights, labels, reduction)
+    token_weights = None if token_weights is None else token_weights.detach()
+    normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
     dtype = _products_dtype(hidden, head.weight)
     plan = _Plan(
         head, targets, divergence, temperature, token_weights, normalizer, labels, label_weight, chunk_tokens, dtype
     )
+    _check(hidden, plan, reduction)
     output = _eager(hidden, plan, reduction) if backend == "eager" else _fused(hidden, plan, reduction, backend)
     if output.divergence is not None:
         assert divergence is not None
@@ -147,34 +149,32 @@ class _Plan(NamedTuple):
 
     def reduce(self, values: Tensor, reduction: Reduction) -> Tensor:
         """The scalar, or with reduction "none" the weighted values."""
+        weights = self.token_weights
+        if weights is not None:
+            values = values.masked_fill(weights == 0, 0.0)  # they may be infinite
         if reduction == "mean":
-            return token_mean(values, self.token_weights, self.normalizer)
-        return values if self.token_weights is None else values * self.token_weights
+            return token_mean(values, weights, self.normalizer)
+        return values if weights is None else values * weights
 
 
-def _check(
-    hidden: Tensor,
-    head: LMHead,
-    targets: Targets | None,
-    divergence: Divergence | None,
-    temperature: float,
-    token_weights: Tensor | None,
-    labels: Tensor | None,
-    reduction: str,
-) -> None:
-    if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
+def _check(hidden: Tensor, plan: _Plan, reduction: str) -> None:
+    width, V = plan.head.weight.shape[1], plan.head.vocabulary
+    if hidden.ndim != 2 or hidden.shape[1] != width:
         raise ShapeError(
-            f"linear_divergence: expected hidden of shape [N, {head.weight.shape[1]}], the head's width, "
-            f"got {list(hidden.shape)}."
+            f"linear_divergence: expected hidden of shape [N, {width}], the head's width, got {list(hidden.shape)}."
         )
-    N, V = hidden.shape[0], head.vocabulary
-    if (targets is None) != (divergence is None) or (targets is None and labels is None):
+    N, labels = hidden.shape[0], plan.labels
+    if (plan.targets is None) != (plan.divergence is None) or (plan.targets is None and labels is None):
         raise ShapeError("linear_divergence: expected targets and a divergence, or neither of them and labels.")
-    if targets is not None and divergence is not None:
-        check_targets("linear_divergence", torch.Size([N, V]), targets, divergence, temperature)
-    for name, each in (("token_weights", token_weights), ("labels", labels)):
+    if plan.label_weight and labels is None:
+        raise ShapeError(f"linear_divergence: expected labels for label_weight={plan.label_weight}, got None.")
+    if plan.targets is not None and plan.divergence is not None:
+        check_targets("linear_divergence", torch.Size([N, V]), plan.targets, plan.divergence, plan.temperature)
+    for name, each in (("token_weights", plan.token_weights), ("labels", labels)):
         if each is not None and each.shape != (N,):
             raise ShapeError(f"linear_divergence: expected {name} of shape [{N}], got {list(each.shape)}.")
+    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise ShapeError(f"linear_divergence: expected labels of an integer dtype, got {labels.dtype}.")
     if labels is not None and ((labels < 0) & (labels != IGNORE) | (labels >= V)).any():
         counts = labels[labels != IGNORE]
         raise ShapeError(
@@ -182,6 +182,8 @@ def _check(
         )
     if reduction not in ("mean", "none"):
         raise ShapeError(f'linear_divergence: expected reduction "mean" or "none", got {reduction!r}.')
+    if plan.chunk_tokens is not None and plan.chunk_tokens < 1:
+        raise ShapeError(f"linear_divergence: expected chunk_tokens of at least 1, got {plan.chunk_tokens}.")
 
 
 def _tail(backend: str, plan: _Plan, device: torch.device) -> Tail:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ def unchecked_divergence(
 
 def check_targets(caller: str, shape: torch.Size, targets: Targets, divergence: Divergence, temperature: float) -> None:
     """Raise what `token_divergence` says of targets that do not fit student logits of a shape [..., V]."""
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ShapeError(f"{caller}: expected temperature > 0, got {temperature}.")
     if isinstance(targets, SparseTargets):
         targets.slice(shape[-1])

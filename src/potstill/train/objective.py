@@ -21,7 +21,7 @@ Number = float | Schedule  # every weight and temperature: fixed, or a function 
 
 # How much more than the logits the labels may weigh where both go through the head together: their gradient may be in
 # half precision before it is weighted, and must stay within its range.
-MOST = 100.0
+MOST = 10.0
 
 
 def value_at(number: Number, step: int) -> float:
