@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import reference
+from linear_cases import close, every_backend, every_divergence, every_dtype, every_reduction, randn
 from potstill.divergence import (
     JSD,
     AlphaBeta,
@@ -27,7 +28,6 @@ from potstill.errors import ShapeError
 from potstill.losses import linear_cross_entropy, linear_divergence
 from potstill.targets import DenseTargets, HeadTargets, LMHead
 from reference import DIVERGENCES, SquaredHellinger
-from test_linear import close, every_backend, every_divergence, every_dtype, every_reduction, randn
 
 N, V = 5, 17
 TEMPERATURES = (0.5, 1.0, 4.0)

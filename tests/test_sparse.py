@@ -13,6 +13,19 @@ import torch
 from torch import Tensor
 
 import reference
+from linear_cases import (
+    BACKENDS,
+    check,
+    close,
+    every_backend,
+    every_divergence,
+    every_dtype,
+    every_reduction,
+    rand,
+    randn,
+    said,
+    wanting,
+)
 from potstill.divergence import (
     JSD,
     AlphaBeta,
@@ -28,19 +41,6 @@ from potstill.errors import ShapeError, UserError, VocabularyError
 from potstill.losses import linear_divergence, token_divergence
 from potstill.targets import DenseTargets, LMHead, SparseTargets
 from reference import DIVERGENCES, SquaredHellinger
-from test_linear import (
-    BACKENDS,
-    check,
-    close,
-    every_backend,
-    every_divergence,
-    every_dtype,
-    every_reduction,
-    rand,
-    randn,
-    said,
-    wanting,
-)
 
 N, H, V, K = 6, 4, 9, 4
 INFINITE_AT_ZERO = [ReverseKL(), AlphaBeta(0, 1)]  # the rest of a renormalised few has probability 0

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,7 +287,7 @@ def run_with_triton(program: str, **environment: str) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), **environment},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -19,8 +19,15 @@ from potstill.divergence import (
     TotalVariation,
 )
 from potstill.errors import PotstillError
-from potstill.losses import token_cross_entropy, token_divergence, token_mean
-from potstill.targets import DenseTargets, HeadTargets, LMHead
+from potstill.losses import (
+    FusedLoss,
+    linear_cross_entropy,
+    linear_divergence,
+    token_cross_entropy,
+    token_divergence,
+    token_mean,
+)
+from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
 
 if TYPE_CHECKING:
     from potstill.data import Examples, PaddingCollator, Source, encode
@@ -54,6 +61,7 @@ __all__ = [
     "Divergence",
     "Examples",
     "ForwardKL",
+    "FusedLoss",
     "HeadTargets",
     "LMHead",
     "Labels",
@@ -69,10 +77,13 @@ __all__ = [
     "SkewReverseKL",
     "SoftCrossEntropy",
     "Source",
+    "SparseTargets",
     "Teacher",
     "TeacherOutput",
     "TotalVariation",
     "encode",
+    "linear_cross_entropy",
+    "linear_divergence",
     "run",
     "schedule",
     "token_cross_entropy",

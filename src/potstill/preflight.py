@@ -16,6 +16,8 @@ from potstill.prepare import Parts, prepare
 from potstill.recipe import Recipe
 from potstill.train import Distiller
 
+LOSS_BYTES = 2**28  # what the loss takes at most on a CPU, see losses/chunked.py
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -26,7 +28,7 @@ class Preflight:
         vocabulary: tokens that both share.
         train_tokens: counting tokens; train_rows, eval_tokens likewise.
         steps: optimiser steps.
-        memory_bytes: weights, gradients, Adam's two moments and the logits of one batch.
+        memory_bytes: weights, gradients, Adam's two moments and the loss's buffers.
         disk_bytes: checkpoints and exported models.
         disk_free_bytes: what the output's disk has.
         seconds: training time, from one timed batch (without the final evaluation).
@@ -68,11 +70,11 @@ def check(recipe: Recipe) -> Preflight:
         train_rows=len(parts.train.dataset),
         eval_tokens=parts.eval.tokens,
         steps=parts.steps,
-        # Weights, gradient and two moments of the student; the teacher's weights; student's and teacher's logits with
-        # the student's gradient in float32.
+        # Weights, gradient and two moments of the student; the teacher's weights; the loss, which goes through the
+        # tokens in chunks and needs no more than student's and teacher's logits and a gradient would take.
         memory_bytes=4 * weights
         + parts.teacher.get_memory_footprint()
-        + 3 * 4 * _batch_tokens(parts) * parts.vocabulary,
+        + min(3 * 4 * _batch_tokens(parts) * parts.vocabulary, LOSS_BYTES),
         # A checkpoint is the weights and two moments; while one is written the one before is still there.
         disk_bytes=runs * (2 * 3 * weights + weights),
         disk_free_bytes=shutil.disk_usage(existing).free,

@@ -7,6 +7,9 @@ computed twice and nothing of size [N, V] exists.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -18,11 +21,12 @@ from potstill.divergence import Divergence
 from potstill.losses.token import compute_dtype
 from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 
-# What the buffers of one chunk may take. On a CPU small enough to be nothing beside the weights; on an accelerator
-# large enough that adding to the weight's gradient, once a chunk, is nothing beside the products.
-CPU_BYTES, ACCELERATOR_BYTES = 128 * 2**20, 2 * 2**30
+# What the buffers of one chunk may take. Each chunk goes through the weights and their gradient once more, so larger is
+# faster; on a CPU they stay below a third of one matrix of logits all the same.
+CPU_BYTES, CPU_SHARE, CPU_LEAST = 208 * 2**20, 1 / 3, 16 * 2**20
+ACCELERATOR_BYTES = 2 * 2**30
 # Rows of a head's weight in one product on a CPU: its panel stays in the cache.
-CPU_ROWS = 2048
+CPU_ROWS = 1024
 # Rows of a buffer begin at multiples of this many elements, so that vectors and products find them aligned and whole.
 ROUND = 64
 
@@ -113,12 +117,14 @@ def run(job: Job, tail: Tail, scale: Tensor | None, wanted: Wanted, chunk_tokens
     buffer = tail.buffer_dtype(products)
     sparse = isinstance(job.targets, SparseTargets)
     has_teacher = job.targets is not None and not sparse
-    rows = chunk_tokens or _chunk_tokens(N, V * buffer.itemsize * (2 if has_teacher else 1), device)
+    rows = chunk_tokens or _chunk_tokens(
+        N, V * buffer.itemsize * (2 if has_teacher else 1), N * V * buffer.itemsize, device
+    )
     rows = max(1, min(rows, N))
 
     wide = -(-V // ROUND) * ROUND
-    student = torch.empty(rows, wide, dtype=buffer, device=device)[:, :V]
-    teacher = torch.empty(rows, wide, dtype=buffer, device=device)[:, :V] if has_teacher else None
+    student = _empty(rows, wide, dtype=buffer, device=device)[:, :V]
+    teacher = _empty(rows, wide, dtype=buffer, device=device)[:, :V] if has_teacher else None
     losses = [torch.zeros(N, dtype=total, device=device) for _ in range(2)]
     d_hidden = torch.empty(N, H, dtype=total, device=device) if wanted.hidden else None
     d_weight = _empty_like(job.head.weight, V, total) if wanted.weight else None
@@ -171,17 +177,29 @@ def run(job: Job, tail: Tail, scale: Tensor | None, wanted: Wanted, chunk_tokens
     )
 
 
-def _chunk_tokens(tokens: int, bytes_per_token: int, device: torch.device) -> int:
-    """Tokens at a time under the byte budget, in chunks of one size."""
-    if device.type == "cpu":
-        most = max(1, CPU_BYTES // bytes_per_token)
-        return -(-tokens // -(-tokens // most)) if tokens else 1
-    return max(128, ACCELERATOR_BYTES // bytes_per_token // 128 * 128)
+def _chunk_tokens(tokens: int, bytes_per_token: int, logits_bytes: int, device: torch.device) -> int:
+    """Tokens at a time under the byte budget; on a CPU in chunks of one size."""
+    if device.type != "cpu":
+        return max(128, ACCELERATOR_BYTES // bytes_per_token // 128 * 128)
+    budget = max(CPU_LEAST, min(CPU_BYTES, int(CPU_SHARE * logits_bytes)))
+    most = max(1, budget // bytes_per_token)
+    return -(-tokens // -(-tokens // most)) if tokens else 1
+
+
+def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty, with large pages: the first touch of a page costs more than the arithmetic on it."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and sys.platform == "linux" and tensor.nbytes >= 2**25:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        start += -start % mmap.PAGESIZE
+        # The answer does not matter: it is advice, and nothing but time is lost where it is not taken.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 def _empty_like(tensor: Tensor, real: int, dtype: torch.dtype) -> Tensor:
     """A buffer for a gradient, whose rows behind the real ones are 0."""
-    gradient = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+    gradient = _empty(*tensor.shape, dtype=dtype, device=tensor.device)
     gradient[real:].zero_()
     return gradient
 

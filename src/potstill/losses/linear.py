@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -270,18 +271,26 @@ def _run(
         head = replace(plan.head, weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
         targets = plan.targets
         if isinstance(targets, HeadTargets):
-            same = torch.promote_types(targets.hidden.dtype, targets.head.weight.dtype)
+            same = _products_dtype(targets.hidden, targets.head.weight)  # outside of the student's autocast
             targets = HeadTargets(targets.hidden.to(same), replace(targets.head, weight=targets.head.weight.to(same)))
         job = Job(hidden.to(dtype), head, targets, plan.divergence, plan.temperature, plan.labels, plan.label_weight)
         return run(job, tail, scale, wanted, plan.chunk_tokens)
 
 
 def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What a linear layer would compute in, here."""
+    """What a linear layer would compute in, here; float32 on a CPU that can multiply half precision only in steps."""
     dtype, device = torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not _has_bfloat16())):
+        return torch.float32
     return dtype
+
+
+@cache
+def _has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16: AVX512-BF16 or AMX on x86, as PyTorch sees it."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 class _Fused(torch.autograd.Function):
@@ -356,11 +365,13 @@ def _scale(scale: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | None]
     """The weight of each token in the gradient by logits, and what its sums are multiplied by at the end.
 
     In half precision a weight as small as 1 / normalizer would push gradients under the smallest number: there the
-    weights are of order 1, and their size comes in when the sums are made, in float32, and the loss is scaled.
+    weights are of order 1, and their size comes in when the sums are made, in float32, and the loss is scaled. float16
+    keeps room for the sum over a chunk of tokens.
     """
     if products.itemsize >= 4 or not len(scale):
         return scale, None
-    largest = scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    room = 16 if products == torch.float16 else 1
+    largest = room * scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     return scale / largest, largest
 
 

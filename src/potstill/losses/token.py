@@ -58,13 +58,15 @@ def unchecked_divergence(
 ) -> Tensor:
     """`token_divergence` without a look at what goes in and comes out."""
     result: Tensor
+    with torch.autocast(student_logits.device.type, enabled=False):  # a teacher's head keeps its own precision
+        dense = None if isinstance(targets, SparseTargets) else targets.dense().detach()
     if isinstance(targets, SparseTargets):
         result = _SparseDivergence.apply(  # type: ignore[no-untyped-call]
             student_logits, targets.ids, targets.used(), targets.events(temperature).detach(), divergence, temperature
         )
     else:
         result = _TokenDivergence.apply(  # type: ignore[no-untyped-call]
-            student_logits, targets.dense().detach(), divergence, temperature
+            student_logits, dense, divergence, temperature
         )
     return result
 
