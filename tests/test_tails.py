@@ -216,6 +216,7 @@ warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's, in branch
 import torch
 import test_tails as here
 from potstill.losses.triton import triton_tail, triton_exponentials_
+from potstill.targets import SparseTargets
 
 for divergence in [None, *here.DIVERGENCES, here.EveryOperation()]:
     for temperature, labels in ((1.0, True), (4.0, False)):
@@ -243,7 +244,7 @@ for a, b in ((found, expected), *zip(row, exact, strict=True)):
 
 hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
 ids = torch.rand(7, 50).argsort(-1)[:, :6]
-sparse = here.SparseTargets(ids, torch.randn(7, 50).log_softmax(-1).gather(1, ids))
+sparse = SparseTargets(ids, torch.randn(7, 50).log_softmax(-1).gather(1, ids))
 for targets in (here.DenseTargets(torch.randn(7, 50)), sparse):
     found = {}
     for backend in ("eager", "triton"):
