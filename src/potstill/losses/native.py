@@ -162,8 +162,8 @@ def _build(source: str) -> Path | None:
         return target
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as workplace:
-            code, built = Path(workplace) / "tail.c", Path(workplace) / "tail.so"
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            code, built = Path(scratch) / "tail.c", Path(scratch) / "tail.so"
             code.write_text(source)
             subprocess.run(
                 [*compiler.split(), *FLAGS, str(code), "-o", str(built), "-lm"], check=True, capture_output=True
