@@ -41,7 +41,7 @@ def page() -> str:
     lines = [
         "# The keys of a recipe",
         "",
-        "Made from the types in `src/potstill/recipe.py` by `make docs`; `potstill schema` prints them as JSON Schema.",
+        "Made from the types in `src/potstill/recipe/` by `make docs`; `potstill schema` prints them as JSON Schema.",
         "Unknown keys are mistakes. Paths are relative to where the command runs. `--set KEY=VALUE` changes any.",
         "",
         *table(schema),

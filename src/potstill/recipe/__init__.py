@@ -1,0 +1,28 @@
+"""The typed record of a run: one strict YAML file that says everything.
+
+Every part has a file; `document.py` knows how a file is read and how its mistakes are told.
+"""
+
+from potstill.recipe.data import DataPart, SourcePart
+from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
+from potstill.recipe.objective import DivergencePart, LabelsPart, LogitsPart, TermPart
+from potstill.recipe.run import EvaluatePart, Recipe
+from potstill.recipe.student import StudentPart
+from potstill.recipe.teacher import TeacherPart
+
+__all__ = [
+    "DataPart",
+    "DivergencePart",
+    "EvaluatePart",
+    "LabelsPart",
+    "LogitsPart",
+    "Number",
+    "Recipe",
+    "SchedulePart",
+    "SourcePart",
+    "StudentPart",
+    "TeacherPart",
+    "Temperature",
+    "TermPart",
+    "Weight",
+]
