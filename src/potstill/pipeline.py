@@ -30,7 +30,7 @@ from potstill.evaluate.speed import latency_ms, weight_bytes
 from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
 from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart
-from potstill.teachers import ModelTeacher
+from potstill.targets import causal_alignment
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
 from potstill.train.trainer import last_checkpoint
@@ -126,7 +126,7 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
     bar = ProgressBar(name, console)
     trainer = DistillationTrainer(
         student=parts.new_student(),
-        teacher=ModelTeacher(parts.teacher, device=parts.recipe.teacher.device) if objective.needs_teacher else None,
+        teacher=parts.teacher if objective.needs_teacher else None,
         objective=objective,
         args=_arguments(parts, checkpoints),
         train_dataset=parts.train.dataset,
@@ -173,14 +173,21 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     """Measure teacher, baseline and student as they lie on disk; the content of summary.json."""
     recipe = parts.recipe
     names = [name for name in ("baseline", "student") if (directory / name).exists()]
-    folders = {"teacher": Path(recipe.teacher.model), **{name: directory / name for name in names}}
+    folders = {name: directory / name for name in names}
     device = PartialState().device
-    parts.teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
+    teacher = parts.teacher_model
     models = {name: load_model(str(directory / name), name).to(device) for name in names}
-    measured = compare(parts.teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary)
-    curve = compare(parts.teacher, {}, _batches(parts, parts.curve), vocabulary=parts.vocabulary)
-    everyone = {"teacher": parts.teacher, **models}
-    rows = {
+    everyone = dict(models)
+    if teacher is not None:
+        teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
+        everyone = {"teacher": teacher, **models}
+        folders["teacher"] = Path(recipe.teacher.model)
+    measured = compare(teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary)
+    if teacher is None:
+        curve_loss = _told_loss(parts, parts.curve)
+    else:
+        curve_loss = compare(teacher, {}, _batches(parts, parts.curve), vocabulary=parts.vocabulary)["teacher"].loss
+    rows: dict[str, dict[str, float | None]] = {
         name: {
             "loss": measured[name].loss,
             "perplexity": measured[name].perplexity,
@@ -192,9 +199,12 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         }
         for name, model in everyone.items()
     }
+    teacher_loss = measured["teacher"].loss if teacher is not None else _told_loss(parts, parts.eval.dataset)
+    if teacher is None and teacher_loss is not None:
+        rows = {"teacher": dict.fromkeys(rows["student"]) | {"loss": teacher_loss}, **rows}
     closed = None
-    if "baseline" in rows:
-        closed = gap_closed(rows["teacher"]["loss"], rows["baseline"]["loss"], rows["student"]["loss"])
+    if "baseline" in rows and teacher_loss is not None:
+        closed = gap_closed(teacher_loss, measured["baseline"].loss, measured["student"].loss)
     metrics = logged_lines(directory / "metrics.jsonl")
     return {
         "name": recipe.name,
@@ -202,8 +212,10 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
         "gap_closed": closed,
-        "curve": {"rows": len(parts.curve), "teacher_loss": curve["teacher"].loss},
-        "kl_by_position": {
+        "curve": {"rows": len(parts.curve), "teacher_loss": curve_loss},
+        "kl_by_position": None
+        if teacher is None
+        else {
             "edges": measured["student"].position_edges,
             **{name: measured[name].kl_by_position for name in names},
         },
@@ -229,6 +241,21 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         "notes": list(parts.notes),
         "versions": _versions(),
     }
+
+
+def _told_loss(parts: Parts, dataset: Dataset) -> float | None:
+    """The cross-entropy of a teacher whose model is not here, from what it says of the data's own tokens; None where
+    it does not know.
+    """
+    total, tokens = 0.0, 0
+    for batch in _batches(parts, dataset):
+        alignment = causal_alignment(batch["labels"])
+        told = parts.teacher(batch, alignment).label_log_probs
+        if told is None:
+            return None
+        total -= float(told.double().sum())
+        tokens += len(alignment)
+    return total / max(tokens, 1)
 
 
 def _batches(parts: Parts, dataset: Dataset) -> Iterator[dict[str, Tensor]]:

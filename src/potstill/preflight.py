@@ -24,7 +24,8 @@ class Preflight:
     """What a run will need, estimated on this machine.
 
     Args:
-        teacher_parameters: of the teacher; student_parameters likewise.
+        teacher_parameters: of the teacher, where its model is here.
+        student_parameters: of the student.
         vocabulary: tokens that both share.
         train_tokens: counting tokens; train_rows, eval_tokens likewise.
         steps: optimiser steps.
@@ -35,7 +36,7 @@ class Preflight:
         notes: what else the run will say.
     """
 
-    teacher_parameters: int
+    teacher_parameters: int | None
     student_parameters: int
     vocabulary: int
     train_tokens: int
@@ -63,7 +64,7 @@ def check(recipe: Recipe) -> Preflight:
     output = Path(recipe.output).absolute()
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     return Preflight(
-        teacher_parameters=parts.teacher.num_parameters(),
+        teacher_parameters=None if parts.teacher_model is None else parts.teacher_model.num_parameters(),
         student_parameters=student.num_parameters(),
         vocabulary=parts.vocabulary,
         train_tokens=parts.train.tokens,
@@ -73,7 +74,7 @@ def check(recipe: Recipe) -> Preflight:
         # Weights, gradient and two moments of the student; the teacher's weights; the loss, which goes through the
         # tokens in chunks and needs no more than student's and teacher's logits and a gradient would take.
         memory_bytes=4 * weights
-        + parts.teacher.get_memory_footprint()
+        + (0 if parts.teacher_model is None else parts.teacher_model.get_memory_footprint())
         + min(3 * 4 * _batch_tokens(parts) * parts.vocabulary, LOSS_BYTES),
         # A checkpoint is the weights and two moments; while one is written the one before is still there.
         disk_bytes=runs * (2 * 3 * weights + weights),

@@ -17,6 +17,7 @@ from potstill.loading import load_model, load_tokenizer
 from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart, SourcePart
 from potstill.students.design import student_config
 from potstill.students.initialize import random_student
+from potstill.teachers import ModelTeacher, Teacher
 from potstill.train import Labels, Logits, Objective
 
 
@@ -26,7 +27,8 @@ class Parts:
 
     Args:
         recipe: the recipe itself.
-        teacher: the teacher's model, frozen.
+        teacher: who speaks.
+        teacher_model: the teacher's model, where it sits here and can be measured.
         tokenizer: the student's.
         train: what is learnt from.
         eval: what is held out.
@@ -35,7 +37,8 @@ class Parts:
     """
 
     recipe: Recipe
-    teacher: PreTrainedModel
+    teacher: Teacher
+    teacher_model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     eval: Examples
@@ -44,7 +47,7 @@ class Parts:
 
     def new_student(self) -> PreTrainedModel:
         """The student with its first weights: the same at every call."""
-        return _new_student(self.recipe, self.teacher, self.vocabulary)
+        return _new_student(self.recipe, self.teacher_model, self.vocabulary)
 
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
@@ -83,16 +86,18 @@ def prepare(recipe: Recipe) -> Parts:
     Raises:
         UserError: they do not.
     """
-    teacher = load_model(recipe.teacher.model, "teacher.model", recipe.teacher.dtype)
+    teacher_model = load_model(recipe.teacher.model, "teacher.model", recipe.teacher.dtype)
     teacher_tokenizer = load_tokenizer(recipe.teacher.model, "teacher.model")
     tokenizer = teacher_tokenizer
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
-    student = _new_student(recipe, teacher, max(teacher_tokenizer.get_vocab().values()) + 1)
-    vocabulary = shared_vocabulary(teacher_tokenizer, tokenizer, _head_rows(teacher), _head_rows(student))
+    student = _new_student(recipe, teacher_model, max(tokenizer.get_vocab().values()) + 1)
+    models = {"student": student} if teacher_model is None else {"teacher": teacher_model, "student": student}
+    rows = {name: _head_rows(model) for name, model in models.items()}
+    vocabulary = shared_vocabulary(teacher_tokenizer, tokenizer, rows)
 
     max_length = recipe.data.max_length
-    for name, model in (("teacher", teacher), ("student", student)):
+    for name, model in models.items():
         limit = getattr(model.config, "max_position_embeddings", None) or max_length
         if max_length > limit:
             raise RecipeError(
@@ -107,20 +112,24 @@ def prepare(recipe: Recipe) -> Parts:
     _, pad_note = pad_token_id(tokenizer)
     if pad_note:
         notes.append(pad_note)
-    padded = [
-        f"{n} {_head_rows(m)}" for n, m in (("teacher", teacher), ("student", student)) if _head_rows(m) > vocabulary
-    ]
+    padded = [f"{name} {size}" for name, size in rows.items() if size > vocabulary]
     if padded:
         notes.append(
             f"vocabulary: {vocabulary} tokens are real, the heads have more rows ({', '.join(padded)}): sliced."
         )
-    return Parts(recipe, teacher, tokenizer, train, held_out, vocabulary, tuple(notes))
+    teacher = ModelTeacher(teacher_model, device=recipe.teacher.device)
+    return Parts(recipe, teacher, teacher_model, tokenizer, train, held_out, vocabulary, tuple(notes))
 
 
-def _new_student(recipe: Recipe, teacher: PreTrainedModel, vocabulary: int) -> PreTrainedModel:
+def _new_student(recipe: Recipe, teacher: PreTrainedModel | None, vocabulary: int) -> PreTrainedModel:
     if recipe.student.model is not None:
         return load_model(recipe.student.model, "student.model", "float32")
     assert recipe.student.design is not None
+    if teacher is None:
+        raise RecipeError(
+            "student.design: expected a teacher that is a model here, whose config it changes, got none. "
+            "Name a student with student.model instead."
+        )
     return random_student(student_config(teacher.config, recipe.student.design, vocabulary), recipe.seed)
 
 

@@ -59,9 +59,11 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
 
     found = check_recipe(Recipe.load(recipe, set_ or ()))
     table = Table(show_header=False, box=None)
-    ratio = found.teacher_parameters / found.student_parameters
-    table.add_row("teacher", f"{found.teacher_parameters:,} parameters")
-    table.add_row("student", f"{found.student_parameters:,} parameters, {ratio:.1f} times smaller")
+    student = f"{found.student_parameters:,} parameters"
+    if found.teacher_parameters is not None:
+        student += f", {found.teacher_parameters / found.student_parameters:.1f} times smaller"
+        table.add_row("teacher", f"{found.teacher_parameters:,} parameters")
+    table.add_row("student", student)
     table.add_row("vocabulary", f"{found.vocabulary:,} tokens, the same for both")
     table.add_row("train", f"{found.train_tokens:,} tokens that count, in {found.train_rows:,} rows")
     table.add_row("eval", f"{found.eval_tokens:,} tokens that count")
@@ -118,7 +120,7 @@ def _finish(result: Any) -> None:
         "latency of one row": ("latency_ms", words.milliseconds),
     }
     for measure, (key, form) in measures.items():
-        table.add_row(measure, *(form(row[key]) for row in rows.values()))
+        table.add_row(measure, *("–" if row[key] is None else form(row[key]) for row in rows.values()))
     out = Console()
     out.print(table, highlight=False)
     out.print(verdict(result.summary), highlight=False)

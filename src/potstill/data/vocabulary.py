@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import VocabularyError
 
 
 def shared_vocabulary(
-    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, teacher_rows: int, student_rows: int
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, rows: Mapping[str, int]
 ) -> int:
-    """The number of tokens both models share, after checking that the token -> id maps are one.
+    """The number of tokens that teacher and student share, after checking that the token -> id maps are one.
 
     Heads may have more rows than there are tokens (padding): they are sliced to this size.
 
     Args:
         teacher: the teacher's tokenizer.
         student: the student's.
-        teacher_rows: rows of the teacher's head.
-        student_rows: rows of the student's.
+        rows: name -> rows of the head, of each model that is here.
 
     Returns:
         The highest token id + 1.
@@ -34,10 +35,10 @@ def shared_vocabulary(
             "the teacher's tokenizer, or use a cross-tokenizer objective."
         )
     size = max(of_teacher.values()) + 1
-    for name, rows in (("teacher", teacher_rows), ("student", student_rows)):
-        if rows < size:
+    for name, there in rows.items():
+        if there < size:
             raise VocabularyError(
-                f"vocabulary: expected a {name} head with a row for each of {size} tokens, got {rows}. "
+                f"vocabulary: expected a {name} head with a row for each of {size} tokens, got {there}. "
                 f"Resize the {name} with resize_token_embeddings({size}), or use the tokenizer it was trained with."
             )
     return size

@@ -24,8 +24,8 @@ class Quality:
     Args:
         loss: cross-entropy with the data, nats a token.
         perplexity: exp(loss).
-        agreement: share of tokens where the most likely next token is the reference's.
-        kl: KL(reference || model), nats a token.
+        agreement: share of tokens where the most likely next token is the reference's; None without a reference.
+        kl: KL(reference || model), nats a token; None without a reference.
         kl_by_position: the same by place in the row, a mean for each bin of `position_edges`; None for an empty bin.
         position_edges: [bins + 1] the first place of each bin, and the end.
         tokens: how many counted.
@@ -33,8 +33,8 @@ class Quality:
 
     loss: float
     perplexity: float
-    agreement: float
-    kl: float
+    agreement: float | None
+    kl: float | None
     kl_by_position: list[float | None]
     position_edges: list[int]
     tokens: int
@@ -54,7 +54,7 @@ class _Sums:
 
 @torch.no_grad()
 def compare(
-    reference: nn.Module,
+    reference: nn.Module | None,
     models: Mapping[str, nn.Module],
     batches: Iterable[Mapping[str, Tensor]],
     *,
@@ -64,7 +64,7 @@ def compare(
     """Measure models and the reference (the teacher) on the same held-out batches.
 
     Args:
-        reference: whose distribution the others are compared with.
+        reference: whose distribution the others are compared with, or None where there is no such model here.
         models: name -> model.
         batches: input_ids, attention_mask, labels, [B, T] each.
         vocabulary: compare over the first tokens only; see `LMHead.slice`.
@@ -73,16 +73,17 @@ def compare(
     Returns:
         name -> Quality, with the reference itself as "teacher".
     """
-    everyone = {"teacher": reference, **models}
+    everyone = dict(models) if reference is None else {"teacher": reference, **models}
     was_training = {name: model.training for name, model in everyone.items()}
     sums = {name: _Sums() for name in everyone}
     for model in everyone.values():
         model.eval()
     for batch in batches:
         alignment = causal_alignment(batch["labels"])
-        expected = _logits(reference, batch, alignment, vocabulary)
+        expected: Any = None if reference is None else _logits(reference, batch, alignment, vocabulary)
         for name, model in everyone.items():
-            logits = expected if model is reference else _logits(model, batch, alignment, vocabulary)
+            again = expected is None or model is not reference
+            logits = _logits(model, batch, alignment, vocabulary) if again else expected
             _add(sums[name], logits, expected, alignment)
     for name, model in everyone.items():
         model.train(was_training[name])
@@ -96,12 +97,14 @@ def _logits(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, vocab
     return says(model, None, there, alignment).dense()[:, :vocabulary].float().to(batch["labels"].device)
 
 
-def _add(sums: _Sums, logits: Tensor, expected: Tensor, alignment: Alignment) -> None:
-    kl = token_divergence(logits, DenseTargets(expected), ForwardKL()).double().cpu()
+def _add(sums: _Sums, logits: Tensor, expected: Tensor | None, alignment: Alignment) -> None:
     sums.loss += float(token_cross_entropy(logits, alignment.labels).double().sum())
+    sums.tokens += len(alignment)
+    if expected is None:
+        return
+    kl = token_divergence(logits, DenseTargets(expected), ForwardKL()).double().cpu()
     sums.agreed += int((logits.argmax(-1) == expected.argmax(-1)).sum())
     sums.kl += float(kl.sum())
-    sums.tokens += len(alignment)
     places = max(len(sums.kl_at), alignment.length)
     column = alignment.column.cpu()
     sums.kl_at = _padded(sums.kl_at, places).index_add(0, column, kl)
@@ -114,7 +117,8 @@ def _padded(values: Tensor, size: int) -> Tensor:
 
 def _finish(sums: _Sums, bins: int) -> Quality:
     count = max(sums.tokens, 1)
-    places = len(sums.kl_at) - 1  # the last place of a row predicts nothing
+    compared = len(sums.kl_at) > 0
+    places = max(len(sums.kl_at) - 1, 0)  # the last place of a row predicts nothing
     edges = [round(i * places / min(bins, max(places, 1))) for i in range(min(bins, max(places, 1)) + 1)]
     by_position = []
     for start, end in pairwise(edges):
@@ -124,8 +128,8 @@ def _finish(sums: _Sums, bins: int) -> Quality:
     return Quality(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        agreement=sums.agreed / count,
-        kl=sums.kl / count,
+        agreement=sums.agreed / count if compared else None,
+        kl=sums.kl / count if compared else None,
         kl_by_position=by_position,
         position_edges=edges,
         tokens=sums.tokens,

@@ -17,9 +17,12 @@ class TeacherOutput:
 
     Args:
         targets: over the N counting positions, on the student's device.
+        label_log_probs: [N] what the teacher gives the data's own tokens there, nats, where it is known: the only
+            measure of a teacher that is no model here.
     """
 
     targets: Targets
+    label_log_probs: Tensor | None = None
 
 
 class Teacher(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ class Distiller(nn.Module):
     def _ask(self, batch: Mapping[str, Tensor], alignment: Any) -> TeacherOutput:
         assert self.teacher is not None
         said = self.teacher(batch, alignment)
-        return said if self.vocabulary is None else TeacherOutput(said.targets.slice(self.vocabulary))
+        return said if self.vocabulary is None else replace(said, targets=said.targets.slice(self.vocabulary))
 
     # What transformers.Trainer asks of a model, passed on to the student.
 

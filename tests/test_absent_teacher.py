@@ -1,0 +1,86 @@
+"""A teacher whose model is not here: what can be measured of it is, and what cannot is left out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+from torch import Tensor
+
+from potstill import pipeline, preflight
+from potstill.cli import runs
+from potstill.prepare import prepare
+from potstill.recipe import Recipe
+from potstill.targets import Alignment
+from potstill.teachers import Teacher, TeacherOutput
+
+
+class Absent(Teacher):
+    """Speaks through another teacher and, if it knows them, tells the log-probabilities of the labels."""
+
+    def __init__(self, through: Teacher, knows_labels: bool) -> None:
+        self.through, self.knows_labels = through, knows_labels
+
+    def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
+        said = self.through(batch, alignment).targets.dense()
+        told = said.log_softmax(-1).gather(-1, alignment.labels[:, None])[:, 0]
+        return replace(self.through(batch, alignment), label_log_probs=told if self.knows_labels else None)
+
+
+@pytest.fixture(params=[True, False], ids=["knows labels", "does not"])
+def knows_labels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every recipe is prepared with a teacher that is not here."""
+
+    def absent(recipe: Recipe) -> Any:
+        parts = prepare(recipe)
+        return replace(parts, teacher=Absent(parts.teacher, request.param), teacher_model=None)
+
+    for module in (pipeline, preflight):
+        monkeypatch.setattr(module, "prepare", absent)
+    return bool(request.param)
+
+
+def test_a_run_says_what_it_knows(
+    recipe_values: dict[str, Any], toys: Any, knows_labels: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe_values["student"] = {"model": str(toys / "student")}
+    console = Console(file=io.StringIO())
+    result = pipeline.run(Recipe.parse(recipe_values), console=console)
+    rows = result.summary["rows"]
+    assert rows["student"]["loss"] > 0
+    for row in rows.values():
+        assert row["agreement"] is None
+        assert row["kl"] is None
+    assert result.summary["kl_by_position"] is None
+    assert list(result.summary["continuations"][0]) == ["prompt", "truth", "baseline", "student"]
+    assert ("teacher" in rows) == knows_labels
+    if knows_labels:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "prepare", prepare)
+            live = pipeline.run(Recipe.parse(recipe_values | {"output": recipe_values["output"] + "-live"}))
+        expected = live.summary["rows"]["teacher"]["loss"]
+        assert rows["teacher"] == dict.fromkeys(rows["student"]) | {"loss": pytest.approx(expected, rel=1e-6)}
+        curves = [summary["curve"]["teacher_loss"] for summary in (result.summary, live.summary)]
+        assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+    runs._finish(result)
+    assert "None" not in capsys.readouterr().out
+    report = (result.directory / "report.html").read_text()
+    assert "Held-out loss" in report
+    for missing in ("Top-1 agreement", "KL to the teacher", ">None<", "nan"):
+        assert missing not in report
+
+
+def test_a_design_needs_the_teachers_config(recipe_values: dict[str, Any], knows_labels: bool) -> None:
+    with pytest.raises(ValueError, match=r"student\.design: expected a teacher that is a model here"):
+        pipeline.run(Recipe.parse(recipe_values), console=Console(file=io.StringIO()))
+
+
+def test_check_leaves_out_what_it_cannot_know(recipe_values: dict[str, Any], toys: Any, knows_labels: bool) -> None:
+    recipe_values["student"] = {"model": str(toys / "student")}
+    found = preflight.check(Recipe.parse(recipe_values))
+    assert found.teacher_parameters is None
+    assert found.memory_bytes > 0
