@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all, whatever kills the process that writes them."""
+"""Files that are there whole or not at all, whatever kills the process that writes them; and proof of their content."""
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,3 +24,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8; half a surrogate pair, which a model may write, becomes a question mark."""
     with whole_or_nothing(path) as partial:
         partial.write_bytes(text.encode("utf-8", errors="replace"))
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, or of the names and content of all files in a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        parts = "\n".join(f"{file.relative_to(path).as_posix()} {digest(file)}" for file in files)
+        return hashlib.sha256(parts.encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

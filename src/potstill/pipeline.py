@@ -181,7 +181,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     if teacher is not None:
         teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
         everyone = {"teacher": teacher, **models}
-        folders["teacher"] = Path(recipe.teacher.model)
+        folders["teacher"] = Path(str(recipe.teacher.model))
     measured = compare(teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary)
     if teacher is None:
         curve_loss = _told_loss(parts, parts.curve)
@@ -235,7 +235,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         },
         "objective": "; ".join(_describe(part) for part in recipe.objective),
         "models": {
-            "teacher": recipe.teacher.model,
+            "teacher": recipe.teacher.model or f"{recipe.teacher.cache} (a cache)",
             "student": recipe.student.model or _describe_design(recipe.student.design or {}),
         },
         "notes": list(parts.notes),
@@ -247,6 +247,8 @@ def _told_loss(parts: Parts, dataset: Dataset) -> float | None:
     """The cross-entropy of a teacher whose model is not here, from what it says of the data's own tokens; None where
     it does not know.
     """
+    if not parts.teacher.covers(dataset):
+        return None
     total, tokens = 0.0, 0
     for batch in _batches(parts, dataset):
         alignment = causal_alignment(batch["labels"])

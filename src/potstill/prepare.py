@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.data import Examples, Source, encode, pad_token_id
+from potstill.data import Examples, PaddingCollator, Source, encode, pad_token_id
 from potstill.data.vocabulary import shared_vocabulary
 from potstill.errors import RecipeError
 from potstill.loading import load_model, load_tokenizer
+from potstill.losses import token_divergence
 from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart, SourcePart
 from potstill.students.design import student_config
 from potstill.students.initialize import random_student
-from potstill.teachers import ModelTeacher, Teacher
+from potstill.targets import causal_alignment
+from potstill.teachers import CachedTeacher, ModelTeacher, Teacher
+from potstill.teachers.cached import COMPANIONS
 from potstill.train import Labels, Logits, Objective
+from potstill.train.objective import value_at
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Parts:
         recipe: the recipe itself.
         teacher: who speaks.
         teacher_model: the teacher's model, where it sits here and can be measured.
+        teacher_config: the teacher's config.
         tokenizer: the student's.
         train: what is learnt from.
         eval: what is held out.
@@ -39,6 +46,7 @@ class Parts:
     recipe: Recipe
     teacher: Teacher
     teacher_model: PreTrainedModel | None
+    teacher_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     eval: Examples
@@ -47,7 +55,7 @@ class Parts:
 
     def new_student(self) -> PreTrainedModel:
         """The student with its first weights: the same at every call."""
-        return _new_student(self.recipe, self.teacher_model, self.vocabulary)
+        return _new_student(self.recipe, self.teacher_config, self.vocabulary)
 
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
@@ -86,15 +94,14 @@ def prepare(recipe: Recipe) -> Parts:
     Raises:
         UserError: they do not.
     """
-    teacher_model = load_model(recipe.teacher.model, "teacher.model", recipe.teacher.dtype)
-    teacher_tokenizer = load_tokenizer(recipe.teacher.model, "teacher.model")
-    tokenizer = teacher_tokenizer
+    speaker = _speaker(recipe)
+    tokenizer = speaker.tokenizer
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
-    student = _new_student(recipe, teacher_model, max(tokenizer.get_vocab().values()) + 1)
-    models = {"student": student} if teacher_model is None else {"teacher": teacher_model, "student": student}
+    student = _new_student(recipe, speaker.config, max(tokenizer.get_vocab().values()) + 1)
+    models = {"student": student} if speaker.model is None else {"teacher": speaker.model, "student": student}
     rows = {name: _head_rows(model) for name, model in models.items()}
-    vocabulary = shared_vocabulary(teacher_tokenizer, tokenizer, rows)
+    vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
 
     max_length = recipe.data.max_length
     for name, model in models.items():
@@ -117,20 +124,60 @@ def prepare(recipe: Recipe) -> Parts:
         notes.append(
             f"vocabulary: {vocabulary} tokens are real, the heads have more rows ({', '.join(padded)}): sliced."
         )
-    teacher = ModelTeacher(teacher_model, device=recipe.teacher.device)
-    return Parts(recipe, teacher, teacher_model, tokenizer, train, held_out, vocabulary, tuple(notes))
+    parts = Parts(
+        recipe, speaker.teacher, speaker.model, speaker.config, tokenizer, train, held_out, vocabulary, tuple(notes)
+    )
+    if isinstance(speaker.teacher, CachedTeacher):
+        _try(parts, speaker.teacher)
+        if not speaker.teacher.covers(held_out.dataset):
+            parts = replace(
+                parts, notes=(*parts.notes, "cache: the held-out rows are not in it: measured by labels alone.")
+            )
+    return parts
 
 
-def _new_student(recipe: Recipe, teacher: PreTrainedModel | None, vocabulary: int) -> PreTrainedModel:
+class _Speaker(NamedTuple):
+    """The teacher, its model where it is here, and what else is known of it."""
+
+    teacher: Teacher
+    model: PreTrainedModel | None
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def _speaker(recipe: Recipe) -> _Speaker:
+    part = recipe.teacher
+    model = None if part.model is None else load_model(part.model, "teacher.model", part.dtype)
+    if part.cache is not None:
+        cached = CachedTeacher(part.cache)
+        kept = str(Path(part.cache) / COMPANIONS)
+        config = AutoConfig.from_pretrained(kept, trust_remote_code=False)
+        return _Speaker(cached, model, config, load_tokenizer(kept, "teacher.cache"))
+    assert model is not None and part.model is not None
+    tokenizer = load_tokenizer(part.model, "teacher.model")
+    return _Speaker(ModelTeacher(model, device=part.device), model, model.config, tokenizer)
+
+
+def _try(parts: Parts, teacher: CachedTeacher) -> None:
+    """See that every row is there and that the objective can use what the cache says, from beginning to end."""
+    teacher.require(parts.train.dataset)
+    batch = PaddingCollator(pad_token_id(parts.tokenizer)[0])([parts.train.dataset[0]])
+    alignment = causal_alignment(batch["labels"])
+    said = teacher(batch, alignment).targets
+    for term in parts.objective().terms:
+        if isinstance(term, Logits):
+            for step in (0, parts.steps // 2, parts.steps):
+                temperature = value_at(term.temperature, step)
+                token_divergence(
+                    torch.zeros(len(alignment), parts.vocabulary), said, term.divergence, temperature=temperature
+                )
+
+
+def _new_student(recipe: Recipe, teacher: PretrainedConfig, vocabulary: int) -> PreTrainedModel:
     if recipe.student.model is not None:
         return load_model(recipe.student.model, "student.model", "float32")
     assert recipe.student.design is not None
-    if teacher is None:
-        raise RecipeError(
-            "student.design: expected a teacher that is a model here, whose config it changes, got none. "
-            "Name a student with student.model instead."
-        )
-    return random_student(student_config(teacher.config, recipe.student.design, vocabulary), recipe.seed)
+    return random_student(student_config(teacher, recipe.student.design, vocabulary), recipe.seed)
 
 
 def _head_rows(model: PreTrainedModel) -> int:

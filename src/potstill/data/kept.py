@@ -6,7 +6,6 @@ folder may be deleted whenever nothing runs.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,3 @@ def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
     ):
         for batch in batches:
             writer.write_batch(batch)
-
-
-def digest(path: Path) -> str:
-    """A hash of the content of a file, or of all files in a folder."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        parts = "\n".join(f"{file.relative_to(path).as_posix()} {digest(file)}" for file in files)
-        return hashlib.sha256(parts.encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 from datasets import Dataset
 
-from potstill.data.kept import digest, kept_file, write_arrow
+from potstill.atomic import digest
+from potstill.data.kept import kept_file, write_arrow
 from potstill.data.readers import SUFFIXES, Table, empty, open_table, reading, said
 from potstill.errors import DataError
 

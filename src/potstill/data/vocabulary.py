@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +44,12 @@ def shared_vocabulary(
                 f"Resize the {name} with resize_token_embeddings({size}), or use the tokenizer it was trained with."
             )
     return size
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over the token -> id map and the chat template."""
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def _difference(teacher: dict[str, int], student: dict[str, int]) -> str:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from potstill.errors import DataError
 from potstill.targets import Alignment, Targets
+
+NOT_COVERED = (
+    "teacher: expected a cache that holds every row of the data, got one that lacks some. A row is found by its token "
+    "ids and by which of them count: another file, max_length, packing, tokenizer or chat template makes other rows. "
+    "Build the cache from the same data and options."
+)
 
 
 @dataclass(frozen=True)
@@ -36,3 +44,16 @@ class Teacher(ABC):
             batch: input_ids and attention_mask, [B, T] each.
             alignment: the N positions that are asked for; see `potstill.targets`.
         """
+
+    def covers(self, dataset: Any) -> bool:
+        """Whether the teacher can speak about every row of a dataset with input_ids and labels."""
+        return True
+
+    def require(self, dataset: Any) -> None:
+        """See that the teacher can speak about every row of a dataset.
+
+        Raises:
+            DataError: it cannot.
+        """
+        if not self.covers(dataset):
+            raise DataError(NOT_COVERED)

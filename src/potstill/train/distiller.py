@@ -67,6 +67,8 @@ class Distiller(nn.Module):
         # In a tuple, so that torch does not take the teacher for a part of what is trained and saved.
         self._teacher = (ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher,)
         self._steps = 0
+        # Whether the teacher is asked: the trainer evaluates by labels alone on rows that it cannot speak about.
+        self.consults = self.objective.needs_teacher
         if self.objective.needs_teacher and self.teacher is None:
             asking = next(term.name for term in self.objective.terms if term.needs_teacher)
             raise ShapeError(f"Distiller: expected a teacher for the term {asking}, got None.")
@@ -101,7 +103,7 @@ class Distiller(nn.Module):
         """
         alignment = causal_alignment(batch["labels"])
         student = says(self.student, self.cut, batch, alignment)
-        teacher = self._ask(batch, alignment) if self.objective.needs_teacher else None
+        teacher = self._ask(batch, alignment) if self.consults else None
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
         return StepOutput(*self.objective(Signals(student, alignment.labels, teacher, normalizer, at)))

@@ -178,10 +178,13 @@ class Objective(nn.Module):
 
         The first Logits and the first Labels go through the student's head together: its products are most of the work.
         """
+        if self.needs_teacher and signals.teacher is None:  # held-out rows that it cannot speak about
+            held_out = Labels()(signals).detach()
+            return held_out, {"cross_entropy": held_out}
         weights = [value_at(term.weight, signals.step) for term in self.terms]
         summands: list[Tensor] = []
         values: dict[int, Tensor] = {}
-        entropy = None
+        entropy: Tensor | None = None
         logits, labels = self._first(Logits), self._first(Labels)
         joined = labels
         if logits is None or labels is None or weights[logits] <= 0 or weights[labels] > MOST * weights[logits]:

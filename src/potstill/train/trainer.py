@@ -175,11 +175,14 @@ class DistillationTrainer(Trainer):
         self._eval_sums.add({"loss": output.loss, **output.logs}, count)
         return output.loss.detach() / count.clamp_min(1), None, None
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """transformers.Trainer's, with every number a mean over all held-out tokens."""
         prefix = kwargs.get("metric_key_prefix", "eval")
+        teacher, asked = self.distiller.teacher, self.distiller.consults
+        self.distiller.consults = asked and teacher is not None and teacher.covers(dataloader.dataset)
         self._eval_sums = _Sums()
-        result = super().evaluation_loop(*args, **kwargs)
+        result = super().evaluation_loop(dataloader, *args, **kwargs)
+        self.distiller.consults = asked
         means = self._eval_sums.means(self.accelerator)
         exact = {f"{prefix}_{name}": mean for name, mean in means.items()}
         return result._replace(metrics={**(result.metrics or {}), **exact})
@@ -198,7 +201,10 @@ class DistillationTrainer(Trainer):
 
         Raises:
             UserError: there is none.
+            DataError: the teacher cannot speak about all of the training data.
         """
+        if self.distiller.teacher is not None and self.distiller.consults:
+            self.distiller.teacher.require(self.train_dataset)
         if resume_from_checkpoint is True:
             found = last_checkpoint(self._checkpoints)
             if found is None:

@@ -1,0 +1,1 @@
+"""Teacher signals on disk."""

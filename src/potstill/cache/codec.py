@@ -1,0 +1,389 @@
+"""What a teacher said about one row of data, as bytes, and many rows of bytes as Targets again. Pure functions.
+
+A row of n tokens is a few arrays one behind the other: first the log-probabilities that the teacher gave the data's own
+tokens, f2[n] (NaN where it did not say), then those of its codec. Each array is cut into planes: the lowest byte of
+every element, then the second byte of every element, and so on (little-endian), because bytes of one kind compress
+well together. Bytes that are 0 for every token of the vocabulary (of ids) are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from potstill.errors import ShapeError, nearest
+from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+
+BLOCK = 256  # tokens of the vocabulary that are drawn from together
+STEP = 1 / 16  # nats between two quantised log-probabilities
+UNUSED = 255  # the code of a slot without a token; 254 stands for 15.875 nats and everything below
+CHUNK = 2**24  # elements of [n, V] at a time while encoding
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """How one kind of signal is packed.
+
+    Args:
+        vocabulary: V, of the real tokens.
+    """
+
+    vocabulary: int
+    name: ClassVar[str]
+
+    def encode(self, said: Targets, label_log_probs: Tensor | None, seed: int) -> bytes:
+        """One row to bytes.
+
+        Args:
+            said: Targets over its n counting tokens.
+            label_log_probs: [n] of the data's own tokens, or None.
+            seed: of all random numbers of this row.
+
+        Raises:
+            ShapeError: the teacher does not say what this codec keeps, or says NaN.
+        """
+        told = torch.full(said.leading, math.nan) if label_log_probs is None else label_log_probs.cpu()
+        return _pack(told.half().numpy()) + self._encode(said, seed)
+
+    def decode(
+        self, rows: Sequence[bytes], tokens: Sequence[int], head: LMHead | None = None
+    ) -> tuple[Targets, Tensor | None]:
+        """Rows of bytes, in this order, to what the teacher said about all their tokens, on the CPU.
+
+        Args:
+            rows: what `encode` gave; at least one.
+            tokens: n of each row.
+            head: the teacher's, for codecs that keep hidden states.
+
+        Returns:
+            The Targets, and the log-probabilities [N] of the data's own tokens or None.
+
+        Raises:
+            ShapeError: the bytes are not of so many tokens.
+        """
+        readers = [_Reader(row) for row in rows]
+        told = np.concatenate([reader.take("<f2", n) for reader, n in zip(readers, tokens, strict=True)])
+        said = self._decode(readers, tokens, head)
+        for reader in readers:
+            reader.close()
+        return said, None if np.isnan(told).any() else torch.from_numpy(told.astype("f4"))
+
+    @abstractmethod
+    def _encode(self, said: Targets, seed: int) -> bytes:
+        """The arrays of this codec."""
+
+    @abstractmethod
+    def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> Targets:
+        """The Targets of its arrays."""
+
+    def record(self) -> dict[str, Any]:
+        """Name and parameters, for `codec_of`."""
+        return {"name": self.name, **asdict(self)}
+
+    @property
+    def _id_bytes(self) -> int:
+        return max(1, -(-(self.vocabulary - 1).bit_length() // 8))
+
+
+@dataclass(frozen=True)
+class Sampled(Codec):
+    """N draws from the teacher with replacement: the tokens drawn, and how often each.
+
+    Unbiased for divergences that are linear in the teacher (forward KL, soft cross-entropy).
+
+    A row: the number of different tokens u1[n]; their ids, rising within a token, each as the distance to the one
+    before it [E]; their counts less one, u1[E].
+
+    Args:
+        draws: N, 1 to 255.
+        temperature: of the distribution that is drawn from; training must use the same.
+
+    References:
+        Anshumann et al. 2025 (random sampling distillation), arXiv 2503.16870.
+    """
+
+    draws: int = 50
+    temperature: float = 1.0
+    name = "sampled"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.draws <= 255:
+            raise ShapeError(f"Sampled: expected draws in 1..255, got {self.draws}.")
+        _check_temperature("Sampled", self.temperature)
+
+    def _encode(self, said: Targets, seed: int) -> bytes:
+        logits = _logits(said, self.name)
+        uniform = torch.rand(
+            (len(logits), self.draws), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        width = max(self.vocabulary, self.draws * BLOCK)
+        drawn = [
+            _draw(torch.softmax(part.float() / self.temperature, -1), some.to(part.device)).cpu()
+            for part, some in zip(_chunks(logits, width), _chunks(uniform, width), strict=True)
+        ]
+        ids = torch.cat(drawn).sort(-1).values
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        places = first.flatten().nonzero().squeeze(-1)
+        counts = torch.diff(places, append=torch.tensor([ids.numel()]))  # each token of the row begins with a first
+        kept = ids[first]
+        steps = torch.diff(kept, prepend=kept[:1])
+        begins = first.sum(-1).cumsum(0)[:-1]  # where the ids of the tokens behind the first begin
+        steps[begins], steps[:1] = kept[begins], kept[:1]
+        unique = first.sum(-1)
+        return b"".join(
+            (
+                _pack(unique.numpy().astype("u1")),
+                _pack(steps.numpy().astype("<u4"), self._id_bytes),
+                _pack((counts - 1).numpy().astype("u1")),
+            )
+        )
+
+    def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> SparseTargets:
+        parts = []
+        for reader, n in zip(readers, tokens, strict=True):
+            unique = reader.take("u1", n)
+            entries = int(unique.sum(dtype=np.int64))
+            parts.append((unique, reader.take("<u4", entries, self._id_bytes), reader.take("u1", entries)))
+        unique, steps, counts = (np.concatenate(each) for each in zip(*parts, strict=True))
+        width = int(unique.max(initial=1))
+        slots = np.arange(width, dtype="u1") < unique[:, None]
+        ids = np.zeros(slots.shape, np.int64)
+        ids[slots] = steps
+        np.cumsum(ids, axis=1, out=ids)
+        chances = np.full(slots.shape, -np.inf, np.float32)
+        chances[slots] = np.log(np.arange(1, 257, dtype=np.float32) / self.draws)[counts]
+        return SparseTargets(torch.from_numpy(ids), torch.from_numpy(chances), "sampled", self.temperature)
+
+
+@dataclass(frozen=True)
+class TopK(Codec):
+    """The K likeliest tokens and the exact mass of all others.
+
+    A row: ids [n * K], the likeliest first; their log-probabilities in sixteenths of a nat below 0, each as the
+    distance to the one before it, u1[n * K] (254 in all: 15.875 nats or more; 255: no token); the mass of the others,
+    f4[n]. Read again, the kept probabilities are scaled so that they and the others' mass are 1.
+
+    Args:
+        k: K, at most V.
+        temperature: of the distribution; training must use the same.
+    """
+
+    k: int = 64
+    temperature: float = 1.0
+    name = "top_k"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.vocabulary:
+            raise ShapeError(f"TopK: expected k in 1..{self.vocabulary}, got {self.k}.")
+        _check_temperature("TopK", self.temperature)
+
+    def _encode(self, said: Targets, seed: int) -> bytes:
+        if isinstance(said, SparseTargets):
+            kept = [self._of_sparse(said)]
+        else:
+            kept = [self._of_logits(part) for part in _chunks(_logits(said, self.name), self.vocabulary)]
+        ids, chances, others = (torch.cat(each).cpu() for each in zip(*kept, strict=True))
+        codes = (-chances / STEP).round().clamp(0, UNUSED - 1).masked_fill(chances == -math.inf, UNUSED)
+        steps = torch.diff(codes, prepend=torch.zeros_like(codes[:, :1]))
+        return b"".join(
+            (
+                _pack(ids.numpy().astype("<u4").ravel(), self._id_bytes),
+                _pack(steps.numpy().astype("u1").ravel()),
+                _pack(others.numpy().astype("<f4")),
+            )
+        )
+
+    def _of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        chances = torch.log_softmax(logits.float() / self.temperature, -1)
+        kept, ids = chances.topk(self.k)
+        others = chances.exp_().scatter_(-1, ids, 0.0).sum(-1)  # 1 less the kept would be rounded
+        return ids, kept, others
+
+    def _of_sparse(self, said: SparseTargets) -> tuple[Tensor, Tensor, Tensor]:
+        if said.kind != "bucket" or said.temperature != self.temperature:
+            raise ShapeError(
+                f"top_k: expected a teacher's likeliest tokens at temperature {self.temperature:g}, got {said.kind} "
+                f"targets at {said.temperature:g}."
+            )
+        events = said.events(self.temperature)
+        width = min(self.k, said.ids.shape[-1])
+        kept, places = torch.where(said.used(), said.log_probs.float(), -math.inf).topk(width)
+        rest = events[..., :-1].exp().sum(-1) - kept.exp().sum(-1) + events[..., -1].exp()
+        missing = self.k - width
+        kept = torch.nn.functional.pad(kept, (0, missing), value=-math.inf)
+        return torch.nn.functional.pad(said.ids.gather(-1, places), (0, missing)), kept, rest.clamp_min(0.0)
+
+    def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> SparseTargets:
+        parts = []
+        for reader, n in zip(readers, tokens, strict=True):
+            ids = reader.take("<u4", n * self.k, self._id_bytes)
+            parts.append((ids, reader.take("u1", n * self.k), reader.take("<f4", n)))
+        ids, steps, others = (np.concatenate(each) for each in zip(*parts, strict=True))
+        codes = np.cumsum(steps.reshape(-1, self.k), axis=1, dtype="u1")
+        chances = torch.from_numpy(np.where(codes == UNUSED, -np.inf, codes * np.float32(-STEP)))
+        mass = torch.log1p(-torch.from_numpy(others).double()) - chances.double().logsumexp(-1)
+        chances = (chances + mass.unsqueeze(-1)).float()
+        whole = torch.from_numpy(ids.reshape(-1, self.k).astype(np.int64))
+        return SparseTargets(whole, chances, "bucket", self.temperature)
+
+
+@dataclass(frozen=True)
+class Dense(Codec):
+    """All log-probabilities in half precision: for small vocabularies. Any temperature, any divergence.
+
+    A row: f2[n * V].
+    """
+
+    name = "dense"
+
+    def _encode(self, said: Targets, seed: int) -> bytes:
+        return _pack(torch.log_softmax(_logits(said, self.name).float(), -1).half().cpu().numpy().ravel())
+
+    def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> DenseTargets:
+        parts = [reader.take("<f2", n * self.vocabulary) for reader, n in zip(readers, tokens, strict=True)]
+        return DenseTargets(torch.from_numpy(np.concatenate(parts)).reshape(-1, self.vocabulary))
+
+
+@dataclass(frozen=True)
+class Hidden(Codec):
+    """The teacher's last hidden states as they are; the head is kept once. Lossless: any temperature, any divergence.
+
+    A row: [n * H] in the teacher's dtype.
+
+    Args:
+        width: H.
+        dtype: float32, bfloat16 or float16.
+    """
+
+    width: int = 0
+    dtype: str = "float32"
+    name = "hidden"
+
+    def _encode(self, said: Targets, seed: int) -> bytes:
+        if not isinstance(said, HeadTargets):
+            raise ShapeError(
+                "hidden: expected a teacher with a plain head, got one that gives "
+                f"{'logits' if isinstance(said, DenseTargets) else 'sparse targets'}. Use the codec top_k or sampled."
+            )
+        return _pack(_as_integers(_numbers(said.hidden).to(getattr(torch, self.dtype)).cpu()).ravel())
+
+    def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> HeadTargets:
+        assert head is not None
+        kind = "<i4" if self.dtype == "float32" else "<i2"
+        parts = [reader.take(kind, n * self.width) for reader, n in zip(readers, tokens, strict=True)]
+        hidden = torch.from_numpy(np.concatenate(parts)).view(getattr(torch, self.dtype))
+        return HeadTargets(hidden.reshape(-1, self.width), head)
+
+
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Sampled, TopK, Dense, Hidden)}
+
+
+def codec_of(record: dict[str, Any]) -> Codec:
+    """The codec of a record that `Codec.record` made.
+
+    Raises:
+        ShapeError: there is no such codec or parameter.
+    """
+    name = record.get("name")
+    kind = CODECS.get(str(name))
+    if kind is None:
+        raise ShapeError(f"codec: expected one of {', '.join(CODECS)}, got {name}.{nearest(str(name), CODECS)}")
+    parameters = {key: value for key, value in record.items() if key != "name"}
+    unknown = set(parameters) - {field.name for field in fields(kind)}
+    if unknown:
+        raise ShapeError(f"codec: expected the parameters of {name}, got {', '.join(sorted(unknown))}.")
+    return kind(**parameters)
+
+
+def _draw(chances: Tensor, uniform: Tensor) -> Tensor:
+    """Draws from distributions [n, V] by inverting their sums, at uniform numbers [n, N] in [0, 1).
+
+    In two levels, blocks of the vocabulary and tokens in a block: less work than sums over all of a large one.
+    """
+    if chances.shape[-1] <= uniform.shape[-1] * BLOCK:
+        ends = chances.double().cumsum(-1)
+        return _first_above(ends, uniform * ends[:, -1:])
+    blocks = torch.nn.functional.pad(chances, (0, -chances.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniform * ends[:, -1:]
+    block = _first_above(ends, target)
+    rest = target - torch.nn.functional.pad(ends, (1, 0)).gather(-1, block)
+    inner = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).double().cumsum(-1)
+    return block * BLOCK + _first_above(inner, rest.unsqueeze(-1)).squeeze(-1)
+
+
+def _first_above(ends: Tensor, target: Tensor) -> Tensor:
+    """The first place whose sum is above a number, but never one behind the last that adds to it."""
+    last = torch.searchsorted(ends, ends[..., -1:].contiguous())
+    return torch.minimum(torch.searchsorted(ends, target, right=True), last)
+
+
+def _logits(said: Targets, codec: str) -> Tensor:
+    if isinstance(said, SparseTargets):
+        raise ShapeError(
+            f"{codec}: expected a teacher with whole distributions, got sparse targets. Use the codec top_k."
+        )
+    return _numbers(said.dense())
+
+
+def _numbers(values: Tensor) -> Tensor:
+    if values.isnan().any():
+        raise ShapeError("teacher: expected numbers, got NaN. Check its weights, or run it in float32 or bfloat16.")
+    return values
+
+
+def _chunks(rows: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Rows in pieces of at most CHUNK elements, counted in rows of a width; one piece at least."""
+    return rows.split(max(1, CHUNK // width))
+
+
+def _check_temperature(caller: str, temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ShapeError(f"{caller}: expected temperature > 0, got {temperature}.")
+
+
+# Arrays and bytes.
+
+
+def _pack(values: NDArray[Any], planes: int | None = None) -> bytes:
+    """Elements as planes of bytes, the lowest first."""
+    split = values.view("u1").reshape(len(values), values.itemsize)[:, :planes]
+    return np.ascontiguousarray(split.T).tobytes()
+
+
+class _Reader:
+    """Takes arrays off a row of bytes, one after the other."""
+
+    def __init__(self, row: bytes) -> None:
+        self._bytes = np.frombuffer(row, "u1")
+        self._at = 0
+
+    def take(self, dtype: str, count: int, planes: int | None = None) -> NDArray[Any]:
+        kind = np.dtype(dtype)
+        planes = planes or kind.itemsize
+        end = self._at + planes * count
+        if end > len(self._bytes):
+            raise ShapeError(f"codec: expected a row of at least {end} bytes, got {len(self._bytes)}.")
+        split = self._bytes[self._at : end].reshape(planes, count)
+        self._at = end
+        whole = np.zeros((count, kind.itemsize), "u1")
+        whole[:, :planes] = split.T
+        return whole.view(kind).reshape(count)
+
+    def close(self) -> None:
+        if self._at != len(self._bytes):
+            raise ShapeError(f"codec: expected a row of {self._at} bytes, got {len(self._bytes)}.")
+
+
+def _as_integers(values: Tensor) -> NDArray[Any]:
+    """The bits of floats, because NumPy has no bfloat16."""
+    return values.contiguous().view(torch.int32 if values.dtype == torch.float32 else torch.int16).numpy()

@@ -1,0 +1,182 @@
+"""potstill cache build: from what was asked to a cache on disk. Read it from top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from potstill.cache.codec import CODECS, Codec
+from potstill.cache.store import FORMAT, Manifest, Plan
+from potstill.data import PaddingCollator, Source, encode, pad_token_id
+from potstill.data.vocabulary import fingerprint
+from potstill.errors import ModelError, UserError
+from potstill.loading import load_model, load_tokenizer, quiet
+from potstill.recipe import SourcePart, TeacherPart
+from potstill.targets import HeadTargets, causal_alignment
+from potstill.teachers import ModelTeacher
+from potstill.teachers.cached import COMPANIONS, keys_of
+from potstill.teachers.capture import Capture
+
+SHARD_TOKENS = 2**17  # what a kill costs at most, in tokens of the teacher's work
+ALIGNMENT = "causal: the signal of position t is about the token at t + 1, where the label at t + 1 counts"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to keep, of whom, about what. It can be pickled: Ray takes it to other machines.
+
+    Args:
+        teacher: who speaks.
+        sources: the files of data.
+        max_length: tokens in a row at most.
+        packing: see `potstill.data.encode`.
+        codec: sampled, top_k, dense or hidden.
+        parameters: of the codec: draws, k, temperature.
+        out: the cache's directory.
+        batch_rows: rows in a batch of the teacher.
+    """
+
+    teacher: TeacherPart
+    sources: Sequence[SourcePart]
+    max_length: int
+    packing: bool
+    codec: str
+    parameters: dict[str, Any]
+    out: Path
+    batch_rows: int = 8
+
+
+def build(
+    request: Request, *, part: tuple[int, int] = (0, 1), engine: str = "process", console: Console
+) -> Manifest | None:
+    """Build a cache, or go on with one.
+
+    Args:
+        request: what to keep.
+        part: (i, n): only the i-th of n parts, counted from 0; whoever writes the last shard finishes the cache.
+        engine: "process", or "ray" for one teacher in each of Ray's actors.
+        console: where progress is shown.
+
+    Returns:
+        The manifest, or None while other parts are missing.
+
+    Raises:
+        UserError: something in the request is to be corrected.
+    """
+    with quiet():
+        capture = prepare(request, console)
+        capture.begin()
+        todo = capture.todo(part)
+        with Progress(console=console) as progress:
+            task = progress.add_task(f"{request.codec} of {request.teacher.model}", total=len(todo))
+            for _ in _with_ray(request, todo) if engine == "ray" else map(capture.build, todo):
+                progress.advance(task)
+        return capture.finish()
+
+
+def prepare(request: Request, console: Console) -> Capture:
+    """Load the teacher and the data, and plan the cache."""
+    if request.teacher.model is None:
+        raise UserError("cache build: expected a teacher that can be run, teacher.model, got none.")
+    model = load_model(request.teacher.model, "teacher.model", request.teacher.dtype)
+    tokenizer = load_tokenizer(request.teacher.model, "teacher.model")
+    examples = []
+    for source in request.sources:
+        found = encode(Source(**source.model_dump()), tokenizer, max_length=request.max_length, packing=request.packing)
+        examples.append(found)
+        for note in found.notes:
+            console.print(note, style="dim", highlight=False, markup=False)
+    teacher = ModelTeacher(model, device=request.teacher.device)
+    device = torch.device(request.teacher.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    collate = PaddingCollator(pad_token_id(tokenizer)[0])
+    datasets = [found.dataset for found in examples]
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    codec = _codec(request, vocabulary, teacher, {n: v.to(device) for n, v in collate([datasets[0][0]]).items()})
+    tokens, rows = sum(found.tokens for found in examples), sum(map(len, datasets))
+    plan = Plan(
+        format=FORMAT,
+        teacher=request.teacher.model,
+        weights=_weights_digest(model),
+        tokenizer=fingerprint(tokenizer),
+        vocabulary=vocabulary,
+        codec=codec.record(),
+        alignment=ALIGNMENT,
+        sources=[
+            (source.path, len(found.dataset), found.tokens, _rows_digest(found.dataset))
+            for source, found in zip(request.sources, examples, strict=True)
+        ],
+        shard_rows=max(1, SHARD_TOKENS * rows // tokens),
+        batch_rows=request.batch_rows,
+        versions={name: importlib.metadata.version(name) for name in ("potstill", "torch", "transformers")},
+    )
+    return Capture(plan, request.out, teacher, datasets, collate, device, partial(_save_companions, model, tokenizer))
+
+
+def _codec(request: Request, vocabulary: int, teacher: ModelTeacher, batch: dict[str, torch.Tensor]) -> Codec:
+    parameters = dict(request.parameters)
+    if request.codec == "hidden":
+        said = teacher(batch, causal_alignment(batch["labels"])).targets
+        if not isinstance(said, HeadTargets):
+            raise ModelError(
+                f"cache build: expected a teacher with a plain head for the codec hidden, got {request.teacher.model}, "
+                "whose logits are more than that. Use the codec top_k or sampled."
+            )
+        parameters |= {"width": said.hidden.shape[-1], "dtype": str(said.hidden.dtype).removeprefix("torch.")}
+    return CODECS[request.codec](vocabulary, **parameters)
+
+
+def _with_ray(request: Request, todo: list[int]) -> Any:
+    """The shards, built by Ray's actors: each loads one teacher."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError("cache build: expected Ray for --engine ray, got none. pip install 'potstill[ray]'") from None
+    if not todo:
+        return []
+    rows = ray.data.from_items([{"shard": number} for number in todo], override_num_blocks=len(todo))
+    gpus = 1 if torch.cuda.is_available() else 0
+    done = rows.map(_Actor, fn_constructor_args=(request,), concurrency=(1, len(todo)), num_gpus=gpus)
+    return done.iter_rows()
+
+
+class _Actor:
+    """One teacher in one of Ray's processes."""
+
+    def __init__(self, request: Request) -> None:
+        with quiet():
+            self.capture = prepare(request, Console(quiet=True))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        self.capture.build(int(row["shard"]))
+        return row
+
+
+def _save_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    model.config.save_pretrained(directory / COMPANIONS)
+    tokenizer.save_pretrained(directory / COMPANIONS)
+
+
+def _weights_digest(model: PreTrainedModel) -> str:
+    """sha256 over the names, shapes and bytes of all weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _rows_digest(dataset: Any) -> str:
+    found = hashlib.sha256()
+    for key, _ in keys_of(dataset):
+        found.update(key)
+    return found.hexdigest()

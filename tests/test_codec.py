@@ -1,0 +1,211 @@
+"""What a teacher said survives packing: each codec against the numbers that went in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from potstill.cache.codec import CODECS, Codec, Dense, Hidden, Sampled, TopK, codec_of
+from potstill.errors import ShapeError
+from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+
+VOCABULARIES = [2, 3, 255, 256, 257, 70_000, 300_000]  # one, two and three bytes for an id; beyond 2^18
+
+
+def logits_of(n: int, vocabulary: int, spread: float = 3.0) -> torch.Tensor:
+    return torch.randn(n, vocabulary) * spread
+
+
+def again(codec: Codec, said, rows: list[int] | None = None, head: LMHead | None = None):
+    """Encode row by row, decode together: the targets."""
+    rows = rows or [said.leading[0]]
+    parts, start = [], 0
+    for count in rows:
+        part = slice(start, start + count)
+        mine = (
+            HeadTargets(said.hidden[part], said.head)
+            if isinstance(said, HeadTargets)
+            else SparseTargets(said.ids[part], said.log_probs[part], said.kind, said.temperature)
+            if isinstance(said, SparseTargets)
+            else DenseTargets(said.logits[part])
+        )
+        parts.append(codec.encode(mine, None, seed=start))
+        start += count
+    return codec.decode(parts, rows, head)[0]
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_top_k_keeps_ids_probabilities_and_the_rest(vocabulary: int, temperature: float) -> None:
+    logits, k = logits_of(5, vocabulary), min(8, vocabulary)
+    found = again(TopK(vocabulary, k, temperature), DenseTargets(logits), [2, 3])
+    true = torch.log_softmax(logits.double() / temperature, -1)
+    assert found.kind == "bucket" and found.temperature == temperature
+    assert all(len(set(row)) == k for row in found.ids.tolist())
+    expected, ids = true.topk(k)
+    assert torch.equal(found.ids, ids)
+    torch.testing.assert_close(found.log_probs.double(), expected.clamp_min(-254 / 16), atol=1 / 16, rtol=0)
+    others = found.events(temperature)[:, -1].exp().double()
+    torch.testing.assert_close(others, 1 - expected.exp().sum(-1), atol=3e-7, rtol=1e-4)
+
+
+def test_top_k_of_the_whole_vocabulary_leaves_nothing() -> None:
+    logits = logits_of(4, 6)
+    found = again(TopK(6, 6), DenseTargets(logits))
+    assert found.log_probs.exp().sum(-1) == pytest.approx(torch.ones(4))
+
+
+def test_top_k_keeps_tokens_that_are_ruled_out_as_unused_slots() -> None:
+    logits = logits_of(3, 10)
+    logits[:, 2:] = -torch.inf
+    found = again(TopK(10, 4), DenseTargets(logits))
+    assert found.used().sum(-1).tolist() == [2, 2, 2]
+    assert torch.isfinite(found.events(1.0)).all()
+
+
+def test_top_k_of_a_teacher_that_gives_its_likeliest_tokens_only() -> None:
+    true = torch.log_softmax(logits_of(4, 50), -1)
+    given, ids = true.topk(6)
+    order = torch.randperm(6)
+    said = SparseTargets(ids[:, order], given[:, order])
+    fewer, more = again(TopK(50, 3), said), again(TopK(50, 9), said)
+    assert torch.equal(fewer.ids, ids[:, :3])
+    assert more.used().sum(-1).tolist() == [6] * 4
+    for found in (fewer, more):
+        kept = found.log_probs.exp().sum(-1)
+        torch.testing.assert_close(kept, given[:, : found.used()[0].sum()].exp().sum(-1), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ShapeError, match="at temperature 2, got bucket targets at 1"):
+        again(TopK(50, 3, temperature=2.0), said)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_sampled_keeps_counts(vocabulary: int) -> None:
+    logits = logits_of(7, vocabulary)
+    found = again(Sampled(vocabulary, draws=50), DenseTargets(logits), [1, 6])
+    assert found.kind == "sampled"
+    counts = torch.where(found.used(), found.log_probs, -torch.inf).exp() * 50
+    assert torch.allclose(counts, counts.round(), atol=1e-4)
+    assert counts.sum(-1).round().tolist() == [50] * 7
+    for ids, used in zip(found.ids, found.used(), strict=True):
+        kept = ids[used].tolist()
+        assert kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < vocabulary
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_draws_follow_the_teacher(temperature: float) -> None:
+    """Each token's share is binomial: within five standard errors."""
+    logits = torch.cat([logits_of(1, 700, 2.0), torch.full((1, 700), -torch.inf)])
+    logits[1, [3, 300, 699]] = torch.tensor([0.0, 1.0, -3.0])
+    rows, draws = 400, 200
+    said = DenseTargets(logits.repeat_interleave(rows, 0))
+    found = again(Sampled(700, draws, temperature), said, [rows, rows])
+    shares = torch.zeros(2 * rows, 700).scatter_add_(1, found.ids, found.log_probs.exp()).reshape(2, rows, 700).mean(1)
+    true = torch.softmax(logits / temperature, -1)
+    error = (true * (1 - true) / (rows * draws)).sqrt()
+    assert ((shares - true).abs() <= 5 * error + 1e-7).all()
+    assert (shares[1] > 0).sum() == 3
+
+
+def test_draws_depend_on_the_seed_alone() -> None:
+    said = DenseTargets(logits_of(3, 100))
+    codec = Sampled(100)
+    assert codec.encode(said, None, 1) == codec.encode(said, None, 1) != codec.encode(said, None, 2)
+
+
+def test_a_certain_teacher_is_drawn_whole() -> None:
+    logits = torch.full((2, 1000), -torch.inf)
+    logits[:, 999] = 5.0
+    found = again(Sampled(1000, draws=255), DenseTargets(logits))
+    assert found.ids.tolist() == [[999], [999]] and found.log_probs.abs().max() < 1e-6
+
+
+def test_dense_keeps_everything_in_half_precision() -> None:
+    logits = logits_of(6, 40)
+    logits[0, 3] = -torch.inf
+    found = again(Dense(40), DenseTargets(logits), [4, 2])
+    true = torch.log_softmax(logits, -1)
+    torch.testing.assert_close(found.logits.float(), true, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_hidden_states_are_kept_as_they_are(dtype: str) -> None:
+    hidden = torch.randn(5, 16).to(getattr(torch, dtype))
+    head = LMHead(torch.randn(40, 16))
+    found = again(Hidden(40, 16, dtype), HeadTargets(hidden, head), [2, 3], head)
+    assert found.hidden.dtype == hidden.dtype and torch.equal(found.hidden, hidden) and found.head is head
+
+
+@pytest.mark.parametrize("codec", [Sampled(30), TopK(30, 4), Dense(30)], ids=lambda codec: codec.name)
+def test_rows_without_tokens_are_empty(codec: Codec) -> None:
+    said = DenseTargets(torch.zeros(0, 30))
+    assert codec.decode([codec.encode(said, None, 0)], [0])[0].leading == (0,)
+
+
+@pytest.mark.parametrize("codec", [Sampled(30), TopK(30, 4), Dense(30)], ids=lambda codec: codec.name)
+def test_nan_is_refused(codec: Codec) -> None:
+    logits = logits_of(2, 30)
+    logits[1, 2] = torch.nan
+    with pytest.raises(ShapeError, match="expected numbers, got NaN"):
+        codec.encode(DenseTargets(logits), None, 0)
+
+
+@pytest.mark.parametrize("codec", [Sampled(30), TopK(30, 4), Dense(30)], ids=lambda codec: codec.name)
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_row_of_another_length_is_refused(codec: Codec, change: int) -> None:
+    row = codec.encode(DenseTargets(logits_of(3, 30)), None, 0)
+    with pytest.raises(ShapeError, match="expected a row of"):
+        codec.decode([row[:change] if change < 0 else row + b"\0"], [3])
+
+
+def test_a_codec_is_made_again_from_its_record() -> None:
+    for codec in (Sampled(30, 7, 2.0), TopK(30, 4), Dense(30), Hidden(30, 8, "float16")):
+        assert codec_of(codec.record()) == codec
+    assert set(CODECS) == {"sampled", "top_k", "dense", "hidden"}
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: codec_of({"name": "topk", "vocabulary": 3}), "expected one of .* got topk. Did you mean top_k?"),
+        (lambda: codec_of({"name": "dense", "vocabulary": 3, "k": 1}), "expected the parameters of dense, got k"),
+        (lambda: Sampled(30, draws=256), r"draws in 1\.\.255, got 256"),
+        (lambda: TopK(30, k=31), r"k in 1\.\.30, got 31"),
+        (lambda: TopK(30, k=3, temperature=0.0), "temperature > 0"),
+        (
+            lambda: Hidden(30, 4).encode(DenseTargets(torch.zeros(1, 30)), None, 0),
+            "a teacher with a plain head, got one that",
+        ),
+        (
+            lambda: Sampled(30).encode(SparseTargets(torch.zeros(1, 1).long(), torch.zeros(1, 1)), None, 0),
+            "whole distributions, got sparse targets",
+        ),
+    ],
+)
+def test_what_can_not_be_is_refused(make, expected: str) -> None:
+    with pytest.raises(ShapeError, match=expected):
+        make()
+
+
+def test_bytes_of_a_row_are_those_that_are_documented() -> None:
+    """docs/cache.md describes them, for readers in other languages."""
+    logits = torch.full((2, 600), -torch.inf)
+    logits[0, [1, 300, 301]] = torch.tensor([4.0, 2.0, 2.0]).log() - 8.0
+    logits[1, 5] = 0.0
+    row = TopK(600, 3).encode(DenseTargets(logits), torch.tensor([-0.5, -2.0]), 0)
+    assert list(zip(row[:2], row[2:4], strict=True)) == [tuple(np.float16(x).tobytes()) for x in (-0.5, -2.0)]
+    row = row[4:]
+    low, high, codes, rest = row[:6], row[6:12], row[12:18], np.frombuffer(row[18:], "<f4", 2)
+    first = {1: 11, 44 + 256: 22, 45 + 256: 22}  # -log(1/2), -log(1/4) in sixteenths
+    ids = [a + 256 * b for a, b in zip(low, high, strict=True)]
+    assert ids[0] == 1 and set(ids[:3]) == set(first) and ids[3] == 5
+    assert list(codes) == [11, 11, 0, 0, 255, 0]
+    assert rest.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+def test_the_log_probabilities_of_the_datas_own_tokens_are_kept() -> None:
+    said, told = DenseTargets(logits_of(5, 30)), -torch.rand(5) * 10
+    rows = [Dense(30).encode(DenseTargets(said.logits[part]), told[part], 0) for part in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(Dense(30).decode(rows, [2, 3])[1], told, atol=0, rtol=1e-3)
+    rows[1] = Dense(30).encode(DenseTargets(said.logits[2:]), None, 0)
+    assert Dense(30).decode(rows, [2, 3])[1] is None
