@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "train": BASE | TRAIN,
     "evaluate": BASE | {"losses", "data", "engines"},
     "recipe": {"errors", "divergence", "schedule"},
-    "loading": {"errors"},
+    "loading": BASE | {"losses"},
     "prepare": PIPELINE,
     "preflight": PIPELINE | {"prepare"},
     "pipeline": PIPELINE | {"prepare"},

@@ -161,7 +161,7 @@ def test_it_goes_beside_and_into_a_compiled_function(inside, reduction, backend)
 @every_backend
 @every_reduction
 def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(kind, backend, reduction, monkeypatch):
-    monkeypatch.setattr("potstill.losses.linear._has_bfloat16", lambda: True)
+    monkeypatch.setattr("potstill.losses.linear.multiplies_bfloat16", lambda: True)
     tensors = hidden, weight, bias = student(24, 16, 50, dtype=torch.float32)
     targets = said(kind, 24, 50, dtype=torch.float32)
     run = partial(linear_divergence, divergence=JSD(0.3), labels=some_labels(24, 50), label_weight=0.5)

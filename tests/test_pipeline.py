@@ -23,6 +23,7 @@ from conftest import make_llama, make_tokenizer
 from potstill.errors import DataError, ModelError, PotstillError, RecipeError, VocabularyError
 from potstill.pipeline import run
 from potstill.preflight import check
+from potstill.prepare import prepare
 from potstill.recipe import Recipe
 
 
@@ -295,3 +296,19 @@ def test_the_command_line_says_what_is_wrong(
     assert "Traceback" not in done.stderr
     if arguments[0] == "run":
         assert "Traceback" in potstill(*arguments, "--debug", cwd=tmp_path).stderr
+
+
+def test_bfloat16_is_left_out_where_a_cpu_has_no_instructions_for_it(
+    recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    teacher = make_llama(seed=1).bfloat16()
+    teacher.save_pretrained(tmp_path / "half")
+    make_tokenizer().save_pretrained(tmp_path / "half")
+    recipe_values["teacher"]["model"] = str(tmp_path / "half")
+    recipe_values["train"]["bf16"] = True
+    for has in (False, True):
+        monkeypatch.setattr("potstill.loading.multiplies_bfloat16", lambda has=has: has)
+        parts = prepare(Recipe.parse(recipe_values))
+        assert parts.teacher_model.dtype == (torch.bfloat16 if has else torch.float32)
+        assert parts.bf16 is has
+        assert any("train.bf16" in note for note in parts.notes) is not has

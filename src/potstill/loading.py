@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from potstill.errors import ModelError
+from potstill.losses.linear import multiplies_bfloat16
 
 
 @contextmanager
@@ -39,12 +40,15 @@ def load_model(where: str, key: str, dtype: str = "auto") -> PreTrainedModel:
     Args:
         where: a folder, or the name of a model on the hub.
         key: how the recipe calls it, for errors.
-        dtype: float32, bfloat16, float16, or auto for the precision in which it is saved.
+        dtype: float32, bfloat16, float16, or auto for the precision in which it is saved: float32 where only a CPU is
+            there that has no instructions for less, because it would be several times slower.
 
     Raises:
         ModelError: there is no such model, or it is not a causal language model in safetensors.
     """
     _must_exist(where, key)
+    if dtype == "auto" and not has_bfloat16():
+        dtype = "float32"
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -53,6 +57,11 @@ def load_model(where: str, key: str, dtype: str = "auto") -> PreTrainedModel:
     except Exception as error:
         raise _unreadable(key, "a causal language model with weights in safetensors", where, error) from error
     return model
+
+
+def has_bfloat16() -> bool:
+    """Whether models run in bfloat16 without a detour: on an accelerator, or a CPU with instructions for it."""
+    return torch.accelerator.is_available() or multiplies_bfloat16()
 
 
 def load_tokenizer(where: str, key: str) -> PreTrainedTokenizerBase:

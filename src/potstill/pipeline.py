@@ -161,6 +161,7 @@ def _arguments(parts: Parts, checkpoints: Path) -> DistillationConfig:
         "save_total_limit": 1,
         "per_device_eval_batch_size": EVAL_ROWS,
         **parts.recipe.train,
+        "bf16": parts.bf16,
     }
     try:
         return DistillationConfig(output_dir=str(checkpoints), seed=parts.recipe.seed, disable_tqdm=True, **values)

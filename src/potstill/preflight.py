@@ -95,8 +95,8 @@ def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
     collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
     rows = [parts.train.dataset[i] for i in range(min(parts.batch_rows, len(parts.train.dataset)))]
     batch = {name: value.to(device) for name, value in collate(rows).items()}
-    dtype = torch.bfloat16 if parts.recipe.train.get("bf16") else torch.float16
-    mixed = bool(parts.recipe.train.get("bf16") or parts.recipe.train.get("fp16"))
+    dtype = torch.bfloat16 if parts.bf16 else torch.float16
+    mixed = parts.bf16 or bool(parts.recipe.train.get("fp16"))
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from potstill.data import Examples, PaddingCollator, Source, encode, pad_token_id
 from potstill.data.vocabulary import shared_vocabulary
 from potstill.errors import RecipeError
-from potstill.loading import load_model, load_tokenizer
+from potstill.loading import has_bfloat16, load_model, load_tokenizer
 from potstill.losses import token_divergence
 from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart, SourcePart
 from potstill.students.design import student_config
@@ -69,6 +69,11 @@ class Parts:
         return self.eval.dataset.select([i * rows // wanted for i in range(wanted)])
 
     @property
+    def bf16(self) -> bool:
+        """Whether the student trains in bfloat16: as the recipe says, where that is no detour."""
+        return bool(self.recipe.train.get("bf16")) and has_bfloat16()
+
+    @property
     def batch_rows(self) -> int:
         """Rows in one batch of one rank."""
         return int(self.recipe.train.get("per_device_train_batch_size", 8))
@@ -119,6 +124,8 @@ def prepare(recipe: Recipe) -> Parts:
     _, pad_note = pad_token_id(tokenizer)
     if pad_note:
         notes.append(pad_note)
+    if recipe.train.get("bf16") and not has_bfloat16():
+        notes.append("train.bf16: this CPU has no instructions for it: float32, which is faster here.")
     padded = [f"{name} {size}" for name, size in rows.items() if size > vocabulary]
     if padded:
         notes.append(

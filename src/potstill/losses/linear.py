@@ -282,13 +282,13 @@ def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     dtype, device = torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    if device == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not _has_bfloat16())):
+    if device == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16())):
         return torch.float32
     return dtype
 
 
 @cache
-def _has_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16: AVX512-BF16 or AMX on x86, as PyTorch sees it."""
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
