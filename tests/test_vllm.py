@@ -34,7 +34,7 @@ from toy_server import LiveTopK, logged, prepared_with_top_k
 
 pytestmark = pytest.mark.server
 PYTHON = Path(__file__).parents[1] / ".venv-server" / "bin" / "python"
-START_S = 240  # it compiles and warms up before it answers
+START_S = 400  # it compiles and warms up before it answers
 OPTIONS = ("--max-model-len", "64", "--dtype", "float32", "--enforce-eager")
 
 
