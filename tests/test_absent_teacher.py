@@ -74,11 +74,6 @@ def test_a_run_says_what_it_knows(
         assert missing not in report
 
 
-def test_a_design_needs_the_teachers_config(recipe_values: dict[str, Any], knows_labels: bool) -> None:
-    with pytest.raises(ValueError, match=r"student\.design: expected a teacher that is a model here"):
-        pipeline.run(Recipe.parse(recipe_values), console=Console(file=io.StringIO()))
-
-
 def test_check_leaves_out_what_it_cannot_know(recipe_values: dict[str, Any], toys: Any, knows_labels: bool) -> None:
     recipe_values["student"] = {"model": str(toys / "student")}
     found = preflight.check(Recipe.parse(recipe_values))

@@ -31,16 +31,18 @@ from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
 
 if TYPE_CHECKING:
     from potstill.data import Examples, PaddingCollator, Source, encode
+    from potstill.engines import Completion, ModelServer, Sampling
     from potstill.pipeline import RunResult, run
     from potstill.recipe import Recipe
-    from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
+    from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, TeacherOutput
     from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
 
 _LATER = {
     "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
+    "potstill.engines": ("Completion", "ModelServer", "Sampling"),
     "potstill.pipeline": ("RunResult", "run"),
     "potstill.recipe": ("Recipe",),
-    "potstill.teachers": ("ModelTeacher", "Teacher", "TeacherOutput"),
+    "potstill.teachers": ("ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput"),
     "potstill.train": (
         "DistillationConfig",
         "DistillationTrainer",
@@ -54,6 +56,7 @@ _LATER = {
 __all__ = [
     "JSD",
     "AlphaBeta",
+    "Completion",
     "DenseTargets",
     "DistillationConfig",
     "DistillationTrainer",
@@ -66,6 +69,7 @@ __all__ = [
     "LMHead",
     "Labels",
     "Logits",
+    "ModelServer",
     "ModelTeacher",
     "Objective",
     "PaddingCollator",
@@ -73,6 +77,8 @@ __all__ = [
     "Recipe",
     "ReverseKL",
     "RunResult",
+    "Sampling",
+    "ServedTeacher",
     "SkewForwardKL",
     "SkewReverseKL",
     "SoftCrossEntropy",

@@ -6,8 +6,10 @@
     │   ├── DataError           a file, a field or an example is not usable
     │   ├── VocabularyError     teacher and student do not speak of the same tokens
     │   ├── ModelError          a model cannot be read or built
+    │   ├── RefusedError        a server does not do what it is asked
     │   └── ShapeError          tensors that do not fit together
     └── RunError                a run could not go on; exit status 1
+        ├── ServerError         a server does not answer
         └── DivergedError       the loss is not a number any more
 
 Each message is one line: `<what was called>: expected <X>, got <Y>. <why>. <what to do>.`
@@ -43,12 +45,24 @@ class ModelError(UserError, ValueError):
     """A model cannot be read or built."""
 
 
+class RefusedError(UserError, ValueError):
+    """A server does not do what it is asked; `status` is its HTTP status, where that is how it refuses."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class ShapeError(UserError, ValueError):
     """Tensors that do not fit together, or a number outside its range."""
 
 
 class RunError(PotstillError, RuntimeError):
     """A run could not go on."""
+
+
+class ServerError(RunError):
+    """A server does not answer, or not as it should."""
 
 
 class DivergedError(RunError):

@@ -14,14 +14,15 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from potstill.data import Examples, PaddingCollator, Source, encode, pad_token_id
 from potstill.data.vocabulary import shared_vocabulary
+from potstill.engines import ModelServer
 from potstill.errors import RecipeError
 from potstill.loading import has_bfloat16, load_model, load_tokenizer
 from potstill.losses import token_divergence
-from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart, SourcePart
+from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart, ServerPart, SourcePart
 from potstill.students.design import student_config
 from potstill.students.initialize import random_student
 from potstill.targets import causal_alignment
-from potstill.teachers import CachedTeacher, ModelTeacher, Teacher
+from potstill.teachers import CachedTeacher, ModelTeacher, ServedTeacher, Teacher
 from potstill.teachers.cached import COMPANIONS
 from potstill.train import Labels, Logits, Objective
 from potstill.train.objective import value_at
@@ -35,7 +36,7 @@ class Parts:
         recipe: the recipe itself.
         teacher: who speaks.
         teacher_model: the teacher's model, where it sits here and can be measured.
-        teacher_config: the teacher's config.
+        teacher_config: the teacher's config, where it is known.
         tokenizer: the student's.
         train: what is learnt from.
         eval: what is held out.
@@ -46,7 +47,7 @@ class Parts:
     recipe: Recipe
     teacher: Teacher
     teacher_model: PreTrainedModel | None
-    teacher_config: PretrainedConfig
+    teacher_config: PretrainedConfig | None
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     eval: Examples
@@ -109,9 +110,11 @@ def prepare(recipe: Recipe) -> Parts:
     vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
 
     max_length = recipe.data.max_length
-    for name, model in models.items():
-        limit = getattr(model.config, "max_position_embeddings", None) or max_length
-        if max_length > limit:
+    limits = {name: getattr(model.config, "max_position_embeddings", None) for name, model in models.items()}
+    if isinstance(speaker.teacher, ServedTeacher):
+        limits["teacher"] = speaker.teacher.max_length
+    for name, limit in limits.items():
+        if limit and max_length > limit:
             raise RecipeError(
                 f"data.max_length: expected at most {limit}, the {name}'s number of positions, got {max_length}."
             )
@@ -134,7 +137,7 @@ def prepare(recipe: Recipe) -> Parts:
     parts = Parts(
         recipe, speaker.teacher, speaker.model, speaker.config, tokenizer, train, held_out, vocabulary, tuple(notes)
     )
-    if isinstance(speaker.teacher, CachedTeacher):
+    if not isinstance(speaker.teacher, ModelTeacher):
         _try(parts, speaker.teacher)
         if not speaker.teacher.covers(held_out.dataset):
             parts = replace(
@@ -148,12 +151,14 @@ class _Speaker(NamedTuple):
 
     teacher: Teacher
     model: PreTrainedModel | None
-    config: PretrainedConfig
+    config: PretrainedConfig | None
     tokenizer: PreTrainedTokenizerBase
 
 
 def _speaker(recipe: Recipe) -> _Speaker:
     part = recipe.teacher
+    if part.server is not None:
+        return _served(part.server, recipe.student.model)
     model = None if part.model is None else load_model(part.model, "teacher.model", part.dtype)
     if part.cache is not None:
         cached = CachedTeacher(part.cache)
@@ -165,8 +170,19 @@ def _speaker(recipe: Recipe) -> _Speaker:
     return _Speaker(ModelTeacher(model, device=part.device), model, model.config, tokenizer)
 
 
-def _try(parts: Parts, teacher: CachedTeacher) -> None:
-    """See that every row is there and that the objective can use what the cache says, from beginning to end."""
+def _served(part: ServerPart, student: str | None) -> _Speaker:
+    if student is None:
+        raise RecipeError(
+            "student.design: expected a teacher whose config it changes, got one behind a server, which tells none. "
+            "Name a student with student.model instead."
+        )
+    tokenizer = load_tokenizer(student, "student.model")
+    server = ModelServer(**part.model_dump(exclude={"top_k"}))
+    return _Speaker(ServedTeacher(server, tokenizer, top_k=part.top_k), None, None, tokenizer)
+
+
+def _try(parts: Parts, teacher: Teacher) -> None:
+    """See that the teacher knows every row and that the objective can use what it says, from beginning to end."""
     teacher.require(parts.train.dataset)
     batch = PaddingCollator(pad_token_id(parts.tokenizer)[0])([parts.train.dataset[0]])
     alignment = causal_alignment(batch["labels"])
@@ -180,10 +196,10 @@ def _try(parts: Parts, teacher: CachedTeacher) -> None:
                 )
 
 
-def _new_student(recipe: Recipe, teacher: PretrainedConfig, vocabulary: int) -> PreTrainedModel:
+def _new_student(recipe: Recipe, teacher: PretrainedConfig | None, vocabulary: int) -> PreTrainedModel:
     if recipe.student.model is not None:
         return load_model(recipe.student.model, "student.model", "float32")
-    assert recipe.student.design is not None
+    assert recipe.student.design is not None and teacher is not None
     return random_student(student_config(teacher, recipe.student.design, vocabulary), recipe.seed)
 
 

@@ -8,7 +8,7 @@ from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
 from potstill.recipe.objective import DivergencePart, LabelsPart, LogitsPart, TermPart
 from potstill.recipe.run import EvaluatePart, Recipe
 from potstill.recipe.student import StudentPart
-from potstill.recipe.teacher import TeacherPart
+from potstill.recipe.teacher import ServerPart, TeacherPart
 
 __all__ = [
     "DataPart",
@@ -19,6 +19,7 @@ __all__ = [
     "Number",
     "Recipe",
     "SchedulePart",
+    "ServerPart",
     "SourcePart",
     "StudentPart",
     "TeacherPart",

@@ -9,9 +9,23 @@ from pydantic import Field, model_validator
 from potstill.recipe.document import Part
 
 
+class ServerPart(Part):
+    """A model behind a server that tells the log-probabilities of given tokens, as vLLM does."""
+
+    url: str = Field(min_length=1, description="such as http://127.0.0.1:8000")
+    model: str = Field(min_length=1, description="the name under which it is served")
+    top_k: int = Field(20, ge=1, description="likeliest tokens to ask for at each position; the others share a bucket")
+    key_variable: str | None = Field(
+        None,
+        description="the environment variable with the API key; by default POTSTILL_API_KEY, then OPENAI_API_KEY",
+    )
+    concurrency: int = Field(16, ge=1, description="requests under way at once, at most")
+    timeout_s: float = Field(120.0, gt=0, description="how long the server may be silent")
+
+
 class TeacherPart(Part):
-    """Who speaks: a model that runs beside the student, or a cache of what it said. With both, training reads the cache
-    and the report measures the model.
+    """Who speaks: a model that runs beside the student, a cache of what it said, or a model behind a server. With model
+    and cache, training reads the cache and the report measures the model.
     """
 
     model: str | None = Field(None, description="a folder with a model and its tokenizer, or a name on the hub")
@@ -20,9 +34,13 @@ class TeacherPart(Part):
     )
     device: str | None = Field(None, description="such as cuda:1; by default where the student is")
     cache: str | None = Field(None, description="a directory made by `potstill cache build`")
+    server: ServerPart | None = None
 
     @model_validator(mode="after")
     def _someone(self) -> Self:
-        if self.model is None and self.cache is None:
-            raise ValueError("expected model or cache, got neither")
+        given = set(self.model_dump(exclude_defaults=True))
+        if not given & {"model", "cache", "server"}:
+            raise ValueError("expected model, cache or server, got none of them")
+        if "server" in given and len(given) > 1:
+            raise ValueError(f"expected server alone, got it with {', '.join(sorted(given - {'server'}))}")
         return self

@@ -2,6 +2,7 @@
 
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.model import ModelTeacher
+from potstill.teachers.served import ServedTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
-__all__ = ["CachedTeacher", "ModelTeacher", "Teacher", "TeacherOutput"]
+__all__ = ["CachedTeacher", "ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput"]

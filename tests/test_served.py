@@ -1,0 +1,268 @@
+"""A teacher behind a server says what the same model says live; what does not fit is told before anything is taught."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from conftest import make_batch, make_llama, make_tokenizer
+from potstill import pipeline
+from potstill.divergence import JSD, ForwardKL
+from potstill.engines import ModelServer, client
+from potstill.errors import PotstillError, RecipeError, RefusedError, ServerError, ShapeError, VocabularyError
+from potstill.pipeline import run
+from potstill.preflight import check
+from potstill.recipe import Recipe
+from potstill.targets import causal_alignment
+from potstill.teachers import ServedTeacher
+from potstill.train import Distiller, Labels, Logits
+from toy_server import LiveTopK, ToyServer, logged, prepared_with_top_k
+
+
+@pytest.fixture
+def toy(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ToyServer]:
+    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv("NO_PROXY", "*")
+    for name in client.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    server = ToyServer(make_llama(seed=1), tokenizer)
+    yield server
+    server.close()
+
+
+def serve(toy: ToyServer, tokenizer: Any, top_k: int = 5) -> ServedTeacher:
+    return ServedTeacher(ModelServer(toy.url, "toy", timeout_s=5.0, attempts=3), tokenizer, top_k=top_k)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_it_says_what_the_live_model_says(toy: ToyServer, tokenizer: Any, side: str) -> None:
+    batch = make_batch(5, 12)
+    batch["labels"][3] = -100  # a row where nothing counts
+    if side == "left":
+        for row, size in enumerate(batch["attention_mask"].sum(1).tolist()):
+            for name in batch:
+                batch[name][row] = batch[name][row].roll(12 - size)
+    alignment = causal_alignment(batch["labels"])
+    teacher = serve(toy, tokenizer)
+    toy.asked.clear()
+    said = teacher(batch, alignment)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = alignment.select(toy.model(**inputs).logits).log_softmax(-1)
+    if side == "left":  # the live model is asked row by row, as positions begin behind the padding
+        rows = [batch["input_ids"][row][batch["attention_mask"][row].bool()] for row in range(5)]
+        with torch.no_grad():
+            alone = [toy.model(input_ids=row[None]).logits[0].log_softmax(-1) for row in rows]
+        pads = (batch["attention_mask"] == 0).sum(1)
+        places = zip((alignment.positions // 12).tolist(), alignment.column.tolist(), strict=True)
+        expected = torch.stack([alone[row][column - int(pads[row])] for row, column in places])
+    assert torch.equal(said.targets.ids, expected.topk(5).indices)
+    torch.testing.assert_close(said.targets.log_probs, expected.topk(5).values, rtol=0, atol=2e-6)
+    told = expected.gather(1, alignment.labels[:, None])[:, 0]
+    torch.testing.assert_close(said.label_log_probs, told, rtol=0, atol=2e-6)
+    assert (said.targets.kind, said.targets.temperature) == ("bucket", 1.0)
+    assert len(toy.asked) == 4
+    for body in toy.asked:
+        assert not set(body["prompt"]) & {1}  # no padding
+
+
+def test_nothing_behind_the_last_counting_token_is_sent(toy: ToyServer, tokenizer: Any) -> None:
+    batch = make_batch(1, 12)
+    batch = {name: torch.arange(2, 14)[None] for name in batch} | {"attention_mask": torch.ones(1, 12).long()}
+    batch["labels"][:, 6:] = -100
+    teacher = serve(toy, tokenizer)
+    teacher(batch, causal_alignment(batch["labels"]))
+    assert toy.asked[-1]["prompt"] == [2, 3, 4, 5, 6, 7]
+
+
+def test_a_batch_where_nothing_counts(toy: ToyServer, tokenizer: Any) -> None:
+    batch = make_batch(2, 6)
+    batch["labels"][:] = -100
+    said = serve(toy, tokenizer)(batch, causal_alignment(batch["labels"]))
+    assert said.targets.ids.shape == (0, 5)
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), JSD(0.3)])
+def test_training_from_it_equals_training_from_the_live_top_k(toy: ToyServer, tokenizer: Any, divergence: Any) -> None:
+    found = []
+    for teacher in (serve(toy, tokenizer), LiveTopK(toy.model, 5)):
+        student = make_llama(hidden_size=8, layers=1)
+        output = Distiller(student, teacher, [Logits(divergence), Labels(weight=0.5)]).step(make_batch())
+        output.loss.backward()
+        found.append((output.loss.detach(), [weight.grad for weight in student.parameters()]))
+    (loss, gradients), (expected_loss, expected) = found
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
+
+
+def test_padding_rows_of_its_head_are_no_tokens(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    model = make_llama(vocab_size=320, seed=1)
+    with torch.no_grad():
+        model.lm_head.weight[300:] *= 20  # such rows are among the likeliest
+    toy = ToyServer(model, tokenizer)
+    try:
+        batch = make_batch()
+        said = serve(toy, tokenizer)(batch, causal_alignment(batch["labels"])).targets
+        assert (said.ids >= 300).any()
+        said.slice(300)
+    finally:
+        toy.close()
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def changed(letters: str) -> Any:
+    """The toys' tokenizer, in which each of LETTERS has the id of the letter in its place here."""
+    tokenizer = make_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    vocab |= {letter: vocab[other] for letter, other in zip(LETTERS, letters, strict=True)}
+    return type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+
+
+def test_a_server_with_other_token_ids_is_refused(toy: ToyServer) -> None:
+    with pytest.raises(VocabularyError, match=r"34 is 'B' for the student and 'A' for the server"):
+        serve(toy, changed(LETTERS.replace("AB", "BA")))
+
+
+def test_without_detokenize_the_words_of_a_prompt_are_compared(toy: ToyServer, tokenizer: Any) -> None:
+    toy.detokenizes = False
+    serve(toy, tokenizer)
+    with pytest.raises(VocabularyError, match=r"for the student and '.' for the server"):
+        serve(toy, changed(LETTERS[1:] + LETTERS[:1]))
+    toy.change = without_words
+    with pytest.raises(VocabularyError, match="expected a server that tells how it reads token ids"):
+        serve(toy, tokenizer)
+
+
+def without_words(answer: Any) -> Any:
+    for entry in answer["choices"][0]["prompt_logprobs"][1:]:
+        for one in entry.values():
+            one["decoded_token"] = None
+    return answer
+
+
+def test_what_it_cannot_be_is_told_when_it_is_made(toy: ToyServer, tokenizer: Any) -> None:
+    with pytest.raises(RefusedError, match="max allowed: 20"):
+        serve(toy, tokenizer, top_k=21)
+    toy.tells_prompts = False
+    with pytest.raises(RefusedError, match="works for generating data"):
+        serve(toy, tokenizer)
+    toy.faults = ["500"] * 9
+    with pytest.raises(ServerError, match="status 500"):
+        serve(toy, tokenizer)
+
+
+# Recipes.
+
+
+@pytest.fixture
+def served_values(recipe_values: dict[str, Any], toys: Path, toy: ToyServer) -> dict[str, Any]:
+    recipe_values["teacher"] = {"server": {"url": toy.url, "model": "toy", "top_k": 20}}
+    recipe_values["student"] = {"model": str(toys / "student")}
+    return recipe_values
+
+
+def quiet_run(values: dict[str, Any]) -> Any:
+    return run(Recipe.parse(values), console=Console(file=io.StringIO()))
+
+
+def test_a_run_from_a_server_is_a_run_from_its_top_k(
+    served_values: dict[str, Any], toys: Path, toy: ToyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-to-be-seen")
+    served = quiet_run(served_values)
+    live_values = served_values | {
+        "teacher": {"model": str(toys / "teacher")},
+        "output": served_values["output"] + "-live",
+    }
+    monkeypatch.setattr(pipeline, "prepare", prepared_with_top_k)
+    live = quiet_run(live_values)
+    for one, other in zip(*(logged(result.directory) for result in (served, live)), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    rows, expected = served.summary["rows"], live.summary["rows"]
+    assert rows["teacher"]["loss"] == pytest.approx(expected["teacher"]["loss"], rel=1e-6)
+    assert rows["student"]["loss"] == pytest.approx(expected["student"]["loss"], rel=1e-4)
+    assert rows["teacher"]["parameters"] is rows["student"]["agreement"] is None
+    assert (served.summary["gap_closed"] is None) == (live.summary["gap_closed"] is None)
+    assert "toy behind http://127.0.0.1" in (served.directory / "report.html").read_text()
+    assert Recipe.load(served.directory / "recipe.yaml") == Recipe.parse(served_values)
+    written = [path for path in served.directory.rglob("*") if path.is_file()]
+    assert not [path for path in written if b"sk-not-to-be-seen" in path.read_bytes()]
+
+
+def test_what_the_page_about_servers_shows_works(
+    toy: ToyServer, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "servers.md").read_text(encoding="utf-8")
+    page = page.replace("http://127.0.0.1:8000", toy.url)
+    toy.name = "teacher"
+    shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    (recipe,), (code,) = (re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) for language in ("yaml", "python"))
+    assert list(quiet_run(yaml.safe_load(recipe)).summary["rows"]) == ["teacher", "baseline", "student"]
+    exec(compile(code, "servers.md", "exec"), {})
+
+
+def test_check_asks_the_server(served_values: dict[str, Any], toy: ToyServer) -> None:
+    found = check(Recipe.parse(served_values))
+    assert found.teacher_parameters is None
+    assert found.vocabulary == 300
+    assert toy.asked
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (
+            {"objective": [{"term": "logits", "temperature": 2.0}]},
+            ShapeError,
+            "expected the temperature 1 that the bucket targets were taken at, got 2",
+        ),
+        (
+            {"objective": [{"term": "logits", "temperature": {"schedule": "linear", "start": 2.0, "end": 1.0}}]},
+            ShapeError,
+            "expected the temperature 1 that the bucket targets were taken at, got 2",
+        ),
+        ({"student": {"design": {"hidden_size": 8}}}, RecipeError, r"student\.design: expected a teacher whose config"),
+        ({"teacher": {"server": {"url": "x", "model": "toy"}}}, PotstillError, "expected a url such as"),
+        ({"teacher": {"server": {"url": "http://x", "model": "toy", "topk": 1}}}, RecipeError, "Did you mean top_k?"),
+        ({"teacher": {}}, RecipeError, "teacher: expected model, cache or server, got none"),
+        (
+            {"teacher": {"model": "x", "server": {"url": "http://x", "model": "toy"}}},
+            RecipeError,
+            "expected server alone, got it with model",
+        ),
+        (
+            {"teacher": {"device": "cpu", "server": {"url": "http://x", "model": "toy"}}},
+            RecipeError,
+            "expected server alone, got it with device",
+        ),
+    ],
+)
+def test_what_a_recipe_with_a_server_cannot_say(
+    served_values: dict[str, Any], change: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        quiet_run(served_values | change)
+    assert not Path(served_values["output"]).exists()
+
+
+def test_rows_must_leave_the_server_a_place(served_values: dict[str, Any]) -> None:
+    served_values["data"]["max_length"] = 64
+    with pytest.raises(RecipeError, match=r"data\.max_length: expected at most 63, the teacher's number of positions"):
+        quiet_run(served_values)
