@@ -37,8 +37,9 @@ ROOMS: dict[str, set[str]] = {
     "prepare": PIPELINE,
     "preflight": PIPELINE | {"prepare"},
     "pipeline": PIPELINE | {"prepare"},
+    "caching": PIPELINE,
     "demo": PIPELINE | {"prepare", "preflight", "pipeline", "cli"},
-    "cli": PIPELINE | {"prepare", "preflight", "pipeline", "demo"},
+    "cli": PIPELINE | {"prepare", "preflight", "pipeline", "caching", "demo"},
     "__main__": {"cli"},
 }
 
