@@ -29,7 +29,7 @@ from potstill.evaluate.report import write_report, write_student_card
 from potstill.evaluate.speed import latency_ms, weight_bytes
 from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
-from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart, TeacherPart
+from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart
 from potstill.targets import causal_alignment
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
@@ -236,7 +236,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         },
         "objective": "; ".join(_describe(part) for part in recipe.objective),
         "models": {
-            "teacher": _describe_teacher(recipe.teacher),
+            "teacher": recipe.teacher.title,
             "student": recipe.student.model or _describe_design(recipe.student.design or {}),
         },
         "notes": list(parts.notes),
@@ -301,12 +301,6 @@ def _describe(part: LogitsPart | LabelsPart) -> str:
     parameters = ", ".join(f"{k} {v:g}" for k, v in kind.items() if k != "kind")
     name = kind["kind"] + (f" ({parameters})" if parameters else "")
     return f"{name} at temperature {number(part.temperature)}, weight {number(part.weight)}"
-
-
-def _describe_teacher(part: TeacherPart) -> str:
-    if part.server is not None:
-        return f"{part.server.model} behind {part.server.url}, its {part.server.top_k} likeliest tokens"
-    return part.model or f"{part.cache} (a cache)"
 
 
 def _describe_design(design: Mapping[str, Any]) -> str:

@@ -36,6 +36,13 @@ class TeacherPart(Part):
     cache: str | None = Field(None, description="a directory made by `potstill cache build`")
     server: ServerPart | None = None
 
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        if self.server is not None:
+            return f"{self.server.model} behind {self.server.url}"
+        return self.model or f"the cache {self.cache}"
+
     @model_validator(mode="after")
     def _someone(self) -> Self:
         given = set(self.model_dump(exclude_defaults=True))
