@@ -12,8 +12,8 @@ from potstill.data.duplicates import Contamination, NearDuplicates
 from potstill.data.filter import Charset, Dropped, Length, Pair, Refusals, Repetition, sift, words
 from potstill.errors import DataError
 
-NAMES = "Ann Bob Cem Dai Eve Fay Gus Hal Ida Jo Kim Lea Max Ned Ole Pia Quin Ray Sue Tom".split()
-THINGS = "apples boats clips dolls eggs forks games hats inks jars".split()
+NAMES = [f"{first}{last}" for first in ("Al", "Be", "Cor", "Dan", "El") for last in ("a", "in", "o", "us")]
+THINGS = ["apples", "boats", "clips", "dolls", "eggs", "forks", "games", "hats", "inks", "jars"]
 ACTS = ["bakes {} for a fair", "counts {} under a tree", "paints {} in the rain", "sells {} to his friends at noon"]
 TEMPLATE = "You are a careful tutor and explain each step to a pupil of ten years.\n\nProblem: {}\n\nEnd with Answer:."
 
@@ -104,7 +104,7 @@ def test_near_duplicates_are_found_behind_a_template() -> None:
     pairs = [Pair(TEMPLATE.format(story), f"We count them. Answer: {i}") for i, story in enumerate(stories)]
     again = [pairs[i] for i in (3, 77, 140)]
     changed = [Pair(pair.prompt.replace("the end?", "the evening?").upper(), pair.completion) for pair in again]
-    sifted = sift([*pairs, *again, *changed], [NearDuplicates(0.7)])
+    sifted = sift([*pairs, *again, *changed], [NearDuplicates(0.5)])
     assert [drop.row for drop in sifted.dropped] == [*range(150, 156)]
     assert [drop.reason.split()[-1] for drop in sifted.dropped] == 2 * ["4", "78", "141"]
 

@@ -35,11 +35,12 @@ ROOMS: dict[str, set[str]] = {
     "recipe": {"errors", "divergence", "schedule"},
     "loading": BASE | {"losses"},
     "prepare": PIPELINE,
+    "generation": PIPELINE,
     "preflight": PIPELINE | {"prepare"},
     "pipeline": PIPELINE | {"prepare"},
     "caching": PIPELINE,
     "demo": PIPELINE | {"prepare", "preflight", "pipeline", "cli"},
-    "cli": PIPELINE | {"prepare", "preflight", "pipeline", "caching", "demo"},
+    "cli": PIPELINE | {"prepare", "preflight", "pipeline", "generation", "caching", "demo"},
     "__main__": {"cli"},
 }
 

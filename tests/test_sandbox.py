@@ -25,7 +25,7 @@ except UserError as error:
     missing = str(error)
 needs_sandbox = pytest.mark.skipif(bool(missing), reason=missing)
 
-SHORT = Limits(cpu_seconds=1, wall_seconds=5.0, memory_bytes=256 * 2**20, output_bytes=10_000)
+SHORT = Limits(cpu_seconds=2, wall_seconds=30.0, memory_bytes=256 * 2**20, output_bytes=10_000)
 
 # Each is the body of a function. It escaped when it returns; to be refused is an OSError or a MemoryError.
 SYSCALL = """
@@ -204,11 +204,30 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_no_bomb_goes_off(bomb: str) -> None:
     source, ending = BOMBS[bomb]
-    limits = Limits(1, 2.5, SHORT.memory_bytes, SHORT.output_bytes)
+    limits = Limits(1, 1.0 if bomb == "sleep" else 30.0, SHORT.memory_bytes, SHORT.output_bytes)
     outcome = run_program(source, limits)
     assert outcome.ending == ending, outcome
     assert len(outcome.output) <= limits.output_bytes
     assert len(outcome.errors) <= 2000
+
+
+BY_HAND = """
+import ctypes, mmap
+memory = mmap.mmap(-1, 4096, prot=7)
+memory.write(bytes([0xB8, {number}, 0, 0, {mode}, {call}, 0xC3]))
+print("ran", ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))())
+"""
+
+
+@needs_sandbox
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the machine code is of x86-64")
+def test_calls_of_another_architecture_do_not_pass_the_filter_by() -> None:
+    native, of_32_bits = "0x0F, 0x05", "0xCD, 0x80"
+    assert run_program(BY_HAND.format(number=39, mode=0, call=native)).output.startswith("ran ")  # getpid
+    assert run_program(BY_HAND.format(number=57, mode=0, call=native)).output == "ran -1\n"  # fork
+    for number, mode, call in ((2, 0, of_32_bits), (20, 0, of_32_bits), (57, 0x40, native)):
+        outcome = run_program(BY_HAND.format(number=number, mode=mode, call=call))
+        assert (outcome.ending, outcome.output) == ("failed", "")
 
 
 @needs_sandbox

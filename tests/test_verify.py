@@ -40,6 +40,7 @@ SAME = [
     ("Paris", " paris. "),
     (r"\text{Paris}", "Paris"),
     ("(B)", "b"),
+    ("7" * 5000, "7" * 5000 + "."),
 ]
 DIFFERENT = [
     ("72", "73"),
@@ -67,6 +68,7 @@ DIFFERENT = [
     (None, None),
     ("5", None),
     ("Paris", "Rome"),
+    ("7" * 5000, "7" * 5001),
 ]
 
 

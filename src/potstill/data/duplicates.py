@@ -13,9 +13,7 @@ from potstill.data.readers import open_table, reading
 from potstill.errors import DataError
 
 SHINGLE = 5  # words that are compared as one
-PERMUTATIONS = (
-    128  # of a MinHash; the index finds pairs at the threshold with a probability of about one half, above it more
-)
+PERMUTATIONS = 128  # of a MinHash: more find more of the pairs near the threshold
 
 
 @dataclass(frozen=True)

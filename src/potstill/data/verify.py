@@ -135,6 +135,8 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
+    if len(match[0]) > 4000:  # more digits than Python reads; as texts they can still be compared
+        return None
     digits = re.sub(r"\D", "", match["whole"])
     value = Fraction((digits or "0") + (match["decimals"] or ""))
     if match["exponent"]:
