@@ -39,8 +39,9 @@ ROOMS: dict[str, set[str]] = {
     "preflight": PIPELINE | {"speaker", "prepare"},
     "pipeline": PIPELINE | {"speaker", "prepare"},
     "caching": PIPELINE | {"speaker"},
+    "generation": PIPELINE | {"speaker"},
     "demo": PIPELINE | {"prepare", "preflight", "pipeline", "cli"},
-    "cli": PIPELINE | {"prepare", "preflight", "pipeline", "caching", "demo"},
+    "cli": PIPELINE | {"prepare", "preflight", "pipeline", "generation", "caching", "demo"},
     "__main__": {"cli"},
 }
 

@@ -31,17 +31,19 @@ from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
 
 if TYPE_CHECKING:
     from potstill.data import Examples, PaddingCollator, Source, encode
-    from potstill.engines import Completion, ModelServer, Sampling
+    from potstill.engines import Completion, LocalEngine, ModelServer, Sampling
+    from potstill.generation import Generated, generate
     from potstill.pipeline import RunResult, run
-    from potstill.recipe import Recipe
+    from potstill.recipe import GenerateRecipe, Recipe
     from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, TeacherOutput
     from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
 
 _LATER = {
     "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
-    "potstill.engines": ("Completion", "ModelServer", "Sampling"),
+    "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
+    "potstill.generation": ("Generated", "generate"),
     "potstill.pipeline": ("RunResult", "run"),
-    "potstill.recipe": ("Recipe",),
+    "potstill.recipe": ("GenerateRecipe", "Recipe"),
     "potstill.teachers": ("ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput"),
     "potstill.train": (
         "DistillationConfig",
@@ -65,9 +67,12 @@ __all__ = [
     "Examples",
     "ForwardKL",
     "FusedLoss",
+    "GenerateRecipe",
+    "Generated",
     "HeadTargets",
     "LMHead",
     "Labels",
+    "LocalEngine",
     "Logits",
     "ModelServer",
     "ModelTeacher",
@@ -88,6 +93,7 @@ __all__ = [
     "TeacherOutput",
     "TotalVariation",
     "encode",
+    "generate",
     "linear_cross_entropy",
     "linear_divergence",
     "run",
