@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from potstill.generation import Generated, generate
     from potstill.pipeline import RunResult, run
     from potstill.recipe import GenerateRecipe, Recipe
-    from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, TeacherOutput
+    from potstill.teachers import CachedTeacher, ModelTeacher, ServedTeacher, Teacher, TeacherOutput
     from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
 
 _LATER = {
@@ -44,7 +44,7 @@ _LATER = {
     "potstill.generation": ("Generated", "generate"),
     "potstill.pipeline": ("RunResult", "run"),
     "potstill.recipe": ("GenerateRecipe", "Recipe"),
-    "potstill.teachers": ("ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput"),
+    "potstill.teachers": ("CachedTeacher", "ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput"),
     "potstill.train": (
         "DistillationConfig",
         "DistillationTrainer",
@@ -58,6 +58,7 @@ _LATER = {
 __all__ = [
     "JSD",
     "AlphaBeta",
+    "CachedTeacher",
     "Completion",
     "DenseTargets",
     "DistillationConfig",
