@@ -2,14 +2,19 @@
 
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Labels, Logits, Objective
+from potstill.train.terms import Attention, Hidden, Relations, Similarity
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 
 __all__ = [
+    "Attention",
     "DistillationConfig",
     "DistillationTrainer",
     "Distiller",
+    "Hidden",
     "Labels",
     "Logits",
     "Objective",
+    "Relations",
+    "Similarity",
     "StepOutput",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from potstill.divergence import Divergence
 from potstill.errors import ShapeError
 from potstill.losses import FusedLoss, linear_divergence, token_cross_entropy, token_divergence, token_mean
 from potstill.schedule import Schedule
+from potstill.taps import Anatomy, Inside, Needs
 from potstill.targets import DenseTargets, HeadTargets
 from potstill.teachers import TeacherOutput
 
@@ -31,7 +32,7 @@ def value_at(number: Number, step: int) -> float:
 
 @dataclass(frozen=True)
 class Signals:
-    """All that a term may look at: N counting positions of one batch.
+    """All that a term may look at: N counting positions of one batch, and what went on inside.
 
     Args:
         student: what the student says, in the form in which teachers speak: its last hidden states [N, H] and its head,
@@ -40,6 +41,9 @@ class Signals:
         teacher: what the teacher said, or None where no term asks for it.
         normalizer: what every mean over tokens divides by, or None for N.
         step: the optimiser step, from 0.
+        inside: what terms have asked of the student's layers, over all positions. With gradient.
+        attended: [B, T] bool, the positions that terms over layers count; see `targets.attended`.
+        attended_normalizer: what means over attended positions divide by, or None for their number.
     """
 
     student: HeadTargets | DenseTargets
@@ -47,10 +51,21 @@ class Signals:
     teacher: TeacherOutput | None
     normalizer: Tensor | float | None
     step: int
+    inside: Inside = field(default_factory=Inside)
+    attended: Tensor | None = None
+    attended_normalizer: Tensor | float | None = None
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of values [N] over the tokens of the optimiser step."""
         return token_mean(values, normalizer=self.normalizer)
+
+    def attended_mean(self, values: Tensor) -> Tensor:
+        """The mean of values [A], of the attended positions, over those of the optimiser step."""
+        return token_mean(values, normalizer=self.attended_normalizer)
+
+    def batch_mean(self, value: Tensor) -> Tensor:
+        """The mean of a quantity of batches over those of the optimiser step, weighted by their counting tokens."""
+        return token_mean(value.expand(len(self.labels)), normalizer=self.normalizer)
 
     def compare(
         self, divergence: Divergence | None, *, temperature: float = 1.0, label_weight: float | None = None
@@ -95,15 +110,28 @@ class Signals:
 
 
 class Term(ABC):
-    """One summand of an objective."""
+    """One summand of an objective.
+
+    A term that trains something of its own is an nn.Module as well.
+    """
 
     name: str
     needs_teacher: bool
     weight: Number
+    looks_inside: ClassVar[bool] = False  # at layers, of the student and of the teacher
+    over: ClassVar[Literal["counting", "attended"]] = "counting"  # the positions whose mean it is
 
     @abstractmethod
     def __call__(self, signals: Signals) -> Tensor:
         """The term's scalar, without its weight."""
+
+    def fit(self, student: Anatomy, teacher: Anatomy) -> tuple[Needs, Needs]:
+        """Settle on layers and widths, for a term that looks inside: what it needs of the student and of the teacher.
+
+        Raises:
+            UserError: it does not go with these models.
+        """
+        return Needs(), Needs()
 
 
 @dataclass(frozen=True)
@@ -172,6 +200,24 @@ class Objective(nn.Module):
         # Two terms of one kind are told apart in the logs by their place.
         self.names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
         self.needs_teacher = any(term.needs_teacher for term in terms)
+        self.looks_inside = any(term.looks_inside for term in terms)
+        self.trained = nn.ModuleList(term for term in terms if isinstance(term, nn.Module))
+
+    def fit(self, student: Anatomy, teacher: Anatomy) -> tuple[Needs, Needs]:
+        """Settle on layers and widths: what all terms together need of the student and of the teacher.
+
+        Raises:
+            UserError: a term does not go with these models.
+        """
+        of_student, of_teacher = Needs(), Needs()
+        for term in self.terms:
+            mine, theirs = term.fit(student, teacher)
+            of_student, of_teacher = of_student | mine, of_teacher | theirs
+        return of_student, of_teacher
+
+    def total(self, means: Mapping[str, float], step: int) -> float:
+        """The loss that the terms' means make at an optimiser step."""
+        return sum(value_at(term.weight, step) * means[name] for term, name in zip(self.terms, self.names, strict=True))
 
     def forward(self, signals: Signals) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and every term's value without its weight, detached; in evaluation mode also cross_entropy.
