@@ -122,3 +122,26 @@ def similarity_kl(s: Matrix, t: Matrix, temperature: float) -> float:
         return softmax([dot(x[i], x[j]) / (norm(x[i]) * norm(x[j])) for j in others], temperature)
 
     return sum(forward_kl(distribution(t, i), distribution(s, i)) for i in range(len(s))) / len(s)
+
+
+def bild(s: Vector, t: Vector, top_k: int, temperature: float) -> float:
+    """BiLD, arXiv 2406.13555, equations 3 to 7."""
+    total = 0.0
+    for leader in (t, s):
+        ranked = sorted(range(len(leader)), key=lambda v: -leader[v])[:top_k]
+        pairs = [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]]
+        theirs, mine = (softmax([z[a] - z[b] for a, b in pairs], temperature) for z in (t, s))
+        total += forward_kl(theirs, mine)
+    return total
+
+
+def adaptive_kl(s: Vector, t: Vector, head_mass: float, temperature: float) -> float:
+    """AKL, arXiv 2404.02657, section 4."""
+    q, p = softmax(s, temperature), softmax(t, temperature)
+    head: set[int] = set()
+    for v in sorted(range(len(p)), key=lambda v: -p[v]):
+        if sum(p[u] for u in head) >= head_mass:
+            break
+        head.add(v)
+    gaps = [sum(abs(p[v] - q[v]) for v in range(len(p)) if (v in head) == inside) for inside in (True, False)]
+    return (gaps[0] * forward_kl(p, q) + gaps[1] * forward_kl(q, p)) / sum(gaps)

@@ -91,7 +91,7 @@ def test_queries_keys_and_values_are_what_attention_works_with(family: str, monk
             if hasattr(each, norm):
                 setattr(each, norm, nn.Identity())
     last = {"o_proj", "dense", "out_proj", "c_proj", "Wo", "out_lin"}
-    whole = Taps(model)._layer(1)
+    whole = Taps(model).layer(1)
     behind = next(each for name, each in whole.named_modules() if name.rpartition(".")[2] in last)
     mixed: list[torch.Tensor] = []
     behind.register_forward_pre_hook(lambda _, args: mixed.append(args[0]))

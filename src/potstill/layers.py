@@ -41,7 +41,8 @@ class LayerMap:
             ShapeError: a layer is not there.
         """
         return tuple(
-            (_index("student", s, student), _index("teacher", t, teacher)) for s, t in self.choose(student, teacher)
+            (layer_index("student", s, student), layer_index("teacher", t, teacher))
+            for s, t in self.choose(student, teacher)
         )
 
     @classmethod
@@ -75,7 +76,12 @@ def _positive(name: str, value: int) -> None:
         raise ShapeError(f"LayerMap.{name}: expected a number of at least 1, got {value}.")
 
 
-def _index(who: str, layer: int, layers: int) -> int:
+def layer_index(who: str, layer: int, layers: int) -> int:
+    """A layer from 0, of one that may count from the end.
+
+    Raises:
+        ShapeError: it is not there.
+    """
     if not -layers <= layer < layers:
         raise ShapeError(
             f"LayerMap: expected {who} layers in {-layers}..{layers - 1}, as the {who} has {layers} layers, "

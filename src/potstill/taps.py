@@ -234,7 +234,7 @@ class Taps:
     def _modules(self, needs: Needs) -> Iterator[tuple[tuple[str, int], nn.Module]]:
         """Each module to listen to, and what it says."""
         for i in needs.hidden:
-            yield ("hidden", i), self._layer(i)
+            yield ("hidden", i), self.layer(i)
         for i in needs.attentions:
             yield ("attention", i), self._attention(i)[0]
         for i in needs.vectors:
@@ -242,13 +242,14 @@ class Taps:
             for name in names:
                 yield (name, i), attention.get_submodule(name)
 
-    def _layer(self, i: int) -> nn.Module:
+    def layer(self, i: int) -> nn.Module:
+        """The layer of that number, from 0."""
         found: nn.Module = self.model.get_submodule(f"{self._layers}.{i}")
         return found
 
     def _attention(self, i: int) -> tuple[nn.Module, tuple[str, ...]]:
         """A layer's attention, and the names of what projects to queries, keys and values."""
-        for name, module in self._layer(i).named_modules():
+        for name, module in self.layer(i).named_modules():
             if "cross" in name.lower():
                 continue
             children = dict(module.named_children())

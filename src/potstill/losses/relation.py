@@ -114,7 +114,7 @@ def _off_diagonal(square: Tensor) -> Tensor:
 
 def _distances(vectors: Tensor) -> Tensor:
     """[B, B - 1] distances over their mean."""
-    lengths = torch.linalg.vector_norm(_off_diagonal_differences(vectors), dim=-1)
+    lengths: Tensor = torch.linalg.vector_norm(_off_diagonal_differences(vectors), dim=-1)
     mean = lengths.mean()
     return lengths / torch.where(mean > 0, mean, 1.0)
 

@@ -12,10 +12,20 @@ from torch import Tensor, nn
 
 from potstill.divergence import Divergence
 from potstill.errors import ShapeError
-from potstill.losses import FusedLoss, linear_divergence, token_cross_entropy, token_divergence, token_mean
+from potstill.losses import (
+    FusedLoss,
+    linear_divergence,
+    teacher_confidence,
+    teacher_entropy,
+    token_cross_entropy,
+    token_divergence,
+    token_mean,
+    top_share,
+    top_tokens,
+)
 from potstill.schedule import Schedule
 from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import DenseTargets, HeadTargets
+from potstill.targets import DenseTargets, HeadTargets, Targets
 from potstill.teachers import TeacherOutput
 
 Number = float | Schedule  # every weight and temperature: fixed, or a function of the optimiser step
@@ -68,18 +78,27 @@ class Signals:
         return token_mean(value.expand(len(self.labels)), normalizer=self.normalizer)
 
     def compare(
-        self, divergence: Divergence | None, *, temperature: float = 1.0, label_weight: float | None = None
+        self,
+        divergence: Divergence | None,
+        *,
+        temperature: float = 1.0,
+        label_weight: float | None = None,
+        targets: Targets | None = None,
+        token_weights: Tensor | None = None,
     ) -> FusedLoss:
         """How far the student is from the teacher, from the labels, or from both in one pass through its head.
 
-            mean over tokens of D + label_weight * CE
+            mean over tokens of w * (D + label_weight * CE)
 
         Args:
             divergence: from the teacher; None to leave it out.
             temperature: of the divergence.
             label_weight: of the cross-entropy, with 0 it is only reported; None to leave it out.
+            targets: the teacher's; None for those that it gave.
+            token_weights: [N], w, without gradient; None for ones. The mean divides by tokens, not by their weights.
         """
-        targets = None if divergence is None or self.teacher is None else self.teacher.targets
+        if targets is None and divergence is not None and self.teacher is not None:
+            targets = self.teacher.targets
         labels = None if label_weight is None else self.labels
         if isinstance(self.student, HeadTargets):
             return linear_divergence(
@@ -88,7 +107,8 @@ class Signals:
                 targets,
                 divergence,
                 temperature=temperature,
-                normalizer=self.normalizer,
+                token_weights=token_weights,
+                normalizer=max(len(self.labels), 1) if self.normalizer is None else self.normalizer,
                 labels=labels,
                 label_weight=label_weight or 0.0,
             )
@@ -98,15 +118,19 @@ class Signals:
         with torch.autocast(logits.device.type, enabled=False):  # a teacher's head keeps its own precision
             if targets is not None and divergence is not None:
                 apart = token_divergence(logits, targets, divergence, temperature=temperature)
-                parts.append(self.mean(apart))
+                parts.append(self.mean(_weighted(apart, token_weights)))
             if labels is not None:
                 entropy = token_cross_entropy(logits, labels)
-                parts += [label_weight * self.mean(entropy)] if label_weight else []
+                parts += [label_weight * self.mean(_weighted(entropy, token_weights))] if label_weight else []
         return FusedLoss(
             torch.stack(parts).sum(),
             None if apart is None else apart.detach(),
             None if entropy is None else entropy.detach(),
         )
+
+
+def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values if weights is None else values * weights
 
 
 class Term(ABC):
@@ -119,7 +143,7 @@ class Term(ABC):
     needs_teacher: bool
     weight: Number
     looks_inside: ClassVar[bool] = False  # at layers, of the student and of the teacher
-    over: ClassVar[Literal["counting", "attended"]] = "counting"  # the positions whose mean it is
+    over: Literal["counting", "attended"] = "counting"  # the positions whose mean it is
 
     @abstractmethod
     def __call__(self, signals: Signals) -> Tensor:
@@ -138,7 +162,7 @@ class Term(ABC):
 class Logits(Term):
     """The divergence between the teacher's and the student's next-token distributions.
 
-        T^2 * mean over tokens of D(p, q) at temperature T
+        T^2 * mean over tokens of w D(p, q) at temperature T
 
     T^2 keeps the gradient's size when T changes (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
 
@@ -146,13 +170,25 @@ class Logits(Term):
         divergence: any `Divergence`.
         weight: >= 0.
         temperature: > 0.
+        tokens: which count how much: all the same; the share of a batch at which the teacher's entropy is largest
+            (entropy) or its likeliest token most likely (confident), the others not at all; or by the probability of
+            its likeliest token (confidence). The mean is over all tokens, so that a share of them makes a smaller loss.
+        share: of the tokens, in [0, 1], for entropy and confident: a schedule makes a curriculum.
+        top_k: compare with the teacher's likeliest tokens alone, all others being one event (`SparseTargets`).
     """
 
     divergence: Divergence
     weight: Number = 1.0
     temperature: Number = 1.0
+    tokens: Literal["all", "entropy", "confident", "confidence"] = "all"
+    share: Number = 0.5
+    top_k: int | None = None
     name = "logits"
     needs_teacher = True
+
+    def __post_init__(self) -> None:
+        if self.tokens not in ("all", "entropy", "confident", "confidence"):
+            raise ShapeError(f"Logits: expected tokens of all, entropy, confident, confidence, got {self.tokens!r}.")
 
     def __call__(self, signals: Signals) -> Tensor:
         return self.with_labels(signals, None).loss
@@ -162,9 +198,25 @@ class Logits(Term):
         temperature = value_at(self.temperature, signals.step)
         factor = temperature**2
         weight = None if label_weight is None else label_weight / factor
-        found = signals.compare(self.divergence, temperature=temperature, label_weight=weight)
+        assert signals.teacher is not None
+        targets = signals.teacher.targets
+        weights = self._token_weights(targets, signals.step)
+        if self.top_k is not None:
+            targets = top_tokens(targets, self.top_k, temperature)
+        found = signals.compare(
+            self.divergence, temperature=temperature, label_weight=weight, targets=targets, token_weights=weights
+        )
         assert found.divergence is not None
-        return FusedLoss(factor * found.loss, factor * found.divergence, found.cross_entropy)
+        by_token = factor * _weighted(found.divergence, weights)
+        return FusedLoss(factor * found.loss, by_token, found.cross_entropy)
+
+    def _token_weights(self, targets: Targets, step: int) -> Tensor | None:
+        if self.tokens == "all":
+            return None
+        if self.tokens == "entropy":
+            return top_share(teacher_entropy(targets), value_at(self.share, step))
+        sure = teacher_confidence(targets)
+        return sure if self.tokens == "confidence" else top_share(sure, value_at(self.share, step))
 
 
 @dataclass(frozen=True)
@@ -216,7 +268,9 @@ class Objective(nn.Module):
         return of_student, of_teacher
 
     def total(self, means: Mapping[str, float], step: int) -> float:
-        """The loss that the terms' means make at an optimiser step."""
+        """The loss that the terms' means make at an optimiser step; the cross-entropy where no teacher spoke."""
+        if self.needs_teacher and not set(self.names) <= set(means):
+            return means["cross_entropy"]
         return sum(value_at(term.weight, step) * means[name] for term, name in zip(self.terms, self.names, strict=True))
 
     def forward(self, signals: Signals) -> tuple[Tensor, dict[str, Tensor]]:
@@ -235,6 +289,8 @@ class Objective(nn.Module):
         joined = labels
         if logits is None or labels is None or weights[logits] <= 0 or weights[labels] > MOST * weights[logits]:
             joined = None
+        elif cast(Logits, self.terms[logits]).tokens != "all":
+            joined = None  # they would share its tokens' weights
         if logits is not None:
             ratio = 0.0 if joined is None else weights[joined] / weights[logits]
             asked = joined is not None or not self.training

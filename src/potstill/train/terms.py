@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class InsideTerm(nn.Module, Term):
 
     needs_teacher = True
     looks_inside = True
-    over: ClassVar[Literal["counting", "attended"]] = "attended"
+    over: Literal["counting", "attended"] = "attended"
 
     def __init__(self, layers: LayerMap, weight: Number) -> None:
         super().__init__()
@@ -120,14 +120,10 @@ class Hidden(InsideTerm):
             other = "cka, which takes any widths" if distance == "cka" else "selected dimensions"
             raise ShapeError(f"Hidden: expected no projection with {other}, got {projection!r}.")
         self.distance = distance
+        self.over = "counting" if distance == "cka" else "attended"
         self.projection = projection
         self.dimensions = dimensions
         self.projections = nn.ModuleList()
-
-    @property
-    def over(self) -> Literal["counting", "attended"]:  # type: ignore[override]
-        """The positions whose mean it is."""
-        return "counting" if self.distance == "cka" else "attended"
 
     def needs(self, layers: frozenset[int]) -> Needs:
         """Hidden states."""
@@ -323,7 +319,7 @@ class Similarity(InsideTerm):
     """
 
     name = "similarity"
-    over: ClassVar[Literal["counting", "attended"]] = "counting"
+    over: Literal["counting", "attended"] = "counting"
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from potstill.errors import DivergedError, UserError
 from potstill.targets import IGNORE, attended, counting
 from potstill.teachers import Teacher
 from potstill.train.distiller import Distiller, StepOutput
-from potstill.train.objective import Labels, Logits, Objective, Term
+from potstill.train.objective import Objective, Term
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
 
@@ -92,7 +92,7 @@ class DistillationTrainer(Trainer):
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
         self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary)
-        if not any(isinstance(term, Logits | Labels) for term in self.distiller.objective.terms):
+        if all(term.looks_inside for term in self.distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers leave the head alone
         super().__init__(
             model=self.distiller,
