@@ -19,6 +19,8 @@ def kind_of(field: dict[str, Any]) -> str:
         return str(field["const"])
     if "anyOf" in field or "oneOf" in field:
         return " or ".join(kind_of(one) for one in field.get("anyOf", field.get("oneOf")) if one.get("type") != "null")
+    if "prefixItems" in field:
+        return "pair of " + kind_of(field["prefixItems"][0])
     if field.get("type") == "array":
         return "list of " + kind_of(field["items"])
     return str(field.get("type", "any"))
@@ -29,7 +31,8 @@ def table(part: dict[str, Any]) -> list[str]:
     for name, field in part["properties"].items():
         default = "required" if name in part.get("required", []) else field.get("default")
         if isinstance(default, dict):
-            default = default.get("kind", default)
+            given = {key: value for key, value in default.items() if value is not None}
+            default = given.get("kind") or " ".join(f"{key} {value}" for key, value in given.items()) or None
         text = "" if default is None else f"`{default}`" if default != "required" else default
         lines.append(f"| `{name}` | {kind_of(field)} | {text} | {field.get('description', '')} |")
     return lines

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -34,8 +35,8 @@ def workplace(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem if path.parent.name == "recipes" else "demo")
@@ -80,6 +81,19 @@ def test_the_recipe_and_the_commands_of_the_readme_run(workplace: Path) -> None:
     for command in commands:
         done = CliRunner().invoke(app, command, catch_exceptions=False)
         assert done.exit_code == 0, done.output
+
+
+def test_the_page_on_signals_runs(workplace: Path) -> None:
+    text = (ROOT / "docs/signals.md").read_text(encoding="utf-8")
+    for code in blocks("python", text):
+        (workplace / "example.py").write_text(code)
+        runpy.run_path(str(workplace / "example.py"))
+    (recipe,) = blocks("yaml", README)
+    base = {key: value for key, value in yaml.safe_load(recipe).items() if key != "objective"}
+    for i, block in enumerate(blocks("yaml", text)):
+        sets = [f"output=signals{i}", "train.max_steps=2", "train.warmup_steps=0", "evaluate.continuations=0"]
+        values = Recipe.parse({**base, **yaml.safe_load(block)}, sets=[*sets, "evaluate.baseline=false"])
+        assert run(values, console=Console(file=io.StringIO())).summary["training"]["steps"] == 2
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:

@@ -17,7 +17,7 @@ import potstill
 
 SOURCE = Path(__file__).parents[1] / "src" / "potstill"
 
-BASE = {"errors", "atomic", "divergence", "targets", "schedule", "layers", "heads"}
+BASE = {"errors", "atomic", "divergence", "targets", "schedule", "layers", "heads", "taps"}
 TRAIN = {"teachers", "students", "losses", "data", "engines"}
 PIPELINE = BASE | TRAIN | {"cache", "train", "evaluate", "recipe", "loading"}
 
@@ -32,10 +32,11 @@ ROOMS: dict[str, set[str]] = {
     "teachers": BASE | {"cache", "losses", "engines"},
     "train": BASE | TRAIN,
     "evaluate": BASE | {"losses", "data", "engines"},
-    "recipe": {"errors", "divergence", "schedule"},
+    "recipe": {"errors", "divergence", "schedule", "layers"},
     "loading": BASE | {"losses"},
+    "objectives": PIPELINE,
     "speaker": PIPELINE,
-    "prepare": PIPELINE | {"speaker"},
+    "prepare": PIPELINE | {"objectives", "speaker"},
     "preflight": PIPELINE | {"speaker", "prepare"},
     "pipeline": PIPELINE | {"speaker", "prepare"},
     "caching": PIPELINE | {"speaker"},
@@ -46,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
 }
 
 # What works in anyone's training loop, on a machine with torch and nothing else.
-PURE = re.compile(r"potstill\.(errors|divergence|targets|heads|schedule|losses(\..+)?|cache\.codec)")
+PURE = re.compile(r"potstill\.(errors|divergence|targets|heads|taps|layers|schedule|losses(\..+)?|cache\.codec)")
 PACKAGES_OF_THE_REST = [
     *("accelerate", "datasets", "jinja2", "matplotlib", "peft", "pydantic", "rich", "safetensors"),
     *("sentence_transformers", "tokenizers", "transformers", "triton", "typer", "vllm", "yaml"),

@@ -19,10 +19,15 @@ from potstill.divergence import (
     TotalVariation,
 )
 from potstill.errors import PotstillError
+from potstill.layers import LayerMap, Projection
 from potstill.losses import (
     FusedLoss,
+    linear_cka,
     linear_cross_entropy,
     linear_divergence,
+    rkd_angle,
+    rkd_distance,
+    similarity_divergence,
     token_cross_entropy,
     token_divergence,
     token_mean,
@@ -35,8 +40,29 @@ if TYPE_CHECKING:
     from potstill.generation import Generated, generate
     from potstill.pipeline import RunResult, run
     from potstill.recipe import GenerateRecipe, Recipe
-    from potstill.teachers import CachedTeacher, ModelTeacher, ServedTeacher, Teacher, TeacherOutput
-    from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
+    from potstill.teachers import (
+        CachedTeacher,
+        ModelTeacher,
+        ServedTeacher,
+        Teacher,
+        TeacherOutput,
+        important_dimensions,
+    )
+    from potstill.train import (
+        TAID,
+        AdaptiveKL,
+        Attention,
+        BiLD,
+        DistillationConfig,
+        DistillationTrainer,
+        Distiller,
+        Hidden,
+        Labels,
+        Logits,
+        Objective,
+        Relations,
+        Similarity,
+    )
 
 _LATER = {
     "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
@@ -44,20 +70,38 @@ _LATER = {
     "potstill.generation": ("Generated", "generate"),
     "potstill.pipeline": ("RunResult", "run"),
     "potstill.recipe": ("GenerateRecipe", "Recipe"),
-    "potstill.teachers": ("CachedTeacher", "ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput"),
+    "potstill.teachers": (
+        "CachedTeacher",
+        "ModelTeacher",
+        "ServedTeacher",
+        "Teacher",
+        "TeacherOutput",
+        "important_dimensions",
+    ),
     "potstill.train": (
+        "TAID",
+        "AdaptiveKL",
+        "Attention",
+        "BiLD",
         "DistillationConfig",
         "DistillationTrainer",
         "Distiller",
+        "Hidden",
         "Labels",
         "Logits",
         "Objective",
+        "Relations",
+        "Similarity",
     ),
 }
 
 __all__ = [
     "JSD",
+    "TAID",
+    "AdaptiveKL",
     "AlphaBeta",
+    "Attention",
+    "BiLD",
     "CachedTeacher",
     "Completion",
     "DenseTargets",
@@ -71,8 +115,10 @@ __all__ = [
     "GenerateRecipe",
     "Generated",
     "HeadTargets",
+    "Hidden",
     "LMHead",
     "Labels",
+    "LayerMap",
     "LocalEngine",
     "Logits",
     "ModelServer",
@@ -80,11 +126,14 @@ __all__ = [
     "Objective",
     "PaddingCollator",
     "PotstillError",
+    "Projection",
     "Recipe",
+    "Relations",
     "ReverseKL",
     "RunResult",
     "Sampling",
     "ServedTeacher",
+    "Similarity",
     "SkewForwardKL",
     "SkewReverseKL",
     "SoftCrossEntropy",
@@ -95,10 +144,15 @@ __all__ = [
     "TotalVariation",
     "encode",
     "generate",
+    "important_dimensions",
+    "linear_cka",
     "linear_cross_entropy",
     "linear_divergence",
+    "rkd_angle",
+    "rkd_distance",
     "run",
     "schedule",
+    "similarity_divergence",
     "token_cross_entropy",
     "token_divergence",
     "token_mean",

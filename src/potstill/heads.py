@@ -58,7 +58,7 @@ class Cut:
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The last hidden states [B, T, H]."""
-        states: Tensor = _run(self.model.get_submodule(self.body), batch).last_hidden_state
+        states: Tensor = run(self.model.get_submodule(self.body), batch).last_hidden_state
         return states
 
 
@@ -76,7 +76,7 @@ def says(
     head = None if cut is None else cut.head()
     if cut is None or head is None:
         # Prompt tuning puts tokens of its own in front: the batch's are the last.
-        logits = _run(model, batch).logits[:, -batch["input_ids"].shape[1] :]
+        logits = run(model, batch).logits[:, -batch["input_ids"].shape[1] :]
         return DenseTargets(alignment.select(logits))
     return HeadTargets(alignment.select(cut.hidden(batch)).to(head.weight.dtype), head)
 
@@ -137,11 +137,11 @@ def _proven(model: Any) -> Cut:
         seen.append((inputs[0], made))
         return span.to(made.dtype).expand_as(made).clone()
 
-    with _undisturbed(model):
-        alone = _run(body, batch).last_hidden_state
+    with undisturbed(model):
+        alone = run(body, batch).last_hidden_state
         handle = output.register_forward_hook(exchange)
         try:
-            logits = _run(model, batch).logits
+            logits = run(model, batch).logits
         finally:
             handle.remove()
         if len(seen) != 1:
@@ -191,12 +191,13 @@ def _off(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / allowed.clamp_min(torch.finfo().tiny))
 
 
-def _run(module: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+def run(module: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """A model, or its body, over a batch."""
     return module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode in the model's own precision, and everything as it was afterwards."""
     was_training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device

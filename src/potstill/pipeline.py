@@ -29,7 +29,7 @@ from potstill.evaluate.report import write_report, write_student_card
 from potstill.evaluate.speed import latency_ms, weight_bytes
 from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
-from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart
+from potstill.recipe import LogitsPart, Recipe, SchedulePart, TermPart
 from potstill.targets import causal_alignment
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
@@ -289,18 +289,29 @@ def _continuations(parts: Parts, models: Mapping[str, PreTrainedModel]) -> list[
     return found
 
 
-def _describe(part: LogitsPart | LabelsPart) -> str:
-    def number(value: float | SchedulePart) -> str:
-        if isinstance(value, SchedulePart):
-            return " ".join(f"{k} {v}" for k, v in value.model_dump(exclude_defaults=True).items())
-        return f"{value:g}"
+def _describe(part: TermPart) -> str:
+    """A term in a few words: its name or divergence, what differs from the defaults, its weight."""
 
-    if isinstance(part, LabelsPart):
-        return f"labels, weight {number(part.weight)}"
-    kind = part.divergence.model_dump(exclude_none=True)
-    parameters = ", ".join(f"{k} {v:g}" for k, v in kind.items() if k != "kind")
-    name = kind["kind"] + (f" ({parameters})" if parameters else "")
-    return f"{name} at temperature {number(part.temperature)}, weight {number(part.weight)}"
+    def word(value: Any) -> str:
+        if isinstance(value, dict):
+            return " ".join(f"{key} {word(each)}" for key, each in value.items())
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    if isinstance(part, LogitsPart):
+        kind = part.divergence.model_dump(exclude_none=True)
+        parameters = ", ".join(f"{k} {v:g}" for k, v in kind.items() if k != "kind")
+        name = kind["kind"] + (f" ({parameters})" if parameters else "")
+        options = part.model_dump(exclude_defaults=True, exclude={"term", "divergence", "temperature", "weight"})
+        said = [f"{name} at temperature {word(_plain(part.temperature))}"]
+    else:
+        options = part.model_dump(exclude_defaults=True, exclude={"term", "weight"})
+        said = [part.term]
+    said += [f"{key} {word(value)}" for key, value in options.items()]
+    return ", ".join([*said, f"weight {word(_plain(part.weight))}"])
+
+
+def _plain(value: float | SchedulePart) -> Any:
+    return value.model_dump(exclude_defaults=True) if isinstance(value, SchedulePart) else value
 
 
 def _describe_design(design: Mapping[str, Any]) -> str:

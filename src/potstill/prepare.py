@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from potstill import objectives
 from potstill.data import Examples, PaddingCollator, Source, encode, pad_token_id
 from potstill.data.vocabulary import shared_vocabulary
 from potstill.errors import RecipeError
+from potstill.layers import LayerMap
 from potstill.loading import has_bfloat16, load_model, load_tokenizer
 from potstill.losses import token_divergence
-from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart, SourcePart
+from potstill.recipe import Recipe, SourcePart
 from potstill.speaker import find_speaker
 from potstill.students.design import student_config
 from potstill.students.initialize import random_student
+from potstill.taps import Anatomy, Taps
 from potstill.targets import causal_alignment
-from potstill.teachers import ModelTeacher, ServedTeacher, Teacher
-from potstill.train import Labels, Logits, Objective
+from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, important_dimensions
+from potstill.train import Logits, Objective
+from potstill.train.dense import DenseTerm
 from potstill.train.objective import value_at
 
 
@@ -39,6 +43,7 @@ class Parts:
         train: what is learnt from.
         eval: what is held out.
         vocabulary: the number of tokens that both models share.
+        anatomy: the student's shape, where a term asks for its layers.
         notes: what the run should say.
     """
 
@@ -50,6 +55,7 @@ class Parts:
     train: Examples
     eval: Examples
     vocabulary: int
+    anatomy: Anatomy | None
     notes: tuple[str, ...]
 
     def new_student(self) -> PreTrainedModel:
@@ -58,7 +64,20 @@ class Parts:
 
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
-        return _objective(self.recipe, self.steps)
+        return objectives.build(self.recipe.objective, self.steps, self._important_dimensions)
+
+    def _important_dimensions(self, layers: LayerMap, batches: int) -> dict[int, Tensor]:
+        """Those of the teacher for the student's width, picked by the first batches."""
+        if self.teacher_model is None or self.anatomy is None:
+            raise RecipeError("objective: expected a teacher that is a model here for select_batches, got none.")
+        pairs = layers.pairs(self.anatomy.layers, self.teacher.anatomy.layers)
+        collate, rows = PaddingCollator(pad_token_id(self.tokenizer)[0]), self.train.dataset
+        several = (
+            collate([rows[i] for i in range(start, min(start + self.batch_rows, len(rows)))])
+            for start in range(0, min(batches * self.batch_rows, len(rows)), self.batch_rows)
+        )
+        on_device = ({name: x.to(self.teacher_model.device) for name, x in batch.items()} for batch in several)
+        return important_dimensions(self.teacher_model, on_device, [t for _, t in pairs], self.anatomy.width)
 
     @property
     def curve(self) -> Dataset:
@@ -132,9 +151,22 @@ def prepare(recipe: Recipe) -> Parts:
         notes.append(
             f"vocabulary: {vocabulary} tokens are real, the heads have more rows ({', '.join(padded)}): sliced."
         )
+    inside = any(objectives.looks_inside(part) for part in recipe.objective)
+    anatomy = Taps(student).anatomy if inside else None
     parts = Parts(
-        recipe, speaker.teacher, speaker.model, speaker.config, tokenizer, train, held_out, vocabulary, tuple(notes)
+        recipe,
+        speaker.teacher,
+        speaker.model,
+        speaker.config,
+        tokenizer,
+        train,
+        held_out,
+        vocabulary,
+        anatomy,
+        tuple(notes),
     )
+    if anatomy is not None:
+        objectives.check(parts.objective(), anatomy, speaker.teacher.anatomy)
     if not isinstance(speaker.teacher, ModelTeacher):
         _try(parts, speaker.teacher)
         if not speaker.teacher.covers(held_out.dataset):
@@ -151,6 +183,8 @@ def _try(parts: Parts, teacher: Teacher) -> None:
     alignment = causal_alignment(batch["labels"])
     said = teacher(batch, alignment).targets
     for term in parts.objective().terms:
+        if isinstance(term, DenseTerm):
+            term.whole(said)
         if isinstance(term, Logits):
             for step in (0, parts.steps // 2, parts.steps):
                 temperature = value_at(term.temperature, step)
@@ -172,15 +206,3 @@ def _head_rows(model: PreTrainedModel) -> int:
 
 def _source(part: SourcePart) -> Source:
     return Source(**part.model_dump())
-
-
-def _objective(recipe: Recipe, steps: int) -> Objective:
-    def number(value: float | SchedulePart) -> Any:
-        return value.build(steps) if isinstance(value, SchedulePart) else value
-
-    def term(part: LogitsPart | LabelsPart) -> Logits | Labels:
-        if isinstance(part, LabelsPart):
-            return Labels(weight=number(part.weight))
-        return Logits(part.divergence.build(), weight=number(part.weight), temperature=number(part.temperature))
-
-    return Objective([term(part) for part in recipe.objective])

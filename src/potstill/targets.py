@@ -6,6 +6,7 @@ A teacher and a student meet only here: any teacher gives Targets over N countin
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -281,3 +282,15 @@ def causal_alignment(labels: Tensor) -> Alignment:
     """The counting positions of a batch of unshifted labels [B, T]; see `counting`."""
     rows, columns = counting(labels).nonzero(as_tuple=True)
     return Alignment(rows * labels.shape[1] + columns, labels[rows, columns + 1], labels.shape[1])
+
+
+def attended(batch: Mapping[str, Tensor]) -> Tensor:
+    """Which positions of a batch have hidden states and attention to learn from: [B, T] bool.
+
+    All that are no padding, prompts too: what a token's states are depends on nothing that comes after it. In a row
+    without a counting position none is: such rows only fill up batches.
+
+    Args:
+        batch: attention_mask and labels, [B, T] each.
+    """
+    return batch["attention_mask"].bool() & counting(batch["labels"]).any(1, keepdim=True)

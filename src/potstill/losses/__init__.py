@@ -1,14 +1,56 @@
 """Losses as pure functions of tensors. They import torch alone and work in anyone's training loop."""
 
+from potstill.losses.adaptive import adaptive_kl, interpolated_logits
+from potstill.losses.attention import (
+    attention_divergence,
+    attention_mse,
+    head_importance,
+    head_overlap,
+    match_heads,
+    relation_divergence,
+)
+from potstill.losses.bild import bild
+from potstill.losses.hidden import (
+    dimension_importance,
+    hidden_cosine,
+    hidden_l1,
+    hidden_mse,
+    linear_cka,
+    select_dimensions,
+)
 from potstill.losses.linear import FusedLoss, linear_cross_entropy, linear_divergence
 from potstill.losses.reduce import token_mean
+from potstill.losses.relation import rkd_angle, rkd_distance, similarity_divergence
+from potstill.losses.teacher_weights import teacher_confidence, teacher_entropy, top_share, top_tokens
 from potstill.losses.token import token_cross_entropy, token_divergence
 
 __all__ = [
     "FusedLoss",
+    "adaptive_kl",
+    "attention_divergence",
+    "attention_mse",
+    "bild",
+    "dimension_importance",
+    "head_importance",
+    "head_overlap",
+    "hidden_cosine",
+    "hidden_l1",
+    "hidden_mse",
+    "interpolated_logits",
+    "linear_cka",
     "linear_cross_entropy",
     "linear_divergence",
+    "match_heads",
+    "relation_divergence",
+    "rkd_angle",
+    "rkd_distance",
+    "select_dimensions",
+    "similarity_divergence",
+    "teacher_confidence",
+    "teacher_entropy",
     "token_cross_entropy",
     "token_divergence",
     "token_mean",
+    "top_share",
+    "top_tokens",
 ]

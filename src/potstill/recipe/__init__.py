@@ -4,26 +4,36 @@ Every part has a file; `document.py` knows how a file is read and how its mistak
 """
 
 from potstill.recipe.data import DataPart, SourcePart
+from potstill.recipe.divergence import DivergencePart
 from potstill.recipe.generate import GenerateRecipe
+from potstill.recipe.inside import AttentionPart, HiddenPart, LayersPart, RelationsPart, SimilarityPart
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
-from potstill.recipe.objective import DivergencePart, LabelsPart, LogitsPart, TermPart
+from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart
 from potstill.recipe.run import EvaluatePart, Recipe
 from potstill.recipe.student import StudentPart
 from potstill.recipe.teacher import ServerPart, TeacherPart
 
 __all__ = [
+    "AdaptiveKLPart",
+    "AttentionPart",
+    "BiLDPart",
     "DataPart",
     "DivergencePart",
     "EvaluatePart",
     "GenerateRecipe",
+    "HiddenPart",
     "LabelsPart",
+    "LayersPart",
     "LogitsPart",
     "Number",
     "Recipe",
+    "RelationsPart",
     "SchedulePart",
     "ServerPart",
+    "SimilarityPart",
     "SourcePart",
     "StudentPart",
+    "TAIDPart",
     "TeacherPart",
     "Temperature",
     "TermPart",

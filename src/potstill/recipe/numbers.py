@@ -71,5 +71,12 @@ def _not_negative(value: float | SchedulePart) -> float | SchedulePart:
     return value
 
 
+def _at_most_one(value: float | SchedulePart) -> float | SchedulePart:
+    if isinstance(value, float) and not 0 <= value <= 1:
+        raise ValueError(f"expected a number in [0, 1], got {value}")
+    return value
+
+
+Share = Annotated[Number, AfterValidator(_at_most_one)]
 Weight = Annotated[Number, AfterValidator(_not_negative)]
 Temperature = Annotated[Number, AfterValidator(_positive)]

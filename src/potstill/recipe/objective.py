@@ -1,55 +1,59 @@
-"""What is minimised: terms, and the divergences in them."""
+"""What is minimised: terms."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field
 
-from potstill.divergence import KINDS, Divergence
-from potstill.errors import nearest
+from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
-from potstill.recipe.numbers import Temperature, Weight
-
-
-def _named_divergence(value: Any) -> Any:
-    """`forward_kl` is short for `{kind: forward_kl}`."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
-class DivergencePart(Part):
-    """Which divergence, and its parameters (beta of jsd, alpha of the skewed ones, both of alpha_beta)."""
-
-    kind: str
-    alpha: float | None = None
-    beta: float | None = None
-
-    @model_validator(mode="after")
-    def _buildable(self) -> Self:
-        if self.kind not in KINDS:
-            raise ValueError(f"expected one of {', '.join(KINDS)}, got {self.kind}.{nearest(self.kind, KINDS)}")
-        self.build()
-        return self
-
-    def build(self) -> Divergence:
-        """The divergence itself."""
-        kind = KINDS[self.kind]
-        fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every kind is a dataclass
-        given = {n: v for n, v in (("alpha", self.alpha), ("beta", self.beta)) if v is not None}
-        wrong = set(given) - {f.name for f in fields}
-        missing = {f.name for f in fields if f.default is dataclasses.MISSING} - set(given)
-        if wrong or missing:
-            takes = ", ".join(f.name for f in fields) or "no parameter"
-            raise ValueError(f"expected {self.kind} with {takes}, got {', '.join(sorted(given)) or 'none'}")
-        return kind(**given)
+from potstill.recipe.inside import AttentionPart, HiddenPart, RelationsPart, SimilarityPart
+from potstill.recipe.numbers import SchedulePart, Share, Temperature, Weight
 
 
 class LogitsPart(Part):
     """Match the teacher's next-token distribution."""
 
     term: Literal["logits"]
-    divergence: Annotated[DivergencePart, BeforeValidator(_named_divergence)] = DivergencePart(kind="forward_kl")
+    divergence: NamedDivergence = DivergencePart(kind="forward_kl")
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
+    tokens: Literal["all", "entropy", "confident", "confidence"] = Field(
+        "all",
+        description="which count: a share where the teacher is least sure (entropy) or most (confident), "
+        "or each by its sureness (confidence)",
+    )
+    share: Share = Field(0.5, description="of the tokens, for entropy and confident")
+    top_k: int | None = Field(None, ge=1, description="compare the teacher's likeliest tokens alone")
+
+
+class BiLDPart(Part):
+    """Match the differences between the largest logits, as both models rank them (BiLD). Builds whole logits."""
+
+    term: Literal["bild"]
+    weight: Weight = 1.0
+    top_k: int = Field(8, ge=2, description="how many logits of each")
+    temperature: Temperature = 3.0
+
+
+class AdaptiveKLPart(Part):
+    """Forward and reverse KL, weighted by where the models differ (AKL). Builds whole logits."""
+
+    term: Literal["adaptive_kl"]
+    weight: Weight = 1.0
+    head_mass: float = Field(0.5, gt=0, lt=1, description="the share of the teacher's probability that is its head")
+    temperature: Temperature = 1.0
+
+
+class TAIDPart(Part):
+    """Forward KL to a target that moves from the student to the teacher (TAID). Builds whole logits."""
+
+    term: Literal["taid"]
+    share: Share = Field(
+        SchedulePart.model_validate({"schedule": "linear", "start": 0.4, "end": 1.0}),
+        description="of the teacher; linear from 0.4 to 1",
+    )
     weight: Weight = 1.0
     temperature: Temperature = 1.0
 
@@ -61,4 +65,15 @@ class LabelsPart(Part):
     weight: Weight = 1.0
 
 
-TermPart = Annotated[LogitsPart | LabelsPart, Field(discriminator="term")]
+TermPart = Annotated[
+    LogitsPart
+    | LabelsPart
+    | BiLDPart
+    | AdaptiveKLPart
+    | TAIDPart
+    | HiddenPart
+    | AttentionPart
+    | RelationsPart
+    | SimilarityPart,
+    Field(discriminator="term"),
+]

@@ -1,8 +1,9 @@
 """Who speaks: each teacher gives Targets for a batch."""
 
 from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.dimensions import important_dimensions
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.served import ServedTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
-__all__ = ["CachedTeacher", "ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput"]
+__all__ = ["CachedTeacher", "ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput", "important_dimensions"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from potstill.heads import Cut, cut, says
+from potstill.taps import Anatomy, Inside, Needs, Taps
 from potstill.targets import Alignment, DenseTargets
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
@@ -29,6 +30,7 @@ class ModelTeacher(Teacher):
     ) -> None:
         self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
         self._device = None if device is None else torch.device(device)
+        self._needs = Needs()
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
@@ -39,10 +41,28 @@ class ModelTeacher(Teacher):
         there = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         # The student's autocast must not change what the teacher says.
         with torch.autocast(device.type, enabled=False):
-            said = says(self.model, self._cut, there, alignment)
+            if self._needs:
+                said, inside = self._taps.hear(self._needs, partial(says, self.model, self._cut, there, alignment))
+            else:
+                said, inside = says(self.model, self._cut, there, alignment), Inside()
             if isinstance(said, DenseTargets) or said.hidden.device != home:
-                return TeacherOutput(DenseTargets(said.dense().to(home)))
-        return TeacherOutput(said)
+                said = DenseTargets(said.dense().to(home))
+        return TeacherOutput(said, inside=inside.to(home))
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The model's shape."""
+        return self._taps.anatomy
+
+    def prepare(self, needs: Needs) -> None:
+        """See `Teacher`. Only the layers that are asked for are kept."""
+        if needs:
+            self._taps.prepare(needs)
+            self._needs |= needs
+
+    @cached_property
+    def _taps(self) -> Taps:
+        return Taps(self.model)
 
     @cached_property
     def _cut(self) -> Cut | None:

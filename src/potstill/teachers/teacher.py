@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from potstill.errors import DataError
+from potstill.errors import DataError, ModelError
+from potstill.taps import Anatomy, Inside, Needs
 from potstill.targets import Alignment, Targets
 
 NOT_COVERED = (
@@ -27,14 +28,19 @@ class TeacherOutput:
         targets: over the N counting positions, on the student's device.
         label_log_probs: [N] what the teacher gives the data's own tokens there, nats, where it is known: the only
             measure of a teacher that is no model here.
+        inside: what `Teacher.prepare` asked for, over all positions, on the student's device.
     """
 
     targets: Targets
     label_log_probs: Tensor | None = None
+    inside: Inside = field(default_factory=Inside)
 
 
 class Teacher(ABC):
-    """Anything that can say something at every position of a batch."""
+    """Anything that can say something at every position of a batch.
+
+    All give targets. One that can be looked into also has an `anatomy` and can `prepare` for it.
+    """
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
@@ -57,3 +63,27 @@ class Teacher(ABC):
         """
         if not self.covers(dataset):
             raise DataError(NOT_COVERED)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The shape of the model that is looked into.
+
+        Raises:
+            ModelError: there is none.
+        """
+        raise self._closed()
+
+    def prepare(self, needs: Needs) -> None:
+        """From now on every answer holds this too, beside the targets and what was asked for before.
+
+        Raises:
+            ModelError: the teacher does not give it.
+        """
+        if needs:
+            raise self._closed()
+
+    def _closed(self) -> ModelError:
+        return ModelError(
+            f"{type(self).__name__}: expected a teacher with hidden states and attention, which terms of the objective "
+            "ask for, got one that gives targets alone. Use a model as the teacher, or the terms logits and labels."
+        )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from potstill.errors import ShapeError
 from potstill.heads import cut, says
-from potstill.targets import causal_alignment
+from potstill.taps import Inside, Needs, Taps
+from potstill.targets import attended, causal_alignment
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 from potstill.train.objective import Objective, Signals, Term
 
@@ -41,7 +43,8 @@ class Distiller(nn.Module):
             both are sliced to it before the normaliser.
 
     Raises:
-        ShapeError: a term needs a teacher and there is none.
+        ShapeError: a term needs a teacher and there is none, or asks for a layer that is not there.
+        ModelError: a term asks for something that the student or the teacher does not give.
 
     >>> from potstill.divergence import ForwardKL
     >>> from potstill.train.objective import Logits
@@ -72,6 +75,13 @@ class Distiller(nn.Module):
         if self.objective.needs_teacher and self.teacher is None:
             asking = next(term.name for term in self.objective.terms if term.needs_teacher)
             raise ShapeError(f"Distiller: expected a teacher for the term {asking}, got None.")
+        self._needs = Needs()
+        if self.objective.looks_inside:
+            assert self.teacher is not None
+            self._taps = Taps(student)
+            self._needs, asked = self.objective.fit(self._taps.anatomy, self.teacher.anatomy)
+            self._taps.prepare(self._needs)
+            self.teacher.prepare(asked)
         self.cut = cut(student)  # here, before wrappers of the Distiller shard the weights
 
     @property
@@ -83,7 +93,8 @@ class Distiller(nn.Module):
         """The loss of a batch, for a loop of one's own: call `loss.backward()` on it.
 
         In training mode each call counts as one optimiser step for the schedules. To accumulate gradients over
-        several batches call the module itself: `distiller(batch, normalizer=counting tokens of all, at=step)`.
+        several batches call the module itself: `distiller(batch, normalizer=counting tokens of all, at=step)`, with
+        `attended_normalizer` for terms over layers.
 
         Args:
             batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count.
@@ -93,20 +104,32 @@ class Distiller(nn.Module):
         self._steps += self.training
         return output
 
-    def forward(self, batch: Mapping[str, Tensor], normalizer: Tensor | float | None = None, at: int = 0) -> StepOutput:
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        normalizer: Tensor | float | None = None,
+        at: int = 0,
+        attended_normalizer: Tensor | float | None = None,
+    ) -> StepOutput:
         """The loss of a batch.
 
         Args:
             batch: input_ids, attention_mask and labels, [B, T] each.
             normalizer: the number of counting tokens in the whole optimiser step; default: those of this batch.
             at: the optimiser step, for the schedules.
+            attended_normalizer: the number of attended positions in the whole optimiser step, for terms over layers.
         """
         alignment = causal_alignment(batch["labels"])
-        student = says(self.student, self.cut, batch, alignment)
+        student, inside = self._listen(partial(says, self.student, self.cut, batch, alignment))
         teacher = self._ask(batch, alignment) if self.consults else None
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
-        return StepOutput(*self.objective(Signals(student, alignment.labels, teacher, normalizer, at)))
+        positions = attended(batch) if self._needs else None
+        signals = Signals(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer)
+        return StepOutput(*self.objective(signals))
+
+    def _listen(self, call: Callable[[], Any]) -> tuple[Any, Inside]:
+        return self._taps.hear(self._needs, call) if self._needs else (call(), Inside())
 
     def _ask(self, batch: Mapping[str, Tensor], alignment: Any) -> TeacherOutput:
         assert self.teacher is not None

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from potstill.divergence import Divergence
 from potstill.errors import ShapeError
-from potstill.losses import FusedLoss, linear_divergence, token_cross_entropy, token_divergence, token_mean
+from potstill.losses import (
+    FusedLoss,
+    linear_divergence,
+    teacher_confidence,
+    teacher_entropy,
+    token_cross_entropy,
+    token_divergence,
+    token_mean,
+    top_share,
+    top_tokens,
+)
 from potstill.schedule import Schedule
-from potstill.targets import DenseTargets, HeadTargets
+from potstill.taps import Anatomy, Inside, Needs
+from potstill.targets import DenseTargets, HeadTargets, Targets
 from potstill.teachers import TeacherOutput
 
 Number = float | Schedule  # every weight and temperature: fixed, or a function of the optimiser step
@@ -31,7 +42,7 @@ def value_at(number: Number, step: int) -> float:
 
 @dataclass(frozen=True)
 class Signals:
-    """All that a term may look at: N counting positions of one batch.
+    """All that a term may look at: N counting positions of one batch, and what went on inside.
 
     Args:
         student: what the student says, in the form in which teachers speak: its last hidden states [N, H] and its head,
@@ -40,6 +51,9 @@ class Signals:
         teacher: what the teacher said, or None where no term asks for it.
         normalizer: what every mean over tokens divides by, or None for N.
         step: the optimiser step, from 0.
+        inside: what terms have asked of the student's layers, over all positions. With gradient.
+        attended: [B, T] bool, the positions that terms over layers count; see `targets.attended`.
+        attended_normalizer: what means over attended positions divide by, or None for their number.
     """
 
     student: HeadTargets | DenseTargets
@@ -47,24 +61,44 @@ class Signals:
     teacher: TeacherOutput | None
     normalizer: Tensor | float | None
     step: int
+    inside: Inside = field(default_factory=Inside)
+    attended: Tensor | None = None
+    attended_normalizer: Tensor | float | None = None
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of values [N] over the tokens of the optimiser step."""
         return token_mean(values, normalizer=self.normalizer)
 
+    def attended_mean(self, values: Tensor) -> Tensor:
+        """The mean of values [A], of the attended positions, over those of the optimiser step."""
+        return token_mean(values, normalizer=self.attended_normalizer)
+
+    def batch_mean(self, value: Tensor) -> Tensor:
+        """The mean of a quantity of batches over those of the optimiser step, weighted by their counting tokens."""
+        return token_mean(value.expand(len(self.labels)), normalizer=self.normalizer)
+
     def compare(
-        self, divergence: Divergence | None, *, temperature: float = 1.0, label_weight: float | None = None
+        self,
+        divergence: Divergence | None,
+        *,
+        temperature: float = 1.0,
+        label_weight: float | None = None,
+        targets: Targets | None = None,
+        token_weights: Tensor | None = None,
     ) -> FusedLoss:
         """How far the student is from the teacher, from the labels, or from both in one pass through its head.
 
-            mean over tokens of D + label_weight * CE
+            mean over tokens of w * (D + label_weight * CE)
 
         Args:
             divergence: from the teacher; None to leave it out.
             temperature: of the divergence.
             label_weight: of the cross-entropy, with 0 it is only reported; None to leave it out.
+            targets: the teacher's; None for those that it gave.
+            token_weights: [N], w, without gradient; None for ones. The mean divides by tokens, not by their weights.
         """
-        targets = None if divergence is None or self.teacher is None else self.teacher.targets
+        if targets is None and divergence is not None and self.teacher is not None:
+            targets = self.teacher.targets
         labels = None if label_weight is None else self.labels
         if isinstance(self.student, HeadTargets):
             return linear_divergence(
@@ -73,7 +107,8 @@ class Signals:
                 targets,
                 divergence,
                 temperature=temperature,
-                normalizer=self.normalizer,
+                token_weights=token_weights,
+                normalizer=max(len(self.labels), 1) if self.normalizer is None else self.normalizer,
                 labels=labels,
                 label_weight=label_weight or 0.0,
             )
@@ -83,10 +118,10 @@ class Signals:
         with torch.autocast(logits.device.type, enabled=False):  # a teacher's head keeps its own precision
             if targets is not None and divergence is not None:
                 apart = token_divergence(logits, targets, divergence, temperature=temperature)
-                parts.append(self.mean(apart))
+                parts.append(self.mean(_weighted(apart, token_weights)))
             if labels is not None:
                 entropy = token_cross_entropy(logits, labels)
-                parts += [label_weight * self.mean(entropy)] if label_weight else []
+                parts += [label_weight * self.mean(_weighted(entropy, token_weights))] if label_weight else []
         return FusedLoss(
             torch.stack(parts).sum(),
             None if apart is None else apart.detach(),
@@ -94,23 +129,40 @@ class Signals:
         )
 
 
+def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values if weights is None else values * weights
+
+
 class Term(ABC):
-    """One summand of an objective."""
+    """One summand of an objective.
+
+    A term that trains something of its own is an nn.Module as well.
+    """
 
     name: str
     needs_teacher: bool
     weight: Number
+    looks_inside: ClassVar[bool] = False  # at layers, of the student and of the teacher
+    over: Literal["counting", "attended"] = "counting"  # the positions whose mean it is
 
     @abstractmethod
     def __call__(self, signals: Signals) -> Tensor:
         """The term's scalar, without its weight."""
+
+    def fit(self, student: Anatomy, teacher: Anatomy) -> tuple[Needs, Needs]:
+        """Settle on layers and widths, for a term that looks inside: what it needs of the student and of the teacher.
+
+        Raises:
+            UserError: it does not go with these models.
+        """
+        return Needs(), Needs()
 
 
 @dataclass(frozen=True)
 class Logits(Term):
     """The divergence between the teacher's and the student's next-token distributions.
 
-        T^2 * mean over tokens of D(p, q) at temperature T
+        T^2 * mean over tokens of w D(p, q) at temperature T
 
     T^2 keeps the gradient's size when T changes (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
 
@@ -118,13 +170,25 @@ class Logits(Term):
         divergence: any `Divergence`.
         weight: >= 0.
         temperature: > 0.
+        tokens: which count how much: all the same; the share of a batch at which the teacher's entropy is largest
+            (entropy) or its likeliest token most likely (confident), the others not at all; or by the probability of
+            its likeliest token (confidence). The mean is over all tokens, so that a share of them makes a smaller loss.
+        share: of the tokens, in [0, 1], for entropy and confident: a schedule makes a curriculum.
+        top_k: compare with the teacher's likeliest tokens alone, all others being one event (`SparseTargets`).
     """
 
     divergence: Divergence
     weight: Number = 1.0
     temperature: Number = 1.0
+    tokens: Literal["all", "entropy", "confident", "confidence"] = "all"
+    share: Number = 0.5
+    top_k: int | None = None
     name = "logits"
     needs_teacher = True
+
+    def __post_init__(self) -> None:
+        if self.tokens not in ("all", "entropy", "confident", "confidence"):
+            raise ShapeError(f"Logits: expected tokens of all, entropy, confident, confidence, got {self.tokens!r}.")
 
     def __call__(self, signals: Signals) -> Tensor:
         return self.with_labels(signals, None).loss
@@ -134,9 +198,25 @@ class Logits(Term):
         temperature = value_at(self.temperature, signals.step)
         factor = temperature**2
         weight = None if label_weight is None else label_weight / factor
-        found = signals.compare(self.divergence, temperature=temperature, label_weight=weight)
+        assert signals.teacher is not None
+        targets = signals.teacher.targets
+        weights = self._token_weights(targets, signals.step)
+        if self.top_k is not None:
+            targets = top_tokens(targets, self.top_k, temperature)
+        found = signals.compare(
+            self.divergence, temperature=temperature, label_weight=weight, targets=targets, token_weights=weights
+        )
         assert found.divergence is not None
-        return FusedLoss(factor * found.loss, factor * found.divergence, found.cross_entropy)
+        by_token = factor * _weighted(found.divergence, weights)
+        return FusedLoss(factor * found.loss, by_token, found.cross_entropy)
+
+    def _token_weights(self, targets: Targets, step: int) -> Tensor | None:
+        if self.tokens == "all":
+            return None
+        if self.tokens == "entropy":
+            return top_share(teacher_entropy(targets), value_at(self.share, step))
+        sure = teacher_confidence(targets)
+        return sure if self.tokens == "confidence" else top_share(sure, value_at(self.share, step))
 
 
 @dataclass(frozen=True)
@@ -172,6 +252,26 @@ class Objective(nn.Module):
         # Two terms of one kind are told apart in the logs by their place.
         self.names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
         self.needs_teacher = any(term.needs_teacher for term in terms)
+        self.looks_inside = any(term.looks_inside for term in terms)
+        self.trained = nn.ModuleList(term for term in terms if isinstance(term, nn.Module))
+
+    def fit(self, student: Anatomy, teacher: Anatomy) -> tuple[Needs, Needs]:
+        """Settle on layers and widths: what all terms together need of the student and of the teacher.
+
+        Raises:
+            UserError: a term does not go with these models.
+        """
+        of_student, of_teacher = Needs(), Needs()
+        for term in self.terms:
+            mine, theirs = term.fit(student, teacher)
+            of_student, of_teacher = of_student | mine, of_teacher | theirs
+        return of_student, of_teacher
+
+    def total(self, means: Mapping[str, float], step: int) -> float:
+        """The loss that the terms' means make at an optimiser step; the cross-entropy where no teacher spoke."""
+        if self.needs_teacher and not set(self.names) <= set(means):
+            return means["cross_entropy"]
+        return sum(value_at(term.weight, step) * means[name] for term, name in zip(self.terms, self.names, strict=True))
 
     def forward(self, signals: Signals) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and every term's value without its weight, detached; in evaluation mode also cross_entropy.
@@ -189,6 +289,8 @@ class Objective(nn.Module):
         joined = labels
         if logits is None or labels is None or weights[logits] <= 0 or weights[labels] > MOST * weights[logits]:
             joined = None
+        elif cast(Logits, self.terms[logits]).tokens != "all":
+            joined = None  # they would share its tokens' weights
         if logits is not None:
             ratio = 0.0 if joined is None else weights[joined] / weights[logits]
             asked = joined is not None or not self.training

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
-from potstill.targets import IGNORE, counting
+from potstill.targets import IGNORE, attended, counting
 from potstill.teachers import Teacher
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Objective, Term
+
+TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
 
 
 @dataclass
@@ -52,7 +55,8 @@ class DistillationTrainer(Trainer):
     """Trains a student by an objective, with all that transformers.Trainer can do.
 
     The loss is divided once, by the counting tokens of the whole optimiser step over all ranks and accumulation steps.
-    Checkpoints and `save_model` hold the plain student: `from_pretrained` loads it.
+    Checkpoints and `save_model` hold the plain student: `from_pretrained` loads it. What terms train beside it
+    (projections) is kept in checkpoints alone.
 
     Args:
         student: the model to train.
@@ -86,7 +90,10 @@ class DistillationTrainer(Trainer):
             args._n_gpu = 1  # nn.DataParallel would copy the teacher in every step; several GPUs want torchrun
         if "data_collator" not in kwargs and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
+        set_seed(args.seed)  # terms may begin with random weights
         self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary)
+        if all(term.looks_inside for term in self.distiller.objective.terms):
+            args.ddp_find_unused_parameters = True  # terms over layers leave the head alone
         super().__init__(
             model=self.distiller,
             args=args,
@@ -97,21 +104,23 @@ class DistillationTrainer(Trainer):
         )
         self._train_sums = _Sums()
         self._eval_sums = _Sums()
+        self._attended: Tensor | None = None
         self._micro_step = 0
         self._steps_since_log = 0
 
     # The loss.
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """The counting tokens of an optimiser step, over its batches and all ranks."""
+        """The counting tokens of an optimiser step, over its batches and all ranks; the attended ones are kept."""
         self._micro_step = 0
         self._steps_since_log += 1
         if not batch_samples:
             return None
-        count = torch.stack([counting(batch["labels"]).sum() for batch in batch_samples]).sum().to(device)
+        count = torch.stack([_counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count)
-        return count.clamp_min(1)
+        tokens, self._attended = count.clamp_min(1).unbind()
+        return tokens
 
     def compute_loss(
         self,
@@ -125,7 +134,12 @@ class DistillationTrainer(Trainer):
         Raises:
             DivergedError: it is not a finite number.
         """
-        output: StepOutput = model(inputs, normalizer=num_items_in_batch, at=self.state.global_step)
+        output: StepOutput = model(
+            inputs,
+            normalizer=num_items_in_batch,
+            at=self.state.global_step,
+            attended_normalizer=self._attended,
+        )
         self._micro_step += 1
         if not torch.isfinite(output.loss):
             self._stop(f"loss {output.loss.item()} in batch {self._micro_step} of the step")
@@ -170,10 +184,10 @@ class DistillationTrainer(Trainer):
         """The loss of a held-out batch; its sums are kept for `evaluation_loop`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            output: StepOutput = model(inputs, normalizer=1.0, at=self.state.global_step)
-        count = counting(inputs["labels"]).sum()
-        self._eval_sums.add({"loss": output.loss, **output.logs}, count)
-        return output.loss.detach() / count.clamp_min(1), None, None
+            output: StepOutput = model(inputs, normalizer=1.0, at=self.state.global_step, attended_normalizer=1.0)
+        counts = _counts(inputs)
+        self._eval_sums.add(output.logs, counts)
+        return output.loss.detach() / counts.max().clamp_min(1), None, None
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """transformers.Trainer's, with every number a mean over all held-out tokens."""
@@ -183,7 +197,11 @@ class DistillationTrainer(Trainer):
         self._eval_sums = _Sums()
         result = super().evaluation_loop(dataloader, *args, **kwargs)
         self.distiller.consults = asked
-        means = self._eval_sums.means(self.accelerator)
+        objective = self.distiller.objective
+        over = {name: term.over for name, term in zip(objective.names, objective.terms, strict=True)}
+        means = self._eval_sums.means(self.accelerator, over)
+        if means:
+            means["loss"] = objective.total(means, self.state.global_step)
         exact = {f"{prefix}_{name}": mean for name, mean in means.items()}
         return result._replace(metrics={**(result.metrics or {}), **exact})
 
@@ -218,6 +236,11 @@ class DistillationTrainer(Trainer):
         for name, parameter in self.distiller.named_parameters():
             if not torch.isfinite(parameter).all():
                 self._stop(f"a weight that is not finite in {name} before checkpoint {self.state.global_step}")
+        trained = self.distiller.objective.state_dict()
+        if trained and self.args.should_save and not self.is_fsdp_enabled:  # whose own files hold everything
+            folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in trained.items()}, folder / TRAINED)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -241,9 +264,23 @@ class DistillationTrainer(Trainer):
         student = self.distiller.student
         saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)  # type: ignore[attr-defined]
         student.load_state_dict(saved.state_dict())
+        objective = self.distiller.objective
+        if objective.state_dict():
+            file = Path(resume_from_checkpoint) / TRAINED
+            if not file.exists():
+                raise UserError(
+                    f"train: expected {TRAINED} in {resume_from_checkpoint}, got none. The objective trains "
+                    "projections, which this checkpoint does not have."
+                )
+            objective.load_state_dict(load_file(file))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _counts(batch: Mapping[str, Tensor]) -> Tensor:
+    """[2]: the counting tokens of a batch, and its attended positions."""
+    return torch.stack([counting(batch["labels"]).sum(), attended(batch).sum()])
 
 
 class _Sums:
@@ -251,25 +288,28 @@ class _Sums:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count: Tensor | None = None
+        self._counts: Tensor | None = None
 
-    def add(self, values: Mapping[str, Tensor], count: Tensor | None = None) -> None:
+    def add(self, values: Mapping[str, Tensor], counts: Tensor | None = None) -> None:
         for name, value in values.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        if count is not None:
-            self._count = count if self._count is None else self._count + count
+        if counts is not None:
+            self._counts = counts if self._counts is None else self._counts + counts
 
     def totals(self, accelerator: Any) -> dict[str, float]:
         """The sums over all ranks."""
         return {name: float(accelerator.reduce(value)) for name, value in self._sums.items()}
 
-    def means(self, accelerator: Any) -> dict[str, float]:
-        """The sums over all ranks, divided by the count over all ranks."""
-        if self._count is None:
+    def means(self, accelerator: Any, over: Mapping[str, str]) -> dict[str, float]:
+        """The sums over all ranks, each divided by the count over all ranks of what it is a mean over."""
+        if self._counts is None:
             return {}
-        count = max(float(accelerator.reduce(self._count)), 1.0)
-        return {name: total / count for name, total in self.totals(accelerator).items()}
+        tokens, positions = accelerator.reduce(self._counts).clamp_min(1).tolist()
+        return {
+            name: total / (positions if over.get(name) == "attended" else tokens)
+            for name, total in self.totals(accelerator).items()
+        }
 
 
 def last_checkpoint(directory: Path) -> Path | None:

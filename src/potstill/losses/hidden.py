@@ -1,0 +1,143 @@
+"""Hidden states of a student against a teacher's.
+
+`hidden_mse`, `hidden_cosine` and `hidden_l1` give a value per token, as all token losses here, and want one width:
+project the student's (`potstill.layers.Projection`) or select some of the teacher's dimensions. `linear_cka` is a
+quantity of the whole batch and takes any two widths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from potstill.errors import ShapeError
+from potstill.losses.token import compute_dtype
+
+
+def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean squared difference over the dimensions, per token.
+
+        1/H sum_h (s_h - t_h)^2
+
+    Args:
+        student: [..., H], any float dtype; computed in float32 (float64 for float64).
+        teacher: [..., H]. No gradient flows to it.
+
+    Returns:
+        [...], unreduced.
+
+    Raises:
+        ShapeError: the shapes differ.
+
+    References:
+        Romero et al. 2014 (FitNets), arXiv 1412.6550, equation 3.
+    """
+    s, t = _pair("hidden_mse", student, teacher)
+    return (s - t).square().mean(-1)
+
+
+def hidden_l1(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean absolute difference over the dimensions, per token: 1/H sum_h abs(s_h - t_h). See `hidden_mse`."""
+    s, t = _pair("hidden_l1", student, teacher)
+    return (s - t).abs().mean(-1)
+
+
+def hidden_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the cosine, per token: 1 - s.t / (|s| |t|), and 1 where either is zero. See `hidden_mse`.
+
+    References:
+        Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, section 3.
+    """
+    s, t = _pair("hidden_cosine", student, teacher)
+    return 1 - (unit(s) * unit(t)).sum(-1)
+
+
+def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
+    """Linear centred kernel alignment: 1 for features that are the same up to rotation and scale, 0 for unrelated ones.
+
+        |T'S|_F^2 / (|S'S|_F |T'T|_F),   the columns of S and T centred
+
+    In this form the largest matrix is Hs x Ht, whatever the number of tokens. With fewer tokens than dimensions it is
+    biased towards 1.
+
+    Args:
+        student: [N, Hs], any float dtype; computed in float32 (float64 for float64).
+        teacher: [N, Ht], for the same N. No gradient flows to it.
+
+    Returns:
+        A scalar in [0, 1] for the batch; 0 with a gradient of 0 where either side does not vary.
+
+    Raises:
+        ShapeError: they are not matrices with equally many rows.
+
+    References:
+        Kornblith et al. 2019, arXiv 1905.00414, section 3 and appendix A.
+    """
+    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
+        raise ShapeError(
+            "linear_cka: expected features [N, Hs] and [N, Ht] of the same N tokens, "
+            f"got {list(student.shape)} and {list(teacher.shape)}."
+        )
+    dtype = compute_dtype(student.dtype)
+    s, t = _standard(student.to(dtype)), _standard(teacher.detach().to(dtype))
+    size = (s.T @ s).norm() * (t.T @ t).norm()
+    varies = size > 0
+    return (t.T @ s).square().sum() / torch.where(varies, size, 1.0)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors [..., H] over their length; zero vectors stay zero, with a gradient that is finite."""
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / torch.where(length > 0, length, 1.0)
+
+
+def dimension_importance(gradients: Tensor) -> Tensor:
+    """How much a task's loss depends on each dimension of a hidden state.
+
+        1/N sum_n abs(dL/dh_n)
+
+    Args:
+        gradients: [N, H] of the loss by the hidden states.
+
+    Returns:
+        [H] float32 (float64).
+
+    References:
+        Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155, section 3.
+    """
+    return gradients.to(compute_dtype(gradients.dtype)).abs().sum(0) / max(len(gradients), 1)
+
+
+def select_dimensions(importance: Tensor, count: int) -> Tensor:
+    """The `count` most important dimensions, in rising order: [count] int64.
+
+    Raises:
+        ShapeError: there are fewer than that.
+    """
+    if not 0 < count <= importance.numel():
+        raise ShapeError(
+            f"select_dimensions: expected a count in 1..{importance.numel()}, the teacher's width, got {count}. "
+            "A wider student needs a projection."
+        )
+    return importance.topk(count).indices.sort().values
+
+
+def _pair(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    if student.shape != teacher.shape:
+        raise ShapeError(
+            f"{caller}: expected hidden states of one shape, got {list(student.shape)} and {list(teacher.shape)}. "
+            "Project the student's, select dimensions of the teacher's, or use linear_cka."
+        )
+    dtype = compute_dtype(student.dtype)
+    return student.to(dtype), teacher.detach().to(dtype)
+
+
+def _standard(features: Tensor) -> Tensor:
+    """Centred columns, over the length of the whole: what follows takes fourth powers, and must stay in range."""
+    if not len(features):
+        return features
+    centred = features - features.mean(0)
+    # What remains of a constant column is rounding, and no variation.
+    least = 4 * torch.finfo(features.dtype).eps * features.detach().norm()
+    length = centred.norm()
+    return torch.where(length > least, centred / torch.where(length > least, length, 1.0), 0.0)

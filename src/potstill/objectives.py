@@ -1,0 +1,104 @@
+"""From the terms of a recipe to the objective that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from potstill.errors import RecipeError, UserError
+from potstill.layers import LayerMap
+from potstill.recipe import (
+    AdaptiveKLPart,
+    AttentionPart,
+    BiLDPart,
+    HiddenPart,
+    LabelsPart,
+    LogitsPart,
+    RelationsPart,
+    SchedulePart,
+    SimilarityPart,
+    TAIDPart,
+    TermPart,
+)
+from potstill.taps import Anatomy
+from potstill.train import (
+    TAID,
+    AdaptiveKL,
+    Attention,
+    BiLD,
+    Hidden,
+    Labels,
+    Logits,
+    Objective,
+    Relations,
+    Similarity,
+)
+from potstill.train.objective import Term
+
+# (layers, number of batches) -> teacher layer -> its important dimensions
+Select = Callable[[LayerMap, int], Mapping[int, Tensor]]
+
+
+def build(parts: Sequence[TermPart], steps: int, select: Select) -> Objective:
+    """The objective.
+
+    Args:
+        parts: the recipe's terms.
+        steps: how long the run is, for the schedules.
+        select: picks dimensions of the teacher, for terms that ask for it.
+    """
+    return Objective([_term(part, steps, select) for part in parts])
+
+
+def looks_inside(part: TermPart) -> bool:
+    """Does the term ask for layers?"""
+    return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart)
+
+
+def check(objective: Objective, student: Anatomy, teacher: Anatomy) -> None:
+    """Look that every term goes with the models.
+
+    Raises:
+        RecipeError: one does not; it is named by its key.
+    """
+    for place, term in enumerate(objective.terms):
+        try:
+            term.fit(student, teacher)
+        except UserError as error:
+            raise RecipeError(f"objective.{place}: {error}") from None
+
+
+def _term(part: TermPart, steps: int, select: Select) -> Term:
+    def number(value: float | SchedulePart) -> Any:
+        return value.build(steps) if isinstance(value, SchedulePart) else value
+
+    weight = number(part.weight)
+    if isinstance(part, LabelsPart):
+        return Labels(weight=weight)
+    if isinstance(part, LogitsPart):
+        return Logits(
+            part.divergence.build(),
+            weight=weight,
+            temperature=number(part.temperature),
+            tokens=part.tokens,
+            share=number(part.share),
+            top_k=part.top_k,
+        )
+    if isinstance(part, BiLDPart):
+        return BiLD(weight, part.top_k, number(part.temperature))
+    if isinstance(part, AdaptiveKLPart):
+        return AdaptiveKL(weight, part.head_mass, number(part.temperature))
+    if isinstance(part, TAIDPart):
+        return TAID(number(part.share), weight, number(part.temperature))
+    layers = part.layers.build()
+    if isinstance(part, HiddenPart):
+        chosen = None if part.select_batches is None else select(layers, part.select_batches)
+        return Hidden(layers, part.distance, projection=part.projection, dimensions=chosen, weight=weight)
+    if isinstance(part, RelationsPart):
+        return Relations(layers, tuple(part.of), heads=part.heads, weight=weight)
+    divergence = None if part.divergence is None else part.divergence.build()
+    if isinstance(part, AttentionPart):
+        return Attention(layers, divergence, heads=part.heads, weight=weight)
+    return Similarity(layers, part.kind, temperature=number(part.temperature), divergence=divergence, weight=weight)

@@ -1,0 +1,68 @@
+"""Which dimensions of a teacher's hidden states matter for a task: picked by gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.heads import run, undisturbed
+from potstill.layers import layer_index
+from potstill.losses import dimension_importance, select_dimensions, token_cross_entropy
+from potstill.taps import Taps
+from potstill.targets import attended, causal_alignment
+
+
+def important_dimensions(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], layers: Sequence[int], count: int
+) -> dict[int, Tensor]:
+    """The dimensions of some layers on which the model's own loss depends most; see `dimension_importance`.
+
+    Args:
+        model: the teacher, a causal language model; it is left as it was.
+        batches: input_ids, attention_mask and labels of the task, on the model's device.
+        layers: from 0; negative ones from the end.
+        count: how many dimensions: the student's width.
+
+    Returns:
+        layer (from 0) -> [count] int64, in rising order: `dimensions` of `potstill.train.Hidden`.
+
+    Raises:
+        ShapeError: a layer is not there, or the layers are not so wide.
+
+    References:
+        Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155.
+    """
+    taps = Taps(model)
+    numbers = [layer_index("teacher", layer, taps.anatomy.layers) for layer in layers]
+    names = {layer: taps.layer(layer) for layer in numbers}
+    sums = {layer: torch.zeros(taps.anatomy.width) for layer in names}
+    states: dict[int, Tensor] = {}
+
+    def watch(layer: int) -> Any:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> Any:
+            state = output[0] if isinstance(output, tuple) else output
+            # The first of them is where the graph begins, as the model's own weights may be frozen.
+            states[layer] = state if state.requires_grad else state.detach().requires_grad_()
+            return (states[layer], *output[1:]) if isinstance(output, tuple) else states[layer]
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(layer)) for layer, module in names.items()]
+    try:
+        with undisturbed(model), torch.enable_grad():
+            for batch in batches:
+                alignment = causal_alignment(batch["labels"])
+                logits = alignment.select(run(model, batch).logits)
+                loss = token_cross_entropy(logits, alignment.labels).sum()
+                gradients = torch.autograd.grad(loss, [states[layer] for layer in names])
+                there = attended(batch)
+                for layer, gradient in zip(names, gradients, strict=True):
+                    by_token = gradient[there]
+                    sums[layer] += dimension_importance(by_token).cpu() * len(by_token)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: select_dimensions(total, count) for layer, total in sums.items()}

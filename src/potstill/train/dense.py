@@ -1,0 +1,115 @@
+"""Terms over whole logits of student and teacher, [N, V] each: formulas that no fused pass through the head knows."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from potstill.divergence import ForwardKL
+from potstill.errors import ShapeError
+from potstill.losses import token_divergence
+from potstill.losses.adaptive import adaptive_kl, interpolated_logits
+from potstill.losses.bild import bild
+from potstill.targets import DenseTargets, SparseTargets, Targets
+from potstill.train.objective import Number, Signals, Term, value_at
+
+
+class DenseTerm(Term):
+    """A term that compares logits token by token, in the memory of both models' logits."""
+
+    needs_teacher = True
+
+    @abstractmethod
+    def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
+        """The term's value [N] by token, from logits [N, V]."""
+
+    def __call__(self, signals: Signals) -> Tensor:
+        assert signals.teacher is not None
+        student = signals.student.dense()
+        with torch.autocast(student.device.type, enabled=False):
+            return signals.mean(self.compare(student, self.whole(signals.teacher.targets), signals.step))
+
+    def whole(self, targets: Targets) -> Tensor:
+        """The teacher's logits [N, V].
+
+        Raises:
+            ShapeError: it gives a few tokens of each distribution alone.
+        """
+        if isinstance(targets, SparseTargets):
+            raise ShapeError(
+                f"{self.name}: expected the teacher's whole distributions, got a few tokens of each. "
+                "Use the term logits, or a teacher that is a model or a dense cache."
+            )
+        return targets.dense().detach()
+
+
+@dataclass(frozen=True)
+class BiLD(DenseTerm):
+    """The differences between the largest logits, as both models rank them; see `potstill.losses.bild`.
+
+    Args:
+        weight: >= 0.
+        top_k: how many logits of each.
+        temperature: > 0. No T^2 factor is applied, as in the paper.
+    """
+
+    weight: Number = 1.0
+    top_k: int = 8
+    temperature: Number = 3.0
+    name = "bild"
+
+    def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
+        """See `DenseTerm`."""
+        return bild(student, teacher, min(self.top_k, student.shape[-1]), value_at(self.temperature, step))
+
+
+@dataclass(frozen=True)
+class AdaptiveKL(DenseTerm):
+    """T^2 times forward and reverse KL, weighted by where the models differ; see `potstill.losses.adaptive_kl`.
+
+    Args:
+        weight: >= 0.
+        head_mass: the share of the teacher's probability that is its head, in (0, 1).
+        temperature: > 0.
+    """
+
+    weight: Number = 1.0
+    head_mass: float = 0.5
+    temperature: Number = 1.0
+    name = "adaptive_kl"
+
+    def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
+        """See `DenseTerm`."""
+        temperature = value_at(self.temperature, step)
+        return temperature**2 * adaptive_kl(student, teacher, self.head_mass, temperature)
+
+
+@dataclass(frozen=True)
+class TAID(DenseTerm):
+    """T^2 times forward KL to a target between student and teacher, that moves to the teacher over training.
+
+        target = softmax(((1 - share) z_s + share z_t) / T),   z_s without gradient
+
+    Args:
+        share: of the teacher: a schedule from 0.4 to 1, as in the paper, where it is also sped up as the loss falls.
+        weight: >= 0.
+        temperature: > 0.
+
+    References:
+        Shing et al. 2025 (TAID), arXiv 2501.16937.
+    """
+
+    share: Number
+    weight: Number = 1.0
+    temperature: Number = 1.0
+    name = "taid"
+
+    def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
+        """See `DenseTerm`."""
+        temperature = value_at(self.temperature, step)
+        target = interpolated_logits(student, teacher, value_at(self.share, step))
+        apart = token_divergence(student, DenseTargets(target), ForwardKL(), temperature=temperature)
+        return temperature**2 * apart

@@ -1,0 +1,115 @@
+"""Terms of a recipe: built, checked before training, and run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from conftest import make_batch, make_llama
+from potstill.cli import app
+from potstill.errors import RecipeError, ShapeError, UserError
+from potstill.pipeline import run
+from potstill.preflight import check
+from potstill.prepare import prepare
+from potstill.recipe import Recipe
+from potstill.targets import attended, counting
+from potstill.teachers import important_dimensions
+
+EVERY = [
+    {"term": "logits", "tokens": "entropy", "share": {"schedule": "linear", "start": 0.2, "end": 1.0}, "top_k": 20},
+    {"term": "labels", "weight": 0.5},
+    {"term": "bild"},
+    {"term": "adaptive_kl"},
+    {"term": "taid"},
+    {"term": "hidden", "layers": "uniform", "projection": "mlp", "distance": "cosine"},
+    {"term": "hidden", "layers": [[-1, -1]], "select_batches": 2},
+    {"term": "hidden", "layers": {"skip": 2}, "distance": "cka"},
+    {"term": "attention", "layers": {"last_k": 1}, "divergence": "jsd", "heads": "learned"},
+    {"term": "relations", "of": ["values"], "heads": 4},
+    {"term": "similarity", "kind": "distribution", "temperature": 0.2, "divergence": "reverse_kl"},
+]
+
+
+def recipe(values: dict[str, Any], objective: list[Any]) -> Recipe:
+    return Recipe.parse({**values, "objective": objective, "evaluate": {"baseline": False, "continuations": 0}})
+
+
+def test_every_term_runs_from_a_recipe(recipe_values: dict[str, Any]) -> None:
+    result = run(recipe(recipe_values, EVERY), console=Console(file=io.StringIO()))
+    assert (result.directory / "student/model.safetensors").exists()
+    assert not (result.directory / "student/objective.safetensors").exists()
+    said = result.summary["objective"]
+    assert "select_batches 2" in said
+    assert "relations" in said
+    assert check(recipe({**recipe_values, "output": recipe_values["output"] + "2"}, EVERY)).seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ({"term": "hidden", "layers": [[0, 7]]}, r"objective\.1: LayerMap: .* teacher has 2 layers, got 7"),
+        ({"term": "attention", "layers": {"last_k": 2}}, r"objective\.1: LayerMap: .* student has 1 layers, got -2"),
+        ({"term": "hidden", "projection": "none"}, r"objective\.1: Projection: expected equal widths"),
+        ({"term": "relations", "heads": 99}, r"objective\.1: Relations: expected heads in 1\.\.8"),
+        ({"term": "hidden", "layers": [[0, 7]], "select_batches": 1}, "teacher has 2 layers, got 7"),
+    ],
+)
+def test_terms_that_do_not_fit_are_refused_before_training(
+    recipe_values: dict[str, Any], term: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((RecipeError, ShapeError), match=message):
+        prepare(recipe(recipe_values, [{"term": "logits"}, term]))
+
+
+def test_important_dimensions_are_those_of_the_loss() -> None:
+    model, batches = make_llama(seed=1).requires_grad_(False), [make_batch(seed=s) for s in (0, 1)]
+    picked = important_dimensions(model, batches, [-1, 0], 5)
+    assert list(picked) == [1, 0]
+    total = torch.zeros(16)
+    for batch in batches:
+        states = model.model.embed_tokens(batch["input_ids"]).requires_grad_()
+        inputs = {"inputs_embeds": states, "attention_mask": batch["attention_mask"]}
+        kept: list[torch.Tensor] = []
+
+        def keep(_: Any, __: Any, output: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
+            kept.append(output)
+
+        handle = model.model.layers[0].register_forward_hook(keep)
+        there = counting(batch["labels"])
+        logits = model(**inputs).logits[:, :-1][there]
+        handle.remove()
+        loss = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:][there], reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, kept)
+        total += gradient[attended(batch)].abs().sum(0)
+    assert picked[0].tolist() == sorted(total.topk(5).indices.tolist())
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(ShapeError, match="as the teacher has 2 layers, got 2"):
+        important_dimensions(model, batches, [2], 5)
+    with pytest.raises(ShapeError, match=r"count in 1\.\.16"):
+        important_dimensions(model, batches, [0], 17)
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ({"term": "hidden"}, "CachedTeacher: expected a teacher with hidden states and attention"),
+        ({"term": "bild"}, "bild: expected the teacher's whole distributions, got a few tokens"),
+    ],
+)
+def test_a_cache_says_what_it_does_not_hold(
+    recipe_values: dict[str, Any], tmp_path: Path, term: dict[str, Any], message: str
+) -> None:
+    recipe_values["teacher"]["cache"] = str(tmp_path / "cache")
+    (tmp_path / "recipe.yaml").write_text(Recipe.parse(recipe_values).dump())
+    built = CliRunner().invoke(app, ["cache", "build", str(tmp_path / "recipe.yaml"), "--codec", "top_k"])
+    assert built.exit_code == 0, built.output
+    with pytest.raises(UserError, match=message):
+        prepare(recipe(recipe_values, [term]))
+    weighed = [{"term": "logits", "tokens": "confident"}, {"term": "labels"}]
+    assert run(recipe(recipe_values, weighed), console=Console(file=io.StringIO())).summary["rows"]

@@ -1,0 +1,195 @@
+"""What is heard inside of a model is what went on there, in every architecture, and nothing else is kept."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM
+
+from conftest import make_batch, make_llama
+from potstill.errors import ModelError
+from potstill.heads import run
+from potstill.taps import Inside, Needs, Taps
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 1,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 4}
+OLD = {"vocab_size": 300, "initializer_range": 0.2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, grouped queries": ("llama", GROUPED),
+    "gemma2": ("gemma2", {**GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    "qwen3": ("qwen3", GROUPED),
+    "phi3, fused and grouped": ("phi3", GROUPED),
+    "opt": ("opt", {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16}),
+    "gpt2, fused": ("gpt2", {**OLD, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "gpt_neox, by head": ("gpt_neox", SIZES),
+    "bloom, by head": ("bloom", {**OLD, "hidden_size": 16, "n_layer": 3, "n_head": 4}),
+    "falcon, by group": ("falcon", {**SIZES, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon, one key": ("falcon", {**SIZES, "multi_query": True, "new_decoder_architecture": False}),
+    "mpt, fused": ("mpt", {**OLD, "d_model": 16, "n_layers": 3, "n_heads": 4}),
+    "bert": ("bert", SIZES),
+    "distilbert": ("distilbert", {"vocab_size": 300, "dim": 16, "n_layers": 3, "n_heads": 4, "hidden_dim": 32}),
+    "modernbert, fused": ("modernbert", {**SIZES, "cls_token_id": 0, "sep_token_id": 0}),
+}
+EVERYTHING = Needs(frozenset({0, 2}), frozenset({1}), frozenset({1}))
+NO_MAPS = replace(EVERYTHING, attentions=frozenset())
+
+
+def build(family: str) -> Any:
+    kind, sizes = FAMILIES[family]
+    config = AutoConfig.for_model(kind, **sizes)
+    return (AutoModel if "bert" in kind else AutoModelForCausalLM).from_config(config).eval()
+
+
+def heard(model: Any, needs: Needs = EVERYTHING, **batch: Any) -> Inside:
+    taps = Taps(model)
+    taps.prepare(needs)
+    return taps.hear(needs, partial(run, model, batch or make_batch()))[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_heard_is_what_the_model_itself_tells(family: str) -> None:
+    model, batch = build(family), make_batch()
+    needs = NO_MAPS if "falcon" in family else EVERYTHING
+    inside = heard(model, needs)
+    assert not any(module._forward_hooks for module in model.modules())
+    told = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True,
+        output_attentions=bool(needs.attentions),
+    )  # fmt: skip
+    assert set(inside.hidden) == {0, 2}
+    assert set(inside.vectors) == {1}
+    there = batch["attention_mask"].bool()
+    torch.testing.assert_close(inside.hidden[0][there], told.hidden_states[1][there])
+    if needs.attentions:
+        torch.testing.assert_close(inside.attentions[1], told.attentions[1])
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.split(",")[0] not in ("bloom", "mpt")])
+def test_queries_keys_and_values_are_what_attention_works_with(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build(family), make_batch()
+    module = importlib.import_module(type(model).__module__)
+    if hasattr(module, "apply_rotary_pos_emb"):  # turned vectors would not be those of the projections
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k))
+    for each in model.modules():
+        for norm in ("q_norm", "k_norm"):
+            if hasattr(each, norm):
+                setattr(each, norm, nn.Identity())
+    last = {"o_proj", "dense", "out_proj", "c_proj", "Wo", "out_lin"}
+    whole = Taps(model).layer(1)
+    behind = next(each for name, each in whole.named_modules() if name.rpartition(".")[2] in last)
+    mixed: list[torch.Tensor] = []
+    behind.register_forward_pre_hook(lambda _, args: mixed.append(args[0]))
+    vectors = heard(model, NO_MAPS).vectors[1]
+    heads = model.config.num_attention_heads
+    q, k, v = (each.unflatten(-1, (-1, vectors.queries.shape[-1] // heads)).transpose(1, 2) for each in vectors)
+    k, v = (each.repeat_interleave(heads // each.shape[1], 1) for each in (k, v))
+    there = batch["attention_mask"].bool()
+    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    cap = getattr(model.config, "attn_logit_softcapping", None)
+    scores = cap * torch.tanh(scores / cap) if cap else scores
+    seen = there[:, None, None, :] if "bert" in family else torch.ones(12, 12).tril().bool()
+    expected = (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    found = mixed[-1].reshape(expected.shape)
+    torch.testing.assert_close(found[there], expected[there], rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_is_asked_for_is_kept() -> None:
+    model = build("llama, grouped queries")
+    assert heard(model, Needs()) == Inside()
+    inside = heard(model, Needs(hidden=frozenset({1})))
+    assert list(inside.hidden) == [1]
+    assert not inside.attentions
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_plain_attention_is_switched_on_once_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_llama()
+    with caplog.at_level(logging.WARNING, "potstill"):
+        heard(model, Needs(attentions=frozenset({0})))
+        heard(model, Needs(attentions=frozenset({1})))
+    assert model.config._attn_implementation == "eager"
+    assert [record.message for record in caplog.records if "eager" in record.message] == [caplog.records[0].message]
+
+
+def test_the_proof_leaves_no_trace() -> None:
+    model = make_llama(attention_dropout=0.1).train()
+    state = torch.get_rng_state()
+    Taps(model).prepare(EVERYTHING_OF_TWO)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+EVERYTHING_OF_TWO = Needs(frozenset({0}), frozenset({1}), frozenset({1}))
+
+
+class _Odd(nn.Module):
+    """An attention that no one knows."""
+
+    def __init__(self, whole: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"left": whole.q_proj, "right": whole.o_proj})
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return self.inner["right"](self.inner["left"](hidden_states)), None
+
+
+def test_architectures_that_are_not_known_say_so() -> None:
+    model = make_llama()
+    model.model.layers[1].self_attn = _Odd(model.model.layers[1].self_attn)
+    assert list(heard(model, Needs(hidden=frozenset({1}))).hidden) == [1]
+    for needs in (Needs(attentions=frozenset({1})), Needs(vectors=frozenset({1}))):
+        with pytest.raises(ModelError, match=r"projections called q_proj/k_proj/v_proj.*in layer 1, got none"):
+            heard(model, needs)
+    with pytest.raises(ModelError, match=r"transformers to look into"):
+        Taps(nn.Linear(2, 2))
+    broken = make_llama()
+    broken.model.layers = nn.ModuleList([broken.model.layers[0]])
+    with pytest.raises(ModelError, match=r"list of its 2 layers, got .*model\.layers \(1\)"):
+        Taps(broken)
+    with pytest.raises(ModelError, match="Its maps are not to be had"):
+        heard(build("falcon, one key"), EVERYTHING)
+    with pytest.raises(ModelError, match="in an order of codegen's own"):
+        sizes = {**OLD, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 2}
+        heard(AutoModelForCausalLM.from_config(AutoConfig.for_model("codegen", **sizes)), Needs(vectors=frozenset({0})))
+
+
+def test_a_layer_that_did_not_run_is_named() -> None:
+    taps = Taps(make_llama())
+    with pytest.raises(ModelError, match="expected hidden from layer 1, got none"):
+        taps.hear(Needs(hidden=frozenset({1})), lambda: None)
+
+
+def test_reentrant_checkpointing_is_refused_where_it_would_cut_the_gradient() -> None:
+    model = BertForMaskedLM(BertConfig(**SIZES)).train()
+    taps, needs = Taps(model), Needs(vectors=frozenset({0}))
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": True})
+    with pytest.raises(ModelError, match="not reentrant"):
+        taps.hear(needs, partial(run, model, make_batch()))
+    enable({"use_reentrant": False})
+    inside = taps.hear(needs, partial(run, model, make_batch()))[1]
+    inside.vectors[0].queries.square().sum().backward()
+    assert model.bert.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
+
+
+def test_the_anatomy_is_the_models() -> None:
+    anatomy = Taps(build("llama, grouped queries")).anatomy
+    assert (anatomy.layers, anatomy.width, anatomy.heads, anatomy.narrowest) == (3, 16, 4, 8)
+    assert Taps(build("distilbert")).anatomy.attention_dropout == 0.1
