@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -151,7 +151,7 @@ def _with_ray(request: Request, todo: list[int]) -> Any:
         return []
     rows = ray.data.from_items([{"shard": number} for number in todo], override_num_blocks=len(todo))
     gpus = 1 if torch.cuda.is_available() else 0
-    done = rows.map(_Actor, fn_constructor_args=(request,), concurrency=(1, len(todo)), num_gpus=gpus)
+    done = rows.map(cast(Any, _Actor), fn_constructor_args=(request,), concurrency=(1, len(todo)), num_gpus=gpus)
     return done.iter_rows()
 
 
