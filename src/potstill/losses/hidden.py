@@ -103,7 +103,7 @@ def dimension_importance(gradients: Tensor) -> Tensor:
         [H] float32 (float64).
 
     References:
-        Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155, section 3.
+        Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155.
     """
     return gradients.to(compute_dtype(gradients.dtype)).abs().sum(0) / max(len(gradients), 1)
 
