@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -13,14 +12,11 @@ from transformers import PretrainedConfig
 
 from potstill.errors import ModelError, nearest
 from potstill.students.shape import Shape, fields_of, shape_of
-from potstill.students.size import count_parameters, last_line, size_of
+from potstill.students.size import count_parameters, last_line
 
 Keep = Literal["balanced", "depth", "width"]
 TOLERANCE = 0.05
 FFN_RANGE = 1.5  # how far the width of the feed-forward network may leave the teacher's proportion
-
-# The most parameters on each kind of device: rules of thumb for models in 4 to 16 bits, to begin with and to correct.
-TARGETS = {"browser": 200_000_000, "edge": 500_000_000, "mobile": 1_000_000_000, "server": 3_000_000_000}
 
 
 def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabulary: int) -> PretrainedConfig:
@@ -89,84 +85,27 @@ def design(
             f"design: expected a budget below the teacher's {largest:,} parameters, got {parameters:,}. "
             "A student of that size can be the teacher itself."
         )
-    search = _Search(teacher, keep, rows)
+    search = Search(teacher, keep, rows)
     best = search.best(parameters)
-    config = student_config(teacher, fields_of(best.shape, teacher), rows)
+    config = search.config(best.shape)
     found = count_parameters(config)
     if abs(found / parameters - 1) > TOLERANCE:
         smallest = search.smallest()
         if parameters < smallest.parameters:
             raise ModelError(
                 f"design: expected a budget of at least {smallest.parameters:,} parameters, got {parameters:,}. "
-                f"The smallest student {_KEPT[keep]} has {_words(smallest.shape)}, and its {rows:,} tokens' embeddings. "
+                f"The smallest student {KEPT[keep]} has {in_words(smallest.shape)}, and its {rows:,} tokens' embeddings. "
                 + _advice(teacher, keep, rows, parameters)
             )
         raise ModelError(
-            f"design: expected a budget that a student {_KEPT[keep]} can meet within {TOLERANCE:.0%}, got "
-            f"{parameters:,}. The nearest has {found:,} parameters: {_words(best.shape)}. Ask for that many, or keep "
+            f"design: expected a budget that a student {KEPT[keep]} can meet within {TOLERANCE:.0%}, got "
+            f"{parameters:,}. The nearest has {found:,} parameters: {in_words(best.shape)}. Ask for that many, or keep "
             "something else."
         )
     return config
 
 
-def design_within(
-    teacher: PretrainedConfig, measure: Callable[[PretrainedConfig], float], most: float, what: str, *, keep: Keep
-) -> PretrainedConfig:
-    """The config of the largest student for which a measure stays within a limit.
-
-    Args:
-        teacher: the teacher's config.
-        measure: config -> a cost that grows with the number of parameters, such as bytes or milliseconds.
-        most: the limit.
-        what: the limit in words, for errors.
-        keep: see `design`.
-
-    Raises:
-        ModelError: the smallest student is above the limit.
-    """
-    if measure(teacher) <= most:
-        raise ModelError(f"design: expected {what} that the teacher itself does not meet. It needs no student for it.")
-    search = _Search(teacher, keep, teacher.vocab_size)
-
-    def config_of(shape: Shape) -> PretrainedConfig:
-        return student_config(teacher, fields_of(shape, teacher), teacher.vocab_size)
-
-    smallest = search.smallest()
-    found, least = None, measure(config_of(smallest.shape))
-    if least > most:
-        raise ModelError(
-            f"design: expected {what} that a student {_KEPT[keep]} can meet, got less than the {least:,.4g} of the "
-            f"smallest one: {_words(smallest.shape)}, {smallest.parameters:,} parameters."
-        )
-    low, high = smallest.parameters, count_parameters(teacher)
-    while high / low > 1 + TOLERANCE / 4:  # the cost grows with the parameters, so halving finds the limit
-        middle = round(math.sqrt(low * high))
-        config = config_of(search.best(middle).shape)
-        if measure(config) <= most:
-            found, low = config, middle
-        else:
-            high = middle
-    return found or config_of(smallest.shape)
-
-
-def memory(context: int) -> Callable[[PretrainedConfig], float]:
-    """A measure for `design_within`: bytes to serve one row of `context` tokens in half precision."""
-    return lambda config: float(size_of(config, context).serve_bytes)
-
-
-def parse_count(text: str | int | float) -> int:
-    """A number of parameters as people write it.
-
-    >>> parse_count("1.5B"), parse_count("100M"), parse_count("250_000")
-    (1500000000, 100000000, 250000)
-    """
-    match = re.fullmatch(r"\s*([\d_]*\.?\d+(?:[eE]\d+)?)\s*([kKmMbB]?)\s*", str(text))
-    if not match or float(match[1]) <= 0:
-        raise ModelError(f"params: expected a number such as 100M or 1.5B, got {text}.")
-    return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
-
-
-_KEPT = {
+KEPT = {
     "balanced": "of the teacher's family",
     "depth": "as deep as the teacher",
     "width": "as wide as the teacher",
@@ -174,7 +113,9 @@ _KEPT = {
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
+    """A shape and the number of parameters that it gives."""
+
     shape: Shape
     parameters: int
 
@@ -191,7 +132,7 @@ class _Counts:
         return self.outside + shape.layers * (self.layer + self.unit * shape.ffn)
 
 
-class _Search:
+class Search:
     """The shapes that a student may have, and the best for a budget."""
 
     def __init__(self, teacher: PretrainedConfig, keep: Keep, rows: int) -> None:
@@ -199,19 +140,23 @@ class _Search:
         self.shape = shape_of(teacher)
         self.widths = [(shape, self._count(shape)) for shape in self._widths()]
 
-    def best(self, parameters: int) -> _Candidate:
+    def best(self, parameters: int) -> Candidate:
         """The shape that is nearest to the teacher's proportions among those within half of the tolerance, else the
         one that is nearest to the budget.
         """
         candidates = [self._with_ffn(width, counts, layers, parameters) for width, counts, layers in self._frames()]
 
-        def cost(one: _Candidate) -> tuple[float, float]:
+        def cost(one: Candidate) -> tuple[float, float]:
             missed = abs(math.log(one.parameters / parameters))
             return (0.0, self._distance(one.shape)) if missed < TOLERANCE / 2 else (missed, 0.0)
 
         return min(candidates, key=cost)
 
-    def smallest(self) -> _Candidate:
+    def config(self, shape: Shape) -> PretrainedConfig:
+        """The config of a shape."""
+        return student_config(self.teacher, fields_of(shape, self.teacher), self.rows)
+
+    def smallest(self) -> Candidate:
         """The shape with the fewest parameters."""
         return min(
             (self._with_ffn(width, counts, layers, 0) for width, counts, layers in self._frames()),
@@ -245,17 +190,16 @@ class _Search:
     def _count(self, shape: Shape) -> _Counts:
         """Counted on three small models, because parameters are linear in layers and in the feed-forward width."""
         ones = [replace(shape, layers=1), replace(shape, layers=2), replace(shape, layers=1, ffn=2 * shape.ffn)]
-        configs = [student_config(self.teacher, fields_of(one, self.teacher), self.rows) for one in ones]
-        one, two, wide = (count_parameters(config) for config in configs)
+        one, two, wide = (count_parameters(self.config(each)) for each in ones)
         unit = (wide - one) // shape.ffn
         return _Counts(outside=one - (two - one), layer=(two - one) - unit * shape.ffn, unit=unit)
 
-    def _with_ffn(self, width: Shape, counts: _Counts, layers: int, parameters: int) -> _Candidate:
+    def _with_ffn(self, width: Shape, counts: _Counts, layers: int, parameters: int) -> Candidate:
         """A frame with the feed-forward width that brings it nearest to the budget, within its range."""
         wanted = ((parameters - counts.outside) / layers - counts.layer) / counts.unit
         least, most = width.ffn / FFN_RANGE, min(width.ffn * FFN_RANGE, self.shape.ffn)
         shape = replace(width, layers=layers, ffn=_rounded(min(max(wanted, least), most), self.shape.ffn))
-        return _Candidate(shape, counts.of(shape))
+        return Candidate(shape, counts.of(shape))
 
     def _distance(self, shape: Shape) -> float:
         """How far a shape's proportions are from the teacher's; 0 where they are the same.
@@ -264,7 +208,7 @@ class _Search:
         """
         whole = self.shape
         distance = abs(math.log((shape.ffn / shape.hidden) / (whole.ffn / whole.hidden)))
-        distance += abs(math.log((shape.heads / shape.kv_heads) / (whole.heads / whole.kv_heads))) / 4
+        distance += abs(math.log((shape.heads / shape.kv_heads) / (whole.heads / whole.kv_heads)))
         if self.keep == "balanced":
             distance += abs(math.log((shape.layers / shape.hidden) / (whole.layers / whole.hidden)))
         return distance
@@ -287,12 +231,12 @@ def _divisor(whole: int, wanted: float, most: int) -> int:
     return min(divisors, key=lambda one: abs(math.log(one / wanted)))
 
 
-def _words(shape: Shape) -> str:
+def in_words(shape: Shape) -> str:
     layers = "1 layer" if shape.layers == 1 else f"{shape.layers} layers"
     return f"{layers} of width {shape.hidden}, feed-forward {shape.ffn}"
 
 
 def _advice(teacher: PretrainedConfig, keep: Keep, rows: int, parameters: int) -> str:
-    if keep != "balanced" and (other := _Search(teacher, "balanced", rows).smallest()).parameters <= parameters:
+    if keep != "balanced" and (other := Search(teacher, "balanced", rows).smallest()).parameters <= parameters:
         return f"Let both shrink (keep balanced): from {other.parameters:,} on."
     return "Ask for more, or take a teacher with a smaller vocabulary."
