@@ -29,7 +29,7 @@ from potstill.evaluate.report import write_report, write_student_card
 from potstill.evaluate.speed import latency_ms, weight_bytes
 from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
-from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart, TeacherPart
+from potstill.recipe import BudgetPart, LabelsPart, LogitsPart, Recipe, SchedulePart, StudentPart, TeacherPart
 from potstill.targets import causal_alignment
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
@@ -237,7 +237,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         "objective": "; ".join(_describe(part) for part in recipe.objective),
         "models": {
             "teacher": _describe_teacher(recipe.teacher),
-            "student": recipe.student.model or _describe_design(recipe.student.design or {}),
+            "student": recipe.student.model or _describe_design(recipe.student),
         },
         "notes": list(parts.notes),
         "versions": _versions(),
@@ -309,8 +309,13 @@ def _describe_teacher(part: TeacherPart) -> str:
     return part.model or f"{part.cache} (a cache)"
 
 
-def _describe_design(design: Mapping[str, Any]) -> str:
-    return "the teacher's kind with " + ", ".join(f"{key} {value}" for key, value in design.items())
+def _describe_design(student: StudentPart) -> str:
+    design = student.design
+    budget = isinstance(design, BudgetPart)
+    fields = design.model_dump(exclude_none=True, exclude_defaults=True) if isinstance(design, BudgetPart) else design
+    shape = ", ".join(f"{key} {value}" for key, value in (fields or {}).items())
+    begins = "" if student.initialize.method == "random" else f"; begins with {student.initialize.method}"
+    return f"the teacher's kind {'within' if budget else 'with'} {shape}{begins}"
 
 
 def _versions() -> dict[str, str]:

@@ -95,7 +95,9 @@ def _compare(teacher: Any, student: Any, teachers: Any, students: Any) -> None:
     out = Console()
     out.print(table, highlight=False)
     ratio = teachers.parameters / students.parameters
-    out.print(f"{ratio:.2f} times smaller. Estimated share of the teacher's score, by published results:", highlight=False)
+    out.print(
+        f"{ratio:.2f} times smaller. Estimated share of the teacher's score, by published results:", highlight=False
+    )
     for task in get_args(Task):
         share = expected_share(ratio, task)
         beyond = ", beyond what is published" if share.extrapolated else ""

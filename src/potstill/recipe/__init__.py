@@ -7,13 +7,15 @@ from potstill.recipe.data import DataPart, SourcePart
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
 from potstill.recipe.objective import DivergencePart, LabelsPart, LogitsPart, TermPart
 from potstill.recipe.run import EvaluatePart, Recipe
-from potstill.recipe.student import StudentPart
+from potstill.recipe.student import BudgetPart, InitializePart, StudentPart
 from potstill.recipe.teacher import ServerPart, TeacherPart
 
 __all__ = [
+    "BudgetPart",
     "DataPart",
     "DivergencePart",
     "EvaluatePart",
+    "InitializePart",
     "LabelsPart",
     "LogitsPart",
     "Number",

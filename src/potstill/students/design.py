@@ -94,7 +94,7 @@ def design(
         if parameters < smallest.parameters:
             raise ModelError(
                 f"design: expected a budget of at least {smallest.parameters:,} parameters, got {parameters:,}. "
-                f"The smallest student {KEPT[keep]} has {in_words(smallest.shape)}, and its {rows:,} tokens' embeddings. "
+                f"The smallest student {KEPT[keep]} has {in_words(smallest.shape)}, and embeddings of {rows:,} tokens. "
                 + _advice(teacher, keep, rows, parameters)
             )
         raise ModelError(

@@ -45,8 +45,12 @@ def _llama(vocabulary: int, hidden: int, ffn: int, layers: int, heads: int, kv: 
 _TIED = {"tie_word_embeddings": True}
 
 REFERENCES = (
-    Reference("TinyBERT 4", "bert", {"hidden_size": 312, "num_hidden_layers": 4, "intermediate_size": 1200}, "from BERT"),
-    Reference("MiniLM L6", "bert", {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}, "from BERT"),
+    Reference(
+        "TinyBERT 4", "bert", {"hidden_size": 312, "num_hidden_layers": 4, "intermediate_size": 1200}, "from BERT"
+    ),
+    Reference(
+        "MiniLM L6", "bert", {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}, "from BERT"
+    ),
     Reference("DistilBERT", "distilbert", {}, "every second layer of BERT"),
     Reference("DistilGPT2", "gpt2", {"n_layer": 6}, "every second layer of GPT-2"),
     Reference("GPT-2", "gpt2", {}, "from scratch"),

@@ -1,4 +1,4 @@
-"""What a model takes, counted on the model itself: built from its config on the meta device, where weights are shapes."""
+"""What a model takes, counted on the model itself: built from its config, on a device where weights are only shapes."""
 
 from __future__ import annotations
 
