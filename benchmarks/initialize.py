@@ -1,8 +1,8 @@
 """How a student should begin, on the demo's task: .venv/bin/python benchmarks/initialize.py
 
 Students of two shapes, one narrower and shallower than the teacher and one as wide with a single layer, begin with
-random weights or with the teacher's, and are distilled alike. Prints the held-out loss at the end, and the tokens that each
-needed to reach the loss at which the random start of its shape ends, as Markdown.
+random weights or with the teacher's, and are distilled alike. Prints the held-out loss at the end, and the tokens
+that each needed to reach the loss at which the random start of its shape ends, as Markdown.
 """
 
 from __future__ import annotations
