@@ -22,10 +22,8 @@ STARTS = {
     "narrow, random": (NARROW, "random"),
     "narrow, truncated": (NARROW, "truncate"),
     "narrow, pruned": (NARROW, "prune"),
-    "narrow, pruned in width, layers evenly spread": (NARROW, "{method: prune, layers: uniform}"),
     "shallow, random": (SHALLOW, "random"),
-    "shallow, copied (the first layer)": (SHALLOW, "copy"),
-    "shallow, copied (the layer of most influence)": (SHALLOW, "{method: copy, layers: importance}"),
+    "shallow, copied": (SHALLOW, "copy"),
 }
 
 
@@ -58,7 +56,7 @@ def reached(points: list[tuple[int, float]], target: float) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-initialize"))
     args = parser.parse_args()

@@ -37,9 +37,10 @@ ROOMS: dict[str, set[str]] = {
     "prepare_student": PIPELINE,
     "prepare": PIPELINE | {"prepare_student"},
     "preflight": PIPELINE | {"prepare"},
+    "evaluation": PIPELINE,
     "pipeline": PIPELINE | {"prepare"},
     "demo": PIPELINE | {"prepare", "preflight", "pipeline", "cli"},
-    "cli": PIPELINE | {"prepare", "preflight", "pipeline", "demo"},
+    "cli": PIPELINE | {"prepare", "preflight", "evaluation", "pipeline", "demo"},
     "__main__": {"cli"},
 }
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.data import PaddingCollator, pad_token_id
+from potstill.data import in_batches
 from potstill.errors import RecipeError
 from potstill.loading import load_model
 from potstill.recipe import BudgetPart, Recipe, StudentPart
@@ -74,8 +74,6 @@ def begin(
 
     def calibration() -> Iterator[dict[str, Tensor]]:
         teacher.to(recipe.teacher.device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
-        collate = PaddingCollator(pad_token_id(tokenizer)[0])
-        for first in range(0, wanted, ROWS):
-            yield collate([train[i] for i in chosen[first : first + ROWS]])
+        return in_batches((train[i] for i in chosen), tokenizer, ROWS)
 
     return start(teacher, design, part.method, layers=part.layers, calibration=calibration)
