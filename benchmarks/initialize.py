@@ -56,11 +56,12 @@ def reached(points: list[tuple[int, float]], target: float) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--starts", nargs="+", choices=[*STARTS], default=[*STARTS], metavar="START")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-initialize"))
     args = parser.parse_args()
-    curves = {name: [curve(name, seed, args) for seed in args.seeds] for name in STARTS}
+    curves = {name: [curve(name, seed, args) for seed in args.seeds] for name in args.starts}
 
     print("| start | first evaluation | final loss | tokens to the random start's final loss | of its tokens |")
     print("|---|---|---|---|---|")

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from potstill.engines import Completion, ModelServer, Sampling
     from potstill.pipeline import RunResult, run
     from potstill.recipe import Recipe
+    from potstill.students.budget import Budget
+    from potstill.students.capacity import expected_share
+    from potstill.students.size import size_of
     from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, TeacherOutput
     from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
 
@@ -42,6 +45,9 @@ _LATER = {
     "potstill.engines": ("Completion", "ModelServer", "Sampling"),
     "potstill.pipeline": ("RunResult", "run"),
     "potstill.recipe": ("Recipe",),
+    "potstill.students.budget": ("Budget",),
+    "potstill.students.capacity": ("expected_share",),
+    "potstill.students.size": ("size_of",),
     "potstill.teachers": ("ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput"),
     "potstill.train": (
         "DistillationConfig",
@@ -56,6 +62,7 @@ _LATER = {
 __all__ = [
     "JSD",
     "AlphaBeta",
+    "Budget",
     "Completion",
     "DenseTargets",
     "DistillationConfig",
@@ -88,10 +95,12 @@ __all__ = [
     "TeacherOutput",
     "TotalVariation",
     "encode",
+    "expected_share",
     "linear_cross_entropy",
     "linear_divergence",
     "run",
     "schedule",
+    "size_of",
     "token_cross_entropy",
     "token_divergence",
     "token_mean",

@@ -114,7 +114,8 @@ def _list(context: int) -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "family", "parameters", "layers", "width", "heads", "ffn", "cache a token", "made"):
-        table.add_column(column, justify="left" if column in ("", "family", "made") else "right")
+        words_of_it = column in ("", "family", "made")
+        table.add_column(column, justify="left" if words_of_it else "right", no_wrap=column in ("", "parameters"))
     for reference in REFERENCES:
         config = reference.config()
         shape, size = shape_of(config), size_of(config, context)

@@ -12,7 +12,6 @@ from transformers import PretrainedConfig
 
 from potstill.errors import ModelError, nearest
 from potstill.students.design import KEPT, TOLERANCE, Keep, Search, design, in_words
-from potstill.students.shape import shape_of
 from potstill.students.size import count_parameters, size_of
 
 # The most parameters on each kind of device: rules of thumb for models in 4 to 16 bits, to begin with and to correct.
@@ -102,12 +101,15 @@ class Budget:
                 f"design: expected a limit that a student {KEPT[self.keep]} can meet, got {what}: the smallest one "
                 f"takes {least:.3g}. It has {in_words(smallest.shape)}, {smallest.parameters:,} parameters."
             )
-        low, high = smallest.parameters, count_parameters(teacher)
+        low, high, everything_fits = smallest.parameters, count_parameters(teacher), True
         while high / low > 1 + TOLERANCE / 4:
             middle = round(math.sqrt(low * high))
             config = search.config(search.best(middle).shape)
-            low, high, found = (middle, high, config) if measure(config) <= most else (low, middle, found)
-        if shape_of(found) == shape_of(teacher):
+            if measure(config) <= most:
+                low, found = middle, config
+            else:
+                high, everything_fits = middle, False
+        if everything_fits:
             raise ModelError(f"design: expected a limit that the teacher does not meet, got {what}. Take the teacher.")
         return found
 

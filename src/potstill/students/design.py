@@ -78,6 +78,7 @@ def design(
     """
     if keep not in get_args(Keep):
         raise ModelError(f"design: expected keep {', '.join(get_args(Keep))}, got {keep}.")
+    shape_of(teacher)  # says so where the layers are not all alike
     rows = vocabulary or teacher.vocab_size
     largest = count_parameters(teacher)
     if parameters >= largest:
@@ -184,6 +185,8 @@ class Search:
             else:
                 kv_heads = max(1, round(whole.kv_heads * share))
                 heads = kv_heads * max(1, round(whole.heads * share / kv_heads))
+            if hidden % heads:  # some families' configs refuse it
+                continue
             ffn = _rounded(whole.ffn * share, whole.ffn)
             yield replace(whole, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn)
 

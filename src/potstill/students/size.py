@@ -90,5 +90,6 @@ def size_of(config: PretrainedConfig, context: int) -> Size:
 
 
 def last_line(error: Exception) -> str:
-    """The last line of an error's text, where libraries put the reason."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+    """The last line of an error's text, where libraries put the reason, not longer than can be read."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+    return line if len(line) <= 300 else line[:300] + "..."
