@@ -202,6 +202,7 @@ def test_the_command_writes_a_config(tmp_path: Path) -> None:
         (["--teacher", "nowhere/at/all", "--params", "1M"], "not one"),
         (["--teacher", "TOYS", "--params", "1M", "--keep", "dpeth"], "--keep: expected"),
         (["--teacher", "TOYS"], "one of params"),
+        (["--teacher", "TOYS", "--params", "1M", "--context", "65"], "--context: expected at most 64"),
         (["--teacher", "TOYS", "--params", "100 M parameters"], "such as 100M"),
     ],
 )

@@ -13,6 +13,8 @@ from rich.table import Table
 from potstill.cli.app import app, console
 from potstill.errors import UserError
 
+CONTEXT = 2048  # tokens in a row, where nothing else is said
+
 
 @app.command()
 def design(
@@ -25,7 +27,10 @@ def design(
     ] = None,
     target: Annotated[str | None, typer.Option(help="a kind of device: browser, edge, mobile, server")] = None,
     keep: Annotated[str, typer.Option(help="what stays as in the teacher: depth, width, or balanced")] = "balanced",
-    context: Annotated[int, typer.Option(help="tokens in a row, for memory, latency and FLOPs", min=1)] = 2048,
+    context: Annotated[
+        int | None,
+        typer.Option(help="tokens in a row, for memory, latency and FLOPs; by default 2048, or what it can", min=1),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="the folder that config.json is written to")] = None,
     list_: Annotated[bool, typer.Option("--list", help="show published small models instead")] = False,
 ) -> None:
@@ -41,21 +46,26 @@ def design(
     from potstill.students.design import Keep
     from potstill.students.size import build, size_of
 
-    def seconds(config: PretrainedConfig) -> float:
-        return timed(build(config).eval(), context, repeats=3) / 1000
-
     with quiet():
         if list_:
-            return _list(context)
+            return _list(context or CONTEXT)
         if teacher is None:
             raise UserError("design: expected --teacher DIR, got none. A student is of its teacher's family.")
         if keep not in get_args(Keep):
             raise UserError(f"--keep: expected {', '.join(get_args(Keep))}, got {keep}.")
-        count = None if params is None else parse_count(params)
-        budget = Budget(count, compression, memory_gb, latency_ms, target, keep, context)  # type: ignore[arg-type]
         of = load_config(teacher, "--teacher")
+        most = getattr(of, "max_position_embeddings", None) or context or CONTEXT
+        tokens = context or min(CONTEXT, most)
+        if tokens > most:
+            raise UserError(f"--context: expected at most {most}, the teacher's number of positions, got {tokens}.")
+
+        def seconds(config: PretrainedConfig) -> float:
+            return timed(build(config), tokens, repeats=3) / 1000
+
+        count = None if params is None else parse_count(params)
+        budget = Budget(count, compression, memory_gb, latency_ms, target, keep, tokens)  # type: ignore[arg-type]
         student = budget.student(of, seconds=seconds)
-        _compare(of, student, size_of(of, context), size_of(student, context))
+        _compare(of, student, size_of(of, tokens), size_of(student, tokens))
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
