@@ -20,6 +20,7 @@ from potstill.students.shape import shape_of
 from potstill.students.size import build
 
 Method = Literal["copy", "truncate", "prune"]
+BY_LAYER = ("layer_types", "no_rope_layers")  # what configs list for each layer
 
 
 def random_student(config: PretrainedConfig, seed: int) -> PreTrainedModel:
@@ -106,13 +107,13 @@ def start(
             f"student.initialize: expected the teacher's widths to copy layers, {same}, got {shape}. Change "
             "num_hidden_layers alone, or use truncate or prune."
         )
-    how = layers or ("importance" if method == "prune" else "uniform")
+    how = ("importance" if method == "prune" else "uniform") if layers is None else layers
     measured = importance_of(teacher, calibration()) if method == "prune" or how == "importance" else None
     chosen = spread(how, anatomy.shape.layers, shape.layers, measured)
     made = origins(anatomy.shape, shape, chosen, measured if method == "prune" else None)
     by_layer = copy.deepcopy(config)
-    for name, values in teacher.config.to_dict().items():
-        if isinstance(values, list) and len(values) == anatomy.shape.layers > 1:
+    for name in BY_LAYER:
+        if isinstance(values := getattr(teacher.config, name, None), list):
             setattr(by_layer, name, [values[layer] for layer in chosen])
     return Start(by_layer, made, _notes(teacher, anatomy, by_layer, method, how, made))
 
