@@ -65,10 +65,9 @@ def bytes_part(_: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     torch.set_num_threads(1)
     cells = []
     for vocabulary in VOCABULARIES:
-        logits = speech(256, vocabulary)
+        logits, labels = speech(256, vocabulary), torch.randint(vocabulary, (256,))
         for codec in (Sampled(vocabulary), TopK(vocabulary), Dense(vocabulary)):
-            told = -torch.rand(len(logits)) * 8
-            row = codec.encode(DenseTargets(logits), told, 0)
+            row = codec.encode(DenseTargets(logits), 0, labels=labels)
             packed = COMPRESSION.compress(row, asbytes=True)
             rows = 1 if codec.name == "dense" else 40  # a batch of 10,240 tokens
 
@@ -76,8 +75,8 @@ def bytes_part(_: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
                 signals = [COMPRESSION.decompress(packed, size, asbytes=True) for _ in range(rows)]
                 codec.decode(signals, [256] * rows)
 
-            def pack(codec: Codec = codec, logits: torch.Tensor = logits, told: torch.Tensor = told) -> None:
-                COMPRESSION.compress(codec.encode(DenseTargets(logits), told, 0))
+            def pack(codec: Codec = codec, logits: torch.Tensor = logits, labels: torch.Tensor = labels) -> None:
+                COMPRESSION.compress(codec.encode(DenseTargets(logits), 0, labels=labels))
 
             cells.append(
                 [
@@ -122,7 +121,7 @@ def encode_part(_: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     forward = timed(lambda: says(teacher, how, batch, alignment).dense(), 3)
     cells = []
     for codec in (Sampled(vocabulary), TopK(vocabulary)):
-        spent = timed(lambda codec=codec: COMPRESSION.compress(codec.encode(DenseTargets(logits), None, 0)), 3)
+        spent = timed(lambda codec=codec: COMPRESSION.compress(codec.encode(DenseTargets(logits), 0)), 3)
         cells.append([codec.name, f"{1000 * forward:,.0f}", f"{1000 * spent:,.0f}", f"{spent / forward:.1%}"])
     parameters = sum(each.numel() for each in teacher.parameters())
     return ["codec", f"forward of {parameters / 1e6:,.0f}M parameters, ms", "packing, ms", "share"], cells
@@ -134,7 +133,7 @@ class Recorded(Teacher):
     def __init__(self, codec: Codec, rows: int, length: int) -> None:
         self.codec, self.tokens = codec, [length - 1] * rows
         said = [DenseTargets(speech(length - 1, codec.vocabulary, seed)) for seed in range(rows)]
-        packed = [codec.encode(each, None, 0) for each in said]
+        packed = [codec.encode(each, 0) for each in said]
         self.rows = [(COMPRESSION.compress(row, asbytes=True), len(row)) for row in packed]
 
     def __call__(self, batch: Any, alignment: Any) -> TeacherOutput:
@@ -216,7 +215,7 @@ def scale_part(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     """Synthetic signals: 512-token rows that repeat, under keys that do not."""
     rows, per_shard = args.tokens // 512, 512
     codec = Sampled(32_000)
-    signals = [codec.encode(DenseTargets(speech(512, 32_000, seed)), None, seed) for seed in range(8)]
+    signals = [codec.encode(DenseTargets(speech(512, 32_000, seed)), seed) for seed in range(8)]
     keys = np.random.default_rng(0).bytes(16 * rows)
     plan = Plan(
         format=FORMAT,

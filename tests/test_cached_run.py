@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -134,3 +138,19 @@ def test_a_build_that_cannot_be_says_why(arguments: list[str], expected: str) ->
     with pytest.raises(UserError) as caught:
         build(*arguments)
     assert expected in str(caught.value)
+
+
+def test_what_the_page_about_caches_shows_works(
+    toys: Path, recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs/cache.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    values = yaml.safe_load(shown)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values | {"teacher": {"model": "teacher"}}))
+    (commands,) = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
+    for line in commands.splitlines():
+        done = CliRunner().invoke(app, shlex.split(line.partition("#")[0])[1:], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    assert run(Recipe.parse(values), console=QUIET).summary["rows"]["teacher"]["loss"] > 0

@@ -50,7 +50,7 @@ def expected(codec: Codec, p: torch.Tensor, repeats: int) -> torch.Tensor:
     """The targets [contexts, V] that a student sees, averaged over its visits to a context."""
     total = torch.zeros_like(p)
     for seed in range(repeats):
-        row = codec.encode(DenseTargets(p.log().float()), None, seed)
+        row = codec.encode(DenseTargets(p.log().float()), seed)
         said = codec.decode([row], [len(p)])[0]
         assert isinstance(said, SparseTargets)
         chances = said.log_probs.double().exp()

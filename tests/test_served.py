@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 
 from conftest import make_batch, make_llama, make_tokenizer
 from potstill import pipeline
+from potstill.caching import Request, build
 from potstill.divergence import JSD, ForwardKL
 from potstill.engines import ModelServer, client
 from potstill.errors import PotstillError, RecipeError, RefusedError, ServerError, ShapeError, VocabularyError
@@ -266,3 +268,19 @@ def test_rows_must_leave_the_server_a_place(served_values: dict[str, Any]) -> No
     served_values["data"]["max_length"] = 64
     with pytest.raises(RecipeError, match=r"data\.max_length: expected at most 63, the teacher's number of positions"):
         quiet_run(served_values)
+
+
+def test_a_cache_built_from_a_server_serves_the_same_run(served_values: dict[str, Any], tmp_path: Path) -> None:
+    asked = Recipe.parse(served_values)
+    sources, top_k = [asked.data.train, asked.data.eval], {"k": asked.teacher.server.top_k}
+    request = Request(asked.teacher, sources, 32, True, "top_k", top_k, tmp_path / "cache", 4, asked.student.model)
+    manifest = build(request, console=Console(file=io.StringIO()))
+    assert manifest is not None and manifest.plan.teacher.startswith("toy behind http://127.0.0.1")
+    live = quiet_run(served_values)
+    served_values |= {"teacher": {"cache": str(tmp_path / "cache")}, "output": str(tmp_path / "cached")}
+    cached = quiet_run(served_values)
+    rows = [result.summary["rows"] for result in (live, cached)]
+    assert rows[1]["teacher"]["loss"] == pytest.approx(rows[0]["teacher"]["loss"], rel=1e-3)
+    assert rows[1]["student"]["loss"] == pytest.approx(rows[0]["student"]["loss"], rel=2e-2)
+    with pytest.raises(ShapeError, match=r"sampled: expected a teacher with whole distributions"):
+        build(replace(request, codec="sampled", parameters={}, out=tmp_path / "s"), console=Console(file=io.StringIO()))

@@ -31,24 +31,26 @@ from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
 
 if TYPE_CHECKING:
     from potstill.data import Examples, PaddingCollator, Source, encode
-    from potstill.engines import Completion, ModelServer, Sampling
+    from potstill.engines import Completion, LocalEngine, ModelServer, Sampling
+    from potstill.generation import Generated, generate
     from potstill.pipeline import RunResult, run
-    from potstill.recipe import Recipe
+    from potstill.recipe import GenerateRecipe, Recipe
     from potstill.students.budget import Budget
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
-    from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, TeacherOutput
+    from potstill.teachers import CachedTeacher, ModelTeacher, ServedTeacher, Teacher, TeacherOutput
     from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
 
 _LATER = {
     "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
-    "potstill.engines": ("Completion", "ModelServer", "Sampling"),
+    "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
+    "potstill.generation": ("Generated", "generate"),
     "potstill.pipeline": ("RunResult", "run"),
-    "potstill.recipe": ("Recipe",),
+    "potstill.recipe": ("GenerateRecipe", "Recipe"),
     "potstill.students.budget": ("Budget",),
     "potstill.students.capacity": ("expected_share",),
     "potstill.students.size": ("size_of",),
-    "potstill.teachers": ("ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput"),
+    "potstill.teachers": ("CachedTeacher", "ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput"),
     "potstill.train": (
         "DistillationConfig",
         "DistillationTrainer",
@@ -63,6 +65,7 @@ __all__ = [
     "JSD",
     "AlphaBeta",
     "Budget",
+    "CachedTeacher",
     "Completion",
     "DenseTargets",
     "DistillationConfig",
@@ -72,9 +75,12 @@ __all__ = [
     "Examples",
     "ForwardKL",
     "FusedLoss",
+    "GenerateRecipe",
+    "Generated",
     "HeadTargets",
     "LMHead",
     "Labels",
+    "LocalEngine",
     "Logits",
     "ModelServer",
     "ModelTeacher",
@@ -96,6 +102,7 @@ __all__ = [
     "TotalVariation",
     "encode",
     "expected_share",
+    "generate",
     "linear_cross_entropy",
     "linear_divergence",
     "run",

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.cache.codec import CODECS, Codec
 from potstill.cache.store import FORMAT, Manifest, Plan
 from potstill.data import PaddingCollator, Source, encode, pad_token_id
 from potstill.data.vocabulary import fingerprint
 from potstill.errors import ModelError, UserError
-from potstill.loading import load_model, load_tokenizer, quiet
+from potstill.loading import quiet
 from potstill.recipe import SourcePart, TeacherPart
+from potstill.speaker import find_speaker
 from potstill.targets import HeadTargets, causal_alignment
-from potstill.teachers import ModelTeacher
+from potstill.teachers import Teacher
 from potstill.teachers.cached import COMPANIONS, keys_of
 from potstill.teachers.capture import Capture
 
@@ -43,7 +44,8 @@ class Request:
         codec: sampled, top_k, dense or hidden.
         parameters: of the codec: draws, k, temperature.
         out: the cache's directory.
-        batch_rows: rows in a batch of the teacher.
+        batch_rows: rows in a batch of the teacher; as many requests go to a server at once.
+        tokenizer: where the tokenizer is with which a server is asked.
     """
 
     teacher: TeacherPart
@@ -54,6 +56,7 @@ class Request:
     parameters: dict[str, Any]
     out: Path
     batch_rows: int = 8
+    tokenizer: str | None = None
 
 
 def build(
@@ -78,7 +81,7 @@ def build(
         capture.begin()
         todo = capture.todo(part)
         with Progress(console=console) as progress:
-            task = progress.add_task(f"{request.codec} of {request.teacher.model}", total=len(todo))
+            task = progress.add_task(f"{request.codec} of {request.teacher.title}", total=len(todo))
             for _ in _with_ray(request, todo) if engine == "ray" else map(capture.build, todo):
                 progress.advance(task)
         return capture.finish()
@@ -86,27 +89,29 @@ def build(
 
 def prepare(request: Request, console: Console) -> Capture:
     """Load the teacher and the data, and plan the cache."""
-    if request.teacher.model is None:
-        raise UserError("cache build: expected a teacher that can be run, teacher.model, got none.")
-    model = load_model(request.teacher.model, "teacher.model", request.teacher.dtype)
-    tokenizer = load_tokenizer(request.teacher.model, "teacher.model")
+    who = request.teacher
+    if who.model is None and who.server is None:
+        raise UserError("cache build: expected a teacher to ask, teacher.model or teacher.server, got neither.")
+    speaker = find_speaker(who.model_copy(update={"cache": None}), request.tokenizer)
+    tokenizer = speaker.tokenizer
     examples = []
     for source in request.sources:
         found = encode(Source(**source.model_dump()), tokenizer, max_length=request.max_length, packing=request.packing)
         examples.append(found)
         for note in found.notes:
             console.print(note, style="dim", highlight=False, markup=False)
-    teacher = ModelTeacher(model, device=request.teacher.device)
-    device = torch.device(request.teacher.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = speaker.model is not None and torch.cuda.is_available()
+    device = torch.device(who.device or ("cuda" if on_gpu else "cpu"))
     collate = PaddingCollator(pad_token_id(tokenizer)[0])
     datasets = [found.dataset for found in examples]
     vocabulary = max(tokenizer.get_vocab().values()) + 1
-    codec = _codec(request, vocabulary, teacher, {n: v.to(device) for n, v in collate([datasets[0][0]]).items()})
+    batch = {name: value.to(device) for name, value in collate([datasets[0][0]]).items()}
+    codec = _codec(request, vocabulary, speaker.teacher, batch)
     tokens, rows = sum(found.tokens for found in examples), sum(map(len, datasets))
     plan = Plan(
         format=FORMAT,
-        teacher=request.teacher.model,
-        weights=_weights_digest(model),
+        teacher=who.title,
+        weights=who.title if speaker.model is None else _weights_digest(speaker.model),
         tokenizer=fingerprint(tokenizer),
         vocabulary=vocabulary,
         codec=codec.record(),
@@ -119,17 +124,18 @@ def prepare(request: Request, console: Console) -> Capture:
         batch_rows=request.batch_rows,
         versions={name: importlib.metadata.version(name) for name in ("potstill", "torch", "transformers")},
     )
-    return Capture(plan, request.out, teacher, datasets, collate, device, partial(_save_companions, model, tokenizer))
+    companions = partial(_save_companions, speaker.config, tokenizer)
+    return Capture(plan, request.out, speaker.teacher, datasets, collate, device, companions)
 
 
-def _codec(request: Request, vocabulary: int, teacher: ModelTeacher, batch: dict[str, torch.Tensor]) -> Codec:
+def _codec(request: Request, vocabulary: int, teacher: Teacher, batch: dict[str, torch.Tensor]) -> Codec:
     parameters = dict(request.parameters)
     if request.codec == "hidden":
         said = teacher(batch, causal_alignment(batch["labels"])).targets
         if not isinstance(said, HeadTargets):
             raise ModelError(
-                f"cache build: expected a teacher with a plain head for the codec hidden, got {request.teacher.model}, "
-                "whose logits are more than that. Use the codec top_k or sampled."
+                "cache build: expected a teacher with a plain head for the codec hidden, got "
+                f"{request.teacher.title}, which gives no hidden states. Use the codec top_k or sampled."
             )
         parameters |= {"width": said.hidden.shape[-1], "dtype": str(said.hidden.dtype).removeprefix("torch.")}
     return CODECS[request.codec](vocabulary, **parameters)
@@ -161,8 +167,9 @@ class _Actor:
         return row
 
 
-def _save_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    model.config.save_pretrained(directory / COMPANIONS)
+def _save_companions(config: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    if config is not None:
+        config.save_pretrained(directory / COMPANIONS)
     tokenizer.save_pretrained(directory / COMPANIONS)
 
 

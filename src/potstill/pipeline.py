@@ -26,7 +26,7 @@ from potstill.evaluate.speed import latency_ms, weight_bytes
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
-from potstill.recipe import BudgetPart, LabelsPart, LogitsPart, Recipe, SchedulePart, StudentPart, TeacherPart
+from potstill.recipe import BudgetPart, LabelsPart, LogitsPart, Recipe, SchedulePart, StudentPart
 from potstill.targets import causal_alignment
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
@@ -233,7 +233,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         },
         "objective": "; ".join(_describe(part) for part in recipe.objective),
         "models": {
-            "teacher": _describe_teacher(recipe.teacher),
+            "teacher": recipe.teacher.title,
             "student": recipe.student.model or _describe_design(recipe.student),
         },
         "notes": list(parts.notes),
@@ -296,12 +296,6 @@ def _describe(part: LogitsPart | LabelsPart) -> str:
     parameters = ", ".join(f"{k} {v:g}" for k, v in kind.items() if k != "kind")
     name = kind["kind"] + (f" ({parameters})" if parameters else "")
     return f"{name} at temperature {number(part.temperature)}, weight {number(part.weight)}"
-
-
-def _describe_teacher(part: TeacherPart) -> str:
-    if part.server is not None:
-        return f"{part.server.model} behind {part.server.url}, its {part.server.top_k} likeliest tokens"
-    return part.model or f"{part.cache} (a cache)"
 
 
 def _describe_design(student: StudentPart) -> str:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data import Examples, PaddingCollator, Source, encode, pad_token_id
 from potstill.data.vocabulary import shared_vocabulary
-from potstill.engines import ModelServer
 from potstill.errors import RecipeError
-from potstill.loading import has_bfloat16, load_model, load_tokenizer
+from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
 from potstill.prepare_student import begin, design_of, first_student
-from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart, ServerPart, SourcePart
+from potstill.recipe import LabelsPart, LogitsPart, Recipe, SchedulePart, SourcePart
+from potstill.speaker import find_speaker
 from potstill.students.initialize import Start
 from potstill.targets import causal_alignment
-from potstill.teachers import CachedTeacher, ModelTeacher, ServedTeacher, Teacher
-from potstill.teachers.cached import COMPANIONS
+from potstill.teachers import ModelTeacher, ServedTeacher, Teacher
 from potstill.train import Labels, Logits, Objective
 from potstill.train.objective import value_at
 
@@ -107,7 +105,7 @@ def prepare(recipe: Recipe) -> Parts:
     Raises:
         UserError: they do not.
     """
-    speaker = _speaker(recipe)
+    speaker = find_speaker(recipe.teacher, recipe.student.model)
     tokenizer = speaker.tokenizer
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
@@ -163,41 +161,6 @@ def prepare(recipe: Recipe) -> Parts:
                 parts, notes=(*parts.notes, "cache: the held-out rows are not in it: measured by labels alone.")
             )
     return parts
-
-
-class _Speaker(NamedTuple):
-    """The teacher, its model where it is here, and what else is known of it."""
-
-    teacher: Teacher
-    model: PreTrainedModel | None
-    config: PretrainedConfig | None
-    tokenizer: PreTrainedTokenizerBase
-
-
-def _speaker(recipe: Recipe) -> _Speaker:
-    part = recipe.teacher
-    if part.server is not None:
-        return _served(part.server, recipe.student.model)
-    model = None if part.model is None else load_model(part.model, "teacher.model", part.dtype)
-    if part.cache is not None:
-        cached = CachedTeacher(part.cache)
-        kept = str(Path(part.cache) / COMPANIONS)
-        config = AutoConfig.from_pretrained(kept, trust_remote_code=False)
-        return _Speaker(cached, model, config, load_tokenizer(kept, "teacher.cache"))
-    assert model is not None and part.model is not None
-    tokenizer = load_tokenizer(part.model, "teacher.model")
-    return _Speaker(ModelTeacher(model, device=part.device), model, model.config, tokenizer)
-
-
-def _served(part: ServerPart, student: str | None) -> _Speaker:
-    if student is None:
-        raise RecipeError(
-            "student.design: expected a teacher whose config it changes, got one behind a server, which tells none. "
-            "Name a student with student.model instead."
-        )
-    tokenizer = load_tokenizer(student, "student.model")
-    server = ModelServer(**part.model_dump(exclude={"top_k"}))
-    return _Speaker(ServedTeacher(server, tokenizer, top_k=part.top_k), None, None, tokenizer)
 
 
 def _try(parts: Parts, teacher: Teacher) -> None:

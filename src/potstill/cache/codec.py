@@ -22,9 +22,9 @@ from torch import Tensor
 from potstill.errors import ShapeError, nearest
 from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 
-BLOCK = 256  # tokens of the vocabulary that are drawn from together
-STEP = 1 / 16  # nats between two quantised log-probabilities
-UNUSED = 255  # the code of a slot without a token; 254 stands for 15.875 nats and everything below
+BLOCK = 64  # tokens of the vocabulary that are drawn from together
+SCALE = 56.0  # a log-probability of -x nats has the code round(SCALE * sqrt(x)): fine where much mass is, to 20.6 nats
+UNUSED = 255  # the code of a slot without a token
 CHUNK = 2**24  # elements of [n, V] at a time while encoding
 
 
@@ -39,19 +39,27 @@ class Codec(ABC):
     vocabulary: int
     name: ClassVar[str]
 
-    def encode(self, said: Targets, label_log_probs: Tensor | None, seed: int) -> bytes:
+    def encode(
+        self, said: Targets, seed: int, *, labels: Tensor | None = None, label_log_probs: Tensor | None = None
+    ) -> bytes:
         """One row to bytes.
 
         Args:
             said: Targets over its n counting tokens.
-            label_log_probs: [n] of the data's own tokens, or None.
             seed: of all random numbers of this row.
+            labels: [n] the data's own tokens, of a teacher that gives whole distributions.
+            label_log_probs: [n] their log-probabilities, of one that gives no more than these.
 
         Raises:
             ShapeError: the teacher does not say what this codec keeps, or says NaN.
         """
+        packed, normalizer = self._encode(said, seed)
+        if labels is not None:
+            logits = said.dense() if not isinstance(said, SparseTargets) else _logits(said, self.name)
+            normalizer = logits.float().logsumexp(-1) if normalizer is None else normalizer
+            label_log_probs = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1).float() - normalizer
         told = torch.full(said.leading, math.nan) if label_log_probs is None else label_log_probs.cpu()
-        return _pack(told.half().numpy()) + self._encode(said, seed)
+        return _pack(told.half().numpy()) + packed
 
     def decode(
         self, rows: Sequence[bytes], tokens: Sequence[int], head: LMHead | None = None
@@ -77,8 +85,8 @@ class Codec(ABC):
         return said, None if np.isnan(told).any() else torch.from_numpy(told.astype("f4"))
 
     @abstractmethod
-    def _encode(self, said: Targets, seed: int) -> bytes:
-        """The arrays of this codec."""
+    def _encode(self, said: Targets, seed: int) -> tuple[bytes, Tensor | None]:
+        """The arrays of this codec; and log(sum(exp(logits))) [n] at temperature 1 where it falls out on the way."""
 
     @abstractmethod
     def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> Targets:
@@ -119,17 +127,21 @@ class Sampled(Codec):
             raise ShapeError(f"Sampled: expected draws in 1..255, got {self.draws}.")
         _check_temperature("Sampled", self.temperature)
 
-    def _encode(self, said: Targets, seed: int) -> bytes:
+    def _encode(self, said: Targets, seed: int) -> tuple[bytes, Tensor | None]:
         logits = _logits(said, self.name)
         uniform = torch.rand(
             (len(logits), self.draws), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
+        drawn, normalizers = [], []
         width = max(self.vocabulary, self.draws * BLOCK)
-        drawn = [
-            _draw(torch.softmax(part.float() / self.temperature, -1), some.to(part.device)).cpu()
-            for part, some in zip(_chunks(logits, width), _chunks(uniform, width), strict=True)
-        ]
+        for part, some in zip(_chunks(logits, width), _chunks(uniform, width), strict=True):
+            top = part.amax(-1, keepdim=True)
+            blocks = _exponentials(part, top, self.temperature)
+            ends = blocks.sum(-1).double().cumsum(-1)
+            drawn.append(_draw(blocks, ends, some.to(part.device)).cpu())
+            normalizers.append(top.squeeze(-1) + ends[:, -1].log())
         ids = torch.cat(drawn).sort(-1).values
+        normalizer = _numbers(torch.cat(normalizers))
         first = torch.ones_like(ids, dtype=torch.bool)
         first[:, 1:] = ids[:, 1:] != ids[:, :-1]
         places = first.flatten().nonzero().squeeze(-1)
@@ -138,14 +150,12 @@ class Sampled(Codec):
         steps = torch.diff(kept, prepend=kept[:1])
         begins = first.sum(-1).cumsum(0)[:-1]  # where the ids of the tokens behind the first begin
         steps[begins], steps[:1] = kept[begins], kept[:1]
-        unique = first.sum(-1)
-        return b"".join(
-            (
-                _pack(unique.numpy().astype("u1")),
-                _pack(steps.numpy().astype("<u4"), self._id_bytes),
-                _pack((counts - 1).numpy().astype("u1")),
-            )
+        arrays = (
+            _pack(first.sum(-1).numpy().astype("u1")),
+            _pack(steps.numpy().astype("<u4"), self._id_bytes),
+            _pack((counts - 1).numpy().astype("u1")),
         )
+        return b"".join(arrays), normalizer if self.temperature == 1 else None
 
     def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> SparseTargets:
         parts = []
@@ -168,9 +178,9 @@ class Sampled(Codec):
 class TopK(Codec):
     """The K likeliest tokens and the exact mass of all others.
 
-    A row: ids [n * K], the likeliest first; their log-probabilities in sixteenths of a nat below 0, each as the
-    distance to the one before it, u1[n * K] (254 in all: 15.875 nats or more; 255: no token); the mass of the others,
-    f4[n]. Read again, the kept probabilities are scaled so that they and the others' mass are 1.
+    A row: ids [n * K], the likeliest first; codes of their log-probabilities, each as the distance to the one before
+    it, u1[n * K]: -(code / 56)^2 nats, 254 also for everything below, 255 for no token; the mass of the others, f4[n].
+    Read again, the kept probabilities are scaled so that they and the others' mass are 1.
 
     Args:
         k: K, at most V.
@@ -186,29 +196,33 @@ class TopK(Codec):
             raise ShapeError(f"TopK: expected k in 1..{self.vocabulary}, got {self.k}.")
         _check_temperature("TopK", self.temperature)
 
-    def _encode(self, said: Targets, seed: int) -> bytes:
+    def _encode(self, said: Targets, seed: int) -> tuple[bytes, Tensor | None]:
         if isinstance(said, SparseTargets):
             kept = [self._of_sparse(said)]
         else:
             kept = [self._of_logits(part) for part in _chunks(_logits(said, self.name), self.vocabulary)]
-        ids, chances, others = (torch.cat(each).cpu() for each in zip(*kept, strict=True))
-        codes = (-chances / STEP).round().clamp(0, UNUSED - 1).masked_fill(chances == -math.inf, UNUSED)
+        ids, chances, others, normalizer = (torch.cat(each) for each in zip(*kept, strict=True))
+        codes = (SCALE * (-_numbers(chances).cpu()).clamp_min(0).sqrt()).round().clamp_max(UNUSED - 1)
+        codes = codes.masked_fill(chances.cpu() == -math.inf, UNUSED)
         steps = torch.diff(codes, prepend=torch.zeros_like(codes[:, :1]))
-        return b"".join(
-            (
-                _pack(ids.numpy().astype("<u4").ravel(), self._id_bytes),
-                _pack(steps.numpy().astype("u1").ravel()),
-                _pack(others.numpy().astype("<f4")),
-            )
+        arrays = (
+            _pack(ids.cpu().numpy().astype("<u4").ravel(), self._id_bytes),
+            _pack(steps.numpy().astype("u1").ravel()),
+            _pack(others.cpu().numpy().astype("<f4")),
         )
+        return b"".join(arrays), normalizer if self.temperature == 1 and not isinstance(said, SparseTargets) else None
 
-    def _of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        chances = torch.log_softmax(logits.float() / self.temperature, -1)
-        kept, ids = chances.topk(self.k)
-        others = chances.exp_().scatter_(-1, ids, 0.0).sum(-1)  # 1 less the kept would be rounded
-        return ids, kept, others
+    def _of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kept, ids = logits.topk(self.k)
+        top = kept[:, :1].float()
+        exponentials = _exponentials(logits, top, self.temperature).flatten(1)
+        mine = exponentials.gather(-1, ids).sum(-1)
+        rest = exponentials.scatter_(-1, ids, 0.0).sum(-1)  # all less the kept would be rounded
+        total = (mine + rest).log().unsqueeze(-1)
+        chances = (kept.float() - top) / self.temperature - total
+        return ids, chances, rest / (mine + rest), (top + total).squeeze(-1)
 
-    def _of_sparse(self, said: SparseTargets) -> tuple[Tensor, Tensor, Tensor]:
+    def _of_sparse(self, said: SparseTargets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if said.kind != "bucket" or said.temperature != self.temperature:
             raise ShapeError(
                 f"top_k: expected a teacher's likeliest tokens at temperature {self.temperature:g}, got {said.kind} "
@@ -220,7 +234,8 @@ class TopK(Codec):
         rest = events[..., :-1].exp().sum(-1) - kept.exp().sum(-1) + events[..., -1].exp()
         missing = self.k - width
         kept = torch.nn.functional.pad(kept, (0, missing), value=-math.inf)
-        return torch.nn.functional.pad(said.ids.gather(-1, places), (0, missing)), kept, rest.clamp_min(0.0)
+        rest = rest.clamp_min(0.0)
+        return torch.nn.functional.pad(said.ids.gather(-1, places), (0, missing)), kept, rest, rest
 
     def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> SparseTargets:
         parts = []
@@ -229,7 +244,9 @@ class TopK(Codec):
             parts.append((ids, reader.take("u1", n * self.k), reader.take("<f4", n)))
         ids, steps, others = (np.concatenate(each) for each in zip(*parts, strict=True))
         codes = np.cumsum(steps.reshape(-1, self.k), axis=1, dtype="u1")
-        chances = torch.from_numpy(np.where(codes == UNUSED, -np.inf, codes * np.float32(-STEP)))
+        levels = -np.square(np.arange(256, dtype="f4") / np.float32(SCALE))
+        levels[UNUSED] = -np.inf
+        chances = torch.from_numpy(levels[codes])
         mass = torch.log1p(-torch.from_numpy(others).double()) - chances.double().logsumexp(-1)
         chances = (chances + mass.unsqueeze(-1)).float()
         whole = torch.from_numpy(ids.reshape(-1, self.k).astype(np.int64))
@@ -245,8 +262,10 @@ class Dense(Codec):
 
     name = "dense"
 
-    def _encode(self, said: Targets, seed: int) -> bytes:
-        return _pack(torch.log_softmax(_logits(said, self.name).float(), -1).half().cpu().numpy().ravel())
+    def _encode(self, said: Targets, seed: int) -> tuple[bytes, Tensor | None]:
+        logits = _logits(said, self.name).float()
+        normalizer = _numbers(logits.logsumexp(-1, keepdim=True))
+        return _pack((logits - normalizer).half().cpu().numpy().ravel()), normalizer.squeeze(-1)
 
     def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> DenseTargets:
         parts = [reader.take("<f2", n * self.vocabulary) for reader, n in zip(readers, tokens, strict=True)]
@@ -268,13 +287,13 @@ class Hidden(Codec):
     dtype: str = "float32"
     name = "hidden"
 
-    def _encode(self, said: Targets, seed: int) -> bytes:
+    def _encode(self, said: Targets, seed: int) -> tuple[bytes, Tensor | None]:
         if not isinstance(said, HeadTargets):
             raise ShapeError(
                 "hidden: expected a teacher with a plain head, got one that gives "
                 f"{'logits' if isinstance(said, DenseTargets) else 'sparse targets'}. Use the codec top_k or sampled."
             )
-        return _pack(_as_integers(_numbers(said.hidden).to(getattr(torch, self.dtype)).cpu()).ravel())
+        return _pack(_as_integers(_numbers(said.hidden).to(getattr(torch, self.dtype)).cpu()).ravel()), None
 
     def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> HeadTargets:
         assert head is not None
@@ -304,18 +323,26 @@ def codec_of(record: dict[str, Any]) -> Codec:
     return kind(**parameters)
 
 
-def _draw(chances: Tensor, uniform: Tensor) -> Tensor:
-    """Draws from distributions [n, V] by inverting their sums, at uniform numbers [n, N] in [0, 1).
+def _exponentials(logits: Tensor, top: Tensor, temperature: float) -> Tensor:
+    """exp((logits - top) / temperature) of logits [n, V], in blocks [n, V / BLOCK, BLOCK] filled up with zeros."""
+    n, V = logits.shape
+    buffer = torch.empty(n, -(-V // BLOCK) * BLOCK, dtype=torch.float32, device=logits.device)
+    buffer[:, V:] = 0.0
+    mine = buffer[:, :V].copy_(logits).sub_(top)
+    (mine if temperature == 1 else mine.div_(temperature)).exp_()
+    return buffer.unflatten(-1, (-1, BLOCK))
 
-    In two levels, blocks of the vocabulary and tokens in a block: less work than sums over all of a large one.
+
+def _draw(blocks: Tensor, ends: Tensor, uniform: Tensor) -> Tensor:
+    """Draws from chances of any sum by inverting their sums, first those of blocks, then those within one.
+
+    Args:
+        blocks: [n, V / BLOCK, BLOCK] chances.
+        ends: [n, V / BLOCK] float64, the sums to the end of each block.
+        uniform: [n, N] float64 in [0, 1).
     """
-    if chances.shape[-1] <= uniform.shape[-1] * BLOCK:
-        ends = chances.double().cumsum(-1)
-        return _first_above(ends, uniform * ends[:, -1:])
-    blocks = torch.nn.functional.pad(chances, (0, -chances.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     target = uniform * ends[:, -1:]
-    block = _first_above(ends, target)
+    block = _first_above(ends, target).clamp_max(ends.shape[-1] - 1)  # NaN is above nothing
     rest = target - torch.nn.functional.pad(ends, (1, 0)).gather(-1, block)
     inner = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).double().cumsum(-1)
     return block * BLOCK + _first_above(inner, rest.unsqueeze(-1)).squeeze(-1)
@@ -332,7 +359,7 @@ def _logits(said: Targets, codec: str) -> Tensor:
         raise ShapeError(
             f"{codec}: expected a teacher with whole distributions, got sparse targets. Use the codec top_k."
         )
-    return _numbers(said.dense())
+    return said.dense()
 
 
 def _numbers(values: Tensor) -> Tensor:

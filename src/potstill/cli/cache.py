@@ -21,7 +21,7 @@ Directory = Annotated[Path, typer.Argument(help="a cache's directory", show_defa
 
 @cache.command()
 def build(
-    recipe: Annotated[Path | None, typer.Argument(help="a recipe: its teacher.model, both of its files")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="a recipe: its teacher, both of its files")] = None,
     teacher: Annotated[str | None, typer.Option(help="a folder with a model, instead of a recipe")] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="a file of data, instead of a recipe; may be repeated")
@@ -73,12 +73,15 @@ def build(
         raise UserError("cache build: expected a recipe, or --teacher and --data, got neither.")
     if out is None:
         raise UserError("cache build: expected --out DIR, or teacher.cache in the recipe, got neither.")
+    if codec == "top_k" and who.server is not None:
+        given["k"] = top_k or who.server.top_k  # it says no more than these
     given["temperature"] = temperature
     parameters = {name: value for name, value in given.items() if value is not None}
     if set(parameters) - takes:
         wrong = ", ".join(sorted(f"--{name.replace('k', 'top-k')}" for name in set(parameters) - takes))
         raise UserError(f"cache build: expected no {wrong} with --codec {codec}, got one. Leave it out.")
-    request = Request(who, sources, max_length, packing, codec, parameters, out, batch_size)
+    tokenizer = None if recipe is None else read.student.model
+    request = Request(who, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer)
     manifest = build_cache(request, part=_part(shard), engine=engine, console=console)
     if manifest is None:
         console.print(f"part {shard} of {out} is there; other parts are missing still", highlight=False)

@@ -4,6 +4,7 @@ Every part has a file; `document.py` knows how a file is read and how its mistak
 """
 
 from potstill.recipe.data import DataPart, SourcePart
+from potstill.recipe.generate import GenerateRecipe
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
 from potstill.recipe.objective import DivergencePart, LabelsPart, LogitsPart, TermPart
 from potstill.recipe.run import EvaluatePart, Recipe
@@ -15,6 +16,7 @@ __all__ = [
     "DataPart",
     "DivergencePart",
     "EvaluatePart",
+    "GenerateRecipe",
     "InitializePart",
     "LabelsPart",
     "LogitsPart",

@@ -9,18 +9,23 @@ from pydantic import Field, model_validator
 from potstill.recipe.document import Part
 
 
-class ServerPart(Part):
-    """A model behind a server that tells the log-probabilities of given tokens, as vLLM does."""
+class ServedPart(Part):
+    """A model behind a server that writes text, as vLLM does, and OpenAI's."""
 
     url: str = Field(min_length=1, description="such as http://127.0.0.1:8000")
     model: str = Field(min_length=1, description="the name under which it is served")
-    top_k: int = Field(20, ge=1, description="likeliest tokens to ask for at each position; the others share a bucket")
     key_variable: str | None = Field(
         None,
         description="the environment variable with the API key; by default POTSTILL_API_KEY, then OPENAI_API_KEY",
     )
     concurrency: int = Field(16, ge=1, description="requests under way at once, at most")
     timeout_s: float = Field(120.0, gt=0, description="how long the server may be silent")
+
+
+class ServerPart(ServedPart):
+    """A model behind a server that tells the log-probabilities of given tokens, as vLLM does."""
+
+    top_k: int = Field(20, ge=1, description="likeliest tokens to ask for at each position; the others share a bucket")
 
 
 class TeacherPart(Part):
@@ -35,6 +40,13 @@ class TeacherPart(Part):
     device: str | None = Field(None, description="such as cuda:1; by default where the student is")
     cache: str | None = Field(None, description="a directory made by `potstill cache build`")
     server: ServerPart | None = None
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        if self.server is not None:
+            return f"{self.server.model} behind {self.server.url}"
+        return self.model or f"the cache {self.cache}"
 
     @model_validator(mode="after")
     def _someone(self) -> Self:

@@ -18,7 +18,6 @@ from potstill.atomic import digest, whole_or_nothing, write_text
 from potstill.cache.codec import Codec, Hidden, codec_of
 from potstill.cache.store import MANIFEST, Manifest, Plan, Row, Shard, read_manifest, write_manifest, write_shard
 from potstill.errors import DataError, RunError
-from potstill.losses import token_cross_entropy
 from potstill.targets import DenseTargets, HeadTargets, SparseTargets, Targets, causal_alignment
 from potstill.teachers.cached import COMPANIONS, HEAD, keys_of_batch
 from potstill.teachers.teacher import Teacher
@@ -154,12 +153,14 @@ class Capture:
         for key, count in zip(keys, tokens, strict=True):
             part = slice(start, start + count)
             mine = _rows(said, part)
-            dense = None if isinstance(mine, SparseTargets) else DenseTargets(mine.dense())
-            kept = mine if dense is None or isinstance(self._codec, Hidden) else dense
-            told = None if output.label_log_probs is None else output.label_log_probs[part]
-            if dense is not None:
-                told = -token_cross_entropy(dense.logits, alignment.labels[part])
-            yield Row(key, count, self._codec.encode(kept, told, int.from_bytes(key[:8], "little")))
+            seed = int.from_bytes(key[:8], "little")
+            if isinstance(mine, SparseTargets):
+                told = None if output.label_log_probs is None else output.label_log_probs[part]
+                signal = self._codec.encode(mine, seed, label_log_probs=told)
+            else:
+                kept = mine if isinstance(self._codec, Hidden) else DenseTargets(mine.dense())
+                signal = self._codec.encode(kept, seed, labels=alignment.labels[part])
+            yield Row(key, count, signal)
             start += count
 
     def _write_head(self, path: Path) -> None:

@@ -1,0 +1,223 @@
+"""Are two answers the same? And which of several answers is right?
+
+Numbers are compared as numbers: fractions, percent, thousands separators, currency and units are ways to write one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+
+def same_answer(one: str | None, other: str | None) -> bool:
+    r"""Whether two answers say the same.
+
+    - Numbers are equal when their values are: 1/2, 0.5, 50%, \frac{1}{2} and 0.50000000001 are one number, as are
+      1,234 and 1234.00, $5 and 5 dollars. 50% is also 50, because what is asked for "in percent" is written so.
+    - A decimal with two or more places equals a fraction that rounds to it: 3.33 is 10/3.
+    - Units that measure the same are converted (50 cents, $0.50; 1.5 km, 1500 m); those that do not, differ; other
+      words beside a number are ignored (72 clips).
+    - Everything else is compared as text, without case, spaces, quotes and LaTeX's dress.
+
+    None is the same as nothing, not even None.
+    """
+    if one is None or other is None:
+        return False
+    a, b = number(one), number(other)
+    if a is None or b is None:
+        return a is b and _plain(one) == _plain(other) != ""
+    return any(_equal(x, y) for x in a.readings() for y in b.readings())
+
+
+class Vote(NamedTuple):
+    """The answer of most, and the share of all that gave it."""
+
+    answer: str | None
+    share: float
+
+
+def vote(answers: Sequence[str | None]) -> Vote:
+    """Self-consistency: the answer that most give; of equals, the first.
+
+    Those who gave none do not vote, but count in the share.
+
+    References:
+        Wang et al. 2022, arXiv 2203.11171.
+    """
+    groups: list[list[str]] = []
+    for answer in answers:
+        if answer is None:
+            continue
+        group = next((group for group in groups if same_answer(group[0], answer)), None)
+        if group is None:
+            groups.append([answer])
+        else:
+            group.append(answer)
+    best = max(groups, key=len, default=None)
+    return Vote(best[0], len(best) / len(answers)) if best else Vote(None, 0.0)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number as it was written.
+
+    Args:
+        value: what it is worth, in the base unit of its kind.
+        places: digits after the point that were written, or None for a fraction.
+        percent: it was written with a percent sign; `value` is the number before it.
+        kind: what its unit measures, or None.
+    """
+
+    value: Fraction
+    places: int | None
+    percent: bool
+    kind: str | None
+
+    def readings(self) -> list[Number]:
+        """What it may mean: 50% is 50 and 1/2."""
+        if not self.percent:
+            return [self]
+        places = None if self.places is None else self.places + 2
+        return [self, Number(self.value / 100, places, False, self.kind)]
+
+
+def number(text: str) -> Number | None:
+    """The one number that an answer is; None where it is none, several, or a formula."""
+    text = _undressed(text)
+    if "=" in text:  # "x = 5", "24 + 48 = 72 clips": what comes out stands last
+        text = text.rpartition("=")[2]
+    found = [*_NUMBER.finditer(text)]
+    if len(found) != 1:
+        return None
+    match = found[0]
+    before, after = text[: match.start()], text[match.end() :]
+    if _OPERATORS.search(before + after) or (_GLUED.match(after) and _unit(after) is None):
+        return None
+    value = _value(match)
+    if value is None:
+        return None
+    places = None if match["denominator"] else len((match["decimals"] or "").lstrip("."))
+    scale = _SCALES.get((re.findall(r"[a-z]+", after.lower()) or [""])[0], 1)
+    factor, kind = _unit(after) or (Fraction(1), _SIGNS.get(match["currency"]))
+    percent = bool(re.match(r"\s*(%|percent\b|per cent\b)", after, re.IGNORECASE))
+    exact = places if scale == 1 and factor == 1 else None
+    return Number(value * scale * factor, exact, percent, kind)
+
+
+def _equal(a: Number, b: Number) -> bool:
+    if a.kind and b.kind and a.kind != b.kind:
+        return False
+    difference = abs(a.value - b.value)
+    if difference <= max(abs(a.value), abs(b.value)) / 10**9:  # a program's 0.30000000000000004
+        return True
+    if (a.places is None) == (b.places is None):
+        return False
+    places = a.places if b.places is None else b.places
+    return places is not None and places >= 2 and difference <= Fraction(1, 2 * 10**places)
+
+
+# A number in a text
+
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w.)])[-+])?[ ]?(?P<currency>[$€£¥])?[ ]?(?<![\w.])"
+    r"(?:(?P<whole_of_mixed>\d+)[ ](?=\d+/\d))?"
+    r"(?P<whole>\d{1,3}(?:[,_\u00a0\u202f]\d{3})+(?!\d)|\d+(?=\D|$)|(?=\.\d))(?P<decimals>\.\d+)?"
+    r"(?P<exponent>[eE][-+]?\d{1,3}(?!\w))?"
+    r"(?:\s*/\s*(?P<denominator>\d+(?:\.\d+)?))?"
+)
+_OPERATORS = re.compile(r"[-+*/^=<>~\\{}\[\]|]|\d")
+_GLUED = re.compile(r"[A-Za-z]")  # a letter right behind a number: 3x, unless it is a unit
+_FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    if len(match[0]) > 4000:  # more digits than Python reads; as texts they can still be compared
+        return None
+    digits = re.sub(r"\D", "", match["whole"])
+    value = Fraction((digits or "0") + (match["decimals"] or ""))
+    if match["exponent"]:
+        value *= Fraction(10) ** int(match["exponent"][1:])
+    if match["denominator"]:
+        below = Fraction(match["denominator"])
+        if below == 0:
+            return None
+        value /= below
+    if match["whole_of_mixed"]:
+        value += int(match["whole_of_mixed"])
+    return -value if match["sign"] == "-" else value
+
+
+# What measures the same: the factor to a base unit.
+_UNITS: dict[str, dict[str, Fraction]] = {
+    "length": {"mm": Fraction(1, 1000), "cm": Fraction(1, 100), "m": Fraction(1), "km": Fraction(1000)},
+    "mass": {"mg": Fraction(1, 1000), "g": Fraction(1), "kg": Fraction(1000)},
+    "time": {"second": Fraction(1), "minute": Fraction(60), "hour": Fraction(3600), "day": Fraction(86400)},
+    "volume": {"ml": Fraction(1, 1000), "l": Fraction(1)},
+    "money": {"cent": Fraction(1, 100), "dollar": Fraction(1)},
+    "euros": {"euro": Fraction(1)},
+    "imperial": {"inch": Fraction(1, 12), "foot": Fraction(1), "yard": Fraction(3)},
+}
+_SPELLED = {
+    "mm": ("millimeter", "millimetre"),
+    "cm": ("centimeter", "centimetre"),
+    "m": ("meter", "metre"),
+    "km": ("kilometer", "kilometre"),
+    "mg": ("milligram",),
+    "g": ("gram",),
+    "kg": ("kilogram", "kilo"),
+    "ml": ("milliliter", "millilitre"),
+    "l": ("liter", "litre"),
+    "second": ("s", "sec"),
+    "minute": ("min",),
+    "hour": ("h", "hr"),
+    "cent": ("¢",),
+    "dollar": ("usd",),
+    "euro": ("eur",),
+    "inch": ("inches",),
+    "foot": ("ft", "feet"),
+}
+_SAME_UNIT = {spelled: unit for unit, names in _SPELLED.items() for spelled in names}
+_SIGNS = {"$": "money", "€": "euros", "£": "pounds", "¥": "yen"}
+
+
+def _unit(after: str) -> tuple[Fraction, str] | None:
+    """The factor and the kind of the unit that follows a number; None where that is no unit that we know.
+
+    Units of areas and rates are no units of lengths: m^2 and km/h have an operator and never come here.
+    """
+    word = re.match(r"\s*([A-Za-z]+|¢)(?!\s+per\b)", after)
+    if word is None:
+        return None
+    name = word[1].lower()
+    candidates = (name, name.removesuffix("s"), _SAME_UNIT.get(name), _SAME_UNIT.get(name.removesuffix("s")))
+    for kind, units in _UNITS.items():
+        for candidate in candidates:
+            if candidate in units:
+                return units[candidate], kind
+    return None
+
+
+# Texts
+
+
+def _undressed(text: str) -> str:
+    """Without LaTeX and Markdown, and with one way to write minus, fractions and separators."""
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r" \1/\2", text)
+    text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)", r" \1/\2", text)
+    text = re.sub(r"<<[^<>]*>>", "", text)  # GSM8K's notes to a calculator
+    text = re.sub(r"\\left|\\right|\\[!;:]|\^\\circ|\^\{\\circ\}|°|\\(?=[$%#&_])|\*\*", "", text)
+    text = text.replace("{,}", ",").replace("\\,", ",").replace("−", "-").replace("–", "-")
+    text = re.sub(r"(?<=\d)([½⅓⅔¼¾⅕⅛])", r" \1", text)
+    for sign, written in _FRACTIONS.items():
+        text = text.replace(sign, written)
+    text = re.sub(r"^\$(.*)\$$", r"\1", text.strip(), flags=re.DOTALL)
+    return " ".join(text.replace("\u00a0", "_").replace("\u202f", "_").split()).rstrip(".")
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\s\"'`“”‘’()$]+", "", _undressed(text)).casefold().strip(".,:;!")
