@@ -36,13 +36,15 @@ ROOMS: dict[str, set[str]] = {
     "loading": BASE | {"losses"},
     "objectives": PIPELINE,
     "speaker": PIPELINE,
-    "prepare": PIPELINE | {"objectives", "speaker"},
+    "prepare_student": PIPELINE,
+    "prepare": PIPELINE | {"objectives", "speaker", "prepare_student"},
     "preflight": PIPELINE | {"speaker", "prepare"},
     "pipeline": PIPELINE | {"speaker", "prepare"},
+    "evaluation": PIPELINE,
     "caching": PIPELINE | {"speaker"},
     "generation": PIPELINE | {"speaker"},
     "demo": PIPELINE | {"prepare", "preflight", "pipeline", "cli"},
-    "cli": PIPELINE | {"prepare", "preflight", "pipeline", "generation", "caching", "demo"},
+    "cli": PIPELINE | {"prepare", "preflight", "evaluation", "pipeline", "generation", "caching", "demo"},
     "__main__": {"cli"},
 }
 

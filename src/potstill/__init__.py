@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from potstill.generation import Generated, generate
     from potstill.pipeline import RunResult, run
     from potstill.recipe import GenerateRecipe, Recipe
+    from potstill.students.budget import Budget
+    from potstill.students.capacity import expected_share
+    from potstill.students.size import size_of
     from potstill.teachers import (
         CachedTeacher,
         ModelTeacher,
@@ -70,6 +73,9 @@ _LATER = {
     "potstill.generation": ("Generated", "generate"),
     "potstill.pipeline": ("RunResult", "run"),
     "potstill.recipe": ("GenerateRecipe", "Recipe"),
+    "potstill.students.budget": ("Budget",),
+    "potstill.students.capacity": ("expected_share",),
+    "potstill.students.size": ("size_of",),
     "potstill.teachers": (
         "CachedTeacher",
         "ModelTeacher",
@@ -102,6 +108,7 @@ __all__ = [
     "AlphaBeta",
     "Attention",
     "BiLD",
+    "Budget",
     "CachedTeacher",
     "Completion",
     "DenseTargets",
@@ -143,6 +150,7 @@ __all__ = [
     "TeacherOutput",
     "TotalVariation",
     "encode",
+    "expected_share",
     "generate",
     "important_dimensions",
     "linear_cka",
@@ -153,6 +161,7 @@ __all__ = [
     "run",
     "schedule",
     "similarity_divergence",
+    "size_of",
     "token_cross_entropy",
     "token_divergence",
     "token_mean",

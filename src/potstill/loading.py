@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -72,6 +74,16 @@ def load_tokenizer(where: str, key: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise _unreadable(key, "a tokenizer", where, error) from error
     return tokenizer
+
+
+def load_config(where: str, key: str) -> PretrainedConfig:
+    """The config of a model, whose weights need not be there; arguments and errors as `load_model`."""
+    _must_exist(where, key)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:
+        raise _unreadable(key, "a model's config.json", where, error) from error
+    return config
 
 
 def _must_exist(where: str, key: str) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
@@ -22,14 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
 from potstill.atomic import write_text
-from potstill.data import PaddingCollator, pad_token_id
+from potstill.data import in_batches
 from potstill.errors import RecipeError
 from potstill.evaluate.quality import compare, continuation, gap_closed
 from potstill.evaluate.report import write_report, write_student_card
 from potstill.evaluate.speed import latency_ms, weight_bytes
+from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
-from potstill.recipe import LogitsPart, Recipe, SchedulePart, TermPart
+from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TermPart
 from potstill.targets import causal_alignment
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
@@ -237,10 +234,10 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         "objective": "; ".join(_describe(part) for part in recipe.objective),
         "models": {
             "teacher": recipe.teacher.title,
-            "student": recipe.student.model or _describe_design(recipe.student.design or {}),
+            "student": recipe.student.model or _describe_design(recipe.student),
         },
         "notes": list(parts.notes),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -262,9 +259,7 @@ def _told_loss(parts: Parts, dataset: Dataset) -> float | None:
 
 
 def _batches(parts: Parts, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
-    collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
-    for start in range(0, len(dataset), EVAL_ROWS):
-        yield collate([dataset[i] for i in range(start, min(start + EVAL_ROWS, len(dataset)))])
+    return in_batches(dataset, parts.tokenizer, EVAL_ROWS)
 
 
 def _continuations(parts: Parts, models: Mapping[str, PreTrainedModel]) -> list[dict[str, str]]:
@@ -314,16 +309,10 @@ def _plain(value: float | SchedulePart) -> Any:
     return value.model_dump(exclude_defaults=True) if isinstance(value, SchedulePart) else value
 
 
-def _describe_design(design: Mapping[str, Any]) -> str:
-    return "the teacher's kind with " + ", ".join(f"{key} {value}" for key, value in design.items())
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "potstill": importlib.metadata.version("potstill"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-    }
+def _describe_design(student: StudentPart) -> str:
+    design = student.design
+    budget = isinstance(design, BudgetPart)
+    fields = design.model_dump(exclude_none=True, exclude_defaults=True) if isinstance(design, BudgetPart) else design
+    shape = ", ".join(f"{key} {value}" for key, value in (fields or {}).items())
+    begins = "" if student.initialize.method == "random" else f"; begins with {student.initialize.method}"
+    return f"the teacher's kind {'within' if budget else 'with'} {shape}{begins}"

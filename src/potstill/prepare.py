@@ -16,12 +16,12 @@ from potstill.data import Examples, PaddingCollator, Source, encode, pad_token_i
 from potstill.data.vocabulary import shared_vocabulary
 from potstill.errors import RecipeError
 from potstill.layers import LayerMap
-from potstill.loading import has_bfloat16, load_model, load_tokenizer
+from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
+from potstill.prepare_student import begin, design_of, first_student
 from potstill.recipe import Recipe, SourcePart
 from potstill.speaker import find_speaker
-from potstill.students.design import student_config
-from potstill.students.initialize import random_student
+from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
 from potstill.targets import causal_alignment
 from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, important_dimensions
@@ -45,6 +45,8 @@ class Parts:
         vocabulary: the number of tokens that both models share.
         anatomy: the student's shape, where a term asks for its layers.
         notes: what the run should say.
+        design: the config of a new student; None where it is a model that is there.
+        start: what a new student takes over from its teacher; None where it begins with random weights.
     """
 
     recipe: Recipe
@@ -57,10 +59,15 @@ class Parts:
     vocabulary: int
     anatomy: Anatomy | None
     notes: tuple[str, ...]
+    design: PretrainedConfig | None = None
+    start: Start | None = None
 
     def new_student(self) -> PreTrainedModel:
         """The student with its first weights: the same at every call."""
-        return _new_student(self.recipe, self.teacher_config, self.vocabulary)
+        if self.start is not None:
+            assert self.teacher_model is not None
+            return self.start.student(self.teacher_model, self.recipe.seed)
+        return first_student(self.recipe, self.design)
 
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
@@ -121,7 +128,8 @@ def prepare(recipe: Recipe) -> Parts:
     tokenizer = speaker.tokenizer
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
-    student = _new_student(recipe, speaker.config, max(tokenizer.get_vocab().values()) + 1)
+    design = design_of(recipe.student, speaker.config, max(tokenizer.get_vocab().values()) + 1)
+    student = first_student(recipe, design)
     models = {"student": student} if speaker.model is None else {"teacher": speaker.model, "student": student}
     rows = {name: _head_rows(model) for name, model in models.items()}
     vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
@@ -153,6 +161,7 @@ def prepare(recipe: Recipe) -> Parts:
         )
     inside = any(objectives.looks_inside(part) for part in recipe.objective)
     anatomy = Taps(student).anatomy if inside else None
+    start = None if design is None else begin(recipe, speaker.model, design, train.dataset, tokenizer)
     parts = Parts(
         recipe,
         speaker.teacher,
@@ -163,7 +172,9 @@ def prepare(recipe: Recipe) -> Parts:
         held_out,
         vocabulary,
         anatomy,
-        tuple(notes),
+        tuple(notes) + (start.notes if start else ()),
+        design,
+        start,
     )
     if anatomy is not None:
         objectives.check(parts.objective(), anatomy, speaker.teacher.anatomy)
@@ -191,13 +202,6 @@ def _try(parts: Parts, teacher: Teacher) -> None:
                 token_divergence(
                     torch.zeros(len(alignment), parts.vocabulary), said, term.divergence, temperature=temperature
                 )
-
-
-def _new_student(recipe: Recipe, teacher: PretrainedConfig | None, vocabulary: int) -> PreTrainedModel:
-    if recipe.student.model is not None:
-        return load_model(recipe.student.model, "student.model", "float32")
-    assert recipe.student.design is not None and teacher is not None
-    return random_student(student_config(teacher, recipe.student.design, vocabulary), recipe.seed)
 
 
 def _head_rows(model: PreTrainedModel) -> int:

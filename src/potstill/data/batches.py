@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -186,3 +186,12 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str | None]:
         "tokenizer: expected a pad or an EOS token, got neither. Rows of different length need one. "
         "Set tokenizer.pad_token."
     )
+
+
+def in_batches(
+    examples: Iterable[Mapping[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, rows: int
+) -> Iterator[dict[str, Tensor]]:
+    """Padded batches of at most so many rows each, in order."""
+    collate, remaining = PaddingCollator(pad_token_id(tokenizer)[0]), iter(examples)
+    while batch := list(islice(remaining, rows)):
+        yield collate(batch)

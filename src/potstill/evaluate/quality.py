@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.divergence import ForwardKL
+from potstill.divergence import JSD, ForwardKL
 from potstill.heads import says
 from potstill.losses import token_cross_entropy, token_divergence
 from potstill.targets import Alignment, DenseTargets, causal_alignment
+
+TOP = 10  # of the most likely tokens
+BINS = 15  # of confidence, as in Guo et al. 2017, arXiv 1706.04599
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,10 @@ class Quality:
         perplexity: exp(loss).
         agreement: share of tokens where the most likely next token is the reference's; None without a reference.
         kl: KL(reference || model), nats a token; None without a reference.
+        js: Jensen-Shannon divergence between both, nats a token, at most log 2; None without a reference.
+        top_k_agreement: share of the reference's 10 most likely tokens that are among the model's own 10; likewise.
+        ece: expected calibration error: how far the probability of the most likely token is from how often it is right,
+            on average over 15 bins of that probability.
         kl_by_position: the same by place in the row, a mean for each bin of `position_edges`; None for an empty bin.
         position_edges: [bins + 1] the first place of each bin, and the end.
         tokens: how many counted.
@@ -35,6 +42,9 @@ class Quality:
     perplexity: float
     agreement: float | None
     kl: float | None
+    js: float | None
+    top_k_agreement: float | None
+    ece: float
     kl_by_position: list[float | None]
     position_edges: list[int]
     tokens: int
@@ -47,6 +57,9 @@ class _Sums:
     loss: float = 0.0
     agreed: int = 0
     kl: float = 0.0
+    js: float = 0.0
+    shared: float = 0.0
+    overconfidence: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
     kl_at: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     count_at: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     tokens: int = 0
@@ -100,8 +113,16 @@ def _logits(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, vocab
 def _add(sums: _Sums, logits: Tensor, expected: Tensor | None, alignment: Alignment) -> None:
     sums.loss += float(token_cross_entropy(logits, alignment.labels).double().sum())
     sums.tokens += len(alignment)
+    confidence, said = logits.softmax(-1).max(-1)
+    excess = confidence.double() - (said == alignment.labels.to(said.device)).double()
+    bins = (confidence * BINS).long().clamp_max(BINS - 1)
+    sums.overconfidence.index_add_(0, bins.cpu(), excess.cpu())
     if expected is None:
         return
+    sums.js += float(token_divergence(logits, DenseTargets(expected), JSD(0.5)).double().sum())
+    top = min(TOP, logits.shape[-1])
+    mine, theirs = (each.topk(top, -1).indices for each in (logits, expected))
+    sums.shared += float((mine[:, :, None] == theirs[:, None, :]).any(1).double().mean(-1).sum())
     kl = token_divergence(logits, DenseTargets(expected), ForwardKL()).double().cpu()
     sums.agreed += int((logits.argmax(-1) == expected.argmax(-1)).sum())
     sums.kl += float(kl.sum())
@@ -130,6 +151,9 @@ def _finish(sums: _Sums, bins: int) -> Quality:
         perplexity=math.exp(min(loss, 700.0)),
         agreement=sums.agreed / count if compared else None,
         kl=sums.kl / count if compared else None,
+        js=sums.js / count if compared else None,
+        top_k_agreement=sums.shared / count if compared else None,
+        ece=float(sums.overconfidence.abs().sum()) / count,
         kl_by_position=by_position,
         position_edges=edges,
         tokens=sums.tokens,

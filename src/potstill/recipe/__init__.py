@@ -10,18 +10,20 @@ from potstill.recipe.inside import AttentionPart, HiddenPart, LayersPart, Relati
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
 from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart
 from potstill.recipe.run import EvaluatePart, Recipe
-from potstill.recipe.student import StudentPart
+from potstill.recipe.student import BudgetPart, InitializePart, StudentPart
 from potstill.recipe.teacher import ServerPart, TeacherPart
 
 __all__ = [
     "AdaptiveKLPart",
     "AttentionPart",
     "BiLDPart",
+    "BudgetPart",
     "DataPart",
     "DivergencePart",
     "EvaluatePart",
     "GenerateRecipe",
     "HiddenPart",
+    "InitializePart",
     "LabelsPart",
     "LayersPart",
     "LogitsPart",

@@ -2,24 +2,86 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from potstill.recipe.document import Part
+
+LIMITS = ("params", "compression", "memory_gb", "target")
+
+
+class BudgetPart(Part):
+    """The largest student of the teacher's family within one limit: params, compression, memory_gb or target."""
+
+    params: int | float | str | None = Field(None, description="about so many parameters, such as 100M")
+    compression: float | None = Field(None, gt=1, description="so many times fewer parameters than the teacher's")
+    memory_gb: float | None = Field(None, gt=0, description="to serve one row of context tokens in half precision")
+    target: Literal["browser", "edge", "mobile", "server"] | None = Field(None, description="a kind of device")
+    keep: Literal["balanced", "depth", "width"] = Field("balanced", description="what stays as in the teacher")
+    context: int = Field(2048, ge=1, description="tokens in a row, for memory_gb")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        given = [name for name in LIMITS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected one of {', '.join(LIMITS)}, got {' and '.join(given) or 'none'}")
+        return self
+
+
+def _is_budget(value: Any) -> str:
+    names = {*value} if isinstance(value, Mapping) else {"params"} if isinstance(value, BudgetPart) else set()
+    return "a budget" if names & {*LIMITS, "keep"} else "fields"
+
+
+Fields = dict[str, bool | int | float | str]
+
+
+def _named_method(value: Any) -> Any:
+    """`prune` is short for `{method: prune}`."""
+    return {"method": value} if isinstance(value, str) else value
+
+
+class InitializePart(Part):
+    """The first weights of a designed student."""
+
+    method: Literal["random", "copy", "truncate", "prune"] = Field(
+        description="random; whole layers of the teacher; its first heads, units and channels; its most active ones"
+    )
+    layers: Literal["uniform", "skip", "first_last", "importance"] | list[int] | None = Field(
+        None, description="which of the teacher's; by default those of most influence for prune, else evenly spread"
+    )
+    calibration_rows: int = Field(64, ge=1, description="rows of the training data on which importance is measured")
+
+    @model_validator(mode="after")
+    def _layers_of_the_teacher(self) -> Self:
+        if self.method == "random" and self.layers is not None:
+            raise ValueError("expected no layers with random weights, got some")
+        return self
 
 
 class StudentPart(Part):
     """Who learns: an existing model, or a new one of the teacher's kind."""
 
     model: str | None = Field(None, description="a folder with a model and its tokenizer, or a name on the hub")
-    design: dict[str, bool | int | float | str] | None = Field(
+    design: (
+        Annotated[Annotated[Fields, Tag("fields")] | Annotated[BudgetPart, Tag("a budget")], Discriminator(_is_budget)]
+        | None
+    ) = Field(
         None,
-        description="fields of the teacher's config to change, such as hidden_size; random first weights",
+        description="the shape of a new student: a budget, or fields of the teacher's config to change, such as "
+        "hidden_size",
+    )
+    initialize: Annotated[InitializePart, BeforeValidator(_named_method)] = Field(
+        default_factory=lambda: InitializePart.model_validate({"method": "random"}),
+        description="a method, or a method with its options",
     )
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if (self.model is None) == (self.design is None):
             raise ValueError("expected either model or design, got " + ("both" if self.model else "neither"))
+        if self.model is not None and self.initialize.method != "random":
+            raise ValueError("expected initialize with a design alone, got it beside model, which has its weights")
         return self

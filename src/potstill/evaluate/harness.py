@@ -1,0 +1,79 @@
+"""Tasks of the LM Evaluation Harness, by name or from a file of one's own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from potstill.errors import UserError
+
+
+def harness_scores(
+    model: Any, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """The scores of a model on tasks of lm-eval.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its own.
+        tasks: names that lm-eval knows, which may download their data, or YAML files of local tasks.
+        limit: examples of each task; all by default.
+
+    Returns:
+        task -> {metric: score}.
+
+    Raises:
+        UserError: lm-eval is not installed, or does not know a task.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what its own imports warn about cannot be corrected here
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError(
+            "evaluate --lm-eval: expected lm-eval to be installed, got none. "
+            "Install it: pip install 'potstill[lm-eval]'."
+        ) from None
+    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"evaluate --lm-eval: expected a file, got {missing[0]}, which is not there.")
+    named = [task for task in tasks if Path(task) not in files]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        manager = TaskManager(include_path=[file.parent for file in files] or None, include_defaults=bool(named))
+        unknown = [name for name in named if name not in manager.all_tasks]
+        if unknown:
+            raise UserError(
+                f"evaluate --lm-eval: expected tasks that lm-eval knows, got {unknown[0]}. "
+                "List them with lm-eval ls tasks, or give the YAML file of a task of your own."
+            )
+        names = [*named, *(_name(file) for file in files)]
+        found = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+            tasks=names,
+            task_manager=manager,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
+    assert found is not None
+    # A metric is named with its filter, as in acc,none; the rest is no score.
+    return {
+        task: {metric: value for metric, value in scores.items() if isinstance(value, float | int) and "," in metric}
+        for task, scores in found["results"].items()
+    }
+
+
+def _name(file: Path) -> str:
+    """The name that a task's file gives it."""
+    import yaml
+
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("task:")]
+    if not lines:
+        raise UserError(f"evaluate --lm-eval: expected a key task in {file}, got none.")
+    return str(yaml.safe_load(lines[0])["task"])

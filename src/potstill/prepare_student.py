@@ -1,0 +1,79 @@
+"""From a recipe to its student: the shape, and what it begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from potstill.data import in_batches
+from potstill.errors import RecipeError
+from potstill.loading import load_model
+from potstill.recipe import BudgetPart, Recipe, StudentPart
+from potstill.students.budget import Budget, parse_count
+from potstill.students.design import student_config
+from potstill.students.initialize import Start, random_student, start
+
+ROWS = 8  # in a batch, where importance is measured
+
+
+def design_of(part: StudentPart, teacher: PretrainedConfig | None, vocabulary: int) -> PretrainedConfig | None:
+    """The config of a new student, which has `vocabulary` tokens and no padding rows; None for one that is there.
+
+    Raises:
+        RecipeError: nothing is known of the teacher's config.
+    """
+    if part.design is None:
+        return None
+    if teacher is None:
+        raise RecipeError(
+            "student.design: expected a teacher whose config is here, got none: it is changed. "
+            "Name a student with student.model instead."
+        )
+    if not isinstance(part.design, BudgetPart):
+        return student_config(teacher, part.design, vocabulary)
+    params = None if part.design.params is None else parse_count(part.design.params)
+    return Budget(**{**part.design.model_dump(), "params": params}).student(teacher, vocabulary=vocabulary)
+
+
+def first_student(recipe: Recipe, design: PretrainedConfig | None) -> PreTrainedModel:
+    """The recipe's student as it is there, or with random weights."""
+    if design is not None:
+        return random_student(design, recipe.seed)
+    assert recipe.student.model is not None
+    return load_model(recipe.student.model, "student.model", "float32")
+
+
+def begin(
+    recipe: Recipe,
+    teacher: PreTrainedModel | None,
+    design: PretrainedConfig,
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Start | None:
+    """What a new student takes over from its teacher; None where it begins with random weights.
+
+    Importance is measured on rows that are evenly spread over the training data.
+
+    Raises:
+        RecipeError: the teacher has no weights here.
+    """
+    part = recipe.student.initialize
+    if part.method == "random":
+        return None
+    if teacher is None:
+        raise RecipeError(
+            f"student.initialize: expected a teacher that is a model here for {part.method}, got none. "
+            "Its weights are taken over. Name it with teacher.model, or begin with random weights."
+        )
+    wanted = min(part.calibration_rows, len(train))
+    chosen = [i * len(train) // wanted for i in range(wanted)]
+
+    def calibration() -> Iterator[dict[str, Tensor]]:
+        teacher.to(recipe.teacher.device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
+        return in_batches((train[i] for i in chosen), tokenizer, ROWS)
+
+    return start(teacher, design, part.method, layers=part.layers, calibration=calibration)

@@ -1,0 +1,223 @@
+"""The shape of a student within a budget: published configs, exact counts, and what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PretrainedConfig
+from typer.testing import CliRunner
+
+from conftest import make_llama
+from potstill.cli import app
+from potstill.errors import ModelError, ShapeError
+from potstill.students.budget import Budget, parse_count
+from potstill.students.capacity import (
+    PUBLISHED,
+    DistillationLaw,
+    SupervisedLaw,
+    expected_share,
+    smallest_student,
+)
+from potstill.students.design import design
+from potstill.students.references import REFERENCES
+from potstill.students.shape import shape_of
+from potstill.students.size import build, count_parameters, size_of
+from reference_students import PUBLIC, parameters, sizes
+
+LLAMA_8B = CONFIG_MAPPING["llama"](**PUBLIC["Llama 3.1 8B"][1])
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_config_is_counted_exactly_and_made_smaller(name: str) -> None:
+    family, fields, published = PUBLIC[name]
+    teacher = CONFIG_MAPPING[family](**fields)
+    assert count_parameters(teacher) == published
+    assert parameters(family, shape_of(teacher), teacher.vocab_size, teacher.tie_word_embeddings) == published
+
+    student = design(teacher, published // 3)
+    whole, shape = shape_of(teacher), shape_of(student)
+    found = count_parameters(student)
+    assert type(student) is type(teacher)
+    assert abs(found / (published / 3) - 1) <= 0.05
+    assert found == parameters(family, shape, student.vocab_size, student.tie_word_embeddings)
+    assert shape.head_size == whole.head_size
+    assert shape.heads % shape.kv_heads == 0
+    assert shape.hidden % (64 if shape.hidden < 1024 else 128) == 0
+    assert shape.ffn % (64 if shape.ffn < 1024 else 128) == 0
+    for size in ("layers", "hidden", "heads", "kv_heads", "ffn"):
+        assert 1 <= getattr(shape, size) <= getattr(whole, size)
+
+
+@pytest.mark.parametrize("keep", ["balanced", "depth", "width"])
+def test_what_is_kept_is_kept(keep) -> None:
+    shape = shape_of(design(LLAMA_8B, 3_000_000_000, keep=keep))
+    assert (shape.layers == 32) is (keep == "depth")
+    assert (shape.hidden == 4096) is (keep == "width")
+
+
+def test_a_design_can_be_built_saved_and_read(tmp_path: Path) -> None:
+    teacher = LlamaConfig(**sizes(2000, 512, 1408, 8, 8, 4))
+    student = design(teacher, 5_000_000, vocabulary=1900)
+    student.save_pretrained(tmp_path)
+    model = build(AutoConfig.from_pretrained(tmp_path))
+    assert model.get_input_embeddings().weight.shape[0] == 1900
+    assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(student)
+
+
+def test_an_impossible_budget_says_what_the_smallest_is() -> None:
+    with pytest.raises(
+        ModelError, match=r"at least ([\d,]+) parameters, got 1,000,000\. The smallest .* 1 layer"
+    ) as error:
+        design(LLAMA_8B, 1_000_000)
+    smallest = int(str(error.value).split("at least ")[1].split(" ")[0].replace(",", ""))
+    assert count_parameters(design(LLAMA_8B, smallest)) == smallest
+    with pytest.raises(ModelError, match=r"as wide as the teacher.*keep balanced\): from"):
+        design(LLAMA_8B, 100_000_000, keep="width")
+    with pytest.raises(ModelError, match="below the teacher's 8,030,261,248"):
+        design(LLAMA_8B, 9_000_000_000)
+
+
+def test_costs_are_what_a_sum_finds() -> None:
+    found = size_of(LLAMA_8B, 1024)
+    matrices = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336) + 128256 * 4096
+    attention = sum(2 * 2 * seen * 32 * 4096 for seen in range(1, 1025)) / 1024
+    assert found.flops_per_token == round(2 * matrices + attention)
+    assert found.kv_cache_bytes_per_token == 2 * 2 * 32 * 8 * 128
+    assert found.train_bytes == 16 * found.parameters
+    assert found.serve_bytes == 2 * found.parameters + 1024 * found.kv_cache_bytes_per_token
+    assert size_of(CONFIG_MAPPING["bert"](), 128).kv_cache_bytes_per_token == 0
+
+
+def test_budgets_of_all_kinds() -> None:
+    whole = count_parameters(LLAMA_8B)
+    assert abs(count_parameters(Budget(compression=7).student(LLAMA_8B)) * 7 / whole - 1) <= 0.05
+    assert abs(count_parameters(Budget(target="edge").student(LLAMA_8B)) / 5e8 - 1) <= 0.05
+    memory = size_of(Budget(memory_gb=4, context=4096).student(LLAMA_8B), 4096).serve_bytes
+    assert 0.9 * 4e9 <= memory <= 4e9
+
+    def seconds(config: PretrainedConfig) -> float:
+        return count_parameters(config) * 1e-11
+
+    timed = Budget(latency_ms=20).student(LLAMA_8B, seconds=seconds)
+    assert 18 <= 1000 * seconds(timed) <= 20
+    with pytest.raises(ModelError, match=r"got at most 0\.0001 GB: the smallest one takes"):
+        Budget(memory_gb=1e-4).student(LLAMA_8B)
+    with pytest.raises(ModelError, match="Take the teacher"):
+        Budget(memory_gb=100).student(LLAMA_8B)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({}, "got none"),
+        ({"params": 5, "compression": 2.0}, "params and compression"),
+        ({"compression": 0.5}, "above 1"),
+        ({"compression": float("nan")}, "above 1"),
+        ({"memory_gb": -1.0}, "above 0"),
+        ({"target": "brwser"}, "Did you mean browser"),
+    ],
+)
+def test_budgets_that_are_none(limits: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        Budget(**limits)
+
+
+@pytest.mark.parametrize("text", ["", "many", "-5M", "0", "5T", "nan"])
+def test_counts_that_are_none(text: str) -> None:
+    with pytest.raises(ModelError, match="such as 100M"):
+        parse_count(text)
+
+
+def test_a_mixture_of_shapes_has_no_design() -> None:
+    with pytest.raises(ModelError, match="one stack of layers"):
+        design(CONFIG_MAPPING["t5"](), 1000)
+
+
+def test_published_shapes_have_their_published_sizes() -> None:
+    found = {reference.name: count_parameters(reference.config()) for reference in REFERENCES}
+    for name, (_, _, published) in PUBLIC.items():
+        assert found.get(name, published) == published
+    assert found["DistilBERT"] == 66_985_530
+    assert found["SmolLM2 135M"] == 134_515_008
+    assert round(found["Llama 3.1 Minitron 4B"], -8) == 4_500_000_000
+
+
+def test_estimates_go_through_the_published_points() -> None:
+    for point in PUBLISHED:
+        found = expected_share(point.compression, point.task)
+        assert found.low - 1e-9 <= point.share <= found.high + 1e-9
+        assert found.low <= found.value <= found.high
+        assert point.source in found.source
+    assert expected_share(1, "knowledge").value == 1
+    assert expected_share(20, "knowledge").extrapolated
+    needed = smallest_student(8_000_000_000, 0.9, "knowledge")
+    assert needed.low <= needed.value <= needed.high
+    assert expected_share(8e9 / needed.value, "knowledge").value == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: expected_share(0.5, "knowledge"),
+        lambda: expected_share(2, "poetry"),
+        lambda: smallest_student(9, 1.0, "knowledge"),
+    ],
+)
+def test_estimates_of_what_is_not(call) -> None:
+    with pytest.raises(ShapeError, match="expected"):
+        call()
+
+
+def test_the_distillation_law_is_its_formula() -> None:
+    supervised = SupervisedLaw(irreducible=1.2, size=3000.0, alpha=0.4, data=18000.0, beta=0.43, gamma=0.45)
+    law = DistillationLaw(supervised, 2.5, 500.0, 1.3, 0.09, 2000.0, 0.32, 24000.0, 0.64, 0.76)
+    n, d, teacher = 3e8, 2e10, 2.4
+    alone = 1.2 + (3000 / n**0.4 + 18000 / d**0.43) ** 0.45
+    gap = (1 + (teacher / (alone * 1.3)) ** (1 / 0.09)) ** (-500 * 0.09)
+    expected = teacher + teacher**-2.5 * gap * (2000 / n**0.32 + 24000 / d**0.64) ** 0.76
+    assert law.loss(teacher, n, d) == pytest.approx(expected, rel=1e-12)
+    assert law.loss(teacher, n, 10 * d) < law.loss(teacher, n, d)
+
+
+def potstill(*arguments: str):
+    return CliRunner().invoke(app, ["design", *arguments], catch_exceptions=True)
+
+
+def test_the_command_writes_a_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes(2000, 512, 1408, 8, 8, 4)}))
+    done = potstill("--teacher", str(tmp_path), "--compression", "4", "--out", str(tmp_path / "student"))
+    assert done.exit_code == 0, done.output
+    config = AutoConfig.from_pretrained(tmp_path / "student")
+    assert f"{count_parameters(config):,}" in done.output
+    timed = potstill("--teacher", str(tmp_path), "--latency-ms", "1e5", "--context", "8")
+    assert "Take the teacher" in str(timed.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected --teacher"),
+        (["--teacher", "nowhere/at/all", "--params", "1M"], "not one"),
+        (["--teacher", "TOYS", "--params", "1M", "--keep", "dpeth"], "--keep: expected"),
+        (["--teacher", "TOYS"], "one of params"),
+        (["--teacher", "TOYS", "--params", "1M", "--context", "65"], "--context: expected at most 64"),
+        (["--teacher", "TOYS", "--params", "100 M parameters"], "such as 100M"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments: list[str], message: str, toys: Path) -> None:
+    done = potstill(*[argument.replace("TOYS", str(toys / "teacher")) for argument in arguments])
+    assert message in str(done.exception)
+
+
+def test_toys_have_designs_too() -> None:
+    teacher = make_llama(hidden_size=32, layers=4).config
+    student = design(teacher, count_parameters(teacher) // 2)
+    assert abs(count_parameters(student) * 2 / count_parameters(teacher) - 1) <= 0.05
+
+
+def test_the_list_of_published_shapes() -> None:
+    done = potstill("--list")
+    assert done.exit_code == 0, done.output
+    assert "TinyLlama" in done.output

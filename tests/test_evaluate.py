@@ -1,0 +1,192 @@
+"""potstill evaluate: every figure against a loop, the command, and what is told when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from conftest import TEXT, make_batch, make_llama
+from potstill.cli import app
+from potstill.data import Source, encode
+from potstill.errors import UserError
+from potstill.evaluate.generations import continuations, text_quality
+from potstill.evaluate.harness import harness_scores
+from potstill.evaluate.quality import compare
+from potstill.evaluate.speed import extra_bytes, speed
+from potstill.evaluation import text_bytes
+
+
+def test_agreement_divergence_and_calibration_are_what_loops_find() -> None:
+    teacher, student = make_llama(seed=1), make_llama(hidden_size=8)
+    batch = make_batch(5, 12, seed=3)
+    found = compare(teacher, {"student": student}, [batch])["student"]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        q = student.eval()(**inputs).logits.double().softmax(-1)
+        p = teacher.eval()(**inputs).logits.double().softmax(-1)
+    js, shared, bins = [], [], [[0.0, 0.0, 0] for _ in range(15)]
+    for row in range(5):
+        for t in range(11):
+            label = int(batch["labels"][row, t + 1])
+            if label == -100:
+                continue
+            a, b = p[row, t].tolist(), q[row, t].tolist()
+            halves = [
+                x * math.log(x / ((x + y) / 2)) / 2 + y * math.log(y / ((x + y) / 2)) / 2
+                for x, y in zip(a, b, strict=True)
+            ]
+            js.append(sum(halves))
+            tops = [{i for i, _ in sorted(enumerate(each), key=lambda pair: -pair[1])[:10]} for each in (a, b)]
+            shared.append(len(tops[0] & tops[1]) / 10)
+            confidence = max(b)
+            one = bins[min(int(confidence * 15), 14)]
+            one[0] += confidence
+            one[1] += b.index(confidence) == label
+            one[2] += 1
+    assert found.js == pytest.approx(sum(js) / len(js), rel=1e-5)
+    assert found.top_k_agreement == pytest.approx(sum(shared) / len(shared))
+    ece = sum(count / len(js) * abs(right / count - sure / count) for sure, right, count in bins if count)
+    assert found.ece == pytest.approx(ece, rel=1e-5)
+    alone = compare(None, {"student": student}, [batch])["student"]
+    assert alone.ece == found.ece
+    assert alone.js is alone.top_k_agreement is None
+
+
+def test_rouge_and_bleu_of_texts_that_are_known() -> None:
+    same = text_quality(["the cat sat on the mat"], ["the cat sat on the mat"])
+    assert (same.rouge1, same.rouge_l, round(same.bleu)) == (1.0, 1.0, 100)
+    half = text_quality(["the cat"], ["the cat sat still"])
+    assert half.rouge1 == pytest.approx(2 * (1.0 * 0.5) / 1.5)
+    assert half.rouge2 == pytest.approx(2 * (1.0 * (1 / 3)) / (1 + 1 / 3))
+    with pytest.raises(UserError, match="got none"):
+        text_quality([], [])
+
+
+def test_a_missing_library_is_told_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(UserError, match=r"pip install 'potstill\[generations\]'"):
+        text_quality(["a"], ["a"])
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"pip install 'potstill\[lm-eval\]'"):
+        harness_scores(None, None, ["toy"])
+
+
+def test_continuations_begin_where_the_prompt_ends(tokenizer) -> None:
+    ids = tokenizer(TEXT[0])["input_ids"][:20]
+    answer = [-100] * 6 + ids[6:]
+    written, truths = continuations(make_llama(seed=1).eval(), tokenizer, [{"input_ids": ids, "labels": answer}], 5)
+    assert truths == [tokenizer.decode(ids[6:11])]
+    assert len(written) == 1
+    _, halves = continuations(make_llama(seed=1).eval(), tokenizer, [{"input_ids": ids, "labels": ids}], 50)
+    assert halves == [tokenizer.decode(ids[10:])]
+
+
+def test_the_bytes_of_a_text_are_its_own(toys: Path, tokenizer) -> None:
+    examples = encode(Source(str(toys / "eval.jsonl")), tokenizer, max_length=200)
+    first = {tokenizer.decode(row["input_ids"][:1]) for row in examples.dataset}
+    assert first == {"d"} or all(len(text) >= 1 for text in first)
+    heads = sum(len(tokenizer.decode(row["input_ids"][:1]).encode()) for row in examples.dataset)
+    assert text_bytes(examples, tokenizer) == sum(len(text.encode()) for text in TEXT[40:]) - heads
+
+
+def test_speed_of_batches() -> None:
+    found = speed(make_llama(), rows=2, length=8, repeats=1)
+    assert found.tokens_per_second == pytest.approx(1000 * 16 / found.latency_ms)
+    assert found.first_token_ms > 0
+    assert found.next_token_ms >= 0
+    assert found.peak_bytes is None or found.peak_bytes >= make_llama().get_memory_footprint()
+
+
+def test_memory_that_is_taken_is_seen() -> None:
+    taken = extra_bytes(lambda: torch.ones(20_000_000).sum(), torch.device("cpu"))
+    if taken is None:
+        pytest.skip("this kernel does not count")
+    assert 75e6 < taken < 120e6
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """A local task of lm-eval: which of two endings is likelier?"""
+    rows = [{"q": text[:20], "a": text[20:30], "b": "return"} for text in TEXT[40:46]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "toy.yaml").write_text(
+        "task: toy\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
+        "doc_to_choice: ['{{a}}', '{{b}}']\ndoc_to_target: 0\ntarget_delimiter: ''\n"
+        "metric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
+    )
+    return tmp_path / "toy.yaml"
+
+
+@pytest.mark.filterwarnings("ignore")  # lm-eval's own
+def test_a_local_task_of_lm_eval_is_what_a_loop_finds(task: Path, tokenizer) -> None:
+    model = make_llama(seed=1).eval()
+    found = harness_scores(model, tokenizer, [str(task)])
+    right = 0
+    for line in (task.parent / "rows.jsonl").read_text().splitlines():
+        row, scores = json.loads(line), []
+        for ending in (row["a"], row["b"]):
+            ids = tokenizer(row["q"] + ending)["input_ids"]
+            start = len(tokenizer(row["q"])["input_ids"])
+            with torch.no_grad():
+                logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(float(logs[t - 1, ids[t]]) for t in range(start, len(ids))))
+        right += scores[0] > scores[1]
+    assert found == {"toy": {"acc,none": pytest.approx(right / 6)}}
+    with pytest.raises(UserError, match="which is not there"):
+        harness_scores(model, tokenizer, [str(task.with_name("other.yaml"))])
+
+
+def evaluate(toys: Path, out: Path, *more: str) -> Any:
+    common = [str(toys / "student"), "--data", str(toys / "eval.jsonl"), "--out", str(out), "--max-length", "32"]
+    return CliRunner().invoke(app, ["evaluate", *common, "--batch-size", "1", "--length", "8", *more])
+
+
+def test_the_command_measures_both(toys: Path, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    done = evaluate(toys, out, "--teacher", str(toys / "teacher"), "--generations", "2", "--new-tokens", "4")
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads(out.read_text())
+    assert list(found["models"]) == ["teacher", "student"]
+    student, data = found["models"]["student"], found["data"]
+    assert found["models"]["teacher"]["quality"]["agreement"] == 1
+    assert student["text"]["texts"] == 2
+    expected = student["quality"]["loss"] * data["tokens"] / math.log(2) / data["bytes"]
+    assert student["bits_per_byte"] == pytest.approx(expected)
+    assert [(one["rows"], one["length"]) for one in student["speed"]] == [(1, 8)]
+    assert "bits per byte" in done.output
+
+
+def test_a_student_can_be_measured_alone(toys: Path, tmp_path: Path) -> None:
+    done = evaluate(toys, tmp_path / "figures.json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["models"]["student"]["quality"]["kl"] is None
+    assert "agreement" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--length", "0"], "--length: expected whole numbers"),
+        (["--length", "65"], "expected at most 64, the student's number of positions"),
+        (["--batch-size", "a,b"], "--batch-size: expected whole numbers"),
+        (["--max-length", "100"], "--max-length: expected at most 64"),
+        (["--data", "nowhere.jsonl"], "nowhere"),
+        (["--teacher", "./nowhere"], "--teacher: expected a folder"),
+        (["--out", "no/such/folder/a.json"], "--out: expected a file in a folder"),
+    ],
+)
+def test_mistakes_on_the_command_line(more: list[str], message: str, toys: Path, tmp_path: Path) -> None:
+    done = evaluate(toys, tmp_path / "figures.json", *more)
+    assert isinstance(done.exception, UserError)
+    assert message in str(done.exception)

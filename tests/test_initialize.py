@@ -1,0 +1,326 @@
+"""Students that begin with their teacher's weights: the same function, layers left out, and the right parts."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    DistilBertConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Olmo2Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from conftest import make_batch
+from potstill.errors import ModelError, RecipeError
+from potstill.prepare import prepare
+from potstill.recipe import Recipe
+from potstill.students.anatomy import anatomy_of
+from potstill.students.design import student_config
+from potstill.students.importance import importance_of
+from potstill.students.initialize import random_student, start
+from potstill.students.origins import origins, spread
+from potstill.students.shape import Shape
+from reference_students import cosine
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "initializer_range": 0.3,
+}
+ENDS = {key: SIZES[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")}
+KINDS = {
+    "llama": LlamaConfig(**SIZES),
+    "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
+    "gemma2": Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=4),
+    "gpt2": GPT2Config(**ENDS, n_embd=32, n_head=4, n_layer=5, n_inner=48),
+    "bert": BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
+    "distilbert": DistilBertConfig(**ENDS, dim=32, n_heads=4, n_layers=5, hidden_dim=48),
+}
+LAYERS = {"gpt2": "n_layer", "distilbert": "n_layers"}
+BATCH = {name: value for name, value in make_batch(4, 12, 60).items() if name != "labels"}
+
+
+def model(kind: str, seed: int = 1) -> PreTrainedModel:
+    made = random_student(copy.deepcopy(KINDS[kind]), seed).eval()
+    for parameter in made.parameters():  # norms and biases too, so that nothing is equal by chance
+        nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+def logits(of: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return of.eval()(**BATCH).logits
+
+
+def begun(teacher: PreTrainedModel, method: Any, layers: Any = None, **changes: Any) -> PreTrainedModel:
+    vocabulary = changes.pop("vocabulary", 60)
+    config = student_config(teacher.config, changes, vocabulary)
+    return start(teacher, config, method, layers=layers, calibration=lambda: [BATCH]).student(teacher, 7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["copy", "truncate", "prune"])
+def test_a_student_of_the_teachers_shape_is_the_teacher(kind: str, method: str) -> None:
+    teacher = model(kind)
+    assert torch.equal(logits(begun(teacher, method)), logits(teacher))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["copy", "truncate", "prune"])
+def test_copied_layers_compute_what_dropping_the_others_does(kind: str, method: str) -> None:
+    teacher = model(kind)
+    student = begun(teacher, method, layers=[0, 2, 3], **{LAYERS.get(kind, "num_hidden_layers"): 3})
+    shorter = copy.deepcopy(teacher)
+    anatomy = anatomy_of(shorter)
+    kept = [anatomy.layers[layer] for layer in (0, 2, 3)]
+    for place, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place
+    path, _, name = anatomy.path.rpartition(".")
+    setattr(shorter.get_submodule(path), name, nn.ModuleList(kept))
+    shorter.config.num_hidden_layers = 3
+    if hasattr(shorter.config, "layer_types") and shorter.config.layer_types:
+        shorter.config.layer_types = [teacher.config.layer_types[layer] for layer in (0, 2, 3)]
+        assert student.config.layer_types == shorter.config.layer_types
+    assert torch.equal(logits(student), logits(shorter))
+    assert not torch.allclose(
+        logits(student), logits(begun(teacher, "copy", layers=[0, 1, 4], **{LAYERS.get(kind, "num_hidden_layers"): 3}))
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama, tied", "qwen3", "gpt2", "bert", "distilbert"])
+def test_units_that_do_nothing_are_pruned_without_a_trace(kind: str) -> None:
+    teacher = model(kind)
+    anatomy = anatomy_of(teacher)
+    generator = torch.Generator().manual_seed(3)
+    size = anatomy.shape.head_size
+    for layer in anatomy.layers:
+        silent = torch.randperm(48, generator=generator)[:32]
+        for path in (*anatomy.parts.up,):
+            module = layer.get_submodule(path)
+            weight = module.weight.T if kind == "gpt2" else module.weight
+            with torch.no_grad():
+                weight[silent] = 0
+                if module.bias is not None:
+                    module.bias[silent] = 0
+        group = int(torch.randint(2, (1,), generator=generator))  # a key and value head, with its query heads
+        groups = slice(2 * group * size, 2 * (group + 1) * size)
+        with torch.no_grad():  # what is said by the heads of a silent group is 0
+            if kind == "gpt2":
+                value = layer.get_submodule("attn.c_attn")
+                value.weight[:, 64:][:, groups] = 0
+                value.bias[64:][groups] = 0
+            else:
+                value = layer.get_submodule(anatomy.parts.value)
+                rows = slice(group * size, (group + 1) * size) if anatomy.shape.kv_heads == 2 else groups
+                value.weight[rows] = 0
+                if value.bias is not None:
+                    value.bias[rows] = 0
+    fields = {"gpt2": {"n_inner": 16}, "distilbert": {"hidden_dim": 16}}.get(kind, {"intermediate_size": 16})
+    heads = (
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+        if "llama" in kind or kind == "qwen3"
+        else {}
+    )
+    student = begun(teacher, "prune", layers=[0, 1, 2, 3, 4], **fields, **heads)
+    torch.testing.assert_close(logits(student), logits(teacher), rtol=1e-5, atol=1e-5)
+    assert student.num_parameters() < teacher.num_parameters()
+    truncated = begun(teacher, "truncate", **fields, **heads)
+    assert not torch.allclose(logits(truncated), logits(teacher), atol=1e-2)
+
+
+def test_channels_that_carry_nothing_are_pruned_without_a_trace() -> None:
+    teacher = model("llama")
+    silent = torch.tensor([i for i in range(32) if i % 4 == 1])
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[:, silent] = 0
+        for layer in teacher.model.layers:
+            for output in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                output.weight[silent] = 0
+    student = begun(teacher, "prune", hidden_size=24, head_dim=8)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "norm" in name:  # the mean square over 24 channels is 4/3 of that over 32, 8 of which are 0
+                parameter *= (32 / 24) ** 0.5
+    torch.testing.assert_close(logits(student), logits(teacher), rtol=2e-4, atol=2e-4)
+
+
+def test_importance_is_what_loops_find() -> None:
+    teacher = model("llama")
+    found = importance_of(teacher, [BATCH])
+    with torch.no_grad():
+        states = teacher(**BATCH, output_hidden_states=True).hidden_states
+    mask = BATCH["attention_mask"]
+    for layer in range(4):  # the last hidden state of all is behind the final norm
+        distances = []
+        for row in range(4):
+            for t in range(12):
+                if mask[row, t]:
+                    distances.append(1 - cosine(states[layer][row, t].tolist(), states[layer + 1][row, t].tolist()))
+        assert float(found.layers[layer]) == pytest.approx(sum(distances) / len(distances), rel=1e-4)
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        teacher.model.layers[2]
+        .get_submodule(path)
+        .register_forward_pre_hook(lambda _, inputs, path=path: seen.update({path: inputs[0]}))
+        for path in ("self_attn.o_proj", "mlp.down_proj")
+    ]
+    logits(teacher)
+    for handle in handles:
+        handle.remove()
+    units, heads = torch.zeros(48, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for row in range(4):
+        real = mask[row].bool()
+        units += seen["mlp.down_proj"][row][real].double().abs().mean(0) ** 2
+        for head in range(4):
+            said = seen["self_attn.o_proj"][row][real][:, 8 * head : 8 * head + 8].double()
+            heads[head] += said.norm(dim=-1).mean() ** 2
+    torch.testing.assert_close(found.units[2], units.sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.heads[2], heads.sqrt(), rtol=1e-5, atol=0)
+
+
+def test_padding_has_no_say_in_importance() -> None:
+    teacher = model("llama")
+    other = {**BATCH, "input_ids": torch.where(BATCH["attention_mask"].bool(), BATCH["input_ids"], 17)}
+    one, two = importance_of(teacher, [BATCH]), importance_of(teacher, [other])
+    torch.testing.assert_close(one.units, two.units)
+    torch.testing.assert_close(one.layers, two.layers)
+
+
+def test_groups_that_grow_share_the_mean_of_their_keys() -> None:
+    teacher = model("llama")
+    student = begun(teacher, "truncate", num_attention_heads=4, num_key_value_heads=1, head_dim=8)
+    for layer, source in zip(student.model.layers, teacher.model.layers, strict=True):
+        expected = source.self_attn.k_proj.weight.view(2, 8, 32).mean(0)
+        torch.testing.assert_close(layer.self_attn.k_proj.weight, expected)
+        assert torch.equal(layer.self_attn.q_proj.weight, source.self_attn.q_proj.weight)
+    whole = Shape(layers=1, hidden=48, heads=6, kv_heads=3, head_size=8, ffn=8)
+    with pytest.raises(ModelError, match="Change num_key_value_heads"):
+        origins(whole, replace(whole, heads=6, kv_heads=2), [0], None)
+
+
+def test_fewer_tokens_are_the_first_rows_and_ties_are_told() -> None:
+    teacher = model("llama")
+    student = begun(teacher, "copy", vocabulary=50)
+    assert torch.equal(student.lm_head.weight, teacher.lm_head.weight[:50])
+    config = student_config(teacher.config, {"tie_word_embeddings": True}, 60)
+    tied = start(teacher, config, "copy", calibration=lambda: [BATCH])
+    assert any("own head is not copied" in note for note in tied.notes)
+    assert torch.equal(tied.student(teacher, 0).lm_head.weight, teacher.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("how", "teacher", "student", "layers"),
+    [
+        ("uniform", 6, 3, [0, 3, 5]),
+        ("uniform", 6, 1, [0]),
+        ("uniform", 6, 6, [0, 1, 2, 3, 4, 5]),
+        ("skip", 6, 3, [0, 2, 4]),
+        ("skip", 12, 5, [0, 2, 4, 7, 9]),
+        ("first_last", 6, 3, [0, 1, 5]),
+        ("first_last", 6, 1, [0]),
+        ([1, 4], 6, 2, [1, 4]),
+    ],
+)
+def test_layers_are_spread(how: Any, teacher: int, student: int, layers: list[int]) -> None:
+    assert spread(how, teacher, student, None) == layers
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("copy", {"hidden_size": 16, "num_attention_heads": 2}, "use truncate or prune"),
+        ("truncate", {"intermediate_size": 64}, "no larger than its teacher, got ffn 64 above 48"),
+        ("truncate", {"num_attention_heads": 2, "num_key_value_heads": 1}, "heads as wide as the teacher's, 8, got 16"),
+        ("copy", {"num_hidden_layers": 6}, "at most the teacher's 5"),
+        ("shrink", {}, "expected copy, truncate, prune"),
+    ],
+)
+def test_students_that_do_not_fit(method: str, changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        begun(model("llama"), method, **changes)
+
+
+@pytest.mark.parametrize("layers", [[0, 0], [1, 0], [0, 5], [0], "evenly"])
+def test_layers_that_cannot_be(layers: Any) -> None:
+    with pytest.raises(ModelError, match="expected"):
+        begun(model("llama"), "copy", layers=layers, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtralConfig(**SIZES, num_local_experts=2),  # a mixture of experts
+        Olmo2Config(**SIZES),  # norms over all heads at once
+    ],
+)
+def test_unknown_architectures_are_told(config: Any) -> None:
+    with pytest.raises(ModelError, match="layers have other parts"):
+        start(random_student(config, 0), config, "copy", calibration=list)
+
+
+def test_another_family_is_told() -> None:
+    with pytest.raises(ModelError, match="student of the teacher's LlamaConfig, got GPT2Config"):
+        start(model("llama"), KINDS["gpt2"], "copy", calibration=list)
+
+
+def recipe(values: dict[str, Any], **student: Any) -> Recipe:
+    return Recipe.parse({**values, "student": student})
+
+
+def test_a_recipe_prunes_its_teacher(recipe_values: dict[str, Any]) -> None:
+    pruned = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 16, "num_hidden_layers": 1}
+    parts = prepare(recipe(recipe_values, design=pruned, initialize="prune"))
+    assert any("the most active" in note for note in parts.notes)
+    one, two = parts.new_student(), parts.new_student()
+    assert parts.teacher_model is not None
+    embedding = parts.teacher_model.get_input_embeddings().weight
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert one.get_input_embeddings().weight.shape == (300, 8)
+    columns = {tuple(column.tolist()) for column in embedding.T}
+    assert all(tuple(column.tolist()) in columns for column in one.get_input_embeddings().weight.T)
+
+
+def test_a_recipe_designs_by_a_budget(recipe_values: dict[str, Any]) -> None:
+    parts = prepare(recipe(recipe_values, design={"compression": 1.25, "keep": "balanced"}))
+    assert parts.teacher_model is not None
+    whole = parts.teacher_model.num_parameters()
+    assert abs(parts.new_student().num_parameters() * 1.25 / whole - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ({"design": {"params": "1M", "hidden_size": 8}}, r"student\.design\.hidden_size: unknown key"),
+        ({"design": {"keep": "depth"}}, "one of params"),
+        ({"design": {"params": 5, "target": "edge"}}, "params and target"),
+        ({"design": {"hidden_size": 8}, "initialize": "prun"}, "initialize"),
+        ({"design": {"hidden_size": 8}, "initialize": {"method": "random", "layers": "skip"}}, "no layers with random"),
+        ({"model": "here", "initialize": "copy"}, "beside model"),
+    ],
+)
+def test_mistakes_in_a_recipe(recipe_values: dict[str, Any], student: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(recipe_values, **student)
