@@ -6,7 +6,7 @@
     HF_HUB_OFFLINE=1 python benchmarks/embedding.py text         # a static student and one of two layers
     python benchmarks/embedding.py million                       # 1M vectors of 1,536 dimensions on disk to 5
 
-Trained on the train sentences, the epoch chosen on dev, measured on test; with --split dev also measured on dev. The teacher's
+Trained on the train sentences, the epoch chosen on dev, measured on test (or on dev, with --split dev). The teacher's
 vectors are kept in the folder --work.
 """
 
@@ -40,7 +40,11 @@ def sentences(data: Path, split: str) -> tuple[list[str], tuple[list[int], list[
     with (data / f"stsb-en-{split}.csv").open(encoding="utf-8") as file:
         rows = list(csv.reader(file))
     n = len(rows)
-    return [r[0] for r in rows] + [r[1] for r in rows], (list(range(n)), list(range(n, 2 * n)), [float(r[2]) for r in rows])
+    return [r[0] for r in rows] + [r[1] for r in rows], (
+        list(range(n)),
+        list(range(n, 2 * n)),
+        [float(r[2]) for r in rows],
+    )
 
 
 def teacher_folder() -> str:
@@ -136,11 +140,18 @@ def text(args: argparse.Namespace) -> None:
 
     print("| student | STS-B | all pairs | recall@10 | | time |\n|---|---|---|---|---|---|")
     print(f"teacher: {throughput(model):.0f} texts/s", flush=True)
-    for name, d, epochs, rate, batch in (("static", 32, 20, 1e-2, 512), ("2 layers", 64, args.encoder_epochs, 3e-4, 128)):
+    for name, d, epochs, rate, batch in (
+        ("static", 32, 20, 1e-2, 512),
+        ("2 layers", 64, args.encoder_epochs, 3e-4, 128),
+    ):
         if name not in args.students:
             continue
         start = torch.from_numpy(VectorHead.from_pca(train, d).transform(train))
-        make = static_student(model.tokenizer, texts, start) if name == "static" else encoder_student(model, 2, texts, start)
+        make = (
+            static_student(model.tokenizer, texts, start)
+            if name == "static"
+            else encoder_student(model, 2, texts, start)
+        )
         plan = EmbeddingDistiller(make, PairObjective("balanced"), epochs=epochs, batch_size=batch, learning_rate=rate)
         began = time.perf_counter()
         lines = plan.fit(train, held, texts=texts, held_out_texts=held_texts, judge=chooses)
@@ -177,7 +188,12 @@ def million(args: argparse.Namespace) -> None:
     head.transform(vectors)
     done = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    figures = {"check": checked - began, "start": started - checked, "train": trained - started, "transform": done - trained}
+    figures = {
+        "check": checked - began,
+        "start": started - checked,
+        "train": trained - started,
+        "transform": done - trained,
+    }
     print(json.dumps({**{k: round(v, 1) for k, v in figures.items()}, "peak_memory_GB": round(peak / 1e9, 2)}))
     print(replace(lines[0].kept), lines[-1].kept)
 

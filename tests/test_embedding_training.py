@@ -28,7 +28,9 @@ TRAIN, HELD = clustered(400), clustered(120, seed=1)
 
 
 def distil(head: VectorHead, focus: str = "balanced", **changes) -> tuple[EmbeddingDistiller, list[Epoch]]:
-    plan = EmbeddingDistiller(head, PairObjective(focus), **{"epochs": 4, "batch_size": 64, "learning_rate": 1e-2, **changes})
+    plan = EmbeddingDistiller(
+        head, PairObjective(focus), **{"epochs": 4, "batch_size": 64, "learning_rate": 1e-2, **changes}
+    )
     return plan, plan.fit(TRAIN, HELD)
 
 
@@ -41,7 +43,10 @@ def test_what_is_measured_is_that_of_loops() -> None:
     assert kept.scores == pytest.approx(reference.spearman(cosines, [1.0, 5.0, 3.0]))
     near = []
     for space in (teacher.tolist(), student.tolist()):
-        by = [sorted((j for j in range(14) if j != i), key=lambda j, i=i: -reference.cosine(space[i], space[j])) for i in range(14)]
+        by = [
+            sorted((j for j in range(14) if j != i), key=lambda j, i=i: -reference.cosine(space[i], space[j]))
+            for i in range(14)
+        ]
         near.append([set(order[:10]) for order in by])
     assert kept.recall == pytest.approx(sum(len(a & b) for a, b in zip(*near, strict=True)) / 140)
     assert Judge(teacher)(teacher).all_pairs == pytest.approx(1)
@@ -87,7 +92,7 @@ def test_the_dial_trades_close_pairs_for_the_map() -> None:
     kept = {}
     for focus in ("local", "global"):
         head = VectorHead.from_pca(TRAIN, 3)
-        plan, lines = distil(head, focus, epochs=8)
+        _, lines = distil(head, focus, epochs=8)
         kept[focus] = Judge(HELD)(torch.from_numpy(head.transform(HELD)))
         best = max(lines, key=lambda line: {"local": line.kept.recall, "global": line.kept.all_pairs}[focus])
         assert kept[focus].all_pairs == pytest.approx(best.kept.all_pairs, abs=1e-4)  # the best epoch is what is left
@@ -112,7 +117,7 @@ def test_the_seed_decides_everything() -> None:
     assert not torch.equal(ends[0]["map.weight"], ends[2]["map.weight"])
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -126,7 +131,7 @@ def test_a_killed_training_goes_on_to_the_same_end(tmp_path: Path, after: int) -
 
     def kill(line: Epoch) -> None:
         if line.epoch == after + 1:
-            raise Killed
+            raise KilledError
 
     whole = plan()
     lines = whole.fit(TRAIN, HELD, checkpoints=tmp_path / "whole")
@@ -134,7 +139,7 @@ def test_a_killed_training_goes_on_to_the_same_end(tmp_path: Path, after: int) -
     assert [(line.epoch, line.stage, line.heat) for line in lines] == [
         (0, 0, 4.0), (1, 1, 4.0), (2, 1, 4.0), (3, 2, 1.0), (4, 2, 1.0)
     ]  # fmt: skip
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         plan().fit(TRAIN, HELD, checkpoints=tmp_path / "killed", on_epoch=kill)
     again = plan()
     seen: list[int] = []

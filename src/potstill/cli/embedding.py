@@ -36,7 +36,12 @@ def run_embedding(path: Path, sets: Sequence[str], resume: bool) -> None:
 
     result = run_embedding(EmbeddingRecipe.load(path, sets), resume=resume, console=console)
     table = Table(title=result.summary["name"], title_justify="left", box=box.SIMPLE_HEAD)
-    measures = {"dimensions": "dimensions", "scores": "people's scores", "all_pairs": "all pairs", "recall": "recall at 10"}
+    measures = {
+        "dimensions": "dimensions",
+        "scores": "people's scores",
+        "all_pairs": "all pairs",
+        "recall": "recall at 10",
+    }
     rows = result.summary["rows"]
     shown = [key for key in measures if rows["teacher"][key] is not None]
     for column in ("", *(measures[key] for key in shown)):

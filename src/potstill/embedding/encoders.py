@@ -1,4 +1,4 @@
-"""Students that read text: plain sentence-transformers models, made from a tokenizer or from a larger model's layers."""
+"""Students that read text: plain sentence-transformers models, made from a tokenizer or from a model's layers."""
 
 from __future__ import annotations
 
@@ -127,7 +127,9 @@ def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str
     transformer = copy.deepcopy(model[0])
     body = getattr(transformer, "auto_model", None)
     whole = getattr(getattr(body, "config", None), "num_hidden_layers", 0)
-    lists = [(n, m) for n, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == whole] if body else []
+    lists = (
+        [(n, m) for n, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == whole] if body else []
+    )
     if len(lists) != 1 or not 1 <= layers <= whole:
         raise ModelError(
             f"student.encoder.layers: expected 1 to {whole} layers of a transformer, got {layers}. "

@@ -94,7 +94,7 @@ def cosines(vectors: Tensor) -> Tensor:
 
 def ranks(values: Tensor) -> Tensor:
     """The ranks of [N] values from 0, float64; equal ones share their mean."""
-    found, place, count = torch.unique(values, return_inverse=True, return_counts=True)
+    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
     return (last - (count.double() + 1) / 2)[place]
 

@@ -64,13 +64,15 @@ class VectorHead(nn.Module):
         super().__init__()
         self.inputs, self.dimensions = inputs, dimensions
         self.map = nn.Linear(inputs, dimensions)
-        self.beside = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, dimensions)) if hidden else None
+        self.beside = (
+            nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, dimensions)) if hidden else None
+        )
 
     @classmethod
     def from_pca(
         cls, sample: Tensor, dimensions: int, *, hidden: int = 0, start: Start = "centred", seed: int = 0
     ) -> Self:
-        """A head that begins as a PCA of some vectors [N, H]; the network beside it begins at 0, so that it adds nothing.
+        """A head that begins as a PCA of some vectors [N, H]; the network beside it adds nothing at first.
 
         Args:
             sample: [N, H].
@@ -90,9 +92,12 @@ class VectorHead(nn.Module):
             head.map.weight.copy_(weight.T)
             head.map.bias.copy_(-(found.mean @ weight))
             if head.beside is not None:
-                head.beside[0].weight.mul_(sample.shape[1] ** 0.5)  # the coordinates of unit vectors are small
-                nn.init.zeros_(head.beside[2].weight)
-                nn.init.zeros_(head.beside[2].bias)
+                first, last = head.beside[0], head.beside[2]
+                assert isinstance(first, nn.Linear)
+                assert isinstance(last, nn.Linear)
+                first.weight.mul_(sample.shape[1] ** 0.5)  # the coordinates of unit vectors are small
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
         return head
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -151,4 +156,3 @@ def random_projection(vectors: Tensor, dimensions: int, seed: int = 0) -> Tensor
     """[N, H] to [N, d] by a matrix of Gaussian numbers: what costs nothing."""
     generator = torch.Generator().manual_seed(seed)
     return normalize(vectors, dim=-1) @ torch.randn(vectors.shape[1], dimensions, generator=generator)
-

@@ -39,7 +39,9 @@ class PairObjective:
 
     def __post_init__(self) -> None:
         if self.focus not in FOCUSES:
-            raise ShapeError(f"focus: expected one of {', '.join(FOCUSES)}, got {self.focus}.{nearest(self.focus, FOCUSES)}")
+            raise ShapeError(
+                f"focus: expected one of {', '.join(FOCUSES)}, got {self.focus}.{nearest(self.focus, FOCUSES)}"
+            )
 
     def __call__(self, student: Tensor, teacher: Tensor, heat: float = 1.0) -> Tensor:
         """The loss of a batch.

@@ -16,7 +16,10 @@ from potstill.evaluate.report import environment
 
 _MEASURES = {
     "scores": ("People's scores", "Spearman's correlation of the similarity of pairs with what people say of them."),
-    "all_pairs": ("All pairs", "Spearman's correlation of all pairwise similarities with the teacher's: the whole map."),
+    "all_pairs": (
+        "All pairs",
+        "Spearman's correlation of all pairwise similarities with the teacher's: the whole map.",
+    ),
     "recall": ("Recall at 10", "The share of the teacher's ten nearest that are among its own ten nearest."),
 }
 
@@ -79,8 +82,8 @@ def embedding_verdict(summary: Mapping[str, Any]) -> str:
     won = [student[key] > pca[key] for key in _MEASURES if student[key] is not None]
     opening = "better than" if all(won) else "not better than" if not any(won) else "in some ways better than"
     return (
-        f"With {student['dimensions']} of the teacher's {summary['rows']['teacher']['dimensions']} dimensions, held out, "
-        f"the student is {opening} PCA: {', '.join(said)}."
+        f"With {student['dimensions']} of the teacher's {summary['rows']['teacher']['dimensions']} dimensions, held "
+        f"out, the student is {opening} PCA: {', '.join(said)}."
     )
 
 

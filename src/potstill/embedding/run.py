@@ -286,6 +286,8 @@ def _neighbours(teacher: Tensor, student: Tensor, texts: list[str] | None, wante
         near = {}
         for who, matrix in similar.items():
             order = [j for j in matrix[row].argsort(descending=True).tolist() if j != row][:_SHOWN]
-            near[who] = [{"row": j, "text": name(j)[:300], "similarity": round(float(matrix[row, j]), 3)} for j in order]
+            near[who] = [
+                {"row": j, "text": name(j)[:300], "similarity": round(float(matrix[row, j]), 3)} for j in order
+            ]
         found.append({"text": name(row)[:300], **near})
     return found

@@ -87,8 +87,8 @@ def gather(recipe: EmbeddingRecipe, each: Callable[[int, int], None] = lambda do
     for what, texts, vectors in (("data.train", train, whole), ("data.eval", held, eval_)):
         if texts and vectors and len(texts.texts) != vectors.rows:
             raise DataError(
-                f"{what}: expected a text for each of the {vectors.rows} rows of {vectors.name}, got {len(texts.texts)}. "
-                "Row i of both must be the same text."
+                f"{what}: expected a text for each of the {vectors.rows} rows of {vectors.name}, got "
+                f"{len(texts.texts)}. Row i of both must be the same text."
             )
     notes = check_vectors(whole, recipe.student.dimensions)
     if eval_ is None:
@@ -103,10 +103,13 @@ def gather(recipe: EmbeddingRecipe, each: Callable[[int, int], None] = lambda do
         cut = whole.rows - rows
         held_out = whole.read(cut, whole.rows)
         texts = train.texts[:cut] if train else None
-        return Material(Part(whole, 0, cut), held_out, texts, train.texts[cut:] if train else None, None, embedder, notes)
+        return Material(
+            Part(whole, 0, cut), held_out, texts, train.texts[cut:] if train else None, None, embedder, notes
+        )
     if eval_.dimensions != whole.dimensions:
         raise DataError(
-            f"{eval_.name}: expected vectors of {whole.dimensions} dimensions as in {whole.name}, got {eval_.dimensions}."
+            f"{eval_.name}: expected vectors of {whole.dimensions} dimensions as in {whole.name}, got "
+            f"{eval_.dimensions}."
         )
     notes += check_vectors(eval_, min(recipe.student.dimensions, eval_.rows - 1))
     return Material(
@@ -154,7 +157,9 @@ def _read(part: TextsPart) -> Texts:
         return Texts([text for name in part.fields for text in columns[name]], None)
     number = {text: i for i, text in enumerate(distinct)}
     first, second = ([number[text] for text in columns[name]] for name in part.fields)
-    return Texts(distinct, (first, second, [_score(value, row, path) for row, value in enumerate(columns[part.score], 1)]))
+    return Texts(
+        distinct, (first, second, [_score(value, row, path) for row, value in enumerate(columns[part.score], 1)])
+    )
 
 
 def _score(value: Any, row: int, path: Path) -> float:

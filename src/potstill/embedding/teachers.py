@@ -1,4 +1,4 @@
-"""Where the teacher's vectors of texts come from: a sentence-transformers model, or a server. Kept once they are there."""
+"""Where the vectors of texts come from, a sentence-transformers model or a server; kept once they are there."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _vectors(answer: Any, wanted: int, address: str) -> np.ndarray:
         rows = sorted(answer["data"], key=lambda row: row["index"])
         found = np.asarray([row["embedding"] for row in rows], dtype=np.float32)
     except (KeyError, TypeError, ValueError):
-        found = np.empty((0, 0))
+        found = np.empty((0, 0), dtype=np.float32)
     if found.ndim != 2 or len(found) != wanted:
         raise RunError(f"teacher.server: expected {wanted} vectors of one length from {address}, got something else.")
     return found

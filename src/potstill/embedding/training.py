@@ -53,7 +53,7 @@ class EmbeddingDistiller:
         epochs: passes over the vectors, a stage.
         batch_size: rows whose pairs are compared with each other.
         learning_rate: at its highest; a half cosine down to 0 over the whole training.
-        reconstruction: weight of a linear decoder's error, from the student's vectors back to the teacher's; 0 for none.
+        reconstruction: share of a linear decoder's error, from the student's vectors to the teacher's; 0 for none.
         patience: epochs of a stage without a better held-out correlation after which the next stage begins.
         seed: of the order and of dropout.
     """
@@ -151,7 +151,9 @@ class EmbeddingDistiller:
         reads = isinstance(self.student, TextStudent)
         for what, given, rows in (("texts", texts, vectors.rows), ("held_out_texts", held_out_texts, len(held_out))):
             if reads != (given is not None):
-                raise DataError(f"EmbeddingDistiller: expected {what} {'with' if reads else 'only with'} a TextStudent.")
+                raise DataError(
+                    f"EmbeddingDistiller: expected {what} {'with' if reads else 'only with'} a TextStudent."
+                )
             if given is not None and len(given) != rows:
                 raise DataError(
                     f"EmbeddingDistiller: expected as many {what} as the teacher has vectors, got {len(given)} texts "
@@ -160,8 +162,8 @@ class EmbeddingDistiller:
         width = self.student.inputs if isinstance(self.student, VectorHead) else vectors.dimensions
         if vectors.dimensions != width or held_out.shape[1] != width:
             raise ShapeError(
-                f"EmbeddingDistiller: expected vectors of {width} dimensions, got {vectors.dimensions} to learn from and "
-                f"{held_out.shape[1]} held out."
+                f"EmbeddingDistiller: expected vectors of {width} dimensions, got {vectors.dimensions} to learn from "
+                f"and {held_out.shape[1]} held out."
             )
 
 

@@ -50,8 +50,8 @@ class Vectors(ABC):
     def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All rows once in an order that the seed decides: (row numbers [B], vectors [B, H]).
 
-        Rows are drawn from a pool of pieces from all over the file; a pool that holds everything makes it a plain shuffle.
-        What is left over at the end of a pool is put at the beginning of the next; a last batch of one row is left out.
+        Rows are drawn from a pool of pieces from all over the file; one that holds all makes it a plain shuffle. What
+        is left over at the end of a pool is put at the beginning of the next; a last batch of one row is left out.
         """
         generator = torch.Generator().manual_seed(seed)
         pool = max(_POOL // self.dimensions, size)
@@ -274,7 +274,7 @@ def check_vectors(vectors: Vectors, dimensions: int) -> list[str]:
         notes.append(f"{name}: {rows - distinct:,} of {rows:,} rows repeat an earlier one; they count as often.")
     if rows < vectors.dimensions:
         notes.append(
-            f"{name}: fewer rows ({rows:,}) than dimensions ({vectors.dimensions:,}): directions that no row shows cannot "
-            "be learnt."
+            f"{name}: fewer rows ({rows:,}) than dimensions ({vectors.dimensions:,}): directions that no row shows "
+            "cannot be learnt."
         )
     return notes

@@ -124,7 +124,7 @@ def front(points: Mapping[str, tuple[float, float]], across: str, up: str) -> st
     """What is traded between two measures.
 
     Args:
-        points: name -> (across, up), both better when larger. Names that begin with "focus" are students, joined by a line.
+        points: name -> (across, up), both better when larger. Names that begin with "focus" are students, and joined.
         across: what the horizontal axis measures.
         up: the vertical one.
     """
@@ -136,7 +136,13 @@ def front(points: Mapping[str, tuple[float, float]], across: str, up: str) -> st
         model = "student" if name.startswith("focus") else "baseline"
         axes.plot(*point, color=_MODEL[model], linestyle="none", **_MARKER[model])
         axes.annotate(
-            name, point, xytext=(6, 4), textcoords="offset points", fontsize=11, color=_MODEL[model], annotation_clip=False
+            name,
+            point,
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=11,
+            color=_MODEL[model],
+            annotation_clip=False,
         )
     axes.margins(x=0.2, y=0.12)
     axes.set_xlabel(across)

@@ -1,7 +1,7 @@
 """Two spaces of different size say the same when the similarities within them agree.
 
 Each loss takes a batch of the student's vectors and the teacher's of the same B examples, [B, Hs] and [B, Ht], compares
-the cosine similarities of all pairs, and gives one number. No gradient flows to the teacher. A batch of one has no pair.
+the cosine similarities of all pairs, and gives one number. No gradient flows to the teacher.
 
 >>> student, teacher = torch.eye(3, 2), torch.eye(3, 4)
 >>> bool(embedding_divergence(student, teacher, temperature=0.5) > 0)
@@ -62,7 +62,9 @@ def embedding_divergence(
     own = temperature if student_temperature is None else student_temperature
     if not own > 0:
         raise ShapeError(f"embedding_divergence: expected student_temperature > 0, got {own}.")
-    each = token_divergence(q * (temperature / own), DenseTargets(p), divergence or ForwardKL(), temperature=temperature)
+    each = token_divergence(
+        q * (temperature / own), DenseTargets(p), divergence or ForwardKL(), temperature=temperature
+    )
     return each.mean()
 
 
@@ -117,7 +119,8 @@ def matryoshka(loss: PairLoss, student: Tensor, teacher: Tensor, weights: Mappin
     """
     if not weights or not all(0 < d <= student.shape[-1] and w > 0 for d, w in weights.items()):
         raise ShapeError(
-            f"matryoshka: expected prefixes of 1 to {student.shape[-1]} dimensions with weights > 0, got {dict(weights)}."
+            f"matryoshka: expected prefixes of 1 to {student.shape[-1]} dimensions with weights > 0, got "
+            f"{dict(weights)}."
         )
     total = torch.stack([weight * loss(student[:, :d], teacher) for d, weight in weights.items()]).sum()
     return total / sum(weights.values())
