@@ -25,7 +25,7 @@ from potstill.cli import app
 from potstill.embedding import EmbeddingDistiller, VectorHead
 from potstill.embedding.run import run_embedding
 from potstill.embedding.teachers import encode_texts, server_encoder
-from potstill.errors import DataError, ModelError, RecipeError, RunError, UserError
+from potstill.errors import DataError, ModelError, RecipeError, RefusedError, ServerError, UserError
 from potstill.recipe import EmbeddingRecipe
 from test_embedding_training import HELD, TRAIN
 
@@ -260,7 +260,8 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr("potstill.embedding.teachers.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("potstill.engines.client.FIRST_WAIT_S", 0.0)
+    monkeypatch.delenv("POTSTILL_API_KEY", raising=False)
     Server.statuses, Server.keys = [], []
     server = HTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -278,7 +279,7 @@ def test_a_server_gives_vectors_once(address: str, tmp_path: Path, monkeypatch: 
     for url in (address, address + "/v1/"):
         vectors = encode_texts(texts, server_encoder(url, "m"), "server", tmp_path)
         assert vectors.read(0, 299)[:, 0].tolist() == [float(i) for i in range(1, 300)]
-    assert Server.keys == ["Bearer sk-secret"] * 4  # two busy, two batches, and nothing for what is kept
+    assert Server.keys == ["Bearer sk-secret"] * 7  # two busy, five parts, and nothing for what is kept
     assert not [path for path in tmp_path.iterdir() if b"secret" in path.read_bytes()]
 
 
@@ -287,14 +288,14 @@ def test_a_server_that_fails_is_told_without_the_key(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     for statuses, error, message in (
-        ([401], UserError, "got status 401"),
-        ([500] * 4, RunError, "got status 500, 4 times"),
+        ([401], RefusedError, "got status 401"),
+        ([500] * 4, ServerError, "got status 500"),
     ):
         Server.statuses = statuses
         with pytest.raises(error, match=message) as caught:
             server_encoder(address, "m")(["a"])
         assert "secret" not in str(caught.value)
-    with pytest.raises(UserError, match="expected http:// or https://"):
+    with pytest.raises(UserError, match="expected a url such as"):
         server_encoder("file:///etc/passwd", "m")
     with pytest.raises(DataError, match="expected vectors of 2 dimensions, got 3 in a later batch"):
         widths = iter([2, 3])

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +12,10 @@ import numpy as np
 
 from potstill.atomic import whole_or_nothing
 from potstill.embedding.vectors import Vectors, open_vectors
-from potstill.errors import DataError, RunError, UserError
+from potstill.engines.client import JsonClient
+from potstill.errors import DataError, ServerError
 
 BATCH = 64
-KEY = "OPENAI_API_KEY"
 
 Encode = Callable[[Sequence[str]], Any]
 
@@ -29,46 +25,25 @@ def model_encoder(model: Any) -> Encode:
     return lambda texts: model.encode(list(texts), batch_size=BATCH, show_progress_bar=False)
 
 
-def server_encoder(url: str, model: str, *, tries: int = 4) -> Encode:
+def server_encoder(url: str, model: str) -> Encode:
     """Texts to vectors by an OpenAI-style server: POST <url>/v1/embeddings.
 
-    The key is taken from the environment variable OPENAI_API_KEY, where there is one, and goes nowhere else.
-
     Args:
-        url: where the server is, with or without /v1.
+        url: where the server is, with or without /v1; the key is taken as `JsonClient` says.
         model: the name that it knows.
-        tries: how often a busy server is asked.
 
     Raises:
         UserError: the address is not http(s), or the server refuses.
-        RunError: it does not answer, or not with a vector for each text.
+        ServerError: it does not answer, or not with a vector for each text.
     """
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"teacher.server.url: expected http:// or https://, got {url}.")
-    address = url.rstrip("/").removesuffix("/v1") + "/v1/embeddings"
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(KEY):
-        headers["Authorization"] = f"Bearer {key}"
+    client = JsonClient(url, key_variable=None, concurrency=4, timeout_s=120.0, attempts=4)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        body = json.dumps({"model": model, "input": list(texts), "encoding_format": "float"}).encode()
-        request = urllib.request.Request(address, body, headers)
-        for attempt in range(tries):
-            try:
-                with urllib.request.urlopen(request, timeout=120) as response:
-                    return _vectors(json.loads(response.read()), len(texts), address)
-            except urllib.error.HTTPError as error:
-                if error.code not in (429, 500, 502, 503, 504):
-                    raise UserError(
-                        f"teacher.server: expected vectors from {address}, got status {error.code}. "
-                        f"Check the model's name, and the key in {KEY}."
-                    ) from None
-                reason = f"status {error.code}"
-            except (urllib.error.URLError, TimeoutError, ValueError) as error:
-                reason = str(getattr(error, "reason", error))
-            if attempt + 1 < tries:
-                time.sleep(0.5 * 2**attempt)
-        raise RunError(f"teacher.server: expected an answer from {address}, got {reason}, {tries} times. Is it up?")
+        parts = [list(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
+        answers = client.post_all("/v1/embeddings", [{"model": model, "input": part} for part in parts])
+        return np.concatenate(
+            [_vectors(answer, len(part), client.url) for answer, part in zip(answers, parts, strict=True)]
+        )
 
     return encode
 
@@ -80,7 +55,10 @@ def _vectors(answer: Any, wanted: int, address: str) -> np.ndarray:
     except (KeyError, TypeError, ValueError):
         found = np.empty((0, 0), dtype=np.float32)
     if found.ndim != 2 or len(found) != wanted:
-        raise RunError(f"teacher.server: expected {wanted} vectors of one length from {address}, got something else.")
+        raise ServerError(
+            f"teacher.server: expected {wanted} vectors of one length from {address}, got something else. "
+            "Check that the model is one of embeddings."
+        )
     return found
 
 

@@ -11,7 +11,7 @@ from potstill.recipe.document import Document, Part
 
 
 class EmbeddingServerPart(Part):
-    """An OpenAI-style server; the key is taken from OPENAI_API_KEY."""
+    """An OpenAI-style server; the key is taken from POTSTILL_API_KEY or OPENAI_API_KEY."""
 
     url: str
     model: str
