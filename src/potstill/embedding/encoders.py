@@ -125,11 +125,9 @@ def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
     transformer = copy.deepcopy(model[0])
-    body = getattr(transformer, "auto_model", None)
+    body: Any = getattr(transformer, "auto_model", transformer)
     whole = getattr(getattr(body, "config", None), "num_hidden_layers", 0)
-    lists = (
-        [(n, m) for n, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == whole] if body else []
-    )
+    lists = [(n, m) for n, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == whole]
     if len(lists) != 1 or not 1 <= layers <= whole:
         raise ModelError(
             f"student.encoder.layers: expected 1 to {whole} layers of a transformer, got {layers}. "

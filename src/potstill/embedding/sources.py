@@ -102,10 +102,8 @@ def gather(recipe: EmbeddingRecipe, each: Callable[[int, int], None] = lambda do
             )
         cut = whole.rows - rows
         held_out = whole.read(cut, whole.rows)
-        texts = train.texts[:cut] if train else None
-        return Material(
-            Part(whole, 0, cut), held_out, texts, train.texts[cut:] if train else None, None, embedder, notes
-        )
+        mine, apart = (train.texts[:cut], train.texts[cut:]) if train else (None, None)
+        return Material(Part(whole, 0, cut), held_out, mine, apart, None, embedder, notes)
     if eval_.dimensions != whole.dimensions:
         raise DataError(
             f"{eval_.name}: expected vectors of {whole.dimensions} dimensions as in {whole.name}, got "

@@ -113,6 +113,7 @@ class EmbeddingDistiller:
         vectors = teacher if isinstance(teacher, Vectors) else Matrix(teacher)
         self._must_fit(vectors, held_out, texts, held_out_texts)
         judge = judge or Judge(held_out)
+        torch.manual_seed(self.seed)
         decoder = nn.Linear(self.student.dimensions, vectors.dimensions) if self.reconstruction else None
         run = _Run(self, decoder, judge, held_out, held_out_texts)
         history = run.resume(checkpoints) if checkpoints else []
