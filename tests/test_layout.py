@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "teachers": BASE | {"cache", "losses", "engines"},
     "train": BASE | TRAIN,
     "evaluate": BASE | {"losses", "data", "engines"},
+    "embedding": BASE | {"losses", "data", "engines", "evaluate", "recipe", "loading"},
     "recipe": {"errors", "divergence", "schedule", "layers"},
     "loading": BASE | {"losses"},
     "objectives": PIPELINE,
@@ -44,7 +45,7 @@ ROOMS: dict[str, set[str]] = {
     "caching": PIPELINE | {"speaker"},
     "generation": PIPELINE | {"speaker"},
     "demo": PIPELINE | {"prepare", "preflight", "pipeline", "cli"},
-    "cli": PIPELINE | {"prepare", "preflight", "evaluation", "pipeline", "generation", "caching", "demo"},
+    "cli": PIPELINE | {"prepare", "preflight", "evaluation", "pipeline", "generation", "caching", "demo", "embedding"},
     "__main__": {"cli"},
 }
 

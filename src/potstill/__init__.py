@@ -22,12 +22,18 @@ from potstill.errors import PotstillError
 from potstill.layers import LayerMap, Projection
 from potstill.losses import (
     FusedLoss,
+    embedding_divergence,
     linear_cka,
     linear_cross_entropy,
     linear_divergence,
+    matryoshka,
+    pair_correlation,
+    rank_error,
+    reconstruction_error,
     rkd_angle,
     rkd_distance,
     similarity_divergence,
+    similarity_error,
     token_cross_entropy,
     token_divergence,
     token_mean,
@@ -36,10 +42,12 @@ from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
 
 if TYPE_CHECKING:
     from potstill.data import Examples, PaddingCollator, Source, encode
+    from potstill.embedding import EmbeddingDistiller, PairObjective, VectorHead, open_vectors
+    from potstill.embedding.run import run_embedding
     from potstill.engines import Completion, LocalEngine, ModelServer, Sampling
     from potstill.generation import Generated, generate
     from potstill.pipeline import RunResult, run
-    from potstill.recipe import GenerateRecipe, Recipe
+    from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
     from potstill.students.budget import Budget
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
@@ -71,8 +79,10 @@ _LATER = {
     "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
     "potstill.generation": ("Generated", "generate"),
+    "potstill.embedding": ("EmbeddingDistiller", "PairObjective", "VectorHead", "open_vectors"),
+    "potstill.embedding.run": ("run_embedding",),
     "potstill.pipeline": ("RunResult", "run"),
-    "potstill.recipe": ("GenerateRecipe", "Recipe"),
+    "potstill.recipe": ("EmbeddingRecipe", "GenerateRecipe", "Recipe"),
     "potstill.students.budget": ("Budget",),
     "potstill.students.capacity": ("expected_share",),
     "potstill.students.size": ("size_of",),
@@ -116,6 +126,8 @@ __all__ = [
     "DistillationTrainer",
     "Distiller",
     "Divergence",
+    "EmbeddingDistiller",
+    "EmbeddingRecipe",
     "Examples",
     "ForwardKL",
     "FusedLoss",
@@ -132,6 +144,7 @@ __all__ = [
     "ModelTeacher",
     "Objective",
     "PaddingCollator",
+    "PairObjective",
     "PotstillError",
     "Projection",
     "Recipe",
@@ -149,6 +162,8 @@ __all__ = [
     "Teacher",
     "TeacherOutput",
     "TotalVariation",
+    "VectorHead",
+    "embedding_divergence",
     "encode",
     "expected_share",
     "generate",
@@ -156,11 +171,18 @@ __all__ = [
     "linear_cka",
     "linear_cross_entropy",
     "linear_divergence",
+    "matryoshka",
+    "open_vectors",
+    "pair_correlation",
+    "rank_error",
+    "reconstruction_error",
     "rkd_angle",
     "rkd_distance",
     "run",
+    "run_embedding",
     "schedule",
     "similarity_divergence",
+    "similarity_error",
     "size_of",
     "token_cross_entropy",
     "token_divergence",

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from potstill.cli.app import RecipePath, Sets, app, console
+from potstill.cli.embedding import kind_of, run_embedding
 from potstill.errors import UserError
 
 
@@ -26,7 +27,9 @@ def run(
     from potstill.pipeline import run as run_recipe
     from potstill.recipe import Recipe
 
-    _finish(run_recipe(Recipe.load(recipe, set_ or ()), resume=resume, console=console))
+    if kind_of(recipe) == "embedding":
+        return run_embedding(recipe, set_ or (), resume)
+    return _finish(run_recipe(Recipe.load(recipe, set_ or ()), resume=resume, console=console))
 
 
 @app.command()
@@ -86,7 +89,10 @@ def report(directory: Annotated[Path, typer.Argument(help="a run directory", sho
     """Write report.html again from the records of a run."""
     from potstill.evaluate.report import write_report
 
-    console.print(f"report  {write_report(directory)}", highlight=False)
+    write = write_report
+    if kind_of(directory / "recipe.yaml") == "embedding":
+        from potstill.embedding.report import write_embedding_report as write
+    console.print(f"report  {write(directory)}", highlight=False)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
 
@@ -98,6 +99,67 @@ def kl_by_position(edges: Sequence[float], values: Mapping[str, Sequence[float]]
         axes.set_xticks([edges[0] + quarter * (edges[-1] - edges[0]) / 4 for quarter in range(5)])
     said = ", ".join(f"{model} {height} at the end" for model, _, height in ends)
     return _svg(figure, "positions", f"KL to the teacher in nats by position in the window: {said}.")
+
+
+def space(title: str, points: Sequence[tuple[float, float]], hues: Sequence[float]) -> str:
+    """Points of a plane, each in the colour of its hue.
+
+    Args:
+        title: whose space it is.
+        points: in the plane.
+        hues: 0 to 1, around the colour wheel; the same point has the same one in every picture.
+    """
+    figure, axes = _canvas()
+    axes.set_position((0.02, 0.03, 0.96, 0.94))
+    axes.grid(False)
+    axes.set_axis_off()
+    axes.set_aspect("equal", adjustable="datalim")
+    across, up = zip(*points, strict=True)
+    colours = [(*hsv_to_rgb((hue, 0.62, 0.8)), 0.75) for hue in hues]
+    axes.scatter(across, up, s=9, c=colours, linewidths=0)
+    return _svg(figure, title.replace(" ", "-"), f"{title}: {len(points)} held-out vectors in the plane.")
+
+
+def front(points: Mapping[str, tuple[float, float]], across: str, up: str) -> str:
+    """What is traded between two measures.
+
+    Args:
+        points: name -> (across, up), both better when larger. Names that begin with "focus" are students, and joined.
+        across: what the horizontal axis measures.
+        up: the vertical one.
+    """
+    figure, axes = _canvas()
+    students = sorted(point for name, point in points.items() if name.startswith("focus"))
+    if len(students) > 1:
+        axes.plot(*zip(*students, strict=True), color=_MODEL["student"], linewidth=1.2)
+    for name, point in points.items():
+        model = "student" if name.startswith("focus") else "baseline"
+        axes.plot(*point, color=_MODEL[model], linestyle="none", **_MARKER[model])
+        axes.annotate(
+            name,
+            point,
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=11,
+            color=_MODEL[model],
+            annotation_clip=False,
+        )
+    axes.margins(x=0.2, y=0.12)
+    axes.set_xlabel(across)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    said = "; ".join(f"{name} {x:.3f}, {y:.3f}" for name, (x, y) in points.items())
+    return _svg(figure, "front", f"{up} over {across}: {said}.")
+
+
+def correlation_curve(curve: Curve) -> str:
+    """Held-out rank correlation with the teacher over the epochs."""
+    figure, axes = _canvas()
+    _draw(axes, "student", curve, marked=len(curve) <= _MOST_MARKERS)
+    _label_ends(axes, [("student", curve[-1][1], f"{curve[-1][1]:.3f}")])
+    axes.set_xlim(left=0)
+    axes.set_xlabel("epoch")
+    return _svg(figure, "correlation", f"Held-out rank correlation: {curve[0][1]:.3f} to {curve[-1][1]:.3f}.")
 
 
 def _canvas() -> tuple[Figure, Axes]:

@@ -47,7 +47,7 @@ def write_report(run_directory: Path) -> Path:
     """
     summary = read_summary(run_directory)
     held_out, training = read_metrics(run_directory / "metrics.jsonl")
-    page = _environment(autoescape=True).get_template("report.html.j2")
+    page = environment(autoescape=True).get_template("report.html.j2")
     rendered = page.render(
         **_facts(summary),
         headlines=list(_headlines(summary)),
@@ -77,7 +77,7 @@ def write_student_card(run_directory: Path) -> Path:
     folder = run_directory / "student"
     if not folder.is_dir():
         raise DataError(f"report: expected a saved student in {folder}, got nothing. Finish the run first.")
-    card = _environment(autoescape=False).get_template("student_card.md.j2")
+    card = environment(autoescape=False).get_template("student_card.md.j2")
     write_text(folder / "README.md", card.render(**_facts(summary)))
     return folder / "README.md"
 
@@ -94,7 +94,8 @@ def verdict(summary: dict[str, Any]) -> str:
     return judge(checked(summary, "the summary"))
 
 
-def _environment(*, autoescape: bool) -> Environment:
+def environment(*, autoescape: bool) -> Environment:
+    """Where the templates are, and the filters that they use."""
     environment = Environment(
         loader=PackageLoader("potstill", "evaluate"),
         autoescape=autoescape,

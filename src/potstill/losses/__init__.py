@@ -10,6 +10,14 @@ from potstill.losses.attention import (
     relation_divergence,
 )
 from potstill.losses.bild import bild
+from potstill.losses.embedding import (
+    embedding_divergence,
+    matryoshka,
+    pair_correlation,
+    rank_error,
+    reconstruction_error,
+    similarity_error,
+)
 from potstill.losses.hidden import (
     dimension_importance,
     hidden_cosine,
@@ -31,6 +39,7 @@ __all__ = [
     "attention_mse",
     "bild",
     "dimension_importance",
+    "embedding_divergence",
     "head_importance",
     "head_overlap",
     "hidden_cosine",
@@ -41,11 +50,16 @@ __all__ = [
     "linear_cross_entropy",
     "linear_divergence",
     "match_heads",
+    "matryoshka",
+    "pair_correlation",
+    "rank_error",
+    "reconstruction_error",
     "relation_divergence",
     "rkd_angle",
     "rkd_distance",
     "select_dimensions",
     "similarity_divergence",
+    "similarity_error",
     "teacher_confidence",
     "teacher_entropy",
     "token_cross_entropy",

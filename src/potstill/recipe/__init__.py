@@ -5,6 +5,7 @@ Every part has a file; `document.py` knows how a file is read and how its mistak
 
 from potstill.recipe.data import DataPart, SourcePart
 from potstill.recipe.divergence import DivergencePart
+from potstill.recipe.embedding import EmbeddingRecipe
 from potstill.recipe.generate import GenerateRecipe
 from potstill.recipe.inside import AttentionPart, HiddenPart, LayersPart, RelationsPart, SimilarityPart
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
@@ -20,6 +21,7 @@ __all__ = [
     "BudgetPart",
     "DataPart",
     "DivergencePart",
+    "EmbeddingRecipe",
     "EvaluatePart",
     "GenerateRecipe",
     "HiddenPart",

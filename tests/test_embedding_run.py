@@ -1,0 +1,321 @@
+"""Recipes of kind embedding, from the file to the run directory; students that read text; the server."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import runpy
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from conftest import TEXT, make_tokenizer
+from potstill.cli import app
+from potstill.embedding import EmbeddingDistiller, VectorHead
+from potstill.embedding.run import run_embedding
+from potstill.embedding.teachers import encode_texts, server_encoder
+from potstill.errors import DataError, ModelError, RecipeError, RefusedError, ServerError, UserError
+from potstill.recipe import EmbeddingRecipe
+from test_embedding_training import HELD, TRAIN
+
+ROOT = Path(__file__).parent.parent
+WORDS = [f"{text.split('(')[0]} number {i} of {i % 7} and {i % 5}" for i, text in enumerate(TEXT * 2)]
+
+
+@pytest.fixture
+def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A small whole recipe; tests change it."""
+    monkeypatch.chdir(tmp_path)
+    np.save("embeddings.npy", TRAIN.numpy())
+    return {
+        "kind": "embedding",
+        "name": "toy",
+        "teacher": {"vectors": "embeddings.npy"},
+        "student": {"head": "linear", "dimensions": 3},
+        "train": {"epochs": 1, "batch_size": 64},
+        "output": "run",
+    }
+
+
+def run(values: dict[str, Any], **options: Any) -> Any:
+    return run_embedding(EmbeddingRecipe.parse(values), console=Console(file=io.StringIO()), **options)
+
+
+@pytest.fixture(scope="session")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence-transformers folder of random weights with three layers."""
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("embedder")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder / "bert")
+    make_tokenizer().save_pretrained(folder / "bert")
+    modules = [Transformer(str(folder / "bert"), max_seq_length=32), Pooling(16, pooling_mode="mean")]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder / "model"), create_model_card=False)
+    return folder / "model"
+
+
+@pytest.mark.parametrize("name", ["openai", "curriculum", "fast"])
+def test_the_presets_run(name: str, values: dict[str, Any]) -> None:
+    np.save("embeddings.npy", torch.cat([TRAIN, torch.randn(400, 24)], 1).numpy())
+    small = ["train.epochs=1", "student.dimensions=6", "train.batch_size=64"]
+    small += ["student.prefixes={2: 0.7, 6: 0.3}"] if name == "curriculum" else []
+    command = ["run", str(ROOT / "recipes" / f"{name}.yaml"), *(word for change in small for word in ("--set", change))]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "all pairs" in done.output and "PCA" in done.output
+    directory = Path("runs") / name
+    assert VectorHead.load(directory / "student").transform(HELD.repeat(1, 2)).shape == (120, 6)
+    summary = json.loads((directory / "summary.json").read_text())
+    assert set(summary["front"]) == ({"balanced"} if name == "fast" else {"local", "balanced", "global"})
+    stages = sorted(path.name for path in (directory / "checkpoints" / "student").iterdir())
+    assert stages == [f"stage-{i + 1}.pt" for i in range(5 if name == "curriculum" else 1)]
+    (directory / "report.html").unlink()
+    assert CliRunner().invoke(app, ["report", str(directory)]).exit_code == 0
+    page = (directory / "report.html").read_text()
+    assert page.count("<svg") >= 4 and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_stages_of_the_curriculum() -> None:
+    recipe = EmbeddingRecipe.load(ROOT / "recipes/curriculum.yaml")
+    assert recipe.train.temperature is not None
+    assert recipe.train.temperature.values() == [4.0, 3.125, 2.25, 1.375, 0.5]
+    falling = recipe.train.temperature.model_copy(update={"schedule": "exponential"}).values()
+    assert falling[2] == pytest.approx((4.0 * 0.5) ** 0.5)
+    assert recipe.train.temperature.model_copy(update={"schedule": "cosine"}).values()[2] == pytest.approx(2.25)
+
+
+def test_a_run_is_not_overwritten_and_goes_on(values: dict[str, Any]) -> None:
+    first = run(values)
+    with pytest.raises(RecipeError, match="which holds a run"):
+        run(values)
+    again = run(values, resume=True)
+    assert again.summary["rows"] == first.summary["rows"]
+    with pytest.raises(RecipeError, match="began with, got another"):
+        run(values | {"seed": 3}, resume=True)
+
+
+def test_a_text_student_is_a_plain_sentence_transformers_model(values: dict[str, Any], embedder: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    rows = [{"a": text, "b": text[::-1], "score": str(i % 6)} for i, text in enumerate(WORDS)]
+    for name, part in (("train", rows[:90]), ("eval", rows[90:])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    values |= {
+        "teacher": {"embedder": str(embedder)},
+        "data": {
+            "train": {"path": "train.jsonl", "fields": ["a", "b"]},
+            "eval": {"path": "eval.jsonl", "fields": ["a", "b"], "score": "score"},
+        },
+    }
+    for student in ({"static": None}, {"encoder": {"layers": 2}}, {"head": "mlp", "hidden": 4}):
+        values |= {"student": student | {"dimensions": 4}, "output": f"run-{next(iter(student))}"}
+        result = run(values)
+        row = result.summary["rows"]["student"]
+        assert row["scores"] is not None and row["dimensions"] == 4
+        assert {near["text"] for near in result.summary["neighbours"]} <= {
+            one[key] for one in rows[90:] for key in "ab"
+        }
+        if "head" in student:
+            continue
+        assert (result.directory / "student/modules.json").exists()
+        assert not list((result.directory / "student").rglob("*.bin"))
+        loaded = SentenceTransformer(str(result.directory / "student"), device="cpu")
+        vectors = loaded.encode(WORDS[:5], show_progress_bar=False)
+        assert vectors.shape == (5, 4) and np.isfinite(vectors).all()
+    layers = SentenceTransformer("run-encoder/student", device="cpu")[0].auto_model.encoder.layer
+    assert len(layers) == 2
+    with pytest.raises(ModelError, match="expected 1 to 3 layers of a transformer, got 9"):
+        run(values | {"student": {"encoder": {"layers": 9}, "dimensions": 4}, "output": "run-9"})
+
+
+def test_a_matrix_teaches_a_student_that_reads_text(values: dict[str, Any], embedder: Path) -> None:
+    Path("train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
+    save_file({"embeddings": torch.randn(len(WORDS), 9)}, "x.safetensors")
+    values |= {
+        "teacher": {"vectors": "x.safetensors"},
+        "student": {"static": {"tokenizer": str(embedder)}, "dimensions": 2},
+        "data": {"train": {"path": "train.jsonl"}},
+    }
+    assert run(values).summary["train_rows"] == 108
+    Path("train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS[:-1]))
+    with pytest.raises(
+        DataError, match=r"expected a text for each of the 120 rows of x.safetensors\[embeddings\], got 119"
+    ):
+        run(values | {"output": "other"})
+    with pytest.raises(UserError, match=r"student\.static\.tokenizer: expected a folder"):
+        Path("train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
+        run(values | {"student": {"static": None, "dimensions": 2}, "output": "other"})
+
+
+def test_texts_learn_with_their_own_vectors(embedder: Path) -> None:
+    from potstill.embedding.encoders import static_student
+
+    teacher = torch.randn(len(WORDS), 9)
+    with pytest.raises(DataError, match="expected texts with a TextStudent"):
+        EmbeddingDistiller(static_student(make_tokenizer(), WORDS, teacher[:, :3])).fit(teacher, teacher)
+    with pytest.raises(DataError, match="got 2 texts and 120 vectors"):
+        EmbeddingDistiller(static_student(make_tokenizer(), WORDS, teacher[:, :3])).fit(
+            teacher, teacher, texts=WORDS[:2], held_out_texts=WORDS
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"focus": "lokal"}, "focus: input should be 'local', 'balanced' or 'global'"),
+        ({"teacher": {}}, "teacher: expected one of vectors, embedder and server, got none"),
+        ({"teacher": {"vectors": "a", "embedder": "b"}}, "got vectors and embedder"),
+        ({"teacher": {"embedder": "b", "key": "x"}}, "expected eval_vectors and key only beside vectors"),
+        ({"teacher": {"embedder": "b"}}, "expected data.train with texts, got none"),
+        ({"student": {"dimensions": 3}}, "student: expected one of head, encoder and static, got none"),
+        ({"student": {"head": "linear", "dimension": 3}}, "student.dimension: unknown key. Did you mean dimensions?"),
+        ({"student": {"head": "linear", "dimensions": 3, "prefixes": {4: 1.0}}}, "expected prefixes of 1 to 3"),
+        ({"data": {"train": {"path": "x", "fields": ["a"], "score": "s"}}}, "expected two fields with a score"),
+        ({"train": {"temperature": {"schedule": "linear", "stages": 1}}}, "train.temperature.stages"),
+    ],
+)
+def test_mistakes_of_a_recipe_name_their_key(values: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        EmbeddingRecipe.parse(values | change)
+    assert message in str(caught.value)
+
+
+def test_bad_input_is_one_line_of_the_command(values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("few.npy", TRAIN[:8].numpy())
+    np.save("narrow.npy", HELD[:, :7].numpy())
+    Path("train.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    for change, message in (
+        ({"teacher": {"vectors": "embedings.npy"}}, "Did you mean embeddings.npy?"),
+        ({"teacher": {"vectors": "few.npy"}}, "expected at least 30 rows, of which a tenth is held out, got 8"),
+        ({"teacher": {"vectors": "embeddings.npy", "eval_vectors": "narrow.npy"}}, "expected vectors of 24 dimensions"),
+        (
+            {"data": {"train": {"path": "train.jsonl"}}},
+            "expected text in column 'text' of train.jsonl, got the number 3 in",
+        ),
+        ({"data": {"train": {"path": "train.jsonl", "fields": ["txt"]}}}, "Did you mean text?"),
+        (
+            {"teacher": {"embedder": "./nowhere"}, "data": {"train": {"path": "embeddings.npy"}}},
+            "ends in one of .jsonl",
+        ),
+    ):
+        with pytest.raises(UserError) as caught:
+            run(values | change)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+    Path("r.yaml").write_text(yaml.safe_dump(values | {"kind": "embeding"}))
+    with pytest.raises(RecipeError, match="expected kind to be one of distillation, embedding, got embeding"):
+        CliRunner().invoke(app, ["run", "r.yaml"], catch_exceptions=False)
+
+
+def test_a_missing_package_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from potstill.embedding.encoders import load_embedder
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(UserError, match=r"pip install 'potstill\[embeddings\]'"):
+        load_embedder("x", "teacher.embedder")
+
+
+class Server(BaseHTTPRequestHandler):
+    """/v1/embeddings: a text's vector is its length and 1, the rows in another order; `statuses` are given first."""
+
+    statuses: ClassVar[list[int]] = []
+    keys: ClassVar[list[str | None]] = []
+    width = 2
+
+    def do_POST(self) -> None:
+        self.keys.append(self.headers.get("Authorization"))
+        texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
+        status = self.statuses.pop(0) if self.statuses else 200
+        rows = [
+            {"index": i, "embedding": [float(len(text))] + [1.0] * (self.width - 1)} for i, text in enumerate(texts)
+        ]
+        body = json.dumps({"data": rows[::-1]} if status == 200 else {"error": "no"}).encode()
+        self.send_response(status if self.path == "/v1/embeddings" else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr("potstill.engines.client.FIRST_WAIT_S", 0.0)
+    monkeypatch.delenv("POTSTILL_API_KEY", raising=False)
+    Server.statuses, Server.keys = [], []
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_server_gives_vectors_once(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    Server.statuses = [429, 503]
+    texts = [f"{'x' * i}" for i in range(1, 300)]
+    for url in (address, address + "/v1/"):
+        vectors = encode_texts(texts, server_encoder(url, "m"), "server", tmp_path)
+        assert vectors.read(0, 299)[:, 0].tolist() == [float(i) for i in range(1, 300)]
+    assert Server.keys == ["Bearer sk-secret"] * 7  # two busy, five parts, and nothing for what is kept
+    assert not [path for path in tmp_path.iterdir() if b"secret" in path.read_bytes()]
+
+
+def test_a_server_that_fails_is_told_without_the_key(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    for statuses, error, message in (
+        ([401], RefusedError, "got status 401"),
+        ([500] * 4, ServerError, "got status 500"),
+    ):
+        Server.statuses = statuses
+        with pytest.raises(error, match=message) as caught:
+            server_encoder(address, "m")(["a"])
+        assert "secret" not in str(caught.value)
+    with pytest.raises(UserError, match="expected a url such as"):
+        server_encoder("file:///etc/passwd", "m")
+    with pytest.raises(DataError, match="expected vectors of 2 dimensions, got 3 in a later batch"):
+        widths = iter([2, 3])
+        encode_texts(["a"] * 300, lambda texts: np.ones((len(texts), next(widths))), "odd", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+PAGE = (ROOT / "docs/embeddings.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_python_of_the_page_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("example.py").write_text(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[number])
+    runpy.run_path("example.py")
+
+
+def test_the_recipe_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedder: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("teacher").symlink_to(embedder)
+    Path("train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert run(yaml.safe_load(recipe)).summary["rows"]["student"]["dimensions"] == 8
