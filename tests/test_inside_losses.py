@@ -17,6 +17,7 @@ from potstill.losses import (
     attention_divergence,
     attention_mse,
     dimension_importance,
+    embedding_divergence,
     head_importance,
     head_overlap,
     hidden_cosine,
@@ -28,7 +29,6 @@ from potstill.losses import (
     rkd_angle,
     rkd_distance,
     select_dimensions,
-    similarity_divergence,
 )
 from potstill.losses.hidden import unit
 
@@ -37,7 +37,7 @@ OF_THE_BATCH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cka": linear_cka,
     "rkd_distance": rkd_distance,
     "rkd_angle": rkd_angle,
-    "similarity_kl": partial(similarity_divergence, temperature=0.5),
+    "similarity_kl": partial(embedding_divergence, temperature=0.5),
 }
 REFERENCES: dict[str, Callable[..., float]] = {
     **{name: getattr(reference, name) for name in (*BY_TOKEN, *OF_THE_BATCH)},
@@ -87,6 +87,8 @@ def test_gradients_are_those_of_the_formulas(name: str) -> None:
 @pytest.mark.parametrize("kind", ["random", "constant", "zero", "one constant column", "huge"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_whatever_the_batch_it_is_finite(name: str, rows: int, kind: str, dtype: torch.dtype) -> None:
+    if name == "similarity_kl" and rows < 2:
+        pytest.skip("an error: tests/test_embedding_losses.py")
     s = vectors(rows, 4).to(dtype)
     if kind == "constant":
         s = torch.full_like(s, 0.1)

@@ -28,7 +28,7 @@ from potstill.losses.hidden import (
 )
 from potstill.losses.linear import FusedLoss, linear_cross_entropy, linear_divergence
 from potstill.losses.reduce import token_mean
-from potstill.losses.relation import rkd_angle, rkd_distance, similarity_divergence
+from potstill.losses.relation import rkd_angle, rkd_distance
 from potstill.losses.teacher_weights import teacher_confidence, teacher_entropy, top_share, top_tokens
 from potstill.losses.token import token_cross_entropy, token_divergence
 
@@ -58,7 +58,6 @@ __all__ = [
     "rkd_angle",
     "rkd_distance",
     "select_dimensions",
-    "similarity_divergence",
     "similarity_error",
     "teacher_confidence",
     "teacher_entropy",

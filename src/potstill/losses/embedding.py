@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from potstill.divergence import Divergence, ForwardKL
 from potstill.errors import ShapeError
+from potstill.losses.hidden import unit
 from potstill.losses.token import compute_dtype, token_divergence
 from potstill.targets import DenseTargets
 
@@ -56,7 +56,8 @@ def embedding_divergence(
         ShapeError: the shapes do not fit, there is one row, or a temperature is not positive.
 
     References:
-        Fang et al. 2021 (SEED), arXiv 2101.04731, section 3.2, with two temperatures.
+        Tung and Mori 2019 (similarity-preserving), arXiv 1907.09682; Fang et al. 2021 (SEED), arXiv 2101.04731,
+        section 3.2, for the distributions, here with two temperatures.
     """
     q, p = (_to_others(each) for each in _similarities("embedding_divergence", student, teacher))
     own = temperature if student_temperature is None else student_temperature
@@ -150,7 +151,7 @@ def _similarities(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor
     if len(student) < 2:
         raise ShapeError(f"{caller}: expected at least two rows, got {len(student)}. One row has no pair.")
     dtype = compute_dtype(student.dtype)
-    s, t = normalize(student.to(dtype), dim=-1), normalize(teacher.detach().to(dtype), dim=-1)
+    s, t = unit(student.to(dtype)), unit(teacher.detach().to(dtype))
     return s @ s.T, t @ t.T
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from potstill.divergence import Divergence, ForwardKL
 from potstill.errors import ShapeError
 from potstill.losses.hidden import unit
-from potstill.losses.token import compute_dtype, token_divergence
-from potstill.targets import DenseTargets
+from potstill.losses.token import compute_dtype
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -66,36 +64,6 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     return _huber(_angles(s) - _angles(t)).sum() / (B * (B - 1) * (B - 2))
 
 
-def similarity_divergence(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0, divergence: Divergence | None = None
-) -> Tensor:
-    """The divergence between the distributions of similarities to the other examples; default: forward KL.
-
-        mean over i of D(P_i, Q_i),   Q_i = softmax over j != i of cos(s_i, s_j) / temperature, P_i likewise
-
-    Args:
-        student: [B, H]; see `rkd_distance`.
-        teacher: [B, H'].
-        temperature: > 0; cosines lie in [-1, 1], so that 0.05 is as usual as 1. No T^2 factor is applied.
-        divergence: any `Divergence`.
-
-    Returns:
-        A scalar, nats; 0 for fewer than two examples.
-
-    Raises:
-        ShapeError: they are not matrices with equally many rows, or the temperature is not positive.
-
-    References:
-        Tung and Mori 2019 (similarity-preserving), arXiv 1907.09682; Fang et al. 2021 (SEED), arXiv 2101.04731,
-        section 3.2, for the distributions.
-    """
-    s, t = _pair("similarity_divergence", student, teacher)
-    if len(s) < 2:
-        return s[:0].sum()
-    q, p = (_off_diagonal(unit(x) @ unit(x).T) for x in (s, t))
-    return token_divergence(q, DenseTargets(p), divergence or ForwardKL(), temperature=temperature).mean()
-
-
 def _pair(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
         raise ShapeError(
@@ -104,12 +72,6 @@ def _pair(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor
         )
     dtype = compute_dtype(student.dtype)
     return student.to(dtype), teacher.detach().to(dtype)
-
-
-def _off_diagonal(square: Tensor) -> Tensor:
-    """[B, B] to [B, B - 1]: what an example has with the others."""
-    B = len(square)
-    return square[~torch.eye(B, dtype=torch.bool, device=square.device)].reshape(B, B - 1)
 
 
 def _distances(vectors: Tensor) -> Tensor:

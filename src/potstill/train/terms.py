@@ -20,6 +20,7 @@ from potstill.layers import LayerMap, Pairs, Projection, ProjectionKind
 from potstill.losses import (
     attention_divergence,
     attention_mse,
+    embedding_divergence,
     head_importance,
     head_overlap,
     hidden_cosine,
@@ -30,7 +31,6 @@ from potstill.losses import (
     relation_divergence,
     rkd_angle,
     rkd_distance,
-    similarity_divergence,
 )
 from potstill.taps import Anatomy, Needs, Vectors
 from potstill.train.objective import Number, Signals, Term, value_at
@@ -306,7 +306,7 @@ class Similarity(InsideTerm):
 
     Args:
         layers: which teacher layer each student layer learns from.
-        kind: distance or angle (RKD), or distribution: `similarity_divergence`.
+        kind: distance or angle (RKD), or distribution: `embedding_divergence`.
         temperature: of the distributions, > 0. No T^2 factor is applied.
         divergence: between the distributions; default: forward KL.
         weight: >= 0.
@@ -345,8 +345,11 @@ class Similarity(InsideTerm):
         """See `InsideTerm`."""
         s, t = _pooled(signals, student, teacher)
         if self.kind == "distribution":
+            if len(s) < 2:
+                return signals.batch_mean(s[:0].sum())
             temperature = value_at(self.temperature, signals.step)
-            return signals.batch_mean(similarity_divergence(s, t, temperature, self.divergence))
+            apart = embedding_divergence(s, t, temperature=temperature, divergence=self.divergence)
+            return signals.batch_mean(apart)
         return signals.batch_mean((rkd_distance if self.kind == "distance" else rkd_angle)(s, t))
 
 
