@@ -70,6 +70,6 @@ def test_a_bare_name_near_a_folder_is_not_asked_of_the_hub(toys: Path, monkeypat
 
 def test_heads_must_have_a_row_for_each_token() -> None:
     tokenizer = make_tokenizer()
-    assert shared_vocabulary(tokenizer, tokenizer, 320, 300) == 300
+    assert shared_vocabulary(tokenizer, tokenizer, {"teacher": 320, "student": 300}) == 300
     with pytest.raises(VocabularyError, match="student head with a row for each of 300 tokens, got 299"):
-        shared_vocabulary(tokenizer, tokenizer, 320, 299)
+        shared_vocabulary(tokenizer, tokenizer, {"teacher": 320, "student": 299})

@@ -24,12 +24,14 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
 ) -> None:
     """Distil as a recipe says. The student, its figures and report.html go to the recipe's output."""
-    from potstill.pipeline import run as run_recipe
     from potstill.recipe import Recipe
 
     if kind_of(recipe) == "embedding":
         return run_embedding(recipe, set_ or (), resume)
-    return _finish(run_recipe(Recipe.load(recipe, set_ or ()), resume=resume, console=console))
+    asked = Recipe.load(recipe, set_ or ())  # a mistake is told before seconds of imports
+    from potstill.pipeline import run as run_recipe
+
+    return _finish(run_recipe(asked, resume=resume, console=console))
 
 
 @app.command()

@@ -3,7 +3,7 @@
 Each loss takes a batch of the student's vectors and the teacher's of the same B examples, [B, Hs] and [B, Ht], compares
 the cosine similarities of all pairs, and gives one number. No gradient flows to the teacher.
 
->>> student, teacher = torch.eye(3, 2), torch.eye(3, 4)
+>>> student, teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.eye(3)
 >>> bool(embedding_divergence(student, teacher, temperature=0.5) > 0)
 True
 """
