@@ -261,8 +261,16 @@ def test_another_plan_is_refused(toys: Path, caches: Path, tmp_path: Path) -> No
             build(request(toys, tmp_path / "c", **changes), console=QUIET)
     make_llama(seed=9).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
-    with pytest.raises(DataError, match="got another teacher, weights"):
+    with pytest.raises(DataError, match="got another weights"):
         build(request(toys, tmp_path / "c", teacher=TeacherPart(model=str(tmp_path / "other"))), console=QUIET)
+
+
+def test_where_things_lie_does_not_matter(toys: Path, caches: Path, tmp_path: Path) -> None:
+    shutil.copytree(toys, tmp_path / "elsewhere")
+    out = tmp_path / "c"
+    assert build(request(toys, out), part=(0, 2), console=QUIET) is None
+    assert build(request(tmp_path / "elsewhere", out), part=(1, 2), console=QUIET) is not None
+    assert files(out) == files(caches / "sampled")
 
 
 def test_opening_reads_keys_and_not_signals(caches: Path) -> None:

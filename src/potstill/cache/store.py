@@ -84,6 +84,13 @@ class Plan(_Record):
     batch_rows: int
     versions: dict[str, str]
 
+    def differs(self, other: Plan) -> list[str]:
+        """The fields in which two plans would make other signals; where things lie and what they are called is free."""
+        mine, its = (plan.model_dump(exclude={"teacher"}) for plan in (self, other))
+        for plan in (mine, its):
+            plan["sources"] = [source[1:] for source in plan["sources"]]
+        return [name for name in mine if mine[name] != its[name]]
+
 
 class Manifest(_Record):
     """A finished cache: its plan, its files and their checksums."""

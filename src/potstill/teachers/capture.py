@@ -63,8 +63,7 @@ class Capture:
         if earlier is None:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(path, self.plan.model_dump_json(indent=1) + "\n")
-        elif earlier != self.plan:
-            changed = [name for name, value in self.plan if value != getattr(earlier, name)]
+        elif changed := self.plan.differs(earlier):
             raise DataError(
                 f"cache: expected the plan that the cache in {self.directory} was begun with, got another "
                 f"{', '.join(changed)}. Repeat the command that began it, or choose another directory with --out."
@@ -103,7 +102,8 @@ class Capture:
                 self._write_head(self.directory / HEAD)
                 files.append(self.directory / HEAD)
             digests = {path.relative_to(self.directory).as_posix(): digest(path) for path in files}
-            write_manifest(self.directory, Manifest(plan=self.plan, shards=whole, files=digests))
+            begun = _read_plan(self.directory / PLAN) or self.plan
+            write_manifest(self.directory, Manifest(plan=begun, shards=whole, files=digests))
         for number in range(len(self._shards)):
             self._shard_path(number).with_suffix(".json").unlink(missing_ok=True)
         (self.directory / PLAN).unlink(missing_ok=True)
