@@ -94,6 +94,11 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def own_bytes() -> int:
+    """The memory of this process without the pages of mapped files, which the system takes back when it needs them."""
+    return _status("RssAnon")
+
+
 def _resident() -> int:
     return _status("VmRSS")
 

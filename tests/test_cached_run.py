@@ -80,6 +80,7 @@ def test_a_cache_of_the_training_data_alone(toys: Path, recipe_values: dict[str,
     result = run(Recipe.parse(recipe_values), console=QUIET)
     assert "the held-out rows" in " ".join(result.summary["notes"])
     assert "teacher" not in result.summary["rows"] and result.summary["gap_closed"] is None
+    assert "the teacher was not measured on this text" in (result.directory / "report.html").read_text()
     lines = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
     assert any("eval_cross_entropy" in line for line in lines)
 
