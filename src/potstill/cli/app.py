@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     help="Potstill makes a small model out of a large one: knowledge distillation.\n\n"
-    "[bold]potstill demo[/] shows it offline in four minutes. [bold]potstill run RECIPE[/] does it with your models "
+    "[bold]potstill demo[/] shows it offline in minutes. [bold]potstill run RECIPE[/] does it with your models "
     "and data; [bold]potstill check RECIPE[/] says first what that needs, and what does not fit.\n\n"
     "Add --debug to any command for a traceback.",
 )
