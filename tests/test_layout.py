@@ -50,7 +50,9 @@ ROOMS: dict[str, set[str]] = {
 }
 
 # What works in anyone's training loop, on a machine with torch and nothing else.
-PURE = re.compile(r"potstill\.(errors|divergence|targets|heads|taps|layers|schedule|losses(\..+)?|cache\.codec)")
+PURE = re.compile(
+    r"potstill\.(errors|divergence|targets|heads|taps|layers|schedule|losses(\..+)?|cache\.(codec|planes))"
+)
 PACKAGES_OF_THE_REST = [
     *("accelerate", "datasets", "jinja2", "matplotlib", "peft", "pydantic", "rich", "safetensors"),
     *("sentence_transformers", "tokenizers", "transformers", "triton", "typer", "vllm", "yaml"),

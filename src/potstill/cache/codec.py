@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from potstill.cache.planes import Reader, as_integers, pack
 from potstill.errors import ShapeError, nearest
 from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 
@@ -59,7 +59,7 @@ class Codec(ABC):
             normalizer = logits.float().logsumexp(-1) if normalizer is None else normalizer
             label_log_probs = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1).float() - normalizer
         told = torch.full(said.leading, math.nan) if label_log_probs is None else label_log_probs.cpu()
-        return _pack(told.half().numpy()) + packed
+        return pack(told.half().numpy()) + packed
 
     def decode(
         self, rows: Sequence[bytes], tokens: Sequence[int], head: LMHead | None = None
@@ -77,7 +77,7 @@ class Codec(ABC):
         Raises:
             ShapeError: the bytes are not of so many tokens.
         """
-        readers = [_Reader(row) for row in rows]
+        readers = [Reader(row) for row in rows]
         told = np.concatenate([reader.take("<f2", n) for reader, n in zip(readers, tokens, strict=True)])
         said = self._decode(readers, tokens, head)
         for reader in readers:
@@ -89,7 +89,7 @@ class Codec(ABC):
         """The arrays of this codec; and log(sum(exp(logits))) [n] at temperature 1 where it falls out on the way."""
 
     @abstractmethod
-    def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> Targets:
+    def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> Targets:
         """The Targets of its arrays."""
 
     def record(self) -> dict[str, Any]:
@@ -151,13 +151,13 @@ class Sampled(Codec):
         begins = first.sum(-1).cumsum(0)[:-1]  # where the ids of the tokens behind the first begin
         steps[begins], steps[:1] = kept[begins], kept[:1]
         arrays = (
-            _pack(first.sum(-1).numpy().astype("u1")),
-            _pack(steps.numpy().astype("<u4"), self._id_bytes),
-            _pack((counts - 1).numpy().astype("u1")),
+            pack(first.sum(-1).numpy().astype("u1")),
+            pack(steps.numpy().astype("<u4"), self._id_bytes),
+            pack((counts - 1).numpy().astype("u1")),
         )
         return b"".join(arrays), normalizer if self.temperature == 1 else None
 
-    def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> SparseTargets:
+    def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> SparseTargets:
         parts = []
         for reader, n in zip(readers, tokens, strict=True):
             unique = reader.take("u1", n)
@@ -206,9 +206,9 @@ class TopK(Codec):
         codes = codes.masked_fill(chances.cpu() == -math.inf, UNUSED)
         steps = torch.diff(codes, prepend=torch.zeros_like(codes[:, :1]))
         arrays = (
-            _pack(ids.cpu().numpy().astype("<u4").ravel(), self._id_bytes),
-            _pack(steps.numpy().astype("u1").ravel()),
-            _pack(others.cpu().numpy().astype("<f4")),
+            pack(ids.cpu().numpy().astype("<u4").ravel(), self._id_bytes),
+            pack(steps.numpy().astype("u1").ravel()),
+            pack(others.cpu().numpy().astype("<f4")),
         )
         return b"".join(arrays), normalizer if self.temperature == 1 and not isinstance(said, SparseTargets) else None
 
@@ -237,7 +237,7 @@ class TopK(Codec):
         rest = rest.clamp_min(0.0)
         return torch.nn.functional.pad(said.ids.gather(-1, places), (0, missing)), kept, rest, rest
 
-    def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> SparseTargets:
+    def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> SparseTargets:
         parts = []
         for reader, n in zip(readers, tokens, strict=True):
             ids = reader.take("<u4", n * self.k, self._id_bytes)
@@ -265,9 +265,9 @@ class Dense(Codec):
     def _encode(self, said: Targets, seed: int) -> tuple[bytes, Tensor | None]:
         logits = _logits(said, self.name).float()
         normalizer = _numbers(logits.logsumexp(-1, keepdim=True))
-        return _pack((logits - normalizer).half().cpu().numpy().ravel()), normalizer.squeeze(-1)
+        return pack((logits - normalizer).half().cpu().numpy().ravel()), normalizer.squeeze(-1)
 
-    def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> DenseTargets:
+    def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> DenseTargets:
         parts = [reader.take("<f2", n * self.vocabulary) for reader, n in zip(readers, tokens, strict=True)]
         return DenseTargets(torch.from_numpy(np.concatenate(parts)).reshape(-1, self.vocabulary))
 
@@ -293,9 +293,9 @@ class Hidden(Codec):
                 "hidden: expected a teacher with a plain head, got one that gives "
                 f"{'logits' if isinstance(said, DenseTargets) else 'sparse targets'}. Use the codec top_k or sampled."
             )
-        return _pack(_as_integers(_numbers(said.hidden).to(getattr(torch, self.dtype)).cpu()).ravel()), None
+        return pack(as_integers(_numbers(said.hidden).to(getattr(torch, self.dtype)).cpu()).ravel()), None
 
-    def _decode(self, readers: Sequence[_Reader], tokens: Sequence[int], head: LMHead | None) -> HeadTargets:
+    def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> HeadTargets:
         assert head is not None
         kind = "<i4" if self.dtype == "float32" else "<i2"
         parts = [reader.take(kind, n * self.width) for reader, n in zip(readers, tokens, strict=True)]
@@ -376,41 +376,3 @@ def _chunks(rows: Tensor, width: int) -> tuple[Tensor, ...]:
 def _check_temperature(caller: str, temperature: float) -> None:
     if not 0 < temperature < math.inf:
         raise ShapeError(f"{caller}: expected temperature > 0, got {temperature}.")
-
-
-# Arrays and bytes.
-
-
-def _pack(values: NDArray[Any], planes: int | None = None) -> bytes:
-    """Elements as planes of bytes, the lowest first."""
-    split = values.view("u1").reshape(len(values), values.itemsize)[:, :planes]
-    return np.ascontiguousarray(split.T).tobytes()
-
-
-class _Reader:
-    """Takes arrays off a row of bytes, one after the other."""
-
-    def __init__(self, row: bytes) -> None:
-        self._bytes = np.frombuffer(row, "u1")
-        self._at = 0
-
-    def take(self, dtype: str, count: int, planes: int | None = None) -> NDArray[Any]:
-        kind = np.dtype(dtype)
-        planes = planes or kind.itemsize
-        end = self._at + planes * count
-        if end > len(self._bytes):
-            raise ShapeError(f"codec: expected a row of at least {end} bytes, got {len(self._bytes)}.")
-        split = self._bytes[self._at : end].reshape(planes, count)
-        self._at = end
-        whole = np.zeros((count, kind.itemsize), "u1")
-        whole[:, :planes] = split.T
-        return whole.view(kind).reshape(count)
-
-    def close(self) -> None:
-        if self._at != len(self._bytes):
-            raise ShapeError(f"codec: expected a row of {self._at} bytes, got {len(self._bytes)}.")
-
-
-def _as_integers(values: Tensor) -> NDArray[Any]:
-    """The bits of floats, because NumPy has no bfloat16."""
-    return values.contiguous().view(torch.int32 if values.dtype == torch.float32 else torch.int16).numpy()
