@@ -40,6 +40,7 @@ class TeacherPart(Part):
     device: str | None = Field(None, description="such as cuda:1; by default where the student is")
     cache: str | None = Field(None, description="a directory made by `potstill cache build`")
     server: ServerPart | None = None
+    prefetch: bool = Field(False, description="ask about the next batch while the student learns from this one")
 
     @property
     def title(self) -> str:
@@ -50,7 +51,7 @@ class TeacherPart(Part):
 
     @model_validator(mode="after")
     def _someone(self) -> Self:
-        given = set(self.model_dump(exclude_defaults=True))
+        given = set(self.model_dump(exclude_defaults=True)) - {"prefetch"}
         if not given & {"model", "cache", "server"}:
             raise ValueError("expected model, cache or server, got none of them")
         if "server" in given and len(given) > 1:
