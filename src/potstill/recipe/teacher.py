@@ -34,8 +34,8 @@ class TeacherPart(Part):
     """
 
     model: str | None = Field(None, description="a folder with a model and its tokenizer, or a name on the hub")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="its precision; auto is the one it is saved in"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = Field(
+        "auto", description="its precision; auto is the one it is saved in, int8 and int4 round its linear layers"
     )
     device: str | None = Field(None, description="such as cuda:1; by default where the student is")
     cache: str | None = Field(None, description="a directory made by `potstill cache build`")
