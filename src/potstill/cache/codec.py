@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from potstill.cache.planes import Reader, as_integers, pack
+from potstill.cache.planes import Reader, pack, pack_floats
 from potstill.errors import ShapeError, nearest
 from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 
@@ -304,14 +304,12 @@ class Hidden(Codec):
                 "hidden: expected a teacher with a plain head, got one that gives "
                 f"{'logits' if isinstance(said, DenseTargets) else 'sparse targets'}. Use the codec top_k or sampled."
             )
-        return pack(as_integers(_numbers(said.hidden).to(getattr(torch, self.dtype)).cpu()).ravel()), None
+        return pack_floats(_numbers(said.hidden).to(getattr(torch, self.dtype))), None
 
     def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> HeadTargets:
         assert head is not None
-        kind = "<i4" if self.dtype == "float32" else "<i2"
-        parts = [reader.take(kind, n * self.width) for reader, n in zip(readers, tokens, strict=True)]
-        hidden = torch.from_numpy(np.concatenate(parts)).view(getattr(torch, self.dtype))
-        return HeadTargets(hidden.reshape(-1, self.width), head)
+        parts = [reader.take_floats(self.dtype, n * self.width) for reader, n in zip(readers, tokens, strict=True)]
+        return HeadTargets(torch.cat(parts).reshape(-1, self.width), head)
 
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Sampled, TopK, Dense, Hidden)}
