@@ -58,7 +58,7 @@ class Prefetch:
             self._begun = None
         self._go_on()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         """See `Teacher`. The next batch is begun."""
         ids = batch["input_ids"]
