@@ -140,14 +140,15 @@ class Sampled(Codec):
 
     def _encode(self, said: Targets, seed: int) -> tuple[bytes, Tensor | None]:
         logits = _logits(said, self.name)
-        offsets = torch.rand((len(logits), 1), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that no device draws other numbers
+        offsets = torch.rand((len(logits), 1), generator=generator, dtype=torch.float64).to(logits.device)
         drawn, normalizers = [], []
         width = max(self.vocabulary, self.draws * BLOCK)
-        for part, some in zip(_chunks(logits, width), _chunks(offsets, width, logits.device), strict=True):
+        for part, some in zip(_chunks(logits, width), _chunks(offsets, width), strict=True):
             top, blocks = _relative(part, self.temperature)
             ends = blocks.exp_().sum(-1).double().cumsum(-1)
-            points = (some + torch.arange(self.draws)) / self.draws
-            drawn.append(_at(points.to(part.device), blocks, ends).cpu())
+            points = (some + torch.arange(self.draws, device=some.device)) / self.draws
+            drawn.append(_at(points, blocks, ends).cpu())
             normalizers.append(top.squeeze(-1) + ends[:, -1].log())
         ids, normalizer = torch.cat(drawn), _numbers(torch.cat(normalizers))
         first = torch.ones_like(ids, dtype=torch.bool)
@@ -381,9 +382,9 @@ def _numbers(values: Tensor) -> Tensor:
     return values
 
 
-def _chunks(rows: Tensor, width: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
+def _chunks(rows: Tensor, width: int) -> tuple[Tensor, ...]:
     """Rows in pieces of a chunk's elements, counted in rows of a width; one piece at least."""
-    chunk = CHUNK if (device or rows.device).type == "cpu" else LARGE_CHUNK
+    chunk = CHUNK if rows.device.type == "cpu" else LARGE_CHUNK
     return rows.split(max(1, chunk // width))
 
 

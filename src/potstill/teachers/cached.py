@@ -56,10 +56,10 @@ class CachedTeacher(Teacher):
         if (rows < 0).any():
             raise DataError(NOT_COVERED)
         device = batch["input_ids"].device
-        if not keys:
-            return TeacherOutput(DenseTargets(torch.zeros(0, self.plan.vocabulary, device=device)))
-        said, told = self.codec.decode(*self.cache.signals(rows), self._head)
         inside = self._layers(batch, alignment, rows).to(device) if self._needs else Inside()
+        if not keys:
+            return TeacherOutput(DenseTargets(torch.zeros(0, self.plan.vocabulary, device=device)), inside=inside)
+        said, told = self.codec.decode(*self.cache.signals(rows), self._head)
         return TeacherOutput(_to(said, device), None if told is None else told.to(device), inside)
 
     @property
@@ -96,7 +96,8 @@ class CachedTeacher(Teacher):
             parts.append(reader.take_floats(kept.dtype, reader.left // getattr(torch, kept.dtype).itemsize))
         there = _spoken_of(batch, alignment)
         states = torch.zeros(*there.shape, len(kept.kept), kept.width, dtype=getattr(torch, kept.dtype))
-        states[there] = torch.cat(parts).reshape(-1, len(kept.kept), kept.width)
+        if parts:
+            states[there] = torch.cat(parts).reshape(-1, len(kept.kept), kept.width)
         return Inside({layer: states[:, :, kept.kept.index(layer)] for layer in sorted(self._needs.hidden)})
 
     def covers(self, dataset: Any) -> bool:
