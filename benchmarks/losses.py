@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/losses.py --out runs/bench-losses.json  # a CPU: hours on 2 cores, up to 12 GB
     .venv/bin/python benchmarks/losses.py --device cuda                 # a GPU with 100 GB, or "out of memory" columns
     .venv/bin/python benchmarks/losses.py --quick --cases tiny          # in small: does it run here?
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/losses.py             # a busy machine: the processor's own time counts
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/losses.py             # beside other work: the processor's time
 
 Beside ours run the peers where they are installed; without them their columns say so:
 

@@ -52,7 +52,7 @@ def synchronize(device: str) -> None:
 def seconds(call: Callable[[], Any], device: str) -> float:
     """The time of one call, to the end of its last kernel.
 
-    On a CPU with one thread the processor's time, which is the call's own however busy the machine is; else the clock's.
+    On a CPU with one thread the processor's time, which is the call's own on a busy machine too; else the clock's.
     """
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     synchronize(device)
