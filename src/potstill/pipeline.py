@@ -130,6 +130,7 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
         eval_dataset=parts.curve,
         processing_class=parts.tokenizer,
         vocabulary=parts.vocabulary,
+        prefetch=parts.recipe.teacher.prefetch,
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
     )
     trainer.remove_callback(PrinterCallback)
