@@ -88,11 +88,13 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
 
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
-    """Write report.html again from the records of a run."""
+    """Write report.html again from the records of a run, or sweep.html from those of a sweep."""
     from potstill.evaluate.report import write_report
 
     write = write_report
-    if kind_of(directory / "recipe.yaml") == "embedding":
+    if (directory / "sweep.json").exists():
+        from potstill.evaluate.sweep_report import write_sweep_report as write
+    elif kind_of(directory / "recipe.yaml") == "embedding":
         from potstill.embedding.report import write_embedding_report as write
     console.print(f"report  {write(directory)}", highlight=False)
 
