@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from potstill.evaluate.canvas import LINE, MARKER, MODEL, MUTED, PAPER, STEPS, canvas, label_ends, svg
 
 _MOST_NAMES = 7  # along an axis
+_DECADES = 30  # from largest to smallest, beyond which a logarithmic axis says more
 
 
 def temperature(rows: Sequence[Mapping[str, Any]], recommended: float) -> str:
@@ -23,13 +24,14 @@ def temperature(rows: Sequence[Mapping[str, Any]], recommended: float) -> str:
     figure, axes = canvas()
     along = [row["temperature"] for row in rows]
     axes.axvline(recommended, color=MODEL["student"], linewidth=1.2, linestyle=(0, (2, 2)))
-    where: dict[str, Any] = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 11}
-    axes.annotate(f"recommended {recommended:g}", (recommended, 0.0), color=MODEL["student"], **where)
+    where: dict[str, Any] = {"xytext": (0, 4), "textcoords": "offset points", "fontsize": 11}
+    axes.annotate(f"recommended {recommended:g}", (recommended, 1.02), color=MODEL["student"], **where)
     ends = []
     for k in rows[0]["mass"]:
         shares = [row["mass"][k] for row in rows]
         axes.plot(along, shares, color=MODEL["teacher"], marker="o", markersize=3.6, linewidth=1.6)
         ends.append(("teacher", shares[-1], "1 token" if k == "1" else f"{k} tokens"))
+    axes.set_position((0.078, 0.145, 0.735, 0.76))
     axes.set_ylim(0, 1.02)
     label_ends(axes, ends, named=False)
     axes.set_xlabel("temperature")
@@ -47,9 +49,12 @@ def gradients(flow: Sequence[Mapping[str, Any]]) -> str:
     axes.plot(
         range(len(flow)), sizes, color=MODEL["student"], markeredgecolor=PAPER, **LINE["student"], **MARKER["student"]
     )
-    if min(sizes) > 0:
+    if min(sizes) > 0 and max(sizes) > _DECADES * min(sizes):
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     every = math.ceil(len(flow) / _MOST_NAMES)
     places = sorted({*range(0, len(flow), every), len(flow) - 1})
     names = [part["part"].replace("layer ", "").replace("embed_tokens", "embed") for part in flow]
@@ -74,7 +79,7 @@ def floor(entropy: float, divergences: Mapping[str, float]) -> str:
         where: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 11}
         axes.annotate(f"{entropy + kl:.2f}", (entropy + kl, place), color=MODEL[model], annotation_clip=False, **where)
     axes.set_yticks(range(len(divergences)), list(divergences))
-    axes.set_ylim(len(divergences) - 0.4, -0.6)
+    axes.set_ylim(max(len(divergences), 2) - 0.4, -0.6)
     axes.grid(visible=False)
     axes.set_xlim(0, 1.08 * (entropy + max(divergences.values())))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
