@@ -1,7 +1,7 @@
 """Students of the demo's teacher, how small against how good: .venv/bin/python benchmarks/sweep.py
 
 Four sizes, each with random weights and pruned from the teacher, in a sweep of short runs. What it leaves is what
-`potstill sweep` leaves: sweep.html, sweep.json and a run directory for each student.
+`potstill sweep` leaves: sweep.html, sweep.json and a run directory for each student. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,17 @@ def main() -> None:
     sets += ["evaluate={baseline: false, continuations: 0, curve_rows: 64}", *args.set]
     values = demo_recipe(args.out / "demo", sets).model_dump(mode="json", exclude_none=True)
     write_jsonl(args.out / "demo" / "data" / "eval.jsonl", "heldout", args.held_out)
-    sweep(values, read_axes(args.vary), args.out, resume=True)
+    found = sweep(values, read_axes(args.vary), args.out, resume=True).summary
+
+    print("| student | parameters | latency | loss | quality | predicted from the others | on the front of |")
+    print("|---|---|---|---|---|---|---|")
+    for place, (row, prediction) in enumerate(zip(found["runs"], found["predictions"], strict=True)):
+        fitted = prediction["fitted"]
+        predicted = f"{fitted['value']:.1%} ({fitted['low']:.1%} to {fitted['high']:.1%})" if fitted else ""
+        fronts = ", ".join(key.removesuffix("_ms") for key, places in found["fronts"].items() if place in places)
+        figures = f"{row['parameters']:,} | {row['latency_ms']:.1f} ms | {row['loss']:.3f} | {row['quality']:.1%}"
+        print(f"| {row['label']} | {figures} | {predicted} | {fronts} |")
+    print(f"\n{found['recommended']['why']}")
 
 
 if __name__ == "__main__":
