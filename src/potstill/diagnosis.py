@@ -79,7 +79,7 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
             vocabulary=parts.vocabulary,
             temperatures=sorted({*TEMPERATURES, *used}),
         )
-        student = models.get("student") or parts.new_student().to(device)
+        student = models["student"]
         found = {
             "kind": "diagnosis",
             "name": recipe.name,

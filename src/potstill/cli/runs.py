@@ -114,8 +114,13 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a kind of recipe, for editors and for reading."""
     from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
+    from potstill.recipe.document import Document
 
-    documents = {"distillation": Recipe, "embedding": EmbeddingRecipe, "generate": GenerateRecipe}
+    documents: dict[str, type[Document]] = {
+        "distillation": Recipe,
+        "embedding": EmbeddingRecipe,
+        "generate": GenerateRecipe,
+    }
     if kind not in documents:
         raise UserError(f"schema: expected one of {', '.join(documents)}, got {kind}.{nearest(kind, documents)}")
     print(json.dumps(documents[kind].model_json_schema(), indent=2))

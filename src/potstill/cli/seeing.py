@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -28,7 +28,9 @@ def sweep(
     max_megabytes: Annotated[float | None, typer.Option(help="its weights on disk")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="one row, one forward pass")] = None,
     min_quality: Annotated[float | None, typer.Option(help="share of the teacher's, such as 0.8", min=0)] = None,
-    engine: Annotated[str, typer.Option(help="process, or ray: each run in a process of Ray's")] = "process",
+    engine: Annotated[
+        Literal["process", "ray"], typer.Option(help="this process, or a process of Ray's for each run")
+    ] = "process",
     set_: Sets = None,
     resume: Annotated[bool, typer.Option("--resume", help="finished runs stay, a stopped one goes on")] = False,
 ) -> None:
@@ -61,7 +63,7 @@ def sweep(
     try:
         result = sweep_recipe(
             values, axes, directory, limits=limits, resume=resume, engine=engine, origin=str(recipe), console=console
-        )  # type: ignore[arg-type]  # it says which engines there are
+        )
     except RunError:
         _show(directory)
         raise

@@ -97,9 +97,7 @@ def conclusion(found: Mapping[str, Any], said: Sequence[Finding]) -> str:
         return f"Before this runs, look at this: {because}."
     models = found["distributions"] or {}
     rows = found["losses"]
-    student, baseline, teacher = (rows.get(name) for name in ("student", "baseline", "teacher"))
-    if student is None:
-        return f"The run has no student yet{f', and this may be why: {because}' if because else ''}."
+    student, baseline, teacher = rows["student"], rows.get("baseline"), rows.get("teacher")
     if baseline is None:
         if teacher is None:
             return f"The student has {nats(student)} nats{f'; what may be in its way: {because}' if because else ''}."
@@ -161,7 +159,7 @@ def _temperature(found: Mapping[str, Any]) -> Iterator[Finding]:
                 f"learnt is about unlikely tokens (try {best:g})"
             )
             yield _warning(clause)
-        elif used < best:
+        elif used < best and 1 - at[used]["mass"]["1"] < SPREAD:
             clause = (
                 f"at temperature {used:g} the teacher gives its likeliest token {percent(at[used]['mass']['1'])} and "
                 f"says little more than a label (try {best:g})"

@@ -21,11 +21,11 @@ from potstill.students.capacity import expected_share
 COSTS = {"parameters": "parameters", "bytes": "size", "latency_ms": "latency"}
 
 
-def write_sweep_report(directory: Path) -> Path:
+def write_sweep_report(run_directory: Path) -> Path:
     """Write sweep.html, one self-contained page.
 
     Args:
-        directory: of a sweep; sweep.json is in it.
+        run_directory: of a sweep; sweep.json is in it.
 
     Returns:
         The page's path.
@@ -33,7 +33,7 @@ def write_sweep_report(directory: Path) -> Path:
     Raises:
         DataError: there is no sweep in it.
     """
-    summary = read_sweep(directory)
+    summary = read_sweep(run_directory)
     rendered = (
         environment(autoescape=True)
         .get_template("sweep.html.j2")
@@ -48,8 +48,8 @@ def write_sweep_report(directory: Path) -> Path:
             limits=str(Limits(**summary["limits"])),
         )
     )
-    write_text(directory / "sweep.html", rendered)
-    return directory / "sweep.html"
+    write_text(run_directory / "sweep.html", rendered)
+    return run_directory / "sweep.html"
 
 
 def read_sweep(directory: Path) -> dict[str, Any]:
