@@ -129,12 +129,12 @@ def _tell(found: dict[str, Any], page: Path) -> None:
 
 def _show(directory: Path) -> None:
     """The table, the student to take, and where everything is."""
-    import json
-
     from accelerate import PartialState
 
+    from potstill.evaluate.sweep_report import read_sweep
+
     if PartialState().is_main_process:
-        summary = json.loads((directory / "sweep.json").read_text(encoding="utf-8"))
+        summary = read_sweep(directory)
         table = _table(summary)
         out = Console()
         out.print(table, highlight=False)
@@ -144,13 +144,13 @@ def _show(directory: Path) -> None:
 
 def _table(summary: dict[str, Any]) -> Table:
     from potstill.evaluate import words
+    from potstill.evaluate.sweep_report import COSTS
 
     table = Table(title=summary["name"], title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", "loss", "quality", "parameters", "size", "latency", "on a front"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    names = {"parameters": "parameters", "bytes": "size", "latency_ms": "latency"}
     for place, row in enumerate(summary["runs"]):
-        fronts = ", ".join(names[key] for key, places in summary["fronts"].items() if place in places)
+        fronts = ", ".join(COSTS[key] for key, places in summary["fronts"].items() if place in places)
         chosen = place == summary["recommended"]["place"]
         table.add_row(
             row["label"],
