@@ -37,7 +37,7 @@ from potstill.losses import (
     token_divergence,
     token_mean,
 )
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets
 
 if TYPE_CHECKING:
     from potstill.data import Examples, PaddingCollator, Source, encode
@@ -51,7 +51,11 @@ if TYPE_CHECKING:
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
     from potstill.teachers import (
+        AdapterOffTeacher,
         CachedTeacher,
+        EMATeacher,
+        EnsembleTeacher,
+        InformedTeacher,
         ModelTeacher,
         ServedTeacher,
         Teacher,
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
         AdaptiveKL,
         Attention,
         BiLD,
+        DeepSupervision,
         DistillationConfig,
         DistillationTrainer,
         Distiller,
@@ -86,7 +91,11 @@ _LATER = {
     "potstill.students.capacity": ("expected_share",),
     "potstill.students.size": ("size_of",),
     "potstill.teachers": (
+        "AdapterOffTeacher",
         "CachedTeacher",
+        "EMATeacher",
+        "EnsembleTeacher",
+        "InformedTeacher",
         "ModelTeacher",
         "ServedTeacher",
         "Teacher",
@@ -98,6 +107,7 @@ _LATER = {
         "AdaptiveKL",
         "Attention",
         "BiLD",
+        "DeepSupervision",
         "DistillationConfig",
         "DistillationTrainer",
         "Distiller",
@@ -113,6 +123,7 @@ _LATER = {
 __all__ = [
     "JSD",
     "TAID",
+    "AdapterOffTeacher",
     "AdaptiveKL",
     "AlphaBeta",
     "Attention",
@@ -120,13 +131,16 @@ __all__ = [
     "Budget",
     "CachedTeacher",
     "Completion",
+    "DeepSupervision",
     "DenseTargets",
     "DistillationConfig",
     "DistillationTrainer",
     "Distiller",
     "Divergence",
+    "EMATeacher",
     "EmbeddingDistiller",
     "EmbeddingRecipe",
+    "EnsembleTeacher",
     "Examples",
     "ForwardKL",
     "FusedLoss",
@@ -134,11 +148,13 @@ __all__ = [
     "Generated",
     "HeadTargets",
     "Hidden",
+    "InformedTeacher",
     "LMHead",
     "Labels",
     "LayerMap",
     "LocalEngine",
     "Logits",
+    "MixtureTargets",
     "ModelServer",
     "ModelTeacher",
     "Objective",

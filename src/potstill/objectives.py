@@ -13,6 +13,7 @@ from potstill.recipe import (
     AdaptiveKLPart,
     AttentionPart,
     BiLDPart,
+    DeepSupervisionPart,
     HiddenPart,
     LabelsPart,
     LogitsPart,
@@ -28,6 +29,7 @@ from potstill.train import (
     AdaptiveKL,
     Attention,
     BiLD,
+    DeepSupervision,
     Hidden,
     Labels,
     Logits,
@@ -54,18 +56,18 @@ def build(parts: Sequence[TermPart], steps: int, select: Select) -> Objective:
 
 def looks_inside(part: TermPart) -> bool:
     """Does the term ask for layers?"""
-    return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart)
+    return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart | DeepSupervisionPart)
 
 
-def check(objective: Objective, student: Anatomy, teacher: Anatomy) -> None:
-    """Look that every term goes with the models.
+def check(objective: Objective, student: Anatomy, teacher: Anatomy | None) -> None:
+    """Look that every term goes with the models; None for a teacher that no term looks into.
 
     Raises:
         RecipeError: one does not; it is named by its key.
     """
     for place, term in enumerate(objective.terms):
         try:
-            term.fit(student, teacher)
+            term.fit(student, teacher if term.needs_teacher and teacher else student)
         except UserError as error:
             raise RecipeError(f"objective.{place}: {error}") from None
 
@@ -92,6 +94,10 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
         return AdaptiveKL(weight, part.head_mass, number(part.temperature))
     if isinstance(part, TAIDPart):
         return TAID(number(part.share), weight, number(part.temperature))
+    if isinstance(part, DeepSupervisionPart):
+        return DeepSupervision(
+            part.layers, part.divergence.build(), weight=weight, temperature=number(part.temperature)
+        )
     layers = part.layers.build()
     if isinstance(part, HiddenPart):
         chosen = None if part.select_batches is None else select(layers, part.select_batches)

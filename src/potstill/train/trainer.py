@@ -104,11 +104,6 @@ class DistillationTrainer(Trainer):
             **kwargs,
         )
         if self.distiller.teacher is not None:
-            if self.is_fsdp_enabled and self.distiller.teacher.of_student:
-                raise UserError(
-                    f"{type(self.distiller.teacher).__name__}: expected a student that is whole on every rank, got one "
-                    "that FSDP shards. Its teacher is made of its weights. Train without FSDP, or name another teacher."
-                )
             self.add_callback(_Follow(self.distiller.teacher))
         self._train_sums = _Sums()
         self._eval_sums = _Sums()
@@ -230,8 +225,14 @@ class DistillationTrainer(Trainer):
             UserError: there is none.
             DataError: the teacher cannot speak about all of the training data.
         """
-        if self.distiller.teacher is not None and self.distiller.consults:
-            self.distiller.teacher.require(self.train_dataset)
+        teacher = self.distiller.teacher
+        if teacher is not None and teacher.of_student and self.is_fsdp_enabled:
+            raise UserError(
+                f"{type(teacher).__name__}: expected a student that is whole on every rank, got one that FSDP shards. "
+                "Its teacher is made of its weights. Train without FSDP, or name another teacher."
+            )
+        if teacher is not None and self.distiller.consults:
+            teacher.require(self.train_dataset)
         if resume_from_checkpoint is True:
             found = last_checkpoint(self._checkpoints)
             if found is None:
