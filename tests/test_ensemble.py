@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from conftest import make_batch, make_llama
 from potstill.cache.codec import Sampled
 from potstill.divergence import JSD, Divergence, ForwardKL, ReverseKL
-from potstill.errors import DataError, ShapeError, VocabularyError
+from potstill.errors import DataError, ModelError, ShapeError, VocabularyError
 from potstill.losses import linear_divergence, teacher_entropy, token_divergence, top_tokens
 from potstill.losses.teacher_weights import token_log_probs
 from potstill.targets import (
@@ -383,6 +383,13 @@ def test_learned_weights_are_resumed_and_logged(tmp_path: Path) -> None:
     held_out = one.weights.clone()
     straight.evaluate()
     assert torch.equal(one.weights, held_out)  # held-out rows teach it nothing
+
+
+def test_weights_that_are_learned_are_not_asked_ahead() -> None:
+    members = [ModelTeacher(make_llama(seed=i)) for i in (1, 2)]
+    with pytest.raises(ModelError, match="does not change in training, got EnsembleTeacher"):
+        Distiller(make_llama(), EnsembleTeacher(members, learned=True), [Logits(ForwardKL())], prefetch=True)
+    Distiller(make_llama(), EnsembleTeacher(members), [Logits(ForwardKL())], prefetch=True)
 
 
 def test_ensembles_that_cannot_be() -> None:

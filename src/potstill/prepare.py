@@ -183,7 +183,8 @@ def prepare(recipe: Recipe) -> Parts:
     )
     if anatomy is not None:
         objective = parts.objective()
-        objectives.check(objective, anatomy, teacher.anatomy if objective.looks_into_teacher else None)
+        theirs = teacher.anatomy if objective.looks_into_teacher else None
+        teacher.prepare(objectives.check(objective, anatomy, theirs))
     if not isinstance(teacher, ModelTeacher):
         _try(parts, teacher)
         if not teacher.covers(held_out.dataset):

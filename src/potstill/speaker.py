@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +67,9 @@ def _one(part: SpeakerPart, student: str | None, key: str) -> Speaker:
     """A model, a cache or a server; `key` is where the recipe says so."""
     if part.server is not None:
         return _served(part.server, student)
-    model = None if part.model is None else load_model(part.model, f"{key}.model", part.dtype)
+    bits = {"int8": 8, "int4": 4}.get(part.dtype)
+    dtype = part.dtype if bits is None else "auto"
+    model = None if part.model is None else load_model(part.model, f"{key}.model", dtype, bits=bits)
     models = {} if model is None else {key: model}
     if part.cache is not None:
         kept = Path(part.cache) / COMPANIONS
@@ -76,7 +79,7 @@ def _one(part: SpeakerPart, student: str | None, key: str) -> Speaker:
         return Speaker(cached, model, config, load_tokenizer(str(kept), f"{key}.cache"), models)
     assert model is not None and part.model is not None
     tokenizer = load_tokenizer(part.model, f"{key}.model")
-    return Speaker(ModelTeacher(model, device=part.device), model, model.config, tokenizer, models)
+    return Speaker(ModelTeacher(model, device=part.device), model, _whole(model.config), tokenizer, models)
 
 
 def _ensemble(part: TeacherPart, members: Sequence[MemberPart], student: str | None) -> Speaker:
@@ -107,6 +110,14 @@ def _names(titles: Sequence[str]) -> list[str]:
     """What the members are called in logs: the last part of each title, with its place where that is not its own."""
     short = [title.rstrip("/").rpartition("/")[2] for title in titles]
     return [name if short.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(short)]
+
+
+def _whole(config: PretrainedConfig) -> PretrainedConfig:
+    """The config without how the model is rounded: students are made after it."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _served(part: ServerPart, student: str | None) -> Speaker:

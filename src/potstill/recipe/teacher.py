@@ -32,8 +32,8 @@ class SpeakerPart(Part):
     """One who speaks: a model that runs beside the student, a cache of what it said, or a model behind a server."""
 
     model: str | None = Field(None, description="a folder with a model and its tokenizer, or a name on the hub")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="its precision; auto is the one it is saved in"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = Field(
+        "auto", description="its precision; auto is the one it is saved in, int8 and int4 round its linear layers"
     )
     device: str | None = Field(None, description="such as cuda:1; by default where the student is")
     cache: str | None = Field(None, description="a directory made by `potstill cache build`")
@@ -101,6 +101,7 @@ class TeacherPart(SpeakerPart):
     )
     ema: EMAPart | None = Field(None, description="the average of the student's own weights")
     adapter_off: bool = Field(False, description="the student without its adapter")
+    prefetch: bool = Field(False, description="ask about the next batch while the student learns from this one")
 
     @property
     def title(self) -> str:
