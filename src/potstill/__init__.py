@@ -37,7 +37,7 @@ from potstill.losses import (
     token_divergence,
     token_mean,
 )
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets
 
 if TYPE_CHECKING:
     from potstill.data import Examples, PaddingCollator, Source, encode
@@ -54,7 +54,11 @@ if TYPE_CHECKING:
     from potstill.students.size import size_of
     from potstill.sweeping import SweepResult, sweep
     from potstill.teachers import (
+        AdapterOffTeacher,
         CachedTeacher,
+        EMATeacher,
+        EnsembleTeacher,
+        InformedTeacher,
         ModelTeacher,
         ServedTeacher,
         Teacher,
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
         AdaptiveKL,
         Attention,
         BiLD,
+        DeepSupervision,
         DistillationConfig,
         DistillationTrainer,
         Distiller,
@@ -92,7 +97,11 @@ _LATER = {
     "potstill.students.size": ("size_of",),
     "potstill.sweeping": ("SweepResult", "sweep"),
     "potstill.teachers": (
+        "AdapterOffTeacher",
         "CachedTeacher",
+        "EMATeacher",
+        "EnsembleTeacher",
+        "InformedTeacher",
         "ModelTeacher",
         "ServedTeacher",
         "Teacher",
@@ -104,6 +113,7 @@ _LATER = {
         "AdaptiveKL",
         "Attention",
         "BiLD",
+        "DeepSupervision",
         "DistillationConfig",
         "DistillationTrainer",
         "Distiller",
@@ -119,6 +129,7 @@ _LATER = {
 __all__ = [
     "JSD",
     "TAID",
+    "AdapterOffTeacher",
     "AdaptiveKL",
     "AlphaBeta",
     "Attention",
@@ -126,13 +137,16 @@ __all__ = [
     "Budget",
     "CachedTeacher",
     "Completion",
+    "DeepSupervision",
     "DenseTargets",
     "DistillationConfig",
     "DistillationTrainer",
     "Distiller",
     "Divergence",
+    "EMATeacher",
     "EmbeddingDistiller",
     "EmbeddingRecipe",
+    "EnsembleTeacher",
     "Examples",
     "ForwardKL",
     "FusedLoss",
@@ -140,11 +154,13 @@ __all__ = [
     "Generated",
     "HeadTargets",
     "Hidden",
+    "InformedTeacher",
     "LMHead",
     "Labels",
     "LayerMap",
     "LocalEngine",
     "Logits",
+    "MixtureTargets",
     "ModelServer",
     "ModelTeacher",
     "Objective",

@@ -13,6 +13,7 @@ from potstill.recipe import (
     AdaptiveKLPart,
     AttentionPart,
     BiLDPart,
+    DeepSupervisionPart,
     HiddenPart,
     LabelsPart,
     LogitsPart,
@@ -28,6 +29,7 @@ from potstill.train import (
     AdaptiveKL,
     Attention,
     BiLD,
+    DeepSupervision,
     Hidden,
     Labels,
     Logits,
@@ -54,11 +56,11 @@ def build(parts: Sequence[TermPart], steps: int, select: Select) -> Objective:
 
 def looks_inside(part: TermPart) -> bool:
     """Does the term ask for layers?"""
-    return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart)
+    return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart | DeepSupervisionPart)
 
 
-def check(objective: Objective, student: Anatomy, teacher: Anatomy) -> Needs:
-    """Look that every term goes with the models: what all need of the teacher.
+def check(objective: Objective, student: Anatomy, teacher: Anatomy | None) -> Needs:
+    """Look that every term goes with the models: what all need of the teacher; None for one that no term looks into.
 
     Raises:
         RecipeError: one does not; it is named by its key.
@@ -66,7 +68,7 @@ def check(objective: Objective, student: Anatomy, teacher: Anatomy) -> Needs:
     asked = Needs()
     for place, term in enumerate(objective.terms):
         try:
-            asked |= term.fit(student, teacher)[1]
+            asked |= term.fit(student, teacher if term.needs_teacher and teacher else student)[1]
         except UserError as error:
             raise RecipeError(f"objective.{place}: {error}") from None
     return asked
@@ -94,6 +96,10 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
         return AdaptiveKL(weight, part.head_mass, number(part.temperature))
     if isinstance(part, TAIDPart):
         return TAID(number(part.share), weight, number(part.temperature))
+    if isinstance(part, DeepSupervisionPart):
+        return DeepSupervision(
+            part.layers, part.divergence.build(), weight=weight, temperature=number(part.temperature)
+        )
     layers = part.layers.build()
     if isinstance(part, HiddenPart):
         chosen = None if part.select_batches is None else select(layers, part.select_batches)

@@ -78,14 +78,20 @@ class Distiller(nn.Module):
         if self.objective.needs_teacher and self.teacher is None:
             asking = next(term.name for term in self.objective.terms if term.needs_teacher)
             raise ShapeError(f"Distiller: expected a teacher for the term {asking}, got None.")
+        if self.teacher is not None:
+            self.teacher.attach(student)
         self._prefetch = Prefetch(self.teacher) if prefetch and self.teacher is not None else None
         self._needs = Needs()
         if self.objective.looks_inside:
-            assert self.teacher is not None
             self._taps = Taps(student)
-            self._needs, asked = self.objective.fit(self._taps.anatomy, self.teacher.anatomy)
+            theirs = None
+            if self.objective.looks_into_teacher:
+                assert self.teacher is not None
+                theirs = self.teacher.anatomy
+            self._needs, asked = self.objective.fit(self._taps.anatomy, theirs)
             self._taps.prepare(self._needs)
-            self.teacher.prepare(asked)
+            if self.teacher is not None:
+                self.teacher.prepare(asked)
         self.cut = cut(student)  # here, before wrappers of the Distiller shard the weights
 
     @property
@@ -96,14 +102,17 @@ class Distiller(nn.Module):
     def step(self, batch: Mapping[str, Tensor], *, normalizer: Tensor | float | None = None) -> StepOutput:
         """The loss of a batch, for a loop of one's own: call `loss.backward()` on it.
 
-        In training mode each call counts as one optimiser step for the schedules. To accumulate gradients over
+        In training mode each call counts as one optimiser step for the schedules, and a teacher that follows the
+        student does so before the next one. To accumulate gradients over
         several batches call the module itself: `distiller(batch, normalizer=counting tokens of all, at=step)`, with
-        `attended_normalizer` for terms over layers.
+        `attended_normalizer` for terms over layers, and `teacher.after_step(step)` after each optimiser step.
 
         Args:
             batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count.
             normalizer: see `forward`.
         """
+        if self.training and self._steps and self.teacher is not None:
+            self.teacher.after_step(self._steps)
         output: StepOutput = self(batch, normalizer=normalizer, at=self._steps)
         self._steps += self.training
         return output
@@ -129,7 +138,9 @@ class Distiller(nn.Module):
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
         positions = attended(batch) if self._needs else None
-        signals = Signals(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer)
+        signals = Signals(
+            student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment
+        )
         return StepOutput(*self.objective(signals))
 
     @property
@@ -155,6 +166,8 @@ class Distiller(nn.Module):
     def _ask(self, batch: Mapping[str, Tensor], alignment: Any) -> TeacherOutput:
         assert self.teacher is not None
         said = (self._prefetch or self.teacher)(batch, alignment)
+        if self.training:
+            self.teacher.learn(said)
         return said if self.vocabulary is None else replace(said, targets=said.targets.slice(self.vocabulary))
 
     # What transformers.Trainer asks of a model, passed on to the student.

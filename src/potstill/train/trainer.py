@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data import PaddingCollator, pad_token_id
@@ -24,6 +24,7 @@ from potstill.train.objective import Objective, Term
 from potstill.train.prefetch import Peek
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
+TEACHER = "teacher.safetensors"  # likewise: what has become of a teacher that changes
 
 
 @dataclass
@@ -105,6 +106,8 @@ class DistillationTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.distiller.teacher is not None:
+            self.add_callback(_Follow(self.distiller.teacher))
         self._train_sums = _Sums()
         self._eval_sums = _Sums()
         self._attended: Tensor | None = None
@@ -189,7 +192,7 @@ class DistillationTrainer(Trainer):
             rows = self.eval_dataset[rows]  # type: ignore[index]  # one of several held-out sets, by its name
         if self.args.world_size > 1:
             missing = -len(rows) % (self.args.world_size * self.args.per_device_eval_batch_size)
-            blank = {"input_ids": rows[0]["input_ids"], "labels": [IGNORE] * len(rows[0]["labels"])}
+            blank = {name: [IGNORE] * len(ids) if name.endswith("labels") else ids for name, ids in rows[0].items()}
             filling: Any = [blank] * missing
             rows = ConcatDataset([rows, filling])
         return super().get_eval_dataloader(rows)
@@ -228,6 +231,7 @@ class DistillationTrainer(Trainer):
                 logs[name] = total / max(self._steps_since_log, 1)
             self._train_sums = _Sums()
             self._steps_since_log = 0
+            logs |= {} if self.distiller.teacher is None else self.distiller.teacher.logs()
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -237,8 +241,14 @@ class DistillationTrainer(Trainer):
             UserError: there is none.
             DataError: the teacher cannot speak about all of the training data.
         """
-        if self.distiller.teacher is not None and self.distiller.consults:
-            self.distiller.teacher.require(self.train_dataset)
+        teacher = self.distiller.teacher
+        if teacher is not None and teacher.of_student and self.is_fsdp_enabled:
+            raise UserError(
+                f"{type(teacher).__name__}: expected a student that is whole on every rank, got one that FSDP shards. "
+                "Its teacher is made of its weights. Train without FSDP, or name another teacher."
+            )
+        if teacher is not None and self.distiller.consults:
+            teacher.require(self.train_dataset)
         if resume_from_checkpoint is True:
             found = last_checkpoint(self._checkpoints)
             if found is None:
@@ -255,11 +265,15 @@ class DistillationTrainer(Trainer):
         for name, parameter in self.distiller.named_parameters():
             if not torch.isfinite(parameter).all():
                 self._stop(f"a weight that is not finite in {name} before checkpoint {self.state.global_step}")
-        trained = self.distiller.objective.state_dict()
-        if trained and self.args.should_save and not self.is_fsdp_enabled:  # whose own files hold everything
-            folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in trained.items()}, folder / TRAINED)
+        teacher = self.distiller.teacher
+        states = {TEACHER: {} if teacher is None else teacher.state_dict()}
+        if not self.is_fsdp_enabled:  # whose own files hold all that is trained
+            states[TRAINED] = self.distiller.objective.state_dict()
+        folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
+        for name, state in states.items():
+            if state and self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file({key: value.contiguous() for key, value in state.items()}, folder / name)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -277,6 +291,8 @@ class DistillationTrainer(Trainer):
             self.processing_class.save_pretrained(target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.distiller.teacher is not None:
+            restore_teacher(self.distiller.teacher, Path(resume_from_checkpoint))
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -295,6 +311,33 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class _Follow(TrainerCallback):
+    """Tells a teacher of every optimiser step, before checkpoints are written."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.teacher.after_step(state.global_step)
+
+
+def restore_teacher(teacher: Teacher, checkpoint: Path) -> None:
+    """What has become of a teacher until a checkpoint; nothing, for one that does not change.
+
+    Raises:
+        UserError: the checkpoint does not know.
+    """
+    if not teacher.state_dict():
+        return
+    file = checkpoint / TEACHER
+    if not file.exists():
+        raise UserError(
+            f"train: expected {TEACHER} in {checkpoint}, got none. The teacher changes in training, and this "
+            "checkpoint is of another one. Begin anew, or resume with the teacher that it is of."
+        )
+    teacher.load_state_dict(load_file(file))
 
 
 def _counts(batch: Mapping[str, Tensor]) -> Tensor:
