@@ -40,7 +40,7 @@ from potstill.losses import (
 from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
 
 if TYPE_CHECKING:
-    from potstill.data import Examples, PaddingCollator, Source, encode
+    from potstill.data import Examples, MaskedRows, PaddingCollator, Source, encode
     from potstill.embedding import EmbeddingDistiller, PairObjective, VectorHead, open_vectors
     from potstill.embedding.run import run_embedding
     from potstill.engines import Completion, LocalEngine, ModelServer, Sampling
@@ -72,10 +72,11 @@ if TYPE_CHECKING:
         Objective,
         Relations,
         Similarity,
+        Values,
     )
 
 _LATER = {
-    "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
+    "potstill.data": ("Examples", "MaskedRows", "PaddingCollator", "Source", "encode"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
     "potstill.generation": ("Generated", "generate"),
     "potstill.embedding": ("EmbeddingDistiller", "PairObjective", "VectorHead", "open_vectors"),
@@ -107,6 +108,7 @@ _LATER = {
         "Objective",
         "Relations",
         "Similarity",
+        "Values",
     ),
 }
 
@@ -139,6 +141,7 @@ __all__ = [
     "LayerMap",
     "LocalEngine",
     "Logits",
+    "MaskedRows",
     "ModelServer",
     "ModelTeacher",
     "Objective",
@@ -161,6 +164,7 @@ __all__ = [
     "Teacher",
     "TeacherOutput",
     "TotalVariation",
+    "Values",
     "VectorHead",
     "embedding_divergence",
     "encode",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -17,14 +17,15 @@ from potstill.data.kept import BATCH
 from potstill.data.readers import one_line
 from potstill.data.sources import Kind
 from potstill.errors import DataError
-from potstill.targets import IGNORE
+from potstill.targets import IGNORE, Task
 
 
 class Row(NamedTuple):
     """One example, labels not shifted."""
 
     input_ids: list[int]
-    labels: list[int]
+    labels: list[int] | int | float
+    token_type_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Encoding:
         packing: documents in one stream.
         file: its name, for messages.
         facts: `empty` rows that were skipped and `cut` rows are added to it.
+        task: what the model is asked for.
+        classes: the numbers of classes by their names, for classification.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -44,6 +47,8 @@ class Encoding:
     packing: bool
     file: str
     facts: Counter[str]
+    task: Task = "causal"
+    classes: Mapping[str, int] = field(default_factory=dict)
 
     def rows(self, dataset: Dataset, kind: Kind) -> Iterator[Row]:
         """The encoded rows of a dataset that `load` gave.
@@ -85,6 +90,21 @@ class Encoding:
         self.facts["cut"] += len(ids) > self.max_length
         return Row(ids[: self.max_length], labels[: self.max_length])
 
+    def maskable(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows with labels for tokens of the text alone, and none for special ones."""
+        special = {*self.tokenizer.all_special_ids}
+        for ids, labels, _ in rows:
+            assert isinstance(labels, list)
+            yield Row(ids, [IGNORE if i in special else label for i, label in zip(ids, labels, strict=True)])
+
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer itself puts before and after a text: [CLS] and [SEP], BOS, EOS."""
+        (bare,), (whole,) = self.tokens(["a"], special=False), self.tokens(["a"], special=True)
+        for start in range(len(whole) - len(bare) + 1):
+            if bare and whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        return [], []
+
     def filled(self, dataset: Dataset, column: str) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """Batches without the rows whose `column` is empty, and the rows' numbers in the file, from 1."""
         for number, batch in enumerate(dataset.iter(BATCH)):
@@ -115,6 +135,8 @@ def in_groups(texts: list[str], characters: int = 1 << 22) -> Iterator[list[str]
 
 
 def _text_rows(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
+    if encoding.task == "masked" and not encoding.packing:
+        return _framed_windows(dataset, encoding)
     arrange = packed if encoding.packing else windows
     return (Row(ids, ids) for ids in arrange(_documents(dataset, encoding), encoding.max_length))
 
@@ -123,6 +145,22 @@ def _documents(dataset: Dataset, encoding: Encoding) -> Iterator[list[int]]:
     for _, batch in encoding.filled(dataset, "text"):
         for ids in encoding.tokens(batch["text"], special=True):
             yield encoding.closed(ids)
+
+
+def _framed_windows(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
+    """Each document in windows that all have the special tokens around them, as masked language models know them."""
+    before, after = encoding.frame()
+    room = encoding.max_length - len(before) - len(after)
+    if room < 1:
+        raise DataError(
+            f"data: expected max_length above {len(before) + len(after)}, the special tokens of a row, got "
+            f"{encoding.max_length}. Raise max_length."
+        )
+    for _, batch in encoding.filled(dataset, "text"):
+        for ids in encoding.tokens(batch["text"], special=False):
+            for start in range(0, len(ids), room):
+                row = [*before, *ids[start : start + room], *after]
+                yield Row(row, row)
 
 
 def packed(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
@@ -162,7 +200,7 @@ def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Ro
     for one in answered:
         if one.prompt >= encoding.max_length:
             full.append(one._replace(row=Row([], [])))
-        yield encoding.cut(*one.row)
+        yield encoding.cut(one.row.input_ids, one.row.labels)
     if full:
         raise DataError(
             f"data: expected prompts shorter than max_length {encoding.max_length}, got {full[0].prompt} tokens "
@@ -172,7 +210,7 @@ def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Ro
 
 
 def _completions(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
-    closing = _closing_tokens(encoding)
+    _, closing = encoding.frame()
     for numbers, batch in encoding.filled(dataset, "completion"):
         prompts = encoding.tokens(batch["prompt"], special=True)
         completions = encoding.tokens(batch["completion"], special=False)
@@ -182,15 +220,6 @@ def _completions(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
             completion = encoding.closed(completion)
             row = Row(prompt + completion, [IGNORE] * len(prompt) + completion)
             yield _Answered(number, len(prompt), row)
-
-
-def _closing_tokens(encoding: Encoding) -> list[int]:
-    """What the tokenizer itself puts after a text: EOS, or [SEP]."""
-    (bare,), (whole,) = encoding.tokens(["a"], special=False), encoding.tokens(["a"], special=True)
-    for start in range(len(whole) - len(bare) + 1):
-        if bare and whole[start : start + len(bare)] == bare:
-            return whole[start + len(bare) :]
-    return []
 
 
 class _Written(NamedTuple):

@@ -16,15 +16,17 @@ from potstill.atomic import digest
 from potstill.data.kept import kept_file, write_arrow
 from potstill.data.readers import SUFFIXES, Table, empty, open_table, reading, said
 from potstill.errors import DataError
+from potstill.targets import Task
 
-Kind = Literal["text", "completion", "messages", "input_ids"]
+Kind = Literal["text", "completion", "messages", "input_ids", "labelled"]
 
-COLUMNS: dict[Kind, tuple[str, ...]] = {
+COLUMNS: dict[Kind, tuple[str, ...]] = {  # by which a kind is found
     "text": ("text",),
     "completion": ("prompt", "completion"),
     "messages": ("messages",),
     "input_ids": ("input_ids",),
 }
+JUDGED = ("classification", "regression")  # tasks whose data have a label for each row
 COMPANIONS = ("labels", "attention_mask")  # taken along with input_ids when they are there
 
 
@@ -43,6 +45,8 @@ class Source:
         completion: the column of what is to be said; needs `prompt`.
         messages: the column of conversations, each a list of {role, content, ...} or that list as JSON text.
         input_ids: the column of token ids; a column named labels is taken along.
+        pair: the column of second texts, where rows are judged; a column named text_pair is taken along.
+        label: the column of classes or numbers, where rows are judged; default: label.
     """
 
     path: str | Path
@@ -51,14 +55,17 @@ class Source:
     completion: str | None = None
     messages: str | None = None
     input_ids: str | None = None
+    pair: str | None = None
+    label: str | None = None
 
 
-def load(source: Source) -> tuple[Dataset, Kind]:
+def load(source: Source, task: Task = "causal") -> tuple[Dataset, Kind]:
     """Read a file into a memory-mapped dataset with the standard columns of its kind.
 
     Row i of the dataset is row i + 1 of the file; empty rows are there too. The columns are text; or prompt and
     completion; or messages, each conversation as JSON text, because Arrow would give every message the keys of all
-    others; or input_ids, with labels and attention_mask where the file has them.
+    others; or input_ids, with labels and attention_mask where the file has them. For the tasks classification and
+    regression they are text, text_pair where there is one, and label, as text.
 
     Returns:
         The dataset and its kind.
@@ -71,7 +78,8 @@ def load(source: Source) -> tuple[Dataset, Kind]:
     _require_file(path)
     with reading(path):
         table = open_table(path)
-        kind, names = _choose(source, table.columns, path.name)
+        chosen = _labelled if task in JUDGED else _choose
+        kind, names = chosen(source, table.columns, path.name)
         kept = kept_file(["source", digest(path), path.suffix.lower(), names])
     if not kept.exists():
         schema = pa.schema({standard: _TYPES[standard].arrow for standard in names})
@@ -123,6 +131,15 @@ def _choose(source: Source, columns: list[str], file: str) -> tuple[Kind, dict[s
     if kind == "input_ids":
         found |= {name: name for name in COMPANIONS if name in columns}
     return kind, found
+
+
+def _labelled(source: Source, columns: list[str], file: str) -> tuple[Kind, dict[str, str]]:
+    """The columns of rows that are judged."""
+    names = {"text": source.field or "text", "label": source.label or "label"}
+    if source.pair or "text_pair" in columns:
+        names["text_pair"] = source.pair or "text_pair"
+    found = {standard: _require_column(name, standard, columns, file) for standard, name in names.items()}
+    return "labelled", found
 
 
 def _find_kind(columns: list[str], file: str) -> Kind:
@@ -204,6 +221,12 @@ def _texts(values: list[Any]) -> pa.Array:
     return _without_null(pa.array(values, type=pa.large_string()))
 
 
+def _labels(values: list[Any]) -> pa.Array:
+    if any(isinstance(value, bool) or not isinstance(value, str | int | float) for value in values):
+        raise TypeError("neither text nor numbers")
+    return _texts([str(value).strip() for value in values])
+
+
 def _id_lists(values: list[Any]) -> pa.Array:
     # The type is inferred first, because Arrow that is asked for integers cuts 1.5 to 1.
     array = pa.array(values)
@@ -247,7 +270,8 @@ class _Type(NamedTuple):
 _TEXT = _Type(pa.large_string(), "text", _texts)
 _IDS = _Type(pa.list_(pa.int64()), "a list of whole numbers", _id_lists)
 _TYPES: dict[str, _Type] = {
-    **dict.fromkeys(("text", "prompt", "completion"), _TEXT),
+    **dict.fromkeys(("text", "text_pair", "prompt", "completion"), _TEXT),
+    "label": _Type(pa.large_string(), "the name or number of a class, or a number", _labels),
     "messages": _Type(pa.large_string(), "a list of messages with role and content", _conversations),
     **dict.fromkeys(("input_ids", *COMPANIONS), _IDS),
 }
