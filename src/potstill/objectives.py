@@ -21,6 +21,7 @@ from potstill.recipe import (
     SimilarityPart,
     TAIDPart,
     TermPart,
+    ValuesPart,
 )
 from potstill.taps import Anatomy
 from potstill.train import (
@@ -34,6 +35,7 @@ from potstill.train import (
     Objective,
     Relations,
     Similarity,
+    Values,
 )
 from potstill.train.objective import Term
 
@@ -86,6 +88,8 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
             share=number(part.share),
             top_k=part.top_k,
         )
+    if isinstance(part, ValuesPart):
+        return Values(weight)
     if isinstance(part, BiLDPart):
         return BiLD(weight, part.top_k, number(part.temperature))
     if isinstance(part, AdaptiveKLPart):

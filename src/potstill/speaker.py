@@ -12,6 +12,7 @@ from potstill.errors import RecipeError
 from potstill.loading import load_model, load_tokenizer
 from potstill.recipe import TeacherPart
 from potstill.recipe.teacher import ServerPart
+from potstill.targets import Task
 from potstill.teachers import CachedTeacher, ModelTeacher, ServedTeacher, Teacher
 from potstill.teachers.cached import COMPANIONS
 
@@ -25,19 +26,20 @@ class Speaker(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def find_speaker(part: TeacherPart, student: str | None) -> Speaker:
+def find_speaker(part: TeacherPart, student: str | None, task: Task = "causal") -> Speaker:
     """Load the teacher that a recipe names.
 
     Args:
         part: the recipe's teacher.
         student: where the student's model and tokenizer are: the tokenizer with which a server is asked.
+        task: what the teacher is asked for.
 
     Raises:
         UserError: it is not there, or not usable.
     """
     if part.server is not None:
         return _served(part.server, student)
-    model = None if part.model is None else load_model(part.model, "teacher.model", part.dtype)
+    model = None if part.model is None else load_model(part.model, "teacher.model", part.dtype, task)
     if part.cache is not None:
         kept = Path(part.cache) / COMPANIONS
         cached = CachedTeacher(part.cache)

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from potstill.atomic import write_text
 from potstill.data.kept import BATCH, kept_file, write_arrow
 from potstill.data.labelled import bare_rows, labelled_rows
-from potstill.data.masking import MaskedRows
 from potstill.data.rows import Encoding, Row
 from potstill.data.sources import Kind, Source, load
 from potstill.errors import DataError
@@ -34,13 +33,14 @@ class Examples:
     """Encoded examples.
 
     Args:
-        dataset: [i] is {"input_ids": list of int, "labels": list of int}, memory-mapped. Every example has a
-            token that counts. Where rows are judged its label is one number, and pairs have token_type_ids.
+        dataset: a Dataset, memory-mapped, or a MaskedRows: [i] is {"input_ids": list of int, "labels": list of int}.
+            Every example has a token that counts. Where rows are judged labels are one number, and pairs have
+            token_type_ids.
         tokens: how many tokens count in all, by `potstill.targets.counting`.
         notes: what the run should say: what was cut, skipped or left out.
     """
 
-    dataset: Dataset | MaskedRows
+    dataset: Any
     tokens: int
     notes: tuple[str, ...]
 
@@ -124,9 +124,7 @@ def _rows(dataset: Dataset, kind: Kind, encoding: Encoding) -> Iterator[Row]:
     return encoding.maskable(rows) if encoding.task == "masked" else rows
 
 
-def _require_suitable(
-    kind: Kind, tokenizer: PreTrainedTokenizerBase, packing: bool, file: str, task: Task
-) -> None:
+def _require_suitable(kind: Kind, tokenizer: PreTrainedTokenizerBase, packing: bool, file: str, task: Task) -> None:
     if task == "encoder" and kind != "text":
         raise DataError(
             f"data: expected text for the task encoder, got {kind} in {file}. Name its column, as in `field: text`."
@@ -211,7 +209,7 @@ class PaddingCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Input_ids, attention_mask (1 on tokens, 0 on padding) and labels, each [B, T] int64.
 
-        Labels are [B] where rows are judged, float32 for numbers; token_type_ids are there where the examples have them.
+        Labels are [B] where rows are judged, float32 for numbers; token_type_ids are there if the examples have them.
         """
         ids = [torch.tensor(example["input_ids"], dtype=torch.long) for example in examples]
         mask = [torch.ones_like(row) for row in ids]

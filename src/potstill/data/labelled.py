@@ -64,7 +64,9 @@ def _label(text: str, where: str, encoding: Encoding) -> int | float:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise DataError(f"data: expected a number as the label, got {text!r} in {where}. Correct or remove the row.")
+            raise DataError(
+                f"data: expected a number as the label, got {text!r} in {where}. Correct or remove the row."
+            )
         return value
     classes = encoding.classes
     if text in classes:

@@ -20,9 +20,9 @@ MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stays as it is
 class MaskedRows(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows whose tokens are masked as BERT's were.
 
-    Of the tokens of a row whose label is not -100 a share is chosen, at least one. 80% of them become the mask, 10% some
-    token, 10% stay; the label of all others is -100. What is chosen depends on seed, epoch and the row's number alone:
-    not on the order, the batch, the worker or what was drawn before.
+    Of the tokens of a row whose label is not -100 a share is chosen, at least one. 80% of them become the mask, 10%
+    some token, 10% stay; the label of all others is -100. What is chosen depends on seed, epoch and the row's number
+    alone: not on the order, the batch, the worker or what was drawn before.
 
     Args:
         rows: [i] is {"input_ids": [T], "labels": [T], ...}, as `encode` gives them for the task masked.
@@ -38,9 +38,7 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Any]]):
         masks that change.
     """
 
-    def __init__(
-        self, rows: Any, tokenizer: PreTrainedTokenizerBase, *, share: float = SHARE, seed: int = 0
-    ) -> None:
+    def __init__(self, rows: Any, tokenizer: PreTrainedTokenizerBase, *, share: float = SHARE, seed: int = 0) -> None:
         if tokenizer.mask_token_id is None:
             raise DataError(
                 "data: expected a tokenizer with a mask token for the task masked, got one without. "

@@ -191,7 +191,8 @@ def windows(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
 class _Answered(NamedTuple):
     number: int  # of the row in the file
     prompt: int  # tokens before the first that counts
-    row: Row
+    ids: list[int]
+    labels: list[int]
 
 
 def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Row]:
@@ -199,8 +200,8 @@ def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Ro
     full: list[_Answered] = []
     for one in answered:
         if one.prompt >= encoding.max_length:
-            full.append(one._replace(row=Row([], [])))
-        yield encoding.cut(one.row.input_ids, one.row.labels)
+            full.append(one._replace(ids=[], labels=[]))
+        yield encoding.cut(one.ids, one.labels)
     if full:
         raise DataError(
             f"data: expected prompts shorter than max_length {encoding.max_length}, got {full[0].prompt} tokens "
@@ -218,8 +219,8 @@ def _completions(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
             if closing and prompt[-len(closing) :] == closing:
                 prompt = prompt[: -len(closing)]
             completion = encoding.closed(completion)
-            row = Row(prompt + completion, [IGNORE] * len(prompt) + completion)
-            yield _Answered(number, len(prompt), row)
+            labels = [IGNORE] * len(prompt) + completion
+            yield _Answered(number, len(prompt), prompt + completion, labels)
 
 
 class _Written(NamedTuple):
@@ -244,7 +245,7 @@ def _conversations(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
             labels = [IGNORE] * len(ids)
             for start, end in spans:
                 labels[start:end] = ids[start:end]
-            yield _Answered(one.number, spans[0][0], Row(ids, labels))
+            yield _Answered(one.number, spans[0][0], ids, labels)
 
 
 def _write(messages: list[dict[str, Any]], number: int, encoding: Encoding) -> _Written:

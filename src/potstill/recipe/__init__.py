@@ -9,7 +9,7 @@ from potstill.recipe.embedding import EmbeddingRecipe
 from potstill.recipe.generate import GenerateRecipe
 from potstill.recipe.inside import AttentionPart, HiddenPart, LayersPart, RelationsPart, SimilarityPart
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
-from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart
+from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart, ValuesPart
 from potstill.recipe.run import EvaluatePart, Recipe
 from potstill.recipe.student import BudgetPart, InitializePart, StudentPart
 from potstill.recipe.teacher import ServerPart, TeacherPart
@@ -41,5 +41,6 @@ __all__ = [
     "TeacherPart",
     "Temperature",
     "TermPart",
+    "ValuesPart",
     "Weight",
 ]

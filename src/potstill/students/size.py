@@ -66,7 +66,7 @@ def build(config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
         (AutoModel, MODEL_MAPPING),
     ):
         known = classes.get(type(config), None)
-        if (config.architectures or [None])[0] == getattr(known, "__name__", ""):
+        if isinstance(known, type) and known.__name__ in (config.architectures or [])[:1]:
             auto = kind
     try:
         with torch.device(device):

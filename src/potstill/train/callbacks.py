@@ -22,7 +22,7 @@ from potstill.atomic import write_text
 
 
 class Epochs(TrainerCallback):
-    """Tells a dataset the epoch: accelerate does not where samplers are wrapped, as on several ranks and on resuming."""
+    """Tells a dataset the epoch: accelerate does not where samplers are wrapped, on several ranks and on resuming."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset

@@ -1,0 +1,47 @@
+"""What of a recipe does not go with its task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from potstill.recipe.data import DataPart
+from potstill.recipe.inside import HiddenPart
+from potstill.recipe.objective import TermPart
+from potstill.recipe.teacher import TeacherPart
+from potstill.targets import INSTEAD, Task
+
+JUDGED = ("classification", "regression")
+
+
+def misfits(
+    task: Task, objective: Sequence[TermPart], data: DataPart, evaluate: Any, teacher: TeacherPart
+) -> Iterator[str]:
+    """Each mistake as a line that begins with its key."""
+    for place, part in enumerate(objective):
+        if task not in part.tasks:
+            yield f"objective.{place}: expected a term for the task {task}, got {part.term}. {INSTEAD[task]}."
+        elif task == "encoder" and isinstance(part, HiddenPart) and part.select_batches is not None:
+            yield (
+                f"objective.{place}.select_batches: expected none for the task encoder, got {part.select_batches}. "
+                "Dimensions are picked by a head's own loss. Use a projection."
+            )
+    for key in ("cache", "server"):
+        if task != "causal" and getattr(teacher, key) is not None:
+            yield f"teacher.{key}: expected teacher.model for the task {task}, got {key}, which is of causal models."
+    for name in ("train", "eval"):
+        part = getattr(data, name)
+        for key in ("pair", "label"):
+            if task not in JUDGED and getattr(part, key) is not None:
+                yield f"data.{name}.{key}: expected the task classification or regression with it, got {task}."
+        for key in ("prompt", "completion", "messages", "input_ids"):
+            if task in (*JUDGED, "encoder") and getattr(part, key) is not None:
+                yield f"data.{name}.{key}: expected field for the texts of the task {task}, got {key}."
+    if data.packing and task in (*JUDGED, "encoder"):
+        yield f"data.packing: expected false for the task {task}, got true. A row is one example."
+    if task != "masked" and "masked_share" in data.model_fields_set:
+        yield f"data.masked_share: expected the task masked with it, got {task}."
+    if task != "causal" and "continuations" in evaluate.model_fields_set and evaluate.continuations:
+        yield f"evaluate.continuations: expected 0 for the task {task}, got {evaluate.continuations}. It writes none."
+    if task == "encoder" and evaluate.baseline:
+        yield "evaluate.baseline: expected false for the task encoder, got true. There are no labels to train on."
