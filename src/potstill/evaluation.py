@@ -20,7 +20,7 @@ from potstill.evaluate.speed import speed
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, load_tokenizer, quiet
 from potstill.prepare_task import classes_of, match_heads, token_rows
-from potstill.targets import IGNORE, Task
+from potstill.targets import IGNORE, OF_TOKENS, Task
 
 ROWS = 16  # in a batch
 
@@ -73,7 +73,7 @@ def evaluate(
     Raises:
         UserError: a model, the data or an option is not usable, or the vocabularies differ.
     """
-    of_tokens = task in ("causal", "masked")
+    of_tokens = task in OF_TOKENS
     if task != "causal" and (measures.generations or measures.lm_eval):
         raise UserError(f"--generations, --lm-eval: expected neither for the task {task}, got some. It writes no text.")
     if task == "encoder" and teacher is None:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from potstill.errors import ModelError
 from potstill.losses.linear import multiplies_bfloat16
-from potstill.targets import Task
+from potstill.targets import JUDGED, Task
 
 # What a task's model is: how transformers loads it, and what it is called.
 KINDS: dict[Task, tuple[Any, str]] = {
@@ -73,7 +73,7 @@ def load_model(
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     auto, called = KINDS[task]
     options: dict[str, Any] = {"dtype": chosen, "use_safetensors": True, "trust_remote_code": False}
-    if labels_of is not None and task in ("classification", "regression"):
+    if labels_of is not None and task in JUDGED:
         saved = load_config(where, key)
         if not any("SequenceClassification" in name for name in saved.architectures or ()):
             options |= {"id2label": labels_of.id2label, "label2id": labels_of.label2id}
@@ -88,7 +88,7 @@ def load_model(
             f"{' and others' if len(missing) > 3 else ''}. They would be random. Name a model that was trained for it."
         )
     model.config.architectures = [type(model).__name__]  # as it would be saved, for students that are made like it
-    if task in ("classification", "regression"):
+    if task in JUDGED:
         model.config.problem_type = "regression" if task == "regression" else "single_label_classification"
     loaded: PreTrainedModel = model
     return loaded

@@ -30,7 +30,7 @@ from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
 from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TermPart
 from potstill.students.modules import copy_modules
-from potstill.targets import causal_alignment
+from potstill.targets import OF_TOKENS, causal_alignment
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
 from potstill.train.trainer import last_checkpoint
@@ -187,7 +187,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
         everyone = {"teacher": teacher, **models}
         folders["teacher"] = Path(str(recipe.teacher.model))
-    of_tokens = recipe.task in ("causal", "masked")
+    of_tokens = recipe.task in OF_TOKENS
     measured: Mapping[str, Any] = measure(
         recipe.task, teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary
     )

@@ -24,7 +24,7 @@ from potstill.recipe import Recipe
 from potstill.speaker import find_speaker
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
-from potstill.targets import causal_alignment
+from potstill.targets import OF_TOKENS, causal_alignment
 from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, important_dimensions
 from potstill.train import Logits, Objective
 from potstill.train.dense import DenseTerm
@@ -135,7 +135,7 @@ def prepare(recipe: Recipe) -> Parts:
     design = design_of(recipe.student, speaker.config, max(tokenizer.get_vocab().values()) + 1)
     student = first_student(recipe, design, speaker.config)
     models = {"student": student} if speaker.model is None else {"teacher": speaker.model, "student": student}
-    of_tokens = recipe.task in ("causal", "masked")
+    of_tokens = recipe.task in OF_TOKENS
     rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
     vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
     if not of_tokens:
@@ -196,6 +196,7 @@ def _try(parts: Parts, teacher: Teacher) -> None:
     batch = PaddingCollator(pad_token_id(parts.tokenizer)[0])([parts.train.dataset[0]])
     alignment = causal_alignment(batch["labels"])
     said = teacher(batch, alignment).targets
+    assert parts.vocabulary is not None, "such a teacher is of a causal model"
     for term in parts.objective().terms:
         if isinstance(term, DenseTerm):
             term.whole(said)
@@ -203,5 +204,5 @@ def _try(parts: Parts, teacher: Teacher) -> None:
             for step in (0, parts.steps // 2, parts.steps):
                 temperature = value_at(term.temperature, step)
                 token_divergence(
-                    torch.zeros(len(alignment), parts.vocabulary or 0), said, term.divergence, temperature=temperature
+                    torch.zeros(len(alignment), parts.vocabulary), said, term.divergence, temperature=temperature
                 )

@@ -28,6 +28,8 @@ Task = Literal["causal", "masked", "classification", "regression", "encoder"]
 TASKS: frozenset[Task] = frozenset(get_args(Task))
 DISTRIBUTIONS = TASKS - {"regression", "encoder"}  # a model's answer is a probability of each token or class
 ANSWERS = TASKS - {"encoder"}  # there is an answer, by a head
+OF_TOKENS = frozenset[Task](("causal", "masked"))  # the answer is one of the vocabulary
+JUDGED = frozenset[Task](("classification", "regression"))  # data have a label for each row
 INSTEAD = {  # for errors: what else goes with a task
     "regression": "A number has no distribution. Use values for the teacher's number, labels for the data's",
     "encoder": "There is no head. Use terms over layers: hidden, attention, relations, similarity",

@@ -16,7 +16,7 @@ from potstill.atomic import digest
 from potstill.data.kept import kept_file, write_arrow
 from potstill.data.readers import SUFFIXES, Table, empty, open_table, reading, said
 from potstill.errors import DataError
-from potstill.targets import Task
+from potstill.targets import JUDGED, Task
 
 Kind = Literal["text", "completion", "messages", "input_ids", "labelled"]
 
@@ -26,7 +26,6 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {  # by which a kind is found
     "messages": ("messages",),
     "input_ids": ("input_ids",),
 }
-JUDGED = ("classification", "regression")  # tasks whose data have a label for each row
 COMPANIONS = ("labels", "attention_mask")  # taken along with input_ids when they are there
 
 

@@ -15,7 +15,7 @@ from potstill.evaluate.quality import Quality, compare, overconfidence
 from potstill.evaluate.space import Judge
 from potstill.heads import inputs, run, says
 from potstill.losses import label_loss, similarity_error, token_divergence
-from potstill.targets import Alignment, DenseTargets, Task, align
+from potstill.targets import OF_TOKENS, Alignment, DenseTargets, Task, align
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def measure(
     Returns:
         name -> what was measured, with the reference itself as "teacher".
     """
-    if task in ("causal", "masked"):
+    if task in OF_TOKENS:
         return compare(reference, models, batches, vocabulary=vocabulary, task=task)
     everyone = dict(models) if reference is None else {"teacher": reference, **models}
     said: dict[str, list[Tensor]] = {name: [] for name in everyone}

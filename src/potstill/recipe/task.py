@@ -9,9 +9,7 @@ from potstill.recipe.data import DataPart
 from potstill.recipe.inside import HiddenPart
 from potstill.recipe.objective import TermPart
 from potstill.recipe.teacher import TeacherPart
-from potstill.targets import INSTEAD, Task
-
-JUDGED = ("classification", "regression")
+from potstill.targets import INSTEAD, JUDGED, OF_TOKENS, Task
 
 
 def misfits(
@@ -35,9 +33,9 @@ def misfits(
             if task not in JUDGED and getattr(part, key) is not None:
                 yield f"data.{name}.{key}: expected the task classification or regression with it, got {task}."
         for key in ("prompt", "completion", "messages", "input_ids"):
-            if task in (*JUDGED, "encoder") and getattr(part, key) is not None:
+            if task not in OF_TOKENS and getattr(part, key) is not None:
                 yield f"data.{name}.{key}: expected field for the texts of the task {task}, got {key}."
-    if data.packing and task in (*JUDGED, "encoder"):
+    if data.packing and task not in OF_TOKENS:
         yield f"data.packing: expected false for the task {task}, got true. A row is one example."
     if task != "masked" and "masked_share" in data.model_fields_set:
         yield f"data.masked_share: expected the task masked with it, got {task}."
