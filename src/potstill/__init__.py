@@ -41,15 +41,18 @@ from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
 
 if TYPE_CHECKING:
     from potstill.data import Examples, MaskedRows, PaddingCollator, Source, encode
+    from potstill.diagnosis import diagnose
     from potstill.embedding import EmbeddingDistiller, PairObjective, VectorHead, open_vectors
     from potstill.embedding.run import run_embedding
     from potstill.engines import Completion, LocalEngine, ModelServer, Sampling
+    from potstill.evaluate.tradeoff import pareto_front, recommend
     from potstill.generation import Generated, generate
     from potstill.pipeline import RunResult, run
     from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
     from potstill.students.budget import Budget
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
+    from potstill.sweeping import SweepResult, sweep
     from potstill.teachers import (
         CachedTeacher,
         ModelTeacher,
@@ -78,6 +81,8 @@ if TYPE_CHECKING:
 _LATER = {
     "potstill.data": ("Examples", "MaskedRows", "PaddingCollator", "Source", "encode"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
+    "potstill.diagnosis": ("diagnose",),
+    "potstill.evaluate.tradeoff": ("pareto_front", "recommend"),
     "potstill.generation": ("Generated", "generate"),
     "potstill.embedding": ("EmbeddingDistiller", "PairObjective", "VectorHead", "open_vectors"),
     "potstill.embedding.run": ("run_embedding",),
@@ -86,6 +91,7 @@ _LATER = {
     "potstill.students.budget": ("Budget",),
     "potstill.students.capacity": ("expected_share",),
     "potstill.students.size": ("size_of",),
+    "potstill.sweeping": ("SweepResult", "sweep"),
     "potstill.teachers": (
         "CachedTeacher",
         "ModelTeacher",
@@ -161,11 +167,13 @@ __all__ = [
     "SoftCrossEntropy",
     "Source",
     "SparseTargets",
+    "SweepResult",
     "Teacher",
     "TeacherOutput",
     "TotalVariation",
     "Values",
     "VectorHead",
+    "diagnose",
     "embedding_divergence",
     "encode",
     "expected_share",
@@ -177,7 +185,9 @@ __all__ = [
     "matryoshka",
     "open_vectors",
     "pair_correlation",
+    "pareto_front",
     "rank_error",
+    "recommend",
     "reconstruction_error",
     "rkd_angle",
     "rkd_distance",
@@ -186,6 +196,7 @@ __all__ = [
     "schedule",
     "similarity_error",
     "size_of",
+    "sweep",
     "token_cross_entropy",
     "token_divergence",
     "token_mean",

@@ -16,13 +16,14 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
-from potstill.errors import ModelError
+from potstill.errors import ModelError, UserError
 from potstill.losses.linear import multiplies_bfloat16
 from potstill.targets import JUDGED, Task
 
@@ -40,18 +41,28 @@ KINDS: dict[Task, tuple[Any, str]] = {
 def quiet() -> Iterator[None]:
     """Transformers' own bars and remarks would tear the progress bar apart; errors stay."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    rounding = logging.get_logger("bitsandbytes")  # remarks at every product that its inputs are cast
+    rounding_level = rounding.level
+    rounding.setLevel(logging.ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        rounding.setLevel(rounding_level)
         if bars:
             logging.enable_progress_bar()
 
 
 def load_model(
-    where: str, key: str, dtype: str = "auto", task: Task = "causal", *, labels_of: PretrainedConfig | None = None
+    where: str,
+    key: str,
+    dtype: str = "auto",
+    task: Task = "causal",
+    *,
+    bits: int | None = None,
+    labels_of: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """A model for a task.
 
@@ -61,11 +72,14 @@ def load_model(
         dtype: float32, bfloat16, float16, or auto for the precision in which it is saved: float32 where only a CPU is
             there that has no instructions for less, because it would be several times slower.
         task: what it is asked for.
+        bits: 4 (nf4, its scales quantised too) or 8 (int8) for linear layers that are rounded when they are loaded;
+            the head and the embeddings stay whole. They cannot be trained, and need bitsandbytes.
         labels_of: a model whose classes it takes over where it has no classifier of its own yet. Without this, weights
             that are not there are an error.
 
     Raises:
         ModelError: there is no such model, or it is not one for the task in safetensors.
+        UserError: a package is missing.
     """
     _must_exist(where, key)
     if dtype == "auto" and not has_bfloat16():
@@ -73,6 +87,8 @@ def load_model(
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     auto, called = KINDS[task]
     options: dict[str, Any] = {"dtype": chosen, "use_safetensors": True, "trust_remote_code": False}
+    if bits is not None:
+        options["quantization_config"] = _rounded(bits, dtype, key)
     if labels_of is not None and task in JUDGED:
         saved = load_config(where, key)
         if not any("SequenceClassification" in name for name in saved.architectures or ()):
@@ -92,6 +108,23 @@ def load_model(
         model.config.problem_type = "regression" if task == "regression" else "single_label_classification"
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _rounded(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
+    """How linear layers are rounded to so many bits; products are computed in the model's precision."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"{key}: expected the package bitsandbytes for a model in 4 or 8 bits, got none. "
+            "Install it with pip install 'potstill[quantized]'."
+        ) from None
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
 
 
 def has_bfloat16() -> bool:

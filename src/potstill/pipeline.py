@@ -68,7 +68,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     console = console or Console(stderr=True)
     state = PartialState()
     directory = Path(recipe.output)
-    _must_be_free(directory, recipe, resume)
+    require_free(directory, recipe, resume)
 
     with quiet():
         parts = prepare(recipe)
@@ -98,8 +98,12 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))
 
 
-def _must_be_free(directory: Path, recipe: Recipe, resume: bool) -> None:
-    """The run directory holds no training, or one of the same recipe to go on with."""
+def require_free(directory: Path, recipe: Recipe, resume: bool) -> None:
+    """See that a run directory holds no training, or one of the same recipe to go on with.
+
+    Raises:
+        RecipeError: it does not.
+    """
     record = directory / "recipe.yaml"
     if not record.exists() or not (directory / "metrics.jsonl").exists():
         return
@@ -132,8 +136,9 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
         train_dataset=parts.train.dataset,
         eval_dataset=parts.curve,
         processing_class=parts.tokenizer,
-        vocabulary=parts.vocabulary,
+        vocabulary=parts.vocabulary or None,
         task=parts.recipe.task,
+        prefetch=parts.recipe.teacher.prefetch,
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
     )
     trainer.remove_callback(PrinterCallback)
@@ -189,13 +194,13 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         folders["teacher"] = Path(str(recipe.teacher.model))
     of_tokens = recipe.task in OF_TOKENS
     measured: Mapping[str, Any] = measure(
-        recipe.task, teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary
+        recipe.task, teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary or None
     )
     if teacher is None:
         curve_loss = _told_loss(parts, parts.curve)
     else:
         curve = _batches(parts, parts.curve)
-        curve_loss = measure(recipe.task, teacher, {}, curve, vocabulary=parts.vocabulary)["teacher"].loss
+        curve_loss = measure(recipe.task, teacher, {}, curve, vocabulary=parts.vocabulary or None)["teacher"].loss
     rows: dict[str, dict[str, float | None]] = {
         name: {
             **{one.key: getattr(measured[name], one.key) for one in QUALITY[recipe.task]},

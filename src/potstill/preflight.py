@@ -26,7 +26,7 @@ class Preflight:
     Args:
         teacher_parameters: of the teacher, where its model is here.
         student_parameters: of the student.
-        vocabulary: tokens that both share; None where the task is of no tokens.
+        vocabulary: tokens that both share; 0 where the task is of no tokens.
         train_tokens: counting tokens; train_rows, eval_tokens likewise.
         steps: optimiser steps.
         memory_bytes: weights, gradients, Adam's two moments and the loss's buffers.
@@ -38,7 +38,7 @@ class Preflight:
 
     teacher_parameters: int | None
     student_parameters: int
-    vocabulary: int | None
+    vocabulary: int
     train_tokens: int
     train_rows: int
     eval_tokens: int
@@ -75,7 +75,7 @@ def check(recipe: Recipe) -> Preflight:
         # tokens in chunks and needs no more than student's and teacher's logits and a gradient would take.
         memory_bytes=4 * weights
         + (0 if parts.teacher_model is None else parts.teacher_model.get_memory_footprint())
-        + min(3 * 4 * _batch_tokens(parts) * (parts.vocabulary or 1), LOSS_BYTES),
+        + min(3 * 4 * _batch_tokens(parts) * max(parts.vocabulary, 1), LOSS_BYTES),
         # A checkpoint is the weights and two moments; while one is written the one before is still there.
         disk_bytes=runs * (2 * 3 * weights + weights),
         disk_free_bytes=shutil.disk_usage(existing).free,
@@ -92,7 +92,7 @@ def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
     """The time of one optimiser step's batches, forward and backward, from the second of two."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     distiller = Distiller(
-        student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary, task=parts.recipe.task
+        student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary or None, task=parts.recipe.task
     ).to(device)
     collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
     rows = [parts.train.dataset[i] for i in range(min(parts.batch_rows, len(parts.train.dataset)))]

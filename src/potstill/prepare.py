@@ -43,7 +43,7 @@ class Parts:
         tokenizer: the student's.
         train: what is learnt from.
         eval: what is held out.
-        vocabulary: the number of tokens that both models share; None where the task is of no tokens.
+        vocabulary: the number of tokens that both models share; 0 where the task is of no tokens.
         anatomy: the student's shape, where a term asks for its layers.
         notes: what the run should say.
         design: the config of a new student; None where it is a model that is there.
@@ -57,7 +57,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     eval: Examples
-    vocabulary: int | None
+    vocabulary: int
     anatomy: Anatomy | None
     notes: tuple[str, ...]
     design: PretrainedConfig | None = None
@@ -173,14 +173,14 @@ def prepare(recipe: Recipe) -> Parts:
         tokenizer,
         train,
         held_out,
-        vocabulary if of_tokens else None,
+        vocabulary if of_tokens else 0,
         anatomy,
         tuple(notes) + (start.notes if start else ()),
         design,
         start,
     )
     if anatomy is not None:
-        objectives.check(parts.objective(), anatomy, speaker.teacher.anatomy)
+        speaker.teacher.prepare(objectives.check(parts.objective(), anatomy, speaker.teacher.anatomy))
     if not isinstance(speaker.teacher, ModelTeacher):
         _try(parts, speaker.teacher)
         if not speaker.teacher.covers(held_out.dataset):
@@ -196,7 +196,6 @@ def _try(parts: Parts, teacher: Teacher) -> None:
     batch = PaddingCollator(pad_token_id(parts.tokenizer)[0])([parts.train.dataset[0]])
     alignment = causal_alignment(batch["labels"])
     said = teacher(batch, alignment).targets
-    assert parts.vocabulary is not None, "such a teacher is of a causal model"
     for term in parts.objective().terms:
         if isinstance(term, DenseTerm):
             term.whole(said)

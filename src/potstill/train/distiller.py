@@ -15,6 +15,7 @@ from potstill.taps import Inside, Needs, Taps
 from potstill.targets import Alignment, Task, align, attended
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 from potstill.train.objective import Objective, Signals, Term
+from potstill.train.prefetch import Prefetch
 
 
 class StepOutput(NamedTuple):
@@ -42,6 +43,7 @@ class Distiller(nn.Module):
         vocabulary: the number of tokens that teacher and student share, where a head has padding rows behind them:
             both are sliced to it before the normaliser.
         task: what both are asked for, and so what labels mean; see `potstill.targets.Task`.
+        prefetch: ask the teacher one batch ahead, while the student learns; see `foretell`.
 
     Raises:
         ShapeError: a term needs a teacher and there is none, asks for a layer that is not there, or makes no sense for
@@ -65,6 +67,7 @@ class Distiller(nn.Module):
         *,
         vocabulary: int | None = None,
         task: Task = "causal",
+        prefetch: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -80,6 +83,7 @@ class Distiller(nn.Module):
         if self.objective.needs_teacher and self.teacher is None:
             asking = next(term.name for term in self.objective.terms if term.needs_teacher)
             raise ShapeError(f"Distiller: expected a teacher for the term {asking}, got None.")
+        self._prefetch = Prefetch(self.teacher) if prefetch and self.teacher is not None else None
         self._needs = Needs()
         if self.objective.looks_inside:
             assert self.teacher is not None
@@ -134,12 +138,29 @@ class Distiller(nn.Module):
         signals = Signals(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer)
         return StepOutput(*self.objective(signals))
 
+    @property
+    def prefetches(self) -> bool:
+        """Whether the teacher is asked one batch ahead."""
+        return self._prefetch is not None and self.consults
+
+    def foretell(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Say which batches the module will be called with, in order, for `prefetch`; none ends it.
+
+        A batch is known again by its very tensor of input_ids. Others may come between, and are asked on the spot.
+        """
+        if self._prefetch is None:
+            return
+        if batches:
+            self._prefetch.foretell([(batch, align(batch["labels"], self.task)) for batch in batches])
+        else:
+            self._prefetch.close()
+
     def _listen(self, call: Callable[[], Any]) -> tuple[Any, Inside]:
         return self._taps.hear(self._needs, call) if self._needs else (call(), Inside())
 
     def _ask(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         assert self.teacher is not None
-        said = self.teacher(batch, alignment)
+        said = (self._prefetch or self.teacher)(batch, alignment)
         return said if self.vocabulary is None else replace(said, targets=said.targets.slice(self.vocabulary))
 
     # What transformers.Trainer asks of a model, passed on to the student.

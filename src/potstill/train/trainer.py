@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from potstill.teachers import Teacher
 from potstill.train.callbacks import Epochs
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Objective, Term
+from potstill.train.prefetch import Peek
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
 
@@ -70,6 +71,7 @@ class DistillationTrainer(Trainer):
         processing_class: the tokenizer.
         vocabulary: see `Distiller`.
         task: see `Distiller`.
+        prefetch: ask the teacher about the next batch while the student learns from this one.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
     """
 
@@ -87,6 +89,7 @@ class DistillationTrainer(Trainer):
         processing_class: Any = None,
         vocabulary: int | None = None,
         task: Task = "causal",
+        prefetch: bool = False,
         **kwargs: Any,
     ) -> None:
         args = args or DistillationConfig(output_dir="runs/student")
@@ -95,7 +98,7 @@ class DistillationTrainer(Trainer):
         if "data_collator" not in kwargs and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
-        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task)
+        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
         if all(term.looks_inside for term in self.distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers leave the head alone
         super().__init__(
@@ -111,10 +114,23 @@ class DistillationTrainer(Trainer):
         self._train_sums = _Sums()
         self._eval_sums = _Sums()
         self._attended: Tensor | None = None
+        self._peek: Peek[Any] | None = None
         self._micro_step = 0
         self._steps_since_log = 0
 
     # The loss.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of one optimiser step; a teacher that is asked ahead is told of them and of the one after."""
+        if not self.distiller.prefetches:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._peek is None or self._peek.source is not epoch_iterator:
+            self._peek = Peek(epoch_iterator)
+        found = super().get_batch_samples(self._peek, num_batches, device)
+        self.distiller.foretell([*found[0], *self._peek.ahead()])
+        return found
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """The counting tokens of an optimiser step, over its batches and all ranks; the attended ones are kept."""
@@ -239,7 +255,10 @@ class DistillationTrainer(Trainer):
             if found is None:
                 raise UserError(f"train: expected a complete checkpoint in {self.args.output_dir}, got none.")
             resume_from_checkpoint = str(found)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.distiller.foretell(())
 
     # Checkpoints.
 
