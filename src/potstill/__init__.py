@@ -40,7 +40,7 @@ from potstill.losses import (
 from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets
 
 if TYPE_CHECKING:
-    from potstill.data import Examples, PaddingCollator, Source, encode
+    from potstill.data import Examples, MaskedRows, PaddingCollator, Source, encode
     from potstill.diagnosis import diagnose
     from potstill.embedding import EmbeddingDistiller, PairObjective, VectorHead, open_vectors
     from potstill.embedding.run import run_embedding
@@ -80,10 +80,11 @@ if TYPE_CHECKING:
         Objective,
         Relations,
         Similarity,
+        Values,
     )
 
 _LATER = {
-    "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
+    "potstill.data": ("Examples", "MaskedRows", "PaddingCollator", "Source", "encode"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
     "potstill.diagnosis": ("diagnose",),
     "potstill.evaluate.tradeoff": ("pareto_front", "recommend"),
@@ -123,6 +124,7 @@ _LATER = {
         "Objective",
         "Relations",
         "Similarity",
+        "Values",
     ),
 }
 
@@ -160,6 +162,7 @@ __all__ = [
     "LayerMap",
     "LocalEngine",
     "Logits",
+    "MaskedRows",
     "MixtureTargets",
     "ModelServer",
     "ModelTeacher",
@@ -184,6 +187,7 @@ __all__ = [
     "Teacher",
     "TeacherOutput",
     "TotalVariation",
+    "Values",
     "VectorHead",
     "diagnose",
     "embedding_divergence",

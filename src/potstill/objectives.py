@@ -22,6 +22,7 @@ from potstill.recipe import (
     SimilarityPart,
     TAIDPart,
     TermPart,
+    ValuesPart,
 )
 from potstill.taps import Anatomy, Needs
 from potstill.train import (
@@ -36,6 +37,7 @@ from potstill.train import (
     Objective,
     Relations,
     Similarity,
+    Values,
 )
 from potstill.train.objective import Term
 
@@ -90,6 +92,8 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
             share=number(part.share),
             top_k=part.top_k,
         )
+    if isinstance(part, ValuesPart):
+        return Values(weight)
     if isinstance(part, BiLDPart):
         return BiLD(weight, part.top_k, number(part.temperature))
     if isinstance(part, AdaptiveKLPart):

@@ -16,7 +16,7 @@ from potstill.recipe.inside import (
     SimilarityPart,
 )
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
-from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart
+from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart, ValuesPart
 from potstill.recipe.run import EvaluatePart, Recipe
 from potstill.recipe.student import BudgetPart, InitializePart, StudentPart
 from potstill.recipe.teacher import MemberPart, ServerPart, SpeakerPart, TeacherPart
@@ -51,5 +51,6 @@ __all__ = [
     "TeacherPart",
     "Temperature",
     "TermPart",
+    "ValuesPart",
     "Weight",
 ]

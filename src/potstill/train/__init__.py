@@ -1,6 +1,6 @@
 """One step, and many of them: objective, distiller, trainer."""
 
-from potstill.train.dense import TAID, AdaptiveKL, BiLD
+from potstill.train.dense import TAID, AdaptiveKL, BiLD, Values
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Labels, Logits, Objective
 from potstill.train.supervision import DeepSupervision
@@ -23,4 +23,5 @@ __all__ = [
     "Relations",
     "Similarity",
     "StepOutput",
+    "Values",
 ]
