@@ -209,7 +209,7 @@ def test_the_commands_measure_and_check(name: str, workplace: Path) -> None:
         ),
         ("encoder", ["objective=[{term: hidden, select_batches: 2}]"], ["Use a projection"]),
         ("classify", ["data.packing=true", "teacher={cache: kept}"], ["data.packing: ", "teacher.cache: "]),
-        ("masked", ["data.train.label=label", "evaluate.continuations=2"], ["data.train.label: ", "continuations: "]),
+        ("masked", ["data.train.label=label", "data.eval.pair=b"], ["data.train.label: ", "data.eval.pair: "]),
         ("classify", ["data.masked_share=0.3"], ["data.masked_share: "]),
         ("classify", ["data.train={path: a.jsonl, messages: chat}"], ["data.train.messages: expected field"]),
         ("masked", ["task=maskd"], ["task: "]),

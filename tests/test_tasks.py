@@ -11,7 +11,7 @@ from torch import Tensor
 
 from potstill.data import PaddingCollator
 from potstill.divergence import ForwardKL
-from potstill.errors import ModelError, ShapeError
+from potstill.errors import ShapeError
 from potstill.heads import cut, says
 from potstill.layers import LayerMap
 from potstill.recipe.objective import TermPart
@@ -246,9 +246,3 @@ def test_recipes_and_terms_know_the_same_tasks() -> None:
     for part in parts:
         name = get_args(part.model_fields["term"].annotation)[0]
         assert part.tasks == of_terms[name] <= TASKS
-
-
-def test_an_encoder_that_gives_no_attention_says_so() -> None:
-    model = make_encoder("modernbert", "masked")
-    with pytest.raises(ModelError, match="expected attention"):
-        Distiller(model, make_encoder("modernbert", "masked"), [Attention(LayerMap.last_k(1))], task="masked")

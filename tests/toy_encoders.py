@@ -84,6 +84,8 @@ SIZES["modernbert"] = {
     "intermediate_size": 24,
     "max_position_embeddings": 40,
     "pad_token_id": 0,
+    **dict.fromkeys(("bos_token_id", "cls_token_id"), 2),
+    **dict.fromkeys(("eos_token_id", "sep_token_id"), 3),
     "initializer_range": 0.2,
 }
 CLASSES_OF: dict[str, tuple[Any, dict[str, Any]]] = {

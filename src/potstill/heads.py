@@ -137,7 +137,7 @@ def _proven(model: Any) -> Cut:
         raise _NotPlainError(f"its head is a {kind}, or its weight is not here, or it has hooks")
     if any(getattr(each, "alora_invocation_tokens", None) for each in getattr(model, "peft_config", {}).values()):
         raise _NotPlainError("its adapters are switched on by tokens, which its body does not look for")
-    if body is model or not isinstance(body, nn.Module):  # an encoder
+    if body is model or body is output or not isinstance(body, nn.Module):  # an encoder
         body = getattr(model, "base_model", model)
     names = {module: name for name, module in model.named_modules()}
     if body is model or body not in names:

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from potstill.recipe.document import Part
 
+MASKED_SHARE = 0.15  # BERT's
+
 
 class SourcePart(Part):
     """A file of examples. Without a column's name the standard ones are looked for: text, prompt and completion,
@@ -32,4 +34,4 @@ class DataPart(Part):
     eval: SourcePart
     max_length: int = Field(512, ge=2, description="tokens in a row at most")
     packing: bool = Field(False, description="join plain text into rows of max_length instead of padding")
-    masked_share: float = Field(0.15, gt=0, lt=1, description="of the tokens, for the task masked")
+    masked_share: float = Field(MASKED_SHARE, gt=0, lt=1, description="of the tokens, for the task masked")

@@ -20,7 +20,7 @@ class EvaluatePart(Part):
     """What the report says beside the student's own figures."""
 
     baseline: bool = Field(False, description="train the same student on labels alone, and compare")
-    continuations: int = Field(3, ge=0, description="held-out beginnings that each model continues")
+    continuations: int = Field(3, ge=0, description="held-out beginnings that each causal model continues")
     curve_rows: int = Field(128, ge=1, description="held-out rows, evenly spread, for the learning curves")
 
 

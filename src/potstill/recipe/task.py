@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
-from potstill.recipe.data import DataPart
+from potstill.recipe.data import MASKED_SHARE, DataPart
 from potstill.recipe.inside import HiddenPart
 from potstill.recipe.objective import TermPart
 from potstill.recipe.teacher import TeacherPart
@@ -41,9 +41,7 @@ def misfits(
                 yield f"data.{name}.{key}: expected field for the texts of the task {task}, got {key}."
     if data.packing and task not in OF_TOKENS:
         yield f"data.packing: expected false for the task {task}, got true. A row is one example."
-    if task != "masked" and "masked_share" in data.model_fields_set:
+    if task != "masked" and data.masked_share != MASKED_SHARE:
         yield f"data.masked_share: expected the task masked with it, got {task}."
-    if task != "causal" and "continuations" in evaluate.model_fields_set and evaluate.continuations:
-        yield f"evaluate.continuations: expected 0 for the task {task}, got {evaluate.continuations}. It writes none."
     if task == "encoder" and evaluate.baseline:
         yield "evaluate.baseline: expected false for the task encoder, got true. There are no labels to train on."
