@@ -13,26 +13,32 @@ from potstill.recipe import (
     AdaptiveKLPart,
     AttentionPart,
     BiLDPart,
+    ChunksPart,
     HiddenPart,
     LabelsPart,
     LogitsPart,
     RelationsPart,
     SchedulePart,
+    SharedTokensPart,
     SimilarityPart,
     TAIDPart,
     TermPart,
+    ULDPart,
 )
 from potstill.taps import Anatomy
 from potstill.train import (
     TAID,
+    ULD,
     AdaptiveKL,
     Attention,
     BiLD,
+    Chunks,
     Hidden,
     Labels,
     Logits,
     Objective,
     Relations,
+    SharedTokens,
     Similarity,
 )
 from potstill.train.objective import Term
@@ -55,6 +61,11 @@ def build(parts: Sequence[TermPart], steps: int, select: Select) -> Objective:
 def looks_inside(part: TermPart) -> bool:
     """Does the term ask for layers?"""
     return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart)
+
+
+def reads_across(part: TermPart) -> bool:
+    """Does the term compare bytes, with a teacher that may have another tokenizer?"""
+    return isinstance(part, ChunksPart | SharedTokensPart | ULDPart)
 
 
 def check(objective: Objective, student: Anatomy, teacher: Anatomy) -> None:
@@ -92,6 +103,12 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
         return AdaptiveKL(weight, part.head_mass, number(part.temperature))
     if isinstance(part, TAIDPart):
         return TAID(number(part.share), weight, number(part.temperature))
+    if isinstance(part, ChunksPart):
+        return Chunks(weight, number(part.temperature), part.divergence.build(), part.bias_threshold, part.biased)
+    if isinstance(part, SharedTokensPart):
+        return SharedTokens(part.divergence.build(), weight, number(part.temperature), part.top_k)
+    if isinstance(part, ULDPart):
+        return ULD(weight, number(part.temperature))
     layers = part.layers.build()
     if isinstance(part, HiddenPart):
         chosen = None if part.select_batches is None else select(layers, part.select_batches)

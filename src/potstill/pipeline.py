@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
 from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TermPart
 from potstill.targets import causal_alignment
+from potstill.teachers import CrossTokenizerTeacher
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
 from potstill.train.trainer import last_checkpoint
@@ -173,7 +175,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     names = [name for name in ("baseline", "student") if (directory / name).exists()]
     folders = {name: directory / name for name in names}
     device = PartialState().device
-    teacher = parts.teacher_model
+    # With tokens of its own a teacher cannot be measured on the student's: what it tells of the text is.
+    teacher = parts.teacher_model if parts.meeting is None else None
     models = {name: load_model(str(directory / name), name).to(device) for name in names}
     everyone = dict(models)
     if teacher is not None:
@@ -199,7 +202,11 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     }
     teacher_loss = measured["teacher"].loss if teacher is not None else _told_loss(parts, parts.eval.dataset)
     if teacher is None and teacher_loss is not None:
-        rows = {"teacher": dict.fromkeys(rows["student"]) | {"loss": teacher_loss}, **rows}
+        rows = {"teacher": dict.fromkeys(rows["student"]) | {"loss": teacher_loss} | _size_of_teacher(parts), **rows}
+    if isinstance(parts.teacher, CrossTokenizerTeacher):
+        text = parts.teacher.meeting(parts.eval.dataset)
+        for row in rows.values():
+            row["bits_per_byte"] = None if row["loss"] is None else row["loss"] * text.tokens / text.bytes / math.log(2)
     closed = None
     if "baseline" in rows and teacher_loss is not None:
         closed = gap_closed(teacher_loss, measured["baseline"].loss, measured["student"].loss)
@@ -241,20 +248,34 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     }
 
 
+def _size_of_teacher(parts: Parts) -> dict[str, float | None]:
+    """The size of a teacher's model that is here, though it cannot be measured on the student's tokens."""
+    model = parts.teacher_model
+    if model is None:
+        return {}
+    return {
+        "parameters": model.num_parameters(),
+        "bytes": weight_bytes(Path(str(parts.recipe.teacher.model))) or model.get_memory_footprint(),
+    }
+
+
 def _told_loss(parts: Parts, dataset: Dataset) -> float | None:
     """The cross-entropy of a teacher whose model is not here, from what it says of the data's own tokens; None where
-    it does not know.
+    it does not know. A teacher with another tokenizer is measured on the same text, by token of the student.
     """
     if not parts.teacher.covers(dataset):
         return None
     total, tokens = 0.0, 0
     for batch in _batches(parts, dataset):
         alignment = causal_alignment(batch["labels"])
-        told = parts.teacher(batch, alignment).label_log_probs
+        said = parts.teacher(batch, alignment)
+        told, counted = said.label_log_probs, len(alignment)
+        if said.across is not None:
+            told, counted = said.across.log_probs, int((said.across.student >= 0).sum())
         if told is None:
             return None
         total -= float(told.double().sum())
-        tokens += len(alignment)
+        tokens += counted
     return total / max(tokens, 1)
 
 

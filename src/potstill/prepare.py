@@ -13,18 +13,21 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from potstill import objectives
 from potstill.data import Examples, PaddingCollator, Source, encode, pad_token_id
-from potstill.data.vocabulary import shared_vocabulary
+from potstill.data.vocabulary import own_vocabulary, shared_vocabulary
 from potstill.errors import RecipeError
 from potstill.layers import LayerMap
 from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
+from potstill.prepare_across import meeting, reading_bytes
+from potstill.prepare_across import notes as meeting_notes
 from potstill.prepare_student import begin, design_of, first_student
 from potstill.recipe import Recipe, SourcePart
 from potstill.speaker import find_speaker
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
 from potstill.targets import causal_alignment
-from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, important_dimensions
+from potstill.teachers import CrossTokenizerTeacher, ModelTeacher, ServedTeacher, Teacher, important_dimensions
+from potstill.teachers.crosstok import Meeting
 from potstill.train import Logits, Objective
 from potstill.train.dense import DenseTerm
 from potstill.train.objective import value_at
@@ -47,6 +50,8 @@ class Parts:
         notes: what the run should say.
         design: the config of a new student; None where it is a model that is there.
         start: what a new student takes over from its teacher; None where it begins with random weights.
+        meeting: how far both tokenizers meet in the training data, where bytes are compared; the teacher's head and
+            positions are then of tokens of its own.
     """
 
     recipe: Recipe
@@ -61,6 +66,7 @@ class Parts:
     notes: tuple[str, ...]
     design: PretrainedConfig | None = None
     start: Start | None = None
+    meeting: Meeting | None = None
 
     def new_student(self) -> PreTrainedModel:
         """The student with its first weights: the same at every call."""
@@ -128,11 +134,19 @@ def prepare(recipe: Recipe) -> Parts:
     tokenizer = speaker.tokenizer
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
-    design = design_of(recipe.student, speaker.config, max(tokenizer.get_vocab().values()) + 1)
+    elif recipe.student.tokenizer is not None:
+        tokenizer = load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
+    design = design_of(recipe.student, speaker.config, tokenizer)
     student = first_student(recipe, design)
     models = {"student": student} if speaker.model is None else {"teacher": speaker.model, "student": student}
+    if any(objectives.reads_across(part) for part in recipe.objective):
+        speaker = reading_bytes(recipe, speaker, tokenizer)
+        models = {"student": student}  # the teacher's head and positions are of tokens of its own
     rows = {name: _head_rows(model) for name, model in models.items()}
-    vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
+    if speaker.teacher.other_tokenizer:
+        vocabulary = own_vocabulary(tokenizer, rows)
+    else:
+        vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
 
     max_length = recipe.data.max_length
     limits = {name: getattr(model.config, "max_position_embeddings", None) for name, model in models.items()}
@@ -178,7 +192,11 @@ def prepare(recipe: Recipe) -> Parts:
     )
     if anatomy is not None:
         objectives.check(parts.objective(), anatomy, speaker.teacher.anatomy)
-    if not isinstance(speaker.teacher, ModelTeacher):
+    if isinstance(speaker.teacher, CrossTokenizerTeacher):
+        found = meeting(speaker.teacher, train.dataset)
+        said = meeting_notes(found, speaker.teacher.pair.shared(), vocabulary)
+        parts = replace(parts, meeting=found, notes=(*parts.notes, *said))
+    elif not isinstance(speaker.teacher, ModelTeacher):
         _try(parts, speaker.teacher)
         if not speaker.teacher.covers(held_out.dataset):
             parts = replace(

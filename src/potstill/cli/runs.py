@@ -69,7 +69,8 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
         student += f", {found.teacher_parameters / found.student_parameters:.1f} times smaller"
         table.add_row("teacher", f"{found.teacher_parameters:,} parameters")
     table.add_row("student", student)
-    table.add_row("vocabulary", f"{found.vocabulary:,} tokens, the same for both")
+    same = "the student's own: compared by bytes" if found.by_bytes else "the same for both"
+    table.add_row("vocabulary", f"{found.vocabulary:,} tokens, {same}")
     table.add_row("train", f"{found.train_tokens:,} tokens that count, in {found.train_rows:,} rows")
     table.add_row("eval", f"{found.eval_tokens:,} tokens that count")
     table.add_row("steps", f"{found.steps:,}")
@@ -120,6 +121,7 @@ def _finish(result: Any) -> None:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     measures: dict[str, tuple[str, Callable[[Any], str]]] = {
         "held-out loss, nats a token": ("loss", words.nats),
+        "bits per byte": ("bits_per_byte", words.nats),
         "perplexity": ("perplexity", words.perplexity),
         "top-1 agreement with the teacher": ("agreement", lambda share: words.percent(share, 1)),
         "KL to the teacher, nats a token": ("kl", words.nats),
@@ -128,6 +130,8 @@ def _finish(result: Any) -> None:
         "latency of one row": ("latency_ms", words.milliseconds),
     }
     for measure, (key, form) in measures.items():
+        if not any(key in row for row in rows.values()):
+            continue  # bits per byte, where all models have one tokenizer
         table.add_row(measure, *("–" if row[key] is None else form(row[key]) for row in rows.values()))
     out = Console()
     out.print(table, highlight=False)

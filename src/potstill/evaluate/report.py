@@ -152,6 +152,13 @@ class Measure:
 
 _MEASURES = (
     Measure("loss", "Held-out loss", "Mean cross-entropy per held-out token, in nats; lower is better.", nats, min),
+    Measure(
+        "bits_per_byte",
+        "Bits per byte",
+        "The same over the bytes of the text, whatever the tokenizer; lower is better.",
+        nats,
+        min,
+    ),
     Measure("perplexity", "Perplexity", "The same as exp(loss): 1 would be certainty.", perplexity, min),
     Measure(
         "agreement",

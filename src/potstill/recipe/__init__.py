@@ -3,6 +3,7 @@
 Every part has a file; `document.py` knows how a file is read and how its mistakes are told.
 """
 
+from potstill.recipe.across import ChunksPart, SharedTokensPart, ULDPart
 from potstill.recipe.data import DataPart, SourcePart
 from potstill.recipe.divergence import DivergencePart
 from potstill.recipe.embedding import EmbeddingRecipe
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionPart",
     "BiLDPart",
     "BudgetPart",
+    "ChunksPart",
     "DataPart",
     "DivergencePart",
     "EmbeddingRecipe",
@@ -34,6 +36,7 @@ __all__ = [
     "RelationsPart",
     "SchedulePart",
     "ServerPart",
+    "SharedTokensPart",
     "SimilarityPart",
     "SourcePart",
     "StudentPart",
@@ -41,5 +44,6 @@ __all__ = [
     "TeacherPart",
     "Temperature",
     "TermPart",
+    "ULDPart",
     "Weight",
 ]

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from potstill.recipe.across import ChunksPart, SharedTokensPart, ULDPart
 from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
 from potstill.recipe.inside import AttentionPart, HiddenPart, RelationsPart, SimilarityPart
@@ -74,6 +75,9 @@ TermPart = Annotated[
     | HiddenPart
     | AttentionPart
     | RelationsPart
-    | SimilarityPart,
+    | SimilarityPart
+    | ChunksPart
+    | SharedTokensPart
+    | ULDPart,
     Field(discriminator="term"),
 ]

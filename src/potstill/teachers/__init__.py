@@ -1,9 +1,18 @@
 """Who speaks: each teacher gives Targets for a batch."""
 
 from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.dimensions import important_dimensions
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.served import ServedTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
-__all__ = ["CachedTeacher", "ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput", "important_dimensions"]
+__all__ = [
+    "CachedTeacher",
+    "CrossTokenizerTeacher",
+    "ModelTeacher",
+    "ServedTeacher",
+    "Teacher",
+    "TeacherOutput",
+    "important_dimensions",
+]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from potstill.errors import DataError, ModelError
 from potstill.taps import Anatomy, Inside, Needs
 from potstill.targets import Alignment, Targets
+from potstill.teachers.across import Across
 
 NOT_COVERED = (
     "teacher: expected a cache that holds every row of the data, got one that lacks some. A row is found by its token "
@@ -29,11 +30,13 @@ class TeacherOutput:
         label_log_probs: [N] what the teacher gives the data's own tokens there, nats, where it is known: the only
             measure of a teacher that is no model here.
         inside: what `Teacher.prepare` asked for, over all positions, on the student's device.
+        across: where a teacher with another tokenizer meets the student; its targets are over tokens of its own.
     """
 
     targets: Targets
     label_log_probs: Tensor | None = None
     inside: Inside = field(default_factory=Inside)
+    across: Across | None = None
 
 
 class Teacher(ABC):
@@ -41,6 +44,8 @@ class Teacher(ABC):
 
     All give targets. One that can be looked into also has an `anatomy` and can `prepare` for it.
     """
+
+    other_tokenizer: ClassVar[bool] = False  # its targets are over tokens of its own; see `TeacherOutput.across`
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:

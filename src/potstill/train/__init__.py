@@ -1,5 +1,6 @@
 """One step, and many of them: objective, distiller, trainer."""
 
+from potstill.train.across import ULD, Chunks, SharedTokens
 from potstill.train.dense import TAID, AdaptiveKL, BiLD
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Labels, Logits, Objective
@@ -8,9 +9,11 @@ from potstill.train.trainer import DistillationConfig, DistillationTrainer
 
 __all__ = [
     "TAID",
+    "ULD",
     "AdaptiveKL",
     "Attention",
     "BiLD",
+    "Chunks",
     "DistillationConfig",
     "DistillationTrainer",
     "Distiller",
@@ -19,6 +22,7 @@ __all__ = [
     "Logits",
     "Objective",
     "Relations",
+    "SharedTokens",
     "Similarity",
     "StepOutput",
 ]

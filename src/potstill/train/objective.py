@@ -143,6 +143,7 @@ class Term(ABC):
     needs_teacher: bool
     weight: Number
     looks_inside: ClassVar[bool] = False  # at layers, of the student and of the teacher
+    other_tokenizer: ClassVar[bool] = False  # it compares bytes, with a teacher that has tokens of its own
     over: Literal["counting", "attended"] = "counting"  # the positions whose mean it is
 
     @abstractmethod

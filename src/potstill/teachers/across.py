@@ -1,0 +1,112 @@
+"""Where a student and a teacher with another tokenizer meet in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from potstill.losses import boundary_bias
+from potstill.losses.token import compute_dtype, log_probabilities_
+from potstill.targets import DenseTargets, HeadTargets, SparseTargets
+from potstill.teachers.alignment import Pair
+
+ELEMENTS = 1 << 24  # of the teacher's logits at a time
+
+
+@dataclass(frozen=True)
+class Across:
+    """C chunks of bytes, in which every token counts: each is some tokens of the student and some of the teacher.
+
+    Args:
+        said: what the teacher says at its own Nt positions.
+        student: [N] the chunk of each of the student's counting tokens, or -1.
+        teacher: [Nt] the chunk of each of the teacher's tokens.
+        student_tokens: [N] the student's tokens; teacher_tokens [Nt] likewise.
+        log_probs: [C] the teacher's log-probability of each chunk, nats.
+        goes_on: [C] whether the next chunk follows within the same text.
+        sizes: [C] how many bytes each chunk has.
+        pair: the two tokenizers.
+    """
+
+    said: HeadTargets | DenseTargets
+    student: Tensor
+    teacher: Tensor
+    student_tokens: Tensor
+    teacher_tokens: Tensor
+    log_probs: Tensor
+    goes_on: Tensor
+    sizes: Tensor
+    pair: Pair
+
+    def __len__(self) -> int:
+        return len(self.log_probs)
+
+    def first(self) -> tuple[Tensor, Tensor]:
+        """[C] the student's first token of each chunk, and the teacher's: places in N and in Nt."""
+        return _edge(self.student, len(self), "amin"), _edge(self.teacher, len(self), "amin")
+
+    def last(self) -> tuple[Tensor, Tensor]:
+        """[C] likewise the last."""
+        return _edge(self.student, len(self), "amax"), _edge(self.teacher, len(self), "amax")
+
+    def alike(self) -> Tensor:
+        """[C] bool: chunks that are one token for both."""
+        return (self.first()[0] == self.last()[0]) & (self.first()[1] == self.last()[1])
+
+    def bias(self) -> Tensor:
+        """[C] how much the teacher keeps from each chunk for tokens that would go on over its end, where the student's
+        would not; see `boundary_bias`.
+        """
+        mine, theirs = self.last()
+        ends = zip(self.teacher_tokens[theirs].tolist(), self.student_tokens[mine].tolist(), strict=True)
+        longer = [self.pair.longer(*end) for end in ends]
+        bias = torch.zeros(len(self), device=self.log_probs.device)
+        several = [i for i, ids in enumerate(longer) if ids]
+        for at in self._some(several):
+            logits = self.logits(theirs[at])
+            ids = [id for i in at for id in longer[i]]
+            position = [row for row, i in enumerate(at) for _ in longer[i]]
+            given = (torch.tensor(x, device=bias.device) for x in (ids, position))
+            bias[at] = boundary_bias(logits, self.teacher_tokens[theirs[at]], *given).to(bias.dtype)
+        return bias
+
+    def shared(self, places: Tensor, top_k: int, temperature: float) -> SparseTargets:
+        """What the teacher says of tokens that the student has too, the `top_k` likeliest, and of all others together.
+
+        Args:
+            places: [n] into Nt.
+            top_k: how many.
+            temperature: the softmax temperature.
+        """
+        device = self.log_probs.device
+        mine, theirs = torch.tensor(self.pair.shared() or [(0, 0)], device=device).unbind(-1)
+        ids, kept = [torch.empty(0, min(top_k, len(mine)), dtype=torch.long, device=device)], []
+        for at in self._some(range(len(places))):
+            logits = self.logits(places[at])
+            log_probs = log_probabilities_(logits.to(compute_dtype(logits.dtype), copy=True).div_(temperature))
+            best = log_probs[:, theirs].topk(min(top_k, len(mine)))
+            ids.append(mine[best.indices])
+            kept.append(best.values)
+        values = torch.cat(kept) if kept else torch.empty(ids[0].shape, device=device)
+        return SparseTargets(torch.cat(ids), values, "bucket", temperature)
+
+    def logits(self, places: Tensor) -> Tensor:
+        """The teacher's logits [n, V] at some of its positions, without gradient."""
+        with torch.no_grad(), torch.autocast(places.device.type, enabled=False):
+            if isinstance(self.said, DenseTargets):
+                return self.said.logits[places]
+            return HeadTargets(self.said.hidden[places], self.said.head).dense()
+
+    def _some(self, items: Sequence[int]) -> Iterator[list[int]]:
+        """The items, so many at a time that the teacher's logits for them are small."""
+        rows = max(1, ELEMENTS // self.said.vocabulary)
+        return (list(items[start : start + rows]) for start in range(0, len(items), rows))
+
+
+def _edge(chunk: Tensor, chunks: int, which: str) -> Tensor:
+    there = (chunk >= 0).nonzero()[:, 0]
+    edge = torch.zeros(chunks, dtype=torch.long, device=chunk.device)
+    return edge.scatter_reduce(0, chunk[there], there, which, include_self=False)
