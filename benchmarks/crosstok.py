@@ -2,7 +2,7 @@
 
 The demo's teacher (2,048 tokens of byte-level BPE) teaches two students with tokenizers of their own, made on the
 transfer set: one whose tokens are bytes, and one with 1,024 tokens. Each student is trained by chunks (ALM) alone, by
-chunks and labels, by ULD and labels, by shared tokens and labels, and by labels alone, from the same first weights, for
+chunks and labels, by ULD and labels, by mapped logits and labels, and by labels alone, from the same first weights, for
 as many steps and on the same text. Prints bits per byte on the held-out files as Markdown.
 """
 
@@ -29,7 +29,7 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "chunks + labels, biased dropped": [{"term": "chunks", "biased": "drop"}, LABELS],
     "chunks + labels, bias kept": [{"term": "chunks", "bias_threshold": 1.0}, LABELS],
     "ULD + labels": [{"term": "uld", "weight": 1.5}, LABELS],
-    "shared tokens + labels": [{"term": "shared_tokens", "top_k": 1024}, LABELS],
+    "mapped logits + labels": [{"term": "mapped_logits", "top_k": 1024}, LABELS],
 }
 # name -> tokens of the tokenizer (two are special), rows in a step, tokens in a row: about 1 kB of text a step
 STUDENTS = {"bytes": (258, 4, 256), "BPE 1,024": (1024, 4, 100)}

@@ -17,9 +17,9 @@ from potstill.recipe import (
     HiddenPart,
     LabelsPart,
     LogitsPart,
+    MappedLogitsPart,
     RelationsPart,
     SchedulePart,
-    SharedTokensPart,
     SimilarityPart,
     TAIDPart,
     TermPart,
@@ -36,9 +36,9 @@ from potstill.train import (
     Hidden,
     Labels,
     Logits,
+    MappedLogits,
     Objective,
     Relations,
-    SharedTokens,
     Similarity,
 )
 from potstill.train.objective import Term
@@ -65,7 +65,7 @@ def looks_inside(part: TermPart) -> bool:
 
 def reads_across(part: TermPart) -> bool:
     """Does the term compare bytes, with a teacher that may have another tokenizer?"""
-    return isinstance(part, ChunksPart | SharedTokensPart | ULDPart)
+    return isinstance(part, ChunksPart | MappedLogitsPart | ULDPart)
 
 
 def check(objective: Objective, student: Anatomy, teacher: Anatomy) -> None:
@@ -105,8 +105,8 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
         return TAID(number(part.share), weight, number(part.temperature))
     if isinstance(part, ChunksPart):
         return Chunks(weight, number(part.temperature), part.divergence.build(), part.bias_threshold, part.biased)
-    if isinstance(part, SharedTokensPart):
-        return SharedTokens(part.divergence.build(), weight, number(part.temperature), part.top_k)
+    if isinstance(part, MappedLogitsPart):
+        return MappedLogits(part.divergence.build(), weight, number(part.temperature), part.top_k)
     if isinstance(part, ULDPart):
         return ULD(weight, number(part.temperature))
     layers = part.layers.build()

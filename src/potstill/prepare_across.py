@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +26,7 @@ def reading_bytes(recipe: Recipe, speaker: Speaker, student: PreTrainedTokenizer
     wrong = [part.term for part in recipe.objective if not (objectives.reads_across(part) or part.term == "labels")]
     if wrong:
         raise RecipeError(
-            f"objective: expected chunks, shared_tokens and uld without terms over tokens, got {', '.join(wrong)} too. "
+            f"objective: expected chunks, mapped_logits and uld without terms over tokens, got {', '.join(wrong)} too. "
             "They compare bytes, with a teacher that may have other tokens. Leave out the ones or the others."
         )
     if not isinstance(speaker.teacher, ModelTeacher):
@@ -58,16 +56,16 @@ def meeting(teacher: CrossTokenizerTeacher, dataset: Dataset) -> Meeting:
     return found
 
 
-def notes(found: Meeting, shared: Sequence[object], tokens: int) -> tuple[str, ...]:
+def notes(found: Meeting, shared: int, tokens: int) -> tuple[str, ...]:
     """What the run should say of it.
 
     Args:
         found: how far they meet.
-        shared: the tokens that both have.
+        shared: how many tokens both have.
         tokens: how many the student has.
     """
     said = [
-        f"tokenizers: compared by bytes; {len(shared):,} of the student's {tokens:,} tokens are the teacher's too. "
+        f"tokenizers: compared by bytes; {shared:,} of the student's {tokens:,} tokens are the teacher's too. "
         f"{found.chunks / found.tokens:.2f} chunks to a token hold {found.covered / max(found.bytes, 1):.1%} of the "
         f"text; {found.alike / found.chunks:.0%} of them are one token for both."
     ]

@@ -3,7 +3,7 @@
 Every part has a file; `document.py` knows how a file is read and how its mistakes are told.
 """
 
-from potstill.recipe.across import ChunksPart, SharedTokensPart, ULDPart
+from potstill.recipe.across import ChunksPart, MappedLogitsPart, ULDPart
 from potstill.recipe.data import DataPart, SourcePart
 from potstill.recipe.divergence import DivergencePart
 from potstill.recipe.embedding import EmbeddingRecipe
@@ -31,12 +31,12 @@ __all__ = [
     "LabelsPart",
     "LayersPart",
     "LogitsPart",
+    "MappedLogitsPart",
     "Number",
     "Recipe",
     "RelationsPart",
     "SchedulePart",
     "ServerPart",
-    "SharedTokensPart",
     "SimilarityPart",
     "SourcePart",
     "StudentPart",

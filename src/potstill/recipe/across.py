@@ -24,14 +24,16 @@ class ChunksPart(Part):
     biased: Literal["merge", "drop"] = Field("merge", description="beyond that: take it with the next, or leave it out")
 
 
-class SharedTokensPart(Part):
-    """Match next-token distributions over the tokens that both have, where both have the same token."""
+class MappedLogitsPart(Part):
+    """Match next-token distributions in the student's tokens, where both begin a token at the same byte. A token of the
+    teacher counts for the one with which the student begins to say it.
+    """
 
-    term: Literal["shared_tokens"]
+    term: Literal["mapped_logits"]
     divergence: NamedDivergence = DivergencePart(kind="forward_kl")
     weight: Weight = 1.0
     temperature: Temperature = 1.0
-    top_k: int = Field(256, ge=1, description="the likeliest shared tokens; the others count as everything else")
+    top_k: int = Field(256, ge=1, description="the likeliest of the student's tokens; the others are one event")
 
 
 class ULDPart(Part):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from potstill.recipe.across import ChunksPart, SharedTokensPart, ULDPart
+from potstill.recipe.across import ChunksPart, MappedLogitsPart, ULDPart
 from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
 from potstill.recipe.inside import AttentionPart, HiddenPart, RelationsPart, SimilarityPart
@@ -77,7 +77,7 @@ TermPart = Annotated[
     | RelationsPart
     | SimilarityPart
     | ChunksPart
-    | SharedTokensPart
+    | MappedLogitsPart
     | ULDPart,
     Field(discriminator="term"),
 ]

@@ -52,10 +52,6 @@ class Across:
         """[C] likewise the last."""
         return _edge(self.student, len(self), "amax"), _edge(self.teacher, len(self), "amax")
 
-    def alike(self) -> Tensor:
-        """[C] bool: chunks that are one token for both."""
-        return (self.first()[0] == self.last()[0]) & (self.first()[1] == self.last()[1])
-
     def bias(self) -> Tensor:
         """[C] how much the teacher keeps from each chunk for tokens that would go on over its end, where the student's
         would not; see `boundary_bias`.
@@ -73,25 +69,29 @@ class Across:
             bias[at] = boundary_bias(logits, self.teacher_tokens[theirs[at]], *given).to(bias.dtype)
         return bias
 
-    def shared(self, places: Tensor, top_k: int, temperature: float) -> SparseTargets:
-        """What the teacher says of tokens that the student has too, the `top_k` likeliest, and of all others together.
+    def mapped(self, places: Tensor, top_k: int, temperature: float) -> SparseTargets:
+        """What the teacher says of the next token, in the student's tokens: the `top_k` likeliest, and all others.
+
+            P(student's token s) = sum of P(t) over the teacher's tokens t that begin with s; see `Pair.begins`
 
         Args:
             places: [n] into Nt.
             top_k: how many.
-            temperature: the softmax temperature.
+            temperature: the softmax temperature of the teacher's distribution.
         """
-        device = self.log_probs.device
-        mine, theirs = torch.tensor(self.pair.shared() or [(0, 0)], device=device).unbind(-1)
-        ids, kept = [torch.empty(0, min(top_k, len(mine)), dtype=torch.long, device=device)], []
+        begins = torch.tensor(self.pair.begins()[: self.said.vocabulary], device=places.device)
+        known = begins >= 0
+        size = max(self.pair.student.of) + 1
+        ids = [torch.empty(0, min(top_k, size), dtype=torch.long, device=places.device)]
+        log_probs = [torch.empty(0, min(top_k, size), dtype=self.log_probs.dtype, device=places.device)]
         for at in self._some(range(len(places))):
             logits = self.logits(places[at])
-            log_probs = log_probabilities_(logits.to(compute_dtype(logits.dtype), copy=True).div_(temperature))
-            best = log_probs[:, theirs].topk(min(top_k, len(mine)))
-            ids.append(mine[best.indices])
-            kept.append(best.values)
-        values = torch.cat(kept) if kept else torch.empty(ids[0].shape, device=device)
-        return SparseTargets(torch.cat(ids), values, "bucket", temperature)
+            of_teacher = log_probabilities_(logits.to(compute_dtype(logits.dtype), copy=True).div_(temperature)).exp_()
+            mine = of_teacher.new_zeros(len(at), size).index_add_(1, begins[known], of_teacher[:, known])
+            best = mine.div_(mine.sum(-1, keepdim=True)).topk(min(top_k, size))
+            ids.append(best.indices)
+            log_probs.append(best.values.log())
+        return SparseTargets(torch.cat(ids), torch.cat(log_probs), "bucket", temperature)
 
     def logits(self, places: Tensor) -> Tensor:
         """The teacher's logits [n, V] at some of its positions, without gradient."""

@@ -18,7 +18,7 @@ class Reading:
     """A row of the student's tokens as the teacher reads it, and the chunks in which both meet.
 
     A chunk is the shortest stretch of bytes at whose start and end both have a boundary, or a special token that both
-    have. Every byte is in one chunk, and so are the tokens that say it.
+    have. Every byte that both can say is in one chunk, and so are the tokens that say it.
 
     Args:
         ids: [teacher's tokens].
@@ -53,7 +53,7 @@ def meet(student: Sequence[int], teacher: Sequence[int]) -> tuple[np.ndarray, np
     for sizes, after in ((student, mine), (teacher, theirs)):
         empty = np.asarray(sizes, dtype=np.int64) == 0
         chunk = np.searchsorted(ends, np.where(empty, after + 1, after), side="left")
-        chunks.append(np.minimum(chunk, max(len(ends) - 1, 0)))
+        chunks.append(np.minimum(chunk, len(ends) - 1))  # -1 where there is no byte at all
     return chunks[0], chunks[1], np.diff(ends, prepend=0)
 
 
@@ -110,20 +110,17 @@ class Pair:
             said = self.student.spell(ids[start:end])
             text = self.student.text(said)
             spelled = self.teacher.read(text)
-            if spelled is None:  # read as it is, but not compared
-                loose = self.teacher.tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False)
-                read += loose
-                teacher += [NONE] * len(loose)
+            if spelled is None:  # there is nothing to read it as
                 continue
             mine, theirs, found = meet([one.size for one in said], [one.size for one in spelled])
             read += [one.id for one in spelled]
-            if not len(found):
-                teacher += [NONE] * len(spelled)
-                continue
-            student[start:end] = mine + len(sizes)
-            teacher += (theirs + len(sizes)).tolist()
-            goes_on += [True] * (len(found) - 1) + [False]
-            sizes += found.tolist()
+            good = np.ones(len(found), bool)
+            good[[chunk for chunk, one in zip(theirs, spelled, strict=True) if not one.exact]] = False
+            number = np.append(np.where(good, np.cumsum(good) - 1 + len(sizes), NONE), NONE)  # the last for NONE
+            student[start:end] = number[mine]
+            teacher += number[theirs].tolist()
+            goes_on += np.append(good, False)[1:][good].tolist()
+            sizes += found[good].tolist()
         return Reading(read, student, np.array(teacher, dtype=np.int64), np.array(goes_on, bool), np.array(sizes, int))
 
     def _stretches(self, ids: list[int]) -> list[tuple[int, int]]:
@@ -160,7 +157,30 @@ class Pair:
             self._longer[key] = found
         return self._longer[key]
 
-    def shared(self) -> list[tuple[int, int]]:
-        """(student's id, teacher's id) of all tokens that say the same bytes, or are the same special token."""
-        said = [(id, self.teacher.ids[piece]) for piece, id in self.student.ids.items() if piece in self.teacher.ids]
-        return sorted([*said, *self._counterparts.items()])
+    def shared(self) -> int:
+        """How many of the student's tokens say the bytes of one of the teacher's, or are its special token."""
+        return len(self.student.ids.keys() & self.teacher.ids.keys()) + len(self._counterparts)
+
+    def begins(self) -> list[int]:
+        """Teacher's token id -> the token with which the student begins to say it; -1 where there is none.
+
+        It is the same token where the student has it. A special token is its counterpart.
+        """
+        found = [NONE] * (max(self.teacher.of) + 1)
+        for id, piece in self.teacher.of.items():
+            if piece:
+                found[id] = self._first(piece)
+        for mine, theirs in self._counterparts.items():
+            found[theirs] = mine
+        return found
+
+    def _first(self, piece: bytes) -> int:
+        """The student's first token of some bytes within a text."""
+        if piece in self.student.ids:
+            return self.student.ids[piece]
+        first = (self.student.read(piece) or [None])[0]
+        if first is not None and first.exact and first.size == len(self.student.of[first.id] or b""):
+            return first.id
+        # It would put a space before them: the longest token then.
+        starts = (piece[:size] for size in range(len(piece) - 1, 0, -1))
+        return next((self.student.ids[start] for start in starts if start in self.student.ids), NONE)

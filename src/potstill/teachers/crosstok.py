@@ -59,7 +59,7 @@ class CrossTokenizerTeacher(Teacher):
     The student's tokens are spelt in bytes, which the teacher's tokenizer reads; both meet where they have a boundary
     at the same byte. A chunk counts where all of the student's tokens in it count and the teacher predicts all of its
     own.
-    For the terms `Chunks`, `SharedTokens` and `ULD`. How rows are read is remembered.
+    For the terms `Chunks`, `MappedLogits` and `ULD`. How rows are read is remembered.
 
     Args:
         teacher: a model, or a teacher that gives whole distributions over its own vocabulary.

@@ -18,10 +18,11 @@ PROBE = "Ab  c\n\tDé 12,345 «x»\n\n    return 'ñ' # 中文 Привет\n"
 
 
 class Spelled(NamedTuple):
-    """A token and how many bytes of a text it stands for."""
+    """A token and how many bytes of a text it stands for; not exact where it only stands in their place."""
 
     id: int
     size: int
+    exact: bool = True
 
 
 class Pieces:
@@ -89,27 +90,44 @@ class Pieces:
 
     def text(self, spelled: list[Spelled]) -> bytes:
         """The bytes that tokens stand for."""
-        return b"".join((self.of[id] or b"")[-size:] if size else b"" for id, size in spelled)
+        return b"".join((self.of[token.id] or b"")[-token.size :] if token.size else b"" for token in spelled)
+
+    def content(self, id: int) -> bytes:
+        """The characters of a special token, where it was found in plain text."""
+        return self._content[id].encode()
 
     def read(self, text: bytes) -> list[Spelled] | None:
-        """The tokens of a text, which may begin or end within a character; None where they do not say it exactly."""
+        """The tokens of a text, which may begin or end within a character; None where it has none for some of it.
+
+        Where the tokens say something else (a normaliser has changed it), the line is not exact.
+        """
         spelled: list[Spelled] = []
         for run in re.findall(r"[\udc80-\udcff]|[^\udc80-\udcff]+", text.decode("utf-8", "surrogateescape")):
-            part = run.encode("utf-8", "surrogateescape")
             if "\udc80" <= run[0] <= "\udcff":
-                if part not in self._bytes:
-                    return None
-                spelled.append(Spelled(self._bytes[part], 1))
-                continue
-            ids = self._encode(run)
-            pieces = [self._content[id].encode() if self.of[id] is None else self.of[id] or b"" for id in ids]
-            joined, sizes = b"".join(pieces), [len(piece) for piece in pieces]
-            if joined == b" " + part:
-                sizes[0] -= 1
-            elif joined != part:
+                byte = run.encode("utf-8", "surrogateescape")
+                id = self._bytes.get(byte, self.tokenizer.unk_token_id)
+                found = [] if id is None else [Spelled(id, 1, byte in self._bytes)]
+            else:
+                found = self._read(run)
+            if not found:
                 return None
-            spelled += [Spelled(id, size) for id, size in zip(ids, sizes, strict=True)]
+            spelled += found
         return spelled
+
+    def _read(self, text: str) -> list[Spelled]:
+        """The tokens of whole characters."""
+        ids, said = self._encode(text), text.encode()
+        pieces = [self.content(id) if self.of[id] is None else self.of[id] or b"" for id in ids]
+        sizes, joined = [len(piece) for piece in pieces], b"".join(pieces)
+        known = self.tokenizer.unk_token_id not in ids
+        if known and joined == said:
+            return [Spelled(*one) for one in zip(ids, sizes, strict=True)]
+        if known and joined == b" " + said:
+            return [Spelled(ids[0], sizes[0] - 1), *(Spelled(*one) for one in zip(ids[1:], sizes[1:], strict=True))]
+        lines = text.splitlines(keepends=True)
+        if len(lines) > 1:
+            return [token for line in lines for token in self._read(line)]
+        return [Spelled(id, len(said) if i == len(ids) - 1 else 0, False) for i, id in enumerate(ids)]
 
     def opening(self) -> list[int]:
         """The special tokens that it puts before every text."""

@@ -1,6 +1,6 @@
 """One step, and many of them: objective, distiller, trainer."""
 
-from potstill.train.across import ULD, Chunks, SharedTokens
+from potstill.train.across import ULD, Chunks, MappedLogits
 from potstill.train.dense import TAID, AdaptiveKL, BiLD
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Labels, Logits, Objective
@@ -20,9 +20,9 @@ __all__ = [
     "Hidden",
     "Labels",
     "Logits",
+    "MappedLogits",
     "Objective",
     "Relations",
-    "SharedTokens",
     "Similarity",
     "StepOutput",
 ]

@@ -89,32 +89,32 @@ class Chunks(AcrossTerm):
 
 
 @dataclass(frozen=True)
-class SharedTokens(AcrossTerm):
-    """Match next-token distributions over the tokens that both have, where both have the same token.
+class MappedLogits(AcrossTerm):
+    """Match next-token distributions in the student's tokens, where both begin a token at the same byte.
 
-        T^2 * D over K + 1 events: K shared tokens, and everything else
+        T^2 * D(p, q),   p(s) = sum of P_teacher(t) over the teacher's tokens t that begin with the student's token s
 
-    Exact there: no mass is moved between tokens. Where the next token is not the same for both, nothing is compared.
+    A token that both have stands for itself. With one tokenizer this is `Logits`. Exact where the student's tokens are
+    never longer than the teacher's, as bytes are; else a longer token of the student counts for the shorter ones by
+    which the teacher would say it.
 
     Args:
         divergence: any `Divergence`.
         weight: >= 0.
         temperature: > 0.
-        top_k: of the shared tokens, those that the teacher finds likeliest; the others count as everything else.
+        top_k: of the student's tokens, those that the teacher finds likeliest; the others are one event.
     """
 
     divergence: Divergence = field(default_factory=ForwardKL)
     weight: Number = 1.0
     temperature: Number = 1.0
     top_k: int = 256
-    name = "shared_tokens"
+    name = "mapped_logits"
 
     def __call__(self, signals: Signals) -> Tensor:
-        across = meeting_of(signals)
-        alike = across.alike()
-        mine, theirs = (places[alike] for places in across.first())
+        mine, theirs = meeting_of(signals).first()
         temperature = value_at(self.temperature, signals.step)
-        targets = across.shared(theirs, self.top_k, temperature)
+        targets = meeting_of(signals).mapped(theirs, self.top_k, temperature)
         some = replace(signals, student=_some(signals.student, mine), normalizer=_tokens(signals))
         return temperature**2 * some.compare(self.divergence, temperature=temperature, targets=targets).loss
 

@@ -154,7 +154,7 @@ class Distiller(nn.Module):
                     )
                 raise VocabularyError(
                     f"Distiller: expected terms that compare bytes with {kind}, got {term.name}. Its teacher has other "
-                    "tokens. Use chunks, shared_tokens or uld, and labels."
+                    "tokens. Use chunks, mapped_logits or uld, and labels."
                 )
 
     # What transformers.Trainer asks of a model, passed on to the student.
