@@ -178,9 +178,9 @@ class Pair:
         """The student's first token of some bytes within a text."""
         if piece in self.student.ids:
             return self.student.ids[piece]
-        first = (self.student.read(piece) or [None])[0]
-        if first is not None and first.exact and first.size == len(self.student.of[first.id] or b""):
-            return first.id
+        for first in (self.student.read(piece) or [])[:1]:
+            if first.exact and first.size == len(self.student.of[first.id] or b""):
+                return first.id
         # It would put a space before them: the longest token then.
         starts = (piece[:size] for size in range(len(piece) - 1, 0, -1))
         return next((self.student.ids[start] for start in starts if start in self.student.ids), NONE)
