@@ -191,7 +191,7 @@ def test_mapped_logits_by_the_definition() -> None:
     """For each of the student's tokens, the teacher's probability of all tokens that it would begin with it."""
     student, brain, batch = model(SMALL, hidden_size=8), model(LARGE, seed=1), batch_of(SMALL, TEXTS)
     teacher = CrossTokenizerTeacher(brain, LARGE, SMALL)
-    across, begins = across_of(teacher, batch), teacher.pair.begins()
+    across, begins = across_of(teacher, batch), teacher.pair.begins
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     there = counting(batch["labels"])
     q, total = student(**inputs).logits[:, :-1][there], 0.0
@@ -215,6 +215,14 @@ def test_mapped_logits_of_one_tokenizer_are_logits() -> None:
         one = Distiller(student, mapped, [MappedLogits(divergence, temperature=2.0, top_k=1000)]).step(batch)
         two = Distiller(student, brain, [Logits(divergence, temperature=2.0)]).step(batch)
         torch.testing.assert_close(one.loss, two.loss, rtol=1e-4, atol=1e-5)
+
+
+def test_where_only_one_puts_a_space_before_the_text() -> None:
+    batch = batch_of(SMALL, ["return 1<end>return 2"])
+    for other, expected in ((LARGE, 0), (LLAMA, 1)):  # the first token of a row is never predicted
+        across = across_of(CrossTokenizerTeacher(model(other), other, SMALL), batch)
+        assert across.spaced.sum() == expected
+        assert (across.sizes == 0).sum() == 2
 
 
 def test_uld_pairs_what_begins_at_the_same_byte() -> None:

@@ -266,7 +266,9 @@ def _told_loss(parts: Parts, dataset: Dataset) -> float | None:
     if not parts.teacher.covers(dataset):
         return None
     total, tokens = 0.0, 0
+    device = PartialState().device
     for batch in _batches(parts, dataset):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         alignment = causal_alignment(batch["labels"])
         said = parts.teacher(batch, alignment)
         told, counted = said.label_log_probs, len(alignment)

@@ -6,6 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from potstill import objectives
+from potstill.data.vocabulary import own_vocabulary
 from potstill.errors import RecipeError
 from potstill.recipe import Recipe
 from potstill.speaker import Speaker
@@ -35,6 +36,7 @@ def reading_bytes(recipe: Recipe, speaker: Speaker, student: PreTrainedTokenizer
             "student's text in tokens of its own. Name it with teacher.model."
         )
     assert speaker.model is not None
+    own_vocabulary(speaker.tokenizer, {"teacher": int(speaker.model.get_output_embeddings().weight.shape[0])})
     limit = getattr(speaker.model.config, "max_position_embeddings", None)
     teacher = CrossTokenizerTeacher(speaker.teacher, speaker.tokenizer, student, max_length=limit)
     return speaker._replace(teacher=teacher)

@@ -34,7 +34,8 @@ def shared_vocabulary(
         raise VocabularyError(
             "vocabulary: expected one token -> id map for teacher and student, got two: "
             f"{_difference(of_teacher, of_student)}. Per-token divergence needs one vocabulary. Give the student "
-            "the teacher's tokenizer, or use the cross-tokenizer terms chunks or mapped_logits in place of logits."
+            "the teacher's tokenizer, or use the cross-tokenizer terms chunks or mapped_logits of a recipe in place of "
+            "logits."
         )
     return own_vocabulary(student, rows)
 

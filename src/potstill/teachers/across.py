@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class Across:
         student_tokens: [N] the student's tokens; teacher_tokens [Nt] likewise.
         log_probs: [C] the teacher's log-probability of each chunk, nats.
         goes_on: [C] whether the next chunk follows within the same text.
+        spaced: [C] whether a space is put before the chunk that one of both does not have.
         sizes: [C] how many bytes each chunk has.
         pair: the two tokenizers.
     """
@@ -38,6 +40,7 @@ class Across:
     teacher_tokens: Tensor
     log_probs: Tensor
     goes_on: Tensor
+    spaced: Tensor
     sizes: Tensor
     pair: Pair
 
@@ -60,13 +63,13 @@ class Across:
         ends = zip(self.teacher_tokens[theirs].tolist(), self.student_tokens[mine].tolist(), strict=True)
         longer = [self.pair.longer(*end) for end in ends]
         bias = torch.zeros(len(self), device=self.log_probs.device)
-        several = [i for i, ids in enumerate(longer) if ids]
+        several = [i for i, ids in enumerate(longer) if len(ids)]
         for at in self._some(several):
-            logits = self.logits(theirs[at])
-            ids = [id for i in at for id in longer[i]]
-            position = [row for row, i in enumerate(at) for _ in longer[i]]
-            given = (torch.tensor(x, device=bias.device) for x in (ids, position))
-            bias[at] = boundary_bias(logits, self.teacher_tokens[theirs[at]], *given).to(bias.dtype)
+            ids = [longer[i] for i in at]
+            position = np.repeat(np.arange(len(at)), [len(one) for one in ids])
+            given = (torch.from_numpy(x).to(bias.device) for x in (np.concatenate(ids), position))
+            found = boundary_bias(self.logits(theirs[at]), self.teacher_tokens[theirs[at]], *given)
+            bias[at] = found.to(bias.dtype)
         return bias
 
     def mapped(self, places: Tensor, top_k: int, temperature: float) -> SparseTargets:
@@ -79,7 +82,7 @@ class Across:
             top_k: how many.
             temperature: the softmax temperature of the teacher's distribution.
         """
-        begins = torch.tensor(self.pair.begins()[: self.said.vocabulary], device=places.device)
+        begins = torch.tensor(self.pair.begins[: self.said.vocabulary], device=places.device)
         known = begins >= 0
         size = max(self.pair.student.of) + 1
         ids = [torch.empty(0, min(top_k, size), dtype=torch.long, device=places.device)]

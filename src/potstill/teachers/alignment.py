@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -72,7 +73,7 @@ class Pair:
     teacher: Pieces
     _counterparts: dict[int, int] = field(init=False)
     _sorted: list[tuple[bytes, int]] = field(init=False)
-    _longer: dict[tuple[int, int], list[int]] = field(init=False, default_factory=dict)
+    _longer: dict[tuple[int, int], np.ndarray] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         mine, theirs = self.student.tokenizer, self.teacher.tokenizer
@@ -134,7 +135,7 @@ class Pair:
                 start = i + 1
         return bounds
 
-    def longer(self, teacher: int, student: int) -> list[int]:
+    def longer(self, teacher: int, student: int) -> np.ndarray:
         """The teacher's tokens that begin with a token of its own and go on in a way in which the student cannot.
 
         What the student too would read as one longer token, it has learnt as the teacher has.
@@ -154,13 +155,14 @@ class Pair:
                     at += 1
                     if len(other) > len(piece) and mine + other[len(piece) :] not in self.student.ids:
                         found.append(id)
-            self._longer[key] = found
+            self._longer[key] = np.array(found, dtype=np.int64)
         return self._longer[key]
 
     def shared(self) -> int:
         """How many of the student's tokens say the bytes of one of the teacher's, or are its special token."""
         return len(self.student.ids.keys() & self.teacher.ids.keys()) + len(self._counterparts)
 
+    @cached_property
     def begins(self) -> list[int]:
         """Teacher's token id -> the token with which the student begins to say it; -1 where there is none.
 

@@ -30,7 +30,6 @@ class Meeting(NamedTuple):
         bytes: of the student's counting tokens.
         covered: of them, in chunks that count.
         tokens: the student's counting tokens.
-        teacher_tokens: the teacher's tokens in these chunks.
         chunks: how many.
         alike: of them, one token for both.
     """
@@ -38,7 +37,6 @@ class Meeting(NamedTuple):
     bytes: int
     covered: int
     tokens: int
-    teacher_tokens: int
     chunks: int
     alike: int
 
@@ -50,6 +48,7 @@ class _Row(NamedTuple):
     student: np.ndarray  # chunk of each of the student's tokens, of those that count in this row, or -1
     teacher: np.ndarray
     goes_on: np.ndarray
+    spaced: np.ndarray
     sizes: np.ndarray
 
 
@@ -58,8 +57,7 @@ class CrossTokenizerTeacher(Teacher):
 
     The student's tokens are spelt in bytes, which the teacher's tokenizer reads; both meet where they have a boundary
     at the same byte. A chunk counts where all of the student's tokens in it count and the teacher predicts all of its
-    own.
-    For the terms `Chunks`, `MappedLogits` and `ULD`. How rows are read is remembered.
+    own. For the terms `Chunks`, `MappedLogits` and `ULD`. How rows are read is remembered.
 
     Args:
         teacher: a model, or a teacher that gives whole distributions over its own vocabulary.
@@ -134,6 +132,7 @@ class CrossTokenizerTeacher(Teacher):
             teacher_tokens=its.labels,
             log_probs=chunk_log_probs(-_cross_entropy(said, its.labels), of_teacher, chunks),
             goes_on=whole([row.goes_on for row in rows]),
+            spaced=whole([row.spaced for row in rows]),
             sizes=whole([row.sizes for row in rows]),
             pair=self.pair,
         )
@@ -152,7 +151,6 @@ class CrossTokenizerTeacher(Teacher):
             bytes=sum(token.size for token, count in zip(spelled, counts, strict=True) if count),
             covered=int(row.sizes.sum()),
             tokens=int(counts.sum()),
-            teacher_tokens=int((row.teacher >= 0).sum()),
             chunks=len(row.sizes),
             alike=int((single[0] & single[1]).sum()),
         )
@@ -167,12 +165,15 @@ class CrossTokenizerTeacher(Teacher):
         for chunk, count in ((reading.student, counts), (reading.teacher, predicted)):
             good[chunk[(chunk >= 0) & ~count]] = False
         number = np.append(np.where(good, np.cumsum(good) - 1, NONE), NONE)  # the last for tokens of no chunk
-        follows = reading.goes_on & np.append(good[1:], False) if len(good) else reading.goes_on
+        follows = reading.goes_on & np.append(good, False)[1:]
+        opens = ~np.append(False, reading.goes_on)[:-1] & (reading.sizes > 0)
+        spaced = opens & (self.pair.student.adds_space != self.pair.teacher.adds_space)
         return _Row(
             reading.ids[:most],
             number[reading.student],
             number[reading.teacher][:most],
             follows[good],
+            spaced[good],
             reading.sizes[good],
         )
 

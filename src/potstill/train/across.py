@@ -112,9 +112,10 @@ class MappedLogits(AcrossTerm):
     name = "mapped_logits"
 
     def __call__(self, signals: Signals) -> Tensor:
-        mine, theirs = meeting_of(signals).first()
+        across = meeting_of(signals)
+        mine, theirs = (places[~across.spaced] for places in across.first())
         temperature = value_at(self.temperature, signals.step)
-        targets = meeting_of(signals).mapped(theirs, self.top_k, temperature)
+        targets = across.mapped(theirs, self.top_k, temperature)
         some = replace(signals, student=_some(signals.student, mine), normalizer=_tokens(signals))
         return temperature**2 * some.compare(self.divergence, temperature=temperature, targets=targets).loss
 
