@@ -26,7 +26,7 @@ LABELS = {"term": "labels"}
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "chunks + labels": [{"term": "chunks"}, LABELS],  # the run whose baseline is labels alone
     "chunks": [{"term": "chunks"}],
-    "chunks + labels, biased dropped": [{"term": "chunks", "biased": "drop"}, LABELS],
+    "chunks + labels, biased merged": [{"term": "chunks", "biased": "merge"}, LABELS],
     "chunks + labels, bias kept": [{"term": "chunks", "bias_threshold": 1.0}, LABELS],
     "ULD + labels": [{"term": "uld", "weight": 1.5}, LABELS],
     "mapped logits + labels": [{"term": "mapped_logits", "top_k": 1024}, LABELS],

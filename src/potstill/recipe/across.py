@@ -21,7 +21,7 @@ class ChunksPart(Part):
     bias_threshold: float = Field(
         0.1, ge=0, le=1, description="how much of a chunk's probability the teacher may keep for longer tokens"
     )
-    biased: Literal["merge", "drop"] = Field("merge", description="beyond that: take it with the next, or leave it out")
+    biased: Literal["drop", "merge"] = Field("drop", description="beyond that: leave it out, or take it with the next")
 
 
 class MappedLogitsPart(Part):

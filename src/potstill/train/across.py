@@ -34,15 +34,15 @@ class Chunks(AcrossTerm):
     """Match how likely each chunk of bytes is (ALM): the sum over chunks, divided by the counting tokens.
 
     A chunk ends where both have a boundary. Where the teacher keeps more than `bias_threshold` of a chunk's probability
-    for longer tokens that the student does not have, the likelihoods do not compare: such a chunk is taken together
-    with the next one, or left out.
+    for longer tokens that the student does not have, the likelihoods do not compare: such a chunk is left out, or taken
+    together with the next one.
 
     Args:
         weight: >= 0.
         temperature: > 0, of `potstill.losses.chunk_divergence`, which keeps the size of the loss when it changes.
         divergence: over the two events that a chunk comes, or does not.
         bias_threshold: in [0, 1]; 1 keeps every chunk as it is.
-        biased: merge with the next chunk, as far as there is one in the same text; or drop.
+        biased: drop; or merge with the next chunk, as far as there is one in the same text.
 
     References:
         Minixhofer et al. 2025 (ALM), arXiv 2503.20083.
@@ -52,14 +52,14 @@ class Chunks(AcrossTerm):
     temperature: Number = 100.0
     divergence: Divergence = field(default_factory=ForwardKL)
     bias_threshold: float = 0.1
-    biased: Literal["merge", "drop"] = "merge"
+    biased: Literal["drop", "merge"] = "drop"
     name = "chunks"
 
     def __post_init__(self) -> None:
         if not 0 <= self.bias_threshold <= 1:
             raise ShapeError(f"Chunks: expected bias_threshold in [0, 1], got {self.bias_threshold}.")
         if self.biased not in ("merge", "drop"):
-            raise ShapeError(f"Chunks: expected biased merge or drop, got {self.biased!r}.")
+            raise ShapeError(f"Chunks: expected biased drop or merge, got {self.biased!r}.")
 
     def __call__(self, signals: Signals) -> Tensor:
         across = meeting_of(signals)
