@@ -13,11 +13,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from potstill import objectives
 from potstill.data import Examples, PaddingCollator, pad_token_id
-from potstill.data.vocabulary import shared_vocabulary
+from potstill.data.vocabulary import own_vocabulary, shared_vocabulary
 from potstill.errors import RecipeError
 from potstill.layers import LayerMap
 from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
+from potstill.prepare_across import meeting, reading_bytes
+from potstill.prepare_across import notes as meeting_notes
 from potstill.prepare_student import begin, design_of, first_student
 from potstill.prepare_task import encode_data, match_heads, positions_of, token_rows
 from potstill.recipe import Recipe
@@ -25,7 +27,8 @@ from potstill.speaker import Speaker, find_speaker
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
 from potstill.targets import OF_TOKENS, causal_alignment
-from potstill.teachers import InformedTeacher, ModelTeacher, Teacher, important_dimensions
+from potstill.teachers import CrossTokenizerTeacher, InformedTeacher, ModelTeacher, Teacher, important_dimensions
+from potstill.teachers.crosstok import Meeting
 from potstill.train import Logits, Objective
 from potstill.train.dense import DenseTerm
 from potstill.train.objective import value_at
@@ -49,6 +52,8 @@ class Parts:
         design: the config of a new student; None where it is a model that is there.
         start: what a new student takes over from its teacher; None where it begins with random weights.
         teacher_models: all models that speak, or are measured beside one that does.
+        meeting: how far both tokenizers meet in the training data, where bytes are compared; the teacher's head and
+            positions are then of tokens of its own.
     """
 
     recipe: Recipe
@@ -64,6 +69,7 @@ class Parts:
     design: PretrainedConfig | None = None
     start: Start | None = None
     teacher_models: tuple[PreTrainedModel, ...] = ()
+    meeting: Meeting | None = None
 
     def new_student(self) -> PreTrainedModel:
         """The student with its first weights: the same at every call."""
@@ -134,12 +140,20 @@ def prepare(recipe: Recipe) -> Parts:
     tokenizer = speaker.tokenizer
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
-    design = design_of(recipe.student, speaker.config, max(tokenizer.get_vocab().values()) + 1)
+    elif recipe.student.tokenizer is not None:
+        tokenizer = load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
+    design = design_of(recipe.student, speaker.config, tokenizer)
     student = first_student(recipe, design, speaker.config)
     models = {**speaker.models, "student": student}
+    if any(objectives.reads_across(part) for part in recipe.objective):
+        speaker = reading_bytes(recipe, speaker, tokenizer)
+        models = {"student": student}  # the teacher's head and positions are of tokens of its own
     of_tokens = recipe.task in OF_TOKENS
     rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
-    vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
+    if speaker.teacher.other_tokenizer:
+        vocabulary = own_vocabulary(tokenizer, rows)
+    else:
+        vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
     if not of_tokens:
         match_heads(recipe.task, models, tokenizer)
 
@@ -188,7 +202,11 @@ def prepare(recipe: Recipe) -> Parts:
         objective = parts.objective()
         theirs = teacher.anatomy if objective.looks_into_teacher else None
         teacher.prepare(objectives.check(objective, anatomy, theirs))
-    if not isinstance(teacher, ModelTeacher):
+    if isinstance(teacher, CrossTokenizerTeacher):
+        found = meeting(teacher, train.dataset)
+        said = meeting_notes(found, teacher.pair.shared(), vocabulary)
+        parts = replace(parts, meeting=found, notes=(*parts.notes, *said))
+    elif not isinstance(teacher, ModelTeacher):
         _try(parts, teacher)
         if not teacher.covers(held_out.dataset):
             parts = replace(
