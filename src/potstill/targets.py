@@ -30,10 +30,19 @@ DISTRIBUTIONS = TASKS - {"regression", "encoder"}  # a model's answer is a proba
 ANSWERS = TASKS - {"encoder"}  # there is an answer, by a head
 OF_TOKENS = frozenset[Task](("causal", "masked"))  # the answer is one of the vocabulary
 JUDGED = frozenset[Task](("classification", "regression"))  # data have a label for each row
-INSTEAD = {  # for errors: what else goes with a task
-    "regression": "A number has no distribution. Use values for the teacher's number, labels for the data's",
-    "encoder": "There is no head. Use terms over layers: hidden, attention, relations, similarity",
-}
+
+
+def instead(task: Task, tasks: frozenset[Task]) -> str:
+    """For the error that a term of some tasks is not for another: why, and which are.
+
+    >>> instead("masked", frozenset({"causal"}))
+    'It is for the task causal'
+    """
+    if task == "regression":
+        return "A number has no distribution. Use values for the teacher's number, labels for the data's"
+    if task == "encoder":
+        return "There is no head. Use terms over layers: hidden, attention, relations, similarity"
+    return f"It is for the task {', '.join(sorted(tasks))}"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from potstill.losses import (
 )
 from potstill.schedule import Schedule
 from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import ANSWERS, DISTRIBUTIONS, INSTEAD, TASKS, Alignment, DenseTargets, HeadTargets, Targets, Task
+from potstill.targets import ANSWERS, DISTRIBUTIONS, TASKS, Alignment, DenseTargets, HeadTargets, Targets, Task, instead
 from potstill.teachers import TeacherOutput
 
 Number = float | Schedule  # every weight and temperature: fixed, or a function of the optimiser step
@@ -292,7 +292,7 @@ class Objective(nn.Module):
         for term in self.terms:
             if task not in term.tasks:
                 raise ShapeError(
-                    f"Objective: expected terms for the task {task}, got {term.name}. {INSTEAD.get(task, '')}."
+                    f"Objective: expected terms for the task {task}, got {term.name}. {instead(task, term.tasks)}."
                 )
 
     def total(self, means: Mapping[str, float], step: int) -> float:
