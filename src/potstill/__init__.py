@@ -70,7 +70,9 @@ if TYPE_CHECKING:
         Labels,
         Logits,
         Objective,
+        PolicyGradient,
         Relations,
+        Rollout,
         Similarity,
     )
 
@@ -105,7 +107,9 @@ _LATER = {
         "Labels",
         "Logits",
         "Objective",
+        "PolicyGradient",
         "Relations",
+        "Rollout",
         "Similarity",
     ),
 }
@@ -144,11 +148,13 @@ __all__ = [
     "Objective",
     "PaddingCollator",
     "PairObjective",
+    "PolicyGradient",
     "PotstillError",
     "Projection",
     "Recipe",
     "Relations",
     "ReverseKL",
+    "Rollout",
     "RunResult",
     "Sampling",
     "ServedTeacher",

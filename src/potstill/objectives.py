@@ -16,6 +16,8 @@ from potstill.recipe import (
     HiddenPart,
     LabelsPart,
     LogitsPart,
+    MiniLLMPart,
+    PolicyPart,
     RelationsPart,
     SchedulePart,
     SimilarityPart,
@@ -32,6 +34,7 @@ from potstill.train import (
     Labels,
     Logits,
     Objective,
+    PolicyGradient,
     Relations,
     Similarity,
 )
@@ -85,6 +88,7 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
             tokens=part.tokens,
             share=number(part.share),
             top_k=part.top_k,
+            text=part.text,
         )
     if isinstance(part, BiLDPart):
         return BiLD(weight, part.top_k, number(part.temperature))
@@ -92,6 +96,10 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
         return AdaptiveKL(weight, part.head_mass, number(part.temperature))
     if isinstance(part, TAIDPart):
         return TAID(number(part.share), weight, number(part.temperature))
+    if isinstance(part, PolicyPart):
+        return PolicyGradient(weight, **part.model_dump(exclude={"term", "weight"}))
+    if isinstance(part, MiniLLMPart):
+        return PolicyGradient(weight, discount=1.0, **part.model_dump(exclude={"term", "weight"}))
     layers = part.layers.build()
     if isinstance(part, HiddenPart):
         chosen = None if part.select_batches is None else select(layers, part.select_batches)

@@ -11,9 +11,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill import objectives
+from potstill import objectives, rollouts
 from potstill.data import Examples, PaddingCollator, Source, encode, pad_token_id
 from potstill.data.vocabulary import shared_vocabulary
+from potstill.divergence import ReverseKL
 from potstill.errors import RecipeError
 from potstill.layers import LayerMap
 from potstill.loading import has_bfloat16, load_tokenizer
@@ -24,10 +25,19 @@ from potstill.speaker import find_speaker
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
 from potstill.targets import causal_alignment
-from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, important_dimensions
-from potstill.train import Logits, Objective
+from potstill.teachers import (
+    CachedTeacher,
+    EitherTeacher,
+    ModelTeacher,
+    ServedTeacher,
+    Teacher,
+    important_dimensions,
+)
+from potstill.train import Logits, Objective, PolicyGradient
 from potstill.train.dense import DenseTerm
 from potstill.train.objective import value_at
+from potstill.train.policy import label_log_probs
+from potstill.train.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Parts:
         notes: what the run should say.
         design: the config of a new student; None where it is a model that is there.
         start: what a new student takes over from its teacher; None where it begins with random weights.
+        positions: tokens in a row that both models allow, where they tell.
     """
 
     recipe: Recipe
@@ -61,6 +72,7 @@ class Parts:
     notes: tuple[str, ...]
     design: PretrainedConfig | None = None
     start: Start | None = None
+    positions: int | None = None
 
     def new_student(self) -> PreTrainedModel:
         """The student with its first weights: the same at every call."""
@@ -72,6 +84,20 @@ class Parts:
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
         return objectives.build(self.recipe.objective, self.steps, self._important_dimensions)
+
+    def rollout(self) -> Rollout | None:
+        """Who puts the student's own text in place of data, where the recipe asks for it."""
+        if self.recipe.rollout is None:
+            return None
+        return rollouts.build(
+            self.recipe.rollout,
+            self.tokenizer,
+            self.teacher_model,
+            steps=self.steps,
+            limit=self.positions,
+            vocabulary=self.vocabulary,
+            seed=self.recipe.seed,
+        )
 
     def _important_dimensions(self, layers: LayerMap, batches: int) -> dict[int, Tensor]:
         """Those of the teacher for the student's width, picked by the first batches."""
@@ -159,12 +185,15 @@ def prepare(recipe: Recipe) -> Parts:
         notes.append(
             f"vocabulary: {vocabulary} tokens are real, the heads have more rows ({', '.join(padded)}): sliced."
         )
+    teacher = speaker.teacher
+    if recipe.rollout is not None and isinstance(teacher, CachedTeacher) and speaker.model is not None:
+        teacher = EitherTeacher(teacher, ModelTeacher(speaker.model, device=recipe.teacher.device))
     inside = any(objectives.looks_inside(part) for part in recipe.objective)
     anatomy = Taps(student).anatomy if inside else None
     start = None if design is None else begin(recipe, speaker.model, design, train.dataset, tokenizer)
     parts = Parts(
         recipe,
-        speaker.teacher,
+        teacher,
         speaker.model,
         speaker.config,
         tokenizer,
@@ -175,12 +204,16 @@ def prepare(recipe: Recipe) -> Parts:
         tuple(notes) + (start.notes if start else ()),
         design,
         start,
+        min((limit for limit in limits.values() if limit), default=None),
     )
+    if (rollout := parts.rollout()) is not None and recipe.rollout is not None:
+        told = rollouts.look_at_prompts(rollout, recipe.rollout, train)
+        parts = replace(parts, notes=(*parts.notes, *told))
     if anatomy is not None:
         objectives.check(parts.objective(), anatomy, speaker.teacher.anatomy)
     if not isinstance(speaker.teacher, ModelTeacher):
         _try(parts, speaker.teacher)
-        if not speaker.teacher.covers(held_out.dataset):
+        if not teacher.covers(held_out.dataset):
             parts = replace(
                 parts, notes=(*parts.notes, "cache: the held-out rows are not in it: measured by labels alone.")
             )
@@ -192,10 +225,15 @@ def _try(parts: Parts, teacher: Teacher) -> None:
     teacher.require(parts.train.dataset)
     batch = PaddingCollator(pad_token_id(parts.tokenizer)[0])([parts.train.dataset[0]])
     alignment = causal_alignment(batch["labels"])
-    said = teacher(batch, alignment).targets
+    output = teacher(batch, alignment)
+    said = output.targets
     for term in parts.objective().terms:
         if isinstance(term, DenseTerm):
             term.whole(said)
+        if isinstance(term, PolicyGradient) and teacher is parts.teacher:  # a cache beside it is not asked
+            label_log_probs(output, alignment.labels)
+            if term.single_step:
+                token_divergence(torch.zeros(len(alignment), parts.vocabulary), said, ReverseKL())
         if isinstance(term, Logits):
             for step in (0, parts.steps // 2, parts.steps):
                 temperature = value_at(term.temperature, step)

@@ -10,6 +10,8 @@ from potstill.recipe.generate import GenerateRecipe
 from potstill.recipe.inside import AttentionPart, HiddenPart, LayersPart, RelationsPart, SimilarityPart
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
 from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart
+from potstill.recipe.policy import MiniLLMPart, PolicyPart
+from potstill.recipe.rollout import RolloutPart
 from potstill.recipe.run import EvaluatePart, Recipe
 from potstill.recipe.student import BudgetPart, InitializePart, StudentPart
 from potstill.recipe.teacher import ServerPart, TeacherPart
@@ -29,9 +31,12 @@ __all__ = [
     "LabelsPart",
     "LayersPart",
     "LogitsPart",
+    "MiniLLMPart",
     "Number",
+    "PolicyPart",
     "Recipe",
     "RelationsPart",
+    "RolloutPart",
     "SchedulePart",
     "ServerPart",
     "SimilarityPart",

@@ -2,8 +2,17 @@
 
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.dimensions import important_dimensions
+from potstill.teachers.either import EitherTeacher
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.served import ServedTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
-__all__ = ["CachedTeacher", "ModelTeacher", "ServedTeacher", "Teacher", "TeacherOutput", "important_dimensions"]
+__all__ = [
+    "CachedTeacher",
+    "EitherTeacher",
+    "ModelTeacher",
+    "ServedTeacher",
+    "Teacher",
+    "TeacherOutput",
+    "important_dimensions",
+]

@@ -56,6 +56,10 @@ class CachedTeacher(Teacher):
         said, told = self.codec.decode(*self.cache.signals(rows), self._head)
         return TeacherOutput(_to(said, device), None if told is None else told.to(device))
 
+    def holds(self, batch: Mapping[str, Tensor], alignment: Alignment) -> bool:
+        """Whether every row of a batch with a counting token is in the cache."""
+        return bool((self.cache.find(keys_of_batch(batch, alignment)) >= 0).all())
+
     def covers(self, dataset: Any) -> bool:
         if not isinstance(dataset, Sized):
             return True  # a stream: what is missing is told when it comes

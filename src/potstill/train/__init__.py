@@ -3,11 +3,14 @@
 from potstill.train.dense import TAID, AdaptiveKL, BiLD
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Labels, Logits, Objective
+from potstill.train.policy import PolicyGradient
+from potstill.train.rollout import Adapt, Replay, Rollout, teacher_mix, teacher_top_k
 from potstill.train.terms import Attention, Hidden, Relations, Similarity
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 
 __all__ = [
     "TAID",
+    "Adapt",
     "AdaptiveKL",
     "Attention",
     "BiLD",
@@ -18,7 +21,12 @@ __all__ = [
     "Labels",
     "Logits",
     "Objective",
+    "PolicyGradient",
     "Relations",
+    "Replay",
+    "Rollout",
     "Similarity",
     "StepOutput",
+    "teacher_mix",
+    "teacher_top_k",
 ]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from potstill.errors import ShapeError
 from potstill.heads import cut, says
 from potstill.taps import Inside, Needs, Taps
-from potstill.targets import attended, causal_alignment
+from potstill.targets import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, attended, causal_alignment
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
-from potstill.train.objective import Objective, Signals, Term
+from potstill.train.objective import Objective, Own, Signals, Term
 
 
 class StepOutput(NamedTuple):
@@ -114,7 +114,7 @@ class Distiller(nn.Module):
         """The loss of a batch.
 
         Args:
-            batch: input_ids, attention_mask and labels, [B, T] each.
+            batch: input_ids, attention_mask and labels, [B, T] each; and what a `Rollout` tells of own text, if any.
             normalizer: the number of counting tokens in the whole optimiser step; default: those of this batch.
             at: the optimiser step, for the schedules.
             attended_normalizer: the number of attended positions in the whole optimiser step, for terms over layers.
@@ -125,7 +125,17 @@ class Distiller(nn.Module):
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
         positions = attended(batch) if self._needs else None
-        signals = Signals(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer)
+        signals = Signals(
+            student,
+            alignment.labels,
+            teacher,
+            normalizer,
+            at,
+            inside,
+            positions,
+            attended_normalizer,
+            _own(batch, alignment),
+        )
         return StepOutput(*self.objective(signals))
 
     def _listen(self, call: Callable[[], Any]) -> tuple[Any, Inside]:
@@ -154,3 +164,11 @@ class Distiller(nn.Module):
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """The newer name of `gradient_checkpointing_enable`."""
         self.student.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
+
+
+def _own(batch: Mapping[str, Tensor], alignment: Alignment) -> Own | None:
+    """What a `Rollout` has told of the counting tokens."""
+    if OWN_LOG_PROBS not in batch:
+        return None
+    log_probs, sampler = (alignment.select_labels(batch[name]) for name in (OWN_LOG_PROBS, SAMPLER_LOG_PROBS))
+    return Own(~log_probs.isnan(), alignment.row, log_probs, sampler)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
+from potstill.atomic import write_text
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
 from potstill.targets import IGNORE, attended, counting
 from potstill.teachers import Teacher
 from potstill.train.distiller import Distiller, StepOutput
-from potstill.train.objective import Objective, Term
+from potstill.train.objective import OF_TEXT, Objective, Term
+from potstill.train.rollout import Rollout
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
 
@@ -67,6 +72,7 @@ class DistillationTrainer(Trainer):
         eval_dataset: the same, held out.
         processing_class: the tokenizer.
         vocabulary: see `Distiller`.
+        rollout: puts the student's own text in place of a share of the training rows; None for data alone.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
     """
 
@@ -83,6 +89,7 @@ class DistillationTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         vocabulary: int | None = None,
+        rollout: Rollout | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or DistillationConfig(output_dir="runs/student")
@@ -102,6 +109,16 @@ class DistillationTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.rollout = rollout
+        if rollout is not None and self.is_deepspeed_enabled:
+            raise UserError(
+                "rollout: expected fsdp or whole students on each rank, got deepspeed, under which the student cannot "
+                "write. Use train.fsdp, or learn from data alone."
+            )
+        # Under FSDP each rank writes with a copy of its own, so that none waits for the texts of another.
+        self._writer: nn.Module | None = None
+        if rollout is not None and self.is_fsdp_enabled:
+            self._writer = nn.Module.to(deepcopy(student), args.device)
         self._train_sums = _Sums()
         self._eval_sums = _Sums()
         self._attended: Tensor | None = None
@@ -109,6 +126,27 @@ class DistillationTrainer(Trainer):
         self._steps_since_log = 0
 
     # The loss.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The batches of one optimiser step, and their counting tokens, with what the student writes."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if self.rollout is not None and batches:
+            with self.accelerator.autocast():
+                step, rank = self.state.global_step, self.args.process_index
+                batches = self.rollout(batches, self._who_writes(), step=step, rank=rank)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _who_writes(self) -> nn.Module:
+        """The student as it is now, whole."""
+        if self._writer is None:
+            return self.distiller.student
+        options = StateDictOptions(full_state_dict=True)
+        weights = get_model_state_dict(self.model_wrapped, options=options)
+        own = {name.removeprefix("student."): x for name, x in weights.items() if name.startswith("student.")}
+        self._writer.load_state_dict(own)
+        return self._writer
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """The counting tokens of an optimiser step, over its batches and all ranks; the attended ones are kept."""
@@ -202,14 +240,23 @@ class DistillationTrainer(Trainer):
         means = self._eval_sums.means(self.accelerator, over)
         if means:
             means["loss"] = objective.total(means, self.state.global_step)
+        if self.rollout is not None and means:
+            self.rollout.heed(means["loss"])
         exact = {f"{prefix}_{name}": mean for name, mean in means.items()}
         return result._replace(metrics={**(result.metrics or {}), **exact})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every term's mean since the last line to what is logged."""
         if "loss" in logs:
-            for name, total in self._train_sums.totals(self.accelerator).items():
+            totals = self._train_sums.totals(self.accelerator)
+            for name, total in totals.items():
                 logs[name] = total / max(self._steps_since_log, 1)
+            for part, tokens in OF_TEXT.items():  # means over own tokens, and over the data's, each by themselves
+                for name in [name for name in totals if name.endswith(part)]:
+                    logs[name] = totals[name] / totals[tokens] if totals[tokens] else 0.0
+                logs.pop(tokens, None)
+            if self.rollout is not None:
+                logs |= self.rollout.sums.take(self.accelerator)
             self._train_sums = _Sums()
             self._steps_since_log = 0
         super().log(logs, start_time)
@@ -228,6 +275,8 @@ class DistillationTrainer(Trainer):
             if found is None:
                 raise UserError(f"train: expected a complete checkpoint in {self.args.output_dir}, got none.")
             resume_from_checkpoint = str(found)
+        if self.rollout is not None and resume_from_checkpoint:
+            self.rollout.restore(json.loads((Path(str(resume_from_checkpoint)) / self._rollout_file).read_text()))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # Checkpoints.
@@ -241,7 +290,15 @@ class DistillationTrainer(Trainer):
             folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in trained.items()}, folder / TRAINED)
+        if self.rollout is not None:
+            folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / self._rollout_file, json.dumps(self.rollout.state()))
         super()._save_checkpoint(model, trial)
+
+    @property
+    def _rollout_file(self) -> str:
+        return f"rollout-{self.args.process_index}.json"  # each rank writes texts of its own
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         target = str(output_dir or self.args.output_dir)
