@@ -19,7 +19,7 @@ from potstill.cli import app
 from potstill.data import PaddingCollator
 from potstill.divergence import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
 from potstill.engines import Sampling
-from potstill.errors import RecipeError, ShapeError
+from potstill.errors import RecipeError, ShapeError, UserError
 from potstill.losses import token_divergence
 from potstill.pipeline import _alarms, run
 from potstill.preflight import check
@@ -236,6 +236,14 @@ def stopped_and_resumed(folder: Path, make: Any) -> tuple[DistillationTrainer, D
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     whole, resumed = stopped_and_resumed(tmp_path, on_policy)
     assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_checkpoint_of_other_ranks_is_told(tmp_path: Path) -> None:
+    one = on_policy(tmp_path, save_strategy="steps", save_steps=3)
+    one.train()
+    (tmp_path / "checkpoint-3" / "rollout-0.json").unlink()
+    with pytest.raises(UserError, match=r"expected rollout-0\.json in .*checkpoint-3, got none"):
+        on_policy(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_replay_and_the_adapted_share_are_resumed(tmp_path: Path) -> None:

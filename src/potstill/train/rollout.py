@@ -131,7 +131,9 @@ class Rollout:
         """The share of own text at an optimiser step."""
         return min(value_at(self._share, step) + self._raised, 1.0)
 
-    def __call__(self, batches: Sequence[Mapping[str, Tensor]], student: nn.Module, *, step: int, rank: int = 0) -> Any:
+    def __call__(
+        self, batches: Sequence[Mapping[str, Tensor]], student: nn.Module, *, step: int, rank: int = 0
+    ) -> list[Batch]:
         """The batches of one optimiser step, with a share of their rows replaced.
 
         Args:
@@ -141,7 +143,6 @@ class Rollout:
             rank: of this process.
         """
         data = [row for batch in batches for row in _rows(batch)]
-        # Two streams of chance, so that how many are written says nothing about what.
         chance = np.random.default_rng((self._seed, step, rank))
         wanted = _rounded(self.share_at(step) * len(data), chance)
         prompts = {i: prompt for i, row in enumerate(data) if (prompt := self.prompt(row)) is not None}
@@ -154,13 +155,14 @@ class Rollout:
         self.latest = list(own.values())
         own |= dict(zip(places[len(fresh) :], again, strict=True))
         self.sums.add(own.values(), step, len(data))
-        collate, made, first = PaddingCollator(pad_token_id(self._tokenizer)[0]), [], 0
+        collate, first = PaddingCollator(pad_token_id(self._tokenizer)[0]), 0
+        made: list[Batch] = []
         for batch in batches:
             rows = range(first, first + len(batch["input_ids"]))
             first = rows.stop
             mixed: Batch = dict(batch)
             if not own.keys().isdisjoint(rows):
-                mixed = collate([_example(own[i]) if i in own else data[i] for i in rows])
+                mixed = collate([_example(own[i], data[i]) if i in own else data[i] for i in rows])
             # The columns are there without own rows too: all ranks must have the same things to log.
             written = [own.get(i) for i in rows]
             mixed[OWN_LOG_PROBS] = _column(written, "log_probs", mixed["input_ids"])
@@ -265,8 +267,10 @@ def _rows(batch: Mapping[str, Tensor]) -> list[dict[str, list[int]]]:
     return [{name: columns[name][i][mask[i]].tolist() for name in names} for i in range(len(mask))]
 
 
-def _example(row: Row) -> dict[str, list[int]]:
-    return {"input_ids": row.ids, "labels": [IGNORE] * row.prompt + row.ids[row.prompt :]}
+def _example(row: Row, replaced: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Own text in place of a row of the data. Weights of that row are not its own: each token counts 1."""
+    ones = {name: [1] * len(row.ids) for name in replaced if name not in ("input_ids", "labels")}
+    return {"input_ids": row.ids, "labels": [IGNORE] * row.prompt + row.ids[row.prompt :], **ones}
 
 
 def _column(rows: Sequence[Row | None], name: str, like: Tensor) -> Tensor:

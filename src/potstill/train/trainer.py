@@ -276,7 +276,13 @@ class DistillationTrainer(Trainer):
                 raise UserError(f"train: expected a complete checkpoint in {self.args.output_dir}, got none.")
             resume_from_checkpoint = str(found)
         if self.rollout is not None and resume_from_checkpoint:
-            self.rollout.restore(json.loads((Path(str(resume_from_checkpoint)) / self._rollout_file).read_text()))
+            kept = Path(str(resume_from_checkpoint)) / self._rollout_file
+            if not kept.exists():
+                raise UserError(
+                    f"train: expected {kept.name} in {kept.parent}, got none. Each rank keeps the texts that it wrote: "
+                    "go on with as many ranks as before, and with a rollout as before."
+                )
+            self.rollout.restore(json.loads(kept.read_text()))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # Checkpoints.
