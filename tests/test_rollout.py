@@ -31,7 +31,7 @@ from potstill.teachers import EitherTeacher
 from potstill.train import DistillationTrainer, Distiller, Labels, Logits, PolicyGradient
 from potstill.train.callbacks import logged_lines
 from potstill.train.own_text import collapse, repetition
-from potstill.train.rollout import Adapt, Replay, Rollout, teacher_mix, teacher_top_k
+from potstill.train.rollout import Adapt, Replay, Rollout, _example, _rows, teacher_mix, teacher_top_k
 from test_trainer import losses, trainer, weights
 from toy_server import ToyServer
 
@@ -258,7 +258,7 @@ def test_replay_and_the_adapted_share_are_resumed(tmp_path: Path) -> None:
     assert any(line["own_age"] > 0 for line in whole.state.log_history if "own_age" in line)
 
 
-def test_replay_bounds_size_and_age() -> None:
+def test_replay_bounds_size_and_age(tmp_path: Path) -> None:
     one = rollout(1.0, replay=Replay(size=6, fresh=0.5, age=1))
     for step in range(4):
         (made,) = one([make_batch()], student(), step=step)
@@ -267,7 +267,8 @@ def test_replay_bounds_size_and_age() -> None:
     one.sums = type(one.sums)()
     one([make_batch()], student(), step=9)
     assert taken(one)["own_age"] == 0  # all that is kept is too old
-    assert len(one.state()["kept"]) == 6
+    one.save(tmp_path, 0)
+    assert len(json.loads((tmp_path / "rollout-0.json").read_text())["kept"]) == 6
 
 
 def test_the_share_is_raised_when_held_out_text_gets_worse() -> None:
@@ -279,6 +280,30 @@ def test_the_share_is_raised_when_held_out_text_gets_worse() -> None:
     assert seen == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
     with pytest.raises(ShapeError, match="expected a number as the share that adapts"):
         rollout(linear(0.0, 1.0, 5), adapt=Adapt())
+
+
+def test_a_teacher_with_its_own_prompt_reads_own_text_behind_it() -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "teacher_input_ids": [8, 9, 5, 6, 7],
+         "teacher_labels": [-100, -100, -100, -100, 7]},
+        {"input_ids": [5, 7], "labels": [-100, 7], "teacher_input_ids": [8, 5, 7], "teacher_labels": [-100, -100, 7]},
+    ]  # fmt: skip
+    one = rollout(replay=Replay(size=4, fresh=0.5))
+    for step in range(3):  # texts that are used again bring their prompts
+        (made,) = one([PaddingCollator(1)(rows)], student(), step=step)
+        alignments = [causal_alignment(made[name]) for name in ("labels", "teacher_labels")]
+        assert torch.equal(alignments[0].labels, alignments[1].labels)
+        for i in range(2):
+            mine, theirs = (made[name][i][made[name][i] != -100] for name in ("labels", "teacher_labels"))
+            assert torch.equal(mine, theirs)
+            short = made["input_ids"][i, 0] == 5 and made["input_ids"][i, 1] != 6
+            assert made["teacher_input_ids"][i, :2].tolist() == ([8, 5] if short else [8, 9])
+    (tight,) = rollout(limit=4)([PaddingCollator(1)(rows)], student(), step=0)
+    assert own_rows(tight).tolist() == [False, True]  # the teacher's prompt fills it
+    weighed = [{**row, "weights": [0.5] * len(row["input_ids"])} for row in rows]
+    batch = PaddingCollator(1)(weighed) | {"weights": torch.full((2, 3), 0.5)}
+    assert _rows(batch)[1]["weights"] == [0.5, 0.5]
+    assert _example(one.latest[0], _rows(batch)[0])["weights"] == [1.0] * len(one.latest[0].ids)
 
 
 # Teachers that read along.

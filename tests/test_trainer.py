@@ -48,6 +48,7 @@ def trainer(
     student: Any = None,
     vocabulary: int | None = None,
     rollout: Any = None,
+    prefetch: bool = False,
     **changes: Any,
 ) -> DistillationTrainer:
     arguments = {
@@ -67,6 +68,7 @@ def trainer(
         teacher=make_llama(seed=1) if teacher == "toy" else teacher,
         vocabulary=vocabulary,
         rollout=rollout,
+        prefetch=prefetch,
         objective=objective or [Logits(ForwardKL(), temperature=2.0), Labels(weight=0.5)],
         args=DistillationConfig(**arguments),
         train_dataset=dataset(),

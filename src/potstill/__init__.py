@@ -37,21 +37,28 @@ from potstill.losses import (
     token_divergence,
     token_mean,
 )
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets
 
 if TYPE_CHECKING:
     from potstill.data import Examples, PaddingCollator, Source, encode
+    from potstill.diagnosis import diagnose
     from potstill.embedding import EmbeddingDistiller, PairObjective, VectorHead, open_vectors
     from potstill.embedding.run import run_embedding
     from potstill.engines import Completion, LocalEngine, ModelServer, Sampling
+    from potstill.evaluate.tradeoff import pareto_front, recommend
     from potstill.generation import Generated, generate
     from potstill.pipeline import RunResult, run
     from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
     from potstill.students.budget import Budget
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
+    from potstill.sweeping import SweepResult, sweep
     from potstill.teachers import (
+        AdapterOffTeacher,
         CachedTeacher,
+        EMATeacher,
+        EnsembleTeacher,
+        InformedTeacher,
         ModelTeacher,
         ServedTeacher,
         Teacher,
@@ -63,6 +70,7 @@ if TYPE_CHECKING:
         AdaptiveKL,
         Attention,
         BiLD,
+        DeepSupervision,
         DistillationConfig,
         DistillationTrainer,
         Distiller,
@@ -79,6 +87,8 @@ if TYPE_CHECKING:
 _LATER = {
     "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
+    "potstill.diagnosis": ("diagnose",),
+    "potstill.evaluate.tradeoff": ("pareto_front", "recommend"),
     "potstill.generation": ("Generated", "generate"),
     "potstill.embedding": ("EmbeddingDistiller", "PairObjective", "VectorHead", "open_vectors"),
     "potstill.embedding.run": ("run_embedding",),
@@ -87,8 +97,13 @@ _LATER = {
     "potstill.students.budget": ("Budget",),
     "potstill.students.capacity": ("expected_share",),
     "potstill.students.size": ("size_of",),
+    "potstill.sweeping": ("SweepResult", "sweep"),
     "potstill.teachers": (
+        "AdapterOffTeacher",
         "CachedTeacher",
+        "EMATeacher",
+        "EnsembleTeacher",
+        "InformedTeacher",
         "ModelTeacher",
         "ServedTeacher",
         "Teacher",
@@ -100,6 +115,7 @@ _LATER = {
         "AdaptiveKL",
         "Attention",
         "BiLD",
+        "DeepSupervision",
         "DistillationConfig",
         "DistillationTrainer",
         "Distiller",
@@ -117,6 +133,7 @@ _LATER = {
 __all__ = [
     "JSD",
     "TAID",
+    "AdapterOffTeacher",
     "AdaptiveKL",
     "AlphaBeta",
     "Attention",
@@ -124,13 +141,16 @@ __all__ = [
     "Budget",
     "CachedTeacher",
     "Completion",
+    "DeepSupervision",
     "DenseTargets",
     "DistillationConfig",
     "DistillationTrainer",
     "Distiller",
     "Divergence",
+    "EMATeacher",
     "EmbeddingDistiller",
     "EmbeddingRecipe",
+    "EnsembleTeacher",
     "Examples",
     "ForwardKL",
     "FusedLoss",
@@ -138,11 +158,13 @@ __all__ = [
     "Generated",
     "HeadTargets",
     "Hidden",
+    "InformedTeacher",
     "LMHead",
     "Labels",
     "LayerMap",
     "LocalEngine",
     "Logits",
+    "MixtureTargets",
     "ModelServer",
     "ModelTeacher",
     "Objective",
@@ -164,10 +186,12 @@ __all__ = [
     "SoftCrossEntropy",
     "Source",
     "SparseTargets",
+    "SweepResult",
     "Teacher",
     "TeacherOutput",
     "TotalVariation",
     "VectorHead",
+    "diagnose",
     "embedding_divergence",
     "encode",
     "expected_share",
@@ -179,7 +203,9 @@ __all__ = [
     "matryoshka",
     "open_vectors",
     "pair_correlation",
+    "pareto_front",
     "rank_error",
+    "recommend",
     "reconstruction_error",
     "rkd_angle",
     "rkd_distance",
@@ -188,6 +214,7 @@ __all__ = [
     "schedule",
     "similarity_error",
     "size_of",
+    "sweep",
     "token_cross_entropy",
     "token_divergence",
     "token_mean",

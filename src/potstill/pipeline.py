@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from potstill.evaluate.speed import latency_ms, weight_bytes
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
-from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TermPart
+from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TeacherPart, TermPart
 from potstill.targets import causal_alignment
+from potstill.teachers import EnsembleTeacher, Teacher
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, OwnTextsFile, ProgressBar, logged_lines, seconds_of
 from potstill.train.own_text import collapse
 from potstill.train.rollout import Rollout
-from potstill.train.trainer import last_checkpoint
+from potstill.train.trainer import last_checkpoint, restore_teacher
 
 EVAL_ROWS = 16  # rows in a batch of the final evaluation
 OWN_TEXTS = 4  # of the student, in the report
@@ -68,7 +69,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     console = console or Console(stderr=True)
     state = PartialState()
     directory = Path(recipe.output)
-    _must_be_free(directory, recipe, resume)
+    require_free(directory, recipe, resume)
 
     with quiet():
         parts = prepare(recipe)
@@ -98,8 +99,12 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))
 
 
-def _must_be_free(directory: Path, recipe: Recipe, resume: bool) -> None:
-    """The run directory holds no training, or one of the same recipe to go on with."""
+def require_free(directory: Path, recipe: Recipe, resume: bool) -> None:
+    """See that a run directory holds no training, or one of the same recipe to go on with.
+
+    Raises:
+        RecipeError: it does not.
+    """
     record = directory / "recipe.yaml"
     if not record.exists() or not (directory / "metrics.jsonl").exists():
         return
@@ -136,6 +141,7 @@ def _train(
         processing_class=parts.tokenizer,
         vocabulary=parts.vocabulary,
         rollout=rollout,
+        prefetch=parts.recipe.teacher.prefetch,
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
     )
     if rollout is not None:
@@ -181,6 +187,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     names = [name for name in ("baseline", "student") if (directory / name).exists()]
     folders = {name: directory / name for name in names}
     device = PartialState().device
+    if (kept := last_checkpoint(directory / "checkpoints" / "student")) is not None and not parts.teacher.of_student:
+        restore_teacher(parts.teacher, kept)
     teacher = parts.teacher_model
     models = {name: load_model(str(directory / name), name).to(device) for name in names}
     everyone = dict(models)
@@ -243,9 +251,12 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         },
         "objective": "; ".join(_describe(part) for part in recipe.objective),
         "models": {
-            "teacher": recipe.teacher.title,
+            "teacher": _describe_teacher(recipe.teacher, parts.teacher),
             "student": recipe.student.model or _describe_design(recipe.student),
         },
+        "teacher_weights": dict(zip(parts.teacher.names, parts.teacher.weights.tolist(), strict=True))
+        if isinstance(parts.teacher, EnsembleTeacher)
+        else None,
         "notes": [*parts.notes, *_alarms(metrics)],
         "versions": versions(),
     }
@@ -268,15 +279,18 @@ def _alarms(metrics: list[dict[str, Any]]) -> list[str]:
 
 
 def _told_loss(parts: Parts, dataset: Dataset) -> float | None:
-    """The cross-entropy of a teacher whose model is not here, from what it says of the data's own tokens; None where
-    it does not know.
+    """The cross-entropy of a teacher that is no model here, from what it says of the data's own tokens; None where it
+    does not know, or is made of the student.
     """
-    if not parts.teacher.covers(dataset):
+    if parts.teacher.of_student or not parts.teacher.covers(dataset):
         return None
     total, tokens = 0.0, 0
+    device = PartialState().device
     for batch in _batches(parts, dataset):
-        alignment = causal_alignment(batch["labels"])
-        told = parts.teacher(batch, alignment).label_log_probs
+        there = {name: value.to(device) for name, value in batch.items()}
+        alignment = causal_alignment(there["labels"])
+        said = parts.teacher(there, alignment)
+        told = replace(said, targets=said.targets.slice(parts.vocabulary)).of_labels(alignment.labels)
         if told is None:
             return None
         total -= float(told.double().sum())
@@ -333,6 +347,15 @@ def _describe(part: TermPart) -> str:
 
 def _plain(value: float | SchedulePart) -> Any:
     return value.model_dump(exclude_defaults=True) if isinstance(value, SchedulePart) else value
+
+
+def _describe_teacher(part: TeacherPart, teacher: Teacher) -> str:
+    """What people call it, with the weights of an ensemble."""
+    if part.ensemble is None or not isinstance(teacher, EnsembleTeacher):
+        return part.title
+    members = zip(part.ensemble, teacher.weights.tolist(), strict=True)
+    said = ", ".join(f"{member.title} ({weight:.3f})" for member, weight in members)
+    return f"an ensemble, {part.weights} weights of {part.of.replace('_', '-')}: {said}"
 
 
 def _describe_design(student: StudentPart) -> str:

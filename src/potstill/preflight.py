@@ -71,10 +71,11 @@ def check(recipe: Recipe) -> Preflight:
         train_rows=len(parts.train.dataset),
         eval_tokens=parts.eval.tokens,
         steps=parts.steps,
-        # Weights, gradient and two moments of the student; the teacher's weights; the loss, which goes through the
+        # Weights, gradient and two moments of the student; the teachers' weights; the loss, which goes through the
         # tokens in chunks and needs no more than student's and teacher's logits and a gradient would take.
         memory_bytes=4 * weights
-        + (0 if parts.teacher_model is None else parts.teacher_model.get_memory_footprint())
+        + sum(model.get_memory_footprint() for model in parts.teacher_models)
+        + (weights if recipe.teacher.ema is not None else 0)
         + min(3 * 4 * _batch_tokens(parts) * parts.vocabulary, LOSS_BYTES),
         # A checkpoint is the weights and two moments; while one is written the one before is still there.
         disk_bytes=runs * (2 * 3 * weights + weights),

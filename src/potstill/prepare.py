@@ -21,15 +21,15 @@ from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
 from potstill.prepare_student import begin, design_of, first_student
 from potstill.recipe import Recipe, SourcePart
-from potstill.speaker import find_speaker
+from potstill.speaker import Speaker, find_speaker
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
 from potstill.targets import causal_alignment
 from potstill.teachers import (
     CachedTeacher,
     EitherTeacher,
+    InformedTeacher,
     ModelTeacher,
-    ServedTeacher,
     Teacher,
     important_dimensions,
 )
@@ -57,6 +57,7 @@ class Parts:
         notes: what the run should say.
         design: the config of a new student; None where it is a model that is there.
         start: what a new student takes over from its teacher; None where it begins with random weights.
+        teacher_models: all models that speak, or are measured beside one that does.
         positions: tokens in a row that both models allow, where they tell.
     """
 
@@ -72,6 +73,7 @@ class Parts:
     notes: tuple[str, ...]
     design: PretrainedConfig | None = None
     start: Start | None = None
+    teacher_models: tuple[PreTrainedModel, ...] = ()
     positions: int | None = None
 
     def new_student(self) -> PreTrainedModel:
@@ -156,13 +158,13 @@ def prepare(recipe: Recipe) -> Parts:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
     design = design_of(recipe.student, speaker.config, max(tokenizer.get_vocab().values()) + 1)
     student = first_student(recipe, design)
-    models = {"student": student} if speaker.model is None else {"teacher": speaker.model, "student": student}
+    models = {**speaker.models, "student": student}
     rows = {name: _head_rows(model) for name, model in models.items()}
     vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
 
     max_length = recipe.data.max_length
     limits = {name: getattr(model.config, "max_position_embeddings", None) for name, model in models.items()}
-    if isinstance(speaker.teacher, ServedTeacher):
+    if speaker.teacher.max_length is not None:
         limits["teacher"] = speaker.teacher.max_length
     for name, limit in limits.items():
         if limit and max_length > limit:
@@ -174,6 +176,10 @@ def prepare(recipe: Recipe) -> Parts:
             encode(_source(part), tokenizer, max_length=max_length, packing=recipe.data.packing)
             for part in (recipe.data.train, recipe.data.eval)
         )
+    teacher = _who_reads(recipe, speaker, train)
+    if recipe.rollout is not None and isinstance(teacher, CachedTeacher) and speaker.model is not None:
+        teacher = EitherTeacher(teacher, ModelTeacher(speaker.model, device=recipe.teacher.device))
+    teacher.attach(student)
     notes = [*train.notes, *held_out.notes]
     _, pad_note = pad_token_id(tokenizer)
     if pad_note:
@@ -185,9 +191,6 @@ def prepare(recipe: Recipe) -> Parts:
         notes.append(
             f"vocabulary: {vocabulary} tokens are real, the heads have more rows ({', '.join(padded)}): sliced."
         )
-    teacher = speaker.teacher
-    if recipe.rollout is not None and isinstance(teacher, CachedTeacher) and speaker.model is not None:
-        teacher = EitherTeacher(teacher, ModelTeacher(speaker.model, device=recipe.teacher.device))
     inside = any(objectives.looks_inside(part) for part in recipe.objective)
     anatomy = Taps(student).anatomy if inside else None
     start = None if design is None else begin(recipe, speaker.model, design, train.dataset, tokenizer)
@@ -204,20 +207,47 @@ def prepare(recipe: Recipe) -> Parts:
         tuple(notes) + (start.notes if start else ()),
         design,
         start,
+        tuple(speaker.models.values()),
         min((limit for limit in limits.values() if limit), default=None),
     )
     if (rollout := parts.rollout()) is not None and recipe.rollout is not None:
         told = rollouts.look_at_prompts(rollout, recipe.rollout, train)
         parts = replace(parts, notes=(*parts.notes, *told))
     if anatomy is not None:
-        objectives.check(parts.objective(), anatomy, speaker.teacher.anatomy)
-    if not isinstance(speaker.teacher, ModelTeacher):
-        _try(parts, speaker.teacher)
+        objective = parts.objective()
+        theirs = teacher.anatomy if objective.looks_into_teacher else None
+        teacher.prepare(objectives.check(objective, anatomy, theirs))
+    if not isinstance(teacher, ModelTeacher):
+        _try(parts, teacher)
         if not teacher.covers(held_out.dataset):
             parts = replace(
-                parts, notes=(*parts.notes, "cache: the held-out rows are not in it: measured by labels alone.")
+                parts, notes=(*parts.notes, "teacher: it does not know the held-out rows: measured by labels alone.")
             )
     return parts
+
+
+def _who_reads(recipe: Recipe, speaker: Speaker, train: Examples) -> Teacher:
+    """The teacher, with its own prompts where the training data has them.
+
+    Raises:
+        RecipeError: it cannot read them.
+    """
+    if not train.teacher_longest:
+        return speaker.teacher
+    if recipe.teacher.cache is not None or recipe.teacher.ensemble is not None:
+        raise RecipeError(
+            "data.train: expected a teacher that reads its own prompts, got "
+            f"{'a cache' if recipe.teacher.cache is not None else 'an ensemble'}. What it says is known of the "
+            "student's rows alone. Name one with teacher.model, or leave teacher_prompt out."
+        )
+    limits = [getattr(model.config, "max_position_embeddings", None) for model in speaker.models.values()]
+    limit = min((each for each in [*limits, speaker.teacher.max_length] if each), default=None)
+    if limit is not None and train.teacher_longest > limit:
+        raise RecipeError(
+            f"data.train: expected rows of at most {limit} tokens for the teacher, its number of positions, got "
+            f"{train.teacher_longest} with its own prompt. Shorten teacher_prompt, or lower data.max_length."
+        )
+    return InformedTeacher(speaker.teacher)
 
 
 def _try(parts: Parts, teacher: Teacher) -> None:
@@ -230,7 +260,7 @@ def _try(parts: Parts, teacher: Teacher) -> None:
     for term in parts.objective().terms:
         if isinstance(term, DenseTerm):
             term.whole(said)
-        if isinstance(term, PolicyGradient) and teacher is parts.teacher:  # a cache beside it is not asked
+        if isinstance(term, PolicyGradient) and not isinstance(teacher, EitherTeacher):  # whose cache is not asked
             label_log_probs(output, alignment.labels)
             if term.single_step:
                 token_divergence(torch.zeros(len(alignment), parts.vocabulary), said, ReverseKL())

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from potstill.atomic import write_text
 from potstill.data.kept import BATCH, kept_file, write_arrow
 from potstill.data.rows import Encoding, Row
-from potstill.data.sources import Kind, Source, load
+from potstill.data.sources import OWN_IDS, OWN_PROMPT, Kind, Source, load
 from potstill.errors import DataError
 from potstill.targets import IGNORE, counting
 
@@ -32,14 +32,16 @@ class Examples:
 
     Args:
         dataset: [i] is {"input_ids": list of int, "labels": list of int}, memory-mapped. Every example has a
-            token that counts.
+            token that counts. Where the teacher has prompts of its own, also teacher_input_ids and teacher_labels.
         tokens: how many tokens count in all, by `potstill.targets.counting`.
         notes: what the run should say: what was cut, skipped or left out.
+        teacher_longest: tokens of the longest row that the teacher reads in place of the student's; 0 where none is.
     """
 
     dataset: Dataset
     tokens: int
     notes: tuple[str, ...]
+    teacher_longest: int = 0
 
 
 def encode(source: Source, tokenizer: PreTrainedTokenizerBase, *, max_length: int, packing: bool = False) -> Examples:
@@ -53,6 +55,8 @@ def encode(source: Source, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     - messages: by the chat template. Every turn of the assistant counts, with the tokens that end it, from the
       first token on that the prompt alone does not have. Cut on the right.
     - input_ids: as they are; without labels all of them count. Cut on the right.
+    - a prompt of the teacher's own (`Source.teacher_prompt`): encoded as the student's, before the same answer, as much
+      of it as is left of the student's row; `max_length` is the student's alone.
 
     Rows without text are skipped, examples without a token that counts left out; the notes say how many. What was
     encoded is kept on disk under a name made of the content, the tokenizer and the options.
@@ -66,7 +70,7 @@ def encode(source: Source, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     Raises:
         DataError: the source is not usable (see `load`), something else than text is to be packed, a prompt
             leaves no room for its answer, a conversation has no assistant or no usable template, ids are outside
-            the vocabulary, or nothing counts.
+            the vocabulary, nothing counts, or the answer is tokenized otherwise behind the teacher's own prompt.
     """
     if max_length < 2:
         raise DataError(
@@ -81,7 +85,8 @@ def encode(source: Source, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     if not (kept.exists() and kept_facts.exists()):
         facts: Counter[str] = Counter()
         rows = Encoding(tokenizer, max_length, packing, file, facts).rows(dataset, kind)
-        write_arrow(kept, _SCHEMA, _counted(rows, facts))
+        schema = _SCHEMA if {*OWN_PROMPT.values(), *OWN_IDS}.isdisjoint(dataset.column_names) else _WITH_TEACHER
+        write_arrow(kept, schema, _counted(rows, facts, schema))
         write_text(kept_facts, json.dumps(facts))
     facts = Counter(json.loads(kept_facts.read_text()))
     if not facts["tokens"]:
@@ -90,10 +95,11 @@ def encode(source: Source, tokenizer: PreTrainedTokenizerBase, *, max_length: in
             "Give longer texts, or labels that are not all -100."
         )
     notes = _notes(facts, kind, tokenizer, max_length, file)
-    return Examples(Dataset.from_file(str(kept)), facts["tokens"], notes)
+    return Examples(Dataset.from_file(str(kept)), facts["tokens"], notes, facts["teacher_longest"])
 
 
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
+_WITH_TEACHER = pa.schema([*_SCHEMA, *(pa.field(name, pa.list_(pa.int32())) for name in OWN_IDS)])
 
 
 def _require_suitable(kind: Kind, tokenizer: PreTrainedTokenizerBase, packing: bool, file: str) -> None:
@@ -115,7 +121,7 @@ def _kept_file(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
     return kept_file(["encoded", loaded, tokenizer, versions, max_length, packing])
 
 
-def _counted(rows: Iterator[Row], facts: Counter[str]) -> Iterator[pa.RecordBatch]:
+def _counted(rows: Iterator[Row], facts: Counter[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """The rows that have a token that counts, in batches; adds `tokens` and `left_out` to the facts."""
     while chunk := list(islice(rows, BATCH)):
         labels = [torch.tensor(row.labels, dtype=torch.int32) for row in chunk]
@@ -123,9 +129,8 @@ def _counted(rows: Iterator[Row], facts: Counter[str]) -> Iterator[pa.RecordBatc
         kept = [row for row, count in zip(chunk, tokens, strict=True) if count]
         facts["tokens"] += sum(tokens)
         facts["left_out"] += len(chunk) - len(kept)
-        columns = ([row.input_ids for row in kept], [row.labels for row in kept])
-        arrays = [pa.array(column, type) for column, type in zip(columns, _SCHEMA.types, strict=True)]
-        yield pa.record_batch(arrays, schema=_SCHEMA)
+        arrays = [pa.array([getattr(row, each.name) for row in kept], each.type) for each in schema]
+        yield pa.record_batch(arrays, schema=schema)
 
 
 def _notes(
@@ -160,14 +165,20 @@ class PaddingCollator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        """Input_ids, attention_mask (1 on tokens, 0 on padding) and labels, each [B, T] int64."""
-        ids = [torch.tensor(example["input_ids"], dtype=torch.long) for example in examples]
-        labels = [torch.tensor(example["labels"], dtype=torch.long) for example in examples]
+        """Input_ids, attention_mask (1 on tokens, 0 on padding) and labels, each [B, T] int64; where the rows have a
+        prompt of the teacher's own, the same once more with teacher_ before the names, of another T.
+        """
+        own = self._padded(examples, "teacher_") if "teacher_input_ids" in examples[0] else {}
+        return self._padded(examples, "") | own
+
+    def _padded(self, examples: Sequence[Mapping[str, Sequence[int]]], whose: str) -> dict[str, Tensor]:
+        ids = [torch.tensor(example[f"{whose}input_ids"], dtype=torch.long) for example in examples]
+        labels = [torch.tensor(example[f"{whose}labels"], dtype=torch.long) for example in examples]
         mask = [torch.ones_like(row) for row in ids]
         return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence(mask, batch_first=True, padding_value=0),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+            f"{whose}input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            f"{whose}attention_mask": pad_sequence(mask, batch_first=True, padding_value=0),
+            f"{whose}labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
         }
 
 

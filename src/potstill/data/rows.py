@@ -21,10 +21,12 @@ from potstill.targets import IGNORE
 
 
 class Row(NamedTuple):
-    """One example, labels not shifted."""
+    """One example, labels not shifted; and what the teacher reads instead, where that is something else."""
 
     input_ids: list[int]
     labels: list[int]
+    teacher_input_ids: list[int] | None = None
+    teacher_labels: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Encoding:
         max_length: tokens of the longest row.
         packing: documents in one stream.
         file: its name, for messages.
-        facts: `empty` rows that were skipped and `cut` rows are added to it.
+        facts: `empty` rows that were skipped and `cut` rows are added to it, and the `teacher_longest` row is noted.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,11 +55,18 @@ class Encoding:
         """
         if kind == "text":
             return _text_rows(dataset, self)
+        own: Iterator[_Answered] | None = None
+        columns = set(dataset.column_names)
         if kind == "completion":
-            return _with_room(_completions(dataset, self), self)
-        if kind == "messages":
-            return _with_room(_conversations(dataset, self), self)
-        return _given_ids(dataset, self)
+            rows = _with_room(_completions(dataset, self), self)
+            own = _completions(dataset, self, "teacher_prompt") if "teacher_prompt" in columns else None
+        elif kind == "messages":
+            rows = _with_room(_conversations(dataset, self), self)
+            own = _conversations(dataset, self, "teacher_messages") if "teacher_messages" in columns else None
+        else:
+            rows = (self.cut(*one.row[:2]) for one in _given_ids(dataset, self))
+            own = _given_ids(dataset, self, "teacher_") if "teacher_input_ids" in columns else None
+        return rows if own is None else _beside(rows, own, self)
 
     def tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """The ids of texts, with or without the special tokens that the tokenizer adds."""
@@ -162,7 +171,7 @@ def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Ro
     for one in answered:
         if one.prompt >= encoding.max_length:
             full.append(one._replace(row=Row([], [])))
-        yield encoding.cut(*one.row)
+        yield encoding.cut(*one.row[:2])
     if full:
         raise DataError(
             f"data: expected prompts shorter than max_length {encoding.max_length}, got {full[0].prompt} tokens "
@@ -171,10 +180,27 @@ def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Ro
         )
 
 
-def _completions(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
+def _beside(rows: Iterator[Row], own: Iterator[_Answered], encoding: Encoding) -> Iterator[Row]:
+    """Each row with what the teacher reads, up to the last token of the answer that is left of it."""
+    for row, theirs in zip(rows, own, strict=True):
+        ids, labels = theirs.row[:2]
+        answer = [label for label in row.labels[1:] if label != IGNORE]
+        places = [i for i, label in enumerate(labels) if label != IGNORE and i][: len(answer)]
+        if [labels[i] for i in places] != answer:
+            raise DataError(
+                f"data: expected the same answer tokens behind the student's and the teacher's prompt, got others in "
+                f"row {theirs.number} of {encoding.file}. Each position of one must be one of the other. End both "
+                "prompts with the same word or line."
+            )
+        end = places[-1] + 1 if places else 0
+        encoding.facts["teacher_longest"] = max(encoding.facts["teacher_longest"], end)
+        yield row._replace(teacher_input_ids=ids[:end], teacher_labels=labels[:end])
+
+
+def _completions(dataset: Dataset, encoding: Encoding, column: str = "prompt") -> Iterator[_Answered]:
     closing = _closing_tokens(encoding)
     for numbers, batch in encoding.filled(dataset, "completion"):
-        prompts = encoding.tokens(batch["prompt"], special=True)
+        prompts = encoding.tokens(batch[column], special=True)
         completions = encoding.tokens(batch["completion"], special=False)
         for number, prompt, completion in zip(numbers, prompts, completions, strict=True):
             if closing and prompt[-len(closing) :] == closing:
@@ -201,11 +227,15 @@ class _Written(NamedTuple):
     turns: list[tuple[str, str]]
 
 
-def _conversations(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
+def _conversations(dataset: Dataset, encoding: Encoding, before: str | None = None) -> Iterator[_Answered]:
+    """Conversations, or what they are with the messages of a column before the assistant's first turn."""
     for numbers, batch in encoding.filled(dataset, "messages"):
-        written = [
-            _write(json.loads(text), number, encoding) for number, text in zip(numbers, batch["messages"], strict=True)
-        ]
+        spoken = [json.loads(text) for text in batch["messages"]]
+        if before is not None:
+            first = [next((i for i, one in enumerate(each) if one["role"] == "assistant"), 0) for each in spoken]
+            begun = [json.loads(text) for text in batch[before]]
+            spoken = [start + each[i:] for start, each, i in zip(begun, spoken, first, strict=True)]
+        written = [_write(each, number, encoding) for number, each in zip(numbers, spoken, strict=True)]
         texts = {one.whole for one in written} | {text for one in written for turn in one.turns for text in turn}
         ordered = sorted(texts)
         ids_of = dict(zip(ordered, encoding.tokens(ordered, special=False), strict=True))
@@ -269,15 +299,15 @@ def _agreement(ids: list[int], whole: list[int]) -> int:
 # input_ids
 
 
-def _given_ids(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
+def _given_ids(dataset: Dataset, encoding: Encoding, whose: str = "") -> Iterator[_Answered]:
     vocabulary = max(encoding.tokenizer.get_vocab().values()) + 1
     for numbers, batch in encoding.filled(dataset, "input_ids"):
         for i, number in enumerate(numbers):
-            ids = batch["input_ids"][i]
-            labels = batch["labels"][i] if "labels" in batch else ids
+            ids = batch[f"{whose}input_ids"][i]
+            labels = batch[f"{whose}labels"][i] if f"{whose}labels" in batch else ids
             mask = batch["attention_mask"][i] if "attention_mask" in batch else []
             _check_ids(ids, labels, mask, vocabulary, f"row {number} of {encoding.file}")
-            yield encoding.cut(ids, labels)
+            yield _Answered(number, 0, Row(ids, labels))
 
 
 def _check_ids(ids: list[int], labels: list[int], mask: list[int], vocabulary: int, where: str) -> None:

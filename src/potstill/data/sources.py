@@ -26,6 +26,9 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "input_ids": ("input_ids",),
 }
 COMPANIONS = ("labels", "attention_mask")  # taken along with input_ids when they are there
+# The same text as the teacher is to read it: the name of its column here, by kind. Of ids both or none.
+OWN_PROMPT: dict[Kind, str] = {"completion": "teacher_prompt", "messages": "teacher_messages"}
+OWN_IDS = ("teacher_input_ids", "teacher_labels")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,10 @@ class Source:
         prompt: the column of what is given; needs `completion`.
         completion: the column of what is to be said; needs `prompt`.
         messages: the column of conversations, each a list of {role, content, ...} or that list as JSON text.
-        input_ids: the column of token ids; a column named labels is taken along.
+        input_ids: the column of token ids; a column named labels is taken along, and teacher_input_ids with
+            teacher_labels.
+        teacher_prompt: the column of what the teacher reads instead before the same answer: text beside prompts, a list
+            of messages beside conversations, in place of all before the assistant's first turn.
     """
 
     path: str | Path
@@ -51,6 +57,7 @@ class Source:
     completion: str | None = None
     messages: str | None = None
     input_ids: str | None = None
+    teacher_prompt: str | None = None
 
 
 def load(source: Source) -> tuple[Dataset, Kind]:
@@ -122,6 +129,14 @@ def _choose(source: Source, columns: list[str], file: str) -> tuple[Kind, dict[s
     found = {standard: _require_column(name, standard, columns, file) for standard, name in names.items()}
     if kind == "input_ids":
         found |= {name: name for name in COMPANIONS if name in columns}
+        found |= {name: name for name in OWN_IDS if set(OWN_IDS) <= set(columns)}
+    if source.teacher_prompt is not None:
+        if kind not in OWN_PROMPT:
+            raise DataError(
+                f"data: expected answers for the teacher's own prompts in {file}, got {kind}. Both read one answer "
+                "behind prompts of their own. Give prompt and completion, or messages."
+            )
+        found[OWN_PROMPT[kind]] = _require_column(source.teacher_prompt, "teacher_prompt", columns, file)
     return kind, found
 
 
@@ -246,8 +261,9 @@ class _Type(NamedTuple):
 
 _TEXT = _Type(pa.large_string(), "text", _texts)
 _IDS = _Type(pa.list_(pa.int64()), "a list of whole numbers", _id_lists)
+_MESSAGES = _Type(pa.large_string(), "a list of messages with role and content", _conversations)
 _TYPES: dict[str, _Type] = {
-    **dict.fromkeys(("text", "prompt", "completion"), _TEXT),
-    "messages": _Type(pa.large_string(), "a list of messages with role and content", _conversations),
-    **dict.fromkeys(("input_ids", *COMPANIONS), _IDS),
+    **dict.fromkeys(("text", "prompt", "completion", "teacher_prompt"), _TEXT),
+    **dict.fromkeys(("messages", "teacher_messages"), _MESSAGES),
+    **dict.fromkeys(("input_ids", *COMPANIONS, *OWN_IDS), _IDS),
 }

@@ -136,6 +136,7 @@ class Summary(BaseModel):
     training: Training = Training()
     objective: str | None = None
     models: dict[str, str] = {}
+    teacher_weights: dict[str, float] | None = None
     notes: list[str] = []
     versions: dict[str, str] = {}
 

@@ -7,14 +7,21 @@ from potstill.recipe.data import DataPart, SourcePart
 from potstill.recipe.divergence import DivergencePart
 from potstill.recipe.embedding import EmbeddingRecipe
 from potstill.recipe.generate import GenerateRecipe
-from potstill.recipe.inside import AttentionPart, HiddenPart, LayersPart, RelationsPart, SimilarityPart
+from potstill.recipe.inside import (
+    AttentionPart,
+    DeepSupervisionPart,
+    HiddenPart,
+    LayersPart,
+    RelationsPart,
+    SimilarityPart,
+)
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
 from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart
 from potstill.recipe.policy import MiniLLMPart, PolicyPart
 from potstill.recipe.rollout import RolloutPart
 from potstill.recipe.run import EvaluatePart, Recipe
 from potstill.recipe.student import BudgetPart, InitializePart, StudentPart
-from potstill.recipe.teacher import ServerPart, TeacherPart
+from potstill.recipe.teacher import MemberPart, ServerPart, SpeakerPart, TeacherPart
 
 __all__ = [
     "AdaptiveKLPart",
@@ -22,6 +29,7 @@ __all__ = [
     "BiLDPart",
     "BudgetPart",
     "DataPart",
+    "DeepSupervisionPart",
     "DivergencePart",
     "EmbeddingRecipe",
     "EvaluatePart",
@@ -31,6 +39,7 @@ __all__ = [
     "LabelsPart",
     "LayersPart",
     "LogitsPart",
+    "MemberPart",
     "MiniLLMPart",
     "Number",
     "PolicyPart",
@@ -41,6 +50,7 @@ __all__ = [
     "ServerPart",
     "SimilarityPart",
     "SourcePart",
+    "SpeakerPart",
     "StudentPart",
     "TAIDPart",
     "TeacherPart",

@@ -18,6 +18,9 @@ class SourcePart(Part):
     completion: str | None = Field(None, description="the column of completions")
     messages: str | None = Field(None, description="the column of chats; only the assistant's turns count")
     input_ids: str | None = Field(None, description="the column of token ids")
+    teacher_prompt: str | None = Field(
+        None, description="the column of what the teacher reads before the same answer, in place of the prompt"
+    )
 
 
 class DataPart(Part):

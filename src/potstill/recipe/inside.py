@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.layers import LayerMap
-from potstill.recipe.divergence import NamedDivergence
+from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
 from potstill.recipe.numbers import Temperature, Weight
 
@@ -101,3 +101,13 @@ class SimilarityPart(Part):
     temperature: Temperature = Field(0.1, description="of the distributions")
     divergence: NamedDivergence | None = Field(None, description="between the distributions; forward_kl")
     weight: Weight = 1.0
+
+
+class DeepSupervisionPart(Part):
+    """Earlier layers of the student learn from its own last one, through its norm and head. No teacher speaks."""
+
+    term: Literal["deep_supervision"]
+    layers: list[int] = Field(min_length=1, description="of the student, before its last; from 0, or -2 and so on")
+    divergence: NamedDivergence = DivergencePart(kind="forward_kl")
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0

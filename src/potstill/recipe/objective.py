@@ -8,7 +8,7 @@ from pydantic import Field
 
 from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
-from potstill.recipe.inside import AttentionPart, HiddenPart, RelationsPart, SimilarityPart
+from potstill.recipe.inside import AttentionPart, DeepSupervisionPart, HiddenPart, RelationsPart, SimilarityPart
 from potstill.recipe.numbers import SchedulePart, Share, Temperature, Weight
 from potstill.recipe.policy import MiniLLMPart, PolicyPart
 
@@ -80,6 +80,7 @@ TermPart = Annotated[
     | HiddenPart
     | AttentionPart
     | RelationsPart
-    | SimilarityPart,
+    | SimilarityPart
+    | DeepSupervisionPart,
     Field(discriminator="term"),
 ]

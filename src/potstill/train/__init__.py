@@ -5,6 +5,7 @@ from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Labels, Logits, Objective
 from potstill.train.policy import PolicyGradient
 from potstill.train.rollout import Adapt, Replay, Rollout, teacher_mix, teacher_top_k
+from potstill.train.supervision import DeepSupervision
 from potstill.train.terms import Attention, Hidden, Relations, Similarity
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 
@@ -14,6 +15,7 @@ __all__ = [
     "AdaptiveKL",
     "Attention",
     "BiLD",
+    "DeepSupervision",
     "DistillationConfig",
     "DistillationTrainer",
     "Distiller",

@@ -15,6 +15,7 @@ from potstill.taps import Inside, Needs, Taps
 from potstill.targets import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, attended, causal_alignment
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 from potstill.train.objective import Objective, Own, Signals, Term
+from potstill.train.prefetch import Prefetch
 
 
 class StepOutput(NamedTuple):
@@ -41,6 +42,7 @@ class Distiller(nn.Module):
         objective: an `Objective`, or a list of its terms.
         vocabulary: the number of tokens that teacher and student share, where a head has padding rows behind them:
             both are sliced to it before the normaliser.
+        prefetch: ask the teacher one batch ahead, while the student learns; see `foretell`.
 
     Raises:
         ShapeError: a term needs a teacher and there is none, or asks for a layer that is not there.
@@ -62,6 +64,7 @@ class Distiller(nn.Module):
         objective: Objective | Sequence[Term],
         *,
         vocabulary: int | None = None,
+        prefetch: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -75,13 +78,20 @@ class Distiller(nn.Module):
         if self.objective.needs_teacher and self.teacher is None:
             asking = next(term.name for term in self.objective.terms if term.needs_teacher)
             raise ShapeError(f"Distiller: expected a teacher for the term {asking}, got None.")
+        if self.teacher is not None:
+            self.teacher.attach(student)
+        self._prefetch = Prefetch(self.teacher) if prefetch and self.teacher is not None else None
         self._needs = Needs()
         if self.objective.looks_inside:
-            assert self.teacher is not None
             self._taps = Taps(student)
-            self._needs, asked = self.objective.fit(self._taps.anatomy, self.teacher.anatomy)
+            theirs = None
+            if self.objective.looks_into_teacher:
+                assert self.teacher is not None
+                theirs = self.teacher.anatomy
+            self._needs, asked = self.objective.fit(self._taps.anatomy, theirs)
             self._taps.prepare(self._needs)
-            self.teacher.prepare(asked)
+            if self.teacher is not None:
+                self.teacher.prepare(asked)
         self.cut = cut(student)  # here, before wrappers of the Distiller shard the weights
 
     @property
@@ -92,14 +102,17 @@ class Distiller(nn.Module):
     def step(self, batch: Mapping[str, Tensor], *, normalizer: Tensor | float | None = None) -> StepOutput:
         """The loss of a batch, for a loop of one's own: call `loss.backward()` on it.
 
-        In training mode each call counts as one optimiser step for the schedules. To accumulate gradients over
+        In training mode each call counts as one optimiser step for the schedules, and a teacher that follows the
+        student does so before the next one. To accumulate gradients over
         several batches call the module itself: `distiller(batch, normalizer=counting tokens of all, at=step)`, with
-        `attended_normalizer` for terms over layers.
+        `attended_normalizer` for terms over layers, and `teacher.after_step(step)` after each optimiser step.
 
         Args:
             batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count.
             normalizer: see `forward`.
         """
+        if self.training and self._steps and self.teacher is not None:
+            self.teacher.after_step(self._steps)
         output: StepOutput = self(batch, normalizer=normalizer, at=self._steps)
         self._steps += self.training
         return output
@@ -126,24 +139,36 @@ class Distiller(nn.Module):
             student = student.slice(self.vocabulary)
         positions = attended(batch) if self._needs else None
         signals = Signals(
-            student,
-            alignment.labels,
-            teacher,
-            normalizer,
-            at,
-            inside,
-            positions,
-            attended_normalizer,
-            _own(batch, alignment),
+            *(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment),
+            own=_own(batch, alignment),
         )
         return StepOutput(*self.objective(signals))
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether the teacher is asked one batch ahead."""
+        return self._prefetch is not None and self.consults
+
+    def foretell(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Say which batches the module will be called with, in order, for `prefetch`; none ends it.
+
+        A batch is known again by its very tensor of input_ids. Others may come between, and are asked on the spot.
+        """
+        if self._prefetch is None:
+            return
+        if batches:
+            self._prefetch.foretell([(batch, causal_alignment(batch["labels"])) for batch in batches])
+        else:
+            self._prefetch.close()
 
     def _listen(self, call: Callable[[], Any]) -> tuple[Any, Inside]:
         return self._taps.hear(self._needs, call) if self._needs else (call(), Inside())
 
     def _ask(self, batch: Mapping[str, Tensor], alignment: Any) -> TeacherOutput:
         assert self.teacher is not None
-        said = self.teacher(batch, alignment)
+        said = (self._prefetch or self.teacher)(batch, alignment)
+        if self.training:
+            self.teacher.learn(said)
         return said if self.vocabulary is None else replace(said, targets=said.targets.slice(self.vocabulary))
 
     # What transformers.Trainer asks of a model, passed on to the student.

@@ -25,7 +25,7 @@ from potstill.losses import (
 )
 from potstill.schedule import Schedule
 from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import IGNORE, DenseTargets, HeadTargets, Targets
+from potstill.targets import IGNORE, Alignment, DenseTargets, HeadTargets, Targets
 from potstill.teachers import TeacherOutput
 
 Text = Literal["all", "data", "own"]  # which tokens a term is about: the student's own, or the others
@@ -77,6 +77,7 @@ class Signals:
         inside: what terms have asked of the student's layers, over all positions. With gradient.
         attended: [B, T] bool, the positions that terms over layers count; see `targets.attended`.
         attended_normalizer: what means over attended positions divide by, or None for their number.
+        alignment: where the counting positions are.
         own: of the tokens that the student has written itself; None where there are none.
     """
 
@@ -88,6 +89,7 @@ class Signals:
     inside: Inside = field(default_factory=Inside)
     attended: Tensor | None = None
     attended_normalizer: Tensor | float | None = None
+    alignment: Alignment | None = None
     own: Own | None = None
 
     def only(self, text: Text) -> Tensor | None:
@@ -181,7 +183,7 @@ class Term(ABC):
     name: str
     needs_teacher: bool
     weight: Number
-    looks_inside: ClassVar[bool] = False  # at layers, of the student and of the teacher
+    looks_inside: ClassVar[bool] = False  # at layers, of the student and of the teacher that it needs
     over: Literal["counting", "attended"] = "counting"  # the positions whose mean it is
 
     @abstractmethod
@@ -299,17 +301,20 @@ class Objective(nn.Module):
         self.names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
         self.needs_teacher = any(term.needs_teacher for term in terms)
         self.looks_inside = any(term.looks_inside for term in terms)
+        self.looks_into_teacher = any(term.looks_inside and term.needs_teacher for term in terms)
         self.trained = nn.ModuleList(term for term in terms if isinstance(term, nn.Module))
 
-    def fit(self, student: Anatomy, teacher: Anatomy) -> tuple[Needs, Needs]:
+    def fit(self, student: Anatomy, teacher: Anatomy | None) -> tuple[Needs, Needs]:
         """Settle on layers and widths: what all terms together need of the student and of the teacher.
+
+        A term that needs no teacher learns from the student itself. None stands for a teacher that no term looks into.
 
         Raises:
             UserError: a term does not go with these models.
         """
         of_student, of_teacher = Needs(), Needs()
         for term in self.terms:
-            mine, theirs = term.fit(student, teacher)
+            mine, theirs = term.fit(student, teacher if term.needs_teacher and teacher else student)
             of_student, of_teacher = of_student | mine, of_teacher | theirs
         return of_student, of_teacher
 

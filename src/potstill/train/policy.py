@@ -10,7 +10,7 @@ from torch import Tensor
 from potstill.divergence import ReverseKL
 from potstill.errors import ShapeError
 from potstill.losses import linear_cross_entropy, token_cross_entropy
-from potstill.targets import DenseTargets, HeadTargets, SparseTargets
+from potstill.targets import DenseTargets, HeadTargets
 from potstill.teachers import TeacherOutput
 from potstill.train.objective import Number, Own, Signals, Term
 
@@ -113,14 +113,13 @@ def label_log_probs(teacher: TeacherOutput, labels: Tensor) -> Tensor:
     Raises:
         ShapeError: it gives a few tokens of each distribution, and does not tell.
     """
-    if teacher.label_log_probs is not None:
-        return teacher.label_log_probs.detach()
-    if isinstance(teacher.targets, SparseTargets):
+    told = teacher.of_labels(labels)
+    if told is None:
         raise ShapeError(
             "policy: expected a teacher that tells the log-probability of each token that the student drew, got a few "
             "likely tokens of each distribution. Use a model or a server that scores prompts."
         )
-    return _log_probs(teacher.targets, labels).detach()
+    return told.detach()
 
 
 def _student_log_probs(signals: Signals) -> Tensor:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from potstill.atomic import write_text
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.engines.decode import Guide, Written, ends_of, write
 from potstill.engines.sampling import Sampling
-from potstill.errors import ShapeError
+from potstill.errors import ShapeError, UserError
 from potstill.targets import IGNORE, OWN_LOG_PROBS, SAMPLER_LOG_PROBS
 from potstill.train.objective import Number, value_at
 from potstill.train.own_text import TextSums
@@ -65,6 +69,7 @@ class Row(NamedTuple):
     prompt: int  # how many of them are the prompt
     text: Written
     step: int
+    teacher_prompt: Sequence[int] = ()  # where the teacher reads one of its own
 
 
 class Rollout:
@@ -145,12 +150,11 @@ class Rollout:
         data = [row for batch in batches for row in _rows(batch)]
         chance = np.random.default_rng((self._seed, step, rank))
         wanted = _rounded(self.share_at(step) * len(data), chance)
-        prompts = {i: prompt for i, row in enumerate(data) if (prompt := self.prompt(row)) is not None}
-        places = list(prompts)[:wanted]
+        places = [i for i, row in enumerate(data) if self.prompt(row) is not None][:wanted]
         again = self._again(len(places), step, chance)
         fresh = places[: len(places) - len(again)]
         seed = int(chance.integers(2**62))
-        own = dict(zip(fresh, self._write(student, [prompts[i] for i in fresh], step, seed), strict=True))
+        own = dict(zip(fresh, self._write(student, [data[i] for i in fresh], step, seed), strict=True))
         self._kept.extend(own.values())
         self.latest = list(own.values())
         own |= dict(zip(places[len(fresh) :], again, strict=True))
@@ -173,23 +177,30 @@ class Rollout:
 
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[int] | None:
         """What the student goes on from, of a row of input_ids and labels; None where there is nothing, or no room."""
-        ids, labels = list(row["input_ids"]), row["labels"]
-        counts = next((place for place, label in enumerate(labels) if label != IGNORE), 0)
-        prompt = ids[:counts] if counts else ids[: min(self._prompt_tokens, len(ids) // 2)]
-        return prompt if prompt and (self.limit is None or len(prompt) < self.limit) else None
+        ids = list(row["input_ids"])
+        prompt = _unlearnt(row) or ids[: min(self._prompt_tokens, len(ids) // 2)]
+        longest = max(len(prompt), len(_unlearnt(row, "teacher_")))
+        return prompt if prompt and (self.limit is None or longest < self.limit) else None
 
-    def _write(self, student: nn.Module, prompts: list[list[int]], step: int, seed: int) -> list[Row]:
+    def _write(self, student: nn.Module, rows: list[dict[str, list[int]]], step: int, seed: int) -> list[Row]:
+        prompts = [self.prompt(row) or [] for row in rows]
+        theirs = [_unlearnt(row, "teacher_") for row in rows]
         written = write(
             student,
             prompts,
             Sampling(**{**vars(self.sampling), "seed": seed}),
             ends=ends_of(student, self._tokenizer.eos_token_id),
-            rooms=None if self.limit is None else [self.limit - len(prompt) for prompt in prompts],
+            rooms=None
+            if self.limit is None
+            else [self.limit - max(len(mine), len(other)) for mine, other in zip(prompts, theirs, strict=True)],
             vocabulary=self._vocabulary,
             guide=self.guide,
             batch_size=self._batch_size,
         )
-        return [Row(prompt + text.ids, len(prompt), text, step) for prompt, text in zip(prompts, written, strict=True)]
+        return [
+            Row(mine + text.ids, len(mine), text, step, other)
+            for mine, other, text in zip(prompts, theirs, written, strict=True)
+        ]
 
     def _again(self, own: int, step: int, chance: np.random.Generator) -> list[Row]:
         """Texts of earlier steps for the own rows that are not to be written."""
@@ -210,15 +221,28 @@ class Rollout:
 
     # What a checkpoint keeps of it.
 
-    def state(self) -> dict[str, Any]:
-        """What a run that goes on must know, as JSON."""
-        return {"raised": self._raised, "last_loss": self._last_loss, "kept": [_packed(row) for row in self._kept]}
+    def save(self, folder: Path, rank: int) -> None:
+        """Keep in a checkpoint what a run that goes on must know: each rank what it wrote."""
+        kept = [{**row._asdict(), "text": vars(row.text)} for row in self._kept]
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"raised": self._raised, "last_loss": self._last_loss, "kept": kept}
+        write_text(folder / _name(rank), json.dumps(state))
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+    def load(self, folder: Path, rank: int) -> None:
+        """Go on from what `save` kept.
+
+        Raises:
+            UserError: it is not there.
+        """
+        if not (folder / _name(rank)).exists():
+            raise UserError(
+                f"train: expected {_name(rank)} in {folder}, got none. Each rank keeps the texts that it wrote: go on "
+                "with as many ranks as before, and with a rollout as before."
+            )
+        state = json.loads((folder / _name(rank)).read_text())
         self._raised, self._last_loss = state["raised"], state["last_loss"]
         self._kept.clear()
-        self._kept.extend(_unpacked(row) for row in state["kept"])
+        self._kept.extend(Row(**{**row, "text": Written(**row["text"])}) for row in state["kept"])
 
     def text(self, row: Row) -> tuple[str, str]:
         """A row's prompt and what was written behind it, for people."""
@@ -259,18 +283,34 @@ def _rounded(number: float, chance: np.random.Generator) -> int:
     return int(number + chance.random() * (1 - 1e-9))
 
 
-def _rows(batch: Mapping[str, Tensor]) -> list[dict[str, list[int]]]:
-    """The rows of a batch without their padding."""
-    mask = batch["attention_mask"].bool().cpu()
-    names = [name for name in batch if name != "attention_mask"]
-    columns = {name: batch[name].cpu() for name in names}
-    return [{name: columns[name][i][mask[i]].tolist() for name in names} for i in range(len(mask))]
+def _rows(batch: Mapping[str, Tensor]) -> list[dict[str, list[Any]]]:
+    """The rows of a batch without their padding: input_ids, labels, weights, and the teacher's own where there are."""
+    rows: list[dict[str, list[Any]]] = [{} for _ in batch["input_ids"]]
+    for whose in ("", "teacher_"):
+        for name in (f"{whose}{one}" for one in ("input_ids", "labels", "weights")):
+            if name in batch:
+                kept = zip(batch[name].cpu(), batch[f"{whose}attention_mask"].bool().cpu(), strict=True)
+                for row, (values, mask) in zip(rows, kept, strict=True):
+                    row[name] = values[mask].tolist()
+    return rows
 
 
-def _example(row: Row, replaced: Mapping[str, Any]) -> dict[str, list[int]]:
+def _unlearnt(row: Mapping[str, Sequence[int]], whose: str = "") -> list[int]:
+    """What stands before the first token that counts."""
+    labels = row.get(f"{whose}labels", ())
+    first = next((place for place, label in enumerate(labels) if label != IGNORE), 0)
+    return list(row[f"{whose}input_ids"][:first]) if first else []
+
+
+def _example(row: Row, replaced: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Own text in place of a row of the data. Weights of that row are not its own: each token counts 1."""
-    ones = {name: [1] * len(row.ids) for name in replaced if name not in ("input_ids", "labels")}
-    return {"input_ids": row.ids, "labels": [IGNORE] * row.prompt + row.ids[row.prompt :], **ones}
+    made = {}
+    for whose, prompt in (("", row.ids[: row.prompt]), ("teacher_", list(row.teacher_prompt))):
+        if f"{whose}input_ids" in replaced:
+            new = row.ids[row.prompt :]
+            made[f"{whose}input_ids"] = prompt + new
+            made[f"{whose}labels"] = [IGNORE] * len(prompt) + new
+    return made | ({"weights": [1.0] * len(row.ids)} if "weights" in replaced else {})
 
 
 def _column(rows: Sequence[Row | None], name: str, like: Tensor) -> Tensor:
@@ -284,9 +324,13 @@ def _column(rows: Sequence[Row | None], name: str, like: Tensor) -> Tensor:
     return torch.nn.functional.pad(padded, (0, missing), value=torch.nan)
 
 
-def _packed(row: Row) -> dict[str, Any]:
-    return {**row._asdict(), "text": vars(row.text)}
+def _name(rank: int) -> str:
+    return f"rollout-{rank}.json"
 
 
-def _unpacked(state: Mapping[str, Any]) -> Row:
-    return Row(state["ids"], state["prompt"], Written(**state["text"]), state["step"])
+def with_weights_of(copy: nn.Module, wrapped: nn.Module) -> nn.Module:
+    """A copy of the student with the weights of now, gathered from a Distiller whose student is sharded."""
+    weights = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    own = {name.removeprefix("student."): x for name, x in weights.items() if name.startswith("student.")}
+    copy.load_state_dict(own)
+    return copy

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from potstill.atomic import write_text
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
 from potstill.targets import IGNORE, attended, counting
 from potstill.teachers import Teacher
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import OF_TEXT, Objective, Term
-from potstill.train.rollout import Rollout
+from potstill.train.prefetch import Peek
+from potstill.train.rollout import Rollout, with_weights_of
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
+TEACHER = "teacher.safetensors"  # likewise: what has become of a teacher that changes
 
 
 @dataclass
@@ -73,6 +73,7 @@ class DistillationTrainer(Trainer):
         processing_class: the tokenizer.
         vocabulary: see `Distiller`.
         rollout: puts the student's own text in place of a share of the training rows; None for data alone.
+        prefetch: ask the teacher about the next batch while the student learns from this one.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
     """
 
@@ -90,6 +91,7 @@ class DistillationTrainer(Trainer):
         processing_class: Any = None,
         vocabulary: int | None = None,
         rollout: Rollout | None = None,
+        prefetch: bool = False,
         **kwargs: Any,
     ) -> None:
         args = args or DistillationConfig(output_dir="runs/student")
@@ -98,7 +100,7 @@ class DistillationTrainer(Trainer):
         if "data_collator" not in kwargs and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
-        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary)
+        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, prefetch=prefetch)
         if all(term.looks_inside for term in self.distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers leave the head alone
         super().__init__(
@@ -119,9 +121,12 @@ class DistillationTrainer(Trainer):
         self._writer: nn.Module | None = None
         if rollout is not None and self.is_fsdp_enabled:
             self._writer = nn.Module.to(deepcopy(student), args.device)
+        if self.distiller.teacher is not None:
+            self.add_callback(_Follow(self.distiller.teacher))
         self._train_sums = _Sums()
         self._eval_sums = _Sums()
         self._attended: Tensor | None = None
+        self._peek: Peek[Any] | None = None
         self._micro_step = 0
         self._steps_since_log = 0
 
@@ -129,24 +134,28 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | None]:
-        """The batches of one optimiser step, and their counting tokens, with what the student writes."""
-        batches = list(islice(epoch_iterator, num_batches))
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of one optimiser step, with what the student writes, and their counting tokens. A teacher that is
+        asked ahead is told of them, and of the one after.
+        """
+        prefetches, source = self.distiller.prefetches, epoch_iterator
+        if prefetches:
+            if self._peek is None or self._peek.source is not epoch_iterator:
+                self._peek = Peek(epoch_iterator)
+            source = self._peek
+        batches = list(islice(source, num_batches))
         if self.rollout is not None and batches:
             with self.accelerator.autocast():
                 step, rank = self.state.global_step, self.args.process_index
-                batches = self.rollout(batches, self._who_writes(), step=step, rank=rank)
+                student = self.distiller.student
+                if self._writer is not None:
+                    student = with_weights_of(self._writer, self.model_wrapped)
+                batches = self.rollout(batches, student, step=step, rank=rank)
+        if prefetches and self._peek is not None:
+            # What the student will write in the next step is not known yet.
+            ahead = [] if self.rollout is not None else self._peek.ahead()
+            self.distiller.foretell([*batches, *ahead])
         return batches, self._get_num_items_in_batch(batches, device)
-
-    def _who_writes(self) -> nn.Module:
-        """The student as it is now, whole."""
-        if self._writer is None:
-            return self.distiller.student
-        options = StateDictOptions(full_state_dict=True)
-        weights = get_model_state_dict(self.model_wrapped, options=options)
-        own = {name.removeprefix("student."): x for name, x in weights.items() if name.startswith("student.")}
-        self._writer.load_state_dict(own)
-        return self._writer
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """The counting tokens of an optimiser step, over its batches and all ranks; the attended ones are kept."""
@@ -211,7 +220,7 @@ class DistillationTrainer(Trainer):
             rows = self.eval_dataset[rows]  # type: ignore[index]  # one of several held-out sets, by its name
         if self.args.world_size > 1:
             missing = -len(rows) % (self.args.world_size * self.args.per_device_eval_batch_size)
-            blank = {"input_ids": rows[0]["input_ids"], "labels": [IGNORE] * len(rows[0]["labels"])}
+            blank = {name: [IGNORE] * len(ids) if name.endswith("labels") else ids for name, ids in rows[0].items()}
             filling: Any = [blank] * missing
             rows = ConcatDataset([rows, filling])
         return super().get_eval_dataloader(rows)
@@ -259,6 +268,7 @@ class DistillationTrainer(Trainer):
                 logs |= self.rollout.sums.take(self.accelerator)
             self._train_sums = _Sums()
             self._steps_since_log = 0
+            logs |= {} if self.distiller.teacher is None else self.distiller.teacher.logs()
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -268,22 +278,25 @@ class DistillationTrainer(Trainer):
             UserError: there is none.
             DataError: the teacher cannot speak about all of the training data.
         """
-        if self.distiller.teacher is not None and self.distiller.consults:
-            self.distiller.teacher.require(self.train_dataset)
+        teacher = self.distiller.teacher
+        if teacher is not None and teacher.of_student and self.is_fsdp_enabled:
+            raise UserError(
+                f"{type(teacher).__name__}: expected a student that is whole on every rank, got one that FSDP shards. "
+                "Its teacher is made of its weights. Train without FSDP, or name another teacher."
+            )
+        if teacher is not None and self.distiller.consults:
+            teacher.require(self.train_dataset)
         if resume_from_checkpoint is True:
             found = last_checkpoint(self._checkpoints)
             if found is None:
                 raise UserError(f"train: expected a complete checkpoint in {self.args.output_dir}, got none.")
             resume_from_checkpoint = str(found)
         if self.rollout is not None and resume_from_checkpoint:
-            kept = Path(str(resume_from_checkpoint)) / self._rollout_file
-            if not kept.exists():
-                raise UserError(
-                    f"train: expected {kept.name} in {kept.parent}, got none. Each rank keeps the texts that it wrote: "
-                    "go on with as many ranks as before, and with a rollout as before."
-                )
-            self.rollout.restore(json.loads(kept.read_text()))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            self.rollout.load(Path(str(resume_from_checkpoint)), self.args.process_index)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.distiller.foretell(())
 
     # Checkpoints.
 
@@ -291,20 +304,18 @@ class DistillationTrainer(Trainer):
         for name, parameter in self.distiller.named_parameters():
             if not torch.isfinite(parameter).all():
                 self._stop(f"a weight that is not finite in {name} before checkpoint {self.state.global_step}")
-        trained = self.distiller.objective.state_dict()
-        if trained and self.args.should_save and not self.is_fsdp_enabled:  # whose own files hold everything
-            folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in trained.items()}, folder / TRAINED)
+        teacher = self.distiller.teacher
+        states = {TEACHER: {} if teacher is None else teacher.state_dict()}
+        if not self.is_fsdp_enabled:  # whose own files hold all that is trained
+            states[TRAINED] = self.distiller.objective.state_dict()
+        folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
+        for name, state in states.items():
+            if state and self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file({key: value.contiguous() for key, value in state.items()}, folder / name)
         if self.rollout is not None:
-            folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / self._rollout_file, json.dumps(self.rollout.state()))
+            self.rollout.save(folder, self.args.process_index)
         super()._save_checkpoint(model, trial)
-
-    @property
-    def _rollout_file(self) -> str:
-        return f"rollout-{self.args.process_index}.json"  # each rank writes texts of its own
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         target = str(output_dir or self.args.output_dir)
@@ -321,6 +332,8 @@ class DistillationTrainer(Trainer):
             self.processing_class.save_pretrained(target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.distiller.teacher is not None:
+            restore_teacher(self.distiller.teacher, Path(resume_from_checkpoint))
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -339,6 +352,33 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class _Follow(TrainerCallback):
+    """Tells a teacher of every optimiser step, before checkpoints are written."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.teacher.after_step(state.global_step)
+
+
+def restore_teacher(teacher: Teacher, checkpoint: Path) -> None:
+    """What has become of a teacher until a checkpoint; nothing, for one that does not change.
+
+    Raises:
+        UserError: the checkpoint does not know.
+    """
+    if not teacher.state_dict():
+        return
+    file = checkpoint / TEACHER
+    if not file.exists():
+        raise UserError(
+            f"train: expected {TEACHER} in {checkpoint}, got none. The teacher changes in training, and this "
+            "checkpoint is of another one. Begin anew, or resume with the teacher that it is of."
+        )
+    teacher.load_state_dict(load_file(file))
 
 
 def _counts(batch: Mapping[str, Tensor]) -> Tensor:
