@@ -40,7 +40,7 @@ from potstill.losses import (
 from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets
 
 if TYPE_CHECKING:
-    from potstill.data import Examples, PaddingCollator, Source, encode
+    from potstill.data import Examples, MaskedRows, PaddingCollator, Source, encode
     from potstill.diagnosis import diagnose
     from potstill.embedding import EmbeddingDistiller, PairObjective, VectorHead, open_vectors
     from potstill.embedding.run import run_embedding
@@ -82,10 +82,11 @@ if TYPE_CHECKING:
         Relations,
         Rollout,
         Similarity,
+        Values,
     )
 
 _LATER = {
-    "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
+    "potstill.data": ("Examples", "MaskedRows", "PaddingCollator", "Source", "encode"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
     "potstill.diagnosis": ("diagnose",),
     "potstill.evaluate.tradeoff": ("pareto_front", "recommend"),
@@ -127,6 +128,7 @@ _LATER = {
         "Relations",
         "Rollout",
         "Similarity",
+        "Values",
     ),
 }
 
@@ -164,6 +166,7 @@ __all__ = [
     "LayerMap",
     "LocalEngine",
     "Logits",
+    "MaskedRows",
     "MixtureTargets",
     "ModelServer",
     "ModelTeacher",
@@ -190,6 +193,7 @@ __all__ = [
     "Teacher",
     "TeacherOutput",
     "TotalVariation",
+    "Values",
     "VectorHead",
     "diagnose",
     "embedding_divergence",

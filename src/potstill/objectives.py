@@ -24,6 +24,7 @@ from potstill.recipe import (
     SimilarityPart,
     TAIDPart,
     TermPart,
+    ValuesPart,
 )
 from potstill.taps import Anatomy, Needs
 from potstill.train import (
@@ -39,6 +40,7 @@ from potstill.train import (
     PolicyGradient,
     Relations,
     Similarity,
+    Values,
 )
 from potstill.train.objective import Term
 
@@ -94,6 +96,8 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
             top_k=part.top_k,
             text=part.text,
         )
+    if isinstance(part, ValuesPart):
+        return Values(weight)
     if isinstance(part, BiLDPart):
         return BiLD(weight, part.top_k, number(part.temperature))
     if isinstance(part, AdaptiveKLPart):

@@ -20,14 +20,17 @@ from transformers import PreTrainedModel, PrinterCallback
 from potstill.atomic import write_text
 from potstill.data import in_batches
 from potstill.errors import RecipeError
-from potstill.evaluate.quality import compare, continuation, gap_closed
+from potstill.evaluate.judged import measure
+from potstill.evaluate.measures import QUALITY
+from potstill.evaluate.quality import continuation, gap_closed
 from potstill.evaluate.report import write_report, write_student_card
 from potstill.evaluate.speed import latency_ms, weight_bytes
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
 from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TeacherPart, TermPart
-from potstill.targets import causal_alignment
+from potstill.students.modules import copy_modules
+from potstill.targets import OF_TOKENS, causal_alignment
 from potstill.teachers import EnsembleTeacher, Teacher
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, OwnTextsFile, ProgressBar, logged_lines, seconds_of
@@ -139,7 +142,8 @@ def _train(
         train_dataset=parts.train.dataset,
         eval_dataset=parts.curve,
         processing_class=parts.tokenizer,
-        vocabulary=parts.vocabulary,
+        vocabulary=parts.vocabulary or None,
+        task=parts.recipe.task,
         rollout=rollout,
         prefetch=parts.recipe.teacher.prefetch,
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
@@ -156,6 +160,9 @@ def _train(
         shutil.rmtree(partial, ignore_errors=True)  # what a kill in the middle of the next line leaves
     trainer.save_model(str(partial))
     if trainer.is_world_process_zero():
+        whole, made = parts.teacher_config, trainer.distiller.config
+        if parts.recipe.task == "encoder" and whole is not None and whole.hidden_size == made.hidden_size:
+            copy_modules(str(parts.recipe.teacher.model), partial)
         partial.rename(target)
     trainer.accelerator.wait_for_everyone()
 
@@ -190,23 +197,24 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     if (kept := last_checkpoint(directory / "checkpoints" / "student")) is not None and not parts.teacher.of_student:
         restore_teacher(parts.teacher, kept)
     teacher = parts.teacher_model
-    models = {name: load_model(str(directory / name), name).to(device) for name in names}
+    models = {name: load_model(str(directory / name), name, task=recipe.task).to(device) for name in names}
     everyone = dict(models)
     if teacher is not None:
         teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
         everyone = {"teacher": teacher, **models}
         folders["teacher"] = Path(str(recipe.teacher.model))
-    measured = compare(teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary)
+    of_tokens = recipe.task in OF_TOKENS
+    measured: Mapping[str, Any] = measure(
+        recipe.task, teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary or None
+    )
     if teacher is None:
         curve_loss = _told_loss(parts, parts.curve)
     else:
-        curve_loss = compare(teacher, {}, _batches(parts, parts.curve), vocabulary=parts.vocabulary)["teacher"].loss
+        curve = _batches(parts, parts.curve)
+        curve_loss = measure(recipe.task, teacher, {}, curve, vocabulary=parts.vocabulary or None)["teacher"].loss
     rows: dict[str, dict[str, float | None]] = {
         name: {
-            "loss": measured[name].loss,
-            "perplexity": measured[name].perplexity,
-            "agreement": measured[name].agreement,
-            "kl": measured[name].kl,
+            **{one.key: getattr(measured[name], one.key) for one in QUALITY[recipe.task]},
             "parameters": model.num_parameters(),
             "bytes": weight_bytes(folders[name]) or model.get_memory_footprint(),
             "latency_ms": latency_ms(model, recipe.data.max_length),
@@ -223,30 +231,33 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "seed": recipe.seed,
+        "task": recipe.task,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
         "gap_closed": closed,
         "curve": {"rows": len(parts.curve), "teacher_loss": curve_loss},
-        "kl_by_position": None
-        if teacher is None
+        "kl_by_position": None  # with masks a token sees both sides, wherever it is
+        if teacher is None or recipe.task != "causal"
         else {
             "edges": measured["student"].position_edges,
             **{name: measured[name].kl_by_position for name in names},
         },
-        "continuations": _continuations(parts, everyone),
+        "continuations": _continuations(parts, everyone) if recipe.task == "causal" else [],
         "own_texts": _spread(logged_lines(directory / "own_texts.jsonl"), OWN_TEXTS),
         "own_text": next((line for line in reversed(metrics) if "own_length" in line), None),
         "data": {
             "train": recipe.data.train.path,
-            "train_tokens": parts.train.tokens,
+            "train_tokens": parts.train.tokens if of_tokens else None,
             "train_examples": len(parts.train.dataset),
             "eval": recipe.data.eval.path,
-            "eval_tokens": parts.eval.tokens,
+            "eval_tokens": parts.eval.tokens if of_tokens else None,
             "eval_examples": len(parts.eval.dataset),
         },
         "training": {
             "steps": parts.steps,
-            "tokens_per_step": round(parts.train.tokens / len(parts.train.dataset) * parts.rows_per_step),
+            "tokens_per_step": round(parts.train.tokens / len(parts.train.dataset) * parts.rows_per_step)
+            if of_tokens
+            else None,
             "seconds": {name: seconds_of(metrics, name) for name in names},
         },
         "objective": "; ".join(_describe(part) for part in recipe.objective),

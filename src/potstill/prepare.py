@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill import objectives, rollouts
-from potstill.data import Examples, PaddingCollator, Source, encode, pad_token_id
+from potstill.data import Examples, PaddingCollator, pad_token_id
 from potstill.data.vocabulary import shared_vocabulary
 from potstill.divergence import ReverseKL
 from potstill.errors import RecipeError
@@ -20,11 +20,12 @@ from potstill.layers import LayerMap
 from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
 from potstill.prepare_student import begin, design_of, first_student
-from potstill.recipe import Recipe, SourcePart
+from potstill.prepare_task import encode_data, match_heads, positions_of, token_rows
+from potstill.recipe import Recipe
 from potstill.speaker import Speaker, find_speaker
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
-from potstill.targets import causal_alignment
+from potstill.targets import OF_TOKENS, causal_alignment
 from potstill.teachers import (
     CachedTeacher,
     EitherTeacher,
@@ -52,7 +53,7 @@ class Parts:
         tokenizer: the student's.
         train: what is learnt from.
         eval: what is held out.
-        vocabulary: the number of tokens that both models share.
+        vocabulary: the number of tokens that both models share; 0 where the task is of no tokens.
         anatomy: the student's shape, where a term asks for its layers.
         notes: what the run should say.
         design: the config of a new student; None where it is a model that is there.
@@ -81,7 +82,8 @@ class Parts:
         if self.start is not None:
             assert self.teacher_model is not None
             return self.start.student(self.teacher_model, self.recipe.seed)
-        return first_student(self.recipe, self.design)
+        teacher = None if self.teacher_model is None else self.teacher_model.config
+        return first_student(self.recipe, self.design, teacher)
 
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
@@ -112,7 +114,9 @@ class Parts:
             for start in range(0, min(batches * self.batch_rows, len(rows)), self.batch_rows)
         )
         on_device = ({name: x.to(self.teacher_model.device) for name, x in batch.items()} for batch in several)
-        return important_dimensions(self.teacher_model, on_device, [t for _, t in pairs], self.anatomy.width)
+        return important_dimensions(
+            self.teacher_model, on_device, [t for _, t in pairs], self.anatomy.width, self.recipe.task
+        )
 
     @property
     def curve(self) -> Dataset:
@@ -152,18 +156,21 @@ def prepare(recipe: Recipe) -> Parts:
     Raises:
         UserError: they do not.
     """
-    speaker = find_speaker(recipe.teacher, recipe.student.model)
+    speaker = find_speaker(recipe.teacher, recipe.student.model, recipe.task)
     tokenizer = speaker.tokenizer
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
     design = design_of(recipe.student, speaker.config, max(tokenizer.get_vocab().values()) + 1)
-    student = first_student(recipe, design)
+    student = first_student(recipe, design, speaker.config)
     models = {**speaker.models, "student": student}
-    rows = {name: _head_rows(model) for name, model in models.items()}
+    of_tokens = recipe.task in OF_TOKENS
+    rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
     vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
+    if not of_tokens:
+        match_heads(recipe.task, models, tokenizer)
 
     max_length = recipe.data.max_length
-    limits = {name: getattr(model.config, "max_position_embeddings", None) for name, model in models.items()}
+    limits = {name: positions_of(model) for name, model in models.items()}
     if speaker.teacher.max_length is not None:
         limits["teacher"] = speaker.teacher.max_length
     for name, limit in limits.items():
@@ -171,11 +178,7 @@ def prepare(recipe: Recipe) -> Parts:
             raise RecipeError(
                 f"data.max_length: expected at most {limit}, the {name}'s number of positions, got {max_length}."
             )
-    with PartialState().main_process_first():  # the other ranks then find what it has encoded
-        train, held_out = (
-            encode(_source(part), tokenizer, max_length=max_length, packing=recipe.data.packing)
-            for part in (recipe.data.train, recipe.data.eval)
-        )
+    train, held_out = encode_data(recipe, student, tokenizer)
     teacher = _who_reads(recipe, speaker, train)
     if recipe.rollout is not None and isinstance(teacher, CachedTeacher) and speaker.model is not None:
         teacher = EitherTeacher(teacher, ModelTeacher(speaker.model, device=recipe.teacher.device))
@@ -202,7 +205,7 @@ def prepare(recipe: Recipe) -> Parts:
         tokenizer,
         train,
         held_out,
-        vocabulary,
+        vocabulary if of_tokens else 0,
         anatomy,
         tuple(notes) + (start.notes if start else ()),
         design,
@@ -270,11 +273,3 @@ def _try(parts: Parts, teacher: Teacher) -> None:
                 token_divergence(
                     torch.zeros(len(alignment), parts.vocabulary), said, term.divergence, temperature=temperature
                 )
-
-
-def _head_rows(model: PreTrainedModel) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
-
-
-def _source(part: SourcePart) -> Source:
-    return Source(**part.model_dump())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from potstill.data import in_batches
 from potstill.errors import RecipeError
@@ -39,12 +39,19 @@ def design_of(part: StudentPart, teacher: PretrainedConfig | None, vocabulary: i
     return Budget(**{**part.design.model_dump(), "params": params}).student(teacher, vocabulary=vocabulary)
 
 
-def first_student(recipe: Recipe, design: PretrainedConfig | None) -> PreTrainedModel:
-    """The recipe's student as it is there, or with random weights."""
+def first_student(
+    recipe: Recipe, design: PretrainedConfig | None, teacher: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """The recipe's student as it is there, or with random weights. A head that is not there is random, too; a
+    classifier has the teacher's classes.
+    """
     if design is not None:
         return random_student(design, recipe.seed)
     assert recipe.student.model is not None
-    return load_model(recipe.student.model, "student.model", "float32")
+    if recipe.task == "causal":
+        return load_model(recipe.student.model, "student.model", "float32")
+    set_seed(recipe.seed)
+    return load_model(recipe.student.model, "student.model", "float32", recipe.task, labels_of=teacher)
 
 
 def begin(

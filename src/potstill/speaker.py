@@ -14,6 +14,7 @@ from potstill.errors import RecipeError, VocabularyError
 from potstill.loading import load_model, load_tokenizer
 from potstill.recipe import MemberPart, SpeakerPart, TeacherPart
 from potstill.recipe.teacher import ServerPart
+from potstill.targets import Task
 from potstill.teachers import (
     AdapterOffTeacher,
     CachedTeacher,
@@ -39,18 +40,19 @@ class Speaker(NamedTuple):
     models: Mapping[str, PreTrainedModel] = {}
 
 
-def find_speaker(part: TeacherPart, student: str | None) -> Speaker:
+def find_speaker(part: TeacherPart, student: str | None, task: Task = "causal") -> Speaker:
     """Load the teacher that a recipe names.
 
     Args:
         part: the recipe's teacher.
         student: where the student's model and tokenizer are: the tokenizer with which a server is asked.
+        task: what the teacher is asked for.
 
     Raises:
         UserError: it is not there, or not usable.
     """
     if part.ensemble is not None:
-        return _ensemble(part, part.ensemble, student)
+        return _ensemble(part, part.ensemble, student, task)
     if part.ema is not None or part.adapter_off:
         key = "ema" if part.ema is not None else "adapter_off"
         if student is None:
@@ -60,16 +62,16 @@ def find_speaker(part: TeacherPart, student: str | None) -> Speaker:
             )
         own = AdapterOffTeacher() if part.ema is None else EMATeacher(part.ema.decay, part.ema.warmup_steps)
         return Speaker(own, None, None, load_tokenizer(student, "student.model"))
-    return _one(part, student, "teacher")
+    return _one(part, student, "teacher", task)
 
 
-def _one(part: SpeakerPart, student: str | None, key: str) -> Speaker:
+def _one(part: SpeakerPart, student: str | None, key: str, task: Task) -> Speaker:
     """A model, a cache or a server; `key` is where the recipe says so."""
     if part.server is not None:
         return _served(part.server, student)
     bits = {"int8": 8, "int4": 4}.get(part.dtype)
     dtype = part.dtype if bits is None else "auto"
-    model = None if part.model is None else load_model(part.model, f"{key}.model", dtype, bits=bits)
+    model = None if part.model is None else load_model(part.model, f"{key}.model", dtype, task, bits=bits)
     models = {} if model is None else {key: model}
     if part.cache is not None:
         kept = Path(part.cache) / COMPANIONS
@@ -82,9 +84,9 @@ def _one(part: SpeakerPart, student: str | None, key: str) -> Speaker:
     return Speaker(ModelTeacher(model, device=part.device), model, _whole(model.config), tokenizer, models)
 
 
-def _ensemble(part: TeacherPart, members: Sequence[MemberPart], student: str | None) -> Speaker:
+def _ensemble(part: TeacherPart, members: Sequence[MemberPart], student: str | None, task: Task) -> Speaker:
     """Several as one; a designed student's config is changed from the first that is known."""
-    speakers = [_one(member, student, f"teacher.ensemble.{i}") for i, member in enumerate(members)]
+    speakers = [_one(member, student, f"teacher.ensemble.{i}", task) for i, member in enumerate(members)]
     vocabulary = speakers[0].tokenizer.get_vocab()
     for i, one in enumerate(speakers):
         if one.tokenizer.get_vocab() != vocabulary:

@@ -271,6 +271,22 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def label_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
+    """The distance from labels: cross-entropy, or the squared error where they are numbers.
+
+    Args:
+        student_logits: [N, V]; [N, 1] where labels are numbers.
+        labels: [N], of integers (`token_cross_entropy`) or floating point.
+
+    Returns:
+        [N] float32 (float64).
+    """
+    if not labels.is_floating_point():
+        return token_cross_entropy(student_logits, labels)
+    said = student_logits.to(compute_dtype(student_logits.dtype)).squeeze(-1)
+    return (said - labels.to(said.dtype)).square()
+
+
 def token_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy with hard labels at every token.
 

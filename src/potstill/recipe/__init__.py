@@ -16,7 +16,7 @@ from potstill.recipe.inside import (
     SimilarityPart,
 )
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
-from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart
+from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart, ValuesPart
 from potstill.recipe.policy import MiniLLMPart, PolicyPart
 from potstill.recipe.rollout import RolloutPart
 from potstill.recipe.run import EvaluatePart, Recipe
@@ -56,5 +56,6 @@ __all__ = [
     "TeacherPart",
     "Temperature",
     "TermPart",
+    "ValuesPart",
     "Weight",
 ]

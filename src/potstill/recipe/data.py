@@ -6,10 +6,12 @@ from pydantic import Field
 
 from potstill.recipe.document import Part
 
+MASKED_SHARE = 0.15  # BERT's
+
 
 class SourcePart(Part):
     """A file of examples. Without a column's name the standard ones are looked for: text, prompt and completion,
-    messages, input_ids.
+    messages, input_ids; text, text_pair and label where rows are judged.
     """
 
     path: str = Field(description=".jsonl, .json, .csv, .parquet, .txt, or a folder saved by datasets")
@@ -21,6 +23,8 @@ class SourcePart(Part):
     teacher_prompt: str | None = Field(
         None, description="the column of what the teacher reads before the same answer, in place of the prompt"
     )
+    pair: str | None = Field(None, description="the column of second texts, where rows are judged")
+    label: str | None = Field(None, description="the column of classes (names or numbers) or of numbers")
 
 
 class DataPart(Part):
@@ -30,3 +34,4 @@ class DataPart(Part):
     eval: SourcePart
     max_length: int = Field(512, ge=2, description="tokens in a row at most")
     packing: bool = Field(False, description="join plain text into rows of max_length instead of padding")
+    masked_share: float = Field(MASKED_SHARE, gt=0, lt=1, description="of the tokens, for the task masked")

@@ -166,6 +166,7 @@ def _explain(document: type[Part], error: Any) -> list[str]:
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         lines = message.splitlines()
+        # What goes together is said of the whole file, with the keys in it.
         told = not key or all(line.startswith(f"{key}.") for line in lines)
         return lines if told else [f"{key}: {message.removesuffix('.')}."]
     return [f"{key}: {error['msg'].lower()}, got {error['input']!r}."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -12,15 +13,17 @@ from potstill.recipe.objective import LogitsPart, TermPart
 from potstill.recipe.policy import MiniLLMPart, PolicyPart
 from potstill.recipe.rollout import RolloutPart
 from potstill.recipe.student import StudentPart
+from potstill.recipe.task import misfits
 from potstill.recipe.teacher import TeacherPart
 from potstill.recipe.training import TrainPart
+from potstill.targets import Task
 
 
 class EvaluatePart(Part):
     """What the report says beside the student's own figures."""
 
     baseline: bool = Field(False, description="train the same student on labels alone, and compare")
-    continuations: int = Field(3, ge=0, description="held-out beginnings that each model continues")
+    continuations: int = Field(3, ge=0, description="held-out beginnings that each causal model continues")
     curve_rows: int = Field(128, ge=1, description="held-out rows, evenly spread, for the learning curves")
 
 
@@ -29,6 +32,11 @@ class Recipe(Document):
 
     name: str = Field(min_length=1)
     seed: int = Field(0, ge=0)
+    task: Task = Field(
+        "causal",
+        description="what both models are asked for: the next token, a masked one, a class, a number, or, of an "
+        "encoder without a head, what its layers say",
+    )
     teacher: TeacherPart
     student: StudentPart
     data: DataPart
@@ -39,26 +47,32 @@ class Recipe(Document):
     output: str = Field(min_length=1, description="the run directory")
 
     @model_validator(mode="after")
-    def _own_text_is_possible(self) -> Self:
+    def _fits_together(self) -> Self:
+        if mistakes := [*misfits(self.task, self.objective, self.data, self.evaluate, self.teacher), *self._own_text()]:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    def _own_text(self) -> Iterator[str]:
         """Who learns from text that the student writes needs a rollout, and a teacher that can speak about it."""
-        mistakes = []
         for place, term in enumerate(self.objective):
             own = isinstance(term, PolicyPart | MiniLLMPart) or (isinstance(term, LogitsPart) and term.text == "own")
             if self.rollout is None and own:
-                mistakes.append(
+                yield (
                     f"objective.{place}: expected a rollout for a term on the student's own text, got none. Add "
                     "rollout: {on_policy_fraction: 0.5}."
                 )
-        if self.rollout is not None and self.teacher.cache is not None and self.teacher.model is None:
-            mistakes.append(
+        if self.rollout is None:
+            return
+        if self.task != "causal":
+            yield f"rollout: expected the task causal with it, got {self.task}. Other models write no text."
+        cached = [one for one in (self.teacher, *(self.teacher.ensemble or ())) if one.cache and not one.model]
+        if cached:
+            yield (
                 "teacher: expected one that can speak about what the student writes, got a cache alone, which knows "
                 "the data alone. Name teacher.model beside it: batches of data are still read from the cache."
             )
-        if self.rollout is not None and self.rollout.guided and self.teacher.model is None:
-            mistakes.append(
+        if self.rollout.guided and self.teacher.model is None:
+            yield (
                 "rollout: expected a teacher that is a model here for teacher_mix and teacher_top_k, got none. It "
                 "reads along, token by token. Name it with teacher.model."
             )
-        if mistakes:
-            raise ValueError("\n".join(mistakes))
-        return self

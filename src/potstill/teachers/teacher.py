@@ -69,7 +69,7 @@ class Teacher(ABC):
         """Speak about a batch.
 
         Args:
-            batch: input_ids and attention_mask, [B, T] each.
+            batch: input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
             alignment: the N positions that are asked for; see `potstill.targets`.
         """
 

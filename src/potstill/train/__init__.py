@@ -1,6 +1,6 @@
 """One step, and many of them: objective, distiller, trainer."""
 
-from potstill.train.dense import TAID, AdaptiveKL, BiLD
+from potstill.train.dense import TAID, AdaptiveKL, BiLD, Values
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Labels, Logits, Objective
 from potstill.train.policy import PolicyGradient
@@ -29,6 +29,7 @@ __all__ = [
     "Rollout",
     "Similarity",
     "StepOutput",
+    "Values",
     "teacher_mix",
     "teacher_top_k",
 ]

@@ -14,7 +14,7 @@ from potstill.losses import token_divergence
 from potstill.losses.adaptive import adaptive_kl, interpolated_logits
 from potstill.losses.bild import bild
 from potstill.losses.token import is_sampled
-from potstill.targets import DenseTargets, SparseTargets, Targets
+from potstill.targets import ANSWERS, DISTRIBUTIONS, DenseTargets, SparseTargets, Targets
 from potstill.train.objective import Number, Signals, Term, value_at
 
 
@@ -22,7 +22,8 @@ class DenseTerm(Term):
     """A term that compares logits token by token, in the memory of both models' logits."""
 
     needs_teacher = True
-    temperature: Number
+    tasks = DISTRIBUTIONS
+    temperature: Number = 1.0  # of the distributions that are compared
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
@@ -47,6 +48,29 @@ class DenseTerm(Term):
                 "Use the term logits, or a teacher that is a model or a dense cache."
             )
         return targets.dense(temperature).detach()
+
+
+@dataclass(frozen=True)
+class Values(DenseTerm):
+    """The squared distance of what both models say, before any softmax: the soft target of a regression.
+
+        mean over tokens of mean_v (z_v - t_v)^2
+
+    Args:
+        weight: >= 0.
+
+    References:
+        Ba and Caruana 2014, arXiv 1312.6184, section 2.
+    """
+
+    weight: Number = 1.0
+    name = "values"
+    tasks = ANSWERS
+
+    def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
+        """See `DenseTerm`."""
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        return (student.to(dtype) - teacher.to(dtype)).square().mean(-1)
 
 
 @dataclass(frozen=True)

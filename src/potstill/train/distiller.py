@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from potstill.errors import ShapeError
 from potstill.heads import cut, says
 from potstill.taps import Inside, Needs, Taps
-from potstill.targets import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, attended, causal_alignment
+from potstill.targets import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, Task, align, attended
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 from potstill.train.objective import Objective, Own, Signals, Term
 from potstill.train.prefetch import Prefetch
@@ -23,7 +23,7 @@ class StepOutput(NamedTuple):
 
     Args:
         loss: a scalar with gradient.
-        logs: every term's value without its weight, detached; in evaluation mode also cross_entropy.
+        logs: every term's value without its weight, detached; in evaluation mode also cross_entropy, or squared_error.
     """
 
     loss: Tensor
@@ -37,15 +37,17 @@ class Distiller(nn.Module):
     no logits are built (`potstill.heads`). To compile, compile the Distiller: a compiled student gives whole logits.
 
     Args:
-        student: a causal language model of transformers.
+        student: a model of transformers for the task.
         teacher: a `Teacher`, or a model, which becomes a `ModelTeacher`; None where no term needs one.
         objective: an `Objective`, or a list of its terms.
         vocabulary: the number of tokens that teacher and student share, where a head has padding rows behind them:
             both are sliced to it before the normaliser.
+        task: what both are asked for, and so what labels mean; see `potstill.targets.Task`.
         prefetch: ask the teacher one batch ahead, while the student learns; see `foretell`.
 
     Raises:
-        ShapeError: a term needs a teacher and there is none, or asks for a layer that is not there.
+        ShapeError: a term needs a teacher and there is none, asks for a layer that is not there, or makes no sense for
+            the task.
         ModelError: a term asks for something that the student or the teacher does not give.
 
     >>> from potstill.divergence import ForwardKL
@@ -64,11 +66,14 @@ class Distiller(nn.Module):
         objective: Objective | Sequence[Term],
         *,
         vocabulary: int | None = None,
+        task: Task = "causal",
         prefetch: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
+        self.task = task
         self.objective = objective if isinstance(objective, Objective) else Objective(objective)
+        self.objective.suits(task)
         self.vocabulary = vocabulary
         # In a tuple, so that torch does not take the teacher for a part of what is trained and saved.
         self._teacher = (ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher,)
@@ -108,7 +113,8 @@ class Distiller(nn.Module):
         `attended_normalizer` for terms over layers, and `teacher.after_step(step)` after each optimiser step.
 
         Args:
-            batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count.
+            batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count. Where
+                rows are judged labels are [B].
             normalizer: see `forward`.
         """
         if self.training and self._steps and self.teacher is not None:
@@ -127,17 +133,17 @@ class Distiller(nn.Module):
         """The loss of a batch.
 
         Args:
-            batch: input_ids, attention_mask and labels, [B, T] each; and what a `Rollout` tells of own text, if any.
+            batch: see `step`.
             normalizer: the number of counting tokens in the whole optimiser step; default: those of this batch.
             at: the optimiser step, for the schedules.
             attended_normalizer: the number of attended positions in the whole optimiser step, for terms over layers.
         """
-        alignment = causal_alignment(batch["labels"])
+        alignment = align(batch["labels"], self.task)
         student, inside = self._listen(partial(says, self.student, self.cut, batch, alignment))
         teacher = self._ask(batch, alignment) if self.consults else None
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
-        positions = attended(batch) if self._needs else None
+        positions = attended(batch, self.task) if self._needs else None
         signals = Signals(
             *(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment),
             own=_own(batch, alignment),
@@ -157,14 +163,14 @@ class Distiller(nn.Module):
         if self._prefetch is None:
             return
         if batches:
-            self._prefetch.foretell([(batch, causal_alignment(batch["labels"])) for batch in batches])
+            self._prefetch.foretell([(batch, align(batch["labels"], self.task)) for batch in batches])
         else:
             self._prefetch.close()
 
     def _listen(self, call: Callable[[], Any]) -> tuple[Any, Inside]:
         return self._taps.hear(self._needs, call) if self._needs else (call(), Inside())
 
-    def _ask(self, batch: Mapping[str, Tensor], alignment: Any) -> TeacherOutput:
+    def _ask(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         assert self.teacher is not None
         said = (self._prefetch or self.teacher)(batch, alignment)
         if self.training:

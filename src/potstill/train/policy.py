@@ -55,6 +55,7 @@ class PolicyGradient(Term):
     importance: bool = True
     name = "policy"
     needs_teacher = True
+    tasks = frozenset({"causal"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.discount <= 1:

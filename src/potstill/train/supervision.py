@@ -43,6 +43,7 @@ class DeepSupervision(Term):
     name = "deep_supervision"
     needs_teacher = False
     looks_inside = True
+    tasks = frozenset({"causal"})  # whose norm and head are all there is behind a layer
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
-from potstill.targets import IGNORE, attended, counting
+from potstill.targets import IGNORE, Task, attended, counting
 from potstill.teachers import Teacher
+from potstill.train.callbacks import Epochs
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import OF_TEXT, Objective, Term
 from potstill.train.prefetch import Peek
@@ -72,6 +74,7 @@ class DistillationTrainer(Trainer):
         eval_dataset: the same, held out.
         processing_class: the tokenizer.
         vocabulary: see `Distiller`.
+        task: see `Distiller`.
         rollout: puts the student's own text in place of a share of the training rows; None for data alone.
         prefetch: ask the teacher about the next batch while the student learns from this one.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
@@ -90,6 +93,7 @@ class DistillationTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         vocabulary: int | None = None,
+        task: Task = "causal",
         rollout: Rollout | None = None,
         prefetch: bool = False,
         **kwargs: Any,
@@ -100,7 +104,7 @@ class DistillationTrainer(Trainer):
         if "data_collator" not in kwargs and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
-        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, prefetch=prefetch)
+        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
         if all(term.looks_inside for term in self.distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers leave the head alone
         super().__init__(
@@ -123,6 +127,8 @@ class DistillationTrainer(Trainer):
             self._writer = nn.Module.to(deepcopy(student), args.device)
         if self.distiller.teacher is not None:
             self.add_callback(_Follow(self.distiller.teacher))
+        if hasattr(train_dataset, "set_epoch"):
+            self.add_callback(Epochs(train_dataset))
         self._train_sums = _Sums()
         self._eval_sums = _Sums()
         self._attended: Tensor | None = None
@@ -163,11 +169,16 @@ class DistillationTrainer(Trainer):
         self._steps_since_log += 1
         if not batch_samples:
             return None
-        count = torch.stack([_counts(batch) for batch in batch_samples]).sum(0).to(device)
+        count = torch.stack([self._counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count)
         tokens, self._attended = count.clamp_min(1).unbind()
         return tokens
+
+    def _counts(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[2]: the counting tokens of a batch, and its attended positions."""
+        task = self.distiller.task
+        return torch.stack([counting(batch["labels"], task).sum(), attended(batch, task).sum()])
 
     def compute_loss(
         self,
@@ -220,7 +231,8 @@ class DistillationTrainer(Trainer):
             rows = self.eval_dataset[rows]  # type: ignore[index]  # one of several held-out sets, by its name
         if self.args.world_size > 1:
             missing = -len(rows) % (self.args.world_size * self.args.per_device_eval_batch_size)
-            blank = {name: [IGNORE] * len(ids) if name.endswith("labels") else ids for name, ids in rows[0].items()}
+            columns = rows[0].items()
+            blank = {name: _uncounted(value) if name.endswith("labels") else value for name, value in columns}
             filling: Any = [blank] * missing
             rows = ConcatDataset([rows, filling])
         return super().get_eval_dataloader(rows)
@@ -232,7 +244,7 @@ class DistillationTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output: StepOutput = model(inputs, normalizer=1.0, at=self.state.global_step, attended_normalizer=1.0)
-        counts = _counts(inputs)
+        counts = self._counts(inputs)
         self._eval_sums.add(output.logs, counts)
         return output.loss.detach() / counts.max().clamp_min(1), None, None
 
@@ -381,9 +393,11 @@ def restore_teacher(teacher: Teacher, checkpoint: Path) -> None:
     teacher.load_state_dict(load_file(file))
 
 
-def _counts(batch: Mapping[str, Tensor]) -> Tensor:
-    """[2]: the counting tokens of a batch, and its attended positions."""
-    return torch.stack([counting(batch["labels"]).sum(), attended(batch).sum()])
+def _uncounted(labels: Any) -> Any:
+    """The labels of a row that does not count, in the form of some that do."""
+    if isinstance(labels, list):
+        return [IGNORE] * len(labels)
+    return math.nan if isinstance(labels, float) else IGNORE
 
 
 class _Sums:
