@@ -34,10 +34,13 @@ from potstill.students.modules import copy_modules
 from potstill.targets import OF_TOKENS, causal_alignment
 from potstill.teachers import CrossTokenizerTeacher, EnsembleTeacher, Teacher
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
-from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
+from potstill.train.callbacks import MetricsFile, OwnTextsFile, ProgressBar, logged_lines, seconds_of
+from potstill.train.own_text import collapse
+from potstill.train.rollout import Rollout
 from potstill.train.trainer import last_checkpoint, restore_teacher
 
 EVAL_ROWS = 16  # rows in a batch of the final evaluation
+OWN_TEXTS = 4  # of the student, in the report
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
             for note in parts.notes:
                 console.print(note, style="dim", highlight=False, markup=False)
         state.wait_for_everyone()
-        _train(parts, "student", parts.objective(), directory, console)
+        _train(parts, "student", parts.objective(), directory, console, parts.rollout())
         if recipe.evaluate.baseline:
             _train(parts, "baseline", Objective([Labels()]), directory, console)
 
@@ -123,7 +126,9 @@ def require_free(directory: Path, recipe: Recipe, resume: bool) -> None:
         )
 
 
-def _train(parts: Parts, name: str, objective: Objective, directory: Path, console: Console) -> None:
+def _train(
+    parts: Parts, name: str, objective: Objective, directory: Path, console: Console, rollout: Rollout | None = None
+) -> None:
     """Train one student and save it in `directory/name`; done already where that is there."""
     target = directory / name
     if target.exists():
@@ -140,9 +145,12 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
         processing_class=parts.tokenizer,
         vocabulary=parts.vocabulary or None,
         task=parts.recipe.task,
+        rollout=rollout,
         prefetch=parts.recipe.teacher.prefetch,
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
     )
+    if rollout is not None:
+        trainer.add_callback(OwnTextsFile(directory / "own_texts.jsonl", name, rollout, console))
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
@@ -241,6 +249,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
             **{name: measured[name].kl_by_position for name in names},
         },
         "continuations": _continuations(parts, everyone) if recipe.task == "causal" else [],
+        "own_texts": _spread(logged_lines(directory / "own_texts.jsonl"), OWN_TEXTS),
+        "own_text": next((line for line in reversed(metrics) if "own_length" in line), None),
         "data": {
             "train": recipe.data.train.path,
             "train_tokens": parts.train.tokens if of_tokens else None,
@@ -264,9 +274,25 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         "teacher_weights": dict(zip(parts.teacher.names, parts.teacher.weights.tolist(), strict=True))
         if isinstance(parts.teacher, EnsembleTeacher)
         else None,
-        "notes": list(parts.notes),
+        "notes": [*parts.notes, *_alarms(metrics)],
         "versions": versions(),
     }
+
+
+def _spread(lines: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """At most so many of the lines, the first and the last among them."""
+    wanted = min(number, len(lines))
+    return [lines[round(i * (len(lines) - 1) / max(wanted - 1, 1))] for i in range(wanted)]
+
+
+def _alarms(metrics: list[dict[str, Any]]) -> list[str]:
+    """When the student's own text collapsed for the first time, and whether it still has at the end."""
+    found = [(line["step"], said) for line in metrics if (said := collapse(line))]
+    if not found:
+        return []
+    last = max(line["step"] for line in metrics if "own_share" in line)
+    until = "to the end" if found[-1][0] == last else f"to step {found[-1][0]}"
+    return [f"From step {found[0][0]} {until}: {found[-1][1]}"]
 
 
 def _size_of_teacher(parts: Parts) -> dict[str, float | None]:

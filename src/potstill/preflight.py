@@ -104,8 +104,11 @@ def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
     dtype = torch.bfloat16 if parts.bf16 else torch.float16
     mixed = parts.bf16 or bool(parts.recipe.train.get("fp16"))
     seconds = 0.0
+    rollout = parts.rollout()
     for _ in range(2):
         start = time.perf_counter()
+        if rollout is not None:
+            (batch,) = rollout([batch], student, step=0)
         with torch.autocast(device, dtype=dtype, enabled=mixed):
             loss = distiller.step(batch).loss
         loss.backward()

@@ -45,6 +45,12 @@ def instead(task: Task, tasks: frozenset[Task]) -> str:
     return f"It is for the task {', '.join(sorted(tasks))}"
 
 
+# Columns of a batch in which the student has written some rows itself: what it gave each of its tokens then, and what
+# the distribution gave it that it was drawn from. [B, T] in nats; NaN on all other tokens.
+OWN_LOG_PROBS = "own_log_probs"
+SAMPLER_LOG_PROBS = "sampler_log_probs"
+
+
 @dataclass(frozen=True)
 class LMHead:
     """The last linear layer of a language model, with what real models put around it.
@@ -432,6 +438,15 @@ class Alignment:
     def select(self, states: Tensor) -> Tensor:
         """The rows [N, ...] of states [B, T, ...] at the counting positions."""
         return states.flatten(0, 1).index_select(0, self.positions.to(states.device))
+
+    def select_labels(self, values: Tensor) -> Tensor:
+        """The values [N] of what should have been predicted there, of values [B, T] of all tokens."""
+        return values.flatten().index_select(0, self.positions + 1)
+
+    @property
+    def row(self) -> Tensor:
+        """[N] the row of each position, 0 to B - 1."""
+        return self.positions // self.length
 
     @property
     def column(self) -> Tensor:

@@ -89,6 +89,26 @@ class Continuation(BaseModel):
         return "…" + (tail.partition(" ")[2] or tail)
 
 
+class OwnFigures(BaseModel):
+    """What the student's own text was like when it was logged last; see `potstill.train.own_text`."""
+
+    step: int
+    own_length: float
+    own_ended: float
+    own_repetition: float
+    own_entropy: float
+    logits_own: float | None = None
+    logits_data: float | None = None
+
+
+class OwnText(BaseModel):
+    """What the student wrote while it learned."""
+
+    step: int
+    prompt: str
+    text: str
+
+
 class Data(BaseModel):
     train_tokens: int | None = None
     train_examples: int | None = None
@@ -121,6 +141,8 @@ class Summary(BaseModel):
     curve: CurveRows = CurveRows()
     kl_by_position: Positions | None = None
     continuations: list[Continuation] = []
+    own_text: OwnFigures | None = None
+    own_texts: list[OwnText] = []
     data: Data = Data()
     training: Training = Training()
     objective: str | None = None

@@ -100,6 +100,10 @@ class CachedTeacher(Teacher):
             states[there] = torch.cat(parts).reshape(-1, len(kept.kept), kept.width)
         return Inside({layer: states[:, :, kept.kept.index(layer)] for layer in sorted(self._needs.hidden)})
 
+    def holds(self, batch: Mapping[str, Tensor], alignment: Alignment) -> bool:
+        """Whether every row of a batch with a counting token is in the cache."""
+        return bool((self.cache.find(keys_of_batch(batch, alignment)) >= 0).all())
+
     def covers(self, dataset: Any) -> bool:
         if not isinstance(dataset, Sized):
             return True  # a stream: what is missing is told when it comes

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from potstill.errors import ShapeError, VocabularyError
 from potstill.heads import cut, says
 from potstill.taps import Inside, Needs, Taps
-from potstill.targets import Alignment, Task, align, attended
+from potstill.targets import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, Task, align, attended
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
-from potstill.train.objective import Objective, Signals, Term
+from potstill.train.objective import Objective, Own, Signals, Term
 from potstill.train.prefetch import Prefetch
 
 
@@ -147,7 +147,8 @@ class Distiller(nn.Module):
             student = student.slice(self.vocabulary)
         positions = attended(batch, self.task) if self._needs else None
         signals = Signals(
-            student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment
+            *(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment),
+            own=_own(batch, alignment),
         )
         return StepOutput(*self.objective(signals))
 
@@ -215,3 +216,11 @@ class Distiller(nn.Module):
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """The newer name of `gradient_checkpointing_enable`."""
         self.student.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
+
+
+def _own(batch: Mapping[str, Tensor], alignment: Alignment) -> Own | None:
+    """What a `Rollout` has told of the counting tokens."""
+    if OWN_LOG_PROBS not in batch:
+        return None
+    log_probs, sampler = (alignment.select_labels(batch[name]) for name in (OWN_LOG_PROBS, SAMPLER_LOG_PROBS))
+    return Own(~log_probs.isnan(), alignment.row, log_probs, sampler)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from potstill.targets import IGNORE, Task, attended, counting
 from potstill.teachers import Teacher
 from potstill.train.callbacks import Epochs
 from potstill.train.distiller import Distiller, StepOutput
-from potstill.train.objective import Objective, Term
+from potstill.train.objective import OF_TEXT, Objective, Term
 from potstill.train.prefetch import Peek
+from potstill.train.rollout import Rollout, with_weights_of
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
 TEACHER = "teacher.safetensors"  # likewise: what has become of a teacher that changes
@@ -72,6 +75,7 @@ class DistillationTrainer(Trainer):
         processing_class: the tokenizer.
         vocabulary: see `Distiller`.
         task: see `Distiller`.
+        rollout: puts the student's own text in place of a share of the training rows; None for data alone.
         prefetch: ask the teacher about the next batch while the student learns from this one.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
     """
@@ -90,6 +94,7 @@ class DistillationTrainer(Trainer):
         processing_class: Any = None,
         vocabulary: int | None = None,
         task: Task = "causal",
+        rollout: Rollout | None = None,
         prefetch: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -110,6 +115,16 @@ class DistillationTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.rollout = rollout
+        if rollout is not None and self.is_deepspeed_enabled:
+            raise UserError(
+                "rollout: expected fsdp or whole students on each rank, got deepspeed, under which the student cannot "
+                "write. Use train.fsdp, or learn from data alone."
+            )
+        # Under FSDP each rank writes with a copy of its own, so that none waits for the texts of another.
+        self._writer: nn.Module | None = None
+        if rollout is not None and self.is_fsdp_enabled:
+            self._writer = nn.Module.to(deepcopy(student), args.device)
         if self.distiller.teacher is not None:
             self.add_callback(_Follow(self.distiller.teacher))
         if hasattr(train_dataset, "set_epoch"):
@@ -126,14 +141,27 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The batches of one optimiser step; a teacher that is asked ahead is told of them and of the one after."""
-        if not self.distiller.prefetches:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._peek is None or self._peek.source is not epoch_iterator:
-            self._peek = Peek(epoch_iterator)
-        found = super().get_batch_samples(self._peek, num_batches, device)
-        self.distiller.foretell([*found[0], *self._peek.ahead()])
-        return found
+        """The batches of one optimiser step, with what the student writes, and their counting tokens. A teacher that is
+        asked ahead is told of them, and of the one after.
+        """
+        prefetches, source = self.distiller.prefetches, epoch_iterator
+        if prefetches:
+            if self._peek is None or self._peek.source is not epoch_iterator:
+                self._peek = Peek(epoch_iterator)
+            source = self._peek
+        batches = list(islice(source, num_batches))
+        if self.rollout is not None and batches:
+            with self.accelerator.autocast():
+                step, rank = self.state.global_step, self.args.process_index
+                student = self.distiller.student
+                if self._writer is not None:
+                    student = with_weights_of(self._writer, self.model_wrapped)
+                batches = self.rollout(batches, student, step=step, rank=rank)
+        if prefetches and self._peek is not None:
+            # What the student will write in the next step is not known yet.
+            ahead = [] if self.rollout is not None else self._peek.ahead()
+            self.distiller.foretell([*batches, *ahead])
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """The counting tokens of an optimiser step, over its batches and all ranks; the attended ones are kept."""
@@ -233,14 +261,23 @@ class DistillationTrainer(Trainer):
         means = self._eval_sums.means(self.accelerator, over)
         if means:
             means["loss"] = objective.total(means, self.state.global_step)
+        if self.rollout is not None and means:
+            self.rollout.heed(means["loss"])
         exact = {f"{prefix}_{name}": mean for name, mean in means.items()}
         return result._replace(metrics={**(result.metrics or {}), **exact})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every term's mean since the last line to what is logged."""
         if "loss" in logs:
-            for name, total in self._train_sums.totals(self.accelerator).items():
+            totals = self._train_sums.totals(self.accelerator)
+            for name, total in totals.items():
                 logs[name] = total / max(self._steps_since_log, 1)
+            for part, tokens in OF_TEXT.items():  # means over own tokens, and over the data's, each by themselves
+                for name in [name for name in totals if name.endswith(part)]:
+                    logs[name] = totals[name] / totals[tokens] if totals[tokens] else 0.0
+                logs.pop(tokens, None)
+            if self.rollout is not None:
+                logs |= self.rollout.sums.take(self.accelerator)
             self._train_sums = _Sums()
             self._steps_since_log = 0
             logs |= {} if self.distiller.teacher is None else self.distiller.teacher.logs()
@@ -266,6 +303,8 @@ class DistillationTrainer(Trainer):
             if found is None:
                 raise UserError(f"train: expected a complete checkpoint in {self.args.output_dir}, got none.")
             resume_from_checkpoint = str(found)
+        if self.rollout is not None and resume_from_checkpoint:
+            self.rollout.load(Path(str(resume_from_checkpoint)), self.args.process_index)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -286,6 +325,8 @@ class DistillationTrainer(Trainer):
             if state and self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file({key: value.contiguous() for key, value in state.items()}, folder / name)
+        if self.rollout is not None:
+            self.rollout.save(folder, self.args.process_index)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
