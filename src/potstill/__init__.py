@@ -1,55 +1,54 @@
 """Potstill: a small model out of a large one.
 
-The losses need torch alone and are imported here; what needs transformers is imported when it is first used.
+Each name is imported when it is first used: the losses need torch alone, the command line's help not even that.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from potstill import schedule
-from potstill.divergence import (
-    JSD,
-    AlphaBeta,
-    Divergence,
-    ForwardKL,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    SoftCrossEntropy,
-    TotalVariation,
-)
-from potstill.errors import PotstillError
-from potstill.layers import LayerMap, Projection
-from potstill.losses import (
-    FusedLoss,
-    embedding_divergence,
-    linear_cka,
-    linear_cross_entropy,
-    linear_divergence,
-    matryoshka,
-    pair_correlation,
-    rank_error,
-    reconstruction_error,
-    rkd_angle,
-    rkd_distance,
-    similarity_error,
-    token_cross_entropy,
-    token_divergence,
-    token_mean,
-)
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
-
 if TYPE_CHECKING:
+    from potstill import schedule
     from potstill.data import Examples, PaddingCollator, Source, encode
+    from potstill.divergence import (
+        JSD,
+        AlphaBeta,
+        Divergence,
+        ForwardKL,
+        ReverseKL,
+        SkewForwardKL,
+        SkewReverseKL,
+        SoftCrossEntropy,
+        TotalVariation,
+    )
     from potstill.embedding import EmbeddingDistiller, PairObjective, VectorHead, open_vectors
     from potstill.embedding.run import run_embedding
     from potstill.engines import Completion, LocalEngine, ModelServer, Sampling
+    from potstill.errors import PotstillError
     from potstill.generation import Generated, generate
+    from potstill.layers import LayerMap, Projection
+    from potstill.losses import (
+        FusedLoss,
+        embedding_divergence,
+        linear_cka,
+        linear_cross_entropy,
+        linear_divergence,
+        matryoshka,
+        pair_correlation,
+        rank_error,
+        reconstruction_error,
+        rkd_angle,
+        rkd_distance,
+        similarity_error,
+        token_cross_entropy,
+        token_divergence,
+        token_mean,
+    )
     from potstill.pipeline import RunResult, run
     from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
     from potstill.students.budget import Budget
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
+    from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
     from potstill.teachers import (
         CachedTeacher,
         ModelTeacher,
@@ -75,6 +74,45 @@ if TYPE_CHECKING:
     )
 
 _LATER = {
+    "potstill.divergence": (
+        "JSD",
+        "AlphaBeta",
+        "Divergence",
+        "ForwardKL",
+        "ReverseKL",
+        "SkewForwardKL",
+        "SkewReverseKL",
+        "SoftCrossEntropy",
+        "TotalVariation",
+    ),
+    "potstill.errors": ("PotstillError",),
+    "potstill.layers": (
+        "LayerMap",
+        "Projection",
+    ),
+    "potstill.losses": (
+        "FusedLoss",
+        "embedding_divergence",
+        "linear_cka",
+        "linear_cross_entropy",
+        "linear_divergence",
+        "matryoshka",
+        "pair_correlation",
+        "rank_error",
+        "reconstruction_error",
+        "rkd_angle",
+        "rkd_distance",
+        "similarity_error",
+        "token_cross_entropy",
+        "token_divergence",
+        "token_mean",
+    ),
+    "potstill.targets": (
+        "DenseTargets",
+        "HeadTargets",
+        "LMHead",
+        "SparseTargets",
+    ),
     "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
     "potstill.generation": ("Generated", "generate"),
@@ -189,6 +227,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "schedule":
+        return import_module("potstill.schedule")
     for module, names in _LATER.items():
         if name in names:
             return getattr(import_module(module), name)

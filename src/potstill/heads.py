@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.targets import Alignment, DenseTargets, HeadTargets, LMHead
+from potstill.uncompiled import uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def says(
     return HeadTargets(alignment.select(cut.hidden(batch)).to(head.weight.dtype), head)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # done once, and not a part of any step
+@uncompiled  # done once, and not a part of any step
 def cut(model: nn.Module) -> Cut | None:
     """How to cut a model before its head; None where the head is not plain, and the logits must be made whole.
 
