@@ -245,11 +245,13 @@ class Alignment:
         positions: [N] into the flattened [B * T].
         labels: [N] token ids.
         length: T.
+        weights: [N] how much each counts in means over tokens; None where all count the same.
     """
 
     positions: Tensor
     labels: Tensor
     length: int
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.positions.shape[0]
@@ -278,10 +280,17 @@ def counting(labels: Tensor) -> Tensor:
     return labels[:, 1:] != IGNORE
 
 
-def causal_alignment(labels: Tensor) -> Alignment:
-    """The counting positions of a batch of unshifted labels [B, T]; see `counting`."""
+def causal_alignment(labels: Tensor, weights: Tensor | None = None) -> Alignment:
+    """The counting positions of a batch of unshifted labels [B, T]; see `counting`.
+
+    Args:
+        labels: [B, T].
+        weights: [B, T], not shifted either: weights[t] is how much the token at t counts; None for all the same.
+    """
     rows, columns = counting(labels).nonzero(as_tuple=True)
-    return Alignment(rows * labels.shape[1] + columns, labels[rows, columns + 1], labels.shape[1])
+    said = (rows, columns + 1)
+    positions = rows * labels.shape[1] + columns
+    return Alignment(positions, labels[said], labels.shape[1], None if weights is None else weights[said])
 
 
 def attended(batch: Mapping[str, Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from potstill.atomic import write_text
 from potstill.data.kept import BATCH, kept_file, write_arrow
 from potstill.data.rows import Encoding, Row
 from potstill.data.sources import Kind, Source, load
+from potstill.data.weighing import SPANS, SpanWeights
 from potstill.errors import DataError
 from potstill.targets import IGNORE, counting
 
@@ -31,8 +32,8 @@ class Examples:
     """Encoded examples.
 
     Args:
-        dataset: [i] is {"input_ids": list of int, "labels": list of int}, memory-mapped. Every example has a
-            token that counts.
+        dataset: [i] is {"input_ids": list of int, "labels": list of int}, memory-mapped, with "weights", a list of
+            float, where the source says how much tokens count. Every example has a token that counts.
         tokens: how many tokens count in all, by `potstill.targets.counting`.
         notes: what the run should say: what was cut, skipped or left out.
     """
@@ -53,6 +54,8 @@ def encode(source: Source, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     - messages: by the chat template. Every turn of the assistant counts, with the tokens that end it, from the
       first token on that the prompt alone does not have. Cut on the right.
     - input_ids: as they are; without labels all of them count. Cut on the right.
+
+    Tokens that the source gives a weight of 0 do not count; see `Source` for weights. Prompts and text have none.
 
     Rows without text are skipped, examples without a token that counts left out; the notes say how many. What was
     encoded is kept on disk under a name made of the content, the tokenizer and the options.
@@ -76,12 +79,13 @@ def encode(source: Source, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     dataset, kind = load(source)
     file = Path(source.path).name
     _require_suitable(kind, tokenizer, packing, file)
-    kept = _kept_file(dataset, tokenizer, max_length, packing)
+    kept = _kept_file(dataset, tokenizer, max_length, packing, source.span_weights)
     kept_facts = kept.with_suffix(".json")  # written last: it vouches for the other
     if not (kept.exists() and kept_facts.exists()):
         facts: Counter[str] = Counter()
-        rows = Encoding(tokenizer, max_length, packing, file, facts).rows(dataset, kind)
-        write_arrow(kept, _SCHEMA, _counted(rows, facts))
+        rows = Encoding(tokenizer, max_length, packing, file, facts, source.span_weights).rows(dataset, kind)
+        schema = _WEIGHED if {"weight", "weights", *SPANS} & {*dataset.column_names} else _SCHEMA
+        write_arrow(kept, schema, _counted(rows, schema, facts))
         write_text(kept_facts, json.dumps(facts))
     facts = Counter(json.loads(kept_facts.read_text()))
     if not facts["tokens"]:
@@ -94,6 +98,7 @@ def encode(source: Source, tokenizer: PreTrainedTokenizerBase, *, max_length: in
 
 
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
+_WEIGHED = _SCHEMA.append(pa.field("weights", pa.list_(pa.float32())))
 
 
 def _require_suitable(kind: Kind, tokenizer: PreTrainedTokenizerBase, packing: bool, file: str) -> None:
@@ -109,13 +114,20 @@ def _require_suitable(kind: Kind, tokenizer: PreTrainedTokenizerBase, packing: b
         )
 
 
-def _kept_file(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, packing: bool) -> Path:
+def _kept_file(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    packing: bool,
+    span_weights: SpanWeights | None,
+) -> Path:
     loaded = Path(dataset.cache_files[0]["filename"]).stem
     versions = transformers.__version__, tokenizers.__version__
-    return kept_file(["encoded", loaded, tokenizer, versions, max_length, packing])
+    weights = sorted((span_weights or {}).items())
+    return kept_file(["encoded", loaded, tokenizer, versions, max_length, packing, weights])
 
 
-def _counted(rows: Iterator[Row], facts: Counter[str]) -> Iterator[pa.RecordBatch]:
+def _counted(rows: Iterator[Row], schema: pa.Schema, facts: Counter[str]) -> Iterator[pa.RecordBatch]:
     """The rows that have a token that counts, in batches; adds `tokens` and `left_out` to the facts."""
     while chunk := list(islice(rows, BATCH)):
         labels = [torch.tensor(row.labels, dtype=torch.int32) for row in chunk]
@@ -123,9 +135,8 @@ def _counted(rows: Iterator[Row], facts: Counter[str]) -> Iterator[pa.RecordBatc
         kept = [row for row, count in zip(chunk, tokens, strict=True) if count]
         facts["tokens"] += sum(tokens)
         facts["left_out"] += len(chunk) - len(kept)
-        columns = ([row.input_ids for row in kept], [row.labels for row in kept])
-        arrays = [pa.array(column, type) for column, type in zip(columns, _SCHEMA.types, strict=True)]
-        yield pa.record_batch(arrays, schema=_SCHEMA)
+        arrays = [pa.array([getattr(row, field.name) for row in kept], field.type) for field in schema]
+        yield pa.record_batch(arrays, schema=schema)
 
 
 def _notes(
@@ -159,16 +170,23 @@ class PaddingCollator:
 
     pad_token_id: int
 
-    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        """Input_ids, attention_mask (1 on tokens, 0 on padding) and labels, each [B, T] int64."""
+    def __call__(self, examples: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Tensor]:
+        """Input_ids, attention_mask (1 on tokens, 0 on padding) and labels, each [B, T] int64.
+
+        Weights [B, T] float32 where examples have them.
+        """
         ids = [torch.tensor(example["input_ids"], dtype=torch.long) for example in examples]
         labels = [torch.tensor(example["labels"], dtype=torch.long) for example in examples]
         mask = [torch.ones_like(row) for row in ids]
-        return {
+        batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence(mask, batch_first=True, padding_value=0),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
         }
+        if "weights" in examples[0]:
+            weights = [torch.tensor(example["weights"], dtype=torch.float32) for example in examples]
+            batch["weights"] = pad_sequence(weights, batch_first=True)
+        return batch
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str | None]:
@@ -189,7 +207,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str | None]:
 
 
 def in_batches(
-    examples: Iterable[Mapping[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, rows: int
+    examples: Iterable[Mapping[str, Sequence[float]]], tokenizer: PreTrainedTokenizerBase, rows: int
 ) -> Iterator[dict[str, Tensor]]:
     """Padded batches of at most so many rows each, in order."""
     collate, remaining = PaddingCollator(pad_token_id(tokenizer)[0]), iter(examples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -16,15 +16,18 @@ from transformers import PreTrainedTokenizerBase
 from potstill.data.kept import BATCH
 from potstill.data.readers import one_line
 from potstill.data.sources import Kind
+from potstill.data.spans import Span, places
+from potstill.data.weighing import SPANS, Completion, SpanWeights, token_weights
 from potstill.errors import DataError
 from potstill.targets import IGNORE
 
 
 class Row(NamedTuple):
-    """One example, labels not shifted."""
+    """One example. Neither labels are shifted nor weights, which say how much each token counts."""
 
     input_ids: list[int]
     labels: list[int]
+    weights: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Encoding:
         packing: documents in one stream.
         file: its name, for messages.
         facts: `empty` rows that were skipped and `cut` rows are added to it.
+        span_weights: see `Source`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -44,6 +48,7 @@ class Encoding:
     packing: bool
     file: str
     facts: Counter[str]
+    span_weights: SpanWeights | None = None
 
     def rows(self, dataset: Dataset, kind: Kind) -> Iterator[Row]:
         """The encoded rows of a dataset that `load` gave.
@@ -80,10 +85,27 @@ class Encoding:
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
-    def cut(self, ids: list[int], labels: list[int]) -> Row:
+    def offsets(self, texts: list[str]) -> list[list[Span]]:
+        """Where tokens stand in texts, where anything is said of spans."""
+        return [[] for _ in texts] if self.span_weights is None else places(self.tokenizer, texts)
+
+    def weighed(self, row: Row, said: Mapping[str, Any], where: str, completion: Completion | None = None) -> Row:
+        """The row with how much each of its tokens counts, where the file says so. A weight of 0 is a label of -100."""
+        weights = token_weights(said, len(row.input_ids), self.span_weights, completion, where)
+        if weights is None:
+            return row
+        labels = [label if weight else IGNORE for label, weight in zip(row.labels, weights, strict=True)]
+        return Row(row.input_ids, labels, weights)
+
+    def cut(self, row: Row) -> Row:
         """The first max_length tokens."""
-        self.facts["cut"] += len(ids) > self.max_length
-        return Row(ids[: self.max_length], labels[: self.max_length])
+        self.facts["cut"] += len(row.input_ids) > self.max_length
+        most = slice(self.max_length)
+        return Row(row.input_ids[most], row.labels[most], None if row.weights is None else row.weights[most])
+
+    def where(self, number: int) -> str:
+        """What a row is called in messages."""
+        return f"row {number} of {self.file}"
 
     def filled(self, dataset: Dataset, column: str) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """Batches without the rows whose `column` is empty, and the rows' numbers in the file, from 1."""
@@ -162,7 +184,7 @@ def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Ro
     for one in answered:
         if one.prompt >= encoding.max_length:
             full.append(one._replace(row=Row([], [])))
-        yield encoding.cut(*one.row)
+        yield encoding.cut(one.row)
     if full:
         raise DataError(
             f"data: expected prompts shorter than max_length {encoding.max_length}, got {full[0].prompt} tokens "
@@ -176,12 +198,15 @@ def _completions(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
     for numbers, batch in encoding.filled(dataset, "completion"):
         prompts = encoding.tokens(batch["prompt"], special=True)
         completions = encoding.tokens(batch["completion"], special=False)
-        for number, prompt, completion in zip(numbers, prompts, completions, strict=True):
+        offsets = encoding.offsets(batch["completion"])
+        for i, (number, prompt, completion) in enumerate(zip(numbers, prompts, completions, strict=True)):
             if closing and prompt[-len(closing) :] == closing:
                 prompt = prompt[: -len(closing)]
             completion = encoding.closed(completion)
             row = Row(prompt + completion, [IGNORE] * len(prompt) + completion)
-            yield _Answered(number, len(prompt), row)
+            said = {name: values[i] for name, values in batch.items()}
+            place = Completion(len(said["completion"]), offsets[i], first=len(prompt))
+            yield _Answered(number, len(prompt), encoding.weighed(row, said, encoding.where(number), place))
 
 
 def _closing_tokens(encoding: Encoding) -> list[int]:
@@ -203,23 +228,41 @@ class _Written(NamedTuple):
 
 def _conversations(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
     for numbers, batch in encoding.filled(dataset, "messages"):
-        written = [
-            _write(json.loads(text), number, encoding) for number, text in zip(numbers, batch["messages"], strict=True)
-        ]
+        talks = [json.loads(text) for text in batch["messages"]]
+        written = [_write(talk, number, encoding) for number, talk in zip(numbers, talks, strict=True)]
         texts = {one.whole for one in written} | {text for one in written for turn in one.turns for text in turn}
         ordered = sorted(texts)
         ids_of = dict(zip(ordered, encoding.tokens(ordered, special=False), strict=True))
-        for one in written:
+        offsets = encoding.offsets([one.whole for one in written])
+        for i, one in enumerate(written):
             ids = ids_of[one.whole]
             spans = [tuple(_agreement(ids_of[text], ids) for text in turn) for turn in one.turns]
             labels = [IGNORE] * len(ids)
             for start, end in spans:
                 labels[start:end] = ids[start:end]
-            yield _Answered(one.number, spans[0][0], Row(ids, labels))
+            said, where = {name: values[i] for name, values in batch.items()}, encoding.where(one.number)
+            place = None
+            if any(said.get(name) is not None for name in SPANS):
+                place = _last_turn(talks[i], one, offsets[i], where)
+            yield _Answered(one.number, spans[0][0], encoding.weighed(Row(ids, labels), said, where, place))
+
+
+def _last_turn(talk: list[dict[str, Any]], written: _Written, offsets: list[Span], where: str) -> Completion:
+    """Where the text of the last message stands, which spans are places in."""
+    text = talk[-1].get("content")
+    before, after = written.turns[-1]
+    bare = text.strip() if talk[-1]["role"] == "assistant" and isinstance(text, str) else ""
+    found = after.find(bare, len(before)) if bare else -1
+    if found < 0:
+        raise DataError(
+            f"data: expected a last message of the assistant that the chat template leaves as it is, got another in "
+            f"{where}. Its spans are places in it. Remove the row, use another template, or leave out span_weights."
+        )
+    return Completion(len(text), offsets, found - text.index(bare))
 
 
 def _write(messages: list[dict[str, Any]], number: int, encoding: Encoding) -> _Written:
-    where = f"row {number} of {encoding.file}"
+    where = encoding.where(number)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise DataError(
@@ -276,8 +319,19 @@ def _given_ids(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
             ids = batch["input_ids"][i]
             labels = batch["labels"][i] if "labels" in batch else ids
             mask = batch["attention_mask"][i] if "attention_mask" in batch else []
-            _check_ids(ids, labels, mask, vocabulary, f"row {number} of {encoding.file}")
-            yield encoding.cut(ids, labels)
+            said = {name: values[i] for name, values in batch.items()}
+            where = encoding.where(number)
+            _check_ids(ids, labels, mask, vocabulary, where)
+            _check_weights(ids, said.get("weights", ids), where)
+            yield encoding.cut(encoding.weighed(Row(ids, labels), said, where))
+
+
+def _check_weights(ids: list[int], weights: list[float], where: str) -> None:
+    if len(weights) != len(ids):
+        raise DataError(
+            f"data: expected as many weights as input_ids, got {len(weights)} and {len(ids)} in {where}. "
+            "Weight t belongs to token t. Correct the row."
+        )
 
 
 def _check_ids(ids: list[int], labels: list[int], mask: list[int], vocabulary: int, where: str) -> None:

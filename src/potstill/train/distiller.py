@@ -98,6 +98,7 @@ class Distiller(nn.Module):
 
         Args:
             batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count.
+                Where there are weights, [B, T], they say how much each token counts in every mean over tokens.
             normalizer: see `forward`.
         """
         output: StepOutput = self(batch, normalizer=normalizer, at=self._steps)
@@ -114,18 +115,22 @@ class Distiller(nn.Module):
         """The loss of a batch.
 
         Args:
-            batch: input_ids, attention_mask and labels, [B, T] each.
-            normalizer: the number of counting tokens in the whole optimiser step; default: those of this batch.
+            batch: see `step`.
+            normalizer: the number of counting tokens in the whole optimiser step, or the sum of their weights; default:
+                of this batch.
             at: the optimiser step, for the schedules.
             attended_normalizer: the number of attended positions in the whole optimiser step, for terms over layers.
         """
-        alignment = causal_alignment(batch["labels"])
+        alignment = causal_alignment(batch["labels"], batch.get("weights"))
         student, inside = self._listen(partial(says, self.student, self.cut, batch, alignment))
         teacher = self._ask(batch, alignment) if self.consults else None
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
         positions = attended(batch) if self._needs else None
-        signals = Signals(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer)
+        signals = Signals(
+            *(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer),
+            weights=alignment.weights,
+        )
         return StepOutput(*self.objective(signals))
 
     def _listen(self, call: Callable[[], Any]) -> tuple[Any, Inside]:

@@ -49,11 +49,12 @@ class Signals:
             or its logits [N, V] where the head is not plain. With gradient. `student.dense()` makes logits of both.
         labels: [N] token ids.
         teacher: what the teacher said, or None where no term asks for it.
-        normalizer: what every mean over tokens divides by, or None for N.
+        normalizer: what every mean over tokens divides by, or None for N, or for the sum of the weights.
         step: the optimiser step, from 0.
         inside: what terms have asked of the student's layers, over all positions. With gradient.
         attended: [B, T] bool, the positions that terms over layers count; see `targets.attended`.
         attended_normalizer: what means over attended positions divide by, or None for their number.
+        weights: [N] how much each token counts in every mean over tokens; None where all count the same.
     """
 
     student: HeadTargets | DenseTargets
@@ -64,10 +65,18 @@ class Signals:
     inside: Inside = field(default_factory=Inside)
     attended: Tensor | None = None
     attended_normalizer: Tensor | float | None = None
+    weights: Tensor | None = None
+
+    @property
+    def divisor(self) -> Tensor | float:
+        """The normaliser, or what it is for this batch alone."""
+        if self.normalizer is not None:
+            return self.normalizer
+        return max(len(self.labels), 1) if self.weights is None else or_one(self.weights.sum())
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of values [N] over the tokens of the optimiser step."""
-        return token_mean(values, normalizer=self.normalizer)
+        """The weighted mean of values [N] over the tokens of the optimiser step."""
+        return token_mean(values, self.weights, self.divisor)
 
     def attended_mean(self, values: Tensor) -> Tensor:
         """The mean of values [A], of the attended positions, over those of the optimiser step."""
@@ -75,7 +84,7 @@ class Signals:
 
     def batch_mean(self, value: Tensor) -> Tensor:
         """The mean of a quantity of batches over those of the optimiser step, weighted by their counting tokens."""
-        return token_mean(value.expand(len(self.labels)), normalizer=self.normalizer)
+        return self.mean(value.expand(len(self.labels)))
 
     def compare(
         self,
@@ -95,7 +104,8 @@ class Signals:
             temperature: of the divergence.
             label_weight: of the cross-entropy, with 0 it is only reported; None to leave it out.
             targets: the teacher's; None for those that it gave.
-            token_weights: [N], w, without gradient; None for ones. The mean divides by tokens, not by their weights.
+            token_weights: [N], w, without gradient, beside the weights of the data; None for ones. The mean does not
+                divide by them.
         """
         if targets is None and divergence is not None and self.teacher is not None:
             targets = self.teacher.targets
@@ -107,8 +117,8 @@ class Signals:
                 targets,
                 divergence,
                 temperature=temperature,
-                token_weights=token_weights,
-                normalizer=max(len(self.labels), 1) if self.normalizer is None else self.normalizer,
+                token_weights=self.weights if token_weights is None else _weighted(token_weights, self.weights),
+                normalizer=self.divisor,
                 labels=labels,
                 label_weight=label_weight or 0.0,
             )
@@ -131,6 +141,11 @@ class Signals:
 
 def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
     return values if weights is None else values * weights
+
+
+def or_one(total: Tensor) -> Tensor:
+    """A sum of weights to divide by: 1 where nothing counts."""
+    return total.masked_fill(total == 0, 1)
 
 
 class Term(ABC):

@@ -17,10 +17,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
-from potstill.targets import IGNORE, attended, counting
+from potstill.targets import IGNORE, attended, causal_alignment, counting
 from potstill.teachers import Teacher
 from potstill.train.distiller import Distiller, StepOutput
-from potstill.train.objective import Objective, Term
+from potstill.train.objective import Objective, Term, or_one
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
 
@@ -54,7 +54,8 @@ class DistillationConfig(TrainingArguments):
 class DistillationTrainer(Trainer):
     """Trains a student by an objective, with all that transformers.Trainer can do.
 
-    The loss is divided once, by the counting tokens of the whole optimiser step over all ranks and accumulation steps.
+    The loss is divided once, by the counting tokens of the whole optimiser step over all ranks and accumulation steps;
+    where tokens have weights, by their sum.
     Checkpoints and `save_model` hold the plain student: `from_pretrained` loads it. What terms train beside it
     (projections) is kept in checkpoints alone.
 
@@ -111,7 +112,9 @@ class DistillationTrainer(Trainer):
     # The loss.
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """The counting tokens of an optimiser step, over its batches and all ranks; the attended ones are kept."""
+        """The counting tokens of an optimiser step (or their weights), over its batches and all ranks; the attended
+        positions are kept.
+        """
         self._micro_step = 0
         self._steps_since_log += 1
         if not batch_samples:
@@ -119,7 +122,7 @@ class DistillationTrainer(Trainer):
         count = torch.stack([_counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count)
-        tokens, self._attended = count.clamp_min(1).unbind()
+        tokens, self._attended = or_one(count).unbind()
         return tokens
 
     def compute_loss(
@@ -173,7 +176,7 @@ class DistillationTrainer(Trainer):
             rows = self.eval_dataset[rows]  # type: ignore[index]  # one of several held-out sets, by its name
         if self.args.world_size > 1:
             missing = -len(rows) % (self.args.world_size * self.args.per_device_eval_batch_size)
-            blank = {"input_ids": rows[0]["input_ids"], "labels": [IGNORE] * len(rows[0]["labels"])}
+            blank = {**rows[0], "labels": [IGNORE] * len(rows[0]["labels"])}
             filling: Any = [blank] * missing
             rows = ConcatDataset([rows, filling])
         return super().get_eval_dataloader(rows)
@@ -279,8 +282,12 @@ class DistillationTrainer(Trainer):
 
 
 def _counts(batch: Mapping[str, Tensor]) -> Tensor:
-    """[2]: the counting tokens of a batch, and its attended positions."""
-    return torch.stack([counting(batch["labels"]).sum(), attended(batch).sum()])
+    """[2]: the counting tokens of a batch, or the sum of their weights, and its attended positions."""
+    tokens = counting(batch["labels"]).sum()
+    weights = None if "weights" not in batch else causal_alignment(batch["labels"], batch["weights"]).weights
+    if weights is not None:
+        tokens = weights.sum()
+    return torch.stack([tokens, attended(batch).sum().to(tokens)])
 
 
 class _Sums:
@@ -305,7 +312,7 @@ class _Sums:
         """The sums over all ranks, each divided by the count over all ranks of what it is a mean over."""
         if self._counts is None:
             return {}
-        tokens, positions = accelerator.reduce(self._counts).clamp_min(1).tolist()
+        tokens, positions = or_one(accelerator.reduce(self._counts)).tolist()
         return {
             name: total / (positions if over.get(name) == "attended" else tokens)
             for name, total in self.totals(accelerator).items()
