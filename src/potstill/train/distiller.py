@@ -141,7 +141,7 @@ class Distiller(nn.Module):
         said = self.teacher(batch, alignment)
         return said if self.vocabulary is None else replace(said, targets=said.targets.slice(self.vocabulary))
 
-    # What transformers.Trainer asks of a model, passed on to the student.
+    # What transformers.Trainer and accelerate ask of a model, passed on to the student.
 
     @property
     def config(self) -> Any:
@@ -151,6 +151,10 @@ class Distiller(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         """The student's input embeddings."""
         return self.student.get_input_embeddings()  # type: ignore[operator]
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The student's head: FSDP2 must know whether its weight is that of the input embeddings."""
+        return self.student.get_output_embeddings()  # type: ignore[operator, no-any-return]
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the student's activations in the backward pass."""
