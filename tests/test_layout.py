@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "data": BASE | {"engines"},
     "teachers": BASE | {"cache", "losses", "engines"},
     "train": BASE | TRAIN,
-    "evaluate": BASE | {"losses", "data", "engines"},
+    "evaluate": BASE | {"losses", "data", "engines", "students"},
     "embedding": BASE | {"losses", "data", "engines", "evaluate", "recipe", "loading"},
     "recipe": {"errors", "divergence", "schedule", "layers"},
     "loading": BASE | {"losses"},
@@ -42,10 +42,14 @@ ROOMS: dict[str, set[str]] = {
     "preflight": PIPELINE | {"speaker", "prepare"},
     "pipeline": PIPELINE | {"speaker", "prepare"},
     "evaluation": PIPELINE,
+    "sweeping": PIPELINE | {"pipeline"},
+    "diagnosis": PIPELINE | {"prepare"},
     "caching": PIPELINE | {"speaker"},
     "generation": PIPELINE | {"speaker"},
     "demo": PIPELINE | {"prepare", "preflight", "pipeline", "cli"},
-    "cli": PIPELINE | {"prepare", "preflight", "evaluation", "pipeline", "generation", "caching", "demo", "embedding"},
+    "cli": PIPELINE
+    | {"prepare", "preflight", "evaluation", "pipeline", "sweeping", "diagnosis", "generation", "caching"}
+    | {"demo", "embedding"},
     "__main__": {"cli"},
 }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from potstill import schedule
     from potstill.data import Examples, PaddingCollator, Source, encode
+    from potstill.diagnosis import diagnose
     from potstill.divergence import (
         JSD,
         AlphaBeta,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from potstill.embedding.run import run_embedding
     from potstill.engines import Completion, LocalEngine, ModelServer, Sampling
     from potstill.errors import PotstillError
+    from potstill.evaluate.tradeoff import pareto_front, recommend
     from potstill.generation import Generated, generate
     from potstill.layers import LayerMap, Projection
     from potstill.losses import (
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from potstill.students.budget import Budget
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
+    from potstill.sweeping import SweepResult, sweep
     from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
     from potstill.teachers import (
         CachedTeacher,
@@ -115,6 +118,8 @@ _LATER = {
     ),
     "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
+    "potstill.diagnosis": ("diagnose",),
+    "potstill.evaluate.tradeoff": ("pareto_front", "recommend"),
     "potstill.generation": ("Generated", "generate"),
     "potstill.embedding": ("EmbeddingDistiller", "PairObjective", "VectorHead", "open_vectors"),
     "potstill.embedding.run": ("run_embedding",),
@@ -123,6 +128,7 @@ _LATER = {
     "potstill.students.budget": ("Budget",),
     "potstill.students.capacity": ("expected_share",),
     "potstill.students.size": ("size_of",),
+    "potstill.sweeping": ("SweepResult", "sweep"),
     "potstill.teachers": (
         "CachedTeacher",
         "ModelTeacher",
@@ -196,10 +202,12 @@ __all__ = [
     "SoftCrossEntropy",
     "Source",
     "SparseTargets",
+    "SweepResult",
     "Teacher",
     "TeacherOutput",
     "TotalVariation",
     "VectorHead",
+    "diagnose",
     "embedding_divergence",
     "encode",
     "expected_share",
@@ -211,7 +219,9 @@ __all__ = [
     "matryoshka",
     "open_vectors",
     "pair_correlation",
+    "pareto_front",
     "rank_error",
+    "recommend",
     "reconstruction_error",
     "rkd_angle",
     "rkd_distance",
@@ -220,6 +230,7 @@ __all__ = [
     "schedule",
     "similarity_error",
     "size_of",
+    "sweep",
     "token_cross_entropy",
     "token_divergence",
     "token_mean",

@@ -12,13 +12,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
-from potstill.errors import ModelError
+from potstill.errors import ModelError, UserError
 from potstill.losses.linear import multiplies_bfloat16
 
 
@@ -26,17 +27,21 @@ from potstill.losses.linear import multiplies_bfloat16
 def quiet() -> Iterator[None]:
     """Transformers' own bars and remarks would tear the progress bar apart; errors stay."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    rounding = logging.get_logger("bitsandbytes")  # remarks at every product that its inputs are cast
+    rounding_level = rounding.level
+    rounding.setLevel(logging.ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        rounding.setLevel(rounding_level)
         if bars:
             logging.enable_progress_bar()
 
 
-def load_model(where: str, key: str, dtype: str = "auto") -> PreTrainedModel:
+def load_model(where: str, key: str, dtype: str = "auto", *, bits: int | None = None) -> PreTrainedModel:
     """A causal language model.
 
     Args:
@@ -44,21 +49,42 @@ def load_model(where: str, key: str, dtype: str = "auto") -> PreTrainedModel:
         key: how the recipe calls it, for errors.
         dtype: float32, bfloat16, float16, or auto for the precision in which it is saved: float32 where only a CPU is
             there that has no instructions for less, because it would be several times slower.
+        bits: 4 (nf4, its scales quantised too) or 8 (int8) for linear layers that are rounded when they are loaded;
+            the head and the embeddings stay whole. They cannot be trained, and need bitsandbytes.
 
     Raises:
         ModelError: there is no such model, or it is not a causal language model in safetensors.
+        UserError: a package is missing.
     """
     _must_exist(where, key)
     if dtype == "auto" and not has_bfloat16():
         dtype = "float32"
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    options = {} if bits is None else {"quantization_config": _rounded(bits, dtype, key)}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            where, dtype=chosen, use_safetensors=True, trust_remote_code=False
+            where, dtype=chosen, use_safetensors=True, trust_remote_code=False, **options
         )
     except Exception as error:
         raise _unreadable(key, "a causal language model with weights in safetensors", where, error) from error
     return model
+
+
+def _rounded(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
+    """How linear layers are rounded to so many bits; products are computed in the model's precision."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"{key}: expected the package bitsandbytes for a model in 4 or 8 bits, got none. "
+            "Install it with pip install 'potstill[quantized]'."
+        ) from None
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
 
 
 def has_bfloat16() -> bool:

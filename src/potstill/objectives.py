@@ -22,7 +22,7 @@ from potstill.recipe import (
     TAIDPart,
     TermPart,
 )
-from potstill.taps import Anatomy
+from potstill.taps import Anatomy, Needs
 from potstill.train import (
     TAID,
     AdaptiveKL,
@@ -57,17 +57,19 @@ def looks_inside(part: TermPart) -> bool:
     return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart)
 
 
-def check(objective: Objective, student: Anatomy, teacher: Anatomy) -> None:
-    """Look that every term goes with the models.
+def check(objective: Objective, student: Anatomy, teacher: Anatomy) -> Needs:
+    """Look that every term goes with the models: what all need of the teacher.
 
     Raises:
         RecipeError: one does not; it is named by its key.
     """
+    asked = Needs()
     for place, term in enumerate(objective.terms):
         try:
-            term.fit(student, teacher)
+            asked |= term.fit(student, teacher)[1]
         except UserError as error:
             raise RecipeError(f"objective.{place}: {error}") from None
+    return asked
 
 
 def _term(part: TermPart, steps: int, select: Select) -> Term:

@@ -65,7 +65,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     console = console or Console(stderr=True)
     state = PartialState()
     directory = Path(recipe.output)
-    _must_be_free(directory, recipe, resume)
+    require_free(directory, recipe, resume)
 
     with quiet():
         parts = prepare(recipe)
@@ -95,8 +95,12 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))
 
 
-def _must_be_free(directory: Path, recipe: Recipe, resume: bool) -> None:
-    """The run directory holds no training, or one of the same recipe to go on with."""
+def require_free(directory: Path, recipe: Recipe, resume: bool) -> None:
+    """See that a run directory holds no training, or one of the same recipe to go on with.
+
+    Raises:
+        RecipeError: it does not.
+    """
     record = directory / "recipe.yaml"
     if not record.exists() or not (directory / "metrics.jsonl").exists():
         return
@@ -130,6 +134,7 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
         eval_dataset=parts.curve,
         processing_class=parts.tokenizer,
         vocabulary=parts.vocabulary,
+        prefetch=parts.recipe.teacher.prefetch,
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
     )
     trainer.remove_callback(PrinterCallback)

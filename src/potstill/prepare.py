@@ -177,7 +177,7 @@ def prepare(recipe: Recipe) -> Parts:
         start,
     )
     if anatomy is not None:
-        objectives.check(parts.objective(), anatomy, speaker.teacher.anatomy)
+        speaker.teacher.prepare(objectives.check(parts.objective(), anatomy, speaker.teacher.anatomy))
     if not isinstance(speaker.teacher, ModelTeacher):
         _try(parts, speaker.teacher)
         if not speaker.teacher.covers(held_out.dataset):

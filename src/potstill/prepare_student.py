@@ -69,6 +69,11 @@ def begin(
             f"student.initialize: expected a teacher that is a model here for {part.method}, got none. "
             "Its weights are taken over. Name it with teacher.model, or begin with random weights."
         )
+    if getattr(teacher, "is_quantized", False):
+        raise RecipeError(
+            f"student.initialize: expected a teacher in whole precision for {part.method}, got one in "
+            f"{recipe.teacher.dtype}. Its weights are taken over. Leave teacher.dtype out, or begin at random."
+        )
     wanted = min(part.calibration_rows, len(train))
     chosen = [i * len(train) // wanted for i in range(wanted)]
 

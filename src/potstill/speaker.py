@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,9 @@ def find_speaker(part: TeacherPart, student: str | None) -> Speaker:
     """
     if part.server is not None:
         return _served(part.server, student)
-    model = None if part.model is None else load_model(part.model, "teacher.model", part.dtype)
+    bits = {"int8": 8, "int4": 4}.get(part.dtype)
+    dtype = part.dtype if bits is None else "auto"
+    model = None if part.model is None else load_model(part.model, "teacher.model", dtype, bits=bits)
     if part.cache is not None:
         kept = Path(part.cache) / COMPANIONS
         cached = CachedTeacher(part.cache)
@@ -46,7 +49,15 @@ def find_speaker(part: TeacherPart, student: str | None) -> Speaker:
         return Speaker(cached, model, config, load_tokenizer(str(kept), "teacher.cache"))
     assert model is not None and part.model is not None
     tokenizer = load_tokenizer(part.model, "teacher.model")
-    return Speaker(ModelTeacher(model, device=part.device), model, model.config, tokenizer)
+    return Speaker(ModelTeacher(model, device=part.device), model, _whole(model.config), tokenizer)
+
+
+def _whole(config: PretrainedConfig) -> PretrainedConfig:
+    """The config without how the model is rounded: students are made after it."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _served(part: ServerPart, student: str | None) -> Speaker:

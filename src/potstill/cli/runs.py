@@ -13,8 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from potstill.cli.app import RecipePath, Sets, app, console
-from potstill.cli.embedding import kind_of, run_embedding
-from potstill.errors import UserError
+from potstill.cli.embedding import check_embedding, kind_of, run_embedding
+from potstill.cli.generate import check_generate
+from potstill.errors import UserError, nearest
+
+KINDS = ("distillation", "embedding", "generate")
 
 
 @app.command()
@@ -57,7 +60,12 @@ def demo(
 
 @app.command()
 def check(recipe: RecipePath, set_: Sets = None) -> None:
-    """Say what a run will need, and whether vocabularies, data and models fit. Nothing is trained."""
+    """Say what a recipe of any kind will need, and whether its data and models fit. Nothing is trained or written."""
+    kind = kind_of(recipe, KINDS)
+    if kind == "embedding":
+        return check_embedding(recipe, set_ or ())
+    if kind == "generate":
+        return check_generate(recipe, set_ or ())
     from potstill.evaluate import words
     from potstill.preflight import check as check_recipe
     from potstill.recipe import Recipe
@@ -84,25 +92,38 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
             f"output: expected {words.size(found.disk_bytes)} of free disk, got {words.size(found.disk_free_bytes)}. "
             "Choose another directory with --set output=DIR."
         )
+    return None
 
 
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
-    """Write report.html again from the records of a run."""
+    """Write report.html again from the records of a run, or sweep.html from those of a sweep."""
     from potstill.evaluate.report import write_report
 
     write = write_report
-    if kind_of(directory / "recipe.yaml") == "embedding":
+    if (directory / "sweep.json").exists():
+        from potstill.evaluate.sweep_report import write_sweep_report as write
+    elif kind_of(directory / "recipe.yaml") == "embedding":
         from potstill.embedding.report import write_embedding_report as write
     console.print(f"report  {write(directory)}", highlight=False)
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of a recipe, for editors and for reading."""
-    from potstill.recipe import Recipe
+def schema(
+    kind: Annotated[str, typer.Argument(help="of recipe: distillation, embedding, or generate")] = "distillation",
+) -> None:
+    """Print the JSON Schema of a kind of recipe, for editors and for reading."""
+    from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
+    from potstill.recipe.document import Document
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    documents: dict[str, type[Document]] = {
+        "distillation": Recipe,
+        "embedding": EmbeddingRecipe,
+        "generate": GenerateRecipe,
+    }
+    if kind not in documents:
+        raise UserError(f"schema: expected one of {', '.join(documents)}, got {kind}.{nearest(kind, documents)}")
+    print(json.dumps(documents[kind].model_json_schema(), indent=2))
 
 
 def _finish(result: Any) -> None:

@@ -249,9 +249,10 @@ def _conversations(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
 
 def _last_turn(talk: list[dict[str, Any]], written: _Written, offsets: list[Span], where: str) -> Completion:
     """Where the text of the last message stands, which spans are places in."""
-    text = talk[-1].get("content")
+    last = talk[-1]
+    text: str = last["content"] if last["role"] == "assistant" and isinstance(last.get("content"), str) else ""
     before, after = written.turns[-1]
-    bare = text.strip() if talk[-1]["role"] == "assistant" and isinstance(text, str) else ""
+    bare = text.strip()
     found = after.find(bare, len(before)) if bare else -1
     if found < 0:
         raise DataError(

@@ -93,17 +93,17 @@ def compare(
         model.eval()
     for batch in batches:
         alignment = causal_alignment(batch["labels"])
-        expected: Any = None if reference is None else _logits(reference, batch, alignment, vocabulary)
+        expected: Any = None if reference is None else logits_at(reference, batch, alignment, vocabulary)
         for name, model in everyone.items():
             again = expected is None or model is not reference
-            logits = _logits(model, batch, alignment, vocabulary) if again else expected
+            logits = logits_at(model, batch, alignment, vocabulary) if again else expected
             _add(sums[name], logits, expected, alignment)
     for name, model in everyone.items():
         model.train(was_training[name])
     return {name: _finish(one, bins) for name, one in sums.items()}
 
 
-def _logits(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, vocabulary: int | None) -> Tensor:
+def logits_at(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, vocabulary: int | None) -> Tensor:
     """The model's logits [N, V] at the counting positions, on the CPU's or the batch's device, float32."""
     device = next(model.parameters()).device
     there = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from markupsafe import Markup
 from potstill.atomic import write_text
 from potstill.errors import DataError
 from potstill.evaluate import pictures
+from potstill.evaluate.diagnosis_report import told
 from potstill.evaluate.summary import (
     MODELS,
     RUNS,
@@ -55,6 +57,7 @@ def write_report(run_directory: Path) -> Path:
         curves=_learning_curves(summary, held_out, training),
         positions=_positions(summary.kl_by_position),
         continuations=summary.continuations,
+        diagnosis=told(run_directory / "diagnose.json"),
         recipe=read_text(run_directory / "recipe.yaml"),
     )
     write_text(run_directory / "report.html", rendered)
@@ -109,10 +112,21 @@ def environment(*, autoescape: bool) -> Environment:
         "duration": duration,
         "nats": nats,
         "percent": percent,
+        "number": _number,
+        "quoted": _quoted,
         "visible": _visible,
         "cell": _cell,
     }
     return environment
+
+
+def _number(value: float) -> str:
+    return f"{value:g}"
+
+
+def _quoted(text: str) -> str:
+    """With its spaces and ends of lines to be seen."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _visible(text: str) -> str:

@@ -42,12 +42,8 @@ class Document(Part):
     @classmethod
     def parse(cls, values: Any, origin: str = "recipe", sets: Iterable[str] = ()) -> Self:
         """The same from values that are already read; `origin` is how errors call them."""
-        if not isinstance(values, dict):
-            raise RecipeError(f"{origin}: expected a mapping of keys, got {type(values).__name__}.")
-        for change in sets:
-            _set(values, change)
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(apply(values, sets, origin))
         except ValidationError as error:
             lines = [line for one in error.errors() for line in _explain(cls, one)]
             count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
@@ -95,6 +91,37 @@ def read(path: Path) -> Any:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path}: expected YAML, got: {reason}") from None
+
+
+def apply(values: Any, sets: Iterable[str], origin: str = "recipe") -> dict[str, Any]:
+    """The values of a file, changed in place as `Document.load` says.
+
+    Raises:
+        RecipeError: they are no mapping, or a change is none.
+    """
+    if not isinstance(values, dict):
+        raise RecipeError(f"{origin}: expected a mapping of keys, got {type(values).__name__}.")
+    for change in sets:
+        _set(values, change)
+    return values
+
+
+def read_list(text: str) -> list[Any]:
+    """Values with commas between them, each as YAML reads it.
+
+    >>> read_list("2, 1e-3, {hidden_size: 8, num_hidden_layers: 1}")
+    [2, 0.001, {'hidden_size': 8, 'num_hidden_layers': 1}]
+
+    Raises:
+        RecipeError: they are not YAML.
+    """
+    try:
+        found: list[Any] = yaml.load(f"[{text}]", _Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError:
+        raise RecipeError(
+            f"expected values with commas between them, got {text}. Brackets and quotes must close."
+        ) from None
+    return found
 
 
 def _set(values: dict[str, Any], change: str) -> None:

@@ -34,12 +34,13 @@ class TeacherPart(Part):
     """
 
     model: str | None = Field(None, description="a folder with a model and its tokenizer, or a name on the hub")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="its precision; auto is the one it is saved in"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = Field(
+        "auto", description="its precision; auto is the one it is saved in, int8 and int4 round its linear layers"
     )
     device: str | None = Field(None, description="such as cuda:1; by default where the student is")
     cache: str | None = Field(None, description="a directory made by `potstill cache build`")
     server: ServerPart | None = None
+    prefetch: bool = Field(False, description="ask about the next batch while the student learns from this one")
 
     @property
     def title(self) -> str:
@@ -50,7 +51,7 @@ class TeacherPart(Part):
 
     @model_validator(mode="after")
     def _someone(self) -> Self:
-        given = set(self.model_dump(exclude_defaults=True))
+        given = set(self.model_dump(exclude_defaults=True)) - {"prefetch"}
         if not given & {"model", "cache", "server"}:
             raise ValueError("expected model, cache or server, got none of them")
         if "server" in given and len(given) > 1:

@@ -19,7 +19,7 @@ from potstill.cache.codec import Codec, Hidden, codec_of
 from potstill.cache.store import MANIFEST, Manifest, Plan, Row, Shard, read_manifest, write_manifest, write_shard
 from potstill.errors import DataError, RunError
 from potstill.targets import DenseTargets, HeadTargets, SparseTargets, Targets, causal_alignment
-from potstill.teachers.cached import COMPANIONS, HEAD, keys_of_batch
+from potstill.teachers.cached import COMPANIONS, HEAD, keys_of_batch, layers_of_batch
 from potstill.teachers.teacher import Teacher
 
 PLAN = "plan.json"
@@ -37,7 +37,7 @@ class Capture:
     Args:
         plan: what the cache is made of.
         directory: where it comes to stand.
-        teacher: who speaks.
+        teacher: who speaks, prepared for the layers of the plan.
         datasets: the rows of each source, with input_ids and labels.
         collate: rows to a padded batch.
         device: where batches go.
@@ -149,8 +149,10 @@ class Capture:
         keys = keys_of_batch(batch, alignment)
         if len(keys) < len(examples):
             raise RunError("cache: expected a token that counts in every row, got a row without one.")
+        kept = self.plan.layers
+        layers = [b""] * len(keys) if kept is None else layers_of_batch(batch, alignment, output.inside, kept.kept)
         start = 0
-        for key, count in zip(keys, tokens, strict=True):
+        for key, count, states in zip(keys, tokens, layers, strict=True):
             part = slice(start, start + count)
             mine = _rows(said, part)
             seed = int.from_bytes(key[:8], "little")
@@ -158,9 +160,9 @@ class Capture:
                 told = None if output.label_log_probs is None else output.label_log_probs[part]
                 signal = self._codec.encode(mine, seed, label_log_probs=told)
             else:
-                kept = mine if isinstance(self._codec, Hidden) else DenseTargets(mine.dense())
-                signal = self._codec.encode(kept, seed, labels=alignment.labels[part])
-            yield Row(key, count, signal)
+                whole = mine if isinstance(self._codec, Hidden) else DenseTargets(mine.dense())
+                signal = self._codec.encode(whole, seed, labels=alignment.labels[part])
+            yield Row(key, count, signal, states)
             start += count
 
     def _write_head(self, path: Path) -> None:

@@ -28,7 +28,11 @@ class ModelTeacher(Teacher):
     def __init__(
         self, model: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        self.model = model.eval().requires_grad_(False)
+        if dtype is not None:  # a quantised model refuses to be asked at all
+            self.model.to(dtype)
+        if device is not None:
+            self.model.to(device)
         self._device = None if device is None else torch.device(device)
         self._needs = Needs()
 

@@ -40,7 +40,12 @@ class Teacher(ABC):
     """Anything that can say something at every position of a batch.
 
     All give targets. One that can be looked into also has an `anatomy` and can `prepare` for it.
+
+    Attributes:
+        of_student: whether it is made of the student that is trained.
     """
+
+    of_student: bool = False
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:

@@ -15,6 +15,7 @@ from potstill.taps import Inside, Needs, Taps
 from potstill.targets import attended, causal_alignment
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 from potstill.train.objective import Objective, Signals, Term
+from potstill.train.prefetch import Prefetch
 
 
 class StepOutput(NamedTuple):
@@ -41,6 +42,7 @@ class Distiller(nn.Module):
         objective: an `Objective`, or a list of its terms.
         vocabulary: the number of tokens that teacher and student share, where a head has padding rows behind them:
             both are sliced to it before the normaliser.
+        prefetch: ask the teacher one batch ahead, while the student learns; see `foretell`.
 
     Raises:
         ShapeError: a term needs a teacher and there is none, or asks for a layer that is not there.
@@ -62,6 +64,7 @@ class Distiller(nn.Module):
         objective: Objective | Sequence[Term],
         *,
         vocabulary: int | None = None,
+        prefetch: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -75,6 +78,7 @@ class Distiller(nn.Module):
         if self.objective.needs_teacher and self.teacher is None:
             asking = next(term.name for term in self.objective.terms if term.needs_teacher)
             raise ShapeError(f"Distiller: expected a teacher for the term {asking}, got None.")
+        self._prefetch = Prefetch(self.teacher) if prefetch and self.teacher is not None else None
         self._needs = Needs()
         if self.objective.looks_inside:
             assert self.teacher is not None
@@ -133,12 +137,29 @@ class Distiller(nn.Module):
         )
         return StepOutput(*self.objective(signals))
 
+    @property
+    def prefetches(self) -> bool:
+        """Whether the teacher is asked one batch ahead."""
+        return self._prefetch is not None and self.consults
+
+    def foretell(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Say which batches the module will be called with, in order, for `prefetch`; none ends it.
+
+        A batch is known again by its very tensor of input_ids. Others may come between, and are asked on the spot.
+        """
+        if self._prefetch is None:
+            return
+        if batches:
+            self._prefetch.foretell([(batch, causal_alignment(batch["labels"])) for batch in batches])
+        else:
+            self._prefetch.close()
+
     def _listen(self, call: Callable[[], Any]) -> tuple[Any, Inside]:
         return self._taps.hear(self._needs, call) if self._needs else (call(), Inside())
 
     def _ask(self, batch: Mapping[str, Tensor], alignment: Any) -> TeacherOutput:
         assert self.teacher is not None
-        said = self.teacher(batch, alignment)
+        said = (self._prefetch or self.teacher)(batch, alignment)
         return said if self.vocabulary is None else replace(said, targets=said.targets.slice(self.vocabulary))
 
     # What transformers.Trainer and accelerate ask of a model, passed on to the student.
@@ -154,7 +175,7 @@ class Distiller(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The student's head: FSDP2 must know whether its weight is that of the input embeddings."""
-        return self.student.get_output_embeddings()  # type: ignore[operator, no-any-return]
+        return self.student.get_output_embeddings()  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the student's activations in the backward pass."""

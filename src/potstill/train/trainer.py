@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from potstill.targets import IGNORE, attended, causal_alignment, counting
 from potstill.teachers import Teacher
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Objective, Term, or_one
+from potstill.train.prefetch import Peek
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
 
@@ -68,6 +69,7 @@ class DistillationTrainer(Trainer):
         eval_dataset: the same, held out.
         processing_class: the tokenizer.
         vocabulary: see `Distiller`.
+        prefetch: ask the teacher about the next batch while the student learns from this one.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
     """
 
@@ -84,6 +86,7 @@ class DistillationTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         vocabulary: int | None = None,
+        prefetch: bool = False,
         **kwargs: Any,
     ) -> None:
         args = args or DistillationConfig(output_dir="runs/student")
@@ -92,7 +95,7 @@ class DistillationTrainer(Trainer):
         if "data_collator" not in kwargs and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
-        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary)
+        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, prefetch=prefetch)
         if all(term.looks_inside for term in self.distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers leave the head alone
         super().__init__(
@@ -106,10 +109,23 @@ class DistillationTrainer(Trainer):
         self._train_sums = _Sums()
         self._eval_sums = _Sums()
         self._attended: Tensor | None = None
+        self._peek: Peek[Any] | None = None
         self._micro_step = 0
         self._steps_since_log = 0
 
     # The loss.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of one optimiser step; a teacher that is asked ahead is told of them and of the one after."""
+        if not self.distiller.prefetches:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._peek is None or self._peek.source is not epoch_iterator:
+            self._peek = Peek(epoch_iterator)
+        found = super().get_batch_samples(self._peek, num_batches, device)
+        self.distiller.foretell([*found[0], *self._peek.ahead()])
+        return found
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """The counting tokens of an optimiser step (or their weights), over its batches and all ranks; the attended
@@ -231,7 +247,10 @@ class DistillationTrainer(Trainer):
             if found is None:
                 raise UserError(f"train: expected a complete checkpoint in {self.args.output_dir}, got none.")
             resume_from_checkpoint = str(found)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.distiller.foretell(())
 
     # Checkpoints.
 
