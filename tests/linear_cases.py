@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,6 +23,11 @@ from reference import DIVERGENCES
 BACKENDS = ["eager", "chunked"]
 FUSED = [backend for backend in BACKENDS if backend != "eager"]
 N, H, V = 6, 4, 9
+WITH_TRITON = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton"),
+    # Its interpreter computes in numpy, which tells of what a GPU rounds to inf or 0 in silence.
+    pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning"),
+]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
@@ -29,6 +35,15 @@ every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "none"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 every_kind = pytest.mark.parametrize("kind", ["dense", "head", "bucket"])
+# Triton's kernels know float32 alone; without a GPU its interpreter runs them (conftest.py), a thousand times slower.
+every_way = pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        *((dtype, backend) for dtype in (torch.float64, torch.float32) for backend in BACKENDS),
+        pytest.param(torch.float32, "triton", marks=WITH_TRITON),
+    ],
+    ids=str,
+)
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

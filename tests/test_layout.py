@@ -17,7 +17,7 @@ import potstill
 
 SOURCE = Path(__file__).parents[1] / "src" / "potstill"
 
-BASE = {"errors", "atomic", "divergence", "targets", "schedule", "layers", "heads", "taps"}
+BASE = {"errors", "atomic", "uncompiled", "divergence", "targets", "schedule", "layers", "heads", "taps"}
 TRAIN = {"teachers", "students", "losses", "data", "engines"}
 PIPELINE = BASE | TRAIN | {"cache", "train", "evaluate", "recipe", "loading"}
 
@@ -58,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
 
 # What works in anyone's training loop, on a machine with torch and nothing else.
 PURE = re.compile(
-    r"potstill\.(errors|divergence|targets|heads|taps|layers|schedule|losses(\..+)?|cache\.(codec|planes))"
+    r"potstill\.(errors|uncompiled|divergence|targets|heads|taps|layers|schedule|losses(\..+)?|cache\.(codec|planes))"
 )
 PACKAGES_OF_THE_REST = [
     *("accelerate", "datasets", "jinja2", "matplotlib", "peft", "pydantic", "rich", "safetensors"),
@@ -163,8 +163,15 @@ def test_the_losses_work_where_torch_is_alone():
         f"sys.modules.update(dict.fromkeys({PACKAGES_OF_THE_REST}))",  # None: importing it is an ImportError
         f"[importlib.import_module(name) for name in {importable}]",
         f"assert not [name for name in {PACKAGES_OF_THE_REST} if sys.modules[name]]",
+        "assert 'torch._dynamo' not in sys.modules",  # takes as long as torch itself, and nothing is compiled yet
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_answers_without_torch():
+    script = "import sys, potstill.cli; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

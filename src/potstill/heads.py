@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.targets import Alignment, DenseTargets, HeadTargets, LMHead
+from potstill.uncompiled import uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def says(
     return HeadTargets(cut.hidden(batch, alignment).to(head.weight.dtype), head)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # done once, and not a part of any step
+@uncompiled  # done once, and not a part of any step
 def cut(model: nn.Module) -> Cut | None:
     """How to cut a model before its head; None where the head is not plain, and the logits must be made whole.
 

@@ -426,11 +426,13 @@ class Alignment:
         positions: [N] into the flattened [B * T].
         labels: [N] token ids; classes or numbers where rows are judged.
         length: T; 1 where a row is one position.
+        weights: [N] how much each counts in means over tokens; None where all count the same.
     """
 
     positions: Tensor
     labels: Tensor
     length: int
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.positions.shape[0]
@@ -475,13 +477,20 @@ def counting(labels: Tensor, task: Task = "causal") -> Tensor:
     return ~rows.isnan() if task == "regression" else rows != IGNORE
 
 
-def align(labels: Tensor, task: Task = "causal") -> Alignment:
-    """The counting positions of a batch of labels, and what should have been said there; see `counting`."""
+def align(labels: Tensor, task: Task = "causal", weights: Tensor | None = None) -> Alignment:
+    """The counting positions of a batch of labels, and what should have been said there; see `counting`.
+
+    Args:
+        labels: [B, T] or [B].
+        task: what the model is asked for.
+        weights: of the labels' shape, shifted as little as they are: how much each counts; None for all the same.
+    """
     rows, columns = counting(labels, task).nonzero(as_tuple=True)
     if labels.ndim == 1:
-        return Alignment(rows, labels[rows], 1)
+        return Alignment(rows, labels[rows], 1, None if weights is None else weights[rows])
     length, shift = labels.shape[1], int(task == "causal")
-    return Alignment(rows * length + columns, labels[rows, columns + shift], length)
+    said = (rows, columns + shift)
+    return Alignment(rows * length + columns, labels[said], length, None if weights is None else weights[said])
 
 
 def causal_alignment(labels: Tensor) -> Alignment:

@@ -116,7 +116,8 @@ class Distiller(nn.Module):
 
         Args:
             batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count. Where
-                rows are judged labels are [B].
+                rows are judged labels are [B]. Weights of the labels' shape, where there are any, say how much each
+                counts in every mean over tokens.
             normalizer: see `forward`.
         """
         if self.training and self._steps and self.teacher is not None:
@@ -136,11 +137,12 @@ class Distiller(nn.Module):
 
         Args:
             batch: see `step`.
-            normalizer: the number of counting tokens in the whole optimiser step; default: those of this batch.
+            normalizer: the number of counting tokens in the whole optimiser step, or the sum of their weights; default:
+                of this batch.
             at: the optimiser step, for the schedules.
             attended_normalizer: the number of attended positions in the whole optimiser step, for terms over layers.
         """
-        alignment = align(batch["labels"], self.task)
+        alignment = align(batch["labels"], self.task, batch.get("weights"))
         student, inside = self._listen(partial(says, self.student, self.cut, batch, alignment))
         teacher = self._ask(batch, alignment) if self.consults else None
         if self.vocabulary is not None:
@@ -198,7 +200,7 @@ class Distiller(nn.Module):
                     "tokens. Use chunks, mapped_logits or uld, and labels."
                 )
 
-    # What transformers.Trainer asks of a model, passed on to the student.
+    # What transformers.Trainer and accelerate ask of a model, passed on to the student.
 
     @property
     def config(self) -> Any:
@@ -208,6 +210,10 @@ class Distiller(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         """The student's input embeddings."""
         return self.student.get_input_embeddings()  # type: ignore[operator]
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The student's head: FSDP2 must know whether its weight is that of the input embeddings."""
+        return self.student.get_output_embeddings()  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the student's activations in the backward pass."""

@@ -83,12 +83,12 @@ class Signals:
             or its logits [N, V] where the head is not plain. With gradient. `student.dense()` makes logits of both.
         labels: [N] token ids or classes; floating point where they are numbers.
         teacher: what the teacher said, or None where no term asks for it.
-        normalizer: what every mean over tokens divides by, or None for N.
+        normalizer: what every mean over tokens divides by, or None for N, or for the sum of the weights.
         step: the optimiser step, from 0.
         inside: what terms have asked of the student's layers, over all positions. With gradient.
         attended: [B, T] bool, the positions that terms over layers count; see `targets.attended`.
         attended_normalizer: what means over attended positions divide by, or None for their number.
-        alignment: where the counting positions are.
+        alignment: where the counting positions are, and how much each counts.
         own: of the tokens that the student has written itself; None where there are none.
     """
 
@@ -118,9 +118,21 @@ class Signals:
             return None
         return "squared_error" if self.labels.is_floating_point() else "cross_entropy"
 
+    @property
+    def weights(self) -> Tensor | None:
+        """[N] how much each token counts in every mean over tokens; None where all count the same."""
+        return None if self.alignment is None else self.alignment.weights
+
+    @property
+    def divisor(self) -> Tensor | float:
+        """The normaliser, or what it is for this batch alone."""
+        if self.normalizer is not None:
+            return self.normalizer
+        return max(len(self.labels), 1) if self.weights is None else or_one(self.weights.sum())
+
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of values [N] over the tokens of the optimiser step."""
-        return token_mean(values, normalizer=self.normalizer)
+        """The weighted mean of values [N] over the tokens of the optimiser step."""
+        return token_mean(values, self.weights, self.divisor)
 
     def attended_mean(self, values: Tensor) -> Tensor:
         """The mean of values [A], of the attended positions, over those of the optimiser step."""
@@ -128,7 +140,7 @@ class Signals:
 
     def batch_mean(self, value: Tensor) -> Tensor:
         """The mean of a quantity of batches over those of the optimiser step, weighted by their counting tokens."""
-        return token_mean(value.expand(len(self.labels)), normalizer=self.normalizer)
+        return self.mean(value.expand(len(self.labels)))
 
     def compare(
         self,
@@ -148,7 +160,8 @@ class Signals:
             temperature: of the divergence.
             label_weight: of the cross-entropy, with 0 it is only reported; None to leave it out.
             targets: the teacher's; None for those that it gave.
-            token_weights: [N], w, without gradient; None for ones. The mean divides by tokens, not by their weights.
+            token_weights: [N], w, without gradient, beside the weights of the data; None for ones. The mean does not
+                divide by them.
         """
         if targets is None and divergence is not None and self.teacher is not None:
             targets = self.teacher.targets
@@ -162,8 +175,8 @@ class Signals:
                 targets,
                 divergence,
                 temperature=temperature,
-                token_weights=token_weights,
-                normalizer=max(len(self.labels), 1) if self.normalizer is None else self.normalizer,
+                token_weights=self.weights if token_weights is None else _weighted(token_weights, self.weights),
+                normalizer=self.divisor,
                 labels=labels,
                 label_weight=label_weight or 0.0,
             )
@@ -190,6 +203,11 @@ def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
 
 def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a * b
+
+
+def or_one(total: Tensor) -> Tensor:
+    """A sum of weights to divide by: 1 where nothing counts."""
+    return total.masked_fill(total == 0, 1)
 
 
 class Term(ABC):

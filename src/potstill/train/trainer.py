@@ -20,11 +20,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
-from potstill.targets import IGNORE, Task, attended, counting
+from potstill.targets import IGNORE, Task, align, attended, counting
 from potstill.teachers import Teacher
 from potstill.train.callbacks import Epochs
 from potstill.train.distiller import Distiller, StepOutput
-from potstill.train.objective import OF_TEXT, Objective, Term
+from potstill.train.objective import OF_TEXT, Objective, Term, or_one
 from potstill.train.prefetch import Peek
 from potstill.train.rollout import Rollout, with_weights_of
 
@@ -61,7 +61,8 @@ class DistillationConfig(TrainingArguments):
 class DistillationTrainer(Trainer):
     """Trains a student by an objective, with all that transformers.Trainer can do.
 
-    The loss is divided once, by the counting tokens of the whole optimiser step over all ranks and accumulation steps.
+    The loss is divided once, by the counting tokens of the whole optimiser step over all ranks and accumulation steps;
+    where tokens have weights, by their sum.
     Checkpoints and `save_model` hold the plain student: `from_pretrained` loads it. What terms train beside it
     (projections) is kept in checkpoints alone.
 
@@ -164,7 +165,9 @@ class DistillationTrainer(Trainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """The counting tokens of an optimiser step, over its batches and all ranks; the attended ones are kept."""
+        """The counting tokens of an optimiser step (or their weights), over its batches and all ranks; the attended
+        positions are kept.
+        """
         self._micro_step = 0
         self._steps_since_log += 1
         if not batch_samples:
@@ -172,13 +175,17 @@ class DistillationTrainer(Trainer):
         count = torch.stack([self._counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count)
-        tokens, self._attended = count.clamp_min(1).unbind()
+        tokens, self._attended = or_one(count).unbind()
         return tokens
 
     def _counts(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """[2]: the counting tokens of a batch, and its attended positions."""
+        """[2]: the counting tokens of a batch, or the sum of their weights, and its attended positions."""
         task = self.distiller.task
-        return torch.stack([counting(batch["labels"], task).sum(), attended(batch, task).sum()])
+        tokens = counting(batch["labels"], task).sum()
+        weights = None if "weights" not in batch else align(batch["labels"], task, batch["weights"]).weights
+        if weights is not None:
+            tokens = weights.sum()
+        return torch.stack([tokens, attended(batch, task).sum().to(tokens)])
 
     def compute_loss(
         self,
@@ -422,7 +429,7 @@ class _Sums:
         """The sums over all ranks, each divided by the count over all ranks of what it is a mean over."""
         if self._counts is None:
             return {}
-        tokens, positions = accelerator.reduce(self._counts).clamp_min(1).tolist()
+        tokens, positions = or_one(accelerator.reduce(self._counts)).tolist()
         return {
             name: total / (positions if over.get(name) == "attended" else tokens)
             for name, total in self.totals(accelerator).items()
