@@ -34,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": BASE | {"losses", "data", "engines"},
     "embedding": BASE | {"losses", "data", "engines", "evaluate", "recipe", "loading"},
     "recipe": {"errors", "divergence", "schedule", "layers"},
-    "loading": BASE | {"losses"},
+    "loading": BASE | {"losses", "students"},
     "objectives": PIPELINE,
     "speaker": PIPELINE,
     "prepare_student": PIPELINE,

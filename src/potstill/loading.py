@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
-from potstill.errors import ModelError
+from potstill.errors import ModelError, UserError
 from potstill.losses.linear import multiplies_bfloat16
+from potstill.students.adapted import QUANTIZATION, adapter_weights, hushed, is_adapter, load_adapter, require_peft
 
 
 @contextmanager
@@ -29,36 +33,101 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with hushed():
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 
 
-def load_model(where: str, key: str, dtype: str = "auto") -> PreTrainedModel:
-    """A causal language model.
+def load_model(
+    where: str, key: str, dtype: str = "auto", *, bits: int | None = None, trainable: bool = False
+) -> PreTrainedModel:
+    """A causal language model; one with an adapter, which is a PeftModel, where the folder holds an adapter alone.
 
     Args:
         where: a folder, or the name of a model on the hub.
         key: how the recipe calls it, for errors.
         dtype: float32, bfloat16, float16, or auto for the precision in which it is saved: float32 where only a CPU is
             there that has no instructions for less, because it would be several times slower.
+        bits: 4 (nf4, its scales quantised too) or 8 (int8) for linear layers that are rounded when they are loaded, as
+            for QLoRA; they cannot be trained, and need bitsandbytes.
+        trainable: an adapter is to be trained further.
 
     Raises:
         ModelError: there is no such model, or it is not a causal language model in safetensors.
+        UserError: a package is missing.
     """
     _must_exist(where, key)
     if dtype == "auto" and not has_bfloat16():
         dtype = "float32"
+    if is_adapter(where):
+        return _load_with_adapter(Path(where).expanduser(), key, dtype, trainable)
+    return _load_whole(where, key, dtype, None if bits is None else _rounded(bits, dtype, key))
+
+
+def _load_whole(where: str, key: str, dtype: str, quantization: Any) -> PreTrainedModel:
+    options = {} if quantization is None else {"quantization_config": quantization}
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            where, dtype=chosen, use_safetensors=True, trust_remote_code=False
+            where, dtype=chosen, use_safetensors=True, trust_remote_code=False, **options
         )
     except Exception as error:
         raise _unreadable(key, "a causal language model with weights in safetensors", where, error) from error
     return model
+
+
+def _rounded(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
+    """How linear layers are rounded to so many bits; products are computed in the model's precision."""
+    _require_bitsandbytes(key)
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def _require_bitsandbytes(key: str) -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"{key}: expected the package bitsandbytes for a model in 4 or 8 bits, got none. "
+            "Install it with pip install 'potstill[quantized]'."
+        ) from None
+
+
+def _load_with_adapter(folder: Path, key: str, dtype: str, trainable: bool) -> PreTrainedModel:
+    """The base that an adapter names, rounded as it was when the adapter was trained, with the adapter on it."""
+    peft = require_peft(key)
+    adapter_weights(folder, key)  # peft would also read pickles
+    kept = folder / QUANTIZATION
+    if kept.exists():
+        _require_bitsandbytes(key)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        quantization = BitsAndBytesConfig.from_dict(json.loads(kept.read_text())) if kept.exists() else None
+    except Exception as error:
+        raise _unreadable(key, "an adapter of peft", str(folder), error) from error
+    base = config.base_model_name_or_path
+    if not base:
+        raise ModelError(f"{key}: expected an adapter that names its base, got one in {folder} that does not.")
+    _must_exist(base, f"the base of {key}")
+    model = _load_whole(base, f"the base of {key}", dtype, quantization)
+    try:
+        with hushed():
+            if trainable:
+                config.inference_mode = False
+                adapted = peft.get_peft_model(model, config)
+                load_adapter(adapted, folder)
+            else:
+                adapted = peft.PeftModel.from_pretrained(model, folder).requires_grad_(False)
+    except Exception as error:
+        raise _unreadable(key, f"an adapter for {base}", str(folder), error) from error
+    return adapted
 
 
 def has_bfloat16() -> bool:

@@ -22,11 +22,12 @@ from potstill.data import in_batches
 from potstill.errors import RecipeError
 from potstill.evaluate.quality import compare, continuation, gap_closed
 from potstill.evaluate.report import write_report, write_student_card
-from potstill.evaluate.speed import latency_ms, weight_bytes
+from potstill.evaluate.speed import bytes_on_disk, latency_ms, weight_bytes
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
 from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TermPart
+from potstill.students.adapted import count, is_adapted, merged
 from potstill.targets import causal_alignment
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
@@ -137,6 +138,8 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
     finally:
         bar.progress.stop()
+    if parts.recipe.student.merges:
+        trainer.distiller.student = merged(trainer.distiller.student)
     partial = directory / f"{name}.partial"
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)  # what a kill in the middle of the next line leaves
@@ -174,7 +177,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     folders = {name: directory / name for name in names}
     device = PartialState().device
     teacher = parts.teacher_model
-    models = {name: load_model(str(directory / name), name).to(device) for name in names}
+    dtype = "auto" if recipe.student.adapter is None else recipe.student.adapter.dtype
+    models = {name: load_model(str(directory / name), name, dtype).to(device) for name in names}
     everyone = dict(models)
     if teacher is not None:
         teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
@@ -191,8 +195,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
             "perplexity": measured[name].perplexity,
             "agreement": measured[name].agreement,
             "kl": measured[name].kl,
-            "parameters": model.num_parameters(),
-            "bytes": weight_bytes(folders[name]) or model.get_memory_footprint(),
+            "parameters": count(model).all,
+            "bytes": bytes_on_disk(folders[name], model),
             "latency_ms": latency_ms(model, recipe.data.max_length),
         }
         for name, model in everyone.items()
@@ -234,10 +238,26 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         "objective": "; ".join(_describe(part) for part in recipe.objective),
         "models": {
             "teacher": recipe.teacher.title,
-            "student": recipe.student.model or _describe_design(recipe.student),
+            "student": _describe_student(recipe.student),
         },
+        "adapter": _adapter(parts, directory / "student", models["student"]),
         "notes": list(parts.notes),
         "versions": versions(),
+    }
+
+
+def _adapter(parts: Parts, folder: Path, student: Any) -> dict[str, Any] | None:
+    """What was trained of the student, where it is an adapter."""
+    part = parts.recipe.student.adapter
+    if part is None and not is_adapted(student):
+        return None
+    return {
+        "title": "the adapter that it came with" if part is None else part.title,
+        "trained": parts.size.trained,
+        "share": parts.size.trained / parts.size.all,
+        "bytes": weight_bytes(folder) if is_adapted(student) else None,
+        "base": student.active_peft_config.base_model_name_or_path if is_adapted(student) else None,
+        "quantized": getattr(part, "bits", None) is not None,
     }
 
 
@@ -307,6 +327,11 @@ def _describe(part: TermPart) -> str:
 
 def _plain(value: float | SchedulePart) -> Any:
     return value.model_dump(exclude_defaults=True) if isinstance(value, SchedulePart) else value
+
+
+def _describe_student(student: StudentPart) -> str:
+    whole = student.model or _describe_design(student)
+    return whole if student.adapter is None else f"{whole}, with {student.adapter.title}"
 
 
 def _describe_design(student: StudentPart) -> str:

@@ -18,9 +18,10 @@ from potstill.errors import RecipeError
 from potstill.layers import LayerMap
 from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
-from potstill.prepare_student import begin, design_of, first_student
+from potstill.prepare_student import begin, design_of, first_student, with_adapter
 from potstill.recipe import Recipe, SourcePart
 from potstill.speaker import find_speaker
+from potstill.students.adapted import Count, count, virtual_tokens
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
 from potstill.targets import causal_alignment
@@ -43,6 +44,7 @@ class Parts:
         train: what is learnt from.
         eval: what is held out.
         vocabulary: the number of tokens that both models share.
+        size: the student's parameters: those that are trained, and all.
         anatomy: the student's shape, where a term asks for its layers.
         notes: what the run should say.
         design: the config of a new student; None where it is a model that is there.
@@ -57,17 +59,20 @@ class Parts:
     train: Examples
     eval: Examples
     vocabulary: int
+    size: Count
     anatomy: Anatomy | None
     notes: tuple[str, ...]
     design: PretrainedConfig | None = None
     start: Start | None = None
 
     def new_student(self) -> PreTrainedModel:
-        """The student with its first weights: the same at every call."""
+        """The student with its first weights, and its adapter: the same at every call."""
         if self.start is not None:
             assert self.teacher_model is not None
-            return self.start.student(self.teacher_model, self.recipe.seed)
-        return first_student(self.recipe, self.design)
+            model = self.start.student(self.teacher_model, self.recipe.seed)
+        else:
+            model = first_student(self.recipe, self.design)
+        return with_adapter(self.recipe, model, self.tokenizer)
 
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
@@ -129,7 +134,7 @@ def prepare(recipe: Recipe) -> Parts:
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
     design = design_of(recipe.student, speaker.config, max(tokenizer.get_vocab().values()) + 1)
-    student = first_student(recipe, design)
+    student = with_adapter(recipe, first_student(recipe, design), tokenizer)
     models = {"student": student} if speaker.model is None else {"teacher": speaker.model, "student": student}
     rows = {name: _head_rows(model) for name, model in models.items()}
     vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
@@ -138,10 +143,14 @@ def prepare(recipe: Recipe) -> Parts:
     limits = {name: getattr(model.config, "max_position_embeddings", None) for name, model in models.items()}
     if isinstance(speaker.teacher, ServedTeacher):
         limits["teacher"] = speaker.teacher.max_length
+    taken = virtual_tokens(student)
     for name, limit in limits.items():
-        if limit and max_length > limit:
+        if limit and max_length > limit - taken * (name == "student"):
+            room = (
+                f"{limit - taken}, what {taken} virtual tokens leave of" if taken and name == "student" else f"{limit},"
+            )
             raise RecipeError(
-                f"data.max_length: expected at most {limit}, the {name}'s number of positions, got {max_length}."
+                f"data.max_length: expected at most {room} the {name}'s number of positions, got {max_length}."
             )
     with PartialState().main_process_first():  # the other ranks then find what it has encoded
         train, held_out = (
@@ -171,6 +180,7 @@ def prepare(recipe: Recipe) -> Parts:
         train,
         held_out,
         vocabulary,
+        count(student),
         anatomy,
         tuple(notes) + (start.notes if start else ()),
         design,

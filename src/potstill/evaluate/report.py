@@ -109,6 +109,7 @@ def environment(*, autoescape: bool) -> Environment:
         "duration": duration,
         "nats": nats,
         "percent": percent,
+        "size": size,
         "visible": _visible,
         "cell": _cell,
     }
@@ -213,6 +214,10 @@ def _headlines(summary: Summary) -> Iterator[Headline]:
     if teacher and teacher.parameters and student.parameters:
         detail = f"{count(student.parameters)} against {count(teacher.parameters)} parameters"
         yield _ratio(teacher.parameters / student.parameters, ("smaller", "larger", "the same size"), detail)
+    if summary.adapter is not None:
+        saved = f", {size(summary.adapter.bytes)} on disk" if summary.adapter.bytes is not None else ", merged"
+        detail = f"{summary.adapter.title}: {count(summary.adapter.trained)}{saved}"
+        yield Headline(percent(summary.adapter.share, 1), "of its parameters trained", detail)
     if summary.gap_closed is not None:
         yield Headline(percent(summary.gap_closed), "of the gap closed", "from baseline to teacher")
     if student.agreement is not None:

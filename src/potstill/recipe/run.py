@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from potstill.recipe.data import DataPart
 from potstill.recipe.document import Document, Part
@@ -32,3 +34,13 @@ class Recipe(Document):
     train: TrainPart = Field(default_factory=dict, description="any field of transformers.TrainingArguments")
     evaluate: EvaluatePart = Field(default_factory=lambda: EvaluatePart.model_validate({}))
     output: str = Field(min_length=1, description="the run directory")
+
+    @model_validator(mode="after")
+    def _a_prefix_is_a_cache(self) -> Self:
+        recomputes = any(self.train.get(f"{name}_checkpointing") for name in ("gradient", "activation"))
+        if self.student.adapter is not None and self.student.adapter.kind == "prefix" and recomputes:
+            raise ValueError(
+                "student.adapter: expected no checkpointing of activations with prefix, got it in train: layers that "
+                "are computed again read no cache, and the prefix is one. Use prompt or lora, or leave it out."
+            )
+        return self
