@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from potstill.generation import Generated, generate
     from potstill.pipeline import RunResult, run
     from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
+    from potstill.students.adapted import merged
+    from potstill.students.adapters import Ia3, Lora, Prefix, Prompt, adapt
     from potstill.students.budget import Budget
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
@@ -82,6 +84,8 @@ _LATER = {
     "potstill.embedding.run": ("run_embedding",),
     "potstill.pipeline": ("RunResult", "run"),
     "potstill.recipe": ("EmbeddingRecipe", "GenerateRecipe", "Recipe"),
+    "potstill.students.adapted": ("merged",),
+    "potstill.students.adapters": ("Ia3", "Lora", "Prefix", "Prompt", "adapt"),
     "potstill.students.budget": ("Budget",),
     "potstill.students.capacity": ("expected_share",),
     "potstill.students.size": ("size_of",),
@@ -134,18 +138,22 @@ __all__ = [
     "Generated",
     "HeadTargets",
     "Hidden",
+    "Ia3",
     "LMHead",
     "Labels",
     "LayerMap",
     "LocalEngine",
     "Logits",
+    "Lora",
     "ModelServer",
     "ModelTeacher",
     "Objective",
     "PaddingCollator",
     "PairObjective",
     "PotstillError",
+    "Prefix",
     "Projection",
+    "Prompt",
     "Recipe",
     "Relations",
     "ReverseKL",
@@ -162,6 +170,7 @@ __all__ = [
     "TeacherOutput",
     "TotalVariation",
     "VectorHead",
+    "adapt",
     "embedding_divergence",
     "encode",
     "expected_share",
@@ -171,6 +180,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_divergence",
     "matryoshka",
+    "merged",
     "open_vectors",
     "pair_correlation",
     "rank_error",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -87,10 +87,10 @@ class Inside:
 
     def last(self, length: int) -> Inside:
         """The last positions of each row, without those that prompt tuning puts in front; maps stay as they are."""
-        return Inside(
-            {i: each[:, -length:] for i, each in self.hidden.items()},
-            self.attentions,
-            {i: Vectors(*(one[:, -length:] for one in each)) for i, each in self.vectors.items()},
+        return replace(
+            self,
+            hidden={i: each[:, -length:] for i, each in self.hidden.items()},
+            vectors={i: Vectors(*(one[:, -length:] for one in each)) for i, each in self.vectors.items()},
         )
 
     def to(self, device: torch.device) -> Inside:
