@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,23 +122,43 @@ def measure(name: str, out: Path) -> None:
     print(json.dumps({"held": held, "beside": beside, "seconds": min(times), "trained": count(model).trained}))
 
 
-def costs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def costs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each way and what it takes, one after the other."""
     folder = args.out / "large"
     if not folder.exists():
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(vocab_size=2048, tie_word_embeddings=True, **LARGE)).save_pretrained(folder)
         load_tokenizer(str(demo_recipe(args.out / "base").teacher.model), "teacher").save_pretrained(folder)
-    found = {}
     for name in args.ways:
         command = [sys.executable, __file__, "--measure", name, "--out", str(folder)]
-        found[name] = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        yield name, json.loads(said.splitlines()[-1])
+
+
+def show_costs(spent: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    print("| way | trained | memory: weights | beside them | CPU time a step |")
+    print("|---|---|---|---|---|")
+    for name, cost in spent:
+        beside = "" if cost["beside"] is None else size(cost["beside"])
+        print(
+            f"| {name} | {cost['trained']:,} | {size(cost['held'])} | {beside} | {cost['seconds']:.2f} s |", flush=True
         )
-    return found
+
+
+def show_qualities(learnt: dict[str, dict[str, Any]]) -> None:
+    print("\n| way | held-out loss | KL to the teacher | trained | file |")
+    print("|---|---|---|---|---|")
+    for name, summary in learnt.items():
+        row, adapter = summary["rows"]["student"], summary["adapter"]
+        trained = "" if name == "before" else "100%" if adapter is None else percent(adapter["share"], 2)
+        file = size(row["bytes"] if adapter is None else adapter["bytes"])
+        print(f"| {name} | {row['loss']:.3f} | {row['kl']:.3f} | {trained} | {file} |")
+    print(f"\nteacher {next(iter(learnt.values()))['rows']['teacher']['loss']:.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["costs", "quality"], default=["costs", "quality"])
     parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS], metavar="WAY")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--base-steps", type=int, default=600)
@@ -149,21 +170,10 @@ def main() -> None:
     if args.measure:
         measure(args.measure, args.out)
         return
-    spent = costs(args)
-    print("| way | trained | memory: weights | beside them | CPU time a step |")
-    print("|---|---|---|---|---|")
-    for name, cost in spent.items():
-        beside = "" if cost["beside"] is None else size(cost["beside"])
-        print(f"| {name} | {cost['trained']:,} | {size(cost['held'])} | {beside} | {cost['seconds']:.2f} s |")
-    learnt = qualities(args)
-    print("\n| way | held-out loss | KL to the teacher | trained | file |")
-    print("|---|---|---|---|---|")
-    for name, summary in learnt.items():
-        row, adapter = summary["rows"]["student"], summary["adapter"]
-        trained = "" if name == "before" else "100%" if adapter is None else percent(adapter["share"], 2)
-        file = size(row["bytes"] if adapter is None else adapter["bytes"])
-        print(f"| {name} | {row['loss']:.3f} | {row['kl']:.3f} | {trained} | {file} |")
-    print(f"\nteacher {next(iter(learnt.values()))['rows']['teacher']['loss']:.3f}")
+    if "costs" in args.parts:
+        show_costs(costs(args))
+    if "quality" in args.parts:
+        show_qualities(qualities(args))
 
 
 if __name__ == "__main__":

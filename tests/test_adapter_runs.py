@@ -151,7 +151,7 @@ def test_an_adapter_is_trained_further(values: dict[str, Any], toys: Path) -> No
     assert one.keys() == two.keys()
     assert any(not torch.equal(one[name], two[name]) for name in one)
     assert second.summary["adapter"]["base"] == first.summary["adapter"]["base"]
-    values["student"]["adapter"] = "lora"
+    values["student"]["adapter"] = KINDS["lora"]
     with pytest.raises(ModelError, match="expected a plain model to put it on"):
         prepare(Recipe.parse(values))
 
@@ -292,7 +292,7 @@ def test_rounded_weights_are_not_trained(values: dict[str, Any], toys: Path, tmp
     values["student"] = {"model": str(tmp_path / "rounded")}
     with pytest.raises(RecipeError, match="expected weights that can be trained"):
         prepare(Recipe.parse(values))
-    values["student"]["adapter"] = "lora"
+    values["student"]["adapter"] = KINDS["lora"]
     assert prepare(Recipe.parse(values)).size.trained > 0
 
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from conftest import make_batch, make_llama, make_tokenizer
 from potstill.divergence import ForwardKL
@@ -270,6 +270,23 @@ def test_targets_are_found_and_the_head_is_none_of_them(family: str) -> None:
     assert student.active_peft_config.target_modules == set(linear)
     ends = {name.rpartition(".")[2] for name in adapt(made(family), Ia3()).active_peft_config.target_modules}
     assert ends == ({"c_attn", "c_proj"} if family == "gpt2" else {"k_proj", "v_proj", "down_proj"})
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_encoders_have_adapters_too(kind: str) -> None:
+    config = AutoConfig.for_model(
+        "bert", vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model, batch = AutoModelForMaskedLM.from_config(config).eval(), make_batch()
+    expected = model(**inputs(batch)).logits
+    student = adapt(model, ADAPTERS[kind])
+    assert torch.equal(student(**inputs(batch)).logits, expected)
+    assert not [name for name in student.active_peft_config.target_modules if name.startswith("cls.")]
+    expected = stirred(student)(**inputs(batch)).logits
+    torch.testing.assert_close(merged(student)(**inputs(batch)).logits, expected, rtol=1e-4, atol=1e-4)
+    for refused in (Prompt(3), Prefix(3)):
+        with pytest.raises(ModelError, match="expected a causal language model"):
+            adapt(AutoModelForMaskedLM.from_config(config), refused)
 
 
 def test_options_do_something() -> None:

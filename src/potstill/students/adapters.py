@@ -66,7 +66,7 @@ class Lora(Adapter):
                 f"{self.rank}. No such matrix has a higher rank. Lower it, or leave that layer out of target_modules."
             )
         return require_peft("student.adapter").LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=_task(model),
             r=self.rank,
             lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
@@ -99,7 +99,7 @@ class Ia3(Adapter):
         read = self.feedforward_modules if self.feedforward_modules is not None else read
         chosen = _chosen(layers, names, "target_modules")
         return require_peft("student.adapter").IA3Config(
-            task_type="CAUSAL_LM",
+            task_type=_task(model),
             target_modules=chosen,
             feedforward_modules=_chosen({name: layers[name] for name in chosen}, read, "feedforward_modules"),
             fan_in_fan_out=_is_turned(layers, chosen),
@@ -126,7 +126,7 @@ class Prompt(Adapter):
     def config(self, model: PreTrainedModel) -> Any:
         """See `Adapter`."""
         peft = require_peft("student.adapter")
-        return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual_tokens)
+        return peft.PromptTuningConfig(task_type=_task(model, "prompt"), num_virtual_tokens=self.virtual_tokens)
 
     @torch.no_grad()
     def begin(self, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -157,7 +157,7 @@ class Prefix(Adapter):
     def config(self, model: PreTrainedModel) -> Any:
         """See `Adapter`."""
         peft = require_peft("student.adapter")
-        return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual_tokens)
+        return peft.PrefixTuningConfig(task_type=_task(model, "prefix"), num_virtual_tokens=self.virtual_tokens)
 
     @torch.no_grad()
     def begin(self, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -212,6 +212,18 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     body, head = {*model.base_model.modules()}, model.get_output_embeddings()
     named = {name: module for name, module in model.named_modules() if module in body and module is not head}
     return {name: module for name, module in named.items() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def _task(model: PreTrainedModel, causal: str | None = None) -> str | None:
+    """What peft calls the model's task, None for all but causal language models, which `causal` is a kind for."""
+    if model.can_generate():
+        return "CAUSAL_LM"
+    if causal is not None:
+        raise ModelError(
+            f"student.adapter: expected a causal language model for {causal}, got {type(model).__name__}: tokens in "
+            "front would take the places of its own first ones. Use lora or ia3."
+        )
+    return None
 
 
 def _keys_values_units(model: PreTrainedModel) -> tuple[Sequence[str], Sequence[str]]:
