@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/losses.py --out runs/bench-losses.json  # a CPU: hours on 2 cores, up to 12 GB
     .venv/bin/python benchmarks/losses.py --device cuda                 # a GPU with 100 GB, or "out of memory" columns
     .venv/bin/python benchmarks/losses.py --quick --cases tiny          # in small: does it run here?
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/losses.py             # beside other work: the processor's time
 
 Beside ours run the peers where they are installed; without them their columns say so:
 
@@ -93,6 +94,7 @@ class Row:
     divergence: str
     dtype: str
     device: str
+    others: tuple[str, ...] = OTHERS  # who is measured beside ours
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def contestants(row: Row) -> dict[str, Loss | str]:
     for name, package, peer in (("TRL", "trl", trl), ("Liger", "liger-kernel", liger)):
         there = installed(package)
         found[name] = "not installed" if there is None else "none" if beta is None else peer(beta)
-    return found | {"reference": partial(ours, "eager"), "eager": plain}
+    found |= {"reference": partial(ours, "eager"), "eager": plain}
+    return {name: loss if name in (*BACKENDS[row.device], *row.others) else "left out" for name, loss in found.items()}
 
 
 def ours(backend: Any, x: Inputs) -> Tensor:
@@ -342,6 +345,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", help="default: those with instructions")
     parser.add_argument("--cases", nargs="+", metavar="NAME")
     parser.add_argument("--divergences", nargs="+", choices=list(DIVERGENCES), default=list(DIVERGENCES))
+    parser.add_argument("--others", nargs="*", choices=OTHERS, default=OTHERS, help="who is measured beside ours")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--rounds", type=int, help="default: 3, on CUDA 10")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the tokens and of the vocabulary")
@@ -365,7 +369,7 @@ def main() -> None:
         if "rows" not in args.parts or name not in (args.cases or SIZES[device]):
             continue
         N, Hs, Ht, V = sizes
-        row = Row(name, N // quick, Hs, Ht, V // quick, divergence, dtype, device)
+        row = Row(name, N // quick, Hs, Ht, V // quick, divergence, dtype, device, tuple(args.others))
         try:
             spent = apart(times, row, args.rounds or (10 if device == "cuda" else 3))
             extra = {who: spent[who] for who in spent if isinstance(spent[who], str)}
