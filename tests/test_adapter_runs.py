@@ -275,7 +275,7 @@ def test_adapters_want_something_to_stand_on(values: dict[str, Any]) -> None:
 def test_a_prefix_does_not_go_with_checkpointing(values: dict[str, Any]) -> None:
     values["student"]["adapter"] = "prefix"
     values["train"][CHECKPOINTING] = True
-    with pytest.raises(RecipeError, match="the prefix is one"):
+    with pytest.raises(RecipeError, match=r"\n  student.adapter: expected no checkpointing.*the prefix is one"):
         Recipe.parse(values)
 
 

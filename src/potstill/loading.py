@@ -127,7 +127,7 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, trainable: bool) -> P
                 adapted = peft.PeftModel.from_pretrained(model, folder).requires_grad_(False)
     except Exception as error:
         raise _unreadable(key, f"an adapter for {base}", str(folder), error) from error
-    return adapted
+    return adapted.eval()
 
 
 def has_bfloat16() -> bool:

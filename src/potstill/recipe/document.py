@@ -139,7 +139,8 @@ def _explain(document: type[Part], error: Any) -> list[str]:
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         lines = message.splitlines()
-        return lines if all(line.startswith(f"{key}.") for line in lines) else [f"{key}: {message.removesuffix('.')}."]
+        told = not key or all(line.startswith(f"{key}.") for line in lines)
+        return lines if told else [f"{key}: {message.removesuffix('.')}."]
     return [f"{key}: {error['msg'].lower()}, got {error['input']!r}."]
 
 
