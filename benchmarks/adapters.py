@@ -115,6 +115,8 @@ def measure(name: str, out: Path) -> dict[str, Any]:
                 optimizer.zero_grad()
                 times.append(time.process_time() - start)
 
+        with torch.no_grad():
+            distiller(batch)  # weights are mapped from their file, and first here when they are read
         beside = extra_bytes(steps, torch.device("cpu"))
         held = model.get_memory_footprint()
     return {"held": held, "beside": beside, "seconds": min(times), "trained": count(model).trained}
