@@ -219,9 +219,9 @@ def test_a_later_version_is_told_apart_from_damage(caches: Path, tmp_path: Path)
     directory = tmp_path / "future"
     shutil.copytree(caches / "sampled", directory)
     body = json.loads((directory / "manifest.json").read_text())
-    body["plan"]["format"] = 2
+    body["plan"]["format"] = 3
     (directory / "manifest.json").write_text(json.dumps(body))
-    with pytest.raises(DataError, match=r"expected format 1 .* got 2\. Another version of potstill wrote it"):
+    with pytest.raises(DataError, match=r"expected format 2 .* got 3\. Another version of potstill wrote it"):
         CachedTeacher(directory)
 
 

@@ -86,7 +86,7 @@ def test_sampled_keeps_counts(vocabulary: int) -> None:
     logits = logits_of(7, vocabulary)
     found = again(Sampled(vocabulary, draws=50), DenseTargets(logits), [1, 6])
     assert found.kind == "sampled"
-    counts = torch.where(found.used(), found.log_probs, -torch.inf).exp() * 50
+    counts = counts_of(found, vocabulary, 50)
     assert torch.allclose(counts, counts.round(), atol=1e-4)
     assert counts.sum(-1).round().tolist() == [50] * 7
     for ids, used in zip(found.ids, found.used(), strict=True):
@@ -94,19 +94,51 @@ def test_sampled_keeps_counts(vocabulary: int) -> None:
         assert kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < vocabulary
 
 
+def counts_of(found: SparseTargets, vocabulary: int, draws: int) -> torch.Tensor:
+    """How often each token was drawn: [n, V] float64."""
+    shares = torch.where(found.used(), found.log_probs, -torch.inf).exp().double()
+    return torch.zeros(len(shares), vocabulary, dtype=torch.float64).scatter_add_(1, found.ids, shares) * draws
+
+
+@pytest.mark.parametrize("vocabulary", [2, 64, 65, 700, 5_000])
+@pytest.mark.parametrize(("draws", "temperature"), [(1, 1.0), (50, 1.0), (255, 2.0)])
+def test_a_token_is_drawn_as_often_as_it_is_likely_to_less_than_one(
+    vocabulary: int, draws: int, temperature: float
+) -> None:
+    logits = logits_of(40, vocabulary, 2.0)
+    logits[0, : vocabulary // 2] = -torch.inf
+    counts = counts_of(again(Sampled(vocabulary, draws, temperature), DenseTargets(logits)), vocabulary, draws)
+    expected = draws * torch.softmax(logits.double() / temperature, -1)
+    assert ((counts - expected).abs() < 1 + 1e-4).all()
+    assert (counts[0, : vocabulary // 2] == 0).all()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_draws_follow_the_teacher(temperature: float) -> None:
-    """Each token's share is binomial: within five standard errors."""
+    """Each token's share is the teacher's within five standard errors, which are smaller than independent draws'."""
     logits = torch.cat([logits_of(1, 700, 2.0), torch.full((1, 700), -torch.inf)])
     logits[1, [3, 300, 699]] = torch.tensor([0.0, 1.0, -3.0])
-    rows, draws = 400, 200
+    rows, draws = 2000, 50
     said = DenseTargets(logits.repeat_interleave(rows, 0))
     found = again(Sampled(700, draws, temperature), said, [rows, rows])
-    shares = torch.zeros(2 * rows, 700).scatter_add_(1, found.ids, found.log_probs.exp()).reshape(2, rows, 700).mean(1)
-    true = torch.softmax(logits / temperature, -1)
-    error = (true * (1 - true) / (rows * draws)).sqrt()
-    assert ((shares - true).abs() <= 5 * error + 1e-7).all()
-    assert (shares[1] > 0).sum() == 3
+    counts = counts_of(found, 700, draws).reshape(2, rows, 700)
+    true = torch.softmax(logits.double() / temperature, -1)
+    fraction = draws * true - (draws * true).floor()
+    variance = fraction * (1 - fraction)
+    assert ((counts.mean(1) - draws * true).abs() <= 5 * (variance / rows).sqrt() + 1e-5).all()
+    torch.testing.assert_close(counts.var(1).sum(-1), variance.sum(-1), rtol=0.05, atol=0)
+    assert (variance.sum(-1) < (draws * true * (1 - true)).sum(-1)).all()
+    assert ((counts > 0).sum(1)[1] > 0).sum() == 3
+
+
+def test_the_order_of_the_vocabulary_makes_no_bias() -> None:
+    """Likely tokens beside each other, or apart: a token's mean count is the same."""
+    logits, rows = logits_of(1, 90, 2.0), 4000
+    true = 50 * torch.softmax(logits.double(), -1)
+    for order in (logits.argsort(-1)[0], torch.randperm(90)):
+        found = again(Sampled(90), DenseTargets(logits[:, order].expand(rows, -1)))
+        error = 0.5 / rows**0.5  # at most, of a count that is one of two neighbours
+        assert ((counts_of(found, 90, 50).mean(0) - true[0, order]).abs() < 5 * error).all()
 
 
 def test_draws_depend_on_the_seed_alone() -> None:

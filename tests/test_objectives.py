@@ -98,7 +98,7 @@ def test_important_dimensions_are_those_of_the_loss() -> None:
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        ({"term": "hidden"}, "CachedTeacher: expected a teacher with hidden states and attention"),
+        ({"term": "hidden"}, "cache: expected one with the hidden states of the layers .* got one with targets alone"),
         ({"term": "bild"}, "bild: expected the teacher's whole distributions, got a few tokens"),
     ],
 )

@@ -63,6 +63,16 @@ def test_samples_are_unbiased_and_the_likeliest_tokens_are_not(teacher) -> None:
     full = divergence_left(teacher, p, V)
     sampled = divergence_left(teacher, expected(Sampled(V, draws=12), p, 150), V)
     top = {k: divergence_left(teacher, expected(TopK(V, k), p, 1), V) for k in (3, 12)}
-    assert sampled == pytest.approx(full, rel=0.02)
+    assert sampled == pytest.approx(full, rel=0.01)
     assert top[12] > 1.05 * full
     assert top[3] > 2 * full
+
+
+def test_evenly_spaced_draws_leave_less_noise_than_independent_ones(teacher) -> None:
+    """Where a student sees each context's sample once, as from a cache: 11% above the whole teacher against 21%."""
+    p, V = teacher[0], teacher[0].shape[-1]
+    full = divergence_left(teacher, p, V)
+    drawn = torch.multinomial(p, 50, replacement=True, generator=torch.Generator().manual_seed(0))
+    independent = torch.zeros_like(p).scatter_add_(-1, drawn, torch.full(drawn.shape, 0.02, dtype=p.dtype))
+    spaced = divergence_left(teacher, expected(Sampled(V, draws=50), p, 1), V)
+    assert spaced - full < 0.6 * (divergence_left(teacher, independent, V) - full)

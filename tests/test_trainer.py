@@ -47,6 +47,7 @@ def trainer(
     teacher: Any = "toy",
     student: Any = None,
     vocabulary: int | None = None,
+    prefetch: bool = False,
     **changes: Any,
 ) -> DistillationTrainer:
     arguments = {
@@ -65,6 +66,7 @@ def trainer(
         student=student or make_llama(hidden_size=8, layers=1),
         teacher=make_llama(seed=1) if teacher == "toy" else teacher,
         vocabulary=vocabulary,
+        prefetch=prefetch,
         objective=objective or [Logits(ForwardKL(), temperature=2.0), Labels(weight=0.5)],
         args=DistillationConfig(**arguments),
         train_dataset=dataset(),

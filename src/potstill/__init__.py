@@ -37,13 +37,15 @@ from potstill.losses import (
     token_divergence,
     token_mean,
 )
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets
 
 if TYPE_CHECKING:
-    from potstill.data import Examples, PaddingCollator, Source, encode
+    from potstill.data import Examples, MaskedRows, PaddingCollator, Source, encode
+    from potstill.diagnosis import diagnose
     from potstill.embedding import EmbeddingDistiller, PairObjective, VectorHead, open_vectors
     from potstill.embedding.run import run_embedding
     from potstill.engines import Completion, LocalEngine, ModelServer, Sampling
+    from potstill.evaluate.tradeoff import pareto_front, recommend
     from potstill.generation import Generated, generate
     from potstill.pipeline import RunResult, run
     from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
@@ -52,8 +54,13 @@ if TYPE_CHECKING:
     from potstill.students.budget import Budget
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
+    from potstill.sweeping import SweepResult, sweep
     from potstill.teachers import (
+        AdapterOffTeacher,
         CachedTeacher,
+        EMATeacher,
+        EnsembleTeacher,
+        InformedTeacher,
         ModelTeacher,
         ServedTeacher,
         Teacher,
@@ -65,6 +72,7 @@ if TYPE_CHECKING:
         AdaptiveKL,
         Attention,
         BiLD,
+        DeepSupervision,
         DistillationConfig,
         DistillationTrainer,
         Distiller,
@@ -74,11 +82,14 @@ if TYPE_CHECKING:
         Objective,
         Relations,
         Similarity,
+        Values,
     )
 
 _LATER = {
-    "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
+    "potstill.data": ("Examples", "MaskedRows", "PaddingCollator", "Source", "encode"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
+    "potstill.diagnosis": ("diagnose",),
+    "potstill.evaluate.tradeoff": ("pareto_front", "recommend"),
     "potstill.generation": ("Generated", "generate"),
     "potstill.embedding": ("EmbeddingDistiller", "PairObjective", "VectorHead", "open_vectors"),
     "potstill.embedding.run": ("run_embedding",),
@@ -89,8 +100,13 @@ _LATER = {
     "potstill.students.budget": ("Budget",),
     "potstill.students.capacity": ("expected_share",),
     "potstill.students.size": ("size_of",),
+    "potstill.sweeping": ("SweepResult", "sweep"),
     "potstill.teachers": (
+        "AdapterOffTeacher",
         "CachedTeacher",
+        "EMATeacher",
+        "EnsembleTeacher",
+        "InformedTeacher",
         "ModelTeacher",
         "ServedTeacher",
         "Teacher",
@@ -102,6 +118,7 @@ _LATER = {
         "AdaptiveKL",
         "Attention",
         "BiLD",
+        "DeepSupervision",
         "DistillationConfig",
         "DistillationTrainer",
         "Distiller",
@@ -111,12 +128,14 @@ _LATER = {
         "Objective",
         "Relations",
         "Similarity",
+        "Values",
     ),
 }
 
 __all__ = [
     "JSD",
     "TAID",
+    "AdapterOffTeacher",
     "AdaptiveKL",
     "AlphaBeta",
     "Attention",
@@ -124,13 +143,16 @@ __all__ = [
     "Budget",
     "CachedTeacher",
     "Completion",
+    "DeepSupervision",
     "DenseTargets",
     "DistillationConfig",
     "DistillationTrainer",
     "Distiller",
     "Divergence",
+    "EMATeacher",
     "EmbeddingDistiller",
     "EmbeddingRecipe",
+    "EnsembleTeacher",
     "Examples",
     "ForwardKL",
     "FusedLoss",
@@ -139,12 +161,15 @@ __all__ = [
     "HeadTargets",
     "Hidden",
     "Ia3",
+    "InformedTeacher",
     "LMHead",
     "Labels",
     "LayerMap",
     "LocalEngine",
     "Logits",
     "Lora",
+    "MaskedRows",
+    "MixtureTargets",
     "ModelServer",
     "ModelTeacher",
     "Objective",
@@ -166,11 +191,14 @@ __all__ = [
     "SoftCrossEntropy",
     "Source",
     "SparseTargets",
+    "SweepResult",
     "Teacher",
     "TeacherOutput",
     "TotalVariation",
+    "Values",
     "VectorHead",
     "adapt",
+    "diagnose",
     "embedding_divergence",
     "encode",
     "expected_share",
@@ -183,7 +211,9 @@ __all__ = [
     "merged",
     "open_vectors",
     "pair_correlation",
+    "pareto_front",
     "rank_error",
+    "recommend",
     "reconstruction_error",
     "rkd_angle",
     "rkd_distance",
@@ -192,6 +222,7 @@ __all__ = [
     "schedule",
     "similarity_error",
     "size_of",
+    "sweep",
     "token_cross_entropy",
     "token_divergence",
     "token_mean",

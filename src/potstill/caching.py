@@ -16,15 +16,17 @@ from rich.progress import Progress
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.cache.codec import CODECS, Codec
-from potstill.cache.store import FORMAT, Manifest, Plan
+from potstill.cache.store import FORMAT, Layers, Manifest, Plan
 from potstill.data import PaddingCollator, Source, encode, pad_token_id
 from potstill.data.vocabulary import fingerprint
 from potstill.errors import ModelError, UserError
+from potstill.layers import layer_index
 from potstill.loading import quiet
 from potstill.recipe import SourcePart, TeacherPart
 from potstill.speaker import find_speaker
+from potstill.taps import Needs
 from potstill.targets import HeadTargets, causal_alignment
-from potstill.teachers import Teacher
+from potstill.teachers import ModelTeacher, Teacher
 from potstill.teachers.cached import COMPANIONS, keys_of
 from potstill.teachers.capture import Capture
 
@@ -46,6 +48,7 @@ class Request:
         out: the cache's directory.
         batch_rows: rows in a batch of the teacher; as many requests go to a server at once.
         tokenizer: where the tokenizer is with which a server is asked.
+        layers: whose hidden states are kept too, from 0; negative ones from the end.
     """
 
     teacher: TeacherPart
@@ -57,6 +60,7 @@ class Request:
     out: Path
     batch_rows: int = 8
     tokenizer: str | None = None
+    layers: Sequence[int] = ()
 
 
 def build(
@@ -106,6 +110,7 @@ def prepare(request: Request, console: Console) -> Capture:
     datasets = [found.dataset for found in examples]
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     batch = {name: value.to(device) for name, value in collate([datasets[0][0]]).items()}
+    layers = _layers(request, speaker.teacher, batch)
     codec = _codec(request, vocabulary, speaker.teacher, batch)
     tokens, rows = sum(found.tokens for found in examples), sum(map(len, datasets))
     plan = Plan(
@@ -123,9 +128,32 @@ def prepare(request: Request, console: Console) -> Capture:
         shard_rows=max(1, SHARD_TOKENS * rows // tokens),
         batch_rows=request.batch_rows,
         versions={name: importlib.metadata.version(name) for name in ("potstill", "torch", "transformers")},
+        layers=layers,
     )
     companions = partial(_save_companions, speaker.config, tokenizer)
     return Capture(plan, request.out, speaker.teacher, datasets, collate, device, companions)
+
+
+def _layers(request: Request, teacher: Teacher, batch: dict[str, torch.Tensor]) -> Layers | None:
+    """The layers that are asked for; the teacher is prepared for them."""
+    if not request.layers:
+        return None
+    if not isinstance(teacher, ModelTeacher):
+        raise ModelError(
+            f"cache build: expected a teacher that is a model for --layers, got {request.teacher.title}. Leave it out."
+        )
+    shape = teacher.anatomy
+    kept = sorted({layer_index("teacher", layer, shape.layers) for layer in request.layers})
+    teacher.prepare(Needs(hidden=frozenset(kept)))
+    states = teacher(batch, causal_alignment(batch["labels"])).inside.hidden[kept[0]]
+    return Layers(
+        kept=kept,
+        depth=shape.layers,
+        width=shape.width,
+        heads=shape.heads,
+        narrowest=shape.narrowest,
+        dtype=str(states.dtype).removeprefix("torch."),
+    )
 
 
 def _codec(request: Request, vocabulary: int, teacher: Teacher, batch: dict[str, torch.Tensor]) -> Codec:

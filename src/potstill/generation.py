@@ -77,13 +77,8 @@ def generate(recipe: GenerateRecipe, *, resume: bool = False, console: Console |
             f"output: expected a folder without texts, got {directory}, which has some. Go on with --resume, or choose "
             "another."
         )
-    asks, bad = _asks(recipe)
-    if any(ask.task == "program_of_thought" for ask in asks):
-        require_sandbox()  # before hours of writing
     with quiet():
-        tokenizer = _tokenizer(recipe)
-        form = _form(recipe, tokenizer)
-        engine = _engine(recipe, tokenizer)
+        asks, bad, tokenizer, form, engine = _begin(recipe)
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "recipe.yaml", recipe.dump())
         answered = _write(recipe, asks, tokenizer, engine, journal, console)
@@ -97,6 +92,53 @@ def generate(recipe: GenerateRecipe, *, resume: bool = False, console: Console |
     )
     judged = judge(candidates, getattr(recipe.task, "choose", "all"), drop_cut=recipe.filter.cut)
     return _keep(recipe, directory, asks, judged, form, bad)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a recipe will ask for.
+
+    Args:
+        teacher: who is asked.
+        prompts: how many.
+        texts: that it writes.
+        bad: rows of the source that cannot be used.
+        form: of the rows that are made.
+    """
+
+    teacher: str
+    prompts: int
+    texts: int
+    bad: int
+    form: Form
+
+
+def check(recipe: GenerateRecipe) -> Asked:
+    """Read and load all that a recipe names, and see that every prompt fits; nothing is asked or written.
+
+    Raises:
+        UserError: generate could not start.
+    """
+    with quiet():
+        asks, bad, tokenizer, form, engine = _begin(recipe)
+        if isinstance(engine, LocalEngine):
+            engine.check([render(ask, tokenizer) for ask in asks], _sampling(recipe))
+    _filters(recipe.filter)
+    return Asked(recipe.teacher.name, len(asks), len(asks) * recipe.sampling.samples, len(bad), form)
+
+
+def _begin(recipe: GenerateRecipe) -> tuple[list[Ask], list[Bad], PreTrainedTokenizerBase | None, Form, Engine]:
+    """What is asked, and who answers."""
+    asks, bad = _asks(recipe)
+    if any(ask.task == "program_of_thought" for ask in asks):
+        require_sandbox()  # before hours of writing
+    tokenizer = _tokenizer(recipe)
+    return asks, bad, tokenizer, _form(recipe, tokenizer), _engine(recipe, tokenizer)
+
+
+def _sampling(recipe: GenerateRecipe) -> Sampling:
+    sampling = recipe.sampling.model_dump()
+    return Sampling(**{**sampling, "stop": tuple(sampling["stop"])}, seed=recipe.seed)
 
 
 def _asks(recipe: GenerateRecipe) -> tuple[list[Ask], list[Bad]]:
@@ -165,8 +207,7 @@ def _write(
     journal: Path,
     console: Console | None,
 ) -> list[Any]:
-    sampling = recipe.sampling.model_dump()
-    drawn = Sampling(**{**sampling, "stop": tuple(sampling["stop"])}, seed=recipe.seed)
+    drawn = _sampling(recipe)
     prompts = [render(ask, tokenizer) for ask in asks]
     if isinstance(engine, LocalEngine):
         engine.check(prompts, drawn)  # all of them before the first is continued
@@ -180,7 +221,7 @@ def _write(
             drawn,
             journal,
             batch_size=recipe.batch_size,
-            made_of=[recipe.teacher.name, recipe.teacher.dtype, sampling, recipe.seed],
+            made_of=[recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed],
             progress=lambda done: bar.update(shown, completed=done),
         )
 

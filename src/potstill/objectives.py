@@ -13,6 +13,7 @@ from potstill.recipe import (
     AdaptiveKLPart,
     AttentionPart,
     BiLDPart,
+    DeepSupervisionPart,
     HiddenPart,
     LabelsPart,
     LogitsPart,
@@ -21,19 +22,22 @@ from potstill.recipe import (
     SimilarityPart,
     TAIDPart,
     TermPart,
+    ValuesPart,
 )
-from potstill.taps import Anatomy
+from potstill.taps import Anatomy, Needs
 from potstill.train import (
     TAID,
     AdaptiveKL,
     Attention,
     BiLD,
+    DeepSupervision,
     Hidden,
     Labels,
     Logits,
     Objective,
     Relations,
     Similarity,
+    Values,
 )
 from potstill.train.objective import Term
 
@@ -54,20 +58,22 @@ def build(parts: Sequence[TermPart], steps: int, select: Select) -> Objective:
 
 def looks_inside(part: TermPart) -> bool:
     """Does the term ask for layers?"""
-    return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart)
+    return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart | DeepSupervisionPart)
 
 
-def check(objective: Objective, student: Anatomy, teacher: Anatomy) -> None:
-    """Look that every term goes with the models.
+def check(objective: Objective, student: Anatomy, teacher: Anatomy | None) -> Needs:
+    """Look that every term goes with the models: what all need of the teacher; None for one that no term looks into.
 
     Raises:
         RecipeError: one does not; it is named by its key.
     """
+    asked = Needs()
     for place, term in enumerate(objective.terms):
         try:
-            term.fit(student, teacher)
+            asked |= term.fit(student, teacher if term.needs_teacher and teacher else student)[1]
         except UserError as error:
             raise RecipeError(f"objective.{place}: {error}") from None
+    return asked
 
 
 def _term(part: TermPart, steps: int, select: Select) -> Term:
@@ -86,12 +92,18 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
             share=number(part.share),
             top_k=part.top_k,
         )
+    if isinstance(part, ValuesPart):
+        return Values(weight)
     if isinstance(part, BiLDPart):
         return BiLD(weight, part.top_k, number(part.temperature))
     if isinstance(part, AdaptiveKLPart):
         return AdaptiveKL(weight, part.head_mass, number(part.temperature))
     if isinstance(part, TAIDPart):
         return TAID(number(part.share), weight, number(part.temperature))
+    if isinstance(part, DeepSupervisionPart):
+        return DeepSupervision(
+            part.layers, part.divergence.build(), weight=weight, temperature=number(part.temperature)
+        )
     layers = part.layers.build()
     if isinstance(part, HiddenPart):
         chosen = None if part.select_batches is None else select(layers, part.select_batches)

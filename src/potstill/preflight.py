@@ -27,7 +27,7 @@ class Preflight:
         teacher_parameters: of the teacher, where its model is here.
         student_parameters: of the student.
         trained_parameters: those of them that are trained: all, or an adapter's.
-        vocabulary: tokens that both share.
+        vocabulary: tokens that both share; 0 where the task is of no tokens.
         train_tokens: counting tokens; train_rows, eval_tokens likewise.
         steps: optimiser steps.
         memory_bytes: weights, gradients and Adam's two moments of those that are trained, and the loss's buffers.
@@ -76,13 +76,14 @@ def check(recipe: Recipe) -> Preflight:
         train_rows=len(parts.train.dataset),
         eval_tokens=parts.eval.tokens,
         steps=parts.steps,
-        # The student's weights, and gradient and two moments of those that are trained; the teacher's weights; the
+        # The student's weights, and gradient and two moments of those that are trained; the teachers' weights; the
         # loss, which goes through the tokens in chunks and needs no more than student's and teacher's logits and a
         # gradient would take.
         memory_bytes=held
         + 3 * trained
-        + (0 if parts.teacher_model is None else parts.teacher_model.get_memory_footprint())
-        + min(3 * 4 * _batch_tokens(parts) * parts.vocabulary, LOSS_BYTES),
+        + sum(model.get_memory_footprint() for model in parts.teacher_models)
+        + (trained if recipe.teacher.ema is not None else 0)
+        + min(3 * 4 * _batch_tokens(parts) * max(parts.vocabulary, 1), LOSS_BYTES),
         # A checkpoint is what is trained and its two moments; while one is written the one before is still there.
         disk_bytes=runs * (2 * 3 * trained + exported),
         disk_free_bytes=shutil.disk_usage(existing).free,
@@ -98,7 +99,9 @@ def _batch_tokens(parts: Parts) -> int:
 def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
     """The time of one optimiser step's batches, forward and backward, from the second of two."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    distiller = Distiller(student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary).to(device)
+    distiller = Distiller(
+        student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary or None, task=parts.recipe.task
+    ).to(device)
     collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
     rows = [parts.train.dataset[i] for i in range(min(parts.batch_rows, len(parts.train.dataset)))]
     batch = {name: value.to(device) for name, value in collate(rows).items()}

@@ -12,20 +12,21 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill import objectives
-from potstill.data import Examples, PaddingCollator, Source, encode, pad_token_id
+from potstill.data import Examples, PaddingCollator, pad_token_id
 from potstill.data.vocabulary import shared_vocabulary
 from potstill.errors import RecipeError
 from potstill.layers import LayerMap
 from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
 from potstill.prepare_student import begin, design_of, first_student, with_adapter
-from potstill.recipe import Recipe, SourcePart
-from potstill.speaker import find_speaker
+from potstill.prepare_task import encode_data, match_heads, positions_of, token_rows
+from potstill.recipe import Recipe
+from potstill.speaker import Speaker, find_speaker
 from potstill.students.adapted import Count, count, virtual_tokens
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
-from potstill.targets import causal_alignment
-from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, important_dimensions
+from potstill.targets import OF_TOKENS, causal_alignment
+from potstill.teachers import InformedTeacher, ModelTeacher, Teacher, important_dimensions
 from potstill.train import Logits, Objective
 from potstill.train.dense import DenseTerm
 from potstill.train.objective import value_at
@@ -43,12 +44,13 @@ class Parts:
         tokenizer: the student's.
         train: what is learnt from.
         eval: what is held out.
-        vocabulary: the number of tokens that both models share.
+        vocabulary: the number of tokens that both models share; 0 where the task is of no tokens.
         size: the student's parameters: those that are trained, and all.
         anatomy: the student's shape, where a term asks for its layers.
         notes: what the run should say.
         design: the config of a new student; None where it is a model that is there.
         start: what a new student takes over from its teacher; None where it begins with random weights.
+        teacher_models: all models that speak, or are measured beside one that does.
     """
 
     recipe: Recipe
@@ -64,6 +66,7 @@ class Parts:
     notes: tuple[str, ...]
     design: PretrainedConfig | None = None
     start: Start | None = None
+    teacher_models: tuple[PreTrainedModel, ...] = ()
 
     def new_student(self) -> PreTrainedModel:
         """The student with its first weights, and its adapter: the same at every call."""
@@ -71,7 +74,8 @@ class Parts:
             assert self.teacher_model is not None
             model = self.start.student(self.teacher_model, self.recipe.seed)
         else:
-            model = first_student(self.recipe, self.design)
+            teacher = None if self.teacher_model is None else self.teacher_model.config
+            model = first_student(self.recipe, self.design, teacher)
         return with_adapter(self.recipe, model, self.tokenizer)
 
     def objective(self) -> Objective:
@@ -89,7 +93,9 @@ class Parts:
             for start in range(0, min(batches * self.batch_rows, len(rows)), self.batch_rows)
         )
         on_device = ({name: x.to(self.teacher_model.device) for name, x in batch.items()} for batch in several)
-        return important_dimensions(self.teacher_model, on_device, [t for _, t in pairs], self.anatomy.width)
+        return important_dimensions(
+            self.teacher_model, on_device, [t for _, t in pairs], self.anatomy.width, self.recipe.task
+        )
 
     @property
     def curve(self) -> Dataset:
@@ -129,19 +135,22 @@ def prepare(recipe: Recipe) -> Parts:
     Raises:
         UserError: they do not.
     """
-    speaker = find_speaker(recipe.teacher, recipe.student.model)
+    speaker = find_speaker(recipe.teacher, recipe.student.model, recipe.task)
     tokenizer = speaker.tokenizer
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
     design = design_of(recipe.student, speaker.config, max(tokenizer.get_vocab().values()) + 1)
-    student = with_adapter(recipe, first_student(recipe, design), tokenizer)
-    models = {"student": student} if speaker.model is None else {"teacher": speaker.model, "student": student}
-    rows = {name: _head_rows(model) for name, model in models.items()}
+    student = with_adapter(recipe, first_student(recipe, design, speaker.config), tokenizer)
+    models = {**speaker.models, "student": student}
+    of_tokens = recipe.task in OF_TOKENS
+    rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
     vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
+    if not of_tokens:
+        match_heads(recipe.task, models, tokenizer)
 
     max_length = recipe.data.max_length
-    limits = {name: getattr(model.config, "max_position_embeddings", None) for name, model in models.items()}
-    if isinstance(speaker.teacher, ServedTeacher):
+    limits = {name: positions_of(model) for name, model in models.items()}
+    if speaker.teacher.max_length is not None:
         limits["teacher"] = speaker.teacher.max_length
     taken = virtual_tokens(student)
     for name, limit in limits.items():
@@ -152,11 +161,9 @@ def prepare(recipe: Recipe) -> Parts:
             raise RecipeError(
                 f"data.max_length: expected at most {room} the {name}'s number of positions, got {max_length}."
             )
-    with PartialState().main_process_first():  # the other ranks then find what it has encoded
-        train, held_out = (
-            encode(_source(part), tokenizer, max_length=max_length, packing=recipe.data.packing)
-            for part in (recipe.data.train, recipe.data.eval)
-        )
+    train, held_out = encode_data(recipe, student, tokenizer)
+    teacher = _who_reads(recipe, speaker, train)
+    teacher.attach(student)
     notes = [*train.notes, *held_out.notes]
     _, pad_note = pad_token_id(tokenizer)
     if pad_note:
@@ -173,28 +180,55 @@ def prepare(recipe: Recipe) -> Parts:
     start = None if design is None else begin(recipe, speaker.model, design, train.dataset, tokenizer)
     parts = Parts(
         recipe,
-        speaker.teacher,
+        teacher,
         speaker.model,
         speaker.config,
         tokenizer,
         train,
         held_out,
-        vocabulary,
+        vocabulary if of_tokens else 0,
         count(student),
         anatomy,
         tuple(notes) + (start.notes if start else ()),
         design,
         start,
+        tuple(speaker.models.values()),
     )
     if anatomy is not None:
-        objectives.check(parts.objective(), anatomy, speaker.teacher.anatomy)
-    if not isinstance(speaker.teacher, ModelTeacher):
-        _try(parts, speaker.teacher)
-        if not speaker.teacher.covers(held_out.dataset):
+        objective = parts.objective()
+        theirs = teacher.anatomy if objective.looks_into_teacher else None
+        teacher.prepare(objectives.check(objective, anatomy, theirs))
+    if not isinstance(teacher, ModelTeacher):
+        _try(parts, teacher)
+        if not teacher.covers(held_out.dataset):
             parts = replace(
-                parts, notes=(*parts.notes, "cache: the held-out rows are not in it: measured by labels alone.")
+                parts, notes=(*parts.notes, "teacher: it does not know the held-out rows: measured by labels alone.")
             )
     return parts
+
+
+def _who_reads(recipe: Recipe, speaker: Speaker, train: Examples) -> Teacher:
+    """The teacher, with its own prompts where the training data has them.
+
+    Raises:
+        RecipeError: it cannot read them.
+    """
+    if not train.teacher_longest:
+        return speaker.teacher
+    if recipe.teacher.cache is not None or recipe.teacher.ensemble is not None:
+        raise RecipeError(
+            "data.train: expected a teacher that reads its own prompts, got "
+            f"{'a cache' if recipe.teacher.cache is not None else 'an ensemble'}. What it says is known of the "
+            "student's rows alone. Name one with teacher.model, or leave teacher_prompt out."
+        )
+    limits = [getattr(model.config, "max_position_embeddings", None) for model in speaker.models.values()]
+    limit = min((each for each in [*limits, speaker.teacher.max_length] if each), default=None)
+    if limit is not None and train.teacher_longest > limit:
+        raise RecipeError(
+            f"data.train: expected rows of at most {limit} tokens for the teacher, its number of positions, got "
+            f"{train.teacher_longest} with its own prompt. Shorten teacher_prompt, or lower data.max_length."
+        )
+    return InformedTeacher(speaker.teacher)
 
 
 def _try(parts: Parts, teacher: Teacher) -> None:
@@ -212,11 +246,3 @@ def _try(parts: Parts, teacher: Teacher) -> None:
                 token_divergence(
                     torch.zeros(len(alignment), parts.vocabulary), said, term.divergence, temperature=temperature
                 )
-
-
-def _head_rows(model: PreTrainedModel) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
-
-
-def _source(part: SourcePart) -> Source:
-    return Source(**part.model_dump())

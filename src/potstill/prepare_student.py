@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from potstill.data import in_batches
 from potstill.errors import RecipeError
@@ -44,15 +44,21 @@ def design_of(part: StudentPart, teacher: PretrainedConfig | None, vocabulary: i
     return Budget(**{**part.design.model_dump(), "params": params}).student(teacher, vocabulary=vocabulary)
 
 
-def first_student(recipe: Recipe, design: PretrainedConfig | None) -> PreTrainedModel:
-    """The recipe's student as it is there, or with random weights; without the recipe's adapter."""
+def first_student(
+    recipe: Recipe, design: PretrainedConfig | None, teacher: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """The recipe's student as it is there, or with random weights. A head that is not there is random, too; a
+    classifier has the teacher's classes. Without the recipe's adapter.
+    """
     if design is not None:
         return random_student(design, recipe.seed)
     where, adapter = recipe.student.model, recipe.student.adapter
     assert where is not None
-    if adapter is None:
-        return load_model(where, "student.model", "float32", trainable=True)
-    return load_model(where, "student.model", adapter.dtype, bits=getattr(adapter, "bits", None))
+    if recipe.task == "causal":
+        dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, getattr(adapter, "bits", None))
+        return load_model(where, "student.model", dtype, bits=bits, trainable=adapter is None)
+    set_seed(recipe.seed)
+    return load_model(where, "student.model", "float32", recipe.task, labels_of=teacher)
 
 
 def with_adapter(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -98,6 +104,11 @@ def begin(
         raise RecipeError(
             f"student.initialize: expected a teacher that is a model here for {part.method}, got none. "
             "Its weights are taken over. Name it with teacher.model, or begin with random weights."
+        )
+    if getattr(teacher, "is_quantized", False):
+        raise RecipeError(
+            f"student.initialize: expected a teacher in whole precision for {part.method}, got one in "
+            f"{recipe.teacher.dtype}. Its weights are taken over. Leave teacher.dtype out, or begin at random."
         )
     wanted = min(part.calibration_rows, len(train))
     chosen = [i * len(train) // wanted for i in range(wanted)]

@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from potstill.cache.planes import Reader, as_integers, pack
+from potstill.cache.planes import Reader, pack, pack_floats
 from potstill.errors import ShapeError, nearest
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
 
 BLOCK = 64  # tokens of the vocabulary that are drawn from together
 SCALE = 56.0  # a log-probability of -x nats has the code round(SCALE * sqrt(x)): fine where much mass is, to 20.6 nats
 UNUSED = 255  # the code of a slot without a token
-CHUNK = 2**24  # elements of [n, V] at a time while encoding
+# Elements of [n, V] at a time while encoding: what stays in a CPU's cache, or keeps an accelerator busy.
+CHUNK = 2**20
+LARGE_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,14 @@ class Codec(ABC):
 
 @dataclass(frozen=True)
 class Sampled(Codec):
-    """N draws from the teacher with replacement: the tokens drawn, and how often each.
+    """N draws from the teacher, evenly spaced: the tokens drawn, and how often each.
+
+        the i-th draw of a token of text is the v with F(v - 1) <= (i + u) / N < F(v),   F(v) = p_0 + ... + p_v
+
+    One number u in [0, 1) moves all N points (systematic resampling), so that v is drawn floor(N p_v) or ceil(N p_v)
+    times. The expectation of count / N over u is p_v, as with independent draws, in whatever order the vocabulary is,
+    and its variance is never more than theirs: r (1 - r) / N^2, where r is the fraction of N p_v, against
+    p_v (1 - p_v) / N. Counts of different tokens go together in other ways than independent draws would.
 
     Unbiased for divergences that are linear in the teacher (forward KL, soft cross-entropy).
 
@@ -115,7 +124,9 @@ class Sampled(Codec):
         temperature: of the distribution that is drawn from; training must use the same.
 
     References:
-        Anshumann et al. 2025 (random sampling distillation), arXiv 2503.16870.
+        Anshumann et al. 2025 (random sampling distillation, with independent draws), arXiv 2503.16870; Kitagawa 1996,
+        Monte Carlo filter and smoother, J. Comput. Graph. Stat. 5(1), appendix; Douc and Cappe 2005, Comparison of
+        resampling schemes for particle filtering, arXiv cs/0507025.
     """
 
     draws: int = 50
@@ -129,19 +140,17 @@ class Sampled(Codec):
 
     def _encode(self, said: Targets, seed: int) -> tuple[bytes, Tensor | None]:
         logits = _logits(said, self.name)
-        uniform = torch.rand(
-            (len(logits), self.draws), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        )
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that no device draws other numbers
+        offsets = torch.rand((len(logits), 1), generator=generator, dtype=torch.float64).to(logits.device)
         drawn, normalizers = [], []
         width = max(self.vocabulary, self.draws * BLOCK)
-        for part, some in zip(_chunks(logits, width), _chunks(uniform, width), strict=True):
-            top = part.amax(-1, keepdim=True)
-            blocks = _exponentials(part, top, self.temperature)
-            ends = blocks.sum(-1).double().cumsum(-1)
-            drawn.append(_draw(blocks, ends, some.to(part.device)).cpu())
+        for part, some in zip(_chunks(logits, width), _chunks(offsets, width), strict=True):
+            top, blocks = _relative(part, self.temperature)
+            ends = blocks.exp_().sum(-1).double().cumsum(-1)
+            points = (some + torch.arange(self.draws, device=some.device)) / self.draws
+            drawn.append(_at(points, blocks, ends).cpu())
             normalizers.append(top.squeeze(-1) + ends[:, -1].log())
-        ids = torch.cat(drawn).sort(-1).values
-        normalizer = _numbers(torch.cat(normalizers))
+        ids, normalizer = torch.cat(drawn), _numbers(torch.cat(normalizers))
         first = torch.ones_like(ids, dtype=torch.bool)
         first[:, 1:] = ids[:, 1:] != ids[:, :-1]
         places = first.flatten().nonzero().squeeze(-1)
@@ -213,14 +222,17 @@ class TopK(Codec):
         return b"".join(arrays), normalizer if self.temperature == 1 and not isinstance(said, SparseTargets) else None
 
     def _of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kept, ids = logits.topk(self.k)
-        top = kept[:, :1].float()
-        exponentials = _exponentials(logits, top, self.temperature).flatten(1)
-        mine = exponentials.gather(-1, ids).sum(-1)
-        rest = exponentials.scatter_(-1, ids, 0.0).sum(-1)  # all less the kept would be rounded
-        total = (mine + rest).log().unsqueeze(-1)
-        chances = (kept.float() - top) / self.temperature - total
-        return ids, chances, rest / (mine + rest), (top + total).squeeze(-1)
+        top, blocks = _relative(logits, self.temperature)
+        # The K likeliest tokens lie in the K blocks with the largest maxima.
+        best = blocks.amax(-1).topk(min(self.k, blocks.shape[1])).indices
+        kept, places = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1).topk(self.k)
+        ids = best.gather(-1, places // BLOCK) * BLOCK + places % BLOCK
+        mine = kept.exp().sum(-1)
+        rest = blocks.exp_().flatten(1).scatter_(-1, ids, 0.0).sum(-1)  # all less the kept would be rounded
+        total = (mine + rest).log()
+        # Behind the vocabulary's end there is -inf: a slot without a token, whose id says nothing.
+        ids = ids.clamp_max(self.vocabulary - 1)
+        return ids, kept - total.unsqueeze(-1), rest / (mine + rest), top.squeeze(-1) + total
 
     def _of_sparse(self, said: SparseTargets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if said.kind != "bucket" or said.temperature != self.temperature:
@@ -293,14 +305,12 @@ class Hidden(Codec):
                 "hidden: expected a teacher with a plain head, got one that gives "
                 f"{'logits' if isinstance(said, DenseTargets) else 'sparse targets'}. Use the codec top_k or sampled."
             )
-        return pack(as_integers(_numbers(said.hidden).to(getattr(torch, self.dtype)).cpu()).ravel()), None
+        return pack_floats(_numbers(said.hidden).to(getattr(torch, self.dtype))), None
 
     def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> HeadTargets:
         assert head is not None
-        kind = "<i4" if self.dtype == "float32" else "<i2"
-        parts = [reader.take(kind, n * self.width) for reader, n in zip(readers, tokens, strict=True)]
-        hidden = torch.from_numpy(np.concatenate(parts)).view(getattr(torch, self.dtype))
-        return HeadTargets(hidden.reshape(-1, self.width), head)
+        parts = [reader.take_floats(self.dtype, n * self.width) for reader, n in zip(readers, tokens, strict=True)]
+        return HeadTargets(torch.cat(parts).reshape(-1, self.width), head)
 
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Sampled, TopK, Dense, Hidden)}
@@ -323,25 +333,29 @@ def codec_of(record: dict[str, Any]) -> Codec:
     return kind(**parameters)
 
 
-def _exponentials(logits: Tensor, top: Tensor, temperature: float) -> Tensor:
-    """exp((logits - top) / temperature) of logits [n, V], in blocks [n, V / BLOCK, BLOCK] filled up with zeros."""
+def _relative(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The largest of logits [n, V] as [n, 1], and (logits - largest) / temperature in blocks [n, V / BLOCK, BLOCK],
+    filled up with -inf.
+    """
     n, V = logits.shape
+    top = logits.amax(-1, keepdim=True).float()
     buffer = torch.empty(n, -(-V // BLOCK) * BLOCK, dtype=torch.float32, device=logits.device)
-    buffer[:, V:] = 0.0
-    mine = buffer[:, :V].copy_(logits).sub_(top)
-    (mine if temperature == 1 else mine.div_(temperature)).exp_()
-    return buffer.unflatten(-1, (-1, BLOCK))
+    buffer[:, V:] = -math.inf
+    mine = torch.sub(logits, top, out=buffer[:, :V])
+    if temperature != 1:
+        mine.div_(temperature)
+    return top, buffer.unflatten(-1, (-1, BLOCK))
 
 
-def _draw(blocks: Tensor, ends: Tensor, uniform: Tensor) -> Tensor:
-    """Draws from chances of any sum by inverting their sums, first those of blocks, then those within one.
+def _at(points: Tensor, blocks: Tensor, ends: Tensor) -> Tensor:
+    """The tokens at points of the running sum of chances, found first among the sums of blocks, then within one.
 
     Args:
-        blocks: [n, V / BLOCK, BLOCK] chances.
+        points: [n, N] float64 in [0, 1), as shares of the whole sum.
+        blocks: [n, V / BLOCK, BLOCK] chances of any sum.
         ends: [n, V / BLOCK] float64, the sums to the end of each block.
-        uniform: [n, N] float64 in [0, 1).
     """
-    target = uniform * ends[:, -1:]
+    target = points * ends[:, -1:]
     block = _first_above(ends, target).clamp_max(ends.shape[-1] - 1)  # NaN is above nothing
     rest = target - torch.nn.functional.pad(ends, (1, 0)).gather(-1, block)
     inner = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).double().cumsum(-1)
@@ -359,6 +373,11 @@ def _logits(said: Targets, codec: str) -> Tensor:
         raise ShapeError(
             f"{codec}: expected a teacher with whole distributions, got sparse targets. Use the codec top_k."
         )
+    if isinstance(said, MixtureTargets):
+        raise ShapeError(
+            f"{codec}: expected one teacher, got several that are mixed: what they say together at another temperature "
+            "would not be known. Keep each in a cache of its own, and mix the caches."
+        )
     return said.dense()
 
 
@@ -369,8 +388,9 @@ def _numbers(values: Tensor) -> Tensor:
 
 
 def _chunks(rows: Tensor, width: int) -> tuple[Tensor, ...]:
-    """Rows in pieces of at most CHUNK elements, counted in rows of a width; one piece at least."""
-    return rows.split(max(1, CHUNK // width))
+    """Rows in pieces of a chunk's elements, counted in rows of a width; one piece at least."""
+    chunk = CHUNK if rows.device.type == "cpu" else LARGE_CHUNK
+    return rows.split(max(1, chunk // width))
 
 
 def _check_temperature(caller: str, temperature: float) -> None:

@@ -37,11 +37,22 @@ class Reader:
         whole[:, :planes] = split.T
         return whole.view(kind).reshape(count)
 
+    def take_floats(self, dtype: str, count: int) -> Tensor:
+        """What `pack_floats` made of floats of a dtype of torch: [count]."""
+        taken = self.take("<i4" if dtype == "float32" else "<i2", count)
+        return torch.from_numpy(taken).view(getattr(torch, dtype))
+
+    @property
+    def left(self) -> int:
+        """How many bytes have not been taken."""
+        return len(self._bytes) - self._at
+
     def close(self) -> None:
         if self._at != len(self._bytes):
             raise ShapeError(f"codec: expected a row of {self._at} bytes, got {len(self._bytes)}.")
 
 
-def as_integers(values: Tensor) -> NDArray[Any]:
-    """The bits of floats, because NumPy has no bfloat16."""
-    return values.contiguous().view(torch.int32 if values.dtype == torch.float32 else torch.int16).numpy()
+def pack_floats(values: Tensor) -> bytes:
+    """Floats of any shape as planes of their bytes, by their bits, because NumPy has no bfloat16."""
+    kind = torch.int32 if values.dtype == torch.float32 else torch.int16
+    return pack(values.detach().cpu().contiguous().view(kind).numpy().ravel())

@@ -3,9 +3,10 @@
     manifest.json          what the cache holds and of whom; written last, and only when everything is there
     teacher/               the teacher's config and tokenizer, to check the student against
     head.safetensors       the teacher's head, where hidden states are kept
-    shards/00000.arrow     Arrow IPC files: key (16 bytes), tokens (uint32), signal (binary)
+    shards/00000.arrow     Arrow IPC files: key (16 bytes), tokens (uint32), signal (binary), layers (binary)
 
-A signal is what a codec (`potstill.cache.codec`) packed, compressed with Zstandard. A key is made of a row's token ids
+A signal is what a codec (`potstill.cache.codec`) packed, compressed with Zstandard; layers are the hidden states of
+chosen layers, where they are kept, compressed likewise. A key is made of a row's token ids
 and of which of them count: a row is found by what it holds, in whatever order and from whatever file it comes.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +27,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from potstill.atomic import digest, whole_or_nothing, write_text
 from potstill.errors import DataError
 
-FORMAT = 1  # to be raised with every change of what a reader must know
+FORMAT = 2  # to be raised with every change of what a reader must know
 MANIFEST = "manifest.json"
 KEY_BYTES = 16
 COMPRESSION = pa.Codec("zstd", compression_level=3)
 SCHEMA = pa.schema(
-    {"key": pa.binary(KEY_BYTES), "tokens": pa.uint32(), "size": pa.uint32(), "signal": pa.large_binary()}
+    {
+        "key": pa.binary(KEY_BYTES),
+        "tokens": pa.uint32(),
+        "size": pa.uint32(),
+        "signal": pa.large_binary(),
+        "layers_size": pa.uint32(),
+        "layers": pa.large_binary(),
+    }
 )
 
 
@@ -55,6 +63,23 @@ class Shard(_Record):
     sha256: str
 
 
+class Layers(_Record):
+    """The hidden states that are kept beside the targets.
+
+    Args:
+        kept: numbers of the layers, from 0, rising.
+        depth: how many layers the teacher has; width, heads and narrowest as in `potstill.taps.Anatomy`.
+        dtype: float32, bfloat16 or float16.
+    """
+
+    kept: list[int]
+    depth: int
+    width: int
+    heads: int
+    narrowest: int
+    dtype: str
+
+
 class Plan(_Record):
     """What a cache is made of: the same for every process that builds a part of it.
 
@@ -70,6 +95,7 @@ class Plan(_Record):
         shard_rows: rows in a shard; shards do not go over the end of a source.
         batch_rows: rows in a batch of the teacher; its rounding depends on it.
         versions: of potstill and torch.
+        layers: the hidden states that are kept, if any are.
     """
 
     format: int
@@ -83,6 +109,7 @@ class Plan(_Record):
     shard_rows: int
     batch_rows: int
     versions: dict[str, str]
+    layers: Layers | None = None
 
     def differs(self, other: Plan) -> list[str]:
         """The fields in which two plans would make other signals; where things lie and what they are called is free."""
@@ -116,6 +143,7 @@ class Row(NamedTuple):
     key: bytes
     tokens: int
     signal: bytes
+    layers: bytes = b""
 
 
 def row_key(input_ids: NDArray[np.integer[Any]], counts: NDArray[np.bool_]) -> bytes:
@@ -137,6 +165,10 @@ def write_shard(path: Path, rows: Iterable[Row]) -> Shard:
         pa.array([row.tokens for row in rows], pa.uint32()),
         pa.array([len(row.signal) for row in rows], pa.uint32()),
         pa.array([COMPRESSION.compress(row.signal, asbytes=True) for row in rows], pa.large_binary()),
+        pa.array([len(row.layers) for row in rows], pa.uint32()),
+        pa.array(
+            [COMPRESSION.compress(row.layers, asbytes=True) if row.layers else b"" for row in rows], pa.large_binary()
+        ),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -219,15 +251,19 @@ class Cache:
         return np.where(self._keys[rows] == wanted, rows, -1)
 
     def signals(self, rows: NDArray[np.int64]) -> tuple[list[bytes], list[int]]:
-        """What is kept of some rows, and their numbers of tokens."""
-        signals, tokens = [], []
+        """What is kept of the targets of some rows, and their numbers of tokens."""
+        signals = [_unpacked(table, "signal", "size", at) for table, at in self._places(rows)]
+        return signals, [table["tokens"][at].as_py() for table, at in self._places(rows)]
+
+    def layers(self, rows: NDArray[np.int64]) -> list[bytes]:
+        """What is kept of the hidden states of some rows."""
+        return [_unpacked(table, "layers", "layers_size", at) for table, at in self._places(rows)]
+
+    def _places(self, rows: NDArray[np.int64]) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """The shard of each row, and its number in there."""
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         for row, shard in zip(rows.tolist(), shards.tolist(), strict=True):
-            table, at = self._shards[shard], row - int(self._starts[shard])
-            size = table["size"][at].as_py()
-            signals.append(COMPRESSION.decompress(table["signal"][at].as_buffer(), size, asbytes=True))
-            tokens.append(table["tokens"][at].as_py())
-        return signals, tokens
+            yield self._shards[shard], row - int(self._starts[shard])
 
     def _verify(self) -> None:
         expected = {f"shards/{shard.name}": shard.sha256 for shard in self.manifest.shards} | self.manifest.files
@@ -249,6 +285,11 @@ class Cache:
             return batch
         except (pa.ArrowException, OSError):
             raise DataError(_damaged(self.directory, f"shards/{shard.name}")) from None
+
+
+def _unpacked(table: pa.RecordBatch, name: str, size: str, at: int) -> bytes:
+    found: bytes = COMPRESSION.decompress(table[name][at].as_buffer(), table[size][at].as_py(), asbytes=True)
+    return found
 
 
 def _text(body: dict[str, Any]) -> str:

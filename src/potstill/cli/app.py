@@ -52,7 +52,8 @@ def main() -> None:
         if stop.code != 130:  # what typer makes of Ctrl-C
             raise
         console.print(
-            "interrupted: what was saved is kept; `run` and `generate` with --resume go on, `demo` does so by itself.",
+            "interrupted: what was saved is kept; `run`, `sweep` and `generate` with --resume go on, `demo` does so "
+            "by itself.",
             highlight=False,
         )
         sys.exit(130)
@@ -62,7 +63,11 @@ def main() -> None:
         if isinstance(error, PotstillError):
             text = str(error)
         else:
-            kept = "What was saved is kept and --resume goes on. " if {"run", "generate"} & {*sys.argv[1:2]} else ""
+            kept = (
+                "What was saved is kept and --resume goes on. "
+                if {"run", "sweep", "generate"} & {*sys.argv[1:2]}
+                else ""
+            )
             text = f"failed: {type(error).__name__}: {error}. {kept}--debug shows the traceback."
         console.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)

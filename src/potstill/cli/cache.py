@@ -39,6 +39,10 @@ def build(
     temperature: Annotated[
         float | None, typer.Option(help="of sampled and top_k; default: the recipe's, or 1; training must use the same")
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="whose hidden states to keep too, for terms that look inside, such as 1,3,-1 (from 0)"),
+    ] = None,
     field: Annotated[str | None, typer.Option(help="the column of plain text in --data")] = None,
     max_length: Annotated[int, typer.Option(help="tokens in a row at most, with --data")] = 512,
     packing: Annotated[
@@ -81,7 +85,7 @@ def build(
         wrong = ", ".join(sorted(f"--{name.replace('k', 'top-k')}" for name in set(parameters) - takes))
         raise UserError(f"cache build: expected no {wrong} with --codec {codec}, got one. Leave it out.")
     tokenizer = None if recipe is None else read.student.model
-    request = Request(who, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer)
+    request = Request(who, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, _layers(layers))
     manifest = build_cache(request, part=_part(shard), engine=engine, console=console)
     if manifest is None:
         console.print(f"part {shard} of {out} is there; other parts are missing still", highlight=False)
@@ -120,6 +124,7 @@ def _facts(directory: Path) -> dict[str, Any]:
         "rows": opened.manifest.rows,
         "bytes": size,
         "bytes_per_token": size / max(opened.manifest.tokens, 1),
+        "layers": None if plan.layers is None else plan.layers.model_dump(),
         "shards": len(opened.manifest.shards),
         "vocabulary": plan.vocabulary,
         "teacher": plan.teacher,
@@ -142,6 +147,9 @@ def _show(directory: Path) -> None:
     table.add_row("codec", facts["codec"] + (f" ({parameters})" if parameters else ""))
     table.add_row("tokens", f"{facts['tokens']:,} that count, in {facts['rows']:,} rows and {facts['shards']} shards")
     table.add_row("size", f"{words.size(facts['bytes'])}, {facts['bytes_per_token']:.1f} bytes a token")
+    if facts["layers"] is not None:
+        kept = ", ".join(map(str, facts["layers"]["kept"]))
+        table.add_row("layers", f"{kept} of {facts['layers']['depth']}: hidden states in {facts['layers']['dtype']}")
     table.add_row("teacher", facts["teacher"])
     table.add_row("vocabulary", f"{facts['vocabulary']:,} tokens")
     for source in facts["sources"]:
@@ -157,6 +165,13 @@ def _temperature(recipe: Any) -> float | None:
     """What the recipe's first logits term uses, where that is one number."""
     found = [part.temperature for part in recipe.objective if part.term == "logits"]
     return found[0] if found and isinstance(found[0], float) else None
+
+
+def _layers(text: str | None) -> list[int]:
+    try:
+        return [int(each) for each in text.split(",")] if text else []
+    except ValueError:
+        raise UserError(f"--layers: expected numbers of layers from 0, such as 1,3,-1, got {text}.") from None
 
 
 def _part(text: str) -> tuple[int, int]:

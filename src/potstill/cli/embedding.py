@@ -1,4 +1,4 @@
-"""What `run` and `report` do with a recipe of kind embedding."""
+"""What `run`, `check` and `report` do with a recipe of kind embedding."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from potstill.errors import RecipeError, nearest
 _KINDS = ("distillation", "embedding")
 
 
-def kind_of(path: Path) -> str:
-    """What a recipe's key `kind` says; distillation where it says nothing, or where there is no such file."""
+def kind_of(path: Path, kinds: Sequence[str] = _KINDS) -> str:
+    """What a recipe's key `kind` says; distillation where it says nothing, or where there is no such file.
+
+    Raises:
+        RecipeError: it is none of `kinds`.
+    """
     from potstill.recipe.document import read
 
     values = read(path) if path.exists() else None
     kind = values.get("kind", _KINDS[0]) if isinstance(values, dict) else _KINDS[0]
-    if kind not in _KINDS:
+    if kind not in kinds:
         raise RecipeError(
-            f"{path}: expected kind to be one of {', '.join(_KINDS)}, got {kind}.{nearest(str(kind), _KINDS)}"
+            f"{path}: expected kind to be one of {', '.join(kinds)}, got {kind}.{nearest(str(kind), kinds)}"
         )
     return str(kind)
 
@@ -52,3 +56,25 @@ def run_embedding(path: Path, sets: Sequence[str], resume: bool) -> None:
     out.print(table, highlight=False)
     out.print(embedding_verdict(result.summary), highlight=False)
     out.print(f"student {result.directory / 'student'}\nreport  {result.directory / 'report.html'}", highlight=False)
+
+
+def check_embedding(path: Path, sets: Sequence[str]) -> None:
+    """Show what it will need."""
+    from potstill.embedding.preflight import check
+    from potstill.evaluate import words
+    from potstill.recipe import EmbeddingRecipe
+
+    recipe = EmbeddingRecipe.load(path, sets)
+    found = check(recipe)
+    table = Table(show_header=False, box=None)
+    table.add_row("teacher", f"{found.teacher_dimensions:,} dimensions")
+    table.add_row("student", f"{recipe.student.dimensions:,} dimensions, {found.parameters:,} parameters")
+    table.add_row("train", f"{found.rows:,} vectors")
+    table.add_row("eval", f"{found.held_out_rows:,} vectors")
+    table.add_row("steps", f"{found.steps:,}")
+    if found.encoding_seconds:
+        table.add_row("encoding", f"about {words.duration(found.encoding_seconds)} of the teacher's work, once")
+    table.add_row("time", f"about {words.duration(found.seconds)} of training on this machine, at most")
+    for note in found.notes:
+        table.add_row("note", note)
+    Console().print(table, highlight=False)

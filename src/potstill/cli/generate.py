@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,3 +33,20 @@ def generate(
     out = Console()
     out.print(table, highlight=False)
     out.print(f"rows    {made.rows}\ncard    {made.directory / 'README.md'}", highlight=False)
+
+
+def check_generate(path: Path, sets: Sequence[str]) -> None:
+    """Show what it will ask for."""
+    from potstill.generation import check
+    from potstill.recipe.generate import GenerateRecipe
+
+    recipe = GenerateRecipe.load(path, sets)
+    found = check(recipe)
+    table = Table(show_header=False, box=None)
+    table.add_row("teacher", found.teacher)
+    table.add_row("prompts", f"{found.prompts:,}")
+    table.add_row("texts", f"{found.texts:,} of at most {recipe.sampling.max_new_tokens:,} new tokens")
+    if found.bad:
+        table.add_row("left out", f"{found.bad:,} rows that cannot be used")
+    table.add_row("rows", f"as {found.form}, to {recipe.output}")
+    Console().print(table, highlight=False)

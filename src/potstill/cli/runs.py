@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from potstill.cli.app import RecipePath, Sets, app, console
-from potstill.cli.embedding import kind_of, run_embedding
-from potstill.errors import UserError
+from potstill.cli.embedding import check_embedding, kind_of, run_embedding
+from potstill.cli.generate import check_generate
+from potstill.errors import UserError, nearest
+
+KINDS = ("distillation", "embedding", "generate")
 
 
 @app.command()
@@ -57,7 +59,12 @@ def demo(
 
 @app.command()
 def check(recipe: RecipePath, set_: Sets = None) -> None:
-    """Say what a run will need, and whether vocabularies, data and models fit. Nothing is trained."""
+    """Say what a recipe of any kind will need, and whether its data and models fit. Nothing is trained or written."""
+    kind = kind_of(recipe, KINDS)
+    if kind == "embedding":
+        return check_embedding(recipe, set_ or ())
+    if kind == "generate":
+        return check_generate(recipe, set_ or ())
     from potstill.evaluate import words
     from potstill.preflight import check as check_recipe
     from potstill.recipe import Recipe
@@ -72,9 +79,13 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
         student += f", {found.teacher_parameters / found.student_parameters:.1f} times smaller"
         table.add_row("teacher", f"{found.teacher_parameters:,} parameters")
     table.add_row("student", student)
-    table.add_row("vocabulary", f"{found.vocabulary:,} tokens, the same for both")
-    table.add_row("train", f"{found.train_tokens:,} tokens that count, in {found.train_rows:,} rows")
-    table.add_row("eval", f"{found.eval_tokens:,} tokens that count")
+    if found.vocabulary:
+        table.add_row("vocabulary", f"{found.vocabulary:,} tokens, the same for both")
+        table.add_row("train", f"{found.train_tokens:,} tokens that count, in {found.train_rows:,} rows")
+        table.add_row("eval", f"{found.eval_tokens:,} tokens that count")
+    else:
+        table.add_row("train", f"{found.train_rows:,} rows")
+        table.add_row("eval", f"{found.eval_tokens:,} rows")
     table.add_row("steps", f"{found.steps:,}")
     table.add_row("memory", f"about {words.size(found.memory_bytes)} and the activations of one batch")
     table.add_row("disk", f"about {words.size(found.disk_bytes)} of {words.size(found.disk_free_bytes)} free")
@@ -87,32 +98,45 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
             f"output: expected {words.size(found.disk_bytes)} of free disk, got {words.size(found.disk_free_bytes)}. "
             "Choose another directory with --set output=DIR."
         )
+    return None
 
 
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
-    """Write report.html again from the records of a run."""
+    """Write report.html again from the records of a run, or sweep.html from those of a sweep."""
     from potstill.evaluate.report import write_report
 
     write = write_report
-    if kind_of(directory / "recipe.yaml") == "embedding":
+    if (directory / "sweep.json").exists():
+        from potstill.evaluate.sweep_report import write_sweep_report as write
+    elif kind_of(directory / "recipe.yaml") == "embedding":
         from potstill.embedding.report import write_embedding_report as write
     console.print(f"report  {write(directory)}", highlight=False)
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of a recipe, for editors and for reading."""
-    from potstill.recipe import Recipe
+def schema(
+    kind: Annotated[str, typer.Argument(help="of recipe: distillation, embedding, or generate")] = "distillation",
+) -> None:
+    """Print the JSON Schema of a kind of recipe, for editors and for reading."""
+    from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
+    from potstill.recipe.document import Document
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    documents: dict[str, type[Document]] = {
+        "distillation": Recipe,
+        "embedding": EmbeddingRecipe,
+        "generate": GenerateRecipe,
+    }
+    if kind not in documents:
+        raise UserError(f"schema: expected one of {', '.join(documents)}, got {kind}.{nearest(kind, documents)}")
+    print(json.dumps(documents[kind].model_json_schema(), indent=2))
 
 
 def _finish(result: Any) -> None:
     """Show the table, the verdict and where everything is; once, whatever the number of ranks."""
     from accelerate import PartialState
 
-    from potstill.evaluate import words
+    from potstill.evaluate.measures import COSTS, QUALITY
     from potstill.evaluate.report import verdict
 
     if not PartialState().is_main_process:
@@ -121,21 +145,15 @@ def _finish(result: Any) -> None:
     table = Table(title=result.summary["name"], title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", *rows):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    measures: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "held-out loss, nats a token": ("loss", words.nats),
-        "perplexity": ("perplexity", words.perplexity),
-        "top-1 agreement with the teacher": ("agreement", lambda share: words.percent(share, 1)),
-        "KL to the teacher, nats a token": ("kl", words.nats),
-        "parameters": ("parameters", words.count),
-        "size": ("bytes", words.size),
-        "latency of one row": ("latency_ms", words.milliseconds),
-    }
-    for measure, (key, form) in measures.items():
-        table.add_row(measure, *("–" if row[key] is None else form(row[key]) for row in rows.values()))
+    for measure in (*QUALITY[result.summary["task"]], *COSTS):
+        values = [row[measure.key] for row in rows.values()]
+        table.add_row(measure.name, *("–" if value is None else measure.write(value) for value in values))
     out = Console()
     out.print(table, highlight=False)
     out.print(verdict(result.summary), highlight=False)
     if adapter := result.summary["adapter"]:
+        from potstill.evaluate import words
+
         trained = f"{adapter['trained']:,} parameters trained, {words.percent(adapter['share'], 2)} of all"
         saved = "merged" if adapter["bytes"] is None else f"{words.size(adapter['bytes'])} beside its base"
         out.print(f"adapter {adapter['title']}: {trained}; {saved}", highlight=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -17,14 +17,17 @@ from potstill.data.kept import BATCH
 from potstill.data.readers import one_line
 from potstill.data.sources import Kind
 from potstill.errors import DataError
-from potstill.targets import IGNORE
+from potstill.targets import IGNORE, Task
 
 
 class Row(NamedTuple):
-    """One example, labels not shifted."""
+    """One example, labels not shifted; and what the teacher reads instead, where that is something else."""
 
     input_ids: list[int]
-    labels: list[int]
+    labels: list[int] | int | float
+    token_type_ids: list[int] | None = None
+    teacher_input_ids: list[int] | None = None
+    teacher_labels: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Encoding:
         max_length: tokens of the longest row.
         packing: documents in one stream.
         file: its name, for messages.
-        facts: `empty` rows that were skipped and `cut` rows are added to it.
+        facts: `empty` rows that were skipped and `cut` rows are added to it, and the `teacher_longest` row is noted.
+        task: what the model is asked for.
+        classes: the numbers of classes by their names, for classification.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -44,6 +49,8 @@ class Encoding:
     packing: bool
     file: str
     facts: Counter[str]
+    task: Task = "causal"
+    classes: Mapping[str, int] = field(default_factory=dict)
 
     def rows(self, dataset: Dataset, kind: Kind) -> Iterator[Row]:
         """The encoded rows of a dataset that `load` gave.
@@ -53,11 +60,18 @@ class Encoding:
         """
         if kind == "text":
             return _text_rows(dataset, self)
+        own: Iterator[_Answered] | None = None
+        columns = set(dataset.column_names)
         if kind == "completion":
-            return _with_room(_completions(dataset, self), self)
-        if kind == "messages":
-            return _with_room(_conversations(dataset, self), self)
-        return _given_ids(dataset, self)
+            rows = _with_room(_completions(dataset, self), self)
+            own = _completions(dataset, self, "teacher_prompt") if "teacher_prompt" in columns else None
+        elif kind == "messages":
+            rows = _with_room(_conversations(dataset, self), self)
+            own = _conversations(dataset, self, "teacher_messages") if "teacher_messages" in columns else None
+        else:
+            rows = (self.cut(one.ids, one.labels) for one in _given_ids(dataset, self))
+            own = _given_ids(dataset, self, "teacher_") if "teacher_input_ids" in columns else None
+        return rows if own is None else _beside(rows, own, self)
 
     def tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """The ids of texts, with or without the special tokens that the tokenizer adds."""
@@ -84,6 +98,22 @@ class Encoding:
         """The first max_length tokens."""
         self.facts["cut"] += len(ids) > self.max_length
         return Row(ids[: self.max_length], labels[: self.max_length])
+
+    def maskable(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows with labels for tokens of the text alone, and none for special ones."""
+        special = {*self.tokenizer.all_special_ids}
+        for row in rows:
+            assert isinstance(row.labels, list)
+            pairs = zip(row.input_ids, row.labels, strict=True)
+            yield Row(row.input_ids, [IGNORE if i in special else label for i, label in pairs])
+
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer itself puts before and after a text: [CLS] and [SEP], BOS, EOS."""
+        (bare,), (whole,) = self.tokens(["a"], special=False), self.tokens(["a"], special=True)
+        for start in range(len(whole) - len(bare) + 1):
+            if bare and whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        return [], []
 
     def filled(self, dataset: Dataset, column: str) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """Batches without the rows whose `column` is empty, and the rows' numbers in the file, from 1."""
@@ -115,6 +145,8 @@ def in_groups(texts: list[str], characters: int = 1 << 22) -> Iterator[list[str]
 
 
 def _text_rows(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
+    if encoding.task == "masked" and not encoding.packing:
+        return _framed_windows(dataset, encoding)
     arrange = packed if encoding.packing else windows
     return (Row(ids, ids) for ids in arrange(_documents(dataset, encoding), encoding.max_length))
 
@@ -123,6 +155,22 @@ def _documents(dataset: Dataset, encoding: Encoding) -> Iterator[list[int]]:
     for _, batch in encoding.filled(dataset, "text"):
         for ids in encoding.tokens(batch["text"], special=True):
             yield encoding.closed(ids)
+
+
+def _framed_windows(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
+    """Each document in windows that all have the special tokens around them, as masked language models know them."""
+    before, after = encoding.frame()
+    room = encoding.max_length - len(before) - len(after)
+    if room < 1:
+        raise DataError(
+            f"data: expected max_length above {len(before) + len(after)}, the special tokens of a row, got "
+            f"{encoding.max_length}. Raise max_length."
+        )
+    for _, batch in encoding.filled(dataset, "text"):
+        for ids in encoding.tokens(batch["text"], special=False):
+            for start in range(0, len(ids), room):
+                row = [*before, *ids[start : start + room], *after]
+                yield Row(row, row)
 
 
 def packed(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
@@ -153,7 +201,8 @@ def windows(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
 class _Answered(NamedTuple):
     number: int  # of the row in the file
     prompt: int  # tokens before the first that counts
-    row: Row
+    ids: list[int]
+    labels: list[int]
 
 
 def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Row]:
@@ -161,8 +210,8 @@ def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Ro
     full: list[_Answered] = []
     for one in answered:
         if one.prompt >= encoding.max_length:
-            full.append(one._replace(row=Row([], [])))
-        yield encoding.cut(*one.row)
+            full.append(one._replace(ids=[], labels=[]))
+        yield encoding.cut(one.ids, one.labels)
     if full:
         raise DataError(
             f"data: expected prompts shorter than max_length {encoding.max_length}, got {full[0].prompt} tokens "
@@ -171,26 +220,34 @@ def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Ro
         )
 
 
-def _completions(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
-    closing = _closing_tokens(encoding)
+def _beside(rows: Iterator[Row], own: Iterator[_Answered], encoding: Encoding) -> Iterator[Row]:
+    """Each row with what the teacher reads, up to the last token of the answer that is left of it."""
+    for row, theirs in zip(rows, own, strict=True):
+        assert isinstance(row.labels, list)
+        answer = [label for label in row.labels[1:] if label != IGNORE]
+        places = [i for i, label in enumerate(theirs.labels) if label != IGNORE and i][: len(answer)]
+        if [theirs.labels[i] for i in places] != answer:
+            raise DataError(
+                f"data: expected the same answer tokens behind the student's and the teacher's prompt, got others in "
+                f"row {theirs.number} of {encoding.file}. Each position of one must be one of the other. End both "
+                "prompts with the same word or line."
+            )
+        end = places[-1] + 1 if places else 0
+        encoding.facts["teacher_longest"] = max(encoding.facts["teacher_longest"], end)
+        yield row._replace(teacher_input_ids=theirs.ids[:end], teacher_labels=theirs.labels[:end])
+
+
+def _completions(dataset: Dataset, encoding: Encoding, column: str = "prompt") -> Iterator[_Answered]:
+    _, closing = encoding.frame()
     for numbers, batch in encoding.filled(dataset, "completion"):
-        prompts = encoding.tokens(batch["prompt"], special=True)
+        prompts = encoding.tokens(batch[column], special=True)
         completions = encoding.tokens(batch["completion"], special=False)
         for number, prompt, completion in zip(numbers, prompts, completions, strict=True):
             if closing and prompt[-len(closing) :] == closing:
                 prompt = prompt[: -len(closing)]
             completion = encoding.closed(completion)
-            row = Row(prompt + completion, [IGNORE] * len(prompt) + completion)
-            yield _Answered(number, len(prompt), row)
-
-
-def _closing_tokens(encoding: Encoding) -> list[int]:
-    """What the tokenizer itself puts after a text: EOS, or [SEP]."""
-    (bare,), (whole,) = encoding.tokens(["a"], special=False), encoding.tokens(["a"], special=True)
-    for start in range(len(whole) - len(bare) + 1):
-        if bare and whole[start : start + len(bare)] == bare:
-            return whole[start + len(bare) :]
-    return []
+            labels = [IGNORE] * len(prompt) + completion
+            yield _Answered(number, len(prompt), prompt + completion, labels)
 
 
 class _Written(NamedTuple):
@@ -201,11 +258,15 @@ class _Written(NamedTuple):
     turns: list[tuple[str, str]]
 
 
-def _conversations(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
+def _conversations(dataset: Dataset, encoding: Encoding, before: str | None = None) -> Iterator[_Answered]:
+    """Conversations, or what they are with the messages of a column before the assistant's first turn."""
     for numbers, batch in encoding.filled(dataset, "messages"):
-        written = [
-            _write(json.loads(text), number, encoding) for number, text in zip(numbers, batch["messages"], strict=True)
-        ]
+        spoken = [json.loads(text) for text in batch["messages"]]
+        if before is not None:
+            first = [next((i for i, one in enumerate(each) if one["role"] == "assistant"), 0) for each in spoken]
+            begun = [json.loads(text) for text in batch[before]]
+            spoken = [start + each[i:] for start, each, i in zip(begun, spoken, first, strict=True)]
+        written = [_write(each, number, encoding) for number, each in zip(numbers, spoken, strict=True)]
         texts = {one.whole for one in written} | {text for one in written for turn in one.turns for text in turn}
         ordered = sorted(texts)
         ids_of = dict(zip(ordered, encoding.tokens(ordered, special=False), strict=True))
@@ -215,7 +276,7 @@ def _conversations(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
             labels = [IGNORE] * len(ids)
             for start, end in spans:
                 labels[start:end] = ids[start:end]
-            yield _Answered(one.number, spans[0][0], Row(ids, labels))
+            yield _Answered(one.number, spans[0][0], ids, labels)
 
 
 def _write(messages: list[dict[str, Any]], number: int, encoding: Encoding) -> _Written:
@@ -269,15 +330,15 @@ def _agreement(ids: list[int], whole: list[int]) -> int:
 # input_ids
 
 
-def _given_ids(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
+def _given_ids(dataset: Dataset, encoding: Encoding, whose: str = "") -> Iterator[_Answered]:
     vocabulary = max(encoding.tokenizer.get_vocab().values()) + 1
     for numbers, batch in encoding.filled(dataset, "input_ids"):
         for i, number in enumerate(numbers):
-            ids = batch["input_ids"][i]
-            labels = batch["labels"][i] if "labels" in batch else ids
+            ids = batch[f"{whose}input_ids"][i]
+            labels = batch[f"{whose}labels"][i] if f"{whose}labels" in batch else ids
             mask = batch["attention_mask"][i] if "attention_mask" in batch else []
             _check_ids(ids, labels, mask, vocabulary, f"row {number} of {encoding.file}")
-            yield encoding.cut(ids, labels)
+            yield _Answered(number, 0, ids, labels)
 
 
 def _check_ids(ids: list[int], labels: list[int], mask: list[int], vocabulary: int, where: str) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from potstill.data.readers import SUFFIXES, open_table, reading, said
 from potstill.embedding.encoders import load_embedder
-from potstill.embedding.evaluate import MOST_ROWS
 from potstill.embedding.teachers import Encode, encode_texts, model_encoder, server_encoder
 from potstill.embedding.vectors import Part, Vectors, check_vectors, open_vectors
 from potstill.errors import DataError, nearest
-from potstill.recipe.embedding import EmbeddingRecipe, TextsPart
+from potstill.evaluate.space import MOST_ROWS
+from potstill.recipe.embedding import EmbeddingRecipe, EmbeddingTeacherPart, TextsPart
 
 Pairs = tuple[list[int], list[int], list[float]]
 
@@ -63,14 +63,8 @@ def gather(recipe: EmbeddingRecipe, each: Callable[[int, int], None] = lambda do
         UserError: something is missing, or does not fit together.
     """
     teacher = recipe.teacher
-    train = _read(recipe.data.train) if recipe.data.train else None
-    held = _read(recipe.data.eval) if recipe.data.eval else None
-    embedder, encode, who = None, None, ""
-    if teacher.embedder is not None:
-        embedder = load_embedder(teacher.embedder, "teacher.embedder")
-        encode, who = model_encoder(embedder), f"model {teacher.embedder}"
-    elif teacher.server is not None:
-        encode, who = server_encoder(teacher.server.url, teacher.server.model), f"server {teacher.server}"
+    train, held = read_texts(recipe)
+    embedder, encode, who = encoder_of(teacher)
     folder = Path(recipe.output) / "vectors"
 
     def spoken(texts: Texts, say: Encode) -> Vectors:
@@ -119,6 +113,22 @@ def gather(recipe: EmbeddingRecipe, each: Callable[[int, int], None] = lambda do
         embedder,
         notes,
     )
+
+
+def read_texts(recipe: EmbeddingRecipe) -> tuple[Texts | None, Texts | None]:
+    """The texts to learn from and those held out, where the recipe names any."""
+    data = recipe.data
+    return (_read(data.train) if data.train else None), (_read(data.eval) if data.eval else None)
+
+
+def encoder_of(teacher: EmbeddingTeacherPart) -> tuple[Any, Encode | None, str]:
+    """A teacher that reads text: its model where that is loaded, how it encodes, and what its vectors depend on."""
+    if teacher.embedder is not None:
+        embedder = load_embedder(teacher.embedder, "teacher.embedder")
+        return embedder, model_encoder(embedder), f"model {teacher.embedder}"
+    if teacher.server is not None:
+        return None, server_encoder(teacher.server.url, teacher.server.model), f"server {teacher.server}"
+    return None, None, ""
 
 
 def _read(part: TextsPart) -> Texts:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from markupsafe import Markup
 from potstill.atomic import write_text
 from potstill.errors import DataError
 from potstill.evaluate import pictures
+from potstill.evaluate.diagnosis_report import told
+from potstill.evaluate.measures import COSTS, QUALITY, WORDS
 from potstill.evaluate.summary import (
     MODELS,
     RUNS,
@@ -27,7 +30,7 @@ from potstill.evaluate.summary import (
     read_summary,
     read_text,
 )
-from potstill.evaluate.words import count, duration, judge, milliseconds, minus, nats, percent, perplexity, size, times
+from potstill.evaluate.words import count, duration, judge, milliseconds, minus, nats, percent, size, times
 
 # Percent of the line between two labels, on a phone.
 _LABELS_TOUCH = 25
@@ -55,6 +58,7 @@ def write_report(run_directory: Path) -> Path:
         curves=_learning_curves(summary, held_out, training),
         positions=_positions(summary.kl_by_position),
         continuations=summary.continuations,
+        diagnosis=told(run_directory / "diagnose.json"),
         recipe=read_text(run_directory / "recipe.yaml"),
     )
     write_text(run_directory / "report.html", rendered)
@@ -110,10 +114,21 @@ def environment(*, autoescape: bool) -> Environment:
         "nats": nats,
         "percent": percent,
         "size": size,
+        "number": _number,
+        "quoted": _quoted,
         "visible": _visible,
         "cell": _cell,
     }
     return environment
+
+
+def _number(value: float) -> str:
+    return f"{value:g}"
+
+
+def _quoted(text: str) -> str:
+    """With its spaces and ends of lines to be seen."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _visible(text: str) -> str:
@@ -140,41 +155,6 @@ class Headline:
     detail: str
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A line of the table: what is measured, what that means, and how it is written."""
-
-    key: str
-    name: str
-    meaning: str
-    write: Callable[[Any], str]
-    better: Callable[[Any, Any], Any] | None = None
-
-
-_MEASURES = (
-    Measure("loss", "Held-out loss", "Mean cross-entropy per held-out token, in nats; lower is better.", nats, min),
-    Measure("perplexity", "Perplexity", "The same as exp(loss): 1 would be certainty.", perplexity, min),
-    Measure(
-        "agreement",
-        "Top-1 agreement",
-        "How often its likeliest next token is the teacher's; higher is nearer.",
-        lambda share: percent(share, 1),
-        max,
-    ),
-    Measure(
-        "kl", "KL to the teacher", "KL(teacher || model) per token, in nats: 0 is the same distribution.", nats, min
-    ),
-    Measure("parameters", "Parameters", "How many weights it has.", count),
-    Measure("bytes", "Size", "What they take on disk.", size),
-    Measure(
-        "latency_ms",
-        "Latency",
-        "Median time of one forward pass over one row, on the machine named below.",
-        milliseconds,
-    ),
-)
-
-
 def _facts(summary: Summary) -> dict[str, Any]:
     """What the page and the card both say."""
     models = [model for model, _ in summary.rows.named()]
@@ -182,15 +162,16 @@ def _facts(summary: Summary) -> dict[str, Any]:
         "summary": summary,
         "verdict": judge(summary),
         "models": models,
-        "table": list(_table(summary.rows)),
+        "table": list(_table(summary)),
+        "words": WORDS[summary.task],
         "gap_formula": _gap_formula(summary),
         "passes": _passes(summary),
     }
 
 
-def _table(rows: Rows) -> Iterator[dict[str, Any]]:
-    for measure in _MEASURES:
-        values = {model: getattr(row, measure.key) for model, row in rows.named()}
+def _table(summary: Summary) -> Iterator[dict[str, Any]]:
+    for measure in (*QUALITY[summary.task], *COSTS):
+        values = {model: getattr(row, measure.key) for model, row in summary.rows.named()}
         if all(value is None for value in values.values()):
             continue
         trained = [values[run] for run in RUNS if values.get(run) is not None]
@@ -222,7 +203,7 @@ def _headlines(summary: Summary) -> Iterator[Headline]:
         yield Headline(percent(summary.gap_closed), "of the gap closed", "from baseline to teacher")
     if student.agreement is not None:
         other = baseline.agreement if baseline else None
-        detail = f"the baseline has {percent(other, 1)}" if other is not None else "on the likeliest next token"
+        detail = f"the baseline has {percent(other, 1)}" if other is not None else f"on {WORDS[summary.task].likeliest}"
         yield Headline(percent(student.agreement, 1), "agreement with the teacher", detail)
     if teacher and teacher.latency_ms and student.latency_ms:
         detail = f"{milliseconds(student.latency_ms)} against {milliseconds(teacher.latency_ms)}"

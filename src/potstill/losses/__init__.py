@@ -30,7 +30,7 @@ from potstill.losses.linear import FusedLoss, linear_cross_entropy, linear_diver
 from potstill.losses.reduce import token_mean
 from potstill.losses.relation import rkd_angle, rkd_distance
 from potstill.losses.teacher_weights import teacher_confidence, teacher_entropy, top_share, top_tokens
-from potstill.losses.token import token_cross_entropy, token_divergence
+from potstill.losses.token import label_loss, token_cross_entropy, token_divergence
 
 __all__ = [
     "FusedLoss",
@@ -46,6 +46,7 @@ __all__ = [
     "hidden_l1",
     "hidden_mse",
     "interpolated_logits",
+    "label_loss",
     "linear_cka",
     "linear_cross_entropy",
     "linear_divergence",

@@ -7,12 +7,19 @@ from potstill.recipe.data import DataPart, SourcePart
 from potstill.recipe.divergence import DivergencePart
 from potstill.recipe.embedding import EmbeddingRecipe
 from potstill.recipe.generate import GenerateRecipe
-from potstill.recipe.inside import AttentionPart, HiddenPart, LayersPart, RelationsPart, SimilarityPart
+from potstill.recipe.inside import (
+    AttentionPart,
+    DeepSupervisionPart,
+    HiddenPart,
+    LayersPart,
+    RelationsPart,
+    SimilarityPart,
+)
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
-from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart
+from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart, ValuesPart
 from potstill.recipe.run import EvaluatePart, Recipe
 from potstill.recipe.student import BudgetPart, InitializePart, StudentPart
-from potstill.recipe.teacher import ServerPart, TeacherPart
+from potstill.recipe.teacher import MemberPart, ServerPart, SpeakerPart, TeacherPart
 
 __all__ = [
     "AdaptiveKLPart",
@@ -20,6 +27,7 @@ __all__ = [
     "BiLDPart",
     "BudgetPart",
     "DataPart",
+    "DeepSupervisionPart",
     "DivergencePart",
     "EmbeddingRecipe",
     "EvaluatePart",
@@ -29,6 +37,7 @@ __all__ = [
     "LabelsPart",
     "LayersPart",
     "LogitsPart",
+    "MemberPart",
     "Number",
     "Recipe",
     "RelationsPart",
@@ -36,10 +45,12 @@ __all__ = [
     "ServerPart",
     "SimilarityPart",
     "SourcePart",
+    "SpeakerPart",
     "StudentPart",
     "TAIDPart",
     "TeacherPart",
     "Temperature",
     "TermPart",
+    "ValuesPart",
     "Weight",
 ]

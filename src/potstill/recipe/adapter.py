@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.recipe.document import Part
+from potstill.targets import Task
 
 Targets = Annotated[list[str], Field(min_length=1)]
 
@@ -97,3 +99,19 @@ def _named_kind(value: Any) -> Any:
 AdapterPart = Annotated[
     LoraPart | QloraPart | Ia3Part | PromptPart | PrefixPart, Field(discriminator="kind"), BeforeValidator(_named_kind)
 ]
+
+
+def adapter_misfits(adapter: AdapterPart | None, task: Task, train: Mapping[str, Any]) -> Iterator[str]:
+    """What does not go with an adapter, each mistake as a line that begins with its key."""
+    if adapter is None:
+        return
+    if task != "causal":
+        yield (
+            f"student.adapter: expected the task causal with it, got {task}. Leave it out, or put it on in a loop of "
+            "your own (potstill.adapt)."
+        )
+    if adapter.kind == "prefix" and any(train.get(f"{name}_checkpointing") for name in ("gradient", "activation")):
+        yield (
+            "student.adapter: expected no checkpointing of activations with prefix, got it in train. Layers that are "
+            "computed again read no cache, and the prefix is one. Use prompt or lora, or leave it out."
+        )

@@ -42,12 +42,8 @@ class Document(Part):
     @classmethod
     def parse(cls, values: Any, origin: str = "recipe", sets: Iterable[str] = ()) -> Self:
         """The same from values that are already read; `origin` is how errors call them."""
-        if not isinstance(values, dict):
-            raise RecipeError(f"{origin}: expected a mapping of keys, got {type(values).__name__}.")
-        for change in sets:
-            _set(values, change)
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(apply(values, sets, origin))
         except ValidationError as error:
             lines = [line for one in error.errors() for line in _explain(cls, one)]
             count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
@@ -97,6 +93,37 @@ def read(path: Path) -> Any:
         raise RecipeError(f"{path}: expected YAML, got: {reason}") from None
 
 
+def apply(values: Any, sets: Iterable[str], origin: str = "recipe") -> dict[str, Any]:
+    """The values of a file, changed in place as `Document.load` says.
+
+    Raises:
+        RecipeError: they are no mapping, or a change is none.
+    """
+    if not isinstance(values, dict):
+        raise RecipeError(f"{origin}: expected a mapping of keys, got {type(values).__name__}.")
+    for change in sets:
+        _set(values, change)
+    return values
+
+
+def read_list(text: str) -> list[Any]:
+    """Values with commas between them, each as YAML reads it.
+
+    >>> read_list("2, 1e-3, {hidden_size: 8, num_hidden_layers: 1}")
+    [2, 0.001, {'hidden_size': 8, 'num_hidden_layers': 1}]
+
+    Raises:
+        RecipeError: they are not YAML.
+    """
+    try:
+        found: list[Any] = yaml.load(f"[{text}]", _Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError:
+        raise RecipeError(
+            f"expected values with commas between them, got {text}. Brackets and quotes must close."
+        ) from None
+    return found
+
+
 def _set(values: dict[str, Any], change: str) -> None:
     """Apply KEY=VALUE in place; the value is read as YAML."""
     key, equals, text = change.partition("=")
@@ -139,8 +166,12 @@ def _explain(document: type[Part], error: Any) -> list[str]:
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         lines = message.splitlines()
-        told = not key or all(line.startswith(f"{key}.") for line in lines)
-        return lines if told else [f"{key}: {message.removesuffix('.')}."]
+        # What goes together is said of the whole file, with the keys in it.
+        return (
+            lines
+            if not key or all(line.startswith(f"{key}.") for line in lines)
+            else [f"{key}: {message.removesuffix('.')}."]
+        )
     return [f"{key}: {error['msg'].lower()}, got {error['input']!r}."]
 
 

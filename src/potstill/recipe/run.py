@@ -6,12 +6,15 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from potstill.recipe.adapter import adapter_misfits
 from potstill.recipe.data import DataPart
 from potstill.recipe.document import Document, Part
 from potstill.recipe.objective import TermPart
 from potstill.recipe.student import StudentPart
+from potstill.recipe.task import misfits
 from potstill.recipe.teacher import TeacherPart
 from potstill.recipe.training import TrainPart
+from potstill.targets import Task
 
 
 class EvaluatePart(Part):
@@ -27,6 +30,11 @@ class Recipe(Document):
 
     name: str = Field(min_length=1)
     seed: int = Field(0, ge=0)
+    task: Task = Field(
+        "causal",
+        description="what both models are asked for: the next token, a masked one, a class, a number, or, of an "
+        "encoder without a head, what its layers say",
+    )
     teacher: TeacherPart
     student: StudentPart
     data: DataPart
@@ -36,11 +44,9 @@ class Recipe(Document):
     output: str = Field(min_length=1, description="the run directory")
 
     @model_validator(mode="after")
-    def _a_prefix_is_a_cache(self) -> Self:
-        recomputes = any(self.train.get(f"{name}_checkpointing") for name in ("gradient", "activation"))
-        if self.student.adapter is not None and self.student.adapter.kind == "prefix" and recomputes:
-            raise ValueError(
-                "student.adapter: expected no checkpointing of activations with prefix, got it in train: layers that "
-                "are computed again read no cache, and the prefix is one. Use prompt or lora, or leave it out."
-            )
+    def _one_task(self) -> Self:
+        mistakes = [*misfits(self.task, self.objective, self.data, self.evaluate, self.teacher)]
+        mistakes += adapter_misfits(self.student.adapter, self.task, self.train)
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return self

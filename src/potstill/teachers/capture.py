@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from potstill.atomic import digest, whole_or_nothing, write_text
 from potstill.cache.codec import Codec, Hidden, codec_of
 from potstill.cache.store import MANIFEST, Manifest, Plan, Row, Shard, read_manifest, write_manifest, write_shard
 from potstill.errors import DataError, RunError
-from potstill.targets import DenseTargets, HeadTargets, SparseTargets, Targets, causal_alignment
-from potstill.teachers.cached import COMPANIONS, HEAD, keys_of_batch
+from potstill.targets import DenseTargets, HeadTargets, SparseTargets, causal_alignment
+from potstill.teachers.cached import COMPANIONS, HEAD, keys_of_batch, layers_of_batch
 from potstill.teachers.teacher import Teacher
 
 PLAN = "plan.json"
@@ -37,7 +37,7 @@ class Capture:
     Args:
         plan: what the cache is made of.
         directory: where it comes to stand.
-        teacher: who speaks.
+        teacher: who speaks, prepared for the layers of the plan.
         datasets: the rows of each source, with input_ids and labels.
         collate: rows to a padded batch.
         device: where batches go.
@@ -149,18 +149,20 @@ class Capture:
         keys = keys_of_batch(batch, alignment)
         if len(keys) < len(examples):
             raise RunError("cache: expected a token that counts in every row, got a row without one.")
+        kept = self.plan.layers
+        layers = [b""] * len(keys) if kept is None else layers_of_batch(batch, alignment, output.inside, kept.kept)
         start = 0
-        for key, count in zip(keys, tokens, strict=True):
+        for key, count, states in zip(keys, tokens, layers, strict=True):
             part = slice(start, start + count)
-            mine = _rows(said, part)
+            mine = said.rows(part)
             seed = int.from_bytes(key[:8], "little")
             if isinstance(mine, SparseTargets):
                 told = None if output.label_log_probs is None else output.label_log_probs[part]
                 signal = self._codec.encode(mine, seed, label_log_probs=told)
             else:
-                kept = mine if isinstance(self._codec, Hidden) else DenseTargets(mine.dense())
-                signal = self._codec.encode(kept, seed, labels=alignment.labels[part])
-            yield Row(key, count, signal)
+                whole = mine if isinstance(self._codec, Hidden) else DenseTargets(mine.dense())
+                signal = self._codec.encode(whole, seed, labels=alignment.labels[part])
+            yield Row(key, count, signal, states)
             start += count
 
     def _write_head(self, path: Path) -> None:
@@ -176,14 +178,6 @@ class Capture:
         rows = {name: value[: self.plan.vocabulary] if value.ndim else value for name, value in tensors.items()}
         with whole_or_nothing(path) as partial:
             save_file({name: value.detach().cpu().contiguous() for name, value in rows.items()}, partial)
-
-
-def _rows(said: Targets, part: slice) -> Targets:
-    if isinstance(said, DenseTargets):
-        return DenseTargets(said.logits[part])
-    if isinstance(said, HeadTargets):
-        return HeadTargets(said.hidden[part], said.head)
-    return replace(said, ids=said.ids[part], log_probs=said.log_probs[part])
 
 
 def _read_plan(path: Path) -> Plan | None:

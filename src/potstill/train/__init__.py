@@ -1,8 +1,9 @@
 """One step, and many of them: objective, distiller, trainer."""
 
-from potstill.train.dense import TAID, AdaptiveKL, BiLD
+from potstill.train.dense import TAID, AdaptiveKL, BiLD, Values
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Labels, Logits, Objective
+from potstill.train.supervision import DeepSupervision
 from potstill.train.terms import Attention, Hidden, Relations, Similarity
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 
@@ -11,6 +12,7 @@ __all__ = [
     "AdaptiveKL",
     "Attention",
     "BiLD",
+    "DeepSupervision",
     "DistillationConfig",
     "DistillationTrainer",
     "Distiller",
@@ -21,4 +23,5 @@ __all__ = [
     "Relations",
     "Similarity",
     "StepOutput",
+    "Values",
 ]

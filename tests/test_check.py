@@ -1,0 +1,136 @@
+"""potstill check and potstill schema know every kind of recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from potstill.cli import app
+from potstill.embedding import preflight
+from potstill.embedding.teachers import model_encoder
+from potstill.errors import RecipeError, UserError
+
+
+def checked(values: dict[str, Any], *more: str) -> str:
+    Path("recipe.yaml").write_text(yaml.safe_dump(values))
+    before = set(Path().rglob("*"))
+    done = CliRunner().invoke(app, ["check", "recipe.yaml", *more], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert set(Path().rglob("*")) == before  # nothing is written
+    return " ".join(done.output.split())
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def embedding() -> dict[str, Any]:
+    np.save("x.npy", torch.randn(400, 12).numpy())
+    return {
+        "kind": "embedding",
+        "name": "toy",
+        "teacher": {"vectors": "x.npy"},
+        "student": {"head": "linear", "dimensions": 4},
+        "train": {"epochs": 3, "batch_size": 64},
+        "output": "run",
+    }
+
+
+def test_an_embedding_recipe_is_checked(embedding: dict[str, Any]) -> None:
+    said = checked(embedding)
+    assert "teacher 12 dimensions" in said
+    assert "student 4 dimensions" in said
+    assert "train 360 vectors eval 40 vectors steps 18" in said
+    assert "time about" in said
+    assert "encoding" not in said
+    more = {"train": {**embedding["train"], "temperature": {"stages": 2}}, "evaluate": {"front": True}}
+    assert "steps 108" in checked(embedding | more)
+    with pytest.raises(UserError, match="dimension"):
+        checked(embedding, "--set", "student.dimensions=40")
+    with pytest.raises(RecipeError, match="unknown key"):
+        checked(embedding, "--set", "student.dimension=4")
+
+
+class Said:
+    """A sentence-transformers model, as far as it is asked."""
+
+    def encode(self, texts: list[str], **_: Any) -> np.ndarray:
+        generator = np.random.default_rng(0)
+        return generator.standard_normal((len(texts), 12)).astype("f4")
+
+
+def test_a_teacher_that_reads_text_encodes_some_and_is_timed(
+    embedding: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def encode(texts: Any) -> Any:
+        asked.append(len(texts))
+        return model_encoder(Said())(texts)
+
+    monkeypatch.setattr(preflight, "encoder_of", lambda teacher: (Said(), encode, "toy"))
+    Path("train.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(1000)))
+    embedding |= {"teacher": {"embedder": "there"}, "data": {"train": {"path": "train.jsonl"}}}
+    said = checked(embedding)
+    assert "train 900 vectors eval 100 vectors steps 45" in said
+    assert "encoding about" in said
+    assert sum(asked) < 200
+
+
+def test_a_generate_recipe_is_checked(toys: Path) -> None:
+    rows = [{"question": f"{i} + {i}?"} for i in range(3)] + [{"question": ""}]
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "kind": "generate",
+        "name": "toy",
+        "teacher": {"model": str(toys / "teacher")},
+        "task": {
+            "task": "chain_of_thought",
+            "questions": {"path": "questions.jsonl", "field": "question"},
+            "template": "{question}",
+        },
+        "sampling": {"samples": 2, "max_new_tokens": 4},
+        "skip_bad_rows": True,
+        "output": "rows",
+    }
+    said = checked(values)
+    assert "prompts 3 texts 6 of at most 4 new tokens left out 1 rows" in said
+    assert "as completion, to rows" in said
+    with pytest.raises(UserError, match="positions"):
+        checked(values, "--set", "sampling.max_new_tokens=4000")
+
+
+def test_an_unknown_kind_is_told() -> None:
+    Path("recipe.yaml").write_text("kind: embeding\n")
+    with pytest.raises(RecipeError, match=r"distillation, embedding, generate, got embeding. Did you mean embedding"):
+        CliRunner().invoke(app, ["check", "recipe.yaml"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "title", "key"),
+    [
+        ([], "Recipe", "objective"),
+        (["distillation"], "Recipe", "objective"),
+        (["embedding"], "EmbeddingRecipe", "focus"),
+        (["generate"], "GenerateRecipe", "sampling"),
+    ],
+)
+def test_each_kind_has_a_schema(arguments: list[str], title: str, key: str) -> None:
+    done = CliRunner().invoke(app, ["schema", *arguments], catch_exceptions=False)
+    found = json.loads(done.output)
+    assert found["title"] == title
+    assert key in found["properties"]
+
+
+def test_no_such_schema() -> None:
+    with pytest.raises(UserError, match="expected one of distillation, embedding, generate, got embeding"):
+        CliRunner().invoke(app, ["schema", "embeding"], catch_exceptions=False)

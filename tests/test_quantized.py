@@ -1,0 +1,108 @@
+"""A teacher in 8 or 4 bits: its layers are rounded, its head is not, and it teaches like any other."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+from conftest import make_batch, make_llama, make_tokenizer
+from potstill.divergence import ForwardKL
+from potstill.errors import RecipeError, UserError
+from potstill.heads import cut, run
+from potstill.loading import load_model, quiet
+from potstill.losses import token_divergence
+from potstill.pipeline import run as distil
+from potstill.prepare import prepare
+from potstill.recipe import Recipe, TeacherPart
+from potstill.speaker import find_speaker
+from potstill.targets import DenseTargets, HeadTargets, causal_alignment
+from potstill.teachers import ModelTeacher
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+KINDS = {"int8": "Linear8bitLt", "int4": "Linear4bit"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Any:
+    with quiet():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher wide enough that rounding saves something."""
+    found = tmp_path_factory.mktemp("wide")
+    make_llama(hidden_size=128, seed=1).save_pretrained(found)
+    make_tokenizer().save_pretrained(found)
+    return found
+
+
+def test_its_layers_are_rounded_and_its_head_is_not(folder: Path) -> None:
+    batch = make_batch()
+    alignment = causal_alignment(batch["labels"])
+    apart, size = {}, {}
+    whole = ModelTeacher(load_model(str(folder), "teacher"))
+    exact = whole(batch, alignment).targets
+    for dtype, kind in KINDS.items():
+        speaker = find_speaker(TeacherPart(model=str(folder), dtype=dtype, device="cpu"), None)
+        assert speaker.model is not None
+        kinds = {type(module).__name__ for module in speaker.model.model.layers.modules()}
+        assert kind in kinds and "Linear" not in kinds
+        said = speaker.teacher(batch, alignment).targets
+        assert isinstance(said, HeadTargets)
+        assert torch.equal(said.head.weight, exact.head.weight)
+        with torch.no_grad():
+            logits = alignment.select(run(speaker.model, batch).logits)
+        torch.testing.assert_close(said.dense(), logits, atol=1e-4, rtol=1e-5)
+        apart[dtype] = float(token_divergence(said.dense(), exact, ForwardKL()).mean())
+        size[dtype] = speaker.model.get_memory_footprint()
+    assert 0 < apart["int8"] < 0.05 < apart["int4"] < 2
+    assert size["int4"] < size["int8"] < 0.5 * whole.model.get_memory_footprint()
+
+
+def test_a_head_that_is_rounded_too_gives_whole_logits(folder: Path) -> None:
+    rounded = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["nothing"])
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=rounded)
+    assert type(model.lm_head) is not nn.Linear and cut(model) is None
+    batch = make_batch()
+    alignment = causal_alignment(batch["labels"])
+    said = ModelTeacher(model)(batch, alignment).targets
+    assert isinstance(said, DenseTargets)
+    with torch.no_grad():
+        assert torch.equal(said.logits, alignment.select(run(model, batch).logits))
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_a_run_learns_from_it(folder: Path, recipe_values: dict[str, Any], dtype: str) -> None:
+    recipe_values["teacher"] = {"model": str(folder), "dtype": dtype, "device": "cpu", "prefetch": True}
+    recipe_values["evaluate"] = {"baseline": False}
+    rows = distil(Recipe.parse(recipe_values), console=Console(quiet=True)).summary["rows"]
+    assert rows["teacher"]["parameters"] == make_llama(hidden_size=128).num_parameters()
+    assert rows["student"]["kl"] > 0
+
+
+def test_its_weights_cannot_be_taken_over(folder: Path, recipe_values: dict[str, Any]) -> None:
+    recipe_values["teacher"] = {"model": str(folder), "dtype": "int4"}
+    recipe_values["student"]["initialize"] = "truncate"
+    with pytest.raises(RecipeError, match="expected a teacher in whole precision for truncate, got one in int4"):
+        prepare(Recipe.parse(recipe_values))
+
+
+def test_without_the_package_the_command_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = builtins.__import__
+
+    def absent(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "bitsandbytes":
+            raise ImportError(name)
+        return found(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(UserError, match=r"pip install 'potstill\[quantized\]'"):
+        load_model(str(folder), "teacher.model", bits=4)

@@ -1,0 +1,219 @@
+"""A sweep: its grid, its runs, killed and resumed, and what goes wrong."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from potstill import sweeping
+from potstill.cli import app
+from potstill.errors import DataError, DivergedError, RecipeError, RunError, UserError
+from potstill.evaluate.sweep_report import write_sweep_report
+from potstill.evaluate.tradeoff import Limits
+from potstill.sweeping import grid, read_axes, sweep
+
+
+@pytest.fixture
+def values(recipe_values: dict[str, Any]) -> dict[str, Any]:
+    recipe_values["train"]["max_steps"] = 2
+    recipe_values["evaluate"] = {"baseline": False, "continuations": 0}
+    return recipe_values
+
+
+def quiet_sweep(values: dict[str, Any], vary: list[str], out: Path, **options: Any) -> Any:
+    return sweep(copy.deepcopy(values), read_axes(vary), out, console=Console(file=io.StringIO()), **options)
+
+
+VARY = ["student.design.hidden_size=4,8", "objective.0.temperature=1,2"]
+
+
+def test_a_sweep_leaves_what_it_promises(values: dict[str, Any], tmp_path: Path) -> None:
+    found = quiet_sweep(values, VARY, tmp_path / "sweep")
+    names = {path.name for path in found.directory.iterdir()}
+    runs = {f"hidden_size-{size}-temperature-{t}" for size in (4, 8) for t in (1, 2)}
+    assert names == {"sweep.json", "sweep.html", *runs}
+    assert all((found.directory / run / "student" / "model.safetensors").exists() for run in runs)
+    rows = found.summary["runs"]
+    assert [row["values"] for row in rows] == [
+        {"student.design.hidden_size": size, "objective.0.temperature": t} for size in (4, 8) for t in (1, 2)
+    ]
+    for row in rows:
+        own = json.loads((found.directory / row["directory"] / "summary.json").read_text())
+        assert row["loss"] == own["rows"]["student"]["loss"]
+        assert row["parameters"] == own["rows"]["student"]["parameters"]
+        assert row["latency_ms"] > 0
+        assert own["name"].endswith(row["label"])
+    assert rows[0]["parameters"] == rows[1]["parameters"] < rows[2]["parameters"]
+    assert found.summary["teacher"]["parameters"] > rows[3]["parameters"]
+    best = max(range(4), key=lambda i: rows[i]["quality"])
+    assert best == min(range(4), key=lambda i: rows[i]["loss"])
+    assert best in found.summary["fronts"]["parameters"]
+    page = (found.directory / "sweep.html").read_text()
+    assert "pareto-parameters" in page
+    assert found.summary["recommended"]["why"].split(":")[0] in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_finished_runs_are_not_repeated_and_more_values_may_come(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet_sweep(values, ["objective.0.temperature=1,2"], tmp_path / "sweep")
+    with pytest.raises(RecipeError, match=r"which holds a run.*--resume"):
+        quiet_sweep(values, ["objective.0.temperature=1,2"], tmp_path / "sweep")
+    began = []
+    run = sweeping.run
+    monkeypatch.setattr(sweeping, "run", lambda recipe, **more: began.append(recipe.output) or run(recipe, **more))
+    again = quiet_sweep(values, ["objective.0.temperature=1,2,4"], tmp_path / "sweep", resume=True)
+    assert [Path(output).name for output in began] == ["temperature-4"]
+    assert len(again.summary["runs"]) == 3
+    with pytest.raises(RecipeError, match="got another train"):
+        quiet_sweep(
+            values | {"train": values["train"] | {"max_steps": 3}},
+            ["objective.0.temperature=1"],
+            tmp_path / "sweep",
+            resume=True,
+        )
+
+
+def test_a_killed_sweep_goes_on_to_the_same_weights(values: dict[str, Any], tmp_path: Path) -> None:
+    values["train"] |= {"max_steps": 12, "save_steps": 4}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    whole = quiet_sweep(values, ["seed=0,1"], tmp_path / "whole")
+    command = [sys.executable, "-m", "potstill", "sweep", str(tmp_path / "recipe.yaml"), "--vary", "seed=0,1"]
+    command += ["--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob("killed/seed-1/checkpoints/student/checkpoint-*")):
+        pass
+    process.kill()
+    process.wait()
+    done = CliRunner().invoke(app, [*command[3:], "--resume"], catch_exceptions=False)
+    assert done.exit_code == 0
+    for run in ("seed-0", "seed-1"):
+        one, two = (d / run / "student" / "model.safetensors" for d in (whole.directory, tmp_path / "killed"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_run_that_fails_leaves_the_others(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = sweeping.run
+
+    def diverge(recipe: Any, **more: Any) -> Any:
+        if recipe.seed == 1:
+            raise DivergedError("training: expected finite numbers, got loss nan")
+        return run(recipe, **more)
+
+    monkeypatch.setattr(sweeping, "run", diverge)
+    with pytest.raises(RunError, match=r"expected 2 runs to finish, got 1 that did not \(seed 1: training.*--resume"):
+        quiet_sweep(values, ["seed=0,1"], tmp_path / "sweep")
+    summary = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [row["label"] for row in summary["runs"]] == ["seed 0"]
+    assert "got loss nan" in (tmp_path / "sweep" / "sweep.html").read_text()
+    monkeypatch.setattr(sweeping, "run", run)
+    assert len(quiet_sweep(values, ["seed=0,1"], tmp_path / "sweep", resume=True).summary["runs"]) == 2
+
+
+def test_nothing_finished_is_a_page_too(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(recipe: Any, **more: Any) -> Any:
+        raise DataError("data: expected rows, got none.")
+
+    monkeypatch.setattr(sweeping, "run", refuse)
+    with pytest.raises(RunError, match="expected 1 runs"):
+        quiet_sweep(values, ["seed=0"], tmp_path / "sweep")
+    assert "data: expected rows, got none." in (tmp_path / "sweep" / "sweep.html").read_text()
+
+
+def test_limits_decide_and_the_report_is_written_again(values: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    few = quiet_sweep(values, ["student.design.hidden_size=4,8"], out, limits=Limits(max_parameters=10)).summary
+    assert few["recommended"]["place"] is None
+    assert "at most 10 parameters" in (out / "sweep.html").read_text()
+    (out / "sweep.html").unlink()
+    assert CliRunner().invoke(app, ["report", str(out)], catch_exceptions=False).exit_code == 0
+    assert (out / "sweep.html").exists()
+
+
+def test_names_tell_combinations_apart(values: dict[str, Any], tmp_path: Path) -> None:
+    values["objective"] = [{"term": "logits"}, {"term": "logits", "divergence": "jsd"}]
+    long = "student.design={hidden_size: 8, num_hidden_layers: 1},{hidden_size: 4, num_hidden_layers: 1}"
+    axes = read_axes(["objective.0.temperature=1,2", "objective.1.temperature=1.5", long])
+    points = grid(values, axes, tmp_path)
+    assert points[0].label == "0.temperature 1, 1.temperature 1.5, design hidden_size 8 num_hidden_layers 1"
+    assert len({point.directory for point in points}) == 4
+    assert all(len(point.directory.name) < 100 for point in points)
+    assert points[3].recipe.objective[0].temperature == 2
+    assert points[3].recipe.student.design == {"hidden_size": 4, "num_hidden_layers": 1}
+    del values["student"]
+    data = grid(values, read_axes(["student.model=a/b,a-b"]), tmp_path)
+    assert len({point.directory for point in data}) == 2
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ([], "expected --vary KEY=VALUE,VALUE, got none"),
+        (["train.max_steps"], "expected KEY=VALUE,VALUE such as .*, got train.max_steps"),
+        (["=1,2"], "expected KEY=VALUE,VALUE"),
+        (["seed=[1"], "Brackets and quotes must close"),
+        (["seed=1", "seed=2"], "--vary seed: expected each key once"),
+        (["output=a,b"], "Each run has a directory"),
+        (["data.eval.path=a,b"], "same held-out text"),
+        (["train.max_step=1,2"], "Did you mean max_steps"),
+        (["student.compression=2,4"], "student.compression: unknown key"),
+        (["seed=-1,-2"], "greater than or equal to 0"),
+    ],
+)
+def test_what_cannot_be_varied_is_said_before_anything_runs(
+    values: dict[str, Any], tmp_path: Path, vary: list[str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        quiet_sweep(values, vary, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_mistake_is_told_once_and_all_of_them(values: dict[str, Any], tmp_path: Path) -> None:
+    values["train"]["max_step"] = 1
+    with pytest.raises(RecipeError) as caught:
+        grid(values, read_axes(["seed=1,2", "objective.0.temperature=1,-1"]), tmp_path)
+    assert str(caught.value).count("max_step:") == 2  # alone, and beside the other mistake
+    assert str(caught.value).count("temperature:") == 1
+
+
+def test_other_mistakes(values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--engine: expected process or ray, got slurm"):
+        quiet_sweep(values, ["seed=0"], tmp_path / "sweep", engine="slurm")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    with pytest.raises(RecipeError, match=r"--out: expected a sweep's or a new directory, got .*holds a run"):
+        quiet_sweep(values, ["seed=0"], tmp_path / "run")
+    with pytest.raises(DataError, match="expected the summary of a sweep"):
+        write_sweep_report(tmp_path)
+    (tmp_path / "embedding.yaml").write_text("kind: embedding\noutput: x\n")
+    with pytest.raises(UserError, match="expected a distillation recipe, got kind embedding"):
+        CliRunner().invoke(app, ["sweep", str(tmp_path / "embedding.yaml"), "--vary", "seed=1"], catch_exceptions=False)
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_students(values: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    for engine in ("process", "ray"):  # processes of their own: Ray's warnings are no concern of these tests
+        command = [sys.executable, "-m", "potstill", "sweep", str(tmp_path / "recipe.yaml"), "--vary", "seed=0,1"]
+        command += ["--out", str(tmp_path / engine), "--engine", engine]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    for run in ("seed-0", "seed-1"):
+        one, two = (tmp_path / engine / run / "student" / "model.safetensors" for engine in ("process", "ray"))
+        assert one.read_bytes() == two.read_bytes()
