@@ -34,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": BASE | {"losses", "data", "engines", "students"},
     "embedding": BASE | {"losses", "data", "engines", "evaluate", "recipe", "loading"},
     "recipe": {"errors", "divergence", "schedule", "layers", "targets"},
-    "loading": BASE | {"losses"},
+    "loading": BASE | {"losses", "students"},
     "objectives": PIPELINE,
     "rollouts": PIPELINE,
     "speaker": PIPELINE,

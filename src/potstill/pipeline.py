@@ -25,11 +25,12 @@ from potstill.evaluate.judged import measure
 from potstill.evaluate.measures import QUALITY
 from potstill.evaluate.quality import continuation, gap_closed
 from potstill.evaluate.report import write_report, write_student_card
-from potstill.evaluate.speed import latency_ms, weight_bytes
+from potstill.evaluate.speed import bytes_on_disk, latency_ms, weight_bytes
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
 from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TeacherPart, TermPart
+from potstill.students.adapted import count, is_adapted, merged
 from potstill.students.modules import copy_modules
 from potstill.targets import OF_TOKENS, causal_alignment
 from potstill.teachers import CrossTokenizerTeacher, EnsembleTeacher, Teacher
@@ -156,6 +157,8 @@ def _train(
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
     finally:
         bar.progress.stop()
+    if parts.recipe.student.merges:
+        trainer.distiller.student = merged(trainer.distiller.student)
     partial = directory / f"{name}.partial"
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)  # what a kill in the middle of the next line leaves
@@ -199,7 +202,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         restore_teacher(parts.teacher, kept)
     # With tokens of its own a teacher cannot be measured on the student's: what it tells of the text is.
     teacher = parts.teacher_model if parts.meeting is None else None
-    models = {name: load_model(str(directory / name), name, task=recipe.task).to(device) for name in names}
+    dtype = "auto" if recipe.student.adapter is None else recipe.student.adapter.dtype
+    models = {name: load_model(str(directory / name), name, dtype, recipe.task).to(device) for name in names}
     everyone = dict(models)
     if teacher is not None:
         teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
@@ -217,8 +221,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     rows: dict[str, dict[str, float | None]] = {
         name: {
             **{one.key: getattr(measured[name], one.key) for one in QUALITY[recipe.task]},
-            "parameters": model.num_parameters(),
-            "bytes": weight_bytes(folders[name]) or model.get_memory_footprint(),
+            "parameters": count(model).all,
+            "bytes": bytes_on_disk(folders[name], model),
             "latency_ms": latency_ms(model, recipe.data.max_length),
         }
         for name, model in everyone.items()
@@ -269,8 +273,9 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         "objective": "; ".join(_describe(part) for part in recipe.objective),
         "models": {
             "teacher": _describe_teacher(recipe.teacher, parts.teacher),
-            "student": recipe.student.model or _describe_design(recipe.student),
+            "student": _describe_student(recipe.student),
         },
+        "adapter": _adapter(parts, directory / "student", models["student"]),
         "teacher_weights": dict(zip(parts.teacher.names, parts.teacher.weights.tolist(), strict=True))
         if isinstance(parts.teacher, EnsembleTeacher)
         else None,
@@ -303,6 +308,21 @@ def _size_of_teacher(parts: Parts) -> dict[str, float | None]:
     return {
         "parameters": model.num_parameters(),
         "bytes": weight_bytes(Path(str(parts.recipe.teacher.model))) or model.get_memory_footprint(),
+    }
+
+
+def _adapter(parts: Parts, folder: Path, student: Any) -> dict[str, Any] | None:
+    """What was trained of the student, where it is an adapter."""
+    part = parts.recipe.student.adapter
+    if part is None and not is_adapted(student):
+        return None
+    return {
+        "title": "the adapter that it came with" if part is None else part.title,
+        "trained": parts.size.trained,
+        "share": parts.size.trained / parts.size.all,
+        "bytes": weight_bytes(folder) if is_adapted(student) else None,
+        "base": student.active_peft_config.base_model_name_or_path if is_adapted(student) else None,
+        "quantized": getattr(part, "bits", None) is not None,
     }
 
 
@@ -381,6 +401,11 @@ def _describe(part: TermPart) -> str:
 
 def _plain(value: float | SchedulePart) -> Any:
     return value.model_dump(exclude_defaults=True) if isinstance(value, SchedulePart) else value
+
+
+def _describe_student(student: StudentPart) -> str:
+    whole = student.model or _describe_design(student)
+    return whole if student.adapter is None else f"{whole}, with {student.adapter.title}"
 
 
 def _describe_teacher(part: TeacherPart, teacher: Teacher) -> str:

@@ -21,10 +21,11 @@ from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
 from potstill.prepare_across import meeting, reading_bytes
 from potstill.prepare_across import notes as meeting_notes
-from potstill.prepare_student import begin, design_of, first_student
+from potstill.prepare_student import begin, design_of, first_student, with_adapter
 from potstill.prepare_task import encode_data, match_heads, positions_of, token_rows
 from potstill.recipe import Recipe
 from potstill.speaker import Speaker, find_speaker
+from potstill.students.adapted import Count, count, virtual_tokens
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
 from potstill.targets import OF_TOKENS, causal_alignment
@@ -58,6 +59,7 @@ class Parts:
         train: what is learnt from.
         eval: what is held out.
         vocabulary: the number of tokens that both models share; 0 where the task is of no tokens.
+        size: the student's parameters: those that are trained, and all.
         anatomy: the student's shape, where a term asks for its layers.
         notes: what the run should say.
         design: the config of a new student; None where it is a model that is there.
@@ -76,6 +78,7 @@ class Parts:
     train: Examples
     eval: Examples
     vocabulary: int
+    size: Count
     anatomy: Anatomy | None
     notes: tuple[str, ...]
     design: PretrainedConfig | None = None
@@ -85,12 +88,14 @@ class Parts:
     meeting: Meeting | None = None
 
     def new_student(self) -> PreTrainedModel:
-        """The student with its first weights: the same at every call."""
+        """The student with its first weights, and its adapter: the same at every call."""
         if self.start is not None:
             assert self.teacher_model is not None
-            return self.start.student(self.teacher_model, self.recipe.seed)
-        teacher = None if self.teacher_model is None else self.teacher_model.config
-        return first_student(self.recipe, self.design, teacher)
+            model = self.start.student(self.teacher_model, self.recipe.seed)
+        else:
+            teacher = None if self.teacher_model is None else self.teacher_model.config
+            model = first_student(self.recipe, self.design, teacher)
+        return with_adapter(self.recipe, model, self.tokenizer)
 
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
@@ -170,7 +175,7 @@ def prepare(recipe: Recipe) -> Parts:
     elif recipe.student.tokenizer is not None:
         tokenizer = load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
     design = design_of(recipe.student, speaker.config, tokenizer)
-    student = first_student(recipe, design, speaker.config)
+    student = with_adapter(recipe, first_student(recipe, design, speaker.config), tokenizer)
     models = {**speaker.models, "student": student}
     if any(objectives.reads_across(part) for part in recipe.objective):
         speaker = reading_bytes(recipe, speaker, tokenizer)
@@ -193,10 +198,14 @@ def prepare(recipe: Recipe) -> Parts:
     limits = {name: positions_of(model) for name, model in models.items()}
     if speaker.teacher.max_length is not None:
         limits["teacher"] = speaker.teacher.max_length
+    taken = virtual_tokens(student)
     for name, limit in limits.items():
-        if limit and max_length > limit:
+        if limit and max_length > limit - taken * (name == "student"):
+            room = (
+                f"{limit - taken}, what {taken} virtual tokens leave of" if taken and name == "student" else f"{limit},"
+            )
             raise RecipeError(
-                f"data.max_length: expected at most {limit}, the {name}'s number of positions, got {max_length}."
+                f"data.max_length: expected at most {room} the {name}'s number of positions, got {max_length}."
             )
     train, held_out = encode_data(recipe, student, tokenizer)
     teacher = _who_reads(recipe, speaker, train)
@@ -226,6 +235,7 @@ def prepare(recipe: Recipe) -> Parts:
         train,
         held_out,
         vocabulary if of_tokens else 0,
+        count(student),
         anatomy,
         tuple(notes) + (start.notes if start else ()),
         design,

@@ -106,8 +106,8 @@ def encode(
     weighed = not WEIGHING.isdisjoint(dataset.column_names)
     if task != "causal" and (weighed or source.weight or by_span):
         raise DataError(
-            f"data: expected no weights of tokens for the task {task}, got some for {file}. They are for the task causal. "
-            "Leave out weight, span_weights and the column weights."
+            f"data: expected no weights of tokens for the task {task}, got some for {file}. They are for causal models. Leave "
+            "out weight, span_weights and the column weights."
         )
     options = [max_length, packing, task, sorted(named.items()), sorted((by_span or {}).items())]
     kept = _kept_file(dataset, tokenizer, options)

@@ -131,6 +131,22 @@ class CurveRows(BaseModel):
     teacher_loss: float | None = None
 
 
+class Adapter(BaseModel):
+    """What was trained of the student, where it is not all of it; with bytes and base where it is saved by itself."""
+
+    title: str
+    trained: int
+    share: float
+    bytes: int | None = None
+    base: str | None = None
+    quantized: bool = False
+
+    @property
+    def hub(self) -> str | None:
+        """The base's name on the hub, if it has one."""
+        return self.base if self.base and not Path(self.base).is_absolute() else None
+
+
 class Summary(BaseModel):
     name: str = "a run"
     seed: int | None = None
@@ -147,6 +163,7 @@ class Summary(BaseModel):
     training: Training = Training()
     objective: str | None = None
     models: dict[str, str] = {}
+    adapter: Adapter | None = None
     teacher_weights: dict[str, float] | None = None
     notes: list[str] = []
     versions: dict[str, str] = {}

@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from potstill.recipe.adapter import adapter_misfits
 from potstill.recipe.data import DataPart
 from potstill.recipe.document import Document, Part
 from potstill.recipe.objective import LogitsPart, TermPart
@@ -48,7 +49,9 @@ class Recipe(Document):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if mistakes := [*misfits(self.task, self.objective, self.data, self.evaluate, self.teacher), *self._own_text()]:
+        mistakes = [*misfits(self.task, self.objective, self.data, self.evaluate, self.teacher), *self._own_text()]
+        mistakes += adapter_misfits(self.student.adapter, self.task, self.train)
+        if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
 

@@ -51,7 +51,7 @@ class ModelTeacher(Teacher):
                 said, inside = says(self.model, self._cut, there, alignment), Inside()
             if isinstance(said, DenseTargets) or said.hidden.device != home:
                 said = DenseTargets(said.dense().to(home))
-        return TeacherOutput(said, inside=inside.to(home))
+        return TeacherOutput(said, inside=inside.last(batch["input_ids"].shape[1]).to(home))
 
     @property
     def anatomy(self) -> Anatomy:

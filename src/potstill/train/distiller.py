@@ -144,6 +144,7 @@ class Distiller(nn.Module):
         """
         alignment = align(batch["labels"], self.task, batch.get("weights"))
         student, inside = self._listen(partial(says, self.student, self.cut, batch, alignment))
+        inside = inside.last(batch["input_ids"].shape[1])
         teacher = self._ask(batch, alignment) if self.consults else None
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
@@ -217,11 +218,18 @@ class Distiller(nn.Module):
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the student's activations in the backward pass."""
+        self._let_gradients_through()
         self.student.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """The newer name of `gradient_checkpointing_enable`."""
+        self._let_gradients_through()
         self.student.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
+
+    def _let_gradients_through(self) -> None:
+        """Reentrant checkpointing computes no gradient where what goes in has none, as under an adapter."""
+        if not any(parameter.requires_grad for parameter in self.get_input_embeddings().parameters()):
+            self.student.enable_input_require_grads()  # type: ignore[operator]
 
 
 def _own(batch: Mapping[str, Tensor], alignment: Alignment) -> Own | None:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
+from potstill.students.adapted import is_adapted, load_adapter, save_adapter
 from potstill.targets import IGNORE, Task, align, attended, counting
 from potstill.teachers import Teacher
 from potstill.train.callbacks import Epochs
@@ -63,8 +64,8 @@ class DistillationTrainer(Trainer):
 
     The loss is divided once, by the counting tokens of the whole optimiser step over all ranks and accumulation steps;
     where tokens have weights, by their sum.
-    Checkpoints and `save_model` hold the plain student: `from_pretrained` loads it. What terms train beside it
-    (projections) is kept in checkpoints alone.
+    Checkpoints and `save_model` hold the plain student: `from_pretrained` loads it; of a PeftModel the adapter alone.
+    What terms train beside it (projections) is kept in checkpoints alone.
 
     Args:
         student: the model to train.
@@ -321,7 +322,7 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         for name, parameter in self.distiller.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
                 self._stop(f"a weight that is not finite in {name} before checkpoint {self.state.global_step}")
         teacher = self.distiller.teacher
         states = {TEACHER: {} if teacher is None else teacher.state_dict()}
@@ -346,7 +347,11 @@ class DistillationTrainer(Trainer):
                 for name, value in state_dict.items()
                 if name.startswith("student.")
             }
-        self.distiller.student.save_pretrained(target, state_dict=state_dict)  # type: ignore[operator]
+        student: Any = self.distiller.student
+        if is_adapted(student):
+            save_adapter(student, target, state_dict)
+        else:
+            student.save_pretrained(target, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(target)
 
@@ -356,9 +361,12 @@ class DistillationTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        student = self.distiller.student
-        saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)  # type: ignore[attr-defined]
-        student.load_state_dict(saved.state_dict())
+        student: Any = self.distiller.student
+        if is_adapted(student):
+            load_adapter(student, resume_from_checkpoint)
+        else:
+            saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)
+            student.load_state_dict(saved.state_dict())
         objective = self.distiller.objective
         if objective.state_dict():
             file = Path(resume_from_checkpoint) / TRAINED
