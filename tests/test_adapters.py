@@ -19,9 +19,10 @@ from potstill.heads import says
 from potstill.layers import LayerMap
 from potstill.loading import load_model
 from potstill.losses import token_divergence
+from potstill.positions import causal_alignment
 from potstill.students.adapted import count, hushed, is_quantized, merged, save_adapter, virtual_tokens
 from potstill.students.adapters import Adapter, Ia3, Lora, Prefix, Prompt, adapt
-from potstill.targets import DenseTargets, HeadTargets, causal_alignment
+from potstill.targets import DenseTargets, HeadTargets
 from potstill.train import Attention, Distiller, Hidden, Labels, Logits, Relations
 
 WORDS = "def g(self, x): return x"

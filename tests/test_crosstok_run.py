@@ -19,10 +19,10 @@ from potstill.cli import app, runs
 from potstill.data import in_batches
 from potstill.errors import RecipeError, VocabularyError
 from potstill.pipeline import _arguments, run
+from potstill.positions import causal_alignment
 from potstill.preflight import check
 from potstill.prepare import prepare
 from potstill.recipe import Recipe
-from potstill.targets import causal_alignment
 from potstill.train import DistillationTrainer
 from reference_across import byte_level, llama_like, lower_case
 

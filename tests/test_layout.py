@@ -17,7 +17,7 @@ import potstill
 
 SOURCE = Path(__file__).parents[1] / "src" / "potstill"
 
-BASE = {"errors", "atomic", "uncompiled", "divergence", "targets", "schedule", "layers", "heads", "taps"}
+BASE = {"errors", "atomic", "uncompiled", "divergence", "positions", "targets", "schedule", "layers", "heads", "taps"}
 TRAIN = {"teachers", "students", "losses", "data", "engines"}
 PIPELINE = BASE | TRAIN | {"cache", "train", "evaluate", "recipe", "loading"}
 
@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "train": BASE | TRAIN,
     "evaluate": BASE | {"losses", "data", "engines", "students"},
     "embedding": BASE | {"losses", "data", "engines", "evaluate", "recipe", "loading"},
-    "recipe": {"errors", "divergence", "schedule", "layers", "targets"},
+    "recipe": {"errors", "divergence", "schedule", "layers", "positions"},
     "loading": BASE | {"losses", "students"},
     "objectives": PIPELINE,
     "rollouts": PIPELINE,
@@ -58,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
 
 # What works in anyone's training loop, on a machine with torch and nothing else.
 PURE = re.compile(
-    r"potstill\.(errors|uncompiled|divergence|targets|heads|taps|layers|schedule|losses(\..+)?|cache\.(codec|planes))"
+    r"potstill\.(errors|uncompiled|divergence|positions|targets|heads|taps|layers|schedule|losses(\..+)?|cache\.(codec|planes))"
 )
 PACKAGES_OF_THE_REST = [
     *("accelerate", "datasets", "jinja2", "matplotlib", "peft", "pydantic", "rich", "safetensors"),

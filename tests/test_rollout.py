@@ -22,11 +22,12 @@ from potstill.engines import Sampling
 from potstill.errors import RecipeError, ShapeError, UserError
 from potstill.losses import token_divergence
 from potstill.pipeline import _alarms, run
+from potstill.positions import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, causal_alignment
 from potstill.preflight import check
 from potstill.prepare import prepare
 from potstill.recipe import Recipe
 from potstill.schedule import linear
-from potstill.targets import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, DenseTargets, causal_alignment
+from potstill.targets import DenseTargets
 from potstill.teachers import EitherTeacher
 from potstill.train import DistillationTrainer, Distiller, Labels, Logits, PolicyGradient
 from potstill.train.callbacks import logged_lines

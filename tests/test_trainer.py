@@ -19,7 +19,7 @@ from potstill.losses import token_divergence
 from potstill.schedule import linear
 from potstill.targets import DenseTargets
 from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
-from potstill.train.trainer import last_checkpoint
+from potstill.train.checkpoints import last_checkpoint
 from processes import two_ranks
 
 # transformers renamed it.

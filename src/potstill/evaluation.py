@@ -19,9 +19,9 @@ from potstill.evaluate.judged import measure
 from potstill.evaluate.speed import speed
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, load_tokenizer, quiet
+from potstill.positions import IGNORE, OF_TOKENS, Task
 from potstill.prepare_task import classes_of, match_heads, token_rows
 from potstill.students.adapted import count, virtual_tokens
-from potstill.targets import IGNORE, OF_TOKENS, Task
 
 ROWS = 16  # in a batch
 

@@ -26,8 +26,8 @@ from transformers.utils import logging
 
 from potstill.errors import ModelError, UserError
 from potstill.losses.linear import multiplies_bfloat16
+from potstill.positions import JUDGED, Task
 from potstill.students.adapted import QUANTIZATION, adapter_weights, hushed, is_adapter, load_adapter, require_peft
-from potstill.targets import JUDGED, Task
 
 # What a task's model is: how transformers loads it, and what it is called.
 KINDS: dict[Task, tuple[Any, str]] = {

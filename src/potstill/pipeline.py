@@ -28,17 +28,17 @@ from potstill.evaluate.report import write_report, write_student_card
 from potstill.evaluate.speed import bytes_on_disk, latency_ms, weight_bytes
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
+from potstill.positions import OF_TOKENS, causal_alignment
 from potstill.prepare import Parts, prepare
 from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TeacherPart, TermPart
 from potstill.students.adapted import count, is_adapted, merged
 from potstill.students.modules import copy_modules
-from potstill.targets import OF_TOKENS, causal_alignment
 from potstill.teachers import CrossTokenizerTeacher, EnsembleTeacher, Teacher
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, OwnTextsFile, ProgressBar, logged_lines, seconds_of
+from potstill.train.checkpoints import last_checkpoint, restore_teacher
 from potstill.train.own_text import collapse
 from potstill.train.rollout import Rollout
-from potstill.train.trainer import last_checkpoint, restore_teacher
 
 EVAL_ROWS = 16  # rows in a batch of the final evaluation
 OWN_TEXTS = 4  # of the student, in the report

@@ -19,6 +19,7 @@ from potstill.errors import RecipeError
 from potstill.layers import LayerMap
 from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
+from potstill.positions import OF_TOKENS, causal_alignment
 from potstill.prepare_across import meeting, reading_bytes
 from potstill.prepare_across import notes as meeting_notes
 from potstill.prepare_student import begin, design_of, first_student, with_adapter
@@ -28,7 +29,6 @@ from potstill.speaker import Speaker, find_speaker
 from potstill.students.adapted import Count, count, virtual_tokens
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
-from potstill.targets import OF_TOKENS, causal_alignment
 from potstill.teachers import (
     CachedTeacher,
     CrossTokenizerTeacher,

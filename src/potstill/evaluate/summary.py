@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from potstill.errors import DataError
-from potstill.targets import Task
+from potstill.positions import Task
 
 MODELS = ("teacher", "baseline", "student")
 RUNS = ("baseline", "student")

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from potstill.positions import Task
 from potstill.recipe.document import Part
-from potstill.targets import Task
 
 Targets = Annotated[list[str], Field(min_length=1)]
 

@@ -6,13 +6,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from potstill.positions import ANSWERS, DISTRIBUTIONS, Task
 from potstill.recipe.across import ChunksPart, MappedLogitsPart, ULDPart
 from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
 from potstill.recipe.inside import AttentionPart, DeepSupervisionPart, HiddenPart, RelationsPart, SimilarityPart
 from potstill.recipe.numbers import SchedulePart, Share, Temperature, Weight
 from potstill.recipe.policy import MiniLLMPart, PolicyPart
-from potstill.targets import ANSWERS, DISTRIBUTIONS, Task
 
 
 class LogitsPart(Part):

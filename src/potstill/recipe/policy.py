@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from potstill.positions import Task
 from potstill.recipe.document import Part
 from potstill.recipe.numbers import Weight
-from potstill.targets import Task
 
 
 class PolicyPart(Part):

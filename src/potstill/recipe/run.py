@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from potstill.positions import Task
 from potstill.recipe.adapter import adapter_misfits
 from potstill.recipe.data import DataPart
 from potstill.recipe.document import Document, Part
@@ -17,7 +18,6 @@ from potstill.recipe.student import StudentPart
 from potstill.recipe.task import misfits
 from potstill.recipe.teacher import TeacherPart
 from potstill.recipe.training import TrainPart
-from potstill.targets import Task
 
 
 class EvaluatePart(Part):

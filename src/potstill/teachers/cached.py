@@ -16,8 +16,9 @@ from potstill.cache.codec import Hidden, codec_of
 from potstill.cache.planes import Reader, pack_floats
 from potstill.cache.store import Cache, Plan, row_key
 from potstill.errors import DataError, ModelError
+from potstill.positions import Alignment, counting
 from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import Alignment, DenseTargets, HeadTargets, LMHead, SparseTargets, Targets, counting
+from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 from potstill.teachers.teacher import NOT_COVERED, Teacher, TeacherOutput
 
 HEAD = "head.safetensors"  # beside the manifest

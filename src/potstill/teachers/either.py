@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from potstill.targets import Alignment
+from potstill.positions import Alignment
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 

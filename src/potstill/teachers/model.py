@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from potstill.heads import Cut, cut, inputs, says
+from potstill.positions import Alignment
 from potstill.taps import Anatomy, Inside, Needs, Taps
-from potstill.targets import Alignment, DenseTargets
+from potstill.targets import DenseTargets
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from potstill.errors import ShapeError, VocabularyError
 from potstill.heads import cut, says
+from potstill.positions import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, Task, align, attended
 from potstill.taps import Inside, Needs, Taps
-from potstill.targets import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, Task, align, attended
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 from potstill.train.objective import Objective, Own, Signals, Term
 from potstill.train.prefetch import Prefetch
@@ -42,7 +42,7 @@ class Distiller(nn.Module):
         objective: an `Objective`, or a list of its terms.
         vocabulary: the number of tokens that teacher and student share, where a head has padding rows behind them:
             both are sliced to it before the normaliser.
-        task: what both are asked for, and so what labels mean; see `potstill.targets.Task`.
+        task: what both are asked for, and so what labels mean; see `potstill.positions.Task`.
         prefetch: ask the teacher one batch ahead, while the student learns; see `foretell`.
 
     Raises:

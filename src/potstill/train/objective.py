@@ -23,20 +23,10 @@ from potstill.losses import (
     top_share,
     top_tokens,
 )
+from potstill.positions import ANSWERS, DISTRIBUTIONS, IGNORE, TASKS, Alignment, Task, instead
 from potstill.schedule import Schedule
 from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import (
-    ANSWERS,
-    DISTRIBUTIONS,
-    IGNORE,
-    TASKS,
-    Alignment,
-    DenseTargets,
-    HeadTargets,
-    Targets,
-    Task,
-    instead,
-)
+from potstill.targets import DenseTargets, HeadTargets, Targets
 from potstill.teachers import TeacherOutput
 
 Text = Literal["all", "data", "own"]  # which tokens a term is about: the student's own, or the others
@@ -86,7 +76,7 @@ class Signals:
         normalizer: what every mean over tokens divides by, or None for N, or for the sum of the weights.
         step: the optimiser step, from 0.
         inside: what terms have asked of the student's layers, over all positions. With gradient.
-        attended: [B, T] bool, the positions that terms over layers count; see `targets.attended`.
+        attended: [B, T] bool, the positions that terms over layers count; see `positions.attended`.
         attended_normalizer: what means over attended positions divide by, or None for their number.
         alignment: where the counting positions are, and how much each counts.
         own: of the tokens that the student has written itself; None where there are none.

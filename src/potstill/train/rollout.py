@@ -21,7 +21,7 @@ from potstill.data import PaddingCollator, pad_token_id
 from potstill.engines.decode import Guide, Written, ends_of, write
 from potstill.engines.sampling import Sampling
 from potstill.errors import ShapeError, UserError
-from potstill.targets import IGNORE, OWN_LOG_PROBS, SAMPLER_LOG_PROBS
+from potstill.positions import IGNORE, OWN_LOG_PROBS, SAMPLER_LOG_PROBS
 from potstill.train.objective import Number, value_at
 from potstill.train.own_text import TextSums
 

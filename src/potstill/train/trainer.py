@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -20,17 +19,18 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
+from potstill.positions import IGNORE, Task, align, attended, counting
 from potstill.students.adapted import is_adapted, load_adapter, save_adapter
-from potstill.targets import IGNORE, Task, align, attended, counting
 from potstill.teachers import Teacher
 from potstill.train.callbacks import Epochs
+from potstill.train.checkpoints import TEACHER, last_checkpoint, restore_teacher
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import OF_TEXT, Objective, Term, or_one
 from potstill.train.prefetch import Peek
 from potstill.train.rollout import Rollout, with_weights_of
+from potstill.train.sums import Sums
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
-TEACHER = "teacher.safetensors"  # likewise: what has become of a teacher that changes
 
 
 @dataclass
@@ -131,8 +131,8 @@ class DistillationTrainer(Trainer):
             self.add_callback(_Follow(self.distiller.teacher))
         if hasattr(train_dataset, "set_epoch"):
             self.add_callback(Epochs(train_dataset))
-        self._train_sums = _Sums()
-        self._eval_sums = _Sums()
+        self._train_sums = Sums()
+        self._eval_sums = Sums()
         self._attended: Tensor | None = None
         self._peek: Peek[Any] | None = None
         self._micro_step = 0
@@ -261,7 +261,7 @@ class DistillationTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         teacher, asked = self.distiller.teacher, self.distiller.consults
         self.distiller.consults = asked and teacher is not None and teacher.covers(dataloader.dataset)
-        self._eval_sums = _Sums()
+        self._eval_sums = Sums()
         result = super().evaluation_loop(dataloader, *args, **kwargs)
         self.distiller.consults = asked
         objective = self.distiller.objective
@@ -286,7 +286,7 @@ class DistillationTrainer(Trainer):
                 logs.pop(tokens, None)
             if self.rollout is not None:
                 logs |= self.rollout.sums.take(self.accelerator)
-            self._train_sums = _Sums()
+            self._train_sums = Sums()
             self._steps_since_log = 0
             logs |= {} if self.distiller.teacher is None else self.distiller.teacher.logs()
         super().log(logs, start_time)
@@ -391,72 +391,8 @@ class _Follow(TrainerCallback):
         self.teacher.after_step(state.global_step)
 
 
-def restore_teacher(teacher: Teacher, checkpoint: Path) -> None:
-    """What has become of a teacher until a checkpoint; nothing, for one that does not change.
-
-    Raises:
-        UserError: the checkpoint does not know.
-    """
-    if not teacher.state_dict():
-        return
-    file = checkpoint / TEACHER
-    if not file.exists():
-        raise UserError(
-            f"train: expected {TEACHER} in {checkpoint}, got none. The teacher changes in training, and this "
-            "checkpoint is of another one. Begin anew, or resume with the teacher that it is of."
-        )
-    teacher.load_state_dict(load_file(file))
-
-
 def _uncounted(labels: Any) -> Any:
     """The labels of a row that does not count, in the form of some that do."""
     if isinstance(labels, list):
         return [IGNORE] * len(labels)
     return math.nan if isinstance(labels, float) else IGNORE
-
-
-class _Sums:
-    """Named sums over batches, kept on the device until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: Tensor | None = None
-
-    def add(self, values: Mapping[str, Tensor], counts: Tensor | None = None) -> None:
-        for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        if counts is not None:
-            self._counts = counts if self._counts is None else self._counts + counts
-
-    def totals(self, accelerator: Any) -> dict[str, float]:
-        """The sums over all ranks."""
-        return {name: float(accelerator.reduce(value)) for name, value in self._sums.items()}
-
-    def means(self, accelerator: Any, over: Mapping[str, str]) -> dict[str, float]:
-        """The sums over all ranks, each divided by the count over all ranks of what it is a mean over."""
-        if self._counts is None:
-            return {}
-        tokens, positions = or_one(accelerator.reduce(self._counts)).tolist()
-        return {
-            name: total / (positions if over.get(name) == "attended" else tokens)
-            for name, total in self.totals(accelerator).items()
-        }
-
-
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, or None.
-
-    The trainer's state is the last file of a checkpoint: where it is whole, so is everything before it.
-    """
-    numbered = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
-    return next((path for path in reversed(found) if _is_complete(path)), None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
