@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # the command line knows the tasks, and does not wait for torch
 
 IGNORE = -100  # a label that does not count, as everywhere in PyTorch; NaN where labels are numbers
 
