@@ -13,10 +13,12 @@ from potstill.recipe import (
     AdaptiveKLPart,
     AttentionPart,
     BiLDPart,
+    ChunksPart,
     DeepSupervisionPart,
     HiddenPart,
     LabelsPart,
     LogitsPart,
+    MappedLogitsPart,
     MiniLLMPart,
     PolicyPart,
     RelationsPart,
@@ -24,18 +26,22 @@ from potstill.recipe import (
     SimilarityPart,
     TAIDPart,
     TermPart,
+    ULDPart,
     ValuesPart,
 )
 from potstill.taps import Anatomy, Needs
 from potstill.train import (
     TAID,
+    ULD,
     AdaptiveKL,
     Attention,
     BiLD,
+    Chunks,
     DeepSupervision,
     Hidden,
     Labels,
     Logits,
+    MappedLogits,
     Objective,
     PolicyGradient,
     Relations,
@@ -62,6 +68,11 @@ def build(parts: Sequence[TermPart], steps: int, select: Select) -> Objective:
 def looks_inside(part: TermPart) -> bool:
     """Does the term ask for layers?"""
     return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart | DeepSupervisionPart)
+
+
+def reads_across(part: TermPart) -> bool:
+    """Does the term compare bytes, with a teacher that may have another tokenizer?"""
+    return isinstance(part, ChunksPart | MappedLogitsPart | ULDPart)
 
 
 def check(objective: Objective, student: Anatomy, teacher: Anatomy | None) -> Needs:
@@ -112,6 +123,12 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
         return DeepSupervision(
             part.layers, part.divergence.build(), weight=weight, temperature=number(part.temperature)
         )
+    if isinstance(part, ChunksPart):
+        return Chunks(weight, number(part.temperature), part.divergence.build(), part.bias_threshold, part.biased)
+    if isinstance(part, MappedLogitsPart):
+        return MappedLogits(part.divergence.build(), weight, number(part.temperature), part.top_k)
+    if isinstance(part, ULDPart):
+        return ULD(weight, number(part.temperature))
     layers = part.layers.build()
     if isinstance(part, HiddenPart):
         chosen = None if part.select_batches is None else select(layers, part.select_batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from potstill.prepare import Parts, prepare
 from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TeacherPart, TermPart
 from potstill.students.modules import copy_modules
 from potstill.targets import OF_TOKENS, causal_alignment
-from potstill.teachers import EnsembleTeacher, Teacher
+from potstill.teachers import CrossTokenizerTeacher, EnsembleTeacher, Teacher
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, OwnTextsFile, ProgressBar, logged_lines, seconds_of
 from potstill.train.own_text import collapse
@@ -196,7 +197,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     device = PartialState().device
     if (kept := last_checkpoint(directory / "checkpoints" / "student")) is not None and not parts.teacher.of_student:
         restore_teacher(parts.teacher, kept)
-    teacher = parts.teacher_model
+    # With tokens of its own a teacher cannot be measured on the student's: what it tells of the text is.
+    teacher = parts.teacher_model if parts.meeting is None else None
     models = {name: load_model(str(directory / name), name, task=recipe.task).to(device) for name in names}
     everyone = dict(models)
     if teacher is not None:
@@ -223,7 +225,11 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     }
     teacher_loss = measured["teacher"].loss if teacher is not None else _told_loss(parts, parts.eval.dataset)
     if teacher is None and teacher_loss is not None:
-        rows = {"teacher": dict.fromkeys(rows["student"]) | {"loss": teacher_loss}, **rows}
+        rows = {"teacher": dict.fromkeys(rows["student"]) | {"loss": teacher_loss} | _size_of_teacher(parts), **rows}
+    if isinstance(parts.teacher, CrossTokenizerTeacher):
+        text = parts.teacher.meeting(parts.eval.dataset)
+        for row in rows.values():
+            row["bits_per_byte"] = None if row["loss"] is None else row["loss"] * text.tokens / text.bytes / math.log(2)
     closed = None
     if "baseline" in rows and teacher_loss is not None:
         closed = gap_closed(teacher_loss, measured["baseline"].loss, measured["student"].loss)
@@ -289,9 +295,21 @@ def _alarms(metrics: list[dict[str, Any]]) -> list[str]:
     return [f"From step {found[0][0]} {until}: {found[-1][1]}"]
 
 
+def _size_of_teacher(parts: Parts) -> dict[str, float | None]:
+    """The size of a teacher's model that is here, though it cannot be measured on the student's tokens."""
+    model = parts.teacher_model
+    if model is None:
+        return {}
+    return {
+        "parameters": model.num_parameters(),
+        "bytes": weight_bytes(Path(str(parts.recipe.teacher.model))) or model.get_memory_footprint(),
+    }
+
+
 def _told_loss(parts: Parts, dataset: Dataset) -> float | None:
     """The cross-entropy of a teacher that is no model here, from what it says of the data's own tokens; None where it
-    does not know, or is made of the student.
+    does not know, or is made of the student. One with another tokenizer is measured on the same text, by token of
+    the student.
     """
     if parts.teacher.of_student or not parts.teacher.covers(dataset):
         return None
@@ -301,11 +319,16 @@ def _told_loss(parts: Parts, dataset: Dataset) -> float | None:
         there = {name: value.to(device) for name, value in batch.items()}
         alignment = causal_alignment(there["labels"])
         said = parts.teacher(there, alignment)
-        told = replace(said, targets=said.targets.slice(parts.vocabulary)).of_labels(alignment.labels)
+        told: Tensor | None
+        if said.across is not None:
+            told, counted = said.across.log_probs, int((said.across.student >= 0).sum())
+        else:
+            whole = replace(said, targets=said.targets.slice(parts.vocabulary))
+            told, counted = whole.of_labels(alignment.labels), len(alignment)
         if told is None:
             return None
         total -= float(told.double().sum())
-        tokens += len(alignment)
+        tokens += counted
     return total / max(tokens, 1)
 
 

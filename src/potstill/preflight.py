@@ -34,6 +34,7 @@ class Preflight:
         disk_free_bytes: what the output's disk has.
         seconds: training time, from one timed batch (without the final evaluation).
         notes: what else the run will say.
+        by_bytes: whether teacher and student are compared by bytes, because they may have other tokens.
     """
 
     teacher_parameters: int | None
@@ -48,6 +49,7 @@ class Preflight:
     disk_free_bytes: int
     seconds: float
     notes: tuple[str, ...]
+    by_bytes: bool = False
 
 
 def check(recipe: Recipe) -> Preflight:
@@ -82,6 +84,7 @@ def check(recipe: Recipe) -> Preflight:
         disk_free_bytes=shutil.disk_usage(existing).free,
         seconds=runs * parts.steps * _seconds_per_step(parts, student),
         notes=parts.notes,
+        by_bytes=parts.meeting is not None,
     )
 
 

@@ -13,12 +13,14 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from potstill import objectives, rollouts
 from potstill.data import Examples, PaddingCollator, pad_token_id
-from potstill.data.vocabulary import shared_vocabulary
+from potstill.data.vocabulary import own_vocabulary, shared_vocabulary
 from potstill.divergence import ReverseKL
 from potstill.errors import RecipeError
 from potstill.layers import LayerMap
 from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
+from potstill.prepare_across import meeting, reading_bytes
+from potstill.prepare_across import notes as meeting_notes
 from potstill.prepare_student import begin, design_of, first_student
 from potstill.prepare_task import encode_data, match_heads, positions_of, token_rows
 from potstill.recipe import Recipe
@@ -28,12 +30,14 @@ from potstill.taps import Anatomy, Taps
 from potstill.targets import OF_TOKENS, causal_alignment
 from potstill.teachers import (
     CachedTeacher,
+    CrossTokenizerTeacher,
     EitherTeacher,
     InformedTeacher,
     ModelTeacher,
     Teacher,
     important_dimensions,
 )
+from potstill.teachers.crosstok import Meeting
 from potstill.train import Logits, Objective, PolicyGradient
 from potstill.train.dense import DenseTerm
 from potstill.train.objective import value_at
@@ -60,6 +64,8 @@ class Parts:
         start: what a new student takes over from its teacher; None where it begins with random weights.
         teacher_models: all models that speak, or are measured beside one that does.
         positions: tokens in a row that both models allow, where they tell.
+        meeting: how far both tokenizers meet in the training data, where bytes are compared; the teacher's head and
+            positions are then of tokens of its own.
     """
 
     recipe: Recipe
@@ -76,6 +82,7 @@ class Parts:
     start: Start | None = None
     teacher_models: tuple[PreTrainedModel, ...] = ()
     positions: int | None = None
+    meeting: Meeting | None = None
 
     def new_student(self) -> PreTrainedModel:
         """The student with its first weights: the same at every call."""
@@ -160,12 +167,25 @@ def prepare(recipe: Recipe) -> Parts:
     tokenizer = speaker.tokenizer
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
-    design = design_of(recipe.student, speaker.config, max(tokenizer.get_vocab().values()) + 1)
+    elif recipe.student.tokenizer is not None:
+        tokenizer = load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
+    design = design_of(recipe.student, speaker.config, tokenizer)
     student = first_student(recipe, design, speaker.config)
     models = {**speaker.models, "student": student}
+    if any(objectives.reads_across(part) for part in recipe.objective):
+        speaker = reading_bytes(recipe, speaker, tokenizer)
+        models = {"student": student}  # the teacher's head and positions are of tokens of its own
+        if recipe.rollout is not None and recipe.rollout.guided:
+            raise RecipeError(
+                "rollout: expected a teacher of the student's tokens for teacher_mix and teacher_top_k, got one that "
+                "is compared by bytes. Leave them out: the student writes alone, and the teacher reads."
+            )
     of_tokens = recipe.task in OF_TOKENS
     rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
-    vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
+    if speaker.teacher.other_tokenizer:
+        vocabulary = own_vocabulary(tokenizer, rows)
+    else:
+        vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
     if not of_tokens:
         match_heads(recipe.task, models, tokenizer)
 
@@ -220,7 +240,11 @@ def prepare(recipe: Recipe) -> Parts:
         objective = parts.objective()
         theirs = teacher.anatomy if objective.looks_into_teacher else None
         teacher.prepare(objectives.check(objective, anatomy, theirs))
-    if not isinstance(teacher, ModelTeacher):
+    if isinstance(teacher, CrossTokenizerTeacher):
+        found = meeting(teacher, train.dataset)
+        said = meeting_notes(found, teacher.pair.shared(), vocabulary)
+        parts = replace(parts, meeting=found, notes=(*parts.notes, *said))
+    elif not isinstance(teacher, ModelTeacher):
         _try(parts, teacher)
         if not teacher.covers(held_out.dataset):
             parts = replace(

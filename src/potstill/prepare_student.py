@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 from accelerate import PartialState
@@ -20,8 +21,10 @@ from potstill.students.initialize import Start, random_student, start
 ROWS = 8  # in a batch, where importance is measured
 
 
-def design_of(part: StudentPart, teacher: PretrainedConfig | None, vocabulary: int) -> PretrainedConfig | None:
-    """The config of a new student, which has `vocabulary` tokens and no padding rows; None for one that is there.
+def design_of(
+    part: StudentPart, teacher: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> PretrainedConfig | None:
+    """The config of a new student, which has the tokenizer's tokens and no padding rows; None for one that is there.
 
     Raises:
         RecipeError: nothing is known of the teacher's config.
@@ -33,6 +36,11 @@ def design_of(part: StudentPart, teacher: PretrainedConfig | None, vocabulary: i
             "student.design: expected a teacher whose config is here, got none: it is changed. "
             "Name a student with student.model instead."
         )
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    if part.tokenizer is not None:  # the teacher's special tokens have other ids, or none
+        teacher = copy.deepcopy(teacher)
+        for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(teacher, role, getattr(tokenizer, role))
     if not isinstance(part.design, BudgetPart):
         return student_config(teacher, part.design, vocabulary)
     params = None if part.design.params is None else parse_count(part.design.params)

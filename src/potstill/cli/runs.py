@@ -77,7 +77,8 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
         table.add_row("teacher", f"{found.teacher_parameters:,} parameters")
     table.add_row("student", student)
     if found.vocabulary:
-        table.add_row("vocabulary", f"{found.vocabulary:,} tokens, the same for both")
+        same = "the student's own: compared by bytes" if found.by_bytes else "the same for both"
+        table.add_row("vocabulary", f"{found.vocabulary:,} tokens, {same}")
         table.add_row("train", f"{found.train_tokens:,} tokens that count, in {found.train_rows:,} rows")
         table.add_row("eval", f"{found.eval_tokens:,} tokens that count")
     else:
@@ -133,7 +134,7 @@ def _finish(result: Any) -> None:
     """Show the table, the verdict and where everything is; once, whatever the number of ranks."""
     from accelerate import PartialState
 
-    from potstill.evaluate.measures import COSTS, QUALITY
+    from potstill.evaluate.measures import of_run
     from potstill.evaluate.report import verdict
 
     if not PartialState().is_main_process:
@@ -142,7 +143,7 @@ def _finish(result: Any) -> None:
     table = Table(title=result.summary["name"], title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", *rows):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for measure in (*QUALITY[result.summary["task"]], *COSTS):
+    for measure in of_run(result.summary["task"], "bits_per_byte" in rows["student"]):
         values = [row[measure.key] for row in rows.values()]
         table.add_row(measure.name, *("–" if value is None else measure.write(value) for value in values))
     out = Console()

@@ -135,6 +135,21 @@ COSTS = (
 )
 
 
+_BY_BYTE = Measure(
+    "bits_per_byte",
+    "Bits per byte",
+    "The loss over the bytes of the text, whatever the tokenizer; lower is better.",
+    nats,
+    min,
+)
+
+
+def of_run(task: Task, by_bytes: bool) -> tuple[Measure, ...]:
+    """What a run's tables show; bits per byte where teacher and student have tokens of their own."""
+    loss, *others = QUALITY[task]
+    return (loss, *([_BY_BYTE] if by_bytes else []), *others, *COSTS)
+
+
 @dataclass(frozen=True)
 class Words:
     """How a report speaks of a task.

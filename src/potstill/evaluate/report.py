@@ -17,7 +17,7 @@ from potstill.atomic import write_text
 from potstill.errors import DataError
 from potstill.evaluate import pictures
 from potstill.evaluate.diagnosis_report import told
-from potstill.evaluate.measures import COSTS, QUALITY, WORDS
+from potstill.evaluate.measures import WORDS, of_run
 from potstill.evaluate.summary import (
     MODELS,
     RUNS,
@@ -169,7 +169,8 @@ def _facts(summary: Summary) -> dict[str, Any]:
 
 
 def _table(summary: Summary) -> Iterator[dict[str, Any]]:
-    for measure in (*QUALITY[summary.task], *COSTS):
+    by_bytes = summary.rows.student.bits_per_byte is not None
+    for measure in of_run(summary.task, by_bytes):
         values = {model: getattr(row, measure.key) for model, row in summary.rows.named()}
         if all(value is None for value in values.values()):
             continue

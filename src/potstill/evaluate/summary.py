@@ -37,6 +37,7 @@ class Row(BaseModel):
     parameters: int | None = None
     bytes: int | None = None
     latency_ms: float | None = None
+    bits_per_byte: float | None = None
 
     @field_validator("loss", mode="before")
     @classmethod

@@ -10,6 +10,7 @@ from potstill.losses.attention import (
     relation_divergence,
 )
 from potstill.losses.bild import bild
+from potstill.losses.chunk import boundary_bias, chunk_divergence, chunk_log_probs, sorted_distance
 from potstill.losses.embedding import (
     embedding_divergence,
     matryoshka,
@@ -38,6 +39,9 @@ __all__ = [
     "attention_divergence",
     "attention_mse",
     "bild",
+    "boundary_bias",
+    "chunk_divergence",
+    "chunk_log_probs",
     "dimension_importance",
     "embedding_divergence",
     "head_importance",
@@ -60,6 +64,7 @@ __all__ = [
     "rkd_distance",
     "select_dimensions",
     "similarity_error",
+    "sorted_distance",
     "teacher_confidence",
     "teacher_entropy",
     "token_cross_entropy",

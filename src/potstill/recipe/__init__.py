@@ -3,6 +3,7 @@
 Every part has a file; `document.py` knows how a file is read and how its mistakes are told.
 """
 
+from potstill.recipe.across import ChunksPart, MappedLogitsPart, ULDPart
 from potstill.recipe.data import DataPart, SourcePart
 from potstill.recipe.divergence import DivergencePart
 from potstill.recipe.embedding import EmbeddingRecipe
@@ -28,6 +29,7 @@ __all__ = [
     "AttentionPart",
     "BiLDPart",
     "BudgetPart",
+    "ChunksPart",
     "DataPart",
     "DeepSupervisionPart",
     "DivergencePart",
@@ -39,6 +41,7 @@ __all__ = [
     "LabelsPart",
     "LayersPart",
     "LogitsPart",
+    "MappedLogitsPart",
     "MemberPart",
     "MiniLLMPart",
     "Number",
@@ -56,6 +59,7 @@ __all__ = [
     "TeacherPart",
     "Temperature",
     "TermPart",
+    "ULDPart",
     "ValuesPart",
     "Weight",
 ]

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from potstill.recipe.across import ChunksPart, MappedLogitsPart, ULDPart
 from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
 from potstill.recipe.inside import AttentionPart, DeepSupervisionPart, HiddenPart, RelationsPart, SimilarityPart
@@ -96,6 +97,9 @@ TermPart = Annotated[
     | AttentionPart
     | RelationsPart
     | SimilarityPart
-    | DeepSupervisionPart,
+    | DeepSupervisionPart
+    | ChunksPart
+    | MappedLogitsPart
+    | ULDPart,
     Field(discriminator="term"),
 ]

@@ -1,6 +1,7 @@
 """Who speaks: each teacher gives Targets for a batch."""
 
 from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.dimensions import important_dimensions
 from potstill.teachers.either import EitherTeacher
 from potstill.teachers.ensemble import EnsembleTeacher
@@ -13,6 +14,7 @@ from potstill.teachers.teacher import Teacher, TeacherOutput
 __all__ = [
     "AdapterOffTeacher",
     "CachedTeacher",
+    "CrossTokenizerTeacher",
     "EMATeacher",
     "EitherTeacher",
     "EnsembleTeacher",

@@ -93,7 +93,7 @@ class EnsembleTeacher(Teacher):
             known = [answer.of_labels(alignment.labels) for answer in answers]
             if self.of == "probabilities" and all(one is not None for one in known):
                 told = _mixed(torch.stack(cast(list[Tensor], known), -1), self.weights)
-        return TeacherOutput(targets, told, inside, of_members)
+        return TeacherOutput(targets, told, inside, of_members=of_members)
 
     def _of_members(self, answers: Sequence[TeacherOutput], said: Sequence[Targets], labels: Tensor) -> Tensor:
         """[N, M] what each member gives to the data's own tokens."""

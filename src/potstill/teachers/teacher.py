@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from potstill.errors import DataError, ModelError
 from potstill.losses.teacher_weights import token_log_probs
 from potstill.taps import Anatomy, Inside, Needs
 from potstill.targets import Alignment, SparseTargets, Targets
+from potstill.teachers.across import Across
 
 NOT_COVERED = (
     "teacher: expected a cache that holds every row of the data, got one that lacks some. A row is found by its token "
@@ -31,11 +32,13 @@ class TeacherOutput:
             measure of a teacher that is no model here.
         inside: what `Teacher.prepare` asked for, over all positions, on the student's device.
         of_members: [N, M] the same log-probabilities by member, of an ensemble that learns how to weigh them.
+        across: where a teacher with another tokenizer meets the student; its targets are over tokens of its own.
     """
 
     targets: Targets
     label_log_probs: Tensor | None = None
     inside: Inside = field(default_factory=Inside)
+    across: Across | None = None
     of_members: Tensor | None = None
 
     def of_labels(self, labels: Tensor) -> Tensor | None:
@@ -63,6 +66,8 @@ class Teacher(ABC):
 
     of_student: bool = False
     max_length: int | None = None
+
+    other_tokenizer: ClassVar[bool] = False  # its targets are over tokens of its own; see `TeacherOutput.across`
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:

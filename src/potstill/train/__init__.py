@@ -1,5 +1,6 @@
 """One step, and many of them: objective, distiller, trainer."""
 
+from potstill.train.across import ULD, Chunks, MappedLogits
 from potstill.train.dense import TAID, AdaptiveKL, BiLD, Values
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Labels, Logits, Objective
@@ -11,10 +12,12 @@ from potstill.train.trainer import DistillationConfig, DistillationTrainer
 
 __all__ = [
     "TAID",
+    "ULD",
     "Adapt",
     "AdaptiveKL",
     "Attention",
     "BiLD",
+    "Chunks",
     "DeepSupervision",
     "DistillationConfig",
     "DistillationTrainer",
@@ -22,6 +25,7 @@ __all__ = [
     "Hidden",
     "Labels",
     "Logits",
+    "MappedLogits",
     "Objective",
     "PolicyGradient",
     "Relations",

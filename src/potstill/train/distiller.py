@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from potstill.errors import ShapeError
+from potstill.errors import ShapeError, VocabularyError
 from potstill.heads import cut, says
 from potstill.taps import Inside, Needs, Taps
 from potstill.targets import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, Task, align, attended
@@ -48,6 +48,7 @@ class Distiller(nn.Module):
     Raises:
         ShapeError: a term needs a teacher and there is none, asks for a layer that is not there, or makes no sense for
             the task.
+        VocabularyError: a term compares tokens and the teacher has another tokenizer, or the other way round.
         ModelError: a term asks for something that the student or the teacher does not give.
 
     >>> from potstill.divergence import ForwardKL
@@ -83,6 +84,7 @@ class Distiller(nn.Module):
         if self.objective.needs_teacher and self.teacher is None:
             asking = next(term.name for term in self.objective.terms if term.needs_teacher)
             raise ShapeError(f"Distiller: expected a teacher for the term {asking}, got None.")
+        self._must_speak_alike()
         if self.teacher is not None:
             self.teacher.attach(student)
         self._prefetch = Prefetch(self.teacher) if prefetch and self.teacher is not None else None
@@ -175,7 +177,26 @@ class Distiller(nn.Module):
         said = (self._prefetch or self.teacher)(batch, alignment)
         if self.training:
             self.teacher.learn(said)
-        return said if self.vocabulary is None else replace(said, targets=said.targets.slice(self.vocabulary))
+        if self.vocabulary is None or said.across is not None:
+            return said
+        return replace(said, targets=said.targets.slice(self.vocabulary))
+
+    def _must_speak_alike(self) -> None:
+        """Every term compares tokens with a teacher of the student's tokens, or bytes with one that has others."""
+        if self.teacher is None:
+            return
+        for term in self.objective.terms:
+            if term.needs_teacher and term.other_tokenizer != self.teacher.other_tokenizer:
+                kind = type(self.teacher).__name__
+                if term.other_tokenizer:
+                    raise VocabularyError(
+                        f"Distiller: expected a CrossTokenizerTeacher for the term {term.name}, got {kind}. "
+                        "It compares chunks of bytes. Wrap the teacher in it; the tokenizers may be the same."
+                    )
+                raise VocabularyError(
+                    f"Distiller: expected terms that compare bytes with {kind}, got {term.name}. Its teacher has other "
+                    "tokens. Use chunks, mapped_logits or uld, and labels."
+                )
 
     # What transformers.Trainer asks of a model, passed on to the student.
 

@@ -203,6 +203,7 @@ class Term(ABC):
     weight: Number
     looks_inside: ClassVar[bool] = False  # at layers, of the student and of the teacher that it needs
     tasks: ClassVar[frozenset[Task]] = TASKS  # for which it makes sense
+    other_tokenizer: ClassVar[bool] = False  # it compares bytes, with a teacher that has tokens of its own
     over: Literal["counting", "attended"] = "counting"  # the positions whose mean it is
 
     @abstractmethod
