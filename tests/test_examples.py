@@ -22,7 +22,8 @@ from potstill.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), ROOT / "src/potstill/demo/recipe.yaml"])
-RECIPES = [path for path in RECIPES if "kind: embedding" not in path.read_text()]  # tests/test_embedding_run.py
+OTHERS = ("kind: embedding", "\ntask: ")  # tests/test_embedding_run.py, tests/test_encoder_run.py
+RECIPES = [path for path in RECIPES if not any(word in path.read_text() for word in OTHERS)]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"

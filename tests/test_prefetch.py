@@ -127,7 +127,7 @@ def test_batches_that_were_not_foretold_are_asked_on_the_spot() -> None:
 def test_a_teacher_made_of_the_student_is_refused() -> None:
     teacher = Watched()
     teacher.of_student = True
-    with pytest.raises(ModelError, match="a teacher that does not depend on the student, got Watched"):
+    with pytest.raises(ModelError, match="a teacher that does not change in training, got Watched"):
         Distiller(student(), teacher, [Logits(ForwardKL())], prefetch=True)
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(values: dict[str, Any], tmp_
     command += ["--out", str(tmp_path / "killed")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob("killed/seed-1/checkpoints/student/checkpoint-*")):
-        pass
+        time.sleep(0.01)
     process.kill()
     process.wait()
     done = CliRunner().invoke(app, [*command[3:], "--resume"], catch_exceptions=False)

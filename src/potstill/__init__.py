@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from potstill import schedule
-    from potstill.data import Examples, PaddingCollator, Source, encode
+    from potstill.data import Examples, MaskedRows, PaddingCollator, Source, encode
     from potstill.diagnosis import diagnose
     from potstill.divergence import (
         JSD,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from potstill.layers import LayerMap, Projection
     from potstill.losses import (
         FusedLoss,
+        chunk_divergence,
+        chunk_log_probs,
         embedding_divergence,
         linear_cka,
         linear_cross_entropy,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
         rkd_angle,
         rkd_distance,
         similarity_error,
+        sorted_distance,
         token_cross_entropy,
         token_divergence,
         token_mean,
@@ -51,9 +54,14 @@ if TYPE_CHECKING:
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
     from potstill.sweeping import SweepResult, sweep
-    from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+    from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets
     from potstill.teachers import (
+        AdapterOffTeacher,
         CachedTeacher,
+        CrossTokenizerTeacher,
+        EMATeacher,
+        EnsembleTeacher,
+        InformedTeacher,
         ModelTeacher,
         ServedTeacher,
         Teacher,
@@ -62,18 +70,23 @@ if TYPE_CHECKING:
     )
     from potstill.train import (
         TAID,
+        ULD,
         AdaptiveKL,
         Attention,
         BiLD,
+        Chunks,
+        DeepSupervision,
         DistillationConfig,
         DistillationTrainer,
         Distiller,
         Hidden,
         Labels,
         Logits,
+        MappedLogits,
         Objective,
         Relations,
         Similarity,
+        Values,
     )
 
 _LATER = {
@@ -95,6 +108,8 @@ _LATER = {
     ),
     "potstill.losses": (
         "FusedLoss",
+        "chunk_divergence",
+        "chunk_log_probs",
         "embedding_divergence",
         "linear_cka",
         "linear_cross_entropy",
@@ -106,6 +121,7 @@ _LATER = {
         "rkd_angle",
         "rkd_distance",
         "similarity_error",
+        "sorted_distance",
         "token_cross_entropy",
         "token_divergence",
         "token_mean",
@@ -114,9 +130,10 @@ _LATER = {
         "DenseTargets",
         "HeadTargets",
         "LMHead",
+        "MixtureTargets",
         "SparseTargets",
     ),
-    "potstill.data": ("Examples", "PaddingCollator", "Source", "encode"),
+    "potstill.data": ("Examples", "MaskedRows", "PaddingCollator", "Source", "encode"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
     "potstill.diagnosis": ("diagnose",),
     "potstill.evaluate.tradeoff": ("pareto_front", "recommend"),
@@ -130,7 +147,12 @@ _LATER = {
     "potstill.students.size": ("size_of",),
     "potstill.sweeping": ("SweepResult", "sweep"),
     "potstill.teachers": (
+        "AdapterOffTeacher",
         "CachedTeacher",
+        "EMATeacher",
+        "EnsembleTeacher",
+        "InformedTeacher",
+        "CrossTokenizerTeacher",
         "ModelTeacher",
         "ServedTeacher",
         "Teacher",
@@ -139,38 +161,50 @@ _LATER = {
     ),
     "potstill.train": (
         "TAID",
+        "ULD",
         "AdaptiveKL",
         "Attention",
         "BiLD",
+        "DeepSupervision",
+        "Chunks",
         "DistillationConfig",
         "DistillationTrainer",
         "Distiller",
         "Hidden",
         "Labels",
         "Logits",
+        "MappedLogits",
         "Objective",
         "Relations",
         "Similarity",
+        "Values",
     ),
 }
 
 __all__ = [
     "JSD",
     "TAID",
+    "ULD",
+    "AdapterOffTeacher",
     "AdaptiveKL",
     "AlphaBeta",
     "Attention",
     "BiLD",
     "Budget",
     "CachedTeacher",
+    "Chunks",
     "Completion",
+    "CrossTokenizerTeacher",
+    "DeepSupervision",
     "DenseTargets",
     "DistillationConfig",
     "DistillationTrainer",
     "Distiller",
     "Divergence",
+    "EMATeacher",
     "EmbeddingDistiller",
     "EmbeddingRecipe",
+    "EnsembleTeacher",
     "Examples",
     "ForwardKL",
     "FusedLoss",
@@ -178,11 +212,15 @@ __all__ = [
     "Generated",
     "HeadTargets",
     "Hidden",
+    "InformedTeacher",
     "LMHead",
     "Labels",
     "LayerMap",
     "LocalEngine",
     "Logits",
+    "MappedLogits",
+    "MaskedRows",
+    "MixtureTargets",
     "ModelServer",
     "ModelTeacher",
     "Objective",
@@ -206,7 +244,10 @@ __all__ = [
     "Teacher",
     "TeacherOutput",
     "TotalVariation",
+    "Values",
     "VectorHead",
+    "chunk_divergence",
+    "chunk_log_probs",
     "diagnose",
     "embedding_divergence",
     "encode",
@@ -230,6 +271,7 @@ __all__ = [
     "schedule",
     "similarity_error",
     "size_of",
+    "sorted_distance",
     "sweep",
     "token_cross_entropy",
     "token_divergence",

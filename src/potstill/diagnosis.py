@@ -62,6 +62,10 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
     Raises:
         UserError: the recipe could not run, or there is no run.
     """
+    if recipe.task != "causal":
+        raise RecipeError(
+            f"diagnose: expected a recipe of the task causal, got {recipe.task}. It looks at the next token alone."
+        )
     with quiet():
         parts = prepare(recipe)
         models = _models(parts, run)

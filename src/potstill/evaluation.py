@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.data import Examples, Source, encode, in_batches
+from potstill.data import Examples, MaskedRows, Source, encode, in_batches
 from potstill.data.vocabulary import shared_vocabulary
 from potstill.errors import UserError
 from potstill.evaluate.generations import continuations, text_quality
 from potstill.evaluate.harness import harness_scores
-from potstill.evaluate.quality import compare
+from potstill.evaluate.judged import measure
 from potstill.evaluate.speed import speed
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, load_tokenizer, quiet
-from potstill.targets import IGNORE
+from potstill.prepare_task import classes_of, match_heads, token_rows
+from potstill.targets import IGNORE, OF_TOKENS, Task
 
 ROWS = 16  # in a batch
 
@@ -53,6 +54,7 @@ def evaluate(
     max_length: int = 512,
     packing: bool = False,
     measures: Measures = Measures(),  # frozen
+    task: Task = "causal",
 ) -> dict[str, Any]:
     """Measure a student on held-out data, and its teacher too where one is given.
 
@@ -63,6 +65,7 @@ def evaluate(
         max_length: tokens of a row at most.
         packing: join plain text into rows of exactly `max_length`.
         measures: what else.
+        task: what the models are asked for; masks are drawn with seed 0.
 
     Returns:
         What potstill evaluate writes: models -> {parameters, bytes, quality, speed, ...}, data and versions.
@@ -70,23 +73,34 @@ def evaluate(
     Raises:
         UserError: a model, the data or an option is not usable, or the vocabularies differ.
     """
+    of_tokens = task in OF_TOKENS
+    if task != "causal" and (measures.generations or measures.lm_eval):
+        raise UserError(f"--generations, --lm-eval: expected neither for the task {task}, got some. It writes no text.")
+    if task == "encoder" and teacher is None:
+        raise UserError("--teacher: expected a model for the task encoder, got none. Spaces are compared with its own.")
     with quiet():
         tokenizer = load_tokenizer(student, "student")
-        models = {"student": load_model(student, "student")}
+        models = {"student": load_model(student, "student", task=task)}
         vocabulary = None
         if teacher is not None:
-            models = {"teacher": load_model(teacher, "--teacher"), **models}
-            rows = {name: model.get_output_embeddings().weight.shape[0] for name, model in models.items()}
-            vocabulary = shared_vocabulary(load_tokenizer(teacher, "--teacher"), tokenizer, rows)
+            models = {"teacher": load_model(teacher, "--teacher", task=task), **models}
+            rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
+            shared = shared_vocabulary(load_tokenizer(teacher, "--teacher"), tokenizer, rows)
+            vocabulary = shared if of_tokens else None
         for name, model in models.items():
             model.to(PartialState().device)
             _require_room(name, model, max_length, measures)
-        examples = encode(source, tokenizer, max_length=max_length, packing=packing)
+        if not of_tokens:
+            match_heads(task, models, tokenizer)
+        classes = classes_of(models["student"]) if task == "classification" else None
+        examples = encode(source, tokenizer, max_length=max_length, packing=packing, task=task, classes=classes)
+        if task == "masked":
+            examples = replace(examples, dataset=MaskedRows(examples.dataset, tokenizer).fixed())
         reference = models.get("teacher")
         batches = in_batches(examples.dataset, tokenizer, ROWS)
         others = {name: model for name, model in models.items() if model is not reference}
-        found = compare(reference, others, batches, vocabulary=vocabulary)
-        size = text_bytes(examples, tokenizer)
+        found: Mapping[str, Any] = measure(task, reference, others, batches, vocabulary=vocabulary)
+        size = text_bytes(examples, tokenizer) if task == "causal" else 0
         return {
             "models": {
                 name: {
@@ -97,7 +111,7 @@ def evaluate(
                     "quality": asdict(found[name]),
                     **_further(model, tokenizer, examples, measures),
                     "speed": [
-                        asdict(speed(model, rows, length))
+                        asdict(speed(model, rows, length, writes=task == "causal"))
                         for rows in measures.batch_sizes
                         for length in measures.lengths
                     ],

@@ -1,4 +1,4 @@
-"""A causal language model in two: the body that gives hidden states, and the head that makes logits of them.
+"""A language model in two: the body that gives hidden states, and the head that makes logits of them.
 
 What is cut is proven: the model runs once on a few tokens, and where body and head do not say what the model says, it
 stays whole and gives whole logits.
@@ -26,6 +26,18 @@ SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multipl
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # The logits that the probe puts in, from -SPAN to SPAN: far enough to bend under every soft cap.
 SPAN = 60.0
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what of a batch models read
+# What stands between body and head and works token by token: submodules in turn. The probe finds out which is right.
+GELU = "gelu"  # a function, no submodule
+BETWEEN = (
+    (),  # causal language models
+    ("cls.predictions.transform",),  # BERT, DeBERTa
+    ("vocab_transform", "activation", "vocab_layer_norm"),  # DistilBERT
+    ("lm_head.dense", GELU, "lm_head.layer_norm"),  # RoBERTa, XLM-RoBERTa, CamemBERT
+    ("head",),  # ModernBERT
+    ("generator_predictions",),  # ELECTRA
+    ("predictions.dense", "predictions.activation", "predictions.LayerNorm"),  # ALBERT
+)
 ROUNDINGS = 8  # how many units in the last place of the largest number count as rounding
 
 
@@ -38,6 +50,7 @@ class Cut:
     Args:
         model: the whole model.
         body: the name of the submodule that gives the last hidden states.
+        between: the names of what works on them before the head does; see `BETWEEN`.
         output: the name of the nn.Linear behind it.
         logit_scale: see `LMHead`.
         softcap: see `LMHead`.
@@ -45,6 +58,7 @@ class Cut:
 
     model: nn.Module
     body: str
+    between: tuple[str, ...]
     output: str
     logit_scale: float
     softcap: float | None
@@ -57,10 +71,10 @@ class Cut:
         output = self.model.get_submodule(self.output)
         return LMHead(output.weight, output.bias, self.logit_scale, self.softcap) if _is_plain(output) else None
 
-    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The last hidden states [B, T, H]."""
+    def hidden(self, batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor:
+        """What goes into the head at the counting positions: [N, H]."""
         states: Tensor = run(self.model.get_submodule(self.body), batch).last_hidden_state
-        return states
+        return _through(self.model, self.between, alignment.select(states))
 
 
 def says(
@@ -68,18 +82,24 @@ def says(
 ) -> HeadTargets | DenseTargets:
     """What a model says at the counting positions: hidden states and head where it is cut, else its logits.
 
+    A model without a head says nothing: logits [N, 0].
+
     Args:
-        model: a causal language model of transformers.
+        model: a model of transformers.
         cut: how to cut it; None to keep it whole.
-        batch: input_ids and attention_mask, [B, T] each.
+        batch: input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
         alignment: the N positions; see `potstill.targets`.
     """
     head = None if cut is None else cut.head()
     if cut is None or head is None:
-        # Prompt tuning puts tokens of its own in front: the batch's are the last.
-        logits = run(model, batch).logits[:, -batch["input_ids"].shape[1] :]
+        said = run(model, batch)
+        logits = getattr(said, "logits", None)
+        if logits is None:
+            return DenseTargets(said.last_hidden_state.new_zeros(len(alignment), 0))
+        # Prompt tuning puts tokens of its own in front: the batch's are the last. Classes are of whole rows, [B, V].
+        logits = logits.unsqueeze(1) if logits.ndim == 2 else logits[:, -batch["input_ids"].shape[1] :]
         return DenseTargets(alignment.select(logits))
-    return HeadTargets(alignment.select(cut.hidden(batch)).to(head.weight.dtype), head)
+    return HeadTargets(cut.hidden(batch, alignment).to(head.weight.dtype), head)
 
 
 @uncompiled  # done once, and not a part of any step
@@ -87,12 +107,12 @@ def cut(model: nn.Module) -> Cut | None:
     """How to cut a model before its head; None where the head is not plain, and the logits must be made whole.
 
     Plain is exactly nn.Linear, with at most a factor and a soft cap behind it. A wrapped, hooked or quantised head is
-    not, nor is a model with anything between body and head, one that trains parameters beside both, one that is
+    not, nor is a model with anything unknown between body and head, one that trains parameters beside them, one that is
     compiled by itself (the compiled code would not be run), or one on the meta device. The model is left as it was,
     training flags and random state included.
 
     Args:
-        model: a causal language model of transformers, or one within a PeftModel, where it is to run.
+        model: a language model of transformers, or one within a PeftModel, where it is to run.
     """
     try:
         return _proven(model)
@@ -111,20 +131,18 @@ def _proven(model: Any) -> Cut:
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise _NotPlainError("it is compiled by itself; compile the Distiller instead")
     if not hasattr(model, "get_decoder") or not hasattr(model, "get_output_embeddings"):
-        raise _NotPlainError("it is not a causal language model of transformers")
+        raise _NotPlainError("it is not a language model of transformers")
     body, output = model.get_decoder(), model.get_output_embeddings()
     if not _is_plain(output):
         kind = f"{type(output).__module__}.{type(output).__name__}"
         raise _NotPlainError(f"its head is a {kind}, or its weight is not here, or it has hooks")
     if any(getattr(each, "alora_invocation_tokens", None) for each in getattr(model, "peft_config", {}).values()):
         raise _NotPlainError("its adapters are switched on by tokens, which its body does not look for")
+    if body is model or body is output or not isinstance(body, nn.Module):  # an encoder
+        body = getattr(model, "base_model", model)
     names = {module: name for name, module in model.named_modules()}
     if body is model or body not in names:
         raise _NotPlainError("its body is no module of its own")
-    beside = {*model.parameters()} - {*body.parameters()} - {*output.parameters()}
-    if any(parameter.requires_grad for parameter in beside):
-        raise _NotPlainError("it trains parameters beside body and head")
-
     rows = model.get_input_embeddings().weight
     batch = {
         "input_ids": torch.arange(6, device=rows.device).reshape(2, 3) % len(rows),
@@ -148,14 +166,27 @@ def _proven(model: Any) -> Cut:
         if len(seen) != 1:
             raise _NotPlainError(f"its head ran {len(seen)} times for one batch")
         hidden, made = seen[0]
-        if not _off(hidden, alone) <= 1:
+        known = [each for each in BETWEEN if all(name == GELU or name in names.values() for name in each)]
+        found = [each for each in known if _off(hidden, _through(model, each, alone)) <= 1]
+        if not found:
             raise _NotPlainError("what goes into its head is not what the body gives")
         if not _off(made, LMHead(output.weight, output.bias).logits(hidden)) <= 1:
             raise _NotPlainError("its head does more than an nn.Linear")
         scale, softcap, distance = _around_the_head(model.config, span.to(made.dtype), logits)
     if not distance <= 1:
         raise _NotPlainError("what it does with the logits is no factor and soft cap of its config")
-    return Cut(model, names[body], names[output], scale, softcap)
+    between = [model.get_submodule(name) for name in found[0] if name != GELU]
+    used = {parameter for module in (body, *between, output) for parameter in module.parameters()}
+    if any(parameter.requires_grad for parameter in {*model.parameters()} - used):
+        raise _NotPlainError("it trains parameters beside body and head")
+    return Cut(model, names[body], found[0], names[output], scale, softcap)
+
+
+def _through(model: nn.Module, between: tuple[str, ...], states: Tensor) -> Tensor:
+    """Hidden states as the head reads them."""
+    for name in between:
+        states = nn.functional.gelu(states) if name == GELU else model.get_submodule(name)(states)
+    return states
 
 
 def _around_the_head(config: Any, before: Tensor, after: Tensor) -> tuple[float, float | None, float]:
@@ -193,8 +224,15 @@ def _off(found: Tensor, expected: Tensor) -> float:
 
 
 def run(module: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-    """A model, or its body, over a batch."""
-    return module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    """A model, or its body, over a batch; token_type_ids are for those that know more than one type."""
+    typed = getattr(getattr(module, "config", None), "type_vocab_size", 0) > 1
+    given = {name: batch[name] for name in (INPUTS if typed else INPUTS[:2]) if name in batch}
+    return module(**given, use_cache=False)
+
+
+def inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What of a batch models read, on a device."""
+    return {name: batch[name].to(device) for name in INPUTS if name in batch}
 
 
 @contextmanager

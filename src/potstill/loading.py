@@ -6,11 +6,15 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -21,6 +25,16 @@ from transformers.utils import logging
 
 from potstill.errors import ModelError, UserError
 from potstill.losses.linear import multiplies_bfloat16
+from potstill.targets import JUDGED, Task
+
+# What a task's model is: how transformers loads it, and what it is called.
+KINDS: dict[Task, tuple[Any, str]] = {
+    "causal": (AutoModelForCausalLM, "a causal language model"),
+    "masked": (AutoModelForMaskedLM, "a masked language model"),
+    "classification": (AutoModelForSequenceClassification, "a sequence classifier"),
+    "regression": (AutoModelForSequenceClassification, "a sequence classifier of one number"),
+    "encoder": (AutoModel, "a model of transformers"),
+}
 
 
 @contextmanager
@@ -41,33 +55,59 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(where: str, key: str, dtype: str = "auto", *, bits: int | None = None) -> PreTrainedModel:
-    """A causal language model.
+def load_model(
+    where: str,
+    key: str,
+    dtype: str = "auto",
+    task: Task = "causal",
+    *,
+    bits: int | None = None,
+    labels_of: PretrainedConfig | None = None,
+) -> PreTrainedModel:
+    """A model for a task.
 
     Args:
         where: a folder, or the name of a model on the hub.
         key: how the recipe calls it, for errors.
         dtype: float32, bfloat16, float16, or auto for the precision in which it is saved: float32 where only a CPU is
             there that has no instructions for less, because it would be several times slower.
+        task: what it is asked for.
         bits: 4 (nf4, its scales quantised too) or 8 (int8) for linear layers that are rounded when they are loaded;
             the head and the embeddings stay whole. They cannot be trained, and need bitsandbytes.
+        labels_of: a model whose classes it takes over where it has no classifier of its own yet. Without this, weights
+            that are not there are an error.
 
     Raises:
-        ModelError: there is no such model, or it is not a causal language model in safetensors.
+        ModelError: there is no such model, or it is not one for the task in safetensors.
         UserError: a package is missing.
     """
     _must_exist(where, key)
     if dtype == "auto" and not has_bfloat16():
         dtype = "float32"
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
-    options = {} if bits is None else {"quantization_config": _rounded(bits, dtype, key)}
+    auto, called = KINDS[task]
+    options: dict[str, Any] = {"dtype": chosen, "use_safetensors": True, "trust_remote_code": False}
+    if bits is not None:
+        options["quantization_config"] = _rounded(bits, dtype, key)
+    if labels_of is not None and task in JUDGED:
+        saved = load_config(where, key)
+        if not any("SequenceClassification" in name for name in saved.architectures or ()):
+            options |= {"id2label": labels_of.id2label, "label2id": labels_of.label2id}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            where, dtype=chosen, use_safetensors=True, trust_remote_code=False, **options
-        )
+        model, found = auto.from_pretrained(where, output_loading_info=True, **options)
     except Exception as error:
-        raise _unreadable(key, "a causal language model with weights in safetensors", where, error) from error
-    return model
+        raise _unreadable(key, f"{called} with weights in safetensors", where, error) from error
+    missing = sorted(name for name in found["missing_keys"] if task != "encoder" or "pooler" not in name)
+    if missing and labels_of is None and task != "causal":
+        raise ModelError(
+            f"{key}: expected {called} in {where}, got a model without weights for {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}. They would be random. Name a model that was trained for it."
+        )
+    model.config.architectures = [type(model).__name__]  # as it would be saved, for students that are made like it
+    if task in JUDGED:
+        model.config.problem_type = "regression" if task == "regression" else "single_label_classification"
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _rounded(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:

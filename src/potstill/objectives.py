@@ -13,27 +13,37 @@ from potstill.recipe import (
     AdaptiveKLPart,
     AttentionPart,
     BiLDPart,
+    ChunksPart,
+    DeepSupervisionPart,
     HiddenPart,
     LabelsPart,
     LogitsPart,
+    MappedLogitsPart,
     RelationsPart,
     SchedulePart,
     SimilarityPart,
     TAIDPart,
     TermPart,
+    ULDPart,
+    ValuesPart,
 )
 from potstill.taps import Anatomy, Needs
 from potstill.train import (
     TAID,
+    ULD,
     AdaptiveKL,
     Attention,
     BiLD,
+    Chunks,
+    DeepSupervision,
     Hidden,
     Labels,
     Logits,
+    MappedLogits,
     Objective,
     Relations,
     Similarity,
+    Values,
 )
 from potstill.train.objective import Term
 
@@ -54,11 +64,16 @@ def build(parts: Sequence[TermPart], steps: int, select: Select) -> Objective:
 
 def looks_inside(part: TermPart) -> bool:
     """Does the term ask for layers?"""
-    return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart)
+    return isinstance(part, HiddenPart | AttentionPart | RelationsPart | SimilarityPart | DeepSupervisionPart)
 
 
-def check(objective: Objective, student: Anatomy, teacher: Anatomy) -> Needs:
-    """Look that every term goes with the models: what all need of the teacher.
+def reads_across(part: TermPart) -> bool:
+    """Does the term compare bytes, with a teacher that may have another tokenizer?"""
+    return isinstance(part, ChunksPart | MappedLogitsPart | ULDPart)
+
+
+def check(objective: Objective, student: Anatomy, teacher: Anatomy | None) -> Needs:
+    """Look that every term goes with the models: what all need of the teacher; None for one that no term looks into.
 
     Raises:
         RecipeError: one does not; it is named by its key.
@@ -66,7 +81,7 @@ def check(objective: Objective, student: Anatomy, teacher: Anatomy) -> Needs:
     asked = Needs()
     for place, term in enumerate(objective.terms):
         try:
-            asked |= term.fit(student, teacher)[1]
+            asked |= term.fit(student, teacher if term.needs_teacher and teacher else student)[1]
         except UserError as error:
             raise RecipeError(f"objective.{place}: {error}") from None
     return asked
@@ -88,12 +103,24 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
             share=number(part.share),
             top_k=part.top_k,
         )
+    if isinstance(part, ValuesPart):
+        return Values(weight)
     if isinstance(part, BiLDPart):
         return BiLD(weight, part.top_k, number(part.temperature))
     if isinstance(part, AdaptiveKLPart):
         return AdaptiveKL(weight, part.head_mass, number(part.temperature))
     if isinstance(part, TAIDPart):
         return TAID(number(part.share), weight, number(part.temperature))
+    if isinstance(part, DeepSupervisionPart):
+        return DeepSupervision(
+            part.layers, part.divergence.build(), weight=weight, temperature=number(part.temperature)
+        )
+    if isinstance(part, ChunksPart):
+        return Chunks(weight, number(part.temperature), part.divergence.build(), part.bias_threshold, part.biased)
+    if isinstance(part, MappedLogitsPart):
+        return MappedLogits(part.divergence.build(), weight, number(part.temperature), part.top_k)
+    if isinstance(part, ULDPart):
+        return ULD(weight, number(part.temperature))
     layers = part.layers.build()
     if isinstance(part, HiddenPart):
         chosen = None if part.select_batches is None else select(layers, part.select_batches)

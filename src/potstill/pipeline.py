@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,21 @@ from transformers import PreTrainedModel, PrinterCallback
 from potstill.atomic import write_text
 from potstill.data import in_batches
 from potstill.errors import RecipeError
-from potstill.evaluate.quality import compare, continuation, gap_closed
+from potstill.evaluate.judged import measure
+from potstill.evaluate.measures import QUALITY
+from potstill.evaluate.quality import continuation, gap_closed
 from potstill.evaluate.report import write_report, write_student_card
 from potstill.evaluate.speed import latency_ms, weight_bytes
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
 from potstill.prepare import Parts, prepare
-from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TermPart
-from potstill.targets import causal_alignment
+from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TeacherPart, TermPart
+from potstill.students.modules import copy_modules
+from potstill.targets import OF_TOKENS, causal_alignment
+from potstill.teachers import CrossTokenizerTeacher, EnsembleTeacher, Teacher
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
 from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
-from potstill.train.trainer import last_checkpoint
+from potstill.train.trainer import last_checkpoint, restore_teacher
 
 EVAL_ROWS = 16  # rows in a batch of the final evaluation
 
@@ -133,7 +138,8 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
         train_dataset=parts.train.dataset,
         eval_dataset=parts.curve,
         processing_class=parts.tokenizer,
-        vocabulary=parts.vocabulary,
+        vocabulary=parts.vocabulary or None,
+        task=parts.recipe.task,
         prefetch=parts.recipe.teacher.prefetch,
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
     )
@@ -147,6 +153,9 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
         shutil.rmtree(partial, ignore_errors=True)  # what a kill in the middle of the next line leaves
     trainer.save_model(str(partial))
     if trainer.is_world_process_zero():
+        whole, made = parts.teacher_config, trainer.distiller.config
+        if parts.recipe.task == "encoder" and whole is not None and whole.hidden_size == made.hidden_size:
+            copy_modules(str(parts.recipe.teacher.model), partial)
         partial.rename(target)
     trainer.accelerator.wait_for_everyone()
 
@@ -178,24 +187,28 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     names = [name for name in ("baseline", "student") if (directory / name).exists()]
     folders = {name: directory / name for name in names}
     device = PartialState().device
-    teacher = parts.teacher_model
-    models = {name: load_model(str(directory / name), name).to(device) for name in names}
+    if (kept := last_checkpoint(directory / "checkpoints" / "student")) is not None and not parts.teacher.of_student:
+        restore_teacher(parts.teacher, kept)
+    # With tokens of its own a teacher cannot be measured on the student's: what it tells of the text is.
+    teacher = parts.teacher_model if parts.meeting is None else None
+    models = {name: load_model(str(directory / name), name, task=recipe.task).to(device) for name in names}
     everyone = dict(models)
     if teacher is not None:
         teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
         everyone = {"teacher": teacher, **models}
         folders["teacher"] = Path(str(recipe.teacher.model))
-    measured = compare(teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary)
+    of_tokens = recipe.task in OF_TOKENS
+    measured: Mapping[str, Any] = measure(
+        recipe.task, teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary or None
+    )
     if teacher is None:
         curve_loss = _told_loss(parts, parts.curve)
     else:
-        curve_loss = compare(teacher, {}, _batches(parts, parts.curve), vocabulary=parts.vocabulary)["teacher"].loss
+        curve = _batches(parts, parts.curve)
+        curve_loss = measure(recipe.task, teacher, {}, curve, vocabulary=parts.vocabulary or None)["teacher"].loss
     rows: dict[str, dict[str, float | None]] = {
         name: {
-            "loss": measured[name].loss,
-            "perplexity": measured[name].perplexity,
-            "agreement": measured[name].agreement,
-            "kl": measured[name].kl,
+            **{one.key: getattr(measured[name], one.key) for one in QUALITY[recipe.task]},
             "parameters": model.num_parameters(),
             "bytes": weight_bytes(folders[name]) or model.get_memory_footprint(),
             "latency_ms": latency_ms(model, recipe.data.max_length),
@@ -204,7 +217,11 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     }
     teacher_loss = measured["teacher"].loss if teacher is not None else _told_loss(parts, parts.eval.dataset)
     if teacher is None and teacher_loss is not None:
-        rows = {"teacher": dict.fromkeys(rows["student"]) | {"loss": teacher_loss}, **rows}
+        rows = {"teacher": dict.fromkeys(rows["student"]) | {"loss": teacher_loss} | _size_of_teacher(parts), **rows}
+    if isinstance(parts.teacher, CrossTokenizerTeacher):
+        text = parts.teacher.meeting(parts.eval.dataset)
+        for row in rows.values():
+            row["bits_per_byte"] = None if row["loss"] is None else row["loss"] * text.tokens / text.bytes / math.log(2)
     closed = None
     if "baseline" in rows and teacher_loss is not None:
         closed = gap_closed(teacher_loss, measured["baseline"].loss, measured["student"].loss)
@@ -212,54 +229,80 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "seed": recipe.seed,
+        "task": recipe.task,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
         "gap_closed": closed,
         "curve": {"rows": len(parts.curve), "teacher_loss": curve_loss},
-        "kl_by_position": None
-        if teacher is None
+        "kl_by_position": None  # with masks a token sees both sides, wherever it is
+        if teacher is None or recipe.task != "causal"
         else {
             "edges": measured["student"].position_edges,
             **{name: measured[name].kl_by_position for name in names},
         },
-        "continuations": _continuations(parts, everyone),
+        "continuations": _continuations(parts, everyone) if recipe.task == "causal" else [],
         "data": {
             "train": recipe.data.train.path,
-            "train_tokens": parts.train.tokens,
+            "train_tokens": parts.train.tokens if of_tokens else None,
             "train_examples": len(parts.train.dataset),
             "eval": recipe.data.eval.path,
-            "eval_tokens": parts.eval.tokens,
+            "eval_tokens": parts.eval.tokens if of_tokens else None,
             "eval_examples": len(parts.eval.dataset),
         },
         "training": {
             "steps": parts.steps,
-            "tokens_per_step": round(parts.train.tokens / len(parts.train.dataset) * parts.rows_per_step),
+            "tokens_per_step": round(parts.train.tokens / len(parts.train.dataset) * parts.rows_per_step)
+            if of_tokens
+            else None,
             "seconds": {name: seconds_of(metrics, name) for name in names},
         },
         "objective": "; ".join(_describe(part) for part in recipe.objective),
         "models": {
-            "teacher": recipe.teacher.title,
+            "teacher": _describe_teacher(recipe.teacher, parts.teacher),
             "student": recipe.student.model or _describe_design(recipe.student),
         },
+        "teacher_weights": dict(zip(parts.teacher.names, parts.teacher.weights.tolist(), strict=True))
+        if isinstance(parts.teacher, EnsembleTeacher)
+        else None,
         "notes": list(parts.notes),
         "versions": versions(),
     }
 
 
+def _size_of_teacher(parts: Parts) -> dict[str, float | None]:
+    """The size of a teacher's model that is here, though it cannot be measured on the student's tokens."""
+    model = parts.teacher_model
+    if model is None:
+        return {}
+    return {
+        "parameters": model.num_parameters(),
+        "bytes": weight_bytes(Path(str(parts.recipe.teacher.model))) or model.get_memory_footprint(),
+    }
+
+
 def _told_loss(parts: Parts, dataset: Dataset) -> float | None:
-    """The cross-entropy of a teacher whose model is not here, from what it says of the data's own tokens; None where
-    it does not know.
+    """The cross-entropy of a teacher that is no model here, from what it says of the data's own tokens; None where it
+    does not know, or is made of the student. One with another tokenizer is measured on the same text, by token of
+    the student.
     """
-    if not parts.teacher.covers(dataset):
+    if parts.teacher.of_student or not parts.teacher.covers(dataset):
         return None
     total, tokens = 0.0, 0
+    device = PartialState().device
     for batch in _batches(parts, dataset):
-        alignment = causal_alignment(batch["labels"])
-        told = parts.teacher(batch, alignment).label_log_probs
+        there = {name: value.to(device) for name, value in batch.items()}
+        alignment = causal_alignment(there["labels"])
+        said = parts.teacher(there, alignment)
+        told: Tensor | None
+        if said.across is not None:
+            told, counted = said.across.log_probs, int((said.across.student >= 0).sum())
+        else:
+            whole = replace(said, targets=said.targets.slice(parts.vocabulary))
+            told, counted = whole.of_labels(alignment.labels), len(alignment)
         if told is None:
             return None
         total -= float(told.double().sum())
-        tokens += len(alignment)
+        tokens += counted
     return total / max(tokens, 1)
 
 
@@ -312,6 +355,15 @@ def _describe(part: TermPart) -> str:
 
 def _plain(value: float | SchedulePart) -> Any:
     return value.model_dump(exclude_defaults=True) if isinstance(value, SchedulePart) else value
+
+
+def _describe_teacher(part: TeacherPart, teacher: Teacher) -> str:
+    """What people call it, with the weights of an ensemble."""
+    if part.ensemble is None or not isinstance(teacher, EnsembleTeacher):
+        return part.title
+    members = zip(part.ensemble, teacher.weights.tolist(), strict=True)
+    said = ", ".join(f"{member.title} ({weight:.3f})" for member, weight in members)
+    return f"an ensemble, {part.weights} weights of {part.of.replace('_', '-')}: {said}"
 
 
 def _describe_design(student: StudentPart) -> str:

@@ -26,7 +26,7 @@ class Preflight:
     Args:
         teacher_parameters: of the teacher, where its model is here.
         student_parameters: of the student.
-        vocabulary: tokens that both share.
+        vocabulary: tokens that both share; 0 where the task is of no tokens.
         train_tokens: counting tokens; train_rows, eval_tokens likewise.
         steps: optimiser steps.
         memory_bytes: weights, gradients, Adam's two moments and the loss's buffers.
@@ -34,6 +34,7 @@ class Preflight:
         disk_free_bytes: what the output's disk has.
         seconds: training time, from one timed batch (without the final evaluation).
         notes: what else the run will say.
+        by_bytes: whether teacher and student are compared by bytes, because they may have other tokens.
     """
 
     teacher_parameters: int | None
@@ -48,6 +49,7 @@ class Preflight:
     disk_free_bytes: int
     seconds: float
     notes: tuple[str, ...]
+    by_bytes: bool = False
 
 
 def check(recipe: Recipe) -> Preflight:
@@ -71,16 +73,18 @@ def check(recipe: Recipe) -> Preflight:
         train_rows=len(parts.train.dataset),
         eval_tokens=parts.eval.tokens,
         steps=parts.steps,
-        # Weights, gradient and two moments of the student; the teacher's weights; the loss, which goes through the
+        # Weights, gradient and two moments of the student; the teachers' weights; the loss, which goes through the
         # tokens in chunks and needs no more than student's and teacher's logits and a gradient would take.
         memory_bytes=4 * weights
-        + (0 if parts.teacher_model is None else parts.teacher_model.get_memory_footprint())
-        + min(3 * 4 * _batch_tokens(parts) * parts.vocabulary, LOSS_BYTES),
+        + sum(model.get_memory_footprint() for model in parts.teacher_models)
+        + (weights if recipe.teacher.ema is not None else 0)
+        + min(3 * 4 * _batch_tokens(parts) * max(parts.vocabulary, 1), LOSS_BYTES),
         # A checkpoint is the weights and two moments; while one is written the one before is still there.
         disk_bytes=runs * (2 * 3 * weights + weights),
         disk_free_bytes=shutil.disk_usage(existing).free,
         seconds=runs * parts.steps * _seconds_per_step(parts, student),
         notes=parts.notes,
+        by_bytes=parts.meeting is not None,
     )
 
 
@@ -91,7 +95,9 @@ def _batch_tokens(parts: Parts) -> int:
 def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
     """The time of one optimiser step's batches, forward and backward, from the second of two."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    distiller = Distiller(student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary).to(device)
+    distiller = Distiller(
+        student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary or None, task=parts.recipe.task
+    ).to(device)
     collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
     rows = [parts.train.dataset[i] for i in range(min(parts.batch_rows, len(parts.train.dataset)))]
     batch = {name: value.to(device) for name, value in collate(rows).items()}

@@ -12,19 +12,23 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill import objectives
-from potstill.data import Examples, PaddingCollator, Source, encode, pad_token_id
-from potstill.data.vocabulary import shared_vocabulary
+from potstill.data import Examples, PaddingCollator, pad_token_id
+from potstill.data.vocabulary import own_vocabulary, shared_vocabulary
 from potstill.errors import RecipeError
 from potstill.layers import LayerMap
 from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
+from potstill.prepare_across import meeting, reading_bytes
+from potstill.prepare_across import notes as meeting_notes
 from potstill.prepare_student import begin, design_of, first_student
-from potstill.recipe import Recipe, SourcePart
-from potstill.speaker import find_speaker
+from potstill.prepare_task import encode_data, match_heads, positions_of, token_rows
+from potstill.recipe import Recipe
+from potstill.speaker import Speaker, find_speaker
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
-from potstill.targets import causal_alignment
-from potstill.teachers import ModelTeacher, ServedTeacher, Teacher, important_dimensions
+from potstill.targets import OF_TOKENS, causal_alignment
+from potstill.teachers import CrossTokenizerTeacher, InformedTeacher, ModelTeacher, Teacher, important_dimensions
+from potstill.teachers.crosstok import Meeting
 from potstill.train import Logits, Objective
 from potstill.train.dense import DenseTerm
 from potstill.train.objective import value_at
@@ -42,11 +46,14 @@ class Parts:
         tokenizer: the student's.
         train: what is learnt from.
         eval: what is held out.
-        vocabulary: the number of tokens that both models share.
+        vocabulary: the number of tokens that both models share; 0 where the task is of no tokens.
         anatomy: the student's shape, where a term asks for its layers.
         notes: what the run should say.
         design: the config of a new student; None where it is a model that is there.
         start: what a new student takes over from its teacher; None where it begins with random weights.
+        teacher_models: all models that speak, or are measured beside one that does.
+        meeting: how far both tokenizers meet in the training data, where bytes are compared; the teacher's head and
+            positions are then of tokens of its own.
     """
 
     recipe: Recipe
@@ -61,13 +68,16 @@ class Parts:
     notes: tuple[str, ...]
     design: PretrainedConfig | None = None
     start: Start | None = None
+    teacher_models: tuple[PreTrainedModel, ...] = ()
+    meeting: Meeting | None = None
 
     def new_student(self) -> PreTrainedModel:
         """The student with its first weights: the same at every call."""
         if self.start is not None:
             assert self.teacher_model is not None
             return self.start.student(self.teacher_model, self.recipe.seed)
-        return first_student(self.recipe, self.design)
+        teacher = None if self.teacher_model is None else self.teacher_model.config
+        return first_student(self.recipe, self.design, teacher)
 
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
@@ -84,7 +94,9 @@ class Parts:
             for start in range(0, min(batches * self.batch_rows, len(rows)), self.batch_rows)
         )
         on_device = ({name: x.to(self.teacher_model.device) for name, x in batch.items()} for batch in several)
-        return important_dimensions(self.teacher_model, on_device, [t for _, t in pairs], self.anatomy.width)
+        return important_dimensions(
+            self.teacher_model, on_device, [t for _, t in pairs], self.anatomy.width, self.recipe.task
+        )
 
     @property
     def curve(self) -> Dataset:
@@ -124,30 +136,39 @@ def prepare(recipe: Recipe) -> Parts:
     Raises:
         UserError: they do not.
     """
-    speaker = find_speaker(recipe.teacher, recipe.student.model)
+    speaker = find_speaker(recipe.teacher, recipe.student.model, recipe.task)
     tokenizer = speaker.tokenizer
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
-    design = design_of(recipe.student, speaker.config, max(tokenizer.get_vocab().values()) + 1)
-    student = first_student(recipe, design)
-    models = {"student": student} if speaker.model is None else {"teacher": speaker.model, "student": student}
-    rows = {name: _head_rows(model) for name, model in models.items()}
-    vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
+    elif recipe.student.tokenizer is not None:
+        tokenizer = load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
+    design = design_of(recipe.student, speaker.config, tokenizer)
+    student = first_student(recipe, design, speaker.config)
+    models = {**speaker.models, "student": student}
+    if any(objectives.reads_across(part) for part in recipe.objective):
+        speaker = reading_bytes(recipe, speaker, tokenizer)
+        models = {"student": student}  # the teacher's head and positions are of tokens of its own
+    of_tokens = recipe.task in OF_TOKENS
+    rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
+    if speaker.teacher.other_tokenizer:
+        vocabulary = own_vocabulary(tokenizer, rows)
+    else:
+        vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
+    if not of_tokens:
+        match_heads(recipe.task, models, tokenizer)
 
     max_length = recipe.data.max_length
-    limits = {name: getattr(model.config, "max_position_embeddings", None) for name, model in models.items()}
-    if isinstance(speaker.teacher, ServedTeacher):
+    limits = {name: positions_of(model) for name, model in models.items()}
+    if speaker.teacher.max_length is not None:
         limits["teacher"] = speaker.teacher.max_length
     for name, limit in limits.items():
         if limit and max_length > limit:
             raise RecipeError(
                 f"data.max_length: expected at most {limit}, the {name}'s number of positions, got {max_length}."
             )
-    with PartialState().main_process_first():  # the other ranks then find what it has encoded
-        train, held_out = (
-            encode(_source(part), tokenizer, max_length=max_length, packing=recipe.data.packing)
-            for part in (recipe.data.train, recipe.data.eval)
-        )
+    train, held_out = encode_data(recipe, student, tokenizer)
+    teacher = _who_reads(recipe, speaker, train)
+    teacher.attach(student)
     notes = [*train.notes, *held_out.notes]
     _, pad_note = pad_token_id(tokenizer)
     if pad_note:
@@ -164,27 +185,58 @@ def prepare(recipe: Recipe) -> Parts:
     start = None if design is None else begin(recipe, speaker.model, design, train.dataset, tokenizer)
     parts = Parts(
         recipe,
-        speaker.teacher,
+        teacher,
         speaker.model,
         speaker.config,
         tokenizer,
         train,
         held_out,
-        vocabulary,
+        vocabulary if of_tokens else 0,
         anatomy,
         tuple(notes) + (start.notes if start else ()),
         design,
         start,
+        tuple(speaker.models.values()),
     )
     if anatomy is not None:
-        speaker.teacher.prepare(objectives.check(parts.objective(), anatomy, speaker.teacher.anatomy))
-    if not isinstance(speaker.teacher, ModelTeacher):
-        _try(parts, speaker.teacher)
-        if not speaker.teacher.covers(held_out.dataset):
+        objective = parts.objective()
+        theirs = teacher.anatomy if objective.looks_into_teacher else None
+        teacher.prepare(objectives.check(objective, anatomy, theirs))
+    if isinstance(teacher, CrossTokenizerTeacher):
+        found = meeting(teacher, train.dataset)
+        said = meeting_notes(found, teacher.pair.shared(), vocabulary)
+        parts = replace(parts, meeting=found, notes=(*parts.notes, *said))
+    elif not isinstance(teacher, ModelTeacher):
+        _try(parts, teacher)
+        if not teacher.covers(held_out.dataset):
             parts = replace(
-                parts, notes=(*parts.notes, "cache: the held-out rows are not in it: measured by labels alone.")
+                parts, notes=(*parts.notes, "teacher: it does not know the held-out rows: measured by labels alone.")
             )
     return parts
+
+
+def _who_reads(recipe: Recipe, speaker: Speaker, train: Examples) -> Teacher:
+    """The teacher, with its own prompts where the training data has them.
+
+    Raises:
+        RecipeError: it cannot read them.
+    """
+    if not train.teacher_longest:
+        return speaker.teacher
+    if recipe.teacher.cache is not None or recipe.teacher.ensemble is not None:
+        raise RecipeError(
+            "data.train: expected a teacher that reads its own prompts, got "
+            f"{'a cache' if recipe.teacher.cache is not None else 'an ensemble'}. What it says is known of the "
+            "student's rows alone. Name one with teacher.model, or leave teacher_prompt out."
+        )
+    limits = [getattr(model.config, "max_position_embeddings", None) for model in speaker.models.values()]
+    limit = min((each for each in [*limits, speaker.teacher.max_length] if each), default=None)
+    if limit is not None and train.teacher_longest > limit:
+        raise RecipeError(
+            f"data.train: expected rows of at most {limit} tokens for the teacher, its number of positions, got "
+            f"{train.teacher_longest} with its own prompt. Shorten teacher_prompt, or lower data.max_length."
+        )
+    return InformedTeacher(speaker.teacher)
 
 
 def _try(parts: Parts, teacher: Teacher) -> None:
@@ -202,11 +254,3 @@ def _try(parts: Parts, teacher: Teacher) -> None:
                 token_divergence(
                     torch.zeros(len(alignment), parts.vocabulary), said, term.divergence, temperature=temperature
                 )
-
-
-def _head_rows(model: PreTrainedModel) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
-
-
-def _source(part: SourcePart) -> Source:
-    return Source(**part.model_dump())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from potstill.data import in_batches
 from potstill.errors import RecipeError
@@ -20,8 +21,10 @@ from potstill.students.initialize import Start, random_student, start
 ROWS = 8  # in a batch, where importance is measured
 
 
-def design_of(part: StudentPart, teacher: PretrainedConfig | None, vocabulary: int) -> PretrainedConfig | None:
-    """The config of a new student, which has `vocabulary` tokens and no padding rows; None for one that is there.
+def design_of(
+    part: StudentPart, teacher: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> PretrainedConfig | None:
+    """The config of a new student, which has the tokenizer's tokens and no padding rows; None for one that is there.
 
     Raises:
         RecipeError: nothing is known of the teacher's config.
@@ -33,18 +36,30 @@ def design_of(part: StudentPart, teacher: PretrainedConfig | None, vocabulary: i
             "student.design: expected a teacher whose config is here, got none: it is changed. "
             "Name a student with student.model instead."
         )
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    if part.tokenizer is not None:  # the teacher's special tokens have other ids, or none
+        teacher = copy.deepcopy(teacher)
+        for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(teacher, role, getattr(tokenizer, role))
     if not isinstance(part.design, BudgetPart):
         return student_config(teacher, part.design, vocabulary)
     params = None if part.design.params is None else parse_count(part.design.params)
     return Budget(**{**part.design.model_dump(), "params": params}).student(teacher, vocabulary=vocabulary)
 
 
-def first_student(recipe: Recipe, design: PretrainedConfig | None) -> PreTrainedModel:
-    """The recipe's student as it is there, or with random weights."""
+def first_student(
+    recipe: Recipe, design: PretrainedConfig | None, teacher: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """The recipe's student as it is there, or with random weights. A head that is not there is random, too; a
+    classifier has the teacher's classes.
+    """
     if design is not None:
         return random_student(design, recipe.seed)
     assert recipe.student.model is not None
-    return load_model(recipe.student.model, "student.model", "float32")
+    if recipe.task == "causal":
+        return load_model(recipe.student.model, "student.model", "float32")
+    set_seed(recipe.seed)
+    return load_model(recipe.student.model, "student.model", "float32", recipe.task, labels_of=teacher)
 
 
 def begin(

@@ -29,6 +29,7 @@ from potstill.loading import load_model, quiet
 from potstill.pipeline import require_free, run
 from potstill.recipe import Recipe
 from potstill.recipe.document import read_list
+from potstill.targets import DISTRIBUTIONS
 
 Engine = Literal["process", "ray"]
 
@@ -172,6 +173,12 @@ def sweep(
     if engine not in get_args(Engine):
         raise UserError(f"--engine: expected {' or '.join(get_args(Engine))}, got {engine}.")
     points = grid(values, axes, out, origin)
+    for point in points:
+        if point.recipe.task not in DISTRIBUTIONS:
+            raise RecipeError(
+                f"sweep: expected a task of {', '.join(sorted(DISTRIBUTIONS))}, got {point.recipe.task}. "
+                "Runs are weighed by their likelihoods."
+            )
     if (out / "recipe.yaml").exists():
         raise RecipeError(f"--out: expected a sweep's or a new directory, got {out}, which holds a run.")
     for point in points:

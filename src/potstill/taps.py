@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError
-from potstill.heads import run, undisturbed
+from potstill.heads import cut, run, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +42,24 @@ class Needs:
         hidden: layers whose hidden states are.
         attentions: layers whose attention maps are.
         vectors: layers whose queries, keys and values are.
+        exits: layers whose hidden states are, as the model's head would read them.
     """
 
     hidden: frozenset[int] = frozenset()
     attentions: frozenset[int] = frozenset()
     vectors: frozenset[int] = frozenset()
+    exits: frozenset[int] = frozenset()
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(self.hidden | other.hidden, self.attentions | other.attentions, self.vectors | other.vectors)
+        return Needs(
+            self.hidden | other.hidden,
+            self.attentions | other.attentions,
+            self.vectors | other.vectors,
+            self.exits | other.exits,
+        )
 
     def __bool__(self) -> bool:
-        return bool(self.hidden or self.attentions or self.vectors)
+        return bool(self.hidden or self.attentions or self.vectors or self.exits)
 
 
 class Vectors(NamedTuple):
@@ -79,11 +86,13 @@ class Inside:
         hidden: [B, T, H] what the layer gives, before the model's last norm.
         attentions: [B, A, T, T] probabilities: how much each token looks at each.
         vectors: see `Vectors`.
+        exits: [B, T, H] what the layer gives, behind the model's last norm.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     attentions: dict[int, Tensor] = field(default_factory=dict)
     vectors: dict[int, Vectors] = field(default_factory=dict)
+    exits: dict[int, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Inside:
         """The same on a device."""
@@ -91,6 +100,7 @@ class Inside:
             {i: each.to(device) for i, each in self.hidden.items()},
             {i: each.to(device) for i, each in self.attentions.items()},
             {i: Vectors(*(one.to(device) for one in each)) for i, each in self.vectors.items()},
+            {i: each.to(device) for i, each in self.exits.items()},
         )
 
 
@@ -133,6 +143,7 @@ class Taps:
                 f"{_kind(model)}: expected a decoder or an encoder of transformers to look into, got none."
             )
         self._config = config.get_text_config()
+        self._last_norm = ""
         depth = self._config.num_hidden_layers
         lists = [(name, len(each)) for name, each in model.named_modules() if isinstance(each, nn.ModuleList)]
         self._layers = next((name for name, length in lists if length == depth), None)
@@ -182,6 +193,8 @@ class Taps:
             "input_ids": torch.arange(6, device=rows.device).reshape(2, 3) % len(rows),
             "attention_mask": torch.ones(2, 3, dtype=torch.long, device=rows.device),
         }
+        if needs.exits:
+            self._last_norm = self._find_last_norm(batch)
         with undisturbed(self.model):
             _, heard = self.hear(needs, partial(run, self.model, batch))
         for kind, found in (("attention maps", heard.attentions), ("hidden states", heard.hidden)):
@@ -229,11 +242,12 @@ class Taps:
             {i: self._tensor(heard, ("hidden", i), 0) for i in sorted(needs.hidden)},
             {i: self._tensor(heard, ("attention", i), 1) for i in sorted(needs.attentions)},
             {i: self._vectors(heard, i) for i in sorted(needs.vectors)},
+            {i: self._behind_last_norm(self._tensor(heard, ("hidden", i), 0)) for i in sorted(needs.exits)},
         )
 
     def _modules(self, needs: Needs) -> Iterator[tuple[tuple[str, int], nn.Module]]:
         """Each module to listen to, and what it says."""
-        for i in needs.hidden:
+        for i in needs.hidden | needs.exits:
             yield ("hidden", i), self.layer(i)
         for i in needs.attentions:
             yield ("attention", i), self._attention(i)[0]
@@ -246,6 +260,54 @@ class Taps:
         """The layer of that number, from 0."""
         found: nn.Module = self.model.get_submodule(f"{self._layers}.{i}")
         return found
+
+    def _behind_last_norm(self, states: Tensor) -> Tensor:
+        if not self._last_norm:
+            return states
+        normed: Tensor = self.model.get_submodule(self._last_norm)(states)
+        return normed
+
+    def _find_last_norm(self, batch: Mapping[str, Tensor]) -> str:
+        """The name of what stands between the last layer and the head, by what goes in and out; "" for nothing.
+
+        Raises:
+            ModelError: it is not one module, or the head is not plain.
+        """
+        how = cut(self.model)
+        if how is None:
+            raise ModelError(
+                f"{_kind(self.model)}: expected a model with a plain head, through which its layers are read, got one "
+                "that gives whole logits. Leave out the term, or the adapter on the head."
+            )
+        seen: list[tuple[str, Tensor, Tensor]] = []
+
+        def hook(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
+            if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+                seen.append((name, inputs[0], output))
+
+        outside = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if name.startswith(f"{how.body}.") and not name.startswith(f"{self._layers}.")
+        ]
+        handles = [module.register_forward_hook(partial(hook, name)) for name, module in outside]
+        last = Needs(hidden=frozenset([self.anatomy.layers - 1]))
+        try:
+            with undisturbed(self.model):
+                final, inside = self.hear(last, partial(how.hidden, batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+        (state,) = inside.hidden.values()
+        if torch.equal(state, final):
+            return ""
+        for name, before, after in seen:
+            if torch.equal(before, state) and torch.equal(after, final):
+                return name
+        raise ModelError(
+            f"{_kind(self.model)}: expected one norm between its last layer and its head, got something else. Its "
+            "earlier layers cannot be read through its head."
+        )
 
     def _attention(self, i: int) -> tuple[nn.Module, tuple[str, ...]]:
         """A layer's attention, and the names of what projects to queries, keys and values."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,24 @@ from torch import Tensor
 from potstill.divergence import LOG_ZERO
 from potstill.errors import ShapeError, VocabularyError
 
-IGNORE = -100  # a label that does not count, as everywhere in PyTorch
+IGNORE = -100  # a label that does not count, as everywhere in PyTorch; NaN where labels are numbers
+
+# What models are asked for, and so which positions count:
+#     causal: the next token                        labels [B, T] of the tokens themselves
+#     masked: the token behind a mask               labels [B, T], -100 where there is no mask
+#     classification: one of some classes           labels [B]
+#     regression: a number                          labels [B], floating point, NaN where unknown
+#     encoder: nothing, it has layers and no head   labels [B], 0 for a row that counts
+Task = Literal["causal", "masked", "classification", "regression", "encoder"]
+TASKS: frozenset[Task] = frozenset(get_args(Task))
+DISTRIBUTIONS = TASKS - {"regression", "encoder"}  # a model's answer is a probability of each token or class
+ANSWERS = TASKS - {"encoder"}  # there is an answer, by a head
+OF_TOKENS = frozenset[Task](("causal", "masked"))  # the answer is one of the vocabulary
+JUDGED = frozenset[Task](("classification", "regression"))  # data have a label for each row
+INSTEAD = {  # for errors: what else goes with a task
+    "regression": "A number has no distribution. Use values for the teacher's number, labels for the data's",
+    "encoder": "There is no head. Use terms over layers: hidden, attention, relations, similarity",
+}
 
 
 @dataclass(frozen=True)
@@ -98,13 +115,22 @@ class DenseTargets:
         return self.logits.shape[-1]
 
     @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.logits.device
+
+    @property
     def leading(self) -> torch.Size:
         """The shape without V."""
         return self.logits.shape[:-1]
 
-    def dense(self) -> Tensor:
-        """The logits [..., V]."""
+    def dense(self, temperature: float = 1.0) -> Tensor:
+        """The logits [..., V]; they are the same for every temperature."""
         return self.logits
+
+    def rows(self, part: slice) -> DenseTargets:
+        """The targets of some of the positions."""
+        return DenseTargets(self.logits[part])
 
     def slice(self, size: int) -> DenseTargets:
         """The targets over the first `size` tokens; see `LMHead.slice`."""
@@ -131,13 +157,22 @@ class HeadTargets:
         return self.head.vocabulary
 
     @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.hidden.device
+
+    @property
     def leading(self) -> torch.Size:
         """The shape without V."""
         return self.hidden.shape[:-1]
 
-    def dense(self) -> Tensor:
-        """The logits [..., V]."""
+    def dense(self, temperature: float = 1.0) -> Tensor:
+        """The logits [..., V]; they are the same for every temperature."""
         return self.head.logits(self.hidden)
+
+    def rows(self, part: slice) -> HeadTargets:
+        """The targets of some of the positions."""
+        return HeadTargets(self.hidden[part], self.head)
 
     def slice(self, size: int) -> HeadTargets:
         """The targets over the first `size` tokens; see `LMHead.slice`."""
@@ -187,6 +222,11 @@ class SparseTargets:
             raise ShapeError(f"SparseTargets: expected temperature > 0, got {self.temperature}.")
 
     @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.ids.device
+
+    @property
     def leading(self) -> torch.Size:
         """The shape without K."""
         return self.ids.shape[:-1]
@@ -219,6 +259,19 @@ class SparseTargets:
             kept, others = log_probs, missing.clamp_min(torch.finfo(log_probs.dtype).eps).log()
         return torch.cat([kept, others], -1).clamp_min(LOG_ZERO)
 
+    def spread(self, vocabulary: int, temperature: float) -> Tensor:
+        """The log-probabilities [..., V] of all tokens, of targets that leave nothing to the others."""
+        assert self.kind != "bucket"
+        kept = self.events(temperature)[..., :-1].exp()
+        chances = kept.new_zeros(*self.leading, vocabulary)
+        # Added and not written: slots that are not used share their id with one that may be.
+        chances.scatter_add_(-1, self.ids.to(torch.int64) * self.used(), kept)
+        return chances.log_().clamp_min_(LOG_ZERO)
+
+    def rows(self, part: slice) -> SparseTargets:
+        """The targets of some of the positions."""
+        return replace(self, ids=self.ids[part], log_probs=self.log_probs[part])
+
     def slice(self, size: int) -> SparseTargets:
         """The same targets, after a look that they speak of the first `size` tokens only.
 
@@ -234,7 +287,120 @@ class SparseTargets:
         return self
 
 
-Targets = DenseTargets | HeadTargets | SparseTargets
+Whole = DenseTargets | HeadTargets
+
+
+@dataclass(frozen=True)
+class MixtureTargets:
+    """Several teachers that speak as one, at every temperature of the loss.
+
+        of probabilities:   p = sum_i w_i softmax(z_i / T)                          the mixture
+        of log_probs:       p = softmax(sum_i w_i z_i / T)                          the normalised geometric mean
+
+    The first is not softmax(z / T) of any one z for all T: that is why the members are kept, and mixed where logits are
+    made of them, a few tokens at a time.
+
+    Args:
+        members: over the same positions and the same V: `DenseTargets` and `HeadTargets`. In a mixture of
+            probabilities also `SparseTargets` of kind sampled (the mixture then is a sample too: unbiased for
+            divergences that are linear in the teacher, refused for all else) and renormalized, beside a whole one.
+        weights: [M], not negative, whose sum is 1; without gradient.
+        of: see above.
+
+    Raises:
+        ShapeError: the members' positions or number of weights differ, or a member is no distribution over V.
+        VocabularyError: the members' vocabularies differ.
+    """
+
+    members: tuple[Whole | SparseTargets, ...]
+    weights: Tensor
+    of: Literal["probabilities", "log_probs"] = "probabilities"
+
+    def __post_init__(self) -> None:
+        if self.of not in ("probabilities", "log_probs"):
+            raise ShapeError(f"MixtureTargets: expected of probabilities or log_probs, got {self.of!r}.")
+        if self.weights.shape != (len(self.members),):
+            raise ShapeError(
+                f"MixtureTargets: expected a weight for each of {len(self.members)} members, got weights of shape "
+                f"{list(self.weights.shape)}."
+            )
+        sparse = {one.kind for one in self.members if isinstance(one, SparseTargets)}
+        if not self._whole or "bucket" in sparse or (sparse and self.of == "log_probs"):
+            raise ShapeError(
+                f"MixtureTargets: expected members with whole distributions for a mixture of {self.of}, got "
+                f"{' and '.join(sorted(sparse)) or 'none'}. What a few tokens leave out is not known. Use "
+                "potstill.teachers.ensemble.mix, which knows what can be mixed."
+            )
+        if len({one.leading for one in self.members}) > 1:
+            places = [[*one.leading] for one in self.members]
+            raise ShapeError(f"MixtureTargets: expected members of the same positions, got {places}.")
+        if len({one.vocabulary for one in self._whole}) > 1:
+            raise VocabularyError(
+                f"MixtureTargets: expected members of one vocabulary, got {[one.vocabulary for one in self._whole]}. "
+                "If heads are only padded, slice each to the shared real size with slice(n) first."
+            )
+
+    @property
+    def _whole(self) -> list[Whole]:
+        return [one for one in self.members if not isinstance(one, SparseTargets)]
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self._whole[0].vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.members[0].device
+
+    @property
+    def leading(self) -> torch.Size:
+        """The shape without V."""
+        return self.members[0].leading
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a member is a sample."""
+        return any(isinstance(one, SparseTargets) and one.kind == "sampled" for one in self.members)
+
+    def dense(self, temperature: float = 1.0) -> Tensor:
+        """Logits [..., V] whose softmax at this temperature is what the members say there together.
+
+        However many members there are, no more than three [..., V] exist at a time.
+
+        Raises:
+            ShapeError: a sample was taken at another temperature.
+        """
+        total: Tensor | None = None
+        for member, weight in zip(self.members, self.weights.tolist(), strict=True):
+            if not weight:
+                continue
+            if isinstance(member, SparseTargets):
+                log_p = member.spread(self.vocabulary, temperature)
+            else:
+                logits = member.dense()
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+                log_p = torch.log_softmax(logits.clamp_min_(LOG_ZERO), -1)
+            if self.of == "log_probs":
+                log_p = log_p.clamp_min(LOG_ZERO) * weight
+                total = log_p if total is None else total + log_p
+            else:
+                log_p = log_p + math.log(weight)
+                total = log_p if total is None else torch.logaddexp(total, log_p)
+        assert total is not None
+        return total.clamp_min(LOG_ZERO) * temperature
+
+    def rows(self, part: slice) -> MixtureTargets:
+        """The targets of some of the positions."""
+        return replace(self, members=tuple(one.rows(part) for one in self.members))
+
+    def slice(self, size: int) -> MixtureTargets:
+        """The targets over the first `size` tokens; see `LMHead.slice`."""
+        return replace(self, members=tuple(one.slice(size) for one in self.members))
+
+
+Targets = DenseTargets | HeadTargets | SparseTargets | MixtureTargets
 
 
 @dataclass(frozen=True)
@@ -243,8 +409,8 @@ class Alignment:
 
     Args:
         positions: [N] into the flattened [B * T].
-        labels: [N] token ids.
-        length: T.
+        labels: [N] token ids; classes or numbers where rows are judged.
+        length: T; 1 where a row is one position.
         weights: [N] how much each counts in means over tokens; None where all count the same.
     """
 
@@ -266,40 +432,56 @@ class Alignment:
         return self.positions % self.length
 
 
-def counting(labels: Tensor) -> Tensor:
-    """Which positions of a causal model count: t does when the label at t + 1 is not -100.
+def counting(labels: Tensor, task: Task = "causal") -> Tensor:
+    """Which positions count. This and `align` are the only places that know the causal shift.
 
-    This is the only place that knows the causal shift.
+    causal: t does when the label at t + 1 is not -100. masked: t does when its own label is not. All others: the row
+    does when its label is there.
 
     Args:
-        labels: [B, T], -100 where a token does not count. Not shifted: labels[t] is the token at t.
+        labels: [B, T], not shifted: labels[t] is the token at t; [B] where rows are judged. See `Task`.
+        task: what the model is asked for.
 
     Returns:
-        [B, T - 1] bool, for positions 0 to T - 2.
+        [B, T - 1] bool, for positions 0 to T - 2; [B, T] for masked; [B, 1] for rows.
     """
-    return labels[:, 1:] != IGNORE
+    if task == "causal":
+        return labels[:, 1:] != IGNORE
+    if task == "masked":
+        return labels != IGNORE
+    rows = labels.unsqueeze(1)
+    return ~rows.isnan() if task == "regression" else rows != IGNORE
 
 
-def causal_alignment(labels: Tensor, weights: Tensor | None = None) -> Alignment:
-    """The counting positions of a batch of unshifted labels [B, T]; see `counting`.
+def align(labels: Tensor, task: Task = "causal", weights: Tensor | None = None) -> Alignment:
+    """The counting positions of a batch of labels, and what should have been said there; see `counting`.
 
     Args:
-        labels: [B, T].
-        weights: [B, T], not shifted either: weights[t] is how much the token at t counts; None for all the same.
+        labels: [B, T] or [B].
+        task: what the model is asked for.
+        weights: of the labels' shape, shifted as little as they are: how much each counts; None for all the same.
     """
-    rows, columns = counting(labels).nonzero(as_tuple=True)
-    said = (rows, columns + 1)
-    positions = rows * labels.shape[1] + columns
-    return Alignment(positions, labels[said], labels.shape[1], None if weights is None else weights[said])
+    rows, columns = counting(labels, task).nonzero(as_tuple=True)
+    if labels.ndim == 1:
+        return Alignment(rows, labels[rows], 1, None if weights is None else weights[rows])
+    length, shift = labels.shape[1], int(task == "causal")
+    said = (rows, columns + shift)
+    return Alignment(rows * length + columns, labels[said], length, None if weights is None else weights[said])
 
 
-def attended(batch: Mapping[str, Tensor]) -> Tensor:
+def causal_alignment(labels: Tensor) -> Alignment:
+    """`align` for what is causal alone: caches and servers."""
+    return align(labels)
+
+
+def attended(batch: Mapping[str, Tensor], task: Task = "causal") -> Tensor:
     """Which positions of a batch have hidden states and attention to learn from: [B, T] bool.
 
     All that are no padding, prompts too: what a token's states are depends on nothing that comes after it. In a row
     without a counting position none is: such rows only fill up batches.
 
     Args:
-        batch: attention_mask and labels, [B, T] each.
+        batch: attention_mask [B, T] and labels.
+        task: what the model is asked for.
     """
-    return batch["attention_mask"].bool() & counting(batch["labels"]).any(1, keepdim=True)
+    return batch["attention_mask"].bool() & counting(batch["labels"], task).any(1, keepdim=True)

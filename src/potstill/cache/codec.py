@@ -20,7 +20,7 @@ from torch import Tensor
 
 from potstill.cache.planes import Reader, pack, pack_floats
 from potstill.errors import ShapeError, nearest
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
 
 BLOCK = 64  # tokens of the vocabulary that are drawn from together
 SCALE = 56.0  # a log-probability of -x nats has the code round(SCALE * sqrt(x)): fine where much mass is, to 20.6 nats
@@ -372,6 +372,11 @@ def _logits(said: Targets, codec: str) -> Tensor:
     if isinstance(said, SparseTargets):
         raise ShapeError(
             f"{codec}: expected a teacher with whole distributions, got sparse targets. Use the codec top_k."
+        )
+    if isinstance(said, MixtureTargets):
+        raise ShapeError(
+            f"{codec}: expected one teacher, got several that are mixed: what they say together at another temperature "
+            "would not be known. Keep each in a cache of its own, and mix the caches."
         )
     return said.dense()
 

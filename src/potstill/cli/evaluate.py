@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from potstill.cli.app import app, console
-from potstill.errors import UserError
+from potstill.errors import UserError, nearest
+from potstill.targets import TASKS, Task
 
 
 @app.command()
@@ -22,6 +23,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="the JSON file that everything is written to")],
     teacher: Annotated[str | None, typer.Option(help="the model to compare with")] = None,
     field: Annotated[str | None, typer.Option(help="the column of plain text")] = None,
+    task: Annotated[str, typer.Option(help="causal, masked, classification, regression or encoder")] = "causal",
+    pair: Annotated[str | None, typer.Option(help="the column of second texts, where rows are judged")] = None,
+    label: Annotated[str | None, typer.Option(help="the column of classes or numbers, where rows are judged")] = None,
     max_length: Annotated[int, typer.Option(help="tokens in a row at most", min=2)] = 512,
     packing: Annotated[bool, typer.Option("--packing", help="join plain text into rows of --max-length")] = False,
     generations: Annotated[int, typer.Option(help="rows that are continued, for ROUGE and BLEU", min=0)] = 0,
@@ -46,12 +50,14 @@ def evaluate(
     )
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out: expected a file in a folder that is there, got {out}. Make its folder first.")
-    source = Source(data, field=field)
-    found = measure(student, teacher, source, max_length=max_length, packing=packing, measures=measures)
+    if task not in TASKS:
+        raise UserError(f"--task: expected one of {', '.join(sorted(TASKS))}, got {task}.{nearest(task, TASKS)}")
+    source = Source(data, field=field, pair=pair, label=label)
+    found = measure(student, teacher, source, max_length=max_length, packing=packing, measures=measures, task=task)
     from potstill.atomic import write_text
 
     write_text(out, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    _show(found)
+    _show(found, task)
     console.print(f"figures {out}", highlight=False)
 
 
@@ -62,30 +68,19 @@ def _numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(found: dict[str, Any], task: Task) -> None:
     """A table with a column for each model."""
     from potstill.evaluate import words
-
-    def percent(share: float) -> str:
-        return words.percent(share, 1)
+    from potstill.evaluate.measures import FURTHER, QUALITY
 
     models = found["models"]
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", *models):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    measures = (
-        ("held-out loss, nats a token", "loss", words.nats),
-        ("perplexity", "perplexity", words.perplexity),
-        ("top-1 agreement with the teacher", "agreement", percent),
-        ("top-10 agreement", "top_k_agreement", percent),
-        ("KL to the teacher, nats a token", "kl", words.nats),
-        ("Jensen-Shannon divergence", "js", words.nats),
-        ("calibration error (ECE)", "ece", percent),
-    )
-    for name, key, form in measures:
-        values = [model["quality"][key] for model in models.values()]
+    for measure in (*QUALITY[task], *FURTHER[task]):
+        values = [model["quality"].get(measure.key) for model in models.values()]
         if None not in values:
-            table.add_row(name, *(form(value) for value in values))
+            table.add_row(measure.name, *(measure.write(value) for value in values))
     if found["data"]["bytes"]:
         table.add_row("bits per byte", *(words.nats(model["bits_per_byte"]) for model in models.values()))
     for key, name in (("rouge1", "ROUGE-1"), ("rouge2", "ROUGE-2"), ("rouge_l", "ROUGE-L"), ("bleu", "BLEU")):
@@ -101,8 +96,9 @@ def _show(found: dict[str, Any]) -> None:
         speeds = [model["speed"][i] for model in models.values()]
         table.add_row(f"latency, {at}", *(words.milliseconds(each["latency_ms"]) for each in speeds))
         table.add_row(f"tokens a second, {at}", *(words.count(each["tokens_per_second"]) for each in speeds))
-        table.add_row(f"first token, {at}", *(words.milliseconds(each["first_token_ms"]) for each in speeds))
-        table.add_row(f"next token, {at}", *(words.milliseconds(each["next_token_ms"]) for each in speeds))
+        for key, name in (("first_token_ms", "first token"), ("next_token_ms", "next token")):
+            if None not in (times := [each[key] for each in speeds]):
+                table.add_row(f"{name}, {at}", *(words.milliseconds(time) for time in times))
         if None not in (peaks := [each["peak_bytes"] for each in speeds]):
             table.add_row(f"peak memory, {at}", *(words.size(peak) for peak in peaks))
     Console().print(table, highlight=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,9 +76,14 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
         student += f", {found.teacher_parameters / found.student_parameters:.1f} times smaller"
         table.add_row("teacher", f"{found.teacher_parameters:,} parameters")
     table.add_row("student", student)
-    table.add_row("vocabulary", f"{found.vocabulary:,} tokens, the same for both")
-    table.add_row("train", f"{found.train_tokens:,} tokens that count, in {found.train_rows:,} rows")
-    table.add_row("eval", f"{found.eval_tokens:,} tokens that count")
+    if found.vocabulary:
+        same = "the student's own: compared by bytes" if found.by_bytes else "the same for both"
+        table.add_row("vocabulary", f"{found.vocabulary:,} tokens, {same}")
+        table.add_row("train", f"{found.train_tokens:,} tokens that count, in {found.train_rows:,} rows")
+        table.add_row("eval", f"{found.eval_tokens:,} tokens that count")
+    else:
+        table.add_row("train", f"{found.train_rows:,} rows")
+        table.add_row("eval", f"{found.eval_tokens:,} rows")
     table.add_row("steps", f"{found.steps:,}")
     table.add_row("memory", f"about {words.size(found.memory_bytes)} and the activations of one batch")
     table.add_row("disk", f"about {words.size(found.disk_bytes)} of {words.size(found.disk_free_bytes)} free")
@@ -130,7 +134,7 @@ def _finish(result: Any) -> None:
     """Show the table, the verdict and where everything is; once, whatever the number of ranks."""
     from accelerate import PartialState
 
-    from potstill.evaluate import words
+    from potstill.evaluate.measures import of_run
     from potstill.evaluate.report import verdict
 
     if not PartialState().is_main_process:
@@ -139,17 +143,9 @@ def _finish(result: Any) -> None:
     table = Table(title=result.summary["name"], title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", *rows):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    measures: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "held-out loss, nats a token": ("loss", words.nats),
-        "perplexity": ("perplexity", words.perplexity),
-        "top-1 agreement with the teacher": ("agreement", lambda share: words.percent(share, 1)),
-        "KL to the teacher, nats a token": ("kl", words.nats),
-        "parameters": ("parameters", words.count),
-        "size": ("bytes", words.size),
-        "latency of one row": ("latency_ms", words.milliseconds),
-    }
-    for measure, (key, form) in measures.items():
-        table.add_row(measure, *("–" if row[key] is None else form(row[key]) for row in rows.values()))
+    for measure in of_run(result.summary["task"], "bits_per_byte" in rows["student"]):
+        values = [row[measure.key] for row in rows.values()]
+        table.add_row(measure.name, *("–" if value is None else measure.write(value) for value in values))
     out = Console()
     out.print(table, highlight=False)
     out.print(verdict(result.summary), highlight=False)

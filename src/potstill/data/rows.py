@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -19,14 +19,20 @@ from potstill.data.sources import Kind
 from potstill.data.spans import Span, places
 from potstill.data.weighing import SPANS, Completion, SpanWeights, token_weights
 from potstill.errors import DataError
-from potstill.targets import IGNORE
+from potstill.targets import IGNORE, Task
 
 
 class Row(NamedTuple):
-    """One example. Neither labels are shifted nor weights, which say how much each token counts."""
+    """One example; and what the teacher reads instead, where that is something else.
+
+    Neither labels are shifted nor weights, which say how much each token counts.
+    """
 
     input_ids: list[int]
-    labels: list[int]
+    labels: list[int] | int | float
+    token_type_ids: list[int] | None = None
+    teacher_input_ids: list[int] | None = None
+    teacher_labels: list[int] | None = None
     weights: list[float] | None = None
 
 
@@ -39,7 +45,9 @@ class Encoding:
         max_length: tokens of the longest row.
         packing: documents in one stream.
         file: its name, for messages.
-        facts: `empty` rows that were skipped and `cut` rows are added to it.
+        facts: `empty` rows that were skipped and `cut` rows are added to it, and the `teacher_longest` row is noted.
+        task: what the model is asked for.
+        classes: the numbers of classes by their names, for classification.
         span_weights: see `Source`.
     """
 
@@ -48,6 +56,8 @@ class Encoding:
     packing: bool
     file: str
     facts: Counter[str]
+    task: Task = "causal"
+    classes: Mapping[str, int] = field(default_factory=dict)
     span_weights: SpanWeights | None = None
 
     def rows(self, dataset: Dataset, kind: Kind) -> Iterator[Row]:
@@ -58,11 +68,18 @@ class Encoding:
         """
         if kind == "text":
             return _text_rows(dataset, self)
+        own: Iterator[_Answered] | None = None
+        columns = set(dataset.column_names)
         if kind == "completion":
-            return _with_room(_completions(dataset, self), self)
-        if kind == "messages":
-            return _with_room(_conversations(dataset, self), self)
-        return _given_ids(dataset, self)
+            rows = _with_room(_completions(dataset, self), self)
+            own = _completions(dataset, self, "teacher_prompt") if "teacher_prompt" in columns else None
+        elif kind == "messages":
+            rows = _with_room(_conversations(dataset, self), self)
+            own = _conversations(dataset, self, "teacher_messages") if "teacher_messages" in columns else None
+        else:
+            rows = (self.cut(one.ids, one.labels, one.weights) for one in _given_ids(dataset, self))
+            own = _given_ids(dataset, self, "teacher_") if "teacher_input_ids" in columns else None
+        return rows if own is None else _beside(rows, own, self)
 
     def tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """The ids of texts, with or without the special tokens that the tokenizer adds."""
@@ -89,23 +106,39 @@ class Encoding:
         """Where tokens stand in texts, where anything is said of spans."""
         return [[] for _ in texts] if self.span_weights is None else places(self.tokenizer, texts)
 
-    def weighed(self, row: Row, said: Mapping[str, Any], where: str, completion: Completion | None = None) -> Row:
+    def weighed(self, one: _Answered, said: Mapping[str, Any], completion: Completion | None = None) -> _Answered:
         """The row with how much each of its tokens counts, where the file says so. A weight of 0 is a label of -100."""
-        weights = token_weights(said, len(row.input_ids), self.span_weights, completion, where)
+        weights = token_weights(said, len(one.ids), self.span_weights, completion, self.where(one.number))
         if weights is None:
-            return row
-        labels = [label if weight else IGNORE for label, weight in zip(row.labels, weights, strict=True)]
-        return Row(row.input_ids, labels, weights)
-
-    def cut(self, row: Row) -> Row:
-        """The first max_length tokens."""
-        self.facts["cut"] += len(row.input_ids) > self.max_length
-        most = slice(self.max_length)
-        return Row(row.input_ids[most], row.labels[most], None if row.weights is None else row.weights[most])
+            return one
+        labels = [label if weight else IGNORE for label, weight in zip(one.labels, weights, strict=True)]
+        return one._replace(labels=labels, weights=weights)
 
     def where(self, number: int) -> str:
         """What a row is called in messages."""
         return f"row {number} of {self.file}"
+
+    def cut(self, ids: list[int], labels: list[int], weights: list[float] | None = None) -> Row:
+        """The first max_length tokens."""
+        self.facts["cut"] += len(ids) > self.max_length
+        most = slice(self.max_length)
+        return Row(ids[most], labels[most], weights=None if weights is None else weights[most])
+
+    def maskable(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows with labels for tokens of the text alone, and none for special ones."""
+        special = {*self.tokenizer.all_special_ids}
+        for row in rows:
+            assert isinstance(row.labels, list)
+            pairs = zip(row.input_ids, row.labels, strict=True)
+            yield Row(row.input_ids, [IGNORE if i in special else label for i, label in pairs])
+
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer itself puts before and after a text: [CLS] and [SEP], BOS, EOS."""
+        (bare,), (whole,) = self.tokens(["a"], special=False), self.tokens(["a"], special=True)
+        for start in range(len(whole) - len(bare) + 1):
+            if bare and whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        return [], []
 
     def filled(self, dataset: Dataset, column: str) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
         """Batches without the rows whose `column` is empty, and the rows' numbers in the file, from 1."""
@@ -137,6 +170,8 @@ def in_groups(texts: list[str], characters: int = 1 << 22) -> Iterator[list[str]
 
 
 def _text_rows(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
+    if encoding.task == "masked" and not encoding.packing:
+        return _framed_windows(dataset, encoding)
     arrange = packed if encoding.packing else windows
     return (Row(ids, ids) for ids in arrange(_documents(dataset, encoding), encoding.max_length))
 
@@ -145,6 +180,22 @@ def _documents(dataset: Dataset, encoding: Encoding) -> Iterator[list[int]]:
     for _, batch in encoding.filled(dataset, "text"):
         for ids in encoding.tokens(batch["text"], special=True):
             yield encoding.closed(ids)
+
+
+def _framed_windows(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
+    """Each document in windows that all have the special tokens around them, as masked language models know them."""
+    before, after = encoding.frame()
+    room = encoding.max_length - len(before) - len(after)
+    if room < 1:
+        raise DataError(
+            f"data: expected max_length above {len(before) + len(after)}, the special tokens of a row, got "
+            f"{encoding.max_length}. Raise max_length."
+        )
+    for _, batch in encoding.filled(dataset, "text"):
+        for ids in encoding.tokens(batch["text"], special=False):
+            for start in range(0, len(ids), room):
+                row = [*before, *ids[start : start + room], *after]
+                yield Row(row, row)
 
 
 def packed(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
@@ -175,7 +226,9 @@ def windows(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
 class _Answered(NamedTuple):
     number: int  # of the row in the file
     prompt: int  # tokens before the first that counts
-    row: Row
+    ids: list[int]
+    labels: list[int]
+    weights: list[float] | None = None
 
 
 def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Row]:
@@ -183,8 +236,8 @@ def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Ro
     full: list[_Answered] = []
     for one in answered:
         if one.prompt >= encoding.max_length:
-            full.append(one._replace(row=Row([], [])))
-        yield encoding.cut(one.row)
+            full.append(one._replace(ids=[], labels=[], weights=None))
+        yield encoding.cut(one.ids, one.labels, one.weights)
     if full:
         raise DataError(
             f"data: expected prompts shorter than max_length {encoding.max_length}, got {full[0].prompt} tokens "
@@ -193,29 +246,37 @@ def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Ro
         )
 
 
-def _completions(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
-    closing = _closing_tokens(encoding)
+def _beside(rows: Iterator[Row], own: Iterator[_Answered], encoding: Encoding) -> Iterator[Row]:
+    """Each row with what the teacher reads, up to the last token of the answer that is left of it."""
+    for row, theirs in zip(rows, own, strict=True):
+        assert isinstance(row.labels, list)
+        answer = [label for label in row.labels[1:] if label != IGNORE]
+        places = [i for i, label in enumerate(theirs.labels) if label != IGNORE and i][: len(answer)]
+        if [theirs.labels[i] for i in places] != answer:
+            raise DataError(
+                f"data: expected the same answer tokens behind the student's and the teacher's prompt, got others in "
+                f"row {theirs.number} of {encoding.file}. Each position of one must be one of the other. End both "
+                "prompts with the same word or line."
+            )
+        end = places[-1] + 1 if places else 0
+        encoding.facts["teacher_longest"] = max(encoding.facts["teacher_longest"], end)
+        yield row._replace(teacher_input_ids=theirs.ids[:end], teacher_labels=theirs.labels[:end])
+
+
+def _completions(dataset: Dataset, encoding: Encoding, column: str = "prompt") -> Iterator[_Answered]:
+    _, closing = encoding.frame()
     for numbers, batch in encoding.filled(dataset, "completion"):
-        prompts = encoding.tokens(batch["prompt"], special=True)
+        prompts = encoding.tokens(batch[column], special=True)
         completions = encoding.tokens(batch["completion"], special=False)
         offsets = encoding.offsets(batch["completion"])
         for i, (number, prompt, completion) in enumerate(zip(numbers, prompts, completions, strict=True)):
             if closing and prompt[-len(closing) :] == closing:
                 prompt = prompt[: -len(closing)]
             completion = encoding.closed(completion)
-            row = Row(prompt + completion, [IGNORE] * len(prompt) + completion)
+            labels = [IGNORE] * len(prompt) + completion
             said = {name: values[i] for name, values in batch.items()}
             place = Completion(len(said["completion"]), offsets[i], first=len(prompt))
-            yield _Answered(number, len(prompt), encoding.weighed(row, said, encoding.where(number), place))
-
-
-def _closing_tokens(encoding: Encoding) -> list[int]:
-    """What the tokenizer itself puts after a text: EOS, or [SEP]."""
-    (bare,), (whole,) = encoding.tokens(["a"], special=False), encoding.tokens(["a"], special=True)
-    for start in range(len(whole) - len(bare) + 1):
-        if bare and whole[start : start + len(bare)] == bare:
-            return whole[start + len(bare) :]
-    return []
+            yield encoding.weighed(_Answered(number, len(prompt), prompt + completion, labels), said, place)
 
 
 class _Written(NamedTuple):
@@ -226,10 +287,15 @@ class _Written(NamedTuple):
     turns: list[tuple[str, str]]
 
 
-def _conversations(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
+def _conversations(dataset: Dataset, encoding: Encoding, before: str | None = None) -> Iterator[_Answered]:
+    """Conversations, or what they are with the messages of a column before the assistant's first turn."""
     for numbers, batch in encoding.filled(dataset, "messages"):
-        talks = [json.loads(text) for text in batch["messages"]]
-        written = [_write(talk, number, encoding) for number, talk in zip(numbers, talks, strict=True)]
+        spoken = [json.loads(text) for text in batch["messages"]]
+        if before is not None:
+            first = [next((i for i, one in enumerate(each) if one["role"] == "assistant"), 0) for each in spoken]
+            begun = [json.loads(text) for text in batch[before]]
+            spoken = [start + each[i:] for start, each, i in zip(begun, spoken, first, strict=True)]
+        written = [_write(each, number, encoding) for number, each in zip(numbers, spoken, strict=True)]
         texts = {one.whole for one in written} | {text for one in written for turn in one.turns for text in turn}
         ordered = sorted(texts)
         ids_of = dict(zip(ordered, encoding.tokens(ordered, special=False), strict=True))
@@ -240,11 +306,11 @@ def _conversations(dataset: Dataset, encoding: Encoding) -> Iterator[_Answered]:
             labels = [IGNORE] * len(ids)
             for start, end in spans:
                 labels[start:end] = ids[start:end]
-            said, where = {name: values[i] for name, values in batch.items()}, encoding.where(one.number)
+            said = {name: values[i] for name, values in batch.items()}
             place = None
             if any(said.get(name) is not None for name in SPANS):
-                place = _last_turn(talks[i], one, offsets[i], where)
-            yield _Answered(one.number, spans[0][0], encoding.weighed(Row(ids, labels), said, where, place))
+                place = _last_turn(spoken[i], one, offsets[i], encoding.where(one.number))
+            yield encoding.weighed(_Answered(one.number, spans[0][0], ids, labels), said, place)
 
 
 def _last_turn(talk: list[dict[str, Any]], written: _Written, offsets: list[Span], where: str) -> Completion:
@@ -313,18 +379,18 @@ def _agreement(ids: list[int], whole: list[int]) -> int:
 # input_ids
 
 
-def _given_ids(dataset: Dataset, encoding: Encoding) -> Iterator[Row]:
+def _given_ids(dataset: Dataset, encoding: Encoding, whose: str = "") -> Iterator[_Answered]:
     vocabulary = max(encoding.tokenizer.get_vocab().values()) + 1
     for numbers, batch in encoding.filled(dataset, "input_ids"):
         for i, number in enumerate(numbers):
-            ids = batch["input_ids"][i]
-            labels = batch["labels"][i] if "labels" in batch else ids
+            ids = batch[f"{whose}input_ids"][i]
+            labels = batch[f"{whose}labels"][i] if f"{whose}labels" in batch else ids
             mask = batch["attention_mask"][i] if "attention_mask" in batch else []
-            said = {name: values[i] for name, values in batch.items()}
             where = encoding.where(number)
             _check_ids(ids, labels, mask, vocabulary, where)
+            said = {} if whose else {name: values[i] for name, values in batch.items()}
             _check_weights(ids, said.get("weights", ids), where)
-            yield encoding.cut(encoding.weighed(Row(ids, labels), said, where))
+            yield encoding.weighed(_Answered(number, 0, ids, labels), said)
 
 
 def _check_weights(ids: list[int], weights: list[float], where: str) -> None:

@@ -18,16 +18,20 @@ from potstill.data.kept import kept_file, write_arrow
 from potstill.data.readers import SUFFIXES, Table, empty, open_table, reading, said
 from potstill.data.weighing import SPANS, SpanWeights
 from potstill.errors import DataError
+from potstill.targets import JUDGED, Task
 
-Kind = Literal["text", "completion", "messages", "input_ids"]
+Kind = Literal["text", "completion", "messages", "input_ids", "labelled"]
 
-COLUMNS: dict[Kind, tuple[str, ...]] = {
+COLUMNS: dict[Kind, tuple[str, ...]] = {  # by which a kind is found
     "text": ("text",),
     "completion": ("prompt", "completion"),
     "messages": ("messages",),
     "input_ids": ("input_ids",),
 }
 COMPANIONS = ("labels", "attention_mask", "weights")  # taken along with input_ids when they are there
+# The same text as the teacher is to read it: the name of its column here, by kind. Of ids both or none.
+OWN_PROMPT: dict[Kind, str] = {"completion": "teacher_prompt", "messages": "teacher_messages"}
+OWN_IDS = ("teacher_input_ids", "teacher_labels")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,12 @@ class Source:
         prompt: the column of what is given; needs `completion`.
         completion: the column of what is to be said; needs `prompt`.
         messages: the column of conversations, each a list of {role, content, ...} or that list as JSON text.
-        input_ids: the column of token ids; columns named labels and weights are taken along.
+        input_ids: the column of token ids; columns named labels and weights are taken along, and teacher_input_ids with
+            teacher_labels.
+        teacher_prompt: the column of what the teacher reads instead before the same answer: text beside prompts, a list
+            of messages beside conversations, in place of all before the assistant's first turn.
+        pair: the column of second texts, where rows are judged; a column named text_pair is taken along.
+        label: the column of classes or numbers, where rows are judged; default: label.
         weight: the column of how much a row's tokens count, for rows that are no plain text.
         span_weights: how much a token of the `reasoning`, of the `answer` and any `other` token counts, by the columns
             reasoning_span and answer_span (characters of the completion, or of the last message); see
@@ -57,17 +66,21 @@ class Source:
     completion: str | None = None
     messages: str | None = None
     input_ids: str | None = None
+    teacher_prompt: str | None = None
+    pair: str | None = None
+    label: str | None = None
     weight: str | None = None
     span_weights: SpanWeights | None = None
 
 
-def load(source: Source) -> tuple[Dataset, Kind]:
+def load(source: Source, task: Task = "causal") -> tuple[Dataset, Kind]:
     """Read a file into a memory-mapped dataset with the standard columns of its kind.
 
     Row i of the dataset is row i + 1 of the file; empty rows are there too. The columns are text; or prompt and
     completion; or messages, each conversation as JSON text, because Arrow would give every message the keys of all
     others; or input_ids, with labels, attention_mask and weights where the file has them. With them come weight,
-    reasoning_span and answer_span where the source asks for them.
+    reasoning_span and answer_span where the source asks for them. For the tasks classification and
+    regression they are text, text_pair where there is one, and label, as text.
 
     Returns:
         The dataset and its kind.
@@ -80,7 +93,8 @@ def load(source: Source) -> tuple[Dataset, Kind]:
     _require_file(path)
     with reading(path):
         table = open_table(path)
-        kind, names = _choose(source, table.columns, path.name)
+        chosen = _labelled if task in JUDGED else _choose
+        kind, names = chosen(source, table.columns, path.name)
         kept = kept_file(["source", digest(path), path.suffix.lower(), names])
     if not kept.exists():
         schema = pa.schema({standard: _TYPES[standard].arrow for standard in names})
@@ -131,6 +145,14 @@ def _choose(source: Source, columns: list[str], file: str) -> tuple[Kind, dict[s
     found = {standard: _require_column(name, standard, columns, file) for standard, name in names.items()}
     if kind == "input_ids":
         found |= {name: name for name in COMPANIONS if name in columns}
+        found |= {name: name for name in OWN_IDS if set(OWN_IDS) <= set(columns)}
+    if source.teacher_prompt is not None:
+        if kind not in OWN_PROMPT:
+            raise DataError(
+                f"data: expected answers for the teacher's own prompts in {file}, got {kind}. Both read one answer "
+                "behind prompts of their own. Give prompt and completion, or messages."
+            )
+        found[OWN_PROMPT[kind]] = _require_column(source.teacher_prompt, "teacher_prompt", columns, file)
     return kind, found | _weighing(source, kind, columns, file)
 
 
@@ -150,6 +172,15 @@ def _weighing(source: Source, kind: Kind, columns: list[str], file: str) -> dict
     if source.span_weights is not None:
         found |= {name: _require_column(name, name, columns, file) for name in SPANS}
     return found
+
+
+def _labelled(source: Source, columns: list[str], file: str) -> tuple[Kind, dict[str, str]]:
+    """The columns of rows that are judged."""
+    names = {"text": source.field or "text", "label": source.label or "label"}
+    if source.pair or "text_pair" in columns:
+        names["text_pair"] = source.pair or "text_pair"
+    found = {standard: _require_column(name, standard, columns, file) for standard, name in names.items()}
+    return "labelled", found
 
 
 def _find_kind(columns: list[str], file: str) -> Kind:
@@ -231,6 +262,12 @@ def _texts(values: list[Any]) -> pa.Array:
     return _without_null(pa.array(values, type=pa.large_string()))
 
 
+def _labels(values: list[Any]) -> pa.Array:
+    if any(isinstance(value, bool) or not isinstance(value, str | int | float) for value in values):
+        raise TypeError("neither text nor numbers")
+    return _texts([str(value).strip() for value in values])
+
+
 def _id_lists(values: list[Any]) -> pa.Array:
     # The type is inferred first, because Arrow that is asked for integers cuts 1.5 to 1.
     array = pa.array(values)
@@ -297,10 +334,12 @@ class _Type(NamedTuple):
 
 _TEXT = _Type(pa.large_string(), "text", _texts)
 _IDS = _Type(pa.list_(pa.int64()), "a list of whole numbers", _id_lists)
+_MESSAGES = _Type(pa.large_string(), "a list of messages with role and content", _conversations)
 _TYPES: dict[str, _Type] = {
-    **dict.fromkeys(("text", "prompt", "completion"), _TEXT),
-    "messages": _Type(pa.large_string(), "a list of messages with role and content", _conversations),
-    **dict.fromkeys(("input_ids", "labels", "attention_mask"), _IDS),
+    **dict.fromkeys(("text", "text_pair", "prompt", "completion", "teacher_prompt"), _TEXT),
+    "label": _Type(pa.large_string(), "the name or number of a class, or a number", _labels),
+    **dict.fromkeys(("messages", "teacher_messages"), _MESSAGES),
+    **dict.fromkeys(("input_ids", "labels", "attention_mask", *OWN_IDS), _IDS),
     "weights": _Type(pa.list_(pa.float32()), "a list of numbers >= 0", _weight_lists),
     "weight": _Type(pa.float32(), "a number >= 0", _weights),
     **dict.fromkeys(SPANS, _Type(pa.list_(pa.int64()), "the start and end of a span, or null", _spans)),

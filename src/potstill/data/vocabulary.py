@@ -34,9 +34,23 @@ def shared_vocabulary(
         raise VocabularyError(
             "vocabulary: expected one token -> id map for teacher and student, got two: "
             f"{_difference(of_teacher, of_student)}. Per-token divergence needs one vocabulary. Give the student "
-            "the teacher's tokenizer, or use a cross-tokenizer objective."
+            "the teacher's tokenizer, or use the cross-tokenizer terms chunks or mapped_logits of a recipe in place of "
+            "logits."
         )
-    size = max(of_teacher.values()) + 1
+    return own_vocabulary(student, rows)
+
+
+def own_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, int]) -> int:
+    """The number of a tokenizer's tokens: the highest token id + 1.
+
+    Args:
+        tokenizer: of the models.
+        rows: name -> rows of the head, of each model that is here.
+
+    Raises:
+        VocabularyError: a head is too small.
+    """
+    size = max(tokenizer.get_vocab().values()) + 1
     for name, there in rows.items():
         if there < size:
             raise VocabularyError(

@@ -9,6 +9,7 @@ from potstill.data.spans import Span, tokens_within
 from potstill.errors import DataError
 
 SPANS = ("reasoning_span", "answer_span")  # columns; where they overlap it is an answer
+WEIGHING = {"weight", "weights", *SPANS}
 
 
 class SpanWeights(TypedDict):

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from potstill.embedding.encoders import TextStudent
-from potstill.embedding.evaluate import MOST_ROWS
 from potstill.embedding.objective import PairObjective
 from potstill.embedding.run import default_learning_rate, new_student
 from potstill.embedding.sources import Material, Texts, encoder_of, gather, read_texts
 from potstill.embedding.teachers import Encode
 from potstill.embedding.training import EmbeddingDistiller
 from potstill.embedding.vectors import Matrix, Part
+from potstill.evaluate.space import MOST_ROWS
 from potstill.loading import quiet
 from potstill.recipe.embedding import EmbeddingRecipe
 

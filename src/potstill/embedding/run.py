@@ -21,13 +21,13 @@ from torch import Tensor
 
 from potstill.atomic import write_text
 from potstill.embedding.encoders import TextStudent, encoder_student, load_embedder, static_student
-from potstill.embedding.evaluate import Judge, cosines
 from potstill.embedding.heads import SAMPLE, VectorHead, principal, random_projection
 from potstill.embedding.objective import FOCUSES, START, Focus, PairObjective
 from potstill.embedding.report import write_embedding_report
 from potstill.embedding.sources import Material, gather
 from potstill.embedding.training import EmbeddingDistiller, Epoch, Student, vectors_of
 from potstill.errors import RecipeError, UserError
+from potstill.evaluate.space import Judge, cosines
 from potstill.loading import load_tokenizer, quiet
 from potstill.recipe.embedding import EmbeddingRecipe
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from potstill.data.readers import SUFFIXES, open_table, reading, said
 from potstill.embedding.encoders import load_embedder
-from potstill.embedding.evaluate import MOST_ROWS
 from potstill.embedding.teachers import Encode, encode_texts, model_encoder, server_encoder
 from potstill.embedding.vectors import Part, Vectors, check_vectors, open_vectors
 from potstill.errors import DataError, nearest
+from potstill.evaluate.space import MOST_ROWS
 from potstill.recipe.embedding import EmbeddingRecipe, EmbeddingTeacherPart, TextsPart
 
 Pairs = tuple[list[int], list[int], list[float]]

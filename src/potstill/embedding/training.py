@@ -15,11 +15,11 @@ from torch.nn.functional import normalize
 
 from potstill.atomic import whole_or_nothing
 from potstill.embedding.encoders import TextStudent
-from potstill.embedding.evaluate import Judge, Kept
 from potstill.embedding.heads import VectorHead
 from potstill.embedding.objective import PairObjective
 from potstill.embedding.vectors import CHECK, Matrix, Vectors
 from potstill.errors import DataError, DivergedError, RunError, ShapeError
+from potstill.evaluate.space import Judge, Kept
 from potstill.losses.embedding import reconstruction_error
 
 Student = VectorHead | TextStudent

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from potstill.divergence import JSD, ForwardKL
-from potstill.heads import says
+from potstill.heads import inputs, says
 from potstill.losses import token_cross_entropy, token_divergence
-from potstill.targets import Alignment, DenseTargets, causal_alignment
+from potstill.targets import Alignment, DenseTargets, Task, align
 
 TOP = 10  # of the most likely tokens
 BINS = 15  # of confidence, as in Guo et al. 2017, arXiv 1706.04599
@@ -73,6 +73,7 @@ def compare(
     *,
     vocabulary: int | None = None,
     bins: int = 16,
+    task: Task = "causal",
 ) -> dict[str, Quality]:
     """Measure models and the reference (the teacher) on the same held-out batches.
 
@@ -82,6 +83,7 @@ def compare(
         batches: input_ids, attention_mask, labels, [B, T] each.
         vocabulary: compare over the first tokens only; see `LMHead.slice`.
         bins: how many bins the places in a row are put in.
+        task: causal, or masked: then perplexity is the pseudo-perplexity, of masked tokens alone.
 
     Returns:
         name -> Quality, with the reference itself as "teacher".
@@ -92,7 +94,7 @@ def compare(
     for model in everyone.values():
         model.eval()
     for batch in batches:
-        alignment = causal_alignment(batch["labels"])
+        alignment = align(batch["labels"], task)
         expected: Any = None if reference is None else logits_at(reference, batch, alignment, vocabulary)
         for name, model in everyone.items():
             again = expected is None or model is not reference
@@ -106,17 +108,15 @@ def compare(
 def logits_at(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, vocabulary: int | None) -> Tensor:
     """The model's logits [N, V] at the counting positions, on the CPU's or the batch's device, float32."""
     device = next(model.parameters()).device
-    there = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    return says(model, None, there, alignment).dense()[:, :vocabulary].float().to(batch["labels"].device)
+    return (
+        says(model, None, inputs(batch, device), alignment).dense()[:, :vocabulary].float().to(batch["labels"].device)
+    )
 
 
 def _add(sums: _Sums, logits: Tensor, expected: Tensor | None, alignment: Alignment) -> None:
     sums.loss += float(token_cross_entropy(logits, alignment.labels).double().sum())
     sums.tokens += len(alignment)
-    confidence, said = logits.softmax(-1).max(-1)
-    excess = confidence.double() - (said == alignment.labels.to(said.device)).double()
-    bins = (confidence * BINS).long().clamp_max(BINS - 1)
-    sums.overconfidence.index_add_(0, bins.cpu(), excess.cpu())
+    sums.overconfidence += overconfidence(logits, alignment.labels)
     if expected is None:
         return
     sums.js += float(token_divergence(logits, DenseTargets(expected), JSD(0.5)).double().sum())
@@ -130,6 +130,17 @@ def _add(sums: _Sums, logits: Tensor, expected: Tensor | None, alignment: Alignm
     column = alignment.column.cpu()
     sums.kl_at = _padded(sums.kl_at, places).index_add(0, column, kl)
     sums.count_at = _padded(sums.count_at, places).index_add(0, column, torch.ones_like(kl))
+
+
+def overconfidence(logits: Tensor, labels: Tensor) -> Tensor:
+    """[BINS] by how sure a model is: the sum of its confidence beyond how often it is right.
+
+    The absolute values, added and divided by the number of positions, are the expected calibration error.
+    """
+    confidence, said = logits.softmax(-1).max(-1)
+    excess = confidence.double() - (said == labels.to(said.device)).double()
+    bins = (confidence * BINS).long().clamp_max(BINS - 1)
+    return torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins.cpu(), excess.cpu())
 
 
 def _padded(values: Tensor, size: int) -> Tensor:

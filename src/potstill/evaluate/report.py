@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from potstill.atomic import write_text
 from potstill.errors import DataError
 from potstill.evaluate import pictures
 from potstill.evaluate.diagnosis_report import told
+from potstill.evaluate.measures import WORDS, of_run
 from potstill.evaluate.summary import (
     MODELS,
     RUNS,
@@ -29,7 +30,7 @@ from potstill.evaluate.summary import (
     read_summary,
     read_text,
 )
-from potstill.evaluate.words import count, duration, judge, milliseconds, minus, nats, percent, perplexity, size, times
+from potstill.evaluate.words import count, duration, judge, milliseconds, minus, nats, percent, times
 
 # Percent of the line between two labels, on a phone.
 _LABELS_TOUCH = 25
@@ -153,41 +154,6 @@ class Headline:
     detail: str
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A line of the table: what is measured, what that means, and how it is written."""
-
-    key: str
-    name: str
-    meaning: str
-    write: Callable[[Any], str]
-    better: Callable[[Any, Any], Any] | None = None
-
-
-_MEASURES = (
-    Measure("loss", "Held-out loss", "Mean cross-entropy per held-out token, in nats; lower is better.", nats, min),
-    Measure("perplexity", "Perplexity", "The same as exp(loss): 1 would be certainty.", perplexity, min),
-    Measure(
-        "agreement",
-        "Top-1 agreement",
-        "How often its likeliest next token is the teacher's; higher is nearer.",
-        lambda share: percent(share, 1),
-        max,
-    ),
-    Measure(
-        "kl", "KL to the teacher", "KL(teacher || model) per token, in nats: 0 is the same distribution.", nats, min
-    ),
-    Measure("parameters", "Parameters", "How many weights it has.", count),
-    Measure("bytes", "Size", "What they take on disk.", size),
-    Measure(
-        "latency_ms",
-        "Latency",
-        "Median time of one forward pass over one row, on the machine named below.",
-        milliseconds,
-    ),
-)
-
-
 def _facts(summary: Summary) -> dict[str, Any]:
     """What the page and the card both say."""
     models = [model for model, _ in summary.rows.named()]
@@ -195,15 +161,17 @@ def _facts(summary: Summary) -> dict[str, Any]:
         "summary": summary,
         "verdict": judge(summary),
         "models": models,
-        "table": list(_table(summary.rows)),
+        "table": list(_table(summary)),
+        "words": WORDS[summary.task],
         "gap_formula": _gap_formula(summary),
         "passes": _passes(summary),
     }
 
 
-def _table(rows: Rows) -> Iterator[dict[str, Any]]:
-    for measure in _MEASURES:
-        values = {model: getattr(row, measure.key) for model, row in rows.named()}
+def _table(summary: Summary) -> Iterator[dict[str, Any]]:
+    by_bytes = summary.rows.student.bits_per_byte is not None
+    for measure in of_run(summary.task, by_bytes):
+        values = {model: getattr(row, measure.key) for model, row in summary.rows.named()}
         if all(value is None for value in values.values()):
             continue
         trained = [values[run] for run in RUNS if values.get(run) is not None]
@@ -231,7 +199,7 @@ def _headlines(summary: Summary) -> Iterator[Headline]:
         yield Headline(percent(summary.gap_closed), "of the gap closed", "from baseline to teacher")
     if student.agreement is not None:
         other = baseline.agreement if baseline else None
-        detail = f"the baseline has {percent(other, 1)}" if other is not None else "on the likeliest next token"
+        detail = f"the baseline has {percent(other, 1)}" if other is not None else f"on {WORDS[summary.task].likeliest}"
         yield Headline(percent(student.agreement, 1), "agreement with the teacher", detail)
     if teacher and teacher.latency_ms and student.latency_ms:
         detail = f"{milliseconds(student.latency_ms)} against {milliseconds(teacher.latency_ms)}"

@@ -28,7 +28,7 @@ class Speed:
         latency_ms: one forward pass over the batch.
         tokens_per_second: rows * length in that time.
         first_token_ms: from prompts of `length` tokens to the first new token of each row.
-        next_token_ms: each further token of all rows, with a cache.
+        next_token_ms: each further token of all rows, with a cache; both None for a model that writes no text.
         peak_bytes: the weights, and what a forward pass takes beside them; None where that cannot be seen.
     """
 
@@ -36,8 +36,8 @@ class Speed:
     length: int
     latency_ms: float
     tokens_per_second: float
-    first_token_ms: float
-    next_token_ms: float
+    first_token_ms: float | None
+    next_token_ms: float | None
     peak_bytes: int | None
 
 
@@ -56,8 +56,8 @@ def latency_ms(model: Any, length: int, repeats: int = 15, rows: int = 1) -> flo
     return _median_ms(lambda: model(input_ids=ids, use_cache=False), ids.device, repeats)
 
 
-def speed(model: Any, rows: int, length: int, repeats: int = 5) -> Speed:
-    """Time a causal language model on one batch; arguments as `latency_ms`."""
+def speed(model: Any, rows: int, length: int, repeats: int = 5, *, writes: bool = True) -> Speed:
+    """Time a model on one batch; arguments as `latency_ms`, and whether it is a causal one, which writes text."""
     ids = _ids(model, rows, length)
     model.eval()
     with torch.no_grad():
@@ -68,15 +68,18 @@ def speed(model: Any, rows: int, length: int, repeats: int = 5) -> Speed:
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
-    first = _median_ms(generate(1), ids.device, repeats)
-    whole = _median_ms(generate(1 + NEW_TOKENS), ids.device, repeats)
+    first = further = None
+    if writes:
+        first = _median_ms(generate(1), ids.device, repeats)
+        whole = _median_ms(generate(1 + NEW_TOKENS), ids.device, repeats)
+        further = max(whole - first, 0.0) / NEW_TOKENS
     return Speed(
         rows=rows,
         length=length,
         latency_ms=latency,
         tokens_per_second=1000 * rows * length / latency,
         first_token_ms=first,
-        next_token_ms=max(whole - first, 0.0) / NEW_TOKENS,
+        next_token_ms=further,
         peak_bytes=None if beside is None else model.get_memory_footprint() + beside,
     )
 

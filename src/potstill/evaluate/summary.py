@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from potstill.errors import DataError
+from potstill.targets import Task
 
 MODELS = ("teacher", "baseline", "student")
 RUNS = ("baseline", "student")
@@ -19,15 +20,24 @@ RUNS = ("baseline", "student")
 
 
 class Row(BaseModel):
-    """What was measured of one model. Losses and KL in nats per token."""
+    """What was measured of one model: losses and KL in nats per token, or what `measures.WORDS` says of the task."""
 
     loss: float
     perplexity: float | None = None
     agreement: float | None = None
     kl: float | None = None
+    accuracy: float | None = None
+    f1_macro: float | None = None
+    ece: float | None = None
+    pearson: float | None = None
+    spearman: float | None = None
+    to_teacher: float | None = None
+    all_pairs: float | None = None
+    recall: float | None = None
     parameters: int | None = None
     bytes: int | None = None
     latency_ms: float | None = None
+    bits_per_byte: float | None = None
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -104,6 +114,7 @@ class CurveRows(BaseModel):
 class Summary(BaseModel):
     name: str = "a run"
     seed: int | None = None
+    task: Task = "causal"
     created: datetime | None = None
     rows: Rows
     gap_closed: float | None = None
@@ -114,6 +125,7 @@ class Summary(BaseModel):
     training: Training = Training()
     objective: str | None = None
     models: dict[str, str] = {}
+    teacher_weights: dict[str, float] | None = None
     notes: list[str] = []
     versions: dict[str, str] = {}
 
@@ -176,7 +188,7 @@ def read_metrics(path: Path) -> tuple[Curves, Curves]:
             ) from None
         if run in RUNS:
             # A resumed run logs some steps again: the last word counts.
-            _note(held_out[run], step, record.get("eval_cross_entropy"))
+            _note(held_out[run], step, record.get("eval_cross_entropy", record.get("eval_squared_error")))
             _note(training[run], step, record.get("loss"))
     return _as_curves(held_out), _as_curves(training)
 

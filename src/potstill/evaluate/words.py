@@ -84,7 +84,10 @@ def times(ratio: float) -> str:
 
 
 def judge(summary: Summary) -> str:
-    rows = summary.rows
+    """What a run shows, in a sentence."""
+    if summary.task == "encoder":
+        return _judge_encoder(summary.rows)
+    rows, unit = summary.rows, "squared error" if summary.task == "regression" else "nats"
     student = rows.student.loss
     teacher = rows.teacher.loss if rows.teacher else math.nan
     baseline = rows.baseline.loss if rows.baseline else math.nan
@@ -94,13 +97,13 @@ def judge(summary: Summary) -> str:
             "a longer warm-up or gradient clipping."
         )
     if not math.isfinite(baseline):
-        return _without_baseline(rows, student, teacher)
+        return _without_baseline(rows, student, teacher, unit)
     gain = baseline - student
-    pair = f"{nats(student)} against {nats(baseline)} nats held out"
+    pair = f"{nats(student)} against {nats(baseline)} {unit} held out"
     if abs(gain) < 0.0005:
         return (
-            f"The teacher made no difference: the student and the baseline both reach {nats(student)} nats held "
-            "out; try more steps, another temperature or another divergence."
+            f"The teacher made no difference: the student and the baseline both reach {nats(student)} {unit} "
+            "held out; try more steps, another temperature or another divergence."
         )
     if gain < 0:
         return (
@@ -112,13 +115,13 @@ def judge(summary: Summary) -> str:
         return f"The student is {'slightly ' if gain < _SMALL_NATS else ''}better than the baseline, {pair}."
     if teacher >= baseline:
         return (
-            f"The student is better than the baseline, {pair}, but the teacher ({nats(teacher)} nats) is not, so "
+            f"The student is better than the baseline, {pair}, but the teacher ({nats(teacher)} {unit}) is not, so "
             "there is no gap to close; a stronger teacher is the first thing to try."
         )
     if student < teacher:
         return (
-            f"The student is better than its own teacher, {nats(student)} against {nats(teacher)} nats held out "
-            f"(baseline {nats(baseline)}): make sure that the held-out text is not in the training data, and if "
+            f"The student is better than its own teacher, {nats(student)} against {nats(teacher)} {unit} held "
+            f"out (baseline {nats(baseline)}): make sure that the held-out text is not in the training data, and if "
             "it is not, the teacher can be replaced by a stronger one."
         )
     share = summary.gap_closed if summary.gap_closed is not None else gain / (baseline - teacher)
@@ -134,24 +137,36 @@ def judge(summary: Summary) -> str:
         )
     return (
         f"The student closes {percent(share)} of the gap between training without a teacher and the teacher itself"
-        f"{_smaller(rows)}: {nats(student)} nats held out, against {nats(baseline)} for the baseline and "
+        f"{_smaller(rows)}: {nats(student)} {unit} held out, against {nats(baseline)} for the baseline and "
         f"{nats(teacher)} for the teacher."
     )
 
 
-def _without_baseline(rows: Rows, student: float, teacher: float) -> str:
+def _judge_encoder(rows: Rows) -> str:
+    kept, recall = rows.student.all_pairs, rows.student.recall
+    if kept is None or recall is None or not math.isfinite(kept):
+        return (
+            "What the student keeps of the teacher's space is not known: its training diverged, or it was not measured."
+        )
+    return (
+        f"The student keeps the teacher's similarities of held-out rows with a correlation of {kept:.3f}"
+        f"{_smaller(rows)}, and {percent(recall)} of the ten rows nearest to each."
+    )
+
+
+def _without_baseline(rows: Rows, student: float, teacher: float, unit: str) -> str:
     why = "the baseline diverged" if rows.baseline else "no baseline was run"
     untold = f"{why}, so how much of this is owed to the teacher cannot be told"
     advice = "" if rows.baseline else '; "baseline: true" under "evaluate" in the recipe runs one'
     if not math.isfinite(teacher):
-        return f"The student reaches {nats(student)} nats held out; {untold}{advice}."
+        return f"The student reaches {nats(student)} {unit} held out; {untold}{advice}."
     if student < teacher:
         return (
-            f"The student is better than its own teacher, {nats(student)} against {nats(teacher)} nats held out; "
+            f"The student is better than its own teacher, {nats(student)} against {nats(teacher)} {unit} held out; "
             f"{untold}{advice}."
         )
     return (
-        f"The student comes within {nats(student - teacher)} nats of the teacher{_smaller(rows)}, "
+        f"The student comes within {nats(student - teacher)} {unit} of the teacher{_smaller(rows)}, "
         f"{nats(student)} against {nats(teacher)} held out; {untold}{advice}."
     )
 

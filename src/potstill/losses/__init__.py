@@ -10,6 +10,7 @@ from potstill.losses.attention import (
     relation_divergence,
 )
 from potstill.losses.bild import bild
+from potstill.losses.chunk import boundary_bias, chunk_divergence, chunk_log_probs, sorted_distance
 from potstill.losses.embedding import (
     embedding_divergence,
     matryoshka,
@@ -30,7 +31,7 @@ from potstill.losses.linear import FusedLoss, linear_cross_entropy, linear_diver
 from potstill.losses.reduce import token_mean
 from potstill.losses.relation import rkd_angle, rkd_distance
 from potstill.losses.teacher_weights import teacher_confidence, teacher_entropy, top_share, top_tokens
-from potstill.losses.token import token_cross_entropy, token_divergence
+from potstill.losses.token import label_loss, token_cross_entropy, token_divergence
 
 __all__ = [
     "FusedLoss",
@@ -38,6 +39,9 @@ __all__ = [
     "attention_divergence",
     "attention_mse",
     "bild",
+    "boundary_bias",
+    "chunk_divergence",
+    "chunk_log_probs",
     "dimension_importance",
     "embedding_divergence",
     "head_importance",
@@ -46,6 +50,7 @@ __all__ = [
     "hidden_l1",
     "hidden_mse",
     "interpolated_logits",
+    "label_loss",
     "linear_cka",
     "linear_cross_entropy",
     "linear_divergence",
@@ -59,6 +64,7 @@ __all__ = [
     "rkd_distance",
     "select_dimensions",
     "similarity_error",
+    "sorted_distance",
     "teacher_confidence",
     "teacher_entropy",
     "token_cross_entropy",

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from potstill.divergence import Divergence
 from potstill.losses.token import compute_dtype
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+from potstill.targets import HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
 
 # What the buffers of one chunk may take. Each chunk goes through the weights and their gradient once more, so larger is
 # faster; on a CPU they stay below a third of one matrix of logits all the same.
 CPU_BYTES, CPU_SHARE, CPU_LEAST = 208 * 2**20, 1 / 3, 16 * 2**20
 ACCELERATOR_BYTES = 2 * 2**30
+MIXING = 3  # more buffers of a chunk's logits while teachers are mixed
 # Rows of a head's weight in one product on a CPU: its panel stays in the cache.
 CPU_ROWS = 1024
 # Rows of a buffer begin at multiples of this many elements, so that vectors and products find them aligned and whole.
@@ -117,9 +118,10 @@ def run(job: Job, tail: Tail, scale: Tensor | None, wanted: Wanted, chunk_tokens
     buffer = tail.buffer_dtype(products)
     sparse = isinstance(job.targets, SparseTargets)
     has_teacher = job.targets is not None and not sparse
-    rows = chunk_tokens or _chunk_tokens(
-        N, V * buffer.itemsize * (2 if has_teacher else 1), N * V * buffer.itemsize, device
-    )
+    buffers = 2 if has_teacher else 1
+    if isinstance(job.targets, MixtureTargets):
+        buffers += MIXING
+    rows = chunk_tokens or _chunk_tokens(N, V * buffer.itemsize * buffers, N * V * buffer.itemsize, device)
     rows = max(1, min(rows, N))
 
     wide = -(-V // ROUND) * ROUND
@@ -142,7 +144,7 @@ def run(job: Job, tail: Tail, scale: Tensor | None, wanted: Wanted, chunk_tokens
         cap_slope = _soft_cap_(logits, job.head.softcap, scale is not None)
         said = events[part] if events is not None else None
         if teacher is not None:
-            said = _teacher_logits(job.targets, part, teacher[: hidden.shape[0]])
+            said = _teacher_logits(job.targets, part, teacher[: hidden.shape[0]], job.temperature)
         chunk = Chunk(
             logits,
             said,
@@ -234,10 +236,10 @@ def _soft_cap_(logits: Tensor, softcap: float | None, with_slope: bool) -> Tenso
     return slope
 
 
-def _teacher_logits(targets: Targets | None, part: slice, out: Tensor) -> Tensor:
-    if isinstance(targets, DenseTargets):
-        return out.copy_(targets.logits[part])
-    assert isinstance(targets, HeadTargets)
+def _teacher_logits(targets: Targets | None, part: slice, out: Tensor, temperature: float) -> Tensor:
+    assert targets is not None and not isinstance(targets, SparseTargets)
+    if not isinstance(targets, HeadTargets):
+        return out.copy_(targets.rows(part).dense(temperature))
     _project(targets.hidden[part], targets.head, out)
     _soft_cap_(out, targets.head.softcap, with_slope=False)
     return out

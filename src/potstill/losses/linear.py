@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from potstill.losses.token import (
     token_cross_entropy,
     unchecked_divergence,
 )
-from potstill.targets import IGNORE, HeadTargets, LMHead, SparseTargets, Targets
+from potstill.targets import IGNORE, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets, Whole
 from potstill.uncompiled import uncompiled
 
 Backend = Literal["auto", "eager", "chunked", "triton"]
@@ -270,12 +270,20 @@ def _run(
     dtype = plan.dtype
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = replace(plan.head, weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
-        targets = plan.targets
-        if isinstance(targets, HeadTargets):
-            same = _products_dtype(targets.hidden, targets.head.weight)  # outside of the student's autocast
-            targets = HeadTargets(targets.hidden.to(same), replace(targets.head, weight=targets.head.weight.to(same)))
+        targets = None if plan.targets is None else _in_one_dtype(plan.targets)
         job = Job(hidden.to(dtype), head, targets, plan.divergence, plan.temperature, plan.labels, plan.label_weight)
         return run(job, tail, scale, wanted, plan.chunk_tokens)
+
+
+def _in_one_dtype(targets: Targets) -> Targets:
+    """The teacher's states and head in the dtype of its products; outside of the student's autocast."""
+    if isinstance(targets, MixtureTargets):
+        members = tuple(cast(Whole | SparseTargets, _in_one_dtype(one)) for one in targets.members)
+        return replace(targets, members=members)
+    if not isinstance(targets, HeadTargets):
+        return targets
+    same = _products_dtype(targets.hidden, targets.head.weight)
+    return HeadTargets(targets.hidden.to(same), replace(targets.head, weight=targets.head.weight.to(same)))
 
 
 def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from potstill.errors import ShapeError
-from potstill.losses.token import compute_dtype, log_probabilities_
-from potstill.targets import DenseTargets, HeadTargets, SparseTargets, Targets
+from potstill.losses.token import compute_dtype, is_sampled, log_probabilities_
+from potstill.targets import SparseTargets, Targets
 
 ELEMENTS = 2**24  # of logits at a time
 
@@ -47,15 +47,35 @@ def top_tokens(targets: Targets, count: int, temperature: float = 1.0) -> Target
     """The teacher's `count` likeliest tokens, and all others as one event; sparse targets stay as they are.
 
     Raises:
-        ShapeError: the count is not positive.
+        ShapeError: the count is not positive, or a member of a mixture is a sample, whose likeliest tokens are chance.
     """
     if count < 1:
         raise ShapeError(f"top_tokens: expected a count of at least 1, got {count}.")
     if isinstance(targets, SparseTargets):
         return targets
+    if is_sampled(targets):
+        raise ShapeError(
+            "top_tokens: expected whole distributions, got a mixture with a sample, whose likeliest tokens are chance. "
+            "Leave top_k out."
+        )
     kept = [x.topk(min(count, x.shape[-1])) for x in _log_probs(targets, temperature)]
     ids, log_probs = torch.cat([x.indices for x in kept]), torch.cat([x.values for x in kept])
     return SparseTargets(ids, log_probs, "bucket", temperature)
+
+
+def token_log_probs(targets: Targets, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """The log-probabilities of some tokens: [N, K] for ids [N, K]; `LOG_ZERO` for probability 0.
+
+    Raises:
+        ShapeError: the targets are a few tokens of each distribution alone.
+    """
+    if isinstance(targets, SparseTargets):
+        raise ShapeError("token_log_probs: expected whole distributions, got a few tokens of each.")
+    found, start = [], 0
+    for log_probs in _log_probs(targets, temperature):
+        found.append(log_probs.gather(-1, ids[start : start + len(log_probs)].to(torch.int64)))
+        start += len(log_probs)
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -65,10 +85,7 @@ def _log_probs(targets: Targets, temperature: float) -> Iterator[Tensor]:
         yield targets.events(temperature)
         return
     rows = max(1, ELEMENTS // targets.vocabulary)
-    states = targets.hidden if isinstance(targets, HeadTargets) else targets.logits
-    for start in range(0, max(len(states), 1), rows):
-        some = states[start : start + rows]
-        part = HeadTargets(some, targets.head) if isinstance(targets, HeadTargets) else DenseTargets(some)
-        with torch.autocast(some.device.type, enabled=False):
-            logits = part.dense()
+    for start in range(0, max(targets.leading[0], 1), rows):
+        with torch.autocast(targets.device.type, enabled=False):
+            logits = targets.rows(slice(start, start + rows)).dense(temperature)
         yield log_probabilities_(logits.to(compute_dtype(logits.dtype), copy=True).div_(temperature))

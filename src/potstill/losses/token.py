@@ -11,7 +11,7 @@ from torch import Tensor
 
 from potstill.divergence import LOG_ZERO, Divergence
 from potstill.errors import ShapeError, UserError, VocabularyError
-from potstill.targets import IGNORE, SparseTargets, Targets
+from potstill.targets import IGNORE, MixtureTargets, SparseTargets, Targets
 
 # A sum of q (log q - log p) with log p = LOG_ZERO passes this; no divergence of finite logits comes near it.
 INFINITE = 1e9
@@ -59,7 +59,7 @@ def unchecked_divergence(
     """`token_divergence` without a look at what goes in and comes out."""
     result: Tensor
     with torch.autocast(student_logits.device.type, enabled=False):  # a teacher's head keeps its own precision
-        dense = None if isinstance(targets, SparseTargets) else targets.dense().detach()
+        dense = None if isinstance(targets, SparseTargets) else targets.dense(temperature).detach()
     if isinstance(targets, SparseTargets):
         result = _SparseDivergence.apply(  # type: ignore[no-untyped-call]
             student_logits, targets.ids, targets.used(), targets.events(temperature).detach(), divergence, temperature
@@ -75,14 +75,14 @@ def check_targets(caller: str, shape: torch.Size, targets: Targets, divergence: 
     """Raise what `token_divergence` says of targets that do not fit student logits of a shape [..., V]."""
     if not 0 < temperature < math.inf:
         raise ShapeError(f"{caller}: expected temperature > 0, got {temperature}.")
+    if is_sampled(targets) and not divergence.linear_in_teacher:
+        raise ShapeError(
+            f"{caller}: expected a divergence that is linear in the teacher with sampled targets, got "
+            f"{type(divergence).__name__}, for which a sample is biased. Use ForwardKL or SoftCrossEntropy, or "
+            'targets of kind "bucket".'
+        )
     if isinstance(targets, SparseTargets):
         targets.slice(shape[-1])
-        if targets.kind == "sampled" and not divergence.linear_in_teacher:
-            raise ShapeError(
-                f"{caller}: expected a divergence that is linear in the teacher with sampled targets, got "
-                f"{type(divergence).__name__}, for which a sample is biased. Use ForwardKL or SoftCrossEntropy, or "
-                'targets of kind "bucket".'
-            )
     elif targets.vocabulary != shape[-1]:
         size = min(targets.vocabulary, shape[-1])
         raise VocabularyError(
@@ -93,6 +93,13 @@ def check_targets(caller: str, shape: torch.Size, targets: Targets, divergence: 
         )
     if targets.leading != shape[:-1]:
         raise ShapeError(f"{caller}: expected targets for positions {list(shape[:-1])}, got {list(targets.leading)}.")
+
+
+def is_sampled(targets: Targets) -> bool:
+    """Whether targets are a sample of what the teacher says, or a mixture with one."""
+    if isinstance(targets, SparseTargets):
+        return targets.kind == "sampled"
+    return isinstance(targets, MixtureTargets) and targets.sampled
 
 
 def check_finite(caller: str, divergences: Tensor, divergence: Divergence) -> None:
@@ -262,6 +269,22 @@ def _fresh(logits: Tensor, like: torch.dtype, temperature: float) -> Tensor:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for all else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def label_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
+    """The distance from labels: cross-entropy, or the squared error where they are numbers.
+
+    Args:
+        student_logits: [N, V]; [N, 1] where labels are numbers.
+        labels: [N], of integers (`token_cross_entropy`) or floating point.
+
+    Returns:
+        [N] float32 (float64).
+    """
+    if not labels.is_floating_point():
+        return token_cross_entropy(student_logits, labels)
+    said = student_logits.to(compute_dtype(student_logits.dtype)).squeeze(-1)
+    return (said - labels.to(said.dtype)).square()
 
 
 def token_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:

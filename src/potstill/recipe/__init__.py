@@ -3,23 +3,33 @@
 Every part has a file; `document.py` knows how a file is read and how its mistakes are told.
 """
 
+from potstill.recipe.across import ChunksPart, MappedLogitsPart, ULDPart
 from potstill.recipe.data import DataPart, SourcePart
 from potstill.recipe.divergence import DivergencePart
 from potstill.recipe.embedding import EmbeddingRecipe
 from potstill.recipe.generate import GenerateRecipe
-from potstill.recipe.inside import AttentionPart, HiddenPart, LayersPart, RelationsPart, SimilarityPart
+from potstill.recipe.inside import (
+    AttentionPart,
+    DeepSupervisionPart,
+    HiddenPart,
+    LayersPart,
+    RelationsPart,
+    SimilarityPart,
+)
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
-from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart
+from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart, ValuesPart
 from potstill.recipe.run import EvaluatePart, Recipe
 from potstill.recipe.student import BudgetPart, InitializePart, StudentPart
-from potstill.recipe.teacher import ServerPart, TeacherPart
+from potstill.recipe.teacher import MemberPart, ServerPart, SpeakerPart, TeacherPart
 
 __all__ = [
     "AdaptiveKLPart",
     "AttentionPart",
     "BiLDPart",
     "BudgetPart",
+    "ChunksPart",
     "DataPart",
+    "DeepSupervisionPart",
     "DivergencePart",
     "EmbeddingRecipe",
     "EvaluatePart",
@@ -29,6 +39,8 @@ __all__ = [
     "LabelsPart",
     "LayersPart",
     "LogitsPart",
+    "MappedLogitsPart",
+    "MemberPart",
     "Number",
     "Recipe",
     "RelationsPart",
@@ -36,10 +48,13 @@ __all__ = [
     "ServerPart",
     "SimilarityPart",
     "SourcePart",
+    "SpeakerPart",
     "StudentPart",
     "TAIDPart",
     "TeacherPart",
     "Temperature",
     "TermPart",
+    "ULDPart",
+    "ValuesPart",
     "Weight",
 ]

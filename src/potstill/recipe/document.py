@@ -166,7 +166,12 @@ def _explain(document: type[Part], error: Any) -> list[str]:
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         lines = message.splitlines()
-        return lines if all(line.startswith(f"{key}.") for line in lines) else [f"{key}: {message.removesuffix('.')}."]
+        # What goes together is said of the whole file, with the keys in it.
+        return (
+            lines
+            if not key or all(line.startswith(f"{key}.") for line in lines)
+            else [f"{key}: {message.removesuffix('.')}."]
+        )
     return [f"{key}: {error['msg'].lower()}, got {error['input']!r}."]
 
 

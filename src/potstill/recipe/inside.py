@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.layers import LayerMap
-from potstill.recipe.divergence import NamedDivergence
+from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
 from potstill.recipe.numbers import Temperature, Weight
+from potstill.targets import TASKS, Task
 
 
 class LayersPart(Part):
@@ -49,6 +50,7 @@ class HiddenPart(Part):
     """Match the teacher's hidden states."""
 
     term: Literal["hidden"]
+    tasks: ClassVar[frozenset[Task]] = TASKS
     layers: Layers = Field(LayersPart.model_validate({}), description="uniform, unless said otherwise")
     distance: Literal["mse", "l1", "cosine", "cka"] = "mse"
     projection: Literal["linear", "mlp", "none"] | None = Field(
@@ -74,6 +76,7 @@ class AttentionPart(Part):
     """Match the teacher's attention maps."""
 
     term: Literal["attention"]
+    tasks: ClassVar[frozenset[Task]] = TASKS
     layers: Layers = Field(LayersPart.model_validate({}), description="uniform, unless said otherwise")
     divergence: NamedDivergence | None = Field(None, description="without one, the squared distance of directions")
     heads: Literal["overlap", "entropy", "variance", "learned"] = Field(
@@ -86,6 +89,7 @@ class RelationsPart(Part):
     """Match how tokens relate by their queries, keys and values (MiniLMv2)."""
 
     term: Literal["relations"]
+    tasks: ClassVar[frozenset[Task]] = TASKS
     layers: Layers = LayersPart.model_validate({"last_k": 1})
     of: list[Literal["queries", "keys", "values"]] = Field(["queries", "keys", "values"], min_length=1)
     heads: int | None = Field(None, ge=1, description="relation heads; the teacher's number of heads")
@@ -96,8 +100,20 @@ class SimilarityPart(Part):
     """Match how the examples of a batch relate, by their mean hidden states."""
 
     term: Literal["similarity"]
+    tasks: ClassVar[frozenset[Task]] = TASKS
     layers: Layers = LayersPart.model_validate({"last_k": 1})
     kind: Literal["distance", "angle", "distribution"] = "distance"
     temperature: Temperature = Field(0.1, description="of the distributions")
     divergence: NamedDivergence | None = Field(None, description="between the distributions; forward_kl")
     weight: Weight = 1.0
+
+
+class DeepSupervisionPart(Part):
+    """Earlier layers of the student learn from its own last one, through its norm and head. No teacher speaks."""
+
+    tasks: ClassVar[frozenset[Task]] = frozenset({"causal"})
+    term: Literal["deep_supervision"]
+    layers: list[int] = Field(min_length=1, description="of the student, before its last; from 0, or -2 and so on")
+    divergence: NamedDivergence = DivergencePart(kind="forward_kl")
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0

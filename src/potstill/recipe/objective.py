@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from potstill.recipe.across import ChunksPart, MappedLogitsPart, ULDPart
 from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
-from potstill.recipe.inside import AttentionPart, HiddenPart, RelationsPart, SimilarityPart
+from potstill.recipe.inside import AttentionPart, DeepSupervisionPart, HiddenPart, RelationsPart, SimilarityPart
 from potstill.recipe.numbers import SchedulePart, Share, Temperature, Weight
+from potstill.targets import ANSWERS, DISTRIBUTIONS, Task
 
 
 class LogitsPart(Part):
     """Match the teacher's next-token distribution."""
 
     term: Literal["logits"]
+    tasks: ClassVar[frozenset[Task]] = DISTRIBUTIONS
     divergence: NamedDivergence = DivergencePart(kind="forward_kl")
     weight: Weight = 1.0
     temperature: Temperature = 1.0
@@ -32,6 +35,7 @@ class BiLDPart(Part):
     """Match the differences between the largest logits, as both models rank them (BiLD). Builds whole logits."""
 
     term: Literal["bild"]
+    tasks: ClassVar[frozenset[Task]] = DISTRIBUTIONS
     weight: Weight = 1.0
     top_k: int = Field(8, ge=2, description="how many logits of each")
     temperature: Temperature = 3.0
@@ -41,6 +45,7 @@ class AdaptiveKLPart(Part):
     """Forward and reverse KL, weighted by where the models differ (AKL). Builds whole logits."""
 
     term: Literal["adaptive_kl"]
+    tasks: ClassVar[frozenset[Task]] = DISTRIBUTIONS
     weight: Weight = 1.0
     head_mass: float = Field(0.5, gt=0, lt=1, description="the share of the teacher's probability that is its head")
     temperature: Temperature = 1.0
@@ -50,6 +55,7 @@ class TAIDPart(Part):
     """Forward KL to a target that moves from the student to the teacher (TAID). Builds whole logits."""
 
     term: Literal["taid"]
+    tasks: ClassVar[frozenset[Task]] = DISTRIBUTIONS
     share: Share = Field(
         SchedulePart.model_validate({"schedule": "linear", "start": 0.4, "end": 1.0}),
         description="of the teacher; linear from 0.4 to 1",
@@ -59,21 +65,35 @@ class TAIDPart(Part):
 
 
 class LabelsPart(Part):
-    """Match the data's own tokens."""
+    """Match the data's own tokens, classes or numbers."""
 
     term: Literal["labels"]
+    tasks: ClassVar[frozenset[Task]] = ANSWERS
+    weight: Weight = 1.0
+
+
+class ValuesPart(Part):
+    """Match what the teacher says before any softmax: its number in a regression. Builds whole logits."""
+
+    term: Literal["values"]
+    tasks: ClassVar[frozenset[Task]] = ANSWERS
     weight: Weight = 1.0
 
 
 TermPart = Annotated[
     LogitsPart
     | LabelsPart
+    | ValuesPart
     | BiLDPart
     | AdaptiveKLPart
     | TAIDPart
     | HiddenPart
     | AttentionPart
     | RelationsPart
-    | SimilarityPart,
+    | SimilarityPart
+    | DeepSupervisionPart
+    | ChunksPart
+    | MappedLogitsPart
+    | ULDPart,
     Field(discriminator="term"),
 ]

@@ -73,6 +73,9 @@ class StudentPart(Part):
         description="the shape of a new student: a budget, or fields of the teacher's config to change, such as "
         "hidden_size",
     )
+    tokenizer: str | None = Field(
+        None, description="of a new student: a folder or a name on the hub; by default the teacher's"
+    )
     initialize: Annotated[InitializePart, BeforeValidator(_named_method)] = Field(
         default_factory=lambda: InitializePart.model_validate({"method": "random"}),
         description="a method, or a method with its options",
@@ -84,4 +87,8 @@ class StudentPart(Part):
             raise ValueError("expected either model or design, got " + ("both" if self.model else "neither"))
         if self.model is not None and self.initialize.method != "random":
             raise ValueError("expected initialize with a design alone, got it beside model, which has its weights")
+        if self.model is not None and self.tokenizer is not None:
+            raise ValueError("expected tokenizer with a design alone, got it beside model, which has its own")
+        if self.tokenizer is not None and self.initialize.method != "random":
+            raise ValueError(f"expected random weights with a tokenizer of its own, got {self.initialize.method}")
         return self

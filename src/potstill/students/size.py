@@ -7,8 +7,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
 from transformers.pytorch_utils import Conv1D
 
 from potstill.errors import ModelError
@@ -41,12 +52,22 @@ class Size:
 
 
 def build(config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
-    """The language model of a config with random weights in float32: a masked one for encoders, else a causal one.
+    """The model of a config with random weights in float32.
+
+    What the config's `architectures` says, where that is a classifier or a model without a head; else a language model:
+    a masked one for encoders, a causal one for all others.
 
     Raises:
         ModelError: no model can be made from the config.
     """
     auto: Any = AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
+    for kind, classes in (
+        (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+        (AutoModel, MODEL_MAPPING),
+    ):
+        known = classes.get(type(config), None)
+        if isinstance(known, type) and known.__name__ in (config.architectures or [])[:1]:
+            auto = kind
     try:
         with torch.device(device):
             model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)

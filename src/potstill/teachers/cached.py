@@ -145,6 +145,7 @@ def _to(said: Targets, device: torch.device) -> Targets:
         return SparseTargets(said.ids.to(device), said.log_probs.to(device), said.kind, said.temperature)
     if isinstance(said, DenseTargets):
         return DenseTargets(said.logits.to(device))
+    assert isinstance(said, HeadTargets)  # no codec keeps a mixture
     head = said.head
     if head.weight.device != device:
         bias = None if head.bias is None else head.bias.to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from potstill.atomic import digest, whole_or_nothing, write_text
 from potstill.cache.codec import Codec, Hidden, codec_of
 from potstill.cache.store import MANIFEST, Manifest, Plan, Row, Shard, read_manifest, write_manifest, write_shard
 from potstill.errors import DataError, RunError
-from potstill.targets import DenseTargets, HeadTargets, SparseTargets, Targets, causal_alignment
+from potstill.targets import DenseTargets, HeadTargets, SparseTargets, causal_alignment
 from potstill.teachers.cached import COMPANIONS, HEAD, keys_of_batch, layers_of_batch
 from potstill.teachers.teacher import Teacher
 
@@ -154,7 +154,7 @@ class Capture:
         start = 0
         for key, count, states in zip(keys, tokens, layers, strict=True):
             part = slice(start, start + count)
-            mine = _rows(said, part)
+            mine = said.rows(part)
             seed = int.from_bytes(key[:8], "little")
             if isinstance(mine, SparseTargets):
                 told = None if output.label_log_probs is None else output.label_log_probs[part]
@@ -178,14 +178,6 @@ class Capture:
         rows = {name: value[: self.plan.vocabulary] if value.ndim else value for name, value in tensors.items()}
         with whole_or_nothing(path) as partial:
             save_file({name: value.detach().cpu().contiguous() for name, value in rows.items()}, partial)
-
-
-def _rows(said: Targets, part: slice) -> Targets:
-    if isinstance(said, DenseTargets):
-        return DenseTargets(said.logits[part])
-    if isinstance(said, HeadTargets):
-        return HeadTargets(said.hidden[part], said.head)
-    return replace(said, ids=said.ids[part], log_probs=said.log_probs[part])
 
 
 def _read_plan(path: Path) -> Plan | None:

@@ -8,23 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.heads import run, undisturbed
+from potstill.heads import says, undisturbed
 from potstill.layers import layer_index
-from potstill.losses import dimension_importance, select_dimensions, token_cross_entropy
+from potstill.losses import dimension_importance, label_loss, select_dimensions
 from potstill.taps import Taps
-from potstill.targets import attended, causal_alignment
+from potstill.targets import Task, align, attended
 
 
 def important_dimensions(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], layers: Sequence[int], count: int
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    layers: Sequence[int],
+    count: int,
+    task: Task = "causal",
 ) -> dict[int, Tensor]:
     """The dimensions of some layers on which the model's own loss depends most; see `dimension_importance`.
 
     Args:
-        model: the teacher, a causal language model; it is left as it was.
+        model: the teacher, with a head; it is left as it was.
         batches: input_ids, attention_mask and labels of the task, on the model's device.
         layers: from 0; negative ones from the end.
         count: how many dimensions: the student's width.
+        task: what the model is asked for.
 
     Returns:
         layer (from 0) -> [count] int64, in rising order: `dimensions` of `potstill.train.Hidden`.
@@ -54,11 +59,10 @@ def important_dimensions(
     try:
         with undisturbed(model), torch.enable_grad():
             for batch in batches:
-                alignment = causal_alignment(batch["labels"])
-                logits = alignment.select(run(model, batch).logits)
-                loss = token_cross_entropy(logits, alignment.labels).sum()
+                alignment = align(batch["labels"], task)
+                loss = label_loss(says(model, None, batch, alignment).dense(), alignment.labels).sum()
                 gradients = torch.autograd.grad(loss, [states[layer] for layer in names])
-                there = attended(batch)
+                there = attended(batch, task)
                 for layer, gradient in zip(names, gradients, strict=True):
                     by_token = gradient[there]
                     sums[layer] += dimension_importance(by_token).cpu() * len(by_token)

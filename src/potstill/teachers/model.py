@@ -8,7 +8,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from potstill.heads import Cut, cut, says
+from potstill.heads import Cut, cut, inputs, says
 from potstill.taps import Anatomy, Inside, Needs, Taps
 from potstill.targets import Alignment, DenseTargets
 from potstill.teachers.teacher import Teacher, TeacherOutput
@@ -20,7 +20,7 @@ class ModelTeacher(Teacher):
     It gives hidden states and head where it can be cut (`potstill.heads`) and runs where the batch is, else logits.
 
     Args:
-        model: a causal language model of transformers. It is switched to evaluation mode and frozen in place.
+        model: a model of transformers. It is switched to evaluation mode and frozen in place.
         device: where it runs; None follows the batch.
         dtype: its precision; None leaves it as it is.
     """
@@ -42,7 +42,7 @@ class ModelTeacher(Teacher):
         device = self._device or home
         if next(self.model.parameters()).device != device:
             self.model.to(device)
-        there = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        there = inputs(batch, device)
         # The student's autocast must not change what the teacher says.
         with torch.autocast(device.type, enabled=False):
             if self._needs:

@@ -21,6 +21,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from potstill.atomic import write_text
 
 
+class Epochs(TrainerCallback):
+    """Tells a dataset the epoch: accelerate does not where samplers are wrapped, on several ranks and on resuming."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The number is a fraction where an epoch is gone on with."""
+        self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
 class ProgressBar(TrainerCallback):
     """One line on the terminal: how far, the last loss, how long still."""
 

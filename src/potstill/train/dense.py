@@ -13,7 +13,8 @@ from potstill.errors import ShapeError
 from potstill.losses import token_divergence
 from potstill.losses.adaptive import adaptive_kl, interpolated_logits
 from potstill.losses.bild import bild
-from potstill.targets import DenseTargets, SparseTargets, Targets
+from potstill.losses.token import is_sampled
+from potstill.targets import ANSWERS, DISTRIBUTIONS, DenseTargets, SparseTargets, Targets
 from potstill.train.objective import Number, Signals, Term, value_at
 
 
@@ -21,6 +22,8 @@ class DenseTerm(Term):
     """A term that compares logits token by token, in the memory of both models' logits."""
 
     needs_teacher = True
+    tasks = DISTRIBUTIONS
+    temperature: Number = 1.0  # of the distributions that are compared
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
@@ -30,20 +33,44 @@ class DenseTerm(Term):
         assert signals.teacher is not None
         student = signals.student.dense()
         with torch.autocast(student.device.type, enabled=False):
-            return signals.mean(self.compare(student, self.whole(signals.teacher.targets), signals.step))
+            teacher = self.whole(signals.teacher.targets, value_at(self.temperature, signals.step))
+            return signals.mean(self.compare(student, teacher, signals.step))
 
-    def whole(self, targets: Targets) -> Tensor:
-        """The teacher's logits [N, V].
+    def whole(self, targets: Targets, temperature: float = 1.0) -> Tensor:
+        """The teacher's logits [N, V] for a temperature.
 
         Raises:
             ShapeError: it gives a few tokens of each distribution alone.
         """
-        if isinstance(targets, SparseTargets):
+        if isinstance(targets, SparseTargets) or is_sampled(targets):
             raise ShapeError(
                 f"{self.name}: expected the teacher's whole distributions, got a few tokens of each. "
                 "Use the term logits, or a teacher that is a model or a dense cache."
             )
-        return targets.dense().detach()
+        return targets.dense(temperature).detach()
+
+
+@dataclass(frozen=True)
+class Values(DenseTerm):
+    """The squared distance of what both models say, before any softmax: the soft target of a regression.
+
+        mean over tokens of mean_v (z_v - t_v)^2
+
+    Args:
+        weight: >= 0.
+
+    References:
+        Ba and Caruana 2014, arXiv 1312.6184, section 2.
+    """
+
+    weight: Number = 1.0
+    name = "values"
+    tasks = ANSWERS
+
+    def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
+        """See `DenseTerm`."""
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        return (student.to(dtype) - teacher.to(dtype)).square().mean(-1)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from potstill.errors import ShapeError
+from potstill.errors import ShapeError, VocabularyError
 from potstill.heads import cut, says
 from potstill.taps import Inside, Needs, Taps
-from potstill.targets import attended, causal_alignment
+from potstill.targets import Alignment, Task, align, attended
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 from potstill.train.objective import Objective, Signals, Term
 from potstill.train.prefetch import Prefetch
@@ -23,7 +23,7 @@ class StepOutput(NamedTuple):
 
     Args:
         loss: a scalar with gradient.
-        logs: every term's value without its weight, detached; in evaluation mode also cross_entropy.
+        logs: every term's value without its weight, detached; in evaluation mode also cross_entropy, or squared_error.
     """
 
     loss: Tensor
@@ -37,15 +37,18 @@ class Distiller(nn.Module):
     no logits are built (`potstill.heads`). To compile, compile the Distiller: a compiled student gives whole logits.
 
     Args:
-        student: a causal language model of transformers.
+        student: a model of transformers for the task.
         teacher: a `Teacher`, or a model, which becomes a `ModelTeacher`; None where no term needs one.
         objective: an `Objective`, or a list of its terms.
         vocabulary: the number of tokens that teacher and student share, where a head has padding rows behind them:
             both are sliced to it before the normaliser.
+        task: what both are asked for, and so what labels mean; see `potstill.targets.Task`.
         prefetch: ask the teacher one batch ahead, while the student learns; see `foretell`.
 
     Raises:
-        ShapeError: a term needs a teacher and there is none, or asks for a layer that is not there.
+        ShapeError: a term needs a teacher and there is none, asks for a layer that is not there, or makes no sense for
+            the task.
+        VocabularyError: a term compares tokens and the teacher has another tokenizer, or the other way round.
         ModelError: a term asks for something that the student or the teacher does not give.
 
     >>> from potstill.divergence import ForwardKL
@@ -64,11 +67,14 @@ class Distiller(nn.Module):
         objective: Objective | Sequence[Term],
         *,
         vocabulary: int | None = None,
+        task: Task = "causal",
         prefetch: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
+        self.task = task
         self.objective = objective if isinstance(objective, Objective) else Objective(objective)
+        self.objective.suits(task)
         self.vocabulary = vocabulary
         # In a tuple, so that torch does not take the teacher for a part of what is trained and saved.
         self._teacher = (ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher,)
@@ -78,14 +84,21 @@ class Distiller(nn.Module):
         if self.objective.needs_teacher and self.teacher is None:
             asking = next(term.name for term in self.objective.terms if term.needs_teacher)
             raise ShapeError(f"Distiller: expected a teacher for the term {asking}, got None.")
+        self._must_speak_alike()
+        if self.teacher is not None:
+            self.teacher.attach(student)
         self._prefetch = Prefetch(self.teacher) if prefetch and self.teacher is not None else None
         self._needs = Needs()
         if self.objective.looks_inside:
-            assert self.teacher is not None
             self._taps = Taps(student)
-            self._needs, asked = self.objective.fit(self._taps.anatomy, self.teacher.anatomy)
+            theirs = None
+            if self.objective.looks_into_teacher:
+                assert self.teacher is not None
+                theirs = self.teacher.anatomy
+            self._needs, asked = self.objective.fit(self._taps.anatomy, theirs)
             self._taps.prepare(self._needs)
-            self.teacher.prepare(asked)
+            if self.teacher is not None:
+                self.teacher.prepare(asked)
         self.cut = cut(student)  # here, before wrappers of the Distiller shard the weights
 
     @property
@@ -96,15 +109,19 @@ class Distiller(nn.Module):
     def step(self, batch: Mapping[str, Tensor], *, normalizer: Tensor | float | None = None) -> StepOutput:
         """The loss of a batch, for a loop of one's own: call `loss.backward()` on it.
 
-        In training mode each call counts as one optimiser step for the schedules. To accumulate gradients over
+        In training mode each call counts as one optimiser step for the schedules, and a teacher that follows the
+        student does so before the next one. To accumulate gradients over
         several batches call the module itself: `distiller(batch, normalizer=counting tokens of all, at=step)`, with
-        `attended_normalizer` for terms over layers.
+        `attended_normalizer` for terms over layers, and `teacher.after_step(step)` after each optimiser step.
 
         Args:
-            batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count.
-                Where there are weights, [B, T], they say how much each token counts in every mean over tokens.
+            batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count. Where
+                rows are judged labels are [B]. Weights of the labels' shape, where there are any, say how much each
+                counts in every mean over tokens.
             normalizer: see `forward`.
         """
+        if self.training and self._steps and self.teacher is not None:
+            self.teacher.after_step(self._steps)
         output: StepOutput = self(batch, normalizer=normalizer, at=self._steps)
         self._steps += self.training
         return output
@@ -125,15 +142,14 @@ class Distiller(nn.Module):
             at: the optimiser step, for the schedules.
             attended_normalizer: the number of attended positions in the whole optimiser step, for terms over layers.
         """
-        alignment = causal_alignment(batch["labels"], batch.get("weights"))
+        alignment = align(batch["labels"], self.task, batch.get("weights"))
         student, inside = self._listen(partial(says, self.student, self.cut, batch, alignment))
         teacher = self._ask(batch, alignment) if self.consults else None
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
-        positions = attended(batch) if self._needs else None
+        positions = attended(batch, self.task) if self._needs else None
         signals = Signals(
-            *(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer),
-            weights=alignment.weights,
+            student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment
         )
         return StepOutput(*self.objective(signals))
 
@@ -150,17 +166,38 @@ class Distiller(nn.Module):
         if self._prefetch is None:
             return
         if batches:
-            self._prefetch.foretell([(batch, causal_alignment(batch["labels"])) for batch in batches])
+            self._prefetch.foretell([(batch, align(batch["labels"], self.task)) for batch in batches])
         else:
             self._prefetch.close()
 
     def _listen(self, call: Callable[[], Any]) -> tuple[Any, Inside]:
         return self._taps.hear(self._needs, call) if self._needs else (call(), Inside())
 
-    def _ask(self, batch: Mapping[str, Tensor], alignment: Any) -> TeacherOutput:
+    def _ask(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         assert self.teacher is not None
         said = (self._prefetch or self.teacher)(batch, alignment)
-        return said if self.vocabulary is None else replace(said, targets=said.targets.slice(self.vocabulary))
+        if self.training:
+            self.teacher.learn(said)
+        if self.vocabulary is None or said.across is not None:
+            return said
+        return replace(said, targets=said.targets.slice(self.vocabulary))
+
+    def _must_speak_alike(self) -> None:
+        """Every term compares tokens with a teacher of the student's tokens, or bytes with one that has others."""
+        if self.teacher is None:
+            return
+        for term in self.objective.terms:
+            if term.needs_teacher and term.other_tokenizer != self.teacher.other_tokenizer:
+                kind = type(self.teacher).__name__
+                if term.other_tokenizer:
+                    raise VocabularyError(
+                        f"Distiller: expected a CrossTokenizerTeacher for the term {term.name}, got {kind}. "
+                        "It compares chunks of bytes. Wrap the teacher in it; the tokenizers may be the same."
+                    )
+                raise VocabularyError(
+                    f"Distiller: expected terms that compare bytes with {kind}, got {term.name}. Its teacher has other "
+                    "tokens. Use chunks, mapped_logits or uld, and labels."
+                )
 
     # What transformers.Trainer and accelerate ask of a model, passed on to the student.
 

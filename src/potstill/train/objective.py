@@ -14,10 +14,10 @@ from potstill.divergence import Divergence
 from potstill.errors import ShapeError
 from potstill.losses import (
     FusedLoss,
+    label_loss,
     linear_divergence,
     teacher_confidence,
     teacher_entropy,
-    token_cross_entropy,
     token_divergence,
     token_mean,
     top_share,
@@ -25,7 +25,7 @@ from potstill.losses import (
 )
 from potstill.schedule import Schedule
 from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import DenseTargets, HeadTargets, Targets
+from potstill.targets import ANSWERS, DISTRIBUTIONS, INSTEAD, TASKS, Alignment, DenseTargets, HeadTargets, Targets, Task
 from potstill.teachers import TeacherOutput
 
 Number = float | Schedule  # every weight and temperature: fixed, or a function of the optimiser step
@@ -47,14 +47,14 @@ class Signals:
     Args:
         student: what the student says, in the form in which teachers speak: its last hidden states [N, H] and its head,
             or its logits [N, V] where the head is not plain. With gradient. `student.dense()` makes logits of both.
-        labels: [N] token ids.
+        labels: [N] token ids or classes; floating point where they are numbers.
         teacher: what the teacher said, or None where no term asks for it.
         normalizer: what every mean over tokens divides by, or None for N, or for the sum of the weights.
         step: the optimiser step, from 0.
         inside: what terms have asked of the student's layers, over all positions. With gradient.
         attended: [B, T] bool, the positions that terms over layers count; see `targets.attended`.
         attended_normalizer: what means over attended positions divide by, or None for their number.
-        weights: [N] how much each token counts in every mean over tokens; None where all count the same.
+        alignment: where the counting positions are, and how much each counts.
     """
 
     student: HeadTargets | DenseTargets
@@ -65,7 +65,19 @@ class Signals:
     inside: Inside = field(default_factory=Inside)
     attended: Tensor | None = None
     attended_normalizer: Tensor | float | None = None
-    weights: Tensor | None = None
+    alignment: Alignment | None = None
+
+    @property
+    def label_loss(self) -> str | None:
+        """What the logs call the distance from the labels; None where a model without a head says nothing."""
+        if not self.student.vocabulary:
+            return None
+        return "squared_error" if self.labels.is_floating_point() else "cross_entropy"
+
+    @property
+    def weights(self) -> Tensor | None:
+        """[N] how much each token counts in every mean over tokens; None where all count the same."""
+        return None if self.alignment is None else self.alignment.weights
 
     @property
     def divisor(self) -> Tensor | float:
@@ -130,7 +142,7 @@ class Signals:
                 apart = token_divergence(logits, targets, divergence, temperature=temperature)
                 parts.append(self.mean(_weighted(apart, token_weights)))
             if labels is not None:
-                entropy = token_cross_entropy(logits, labels)
+                entropy = label_loss(logits, labels)
                 parts += [label_weight * self.mean(_weighted(entropy, token_weights))] if label_weight else []
         return FusedLoss(
             torch.stack(parts).sum(),
@@ -157,7 +169,9 @@ class Term(ABC):
     name: str
     needs_teacher: bool
     weight: Number
-    looks_inside: ClassVar[bool] = False  # at layers, of the student and of the teacher
+    looks_inside: ClassVar[bool] = False  # at layers, of the student and of the teacher that it needs
+    tasks: ClassVar[frozenset[Task]] = TASKS  # for which it makes sense
+    other_tokenizer: ClassVar[bool] = False  # it compares bytes, with a teacher that has tokens of its own
     over: Literal["counting", "attended"] = "counting"  # the positions whose mean it is
 
     @abstractmethod
@@ -200,6 +214,7 @@ class Logits(Term):
     top_k: int | None = None
     name = "logits"
     needs_teacher = True
+    tasks = DISTRIBUTIONS
 
     def __post_init__(self) -> None:
         if self.tokens not in ("all", "entropy", "confident", "confidence"):
@@ -236,11 +251,12 @@ class Logits(Term):
 
 @dataclass(frozen=True)
 class Labels(Term):
-    """Cross-entropy with the tokens of the data."""
+    """Cross-entropy with the tokens or classes of the data; the squared error where labels are numbers."""
 
     weight: Number = 1.0
     name = "labels"
     needs_teacher = False
+    tasks = ANSWERS
 
     def __call__(self, signals: Signals) -> Tensor:
         return signals.compare(None, label_weight=1.0).loss
@@ -268,34 +284,50 @@ class Objective(nn.Module):
         self.names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
         self.needs_teacher = any(term.needs_teacher for term in terms)
         self.looks_inside = any(term.looks_inside for term in terms)
+        self.looks_into_teacher = any(term.looks_inside and term.needs_teacher for term in terms)
         self.trained = nn.ModuleList(term for term in terms if isinstance(term, nn.Module))
 
-    def fit(self, student: Anatomy, teacher: Anatomy) -> tuple[Needs, Needs]:
+    def fit(self, student: Anatomy, teacher: Anatomy | None) -> tuple[Needs, Needs]:
         """Settle on layers and widths: what all terms together need of the student and of the teacher.
+
+        A term that needs no teacher learns from the student itself. None stands for a teacher that no term looks into.
 
         Raises:
             UserError: a term does not go with these models.
         """
         of_student, of_teacher = Needs(), Needs()
         for term in self.terms:
-            mine, theirs = term.fit(student, teacher)
+            mine, theirs = term.fit(student, teacher if term.needs_teacher and teacher else student)
             of_student, of_teacher = of_student | mine, of_teacher | theirs
         return of_student, of_teacher
 
+    def suits(self, task: Task) -> None:
+        """Look that every term makes sense for what the models are asked.
+
+        Raises:
+            ShapeError: one does not.
+        """
+        for term in self.terms:
+            if task not in term.tasks:
+                raise ShapeError(
+                    f"Objective: expected terms for the task {task}, got {term.name}. {INSTEAD.get(task, '')}."
+                )
+
     def total(self, means: Mapping[str, float], step: int) -> float:
-        """The loss that the terms' means make at an optimiser step; the cross-entropy where no teacher spoke."""
+        """The loss that the terms' means make at an optimiser step; that of the labels where no teacher spoke."""
         if self.needs_teacher and not set(self.names) <= set(means):
-            return means["cross_entropy"]
+            return next(means[name] for name in ("cross_entropy", "squared_error") if name in means)
         return sum(value_at(term.weight, step) * means[name] for term, name in zip(self.terms, self.names, strict=True))
 
     def forward(self, signals: Signals) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar loss, and every term's value without its weight, detached; in evaluation mode also cross_entropy.
+        """The scalar loss, and every term's value without its weight, detached; in evaluation mode also the distance
+        from the labels, as cross_entropy or squared_error.
 
         The first Logits and the first Labels go through the student's head together: its products are most of the work.
         """
         if self.needs_teacher and signals.teacher is None:  # held-out rows that it cannot speak about
             held_out = Labels()(signals).detach()
-            return held_out, {"cross_entropy": held_out}
+            return held_out, {str(signals.label_loss): held_out}
         weights = [value_at(term.weight, signals.step) for term in self.terms]
         summands: list[Tensor] = []
         values: dict[int, Tensor] = {}
@@ -321,10 +353,10 @@ class Objective(nn.Module):
                 summands.append(weights[i] * value)
                 values[i] = value.detach()
         logs = {name: values[i] for i, name in enumerate(self.names)}
-        if not self.training:
+        if not self.training and signals.label_loss is not None:
             if entropy is None:
                 entropy = Labels()(signals).detach() if labels is None else values[labels]
-            logs["cross_entropy"] = entropy
+            logs[signals.label_loss] = entropy
         return torch.stack(summands).sum(), logs
 
     def _first(self, kind: type[Term]) -> int | None:

@@ -31,17 +31,17 @@ class Prefetch:
     beside the student's random numbers.
 
     Args:
-        teacher: one that does not depend on the student.
+        teacher: one that does not change while the student trains.
 
     Raises:
-        ModelError: it does: its answers about the next batch would be those of an earlier student.
+        ModelError: it does: its answers about the next batch would be those of an earlier step.
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        if teacher.of_student:
+        if teacher.of_student or teacher.state_dict():
             raise ModelError(
-                f"prefetch: expected a teacher that does not depend on the student, got {type(teacher).__name__}. "
-                "What it says of the next batch is known after this step. Leave prefetch out."
+                f"prefetch: expected a teacher that does not change in training, got {type(teacher).__name__}, which "
+                "does. What it says of the next batch is known after this step. Leave prefetch out."
             )
         self.teacher = teacher
         self._coming: deque[Question] = deque()

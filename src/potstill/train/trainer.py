@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
-from potstill.targets import IGNORE, attended, causal_alignment, counting
+from potstill.targets import IGNORE, Task, align, attended, counting
 from potstill.teachers import Teacher
+from potstill.train.callbacks import Epochs
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Objective, Term, or_one
 from potstill.train.prefetch import Peek
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
+TEACHER = "teacher.safetensors"  # likewise: what has become of a teacher that changes
 
 
 @dataclass
@@ -69,6 +72,7 @@ class DistillationTrainer(Trainer):
         eval_dataset: the same, held out.
         processing_class: the tokenizer.
         vocabulary: see `Distiller`.
+        task: see `Distiller`.
         prefetch: ask the teacher about the next batch while the student learns from this one.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
     """
@@ -86,6 +90,7 @@ class DistillationTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         vocabulary: int | None = None,
+        task: Task = "causal",
         prefetch: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -95,7 +100,7 @@ class DistillationTrainer(Trainer):
         if "data_collator" not in kwargs and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
-        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, prefetch=prefetch)
+        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
         if all(term.looks_inside for term in self.distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers leave the head alone
         super().__init__(
@@ -106,6 +111,10 @@ class DistillationTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.distiller.teacher is not None:
+            self.add_callback(_Follow(self.distiller.teacher))
+        if hasattr(train_dataset, "set_epoch"):
+            self.add_callback(Epochs(train_dataset))
         self._train_sums = _Sums()
         self._eval_sums = _Sums()
         self._attended: Tensor | None = None
@@ -135,11 +144,20 @@ class DistillationTrainer(Trainer):
         self._steps_since_log += 1
         if not batch_samples:
             return None
-        count = torch.stack([_counts(batch) for batch in batch_samples]).sum(0).to(device)
+        count = torch.stack([self._counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count)
         tokens, self._attended = or_one(count).unbind()
         return tokens
+
+    def _counts(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[2]: the counting tokens of a batch, or the sum of their weights, and its attended positions."""
+        task = self.distiller.task
+        tokens = counting(batch["labels"], task).sum()
+        weights = None if "weights" not in batch else align(batch["labels"], task, batch["weights"]).weights
+        if weights is not None:
+            tokens = weights.sum()
+        return torch.stack([tokens, attended(batch, task).sum().to(tokens)])
 
     def compute_loss(
         self,
@@ -192,7 +210,8 @@ class DistillationTrainer(Trainer):
             rows = self.eval_dataset[rows]  # type: ignore[index]  # one of several held-out sets, by its name
         if self.args.world_size > 1:
             missing = -len(rows) % (self.args.world_size * self.args.per_device_eval_batch_size)
-            blank = {**rows[0], "labels": [IGNORE] * len(rows[0]["labels"])}
+            columns = rows[0].items()
+            blank = {name: _uncounted(value) if name.endswith("labels") else value for name, value in columns}
             filling: Any = [blank] * missing
             rows = ConcatDataset([rows, filling])
         return super().get_eval_dataloader(rows)
@@ -204,7 +223,7 @@ class DistillationTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output: StepOutput = model(inputs, normalizer=1.0, at=self.state.global_step, attended_normalizer=1.0)
-        counts = _counts(inputs)
+        counts = self._counts(inputs)
         self._eval_sums.add(output.logs, counts)
         return output.loss.detach() / counts.max().clamp_min(1), None, None
 
@@ -231,6 +250,7 @@ class DistillationTrainer(Trainer):
                 logs[name] = total / max(self._steps_since_log, 1)
             self._train_sums = _Sums()
             self._steps_since_log = 0
+            logs |= {} if self.distiller.teacher is None else self.distiller.teacher.logs()
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -240,8 +260,14 @@ class DistillationTrainer(Trainer):
             UserError: there is none.
             DataError: the teacher cannot speak about all of the training data.
         """
-        if self.distiller.teacher is not None and self.distiller.consults:
-            self.distiller.teacher.require(self.train_dataset)
+        teacher = self.distiller.teacher
+        if teacher is not None and teacher.of_student and self.is_fsdp_enabled:
+            raise UserError(
+                f"{type(teacher).__name__}: expected a student that is whole on every rank, got one that FSDP shards. "
+                "Its teacher is made of its weights. Train without FSDP, or name another teacher."
+            )
+        if teacher is not None and self.distiller.consults:
+            teacher.require(self.train_dataset)
         if resume_from_checkpoint is True:
             found = last_checkpoint(self._checkpoints)
             if found is None:
@@ -258,11 +284,15 @@ class DistillationTrainer(Trainer):
         for name, parameter in self.distiller.named_parameters():
             if not torch.isfinite(parameter).all():
                 self._stop(f"a weight that is not finite in {name} before checkpoint {self.state.global_step}")
-        trained = self.distiller.objective.state_dict()
-        if trained and self.args.should_save and not self.is_fsdp_enabled:  # whose own files hold everything
-            folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in trained.items()}, folder / TRAINED)
+        teacher = self.distiller.teacher
+        states = {TEACHER: {} if teacher is None else teacher.state_dict()}
+        if not self.is_fsdp_enabled:  # whose own files hold all that is trained
+            states[TRAINED] = self.distiller.objective.state_dict()
+        folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
+        for name, state in states.items():
+            if state and self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file({key: value.contiguous() for key, value in state.items()}, folder / name)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -280,6 +310,8 @@ class DistillationTrainer(Trainer):
             self.processing_class.save_pretrained(target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.distiller.teacher is not None:
+            restore_teacher(self.distiller.teacher, Path(resume_from_checkpoint))
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -300,13 +332,38 @@ class DistillationTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-def _counts(batch: Mapping[str, Tensor]) -> Tensor:
-    """[2]: the counting tokens of a batch, or the sum of their weights, and its attended positions."""
-    tokens = counting(batch["labels"]).sum()
-    weights = None if "weights" not in batch else causal_alignment(batch["labels"], batch["weights"]).weights
-    if weights is not None:
-        tokens = weights.sum()
-    return torch.stack([tokens, attended(batch).sum().to(tokens)])
+class _Follow(TrainerCallback):
+    """Tells a teacher of every optimiser step, before checkpoints are written."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.teacher.after_step(state.global_step)
+
+
+def restore_teacher(teacher: Teacher, checkpoint: Path) -> None:
+    """What has become of a teacher until a checkpoint; nothing, for one that does not change.
+
+    Raises:
+        UserError: the checkpoint does not know.
+    """
+    if not teacher.state_dict():
+        return
+    file = checkpoint / TEACHER
+    if not file.exists():
+        raise UserError(
+            f"train: expected {TEACHER} in {checkpoint}, got none. The teacher changes in training, and this "
+            "checkpoint is of another one. Begin anew, or resume with the teacher that it is of."
+        )
+    teacher.load_state_dict(load_file(file))
+
+
+def _uncounted(labels: Any) -> Any:
+    """The labels of a row that does not count, in the form of some that do."""
+    if isinstance(labels, list):
+        return [IGNORE] * len(labels)
+    return math.nan if isinstance(labels, float) else IGNORE
 
 
 class _Sums:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from potstill.errors import ShapeError
+from potstill.evaluate.correlation import pearson, ranks
 
 MOST_ROWS = 1000  # half a million pairs
 _NEIGHBOURS = 10
@@ -90,17 +91,3 @@ def cosines(vectors: Tensor) -> Tensor:
     """[N, d] to [N, N]."""
     unit = normalize(vectors.float(), dim=-1)
     return unit @ unit.T
-
-
-def ranks(values: Tensor) -> Tensor:
-    """The ranks of [N] values from 0, float64; equal ones share their mean."""
-    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count.double() + 1) / 2)[place]
-
-
-def pearson(x: Tensor, y: Tensor) -> float:
-    """Pearson's correlation; of ranks it is Spearman's. 0 where one of them does not vary."""
-    x, y = x - x.mean(), y - y.mean()
-    lengths = x.norm() * y.norm()
-    return float(x @ y / lengths) if lengths > 0 else 0.0

@@ -1,0 +1,83 @@
+"""Masks for masked language models: drawn anew in every epoch, and the same again where a run is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from potstill.errors import DataError
+from potstill.targets import IGNORE
+
+SHARE = 0.15
+MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stays as it is
+
+
+class MaskedRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows whose tokens are masked as BERT's were.
+
+    Of the tokens of a row whose label is not -100 a share is chosen, at least one. 80% of them become the mask, 10%
+    some token, 10% stay; the label of all others is -100. What is chosen depends on seed, epoch and the row's number
+    alone: not on the order, the batch, the worker or what was drawn before.
+
+    Args:
+        rows: [i] is {"input_ids": [T], "labels": [T], ...}, as `encode` gives them for the task masked.
+        tokenizer: has a mask token.
+        share: of the tokens that may be chosen, in (0, 1).
+        seed: of the choice.
+
+    Raises:
+        DataError: the tokenizer has no mask token.
+
+    References:
+        Devlin et al. 2018 (BERT), arXiv 1810.04805, section 3.1; Liu et al. 2019 (RoBERTa), arXiv 1907.11692, for
+        masks that change.
+    """
+
+    def __init__(self, rows: Any, tokenizer: PreTrainedTokenizerBase, *, share: float = SHARE, seed: int = 0) -> None:
+        if tokenizer.mask_token_id is None:
+            raise DataError(
+                "data: expected a tokenizer with a mask token for the task masked, got one without. "
+                "Use the tokenizer of a masked language model, or another task."
+            )
+        self.rows, self.share, self.seed = rows, share, seed
+        self.mask_token_id = int(tokenizer.mask_token_id)
+        self.vocabulary = max(tokenizer.get_vocab().values()) + 1
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it too
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on the masks are those of that epoch."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row: Mapping[str, Any] = self.rows[i]
+        ids, labels = self._masked(row["input_ids"], row["labels"], [self.seed, int(self._epoch), i])
+        return {**row, "input_ids": ids, "labels": labels}
+
+    def _masked(self, ids: Sequence[int], labels: Sequence[int], seed: list[int]) -> tuple[list[int], list[int]]:
+        generator = np.random.default_rng(seed)
+        given, wanted = np.array(ids), np.array(labels)
+        free = np.flatnonzero(wanted != IGNORE)
+        chosen = generator.permutation(free)[: max(1, round(self.share * len(free)))]
+        fate = generator.random(len(chosen))
+        given[chosen[fate < MASKED]] = self.mask_token_id
+        strays = chosen[(fate >= MASKED) & (fate < MASKED + RANDOM)]
+        given[strays] = generator.integers(self.vocabulary, size=len(strays))
+        said = np.full_like(wanted, IGNORE)
+        said[chosen] = wanted[chosen]
+        return given.tolist(), said.tolist()
+
+    def fixed(self) -> Dataset:
+        """The rows with the masks of now, for good: what is held out is the same at every evaluation."""
+        rows = list(self)
+        return Dataset.from_dict({name: [row[name] for row in rows] for name in ("input_ids", "labels")})

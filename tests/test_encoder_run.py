@@ -1,0 +1,262 @@
+"""Recipes of encoders, from the file to the report: masked tokens, classes, numbers, layers alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from potstill.data import Source
+from potstill.errors import DataError, ModelError, RecipeError
+from potstill.evaluate.measures import QUALITY
+from potstill.evaluation import Measures, evaluate
+from potstill.pipeline import RunResult, run
+from potstill.preflight import check
+from potstill.prepare import prepare
+from potstill.recipe import Recipe
+from potstill.train.callbacks import MetricsFile
+from toy_encoders import CLASSES, make_encoder, save, write_rows
+
+RECIPES = {
+    path.stem: path
+    for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+    if "\ntask: " in path.read_text()
+}
+TASKS = {"masked": "masked", "classify": "classification", "regression": "regression", "encoder": "encoder"}
+SMALL = ["train.max_steps=4", "train.per_device_train_batch_size=8", "train.warmup_steps=0", "data.max_length=32"]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with train.jsonl and eval.jsonl."""
+    write_rows(tmp_path / "train.jsonl", 32, seed=0)
+    write_rows(tmp_path / "eval.jsonl", 16, seed=7)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def done(name: str, *changes: str, resume: bool = False) -> RunResult:
+    return run(Recipe.load(RECIPES[name], [*SMALL, *changes]), console=Console(file=io.StringIO()), resume=resume)
+
+
+def test_there_is_a_recipe_of_each_task() -> None:
+    assert {name: Recipe.load(path).task for name, path in RECIPES.items()} == TASKS
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_recipe_runs_from_end_to_end(name: str, workplace: Path) -> None:
+    task = TASKS[name]
+    save(make_encoder("bert", task, seed=1), workplace / "teacher")
+    result = done(name)
+    rows = result.summary["rows"]
+    assert set(rows) == {"teacher", "student"} | ({"baseline"} if task != "encoder" else set())
+    for row in rows.values():
+        assert all(row[measure.key] is not None for measure in QUALITY[task])
+        assert row["latency_ms"] > 0
+    assert result.summary["continuations"] == []
+    assert result.summary["kl_by_position"] is None
+    auto: Any = {"masked": AutoModelForMaskedLM, "encoder": AutoModel}.get(task, AutoModelForSequenceClassification)
+    student, loading = auto.from_pretrained(result.directory / "student", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert student.config.num_hidden_layers == 2
+    assert AutoTokenizer.from_pretrained(result.directory / "student").mask_token == "[MASK]"
+    if task == "classification":
+        assert student.config.label2id == CLASSES
+    report = (result.directory / "report.html").read_text()
+    card = (result.directory / "student" / "README.md").read_text()
+    assert QUALITY[task][1].name in report
+    assert ("erplexity" in report) is (task == "masked")
+    assert f"import {auto.__name__}, AutoTokenizer" in card
+    assert "How it writes" not in report
+    lines = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
+    label_loss = {"regression": "eval_squared_error", "encoder": "eval_hidden"}.get(task, "eval_cross_entropy")
+    assert any(label_loss in line for line in lines)
+
+
+def test_what_a_student_begins_with_is_its_teachers_head_too(workplace: Path) -> None:
+    teacher = make_encoder("distilbert", "classification", seed=1)
+    save(teacher, workplace / "teacher")
+    parts = prepare(Recipe.load(RECIPES["classify"], [*SMALL, "student.design={n_layers: 2}"]))
+    student = parts.new_student()
+    assert not any("random" in note for note in parts.notes)
+    for name in ("classifier.weight", "pre_classifier.bias", "distilbert.embeddings.word_embeddings.weight"):
+        assert torch.equal(student.get_parameter(name), teacher.get_parameter(name))
+    layers = [f"distilbert.transformer.layer.{i}.ffn.lin1.weight" for i in (0, 1, 2)]
+    assert torch.equal(student.get_parameter(layers[1]), teacher.get_parameter(layers[2]))
+
+
+def test_a_student_without_a_head_gets_the_teachers_classes(workplace: Path) -> None:
+    save(make_encoder("bert", "classification", seed=1), workplace / "teacher")
+    save(make_encoder("distilbert", "encoder", seed=2), workplace / "student")
+    recipe = Recipe.load(RECIPES["classify"], [*SMALL, "student={model: student}", "objective=[{term: logits}]"])
+    first, second = (prepare(recipe).new_student() for _ in range(2))
+    assert first.config.label2id == CLASSES
+    assert torch.equal(first.classifier.weight, second.classifier.weight), "the same at every call"
+
+
+# The same weights again
+
+
+@pytest.mark.parametrize("name", ["masked", "encoder"])
+def test_a_resumed_run_ends_in_the_same_weights(name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops in the second epoch, where masks are others than in the first."""
+    save(make_encoder("bert", TASKS[name], seed=1, hidden_dropout_prob=0.1), workplace / "teacher")
+    changes = ["train.max_steps=10", "evaluate.baseline=false", "train.save_steps=3", "student.initialize=random"]
+    whole = done(name, *changes, "output=whole")
+
+    def killed(callback: MetricsFile, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MetricsFile, "on_step_end", killed)
+        done(name, *changes, "output=killed")
+    resumed = done(name, *changes, "output=killed", resume=True)
+    one, other = ((each.directory / "student" / "model.safetensors").read_bytes() for each in (whole, resumed))
+    assert one == other
+
+
+# A sentence-transformers teacher
+
+
+def test_a_sentence_transformers_teacher_lends_its_modules(workplace: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    save(make_encoder("bert", "encoder", seed=1), workplace / "teacher")
+    (workplace / "teacher" / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    (workplace / "teacher" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    (workplace / "teacher" / "modules.json").write_text(json.dumps(modules))
+    result = done("encoder")
+    model = sentence_transformers.SentenceTransformer(str(result.directory / "student"), device="cpu")
+    vectors = model.encode(["the cat", "a dog sits"])
+    assert vectors.shape == (2, 16)
+    assert abs((vectors**2).sum(-1) - 1).max() < 1e-5
+
+
+# Measures
+
+
+def test_what_is_measured_of_classes_is_the_formula() -> None:
+    from potstill.evaluate.judged import measure
+    from test_tasks import make_batch
+
+    teacher, student = make_encoder("bert", "classification", seed=1), make_encoder("bert", "classification", seed=2)
+    batch = make_batch("classification", rows=12)
+    found = measure("classification", teacher, {"student": student}, [batch])
+    z = student.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits.double()
+    t = teacher.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits.double()
+    said, labels = z.argmax(-1), batch["labels"]
+    f1 = []
+    for k in range(3):
+        tp = int(((said == k) & (labels == k)).sum())
+        wrong = int(((said == k) != (labels == k)).sum())
+        f1.append(2 * tp / (2 * tp + wrong))
+    mine: Any = found["student"]
+    assert mine.accuracy == pytest.approx((said == labels).double().mean().item())
+    assert mine.f1_macro == pytest.approx(sum(f1) / 3)
+    assert mine.agreement == pytest.approx((said == t.argmax(-1)).double().mean().item())
+    kl = (t.softmax(-1) * (t.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
+    assert mine.kl == pytest.approx(kl.item(), rel=1e-4)
+    assert found["teacher"].kl == pytest.approx(0, abs=1e-6)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_commands_measure_and_check(name: str, workplace: Path) -> None:
+    task: Any = TASKS[name]
+    save(make_encoder("bert", task, seed=1), workplace / "teacher")
+    save(make_encoder("bert", task, seed=2, num_hidden_layers=2), workplace / "other")
+    label = {"regression": "score"}.get(task)
+    source = Source("eval.jsonl", field="text", label=label) if task != "masked" else Source("eval.jsonl", field="text")
+    measures = Measures(batch_sizes=(1,), lengths=(8,))
+    found = evaluate("other", "teacher", source, max_length=32, measures=measures, task=task)
+    for measure in QUALITY[task]:
+        assert found["models"]["student"]["quality"][measure.key] is not None
+    assert found["models"]["student"]["speed"][0]["first_token_ms"] is None
+    checked = check(Recipe.load(RECIPES[name], SMALL))
+    assert bool(checked.vocabulary) is (task == "masked")
+    assert checked.train_rows == 32
+
+
+# What does not go together
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "messages"),
+    [
+        ("regression", ["objective=[{term: logits}, {term: bild}]"], ["objective.0: expected a term", "objective.1: "]),
+        ("regression", ["objective=[{term: taid}]"], ["Use values for the teacher's number"]),
+        (
+            "encoder",
+            ["objective=[{term: labels}]", "evaluate.baseline=true"],
+            ["over layers", "evaluate.baseline"],
+        ),
+        ("encoder", ["objective=[{term: hidden, select_batches: 2}]"], ["Use a projection"]),
+        ("classify", ["data.packing=true", "teacher={cache: kept}"], ["data.packing: ", "teacher.cache: "]),
+        ("masked", ["data.train.label=label", "data.eval.pair=b"], ["data.train.label: ", "data.eval.pair: "]),
+        ("classify", ["data.masked_share=0.3"], ["data.masked_share: "]),
+        ("classify", ["data.train={path: a.jsonl, messages: chat}"], ["data.train.messages: expected field"]),
+        ("masked", ["task=maskd"], ["task: "]),
+    ],
+)
+def test_what_does_not_go_with_a_task_is_told_at_once(name: str, changes: list[str], messages: list[str]) -> None:
+    with pytest.raises(RecipeError) as told:
+        Recipe.load(RECIPES[name], changes)
+    for message in messages:
+        assert message in str(told.value)
+    assert not any(line.strip().startswith(":") for line in str(told.value).splitlines())
+
+
+def test_heads_that_do_not_match_are_refused(workplace: Path) -> None:
+    save(make_encoder("bert", "classification", seed=1), workplace / "teacher")
+    save(make_encoder("bert", "regression", seed=1), workplace / "student")
+    recipe = Recipe.load(RECIPES["classify"], [*SMALL, "student={model: student}"])
+    with pytest.raises(RecipeError, match="expected the teacher's 3 classes, got 1"):
+        prepare(recipe)
+    shutil.rmtree(workplace / "student")
+    turned = {name: 2 - i for name, i in CLASSES.items()}
+    other = make_encoder("bert", "classification")
+    other.config.label2id, other.config.id2label = turned, {i: name for name, i in turned.items()}
+    save(other, workplace / "student")
+    with pytest.raises(RecipeError, match="A class must be at the same place in both"):
+        prepare(recipe)
+    with pytest.raises(RecipeError, match="expected num_labels 1 in its config for the task regression, got 3"):
+        prepare(Recipe.load(RECIPES["regression"], SMALL))
+
+
+def test_a_teacher_whose_head_would_be_random_is_refused(workplace: Path) -> None:
+    save(make_encoder("bert", "encoder", seed=1), workplace / "teacher")
+    for name in ("masked", "classify"):
+        with pytest.raises(ModelError, match=r"teacher\.model: expected .* got a model without weights for c"):
+            prepare(Recipe.load(RECIPES[name], SMALL))
+
+
+def test_an_unknown_label_is_told_with_its_row(workplace: Path) -> None:
+    save(make_encoder("bert", "classification", seed=1), workplace / "teacher")
+    row = {"text": "the cat", "text_pair": "a dog", "label": "wild"}
+    with (workplace / "train.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="expected a label of calm, lively, odd, or its number, got 'wild' in row 33"):
+        prepare(Recipe.load(RECIPES["classify"], SMALL))
+
+
+def test_robertas_positions_begin_behind_its_padding(workplace: Path) -> None:
+    save(make_encoder("roberta", "masked", seed=1), workplace / "teacher")
+    with pytest.raises(RecipeError, match="expected at most 39, the teacher's number of positions, got 40"):
+        prepare(Recipe.load(RECIPES["masked"], [*SMALL, "data.max_length=40"]))

@@ -1,0 +1,168 @@
+"""Data in which the teacher has prompts of its own: one answer, behind two prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_tokenizer
+from potstill.data import PaddingCollator, Source, encode
+from potstill.errors import DataError, ModelError, RecipeError, VocabularyError
+from potstill.prepare import prepare
+from potstill.recipe import Recipe
+from potstill.targets import causal_alignment
+from potstill.teachers import EMATeacher, EnsembleTeacher, InformedTeacher
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def completions(n: int = 5) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": f"def f{i}(a):",
+            "hint": f"class C{i}: it adds {i}.\ndef f{i}(a):",
+            "completion": f"\n    return a + {i}",
+        }
+        for i in range(n)
+    ]
+
+
+def conversations(n: int = 5) -> list[dict[str, Any]]:
+    rows = []
+    for i in range(n):
+        asked = {"role": "user", "content": f"{i} + {i}?"}
+        answered = {"role": "assistant", "content": f"It is {2 * i}."}
+        more = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "No more."}]
+        told = {"role": "system", "content": f"The answer is {2 * i}."}
+        rows.append({"messages": [asked, answered, *more], "hint": [told, asked]})
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_length"), [("completion", 64), ("completion", 18), ("messages", 128), ("messages", 40)]
+)
+def test_positions_align_one_by_one(kind: str, max_length: int, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    rows = completions() if kind == "completion" else conversations()
+    path = written(tmp_path / "rows.jsonl", rows)
+    plain = encode(Source(path), tokenizer, max_length=max_length)
+    found = encode(Source(path, teacher_prompt="hint"), tokenizer, max_length=max_length)
+    assert [row["input_ids"] for row in found.dataset] == [row["input_ids"] for row in plain.dataset]
+    assert found.tokens == plain.tokens and plain.teacher_longest == 0
+    assert found.teacher_longest == max(len(row["teacher_input_ids"]) for row in found.dataset)
+    for row, given in zip(found.dataset, rows, strict=True):
+        text = tokenizer.decode(row["teacher_input_ids"])
+        assert text.startswith(given["hint"] if kind == "completion" else f"<system>{given['hint'][0]['content']}")
+    batch = PaddingCollator(1)(list(found.dataset))
+    mine, theirs = (causal_alignment(batch[name]) for name in ("labels", "teacher_labels"))
+    assert torch.equal(mine.labels, theirs.labels) and len(mine) == found.tokens
+    assert set(PaddingCollator(1)(list(plain.dataset))) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_token_ids_bring_their_own(tmp_path: Path) -> None:
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
+    own = {"teacher_input_ids": [9, 9, 9, 7, 8], "teacher_labels": [-100, -100, -100, 7, 8]}
+    path = written(tmp_path / "ids.jsonl", [row | own])
+    (found,) = encode(Source(path), make_tokenizer(), max_length=3).dataset
+    assert found["labels"] == [-100, -100, 7]
+    assert found["teacher_input_ids"] == [9, 9, 9, 7] and found["teacher_labels"] == [-100, -100, -100, 7]
+    path = written(tmp_path / "other.jsonl", [row | own | {"teacher_labels": [-100, -100, -100, 8, 8]}])
+    with pytest.raises(DataError, match=r"expected the same answer tokens .* in row 1 of other.jsonl"):
+        encode(Source(path), make_tokenizer(), max_length=4)
+
+
+def test_prompts_that_cannot_be(tmp_path: Path) -> None:
+    path = written(tmp_path / "text.jsonl", [{"text": "a", "hint": "b"}])
+    with pytest.raises(DataError, match=r"expected answers for the teacher's own prompts in text.jsonl, got text"):
+        encode(Source(path, teacher_prompt="hint"), make_tokenizer(), max_length=8)
+    path = written(tmp_path / "rows.jsonl", completions())
+    with pytest.raises(DataError, match=r"expected a column 'hints' .*Did you mean 'hint'"):
+        encode(Source(path, teacher_prompt="hints"), make_tokenizer(), max_length=64)
+
+
+# Recipes.
+
+
+def test_recipes_find_who_speaks(recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
+    model = {"model": str(toys / "teacher")}
+    recipe_values |= {"student": {"model": str(toys / "student")}, "teacher": {"ema": {"decay": 0.9}}}
+    assert isinstance(prepare(Recipe.parse(recipe_values)).teacher, EMATeacher)
+    recipe_values["teacher"] = {"ensemble": [model | {"weight": 3}, model | {"weight": 1}], "of": "log_probs"}
+    parts = prepare(Recipe.parse(recipe_values))
+    assert isinstance(parts.teacher, EnsembleTeacher) and parts.teacher.of == "log_probs"
+    assert parts.teacher.weights.tolist() == [0.75, 0.25] and parts.teacher.names == ["teacher_0", "teacher_1"]
+    assert len(parts.teacher_models) == 2 and parts.teacher_model is None
+    recipe_values["teacher"] = {"adapter_off": True}
+    with pytest.raises(ModelError, match="expected a student with an adapter"):
+        prepare(Recipe.parse(recipe_values))
+    hinted = {"path": str(written(tmp_path / "rows.jsonl", completions())), "teacher_prompt": "hint"}
+    recipe_values |= {"teacher": model, "data": {"train": hinted, "eval": hinted, "max_length": 32}}
+    assert isinstance(prepare(Recipe.parse(recipe_values)).teacher, InformedTeacher)
+    recipe_values["teacher"] = {"ensemble": [model, model]}
+    with pytest.raises(RecipeError, match="expected a teacher that reads its own prompts, got an ensemble"):
+        prepare(Recipe.parse(recipe_values))
+
+
+def test_a_member_with_another_tokenizer_is_refused(recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(toys / "teacher", tmp_path / "other")
+    make_tokenizer(290).save_pretrained(tmp_path / "other")
+    members = [{"model": str(toys / "teacher")}, {"model": str(tmp_path / "other")}]
+    recipe_values["teacher"] = {"ensemble": members}
+    with pytest.raises(VocabularyError, match=r"^teacher.ensemble.1: expected the token -> id map of "):
+        prepare(Recipe.parse(recipe_values))
+
+
+MISTAKES = {
+    "an ensemble of one": ({"ensemble": [{"model": "a"}]}, "at least 2 items"),
+    "two who speak": ({"model": "a", "ema": {}}, "teacher: expected ema alone, got it with model"),
+    "two others": ({"adapter_off": True, "ema": {}}, "teacher: expected adapter_off alone, got it with ema"),
+    "a server and more": (
+        {"server": {"url": "u", "model": "m"}, "model": "a"},
+        "expected server alone, got it with model",
+    ),
+    "nobody": ({}, "expected model, cache, server, ensemble, ema or adapter_off, got none of them"),
+    "weights of nobody": ({"model": "a", "weights": "learned"}, "expected weights beside an ensemble alone"),
+    "weights of some": (
+        {"ensemble": [{"model": "a", "weight": 1}, {"model": "b"}]},
+        "expected a weight for every member of the ensemble or for none, got 1",
+    ),
+    "no weight": ({"ensemble": [{"model": "a", "weight": 0}, {"model": "b", "weight": 0}]}, "that are not all 0"),
+    "learned log-probs": (
+        {"ensemble": [{"model": "a"}, {"model": "b"}], "of": "log_probs", "weights": "learned"},
+        "expected of: probabilities where weights are learned",
+    ),
+    "a member with both": (
+        {"ensemble": [{"model": "a", "cache": "c"}, {"model": "b"}]},
+        "teacher.ensemble.0: .* got both",
+    ),
+    "an average that stands still": ({"ema": {"decay": 1.0}}, "teacher.ema.decay: .*less than 1"),
+    "an unknown key": ({"ema": {"decy": 0.9}}, "teacher.ema.decy: unknown key. Did you mean decay"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_a_recipe(name: str, recipe_values: dict[str, Any]) -> None:
+    teacher, message = MISTAKES[name]
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse(recipe_values | {"teacher": teacher})
+
+
+def test_a_design_needs_a_teacher_that_is_not_the_student(recipe_values: dict[str, Any]) -> None:
+    for key in ({"ema": {}}, {"adapter_off": True}):
+        with pytest.raises(RecipeError, match=r"expected student.model, got a design"):
+            prepare(Recipe.parse(recipe_values | {"teacher": key}))
