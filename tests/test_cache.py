@@ -27,8 +27,8 @@ from potstill.data import PaddingCollator, Source, encode
 from potstill.divergence import JSD, ForwardKL, SoftCrossEntropy
 from potstill.errors import DataError, ShapeError
 from potstill.losses import token_divergence
+from potstill.positions import causal_alignment
 from potstill.recipe import SourcePart, TeacherPart
-from potstill.targets import causal_alignment
 from potstill.teachers import CachedTeacher, ModelTeacher
 
 QUIET = Console(quiet=True)

@@ -12,7 +12,8 @@ from potstill.data import PaddingCollator
 from potstill.divergence import JSD, ForwardKL, ReverseKL
 from potstill.errors import ShapeError, VocabularyError
 from potstill.losses import chunk_divergence, sorted_distance, token_divergence
-from potstill.targets import DenseTargets, SparseTargets, causal_alignment, counting
+from potstill.positions import causal_alignment, counting
+from potstill.targets import DenseTargets, SparseTargets
 from potstill.teachers import CrossTokenizerTeacher, ModelTeacher, Teacher, TeacherOutput
 from potstill.teachers.across import Across
 from potstill.train import ULD, Chunks, Distiller, Labels, Logits, MappedLogits

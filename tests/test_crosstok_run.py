@@ -19,10 +19,10 @@ from potstill.cli import app, runs
 from potstill.data import in_batches
 from potstill.errors import RecipeError, VocabularyError
 from potstill.pipeline import _arguments, run
+from potstill.positions import causal_alignment
 from potstill.preflight import check
 from potstill.prepare import prepare
 from potstill.recipe import Recipe
-from potstill.targets import causal_alignment
 from potstill.train import DistillationTrainer
 from reference_across import byte_level, llama_like, lower_case
 
@@ -156,7 +156,7 @@ def test_it_warns_where_little_aligns(values: dict[str, Any], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("what", "kind", "message"),
     [
-        ("logits", VocabularyError, "terms chunks or mapped_logits in place of logits"),
+        ("logits", VocabularyError, "terms chunks or mapped_logits of a recipe in place of logits"),
         ("both", RecipeError, "without terms over tokens, got logits, hidden too"),
         ("cache", RecipeError, "teacher: expected a model alone for terms that compare bytes"),
         ("lossy", VocabularyError, "the student's tokenizer: expected one whose tokens stand for the bytes"),

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from potstill.data import Examples, PaddingCollator, Source, encode, load, pad_token_id
 from potstill.data.rows import Encoding, in_groups
 from potstill.errors import DataError
-from potstill.targets import IGNORE, counting
+from potstill.positions import IGNORE, counting
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}"

@@ -24,9 +24,9 @@ from potstill.divergence import JSD, ForwardKL
 from potstill.engines import ModelServer, client
 from potstill.errors import PotstillError, RecipeError, RefusedError, ServerError, ShapeError, VocabularyError
 from potstill.pipeline import run
+from potstill.positions import causal_alignment
 from potstill.preflight import check
 from potstill.recipe import Recipe
-from potstill.targets import causal_alignment
 from potstill.teachers import ServedTeacher
 from potstill.train import Distiller, Labels, Logits
 from toy_server import LiveTopK, ToyServer, logged, prepared_with_top_k

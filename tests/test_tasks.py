@@ -14,8 +14,9 @@ from potstill.divergence import ForwardKL
 from potstill.errors import ShapeError
 from potstill.heads import cut, says
 from potstill.layers import LayerMap
+from potstill.positions import IGNORE, TASKS, align, attended, counting
 from potstill.recipe.objective import TermPart
-from potstill.targets import IGNORE, TASKS, DenseTargets, HeadTargets, align, attended, counting
+from potstill.targets import DenseTargets, HeadTargets
 from potstill.train import Attention, Distiller, Hidden, Labels, Logits, Relations, Similarity, Values
 from toy_encoders import VOCABULARY, make_encoder
 

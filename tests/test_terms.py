@@ -26,8 +26,9 @@ from potstill.losses import (
     relation_divergence,
     rkd_distance,
 )
+from potstill.positions import Alignment, attended
 from potstill.taps import Needs
-from potstill.targets import Alignment, DenseTargets, attended
+from potstill.targets import DenseTargets
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 from potstill.train import (
     Attention,

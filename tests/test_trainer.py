@@ -19,7 +19,7 @@ from potstill.losses import token_divergence
 from potstill.schedule import linear
 from potstill.targets import DenseTargets
 from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
-from potstill.train.trainer import last_checkpoint
+from potstill.train.checkpoints import last_checkpoint
 from processes import two_ranks
 
 # transformers renamed it.
@@ -46,6 +46,7 @@ def trainer(
     teacher: Any = "toy",
     student: Any = None,
     vocabulary: int | None = None,
+    rollout: Any = None,
     prefetch: bool = False,
     **changes: Any,
 ) -> DistillationTrainer:
@@ -65,6 +66,7 @@ def trainer(
         student=student or make_llama(hidden_size=8, layers=1),
         teacher=make_llama(seed=1) if teacher == "toy" else teacher,
         vocabulary=vocabulary,
+        rollout=rollout,
         prefetch=prefetch,
         objective=objective or [Logits(ForwardKL(), temperature=2.0), Labels(weight=0.5)],
         args=DistillationConfig(**arguments),

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     )
     from potstill.pipeline import RunResult, run
     from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
+    from potstill.students.adapted import merged
+    from potstill.students.adapters import Ia3, Lora, Prefix, Prompt, adapt
     from potstill.students.budget import Budget
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
@@ -84,7 +86,9 @@ if TYPE_CHECKING:
         Logits,
         MappedLogits,
         Objective,
+        PolicyGradient,
         Relations,
+        Rollout,
         Similarity,
         Values,
     )
@@ -142,6 +146,8 @@ _LATER = {
     "potstill.embedding.run": ("run_embedding",),
     "potstill.pipeline": ("RunResult", "run"),
     "potstill.recipe": ("EmbeddingRecipe", "GenerateRecipe", "Recipe"),
+    "potstill.students.adapted": ("merged",),
+    "potstill.students.adapters": ("Ia3", "Lora", "Prefix", "Prompt", "adapt"),
     "potstill.students.budget": ("Budget",),
     "potstill.students.capacity": ("expected_share",),
     "potstill.students.size": ("size_of",),
@@ -175,7 +181,9 @@ _LATER = {
         "Logits",
         "MappedLogits",
         "Objective",
+        "PolicyGradient",
         "Relations",
+        "Rollout",
         "Similarity",
         "Values",
     ),
@@ -212,12 +220,14 @@ __all__ = [
     "Generated",
     "HeadTargets",
     "Hidden",
+    "Ia3",
     "InformedTeacher",
     "LMHead",
     "Labels",
     "LayerMap",
     "LocalEngine",
     "Logits",
+    "Lora",
     "MappedLogits",
     "MaskedRows",
     "MixtureTargets",
@@ -226,11 +236,15 @@ __all__ = [
     "Objective",
     "PaddingCollator",
     "PairObjective",
+    "PolicyGradient",
     "PotstillError",
+    "Prefix",
     "Projection",
+    "Prompt",
     "Recipe",
     "Relations",
     "ReverseKL",
+    "Rollout",
     "RunResult",
     "Sampling",
     "ServedTeacher",
@@ -246,6 +260,7 @@ __all__ = [
     "TotalVariation",
     "Values",
     "VectorHead",
+    "adapt",
     "chunk_divergence",
     "chunk_log_probs",
     "diagnose",
@@ -258,6 +273,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_divergence",
     "matryoshka",
+    "merged",
     "open_vectors",
     "pair_correlation",
     "pareto_front",

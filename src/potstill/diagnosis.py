@@ -34,13 +34,14 @@ from potstill.evaluate.diagnose import (
 from potstill.evaluate.summary import read_metrics
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
+from potstill.positions import IGNORE, Alignment
 from potstill.prepare import Parts, prepare
 from potstill.recipe import Recipe
-from potstill.targets import IGNORE, Alignment, SparseTargets
+from potstill.targets import SparseTargets
 from potstill.train import Distiller, Logits
 from potstill.train.callbacks import logged_lines
+from potstill.train.checkpoints import last_checkpoint
 from potstill.train.objective import value_at
-from potstill.train.trainer import last_checkpoint
 
 ROWS = 64  # of the sample
 FLOW_BATCHES = 4  # of the training data

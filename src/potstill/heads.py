@@ -15,7 +15,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from potstill.targets import Alignment, DenseTargets, HeadTargets, LMHead
+from potstill.positions import Alignment
+from potstill.targets import DenseTargets, HeadTargets, LMHead
 from potstill.uncompiled import uncompiled
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def says(
         model: a model of transformers.
         cut: how to cut it; None to keep it whole.
         batch: input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
-        alignment: the N positions; see `potstill.targets`.
+        alignment: the N positions; see `potstill.positions`.
     """
     head = None if cut is None else cut.head()
     if cut is None or head is None:

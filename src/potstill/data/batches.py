@@ -26,7 +26,7 @@ from potstill.data.rows import Encoding, Row
 from potstill.data.sources import OWN_IDS, OWN_PROMPT, Kind, Source, load
 from potstill.data.weighing import WEIGHING
 from potstill.errors import DataError
-from potstill.targets import IGNORE, Task, counting
+from potstill.positions import IGNORE, Task, counting
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Examples:
             Every example has a token that counts. Where rows are judged labels are one number, and pairs have
             token_type_ids. Where the teacher has prompts of its own, also teacher_input_ids and teacher_labels. Where
             the source says how much tokens count, also weights, a list of float.
-        tokens: how many tokens count in all, by `potstill.targets.counting`.
+        tokens: how many tokens count in all, by `potstill.positions.counting`.
         notes: what the run should say: what was cut, skipped or left out.
         teacher_longest: tokens of the longest row that the teacher reads in place of the student's; 0 where none is.
     """
@@ -106,8 +106,8 @@ def encode(
     weighed = not WEIGHING.isdisjoint(dataset.column_names)
     if task != "causal" and (weighed or source.weight or by_span):
         raise DataError(
-            f"data: expected no weights of tokens for the task {task}, got some for {file}. Only causal models take "
-            "them. Leave out weight, span_weights and the column weights."
+            f"data: expected no token weights for the task {task}, got some for {file}. They are for causal models. "
+            "Leave out weight, span_weights and the column weights."
         )
     options = [max_length, packing, task, sorted(named.items()), sorted((by_span or {}).items())]
     kept = _kept_file(dataset, tokenizer, options)

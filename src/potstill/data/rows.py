@@ -19,7 +19,7 @@ from potstill.data.sources import Kind
 from potstill.data.spans import Span, places
 from potstill.data.weighing import SPANS, Completion, SpanWeights, token_weights
 from potstill.errors import DataError
-from potstill.targets import IGNORE, Task
+from potstill.positions import IGNORE, Task
 
 
 class Row(NamedTuple):

@@ -18,7 +18,7 @@ from potstill.data.kept import kept_file, write_arrow
 from potstill.data.readers import SUFFIXES, Table, empty, open_table, reading, said
 from potstill.data.weighing import SPANS, SpanWeights
 from potstill.errors import DataError
-from potstill.targets import JUDGED, Task
+from potstill.positions import JUDGED, Task
 
 Kind = Literal["text", "completion", "messages", "input_ids", "labelled"]
 

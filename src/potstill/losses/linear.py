@@ -24,7 +24,8 @@ from potstill.losses.token import (
     token_cross_entropy,
     unchecked_divergence,
 )
-from potstill.targets import IGNORE, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets, Whole
+from potstill.positions import IGNORE
+from potstill.targets import HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets, Whole
 from potstill.uncompiled import uncompiled
 
 Backend = Literal["auto", "eager", "chunked", "triton"]

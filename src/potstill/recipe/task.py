@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
+from potstill.positions import DISTRIBUTIONS, JUDGED, OF_TOKENS, Task, instead
 from potstill.recipe.data import MASKED_SHARE, DataPart
 from potstill.recipe.inside import HiddenPart
 from potstill.recipe.objective import TermPart
 from potstill.recipe.teacher import TeacherPart
-from potstill.targets import INSTEAD, JUDGED, OF_TOKENS, Task
 
 
 def misfits(
@@ -19,7 +19,8 @@ def misfits(
     """Each mistake as a line that begins with its key."""
     for place, part in enumerate(objective):
         if task not in part.tasks:
-            yield f"objective.{place}: expected a term for the task {task}, got {part.term}. {INSTEAD[task]}."
+            why = instead(task, part.tasks)
+            yield f"objective.{place}: expected a term for the task {task}, got {part.term}. {why}."
         elif task == "encoder" and isinstance(part, HiddenPart) and part.select_batches is not None:
             yield (
                 f"objective.{place}.select_batches: expected none for the task encoder, got {part.select_batches}. "
@@ -29,6 +30,8 @@ def misfits(
     for where, key in product(speakers, ("cache", "server")):
         if task != "causal" and getattr(speakers[where], key) is not None:
             yield f"{where}.{key}: expected {where}.model for the task {task}, got {key}, which is of causal models."
+    if teacher.ensemble is not None and task not in DISTRIBUTIONS:
+        yield f"teacher.ensemble: expected one teacher for the task {task}, got several. They mix distributions."
     for name in ("train", "eval"):
         part = getattr(data, name)
         for key in ("pair", "label"):

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import ShapeError
 from potstill.losses import chunk_log_probs, linear_cross_entropy, token_cross_entropy
-from potstill.targets import IGNORE, Alignment, DenseTargets, HeadTargets
+from potstill.positions import IGNORE, Alignment
+from potstill.targets import DenseTargets, HeadTargets
 from potstill.teachers.across import Across
 from potstill.teachers.alignment import NONE, Pair, Reading
 from potstill.teachers.model import ModelTeacher

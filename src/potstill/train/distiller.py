@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from potstill.errors import ShapeError, VocabularyError
 from potstill.heads import cut, says
+from potstill.positions import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, Task, align, attended
 from potstill.taps import Inside, Needs, Taps
-from potstill.targets import Alignment, Task, align, attended
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
-from potstill.train.objective import Objective, Signals, Term
+from potstill.train.objective import Objective, Own, Signals, Term
 from potstill.train.prefetch import Prefetch
 
 
@@ -42,7 +42,7 @@ class Distiller(nn.Module):
         objective: an `Objective`, or a list of its terms.
         vocabulary: the number of tokens that teacher and student share, where a head has padding rows behind them:
             both are sliced to it before the normaliser.
-        task: what both are asked for, and so what labels mean; see `potstill.targets.Task`.
+        task: what both are asked for, and so what labels mean; see `potstill.positions.Task`.
         prefetch: ask the teacher one batch ahead, while the student learns; see `foretell`.
 
     Raises:
@@ -144,12 +144,14 @@ class Distiller(nn.Module):
         """
         alignment = align(batch["labels"], self.task, batch.get("weights"))
         student, inside = self._listen(partial(says, self.student, self.cut, batch, alignment))
+        inside = inside.last(batch["input_ids"].shape[1])
         teacher = self._ask(batch, alignment) if self.consults else None
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
         positions = attended(batch, self.task) if self._needs else None
         signals = Signals(
-            student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment
+            *(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment),
+            own=_own(batch, alignment),
         )
         return StepOutput(*self.objective(signals))
 
@@ -216,8 +218,23 @@ class Distiller(nn.Module):
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the student's activations in the backward pass."""
+        self._let_gradients_through()
         self.student.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """The newer name of `gradient_checkpointing_enable`."""
+        self._let_gradients_through()
         self.student.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
+
+    def _let_gradients_through(self) -> None:
+        """Reentrant checkpointing computes no gradient where what goes in has none, as under an adapter."""
+        if not any(parameter.requires_grad for parameter in self.get_input_embeddings().parameters()):
+            self.student.enable_input_require_grads()  # type: ignore[operator]
+
+
+def _own(batch: Mapping[str, Tensor], alignment: Alignment) -> Own | None:
+    """What a `Rollout` has told of the counting tokens."""
+    if OWN_LOG_PROBS not in batch:
+        return None
+    log_probs, sampler = (alignment.select_labels(batch[name]) for name in (OWN_LOG_PROBS, SAMPLER_LOG_PROBS))
+    return Own(~log_probs.isnan(), alignment.row, log_probs, sampler)
