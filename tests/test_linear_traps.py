@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import reference
-from linear_cases import close, every_backend, every_divergence, every_reduction, every_way, randn
+from linear_cases import close, every_backend, every_reduction, every_way, randn, ways
 from potstill.divergence import (
     JSD,
     AlphaBeta,
@@ -38,8 +38,6 @@ BOUNDED = [
 ENDS = [kind(end) for kind in (JSD, SkewForwardKL, SkewReverseKL) for end in (1e-6, 1 - 1e-6)]
 finite_divergences = [divergence for divergence in DIVERGENCES if divergence not in INFINITE_AT_ZERO]
 
-every_finite_divergence = pytest.mark.parametrize("divergence", [*finite_divergences, *ENDS], ids=str)
-every_divergence_and_end = pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDS], ids=str)
 every_temperature = pytest.mark.parametrize("temperature", TEMPERATURES)
 
 
@@ -106,8 +104,7 @@ def small_steps(student: Tensor, teacher: Tensor, divergence: Divergence, temper
 # ---- probabilities of 0
 
 
-@every_finite_divergence
-@every_way
+@ways([*finite_divergences, *ENDS])
 def test_tokens_that_the_teacher_rules_out(divergence, dtype, backend):
     student, teacher = pair(dtype)
     teacher[0, 3] = teacher[1, :-1] = teacher[2, 0] = teacher[2, -1] = teacher[:, 7] = -math.inf
@@ -116,8 +113,7 @@ def test_tokens_that_the_teacher_rules_out(divergence, dtype, backend):
         close(values, by_formula(student, teacher, divergence, temperature), dtype)
 
 
-@every_finite_divergence
-@every_way
+@ways([*finite_divergences, *ENDS])
 def test_a_row_that_the_teacher_rules_out_has_probabilities_of_zero(divergence, dtype, backend):
     student, teacher = pair(dtype)
     teacher[1] = teacher[4] = -math.inf
@@ -136,8 +132,7 @@ def test_the_gradient_there_is_the_slope_of_the_formula(divergence, backend):
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-@every_divergence_and_end
-@every_way
+@ways([*DIVERGENCES, *ENDS])
 def test_tokens_that_both_rule_out_count_for_nothing(divergence, dtype, backend):
     student, teacher = pair(dtype)
     values, gradients = over(student[:, 2:], teacher[:, 2:], divergence, backend)
@@ -148,16 +143,14 @@ def test_tokens_that_both_rule_out_count_for_nothing(divergence, dtype, backend)
     assert (hidden[:, :2] == 0).all() and (weight[:2] == 0).all() and (bias[:2] == 0).all()
 
 
-@every_divergence_and_end
-@every_way
+@ways([*DIVERGENCES, *ENDS])
 def test_rows_that_both_rule_out_count_for_nothing(divergence, dtype, backend):
     nothing = torch.full((N, V), -math.inf, dtype=dtype)
     values, gradients = over(nothing, nothing, divergence, backend)
     assert (values == 0).all() and all((x == 0).all() for x in gradients)
 
 
-@pytest.mark.parametrize("divergence", [*BOUNDED, ReverseKL(), *ENDS], ids=str)
-@every_way
+@ways([*BOUNDED, ReverseKL(), *ENDS])
 def test_tokens_that_the_student_rules_out(divergence, dtype, backend):
     student, teacher = pair(dtype)
     student[:, 4] = student[:, 9] = -math.inf
@@ -204,8 +197,7 @@ def test_forward_kl_is_infinite_where_the_student_rules_out(dtype, backend):
         linear_divergence(student, head, DenseTargets(teacher), ForwardKL(), backend=backend)
 
 
-@pytest.mark.parametrize("divergence", [*INFINITE_AT_ZERO, AlphaBeta(0, 0.5), ForwardKL(), JSD()], ids=str)
-@every_way
+@ways([*INFINITE_AT_ZERO, AlphaBeta(0, 0.5), ForwardKL(), JSD()])
 @every_reduction
 def test_where_the_weight_is_zero_the_divergence_may_be_infinite(divergence, dtype, backend, reduction):
     student, teacher = pair(dtype)
@@ -230,8 +222,7 @@ def test_where_the_weight_is_zero_the_divergence_may_be_infinite(divergence, dty
 # ---- large and equal
 
 
-@every_divergence_and_end
-@every_way
+@ways([*DIVERGENCES, *ENDS])
 def test_huge_logits_are_never_not_a_number(divergence, dtype, backend):
     signs = randn(N, V, seed=23, dtype=dtype).sign()
     for other, temperature in itertools.product((signs, -signs, signs.roll(1, -1)), TEMPERATURES):
@@ -245,8 +236,7 @@ def test_huge_logits_are_never_not_a_number(divergence, dtype, backend):
             close(gradient, torch.zeros_like(gradient), tolerance=1e-6)
 
 
-@every_divergence_and_end
-@every_way
+@ways([*DIVERGENCES, *ENDS])
 def test_both_sides_may_underflow(divergence, dtype, backend):
     student = torch.tensor(
         [[0.0, -200.0, -1e3], [0.0, -88.0, -104.0], [-1e4, 0.0, 0.0], [0.0, -1e9, -1e30]], dtype=dtype
@@ -262,8 +252,7 @@ def test_both_sides_may_underflow(divergence, dtype, backend):
     close(gradient, torch.zeros_like(gradient), tolerance=tolerance)
 
 
-@every_divergence_and_end
-@every_way
+@ways([*DIVERGENCES, *ENDS])
 def test_equal_sides_are_zero_apart(divergence, dtype, backend):
     for scale, temperature in itertools.product((1.0, 30.0), TEMPERATURES):
         logits = scale * pair(dtype)[0]
@@ -317,8 +306,7 @@ def test_parameters_near_their_ends(divergence, temperature, dtype, backend):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-8)
 
 
-@every_divergence
-@every_way
+@ways(DIVERGENCES)
 def test_no_divergence_is_below_zero(divergence, dtype, backend):
     student = pair(dtype)[0]
     for distance in (1e-8, 1e-6, 1e-4, 1e-2, 1.0):

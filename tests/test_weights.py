@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from conftest import TEXT, make_batch, make_llama
+from conftest import TEXT, make_batch, make_llama, make_tokenizer
 from potstill.data import PaddingCollator, Source, encode
 from potstill.data.reasoning import parse
 from potstill.divergence import JSD, ForwardKL
@@ -22,7 +22,19 @@ from potstill.errors import DataError, RecipeError
 from potstill.layers import LayerMap
 from potstill.recipe import Recipe
 from potstill.targets import DenseTargets
-from potstill.train import AdaptiveKL, DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Similarity
+from potstill.teachers import CrossTokenizerTeacher, ModelTeacher
+from potstill.train import (
+    ULD,
+    AdaptiveKL,
+    Chunks,
+    DistillationConfig,
+    DistillationTrainer,
+    Distiller,
+    Labels,
+    Logits,
+    MappedLogits,
+    Similarity,
+)
 from reference import token_divergence
 
 WEIGHTS = {"reasoning": 0.25, "answer": 0.75}
@@ -364,3 +376,28 @@ def test_accumulation_equals_one_batch_and_evaluation_is_a_weighted_mean(tmp_pat
     expected = whole.distiller.step(PaddingCollator(1)(list(rows(6))))
     assert measured[0]["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
     assert measured[0]["eval_cross_entropy"] == pytest.approx(expected.logs["cross_entropy"].item(), rel=1e-4)
+
+
+def test_weights_are_for_causal_models(write: Any) -> None:
+    path = write([{"input_ids": [5, 6, 7], "weights": [1, 0, 0.5]}])
+    with pytest.raises(DataError, match="no weights of tokens for the task masked"):
+        encode(Source(path), TOKENIZERS["bytes"], max_length=9, task="masked")
+
+
+def test_terms_across_tokenizers_weigh_too() -> None:
+    """With one tokenizer on both sides, the mapped logits are the logits and every chunk is a token."""
+    tokenizer, made = make_tokenizer(), make_llama(seed=1)
+    text = tokenizer(TEXT[0], return_tensors="pt")["input_ids"][:, :30]
+    batch = weighted({"input_ids": text, "attention_mask": torch.ones_like(text), "labels": text})
+    across = CrossTokenizerTeacher(ModelTeacher(made), tokenizer, tokenizer)
+
+    def loss(teacher: Any, term: Any, batch: dict[str, Tensor]) -> Tensor:
+        return Distiller(make_llama(hidden_size=8), teacher, [term]).step(batch).loss
+
+    mapped = loss(across, MappedLogits(top_k=300), batch)
+    torch.testing.assert_close(mapped, loss(made, Logits(ForwardKL()), batch), rtol=1e-4, atol=1e-5)
+    for term in (Chunks(), ULD()):
+        plain = loss(across, term, {name: x for name, x in batch.items() if name != "weights"})
+        ones = loss(across, term, batch | {"weights": torch.ones_like(batch["weights"])})
+        torch.testing.assert_close(ones, plain)
+        assert not torch.allclose(loss(across, term, batch), plain, rtol=1e-3)
