@@ -73,7 +73,7 @@ def test_a_run_says_bits_per_byte(values: dict[str, Any], capsys: pytest.Capture
     assert rows["student"]["kl"] is None
     assert any("agreement and KL are left out" in note for note in result.summary["notes"])
     runs._finish(result)
-    assert "bits per byte" in capsys.readouterr().out
+    assert "Bits per byte" in capsys.readouterr().out
     report = (result.directory / "report.html").read_text()
     assert "Bits per byte" in report
     for missing in ("Top-1 agreement", "KL to the teacher", ">None<", "not a number"):

@@ -271,6 +271,11 @@ def _who_reads(recipe: Recipe, speaker: Speaker, train: Examples) -> Teacher:
     """
     if not train.teacher_longest:
         return speaker.teacher
+    if speaker.teacher.other_tokenizer:
+        raise RecipeError(
+            "data.train: expected a teacher that reads what the student reads for terms that compare bytes, got one "
+            "with its own prompts. Leave teacher_prompt out, or use the term logits."
+        )
     if recipe.teacher.cache is not None or recipe.teacher.ensemble is not None:
         raise RecipeError(
             "data.train: expected a teacher that reads its own prompts, got "
