@@ -14,7 +14,7 @@ from potstill.errors import RecipeError, VocabularyError
 from potstill.loading import load_model, load_tokenizer
 from potstill.recipe import MemberPart, SpeakerPart, TeacherPart
 from potstill.recipe.teacher import ServerPart
-from potstill.targets import Task
+from potstill.targets import OF_TOKENS, Task
 from potstill.teachers import (
     AdapterOffTeacher,
     CachedTeacher,
@@ -101,7 +101,7 @@ def _ensemble(part: TeacherPart, members: Sequence[MemberPart], student: str | N
         of=part.of,
         learned=part.weights == "learned",
         names=_names([member.title for member in members]),
-        vocabulary=max(vocabulary.values()) + 1,
+        vocabulary=max(vocabulary.values()) + 1 if task in OF_TOKENS else None,
     )
     config = next((one.config for one in speakers if one.config is not None), None)
     models = {key: model for one in speakers for key, model in one.models.items()}
