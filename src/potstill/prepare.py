@@ -271,17 +271,17 @@ def _who_reads(recipe: Recipe, speaker: Speaker, train: Examples) -> Teacher:
     """
     if not train.teacher_longest:
         return speaker.teacher
-    if speaker.teacher.other_tokenizer:
-        raise RecipeError(
-            "data.train: expected a teacher that reads what the student reads for terms that compare bytes, got one "
-            "with its own prompts. Leave teacher_prompt out, or use the term logits."
-        )
-    if recipe.teacher.cache is not None or recipe.teacher.ensemble is not None:
-        raise RecipeError(
-            "data.train: expected a teacher that reads its own prompts, got "
-            f"{'a cache' if recipe.teacher.cache is not None else 'an ensemble'}. What it says is known of the "
-            "student's rows alone. Name one with teacher.model, or leave teacher_prompt out."
-        )
+    others = {
+        "a cache": recipe.teacher.cache is not None,
+        "an ensemble": recipe.teacher.ensemble is not None,
+        "one with another tokenizer": speaker.teacher.other_tokenizer,
+    }
+    for other, given in others.items():
+        if given:
+            raise RecipeError(
+                f"data.train: expected a teacher that reads its own prompts, got {other}. What it says is known of the "
+                "student's rows alone. Name one with teacher.model, or leave teacher_prompt out."
+            )
     limits = [getattr(model.config, "max_position_embeddings", None) for model in speaker.models.values()]
     limit = min((each for each in [*limits, speaker.teacher.max_length] if each), default=None)
     if limit is not None and train.teacher_longest > limit:

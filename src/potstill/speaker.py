@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError, VocabularyError
 from potstill.loading import load_model, load_tokenizer
-from potstill.positions import Task
+from potstill.positions import OF_TOKENS, Task
 from potstill.recipe import MemberPart, SpeakerPart, TeacherPart
 from potstill.recipe.teacher import ServerPart
 from potstill.teachers import (
@@ -101,7 +101,7 @@ def _ensemble(part: TeacherPart, members: Sequence[MemberPart], student: str | N
         of=part.of,
         learned=part.weights == "learned",
         names=_names([member.title for member in members]),
-        vocabulary=max(vocabulary.values()) + 1,
+        vocabulary=max(vocabulary.values()) + 1 if task in OF_TOKENS else None,
     )
     config = next((one.config for one in speakers if one.config is not None), None)
     models = {key: model for one in speakers for key, model in one.models.items()}
