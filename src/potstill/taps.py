@@ -304,7 +304,8 @@ class Taps:
         last = Needs(hidden=frozenset([self.anatomy.layers - 1]))
         try:
             with undisturbed(self.model):
-                final, inside = self.hear(last, partial(how.hidden, batch))
+                body = self.model.get_submodule(how.body)
+                final, inside = self.hear(last, lambda: run(body, batch).last_hidden_state)
         finally:
             for handle in handles:
                 handle.remove()
