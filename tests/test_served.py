@@ -243,7 +243,11 @@ def test_check_asks_the_server(served_values: dict[str, Any], toy: ToyServer) ->
         ({"student": {"design": {"hidden_size": 8}}}, RecipeError, r"student\.design: expected a teacher whose config"),
         ({"teacher": {"server": {"url": "x", "model": "toy"}}}, PotstillError, "expected a url such as"),
         ({"teacher": {"server": {"url": "http://x", "model": "toy", "topk": 1}}}, RecipeError, "Did you mean top_k?"),
-        ({"teacher": {}}, RecipeError, "teacher: expected model, cache, server, ensemble, ema or adapter_off, got none"),
+        (
+            {"teacher": {}},
+            RecipeError,
+            "teacher: expected model, cache, server, ensemble, ema or adapter_off, got none",
+        ),
         (
             {"teacher": {"model": "x", "server": {"url": "http://x", "model": "toy"}}},
             RecipeError,
