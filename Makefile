@@ -1,6 +1,9 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Both make .venv and install what they need.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
+# A file's tests share what they have made; each process has one thread.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: setup demo test test-slow test-server check bench docs clean
 
@@ -16,10 +19,10 @@ demo: setup
 	$(BIN)/potstill demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # A real vLLM on the CPU in an environment of its own: what it asks for must not decide what Potstill runs with.
 test-server: setup .venv-server/installed

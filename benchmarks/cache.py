@@ -35,8 +35,9 @@ from potstill.caching import Request, build
 from potstill.demo import demo_recipe
 from potstill.heads import cut, says
 from potstill.pipeline import run
+from potstill.positions import causal_alignment
 from potstill.recipe import Recipe
-from potstill.targets import DenseTargets, causal_alignment
+from potstill.targets import DenseTargets
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 QUIET = Console(quiet=True)

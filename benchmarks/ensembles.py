@@ -35,9 +35,9 @@ from potstill import (
 from potstill.data import in_batches
 from potstill.demo.corpus import Split, documents
 from potstill.evaluate.quality import compare
+from potstill.positions import causal_alignment
 from potstill.students.design import student_config
 from potstill.students.initialize import random_student
-from potstill.targets import causal_alignment
 from potstill.teachers import Teacher
 
 DEMO = str(files("potstill.demo").joinpath("teacher"))

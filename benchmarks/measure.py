@@ -181,13 +181,19 @@ def mb(extra: int | str | None) -> str:
 
 
 def attempt(call: Callable[..., T], *arguments: Any) -> T | str:
-    """What the call gives; or "none" where a backend cannot do it, or "out of memory"."""
+    """What the call gives; or "none" where a backend cannot do it, "no C compiler" where Triton has none, or "out of
+    memory".
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*has no Triton kernel")  # another backend would be measured
             return call(*arguments)
     except torch.OutOfMemoryError:
         pass
+    except RuntimeError as error:
+        if "C compiler" not in str(error):
+            raise
+        return "no C compiler"
     except (PotstillError, UserWarning) as error:
         if not any(word in str(error) for word in ("expected backend", 'backend "triton"', "no Triton kernel")):
             raise

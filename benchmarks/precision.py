@@ -16,7 +16,8 @@ from potstill import ForwardKL, ModelTeacher, token_divergence
 from potstill.data import Source, encode, in_batches
 from potstill.demo import demo_recipe
 from potstill.loading import load_model, load_tokenizer, quiet
-from potstill.targets import DenseTargets, causal_alignment
+from potstill.positions import causal_alignment
+from potstill.targets import DenseTargets
 
 KINDS: dict[str, tuple[str, int | None]] = {
     "float32": ("float32", None),

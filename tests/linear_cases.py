@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,6 +23,11 @@ from reference import DIVERGENCES
 BACKENDS = ["eager", "chunked"]
 FUSED = [backend for backend in BACKENDS if backend != "eager"]
 N, H, V = 6, 4, 9
+WITH_TRITON = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton"),
+    # Its interpreter computes in numpy, which tells of what a GPU rounds to inf or 0 in silence.
+    pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning"),
+]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
@@ -29,6 +35,24 @@ every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "none"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 every_kind = pytest.mark.parametrize("kind", ["dense", "head", "bucket"])
+
+WAYS = [(dtype, backend) for dtype in (torch.float64, torch.float32) for backend in BACKENDS]
+# Triton's kernels know float32 alone. Without a GPU its interpreter runs them (conftest.py), slowly: one of each kind.
+SHOWN = [kind for i, kind in enumerate(DIVERGENCES) if type(kind) not in map(type, DIVERGENCES[:i])]
+every_way = pytest.mark.parametrize(
+    ("dtype", "backend"), [*WAYS, pytest.param(torch.float32, "triton", marks=WITH_TRITON)], ids=str
+)
+
+
+def ways(divergences: list[Divergence]) -> pytest.MarkDecorator:
+    """Every divergence by every way; by Triton one of each kind, and those that are near the end of their parameter."""
+    cases: list[Any] = [(divergence, *way) for divergence in divergences for way in WAYS]
+    cases += [
+        pytest.param(divergence, torch.float32, "triton", marks=WITH_TRITON)
+        for divergence in divergences
+        if divergence in SHOWN or divergence not in DIVERGENCES
+    ]
+    return pytest.mark.parametrize(("divergence", "dtype", "backend"), cases, ids=str)
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor
 from potstill import pipeline, preflight
 from potstill.cli import runs
 from potstill.losses import top_tokens
+from potstill.positions import Alignment
 from potstill.prepare import prepare
 from potstill.recipe import Recipe
-from potstill.targets import Alignment, DenseTargets
+from potstill.targets import DenseTargets
 from potstill.teachers import Teacher, TeacherOutput
 
 

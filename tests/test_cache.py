@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+import processes
 from conftest import make_llama, make_tokenizer
 from potstill import caching
 from potstill.cache.store import Cache, read_manifest
@@ -26,8 +27,8 @@ from potstill.data import PaddingCollator, Source, encode
 from potstill.divergence import JSD, ForwardKL, SoftCrossEntropy
 from potstill.errors import DataError, ShapeError
 from potstill.losses import token_divergence
+from potstill.positions import causal_alignment
 from potstill.recipe import SourcePart, TeacherPart
-from potstill.targets import causal_alignment
 from potstill.teachers import CachedTeacher, ModelTeacher
 
 QUIET = Console(quiet=True)
@@ -151,20 +152,29 @@ def test_the_same_bytes_after_kills_in_parts_and_at_once(toys: Path, tmp_path: P
     assert files(torn) == whole
 
 
+def _build_and_wait(toys: Path, out: Path) -> None:
+    """Build a part, say so, and go no further."""
+    caching.SHARD_TOKENS = 300
+    build_part = caching.Capture.build
+
+    def wait(self: caching.Capture, number: int) -> None:
+        build_part(self, number)
+        print("built", number, flush=True)
+        time.sleep(30)
+
+    caching.Capture.build = wait  # type: ignore[method-assign, assignment]
+    build(request(toys, out), console=QUIET)
+
+
 def test_a_build_that_is_killed_goes_on(toys: Path, tmp_path: Path, caches: Path) -> None:
-    script = (
-        "import sys; from rich.console import Console; from potstill import caching; caching.SHARD_TOKENS = 300\n"
-        "from potstill.recipe import SourcePart, TeacherPart\n"
-        "import time; slow = caching.Capture.build\n"
-        "caching.Capture.build = lambda self, n: (slow(self, n), print(n, flush=True), time.sleep(30))\n"
-        "caching.build(caching.Request(TeacherPart(model=sys.argv[1]), [SourcePart(path=sys.argv[2])], 32, False,"
-        " 'sampled', {'draws': 50}, __import__('pathlib').Path(sys.argv[3]), 4), console=Console(quiet=True))\n"
-    )
-    out = tmp_path / "killed"
-    arguments = [sys.executable, "-c", script, str(toys / "teacher"), str(toys / "train.jsonl"), str(out)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=os.environ | {"PYTHONWARNINGS": "ignore"}) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"0\n"
-        process.send_signal(signal.SIGKILL)
+    out, said = tmp_path / "killed", tmp_path / "said"
+    process = processes.start(said, _build_and_wait, toys, out)
+    deadline = time.monotonic() + 120
+    while not (said.exists() and "built 0" in said.read_text()) and process.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert processes.finish(process) == -signal.SIGKILL
     with pytest.raises(DataError, match="got one that is being built"):
         CachedTeacher(out)
     began = (out / "shards" / "00000.arrow").stat().st_mtime_ns

@@ -20,10 +20,10 @@ from potstill.divergence import ForwardKL
 from potstill.errors import ModelError, ShapeError, UserError
 from potstill.layers import LayerMap
 from potstill.pipeline import run
+from potstill.positions import causal_alignment
 from potstill.preflight import check
 from potstill.recipe import Recipe, SourcePart, TeacherPart
 from potstill.taps import Needs
-from potstill.targets import causal_alignment
 from potstill.teachers import CachedTeacher, ModelTeacher
 from potstill.train import Attention, Distiller, Hidden, Logits
 

@@ -12,7 +12,8 @@ from potstill.data import PaddingCollator
 from potstill.divergence import JSD, ForwardKL, ReverseKL
 from potstill.errors import ShapeError, VocabularyError
 from potstill.losses import chunk_divergence, sorted_distance, token_divergence
-from potstill.targets import DenseTargets, SparseTargets, causal_alignment, counting
+from potstill.positions import causal_alignment, counting
+from potstill.targets import DenseTargets, SparseTargets
 from potstill.teachers import CrossTokenizerTeacher, ModelTeacher, Teacher, TeacherOutput
 from potstill.teachers.across import Across
 from potstill.train import ULD, Chunks, Distiller, Labels, Logits, MappedLogits
@@ -284,7 +285,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         Distiller(model(SMALL), teacher, [Chunks(), Logits(ForwardKL())])
     with pytest.raises(VocabularyError, match="a CrossTokenizerTeacher for the term uld, got ModelTeacher"):
         Distiller(model(SMALL), ModelTeacher(model(SMALL)), [ULD()])
-    with pytest.raises(ShapeError, match="whole distributions, got a few tokens"):
+    with pytest.raises(ShapeError, match="whole distributions, got a mixture or a few tokens"):
         CrossTokenizerTeacher(Sparse(), LARGE, SMALL)(batch, causal_alignment(batch["labels"]))
     with pytest.raises(ShapeError, match="bias_threshold in"):
         Chunks(bias_threshold=2.0)

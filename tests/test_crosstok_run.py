@@ -19,10 +19,10 @@ from potstill.cli import app, runs
 from potstill.data import in_batches
 from potstill.errors import RecipeError, VocabularyError
 from potstill.pipeline import _arguments, run
+from potstill.positions import causal_alignment
 from potstill.preflight import check
 from potstill.prepare import prepare
 from potstill.recipe import Recipe
-from potstill.targets import causal_alignment
 from potstill.train import DistillationTrainer
 from reference_across import byte_level, llama_like, lower_case
 
@@ -73,7 +73,7 @@ def test_a_run_says_bits_per_byte(values: dict[str, Any], capsys: pytest.Capture
     assert rows["student"]["kl"] is None
     assert any("agreement and KL are left out" in note for note in result.summary["notes"])
     runs._finish(result)
-    assert "bits per byte" in capsys.readouterr().out
+    assert "Bits per byte" in capsys.readouterr().out
     report = (result.directory / "report.html").read_text()
     assert "Bits per byte" in report
     for missing in ("Top-1 agreement", "KL to the teacher", ">None<", "not a number"):

@@ -27,8 +27,8 @@ from potstill.evaluate.diagnosis_report import write_diagnosis_page
 from potstill.evaluate.findings import conclusion, findings, recommended_temperature
 from potstill.evaluate.report import environment, write_report
 from potstill.pipeline import run
+from potstill.positions import causal_alignment
 from potstill.recipe import Recipe
-from potstill.targets import causal_alignment
 
 
 def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

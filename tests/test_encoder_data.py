@@ -12,7 +12,7 @@ import torch
 from conftest import make_tokenizer
 from potstill.data import MaskedRows, PaddingCollator, Source, encode
 from potstill.errors import DataError
-from potstill.targets import IGNORE
+from potstill.positions import IGNORE
 from toy_encoders import CLASSES, SPECIAL, VOCABULARY, WORDS, make_bert_tokenizer, sentences, write_rows
 
 CLS, SEP, MASK = (SPECIAL.index(f"[{name}]") for name in ("CLS", "SEP", "MASK"))

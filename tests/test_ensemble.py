@@ -17,15 +17,8 @@ from potstill.divergence import JSD, Divergence, ForwardKL, ReverseKL
 from potstill.errors import DataError, ModelError, ShapeError, VocabularyError
 from potstill.losses import linear_divergence, teacher_entropy, token_divergence, top_tokens
 from potstill.losses.teacher_weights import token_log_probs
-from potstill.targets import (
-    DenseTargets,
-    HeadTargets,
-    LMHead,
-    MixtureTargets,
-    SparseTargets,
-    Targets,
-    causal_alignment,
-)
+from potstill.positions import causal_alignment
+from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
 from potstill.teachers import EnsembleTeacher, ModelTeacher, Teacher, TeacherOutput
 from potstill.teachers.ensemble import mix
 from potstill.train import TAID, Distiller, Hidden, Labels, Logits

@@ -15,7 +15,8 @@ from conftest import make_batch, make_llama
 from potstill.divergence import ForwardKL
 from potstill.heads import cut, says
 from potstill.losses import token_divergence
-from potstill.targets import DenseTargets, HeadTargets, causal_alignment
+from potstill.positions import causal_alignment
+from potstill.targets import DenseTargets, HeadTargets
 from potstill.teachers import ModelTeacher
 from potstill.train import Distiller, Labels, Logits
 

@@ -17,7 +17,7 @@ import potstill
 
 SOURCE = Path(__file__).parents[1] / "src" / "potstill"
 
-BASE = {"errors", "atomic", "divergence", "targets", "schedule", "layers", "heads", "taps"}
+BASE = {"errors", "atomic", "uncompiled", "divergence", "positions", "targets", "schedule", "layers", "heads", "taps"}
 TRAIN = {"teachers", "students", "losses", "data", "engines"}
 PIPELINE = BASE | TRAIN | {"cache", "train", "evaluate", "recipe", "loading"}
 
@@ -33,14 +33,15 @@ ROOMS: dict[str, set[str]] = {
     "train": BASE | TRAIN,
     "evaluate": BASE | {"losses", "data", "engines", "students"},
     "embedding": BASE | {"losses", "data", "engines", "evaluate", "recipe", "loading"},
-    "recipe": {"errors", "divergence", "schedule", "layers", "targets"},
-    "loading": BASE | {"losses"},
+    "recipe": {"errors", "divergence", "schedule", "layers", "positions"},
+    "loading": BASE | {"losses", "students"},
     "objectives": PIPELINE,
+    "rollouts": PIPELINE,
     "speaker": PIPELINE,
     "prepare_student": PIPELINE,
     "prepare_task": PIPELINE,
     "prepare_across": PIPELINE | {"objectives", "speaker"},
-    "prepare": PIPELINE | {"objectives", "speaker", "prepare_student", "prepare_task", "prepare_across"},
+    "prepare": PIPELINE | {"objectives", "rollouts", "speaker", "prepare_student", "prepare_task", "prepare_across"},
     "preflight": PIPELINE | {"speaker", "prepare"},
     "pipeline": PIPELINE | {"speaker", "prepare"},
     "evaluation": PIPELINE | {"prepare_task"},
@@ -57,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
 
 # What works in anyone's training loop, on a machine with torch and nothing else.
 PURE = re.compile(
-    r"potstill\.(errors|divergence|targets|heads|taps|layers|schedule|losses(\..+)?|cache\.(codec|planes))"
+    r"potstill\.(errors|uncompiled|divergence|positions|targets|heads|taps|layers|schedule|losses(\..+)?|cache\.(codec|planes))"
 )
 PACKAGES_OF_THE_REST = [
     *("accelerate", "datasets", "jinja2", "matplotlib", "peft", "pydantic", "rich", "safetensors"),
@@ -162,8 +163,15 @@ def test_the_losses_work_where_torch_is_alone():
         f"sys.modules.update(dict.fromkeys({PACKAGES_OF_THE_REST}))",  # None: importing it is an ImportError
         f"[importlib.import_module(name) for name in {importable}]",
         f"assert not [name for name in {PACKAGES_OF_THE_REST} if sys.modules[name]]",
+        "assert 'torch._dynamo' not in sys.modules",  # takes as long as torch itself, and nothing is compiled yet
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_answers_without_torch():
+    script = "import sys, potstill.cli; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

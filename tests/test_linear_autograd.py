@@ -35,6 +35,7 @@ from potstill.divergence import (
 from potstill.errors import UserError
 from potstill.losses import linear_cross_entropy, linear_divergence
 from potstill.targets import LMHead
+from potstill.uncompiled import uncompiled
 
 
 @every_dtype
@@ -155,6 +156,26 @@ def test_it_goes_beside_and_into_a_compiled_function(inside, reduction, backend)
         actual = loss(torch.compile(model, backend="eager"))
     close(actual, expected, dtype)
     close(torch.autograd.grad(actual, parameters), gradients, dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_what_is_uncompiled_is_no_part_of_a_graph():
+    compiling, graphs = [], []
+
+    @uncompiled
+    def aside(x: Tensor) -> Tensor:
+        compiling.append(torch.compiler.is_compiling())
+        return x.sin()
+
+    def note(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    torch._dynamo.reset()
+    x = torch.ones(3)
+    close(torch.compile(lambda x: aside(x * 2) + 1, backend=note)(x), (x * 2).sin() + 1, torch.float32)
+    assert compiling == [False]
+    assert len(graphs) == 2 and not any(torch.Tensor.sin in graph for graph in graphs)
 
 
 @every_kind

@@ -23,8 +23,9 @@ from potstill.losses import (
     top_share,
     top_tokens,
 )
+from potstill.positions import counting
 from potstill.schedule import linear
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, counting
+from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
 from potstill.train import TAID, AdaptiveKL, BiLD, Distiller, Labels, Logits
 from test_trainer import losses, trainer
 

@@ -15,10 +15,10 @@ from conftest import make_batch, make_llama
 from potstill.cli import app
 from potstill.errors import RecipeError, ShapeError, UserError
 from potstill.pipeline import run
+from potstill.positions import attended, counting
 from potstill.preflight import check
 from potstill.prepare import prepare
 from potstill.recipe import Recipe
-from potstill.targets import attended, counting
 from potstill.teachers import important_dimensions
 
 EVERY = [

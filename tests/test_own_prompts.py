@@ -12,9 +12,9 @@ import torch
 from conftest import make_tokenizer
 from potstill.data import PaddingCollator, Source, encode
 from potstill.errors import DataError, ModelError, RecipeError, VocabularyError
+from potstill.positions import causal_alignment
 from potstill.prepare import prepare
 from potstill.recipe import Recipe
-from potstill.targets import causal_alignment
 from potstill.teachers import EMATeacher, EnsembleTeacher, InformedTeacher
 
 TEMPLATE = (

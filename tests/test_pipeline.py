@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,21 +19,28 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import processes
 from conftest import make_llama, make_tokenizer
 from potstill.errors import DataError, ModelError, PotstillError, RecipeError, VocabularyError
 from potstill.pipeline import run
 from potstill.preflight import check
 from potstill.prepare import prepare
 from potstill.recipe import Recipe
+from processes import finish
 
 
 def quiet_run(values: dict[str, Any], **kwargs: Any) -> Any:
     return run(Recipe.parse(values), console=Console(file=io.StringIO()), **kwargs)
 
 
-def potstill(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "potstill", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+class Done(NamedTuple):
+    status: int
+    said: str
+
+
+def potstill(*arguments: str, folder: Path) -> Done:
+    said = folder / "said"
+    return Done(finish(processes.potstill(*arguments, said=said, folder=folder)), said.read_text())
 
 
 def written(values: dict[str, Any], folder: Path) -> str:
@@ -114,18 +121,17 @@ def test_killed_and_resumed_equals_uninterrupted(recipe_values: dict[str, Any], 
     path = written(recipe_values, tmp_path)
     kills = 0
     for wanted in ("student/checkpoint-10", "baseline/checkpoint-10"):
-        command = [sys.executable, "-m", "potstill", "run", path, "--resume"]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = processes.potstill("run", path, "--resume", said=tmp_path / "said")
         deadline = time.monotonic() + 120
         seen = tmp_path / "killed" / "checkpoints" / wanted
-        while process.poll() is None and not seen.exists() and time.monotonic() < deadline:
+        while process.is_alive() and not seen.exists() and time.monotonic() < deadline:
             time.sleep(0.002)
-        kills += process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        kills += process.is_alive()
+        process.kill()
+        assert finish(process) == -signal.SIGKILL
     assert kills == 2
-    done = potstill("run", path, "--resume")
-    assert done.returncode == 0, done.stderr
+    done = potstill("run", path, "--resume", folder=tmp_path)
+    assert done.status == 0, done.said
     for name in ("student", "baseline"):
         one, two = (load_file(d / name / "model.safetensors") for d in (whole.directory, tmp_path / "killed"))
         assert all(torch.equal(one[key], two[key]) for key in one)
@@ -136,14 +142,17 @@ def test_killed_and_resumed_equals_uninterrupted(recipe_values: dict[str, Any], 
 
 def test_an_interrupted_run_says_how_to_go_on(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     recipe_values["train"] |= {"max_steps": 100_000, "save_steps": 5, "logging_steps": 1000, "eval_strategy": "no"}
-    command = [sys.executable, "-m", "potstill", "run", written(recipe_values, tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = processes.potstill("run", written(recipe_values, tmp_path), said=tmp_path / "said")
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("run/checkpoints/student/checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    for _ in range(3):  # Python drops an interrupt that comes while it tidies up; a user presses again
+        os.kill(process.pid, signal.SIGINT)
+        process.join(30)
+        if process.exitcode is not None:
+            break
+    assert finish(process, 60) == 130
+    said = (tmp_path / "said").read_text()
     assert "interrupted: what was saved is kept" in said
     assert "Traceback" not in said
 
@@ -263,18 +272,20 @@ def test_a_tokenizer_without_pad_uses_its_end_and_says_so(recipe_values: dict[st
 
 def test_the_command_line(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     path = written(recipe_values, tmp_path)
-    checked = potstill("check", path)
+    command = [sys.executable, "-m", "potstill", "check", path]  # from nothing, as a user starts it
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert checked.returncode == 0, checked.stderr
     assert "300 tokens, the same for both" in checked.stdout
-    done = potstill("run", path, "--set", "train.max_steps=2", "--set", "evaluate.continuations=1")
-    assert done.returncode == 0, done.stderr
-    assert "student" in done.stdout
+    options = ["--set", "train.max_steps=2", "--set", "evaluate.continuations=1"]
+    done = potstill("run", path, *options, folder=tmp_path)
+    assert done.status == 0, done.said
+    assert "student" in done.said
     report = Path(recipe_values["output"]) / "report.html"
     report.unlink()
-    assert potstill("report", recipe_values["output"]).returncode == 0
+    assert potstill("report", recipe_values["output"], folder=tmp_path).status == 0
     assert report.exists()
-    assert "potstill demo" in potstill("--help").stdout
-    assert json.loads(potstill("schema").stdout)["title"] == "Recipe"
+    assert "potstill demo" in potstill("--help", folder=tmp_path).said
+    assert json.loads(potstill("schema", folder=tmp_path).said)["title"] == "Recipe"
 
 
 @pytest.mark.parametrize(
@@ -290,12 +301,12 @@ def test_the_command_line_says_what_is_wrong(
     recipe_values: dict[str, Any], tmp_path: Path, arguments: list[str], status: int, message: str
 ) -> None:
     written(recipe_values, tmp_path)
-    done = potstill(*arguments, cwd=tmp_path)
-    assert done.returncode == status, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    done = potstill(*arguments, folder=tmp_path)
+    assert done.status == status, done.said
+    assert message in done.said
+    assert "Traceback" not in done.said
     if arguments[0] == "run":
-        assert "Traceback" in potstill(*arguments, "--debug", cwd=tmp_path).stderr
+        assert "Traceback" in potstill(*arguments, "--debug", folder=tmp_path).said
 
 
 def test_bfloat16_is_left_out_where_a_cpu_has_no_instructions_for_it(

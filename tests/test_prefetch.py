@@ -17,8 +17,9 @@ from conftest import make_batch, make_llama
 from potstill.divergence import ForwardKL
 from potstill.errors import ModelError
 from potstill.pipeline import run
+from potstill.positions import Alignment, causal_alignment
 from potstill.recipe import Recipe
-from potstill.targets import Alignment, DenseTargets, causal_alignment
+from potstill.targets import DenseTargets
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 from potstill.train import Distiller, Logits
 from potstill.train.prefetch import Peek, tensors_of

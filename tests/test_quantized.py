@@ -19,10 +19,11 @@ from potstill.heads import cut, run
 from potstill.loading import load_model, quiet
 from potstill.losses import token_divergence
 from potstill.pipeline import run as distil
+from potstill.positions import causal_alignment
 from potstill.prepare import prepare
 from potstill.recipe import Recipe, TeacherPart
 from potstill.speaker import find_speaker
-from potstill.targets import DenseTargets, HeadTargets, causal_alignment
+from potstill.targets import DenseTargets, HeadTargets
 from potstill.teachers import ModelTeacher
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

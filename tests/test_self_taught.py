@@ -16,8 +16,9 @@ from potstill.data import PaddingCollator
 from potstill.divergence import JSD, ForwardKL, ReverseKL
 from potstill.errors import DataError, ModelError, ShapeError, UserError
 from potstill.losses import token_divergence
+from potstill.positions import causal_alignment
 from potstill.schedule import linear
-from potstill.targets import DenseTargets, HeadTargets, causal_alignment
+from potstill.targets import DenseTargets, HeadTargets
 from potstill.teachers import AdapterOffTeacher, EMATeacher, InformedTeacher, ModelTeacher, Teacher
 from potstill.train import DeepSupervision, Distiller, Hidden, Labels, Logits
 from test_trainer import dataset, losses, trainer, weights

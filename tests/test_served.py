@@ -24,9 +24,9 @@ from potstill.divergence import JSD, ForwardKL
 from potstill.engines import ModelServer, client
 from potstill.errors import PotstillError, RecipeError, RefusedError, ServerError, ShapeError, VocabularyError
 from potstill.pipeline import run
+from potstill.positions import causal_alignment
 from potstill.preflight import check
 from potstill.recipe import Recipe
-from potstill.targets import causal_alignment
 from potstill.teachers import ServedTeacher
 from potstill.train import Distiller, Labels, Logits
 from toy_server import LiveTopK, ToyServer, logged, prepared_with_top_k
@@ -243,7 +243,11 @@ def test_check_asks_the_server(served_values: dict[str, Any], toy: ToyServer) ->
         ({"student": {"design": {"hidden_size": 8}}}, RecipeError, r"student\.design: expected a teacher whose config"),
         ({"teacher": {"server": {"url": "x", "model": "toy"}}}, PotstillError, "expected a url such as"),
         ({"teacher": {"server": {"url": "http://x", "model": "toy", "topk": 1}}}, RecipeError, "Did you mean top_k?"),
-        ({"teacher": {}}, RecipeError, "teacher: expected model, cache or server, got none"),
+        (
+            {"teacher": {}},
+            RecipeError,
+            "teacher: expected model, cache, server, ensemble, ema or adapter_off, got none",
+        ),
         (
             {"teacher": {"model": "x", "server": {"url": "http://x", "model": "toy"}}},
             RecipeError,

@@ -116,9 +116,9 @@ def test_a_refusal_is_told_at_once_in_the_servers_words(toy: ToyServer) -> None:
 def test_one_refusal_ends_all_waiting(toy: ToyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "FIRST_WAIT_S", 1000.0)
     monkeypatch.setattr(client, "MOST_WAIT_S", 1000.0)
-    toy.faults = ["500"]
+    toy.faults = ["500"]  # for whichever comes first: it waits, and the other is refused
     with pytest.raises(RefusedError):
-        connect(toy, concurrency=2).score([[3, 4], [3] * 64], 3)
+        connect(toy, concurrency=2).score([[3] * 64, [3] * 64], 3)
     for thread in threading.enumerate():
         if thread.name.startswith("potstill-server"):
             thread.join(20)

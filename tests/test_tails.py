@@ -274,13 +274,25 @@ from potstill.losses import triton as kernels
 
 types = dict(student="*bf16", teacher="*bf16", scale="*fp32", labels="*i64", divergence="*fp32", cross_entropy="*fp32",
              V="i32", stride="i32", temperature="fp32", label_weight="fp32")
-for divergence in (here.JSD(), here.EveryOperation()):
-    constants = dict(POINTWISE=kernels.triton_tail(divergence, False)._pointwise, HAS_LABELS=True, WITH_GRADIENT=True,
-                     ONE=False, BLOCK=4096)
-    names = kernels._tail.arg_names
-    source = ASTSource(fn=kernels._tail, signature={name: types.get(name, "constexpr") for name in names},
+def compiles(kernel, constants, types):
+    names = kernel.arg_names
+    source = ASTSource(fn=kernel, signature={name: types.get(name, "constexpr") for name in names},
                        constexprs={(names.index(name),): value for name, value in constants.items()})
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["cubin"]
+
+def of_tail(divergence, labels, gradient, one):
+    given = {"teacher": divergence, "scale": gradient or None, "labels": labels or None}
+    absent = {name: None for name, value in given.items() if value is None}
+    constants = dict(POINTWISE=kernels.triton_tail(divergence, False)._pointwise, HAS_LABELS=labels,
+                     WITH_GRADIENT=gradient, ONE=one, BLOCK=4096, **absent)
+    compiles(kernels._tail, constants, {name: kind for name, kind in types.items() if name not in absent})
+
+of_tail(here.JSD(), True, True, False)
+of_tail(here.EveryOperation(), True, True, False)
+of_tail(here.JSD(), False, False, True)  # evaluation
+of_tail(None, True, True, True)  # cross-entropy alone
+rows = dict(logits="*bf16", tops="*fp32", totals="*fp32", V="i32", stride="i32")
+compiles(kernels._exponentials, {"BLOCK": 4096}, rows)
 """
 
 

@@ -11,7 +11,8 @@ import reference
 from potstill.divergence import ForwardKL
 from potstill.errors import ShapeError, VocabularyError
 from potstill.losses import token_divergence
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, causal_alignment
+from potstill.positions import causal_alignment
+from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
 
 V, H = 6, 4
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,9 @@ from potstill.losses import (
     relation_divergence,
     rkd_distance,
 )
+from potstill.positions import Alignment, attended
 from potstill.taps import Needs
-from potstill.targets import Alignment, DenseTargets, attended
+from potstill.targets import DenseTargets
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 from potstill.train import (
     Attention,
@@ -42,6 +41,7 @@ from potstill.train import (
     Relations,
     Similarity,
 )
+from processes import two_ranks
 from test_trainer import CHECKPOINTING, losses, trainer, weights
 
 STUDENT: dict[str, Any] = {"hidden_size": 8, "layers": 2}
@@ -353,42 +353,22 @@ def test_training_arguments_work(tmp_path: Path, changes: dict[str, Any]) -> Non
     assert losses(one) == pytest.approx(losses(plain), rel=1e-5 if CHECKPOINTING in changes else 0.1)
 
 
-TWO_RANKS = """
-import os, sys, torch
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_terms import inside_trainer, trained, losses, BY_POSITION
-terms = {terms}
-one = inside_trainer(Path({folder!r}), *terms, per_device_train_batch_size=4, **{changes!r})
-one.train()
-metrics = one.evaluate()
-whole = trained(one) if not one.is_fsdp_enabled else torch.zeros(0)
-one.save_model({folder!r} + "/student")
-if one.is_world_process_zero():
-    torch.save({{"weights": whole, "losses": losses(one), "eval": metrics["eval_loss"]}}, {out!r})
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-os._exit(0)  # gloo's threads now and then abort the interpreter's own way out
-"""
+def _on_a_rank(folder: Path, names: tuple[str, ...]) -> None:
+    one = inside_trainer(folder, *(BY_POSITION[name]() for name in names), per_device_train_batch_size=4)
+    one.train()
+    metrics = one.evaluate()
+    if one.is_world_process_zero():
+        seen = {"weights": trained(one), "losses": losses(one), "eval": metrics["eval_loss"]}
+        torch.save(seen, folder / "out.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
-def two_ranks(folder: Path, terms: str, **changes: Any) -> dict[str, Any]:
-    script, out = folder / "ranks.py", folder / "out.pt"
-    text = TWO_RANKS.format(
-        tests=str(Path(__file__).parent), folder=str(folder / "b"), out=str(out), terms=terms, changes=changes
-    )
-    script.write_text(text)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = torch.load(out, weights_only=True)
-    return found
-
-
-@pytest.mark.parametrize("terms", ["()", "(BY_POSITION['hidden'](),)"], ids=["all", "hidden alone"])
-def test_two_ranks_equal_one(tmp_path: Path, terms: str) -> None:
-    two = two_ranks(tmp_path, terms)
-    one = inside_trainer(tmp_path / "a", *eval(terms))
+@pytest.mark.parametrize("names", [(), ("hidden",)], ids=["all", "hidden alone"])
+def test_two_ranks_equal_one(tmp_path: Path, names: tuple[str, ...]) -> None:
+    two_ranks(tmp_path, _on_a_rank, tmp_path, names)
+    two = torch.load(tmp_path / "out.pt", weights_only=True)
+    one = inside_trainer(tmp_path / "a", *(BY_POSITION[name]() for name in names))
     one.train()
     assert two["losses"] == pytest.approx(losses(one), rel=1e-5)
     torch.testing.assert_close(two["weights"], trained(one), rtol=1e-4, atol=1e-5)

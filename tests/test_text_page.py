@@ -46,12 +46,12 @@ class Adder:
 
 def test_the_recipes_and_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "_engine", lambda *_: Adder())
-    for name, recipe in zip(("reasoning", "student"), blocks("yaml"), strict=True):
+    for name, recipe in zip(("reasoning", "student", "weighed"), blocks("yaml"), strict=True):
         (workplace / f"{name}.yaml").write_text(recipe)
     commands = [shlex.split(line)[1:] for block in blocks("console") for line in block.splitlines()]
-    assert [command[0] for command in commands] == ["generate", "generate", "run"]
-    # The toy's memory is short.
-    commands[-1] += ["--set", "data.max_length=64", "--set", "evaluate.continuations=0"]
+    assert [command[0] for command in commands] == ["generate", "generate", "run", "run"]
+    for command in commands[2:]:  # the toy's memory is short
+        command += ["--set", "data.max_length=64", "--set", "evaluate.continuations=0"]
     for command in commands:
         done = CliRunner().invoke(app, command, catch_exceptions=False)
         assert done.exit_code == 0, done.output
@@ -61,7 +61,8 @@ def test_the_recipes_and_commands_run(workplace: Path, monkeypatch: pytest.Monke
         for row in rows:  # the template alone fills the toy's memory
             row["prompt"] = row["question"]
         shorter.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert (workplace / "runs/sums/student/model.safetensors").exists()
+    for name in ("sums", "weighed"):
+        assert (workplace / f"runs/{name}/student/model.safetensors").exists()
 
 
 def test_the_keys_that_the_page_names_exist() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,8 @@ from potstill.losses import token_divergence
 from potstill.schedule import linear
 from potstill.targets import DenseTargets
 from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
-from potstill.train.trainer import last_checkpoint
+from potstill.train.checkpoints import last_checkpoint
+from processes import two_ranks
 
 # transformers renamed it.
 CHECKPOINTING = next(
@@ -47,6 +46,7 @@ def trainer(
     teacher: Any = "toy",
     student: Any = None,
     vocabulary: int | None = None,
+    rollout: Any = None,
     prefetch: bool = False,
     **changes: Any,
 ) -> DistillationTrainer:
@@ -66,6 +66,7 @@ def trainer(
         student=student or make_llama(hidden_size=8, layers=1),
         teacher=make_llama(seed=1) if teacher == "toy" else teacher,
         vocabulary=vocabulary,
+        rollout=rollout,
         prefetch=prefetch,
         objective=objective or [Logits(ForwardKL(), temperature=2.0), Labels(weight=0.5)],
         args=DistillationConfig(**arguments),
@@ -193,41 +194,54 @@ def test_padding_does_not_matter(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(padded), weights(plain), rtol=1e-4, atol=1e-5)
 
 
-TWO_RANKS = """
-import os, sys, torch
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_trainer import trainer, weights, losses
-one = trainer(Path({folder!r}), per_device_train_batch_size=4)
-one.train()
-metrics = one.evaluate()
-if one.is_world_process_zero():
-    torch.save({{"weights": weights(one), "losses": losses(one), "eval": metrics["eval_loss"]}}, {out!r})
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-os._exit(0)  # gloo's threads now and then abort the interpreter's own way out
-"""
+def _on_a_rank(folder: Path) -> None:
+    one = trainer(folder, per_device_train_batch_size=4)
+    one.train()
+    metrics = one.evaluate()
+    if one.is_world_process_zero():
+        seen = {"weights": weights(one), "losses": losses(one), "eval": metrics["eval_loss"]}
+        torch.save(seen, folder / "out.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    script, out = tmp_path / "ranks.py", tmp_path / "out.pt"
-    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "b"), out=str(out)))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(tmp_path, _on_a_rank, tmp_path)
     one = trainer(tmp_path / "a")
     one.train()
-    two = torch.load(out, weights_only=True)
+    two = torch.load(tmp_path / "out.pt", weights_only=True)
     assert two["losses"] == pytest.approx(losses(one), rel=1e-5)
     torch.testing.assert_close(two["weights"], weights(one), rtol=1e-4, atol=1e-5)
     assert two["eval"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-5)
+
+
+TIED: dict[str, Any] = {"hidden_size": 8, "layers": 2, "tie_word_embeddings": True}
+
+
+def _sharded(folder: Path) -> None:
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    one = trainer(
+        folder, student=make_llama(**TIED), per_device_train_batch_size=4, fsdp=True, fsdp_config=config
+    )  # fmt: skip
+    one.train()
+    metrics = one.evaluate()
+    one.save_model(str(folder / "student"))
+    if one.is_world_process_zero():
+        torch.save({"losses": losses(one), "eval": metrics["eval_loss"]}, folder / "out.pt")
+    torch.distributed.barrier()
+
+
+def test_a_sharded_student_with_tied_embeddings_equals_a_whole_one(tmp_path: Path) -> None:
+    """FSDP2."""
+    two_ranks(tmp_path, _sharded, tmp_path)
+    two = torch.load(tmp_path / "out.pt", weights_only=True)
+    one = trainer(tmp_path / "a", student=make_llama(**TIED))
+    one.train()
+    assert two["losses"] == pytest.approx(losses(one), rel=1e-5)
+    assert two["eval"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-5)
+    exported = type(one.distiller.student).from_pretrained(tmp_path / "student")
+    for name, parameter in one.distiller.student.named_parameters():
+        torch.testing.assert_close(exported.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_is_a_mean_over_tokens(tmp_path: Path) -> None:

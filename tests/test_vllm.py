@@ -26,8 +26,8 @@ from potstill.engines import ModelServer, Sampling
 from potstill.errors import RefusedError, VocabularyError
 from potstill.evaluate.quality import continuation
 from potstill.pipeline import run
+from potstill.positions import causal_alignment
 from potstill.recipe import Recipe
-from potstill.targets import causal_alignment
 from potstill.teachers import ModelTeacher, ServedTeacher
 from potstill.train import Distiller, Logits
 from toy_server import LiveTopK, logged, prepared_with_top_k

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import make_batch, make_llama
 from potstill.divergence import JSD, ForwardKL, ReverseKL
 from potstill.losses import linear_divergence
-from potstill.targets import counting
+from potstill.positions import counting
 from potstill.train import DistillationTrainer, Distiller, Labels, Logits
 from test_trainer import CHECKPOINTING, losses, trainer, weights
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potstill.positions import Alignment
 from potstill.prepare import Parts, prepare
 from potstill.recipe import Recipe
-from potstill.targets import Alignment, SparseTargets
+from potstill.targets import SparseTargets
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
 
 

@@ -1,61 +1,62 @@
 """Potstill: a small model out of a large one.
 
-The losses need torch alone and are imported here; what needs transformers is imported when it is first used.
+Each name is imported when it is first used: the losses need torch alone, the command line's help not even that.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from potstill import schedule
-from potstill.divergence import (
-    JSD,
-    AlphaBeta,
-    Divergence,
-    ForwardKL,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    SoftCrossEntropy,
-    TotalVariation,
-)
-from potstill.errors import PotstillError
-from potstill.layers import LayerMap, Projection
-from potstill.losses import (
-    FusedLoss,
-    chunk_divergence,
-    chunk_log_probs,
-    embedding_divergence,
-    linear_cka,
-    linear_cross_entropy,
-    linear_divergence,
-    matryoshka,
-    pair_correlation,
-    rank_error,
-    reconstruction_error,
-    rkd_angle,
-    rkd_distance,
-    similarity_error,
-    sorted_distance,
-    token_cross_entropy,
-    token_divergence,
-    token_mean,
-)
-from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets
-
 if TYPE_CHECKING:
+    from potstill import schedule
     from potstill.data import Examples, MaskedRows, PaddingCollator, Source, encode
     from potstill.diagnosis import diagnose
+    from potstill.divergence import (
+        JSD,
+        AlphaBeta,
+        Divergence,
+        ForwardKL,
+        ReverseKL,
+        SkewForwardKL,
+        SkewReverseKL,
+        SoftCrossEntropy,
+        TotalVariation,
+    )
     from potstill.embedding import EmbeddingDistiller, PairObjective, VectorHead, open_vectors
     from potstill.embedding.run import run_embedding
     from potstill.engines import Completion, LocalEngine, ModelServer, Sampling
+    from potstill.errors import PotstillError
     from potstill.evaluate.tradeoff import pareto_front, recommend
     from potstill.generation import Generated, generate
+    from potstill.layers import LayerMap, Projection
+    from potstill.losses import (
+        FusedLoss,
+        chunk_divergence,
+        chunk_log_probs,
+        embedding_divergence,
+        linear_cka,
+        linear_cross_entropy,
+        linear_divergence,
+        matryoshka,
+        pair_correlation,
+        rank_error,
+        reconstruction_error,
+        rkd_angle,
+        rkd_distance,
+        similarity_error,
+        sorted_distance,
+        token_cross_entropy,
+        token_divergence,
+        token_mean,
+    )
     from potstill.pipeline import RunResult, run
     from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
+    from potstill.students.adapted import merged
+    from potstill.students.adapters import Ia3, Lora, Prefix, Prompt, adapt
     from potstill.students.budget import Budget
     from potstill.students.capacity import expected_share
     from potstill.students.size import size_of
     from potstill.sweeping import SweepResult, sweep
+    from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets
     from potstill.teachers import (
         AdapterOffTeacher,
         CachedTeacher,
@@ -85,12 +86,57 @@ if TYPE_CHECKING:
         Logits,
         MappedLogits,
         Objective,
+        PolicyGradient,
         Relations,
+        Rollout,
         Similarity,
         Values,
     )
 
 _LATER = {
+    "potstill.divergence": (
+        "JSD",
+        "AlphaBeta",
+        "Divergence",
+        "ForwardKL",
+        "ReverseKL",
+        "SkewForwardKL",
+        "SkewReverseKL",
+        "SoftCrossEntropy",
+        "TotalVariation",
+    ),
+    "potstill.errors": ("PotstillError",),
+    "potstill.layers": (
+        "LayerMap",
+        "Projection",
+    ),
+    "potstill.losses": (
+        "FusedLoss",
+        "chunk_divergence",
+        "chunk_log_probs",
+        "embedding_divergence",
+        "linear_cka",
+        "linear_cross_entropy",
+        "linear_divergence",
+        "matryoshka",
+        "pair_correlation",
+        "rank_error",
+        "reconstruction_error",
+        "rkd_angle",
+        "rkd_distance",
+        "similarity_error",
+        "sorted_distance",
+        "token_cross_entropy",
+        "token_divergence",
+        "token_mean",
+    ),
+    "potstill.targets": (
+        "DenseTargets",
+        "HeadTargets",
+        "LMHead",
+        "MixtureTargets",
+        "SparseTargets",
+    ),
     "potstill.data": ("Examples", "MaskedRows", "PaddingCollator", "Source", "encode"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
     "potstill.diagnosis": ("diagnose",),
@@ -100,6 +146,8 @@ _LATER = {
     "potstill.embedding.run": ("run_embedding",),
     "potstill.pipeline": ("RunResult", "run"),
     "potstill.recipe": ("EmbeddingRecipe", "GenerateRecipe", "Recipe"),
+    "potstill.students.adapted": ("merged",),
+    "potstill.students.adapters": ("Ia3", "Lora", "Prefix", "Prompt", "adapt"),
     "potstill.students.budget": ("Budget",),
     "potstill.students.capacity": ("expected_share",),
     "potstill.students.size": ("size_of",),
@@ -133,7 +181,9 @@ _LATER = {
         "Logits",
         "MappedLogits",
         "Objective",
+        "PolicyGradient",
         "Relations",
+        "Rollout",
         "Similarity",
         "Values",
     ),
@@ -170,12 +220,14 @@ __all__ = [
     "Generated",
     "HeadTargets",
     "Hidden",
+    "Ia3",
     "InformedTeacher",
     "LMHead",
     "Labels",
     "LayerMap",
     "LocalEngine",
     "Logits",
+    "Lora",
     "MappedLogits",
     "MaskedRows",
     "MixtureTargets",
@@ -184,11 +236,15 @@ __all__ = [
     "Objective",
     "PaddingCollator",
     "PairObjective",
+    "PolicyGradient",
     "PotstillError",
+    "Prefix",
     "Projection",
+    "Prompt",
     "Recipe",
     "Relations",
     "ReverseKL",
+    "Rollout",
     "RunResult",
     "Sampling",
     "ServedTeacher",
@@ -204,6 +260,7 @@ __all__ = [
     "TotalVariation",
     "Values",
     "VectorHead",
+    "adapt",
     "chunk_divergence",
     "chunk_log_probs",
     "diagnose",
@@ -216,6 +273,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_divergence",
     "matryoshka",
+    "merged",
     "open_vectors",
     "pair_correlation",
     "pareto_front",
@@ -238,6 +296,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "schedule":
+        return import_module("potstill.schedule")
     for module, names in _LATER.items():
         if name in names:
             return getattr(import_module(module), name)

@@ -22,10 +22,11 @@ from potstill.data.vocabulary import fingerprint
 from potstill.errors import ModelError, UserError
 from potstill.layers import layer_index
 from potstill.loading import quiet
+from potstill.positions import causal_alignment
 from potstill.recipe import SourcePart, TeacherPart
 from potstill.speaker import find_speaker
 from potstill.taps import Needs
-from potstill.targets import HeadTargets, causal_alignment
+from potstill.targets import HeadTargets
 from potstill.teachers import ModelTeacher, Teacher
 from potstill.teachers.cached import COMPANIONS, keys_of
 from potstill.teachers.capture import Capture

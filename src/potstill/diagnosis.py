@@ -34,13 +34,14 @@ from potstill.evaluate.diagnose import (
 from potstill.evaluate.summary import read_metrics
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
+from potstill.positions import IGNORE, Alignment
 from potstill.prepare import Parts, prepare
 from potstill.recipe import Recipe
-from potstill.targets import IGNORE, Alignment, SparseTargets
+from potstill.targets import SparseTargets
 from potstill.train import Distiller, Logits
 from potstill.train.callbacks import logged_lines
+from potstill.train.checkpoints import last_checkpoint
 from potstill.train.objective import value_at
-from potstill.train.trainer import last_checkpoint
 
 ROWS = 64  # of the sample
 FLOW_BATCHES = 4  # of the training data
@@ -121,7 +122,7 @@ def _models(parts: Parts, run: Path | None) -> dict[str, PreTrainedModel]:
     for name in ("baseline", "student"):
         folder = run / name if (run / name).exists() else last_checkpoint(run / "checkpoints" / name)
         if folder is not None:
-            found[name] = load_model(str(folder), name, "float32")
+            found[name] = load_model(str(folder), name, "float32", trainable=True)
     if "student" not in found:
         raise RecipeError(
             f"diagnose: expected a student or a checkpoint of one in {run}, got neither. "
@@ -140,9 +141,11 @@ def _on(device: torch.device, batches: Iterable[Mapping[str, Tensor]]) -> Iterat
 
 
 def _teach(parts: Parts) -> Teach:
-    """The teacher's whole distributions; None where it tells a part of them."""
+    """The teacher's whole distributions; None where it tells a part of them, or is one of other tokens."""
 
     def teach(batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor | None:
+        if parts.meeting is not None:
+            return None
         targets = parts.teacher(batch, alignment).targets.slice(parts.vocabulary)
         return None if isinstance(targets, SparseTargets) else targets.dense()
 

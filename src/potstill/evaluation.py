@@ -19,8 +19,9 @@ from potstill.evaluate.judged import measure
 from potstill.evaluate.speed import speed
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, load_tokenizer, quiet
+from potstill.positions import IGNORE, OF_TOKENS, Task
 from potstill.prepare_task import classes_of, match_heads, token_rows
-from potstill.targets import IGNORE, OF_TOKENS, Task
+from potstill.students.adapted import count, virtual_tokens
 
 ROWS = 16  # in a batch
 
@@ -105,7 +106,7 @@ def evaluate(
             "models": {
                 name: {
                     "model": {"student": student, "teacher": teacher}[name],
-                    "parameters": model.num_parameters(),
+                    "parameters": count(model).all,
                     "bytes": model.get_memory_footprint(),
                     "bits_per_byte": found[name].loss * found[name].tokens / math.log(2) / size if size else None,
                     "quality": asdict(found[name]),
@@ -146,7 +147,7 @@ def _further(
 
 def _require_room(name: str, model: PreTrainedModel, max_length: int, measures: Measures) -> None:
     """The model has positions for all that it will read."""
-    most = getattr(model.config, "max_position_embeddings", None) or math.inf
+    most = (getattr(model.config, "max_position_embeddings", None) or math.inf) - virtual_tokens(model)
     for option, wanted in (("--max-length", max_length), ("--length", max(measures.lengths, default=0))):
         if wanted > most:
             raise UserError(f"{option}: expected at most {most}, the {name}'s number of positions, got {wanted}.")

@@ -15,7 +15,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from potstill.targets import Alignment, DenseTargets, HeadTargets, LMHead
+from potstill.positions import Alignment
+from potstill.targets import DenseTargets, HeadTargets, LMHead
+from potstill.uncompiled import uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def says(
         model: a model of transformers.
         cut: how to cut it; None to keep it whole.
         batch: input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
-        alignment: the N positions; see `potstill.targets`.
+        alignment: the N positions; see `potstill.positions`.
     """
     head = None if cut is None else cut.head()
     if cut is None or head is None:
@@ -101,7 +103,7 @@ def says(
     return HeadTargets(cut.hidden(batch, alignment).to(head.weight.dtype), head)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # done once, and not a part of any step
+@uncompiled  # done once, and not a part of any step
 def cut(model: nn.Module) -> Cut | None:
     """How to cut a model before its head; None where the head is not plain, and the logits must be made whole.
 

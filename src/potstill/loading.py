@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ from transformers.utils import logging
 
 from potstill.errors import ModelError, UserError
 from potstill.losses.linear import multiplies_bfloat16
-from potstill.targets import JUDGED, Task
+from potstill.positions import JUDGED, Task
+from potstill.students.adapted import QUANTIZATION, adapter_weights, hushed, is_adapter, load_adapter, require_peft
 
 # What a task's model is: how transformers loads it, and what it is called.
 KINDS: dict[Task, tuple[Any, str]] = {
@@ -41,16 +43,13 @@ KINDS: dict[Task, tuple[Any, str]] = {
 def quiet() -> Iterator[None]:
     """Transformers' own bars and remarks would tear the progress bar apart; errors stay."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    rounding = logging.get_logger("bitsandbytes")  # remarks at every product that its inputs are cast
-    rounding_level = rounding.level
-    rounding.setLevel(logging.ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with hushed():
+            yield
     finally:
         logging.set_verbosity(level)
-        rounding.setLevel(rounding_level)
         if bars:
             logging.enable_progress_bar()
 
@@ -63,8 +62,9 @@ def load_model(
     *,
     bits: int | None = None,
     labels_of: PretrainedConfig | None = None,
+    trainable: bool = False,
 ) -> PreTrainedModel:
-    """A model for a task.
+    """A model for a task; for the causal one a PeftModel, where the folder holds an adapter alone.
 
     Args:
         where: a folder, or the name of a model on the hub.
@@ -76,6 +76,7 @@ def load_model(
             the head and the embeddings stay whole. They cannot be trained, and need bitsandbytes.
         labels_of: a model whose classes it takes over where it has no classifier of its own yet. Without this, weights
             that are not there are an error.
+        trainable: an adapter is to be trained further.
 
     Raises:
         ModelError: there is no such model, or it is not one for the task in safetensors.
@@ -84,11 +85,20 @@ def load_model(
     _must_exist(where, key)
     if dtype == "auto" and not has_bfloat16():
         dtype = "float32"
+    if task == "causal" and is_adapter(where):
+        return _load_with_adapter(Path(where).expanduser(), key, dtype, trainable)
+    quantization = None if bits is None else _rounded(bits, dtype, key)
+    return _load_whole(where, key, dtype, task, quantization, labels_of)
+
+
+def _load_whole(
+    where: str, key: str, dtype: str, task: Task, quantization: Any, labels_of: PretrainedConfig | None
+) -> PreTrainedModel:
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     auto, called = KINDS[task]
     options: dict[str, Any] = {"dtype": chosen, "use_safetensors": True, "trust_remote_code": False}
-    if bits is not None:
-        options["quantization_config"] = _rounded(bits, dtype, key)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     if labels_of is not None and task in JUDGED:
         saved = load_config(where, key)
         if not any("SequenceClassification" in name for name in saved.architectures or ()):
@@ -112,6 +122,16 @@ def load_model(
 
 def _rounded(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
     """How linear layers are rounded to so many bits; products are computed in the model's precision."""
+    _require_bitsandbytes(key)
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def _require_bitsandbytes(key: str) -> None:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
@@ -119,12 +139,36 @@ def _rounded(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
             f"{key}: expected the package bitsandbytes for a model in 4 or 8 bits, got none. "
             "Install it with pip install 'potstill[quantized]'."
         ) from None
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
+
+
+def _load_with_adapter(folder: Path, key: str, dtype: str, trainable: bool) -> PreTrainedModel:
+    """The base that an adapter names, rounded as it was when the adapter was trained, with the adapter on it."""
+    peft = require_peft(key)
+    adapter_weights(folder, key)  # peft would also read pickles
+    kept = folder / QUANTIZATION
+    if kept.exists():
+        _require_bitsandbytes(key)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        quantization = BitsAndBytesConfig.from_dict(json.loads(kept.read_text())) if kept.exists() else None
+    except Exception as error:
+        raise _unreadable(key, "an adapter of peft", str(folder), error) from error
+    base = config.base_model_name_or_path
+    if not base:
+        raise ModelError(f"{key}: expected an adapter that names its base, got one in {folder} that does not.")
+    _must_exist(base, f"the base of {key}")
+    model = _load_whole(base, f"the base of {key}", dtype, "causal", quantization, None)
+    try:
+        with hushed():
+            if trainable:
+                config.inference_mode = False
+                adapted = peft.get_peft_model(model, config)
+                load_adapter(adapted, folder)
+            else:
+                adapted = peft.PeftModel.from_pretrained(model, folder).requires_grad_(False)
+    except Exception as error:
+        raise _unreadable(key, f"an adapter for {base}", str(folder), error) from error
+    return adapted.eval()
 
 
 def has_bfloat16() -> bool:

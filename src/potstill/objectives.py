@@ -19,6 +19,8 @@ from potstill.recipe import (
     LabelsPart,
     LogitsPart,
     MappedLogitsPart,
+    MiniLLMPart,
+    PolicyPart,
     RelationsPart,
     SchedulePart,
     SimilarityPart,
@@ -41,6 +43,7 @@ from potstill.train import (
     Logits,
     MappedLogits,
     Objective,
+    PolicyGradient,
     Relations,
     Similarity,
     Values,
@@ -102,6 +105,7 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
             tokens=part.tokens,
             share=number(part.share),
             top_k=part.top_k,
+            text=part.text,
         )
     if isinstance(part, ValuesPart):
         return Values(weight)
@@ -111,6 +115,10 @@ def _term(part: TermPart, steps: int, select: Select) -> Term:
         return AdaptiveKL(weight, part.head_mass, number(part.temperature))
     if isinstance(part, TAIDPart):
         return TAID(number(part.share), weight, number(part.temperature))
+    if isinstance(part, PolicyPart):
+        return PolicyGradient(weight, **part.model_dump(exclude={"term", "weight"}))
+    if isinstance(part, MiniLLMPart):
+        return PolicyGradient(weight, discount=1.0, **part.model_dump(exclude={"term", "weight"}))
     if isinstance(part, DeepSupervisionPart):
         return DeepSupervision(
             part.layers, part.divergence.build(), weight=weight, temperature=number(part.temperature)

@@ -25,19 +25,23 @@ from potstill.evaluate.judged import measure
 from potstill.evaluate.measures import QUALITY
 from potstill.evaluate.quality import continuation, gap_closed
 from potstill.evaluate.report import write_report, write_student_card
-from potstill.evaluate.speed import latency_ms, weight_bytes
+from potstill.evaluate.speed import bytes_on_disk, latency_ms, weight_bytes
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
+from potstill.positions import OF_TOKENS, causal_alignment
 from potstill.prepare import Parts, prepare
 from potstill.recipe import BudgetPart, LogitsPart, Recipe, SchedulePart, StudentPart, TeacherPart, TermPart
+from potstill.students.adapted import count, is_adapted, merged
 from potstill.students.modules import copy_modules
-from potstill.targets import OF_TOKENS, causal_alignment
 from potstill.teachers import CrossTokenizerTeacher, EnsembleTeacher, Teacher
 from potstill.train import DistillationConfig, DistillationTrainer, Labels, Objective
-from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
-from potstill.train.trainer import last_checkpoint, restore_teacher
+from potstill.train.callbacks import MetricsFile, OwnTextsFile, ProgressBar, logged_lines, seconds_of
+from potstill.train.checkpoints import last_checkpoint, restore_teacher
+from potstill.train.own_text import collapse
+from potstill.train.rollout import Rollout
 
 EVAL_ROWS = 16  # rows in a batch of the final evaluation
+OWN_TEXTS = 4  # of the student, in the report
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
             for note in parts.notes:
                 console.print(note, style="dim", highlight=False, markup=False)
         state.wait_for_everyone()
-        _train(parts, "student", parts.objective(), directory, console)
+        _train(parts, "student", parts.objective(), directory, console, parts.rollout())
         if recipe.evaluate.baseline:
             _train(parts, "baseline", Objective([Labels()]), directory, console)
 
@@ -123,7 +127,9 @@ def require_free(directory: Path, recipe: Recipe, resume: bool) -> None:
         )
 
 
-def _train(parts: Parts, name: str, objective: Objective, directory: Path, console: Console) -> None:
+def _train(
+    parts: Parts, name: str, objective: Objective, directory: Path, console: Console, rollout: Rollout | None = None
+) -> None:
     """Train one student and save it in `directory/name`; done already where that is there."""
     target = directory / name
     if target.exists():
@@ -140,14 +146,19 @@ def _train(parts: Parts, name: str, objective: Objective, directory: Path, conso
         processing_class=parts.tokenizer,
         vocabulary=parts.vocabulary or None,
         task=parts.recipe.task,
+        rollout=rollout,
         prefetch=parts.recipe.teacher.prefetch,
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
     )
+    if rollout is not None:
+        trainer.add_callback(OwnTextsFile(directory / "own_texts.jsonl", name, rollout, console))
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
     finally:
         bar.progress.stop()
+    if parts.recipe.student.merges:
+        trainer.distiller.student = merged(trainer.distiller.student)
     partial = directory / f"{name}.partial"
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)  # what a kill in the middle of the next line leaves
@@ -191,7 +202,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         restore_teacher(parts.teacher, kept)
     # With tokens of its own a teacher cannot be measured on the student's: what it tells of the text is.
     teacher = parts.teacher_model if parts.meeting is None else None
-    models = {name: load_model(str(directory / name), name, task=recipe.task).to(device) for name in names}
+    dtype = "auto" if recipe.student.adapter is None else recipe.student.adapter.dtype
+    models = {name: load_model(str(directory / name), name, dtype, recipe.task).to(device) for name in names}
     everyone = dict(models)
     if teacher is not None:
         teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
@@ -209,8 +221,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     rows: dict[str, dict[str, float | None]] = {
         name: {
             **{one.key: getattr(measured[name], one.key) for one in QUALITY[recipe.task]},
-            "parameters": model.num_parameters(),
-            "bytes": weight_bytes(folders[name]) or model.get_memory_footprint(),
+            "parameters": count(model).all,
+            "bytes": bytes_on_disk(folders[name], model),
             "latency_ms": latency_ms(model, recipe.data.max_length),
         }
         for name, model in everyone.items()
@@ -241,6 +253,8 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
             **{name: measured[name].kl_by_position for name in names},
         },
         "continuations": _continuations(parts, everyone) if recipe.task == "causal" else [],
+        "own_texts": _spread(logged_lines(directory / "own_texts.jsonl"), OWN_TEXTS),
+        "own_text": next((line for line in reversed(metrics) if "own_length" in line), None),
         "data": {
             "train": recipe.data.train.path,
             "train_tokens": parts.train.tokens if of_tokens else None,
@@ -259,14 +273,31 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         "objective": "; ".join(_describe(part) for part in recipe.objective),
         "models": {
             "teacher": _describe_teacher(recipe.teacher, parts.teacher),
-            "student": recipe.student.model or _describe_design(recipe.student),
+            "student": _describe_student(recipe.student),
         },
+        "adapter": _adapter(parts, directory / "student", models["student"]),
         "teacher_weights": dict(zip(parts.teacher.names, parts.teacher.weights.tolist(), strict=True))
         if isinstance(parts.teacher, EnsembleTeacher)
         else None,
-        "notes": list(parts.notes),
+        "notes": [*parts.notes, *_alarms(metrics)],
         "versions": versions(),
     }
+
+
+def _spread(lines: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """At most so many of the lines, the first and the last among them."""
+    wanted = min(number, len(lines))
+    return [lines[round(i * (len(lines) - 1) / max(wanted - 1, 1))] for i in range(wanted)]
+
+
+def _alarms(metrics: list[dict[str, Any]]) -> list[str]:
+    """When the student's own text collapsed for the first time, and whether it still has at the end."""
+    found = [(line["step"], said) for line in metrics if (said := collapse(line))]
+    if not found:
+        return []
+    last = max(line["step"] for line in metrics if "own_share" in line)
+    until = "to the end" if found[-1][0] == last else f"to step {found[-1][0]}"
+    return [f"From step {found[0][0]} {until}: {found[-1][1]}"]
 
 
 def _size_of_teacher(parts: Parts) -> dict[str, float | None]:
@@ -277,6 +308,21 @@ def _size_of_teacher(parts: Parts) -> dict[str, float | None]:
     return {
         "parameters": model.num_parameters(),
         "bytes": weight_bytes(Path(str(parts.recipe.teacher.model))) or model.get_memory_footprint(),
+    }
+
+
+def _adapter(parts: Parts, folder: Path, student: Any) -> dict[str, Any] | None:
+    """What was trained of the student, where it is an adapter."""
+    part = parts.recipe.student.adapter
+    if part is None and not is_adapted(student):
+        return None
+    return {
+        "title": "the adapter that it came with" if part is None else part.title,
+        "trained": parts.size.trained,
+        "share": parts.size.trained / parts.size.all,
+        "bytes": weight_bytes(folder) if is_adapted(student) else None,
+        "base": student.active_peft_config.base_model_name_or_path if is_adapted(student) else None,
+        "quantized": getattr(part, "bits", None) is not None,
     }
 
 
@@ -355,6 +401,11 @@ def _describe(part: TermPart) -> str:
 
 def _plain(value: float | SchedulePart) -> Any:
     return value.model_dump(exclude_defaults=True) if isinstance(value, SchedulePart) else value
+
+
+def _describe_student(student: StudentPart) -> str:
+    whole = student.model or _describe_design(student)
+    return whole if student.adapter is None else f"{whole}, with {student.adapter.title}"
 
 
 def _describe_teacher(part: TeacherPart, teacher: Teacher) -> str:

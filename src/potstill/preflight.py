@@ -26,10 +26,11 @@ class Preflight:
     Args:
         teacher_parameters: of the teacher, where its model is here.
         student_parameters: of the student.
+        trained_parameters: those of them that are trained: all, or an adapter's.
         vocabulary: tokens that both share; 0 where the task is of no tokens.
         train_tokens: counting tokens; train_rows, eval_tokens likewise.
         steps: optimiser steps.
-        memory_bytes: weights, gradients, Adam's two moments and the loss's buffers.
+        memory_bytes: weights, gradients and Adam's two moments of those that are trained, and the loss's buffers.
         disk_bytes: checkpoints and exported models.
         disk_free_bytes: what the output's disk has.
         seconds: training time, from one timed batch (without the final evaluation).
@@ -39,6 +40,7 @@ class Preflight:
 
     teacher_parameters: int | None
     student_parameters: int
+    trained_parameters: int
     vocabulary: int
     train_tokens: int
     train_rows: int
@@ -61,26 +63,31 @@ def check(recipe: Recipe) -> Preflight:
     with quiet():
         parts = prepare(recipe)
         student = parts.new_student()
-    weights = student.num_parameters() * 4
+    trained = parts.size.trained * 4
+    held = sum(weight.numel() * weight.element_size() for weight in student.parameters())
+    exported = parts.size.all * 4 if recipe.student.merges else trained
     runs = 2 if recipe.evaluate.baseline else 1
     output = Path(recipe.output).absolute()
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     return Preflight(
         teacher_parameters=None if parts.teacher_model is None else parts.teacher_model.num_parameters(),
-        student_parameters=student.num_parameters(),
+        student_parameters=parts.size.all,
+        trained_parameters=parts.size.trained,
         vocabulary=parts.vocabulary,
         train_tokens=parts.train.tokens,
         train_rows=len(parts.train.dataset),
         eval_tokens=parts.eval.tokens,
         steps=parts.steps,
-        # Weights, gradient and two moments of the student; the teachers' weights; the loss, which goes through the
-        # tokens in chunks and needs no more than student's and teacher's logits and a gradient would take.
-        memory_bytes=4 * weights
+        # The student's weights, and gradient and two moments of those that are trained; the teachers' weights; the
+        # loss, which goes through the tokens in chunks and needs no more than student's and teacher's logits and a
+        # gradient would take.
+        memory_bytes=held
+        + 3 * trained
         + sum(model.get_memory_footprint() for model in parts.teacher_models)
-        + (weights if recipe.teacher.ema is not None else 0)
+        + (trained if recipe.teacher.ema is not None else 0)
         + min(3 * 4 * _batch_tokens(parts) * max(parts.vocabulary, 1), LOSS_BYTES),
-        # A checkpoint is the weights and two moments; while one is written the one before is still there.
-        disk_bytes=runs * (2 * 3 * weights + weights),
+        # A checkpoint is what is trained and its two moments; while one is written the one before is still there.
+        disk_bytes=runs * (2 * 3 * trained + exported),
         disk_free_bytes=shutil.disk_usage(existing).free,
         seconds=runs * parts.steps * _seconds_per_step(parts, student),
         notes=parts.notes,
@@ -104,8 +111,11 @@ def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
     dtype = torch.bfloat16 if parts.bf16 else torch.float16
     mixed = parts.bf16 or bool(parts.recipe.train.get("fp16"))
     seconds = 0.0
+    rollout = parts.rollout()
     for _ in range(2):
         start = time.perf_counter()
+        if rollout is not None:
+            (batch,) = rollout([batch], student, step=0)
         with torch.autocast(device, dtype=dtype, enabled=mixed):
             loss = distiller.step(batch).loss
         loss.backward()

@@ -11,27 +11,39 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill import objectives
+from potstill import objectives, rollouts
 from potstill.data import Examples, PaddingCollator, pad_token_id
 from potstill.data.vocabulary import own_vocabulary, shared_vocabulary
+from potstill.divergence import ReverseKL
 from potstill.errors import RecipeError
 from potstill.layers import LayerMap
 from potstill.loading import has_bfloat16, load_tokenizer
 from potstill.losses import token_divergence
+from potstill.positions import OF_TOKENS, causal_alignment
 from potstill.prepare_across import meeting, reading_bytes
 from potstill.prepare_across import notes as meeting_notes
-from potstill.prepare_student import begin, design_of, first_student
+from potstill.prepare_student import begin, design_of, first_student, with_adapter
 from potstill.prepare_task import encode_data, match_heads, positions_of, token_rows
 from potstill.recipe import Recipe
 from potstill.speaker import Speaker, find_speaker
+from potstill.students.adapted import Count, count, virtual_tokens
 from potstill.students.initialize import Start
 from potstill.taps import Anatomy, Taps
-from potstill.targets import OF_TOKENS, causal_alignment
-from potstill.teachers import CrossTokenizerTeacher, InformedTeacher, ModelTeacher, Teacher, important_dimensions
+from potstill.teachers import (
+    CachedTeacher,
+    CrossTokenizerTeacher,
+    EitherTeacher,
+    InformedTeacher,
+    ModelTeacher,
+    Teacher,
+    important_dimensions,
+)
 from potstill.teachers.crosstok import Meeting
-from potstill.train import Logits, Objective
+from potstill.train import Logits, Objective, PolicyGradient
 from potstill.train.dense import DenseTerm
 from potstill.train.objective import value_at
+from potstill.train.policy import label_log_probs
+from potstill.train.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -47,11 +59,13 @@ class Parts:
         train: what is learnt from.
         eval: what is held out.
         vocabulary: the number of tokens that both models share; 0 where the task is of no tokens.
+        size: the student's parameters: those that are trained, and all.
         anatomy: the student's shape, where a term asks for its layers.
         notes: what the run should say.
         design: the config of a new student; None where it is a model that is there.
         start: what a new student takes over from its teacher; None where it begins with random weights.
         teacher_models: all models that speak, or are measured beside one that does.
+        positions: tokens in a row that both models allow, where they tell.
         meeting: how far both tokenizers meet in the training data, where bytes are compared; the teacher's head and
             positions are then of tokens of its own.
     """
@@ -64,24 +78,42 @@ class Parts:
     train: Examples
     eval: Examples
     vocabulary: int
+    size: Count
     anatomy: Anatomy | None
     notes: tuple[str, ...]
     design: PretrainedConfig | None = None
     start: Start | None = None
     teacher_models: tuple[PreTrainedModel, ...] = ()
+    positions: int | None = None
     meeting: Meeting | None = None
 
     def new_student(self) -> PreTrainedModel:
-        """The student with its first weights: the same at every call."""
+        """The student with its first weights, and its adapter: the same at every call."""
         if self.start is not None:
             assert self.teacher_model is not None
-            return self.start.student(self.teacher_model, self.recipe.seed)
-        teacher = None if self.teacher_model is None else self.teacher_model.config
-        return first_student(self.recipe, self.design, teacher)
+            model = self.start.student(self.teacher_model, self.recipe.seed)
+        else:
+            teacher = None if self.teacher_model is None else self.teacher_model.config
+            model = first_student(self.recipe, self.design, teacher)
+        return with_adapter(self.recipe, model, self.tokenizer)
 
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
         return objectives.build(self.recipe.objective, self.steps, self._important_dimensions)
+
+    def rollout(self) -> Rollout | None:
+        """Who puts the student's own text in place of data, where the recipe asks for it."""
+        if self.recipe.rollout is None:
+            return None
+        return rollouts.build(
+            self.recipe.rollout,
+            self.tokenizer,
+            self.teacher_model,
+            steps=self.steps,
+            limit=self.positions,
+            vocabulary=self.vocabulary,
+            seed=self.recipe.seed,
+        )
 
     def _important_dimensions(self, layers: LayerMap, batches: int) -> dict[int, Tensor]:
         """Those of the teacher for the student's width, picked by the first batches."""
@@ -143,11 +175,16 @@ def prepare(recipe: Recipe) -> Parts:
     elif recipe.student.tokenizer is not None:
         tokenizer = load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
     design = design_of(recipe.student, speaker.config, tokenizer)
-    student = first_student(recipe, design, speaker.config)
+    student = with_adapter(recipe, first_student(recipe, design, speaker.config), tokenizer)
     models = {**speaker.models, "student": student}
     if any(objectives.reads_across(part) for part in recipe.objective):
         speaker = reading_bytes(recipe, speaker, tokenizer)
         models = {"student": student}  # the teacher's head and positions are of tokens of its own
+        if recipe.rollout is not None and recipe.rollout.guided:
+            raise RecipeError(
+                "rollout: expected a teacher of the student's tokens for teacher_mix and teacher_top_k, got one that "
+                "is compared by bytes. Leave them out: the student writes alone, and the teacher reads."
+            )
     of_tokens = recipe.task in OF_TOKENS
     rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
     if speaker.teacher.other_tokenizer:
@@ -161,13 +198,19 @@ def prepare(recipe: Recipe) -> Parts:
     limits = {name: positions_of(model) for name, model in models.items()}
     if speaker.teacher.max_length is not None:
         limits["teacher"] = speaker.teacher.max_length
+    taken = virtual_tokens(student)
     for name, limit in limits.items():
-        if limit and max_length > limit:
+        if limit and max_length > limit - taken * (name == "student"):
+            room = (
+                f"{limit - taken}, what {taken} virtual tokens leave of" if taken and name == "student" else f"{limit},"
+            )
             raise RecipeError(
-                f"data.max_length: expected at most {limit}, the {name}'s number of positions, got {max_length}."
+                f"data.max_length: expected at most {room} the {name}'s number of positions, got {max_length}."
             )
     train, held_out = encode_data(recipe, student, tokenizer)
     teacher = _who_reads(recipe, speaker, train)
+    if recipe.rollout is not None and isinstance(teacher, CachedTeacher) and speaker.model is not None:
+        teacher = EitherTeacher(teacher, ModelTeacher(speaker.model, device=recipe.teacher.device))
     teacher.attach(student)
     notes = [*train.notes, *held_out.notes]
     _, pad_note = pad_token_id(tokenizer)
@@ -192,12 +235,17 @@ def prepare(recipe: Recipe) -> Parts:
         train,
         held_out,
         vocabulary if of_tokens else 0,
+        count(student),
         anatomy,
         tuple(notes) + (start.notes if start else ()),
         design,
         start,
         tuple(speaker.models.values()),
+        min((limit for limit in limits.values() if limit), default=None),
     )
+    if (rollout := parts.rollout()) is not None and recipe.rollout is not None:
+        told = rollouts.look_at_prompts(rollout, recipe.rollout, train)
+        parts = replace(parts, notes=(*parts.notes, *told))
     if anatomy is not None:
         objective = parts.objective()
         theirs = teacher.anatomy if objective.looks_into_teacher else None
@@ -249,10 +297,15 @@ def _try(parts: Parts, teacher: Teacher) -> None:
     teacher.require(parts.train.dataset)
     batch = PaddingCollator(pad_token_id(parts.tokenizer)[0])([parts.train.dataset[0]])
     alignment = causal_alignment(batch["labels"])
-    said = teacher(batch, alignment).targets
+    output = teacher(batch, alignment)
+    said = output.targets
     for term in parts.objective().terms:
         if isinstance(term, DenseTerm):
             term.whole(said)
+        if isinstance(term, PolicyGradient) and not isinstance(teacher, EitherTeacher):  # whose cache is not asked
+            label_log_probs(output, alignment.labels)
+            if term.single_step:
+                token_divergence(torch.zeros(len(alignment), parts.vocabulary), said, ReverseKL())
         if isinstance(term, Logits):
             for step in (0, parts.steps // 2, parts.steps):
                 temperature = value_at(term.temperature, step)

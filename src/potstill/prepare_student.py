@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -14,11 +15,15 @@ from potstill.data import in_batches
 from potstill.errors import RecipeError
 from potstill.loading import load_model
 from potstill.recipe import BudgetPart, Recipe, StudentPart
+from potstill.recipe.adapter import AdapterPart
+from potstill.students.adapted import is_adapted, is_quantized
+from potstill.students.adapters import Adapter, Ia3, Lora, Prefix, Prompt, adapt
 from potstill.students.budget import Budget, parse_count
 from potstill.students.design import student_config
 from potstill.students.initialize import Start, random_student, start
 
 ROWS = 8  # in a batch, where importance is measured
+ADAPTERS: dict[str, type[Adapter]] = {"lora": Lora, "qlora": Lora, "ia3": Ia3, "prompt": Prompt, "prefix": Prefix}
 
 
 def design_of(
@@ -51,15 +56,39 @@ def first_student(
     recipe: Recipe, design: PretrainedConfig | None, teacher: PretrainedConfig | None = None
 ) -> PreTrainedModel:
     """The recipe's student as it is there, or with random weights. A head that is not there is random, too; a
-    classifier has the teacher's classes.
+    classifier has the teacher's classes. Without the recipe's adapter.
     """
     if design is not None:
         return random_student(design, recipe.seed)
-    assert recipe.student.model is not None
+    where, adapter = recipe.student.model, recipe.student.adapter
+    assert where is not None
     if recipe.task == "causal":
-        return load_model(recipe.student.model, "student.model", "float32")
+        dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, getattr(adapter, "bits", None))
+        return load_model(where, "student.model", dtype, bits=bits, trainable=adapter is None)
     set_seed(recipe.seed)
-    return load_model(recipe.student.model, "student.model", "float32", recipe.task, labels_of=teacher)
+    return load_model(where, "student.model", "float32", recipe.task, labels_of=teacher)
+
+
+def with_adapter(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The student that is trained: a model as it is, or frozen under the recipe's adapter.
+
+    Raises:
+        UserError: the adapter does not go with the model, or none is asked for where one must be.
+    """
+    part = recipe.student.adapter
+    if part is not None:
+        return adapt(model, adapter_of(part), seed=recipe.seed, tokenizer=tokenizer)
+    if is_quantized(model) and not is_adapted(model):
+        raise RecipeError(
+            "student.model: expected weights that can be trained, got a model that is rounded to a few bits. "
+            "Train an adapter on it (student.adapter: qlora), or name the model that it was made of."
+        )
+    return model
+
+
+def adapter_of(part: AdapterPart) -> Adapter:
+    """The adapter that a part of a recipe describes."""
+    return ADAPTERS[part.kind](**part.model_dump(exclude={"kind", "dtype", "bits", "merge"}))
 
 
 def begin(

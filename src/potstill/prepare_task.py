@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data import Examples, MaskedRows, Source, encode, pad_token_id
 from potstill.errors import RecipeError
+from potstill.positions import Task
 from potstill.recipe import Recipe, SourcePart
-from potstill.targets import Task
 
 
 class Rows(NamedTuple):

@@ -12,9 +12,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError, VocabularyError
 from potstill.loading import load_model, load_tokenizer
+from potstill.positions import OF_TOKENS, Task
 from potstill.recipe import MemberPart, SpeakerPart, TeacherPart
 from potstill.recipe.teacher import ServerPart
-from potstill.targets import OF_TOKENS, Task
 from potstill.teachers import (
     AdapterOffTeacher,
     CachedTeacher,

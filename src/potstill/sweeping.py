@@ -27,9 +27,9 @@ from potstill.evaluate.tradeoff import NO_LIMITS, Candidate, Limits, kept, paret
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
 from potstill.pipeline import require_free, run
+from potstill.positions import DISTRIBUTIONS
 from potstill.recipe import Recipe
 from potstill.recipe.document import read_list
-from potstill.targets import DISTRIBUTIONS
 
 Engine = Literal["process", "ray"]
 

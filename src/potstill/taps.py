@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -93,6 +93,14 @@ class Inside:
     attentions: dict[int, Tensor] = field(default_factory=dict)
     vectors: dict[int, Vectors] = field(default_factory=dict)
     exits: dict[int, Tensor] = field(default_factory=dict)
+
+    def last(self, length: int) -> Inside:
+        """The last positions of each row, without those that prompt tuning puts in front; maps stay as they are."""
+        return replace(
+            self,
+            hidden={i: each[:, -length:] for i, each in self.hidden.items()},
+            vectors={i: Vectors(*(one[:, -length:] for one in each)) for i, each in self.vectors.items()},
+        )
 
     def to(self, device: torch.device) -> Inside:
         """The same on a device."""
@@ -197,13 +205,15 @@ class Taps:
             self._last_norm = self._find_last_norm(batch)
         with undisturbed(self.model):
             _, heard = self.hear(needs, partial(run, self.model, batch))
+        heard = heard.last(3)
         for kind, found in (("attention maps", heard.attentions), ("hidden states", heard.hidden)):
             for layer, each in found.items():
                 expected = (2, each.shape[1], 3, 3) if kind == "attention maps" else (2, 3, self.anatomy.width)
                 if each.shape != expected:
                     raise ModelError(
                         f"{_kind(self.model)}: expected {kind} of shape {list(expected)} from layer {layer} for 2 x 3 "
-                        f"tokens, got {list(each.shape)}. Terms that need them do not work with this architecture."
+                        f"tokens, got {list(each.shape)}. Terms that need them do not work with this architecture, nor "
+                        "do maps with tokens that an adapter puts in front: the teacher has none to look at."
                     )
 
     def hear(self, needs: Needs, call: Callable[[], T]) -> tuple[T, Inside]:
@@ -294,11 +304,12 @@ class Taps:
         last = Needs(hidden=frozenset([self.anatomy.layers - 1]))
         try:
             with undisturbed(self.model):
-                said, inside = self.hear(last, partial(run, self.model.get_submodule(how.body), batch))
+                body = self.model.get_submodule(how.body)
+                final, inside = self.hear(last, lambda: run(body, batch).last_hidden_state)
         finally:
             for handle in handles:
                 handle.remove()
-        (state,), final = inside.hidden.values(), said.last_hidden_state
+        (state,) = inside.hidden.values()
         if torch.equal(state, final):
             return ""
         for name, before, after in seen:

@@ -1,4 +1,4 @@
-"""What a teacher says at every position, and which positions count.
+"""What a teacher says at every position.
 
 A teacher and a student meet only here: any teacher gives Targets over N counting positions, any loss takes them.
 """
@@ -6,43 +6,14 @@ A teacher and a student meet only here: any teacher gives Targets over N countin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from potstill.divergence import LOG_ZERO
 from potstill.errors import ShapeError, VocabularyError
-
-IGNORE = -100  # a label that does not count, as everywhere in PyTorch; NaN where labels are numbers
-
-# What models are asked for, and so which positions count:
-#     causal: the next token                        labels [B, T] of the tokens themselves
-#     masked: the token behind a mask               labels [B, T], -100 where there is no mask
-#     classification: one of some classes           labels [B]
-#     regression: a number                          labels [B], floating point, NaN where unknown
-#     encoder: nothing, it has layers and no head   labels [B], 0 for a row that counts
-Task = Literal["causal", "masked", "classification", "regression", "encoder"]
-TASKS: frozenset[Task] = frozenset(get_args(Task))
-DISTRIBUTIONS = TASKS - {"regression", "encoder"}  # a model's answer is a probability of each token or class
-ANSWERS = TASKS - {"encoder"}  # there is an answer, by a head
-OF_TOKENS = frozenset[Task](("causal", "masked"))  # the answer is one of the vocabulary
-JUDGED = frozenset[Task](("classification", "regression"))  # data have a label for each row
-
-
-def instead(task: Task, tasks: frozenset[Task]) -> str:
-    """For the error that a term of some tasks is not for another: why, and which are.
-
-    >>> instead("masked", frozenset({"causal"}))
-    'It is for the task causal'
-    """
-    if task == "regression":
-        return "A number has no distribution. Use values for the teacher's number, labels for the data's"
-    if task == "encoder":
-        return "There is no head. Use terms over layers: hidden, attention, relations, similarity"
-    return f"It is for the task {', '.join(sorted(tasks))}"
 
 
 @dataclass(frozen=True)
@@ -410,78 +381,3 @@ class MixtureTargets:
 
 
 Targets = DenseTargets | HeadTargets | SparseTargets | MixtureTargets
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """The positions of a batch whose prediction counts, and what should have been predicted there.
-
-    Args:
-        positions: [N] into the flattened [B * T].
-        labels: [N] token ids; classes or numbers where rows are judged.
-        length: T; 1 where a row is one position.
-    """
-
-    positions: Tensor
-    labels: Tensor
-    length: int
-
-    def __len__(self) -> int:
-        return self.positions.shape[0]
-
-    def select(self, states: Tensor) -> Tensor:
-        """The rows [N, ...] of states [B, T, ...] at the counting positions."""
-        return states.flatten(0, 1).index_select(0, self.positions.to(states.device))
-
-    @property
-    def column(self) -> Tensor:
-        """[N] the place of each position in its row, 0 to T - 1."""
-        return self.positions % self.length
-
-
-def counting(labels: Tensor, task: Task = "causal") -> Tensor:
-    """Which positions count. This and `align` are the only places that know the causal shift.
-
-    causal: t does when the label at t + 1 is not -100. masked: t does when its own label is not. All others: the row
-    does when its label is there.
-
-    Args:
-        labels: [B, T], not shifted: labels[t] is the token at t; [B] where rows are judged. See `Task`.
-        task: what the model is asked for.
-
-    Returns:
-        [B, T - 1] bool, for positions 0 to T - 2; [B, T] for masked; [B, 1] for rows.
-    """
-    if task == "causal":
-        return labels[:, 1:] != IGNORE
-    if task == "masked":
-        return labels != IGNORE
-    rows = labels.unsqueeze(1)
-    return ~rows.isnan() if task == "regression" else rows != IGNORE
-
-
-def align(labels: Tensor, task: Task = "causal") -> Alignment:
-    """The counting positions of a batch of labels, and what should have been said there; see `counting`."""
-    rows, columns = counting(labels, task).nonzero(as_tuple=True)
-    if labels.ndim == 1:
-        return Alignment(rows, labels[rows], 1)
-    length, shift = labels.shape[1], int(task == "causal")
-    return Alignment(rows * length + columns, labels[rows, columns + shift], length)
-
-
-def causal_alignment(labels: Tensor) -> Alignment:
-    """`align` for what is causal alone: caches and servers."""
-    return align(labels)
-
-
-def attended(batch: Mapping[str, Tensor], task: Task = "causal") -> Tensor:
-    """Which positions of a batch have hidden states and attention to learn from: [B, T] bool.
-
-    All that are no padding, prompts too: what a token's states are depends on nothing that comes after it. In a row
-    without a counting position none is: such rows only fill up batches.
-
-    Args:
-        batch: attention_mask [B, T] and labels.
-        task: what the model is asked for.
-    """
-    return batch["attention_mask"].bool() & counting(batch["labels"], task).any(1, keepdim=True)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from potstill.cli.app import app, console
 from potstill.errors import UserError, nearest
-from potstill.targets import TASKS, Task
+from potstill.positions import TASKS, Task
 
 
 @app.command()

@@ -72,6 +72,9 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
     found = check_recipe(Recipe.load(recipe, set_ or ()))
     table = Table(show_header=False, box=None)
     student = f"{found.student_parameters:,} parameters"
+    if found.trained_parameters < found.student_parameters:
+        share = words.percent(found.trained_parameters / found.student_parameters, 2)
+        student += f", {found.trained_parameters:,} of them trained ({share})"
     if found.teacher_parameters is not None:
         student += f", {found.teacher_parameters / found.student_parameters:.1f} times smaller"
         table.add_row("teacher", f"{found.teacher_parameters:,} parameters")
@@ -149,4 +152,10 @@ def _finish(result: Any) -> None:
     out = Console()
     out.print(table, highlight=False)
     out.print(verdict(result.summary), highlight=False)
+    if adapter := result.summary["adapter"]:
+        from potstill.evaluate import words
+
+        trained = f"{adapter['trained']:,} parameters trained, {words.percent(adapter['share'], 2)} of all"
+        saved = "merged" if adapter["bytes"] is None else f"{words.size(adapter['bytes'])} beside its base"
+        out.print(f"adapter {adapter['title']}: {trained}; {saved}", highlight=False)
     out.print(f"student {result.directory / 'student'}\nreport  {result.directory / 'report.html'}", highlight=False)

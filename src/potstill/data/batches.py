@@ -24,8 +24,9 @@ from potstill.data.kept import BATCH, kept_file, write_arrow
 from potstill.data.labelled import bare_rows, labelled_rows
 from potstill.data.rows import Encoding, Row
 from potstill.data.sources import OWN_IDS, OWN_PROMPT, Kind, Source, load
+from potstill.data.weighing import WEIGHING
 from potstill.errors import DataError
-from potstill.targets import IGNORE, Task, counting
+from potstill.positions import IGNORE, Task, counting
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Examples:
     Args:
         dataset: a Dataset, memory-mapped, or a MaskedRows: [i] is {"input_ids": list of int, "labels": list of int}.
             Every example has a token that counts. Where rows are judged labels are one number, and pairs have
-            token_type_ids. Where the teacher has prompts of its own, also teacher_input_ids and teacher_labels.
-        tokens: how many tokens count in all, by `potstill.targets.counting`.
+            token_type_ids. Where the teacher has prompts of its own, also teacher_input_ids and teacher_labels. Where
+            the source says how much tokens count, also weights, a list of float.
+        tokens: how many tokens count in all, by `potstill.positions.counting`.
         notes: what the run should say: what was cut, skipped or left out.
         teacher_longest: tokens of the longest row that the teacher reads in place of the student's; 0 where none is.
     """
@@ -73,6 +75,8 @@ def encode(
     has the special tokens around it; see `MaskedRows`. For classification and regression a row is a text, or a pair of
     texts, and its label; for encoder it is a text. They are cut on the right.
 
+    Tokens that the source gives a weight of 0 do not count; see `Source` for weights.
+
     Rows without text are skipped, examples without a token that counts left out; the notes say how many. What was
     encoded is kept on disk under a name made of the content, the tokenizer and the options.
 
@@ -98,13 +102,21 @@ def encode(
     dataset, kind = load(source, task)
     file = Path(source.path).name
     _require_suitable(kind, tokenizer, packing, file, task)
-    named = dict(classes or {})
-    kept = _kept_file(dataset, tokenizer, [max_length, packing, task, sorted(named.items())])
+    named, by_span = dict(classes or {}), source.span_weights
+    weighed = not WEIGHING.isdisjoint(dataset.column_names)
+    if task != "causal" and (weighed or source.weight or by_span):
+        raise DataError(
+            f"data: expected no token weights for the task {task}, got some for {file}. They are for causal models. "
+            "Leave out weight, span_weights and the column weights."
+        )
+    options = [max_length, packing, task, sorted(named.items()), sorted((by_span or {}).items())]
+    kept = _kept_file(dataset, tokenizer, options)
     kept_facts = kept.with_suffix(".json")  # written last: it vouches for the other
     if not (kept.exists() and kept_facts.exists()):
         facts: Counter[str] = Counter()
-        encoding = Encoding(tokenizer, max_length, packing, file, facts, task, named)
-        beside = () if {*OWN_PROMPT.values(), *OWN_IDS}.isdisjoint(dataset.column_names) else OWN_IDS
+        encoding = Encoding(tokenizer, max_length, packing, file, facts, task, named, by_span)
+        own = not {*OWN_PROMPT.values(), *OWN_IDS}.isdisjoint(dataset.column_names)
+        beside = dict.fromkeys(OWN_IDS if own else (), _IDS) | ({"weights": _WEIGHTS} if weighed else {})
         write_arrow(kept, *_counted(_rows(dataset, kind, encoding), facts, task, beside))
         write_text(kept_facts, json.dumps(facts))
     facts = Counter(json.loads(kept_facts.read_text()))
@@ -117,7 +129,7 @@ def encode(
     return Examples(Dataset.from_file(str(kept)), facts["tokens"], notes, facts["teacher_longest"])
 
 
-_IDS = pa.list_(pa.int32())
+_IDS, _WEIGHTS = pa.list_(pa.int32()), pa.list_(pa.float32())
 _LABELS = {"classification": pa.int32(), "regression": pa.float64(), "encoder": pa.int32()}
 
 
@@ -154,13 +166,13 @@ def _kept_file(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, options: li
 
 
 def _counted(
-    rows: Iterator[Row], facts: Counter[str], task: Task, beside: Sequence[str]
+    rows: Iterator[Row], facts: Counter[str], task: Task, beside: Mapping[str, pa.DataType]
 ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """The rows that have a token that counts, in batches; adds `tokens` and `left_out` to the facts."""
     first = list(islice(rows, 1))
     typed = bool(first) and first[0].token_type_ids is not None
     types = {"input_ids": _IDS, "labels": _LABELS.get(task, _IDS)} | ({"token_type_ids": _IDS} if typed else {})
-    types |= dict.fromkeys(beside, _IDS)
+    types |= beside
     schema = pa.schema(types)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -220,12 +232,15 @@ class PaddingCollator:
 
         Labels are [B] where rows are judged, float32 for numbers; token_type_ids are there if the examples have them.
         Where the rows have a prompt of the teacher's own, the first three once more with teacher_ before the names, of
-        another T.
+        another T. Where they have weights, these too, [B, T] float32.
         """
         batch = self._padded(examples, "")
         if "token_type_ids" in examples[0]:
             kinds = [torch.tensor(example["token_type_ids"], dtype=torch.long) for example in examples]
             batch["token_type_ids"] = pad_sequence(kinds, batch_first=True, padding_value=0)
+        if "weights" in examples[0]:
+            weights = [torch.tensor(example["weights"], dtype=torch.float32) for example in examples]
+            batch["weights"] = pad_sequence(weights, batch_first=True)
         return batch | (self._padded(examples, "teacher_") if "teacher_input_ids" in examples[0] else {})
 
     def _padded(self, examples: Sequence[Mapping[str, Any]], whose: str) -> dict[str, Tensor]:

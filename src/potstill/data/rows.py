@@ -16,18 +16,24 @@ from transformers import PreTrainedTokenizerBase
 from potstill.data.kept import BATCH
 from potstill.data.readers import one_line
 from potstill.data.sources import Kind
+from potstill.data.spans import Span, places
+from potstill.data.weighing import SPANS, Completion, SpanWeights, token_weights
 from potstill.errors import DataError
-from potstill.targets import IGNORE, Task
+from potstill.positions import IGNORE, Task
 
 
 class Row(NamedTuple):
-    """One example, labels not shifted; and what the teacher reads instead, where that is something else."""
+    """One example; and what the teacher reads instead, where that is something else.
+
+    Neither labels are shifted nor weights, which say how much each token counts.
+    """
 
     input_ids: list[int]
     labels: list[int] | int | float
     token_type_ids: list[int] | None = None
     teacher_input_ids: list[int] | None = None
     teacher_labels: list[int] | None = None
+    weights: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Encoding:
         facts: `empty` rows that were skipped and `cut` rows are added to it, and the `teacher_longest` row is noted.
         task: what the model is asked for.
         classes: the numbers of classes by their names, for classification.
+        span_weights: see `Source`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,6 +58,7 @@ class Encoding:
     facts: Counter[str]
     task: Task = "causal"
     classes: Mapping[str, int] = field(default_factory=dict)
+    span_weights: SpanWeights | None = None
 
     def rows(self, dataset: Dataset, kind: Kind) -> Iterator[Row]:
         """The encoded rows of a dataset that `load` gave.
@@ -69,7 +77,7 @@ class Encoding:
             rows = _with_room(_conversations(dataset, self), self)
             own = _conversations(dataset, self, "teacher_messages") if "teacher_messages" in columns else None
         else:
-            rows = (self.cut(one.ids, one.labels) for one in _given_ids(dataset, self))
+            rows = (self.cut(one.ids, one.labels, one.weights) for one in _given_ids(dataset, self))
             own = _given_ids(dataset, self, "teacher_") if "teacher_input_ids" in columns else None
         return rows if own is None else _beside(rows, own, self)
 
@@ -94,10 +102,27 @@ class Encoding:
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
-    def cut(self, ids: list[int], labels: list[int]) -> Row:
+    def offsets(self, texts: list[str]) -> list[list[Span]]:
+        """Where tokens stand in texts, where anything is said of spans."""
+        return [[] for _ in texts] if self.span_weights is None else places(self.tokenizer, texts)
+
+    def weighed(self, one: _Answered, said: Mapping[str, Any], completion: Completion | None = None) -> _Answered:
+        """The row with how much each of its tokens counts, where the file says so. A weight of 0 is a label of -100."""
+        weights = token_weights(said, len(one.ids), self.span_weights, completion, self.where(one.number))
+        if weights is None:
+            return one
+        labels = [label if weight else IGNORE for label, weight in zip(one.labels, weights, strict=True)]
+        return one._replace(labels=labels, weights=weights)
+
+    def where(self, number: int) -> str:
+        """What a row is called in messages."""
+        return f"row {number} of {self.file}"
+
+    def cut(self, ids: list[int], labels: list[int], weights: list[float] | None = None) -> Row:
         """The first max_length tokens."""
         self.facts["cut"] += len(ids) > self.max_length
-        return Row(ids[: self.max_length], labels[: self.max_length])
+        most = slice(self.max_length)
+        return Row(ids[most], labels[most], weights=None if weights is None else weights[most])
 
     def maskable(self, rows: Iterator[Row]) -> Iterator[Row]:
         """The rows with labels for tokens of the text alone, and none for special ones."""
@@ -203,6 +228,7 @@ class _Answered(NamedTuple):
     prompt: int  # tokens before the first that counts
     ids: list[int]
     labels: list[int]
+    weights: list[float] | None = None
 
 
 def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Row]:
@@ -210,8 +236,8 @@ def _with_room(answered: Iterator[_Answered], encoding: Encoding) -> Iterator[Ro
     full: list[_Answered] = []
     for one in answered:
         if one.prompt >= encoding.max_length:
-            full.append(one._replace(ids=[], labels=[]))
-        yield encoding.cut(one.ids, one.labels)
+            full.append(one._replace(ids=[], labels=[], weights=None))
+        yield encoding.cut(one.ids, one.labels, one.weights)
     if full:
         raise DataError(
             f"data: expected prompts shorter than max_length {encoding.max_length}, got {full[0].prompt} tokens "
@@ -242,12 +268,15 @@ def _completions(dataset: Dataset, encoding: Encoding, column: str = "prompt") -
     for numbers, batch in encoding.filled(dataset, "completion"):
         prompts = encoding.tokens(batch[column], special=True)
         completions = encoding.tokens(batch["completion"], special=False)
-        for number, prompt, completion in zip(numbers, prompts, completions, strict=True):
+        offsets = encoding.offsets(batch["completion"])
+        for i, (number, prompt, completion) in enumerate(zip(numbers, prompts, completions, strict=True)):
             if closing and prompt[-len(closing) :] == closing:
                 prompt = prompt[: -len(closing)]
             completion = encoding.closed(completion)
             labels = [IGNORE] * len(prompt) + completion
-            yield _Answered(number, len(prompt), prompt + completion, labels)
+            said = {name: values[i] for name, values in batch.items()}
+            place = Completion(len(said["completion"]), offsets[i], first=len(prompt))
+            yield encoding.weighed(_Answered(number, len(prompt), prompt + completion, labels), said, place)
 
 
 class _Written(NamedTuple):
@@ -270,17 +299,37 @@ def _conversations(dataset: Dataset, encoding: Encoding, before: str | None = No
         texts = {one.whole for one in written} | {text for one in written for turn in one.turns for text in turn}
         ordered = sorted(texts)
         ids_of = dict(zip(ordered, encoding.tokens(ordered, special=False), strict=True))
-        for one in written:
+        offsets = encoding.offsets([one.whole for one in written])
+        for i, one in enumerate(written):
             ids = ids_of[one.whole]
             spans = [tuple(_agreement(ids_of[text], ids) for text in turn) for turn in one.turns]
             labels = [IGNORE] * len(ids)
             for start, end in spans:
                 labels[start:end] = ids[start:end]
-            yield _Answered(one.number, spans[0][0], ids, labels)
+            said = {name: values[i] for name, values in batch.items()}
+            place = None
+            if any(said.get(name) is not None for name in SPANS):
+                place = _last_turn(spoken[i], one, offsets[i], encoding.where(one.number))
+            yield encoding.weighed(_Answered(one.number, spans[0][0], ids, labels), said, place)
+
+
+def _last_turn(talk: list[dict[str, Any]], written: _Written, offsets: list[Span], where: str) -> Completion:
+    """Where the text of the last message stands, which spans are places in."""
+    last = talk[-1]
+    text: str = last["content"] if last["role"] == "assistant" and isinstance(last.get("content"), str) else ""
+    before, after = written.turns[-1]
+    bare = text.strip()
+    found = after.find(bare, len(before)) if bare else -1
+    if found < 0:
+        raise DataError(
+            f"data: expected a last message of the assistant that the chat template leaves as it is, got another in "
+            f"{where}. Its spans are places in it. Remove the row, use another template, or leave out span_weights."
+        )
+    return Completion(len(text), offsets, found - text.index(bare))
 
 
 def _write(messages: list[dict[str, Any]], number: int, encoding: Encoding) -> _Written:
-    where = f"row {number} of {encoding.file}"
+    where = encoding.where(number)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise DataError(
@@ -337,8 +386,19 @@ def _given_ids(dataset: Dataset, encoding: Encoding, whose: str = "") -> Iterato
             ids = batch[f"{whose}input_ids"][i]
             labels = batch[f"{whose}labels"][i] if f"{whose}labels" in batch else ids
             mask = batch["attention_mask"][i] if "attention_mask" in batch else []
-            _check_ids(ids, labels, mask, vocabulary, f"row {number} of {encoding.file}")
-            yield _Answered(number, 0, ids, labels)
+            where = encoding.where(number)
+            _check_ids(ids, labels, mask, vocabulary, where)
+            said = {} if whose else {name: values[i] for name, values in batch.items()}
+            _check_weights(ids, said.get("weights", ids), where)
+            yield encoding.weighed(_Answered(number, 0, ids, labels), said)
+
+
+def _check_weights(ids: list[int], weights: list[float], where: str) -> None:
+    if len(weights) != len(ids):
+        raise DataError(
+            f"data: expected as many weights as input_ids, got {len(weights)} and {len(ids)} in {where}. "
+            "Weight t belongs to token t. Correct the row."
+        )
 
 
 def _check_ids(ids: list[int], labels: list[int], mask: list[int], vocabulary: int, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from datasets import Dataset
 from potstill.atomic import digest
 from potstill.data.kept import kept_file, write_arrow
 from potstill.data.readers import SUFFIXES, Table, empty, open_table, reading, said
+from potstill.data.weighing import SPANS, SpanWeights
 from potstill.errors import DataError
-from potstill.targets import JUDGED, Task
+from potstill.positions import JUDGED, Task
 
 Kind = Literal["text", "completion", "messages", "input_ids", "labelled"]
 
@@ -26,7 +28,7 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {  # by which a kind is found
     "messages": ("messages",),
     "input_ids": ("input_ids",),
 }
-COMPANIONS = ("labels", "attention_mask")  # taken along with input_ids when they are there
+COMPANIONS = ("labels", "attention_mask", "weights")  # taken along with input_ids when they are there
 # The same text as the teacher is to read it: the name of its column here, by kind. Of ids both or none.
 OWN_PROMPT: dict[Kind, str] = {"completion": "teacher_prompt", "messages": "teacher_messages"}
 OWN_IDS = ("teacher_input_ids", "teacher_labels")
@@ -46,12 +48,16 @@ class Source:
         prompt: the column of what is given; needs `completion`.
         completion: the column of what is to be said; needs `prompt`.
         messages: the column of conversations, each a list of {role, content, ...} or that list as JSON text.
-        input_ids: the column of token ids; a column named labels is taken along, and teacher_input_ids with
+        input_ids: the column of token ids; columns named labels and weights are taken along, and teacher_input_ids with
             teacher_labels.
         teacher_prompt: the column of what the teacher reads instead before the same answer: text beside prompts, a list
             of messages beside conversations, in place of all before the assistant's first turn.
         pair: the column of second texts, where rows are judged; a column named text_pair is taken along.
         label: the column of classes or numbers, where rows are judged; default: label.
+        weight: the column of how much a row's tokens count, for rows that are no plain text.
+        span_weights: how much a token of the `reasoning`, of the `answer` and any `other` token counts, by the columns
+            reasoning_span and answer_span (characters of the completion, or of the last message); see
+            `potstill.data.weighing.token_weights`.
     """
 
     path: str | Path
@@ -63,6 +69,8 @@ class Source:
     teacher_prompt: str | None = None
     pair: str | None = None
     label: str | None = None
+    weight: str | None = None
+    span_weights: SpanWeights | None = None
 
 
 def load(source: Source, task: Task = "causal") -> tuple[Dataset, Kind]:
@@ -70,7 +78,8 @@ def load(source: Source, task: Task = "causal") -> tuple[Dataset, Kind]:
 
     Row i of the dataset is row i + 1 of the file; empty rows are there too. The columns are text; or prompt and
     completion; or messages, each conversation as JSON text, because Arrow would give every message the keys of all
-    others; or input_ids, with labels and attention_mask where the file has them. For the tasks classification and
+    others; or input_ids, with labels, attention_mask and weights where the file has them. With them come weight,
+    reasoning_span and answer_span where the source asks for them. For the tasks classification and
     regression they are text, text_pair where there is one, and label, as text.
 
     Returns:
@@ -144,7 +153,25 @@ def _choose(source: Source, columns: list[str], file: str) -> tuple[Kind, dict[s
                 "behind prompts of their own. Give prompt and completion, or messages."
             )
         found[OWN_PROMPT[kind]] = _require_column(source.teacher_prompt, "teacher_prompt", columns, file)
-    return kind, found
+    return kind, found | _weighing(source, kind, columns, file)
+
+
+def _weighing(source: Source, kind: Kind, columns: list[str], file: str) -> dict[str, str]:
+    """The columns that say how much counts."""
+    if source.weight is not None and kind == "text":
+        raise DataError(
+            f"data: expected rows that are no plain text for a column of weights, got text in {file}. "
+            "Give prompt and completion, messages or input_ids."
+        )
+    if source.span_weights is not None and kind not in ("completion", "messages"):
+        raise DataError(
+            f"data: expected prompt and completion, or messages, for span_weights, got {kind} in {file}. "
+            "Spans are places in a completion."
+        )
+    found = {} if source.weight is None else {"weight": _require_column(source.weight, "weight", columns, file)}
+    if source.span_weights is not None:
+        found |= {name: _require_column(name, name, columns, file) for name in SPANS}
+    return found
 
 
 def _labelled(source: Source, columns: list[str], file: str) -> tuple[Kind, dict[str, str]]:
@@ -252,6 +279,30 @@ def _id_lists(values: list[Any]) -> pa.Array:
     return _without_null(array).cast(pa.list_(pa.int64()))
 
 
+def _weights(values: list[Any]) -> pa.Array:
+    if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in values):
+        raise TypeError("not weights")
+    return pa.array(values, type=pa.float32())
+
+
+def _weight_lists(values: list[Any]) -> pa.Array:
+    for value in values:
+        _weights(value)
+    return _without_null(pa.array(values, type=pa.list_(pa.float32())))
+
+
+def _spans(values: list[Any]) -> pa.Array:
+    for value in values:
+        if value is not None and not _is_span(value):
+            raise TypeError("not a span")
+    return pa.array(values, type=pa.list_(pa.int64()))
+
+
+def _is_span(value: Any) -> bool:
+    whole = isinstance(value, list) and [type(place) for place in value] == [int, int]
+    return whole and 0 <= value[0] <= value[1]
+
+
 def _without_null(array: pa.Array) -> pa.Array:
     if array.null_count:
         raise TypeError("null")
@@ -288,5 +339,8 @@ _TYPES: dict[str, _Type] = {
     **dict.fromkeys(("text", "text_pair", "prompt", "completion", "teacher_prompt"), _TEXT),
     "label": _Type(pa.large_string(), "the name or number of a class, or a number", _labels),
     **dict.fromkeys(("messages", "teacher_messages"), _MESSAGES),
-    **dict.fromkeys(("input_ids", *COMPANIONS, *OWN_IDS), _IDS),
+    **dict.fromkeys(("input_ids", "labels", "attention_mask", *OWN_IDS), _IDS),
+    "weights": _Type(pa.list_(pa.float32()), "a list of numbers >= 0", _weight_lists),
+    "weight": _Type(pa.float32(), "a number >= 0", _weights),
+    **dict.fromkeys(SPANS, _Type(pa.list_(pa.int64()), "the start and end of a span, or null", _spans)),
 }

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from potstill.divergence import JSD, LOG_ZERO, ForwardKL
 from potstill.evaluate.quality import TOP, logits_at
 from potstill.losses import token_divergence
-from potstill.targets import Alignment, DenseTargets, causal_alignment
+from potstill.positions import Alignment, causal_alignment
+from potstill.targets import DenseTargets
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 HEADS = (1, 10, 100)  # likeliest tokens whose mass is told

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import UserError
 from potstill.evaluate.quality import continuation
-from potstill.targets import IGNORE
+from potstill.positions import IGNORE
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from potstill.evaluate.quality import Quality, compare, overconfidence
 from potstill.evaluate.space import Judge
 from potstill.heads import inputs, run, says
 from potstill.losses import label_loss, similarity_error, token_divergence
-from potstill.targets import OF_TOKENS, Alignment, DenseTargets, Task, align
+from potstill.positions import OF_TOKENS, Alignment, Task, align
+from potstill.targets import DenseTargets
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def measure(
     """Measure models and the reference (the teacher) on the same held-out batches, by what they are asked for.
 
     Args:
-        task: see `potstill.targets.Task`.
+        task: see `potstill.positions.Task`.
         reference: with which the others are compared; None where there is no such model here.
         models: name -> model.
         batches: as the collator makes them.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.evaluate.words import count, milliseconds, nats, percent, perplexity, size
-from potstill.targets import Task
+from potstill.positions import Task
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from potstill.divergence import JSD, ForwardKL
 from potstill.heads import inputs, says
 from potstill.losses import token_cross_entropy, token_divergence
-from potstill.targets import Alignment, DenseTargets, Task, align
+from potstill.positions import Alignment, Task, align
+from potstill.targets import DenseTargets
 
 TOP = 10  # of the most likely tokens
 BINS = 15  # of confidence, as in Guo et al. 2017, arXiv 1706.04599

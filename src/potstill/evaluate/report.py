@@ -30,7 +30,7 @@ from potstill.evaluate.summary import (
     read_summary,
     read_text,
 )
-from potstill.evaluate.words import count, duration, judge, milliseconds, minus, nats, percent, times
+from potstill.evaluate.words import count, duration, judge, milliseconds, minus, nats, percent, size, times
 
 # Percent of the line between two labels, on a phone.
 _LABELS_TOUCH = 25
@@ -113,6 +113,7 @@ def environment(*, autoescape: bool) -> Environment:
         "duration": duration,
         "nats": nats,
         "percent": percent,
+        "size": size,
         "number": _number,
         "quoted": _quoted,
         "visible": _visible,
@@ -195,6 +196,10 @@ def _headlines(summary: Summary) -> Iterator[Headline]:
     if teacher and teacher.parameters and student.parameters:
         detail = f"{count(student.parameters)} against {count(teacher.parameters)} parameters"
         yield _ratio(teacher.parameters / student.parameters, ("smaller", "larger", "the same size"), detail)
+    if summary.adapter is not None:
+        saved = f", {size(summary.adapter.bytes)} on disk" if summary.adapter.bytes is not None else ", merged"
+        detail = f"{summary.adapter.title}: {count(summary.adapter.trained)}{saved}"
+        yield Headline(percent(summary.adapter.share, 1), "of its parameters trained", detail)
     if summary.gap_closed is not None:
         yield Headline(percent(summary.gap_closed), "of the gap closed", "from baseline to teacher")
     if student.agreement is not None:

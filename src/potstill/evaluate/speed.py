@@ -127,6 +127,15 @@ def _median_ms(action: Callable[[], Any], device: torch.device, repeats: int) ->
     return statistics.median(times[WARM_UPS:])
 
 
+def bytes_on_disk(folder: Path, model: Any) -> int:
+    """What a saved model takes, an adapter with its base; in memory where the weights are on no disk here."""
+    own = weight_bytes(folder)
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is None:
+        return own or int(model.get_memory_footprint())
+    return own + (weight_bytes(Path(adapter.base_model_name_or_path)) or int(model.get_memory_footprint()))
+
+
 def weight_bytes(folder: Path) -> int:
     """What a saved model's weights take on disk."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from potstill.errors import DataError
-from potstill.targets import Task
+from potstill.positions import Task
 
 MODELS = ("teacher", "baseline", "student")
 RUNS = ("baseline", "student")
@@ -89,6 +89,26 @@ class Continuation(BaseModel):
         return "…" + (tail.partition(" ")[2] or tail)
 
 
+class OwnFigures(BaseModel):
+    """What the student's own text was like when it was logged last; see `potstill.train.own_text`."""
+
+    step: int
+    own_length: float
+    own_ended: float
+    own_repetition: float
+    own_entropy: float
+    logits_own: float | None = None
+    logits_data: float | None = None
+
+
+class OwnText(BaseModel):
+    """What the student wrote while it learned."""
+
+    step: int
+    prompt: str
+    text: str
+
+
 class Data(BaseModel):
     train_tokens: int | None = None
     train_examples: int | None = None
@@ -111,6 +131,22 @@ class CurveRows(BaseModel):
     teacher_loss: float | None = None
 
 
+class Adapter(BaseModel):
+    """What was trained of the student, where it is not all of it; with bytes and base where it is saved by itself."""
+
+    title: str
+    trained: int
+    share: float
+    bytes: int | None = None
+    base: str | None = None
+    quantized: bool = False
+
+    @property
+    def hub(self) -> str | None:
+        """The base's name on the hub, if it has one."""
+        return self.base if self.base and not Path(self.base).is_absolute() else None
+
+
 class Summary(BaseModel):
     name: str = "a run"
     seed: int | None = None
@@ -121,10 +157,13 @@ class Summary(BaseModel):
     curve: CurveRows = CurveRows()
     kl_by_position: Positions | None = None
     continuations: list[Continuation] = []
+    own_text: OwnFigures | None = None
+    own_texts: list[OwnText] = []
     data: Data = Data()
     training: Training = Training()
     objective: str | None = None
     models: dict[str, str] = {}
+    adapter: Adapter | None = None
     teacher_weights: dict[str, float] | None = None
     notes: list[str] = []
     versions: dict[str, str] = {}

@@ -24,7 +24,9 @@ from potstill.losses.token import (
     token_cross_entropy,
     unchecked_divergence,
 )
-from potstill.targets import IGNORE, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets, Whole
+from potstill.positions import IGNORE
+from potstill.targets import HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets, Whole
+from potstill.uncompiled import uncompiled
 
 Backend = Literal["auto", "eager", "chunked", "triton"]
 Reduction = Literal["mean", "none"]
@@ -244,7 +246,7 @@ def _eager(hidden: Tensor, plan: _Plan, reduction: Reduction) -> FusedLoss:
 
 
 # A graph would gain nothing here, and could not hold buffers that are written in place.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _fused(hidden: Tensor, plan: _Plan, reduction: Reduction, backend: str) -> FusedLoss:
     head, tail = plan.head, _tail(backend, plan, hidden.device)
     tensors = (hidden, head.weight, head.bias)

@@ -17,7 +17,7 @@ from potstill.losses.token import (
     spread_,
     student_events_,
 )
-from potstill.targets import IGNORE
+from potstill.positions import IGNORE
 
 # Elements of a block. On a CPU it stays in the cache from pass to pass; elsewhere few launches matter more.
 CPU_ELEMENTS, ACCELERATOR_ELEMENTS = 2**18, 2**27

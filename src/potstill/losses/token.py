@@ -11,7 +11,8 @@ from torch import Tensor
 
 from potstill.divergence import LOG_ZERO, Divergence
 from potstill.errors import ShapeError, UserError, VocabularyError
-from potstill.targets import IGNORE, MixtureTargets, SparseTargets, Targets
+from potstill.positions import IGNORE
+from potstill.targets import MixtureTargets, SparseTargets, Targets
 
 # A sum of q (log q - log p) with log p = LOG_ZERO passes this; no divergence of finite logits comes near it.
 INFINITE = 1e9

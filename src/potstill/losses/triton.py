@@ -189,12 +189,13 @@ class TritonTail:
         divergence, cross_entropy = student.new_empty(2, rows, dtype=torch.float32).unbind()
         labels = None if chunk.labels is None else chunk.labels.to(torch.int64).contiguous()
         scale = None if chunk.scale is None else chunk.scale.float().contiguous()
-        _tail[(rows,)](
-            student, chunk.teacher, scale, labels, divergence, cross_entropy,
-            V, student.stride(0), float(job.temperature), float(job.label_weight),
-            POINTWISE=self._pointwise, HAS_LABELS=labels is not None, WITH_GRADIENT=scale is not None,
-            ONE=job.divergence is None or job.temperature == 1, **_shape(V),
-        )  # fmt: skip
+        with torch.cuda.device_of(student):  # Triton launches on the current device
+            _tail[(rows,)](
+                student, chunk.teacher, scale, labels, divergence, cross_entropy,
+                V, student.stride(0), float(job.temperature), float(job.label_weight),
+                POINTWISE=self._pointwise, HAS_LABELS=labels is not None, WITH_GRADIENT=scale is not None,
+                ONE=job.divergence is None or job.temperature == 1, **_shape(V),
+            )  # fmt: skip
         return (None if job.divergence is None else divergence, None if labels is None else cross_entropy)
 
 
@@ -202,7 +203,8 @@ def triton_exponentials_(logits: Tensor) -> Row:
     """`exponentials_` in two passes over [N, V]."""
     rows, V = logits.shape
     top, total = logits.new_empty(2, rows, 1, dtype=torch.float32).unbind()
-    _exponentials[(rows,)](logits, top, total, V, logits.stride(0), **_shape(V))
+    with torch.cuda.device_of(logits):
+        _exponentials[(rows,)](logits, top, total, V, logits.stride(0), **_shape(V))
     return Row(top, total)
 
 

@@ -18,6 +18,8 @@ from potstill.recipe.inside import (
 )
 from potstill.recipe.numbers import Number, SchedulePart, Temperature, Weight
 from potstill.recipe.objective import AdaptiveKLPart, BiLDPart, LabelsPart, LogitsPart, TAIDPart, TermPart, ValuesPart
+from potstill.recipe.policy import MiniLLMPart, PolicyPart
+from potstill.recipe.rollout import RolloutPart
 from potstill.recipe.run import EvaluatePart, Recipe
 from potstill.recipe.student import BudgetPart, InitializePart, StudentPart
 from potstill.recipe.teacher import MemberPart, ServerPart, SpeakerPart, TeacherPart
@@ -41,9 +43,12 @@ __all__ = [
     "LogitsPart",
     "MappedLogitsPart",
     "MemberPart",
+    "MiniLLMPart",
     "Number",
+    "PolicyPart",
     "Recipe",
     "RelationsPart",
+    "RolloutPart",
     "SchedulePart",
     "ServerPart",
     "SimilarityPart",

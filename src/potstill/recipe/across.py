@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from potstill.positions import Task
 from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
 from potstill.recipe.numbers import Temperature, Weight
-from potstill.targets import Task
 
 OF_TEXT: frozenset[Task] = frozenset({"causal"})
 

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
 
 from potstill.recipe.document import Part
 
 MASKED_SHARE = 0.15  # BERT's
+TokenWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class SpanWeightsPart(Part):
+    """How much a token counts in means over tokens, by the spans of its row: the columns reasoning_span and
+    answer_span, as `potstill generate` writes them. Only the ratio matters; with 0 a token does not count at all.
+    """
+
+    reasoning: TokenWeight
+    answer: TokenWeight
+    other: TokenWeight | None = Field(None, description="all other tokens of completions; by default as the answer")
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not (self.reasoning or self.answer or self.other):
+            raise ValueError("expected a weight above 0, got 0 for all tokens")
+        return self
 
 
 class SourcePart(Part):
@@ -25,6 +44,8 @@ class SourcePart(Part):
     )
     pair: str | None = Field(None, description="the column of second texts, where rows are judged")
     label: str | None = Field(None, description="the column of classes (names or numbers) or of numbers")
+    weight: str | None = Field(None, description="the column of how much a row's tokens count")
+    span_weights: SpanWeightsPart | None = Field(None, description="how much tokens count by the spans of the row")
 
 
 class DataPart(Part):

@@ -167,11 +167,8 @@ def _explain(document: type[Part], error: Any) -> list[str]:
         message = str(error["ctx"]["error"])
         lines = message.splitlines()
         # What goes together is said of the whole file, with the keys in it.
-        return (
-            lines
-            if not key or all(line.startswith(f"{key}.") for line in lines)
-            else [f"{key}: {message.removesuffix('.')}."]
-        )
+        told = not key or all(line.startswith(f"{key}.") for line in lines)
+        return lines if told else [f"{key}: {message.removesuffix('.')}."]
     return [f"{key}: {error['msg'].lower()}, got {error['input']!r}."]
 
 

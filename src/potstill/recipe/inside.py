@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from potstill.layers import LayerMap
+from potstill.positions import TASKS, Task
 from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
 from potstill.recipe.numbers import Temperature, Weight
-from potstill.targets import TASKS, Task
 
 
 class LayersPart(Part):

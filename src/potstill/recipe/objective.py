@@ -6,12 +6,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from potstill.positions import ANSWERS, DISTRIBUTIONS, Task
 from potstill.recipe.across import ChunksPart, MappedLogitsPart, ULDPart
 from potstill.recipe.divergence import DivergencePart, NamedDivergence
 from potstill.recipe.document import Part
 from potstill.recipe.inside import AttentionPart, DeepSupervisionPart, HiddenPart, RelationsPart, SimilarityPart
 from potstill.recipe.numbers import SchedulePart, Share, Temperature, Weight
-from potstill.targets import ANSWERS, DISTRIBUTIONS, Task
+from potstill.recipe.policy import MiniLLMPart, PolicyPart
 
 
 class LogitsPart(Part):
@@ -29,6 +30,9 @@ class LogitsPart(Part):
     )
     share: Share = Field(0.5, description="of the tokens, for entropy and confident")
     top_k: int | None = Field(None, ge=1, description="compare the teacher's likeliest tokens alone")
+    text: Literal["all", "data", "own"] = Field(
+        "all", description="own: what the student has written alone (rollout); data: all else alone"
+    )
 
 
 class BiLDPart(Part):
@@ -87,6 +91,8 @@ TermPart = Annotated[
     | BiLDPart
     | AdaptiveKLPart
     | TAIDPart
+    | PolicyPart
+    | MiniLLMPart
     | HiddenPart
     | AttentionPart
     | RelationsPart

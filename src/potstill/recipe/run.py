@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self
 
 from pydantic import Field, model_validator
 
+from potstill.positions import Task
+from potstill.recipe.adapter import adapter_misfits
 from potstill.recipe.data import DataPart
 from potstill.recipe.document import Document, Part
-from potstill.recipe.objective import TermPart
+from potstill.recipe.objective import LogitsPart, TermPart
+from potstill.recipe.policy import MiniLLMPart, PolicyPart
+from potstill.recipe.rollout import RolloutPart
 from potstill.recipe.student import StudentPart
 from potstill.recipe.task import misfits
 from potstill.recipe.teacher import TeacherPart
 from potstill.recipe.training import TrainPart
-from potstill.targets import Task
 
 
 class EvaluatePart(Part):
@@ -38,12 +42,40 @@ class Recipe(Document):
     student: StudentPart
     data: DataPart
     objective: list[TermPart] = Field(min_length=1)
+    rollout: RolloutPart | None = Field(None, description="what the student writes itself; without it, nothing")
     train: TrainPart = Field(default_factory=dict, description="any field of transformers.TrainingArguments")
     evaluate: EvaluatePart = Field(default_factory=lambda: EvaluatePart.model_validate({}))
     output: str = Field(min_length=1, description="the run directory")
 
     @model_validator(mode="after")
-    def _one_task(self) -> Self:
-        if mistakes := [*misfits(self.task, self.objective, self.data, self.evaluate, self.teacher)]:
+    def _fits_together(self) -> Self:
+        mistakes = [*misfits(self.task, self.objective, self.data, self.evaluate, self.teacher), *self._own_text()]
+        mistakes += adapter_misfits(self.student.adapter, self.task, self.train)
+        if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    def _own_text(self) -> Iterator[str]:
+        """Who learns from text that the student writes needs a rollout, and a teacher that can speak about it."""
+        for place, term in enumerate(self.objective):
+            own = isinstance(term, PolicyPart | MiniLLMPart) or (isinstance(term, LogitsPart) and term.text == "own")
+            if self.rollout is None and own:
+                yield (
+                    f"objective.{place}: expected a rollout for a term on the student's own text, got none. Add "
+                    "rollout: {on_policy_fraction: 0.5}."
+                )
+        if self.rollout is None:
+            return
+        if self.task != "causal":
+            yield f"rollout: expected the task causal with it, got {self.task}. Other models write no text."
+        cached = [one for one in (self.teacher, *(self.teacher.ensemble or ())) if one.cache and not one.model]
+        if cached:
+            yield (
+                "teacher: expected one that can speak about what the student writes, got a cache alone, which knows "
+                "the data alone. Name teacher.model beside it: batches of data are still read from the cache."
+            )
+        if self.rollout.guided and self.teacher.model is None:
+            yield (
+                "rollout: expected a teacher that is a model here for teacher_mix and teacher_top_k, got none. It "
+                "reads along, token by token. Name it with teacher.model."
+            )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from potstill.recipe.adapter import AdapterPart
 from potstill.recipe.document import Part
 
 LIMITS = ("params", "compression", "memory_gb", "target")
@@ -80,6 +81,9 @@ class StudentPart(Part):
         default_factory=lambda: InitializePart.model_validate({"method": "random"}),
         description="a method, or a method with its options",
     )
+    adapter: AdapterPart | None = Field(
+        None, description="a kind, or a kind with its options: the model is frozen, and this is trained on it"
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -92,3 +96,24 @@ class StudentPart(Part):
         if self.tokenizer is not None and self.initialize.method != "random":
             raise ValueError(f"expected random weights with a tokenizer of its own, got {self.initialize.method}")
         return self
+
+    @model_validator(mode="after")
+    def _an_adapter_has_something_to_stand_on(self) -> Self:
+        if self.adapter is None or self.design is None:
+            return self
+        if self.initialize.method == "random":
+            raise ValueError(
+                "expected an adapter on a model that has learnt something, got one on a design with random weights, "
+                "which would stay frozen. Name a model, begin with the teacher's weights (initialize), or leave it out"
+            )
+        if self.adapter.kind == "qlora" or not getattr(self.adapter, "merge", False):
+            raise ValueError(
+                f"expected lora or ia3 with merge: true on a design, got {self.adapter.kind}: a design is on no disk, "
+                "so that an adapter alone could not be loaded again"
+            )
+        return self
+
+    @property
+    def merges(self) -> bool:
+        """Whether a plain model is made of base and adapter."""
+        return self.adapter is not None and getattr(self.adapter, "merge", False)

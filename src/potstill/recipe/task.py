@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
+from potstill.positions import DISTRIBUTIONS, JUDGED, OF_TOKENS, Task, instead
 from potstill.recipe.data import MASKED_SHARE, DataPart
 from potstill.recipe.inside import HiddenPart
 from potstill.recipe.objective import TermPart
 from potstill.recipe.teacher import TeacherPart
-from potstill.targets import DISTRIBUTIONS, JUDGED, OF_TOKENS, Task, instead
 
 
 def misfits(

@@ -3,6 +3,7 @@
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.dimensions import important_dimensions
+from potstill.teachers.either import EitherTeacher
 from potstill.teachers.ensemble import EnsembleTeacher
 from potstill.teachers.informed import InformedTeacher
 from potstill.teachers.model import ModelTeacher
@@ -15,6 +16,7 @@ __all__ = [
     "CachedTeacher",
     "CrossTokenizerTeacher",
     "EMATeacher",
+    "EitherTeacher",
     "EnsembleTeacher",
     "InformedTeacher",
     "ModelTeacher",

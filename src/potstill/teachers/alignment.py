@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -58,7 +58,6 @@ def meet(student: Sequence[int], teacher: Sequence[int]) -> tuple[np.ndarray, np
     return chunks[0], chunks[1], np.diff(ends, prepend=0)
 
 
-@dataclass
 class Pair:
     """Two tokenizers: how the teacher reads what the student has.
 
@@ -69,16 +68,12 @@ class Pair:
         student: its tokens' bytes; teacher likewise.
     """
 
-    student: Pieces
-    teacher: Pieces
-    _counterparts: dict[int, int] = field(init=False)
-    _sorted: list[tuple[bytes, int]] = field(init=False)
-    _longer: dict[tuple[int, int], np.ndarray] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, student: Pieces, teacher: Pieces) -> None:
+        self.student, self.teacher = student, teacher
+        self._longer: dict[tuple[int, int], np.ndarray] = {}
         mine, theirs = self.student.tokenizer, self.teacher.tokenizer
         vocab = theirs.get_vocab()
-        self._counterparts = {}
+        self._counterparts: dict[int, int] = {}
         for token, id in mine.get_vocab().items():
             named = token in vocab and self.teacher.of[vocab[token]] is None
             if self.student.of[id] is None and named and id != mine.unk_token_id:

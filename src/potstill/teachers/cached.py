@@ -16,8 +16,9 @@ from potstill.cache.codec import Hidden, codec_of
 from potstill.cache.planes import Reader, pack_floats
 from potstill.cache.store import Cache, Plan, row_key
 from potstill.errors import DataError, ModelError
+from potstill.positions import Alignment, counting
 from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import Alignment, DenseTargets, HeadTargets, LMHead, SparseTargets, Targets, counting
+from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 from potstill.teachers.teacher import NOT_COVERED, Teacher, TeacherOutput
 
 HEAD = "head.safetensors"  # beside the manifest
@@ -99,6 +100,10 @@ class CachedTeacher(Teacher):
         if parts:
             states[there] = torch.cat(parts).reshape(-1, len(kept.kept), kept.width)
         return Inside({layer: states[:, :, kept.kept.index(layer)] for layer in sorted(self._needs.hidden)})
+
+    def holds(self, batch: Mapping[str, Tensor], alignment: Alignment) -> bool:
+        """Whether every row of a batch with a counting token is in the cache."""
+        return bool((self.cache.find(keys_of_batch(batch, alignment)) >= 0).all())
 
     def covers(self, dataset: Any) -> bool:
         if not isinstance(dataset, Sized):

@@ -18,7 +18,8 @@ from potstill.atomic import digest, whole_or_nothing, write_text
 from potstill.cache.codec import Codec, Hidden, codec_of
 from potstill.cache.store import MANIFEST, Manifest, Plan, Row, Shard, read_manifest, write_manifest, write_shard
 from potstill.errors import DataError, RunError
-from potstill.targets import DenseTargets, HeadTargets, SparseTargets, causal_alignment
+from potstill.positions import causal_alignment
+from potstill.targets import DenseTargets, HeadTargets, SparseTargets
 from potstill.teachers.cached import COMPANIONS, HEAD, keys_of_batch, layers_of_batch
 from potstill.teachers.teacher import Teacher
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import ShapeError
 from potstill.losses import chunk_log_probs, linear_cross_entropy, token_cross_entropy
-from potstill.targets import IGNORE, Alignment, DenseTargets, HeadTargets
+from potstill.positions import IGNORE, Alignment
+from potstill.targets import DenseTargets, HeadTargets
 from potstill.teachers.across import Across
 from potstill.teachers.alignment import NONE, Pair, Reading
 from potstill.teachers.model import ModelTeacher
@@ -81,7 +82,7 @@ class CrossTokenizerTeacher(Teacher):
     ) -> None:
         self.through = ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.pair = Pair(Pieces(student_tokenizer, "student"), Pieces(teacher_tokenizer, "teacher"))
-        self.max_length = max_length
+        self._most = max_length  # of its own tokens: what a row of the student's may have is another matter
         self._vocabulary = max(self.pair.teacher.of) + 1
         self._readings: dict[tuple[int, ...], Reading] = {}
 
@@ -158,7 +159,7 @@ class CrossTokenizerTeacher(Teacher):
     def _row(self, ids: list[int], counts: np.ndarray) -> _Row:
         """The chunks of a row in which every token counts, numbered anew."""
         reading = self.reading(ids)
-        most = len(reading.ids) if self.max_length is None else self.max_length
+        most = len(reading.ids) if self._most is None else self._most
         predicted = np.arange(len(reading.ids)) < most
         predicted[:1] = False
         good = np.ones(len(reading.sizes), bool)

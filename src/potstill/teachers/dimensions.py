@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from potstill.heads import says, undisturbed
 from potstill.layers import layer_index
 from potstill.losses import dimension_importance, label_loss, select_dimensions
+from potstill.positions import Task, align, attended
 from potstill.taps import Taps
-from potstill.targets import Task, align, attended
 
 
 def important_dimensions(

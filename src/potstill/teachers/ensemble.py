@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from potstill.errors import DataError, ModelError, ShapeError
 from potstill.losses.teacher_weights import token_log_probs
+from potstill.positions import Alignment
 from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import Alignment, MixtureTargets, SparseTargets, Targets, Whole
+from potstill.targets import MixtureTargets, SparseTargets, Targets, Whole
 from potstill.teachers.teacher import NOT_COVERED, Teacher, TeacherOutput
 
 FORGETTING = 0.6  # the exponent of the step size of online EM, as in Cappe and Moulines 2009, section 5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import DataError
-from potstill.targets import Alignment, causal_alignment
+from potstill.positions import Alignment, causal_alignment
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 # In a batch and in its rows, beside the student's input_ids, attention_mask and labels.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from potstill.heads import Cut, cut, inputs, says
+from potstill.positions import Alignment
 from potstill.taps import Anatomy, Inside, Needs, Taps
-from potstill.targets import Alignment, DenseTargets
+from potstill.targets import DenseTargets
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 
@@ -51,7 +52,7 @@ class ModelTeacher(Teacher):
                 said, inside = says(self.model, self._cut, there, alignment), Inside()
             if isinstance(said, DenseTargets) or said.hidden.device != home:
                 said = DenseTargets(said.dense().to(home))
-        return TeacherOutput(said, inside=inside.to(home))
+        return TeacherOutput(said, inside=inside.last(batch["input_ids"].shape[1]).to(home))
 
     @property
     def anatomy(self) -> Anatomy:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from potstill.errors import ModelError, ShapeError
 from potstill.heads import Cut, cut, says, undisturbed
+from potstill.positions import Alignment
 from potstill.taps import Anatomy, Needs, Taps
-from potstill.targets import Alignment
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 

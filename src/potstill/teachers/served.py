@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.engines import ModelServer
 from potstill.errors import VocabularyError
-from potstill.targets import Alignment, SparseTargets
+from potstill.positions import Alignment
+from potstill.targets import SparseTargets
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 STRETCH = 512  # token ids in one question about the tokenizer

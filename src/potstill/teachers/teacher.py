@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from potstill.errors import DataError, ModelError
 from potstill.losses.teacher_weights import token_log_probs
+from potstill.positions import Alignment
 from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import Alignment, SparseTargets, Targets
+from potstill.targets import SparseTargets, Targets
 from potstill.teachers.across import Across
 
 NOT_COVERED = (
@@ -75,7 +76,7 @@ class Teacher(ABC):
 
         Args:
             batch: input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
-            alignment: the N positions that are asked for; see `potstill.targets`.
+            alignment: the N positions that are asked for; see `potstill.positions`.
         """
 
     def covers(self, dataset: Any) -> bool:

@@ -4,6 +4,8 @@ from potstill.train.across import ULD, Chunks, MappedLogits
 from potstill.train.dense import TAID, AdaptiveKL, BiLD, Values
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Labels, Logits, Objective
+from potstill.train.policy import PolicyGradient
+from potstill.train.rollout import Adapt, Replay, Rollout, teacher_mix, teacher_top_k
 from potstill.train.supervision import DeepSupervision
 from potstill.train.terms import Attention, Hidden, Relations, Similarity
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
@@ -11,6 +13,7 @@ from potstill.train.trainer import DistillationConfig, DistillationTrainer
 __all__ = [
     "TAID",
     "ULD",
+    "Adapt",
     "AdaptiveKL",
     "Attention",
     "BiLD",
@@ -24,8 +27,13 @@ __all__ = [
     "Logits",
     "MappedLogits",
     "Objective",
+    "PolicyGradient",
     "Relations",
+    "Replay",
+    "Rollout",
     "Similarity",
     "StepOutput",
     "Values",
+    "teacher_mix",
+    "teacher_top_k",
 ]

@@ -71,7 +71,7 @@ class Chunks(AcrossTerm):
         log_q = chunk_log_probs(_label_log_probs(signals, there), of_token[there], chunks)
         temperature = value_at(self.temperature, signals.step)
         apart = chunk_divergence(log_q, log_p.to(log_q.dtype), self.divergence, temperature=temperature)
-        return _mean(signals, apart)
+        return _chunk_mean(signals, apart, there, of_token[there])
 
     def _kept(self, across: Across) -> tuple[Tensor, int]:
         """[C] which compared chunk each belongs to, or -1, and how many are compared."""
@@ -117,8 +117,8 @@ class MappedLogits(AcrossTerm):
         mine, theirs = (places[~across.spaced] for places in across.first())
         temperature = value_at(self.temperature, signals.step)
         targets = across.mapped(theirs, self.top_k, temperature)
-        some = replace(signals, student=_some(signals.student, mine), normalizer=_tokens(signals))
-        return temperature**2 * some.compare(self.divergence, temperature=temperature, targets=targets).loss
+        found = _at(signals, mine).compare(self.divergence, temperature=temperature, targets=targets)
+        return temperature**2 * found.loss
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,11 @@ class ULD(AcrossTerm):
     def __call__(self, signals: Signals) -> Tensor:
         across = meeting_of(signals)
         mine, theirs = across.first()
-        student = _some(signals.student, mine).dense()
+        signals = _at(signals, mine)
+        student = signals.student.dense()
         with torch.autocast(student.device.type, enabled=False):
             temperature = value_at(self.temperature, signals.step)
-            return _mean(signals, sorted_distance(student, across.logits(theirs), temperature=temperature))
+            return signals.mean(sorted_distance(student, across.logits(theirs), temperature=temperature))
 
 
 def meeting_of(signals: Signals) -> Across:
@@ -155,13 +156,28 @@ def meeting_of(signals: Signals) -> Across:
     return signals.teacher.across
 
 
-def _tokens(signals: Signals) -> Tensor | float:
-    return max(len(signals.labels), 1) if signals.normalizer is None else signals.normalizer
+def _at(signals: Signals, places: Tensor) -> Signals:
+    """The same at some of the counting positions; means are over all of them still."""
+    alignment = signals.alignment
+    if alignment is not None:
+        weights = None if alignment.weights is None else alignment.weights[places]
+        alignment = replace(
+            alignment, positions=alignment.positions[places], labels=alignment.labels[places], weights=weights
+        )
+    student, labels = _some(signals.student, places), signals.labels[places]
+    return replace(signals, student=student, labels=labels, normalizer=signals.divisor, alignment=alignment)
 
 
-def _mean(signals: Signals, values: Tensor) -> Tensor:
-    """The sum of values of chunks over the counting tokens of the optimiser step."""
-    return replace(signals, normalizer=_tokens(signals)).mean(values)
+def _chunk_mean(signals: Signals, values: Tensor, places: Tensor, chunk: Tensor) -> Tensor:
+    """The sum of values of chunks over the counting tokens of the optimiser step.
+
+    A chunk counts as much as the tokens at its places do in the mean.
+    """
+    if signals.weights is not None:
+        zeros = signals.weights.new_zeros(len(values))
+        total = zeros.index_add(0, chunk, signals.weights[places])
+        values = values * (total / zeros.index_add(0, chunk, torch.ones_like(signals.weights[places])))
+    return replace(signals, normalizer=signals.divisor, alignment=None).mean(values)
 
 
 def _some(student: HeadTargets | DenseTargets, places: Tensor) -> HeadTargets | DenseTargets:

@@ -19,6 +19,8 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from potstill.atomic import write_text
+from potstill.train.own_text import collapse
+from potstill.train.rollout import Rollout
 
 
 class Epochs(TrainerCallback):
@@ -92,10 +94,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        kept = [
-            line for line in logged_lines(self.path) if line["run"] != self.run or line["step"] <= state.global_step
-        ]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = _forget(self.path, self.run, state.global_step)
         self._began = time.monotonic() - seconds_of(kept, self.run)
 
     def on_log(
@@ -111,6 +110,49 @@ class MetricsFile(TrainerCallback):
             with self.path.open("a") as file:
                 line = {"run": self.run, "step": state.global_step, "seconds": seconds, **logs}
                 file.write(json.dumps(line) + "\n")
+
+
+class OwnTextsFile(TrainerCallback):
+    """Appends a text of the student's own to a JSON Lines file whenever something is logged, and says it when its texts
+    have collapsed: {"run", "step", "prompt", "text"}.
+    """
+
+    def __init__(self, path: Path, run: str, rollout: Rollout, console: Console) -> None:
+        self.path, self.run, self.rollout, self.console = path, run, rollout, console
+        self._alarmed = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            _forget(self.path, self.run, state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "own_share" not in logs:
+            return
+        if self.rollout.latest:
+            prompt, text = self.rollout.text(self.rollout.latest[0])
+            line = {"run": self.run, "step": state.global_step, "prompt": prompt, "text": text}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        said = collapse(logs)
+        if said and not self._alarmed:
+            self.console.print(f"step {state.global_step}: {said}", style="yellow", highlight=False, markup=False)
+        self._alarmed = said is not None
+
+
+def _forget(path: Path, run: str, step: int) -> list[dict[str, Any]]:
+    """Drop what a run has logged past its checkpoint; what stays."""
+    kept = [line for line in logged_lines(path) if line["run"] != run or line["step"] <= step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
 
 
 def logged_lines(path: Path) -> list[dict[str, Any]]:

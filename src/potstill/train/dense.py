@@ -14,7 +14,8 @@ from potstill.losses import token_divergence
 from potstill.losses.adaptive import adaptive_kl, interpolated_logits
 from potstill.losses.bild import bild
 from potstill.losses.token import is_sampled
-from potstill.targets import ANSWERS, DISTRIBUTIONS, DenseTargets, SparseTargets, Targets
+from potstill.positions import ANSWERS, DISTRIBUTIONS
+from potstill.targets import DenseTargets, SparseTargets, Targets
 from potstill.train.objective import Number, Signals, Term, value_at
 
 

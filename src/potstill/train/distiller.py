@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from potstill.errors import ShapeError, VocabularyError
 from potstill.heads import cut, says
+from potstill.positions import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, Task, align, attended
 from potstill.taps import Inside, Needs, Taps
-from potstill.targets import Alignment, Task, align, attended
 from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
-from potstill.train.objective import Objective, Signals, Term
+from potstill.train.objective import Objective, Own, Signals, Term
 from potstill.train.prefetch import Prefetch
 
 
@@ -42,7 +42,7 @@ class Distiller(nn.Module):
         objective: an `Objective`, or a list of its terms.
         vocabulary: the number of tokens that teacher and student share, where a head has padding rows behind them:
             both are sliced to it before the normaliser.
-        task: what both are asked for, and so what labels mean; see `potstill.targets.Task`.
+        task: what both are asked for, and so what labels mean; see `potstill.positions.Task`.
         prefetch: ask the teacher one batch ahead, while the student learns; see `foretell`.
 
     Raises:
@@ -116,7 +116,8 @@ class Distiller(nn.Module):
 
         Args:
             batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count. Where
-                rows are judged labels are [B].
+                rows are judged labels are [B]. Weights of the labels' shape, where there are any, say how much each
+                counts in every mean over tokens.
             normalizer: see `forward`.
         """
         if self.training and self._steps and self.teacher is not None:
@@ -136,18 +137,21 @@ class Distiller(nn.Module):
 
         Args:
             batch: see `step`.
-            normalizer: the number of counting tokens in the whole optimiser step; default: those of this batch.
+            normalizer: the number of counting tokens in the whole optimiser step, or the sum of their weights; default:
+                of this batch.
             at: the optimiser step, for the schedules.
             attended_normalizer: the number of attended positions in the whole optimiser step, for terms over layers.
         """
-        alignment = align(batch["labels"], self.task)
+        alignment = align(batch["labels"], self.task, batch.get("weights"))
         student, inside = self._listen(partial(says, self.student, self.cut, batch, alignment))
+        inside = inside.last(batch["input_ids"].shape[1])
         teacher = self._ask(batch, alignment) if self.consults else None
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
         positions = attended(batch, self.task) if self._needs else None
         signals = Signals(
-            student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment
+            *(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment),
+            own=_own(batch, alignment),
         )
         return StepOutput(*self.objective(signals))
 
@@ -197,7 +201,7 @@ class Distiller(nn.Module):
                     "tokens. Use chunks, mapped_logits or uld, and labels."
                 )
 
-    # What transformers.Trainer asks of a model, passed on to the student.
+    # What transformers.Trainer and accelerate ask of a model, passed on to the student.
 
     @property
     def config(self) -> Any:
@@ -208,10 +212,29 @@ class Distiller(nn.Module):
         """The student's input embeddings."""
         return self.student.get_input_embeddings()  # type: ignore[operator]
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The student's head: FSDP2 must know whether its weight is that of the input embeddings."""
+        return self.student.get_output_embeddings()  # type: ignore[operator]
+
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the student's activations in the backward pass."""
+        self._let_gradients_through()
         self.student.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """The newer name of `gradient_checkpointing_enable`."""
+        self._let_gradients_through()
         self.student.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
+
+    def _let_gradients_through(self) -> None:
+        """Reentrant checkpointing computes no gradient where what goes in has none, as under an adapter."""
+        if not any(parameter.requires_grad for parameter in self.get_input_embeddings().parameters()):
+            self.student.enable_input_require_grads()  # type: ignore[operator]
+
+
+def _own(batch: Mapping[str, Tensor], alignment: Alignment) -> Own | None:
+    """What a `Rollout` has told of the counting tokens."""
+    if OWN_LOG_PROBS not in batch:
+        return None
+    log_probs, sampler = (alignment.select_labels(batch[name]) for name in (OWN_LOG_PROBS, SAMPLER_LOG_PROBS))
+    return Own(~log_probs.isnan(), alignment.row, log_probs, sampler)

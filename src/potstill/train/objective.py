@@ -23,11 +23,13 @@ from potstill.losses import (
     top_share,
     top_tokens,
 )
+from potstill.positions import ANSWERS, DISTRIBUTIONS, IGNORE, TASKS, Alignment, Task, instead
 from potstill.schedule import Schedule
 from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import ANSWERS, DISTRIBUTIONS, TASKS, Alignment, DenseTargets, HeadTargets, Targets, Task, instead
+from potstill.targets import DenseTargets, HeadTargets, Targets
 from potstill.teachers import TeacherOutput
 
+Text = Literal["all", "data", "own"]  # which tokens a term is about: the student's own, or the others
 Number = float | Schedule  # every weight and temperature: fixed, or a function of the optimiser step
 
 # How much more than the logits the labels may weigh where both go through the head together: their gradient may be in
@@ -35,9 +37,31 @@ Number = float | Schedule  # every weight and temperature: fixed, or a function 
 MOST = 10.0
 
 
+# Logs of own text against data: sums over such tokens, and how many they are, both divided by all tokens.
+OWN_TOKENS, DATA_TOKENS = "own_tokens", "data_tokens"
+OF_TEXT = {"_own": OWN_TOKENS, "_data": DATA_TOKENS}
+
+
 def value_at(number: Number, step: int) -> float:
     """The number at an optimiser step."""
     return number(step) if callable(number) else number
+
+
+@dataclass(frozen=True)
+class Own:
+    """What is known of the tokens that the student has written itself.
+
+    Args:
+        tokens: [N] bool: is it the student's own?
+        rows: [N] the row of each token.
+        log_probs: [N] what the student gave it when it wrote it, nats; NaN on others.
+        sampler_log_probs: [N] what the distribution gave it that it was drawn from, nats; NaN on others.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    log_probs: Tensor
+    sampler_log_probs: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,12 +73,13 @@ class Signals:
             or its logits [N, V] where the head is not plain. With gradient. `student.dense()` makes logits of both.
         labels: [N] token ids or classes; floating point where they are numbers.
         teacher: what the teacher said, or None where no term asks for it.
-        normalizer: what every mean over tokens divides by, or None for N.
+        normalizer: what every mean over tokens divides by, or None for N, or for the sum of the weights.
         step: the optimiser step, from 0.
         inside: what terms have asked of the student's layers, over all positions. With gradient.
-        attended: [B, T] bool, the positions that terms over layers count; see `targets.attended`.
+        attended: [B, T] bool, the positions that terms over layers count; see `positions.attended`.
         attended_normalizer: what means over attended positions divide by, or None for their number.
-        alignment: where the counting positions are.
+        alignment: where the counting positions are, and how much each counts.
+        own: of the tokens that the student has written itself; None where there are none.
     """
 
     student: HeadTargets | DenseTargets
@@ -66,6 +91,15 @@ class Signals:
     attended: Tensor | None = None
     attended_normalizer: Tensor | float | None = None
     alignment: Alignment | None = None
+    own: Own | None = None
+
+    def only(self, text: Text) -> Tensor | None:
+        """[N] 1 on tokens of such text and 0 on others; None for ones."""
+        if text == "all" or (text == "data" and self.own is None):
+            return None
+        if self.own is None:
+            return torch.zeros(len(self.labels), device=self.labels.device)
+        return (self.own.tokens if text == "own" else ~self.own.tokens).float()
 
     @property
     def label_loss(self) -> str | None:
@@ -74,9 +108,21 @@ class Signals:
             return None
         return "squared_error" if self.labels.is_floating_point() else "cross_entropy"
 
+    @property
+    def weights(self) -> Tensor | None:
+        """[N] how much each token counts in every mean over tokens; None where all count the same."""
+        return None if self.alignment is None else self.alignment.weights
+
+    @property
+    def divisor(self) -> Tensor | float:
+        """The normaliser, or what it is for this batch alone."""
+        if self.normalizer is not None:
+            return self.normalizer
+        return max(len(self.labels), 1) if self.weights is None else or_one(self.weights.sum())
+
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of values [N] over the tokens of the optimiser step."""
-        return token_mean(values, normalizer=self.normalizer)
+        """The weighted mean of values [N] over the tokens of the optimiser step."""
+        return token_mean(values, self.weights, self.divisor)
 
     def attended_mean(self, values: Tensor) -> Tensor:
         """The mean of values [A], of the attended positions, over those of the optimiser step."""
@@ -84,7 +130,7 @@ class Signals:
 
     def batch_mean(self, value: Tensor) -> Tensor:
         """The mean of a quantity of batches over those of the optimiser step, weighted by their counting tokens."""
-        return token_mean(value.expand(len(self.labels)), normalizer=self.normalizer)
+        return self.mean(value.expand(len(self.labels)))
 
     def compare(
         self,
@@ -104,11 +150,14 @@ class Signals:
             temperature: of the divergence.
             label_weight: of the cross-entropy, with 0 it is only reported; None to leave it out.
             targets: the teacher's; None for those that it gave.
-            token_weights: [N], w, without gradient; None for ones. The mean divides by tokens, not by their weights.
+            token_weights: [N], w, without gradient, beside the weights of the data; None for ones. The mean does not
+                divide by them.
         """
         if targets is None and divergence is not None and self.teacher is not None:
             targets = self.teacher.targets
         labels = None if label_weight is None else self.labels
+        if labels is not None and self.own is not None:
+            labels = labels.masked_fill(self.own.tokens, IGNORE)  # what the student wrote is no truth
         if isinstance(self.student, HeadTargets):
             return linear_divergence(
                 self.student.hidden,
@@ -116,8 +165,8 @@ class Signals:
                 targets,
                 divergence,
                 temperature=temperature,
-                token_weights=token_weights,
-                normalizer=max(len(self.labels), 1) if self.normalizer is None else self.normalizer,
+                token_weights=self.weights if token_weights is None else _weighted(token_weights, self.weights),
+                normalizer=self.divisor,
                 labels=labels,
                 label_weight=label_weight or 0.0,
             )
@@ -140,6 +189,15 @@ class Signals:
 
 def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
     return values if weights is None else values * weights
+
+
+def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a * b
+
+
+def or_one(total: Tensor) -> Tensor:
+    """A sum of weights to divide by: 1 where nothing counts."""
+    return total.masked_fill(total == 0, 1)
 
 
 class Term(ABC):
@@ -186,6 +244,7 @@ class Logits(Term):
             its likeliest token (confidence). The mean is over all tokens, so that a share of them makes a smaller loss.
         share: of the tokens, in [0, 1], for entropy and confident: a schedule makes a curriculum.
         top_k: compare with the teacher's likeliest tokens alone, all others being one event (`SparseTargets`).
+        text: own: on what the student has written alone; data: on all else alone. The mean is over all tokens.
     """
 
     divergence: Divergence
@@ -194,6 +253,7 @@ class Logits(Term):
     tokens: Literal["all", "entropy", "confident", "confidence"] = "all"
     share: Number = 0.5
     top_k: int | None = None
+    text: Text = "all"
     name = "logits"
     needs_teacher = True
     tasks = DISTRIBUTIONS
@@ -201,6 +261,11 @@ class Logits(Term):
     def __post_init__(self) -> None:
         if self.tokens not in ("all", "entropy", "confident", "confidence"):
             raise ShapeError(f"Logits: expected tokens of all, entropy, confident, confidence, got {self.tokens!r}.")
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count differently."""
+        return self.tokens != "all" or self.text != "all"
 
     def __call__(self, signals: Signals) -> Tensor:
         return self.with_labels(signals, None).loss
@@ -212,7 +277,7 @@ class Logits(Term):
         weight = None if label_weight is None else label_weight / factor
         assert signals.teacher is not None
         targets = signals.teacher.targets
-        weights = self._token_weights(targets, signals.step)
+        weights = _times(self._token_weights(targets, signals.step), signals.only(self.text))
         if self.top_k is not None:
             targets = top_tokens(targets, self.top_k, temperature)
         found = signals.compare(
@@ -233,7 +298,10 @@ class Logits(Term):
 
 @dataclass(frozen=True)
 class Labels(Term):
-    """Cross-entropy with the tokens or classes of the data; the squared error where labels are numbers."""
+    """Cross-entropy with the tokens or classes of the data; the squared error where labels are numbers.
+
+    What the student has written itself adds nothing.
+    """
 
     weight: Number = 1.0
     name = "labels"
@@ -314,11 +382,12 @@ class Objective(nn.Module):
         summands: list[Tensor] = []
         values: dict[int, Tensor] = {}
         entropy: Tensor | None = None
+        by_text: dict[str, Tensor] = {}
         logits, labels = self._first(Logits), self._first(Labels)
         joined = labels
         if logits is None or labels is None or weights[logits] <= 0 or weights[labels] > MOST * weights[logits]:
             joined = None
-        elif cast(Logits, self.terms[logits]).tokens != "all":
+        elif cast(Logits, self.terms[logits]).weighs_tokens:
             joined = None  # they would share its tokens' weights
         if logits is not None:
             ratio = 0.0 if joined is None else weights[joined] / weights[logits]
@@ -326,6 +395,8 @@ class Objective(nn.Module):
             found = cast(Logits, self.terms[logits]).with_labels(signals, ratio if asked else None)
             summands.append(weights[logits] * found.loss)
             values[logits] = signals.mean(cast(Tensor, found.divergence))
+            if signals.own is not None:
+                by_text = _by_text(self.names[logits], cast(Tensor, found.divergence), signals)
             if found.cross_entropy is not None:
                 entropy = signals.mean(found.cross_entropy)
                 values |= {} if joined is None else {joined: entropy}
@@ -334,7 +405,7 @@ class Objective(nn.Module):
                 value = term(signals)
                 summands.append(weights[i] * value)
                 values[i] = value.detach()
-        logs = {name: values[i] for i, name in enumerate(self.names)}
+        logs = {name: values[i] for i, name in enumerate(self.names)} | by_text
         if not self.training and signals.label_loss is not None:
             if entropy is None:
                 entropy = Labels()(signals).detach() if labels is None else values[labels]
@@ -343,3 +414,13 @@ class Objective(nn.Module):
 
     def _first(self, kind: type[Term]) -> int | None:
         return next((i for i, term in enumerate(self.terms) if isinstance(term, kind)), None)
+
+
+def _by_text(name: str, values: Tensor, signals: Signals) -> dict[str, Tensor]:
+    """Parts of a term's mean: of own tokens and of the data's, beside how much of the tokens they are."""
+    assert signals.own is not None
+    own = signals.own.tokens.to(values.dtype)
+    parts = {"_own": own, "_data": 1 - own}
+    return {name + part: signals.mean(values * of) for part, of in parts.items()} | {
+        OF_TEXT[part]: signals.mean(of) for part, of in parts.items()
+    }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from potstill.errors import ModelError
-from potstill.targets import Alignment
+from potstill.positions import Alignment
 from potstill.teachers import Teacher, TeacherOutput
 
 T = TypeVar("T")

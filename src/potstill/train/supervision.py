@@ -87,7 +87,8 @@ class DeepSupervision(Term):
                 target,
                 self.divergence,
                 temperature=temperature,
-                normalizer=max(len(alignment), 1) if signals.normalizer is None else signals.normalizer,
+                token_weights=signals.weights,
+                normalizer=signals.divisor,
             ).loss
             for layer in self.exits
         ]

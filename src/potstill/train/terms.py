@@ -81,7 +81,7 @@ class InsideTerm(nn.Module, Term):
 
 
 class Hidden(InsideTerm):
-    """The distance between hidden states at the attended positions (`targets.attended`), prompts included.
+    """The distance between hidden states at the attended positions (`positions.attended`), prompts included.
 
     A mean over the positions of the optimiser step; with cka a quantity of the batch, whose mean over batches is
     weighted by their counting tokens.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
-from potstill.targets import IGNORE, Task, attended, counting
+from potstill.positions import IGNORE, Task, align, attended, counting
+from potstill.students.adapted import is_adapted, load_adapter, save_adapter
 from potstill.teachers import Teacher
 from potstill.train.callbacks import Epochs
+from potstill.train.checkpoints import TEACHER, last_checkpoint, restore_teacher
 from potstill.train.distiller import Distiller, StepOutput
-from potstill.train.objective import Objective, Term
+from potstill.train.objective import OF_TEXT, Objective, Term, or_one
 from potstill.train.prefetch import Peek
+from potstill.train.rollout import Rollout, with_weights_of
+from potstill.train.sums import Sums
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
-TEACHER = "teacher.safetensors"  # likewise: what has become of a teacher that changes
 
 
 @dataclass
@@ -58,9 +62,10 @@ class DistillationConfig(TrainingArguments):
 class DistillationTrainer(Trainer):
     """Trains a student by an objective, with all that transformers.Trainer can do.
 
-    The loss is divided once, by the counting tokens of the whole optimiser step over all ranks and accumulation steps.
-    Checkpoints and `save_model` hold the plain student: `from_pretrained` loads it. What terms train beside it
-    (projections) is kept in checkpoints alone.
+    The loss is divided once, by the counting tokens of the whole optimiser step over all ranks and accumulation steps;
+    where tokens have weights, by their sum.
+    Checkpoints and `save_model` hold the plain student: `from_pretrained` loads it; of a PeftModel the adapter alone.
+    What terms train beside it (projections) is kept in checkpoints alone.
 
     Args:
         student: the model to train.
@@ -72,6 +77,7 @@ class DistillationTrainer(Trainer):
         processing_class: the tokenizer.
         vocabulary: see `Distiller`.
         task: see `Distiller`.
+        rollout: puts the student's own text in place of a share of the training rows; None for data alone.
         prefetch: ask the teacher about the next batch while the student learns from this one.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
     """
@@ -90,6 +96,7 @@ class DistillationTrainer(Trainer):
         processing_class: Any = None,
         vocabulary: int | None = None,
         task: Task = "causal",
+        rollout: Rollout | None = None,
         prefetch: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -110,12 +117,22 @@ class DistillationTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.rollout = rollout
+        if rollout is not None and self.is_deepspeed_enabled:
+            raise UserError(
+                "rollout: expected fsdp or whole students on each rank, got deepspeed, under which the student cannot "
+                "write. Use train.fsdp, or learn from data alone."
+            )
+        # Under FSDP each rank writes with a copy of its own, so that none waits for the texts of another.
+        self._writer: nn.Module | None = None
+        if rollout is not None and self.is_fsdp_enabled:
+            self._writer = nn.Module.to(deepcopy(student), args.device)
         if self.distiller.teacher is not None:
             self.add_callback(_Follow(self.distiller.teacher))
         if hasattr(train_dataset, "set_epoch"):
             self.add_callback(Epochs(train_dataset))
-        self._train_sums = _Sums()
-        self._eval_sums = _Sums()
+        self._train_sums = Sums()
+        self._eval_sums = Sums()
         self._attended: Tensor | None = None
         self._peek: Peek[Any] | None = None
         self._micro_step = 0
@@ -126,17 +143,32 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The batches of one optimiser step; a teacher that is asked ahead is told of them and of the one after."""
-        if not self.distiller.prefetches:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._peek is None or self._peek.source is not epoch_iterator:
-            self._peek = Peek(epoch_iterator)
-        found = super().get_batch_samples(self._peek, num_batches, device)
-        self.distiller.foretell([*found[0], *self._peek.ahead()])
-        return found
+        """The batches of one optimiser step, with what the student writes, and their counting tokens. A teacher that is
+        asked ahead is told of them, and of the one after.
+        """
+        prefetches, source = self.distiller.prefetches, epoch_iterator
+        if prefetches:
+            if self._peek is None or self._peek.source is not epoch_iterator:
+                self._peek = Peek(epoch_iterator)
+            source = self._peek
+        batches = list(islice(source, num_batches))
+        if self.rollout is not None and batches:
+            with self.accelerator.autocast():
+                step, rank = self.state.global_step, self.args.process_index
+                student = self.distiller.student
+                if self._writer is not None:
+                    student = with_weights_of(self._writer, self.model_wrapped)
+                batches = self.rollout(batches, student, step=step, rank=rank)
+        if prefetches and self._peek is not None:
+            # What the student will write in the next step is not known yet.
+            ahead = [] if self.rollout is not None else self._peek.ahead()
+            self.distiller.foretell([*batches, *ahead])
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """The counting tokens of an optimiser step, over its batches and all ranks; the attended ones are kept."""
+        """The counting tokens of an optimiser step (or their weights), over its batches and all ranks; the attended
+        positions are kept.
+        """
         self._micro_step = 0
         self._steps_since_log += 1
         if not batch_samples:
@@ -144,13 +176,17 @@ class DistillationTrainer(Trainer):
         count = torch.stack([self._counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count)
-        tokens, self._attended = count.clamp_min(1).unbind()
+        tokens, self._attended = or_one(count).unbind()
         return tokens
 
     def _counts(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """[2]: the counting tokens of a batch, and its attended positions."""
+        """[2]: the counting tokens of a batch, or the sum of their weights, and its attended positions."""
         task = self.distiller.task
-        return torch.stack([counting(batch["labels"], task).sum(), attended(batch, task).sum()])
+        tokens = counting(batch["labels"], task).sum()
+        weights = None if "weights" not in batch else align(batch["labels"], task, batch["weights"]).weights
+        if weights is not None:
+            tokens = weights.sum()
+        return torch.stack([tokens, attended(batch, task).sum().to(tokens)])
 
     def compute_loss(
         self,
@@ -225,7 +261,7 @@ class DistillationTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         teacher, asked = self.distiller.teacher, self.distiller.consults
         self.distiller.consults = asked and teacher is not None and teacher.covers(dataloader.dataset)
-        self._eval_sums = _Sums()
+        self._eval_sums = Sums()
         result = super().evaluation_loop(dataloader, *args, **kwargs)
         self.distiller.consults = asked
         objective = self.distiller.objective
@@ -233,15 +269,24 @@ class DistillationTrainer(Trainer):
         means = self._eval_sums.means(self.accelerator, over)
         if means:
             means["loss"] = objective.total(means, self.state.global_step)
+        if self.rollout is not None and means:
+            self.rollout.heed(means["loss"])
         exact = {f"{prefix}_{name}": mean for name, mean in means.items()}
         return result._replace(metrics={**(result.metrics or {}), **exact})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every term's mean since the last line to what is logged."""
         if "loss" in logs:
-            for name, total in self._train_sums.totals(self.accelerator).items():
+            totals = self._train_sums.totals(self.accelerator)
+            for name, total in totals.items():
                 logs[name] = total / max(self._steps_since_log, 1)
-            self._train_sums = _Sums()
+            for part, tokens in OF_TEXT.items():  # means over own tokens, and over the data's, each by themselves
+                for name in [name for name in totals if name.endswith(part)]:
+                    logs[name] = totals[name] / totals[tokens] if totals[tokens] else 0.0
+                logs.pop(tokens, None)
+            if self.rollout is not None:
+                logs |= self.rollout.sums.take(self.accelerator)
+            self._train_sums = Sums()
             self._steps_since_log = 0
             logs |= {} if self.distiller.teacher is None else self.distiller.teacher.logs()
         super().log(logs, start_time)
@@ -266,6 +311,8 @@ class DistillationTrainer(Trainer):
             if found is None:
                 raise UserError(f"train: expected a complete checkpoint in {self.args.output_dir}, got none.")
             resume_from_checkpoint = str(found)
+        if self.rollout is not None and resume_from_checkpoint:
+            self.rollout.load(Path(str(resume_from_checkpoint)), self.args.process_index)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -275,7 +322,7 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         for name, parameter in self.distiller.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
                 self._stop(f"a weight that is not finite in {name} before checkpoint {self.state.global_step}")
         teacher = self.distiller.teacher
         states = {TEACHER: {} if teacher is None else teacher.state_dict()}
@@ -286,6 +333,8 @@ class DistillationTrainer(Trainer):
             if state and self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file({key: value.contiguous() for key, value in state.items()}, folder / name)
+        if self.rollout is not None:
+            self.rollout.save(folder, self.args.process_index)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -298,7 +347,11 @@ class DistillationTrainer(Trainer):
                 for name, value in state_dict.items()
                 if name.startswith("student.")
             }
-        self.distiller.student.save_pretrained(target, state_dict=state_dict)  # type: ignore[operator]
+        student: Any = self.distiller.student
+        if is_adapted(student):
+            save_adapter(student, target, state_dict)
+        else:
+            student.save_pretrained(target, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(target)
 
@@ -308,9 +361,12 @@ class DistillationTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        student = self.distiller.student
-        saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)  # type: ignore[attr-defined]
-        student.load_state_dict(saved.state_dict())
+        student: Any = self.distiller.student
+        if is_adapted(student):
+            load_adapter(student, resume_from_checkpoint)
+        else:
+            saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)
+            student.load_state_dict(saved.state_dict())
         objective = self.distiller.objective
         if objective.state_dict():
             file = Path(resume_from_checkpoint) / TRAINED
@@ -335,72 +391,8 @@ class _Follow(TrainerCallback):
         self.teacher.after_step(state.global_step)
 
 
-def restore_teacher(teacher: Teacher, checkpoint: Path) -> None:
-    """What has become of a teacher until a checkpoint; nothing, for one that does not change.
-
-    Raises:
-        UserError: the checkpoint does not know.
-    """
-    if not teacher.state_dict():
-        return
-    file = checkpoint / TEACHER
-    if not file.exists():
-        raise UserError(
-            f"train: expected {TEACHER} in {checkpoint}, got none. The teacher changes in training, and this "
-            "checkpoint is of another one. Begin anew, or resume with the teacher that it is of."
-        )
-    teacher.load_state_dict(load_file(file))
-
-
 def _uncounted(labels: Any) -> Any:
     """The labels of a row that does not count, in the form of some that do."""
     if isinstance(labels, list):
         return [IGNORE] * len(labels)
     return math.nan if isinstance(labels, float) else IGNORE
-
-
-class _Sums:
-    """Named sums over batches, kept on the device until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: Tensor | None = None
-
-    def add(self, values: Mapping[str, Tensor], counts: Tensor | None = None) -> None:
-        for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        if counts is not None:
-            self._counts = counts if self._counts is None else self._counts + counts
-
-    def totals(self, accelerator: Any) -> dict[str, float]:
-        """The sums over all ranks."""
-        return {name: float(accelerator.reduce(value)) for name, value in self._sums.items()}
-
-    def means(self, accelerator: Any, over: Mapping[str, str]) -> dict[str, float]:
-        """The sums over all ranks, each divided by the count over all ranks of what it is a mean over."""
-        if self._counts is None:
-            return {}
-        tokens, positions = accelerator.reduce(self._counts).clamp_min(1).tolist()
-        return {
-            name: total / (positions if over.get(name) == "attended" else tokens)
-            for name, total in self.totals(accelerator).items()
-        }
-
-
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, or None.
-
-    The trainer's state is the last file of a checkpoint: where it is whole, so is everything before it.
-    """
-    numbered = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
-    return next((path for path in reversed(found) if _is_complete(path)), None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True

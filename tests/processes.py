@@ -1,0 +1,90 @@
+"""Processes for tests, forked from one that has imported everything: imports are most of what a new one costs.
+
+What is killed or interrupted here is a process like any other. That the command starts from nothing is another test's.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["potstill.pipeline", "potstill.cli", "torch._dynamo", "conftest"])
+
+
+def start(said: Path, function: Callable[..., Any], *arguments: Any, **environment: str) -> BaseProcess:
+    """A function of a module of the tests in a process of its own.
+
+    Args:
+        said: the file that its output goes to.
+        function: at a module's top.
+        arguments: that can be pickled.
+        environment: variables for it.
+    """
+    process = CONTEXT.Process(target=_begin, args=(said, environment, function, arguments), daemon=True)
+    process.start()
+    return process
+
+
+def _begin(said: Path, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= environment
+    function(*arguments)
+
+
+def finish(process: BaseProcess, seconds: float = 300) -> int:
+    """Its exit status; it is killed where it takes longer."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def potstill(*arguments: str, said: Path, folder: Path | None = None) -> BaseProcess:
+    """`potstill` with these arguments, in a folder."""
+    return start(said, _potstill, arguments, folder)
+
+
+def _potstill(arguments: tuple[str, ...], folder: Path | None) -> None:
+    from potstill.cli import main
+
+    if folder is not None:
+        os.chdir(folder)
+    sys.argv = ["potstill", *arguments]
+    main()
+
+
+def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, **environment: str) -> None:
+    """A function in two processes that torch.distributed joins by gloo, as `torchrun` would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    said = [folder / f"rank-{rank}" for rank in range(2)]
+    ranks = [
+        start(file, _rank, function, arguments, **together, RANK=str(rank), LOCAL_RANK=str(rank), **environment)
+        for rank, file in enumerate(said)
+    ]
+    statuses = [finish(rank) for rank in ranks]
+    assert statuses == [0, 0], "\n".join(file.read_text()[-3000:] for file in said)
+
+
+def _rank(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        function(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)  # gloo's threads now and then abort the interpreter's own way out

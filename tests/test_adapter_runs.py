@@ -1,0 +1,304 @@
+"""Runs whose student is an adapter: what is optimised, kept, resumed, merged, measured and told."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from conftest import make_llama
+from potstill.data import Source
+from potstill.errors import ModelError, RecipeError, UserError
+from potstill.evaluation import Measures, evaluate
+from potstill.loading import load_model
+from potstill.pipeline import run
+from potstill.preflight import check
+from potstill.prepare import prepare
+from potstill.recipe import Recipe
+from potstill.students.adapted import count, hushed, is_adapted
+from potstill.students.adapters import Lora, adapt
+from test_trainer import CHECKPOINTING, losses, trainer
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "rank": 2},
+    "qlora": {"kind": "qlora", "rank": 2},
+    "ia3": {"kind": "ia3"},
+    "prompt": {"kind": "prompt", "virtual_tokens": 3, "text": "def f(a, b)"},
+    "prefix": {"kind": "prefix", "virtual_tokens": 3},
+}
+
+
+@pytest.fixture
+def values(recipe_values: dict[str, Any], toys: Path) -> dict[str, Any]:
+    recipe_values["student"] = {"model": str(toys / "student"), "adapter": KINDS["lora"]}
+    recipe_values["train"] |= {"max_steps": 4, "logging_steps": 2, "save_steps": 2, "eval_strategy": "no"}
+    recipe_values["evaluate"] = {"baseline": False, "continuations": 1, "curve_rows": 2}
+    return recipe_values
+
+
+def adapter_of(one: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in one.distiller.student.parameters() if p.requires_grad])
+
+
+def quiet_run(values: dict[str, Any], **kwargs: Any) -> Any:
+    return run(Recipe.parse(values), console=Console(file=io.StringIO()), **kwargs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_keeps_the_adapter_alone(values: dict[str, Any], toys: Path, kind: str) -> None:
+    values["student"]["adapter"] = KINDS[kind]
+    values["evaluate"]["baseline"] = kind == "lora"
+    result = quiet_run(values)
+    folder = result.directory / "student"
+    assert not list(folder.glob("model*.safetensors"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    told = result.summary["adapter"]
+    assert told["trained"] == sum(x.numel() for x in weights.values())
+    assert told["bytes"] == (folder / "adapter_model.safetensors").stat().st_size
+    assert Path(told["base"]) == (toys / "student").resolve()
+    row = result.summary["rows"]["student"]
+    assert row["parameters"] == count(load_model(str(folder), "student")).all
+    assert row["bytes"] == told["bytes"] + (toys / "student" / "model.safetensors").stat().st_size
+    assert told["share"] == pytest.approx(told["trained"] / row["parameters"])
+    (checkpoint,) = (result.directory / "checkpoints" / "student").glob("checkpoint-4")
+    assert not list(checkpoint.glob("model*.safetensors"))
+    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    assert sum(one["exp_avg"].numel() for one in moments.values()) == told["trained"]
+    if kind == "lora":
+        baseline = load_file(result.directory / "baseline" / "adapter_model.safetensors")
+        assert {name: x.shape for name, x in baseline.items()} == {name: x.shape for name, x in weights.items()}
+        assert any(not torch.equal(baseline[name], weights[name]) for name in weights)
+    page = (result.directory / "report.html").read_text()
+    assert f"{told['trained']:,} parameters trained" in page
+    assert "of its parameters trained" in page
+    card = (folder / "README.md").read_text()
+    assert "library_name: peft\n" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    space: dict[str, Any] = {}
+    load = code.replace('"student"  #', f"{str(folder)!r}  #").partition("inputs =")[0]
+    with hushed():
+        exec(load, space)
+    assert is_adapted(space["model"])
+    found = evaluate(
+        str(folder), str(toys / "teacher"), Source(values["data"]["eval"]["path"]), max_length=32, packing=True,
+        measures=Measures(generations=1, new_tokens=2, batch_sizes=[1], lengths=[8]),
+    )  # fmt: skip
+    assert found["models"]["student"]["quality"]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+    assert found["models"]["student"]["parameters"] == row["parameters"]
+
+
+def test_what_the_report_continues_is_what_the_student_says(values: dict[str, Any]) -> None:
+    values["student"]["adapter"] = KINDS["prompt"]
+    result = quiet_run(values)
+    (sample,) = result.summary["continuations"]
+    folder = str(result.directory / "student")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), load_model(folder, "student").eval()
+    ids = tokenizer(sample["prompt"])["input_ids"]
+    said: list[int] = []
+    while len(said) < 5:
+        row = torch.tensor([ids + said])
+        logits = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits
+        said.append(int(logits[0, -1].argmax()))
+    assert sample["student"].startswith(tokenizer.decode(said))
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "qlora"])
+def test_merged_it_is_a_plain_model(values: dict[str, Any], kind: str) -> None:
+    values["student"]["adapter"] = KINDS[kind] | {"merge": True}
+    whole = quiet_run(values)
+    assert not (whole.directory / "student" / "adapter_config.json").exists()
+    assert whole.summary["adapter"]["bytes"] is None
+    values["student"]["adapter"] = KINDS[kind]
+    values["output"] += "-apart"
+    apart = quiet_run(values)
+    plain = AutoModelForCausalLM.from_pretrained(whole.directory / "student")
+    assert plain.num_parameters() == whole.summary["rows"]["student"]["parameters"]
+    row = torch.arange(2, 22)[None]
+    expected = load_model(str(apart.directory / "student"), "student").eval()(input_ids=row).logits
+    torch.testing.assert_close(plain(input_ids=row).logits, expected, rtol=1e-4, atol=1e-4)
+    assert "merged" in (whole.directory / "student" / "README.md").read_text()
+
+
+def test_a_design_with_the_teachers_weights_is_merged(values: dict[str, Any]) -> None:
+    values["student"] = {
+        "design": {"num_hidden_layers": 1},
+        "initialize": "copy",
+        "adapter": KINDS["lora"] | {"merge": True},
+    }
+    result = quiet_run(values)
+    assert AutoModelForCausalLM.from_pretrained(result.directory / "student").config.num_hidden_layers == 1
+
+
+def test_an_adapter_is_trained_further(values: dict[str, Any], toys: Path) -> None:
+    first = quiet_run(values)
+    values["student"] = {"model": str(first.directory / "student")}
+    values["output"] += "-further"
+    second = quiet_run(values)
+    one, two = (load_file(each.directory / "student" / "adapter_model.safetensors") for each in (first, second))
+    assert one.keys() == two.keys()
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+    assert second.summary["adapter"]["base"] == first.summary["adapter"]["base"]
+    values["student"]["adapter"] = KINDS["lora"]
+    with pytest.raises(ModelError, match="expected a plain model to put it on"):
+        prepare(Recipe.parse(values))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_equals_uninterrupted(tmp_path: Path, toys: Path, values: dict[str, Any], kind: str) -> None:
+    values["student"]["adapter"] = KINDS[kind]
+    parts = prepare(Recipe.parse(values))
+    arguments: dict[str, Any] = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+    }
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    whole = trainer(tmp_path / "a", student=parts.new_student(), **arguments)
+    whole.train()
+    stopped = trainer(tmp_path / "b", student=parts.new_student(), **arguments)
+    stopped.add_callback(Stop())
+    stopped.train()
+    for path in (tmp_path / "b").glob("checkpoint-3"):
+        (path / "trainer_state.json").unlink()
+    resumed = trainer(tmp_path / "b", student=parts.new_student(), **arguments)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(adapter_of(resumed), adapter_of(whole))
+
+
+def test_a_killed_run_ends_in_the_same_adapter(values: dict[str, Any], tmp_path: Path) -> None:
+    values["train"] |= {"max_steps": 40, "save_steps": 5, "logging_steps": 5}
+    whole = quiet_run(values)
+    values["output"] = str(tmp_path / "killed")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "potstill", "run", str(tmp_path / "recipe.yaml"), "--resume"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline, seen = time.monotonic() + 200, tmp_path / "killed/checkpoints/student/checkpoint-10"
+    while process.poll() is None and not seen.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert re.search(r"adapter LoRA of rank 2: [\d,]+ parameters trained", done.stdout)
+    one, two = (load_file(d / "student/adapter_model.safetensors") for d in (whole.directory, tmp_path / "killed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"bf16": True}, {CHECKPOINTING: True}, {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}],
+    ids=["bf16", "checkpointing", "reentrant"],
+)
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_training_arguments_work(values: dict[str, Any], tmp_path: Path, changes: dict[str, Any], kind: str) -> None:
+    values["student"]["adapter"] = KINDS[kind]
+    parts = prepare(Recipe.parse(values))
+    plain, changed = (
+        trainer(tmp_path / n, student=parts.new_student(), **each) for n, each in (("a", {}), ("b", changes))
+    )
+    plain.train()
+    changed.train()
+    assert losses(changed) == pytest.approx(losses(plain), rel=2e-2 if "bf16" in changes else 1e-5)
+    one, two = (adapter_of(each) for each in (plain, changed))
+    assert not torch.equal(one, adapter_of(trainer(tmp_path, student=parts.new_student())))
+    if "bf16" not in changes:
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+
+
+def test_check_counts_what_is_trained(values: dict[str, Any]) -> None:
+    adapter = check(Recipe.parse(values))
+    values["student"]["adapter"] |= {"merge": True}
+    merged = check(Recipe.parse(values))
+    values["student"]["adapter"] = KINDS["qlora"]
+    rounded = check(Recipe.parse(values))
+    del values["student"]["adapter"]
+    whole = check(Recipe.parse(values))
+    assert whole.trained_parameters == whole.student_parameters
+    all_, trained = adapter.student_parameters, adapter.trained_parameters
+    assert trained < 0.2 * all_ == pytest.approx(0.2 * (whole.student_parameters + trained))
+    # Gradients and two moments of what is trained, and of nothing else.
+    assert whole.memory_bytes - adapter.memory_bytes == 12 * (whole.trained_parameters - trained) - 4 * trained
+    assert rounded.memory_bytes < adapter.memory_bytes
+    assert adapter.disk_bytes == 7 * 4 * trained
+    assert merged.disk_bytes == 6 * 4 * trained + 4 * all_
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ("lorra", r"student.adapter: expected a kind of lora, qlora, ia3, prompt, prefix"),
+        ({"kind": "lora", "rank": 0}, "student.adapter.rank"),
+        ({"kind": "lora", "ranks": 2}, r"student.adapter.ranks: unknown key. Did you mean rank\?"),
+        ({"kind": "qlora", "bits": 3}, "student.adapter.bits"),
+        ({"kind": "prompt", "merge": True}, "student.adapter: expected no merge, got one"),
+        ({"kind": "prefix", "merge": True}, "student.adapter: expected no merge, got one"),
+        ({"kind": "prompt", "rank": 2}, "student.adapter.rank: unknown key"),
+        ({"kind": "ia3", "target_modules": []}, "student.adapter.target_modules"),
+    ],
+    ids=str,
+)
+def test_a_kind_that_cannot_do_it_says_so(values: dict[str, Any], adapter: Any, message: str) -> None:
+    values["student"]["adapter"] = adapter
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse(values)
+
+
+def test_adapters_want_something_to_stand_on(values: dict[str, Any]) -> None:
+    values["student"] = {"design": {"num_hidden_layers": 1}, "adapter": "lora"}
+    with pytest.raises(RecipeError, match="design with random weights"):
+        Recipe.parse(values)
+    values["student"] |= {"initialize": "copy"}
+    with pytest.raises(RecipeError, match="merge: true on a design"):
+        Recipe.parse(values)
+
+
+def test_a_prefix_does_not_go_with_checkpointing(values: dict[str, Any]) -> None:
+    values["student"]["adapter"] = "prefix"
+    values["train"][CHECKPOINTING] = True
+    with pytest.raises(RecipeError, match=r"\n  student.adapter: expected no checkpointing.*the prefix is one"):
+        Recipe.parse(values)
+
+
+def test_virtual_tokens_take_positions(values: dict[str, Any]) -> None:
+    values["student"]["adapter"] = KINDS["prompt"]
+    values["data"]["max_length"] = 62
+    with pytest.raises(RecipeError, match="expected at most 61, what 3 virtual tokens leave of the student's"):
+        prepare(Recipe.parse(values))
+
+
+def test_rounded_weights_are_not_trained(values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
+    load_model(str(toys / "student"), "student", bits=4).save_pretrained(tmp_path / "rounded")
+    AutoTokenizer.from_pretrained(toys / "student").save_pretrained(tmp_path / "rounded")
+    values["student"] = {"model": str(tmp_path / "rounded")}
+    with pytest.raises(RecipeError, match="expected weights that can be trained"):
+        prepare(Recipe.parse(values))
+    values["student"]["adapter"] = KINDS["lora"]
+    assert prepare(Recipe.parse(values)).size.trained > 0
+
+
+def test_another_adapters_checkpoint_is_refused(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, student=adapt(make_llama(hidden_size=8), Lora(rank=2)), **arguments).train()
+    other = trainer(tmp_path, student=adapt(make_llama(hidden_size=8), Lora(rank=4)), **arguments)
+    with pytest.raises(UserError, match="expected the weights of this adapter"):
+        other.train(resume_from_checkpoint=True)
