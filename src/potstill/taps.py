@@ -284,10 +284,10 @@ class Taps:
             ModelError: it is not one module, or the head is not plain.
         """
         how = cut(self.model)
-        if how is None:
+        if how is None or how.between:
             raise ModelError(
-                f"{_kind(self.model)}: expected a model with a plain head, through which its layers are read, got one "
-                "that gives whole logits. Leave out the term, or the adapter on the head."
+                f"{_kind(self.model)}: expected a model with a plain head right behind its last norm, got another. Its "
+                "earlier layers cannot be read through it. Leave out the term, or the adapter on the head."
             )
         seen: list[tuple[str, Tensor, Tensor]] = []
 
