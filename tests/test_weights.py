@@ -380,7 +380,7 @@ def test_accumulation_equals_one_batch_and_evaluation_is_a_weighted_mean(tmp_pat
 
 def test_weights_are_for_causal_models(write: Any) -> None:
     path = write([{"input_ids": [5, 6, 7], "weights": [1, 0, 0.5]}])
-    with pytest.raises(DataError, match="no weights of tokens for the task masked"):
+    with pytest.raises(DataError, match="no token weights for the task masked"):
         encode(Source(path), TOKENIZERS["bytes"], max_length=9, task="masked")
 
 
