@@ -121,4 +121,6 @@ def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
         loss.backward()
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start
+    if rollout is not None:
+        rollout.close()
     return seconds * max(parts.rows_per_step // parts.batch_rows, 1)
