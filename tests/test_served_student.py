@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+import processes
 from conftest import make_batch, make_llama, make_tokenizer
 from potstill.divergence import ReverseKL
 from potstill.engines import ModelServer, Sampling, client
@@ -240,6 +241,25 @@ def test_of_an_adapter_the_adapter_alone_is_lent(tokenizer: Any, tmp_path: Path)
         toy.close()
 
 
+def _of_two_ranks(folder: Path, url: str) -> None:
+    class Where:
+        def __init__(self) -> None:
+            self.url = url
+
+    one = on_policy(Where(), folder, 1.0, max_staleness=1, per_device_train_batch_size=4)  # type: ignore[arg-type]
+    one.train()
+    ages = [line["own_age"] for line in one.state.log_history if "own_age" in line]
+    assert ages == [0, 1, 0] or not one.is_world_process_zero()
+
+
+@pytest.mark.slow
+def test_one_rank_lends_and_all_write(toy: ToyStudentServer, tmp_path: Path) -> None:
+    processes.two_ranks(tmp_path, _of_two_ranks, tmp_path / "run", toy.url, NO_PROXY="*")
+    assert len(toy.lent) == 2
+    assert len([body for body in toy.asked if "return_token_ids" in body]) == 3 * 8
+    assert len({body["seed"] for body in toy.asked}) == 3 * 8
+
+
 # What goes wrong.
 
 
@@ -261,7 +281,7 @@ def test_a_server_that_has_others_weights(toy: ToyStudentServer, tmp_path: Path)
     one = served(toy, tmp_path, max_staleness=5)
     one([make_batch()], student(), step=0)
     served(toy, tmp_path / "b")([make_batch()], student(), step=0)
-    with pytest.raises(ServerError, match=r"expected the weights toy-0-.*, got toy-0-.* started again, or another run"):
+    with pytest.raises(ServerError, match=r"expected the weights potstill-0-.*, got potstill-0-.* started again, or"):
         one([make_batch()], student(), step=1)
 
 
@@ -366,8 +386,11 @@ def test_a_folder_of_ones_own(toy: ToyStudentServer, recipe_values: dict[str, An
     assert one is not None
     one([make_batch()], parts.new_student(), step=0)
     assert [file.name for file in (tmp_path / "shared").glob("*/model.safetensors")] == ["model.safetensors"]
+    (tmp_path / "shared" / "other").touch()
+    one([make_batch()], parts.new_student(), step=9)
+    assert len([*(tmp_path / "shared").glob("*/model.safetensors")]) == 1  # of now alone
     one.close()
-    assert not (tmp_path / "shared").exists()
+    assert [file.name for file in (tmp_path / "shared").iterdir()] == ["other"]
 
 
 @pytest.mark.parametrize("kind", ["ia3", "prompt"])

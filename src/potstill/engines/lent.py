@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,6 @@ class LentWeights:
             if self._adapter:
                 lora = {"lora_name": version, "lora_path": where, "load_inplace": True}  # a second attempt may follow
                 ask("POST", "/v1/load_lora_adapter", lora, json=False)
-                if self.version is not None:
-                    ask("POST", "/v1/unload_lora_adapter", {"lora_name": self.version}, json=False)
             else:
                 ask("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": where}})
                 ask("POST", "/update_weight_version", {"new_version": version})
@@ -67,6 +66,9 @@ class LentWeights:
                 f"{error.status}). Start vLLM, 0.32 or later, with {needed}.",
                 error.status,
             ) from None
+        if self._adapter and self.version is not None:
+            with suppress(RefusedError):  # it may be gone
+                ask("POST", "/v1/unload_lora_adapter", {"lora_name": self.version}, json=False)
         self.version = version
 
     def write(

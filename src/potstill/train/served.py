@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from potstill.errors import RefusedError, ServerError
 from potstill.heads import run, undisturbed
 from potstill.students.adapted import save_student
 
-FAR = 0.25  # nats a token, on average, beyond which it has others: one in bfloat16 is far nearer
+FAR = 0.25  # nats a token, on average, beyond which it has others: one in bfloat16 is within 0.02
 
 
 class ServedWriter:
@@ -65,7 +66,8 @@ class ServedWriter:
             )
         self.step = 0
         self._server, self._tokenizer = server, tokenizer
-        self._folder, self._adapter, self._max_staleness = folder, adapter, max_staleness
+        self._folder, self._max_staleness = folder, max_staleness
+        self._weights: Path | None = None  # in that folder, which may hold other things
         self._lent = LentWeights(server, adapter=adapter)
         self._due = True  # whatever the age of those that are there
         self._new = False  # the weights of this very step have just been taken
@@ -123,13 +125,18 @@ class ServedWriter:
 
     def close(self) -> None:
         """Take the weights off the disk."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._weights is not None:
+            shutil.rmtree(self._weights)
+            self._weights = None
+            with suppress(OSError):
+                self._folder.rmdir()  # unless it holds other things
 
     def _lend(self, student: nn.Module, step: int) -> None:
-        version = f"{self._server.model}-{step}-{secrets.token_hex(4)}"
-        shutil.rmtree(self._folder, ignore_errors=True)  # what is lent is in the server's memory
-        save_student(student, self._folder / version)
-        self._lent.lend(self._folder / version, version)
+        self.close()  # what was lent is in the server's memory
+        version = f"potstill-{step}-{secrets.token_hex(4)}"
+        self._weights = self._folder / version
+        save_student(student, self._weights)
+        self._lent.lend(self._weights, version)
 
     def _must_be_the_student(self, student: nn.Module, prompt: Sequence[int], text: Written) -> None:
         apart = float((_log_probs(student, prompt, text.ids) - torch.tensor(text.log_probs)).abs().mean())
