@@ -4,9 +4,9 @@
         --max-model-len 512 --port 8000 &
     .venv/bin/python benchmarks/served.py --url http://127.0.0.1:8000 --pid $!
 
-Both write 64 tokens behind each of 96 prompts of 32 tokens with the demo's teacher of 5.3M parameters in float32, at
+Both write 64 tokens behind each of 32 prompts of 32 tokens with the demo's teacher of 5.3M parameters in float32, at
 temperature 1; the end of text is as unlikely in both. The server is asked by as many requests at once as the local
-engine has rows in a batch. The best of three rounds after one that is not counted. `--pid` is the server's process: the
+engine has rows in a batch. The best of two rounds after one that is not counted. `--pid` is the server's process: the
 processor's seconds are then told of it and its children, which are what counts where other work runs beside.
 """
 
@@ -26,8 +26,8 @@ from potstill.engines import LocalEngine, ModelServer, Sampling
 from potstill.loading import load_model, load_tokenizer
 
 TEACHER = Path(__file__).parents[1] / "src/potstill/demo/teacher"
-PROMPTS, PROMPT, NEW, ROUNDS = 96, 32, 64, 3
-AT_ONCE = (1, 8, 32)
+PROMPTS, PROMPT, NEW, ROUNDS = 32, 32, 64, 2
+AT_ONCE = (8, 32)
 
 
 def main() -> None:

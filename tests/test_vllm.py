@@ -26,7 +26,7 @@ from potstill.train import Distiller, Logits
 from real_vllm import Served
 from toy_server import LiveTopK, logged, prepared_with_top_k
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 
 def test_it_says_what_the_live_model_says(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -28,6 +28,7 @@ from test_served_student import must_be_written_by
 
 pytestmark = [
     pytest.mark.server,
+    pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
 ]
 

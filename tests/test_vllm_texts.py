@@ -14,7 +14,7 @@ import yaml
 import processes
 from real_vllm import Served
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 QUESTIONS, SAMPLES = 36, 2
 
 
