@@ -86,8 +86,9 @@ def check(recipe: Recipe) -> Preflight:
         + sum(model.get_memory_footprint() for model in parts.teacher_models)
         + (trained if recipe.teacher.ema is not None else 0)
         + min(3 * 4 * _batch_tokens(parts) * max(parts.vocabulary, 1), LOSS_BYTES),
-        # A checkpoint is what is trained and its two moments; while one is written the one before is still there.
-        disk_bytes=runs * (2 * 3 * trained + exported),
+        # A checkpoint is what is trained and its two moments; while one is written the one before is still there. A
+        # server that writes reads what is trained from a folder.
+        disk_bytes=runs * (2 * 3 * trained + exported) + (0 if parts.writer is None else trained),
         disk_free_bytes=shutil.disk_usage(existing).free,
         seconds=runs * parts.steps * _seconds_per_step(parts, student),
         notes=parts.notes,
@@ -112,13 +113,15 @@ def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
     mixed = parts.bf16 or bool(parts.recipe.train.get("fp16"))
     seconds = 0.0
     rollout = parts.rollout()
-    for _ in range(2):
+    for step in range(2):
         start = time.perf_counter()
         if rollout is not None:
-            (batch,) = rollout([batch], student, step=0)
+            (batch,) = rollout([batch], student, step=step)
         with torch.autocast(device, dtype=dtype, enabled=mixed):
             loss = distiller.step(batch).loss
         loss.backward()
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start
+    if rollout is not None:
+        rollout.close()
     return seconds * max(parts.rows_per_step // parts.batch_rows, 1)

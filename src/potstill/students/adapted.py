@@ -122,6 +122,14 @@ def save_adapter(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor
         model.config.quantization_config.to_json_file(Path(folder) / QUANTIZATION)
 
 
+def save_student(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write what is trained of a model: its adapter, or all of it."""
+    if is_adapted(model):
+        save_adapter(model, folder, state_dict)
+    else:
+        model.save_pretrained(folder, state_dict=state_dict)
+
+
 def load_adapter(model: Any, folder: str | Path) -> None:
     """Give the adapter of a model the weights that `save_adapter` wrote.
 

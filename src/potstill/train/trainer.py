@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
 from potstill.positions import IGNORE, Task, align, attended, counting
-from potstill.students.adapted import is_adapted, load_adapter, save_adapter
+from potstill.students.adapted import is_adapted, load_adapter, save_student
 from potstill.teachers import Teacher
 from potstill.train.callbacks import Epochs
 from potstill.train.checkpoints import TEACHER, last_checkpoint, restore_teacher
@@ -317,6 +317,8 @@ class DistillationTrainer(Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.distiller.foretell(())
+            if self.rollout is not None and self.args.should_save:
+                self.rollout.close()
 
     # Checkpoints.
 
@@ -347,11 +349,7 @@ class DistillationTrainer(Trainer):
                 for name, value in state_dict.items()
                 if name.startswith("student.")
             }
-        student: Any = self.distiller.student
-        if is_adapted(student):
-            save_adapter(student, target, state_dict)
-        else:
-            student.save_pretrained(target, state_dict=state_dict)
+        save_student(self.distiller.student, target, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(target)
 
