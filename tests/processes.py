@@ -16,6 +16,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["potstill.pipeline", "potstill.cli", "torch._dynamo", "conftest"])
 
@@ -80,6 +83,19 @@ def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, **env
     ]
     statuses = [finish(rank) for rank in ranks]
     assert statuses == [0, 0], "\n".join(file.read_text()[-3000:] for file in said)
+
+
+def shard_on_cpu() -> None:
+    """Let FSDP shard in this process. On a CPU accelerate trains whole copies, and says nothing."""
+    begin = AcceleratorState.__init__
+
+    def begin_sharded(self: AcceleratorState, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **named)
+        self.fsdp_plugin = named.get("fsdp_plugin") or getattr(self, "fsdp_plugin", None)
+        if self.fsdp_plugin is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = begin_sharded
 
 
 def _rank(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
