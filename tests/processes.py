@@ -70,8 +70,10 @@ def _potstill(arguments: tuple[str, ...], folder: Path | None) -> None:
     main()
 
 
-def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, **environment: str) -> None:
-    """A function in two processes that torch.distributed joins by gloo, as `torchrun` would start them."""
+def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, status: int = 0, **environment: str) -> None:
+    """A function in two processes that torch.distributed joins by gloo, as `torchrun` would start them; both end with
+    the exit status.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -82,7 +84,7 @@ def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, **env
         for rank, file in enumerate(said)
     ]
     statuses = [finish(rank) for rank in ranks]
-    assert statuses == [0, 0], "\n".join(file.read_text()[-3000:] for file in said)
+    assert statuses == [status, status], "\n".join(file.read_text()[-3000:] for file in said)
 
 
 def shard_on_cpu() -> None:
