@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from potstill.evaluate.speed import extra_bytes
 from potstill.pipeline import run
 from potstill.preflight import check
 from potstill.recipe import Recipe
+
+FORK = multiprocessing.get_context("fork")  # each measurement in a new process, which has imported everything
 
 # vocabulary, teacher and student as (hidden size, layers), rows and tokens in a row
 SIZES: dict[str, tuple[int, tuple[int, int], tuple[int, int], int, int]] = {
@@ -66,8 +67,9 @@ def make(folder: Path, size: str, steps: int) -> dict[str, Any]:
     }
 
 
-def measure(what: str, recipe: Recipe) -> dict[str, float]:
+def measure(what: str, values: dict[str, Any]) -> dict[str, float]:
     """Bytes and seconds a step, as `check` says them or as a training takes them."""
+    recipe = Recipe.parse(values)
     if what == "check":
         said = check(recipe)
         return {"bytes": said.memory_bytes, "seconds": said.seconds / said.steps}
@@ -83,28 +85,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # what, and the recipe as JSON
     given = parser.parse_args()
-    if given.one:
-        print(json.dumps(measure(given.one[0], Recipe.parse(json.loads(given.one[1])))))
-        return
     print("| size | memory: said | took | a step: said | took |\n|---|---|---|---|---|")
     for size in given.sizes.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = json.dumps(make(Path(folder), size, given.steps))
-            said, took = (_alone(what, recipe) for what in ("check", "run"))
+        with tempfile.TemporaryDirectory() as folder, FORK.Pool(1, maxtasksperchild=1) as alone:
+            recipe = alone.apply(make, (Path(folder), size, given.steps))
+            said, took = (alone.apply(measure, (what, recipe)) for what in ("check", "run"))
         memory = " | ".join(words.size(int(one["bytes"])) for one in (said, took))
         seconds = " | ".join(f"{one['seconds']:.2f} s" for one in (said, took))
         print(f"| {size} | {memory} | {seconds} |", flush=True)
-
-
-def _alone(what: str, recipe: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", what, recipe]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 if __name__ == "__main__":
