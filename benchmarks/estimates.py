@@ -3,7 +3,8 @@
     python benchmarks/estimates.py [--sizes toy,small] [--steps 12]
 
 Each size is checked and trained in a process of its own. Memory is what the kernel counts beside what Python and its
-packages took before any model was loaded; seconds are the clock's, and the machine's other work is in them.
+packages took before any model was loaded, in training alone (no evaluation, no report); seconds are the clock's, and
+the machine's other work is in them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from potstill.evaluate import words
 from potstill.evaluate.speed import extra_bytes
-from potstill.pipeline import run
+from potstill.pipeline import _train
 from potstill.preflight import check
+from potstill.prepare import prepare
 from potstill.recipe import Recipe
 
 FORK = multiprocessing.get_context("fork")  # each measurement in a new process, which has imported everything
@@ -73,7 +75,13 @@ def measure(what: str, values: dict[str, Any]) -> dict[str, float]:
     if what == "check":
         said = check(recipe)
         return {"bytes": said.memory_bytes, "seconds": said.seconds / said.steps}
-    found = extra_bytes(lambda: run(recipe, console=Console(quiet=True)), torch.device("cpu"))
+
+    def train() -> None:
+        parts = prepare(recipe)
+        Path(recipe.output).mkdir()
+        _train(parts, "student", parts.objective(), Path(recipe.output), Console(quiet=True))
+
+    found = extra_bytes(train, torch.device("cpu"))
     lines = [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]
     at = {line["step"]: line["seconds"] for line in lines if "loss" in line}
     first, last = min(at) + 1, max(at)  # without the first step
