@@ -15,14 +15,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import make_llama
 from potstill import pipeline
 from potstill.cli import main
-from potstill.data import PaddingCollator
 from potstill.errors import UserError
 from potstill.recipe import Recipe
 from potstill.teachers import EMATeacher, Teacher
-from potstill.train import DistillationConfig, DistillationTrainer, Labels
+from potstill.train import DistillationConfig
 from potstill.train.callbacks import MetricsFile
 from potstill.train.sharding import Sharding
 from processes import potstill, shard_on_cpu, two_ranks
@@ -165,16 +163,13 @@ def test_what_else_a_recipe_may_say(values: dict[str, Any], toys: Path, tmp_path
     same_losses(in_one(values, tmp_path / "one"), two)
 
 
-def alone(folder: Path, **arguments: Any) -> DistillationTrainer:
-    batch = {"output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 1}
-    return DistillationTrainer(
-        make_llama(), None, [Labels()], DistillationConfig(**batch, **arguments), data_collator=PaddingCollator(1)
-    )
-
-
 def test_fsdp_that_would_not_shard_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.fsdp: expected several processes with an accelerator each"):
-        alone(tmp_path, fsdp=True)
+    for refused in (
+        lambda: DistillationConfig(output_dir=str(tmp_path), fsdp=True),  # one process
+        lambda: Sharding(False, None).refuse(fsdp_asked=True, teacher=None, rollout=None),  # several, on a CPU
+    ):
+        with pytest.raises(UserError, match=r"train.fsdp: expected several processes with an accelerator each"):
+            refused()
 
 
 GATHERED = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}

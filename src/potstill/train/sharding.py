@@ -10,6 +10,11 @@ from potstill.errors import UserError
 from potstill.teachers import Teacher
 from potstill.train.rollout import Rollout
 
+UNSHARDED = (
+    "train.fsdp: expected several processes with an accelerator each, got a run that accelerate does not shard. Start "
+    "it with torchrun on GPUs, or leave train.fsdp out."
+)
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -38,10 +43,7 @@ class Sharding:
         """
         by = "FSDP" if self.fsdp else "ZeRO-3" if (self.zero or {}).get("stage") == 3 else None
         if fsdp_asked and not self.fsdp:
-            raise UserError(
-                "train.fsdp: expected several processes with an accelerator each, got a run that accelerate does not "
-                "shard. Start it with torchrun on GPUs, or leave train.fsdp out."
-            )
+            raise UserError(UNSHARDED)
         if by and teacher is not None and teacher.of_student:
             raise UserError(
                 f"{type(teacher).__name__}: expected a student that is whole on every rank, got one that {by} shards. "

@@ -28,7 +28,7 @@ from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import OF_TEXT, Objective, Term, or_one
 from potstill.train.prefetch import Peek
 from potstill.train.rollout import Rollout, with_weights_of
-from potstill.train.sharding import Sharding
+from potstill.train.sharding import UNSHARDED, Sharding
 from potstill.train.sums import Sums
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
@@ -58,6 +58,8 @@ class DistillationConfig(TrainingArguments):
                 f"train.label_smoothing_factor: expected 0, got {self.label_smoothing_factor}. "
                 "The objective is the loss: soften the labels with a logits term instead."
             )
+        if self.fsdp and self.world_size == 1:
+            raise UserError(UNSHARDED)
 
 
 class DistillationTrainer(Trainer):
