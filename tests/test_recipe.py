@@ -116,6 +116,8 @@ LOGITS = {"term": "logits"}
         ({"objective": [{"term": "hidden", "distance": "cka", "projection": "mlp"}]}, "no projection with cka"),
         ({"objective": [{"term": "relations", "of": ["query"]}]}, "objective.0.of.0: input should be 'queries'"),
         ({"objective": [{"term": "similarity", "temperature": 0}]}, "objective.0.temperature: expected a number > 0"),
+        ({"objective": [{"term": "attention", "heads": "best"}]}, "objective.0.heads: input should be 'overlap'"),
+        ({"objective": [{"term": "attention", "heads": [[0]]}]}, "objective.0.heads"),
         ({"train": "fast"}, "train: expected a mapping"),
         ({"student": {}}, "student: expected either model or design, got neither"),
         ({"objective": [{"term": "logits", "temperature": {"schedule": "linear", "start": 4.0, "end": 0.0}}]},
