@@ -178,6 +178,14 @@ def test_mistakes_of_a_recipe_name_their_key(values: dict[str, Any], change: dic
     assert message in str(caught.value)
 
 
+def test_a_device_that_is_not_here_is_told(values: dict[str, Any]) -> None:
+    assert run(values | {"train": {**values["train"], "device": "cpu"}}).summary["rows"]
+    for device in ("nowhere", "meta:-2"):
+        with pytest.raises(UserError, match=f"train.device: expected one that is here, .* got {device}") as caught:
+            run(values | {"train": {**values["train"], "device": device}, "output": device})
+        assert "\n" not in str(caught.value)
+
+
 def test_bad_input_is_one_line_of_the_command(values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     np.save("few.npy", TRAIN[:8].numpy())
     np.save("narrow.npy", HELD[:, :7].numpy())
