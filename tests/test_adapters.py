@@ -23,6 +23,7 @@ from potstill.positions import causal_alignment
 from potstill.students.adapted import count, hushed, is_quantized, merged, save_adapter, virtual_tokens
 from potstill.students.adapters import Adapter, Ia3, Lora, Prefix, Prompt, adapt
 from potstill.targets import DenseTargets, HeadTargets
+from potstill.teachers import AdapterOffTeacher
 from potstill.train import Attention, Distiller, Hidden, Labels, Logits, Relations
 
 WORDS = "def g(self, x): return x"
@@ -306,6 +307,27 @@ def test_options_do_something() -> None:
     assert not torch.equal(first, adapt(made(), Prompt(3), seed=2).prompt_encoder.default.embedding.weight)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_are_trained_saved_and_merged_with_it(
+    bias: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    made("gpt2").save_pretrained(tmp_path / "base")
+    student = adapt(load_model(str(tmp_path / "base"), "student"), Lora(2, target_modules=["c_fc"], bias=bias))
+    trained = {name for name, p in student.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert len(trained) == (13 if bias == "all" else 2)  # two norms and four layers each, and the last norm
+    stirred(student).eval()
+    batch = make_batch()
+    expected = student(**inputs(batch)).logits
+    save_adapter(student, tmp_path / "adapter")
+    for trainable in (False, True):
+        again = load_model(str(tmp_path / "adapter"), "student", trainable=trainable).eval()
+        assert torch.equal(again(**inputs(batch)).logits, expected)
+        assert not trainable or count(again) == count(student)
+    torch.testing.assert_close(merged(student)(**inputs(batch)).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match=r"AdapterOffTeacher: expected an adapter that leaves its base as it is"):
+        AdapterOffTeacher().attach(again)
+
+
 def test_random_numbers_outside_are_left_alone() -> None:
     model, state = made(), torch.get_rng_state()
     adapt(model, Lora(rank=2))
@@ -323,6 +345,7 @@ def test_random_numbers_outside_are_left_alone() -> None:
         (Lora(rank=17), r"student.adapter.rank: expected 1..8, the smaller side of .*k_proj, got 17"),
         (Lora(rank=0), r"student.adapter.rank: expected 1..8"),
         (Ia3(target_modules=["up_proj"], feedforward_modules=["down_proj"]), "feedforward_modules: expected"),
+        (Lora(rank=2, bias="all"), r"student.adapter.bias: expected none for LlamaForCausalLM, got all"),
         (Prompt(3, WORDS), "student.adapter.text: expected words that a tokenizer knows"),
     ],
     ids=str,

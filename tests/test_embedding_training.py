@@ -14,6 +14,7 @@ from potstill.embedding import EmbeddingDistiller, Judge, PairObjective, VectorH
 from potstill.embedding.heads import principal
 from potstill.embedding.training import Epoch
 from potstill.errors import DataError, DivergedError, ModelError, RunError, ShapeError
+from potstill.losses import similarity_error
 
 
 def clustered(rows: int, seed: int = 0) -> torch.Tensor:
@@ -154,6 +155,24 @@ def test_a_stage_ends_when_nothing_gets_better() -> None:
     _, lines = distil(VectorHead.from_pca(TRAIN, 3), heats=[1.0, 0.5], epochs=30, patience=2, learning_rate=1e-9)
     assert {line.stage for line in lines} == {0, 1, 2}
     assert len(lines) < 20
+
+
+def test_an_objective_of_ones_own_is_minimised() -> None:
+    heats = set()
+
+    class Error:
+        focus = "global"
+
+        def __call__(self, student: torch.Tensor, teacher: torch.Tensor, heat: float = 1.0) -> torch.Tensor:
+            heats.add(heat)
+            return similarity_error(student, teacher)
+
+    head = VectorHead(24, 3)
+    plan = EmbeddingDistiller(head, Error(), heats=[2.0, 1.0], epochs=2, batch_size=64, learning_rate=1e-2)
+    history = plan.fit(TRAIN, HELD)
+    assert heats == {1.0, 2.0}
+    assert history[-1].loss < history[1].loss
+    assert max(line.kept.all_pairs for line in history) > history[0].kept.all_pairs
 
 
 def test_a_checkpoint_of_another_student_is_told(tmp_path: Path) -> None:

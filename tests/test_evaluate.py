@@ -65,8 +65,18 @@ def test_rouge_and_bleu_of_texts_that_are_known() -> None:
     half = text_quality(["the cat"], ["the cat sat still"])
     assert half.rouge1 == pytest.approx(2 * (1.0 * 0.5) / 1.5)
     assert half.rouge2 == pytest.approx(2 * (1.0 * (1 / 3)) / (1 + 1 / 3))
+    assert half.brevity_penalty == pytest.approx(math.exp(1 - 4 / 2))
+    assert half.length_ratio == 0.5
+    assert half.bleu_precisions[:2] == [100, 100]
     with pytest.raises(UserError, match="got none"):
         text_quality([], [])
+
+
+def test_of_several_references_the_nearest_counts() -> None:
+    written = ["the cat sat on the mat", "a dog ran"]
+    both = text_quality(written, [["no such words", "the cat sat on the mat"], "a dog ran"])
+    assert both == text_quality(written, written)
+    assert (both.rouge2, round(both.bleu), both.brevity_penalty) == (1.0, 100, 1.0)
 
 
 def test_a_missing_library_is_told_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,8 +116,16 @@ LOGITS = {"term": "logits"}
         ({"objective": [{"term": "hidden", "distance": "cka", "projection": "mlp"}]}, "no projection with cka"),
         ({"objective": [{"term": "relations", "of": ["query"]}]}, "objective.0.of.0: input should be 'queries'"),
         ({"objective": [{"term": "similarity", "temperature": 0}]}, "objective.0.temperature: expected a number > 0"),
+        ({"objective": [{"term": "attention", "heads": "best"}]}, "objective.0.heads: input should be 'overlap'"),
+        ({"objective": [{"term": "attention", "heads": [[0]]}]}, "objective.0.heads"),
         ({"train": "fast"}, "train: expected a mapping"),
         ({"student": {}}, "student: expected either model or design, got neither"),
+        ({"objective": [{"term": "logits", "temperature": {"schedule": "linear", "start": 4.0, "end": 0.0}}]},
+         "objective.0.temperature: expected a number > 0, got 0.0"),
+        ({"objective": [{"term": "logits", "temperature": {"schedule": "constant", "value": 2.0, "warmup": 2}}]},
+         "objective.0.temperature: expected a number > 0, got 0.0 from its warm-up: give warmup_start"),
+        ({"objective": [{"term": "labels", "weight": {"schedule": "constant", "value": 1.0, "warmup_start": 0.5}}]},
+         "objective.0.weight: expected warmup, its steps, beside warmup_start, got 0.5 alone"),
         ({"output": ""}, "output: string should have at least 1 character"),
     ],
 )  # fmt: skip
@@ -166,6 +174,13 @@ def test_every_schedule_builds(values: dict[str, Any]) -> None:
 def test_a_schedule_is_as_long_as_the_run() -> None:
     built = SchedulePart(schedule="linear", start=4.0, end=1.0, warmup=2).build(steps=12)
     assert [built(0), built(2), built(7), built(12)] == [0.0, 4.0, 2.5, 1.0]
+
+
+def test_a_warm_up_starts_where_it_is_told() -> None:
+    rising = SchedulePart(schedule="linear", start=4.0, end=1.0, warmup=2, warmup_start=1.0).build(steps=12)
+    assert [rising(0), rising(1), rising(2), rising(12)] == [1.0, 2.5, 4.0, 1.0]
+    held = SchedulePart(schedule="linear", start=0.9, end=0.1, warmup=4, warmup_start=0.9).build(steps=8)
+    assert [held(0), held(3), held(6), held(8)] == pytest.approx([0.9, 0.9, 0.5, 0.1])
 
 
 def test_every_divergence_has_a_name() -> None:

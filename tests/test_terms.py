@@ -152,6 +152,21 @@ def test_head_counts_may_differ(mine: int, theirs: int, heads: Any) -> None:
         torch.testing.assert_close(loss, attention_divergence(a.attentions[1], maps)[attended(batch)].mean())
 
 
+def test_heads_may_be_paired_by_hand() -> None:
+    student, teacher = make_llama(**STUDENT), make_llama(**TEACHER)
+    batch = make_batch()
+    crossed = Distiller(student, teacher, [Attention(LayerMap.last_k(), heads=[(0, 1), (1, 1)])])
+    _, a = crossed._taps.hear(crossed._needs, lambda: student(**_inputs(batch)))
+    _, b = crossed.teacher._taps.hear(crossed.teacher._needs, lambda: teacher(**_inputs(batch)))
+    expected = attention_mse(a.attentions[1], b.attentions[3][:, [1, 1]])
+    torch.testing.assert_close(crossed.step(batch).loss, expected[attended(batch)].mean())
+    straight, overlap = (
+        Distiller(student, teacher, [Attention(LayerMap.last_k(), heads=heads)])
+        for heads in ([(0, 0), (1, 1)], "overlap")
+    )
+    torch.testing.assert_close(straight.step(batch).loss, overlap.step(batch).loss)
+
+
 def _with_heads(config: Any, heads: int) -> Any:
     config.num_attention_heads = config.num_key_value_heads = heads
     config.head_dim = config.hidden_size // heads
@@ -243,6 +258,9 @@ def test_terms_that_do_not_go_with_the_models() -> None:
         lambda: Hidden(distance="l2"),  # type: ignore[arg-type]
         lambda: Hidden(distance="cka", projection="linear"),
         lambda: Attention(heads="best"),  # type: ignore[arg-type]
+        lambda: Attention(heads=[]),
+        lambda: distiller(Attention(heads=[(0, 0), (2, 0)])),
+        lambda: distiller(Attention(heads=[(0, -1)])),
         lambda: Relations(of=("query",)),
         lambda: Relations(of=()),
         lambda: Similarity(kind="volume"),  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from potstill import schedule
-    from potstill.data import Examples, MaskedRows, PaddingCollator, Source, encode
+    from potstill.data import Examples, MaskedRows, PaddingCollator, Source, encode, in_batches
     from potstill.diagnosis import diagnose
     from potstill.divergence import (
         JSD,
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from potstill.embedding.run import run_embedding
     from potstill.engines import Completion, LocalEngine, ModelServer, Sampling
     from potstill.errors import PotstillError
+    from potstill.evaluate.generations import TextQuality, text_quality
+    from potstill.evaluate.quality import Quality, compare
     from potstill.evaluate.tradeoff import pareto_front, recommend
     from potstill.generation import Generated, generate
     from potstill.layers import LayerMap, Projection
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
         chunk_divergence,
         chunk_log_probs,
         embedding_divergence,
+        hidden_cosine,
+        hidden_l1,
+        hidden_mse,
         linear_cka,
         linear_cross_entropy,
         linear_divergence,
@@ -116,6 +121,9 @@ _LATER = {
         "chunk_divergence",
         "chunk_log_probs",
         "embedding_divergence",
+        "hidden_cosine",
+        "hidden_l1",
+        "hidden_mse",
         "linear_cka",
         "linear_cross_entropy",
         "linear_divergence",
@@ -138,9 +146,11 @@ _LATER = {
         "MixtureTargets",
         "SparseTargets",
     ),
-    "potstill.data": ("Examples", "MaskedRows", "PaddingCollator", "Source", "encode"),
+    "potstill.data": ("Examples", "MaskedRows", "PaddingCollator", "Source", "encode", "in_batches"),
     "potstill.engines": ("Completion", "LocalEngine", "ModelServer", "Sampling"),
     "potstill.diagnosis": ("diagnose",),
+    "potstill.evaluate.generations": ("TextQuality", "text_quality"),
+    "potstill.evaluate.quality": ("Quality", "compare"),
     "potstill.evaluate.tradeoff": ("pareto_front", "recommend"),
     "potstill.generation": ("Generated", "generate"),
     "potstill.embedding": ("EmbeddingDistiller", "PairObjective", "VectorHead", "open_vectors"),
@@ -243,6 +253,7 @@ __all__ = [
     "Prefix",
     "Projection",
     "Prompt",
+    "Quality",
     "Recipe",
     "Relations",
     "ReverseKL",
@@ -260,18 +271,24 @@ __all__ = [
     "SweepResult",
     "Teacher",
     "TeacherOutput",
+    "TextQuality",
     "TotalVariation",
     "Values",
     "VectorHead",
     "adapt",
     "chunk_divergence",
     "chunk_log_probs",
+    "compare",
     "diagnose",
     "embedding_divergence",
     "encode",
     "expected_share",
     "generate",
+    "hidden_cosine",
+    "hidden_l1",
+    "hidden_mse",
     "important_dimensions",
+    "in_batches",
     "linear_cka",
     "linear_cross_entropy",
     "linear_divergence",
@@ -292,6 +309,7 @@ __all__ = [
     "size_of",
     "sorted_distance",
     "sweep",
+    "text_quality",
     "token_cross_entropy",
     "token_divergence",
     "token_mean",

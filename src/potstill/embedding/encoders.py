@@ -106,7 +106,7 @@ def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextS
     weight = RARE / (RARE + seen / seen.sum().clamp_min(1)) / seen.clamp_min(1)
     with torch.no_grad():
         static.embedding.weight.copy_(sums * weight[:, None])
-    return TextStudent(SentenceTransformer(modules=[static]))
+    return TextStudent(SentenceTransformer(modules=[static], device="cpu"))
 
 
 def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str], start: Tensor) -> TextStudent:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -21,6 +21,17 @@ TEMPERATURE = 0.05
 MAP_WEIGHT: dict[Focus, float] = {"local": 0.0, "balanced": 3.0, "global": 30.0}
 # Where a head begins: what is nearest to each aim before any training.
 START: dict[Focus, Start] = {"local": "whitened", "balanced": "centred", "global": "uncentred"}
+
+
+class EmbeddingObjective(Protocol):
+    """What an `EmbeddingDistiller` minimises: `PairObjective`, or a class of one's own with the same two things."""
+
+    @property
+    def focus(self) -> Focus:
+        """Which held-out figure decides what the best epoch is."""
+
+    def __call__(self, student: Tensor, teacher: Tensor, heat: float = 1.0) -> Tensor:
+        """The loss of a batch: a scalar with gradient to the student's vectors [B, d]."""
 
 
 @dataclass(frozen=True)

@@ -167,8 +167,18 @@ def new_student(recipe: EmbeddingRecipe, focus: Focus, material: Material) -> St
     """The student with its first weights, near a PCA of the teacher's vectors: the same at every call.
 
     Raises:
-        UserError: it lacks a tokenizer or a model.
+        UserError: it lacks a tokenizer or a model, or the device is not there.
     """
+    try:
+        return _new_student(recipe, focus, material).to(recipe.train.device)
+    except (RuntimeError, AssertionError) as error:  # as torch says of a device that it does not know, or have
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"train.device: expected one that is here, such as cpu or cuda, got {recipe.train.device}: {said}"
+        ) from None
+
+
+def _new_student(recipe: EmbeddingRecipe, focus: Focus, material: Material) -> Student:
     part = recipe.student
     torch.manual_seed(recipe.seed)
     sample = material.vectors.sample(SAMPLE)

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from potstill.atomic import whole_or_nothing
 from potstill.embedding.encoders import TextStudent
 from potstill.embedding.heads import VectorHead
-from potstill.embedding.objective import PairObjective
+from potstill.embedding.objective import EmbeddingObjective, PairObjective
 from potstill.embedding.vectors import CHECK, Matrix, Vectors
 from potstill.errors import DataError, DivergedError, RunError, ShapeError
 from potstill.evaluate.space import Judge, Kept
@@ -47,8 +47,8 @@ class EmbeddingDistiller:
     is left is the best one seen on the held-out vectors, the start included: it is never worse there than PCA.
 
     Args:
-        student: a `VectorHead`, or a `TextStudent`.
-        objective: what is minimised; its focus also says which held-out correlation decides.
+        student: a `VectorHead`, or a `TextStudent`. It learns on the device that it is on.
+        objective: what is minimised; its focus also says which held-out correlation decides. Any `EmbeddingObjective`.
         heats: one for each stage.
         epochs: passes over the vectors, a stage.
         batch_size: rows whose pairs are compared with each other.
@@ -59,7 +59,7 @@ class EmbeddingDistiller:
     """
 
     student: Student
-    objective: PairObjective = field(default_factory=PairObjective)
+    objective: EmbeddingObjective = field(default_factory=PairObjective)
     heats: Sequence[float] = (1.0,)
     epochs: int = 20
     batch_size: int = 512
@@ -179,15 +179,17 @@ class _Run:
         held_out: Tensor,
         held_out_texts: Sequence[str] | None,
     ) -> None:
-        self.plan, self.decoder, self.judge = plan, decoder, judge
+        self.device = device_of(plan.student)
+        self.plan, self.decoder, self.judge = plan, decoder.to(self.device) if decoder else None, judge
         self.held_out, self.held_out_texts = held_out, held_out_texts
-        learns = [*plan.student.parameters(), *(decoder.parameters() if decoder else ())]
+        learns = [*plan.student.parameters(), *(self.decoder.parameters() if self.decoder else ())]
         self.optimizer = torch.optim.Adam(learns, lr=plan.learning_rate)
         self.best: dict[str, Tensor] = {}
         self.best_score = -math.inf
 
     def step(self, inputs: Any, teacher: Tensor, heat: float, learning_rate: float) -> float:
-        student = self.plan.student(inputs)
+        teacher = teacher.to(self.device)
+        student = self.plan.student(inputs.to(self.device) if isinstance(inputs, Tensor) else inputs)
         loss = self.plan.objective(student, teacher, heat)
         if self.decoder is not None:
             share = self.plan.reconstruction
@@ -266,6 +268,12 @@ def _half_cosine(share: float) -> float:
 
 @torch.no_grad()
 def vectors_of(student: Student, vectors: Tensor, texts: Sequence[str] | None) -> Tensor:
-    """[N, d]: what a student makes of vectors, or of their texts."""
-    given: Any = vectors if texts is None else texts
-    return torch.cat([student(given[start : start + CHECK]).float() for start in range(0, len(given), CHECK)])
+    """[N, d] on the CPU: what a student makes of vectors, or of their texts."""
+    given: Any = vectors.to(device_of(student)) if texts is None else texts
+    blocks = [student(given[start : start + CHECK]).float().cpu() for start in range(0, len(given), CHECK)]
+    return torch.cat(blocks)
+
+
+def device_of(student: Student) -> torch.device:
+    """Where a student is."""
+    return next(student.parameters()).device

@@ -107,6 +107,18 @@ class _Softened:
         return found
 
 
+def soften(logits: Tensor, temperatures: Sequence[float] = TEMPERATURES) -> list[Softening]:
+    """What temperatures make of logits [N, V]: a `Softening` for each, by rising temperature.
+
+    >>> broad = soften(torch.tensor([[2.0, 1.0, 0.0]]), (1.0, 4.0))
+    >>> [round(one.support, 2) for one in broad]
+    [2.3, 2.94]
+    """
+    softened = _Softened()
+    softened.add(logits.float(), temperatures)
+    return softened.finish()
+
+
 @torch.no_grad()
 def look(
     teach: Teach,

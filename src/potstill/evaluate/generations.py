@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,10 @@ class TextQuality:
         rouge2: of pairs of words.
         rouge_l: of the longest common subsequence.
         bleu: of the whole corpus, in [0, 100], by sacrebleu's defaults.
+        bleu_precisions: what BLEU is the geometric mean of, in [0, 100]: runs of 1, 2, 3 and 4 words that are in a
+            reference too.
+        brevity_penalty: and what that mean is multiplied by: below 1 where texts are shorter than their references.
+        length_ratio: words of the texts over those of their references.
         texts: how many.
     """
 
@@ -29,15 +34,18 @@ class TextQuality:
     rouge2: float
     rouge_l: float
     bleu: float
+    bleu_precisions: list[float]
+    brevity_penalty: float
+    length_ratio: float
     texts: int
 
 
-def text_quality(written: Sequence[str], truths: Sequence[str]) -> TextQuality:
+def text_quality(written: Sequence[str], truths: Sequence[str | Sequence[str]]) -> TextQuality:
     """ROUGE and BLEU of texts beside their references.
 
     Args:
         written: one text each.
-        truths: the reference of each.
+        truths: the reference of each, or several: ROUGE takes the nearest, BLEU what is in any of them.
 
     Raises:
         UserError: the libraries are not installed, or there is no text.
@@ -53,13 +61,23 @@ def text_quality(written: Sequence[str], truths: Sequence[str]) -> TextQuality:
     if not written:
         raise UserError("evaluate --generations: expected rows with a beginning and something after it, got none.")
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
-    scores = [scorer.score(truth, text) for text, truth in zip(written, truths, strict=True)]
+    references = [[truth] if isinstance(truth, str) else list(truth) for truth in truths]
+    scores = [scorer.score_multi(several, text) for text, several in zip(written, references, strict=True)]
 
     def mean(name: str) -> float:
         return sum(score[name].fmeasure for score in scores) / len(scores)
 
-    bleu = sacrebleu.corpus_bleu(list(written), [list(truths)]).score
-    return TextQuality(mean("rouge1"), mean("rouge2"), mean("rougeL"), bleu, len(scores))
+    bleu = sacrebleu.corpus_bleu(list(written), [list(column) for column in zip_longest(*references)])
+    return TextQuality(
+        rouge1=mean("rouge1"),
+        rouge2=mean("rouge2"),
+        rouge_l=mean("rougeL"),
+        bleu=bleu.score,
+        bleu_precisions=bleu.precisions,
+        brevity_penalty=bleu.bp,
+        length_ratio=bleu.sys_len / max(bleu.ref_len, 1),
+        texts=len(scores),
+    )
 
 
 def continuations(

@@ -32,6 +32,9 @@ class LoraPart(FrozenPart):
     target_modules: Targets | None = Field(
         None, description="names, or ends of names, of linear layers; by default all but the head"
     )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="which biases of the model are trained too; lora_only: of the layers with an adapter"
+    )
     merge: bool = Field(False, description="export the plain model that computes the same, not the adapter")
 
     @property

@@ -123,6 +123,7 @@ class EmbeddingTrainPart(Part):
     learning_rate: float | None = Field(None, gt=0, description="default: what suits the student")
     temperature: StagesPart | None = Field(None, description="stages of temperature; default: one, at 1")
     reconstruction: float = Field(0.0, ge=0, le=1, description="share of a decoder's error in the loss")
+    device: str = Field("cpu", description="where the student learns, such as cuda")
     patience: int = Field(5, ge=1, description="epochs without a better held-out correlation that end a stage")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from potstill.layers import LayerMap
 from potstill.positions import TASKS, Task
@@ -79,8 +79,14 @@ class AttentionPart(Part):
     tasks: ClassVar[frozenset[Task]] = TASKS
     layers: Layers = Field(LayersPart.model_validate({}), description="uniform, unless said otherwise")
     divergence: NamedDivergence | None = Field(None, description="without one, the squared distance of directions")
-    heads: Literal["overlap", "entropy", "variance", "learned"] = Field(
-        "overlap", description="how heads meet; entropy and variance weigh focused ones, learned trains a mixture"
+    heads: (
+        Annotated[Literal["overlap", "entropy", "variance", "learned"], Tag("a way")]
+        | Annotated[list[tuple[int, int]], Field(min_length=1), Tag("pairs")]
+    ) = Field(
+        "overlap",
+        discriminator=Discriminator(lambda value: "pairs" if isinstance(value, list) else "a way"),
+        description="how heads meet; entropy and variance weigh focused ones, learned trains a mixture; "
+        "or [student head, teacher head], ...",
     )
     weight: Weight = 1.0
 

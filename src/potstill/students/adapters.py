@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class Lora(Adapter):
         alpha: None for 2 * rank.
         dropout: of x, in training.
         target_modules: names or ends of names of linear layers; None for all of the model's body.
+        bias: which biases of the model are trained too: none, those of the layers that have an adapter (lora_only), or
+            all. The model without the adapter is then no longer what it was.
 
     References:
         Hu et al. 2021, arXiv 2106.09685; all linear layers: Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, section 4.
@@ -53,6 +55,7 @@ class Lora(Adapter):
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: Sequence[str] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
 
     def config(self, model: PreTrainedModel) -> Any:
         """See `Adapter`."""
@@ -65,10 +68,17 @@ class Lora(Adapter):
                 f"student.adapter.rank: expected 1..{sides[narrowest]}, the smaller side of {narrowest}, got "
                 f"{self.rank}. No such matrix has a higher rank. Lower it, or leave that layer out of target_modules."
             )
+        biased = model.modules() if self.bias == "all" else (layers[name] for name in chosen)
+        if self.bias != "none" and all(getattr(layer, "bias", None) is None for layer in biased):
+            raise ModelError(
+                f"student.adapter.bias: expected none for {type(model).__name__}, got {self.bias}. There are no biases "
+                "to train. Leave it out."
+            )
         return require_peft("student.adapter").LoraConfig(
             task_type=_task(model),
             modules_to_save=judging(model) or None,
             r=self.rank,
+            bias=self.bias,
             lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
             target_modules=chosen,

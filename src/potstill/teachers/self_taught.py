@@ -133,13 +133,18 @@ class AdapterOffTeacher(Teacher):
         """See `Teacher`.
 
         Raises:
-            ModelError: the student has no adapter.
+            ModelError: the student has no adapter, or one beside which biases of its base are trained.
         """
         if not hasattr(student, "disable_adapter"):
             raise ModelError(
                 f"AdapterOffTeacher: expected a student with an adapter that can be switched off, got a "
                 f"{type(student).__name__}. Its base is the teacher. Give the student an adapter (a PeftModel), or "
                 "name a teacher."
+            )
+        if any(getattr(config, "bias", "none") != "none" for config in getattr(student, "peft_config", {}).values()):
+            raise ModelError(
+                "AdapterOffTeacher: expected an adapter that leaves its base as it is, got one with which biases are "
+                "trained: the teacher would move with the student. Leave student.adapter.bias out."
             )
         self._student, self._taps = student, None
         with _without_adapter(student):

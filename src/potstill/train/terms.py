@@ -8,7 +8,7 @@ the student's autocast.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -171,11 +171,11 @@ class Attention(InsideTerm):
             directions, see `attention_mse`.
         heads: overlap (`head_overlap`: equal counts pair up, others share), entropy or variance (the same, and a
             teacher's focused heads count more, `head_importance`), or learned: a trained mixture of the student's
-            heads learns from each of the teacher's.
+            heads learns from each of the teacher's; or pairs (student head, teacher head), from 0, for all layers.
         weight: >= 0.
 
     Raises:
-        ShapeError: there is no such way to match heads.
+        ShapeError: there is no such way to match heads, or a head is not there.
         ModelError: the student drops attention in training and a divergence is asked for.
 
     References:
@@ -189,12 +189,14 @@ class Attention(InsideTerm):
         layers: LayerMap | None = None,
         divergence: Divergence | None = None,
         *,
-        heads: Literal["overlap", "entropy", "variance", "learned"] = "overlap",
+        heads: Literal["overlap", "entropy", "variance", "learned"] | Sequence[tuple[int, int]] = "overlap",
         weight: Number = 1.0,
     ) -> None:
         super().__init__(layers or LayerMap.uniform(), weight)
-        if heads not in ("overlap", "entropy", "variance", "learned"):
-            raise ShapeError(f"Attention: expected heads of overlap, entropy, variance, learned, got {heads!r}.")
+        if not heads or (isinstance(heads, str) and heads not in ("overlap", "entropy", "variance", "learned")):
+            raise ShapeError(
+                f"Attention: expected heads of overlap, entropy, variance, learned, or pairs, got {heads!r}."
+            )
         self.divergence = divergence
         self.heads = heads
         self.mixtures = nn.ParameterList()
@@ -210,6 +212,14 @@ class Attention(InsideTerm):
                 f"Attention: expected a student without attention dropout, got {student.attention_dropout}. What is "
                 "dropped has no probability, and the divergence no bound. Set it to 0, or leave out the divergence."
             )
+        if not isinstance(self.heads, str):
+            for place, (who, model) in enumerate((("student", student), ("teacher", teacher))):
+                strange = [pair[place] for pair in self.heads if not 0 <= pair[place] < model.heads]
+                if strange:
+                    raise ShapeError(
+                        f"Attention: expected {who} heads in 0..{model.heads - 1}, as the {who} has {model.heads}, "
+                        f"got {strange[0]}."
+                    )
         self.mixtures = nn.ParameterList()
         if self.heads == "learned":
             # Near the overlap, and nowhere so far from it that a head could not be chosen any more.
@@ -224,6 +234,9 @@ class Attention(InsideTerm):
         weights = None
         if self.heads == "learned":
             s, _ = match_heads(s, self.mixtures[pair].softmax(-1))
+        elif not isinstance(self.heads, str):
+            mine, theirs = zip(*self.heads, strict=True)
+            s, t = s[:, mine], t[:, theirs]
         else:
             importance = None if self.heads == "overlap" else head_importance(t, signals.attended, self.heads)
             t, weights = match_heads(t, head_overlap(s.shape[1], t.shape[1]), importance)
