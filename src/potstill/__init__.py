@@ -94,6 +94,7 @@ if TYPE_CHECKING:
         PolicyGradient,
         Relations,
         Rollout,
+        ServedWriter,
         Similarity,
         Values,
     )
@@ -194,6 +195,7 @@ _LATER = {
         "PolicyGradient",
         "Relations",
         "Rollout",
+        "ServedWriter",
         "Similarity",
         "Values",
     ),
@@ -259,6 +261,7 @@ __all__ = [
     "RunResult",
     "Sampling",
     "ServedTeacher",
+    "ServedWriter",
     "Similarity",
     "SkewForwardKL",
     "SkewReverseKL",
