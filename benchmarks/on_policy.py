@@ -4,11 +4,11 @@
     .venv/bin/python benchmarks/on_policy.py speed   # beside TRL, where it is installed
 
 `works`: strings of 4 to 8 letters are to be written backwards. The teacher (2 layers of width 128) learns until it
-writes at least 99% of unseen strings right. Every student (1 layer of width 24) begins with the same weights for each
-seed, has learnt from 300 rows for 400 steps (its beginning), and then makes the same number of updates, each of
+writes at least 99% of unseen strings right. Every student (2 layers of width 48) begins with the same weights for each
+seed, has learnt from 500 rows for 500 steps (its beginning), and then makes the same number of updates, each of
 32 rows, by one of:
 
-    labels     cross-entropy with 300 strings and their answers
+    labels     cross-entropy with 500 strings and their answers
     data       forward KL to the teacher on those strings
     seqkd      cross-entropy with what the teacher writes behind those prompts
     mixed      forward KL on half data, half what the teacher writes
@@ -71,7 +71,7 @@ from potstill.train import PolicyGradient, Rollout, teacher_mix
 LETTERS = 16
 END, PAD, ASK = LETTERS, LETTERS + 1, LETTERS + 2
 VOCABULARY = LETTERS + 3
-ROWS, UPDATES, BEGINNING, DATA = 32, 600, 400, 300
+ROWS, UPDATES, BEGINNING, DATA = 32, 600, 500, 500
 Row = dict[str, list[int]]
 
 
@@ -179,7 +179,7 @@ def one(method: str, seed: int, teacher: LlamaForCausalLM, unseen: list[list[int
     """A student of a method: its score before and after, its KL on the data, and its seconds."""
     known = strings(DATA, 10 + seed)
     data = [row(s) for s in known]
-    student = llama(24, 1, seed)
+    student = llama(48, 2, seed)
     learn(student, None, [Labels()], data, BEGINNING, 3e-3, seed)
     before = right(student, unseen)
     draws = Sampling(max_new_tokens=12, seed=seed)

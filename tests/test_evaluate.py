@@ -70,6 +70,8 @@ def test_rouge_and_bleu_of_texts_that_are_known() -> None:
     assert half.bleu_precisions[:2] == [100, 100]
     with pytest.raises(UserError, match="got none"):
         text_quality([], [])
+    with pytest.raises(UserError, match="got none"):
+        text_quality(["the cat"], [[]])
 
 
 def test_of_several_references_the_nearest_counts() -> None:

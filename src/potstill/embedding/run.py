@@ -169,8 +169,9 @@ def new_student(recipe: EmbeddingRecipe, focus: Focus, material: Material) -> St
     Raises:
         UserError: it lacks a tokenizer or a model, or the device is not there.
     """
+    student = _new_student(recipe, focus, material)
     try:
-        return _new_student(recipe, focus, material).to(recipe.train.device)
+        return student.to(recipe.train.device)
     except (RuntimeError, AssertionError) as error:  # as torch says of a device that it does not know, or have
         said = " ".join(str(error).split())[:200]
         raise UserError(

@@ -58,10 +58,10 @@ def text_quality(written: Sequence[str], truths: Sequence[str | Sequence[str]]) 
             "evaluate --generations: expected rouge-score and sacrebleu to be installed, got none. "
             "Install them: pip install 'potstill[generations]'."
         ) from None
-    if not written:
+    references = [[truth] if isinstance(truth, str) else list(truth) for truth in truths]
+    if not written or not all(references):
         raise UserError("evaluate --generations: expected rows with a beginning and something after it, got none.")
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
-    references = [[truth] if isinstance(truth, str) else list(truth) for truth in truths]
     scores = [scorer.score_multi(several, text) for text, several in zip(written, references, strict=True)]
 
     def mean(name: str) -> float:
