@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,14 @@ def test_on_a_terminal_it_asks_again_until_an_answer_can_be(monkeypatch: pytest.
     found = yaml.safe_load(Path("recipe.yaml").read_text())
     assert found["student"]["design"] == {"compression": 2.0}
     assert found["output"] == "runs/mine"
+
+
+def test_the_page_runs() -> None:
+    page = (Path(__file__).parent.parent / "docs/init.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
+    for line in block.splitlines():
+        said(*line.split()[1:])
+    assert yaml.safe_load(Path("lora.yaml").read_text())["student"] == {"model": "student", "adapter": "lora"}
 
 
 @pytest.mark.parametrize(
