@@ -207,7 +207,11 @@ def test_nothing_is_overwritten_unasked() -> None:
         (("--data", "trian.jsonl", "--eval", "eval.jsonl"), DataError, "Did you mean 'train.jsonl'?"),
         ((*DATA, "--field", "txt"), DataError, "expected a column 'txt' in train.jsonl, got text"),
         ((*DATA, "--params", "many"), ModelError, "params: expected a number such as 100M"),
-        ((*DATA, "--params", "1M", "--target", "edge"), RecipeError, "expected one of params, compression"),
+        (
+            (*DATA, "--params", "1M", "--target", "edge"),
+            RecipeError,
+            "can have, got: expected one of params, compression",
+        ),
         ((*DATA, "--params", "1B"), ModelError, "expected a budget below the teacher's"),
         ((*DATA, "--keep", "width"), RecipeError, "expected one of params, compression"),
         ((*DATA, "--adapter", "lora"), UserError, "expected --student with --adapter, got none"),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import ValidationError
 
 from potstill.drafting.models import VECTORS, Model, is_embedder, look_at_model, speak_alike
 from potstill.drafting.rows import LOOKED_AT, TEXTS, Rows, find_columns, look_at_rows, table_of
@@ -192,10 +193,9 @@ def _validated(part: dict[str, Any]) -> StudentPart:
     """The part itself, with its mistakes told as the command's."""
     try:
         return StudentPart.model_validate(part)
-    except ValueError as error:
-        raise RecipeError(
-            f"init: expected a budget that a recipe can have, got: {' '.join(str(error).split())}"
-        ) from None
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"init: expected a budget that a recipe can have, got: {reason}.") from None
 
 
 def _max_length(rows: Rows, positions: int, packing: bool) -> int:
