@@ -5,7 +5,7 @@ WORKERS ?= 2
 # A file's tests share what they have made; each process has one thread.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: setup demo test test-slow test-server check bench docs clean
+.PHONY: setup demo test test-slow test-server check bench docs dist clean
 
 setup: .venv/installed
 
@@ -46,6 +46,11 @@ bench: setup
 
 docs: setup
 	$(BIN)/python docs/reference.py
+
+# Wheel and source, in dist/.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf .venv .venv-server runs build dist .pytest_cache .mypy_cache .ruff_cache

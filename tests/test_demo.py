@@ -82,6 +82,20 @@ def test_the_demos_recipe_is_ready(tmp_path: Path) -> None:
     assert Path(recipe.teacher.model).is_dir()
 
 
+def test_the_fast_one_is_small_and_says_so(tmp_path: Path) -> None:
+    whole, fast = demo_recipe(tmp_path / "whole"), demo_recipe(tmp_path / "fast", fast=True)
+    tokens = [
+        each.train["max_steps"] * each.train["per_device_train_batch_size"] * each.data.max_length
+        for each in (fast, whole)
+    ]
+    assert tokens[0] * 30 <= tokens[1]
+    for split in ("train", "eval"):
+        sizes = [Path(getattr(each.data, split).path).stat().st_size for each in (fast, whole)]
+        assert sizes[0] * 3 < sizes[1]
+    assert "fewer steps and less text" in fast.name
+    assert (fast.student, fast.objective) == (whole.student, whole.objective)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_demo_closes_a_part_of_the_gap(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_recipe_and_the_commands_of_the_readme_run(workplace: Path) -> None:
     (workplace / "recipe.yaml").write_text(recipe)
     lines = [line.partition("#")[0] for block in blocks("console") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("potstill")]
-    assert [command[0] for command in commands] == ["check", "run", "run", "report", "schema"]
+    assert [command[0] for command in commands] == ["init", "check", "run", "run", "report", "schema"]
     for command in commands:
         done = CliRunner().invoke(app, command, catch_exceptions=False)
         assert done.exit_code == 0, done.output

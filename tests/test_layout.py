@@ -50,10 +50,11 @@ ROOMS: dict[str, set[str]] = {
     "diagnosis": PIPELINE | {"prepare"},
     "caching": PIPELINE | {"speaker", "machines"},
     "generation": PIPELINE | {"speaker", "machines"},
+    "drafting": PIPELINE | {"prepare_task", "prepare_student", "embedding"},
     "demo": PIPELINE | {"prepare", "preflight", "pipeline", "cli"},
     "cli": PIPELINE
     | {"prepare", "preflight", "evaluation", "pipeline", "sweeping", "diagnosis", "generation", "caching"}
-    | {"demo", "embedding"},
+    | {"demo", "embedding", "drafting"},
     "__main__": {"cli"},
 }
 

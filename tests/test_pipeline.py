@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import processes
 from conftest import make_llama, make_tokenizer
-from potstill.errors import DataError, ModelError, PotstillError, RecipeError, VocabularyError
+from potstill.errors import DataError, ModelError, PotstillError, RecipeError, RunError, VocabularyError
 from potstill.pipeline import run
 from potstill.preflight import check
 from potstill.prepare import prepare
@@ -319,3 +320,21 @@ def test_bfloat16_is_left_out_where_a_cpu_has_no_instructions_for_it(
         assert parts.teacher_model.dtype == (torch.bfloat16 if has else torch.float32)
         assert parts.bf16 is has
         assert any("train.bf16" in note for note in parts.notes) is not has
+
+
+def test_a_full_disk_is_told_as_one(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1659136 vs 1659028")
+
+    usage = shutil.disk_usage(recipe_values["output"].rpartition("/")[0])
+    recipe = Recipe.parse(recipe_values | {"evaluate": {"baseline": False}})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RuntimeError, match="inline_container"):  # there is room: it is something else
+            run(recipe, console=Console(file=io.StringIO()))
+        patch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100))
+        with pytest.raises(
+            RunError, match=r"output: expected room for 0\.\d MB on the disk of .*, got 0\.0 MB\. .*--resume"
+        ):
+            run(recipe, resume=True, console=Console(file=io.StringIO()))
+    assert run(recipe, resume=True, console=Console(file=io.StringIO())).summary["training"]["steps"] == 6

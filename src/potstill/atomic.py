@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from potstill.errors import PotstillError, RunError
+
+
+@contextmanager
+def on_a_disk_with_room(folder: Path, needed: int) -> Iterator[None]:
+    """What fails while a folder is written to, on a disk that has no room for so many bytes, failed for that.
+
+    Raises:
+        RunError: it did. torch itself says "unexpected pos 1659136 vs 1659028" then.
+    """
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(folder).free
+        if isinstance(error, PotstillError) or free >= needed:
+            raise
+        raise RunError(
+            f"output: expected room for {needed / 1e6:,.1f} MB on the disk of {folder}, got {free / 1e6:,.1f} MB. What "
+            "was saved is kept. Make room, and go on with --resume."
+        ) from error
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def evaluate(
             _require_room(name, model, max_length, measures)
         if not of_tokens:
             match_heads(task, models, tokenizer)
-        classes = classes_of(models["student"]) if task == "classification" else None
+        classes = classes_of(models["student"].config) if task == "classification" else None
         examples = encode(source, tokenizer, max_length=max_length, packing=packing, task=task, classes=classes)
         if task == "masked":
             examples = replace(examples, dataset=MaskedRows(examples.dataset, tokenizer).fixed())

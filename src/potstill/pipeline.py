@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from potstill.atomic import write_text
+from potstill.atomic import on_a_disk_with_room, write_text
 from potstill.data import in_batches
 from potstill.errors import RecipeError
 from potstill.evaluate.judged import measure
@@ -42,6 +42,7 @@ from potstill.train.own_text import collapse
 from potstill.train.rollout import Rollout
 
 EVAL_ROWS = 16  # rows in a batch of the final evaluation
+CHECKPOINT = 3 * 4  # bytes of a trained parameter: itself and Adam's two moments
 OWN_TEXTS = 4  # of the student, in the report
 
 
@@ -91,9 +92,10 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
             for note in parts.notes:
                 console.print(note, style="dim", highlight=False, markup=False)
         state.wait_for_everyone()
-        _train(parts, "student", parts.objective(), directory, console, parts.rollout())
-        if recipe.evaluate.baseline:
-            _train(parts, "baseline", Objective([Labels()]), directory, console)
+        with on_a_disk_with_room(directory, CHECKPOINT * parts.size.trained):
+            _train(parts, "student", parts.objective(), directory, console, parts.rollout())
+            if recipe.evaluate.baseline:
+                _train(parts, "baseline", Objective([Labels()]), directory, console)
 
         if state.is_main_process:
             with console.status("evaluating on held-out data"):

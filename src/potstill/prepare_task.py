@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data import Examples, MaskedRows, Source, encode, pad_token_id
 from potstill.errors import RecipeError
@@ -35,7 +35,7 @@ def encode_data(recipe: Recipe, student: PreTrainedModel, tokenizer: PreTrainedT
             max_length=recipe.data.max_length,
             packing=recipe.data.packing,
             task=recipe.task,
-            classes=classes_of(student) if recipe.task == "classification" else None,
+            classes=classes_of(student.config) if recipe.task == "classification" else None,
         )
 
     with PartialState().main_process_first():  # the other ranks then find what it has encoded
@@ -53,9 +53,9 @@ def token_rows(model: PreTrainedModel, with_head: bool) -> int:
     return rows
 
 
-def classes_of(model: PreTrainedModel) -> dict[str, int]:
+def classes_of(config: PretrainedConfig) -> dict[str, int]:
     """The numbers of a classifier's classes by their names."""
-    return {str(name): int(number) for name, number in (model.config.label2id or {}).items()}
+    return {str(name): int(number) for name, number in (config.label2id or {}).items()}
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
@@ -90,7 +90,7 @@ def match_heads(task: Task, models: dict[str, PreTrainedModel], tokenizer: PreTr
             f"student.model: expected the teacher's {sizes['teacher']} classes, got {sizes['student']}. "
             "Name a model without a classifier, which then gets the teacher's, or one with the same classes."
         )
-    of_teacher, of_student = (classes_of(models[name]) for name in ("teacher", "student"))
+    of_teacher, of_student = (classes_of(models[name].config) for name in ("teacher", "student"))
     if of_teacher != of_student and not any(_is_unnamed(each) for each in (of_teacher, of_student)):
         raise RecipeError(
             f"student.model: expected the teacher's classes {of_teacher}, got {of_student}. "

@@ -38,7 +38,10 @@ def run(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="the run directory")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="the run directory; default: runs/demo, or runs/demo-fast", show_default=False)
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="a first look in a minute: fewer steps, less text")] = False,
     set_: Sets = None,
 ) -> None:
     """Distil the teacher that comes with Potstill, offline, on the source of Python's standard library.
@@ -48,10 +51,11 @@ def demo(
     from potstill.demo import demo_recipe
     from potstill.pipeline import run as run_recipe
 
-    recipe = demo_recipe(out, set_ or ())
+    out = out or Path("runs/demo-fast" if fast else "runs/demo")
+    recipe = demo_recipe(out, set_ or (), fast=fast)
     console.print(
         "A 5.3M-parameter teacher and a student a sixth of its size: taught by it once, trained on labels once.\n"
-        f"[dim]The recipe: {out / 'recipe.yaml'}[/]",
+        f"{recipe.name}\n[dim]The recipe: {out / 'recipe.yaml'}[/]",
         highlight=False,
     )
     _finish(run_recipe(recipe, resume=True, console=console))

@@ -90,7 +90,7 @@ def load(source: Source, task: Task = "causal") -> tuple[Dataset, Kind]:
             a row holds something else than its kind does.
     """
     path = Path(source.path).expanduser()
-    _require_file(path)
+    require_file(path)
     with reading(path):
         table = open_table(path)
         chosen = _labelled if task in JUDGED else _choose
@@ -105,7 +105,12 @@ def load(source: Source, task: Task = "causal") -> tuple[Dataset, Kind]:
     return dataset, kind
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> None:
+    """See that there is a file that can be read, with something in it, or a folder.
+
+    Raises:
+        DataError: there is none.
+    """
     if not path.exists():
         beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(

@@ -80,7 +80,7 @@ def check_targets(caller: str, shape: torch.Size, targets: Targets, divergence: 
         raise ShapeError(
             f"{caller}: expected a divergence that is linear in the teacher with sampled targets, got "
             f"{type(divergence).__name__}, for which a sample is biased. Use ForwardKL or SoftCrossEntropy, or "
-            'targets of kind "bucket".'
+            'targets of kind "bucket" (a cache of --codec top_k).'
         )
     if isinstance(targets, SparseTargets):
         targets.slice(shape[-1])

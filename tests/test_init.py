@@ -1,0 +1,237 @@
+"""potstill init: what it writes passes potstill check and runs, for every kind and task; its mistakes are told."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from conftest import TEXT, make_llama, make_tokenizer
+from potstill.cli import app
+from potstill.cli import init as command
+from potstill.errors import DataError, ModelError, RecipeError, UserError
+from toy_encoders import make_encoder, save, write_rows
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
+FAST = ["train.max_steps=2", "evaluate.continuations=0", "train.warmup_steps=0"]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with teacher/, a llama of four layers, train.jsonl and eval.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    for name, layers in (("teacher", 4), ("student", 1)):
+        make_llama(hidden_size=32, layers=layers, seed=layers).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    write(train=[{"text": text} for text in TEXT[:40]], eval=[{"text": text} for text in TEXT[40:]])
+    return tmp_path
+
+
+def write(**files: list[dict[str, Any]]) -> None:
+    for name, rows in files.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def said(*arguments: str, **options: Any) -> str:
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False, **options)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+DATA = ("--data", "train.jsonl", "--eval", "eval.jsonl")
+
+
+def drafted(*flags: str) -> dict[str, Any]:
+    """What `potstill init` writes, after check has accepted it."""
+    said("init", "--teacher", "teacher", *flags, "--force")
+    said("check", "recipe.yaml")
+    return yaml.safe_load(Path("recipe.yaml").read_text())
+
+
+def ran(*sets: str) -> dict[str, Any]:
+    said("run", "recipe.yaml", *(part for each in [*FAST, *sets] for part in ("--set", each)))
+    return json.loads(Path("runs/teacher-small/summary.json").read_text())
+
+
+def test_texts() -> None:
+    found = drafted(*DATA)
+    assert found["data"]["train"] == {"path": "train.jsonl", "field": "text"}
+    assert (found["data"]["max_length"], found["data"]["packing"]) == (64, True)
+    assert found["student"] == {"design": {"num_hidden_layers": 2}, "initialize": "copy"}
+    assert ran()["rows"]["student"]["parameters"] < ran_parameters("teacher")
+    page = Path("recipe.yaml").read_text()
+    assert "2 layers of width 32" in page
+    assert max(map(len, page.splitlines())) <= 150
+
+
+def ran_parameters(name: str) -> int:
+    return json.loads(Path("runs/teacher-small/summary.json").read_text())["rows"][name]["parameters"]
+
+
+def test_prompts_and_completions_into_a_budget() -> None:
+    rows = [{"id": i, "question": text[:9], "answer": text[9:30]} for i, text in enumerate(TEXT)]
+    write(train=rows[:40], eval=rows[40:])
+    found = drafted(*DATA, "--compression", "2", "--max-length", "48")
+    assert found["data"]["train"] == {"path": "train.jsonl", "prompt": "question", "completion": "answer"}
+    assert found["data"]["max_length"] == 48
+    assert "packing" not in found["data"]
+    assert found["student"] == {"design": {"compression": 2.0}, "initialize": "prune"}
+    ran()
+    assert ran_parameters("student") == pytest.approx(ran_parameters("teacher") / 2, rel=0.06)
+
+
+def test_chats_into_an_adapter() -> None:
+    chats = [[{"role": "user", "content": text[:9]}, {"role": "assistant", "content": text[9:30]}] for text in TEXT]
+    write(train=[{"conversations": chat} for chat in chats[:40]], eval=[{"conversations": c} for c in chats[40:]])
+    found = drafted(*DATA, "--student", "student", "--adapter", "prompt", "--output", "runs/teacher-small")
+    assert found["data"]["train"] == {"path": "train.jsonl", "messages": "conversations"}
+    assert found["data"]["max_length"] <= 64 - 20  # virtual tokens take positions
+    assert found["student"] == {"model": "student", "adapter": "prompt"}
+    assert ran()["adapter"]["title"] == "a prompt of 20 tokens"
+
+
+def test_another_tokenizer_is_seen() -> None:
+    make_tokenizer(280).save_pretrained("student")
+    make_llama(vocab_size=280, layers=1).save_pretrained("student")
+    found = drafted(*DATA, "--student", "student")
+    assert [term["term"] for term in found["objective"]] == ["chunks", "labels"]
+    assert found["student"] == {"model": "student"}
+    ran()
+
+
+@pytest.mark.parametrize("task", ["masked", "classification", "regression", "encoder"])
+def test_encoders(task: str) -> None:
+    save(make_encoder("distilbert" if task != "regression" else "bert", task, seed=1), Path("teacher"))
+    for name, seed in (("train", 0), ("eval", 7)):
+        write_rows(Path(f"{name}.jsonl"), 40, seed=seed)
+    found = drafted(*DATA, *(("--label", "score") if task == "regression" else ()))
+    assert found["task"] == task
+    assert found["student"]["design"] == {"num_hidden_layers" if task == "regression" else "n_layers": 2}
+    judged = {"pair": "text_pair", "label": "score" if task == "regression" else "label"}
+    columns = {"field": "text"} | (judged if task in ("classification", "regression") else {})
+    assert found["data"]["train"] == {"path": "train.jsonl", **columns}
+    assert set(ran()["rows"]) == {"teacher", "student"} | ({"baseline"} if task != "encoder" else set())
+
+
+def test_vectors_and_embedders(embedder: Path) -> None:
+    write(train=[{"sentence": f"{text.split('(')[0]} number {i}"} for i, text in enumerate(TEXT * 5)])
+    np.save("vectors.npy", np.random.default_rng(0).standard_normal((300, 12)).astype("f4"))
+    for teacher, more in (("vectors.npy", ()), (str(embedder), ("--data", "train.jsonl"))):
+        said(
+            "init",
+            "--teacher",
+            teacher,
+            *more,
+            "--dimensions",
+            "4",
+            "--name",
+            "e",
+            "--output",
+            f"run{len(more)}",
+            "--force",
+        )
+        said("check", "recipe.yaml")
+        said("run", "recipe.yaml", "--set", "train.epochs=1")
+        assert Path(f"run{len(more)}/report.html").exists()
+    found = yaml.safe_load(Path("recipe.yaml").read_text())
+    assert found["data"]["train"]["fields"] == ["sentence"]
+    assert found["student"] == {"encoder": {"layers": 1}, "dimensions": 4}
+
+
+def test_a_teacher_that_writes() -> None:
+    model = make_llama()
+    model.config.max_position_embeddings = 256  # the template is longer than the toys' 64
+    model.save_pretrained("teacher")
+    write(questions=[{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(3)])
+    found = drafted("--kind", "generate", "--data", "questions.jsonl")
+    assert found["task"]["questions"] == {"path": "questions.jsonl", "field": "question", "answer": "answer"}
+    assert found["output"] == "runs/teacher-texts"
+
+
+def test_on_a_terminal_it_asks_again_until_an_answer_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_on_a_terminal", lambda: True)
+    answers = ["teachr", "teacher", "train.json", "train.jsonl", "eval.jsonl", "hundreds", "2x", "runs/mine"]
+    output = said("init", input="\n".join(answers) + "\n")
+    for wrong in ("got teachr, which is not one. Did you mean teacher?", "Did you mean 'train.jsonl'?", "got hundreds"):
+        assert wrong in " ".join(output.split())
+    found = yaml.safe_load(Path("recipe.yaml").read_text())
+    assert found["student"]["design"] == {"compression": 2.0}
+    assert found["output"] == "runs/mine"
+
+
+def test_the_page_runs() -> None:
+    page = (Path(__file__).parent.parent / "docs/init.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
+    for line in block.splitlines():
+        said(*line.split()[1:])
+    assert yaml.safe_load(Path("lora.yaml").read_text())["student"] == {"model": "student", "adapter": "lora"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "meant"),
+    [
+        ("4x", {"budget": {"compression": 4.0}}),
+        ("0.5GB", {"budget": {"memory_gb": 0.5}}),
+        ("1.5B", {"budget": {"params": "1.5B"}}),
+        ("edge", {"budget": {"target": "edge"}}),
+        ("student", {"student": "student"}),
+        ("half", {}),
+    ],
+)
+def test_a_size_in_one_word(answer: str, meant: dict[str, Any]) -> None:
+    assert command._size(answer) == meant
+
+
+def test_nothing_is_overwritten_unasked() -> None:
+    Path("recipe.yaml").write_text("mine")
+    with pytest.raises(UserError, match=r"init: expected a file that is not there, got recipe\.yaml\. .*--force"):
+        said("init", "--teacher", "teacher", *DATA)
+    assert Path("recipe.yaml").read_text() == "mine"
+    assert "name" in drafted(*DATA)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "expected"),
+    [
+        ((), UserError, "got no --data"),
+        (("--data", "train.jsonl"), UserError, "got no --eval"),
+        (("--data", "trian.jsonl", "--eval", "eval.jsonl"), DataError, "Did you mean 'train.jsonl'?"),
+        ((*DATA, "--field", "txt"), DataError, "expected a column 'txt' in train.jsonl, got text"),
+        ((*DATA, "--params", "many"), ModelError, "params: expected a number such as 100M"),
+        (
+            (*DATA, "--params", "1M", "--target", "edge"),
+            RecipeError,
+            "can have, got: expected one of params, compression",
+        ),
+        ((*DATA, "--params", "1B"), ModelError, "expected a budget below the teacher's"),
+        ((*DATA, "--keep", "width"), RecipeError, "expected one of params, compression"),
+        ((*DATA, "--adapter", "lora"), UserError, "expected --student with --adapter, got none"),
+        ((*DATA, "--student", "student", "--params", "1M"), UserError, "expected --student or a budget, got both"),
+        ((*DATA, "--max-length", "100"), UserError, "at most 64, the models' positions, got 100"),
+        ((*DATA, "--dimensions", "4"), UserError, "expected no dimensions for a recipe of kind distillation"),
+        ((*DATA, "--task", "masked"), ModelError, "for the task masked in teacher, got LlamaForCausalLM"),
+    ],
+)
+def test_a_mistake_is_one_line(flags: tuple[str, ...], error: type[Exception], expected: str) -> None:
+    with pytest.raises(error) as caught:
+        said("init", "--teacher", "teacher", *flags)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path("recipe.yaml").exists()
+
+
+def test_columns_that_could_be_either_are_asked_for() -> None:
+    write(train=[{"text": "a b c", "prompt": "a", "completion": "b"}])
+    with pytest.raises(
+        DataError, match=r"columns of one kind in train\.jsonl, got text, prompt, completion\. Say which"
+    ):
+        said("init", "--teacher", "teacher", *DATA)
