@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import re
-import runpy
-import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from potstill.cli import app
+from pages import blocks, run_commands, run_python, text
 from potstill.recipe import Recipe
 
-PAGE = (Path(__file__).parent.parent / "docs/on-policy.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+PAGE = "docs/on-policy.md"
 
 
 @pytest.fixture
@@ -30,16 +23,14 @@ def workplace(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def test_the_recipe_and_commands_run(workplace: Path) -> None:
-    (recipe,) = blocks("yaml")
-    (workplace / "own.yaml").write_text(recipe)
-    for line in blocks("console")[0].splitlines():
-        done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
+    (workplace / "own.yaml").write_text(*blocks(PAGE, "yaml"))
+    run_commands(*blocks(PAGE, "console"))
 
 
 def test_the_table_says_recipes() -> None:
-    (base,) = blocks("yaml")
-    table = PAGE[PAGE.index("| method |") : PAGE.index("- `policy` needs")]
+    (base,) = blocks(PAGE, "yaml")
+    page = text(PAGE)
+    table = page[page.index("| method |") : page.index("- `policy` needs")]
     lines = [line.split(" | ") for line in table.strip().splitlines()[2:]]
     assert len(lines) == 6
     for _, objective, rollout in lines:
@@ -49,6 +40,4 @@ def test_the_table_says_recipes() -> None:
 
 
 def test_the_python_runs(workplace: Path) -> None:
-    (code,) = blocks("python")
-    (workplace / "example.py").write_text(code)
-    runpy.run_path(str(workplace / "example.py"))
+    run_python(*blocks(PAGE, "python"))

@@ -1,17 +1,15 @@
 """Every block of every page runs, and every link leads somewhere.
 
-A page whose blocks need more than a teacher and some text has a test of its own, which names it; all others run here.
+A page whose blocks need more than the toys has a test of its own, which names it; all others run here.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import pytest
 import yaml
 
 import potstill
-from conftest import TEXT
+from conftest import make_llama
 from pages import ROOT, blocks, run_commands, run_python, text
 from potstill.recipe import Recipe
 
@@ -27,16 +25,13 @@ PAGES = [str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("*.md"), *RO
 OTHERS = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py") if path != Path(__file__))
 HERE = [page for page in PAGES if "```" in text(page) and not re.search(rf'["/]{re.escape(Path(page).name)}"', OTHERS)]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-SHORT = ["train.max_steps=2", "train.warmup_steps=0", "evaluate.continuations=0", "data.max_length=24"]
+SHORT = ["train.max_steps=2", "train.warmup_steps=0", "evaluate.continuations=0"]
 
 
 @pytest.mark.parametrize("page", HERE)
-def test_every_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(
-        str(files("potstill.demo") / "teacher"), tmp_path / "teacher"
-    )  # the toys are too small for a budget
-    for name, texts in (("train", TEXT[:12]), ("eval", TEXT[40:42])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+def test_every_block_runs(page: str, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
+    make_llama(hidden_size=32, layers=4).save_pretrained(tmp_path / "teacher")  # the toys are too small for a budget
     monkeypatch.chdir(tmp_path)
     (recipe,) = blocks("README.md", "yaml")
     whole = yaml.safe_load(recipe)
