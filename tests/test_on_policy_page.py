@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
 
 from pages import blocks, run_commands, run_python, text
+from potstill.pipeline import run
 from potstill.recipe import Recipe
+from toy_student_server import ToyStudentServer
 
 PAGE = "docs/on-policy.md"
 
@@ -23,12 +28,26 @@ def workplace(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def test_the_recipe_and_commands_run(workplace: Path) -> None:
-    (workplace / "own.yaml").write_text(*blocks(PAGE, "yaml"))
-    run_commands(*blocks(PAGE, "console"))
+    (workplace / "own.yaml").write_text(blocks(PAGE, "yaml")[0])
+    run_commands(blocks(PAGE, "console")[0])
+
+
+def test_a_server_writes(workplace: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    recipe, part = map(yaml.safe_load, blocks(PAGE, "yaml"))
+    served = shlex.split(blocks(PAGE, "console")[1])
+    assert [served[place + 1] for place in (2, served.index("--served-model-name"))] == ["student", "student"]
+    server = ToyStudentServer(tokenizer)
+    server.name = "student"
+    try:
+        part["rollout"]["server"]["url"] = server.url
+        run(Recipe.parse(recipe | part), console=Console(quiet=True))
+        assert server.lent
+    finally:
+        server.close()
 
 
 def test_the_table_says_recipes() -> None:
-    (base,) = blocks(PAGE, "yaml")
+    base, _ = blocks(PAGE, "yaml")
     page = text(PAGE)
     table = page[page.index("| method |") : page.index("- `policy` needs")]
     lines = [line.split(" | ") for line in table.strip().splitlines()[2:]]
