@@ -44,8 +44,10 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/demo.py
 
+# site/docs/index.html; a warning is an error. Offline once `setup` has run.
 docs: setup
 	$(BIN)/python docs/reference.py
+	$(BIN)/python -m sphinx -b html -W --keep-going -q -c docs . site
 
 # Wheel and source, in dist/.
 dist: setup
@@ -53,4 +55,4 @@ dist: setup
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf .venv .venv-server runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-server site runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Write docs/recipe.md from the recipe's own types: make docs"""
+"""Write docs/recipe.md from the recipe's own types, and docs/recipes.md from the files of recipes/: make docs"""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from potstill.divergence import KINDS
 from potstill.recipe import Recipe
+
+DOCS = Path(__file__).parent
 
 
 def kind_of(field: dict[str, Any]) -> str:
@@ -61,5 +63,24 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def shown() -> str:
+    """The page that shows the files of recipes/: what each is for is its first line."""
+    lines = [
+        "# Recipes",
+        "Complete files to begin from. The models and the data that they name are yours to set, in the file or with",
+        "`--set`; `potstill check` says whether all fits together. [recipe.md](recipe.md) has every key.",
+        "This page is made of the files by `make docs`.",
+        "",
+    ]
+    for path in sorted((DOCS.parent / "recipes").glob("*.yaml")):
+        purpose, _, content = path.read_text(encoding="utf-8").partition("\n")
+        lines += [f"## {path.stem}", f"[{path.name}](../recipes/{path.name}): {purpose.removeprefix('# ')}", ""]
+        lines += ["```yaml", content.rstrip("\n"), "```", ""]
+    return "\n".join(lines)
+
+
+PAGES = {"recipe.md": page, "recipes.md": shown}
+
 if __name__ == "__main__":
-    (Path(__file__).parent / "recipe.md").write_text(page(), encoding="utf-8")
+    for name, write in PAGES.items():
+        (DOCS / name).write_text(write(), encoding="utf-8")

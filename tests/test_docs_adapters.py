@@ -4,48 +4,40 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
-import shlex
 import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from potstill.cli import app
+from pages import blocks, run_commands, run_python, text
 from potstill.recipe.student import StudentPart
 from potstill.students.adapted import hushed
 
-PAGE = (Path(__file__).parent.parent / "docs/adapters.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+PAGE = "docs/adapters.md"
 
 
 def test_the_page_runs(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    (recipe,) = blocks("yaml")
+    (recipe,) = blocks(PAGE, "yaml")
     short = recipe.replace("max_steps: 500", "max_steps: 2").replace("adapter: lora", "adapter: {kind: lora, rank: 2}")
     Path("recipe.yaml").write_text(short)
-    for line in blocks("console")[0].splitlines():
-        done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
-        assert done.exit_code == 0, (line, done.output)
+    run_commands(*blocks(PAGE, "console"))
     figures = json.loads(Path("figures.json").read_text())["models"]["student"]
     summary = json.loads(Path("runs/adapted/summary.json").read_text())
     assert figures["quality"]["loss"] == pytest.approx(summary["rows"]["student"]["loss"], rel=1e-4)
-    for number, code in enumerate(blocks("python")):
-        Path(f"example{number}.py").write_text(code)
+    for code in blocks(PAGE, "python"):
         with hushed():
-            runpy.run_path(f"example{number}.py")
+            run_python(code)
     assert Path("plain/model.safetensors").exists()
     assert Path("loop/student/adapter_model.safetensors").exists()
 
 
 def test_the_options_that_the_page_names_exist() -> None:
     parts = {each["properties"]["kind"]["const"]: each["properties"] for each in kinds()}
-    for kind, options, merges in re.findall(r"^\| `(\w+)` \|.*?\| (.*?) \| (yes|no) \|$", PAGE, flags=re.MULTILINE):
+    for kind, options, merges in re.findall(
+        r"^\| `(\w+)` \|.*?\| (.*?) \| (yes|no) \|$", text(PAGE), flags=re.MULTILINE
+    ):
         for option in re.findall(r"`(\w+)`", options):
             assert option in parts[kind] or option == "lora"
         assert ("merge" in parts[kind]) == (merges == "yes")

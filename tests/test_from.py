@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from named import exists
-from pages import run_blocks
+from pages import run_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs/from").glob("*.md"))
@@ -66,7 +66,7 @@ def test_everything_that_was_promised_is_there(page: Path) -> None:
 
 @named
 def test_the_page_runs(page: Path, workplace: Path) -> None:
-    run_blocks(page.read_text(encoding="utf-8"))
+    run_page(str(page.relative_to(ROOT)))
 
 
 @named

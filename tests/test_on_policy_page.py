@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -12,18 +11,13 @@ import pytest
 import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from potstill.cli import app
+from pages import blocks, run_commands, run_python, text
 from potstill.pipeline import run
 from potstill.recipe import Recipe
 from toy_student_server import ToyStudentServer
 
-PAGE = (Path(__file__).parent.parent / "docs/on-policy.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+PAGE = "docs/on-policy.md"
 
 
 @pytest.fixture
@@ -34,16 +28,13 @@ def workplace(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def test_the_recipe_and_commands_run(workplace: Path) -> None:
-    recipe, _ = blocks("yaml")
-    (workplace / "own.yaml").write_text(recipe)
-    for line in blocks("console")[0].splitlines():
-        done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
+    (workplace / "own.yaml").write_text(blocks(PAGE, "yaml")[0])
+    run_commands(blocks(PAGE, "console")[0])
 
 
 def test_a_server_writes(workplace: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    recipe, part = map(yaml.safe_load, blocks("yaml"))
-    served = shlex.split(blocks("console")[1])
+    recipe, part = map(yaml.safe_load, blocks(PAGE, "yaml"))
+    served = shlex.split(blocks(PAGE, "console")[1])
     assert [served[place + 1] for place in (2, served.index("--served-model-name"))] == ["student", "student"]
     server = ToyStudentServer(tokenizer)
     server.name = "student"
@@ -56,8 +47,9 @@ def test_a_server_writes(workplace: Path, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def test_the_table_says_recipes() -> None:
-    base, _ = blocks("yaml")
-    table = PAGE[PAGE.index("| method |") : PAGE.index("- `policy` needs")]
+    base, _ = blocks(PAGE, "yaml")
+    page = text(PAGE)
+    table = page[page.index("| method |") : page.index("- `policy` needs")]
     lines = [line.split(" | ") for line in table.strip().splitlines()[2:]]
     assert len(lines) == 6
     for _, objective, rollout in lines:
@@ -67,6 +59,4 @@ def test_the_table_says_recipes() -> None:
 
 
 def test_the_python_runs(workplace: Path) -> None:
-    (code,) = blocks("python")
-    (workplace / "example.py").write_text(code)
-    runpy.run_path(str(workplace / "example.py"))
+    run_python(*blocks(PAGE, "python"))
