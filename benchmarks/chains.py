@@ -179,7 +179,8 @@ def make_data(folder: Path, questions: int, temperature: float) -> tuple[dict[st
     for name, task in {
         "chains": {"choose": "all"},
         "verified": {"choose": "verified"},
-        "both": {"choose": "verified", "target": "both", "task_weights": {"answer": 12}},  # chains have 26 tokens
+        # A chain has about 28 tokens, an answer two, ends included: each task has half of the loss.
+        "both": {"choose": "verified", "target": "both", "task_weights": {"chain": 1, "answer": 14}},
     }.items():
         recipe = {
             "kind": "generate",

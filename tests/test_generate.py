@@ -228,12 +228,12 @@ def test_answers_alone_and_both_as_two_tasks(values, monkeypatch, tmp_path) -> N
 
 
 def test_two_tasks_weigh_what_the_recipe_says_in_a_run(values, monkeypatch) -> None:
-    values["task"] |= {"target": "both", "task_weights": {"answer": 12}}
+    values["task"] |= {"target": "both", "task_weights": {"chain": 0.5, "answer": 12}}
     rows = made(values, sums, monkeypatch).rows
     chain, answer, *_ = encode(
         Source(rows, prompt="prompt", completion="completion", weight="weight"), make_tokenizer(), max_length=64
     ).dataset
-    assert (set(chain["weights"]), set(answer["weights"])) == ({1.0}, {12.0})
+    assert (set(chain["weights"]), set(answer["weights"])) == ({0.5}, {12.0})
     values["task"]["target"] = "chain"
     with pytest.raises(RecipeError, match="expected task_weights with target: both alone, got target: chain"):
         GenerateRecipe.parse(values)

@@ -68,11 +68,12 @@ class TaskWeightsPart(Part):
     takes with `weight: weight`. Only the ratio matters.
     """
 
-    chain: float = Field(1.0, gt=0, allow_inf_nan=False)
-    answer: float = Field(1.0, gt=0, allow_inf_nan=False)
+    chain: float = Field(gt=0, allow_inf_nan=False)
+    answer: float = Field(gt=0, allow_inf_nan=False)
 
 
 class _Questioned(Part):
+    task: str  # each kind's own word; it stands first, where messages look for it
     target: TargetKey = Field("chain", description="what the rows teach: the chain, the answer alone, or both")
     task_weights: TaskWeightsPart | None = Field(
         None, description="with target both: how much a token counts in rows of each; by default 1"
