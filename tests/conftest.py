@@ -18,6 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+import real_vllm
+
 TEXT = [
     f"def f{i}(a, b):\n    return a + b * {i}\n\n\nclass C{i}:\n    def g(self, x):\n        return x - {i}\n"
     for i in range(60)
@@ -93,6 +95,21 @@ def make_batch(rows: int = 4, length: int = 12, vocab_size: int = 300, seed: int
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+def make_served() -> Any:
+    """The model behind a real vLLM, whose attention on a CPU wants heads of 32 and more."""
+    return make_llama(hidden_size=128, seed=1)
+
+
+@pytest.fixture(scope="session")
+def vllm(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Iterator[real_vllm.Served]:
+    """A real vLLM that serves `make_served`; it is started once, and whoever gives it other weights puts these back."""
+    folder = tmp_path_factory.mktemp("vllm")
+    make_served().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    with real_vllm.serve(folder) as served:
+        yield served
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["potstill.pipeline", "potstill.cli", "torch._dynamo", "conftest"])
 
@@ -67,8 +70,10 @@ def _potstill(arguments: tuple[str, ...], folder: Path | None) -> None:
     main()
 
 
-def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, **environment: str) -> None:
-    """A function in two processes that torch.distributed joins by gloo, as `torchrun` would start them."""
+def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, status: int = 0, **environment: str) -> None:
+    """A function in two processes that torch.distributed joins by gloo, as `torchrun` would start them; both end with
+    the exit status.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -79,7 +84,20 @@ def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, **env
         for rank, file in enumerate(said)
     ]
     statuses = [finish(rank) for rank in ranks]
-    assert statuses == [0, 0], "\n".join(file.read_text()[-3000:] for file in said)
+    assert statuses == [status, status], "\n".join(file.read_text()[-3000:] for file in said)
+
+
+def shard_on_cpu() -> None:
+    """Let FSDP shard in this process. On a CPU accelerate trains whole copies, and says nothing."""
+    begin = AcceleratorState.__init__
+
+    def begin_sharded(self: AcceleratorState, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **named)
+        self.fsdp_plugin = named.get("fsdp_plugin") or getattr(self, "fsdp_plugin", None)
+        if self.fsdp_plugin is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = begin_sharded
 
 
 def _rank(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

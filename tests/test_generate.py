@@ -19,7 +19,7 @@ from potstill import generation
 from potstill.cli import app
 from potstill.data import Source, encode, sandbox
 from potstill.data.asks import Ask
-from potstill.data.generate import render, write
+from potstill.data.generate import in_turn, render, write
 from potstill.data.judge import code_span
 from potstill.engines.engine import Prompt
 from potstill.engines.sampling import Completion, Sampling
@@ -108,7 +108,7 @@ def echo(prompt: Prompt, sample: int, seed: int) -> Completion:
 
 
 def written(engine: Scripted, journal: Path, made_of: Any = "one") -> Any:
-    return write(ASKS, PROMPTS, engine, SAMPLING, journal, batch_size=3, made_of=made_of)
+    return write(ASKS, PROMPTS, in_turn(engine, SAMPLING), SAMPLING.seed, journal, batch_size=3, made_of=made_of)
 
 
 def test_killed_anywhere_it_goes_on_without_losing_or_repeating_a_row(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "embedding": BASE | {"losses", "data", "engines", "evaluate", "recipe", "loading"},
     "recipe": {"errors", "divergence", "schedule", "layers", "positions"},
     "loading": BASE | {"losses", "students"},
+    "machines": {"errors"},
     "objectives": PIPELINE,
     "rollouts": PIPELINE,
     "speaker": PIPELINE,
@@ -45,10 +46,10 @@ ROOMS: dict[str, set[str]] = {
     "preflight": PIPELINE | {"speaker", "prepare"},
     "pipeline": PIPELINE | {"speaker", "prepare"},
     "evaluation": PIPELINE | {"prepare_task"},
-    "sweeping": PIPELINE | {"pipeline"},
+    "sweeping": PIPELINE | {"pipeline", "machines"},
     "diagnosis": PIPELINE | {"prepare"},
-    "caching": PIPELINE | {"speaker"},
-    "generation": PIPELINE | {"speaker"},
+    "caching": PIPELINE | {"speaker", "machines"},
+    "generation": PIPELINE | {"speaker", "machines"},
     "demo": PIPELINE | {"prepare", "preflight", "pipeline", "cli"},
     "cli": PIPELINE
     | {"prepare", "preflight", "evaluation", "pipeline", "sweeping", "diagnosis", "generation", "caching"}

@@ -455,7 +455,9 @@ TWO_RANKS = """
 import os, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
+from processes import shard_on_cpu
 from test_rollout import losses, on_policy
+shard_on_cpu()
 sharded = {{"fsdp": True, "fsdp_config": {{"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}}}
 one = on_policy(Path({folder!r}), per_device_train_batch_size=4, **(sharded if {fsdp} else {{}}))
 one.train()

@@ -147,14 +147,6 @@ def test_averages_that_cannot_be() -> None:
         EMATeacher().attach(make_llama().requires_grad_(False))
 
 
-@pytest.mark.parametrize("teacher", [EMATeacher(), AdapterOffTeacher()], ids=lambda t: type(t).__name__)
-def test_under_fsdp_they_are_refused(tmp_path: Path, teacher: Teacher) -> None:
-    one = trainer(tmp_path, student=lora(), teacher=teacher)
-    one.is_fsdp_enabled = True
-    with pytest.raises(UserError, match="got one that FSDP shards"):
-        one.train()
-
-
 # The base of a student with an adapter.
 
 

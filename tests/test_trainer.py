@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from conftest import make_batch, make_llama
@@ -20,7 +21,7 @@ from potstill.schedule import linear
 from potstill.targets import DenseTargets
 from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
 from potstill.train.checkpoints import last_checkpoint
-from processes import two_ranks
+from processes import shard_on_cpu, two_ranks
 
 # transformers renamed it.
 CHECKPOINTING = next(
@@ -219,11 +220,13 @@ TIED: dict[str, Any] = {"hidden_size": 8, "layers": 2, "tie_word_embeddings": Tr
 
 
 def _sharded(folder: Path) -> None:
+    shard_on_cpu()
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     one = trainer(
         folder, student=make_llama(**TIED), per_device_train_batch_size=4, fsdp=True, fsdp_config=config
     )  # fmt: skip
     one.train()
+    assert isinstance(next(one.distiller.parameters()), DTensor)
     metrics = one.evaluate()
     one.save_model(str(folder / "student"))
     if one.is_world_process_zero():

@@ -4,13 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from conftest import make_batch, make_llama, make_tokenizer
+from conftest import make_batch, make_llama, make_served, make_tokenizer
 from potstill import pipeline
 from potstill.divergence import ForwardKL
 from potstill.engines import ModelServer, Sampling
@@ -30,62 +23,17 @@ from potstill.positions import causal_alignment
 from potstill.recipe import Recipe
 from potstill.teachers import ModelTeacher, ServedTeacher
 from potstill.train import Distiller, Logits
+from real_vllm import Served
 from toy_server import LiveTopK, logged, prepared_with_top_k
 
-pytestmark = pytest.mark.server
-PYTHON = Path(__file__).parents[1] / ".venv-server" / "bin" / "python"
-START_S = 400  # it compiles and warms up before it answers
-OPTIONS = ("--max-model-len", "64", "--dtype", "float32", "--enforce-eager")
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 
-def teacher_model() -> Any:
-    return make_llama(hidden_size=128, seed=1)  # vLLM's attention on a CPU wants heads of 32 and more
-
-
-@pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, Path]]:
-    """Its url, and the folder of the model that it serves as "toy"."""
-    if not PYTHON.exists():
-        pytest.skip("vLLM is set up by make test-server")
-    folder = tmp_path_factory.mktemp("vllm")
-    teacher_model().save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "teacher", *OPTIONS]
-    command += ["--served-model-name", "toy", "--host", "127.0.0.1", "--port", str(port)]
-    settings = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    url = f"http://127.0.0.1:{port}"
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=log, stderr=log, env=settings, cwd=folder, start_new_session=True
-        )
-        try:
-            deadline = time.monotonic() + START_S
-            while not answers(f"{url}/health"):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"vLLM did not start: {(folder / 'log').read_text()[-3000:]}")
-                time.sleep(0.5)
-            yield url, folder / "teacher"
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too
-            process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
-def test_it_says_what_the_live_model_says(vllm: tuple[str, Path], tokenizer: PreTrainedTokenizerFast) -> None:
+def test_it_says_what_the_live_model_says(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
     batch = make_batch(6, 60)
     alignment = causal_alignment(batch["labels"])
-    said = ServedTeacher(ModelServer(vllm[0], "toy"), tokenizer, top_k=20)(batch, alignment)
-    live = ModelTeacher(teacher_model())(batch, alignment).targets.dense().log_softmax(-1)
+    said = ServedTeacher(ModelServer(vllm.url, "toy"), tokenizer, top_k=20)(batch, alignment)
+    live = ModelTeacher(make_served())(batch, alignment).targets.dense().log_softmax(-1)
     torch.testing.assert_close(said.targets.log_probs, live.topk(20).values, rtol=0, atol=2e-5)
     torch.testing.assert_close(said.targets.log_probs, live.gather(1, said.targets.ids), rtol=0, atol=2e-5)
     labels = live.gather(1, alignment.labels[:, None])[:, 0]
@@ -93,12 +41,10 @@ def test_it_says_what_the_live_model_says(vllm: tuple[str, Path], tokenizer: Pre
     print(f"largest difference {(said.targets.log_probs - live.topk(20).values).abs().max():.1e} nats")
 
 
-def test_a_step_from_it_is_a_step_from_the_live_model(
-    vllm: tuple[str, Path], tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_step_from_it_is_a_step_from_the_live_model(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
     found = []
-    served = ServedTeacher(ModelServer(vllm[0], "toy"), tokenizer, top_k=20)
-    for teacher in (served, LiveTopK(teacher_model(), 20)):
+    served = ServedTeacher(ModelServer(vllm.url, "toy"), tokenizer, top_k=20)
+    for teacher in (served, LiveTopK(make_served(), 20)):
         student = make_llama(hidden_size=8, layers=1)
         loss = Distiller(student, teacher, [Logits(ForwardKL())]).step(make_batch(6, 60)).loss
         loss.backward()
@@ -108,12 +54,12 @@ def test_a_step_from_it_is_a_step_from_the_live_model(
 
 
 def test_a_run_from_it_is_a_run_from_the_live_model(
-    vllm: tuple[str, Path], recipe_values: dict[str, Any], toys: Path, monkeypatch: pytest.MonkeyPatch
+    vllm: Served, recipe_values: dict[str, Any], toys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe_values["student"] = {"model": str(toys / "student")}
     teachers = {
-        "served": {"server": {"url": vllm[0], "model": "toy", "top_k": 20}},
-        "live": {"model": str(vllm[1])},
+        "served": {"server": {"url": vllm.url, "model": "toy", "top_k": 20}},
+        "live": {"model": str(vllm.folder)},
     }
     monkeypatch.setattr(pipeline, "prepare", prepared_with_top_k)
     results = {
@@ -129,10 +75,10 @@ def test_a_run_from_it_is_a_run_from_the_live_model(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_it_writes_what_the_live_model_writes(vllm: tuple[str, Path], tokenizer: PreTrainedTokenizerFast) -> None:
-    server = ModelServer(vllm[0], "toy")
+def test_it_writes_what_the_live_model_writes(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
+    server = ModelServer(vllm.url, "toy")
     prompts = [[5, 6, 7], [200, 31], [9] * 20]
-    model = teacher_model().eval()
+    model = make_served().eval()
     expected = []
     for prompt in prompts:
         expected.append(tokenizer.decode(continuation(model, prompt, 8), skip_special_tokens=True))
@@ -146,8 +92,8 @@ def test_it_writes_what_the_live_model_writes(vllm: tuple[str, Path], tokenizer:
     assert [len(found) for found in server.complete(prompts, drawn)] == [2, 2, 2]
 
 
-def test_what_it_refuses_is_told(vllm: tuple[str, Path], tokenizer: PreTrainedTokenizerFast) -> None:
-    server = ModelServer(vllm[0], "toy")
+def test_what_it_refuses_is_told(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
+    server = ModelServer(vllm.url, "toy")
     teacher = ServedTeacher(server, tokenizer)
     assert teacher.max_length == 63
     server.score([[5] * 63], 1)
@@ -156,7 +102,7 @@ def test_what_it_refuses_is_told(vllm: tuple[str, Path], tokenizer: PreTrainedTo
     with pytest.raises(RefusedError, match="max allowed: 20"):
         ServedTeacher(server, tokenizer, top_k=21)
     with pytest.raises(RefusedError, match="Did you mean toy"):
-        ModelServer(vllm[0], "toyy").card()
+        ModelServer(vllm.url, "toyy").card()
     state = json.loads(make_tokenizer().backend_tokenizer.to_str())
     vocab = state["model"]["vocab"]
     vocab["A"], vocab["B"] = vocab["B"], vocab["A"]

@@ -65,7 +65,7 @@ class ToyServer:
         self.key: str | None = None  # the only key that is let in
         self.asked: list[dict[str, Any]] = []  # bodies of /v1/completions
         self.at_once = self.most_at_once = 0
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._gone = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -103,7 +103,7 @@ class ToyServer:
 
     @torch.no_grad()
     def prompt_logprobs(self, prompt: list[int], k: int) -> list[Any]:
-        with self._lock:
+        with self.lock:
             log_probs = self.model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
         entries: list[Any] = [None]
         for token, at in zip(prompt[1:], log_probs, strict=False):
@@ -134,7 +134,7 @@ class ToyServer:
                     return
                 fault = ""
                 if self.path == "/v1/completions":
-                    with server._lock:
+                    with server.lock:
                         server.asked.append(body)
                         fault = server.faults.pop(0) if server.faults else ""
                         server.at_once += 1
@@ -146,7 +146,7 @@ class ToyServer:
                     self.fail(fault) if fault else self.send(status, answer)
                 finally:
                     if self.path == "/v1/completions":
-                        with server._lock:
+                        with server.lock:
                             server.at_once -= 1
 
             def send(self, status: int, answer: Any, lost: int = 0, **headers: str) -> None:

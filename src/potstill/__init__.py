@@ -89,6 +89,7 @@ if TYPE_CHECKING:
         PolicyGradient,
         Relations,
         Rollout,
+        ServedWriter,
         Similarity,
         Values,
     )
@@ -184,6 +185,7 @@ _LATER = {
         "PolicyGradient",
         "Relations",
         "Rollout",
+        "ServedWriter",
         "Similarity",
         "Values",
     ),
@@ -248,6 +250,7 @@ __all__ = [
     "RunResult",
     "Sampling",
     "ServedTeacher",
+    "ServedWriter",
     "Similarity",
     "SkewForwardKL",
     "SkewReverseKL",

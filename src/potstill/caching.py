@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,6 +22,7 @@ from potstill.data.vocabulary import fingerprint
 from potstill.errors import ModelError, UserError
 from potstill.layers import layer_index
 from potstill.loading import quiet
+from potstill.machines import spread
 from potstill.positions import causal_alignment
 from potstill.recipe import SourcePart, TeacherPart
 from potstill.speaker import find_speaker
@@ -170,30 +171,22 @@ def _codec(request: Request, vocabulary: int, teacher: Teacher, batch: dict[str,
     return CODECS[request.codec](vocabulary, **parameters)
 
 
-def _with_ray(request: Request, todo: list[int]) -> Any:
-    """The shards, built by Ray's actors: each loads one teacher."""
-    try:
-        import ray
-    except ImportError:
-        raise UserError("cache build: expected Ray for --engine ray, got none. pip install 'potstill[ray]'") from None
-    if not todo:
-        return []
-    rows = ray.data.from_items([{"shard": number} for number in todo], override_num_blocks=len(todo))
+def _with_ray(request: Request, todo: list[int]) -> Iterator[dict[str, Any]]:
+    """The shards, built by Ray's processes: each loads one teacher."""
     gpus = 1 if torch.cuda.is_available() else 0
-    done = rows.map(cast(Any, _Actor), fn_constructor_args=(request,), concurrency=(1, len(todo)), num_gpus=gpus)
-    return done.iter_rows()
+    return spread("cache build", [{"shard": number} for number in todo], _begin, request, gpus=gpus)
 
 
-class _Actor:
+def _begin(request: Request) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """One teacher in one of Ray's processes."""
+    with quiet():
+        capture = prepare(request, Console(quiet=True))
 
-    def __init__(self, request: Request) -> None:
-        with quiet():
-            self.capture = prepare(request, Console(quiet=True))
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        self.capture.build(int(row["shard"]))
+    def build(row: dict[str, Any]) -> dict[str, Any]:
+        capture.build(int(row["shard"]))
         return row
+
+    return build
 
 
 def _save_companions(config: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

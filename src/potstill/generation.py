@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ from potstill.data.asks import Ask, Bad
 from potstill.data.card import write_card, write_rows
 from potstill.data.duplicates import Contamination, NearDuplicates
 from potstill.data.filter import Charset, Filter, Length, Pair, Refusals, Repetition, sift
-from potstill.data.generate import render, write
+from potstill.data.generate import Answer, Batch, in_turn, render, write
 from potstill.data.judge import Form, Judged, Target, judge, read_candidates, rows_of
 from potstill.data.sandbox import Limits, require_sandbox
 from potstill.engines.engine import Engine
 from potstill.engines.local import LocalEngine
-from potstill.engines.sampling import Sampling
+from potstill.engines.sampling import Completion, Sampling
 from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError
 from potstill.loading import load_model, load_tokenizer, quiet
+from potstill.machines import spread
 from potstill.recipe.generate import (
     ChainPart,
     FilterPart,
@@ -56,7 +58,9 @@ class Generated:
     dropped: dict[str, int]
 
 
-def generate(recipe: GenerateRecipe, *, resume: bool = False, console: Console | None = None) -> Generated:
+def generate(
+    recipe: GenerateRecipe, *, resume: bool = False, engine: str = "process", console: Console | None = None
+) -> Generated:
     """Have a teacher write what a recipe asks for, and keep what passes.
 
     The texts go to texts.jsonl as they come; reading, judging and filtering them is done anew each time, so
@@ -65,6 +69,7 @@ def generate(recipe: GenerateRecipe, *, resume: bool = False, console: Console |
     Args:
         recipe: what to ask, and what to keep.
         resume: go on with the texts that are there.
+        engine: "process", or "ray" for processes of Ray's that each load the teacher; this one keeps the journal.
         console: for the progress bar.
 
     Raises:
@@ -78,10 +83,11 @@ def generate(recipe: GenerateRecipe, *, resume: bool = False, console: Console |
             "another."
         )
     with quiet():
-        asks, bad, tokenizer, form, engine = _begin(recipe)
+        asks, bad, tokenizer, form, teacher = _begin(recipe, here=engine == "process")
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "recipe.yaml", recipe.dump())
-        answered = _write(recipe, asks, tokenizer, engine, journal, console)
+        answer = _with_ray(recipe) if engine == "ray" else in_turn(teacher, _sampling(recipe))
+        answered = _write(recipe, asks, tokenizer, teacher, answer, journal, console)
 
     limits = recipe.programs
     candidates = read_candidates(
@@ -127,13 +133,15 @@ def check(recipe: GenerateRecipe) -> Asked:
     return Asked(recipe.teacher.name, len(asks), len(asks) * recipe.sampling.samples, len(bad), form)
 
 
-def _begin(recipe: GenerateRecipe) -> tuple[list[Ask], list[Bad], PreTrainedTokenizerBase | None, Form, Engine]:
-    """What is asked, and who answers."""
+def _begin(
+    recipe: GenerateRecipe, *, here: bool = False
+) -> tuple[list[Ask], list[Bad], PreTrainedTokenizerBase | None, Form, Engine]:
+    """What is asked, and who answers; whether it answers here."""
     asks, bad = _asks(recipe)
     if any(ask.task == "program_of_thought" for ask in asks):
         require_sandbox()  # before hours of writing
     tokenizer = _tokenizer(recipe)
-    return asks, bad, tokenizer, _form(recipe, tokenizer), _engine(recipe, tokenizer)
+    return asks, bad, tokenizer, _form(recipe, tokenizer), _engine(recipe, tokenizer, here)
 
 
 def _sampling(recipe: GenerateRecipe) -> Sampling:
@@ -186,7 +194,8 @@ def _tokenizer(recipe: GenerateRecipe) -> PreTrainedTokenizerBase | None:
     return None if part.tokenizer is None else load_tokenizer(part.tokenizer, "teacher.tokenizer")
 
 
-def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None) -> Engine:
+def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None, here: bool = True) -> Engine:
+    """Who answers; where it does so elsewhere, a model stays out of the accelerator's memory."""
     part = recipe.teacher
     if part.server is not None:
         server = ModelServer(**part.server.model_dump())
@@ -194,8 +203,9 @@ def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None) -
         return server
     assert part.model is not None and tokenizer is not None
     model = load_model(part.model, "teacher.model", part.dtype)
-    device = part.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)  # type: ignore[arg-type]  # torch's own stubs do not know a name of a device here
+    if here:
+        device = part.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device)  # type: ignore[arg-type]  # torch's own stubs do not know a name of a device here
     return LocalEngine(model, tokenizer, recipe.batch_size * recipe.sampling.samples)
 
 
@@ -204,6 +214,7 @@ def _write(
     asks: list[Ask],
     tokenizer: PreTrainedTokenizerBase | None,
     engine: Engine,
+    answer: Answer,
     journal: Path,
     console: Console | None,
 ) -> list[Any]:
@@ -217,13 +228,42 @@ def _write(
         return write(
             asks,
             prompts,
-            engine,
-            drawn,
+            answer,
+            recipe.seed,
             journal,
             batch_size=recipe.batch_size,
             made_of=[recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed],
             progress=lambda done: bar.update(shown, completed=done),
         )
+
+
+def _with_ray(recipe: GenerateRecipe) -> Answer:
+    """Batches answered by Ray's processes. What they say goes to the journal here, once, whatever Ray repeats."""
+    gpus = 1 if recipe.teacher.model is not None and torch.cuda.is_available() else 0
+
+    def answer(batches: Sequence[Batch]) -> Iterator[tuple[Batch, list[list[Completion]]]]:
+        by_start = {batch.start: batch for batch in batches}
+        rows = [{"start": batch.start, "seed": batch.seed, "prompts": json.dumps(batch.prompts)} for batch in batches]
+        for row in spread("generate", rows, _answering, recipe, gpus=gpus):
+            said = [[Completion(*text) for text in texts] for texts in json.loads(row["texts"])]
+            yield by_start[row["start"]], said
+
+    return answer
+
+
+def _answering(recipe: GenerateRecipe) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """One teacher in one of Ray's processes."""
+    with quiet():
+        engine, sampling = _engine(recipe, _tokenizer(recipe)), _sampling(recipe)
+
+    def answer(row: dict[str, Any]) -> dict[str, Any]:
+        said = engine.complete(json.loads(row["prompts"]), replace(sampling, seed=int(row["seed"])))
+        return {
+            "start": row["start"],
+            "texts": json.dumps([[[one.text, one.ended] for one in texts] for texts in said]),
+        }
+
+    return answer
 
 
 def _filters(part: FilterPart) -> list[Filter]:

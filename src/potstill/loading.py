@@ -27,7 +27,15 @@ from transformers.utils import logging
 from potstill.errors import ModelError, UserError
 from potstill.losses.linear import multiplies_bfloat16
 from potstill.positions import JUDGED, Task
-from potstill.students.adapted import QUANTIZATION, adapter_weights, hushed, is_adapter, load_adapter, require_peft
+from potstill.students.adapted import (
+    QUANTIZATION,
+    adapter_weights,
+    hushed,
+    is_adapter,
+    judging,
+    load_adapter,
+    require_peft,
+)
 
 # What a task's model is: how transformers loads it, and what it is called.
 KINDS: dict[Task, tuple[Any, str]] = {
@@ -64,7 +72,7 @@ def load_model(
     labels_of: PretrainedConfig | None = None,
     trainable: bool = False,
 ) -> PreTrainedModel:
-    """A model for a task; for the causal one a PeftModel, where the folder holds an adapter alone.
+    """A model for a task; a PeftModel, where the folder holds an adapter alone.
 
     Args:
         where: a folder, or the name of a model on the hub.
@@ -85,8 +93,8 @@ def load_model(
     _must_exist(where, key)
     if dtype == "auto" and not has_bfloat16():
         dtype = "float32"
-    if task == "causal" and is_adapter(where):
-        return _load_with_adapter(Path(where).expanduser(), key, dtype, trainable)
+    if is_adapter(where):
+        return _load_with_adapter(Path(where).expanduser(), key, dtype, task, trainable)
     quantization = None if bits is None else _rounded(bits, dtype, key)
     return _load_whole(where, key, dtype, task, quantization, labels_of)
 
@@ -97,12 +105,15 @@ def _load_whole(
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     auto, called = KINDS[task]
     options: dict[str, Any] = {"dtype": chosen, "use_safetensors": True, "trust_remote_code": False}
-    if quantization is not None:
-        options["quantization_config"] = quantization
     if labels_of is not None and task in JUDGED:
         saved = load_config(where, key)
         if not any("SequenceClassification" in name for name in saved.architectures or ()):
             options |= {"id2label": labels_of.id2label, "label2id": labels_of.label2id}
+    if quantization is not None:
+        if task in JUDGED:
+            with torch.device("meta"):
+                quantization.llm_int8_skip_modules = judging(auto.from_config(load_config(where, key)))
+        options["quantization_config"] = quantization
     try:
         model, found = auto.from_pretrained(where, output_loading_info=True, **options)
     except Exception as error:
@@ -141,8 +152,10 @@ def _require_bitsandbytes(key: str) -> None:
         ) from None
 
 
-def _load_with_adapter(folder: Path, key: str, dtype: str, trainable: bool) -> PreTrainedModel:
-    """The base that an adapter names, rounded as it was when the adapter was trained, with the adapter on it."""
+def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable: bool) -> PreTrainedModel:
+    """The base that an adapter names, rounded as it was when the adapter was trained, with the adapter on it. A head
+    that was trained with it replaces the base's, whatever that has.
+    """
     peft = require_peft(key)
     adapter_weights(folder, key)  # peft would also read pickles
     kept = folder / QUANTIZATION
@@ -157,7 +170,8 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, trainable: bool) -> P
     if not base:
         raise ModelError(f"{key}: expected an adapter that names its base, got one in {folder} that does not.")
     _must_exist(base, f"the base of {key}")
-    model = _load_whole(base, f"the base of {key}", dtype, "causal", quantization, None)
+    classes = load_config(str(folder), key) if config.modules_to_save else None
+    model = _load_whole(base, f"the base of {key}", dtype, task, quantization, classes)
     try:
         with hushed():
             if trainable:

@@ -17,6 +17,7 @@ from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from potstill.atomic import write_text
 from potstill.data import in_batches
@@ -169,6 +170,7 @@ def _train(
             copy_modules(str(parts.recipe.teacher.model), partial)
         partial.rename(target)
     trainer.accelerator.wait_for_everyone()
+    unset_hf_deepspeed_config()  # ZeRO-3 would shard every model that is loaded from here on
 
 
 def _arguments(parts: Parts, checkpoints: Path) -> DistillationConfig:

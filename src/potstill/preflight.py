@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from potstill.data import PaddingCollator, pad_token_id
+from potstill.evaluate.speed import extra_bytes
 from potstill.loading import quiet
 from potstill.prepare import Parts, prepare
 from potstill.recipe import Recipe
@@ -30,7 +32,10 @@ class Preflight:
         vocabulary: tokens that both share; 0 where the task is of no tokens.
         train_tokens: counting tokens; train_rows, eval_tokens likewise.
         steps: optimiser steps.
-        memory_bytes: weights, gradients and Adam's two moments of those that are trained, and the loss's buffers.
+        memory_bytes: weights, gradients and Adam's two moments of those that are trained, and `batch_bytes`.
+        batch_bytes: what one batch takes beside them, forward and backward: measured with it, activations included;
+            where that cannot be seen, the loss's buffers alone.
+        batch_measured: whether it was.
         disk_bytes: checkpoints and exported models.
         disk_free_bytes: what the output's disk has.
         seconds: training time, from one timed batch (without the final evaluation).
@@ -47,6 +52,8 @@ class Preflight:
     eval_tokens: int
     steps: int
     memory_bytes: int
+    batch_bytes: int
+    batch_measured: bool
     disk_bytes: int
     disk_free_bytes: int
     seconds: float
@@ -68,6 +75,8 @@ def check(recipe: Recipe) -> Preflight:
     exported = parts.size.all * 4 if recipe.student.merges else trained
     runs = 2 if recipe.evaluate.baseline else 1
     output = Path(recipe.output).absolute()
+    seconds, beside = _one_step(parts, student)
+    batch_bytes = min(3 * 4 * _batch_tokens(parts) * max(parts.vocabulary, 1), LOSS_BYTES) if beside is None else beside
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     return Preflight(
         teacher_parameters=None if parts.teacher_model is None else parts.teacher_model.num_parameters(),
@@ -78,18 +87,20 @@ def check(recipe: Recipe) -> Preflight:
         train_rows=len(parts.train.dataset),
         eval_tokens=parts.eval.tokens,
         steps=parts.steps,
-        # The student's weights, and gradient and two moments of those that are trained; the teachers' weights; the
-        # loss, which goes through the tokens in chunks and needs no more than student's and teacher's logits and a
-        # gradient would take.
+        # The student's weights, and gradient and two moments of those that are trained; the teachers' weights. The loss
+        # goes through the tokens in chunks and needs no more than both models' logits and a gradient would take.
         memory_bytes=held
         + 3 * trained
         + sum(model.get_memory_footprint() for model in parts.teacher_models)
         + (trained if recipe.teacher.ema is not None else 0)
-        + min(3 * 4 * _batch_tokens(parts) * max(parts.vocabulary, 1), LOSS_BYTES),
-        # A checkpoint is what is trained and its two moments; while one is written the one before is still there.
-        disk_bytes=runs * (2 * 3 * trained + exported),
+        + batch_bytes,
+        batch_bytes=batch_bytes,
+        batch_measured=beside is not None,
+        # A checkpoint is what is trained and its two moments; while one is written the one before is still there. A
+        # server that writes reads what is trained from a folder.
+        disk_bytes=runs * (2 * 3 * trained + exported) + (0 if parts.writer is None else trained),
         disk_free_bytes=shutil.disk_usage(existing).free,
-        seconds=runs * parts.steps * _seconds_per_step(parts, student),
+        seconds=runs * parts.steps * seconds,
         notes=parts.notes,
         by_bytes=parts.meeting is not None,
     )
@@ -99,8 +110,10 @@ def _batch_tokens(parts: Parts) -> int:
     return round(parts.batch_rows * parts.train.tokens / len(parts.train.dataset))
 
 
-def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
-    """The time of one optimiser step's batches, forward and backward, from the second of two."""
+def _one_step(parts: Parts, student: PreTrainedModel) -> tuple[float, int | None]:
+    """The time of one optimiser step's batches, forward and backward, and the memory that one of them takes beside
+    weights and gradients: from the second of two.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     distiller = Distiller(
         student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary or None, task=parts.recipe.task
@@ -110,15 +123,21 @@ def _seconds_per_step(parts: Parts, student: PreTrainedModel) -> float:
     batch = {name: value.to(device) for name, value in collate(rows).items()}
     dtype = torch.bfloat16 if parts.bf16 else torch.float16
     mixed = parts.bf16 or bool(parts.recipe.train.get("fp16"))
-    seconds = 0.0
     rollout = parts.rollout()
-    for _ in range(2):
+    seconds = 0.0
+
+    def one_batch(step: int) -> None:
+        nonlocal seconds
         start = time.perf_counter()
-        if rollout is not None:
-            (batch,) = rollout([batch], student, step=0)
+        there = batch if rollout is None else rollout([batch], student, step=step)[0]
         with torch.autocast(device, dtype=dtype, enabled=mixed):
-            loss = distiller.step(batch).loss
+            loss = distiller.step(there).loss
         loss.backward()
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start
-    return seconds * max(parts.rows_per_step // parts.batch_rows, 1)
+
+    one_batch(0)
+    beside = extra_bytes(partial(one_batch, 1), torch.device(device))
+    if rollout is not None:
+        rollout.close()
+    return seconds * max(parts.rows_per_step // parts.batch_rows, 1), beside

@@ -44,6 +44,7 @@ from potstill.train.dense import DenseTerm
 from potstill.train.objective import value_at
 from potstill.train.policy import label_log_probs
 from potstill.train.rollout import Rollout
+from potstill.train.served import ServedWriter
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Parts:
         start: what a new student takes over from its teacher; None where it begins with random weights.
         teacher_models: all models that speak, or are measured beside one that does.
         positions: tokens in a row that both models allow, where they tell.
+        writer: the server that writes for the student, where there is one.
         meeting: how far both tokenizers meet in the training data, where bytes are compared; the teacher's head and
             positions are then of tokens of its own.
     """
@@ -85,6 +87,7 @@ class Parts:
     start: Start | None = None
     teacher_models: tuple[PreTrainedModel, ...] = ()
     positions: int | None = None
+    writer: ServedWriter | None = None
     meeting: Meeting | None = None
 
     def new_student(self) -> PreTrainedModel:
@@ -113,6 +116,7 @@ class Parts:
             limit=self.positions,
             vocabulary=self.vocabulary,
             seed=self.recipe.seed,
+            server=self.writer,
         )
 
     def _important_dimensions(self, layers: LayerMap, batches: int) -> dict[int, Tensor]:
@@ -242,6 +246,7 @@ def prepare(recipe: Recipe) -> Parts:
         start,
         tuple(speaker.models.values()),
         min((limit for limit in limits.values() if limit), default=None),
+        rollouts.find_writer(recipe, student, tokenizer),
     )
     if (rollout := parts.rollout()) is not None and recipe.rollout is not None:
         told = rollouts.look_at_prompts(rollout, recipe.rollout, train)

@@ -62,11 +62,11 @@ def first_student(
         return random_student(design, recipe.seed)
     where, adapter = recipe.student.model, recipe.student.adapter
     assert where is not None
-    if recipe.task == "causal":
-        dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, getattr(adapter, "bits", None))
-        return load_model(where, "student.model", dtype, bits=bits, trainable=adapter is None)
+    dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, getattr(adapter, "bits", None))
     set_seed(recipe.seed)
-    return load_model(where, "student.model", "float32", recipe.task, labels_of=teacher)
+    return load_model(
+        where, "student.model", dtype, recipe.task, bits=bits, labels_of=teacher, trainable=adapter is None
+    )
 
 
 def with_adapter(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data import Examples
-from potstill.engines import Sampling
+from potstill.engines import ModelServer, Sampling
 from potstill.errors import RecipeError
-from potstill.recipe import RolloutPart, SchedulePart
+from potstill.recipe import Recipe, RolloutPart, SchedulePart
+from potstill.students.adapted import is_adapted
 from potstill.train.rollout import Adapt, Replay, Rollout, teacher_mix, teacher_top_k
+from potstill.train.served import ServedWriter
+
+
+def find_writer(recipe: Recipe, student: Any, tokenizer: PreTrainedTokenizerBase) -> ServedWriter | None:
+    """The server that writes for the student, where a recipe names one.
+
+    Args:
+        recipe: the whole.
+        student: as it begins, with its adapter.
+        tokenizer: the student's.
+
+    Raises:
+        RecipeError: the student has an adapter that no server takes.
+        UserError: the server does not write for it; see `ServedWriter`.
+    """
+    part = None if recipe.rollout is None else recipe.rollout.server
+    if part is None:
+        return None
+    adapted = is_adapted(student)
+    kind = str(student.active_peft_config.peft_type.value).lower() if adapted else "lora"
+    if kind != "lora":
+        raise RecipeError(
+            f"rollout.server: expected a whole student or a LoRA adapter, got one of {kind}. vLLM takes no other "
+            "adapter while it runs. Leave rollout.server out: the student writes here."
+        )
+    server = ModelServer(**part.model_dump(exclude={"folder", "max_staleness"}))
+    folder = Path(part.folder or Path(recipe.output) / "served").expanduser()
+    return ServedWriter(server, tokenizer, folder, adapter=adapted, max_staleness=part.max_staleness)
 
 
 def build(
@@ -24,6 +54,7 @@ def build(
     limit: int | None,
     vocabulary: int,
     seed: int,
+    server: ServedWriter | None = None,
 ) -> Rollout:
     """The rollout.
 
@@ -35,6 +66,7 @@ def build(
         limit: tokens in a row that both models allow.
         vocabulary: tokens that both share.
         seed: of the run.
+        server: who writes for the student, where it does not itself.
     """
 
     def number(value: float | SchedulePart) -> float | Callable[[int], float]:
@@ -65,6 +97,7 @@ def build(
         adapt=None if part.adapt is None else Adapt(**part.adapt.model_dump()),
         seed=seed,
         batch_size=part.batch_size,
+        server=server,
     )
 
 

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from potstill.evaluate.sweep_report import write_sweep_report
 from potstill.evaluate.tradeoff import NO_LIMITS, Candidate, Limits, kept, pareto_front, predict, recommend
 from potstill.evaluate.versions import versions
 from potstill.loading import load_model, quiet
+from potstill.machines import start_ray
 from potstill.pipeline import require_free, run
 from potstill.positions import DISTRIBUTIONS
 from potstill.recipe import Recipe
@@ -237,14 +239,24 @@ def _run(recipe: Recipe, console: Console) -> str | None:
 
 def _with_ray(points: Sequence[Point]) -> dict[str, str]:
     """The same, by Ray: a process for each run, with one GPU each where there are any."""
-    try:
-        import ray
-    except ImportError:
-        raise UserError("sweep: expected Ray for --engine ray, got none. pip install 'potstill[ray]'") from None
+    ray = start_ray("sweep")
     gpus = 1 if torch.cuda.is_available() else 0
-    task = ray.remote(num_gpus=gpus, max_retries=0)(_run)
-    said = ray.get([task.remote(point.recipe, Console(quiet=True)) for point in points])
-    return {point.label: why for point, why in zip(points, said, strict=True) if why}
+    task = ray.remote(num_gpus=gpus, max_retries=0)(_run_in)
+    asked = [task.remote(Path.cwd(), point.recipe) for point in points]
+    failures = {}
+    for point, one in zip(points, asked, strict=True):
+        try:
+            why = ray.get(one)
+        except ray.exceptions.RayError as error:  # its process was killed, or its machine is gone: the others go on
+            why = str(error).strip().splitlines()[-1]
+        if why:
+            failures[point.label] = why
+    return failures
+
+
+def _run_in(folder: Path, recipe: Recipe) -> str | None:
+    os.chdir(folder)  # paths in recipes are meant from there
+    return _run(recipe, Console(quiet=True))
 
 
 def _summarize(

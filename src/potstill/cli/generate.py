@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -18,12 +18,15 @@ def generate(
     recipe: RecipePath,
     set_: Sets = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the texts that are there")] = False,
+    engine: Annotated[
+        Literal["process", "ray"], typer.Option(help="this process, or Ray's processes, each with a teacher")
+    ] = "process",
 ) -> None:
     """Have a teacher write training data: reasoning, programs, instructions, responses; checked and filtered."""
     from potstill.generation import generate as generate_rows
     from potstill.recipe.generate import GenerateRecipe
 
-    made = generate_rows(GenerateRecipe.load(recipe, set_ or ()), resume=resume, console=console)
+    made = generate_rows(GenerateRecipe.load(recipe, set_ or ()), resume=resume, engine=engine, console=console)
     table = Table(show_header=False, box=None)
     for name, count in made.counts.items():
         table.add_row(name, f"{count:,}")

@@ -88,7 +88,8 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
         table.add_row("train", f"{found.train_rows:,} rows")
         table.add_row("eval", f"{found.eval_tokens:,} rows")
     table.add_row("steps", f"{found.steps:,}")
-    table.add_row("memory", f"about {words.size(found.memory_bytes)} and the activations of one batch")
+    batch = f"{words.size(found.batch_bytes)} of it for one batch" if found.batch_measured else "without activations"
+    table.add_row("memory", f"about {words.size(found.memory_bytes)}, {batch}")
     table.add_row("disk", f"about {words.size(found.disk_bytes)} of {words.size(found.disk_free_bytes)} free")
     table.add_row("time", f"about {words.duration(found.seconds)} of training on this machine")
     for note in found.notes:

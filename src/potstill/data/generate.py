@@ -6,11 +6,11 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -59,11 +59,38 @@ def render(ask: Ask, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+class Batch(NamedTuple):
+    """Prompts that are answered at once.
+
+    Args:
+        start: the place of the first among all.
+        prompts: as the engine takes them.
+        seed: of the batch.
+    """
+
+    start: int
+    prompts: list[Prompt]
+    seed: int
+
+
+Answer = Callable[[Sequence[Batch]], Iterable[tuple[Batch, list[list[Completion]]]]]  # each batch once, in any order
+
+
+def in_turn(engine: Engine, sampling: Sampling) -> Answer:
+    """An engine that is asked batch after batch."""
+
+    def answer(batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[list[Completion]]]]:
+        for batch in batches:
+            yield batch, engine.complete(batch.prompts, replace(sampling, seed=batch.seed))
+
+    return answer
+
+
 def write(
     asks: Sequence[Ask],
     prompts: Sequence[Prompt],
-    engine: Engine,
-    sampling: Sampling,
+    answer: Answer,
+    seed: int,
     journal: Path,
     *,
     batch_size: int,
@@ -72,15 +99,16 @@ def write(
 ) -> list[Answered]:
     """Have every ask answered, and give the answers in order.
 
-    The journal is a file of JSON lines: one that says what it is made of, then one for each ask. A batch is
-    appended and synced when it is whole; a line that a kill cut in two is removed. The seed of a batch is made of the
-    recipe's and of its place, so that a run that was killed writes what it would have written.
+    The journal is a file of JSON lines: one that says what it is made of, then one for each ask, in the order in which
+    they are answered. A batch is appended and synced when it is whole; a line that a kill cut in two is removed. The
+    seed of a batch is made of the recipe's and of its place, so that a run that was killed, or that many processes
+    share, writes what it would have written.
 
     Args:
         asks: what is asked.
         prompts: the same, as the engine takes it.
-        engine: who answers.
-        sampling: its seed is that of the whole run.
+        answer: what answers batches, such as `in_turn(engine, sampling)`.
+        seed: of the whole run.
         journal: the file; what is in it is not asked again.
         batch_size: asks at a time.
         made_of: whatever decides the texts, as JSON; a journal that was made of something else is an error.
@@ -93,14 +121,13 @@ def write(
     with _locked(journal) as file:
         answered = _read(file, head, journal)
         progress(len(answered))
-        for start in range(0, len(asks), batch_size):
-            places = range(start, min(start + batch_size, len(asks)))
-            missing = [place for place in places if place not in answered]
-            if not missing:
-                continue
-            seed = int.from_bytes(hashlib.sha256(f"{sampling.seed} {start}".encode()).digest()[:4])
-            texts = engine.complete([prompts[place] for place in places], replace(sampling, seed=seed))
-            fresh = {place: Answered(texts[place - start], seed) for place in missing}
+        missing = [
+            Batch(start, list(prompts[start : start + batch_size]), _seed(seed, start))
+            for start in range(0, len(asks), batch_size)
+            if not answered.keys() >= {*range(start, min(start + batch_size, len(asks)))}
+        ]
+        for batch, texts in answer(missing):
+            fresh = {i: Answered(said, batch.seed) for i, said in enumerate(texts, batch.start) if i not in answered}
             lines = [
                 {"ask": place, "seed": one.seed, "texts": [[text.text, text.ended] for text in one.texts]}
                 for place, one in fresh.items()
@@ -109,6 +136,11 @@ def write(
             answered |= fresh
             progress(len(answered))
     return [answered[place] for place in range(len(asks))]
+
+
+def _seed(seed: int, start: int) -> int:
+    """The seed of a batch, of that of the run and of its place."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {start}".encode()).digest()[:4])
 
 
 @contextmanager

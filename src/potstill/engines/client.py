@@ -70,7 +70,13 @@ class JsonClient:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, stop: threading.Event | None = None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+        *,
+        json: bool = True,
     ) -> Any:
         """One answer, as its JSON says it.
 
@@ -79,6 +85,7 @@ class JsonClient:
             path: below the url.
             body: what is sent as JSON.
             stop: no further attempt once it is set.
+            json: False gives the answer as text, whatever it is.
 
         Raises:
             RefusedError: the server says that the question is wrong.
@@ -90,7 +97,7 @@ class JsonClient:
             attempt += 1
             with self._window.place() as place:
                 try:
-                    return self._once(method, path, body)
+                    return self._once(method, path, body, json)
                 except _PassingError as found:
                     trouble = found
                     if trouble.overloaded:
@@ -105,7 +112,7 @@ class JsonClient:
             "Look whether the server runs and what it logs, then go on."
         )
 
-    def _once(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    def _once(self, method: str, path: str, body: Mapping[str, Any] | None, json: bool) -> Any:
         # Errors are told in words alone: the exceptions behind them hold the request and its headers.
         try:
             response = self._http.request(method, self.url + path, json=body)
@@ -122,7 +129,7 @@ class JsonClient:
             told = self._clean(_reason(response)).removesuffix(".")
             raise RefusedError(f"{self.url}{path}: expected an answer, got status {status}: {told}.{hint}", status)
         try:
-            return response.json()
+            return response.json() if json else response.text
         except ValueError:
             raise _PassingError(self._clean(f"something that is not JSON: {response.text[:60]!r}")) from None
 

@@ -26,7 +26,8 @@ class Written:
     Args:
         ids: the new tokens, with the one that ended them.
         log_probs: what the model itself gave each of them, at temperature 1 and over all tokens, nats.
-        sampler_log_probs: what the distribution gave them that they were drawn from, nats; 0 where nothing was drawn.
+        sampler_log_probs: what the distribution gave them that they were drawn from, nats; 0 where nothing was drawn,
+            NaN where nobody tells.
         ended: the model ended it; False where there was no more room.
     """
 
@@ -146,8 +147,7 @@ def _draw(
     sums = chances.cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(sums, chance[:, None] * sums[:, -1:], right=True).clamp_max(own.shape[-1] - 1)
     sampler = chances.gather(-1, token)[:, 0].log() - sums[:, -1].log().float()
-    plain = blend is None and sampling.sampling_temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
-    return token[:, 0], sampler if plain else _log_prob(own, token), sampler
+    return token[:, 0], sampler if blend is None and sampling.plain else _log_prob(own, token), sampler
 
 
 def _log_prob(logits: Tensor, token: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ShapeError(f"Sampling: expected top_p in (0, 1], got {self.top_p}.")
 
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the very distribution that a model gives."""
+        return self.sampling_temperature == 1 and self.top_p == 1 and self.top_k == 0
+
 
 @dataclass(frozen=True)
 class Completion:

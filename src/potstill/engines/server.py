@@ -137,13 +137,13 @@ class ModelServer:
         return self.client.post_all("/v1/completions", bodies)
 
     def _completions(self, answer: Any, samples: int) -> list[Completion]:
-        choices = self._choices(answer)
+        choices = self.choices(answer)
         if set(choices) != set(range(samples)):
             raise ServerError(f"{self}: expected {samples} choices in an answer, got those of index {sorted(choices)}.")
         return [Completion(choices[i]["text"], choices[i].get("finish_reason") == "stop") for i in range(samples)]
 
     def _scores(self, answer: Any, prompt: Sequence[int], top_k: int) -> Scores:
-        entries = self._choices(answer).get(0, {}).get("prompt_logprobs")
+        entries = self.choices(answer).get(0, {}).get("prompt_logprobs")
         if entries is None:
             raise RefusedError(
                 f"{self}: expected prompt_logprobs in the answer, got none. A server that tells log-probabilities "
@@ -158,7 +158,7 @@ class ModelServer:
                 f"{len(prompt)} tokens but the first, got something else ({type(error).__name__}: {error})."
             ) from None
 
-    def _choices(self, answer: Any) -> dict[int, dict[str, Any]]:
+    def choices(self, answer: Any) -> dict[int, dict[str, Any]]:
         """The choices of an answer by their index, in whatever order they come."""
         try:
             choices = {int(choice["index"]): {"text": str(choice["text"]), **choice} for choice in answer["choices"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from potstill.evaluate.words import count, milliseconds
 
 # The teacher, at 100%, is drawn where that leaves the students room to be told apart.
 _NEAR = 0.6
+# Where marks may stand on an axis of powers of ten, from the finest.
+_HALVES = tuple(1 + 0.5 * i for i in range(18))
+_MARKS = (_HALVES, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 3.0, 5.0), (1.0, 2.0, 5.0), (1.0,))
 
 
 class Dot(NamedTuple):
@@ -70,7 +74,7 @@ def pareto(dots: Sequence[Dot], across: str, teacher_cost: float | None = None) 
     axes.margins(x=0.08, y=0.14)
     write = count if across == "parameters" else milliseconds
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
-    _logarithmic(axes, [dot.cost for dot in dots], write)
+    _logarithmic(axes, write)
     axes.set_xlabel(across if across == "parameters" else "one row, one forward pass")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     said = "; ".join(f"{dot.name}: {write(dot.cost)}, {dot.quality:.1%}" for dot in dots)
@@ -98,7 +102,7 @@ def expectations(measured: Sequence[tuple[float, float]], published: Mapping[str
     axes.plot(*zip(*measured, strict=True), color=MODEL["student"], **style)
     axes.set_ylim(0, 1.02)
     label_ends(axes, ends, named=False)
-    _logarithmic(axes, [compression for compression, _ in measured], lambda value: f"{value:g}×")
+    _logarithmic(axes, lambda value: f"{value:g}×")
     axes.set_xlabel("times fewer parameters than the teacher")
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -106,11 +110,17 @@ def expectations(measured: Sequence[tuple[float, float]], published: Mapping[str
     return svg(figure, "expected", f"Share of the teacher's quality over compression, measured: {said}.")
 
 
-def _logarithmic(axes: Axes, values: Sequence[float], write: Callable[[float], str]) -> None:
+def _logarithmic(axes: Axes, write: Callable[[float], str]) -> None:
     axes.set_xscale("log")
-    span = max(values) / min(values)
-    subs = (1.0, 2.0, 5.0) if span > 4 else tuple(1 + 0.5 * i for i in range(18))
-    axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=30))
+    low, high = axes.get_xlim()
+    marks = next((subs for subs in _MARKS if _between(low, high, subs) <= 5), _MARKS[-1])
+    axes.xaxis.set_major_locator(LogLocator(subs=marks, numticks=30))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+
+
+def _between(low: float, high: float, subs: Sequence[float]) -> int:
+    """How many of such marks are seen: more than a few would be written over each other."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    return sum(low <= sub * 10**decade <= high for decade in decades for sub in subs)

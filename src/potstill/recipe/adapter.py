@@ -105,10 +105,10 @@ def adapter_misfits(adapter: AdapterPart | None, task: Task, train: Mapping[str,
     """What does not go with an adapter, each mistake as a line that begins with its key."""
     if adapter is None:
         return
-    if task != "causal":
+    if task != "causal" and isinstance(adapter, PromptPart):
         yield (
-            f"student.adapter: expected the task causal with it, got {task}. Leave it out, or put it on in a loop of "
-            "your own (potstill.adapt)."
+            f"student.adapter: expected lora, qlora or ia3 for the task {task}, got {adapter.kind}. Tokens in front "
+            "would take the places of the model's own first ones."
         )
     if adapter.kind == "prefix" and any(train.get(f"{name}_checkpointing") for name in ("gradient", "activation")):
         yield (

@@ -74,6 +74,13 @@ class Recipe(Document):
                 "teacher: expected one that can speak about what the student writes, got a cache alone, which knows "
                 "the data alone. Name teacher.model beside it: batches of data are still read from the cache."
             )
+        drawn = self.rollout.server is not None and not self.rollout.plain
+        for place, term in enumerate(self.objective):
+            if drawn and isinstance(term, PolicyPart | MiniLLMPart) and term.importance:
+                yield (
+                    f"objective.{place}: expected sampling_temperature 1, top_p 1 and top_k 0 in the rollout, or "
+                    "importance: false, got neither. A server tells what the student gave a token, not its sampler."
+                )
         if self.rollout.guided and self.teacher.model is None:
             yield (
                 "rollout: expected a teacher that is a model here for teacher_mix and teacher_top_k, got none. It "

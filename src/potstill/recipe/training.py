@@ -18,7 +18,7 @@ def _training_arguments(values: Any) -> Any:
 
     if not isinstance(values, Mapping):
         raise ValueError("expected a mapping of transformers.TrainingArguments fields")
-    types = typing.get_type_hints(TrainingArguments)
+    types = typing.get_type_hints(TrainingArguments) | _TYPES
     settable = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - set(_OWN_ARGUMENTS)
     mistakes, checked = [], {}
     for name, value in values.items():
@@ -39,6 +39,7 @@ def _training_arguments(values: Any) -> Any:
     return checked
 
 
+_TYPES = {"fsdp": bool | str | None}  # transformers takes true, and says str
 _OWN_ARGUMENTS = {
     "output_dir": "The recipe's output says where the run goes.",
     "seed": "The recipe's seed is used.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from potstill.errors import ModelError, UserError
@@ -68,6 +69,18 @@ def is_quantized(model: Any) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
 
 
+def judging(model: PreTrainedModel) -> list[str]:
+    """The names of what makes a judgement of a body's last states: trained whole, because it may be random yet. None
+    where a head is one of tokens, or there is none.
+    """
+    body = model.base_model
+    if model.get_output_embeddings() is not None or body is model:
+        return []
+    heads = [name for name, child in model.named_children() if child is not body and [*child.parameters()]]
+    pooler = getattr(body, "pooler", None)
+    return heads + ([f"{model.base_model_prefix}.pooler"] if heads and isinstance(pooler, nn.Module) else [])
+
+
 def virtual_tokens(model: Any) -> int:
     """How many positions prompt and prefix tuning take in front of a row; 0 for all else."""
     if not is_adapted(model):
@@ -85,16 +98,36 @@ class Count(NamedTuple):
 def count(model: Any) -> Count:
     """How many parameters a model has: tied ones once, quantised ones as many as before, an adapter's too."""
     if is_adapted(model):
-        return Count(*model.get_nb_trainable_parameters())
+        trained, every = model.get_nb_trainable_parameters()
+        replaced = (x for module in model.modules() if hasattr(module, "original_module") for x in _original(module))
+        return Count(trained, every - sum(x.numel() for x in replaced))
     return Count(model.num_parameters(only_trainable=True), model.num_parameters())
 
 
+def _original(module: Any) -> Iterator[Tensor]:
+    """What peft keeps of a module that is trained whole: its weights as they were."""
+    yield from module.original_module.parameters()
+
+
 def save_adapter(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Write the adapter of a model, and how its base was quantised."""
+    """Write the adapter of a model, how its base was quantised, and the classes of a head that is trained with it."""
     with hushed():
         model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    if model.active_peft_config.modules_to_save:
+        config = copy.deepcopy(model.config)
+        if is_quantized(model):
+            del config.quantization_config
+        config.to_json_file(Path(folder) / "config.json")
     if is_quantized(model):
         model.config.quantization_config.to_json_file(Path(folder) / QUANTIZATION)
+
+
+def save_student(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write what is trained of a model: its adapter, or all of it."""
+    if is_adapted(model):
+        save_adapter(model, folder, state_dict)
+    else:
+        model.save_pretrained(folder, state_dict=state_dict)
 
 
 def load_adapter(model: Any, folder: str | Path) -> None:

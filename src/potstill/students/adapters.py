@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from potstill.errors import ModelError, UserError, nearest
-from potstill.students.adapted import hushed, is_adapted, require_peft
+from potstill.students.adapted import hushed, is_adapted, judging, require_peft
 from potstill.students.anatomy import anatomy_of
 
 
@@ -67,6 +67,7 @@ class Lora(Adapter):
             )
         return require_peft("student.adapter").LoraConfig(
             task_type=_task(model),
+            modules_to_save=judging(model) or None,
             r=self.rank,
             lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
@@ -100,6 +101,7 @@ class Ia3(Adapter):
         chosen = _chosen(layers, names, "target_modules")
         return require_peft("student.adapter").IA3Config(
             task_type=_task(model),
+            modules_to_save=judging(model) or None,
             target_modules=chosen,
             feedforward_modules=_chosen({name: layers[name] for name in chosen}, read, "feedforward_modules"),
             fan_in_fan_out=_is_turned(layers, chosen),
@@ -177,7 +179,7 @@ class Prefix(Adapter):
 def adapt(
     model: PreTrainedModel, adapter: Adapter, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Any:
-    """Freeze a model and put an adapter on it, which alone is trained.
+    """Freeze a model and put an adapter on it, which alone is trained, with the head that judges rows if there is one.
 
     Args:
         model: a model of transformers; it is changed in place.
@@ -210,12 +212,14 @@ def adapt(
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The linear layers of a model's body, by name: all but its head."""
     body, head = {*model.base_model.modules()}, model.get_output_embeddings()
+    for name in judging(model):
+        body -= {*model.get_submodule(name).modules()}
     named = {name: module for name, module in model.named_modules() if module in body and module is not head}
     return {name: module for name, module in named.items() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def _task(model: PreTrainedModel, causal: str | None = None) -> str | None:
-    """What peft calls the model's task, None for all but causal language models, which `causal` is a kind for."""
+    """What peft calls the model's task, None where it has no word; `causal` is a kind for causal language models."""
     if model.can_generate():
         return "CAUSAL_LM"
     if causal is not None:
@@ -223,7 +227,7 @@ def _task(model: PreTrainedModel, causal: str | None = None) -> str | None:
             f"student.adapter: expected a causal language model for {causal}, got {type(model).__name__}: tokens in "
             "front would take the places of its own first ones. Use lora or ia3."
         )
-    return None
+    return "SEQ_CLS" if judging(model) else None
 
 
 def _keys_values_units(model: PreTrainedModel) -> tuple[Sequence[str], Sequence[str]]:

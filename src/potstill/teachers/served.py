@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from potstill.engines import ModelServer
+from potstill.engines.alike import read, reads_alike, refuse
 from potstill.errors import VocabularyError
 from potstill.positions import Alignment
 from potstill.targets import SparseTargets
 from potstill.teachers.teacher import Teacher, TeacherOutput
-
-STRETCH = 512  # token ids in one question about the tokenizer
 
 
 class ServedTeacher(Teacher):
@@ -76,12 +75,7 @@ class ServedTeacher(Teacher):
         sample = min(64, self.max_length or 64, self.vocabulary)
         probe = [i * self.vocabulary // sample for i in range(sample)]
         (scores,) = self.server.score([probe], self.top_k)
-        every = list(range(self.vocabulary))
-        if self.server.detokenize(every[:1]) is not None:
-            for start in range(0, self.vocabulary, STRETCH):
-                found = self._first_other(tokenizer, every[start : start + STRETCH])
-                if found is not None:
-                    self._refuse(tokenizer, found, str(self.server.detokenize([found])))
+        if reads_alike(self.server, tokenizer):
             return
         words = {token: word for token, word in scores.words.items() if word is not None and token < self.vocabulary}
         if not words:
@@ -90,31 +84,8 @@ class ServedTeacher(Teacher):
                 "they are the student's cannot be seen. Start it with its tokenizer."
             )
         for token, word in words.items():
-            if not _same_word(word, _read(tokenizer, [token])):
-                self._refuse(tokenizer, token, word)
-
-    def _first_other(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
-        """A token id that the server reads otherwise, by halves; None where it reads all of them alike."""
-        if self.server.detokenize(ids) == _read(tokenizer, ids):
-            return None
-        if len(ids) == 1:
-            return ids[0]
-        for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :]):
-            if (found := self._first_other(tokenizer, half)) is not None:
-                return found
-        return None
-
-    def _refuse(self, tokenizer: PreTrainedTokenizerBase, token: int, word: str) -> None:
-        ours = _read(tokenizer, [token])
-        raise VocabularyError(
-            f"{self.server}: expected the student's token ids, got others: {token} is {ours!r} for the student and "
-            f"{word!r} for the server. Per-token divergence needs one vocabulary. Give the student the tokenizer of "
-            "the served model."
-        )
-
-
-def _read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids)))
+            if not _same_word(word, read(tokenizer, [token])):
+                refuse(self.server, tokenizer, token, word)
 
 
 def _same_word(theirs: str, ours: str) -> bool:

@@ -6,6 +6,7 @@ from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import Labels, Logits, Objective
 from potstill.train.policy import PolicyGradient
 from potstill.train.rollout import Adapt, Replay, Rollout, teacher_mix, teacher_top_k
+from potstill.train.served import ServedWriter
 from potstill.train.supervision import DeepSupervision
 from potstill.train.terms import Attention, Hidden, Relations, Similarity
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
@@ -31,6 +32,7 @@ __all__ = [
     "Relations",
     "Replay",
     "Rollout",
+    "ServedWriter",
     "Similarity",
     "StepOutput",
     "Values",

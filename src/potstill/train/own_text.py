@@ -50,7 +50,8 @@ class TextSums:
 
         own_share: of the rows; own_length: tokens with EOS; own_ended: the share that EOS ended; own_repetition: see
         `repetition`; own_entropy: how unsure the student was of what it wrote, -log q of each token, whose mean is its
-        entropy where it is sampled at temperature 1 without a guide; own_age: optimiser steps since it was written.
+        entropy where it is sampled at temperature 1 without a guide; own_age: how many optimiser steps the student was
+        behind that wrote it.
         """
         total = accelerator.reduce(torch.tensor([self._sums[name] for name in NAMES], device=accelerator.device))
         self._sums = dict.fromkeys(NAMES, 0.0)

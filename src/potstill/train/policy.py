@@ -72,6 +72,11 @@ class PolicyGradient(Term):
         rewards = label_log_probs(signals.teacher, signals.labels) - log_probs.detach()
         rewards = rewards.clamp(-MOST_NATS, MOST_NATS).masked_fill(~own.tokens, 0.0)
         advantages = self._whitened(self._returns(rewards, own), own.tokens)
+        if self.importance and own.sampler_log_probs[own.tokens].isnan().any():
+            raise ShapeError(
+                "policy: expected to know what each token was drawn from, got a server's texts, drawn otherwise than "
+                "the student gives them. Draw with sampling_temperature 1, top_p 1 and top_k 0, or without importance."
+            )
         then = own.log_probs.where(own.tokens, log_probs.detach())
         weights = (then - own.sampler_log_probs).exp() if self.importance else torch.ones_like(then)
         weights = weights.where(own.tokens, 0.0).to(log_probs.dtype)

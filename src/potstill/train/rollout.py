@@ -24,6 +24,7 @@ from potstill.errors import ShapeError, UserError
 from potstill.positions import IGNORE, OWN_LOG_PROBS, SAMPLER_LOG_PROBS
 from potstill.train.objective import Number, value_at
 from potstill.train.own_text import TextSums
+from potstill.train.served import ServedWriter
 
 Batch = dict[str, Tensor]
 
@@ -35,7 +36,7 @@ class Replay:
     Args:
         size: how many texts are kept, the latest.
         fresh: the share of the own rows of a step that is newly written; the others are kept ones.
-        age: none is used that was written more optimiser steps ago; None for any.
+        age: none is used that the student of more optimiser steps ago wrote; None for any.
 
     References:
         Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.3.
@@ -68,7 +69,7 @@ class Row(NamedTuple):
     ids: list[int]
     prompt: int  # how many of them are the prompt
     text: Written
-    step: int
+    step: int  # whose student wrote it
     teacher_prompt: Sequence[int] = ()  # where the teacher reads one of its own
 
 
@@ -95,7 +96,9 @@ class Rollout:
         replay: see `Replay`.
         adapt: see `Adapt`; `share` is where it begins.
         seed: with the optimiser step and the rank it decides all that is drawn.
-        batch_size: rows that are written together.
+        batch_size: rows that are written together, here.
+        server: who writes with the student's weights, behind a server; None where the student itself does, here. Its
+            limit holds beside `limit`, and nobody can guide it.
 
     References:
         Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1.
@@ -115,7 +118,12 @@ class Rollout:
         adapt: Adapt | None = None,
         seed: int = 0,
         batch_size: int = 64,
+        server: ServedWriter | None = None,
     ) -> None:
+        if guide is not None and server is not None:
+            raise ShapeError(
+                "Rollout: expected a guide or a server, got both. A guide reads along, token by token, here."
+            )
         if adapt is not None and callable(share):
             raise ShapeError("Rollout: expected a number as the share that adapts, got a schedule. Choose one of them.")
         self.sampling, self.guide = sampling, guide
@@ -125,7 +133,8 @@ class Rollout:
         self._tokenizer = tokenizer
         self._share = share
         self._prompt_tokens = prompt_tokens
-        self.limit = limit
+        self.limit = limit if server is None else min(server.limit, limit or server.limit)
+        self._server = server
         self._vocabulary = vocabulary
         self._seed, self._batch_size = seed, batch_size
         self._kept: deque[Row] = deque(maxlen=replay.size if replay is not None else 0)
@@ -147,6 +156,8 @@ class Rollout:
             step: the optimiser step, from 0.
             rank: of this process.
         """
+        if self._server is not None and self.share_at(step) > 0:
+            self._server.follow(student, step, rank)
         data = [row for batch in batches for row in _rows(batch)]
         chance = np.random.default_rng((self._seed, step, rank))
         wanted = _rounded(self.share_at(step) * len(data), chance)
@@ -185,18 +196,23 @@ class Rollout:
     def _write(self, student: nn.Module, rows: list[dict[str, list[int]]], step: int, seed: int) -> list[Row]:
         prompts = [self.prompt(row) or [] for row in rows]
         theirs = [_unlearnt(row, "teacher_") for row in rows]
-        written = write(
-            student,
-            prompts,
-            Sampling(**{**vars(self.sampling), "seed": seed}),
-            ends=ends_of(student, self._tokenizer.eos_token_id),
-            rooms=None
-            if self.limit is None
-            else [self.limit - max(len(mine), len(other)) for mine, other in zip(prompts, theirs, strict=True)],
-            vocabulary=self._vocabulary,
-            guide=self.guide,
-            batch_size=self._batch_size,
-        )
+        sampling = Sampling(**{**vars(self.sampling), "seed": seed})
+        longest = [max(len(mine), len(other)) for mine, other in zip(prompts, theirs, strict=True)]
+        rooms = [sampling.max_new_tokens if self.limit is None else self.limit - one for one in longest]
+        if self._server is not None:
+            step = self._server.step
+            written = self._server.write(student, prompts, sampling, rooms=rooms, vocabulary=self._vocabulary)
+        else:
+            written = write(
+                student,
+                prompts,
+                sampling,
+                ends=ends_of(student, self._tokenizer.eos_token_id),
+                rooms=rooms,
+                vocabulary=self._vocabulary,
+                guide=self.guide,
+                batch_size=self._batch_size,
+            )
         return [
             Row(mine + text.ids, len(mine), text, step, other)
             for mine, other, text in zip(prompts, theirs, written, strict=True)
@@ -222,11 +238,16 @@ class Rollout:
     # What a checkpoint keeps of it.
 
     def save(self, folder: Path, rank: int) -> None:
-        """Keep in a checkpoint what a run that goes on must know: each rank what it wrote."""
+        """Keep in a checkpoint what a run that goes on must know: each rank what it wrote.
+
+        The next step takes a server new weights, as that of a run that goes on does.
+        """
         kept = [{**row._asdict(), "text": vars(row.text)} for row in self._kept]
         folder.mkdir(parents=True, exist_ok=True)
         state = {"raised": self._raised, "last_loss": self._last_loss, "kept": kept}
         write_text(folder / _name(rank), json.dumps(state))
+        if self._server is not None:
+            self._server.renew()
 
     def load(self, folder: Path, rank: int) -> None:
         """Go on from what `save` kept.
@@ -243,6 +264,11 @@ class Rollout:
         self._raised, self._last_loss = state["raised"], state["last_loss"]
         self._kept.clear()
         self._kept.extend(Row(**{**row, "text": Written(**row["text"])}) for row in state["kept"])
+
+    def close(self) -> None:
+        """Leave nothing behind on the disk."""
+        if self._server is not None:
+            self._server.close()
 
     def text(self, row: Row) -> tuple[str, str]:
         """A row's prompt and what was written behind it, for people."""

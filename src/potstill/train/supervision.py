@@ -75,7 +75,7 @@ class DeepSupervision(Term):
         if not isinstance(last, HeadTargets):
             raise ModelError(
                 "DeepSupervision: expected a student with a plain head, through which its layers are read, got one "
-                "that gives whole logits. Leave the term out, or the adapter on the head."
+                "that gives whole logits. Leave the term out, or what is on the head: an adapter, FSDP or ZeRO-3."
             )
         assert alignment is not None
         temperature = value_at(self.temperature, signals.step)

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from potstill.data import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
 from potstill.positions import IGNORE, Task, align, attended, counting
-from potstill.students.adapted import is_adapted, load_adapter, save_adapter
+from potstill.students.adapted import is_adapted, load_adapter, save_student
 from potstill.teachers import Teacher
 from potstill.train.callbacks import Epochs
 from potstill.train.checkpoints import TEACHER, last_checkpoint, restore_teacher
@@ -28,6 +28,7 @@ from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.objective import OF_TEXT, Objective, Term, or_one
 from potstill.train.prefetch import Peek
 from potstill.train.rollout import Rollout, with_weights_of
+from potstill.train.sharding import UNSHARDED, Sharding
 from potstill.train.sums import Sums
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
@@ -57,6 +58,8 @@ class DistillationConfig(TrainingArguments):
                 f"train.label_smoothing_factor: expected 0, got {self.label_smoothing_factor}. "
                 "The objective is the loss: soften the labels with a logits term instead."
             )
+        if self.fsdp and self.world_size == 1:
+            raise UserError(UNSHARDED)
 
 
 class DistillationTrainer(Trainer):
@@ -118,11 +121,8 @@ class DistillationTrainer(Trainer):
             **kwargs,
         )
         self.rollout = rollout
-        if rollout is not None and self.is_deepspeed_enabled:
-            raise UserError(
-                "rollout: expected fsdp or whole students on each rank, got deepspeed, under which the student cannot "
-                "write. Use train.fsdp, or learn from data alone."
-            )
+        sharding = Sharding.of(self.accelerator.state)
+        sharding.refuse(fsdp_asked=bool(args.fsdp), teacher=self.distiller.teacher, rollout=rollout)
         # Under FSDP each rank writes with a copy of its own, so that none waits for the texts of another.
         self._writer: nn.Module | None = None
         if rollout is not None and self.is_fsdp_enabled:
@@ -299,11 +299,6 @@ class DistillationTrainer(Trainer):
             DataError: the teacher cannot speak about all of the training data.
         """
         teacher = self.distiller.teacher
-        if teacher is not None and teacher.of_student and self.is_fsdp_enabled:
-            raise UserError(
-                f"{type(teacher).__name__}: expected a student that is whole on every rank, got one that FSDP shards. "
-                "Its teacher is made of its weights. Train without FSDP, or name another teacher."
-            )
         if teacher is not None and self.distiller.consults:
             teacher.require(self.train_dataset)
         if resume_from_checkpoint is True:
@@ -313,10 +308,14 @@ class DistillationTrainer(Trainer):
             resume_from_checkpoint = str(found)
         if self.rollout is not None and resume_from_checkpoint:
             self.rollout.load(Path(str(resume_from_checkpoint)), self.args.process_index)
+        if teacher is not None and resume_from_checkpoint and self.is_deepspeed_enabled:  # which loads all else itself
+            restore_teacher(teacher, Path(str(resume_from_checkpoint)))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.distiller.foretell(())
+            if self.rollout is not None and self.args.should_save:
+                self.rollout.close()
 
     # Checkpoints.
 
@@ -326,7 +325,7 @@ class DistillationTrainer(Trainer):
                 self._stop(f"a weight that is not finite in {name} before checkpoint {self.state.global_step}")
         teacher = self.distiller.teacher
         states = {TEACHER: {} if teacher is None else teacher.state_dict()}
-        if not self.is_fsdp_enabled:  # whose own files hold all that is trained
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # whose own files hold all that is trained
             states[TRAINED] = self.distiller.objective.state_dict()
         folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
         for name, state in states.items():
@@ -347,11 +346,7 @@ class DistillationTrainer(Trainer):
                 for name, value in state_dict.items()
                 if name.startswith("student.")
             }
-        student: Any = self.distiller.student
-        if is_adapted(student):
-            save_adapter(student, target, state_dict)
-        else:
-            student.save_pretrained(target, state_dict=state_dict)
+        save_student(self.distiller.student, target, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(target)
 

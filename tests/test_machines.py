@@ -1,0 +1,100 @@
+"""Work that Ray spreads: no row lost or doubled, and mistakes told in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from potstill.errors import UserError
+from potstill.machines import start_ray
+
+# Ray makes its processes nicer than all others, so that they starve where cores are shared.
+ENVIRONMENT = {**os.environ, "RAY_worker_niceness": "0"}
+
+
+def generate(recipe: Path, *more: str) -> subprocess.Popen[str]:
+    """The command in a process of its own: Ray's warnings are no concern of these tests."""
+    command = [sys.executable, "-m", "potstill", "generate", str(recipe), *more]
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def asks(journal: Path) -> list[int]:
+    """The asks of the journal's whole lines, in their order."""
+    if not journal.exists():
+        return []
+    whole = journal.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line)["ask"] for line in whole.splitlines()[1:]]
+
+
+@pytest.fixture
+def recipe(toys: Path, tmp_path: Path) -> Path:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"def f{i}("}) + "\n" for i in range(60)))
+    values: dict[str, Any] = {
+        "kind": "generate",
+        "name": "spread",
+        "teacher": {"model": str(toys / "teacher")},
+        "task": {"task": "responses", "prompts": {"path": str(tmp_path / "prompts.jsonl"), "field": "prompt"}},
+        "sampling": {"max_new_tokens": 40, "samples": 2},
+        "filter": {"cut": False, "repetition": None},
+        "batch_size": 2,
+        "output": str(tmp_path / "alone"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ray_killed_and_resumed_writes_what_one_process_writes(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    spread = ("--engine", "ray", "--set", f"output={tmp_path / 'many'}")
+    journal = tmp_path / "many" / "texts.jsonl"
+    killed = generate(recipe, *spread)
+    while len(asks(journal)) < 4:
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    assert 4 <= len(asks(journal)) < 60
+    for more in ((*spread, "--resume"), ()):
+        one = generate(recipe, *more)
+        said = one.communicate()[1]
+        assert one.returncode == 0, said
+    assert sorted(asks(journal)) == list(range(60))
+    alone, many = ((tmp_path / name / "train.jsonl").read_bytes() for name in ("alone", "many"))
+    assert alone == many
+
+
+@pytest.mark.slow
+def test_a_mistake_there_is_one_line_here(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    script = (
+        "from potstill.errors import PotstillError, UserError\n"
+        "from potstill.machines import spread\n"
+        "def begin(request):\n"
+        "    def do(row):\n"
+        "        raise UserError(f'{request}: expected this, got that.')\n"
+        "    return do\n"
+        "try:\n"
+        "    list(spread('work', [{'n': 1}], begin, 'here'))\n"
+        "except PotstillError as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "UserError here: expected this, got that.", done.stderr
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        UserError, match=r"generate: expected Ray for --engine ray, got none. pip install 'potstill\[ray\]'"
+    ):
+        start_ray("generate")
