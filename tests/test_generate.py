@@ -223,6 +223,20 @@ def test_answers_alone_and_both_as_two_tasks(values, monkeypatch, tmp_path) -> N
     assert [m["content"] for m in answer["messages"]] == ["What is 0 plus 0?", "0"]
     assert chain["messages"][1]["content"][slice(*chain["answer_span"])] == "0"
     assert [row["provenance"]["task"] for row in (chain, answer)] == ["chain_of_thought", "answer"]
+    assert [row["weight"] for row in (chain, answer)] == [1.0, 1.0]
+    assert "weight" not in first
+
+
+def test_two_tasks_weigh_what_the_recipe_says_in_a_run(values, monkeypatch) -> None:
+    values["task"] |= {"target": "both", "task_weights": {"chain": 0.5, "answer": 12}}
+    rows = made(values, sums, monkeypatch).rows
+    chain, answer, *_ = encode(
+        Source(rows, prompt="prompt", completion="completion", weight="weight"), make_tokenizer(), max_length=64
+    ).dataset
+    assert (set(chain["weights"]), set(answer["weights"])) == ({0.5}, {12.0})
+    values["task"]["target"] = "chain"
+    with pytest.raises(RecipeError, match="expected task_weights with target: both alone, got target: chain"):
+        GenerateRecipe.parse(values)
 
 
 # Programs

@@ -289,8 +289,10 @@ def _keep(
     # The run's seed is in the card; a row has that of its batch.
     provenance = {"teacher": recipe.teacher.name, "sampling": sampling}
     target: Target = getattr(recipe.task, "target", "chain")
+    weighed = getattr(recipe.task, "task_weights", None)
+    weights = None if weighed is None else weighed.model_dump()
     kept = [passed[place] for place in sifted.kept]
-    rows = [row for one in kept for row in rows_of(one, form, target, provenance)]
+    rows = [row for one in kept for row in rows_of(one, form, target, provenance, weights)]
     dropped = [
         {**row, "dropped": {"filter": name, "reason": why}}
         for one, name, why in gone

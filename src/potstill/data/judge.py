@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from potstill.data.asks import Ask
 from potstill.data.generate import Answered
@@ -182,12 +182,21 @@ def _judge_group(group: list[Candidate], choose: Choice, drop_cut: bool) -> list
 # Rows
 
 
-def rows_of(judged: Judged, form: Form, target: Target, provenance: dict[str, Any]) -> list[dict[str, Any]]:
+class TaskWeights(TypedDict):
+    """How much a token counts in rows of each task of `both`."""
+
+    chain: float
+    answer: float
+
+
+def rows_of(
+    judged: Judged, form: Form, target: Target, provenance: dict[str, Any], weights: TaskWeights | None = None
+) -> list[dict[str, Any]]:
     """The rows that a candidate becomes, ready for `potstill run`.
 
     - chain: the prompt as the teacher saw it, and what it wrote.
     - answer: the question alone, and the answer alone.
-    - both: one row of each, two tasks that the prompt tells apart (Distilling Step-by-Step).
+    - both: one row of each, two tasks that the prompt tells apart (Distilling Step-by-Step), with their `weight`.
 
     Conversations keep their messages and all columns of their row.
 
@@ -196,6 +205,7 @@ def rows_of(judged: Judged, form: Form, target: Target, provenance: dict[str, An
         form: prompt and completion, or messages.
         target: for chains and programs; everything else is one row.
         provenance: of the whole run.
+        weights: of the two tasks; default: 1 each.
 
     References:
         Hsieh et al. 2023, arXiv 2305.02301.
@@ -205,6 +215,9 @@ def rows_of(judged: Judged, form: Form, target: Target, provenance: dict[str, An
     rows = [_whole(judged, form, provenance)] if not reasons or target != "answer" else []
     if reasons and target != "chain" and one.answer is not None:
         rows.append(_answer_alone(judged, form, provenance))
+    if target == "both":
+        two = weights or TaskWeights(chain=1.0, answer=1.0)
+        rows = [row | {"weight": weight} for row, weight in zip(rows, (two["chain"], two["answer"]), strict=False)]
     return rows
 
 

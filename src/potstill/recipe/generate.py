@@ -63,7 +63,28 @@ class PromptsPart(Part):
         return self
 
 
+class TaskWeightsPart(Part):
+    """How much a token counts in the rows of each of the two tasks of `target: both`: their column weight, which a run
+    takes with `weight: weight`. Only the ratio matters.
+    """
+
+    chain: float = Field(gt=0, allow_inf_nan=False)
+    answer: float = Field(gt=0, allow_inf_nan=False)
+
+
 class _Questioned(Part):
+    task: str  # each kind's own word; it stands first, where messages look for it
+    target: TargetKey = Field("chain", description="what the rows teach: the chain, the answer alone, or both")
+    task_weights: TaskWeightsPart | None = Field(
+        None, description="with target both: how much a token counts in rows of each; by default 1"
+    )
+
+    @model_validator(mode="after")
+    def _two_tasks(self) -> Self:
+        if self.task_weights is not None and self.target != "both":
+            raise ValueError(f"expected task_weights with target: both alone, got target: {self.target}")
+        return self
+
     def _with_answers(self, questions: QuestionsPart, choose: str) -> None:
         if choose == "verified" and questions.answer is None:
             raise ValueError("expected questions.answer, the column of known answers, for choose: verified")
@@ -75,7 +96,6 @@ class ChainPart(_Questioned):
     task: Literal["chain_of_thought"]
     questions: QuestionsPart
     template: str = Field("step_by_step", description="step_by_step, structured, socratic, or a text with {question}")
-    target: TargetKey = Field("chain", description="what the rows teach: the chain, the answer alone, or both")
     choose: ChooseKey = Field("all", description="which texts become rows: all with an answer, majority, verified")
 
     @model_validator(mode="after")
@@ -90,7 +110,6 @@ class ProgramPart(_Questioned):
     task: Literal["program_of_thought"]
     questions: QuestionsPart
     template: str = Field("python", description="python, or a text with {question}")
-    target: TargetKey = "chain"
     choose: ChooseKey = "all"
 
     @model_validator(mode="after")
@@ -106,7 +125,6 @@ class MixedPart(_Questioned):
     questions: QuestionsPart
     template: str = Field("step_by_step", description="of the chains")
     program_template: str = Field("python", description="of the programs")
-    target: TargetKey = "chain"
     choose: Literal["majority", "verified"] = "majority"
 
     @model_validator(mode="after")

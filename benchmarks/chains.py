@@ -1,0 +1,297 @@
+"""What is worth learning from: answers, chains of thought, verified chains, both as two tasks, chains and logits?
+
+    OMP_NUM_THREADS=1 python benchmarks/chains.py
+    python benchmarks/chains.py --report  # the table of what is there; measures nothing
+
+The task is that of word_problems.py. The teacher (3 layers of width 128) learns from worked solutions, 500 updates at a
+time, until it answers 97% of the dev problems right. It then writes two chains for each of the students' questions with
+`potstill generate`, at the first temperature at which at least 12% of 200 chains are wrong. Every student (2 layers of
+width 64) begins with the same weights for each seed, and makes the same number of updates, each of 32 rows, by one of:
+
+    answers          cross-entropy with the known answers alone: no teacher
+    chains           with the chains as the teacher wrote them (choose: all)
+    verified         with those whose answer is right (choose: verified)
+    both             with those, and their answers alone as a second task that weighs about as much (target: both)
+    chains + logits  with the chains, and forward KL with the teacher beside
+
+Measured: the share of unseen problems that it answers right, greedily: of known templates by their steps, and of
+templates that are held out. `--split dev` measures on other problems, for trying things. Results are kept as they come
+(--out, and the folder of that name beside it), and a run goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+
+from measure import keep, machine, table
+from potstill import DistillationConfig, DistillationTrainer, ForwardKL, Labels, LocalEngine, Logits, Sampling
+from potstill.data import Source, encode
+from potstill.data.reasoning import fill, parse
+from potstill.data.verify import same_answer
+from potstill.generation import generate
+from potstill.recipe import GenerateRecipe
+from word_problems import ANSWER_PROMPT, PROMPT, STEPS, Problem, Split, problems, tokenizer
+
+ROWS, ROUND, ROUNDS = 32, 500, 8
+METHODS = ("answers", "chains", "verified", "both", "chains + logits")
+TEMPLATES = "held-out templates"
+
+
+def llama(width: int, layers: int, seed: int, words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=192,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    return model
+
+
+def learn(
+    student: LlamaForCausalLM,
+    teacher: LlamaForCausalLM | None,
+    objective: list[Any],
+    source: Source,
+    words: PreTrainedTokenizerFast,
+    *,
+    steps: int,
+    rate: float,
+    seed: int,
+) -> float:
+    """Train a student in place; the processor's seconds that it took."""
+    rows = encode(source, words, max_length=128).dataset
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        trainer = DistillationTrainer(
+            student,
+            teacher,
+            objective,
+            DistillationConfig(
+                output_dir=folder,
+                max_steps=steps,
+                per_device_train_batch_size=ROWS,
+                learning_rate=rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=steps // 20,
+                adam_beta2=0.98,
+                save_strategy="no",
+                disable_tqdm=True,
+                seed=seed,
+                use_cpu=True,
+            ),
+            rows,
+            processing_class=words,
+        )
+        trainer.remove_callback(PrinterCallback)
+        start = time.process_time()
+        trainer.train()
+        return time.process_time() - start
+
+
+def right(
+    model: LlamaForCausalLM,
+    words: PreTrainedTokenizerFast,
+    asked: list[Problem],
+    *,
+    alone: bool = False,
+    temperature: float = 0.0,
+) -> float:
+    """The share of problems that a model answers right, by a chain or alone."""
+    prompts = [fill(ANSWER_PROMPT if alone else PROMPT, one.question) for one in asked]
+    drawn = Sampling(max_new_tokens=48, sampling_temperature=temperature, seed=0)
+    texts = [text for (text,) in LocalEngine(model, words, 256).complete(prompts, drawn)]
+    answers = [text.text if alone else parse(text.text).answer for text in texts]
+    return statistics.mean(same_answer(said, one.answer) for said, one in zip(answers, asked, strict=True))
+
+
+def unseen(split: Split, count: int) -> dict[str, list[Problem]]:
+    """Problems of known templates by level, and half as many of held-out templates."""
+    known = problems(count, split, 0)
+    by_level = {level: [one for one in known if one.level == level] for level in STEPS}
+    return by_level | {TEMPLATES: problems(count // 2, split, 0, held_out=True)}
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# The teacher, and what it writes.
+
+
+def make_teacher(folder: Path, results: dict[str, Any], words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    rounds: list[dict[str, float]] = results.setdefault("teacher rounds", [])
+    teacher = (
+        LlamaForCausalLM.from_pretrained(folder / "teacher", attn_implementation="eager")
+        if rounds
+        else llama(128, 3, 100, words)
+    )
+    dev = problems(300, "dev", 1)
+    while not rounds or (rounds[-1]["right"] < 0.97 and len(rounds) < ROUNDS):
+        solved = problems(ROUND * ROWS, "train", 1000 + len(rounds))
+        rows = [{"prompt": fill(PROMPT, one.question), "completion": one.chain} for one in solved]
+        source = Source(written(folder / "solved.jsonl", rows), prompt="prompt", completion="completion")
+        seconds = learn(teacher, None, [Labels()], source, words, steps=ROUND, rate=3e-3, seed=len(rounds))
+        teacher.save_pretrained(folder / "teacher")
+        words.save_pretrained(folder / "teacher")
+        rounds.append({"right": right(teacher, words, dev), "seconds": seconds})
+        print(f"teacher, round {len(rounds)}: {rounds[-1]}", file=sys.stderr, flush=True)
+        keep(folder.with_suffix(".json"), results)
+    return teacher.eval()
+
+
+def choose_temperature(teacher: LlamaForCausalLM, words: PreTrainedTokenizerFast) -> dict[str, float]:
+    """The first one at which at least 12% of its chains are wrong, on problems of the kind that students learn from."""
+    asked = problems(200, "train", 1)
+    for temperature in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0):
+        wrong = 1 - right(teacher, words, asked, temperature=temperature)
+        if wrong >= 0.12:
+            break
+    return {"temperature": temperature, "wrong": wrong}
+
+
+def make_data(folder: Path, questions: int, temperature: float) -> tuple[dict[str, Source], dict[str, int]]:
+    """What each method learns from, and how many rows that is. The teacher writes once; the rest is judged anew."""
+    asked = problems(questions, "train", 0)
+    file = written(folder / "questions.jsonl", [{"question": one.question, "answer": one.answer} for one in asked])
+    alone = [{"prompt": fill(ANSWER_PROMPT, one.question), "completion": f" {one.answer}"} for one in asked]
+    files, counts = {"answers": written(folder / "answers.jsonl", alone)}, {"answers": questions}
+    for name, task in {
+        "chains": {"choose": "all"},
+        "verified": {"choose": "verified"},
+        # A chain has about 28 tokens, an answer two, ends included: each task has half of the loss.
+        "both": {"choose": "verified", "target": "both", "task_weights": {"chain": 1, "answer": 14}},
+    }.items():
+        recipe = {
+            "kind": "generate",
+            "name": name,
+            "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
+            "task": {
+                "task": "chain_of_thought",
+                "questions": {"path": str(file), "answer": "answer"},
+                "template": PROMPT,
+                **task,
+            },
+            "sampling": {"samples": 2, "sampling_temperature": temperature, "top_p": 1.0, "max_new_tokens": 48},
+            "batch_size": 128,
+            "output": str(folder / name),
+        }
+        if name != "chains":
+            (folder / name).mkdir(exist_ok=True)
+            shutil.copy(folder / "chains/texts.jsonl", folder / name)
+        made = generate(GenerateRecipe.parse(recipe), resume=True)
+        files[name], counts[name] = made.rows, made.counts["rows"]
+    sources = {name: Source(path, prompt="prompt", completion="completion") for name, path in files.items()}
+    sources["both"] = replace(sources["both"], weight="weight")
+    return sources | {"chains + logits": sources["chains"]}, counts
+
+
+# The comparison.
+
+
+def one(
+    method: str,
+    seed: int,
+    teacher: LlamaForCausalLM,
+    source: Source,
+    words: PreTrainedTokenizerFast,
+    updates: int,
+    sets: dict[str, list[Problem]],
+) -> dict[str, float]:
+    """A student of a method: its seconds, and what it answers right in each set; of both also alone."""
+    student = llama(64, 2, seed, words)
+    beside = method == "chains + logits"
+    objective = [Labels(), Logits(ForwardKL())] if beside else [Labels()]
+    seconds = learn(student, teacher if beside else None, objective, source, words, steps=updates, rate=4e-3, seed=seed)
+    ways = {"": method == "answers"} | ({" alone": True} if method == "both" else {})
+    shares = {
+        f"{name}{way}": right(student, words, asked, alone=alone)
+        for way, alone in ways.items()
+        for name, asked in sets.items()
+    }
+    return {"seconds": seconds, "student parameters": student.num_parameters(), **shares}
+
+
+def measure(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    words, folder, file = tokenizer(), args.out.with_suffix(""), args.out
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = make_teacher(folder, results, words)
+    sets = unseen(args.split, args.problems)
+    if "teacher" not in results:
+        shares = {name: right(teacher, words, asked) for name, asked in sets.items()}
+        results["teacher"] = {"parameters": teacher.num_parameters(), **shares}
+        results["drawn"] = choose_temperature(teacher, words)
+        keep(file, results)
+    sources, results["rows"] = make_data(folder, args.questions, results["drawn"]["temperature"])
+    students = results.setdefault("students", {})
+    for seed in range(args.seeds):
+        for method in METHODS:
+            if f"{method} {seed}" not in students:
+                students[f"{method} {seed}"] = one(method, seed, teacher, sources[method], words, args.updates, sets)
+                print(method, seed, students[f"{method} {seed}"], file=sys.stderr, flush=True)
+                keep(file, results)
+
+
+def report(results: dict[str, Any]) -> None:
+    names = (*STEPS, TEMPLATES)
+    cells = [["teacher", "", *(f"{results['teacher'][name]:.3f}" for name in names), "", ""]]
+    for method in METHODS:
+        found = [value for key, value in results["students"].items() if key.rpartition(" ")[0] == method]
+        for way in ("", " alone"):
+            if found and f"{TEMPLATES}{way}" in found[0]:
+                shares = [[run[f"{name}{way}"] for run in found] for name in names]
+                seconds = statistics.mean(run["seconds"] for run in found)
+                rows = str(results["rows"][method.removesuffix(" + logits")])
+                label = f"{method}, answers{way}" if way else method
+                cells.append([label, rows, *map(spread, shares), f"{seconds:.0f}", str(len(found))])
+    print(f"{results['settings']}\nteacher: {results['teacher']['parameters']:,} parameters, drawn: {results['drawn']}")
+    print("\n".join(f"{key}: {value}" for key, value in results["machine"].items()), end="\n\n")
+    print(table(["", "rows", *names, "CPU seconds", "seeds"], cells))
+
+
+def spread(shares: list[float]) -> str:
+    return f"{statistics.mean(shares):.3f}" + (f" ± {statistics.stdev(shares):.3f}" if len(shares) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/chains.json"))
+    parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--questions", type=int, default=2000, help="that students learn from")
+    parser.add_argument("--problems", type=int, default=600, help="that are measured on")
+    parser.add_argument("--updates", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if not args.report:
+        settings = {name: getattr(args, name) for name in ("split", "questions", "problems", "updates")}
+        if results.setdefault("settings", settings) != settings:
+            parser.error(f"--out: expected results with {settings}, got some with {results['settings']}.")
+        results["machine"] = machine("cpu")
+        measure(args, results)
+    report(results)
+
+
+if __name__ == "__main__":
+    main()
