@@ -168,24 +168,3 @@ def recipe_values(toys: Path, tmp_path: Path) -> dict[str, Any]:
         "evaluate": {"baseline": True},
         "output": str(tmp_path / "run"),
     }
-
-
-@pytest.fixture(scope="session")
-def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentence-transformers folder of random weights with three layers."""
-    pytest.importorskip("sentence_transformers")
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("embedder")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=300, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64, initializer_range=0.5,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder / "bert")
-    make_tokenizer().save_pretrained(folder / "bert")
-    modules = [Transformer(str(folder / "bert"), max_seq_length=32), Pooling(16, pooling_mode="mean")]
-    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder / "model"), create_model_card=False)
-    return folder / "model"
