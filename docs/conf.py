@@ -6,7 +6,6 @@ elsewhere, neither when the site is built nor when it is read.
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
@@ -37,10 +36,6 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False  # what is returned often has a name, not a type
 smartquotes = False
 toc_object_entries_show_parents = "hide"
-
-
-# A pattern of the contents may match nothing yet.
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda record: "glob pattern" not in str(record.msg))
 
 
 def setup(app: Any) -> None:

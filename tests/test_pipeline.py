@@ -141,6 +141,18 @@ def test_killed_and_resumed_equals_uninterrupted(recipe_values: dict[str, Any], 
     assert len(steps) == len(set(steps)) == 16
 
 
+def test_killed_after_the_last_checkpoint_it_takes_no_step_more(recipe_values: dict[str, Any]) -> None:
+    recipe_values["evaluate"]["baseline"] = False
+    recipe_values["train"]["lr_scheduler_type"] = "constant"  # a step too many would be seen
+    first = quiet_run(recipe_values)
+    assert first.summary["training"]["steps"] % (first.summary["data"]["train_examples"] // 4)  # within an epoch
+    before = load_file(first.directory / "student" / "model.safetensors")
+    shutil.rmtree(first.directory / "student")
+    again = quiet_run(recipe_values, resume=True)
+    after = load_file(again.directory / "student" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(x, after[name]) for name, x in before.items())
+
+
 def test_an_interrupted_run_says_how_to_go_on(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     recipe_values["train"] |= {"max_steps": 100_000, "save_steps": 5, "logging_steps": 1000, "eval_strategy": "no"}
     process = processes.potstill("run", written(recipe_values, tmp_path), said=tmp_path / "said")

@@ -29,6 +29,8 @@ from potstill.positions import OWN_LOG_PROBS, SAMPLER_LOG_PROBS
 from potstill.preflight import check
 from potstill.prepare import prepare
 from potstill.recipe import Recipe
+from potstill.rollouts import find_writer
+from potstill.students.adapters import Lora, adapt
 from potstill.train import (
     DistillationTrainer,
     Distiller,
@@ -402,6 +404,14 @@ def test_adapters_that_no_server_takes(
     values["rollout"]["server"] = {"url": toy.url, "model": "toy"}
     with pytest.raises(RecipeError, match=r"rollout\.server: expected a whole student or a LoRA adapter, got one of"):
         prepare(Recipe.parse(values))
+
+
+def test_biases_that_no_server_takes(toy: ToyStudentServer, recipe_values: dict[str, Any], toys: Path) -> None:
+    adapted = adapt(make_llama(), Lora(rank=2))
+    adapted.active_peft_config.bias = "all"
+    wanted = recipe(recipe_values, toy, toys)
+    with pytest.raises(RecipeError, match=r"rollout\.server: expected an adapter without biases, got bias: all"):
+        find_writer(wanted, adapted, make_tokenizer())
 
 
 def test_what_makes_no_sense_is_told_at_once(toy: ToyStudentServer, recipe_values: dict[str, Any], toys: Path) -> None:

@@ -40,6 +40,11 @@ def find_writer(recipe: Recipe, student: Any, tokenizer: PreTrainedTokenizerBase
             f"rollout.server: expected a whole student or a LoRA adapter, got one of {kind}. vLLM takes no other "
             "adapter while it runs. Leave rollout.server out: the student writes here."
         )
+    if adapted and student.active_peft_config.bias != "none":
+        raise RecipeError(
+            f"rollout.server: expected an adapter without biases, got bias: {student.active_peft_config.bias}. vLLM "
+            "leaves an adapter's biases out. Leave student.adapter.bias out, or rollout.server."
+        )
     server = ModelServer(**part.model_dump(exclude={"folder", "max_staleness"}))
     folder = Path(part.folder or Path(recipe.output) / "served").expanduser()
     return ServedWriter(server, tokenizer, folder, adapter=adapted, max_staleness=part.max_staleness)

@@ -33,8 +33,7 @@ class EnsembleTeacher(Teacher):
     Args:
         members: the teachers. The first that can be looked into is.
         weights: one for each, not negative; they are divided by their sum. None for equal ones. Where they are learned,
-        with
-            what begins.
+            what they begin with.
         of: "probabilities" or "log_probs".
         learned: whether the weights are learned, of probabilities alone.
         names: what the members are called in logs; their numbers where nothing is given.

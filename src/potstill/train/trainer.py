@@ -317,6 +317,13 @@ class DistillationTrainer(Trainer):
             if self.rollout is not None and self.args.should_save:
                 self.rollout.close()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers.Trainer's; nothing where all steps are done, as after a kill between the last one's checkpoint
+        and the end: it would take one more.
+        """
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     # Checkpoints.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
