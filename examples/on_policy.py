@@ -1,6 +1,6 @@
 """GKD in a loop of one's own: the student writes half of the rows, the teacher judges every token of both halves.
 
-    python examples/on_policy.py
+python examples/on_policy.py
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ dev = list(in_batches(held_out, collate, 8))
 def say() -> None:
     found = compare(teacher, {"student": student}, dev)["student"]
     print(f"KL to the teacher, held out: {found.kl:.3f} nats a token")
+
 
 distiller = Distiller(student, teacher, [Logits(JSD(0.5))])
 writes = Rollout(tokenizer, Sampling(max_new_tokens=24), share=0.5, prompt_tokens=16)

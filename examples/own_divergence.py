@@ -1,6 +1,6 @@
 """A divergence of one's own: Jeffreys' symmetric KL, which works wherever the others do.
 
-    python examples/own_divergence.py
+python examples/own_divergence.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A training loop of one's own that accumulates: four batches, one optimiser step, one exact normaliser.
 
-    python examples/own_loop.py
+python examples/own_loop.py
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ dev = list(in_batches(held_out, collate, 8))
 def say() -> None:
     found = compare(teacher, {"student": student}, dev)["student"]
     print(f"KL to the teacher, held out: {found.kl:.3f} nats a token")
+
 
 distiller = Distiller(student, teacher, [Logits(ForwardKL(), weight=0.9, temperature=2.0), Labels(weight=0.1)])
 say()
