@@ -1,7 +1,7 @@
 """Text from a vLLM server and from the local engine: how many rows a second?
 
-    .venv-server/bin/vllm serve src/potstill/demo/teacher --served-model-name demo --dtype float32 --enforce-eager \
-        --max-model-len 512 --port 8000 &
+    VLLM_CPU_KVCACHE_SPACE=1 .venv-server/bin/python -m vllm.entrypoints.openai.api_server --enforce-eager \
+        --model src/potstill/demo/teacher --served-model-name demo --dtype float32 --max-model-len 512 --port 8000 &
     .venv/bin/python benchmarks/served.py --url http://127.0.0.1:8000 --pid $!
 
 Both write 64 tokens behind each of 32 prompts of 32 tokens with the demo's teacher of 5.3M parameters in float32, at
