@@ -51,7 +51,7 @@ def test_a_notebook_runs_and_its_claims_hold(path: Path, tmp_path: Path, monkeyp
 def test_a_script_runs_by_its_command(path: Path, tmp_path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     assert len(source.splitlines()) < 60
-    (command,) = re.findall(r"^    (python examples/.*)$", source, flags=re.MULTILINE)
+    (command,) = re.findall(r"^(python examples/.*)$", source, flags=re.MULTILINE)
     program, *words = shlex.split(command)
     assert program == "python" and words[0] == f"examples/{path.name}"
     (tmp_path / "examples").symlink_to(ROOT / "examples")
