@@ -168,3 +168,14 @@ def recipe_values(toys: Path, tmp_path: Path) -> dict[str, Any]:
         "evaluate": {"baseline": True},
         "output": str(tmp_path / "run"),
     }
+
+
+@pytest.fixture
+def judged_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where one is: train.jsonl and eval.jsonl for encoders, with classes and numbers."""
+    from toy_encoders import write_rows
+
+    write_rows(tmp_path / "train.jsonl", 32, seed=0)
+    write_rows(tmp_path / "eval.jsonl", 16, seed=7)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -22,7 +22,7 @@ from potstill.pipeline import RunResult, run
 from potstill.recipe import Recipe
 from potstill.students.adapted import count, hushed, is_adapted, judging
 from potstill.students.adapters import Ia3, Lora, adapt, linear_layers
-from toy_encoders import make_encoder, save, write_rows
+from toy_encoders import make_encoder, save
 
 LOGITS, LABELS = {"term": "logits"}, {"term": "labels", "weight": 0.5}
 OBJECTIVES = {
@@ -32,14 +32,6 @@ OBJECTIVES = {
     "encoder": [{"term": "hidden", "layers": "uniform", "distance": "cosine"}],
 }
 COLUMNS = {"classification": {"label": "label"}, "regression": {"label": "score", "pair": "text_pair"}}
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_rows(tmp_path / "train.jsonl", 32, seed=0)
-    write_rows(tmp_path / "eval.jsonl", 16, seed=7)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def models(task: str, student: Any = None) -> None:
@@ -87,7 +79,7 @@ def answer(model: Any) -> torch.Tensor:
         ("encoder", "lora"),
     ],
 )
-def test_a_run_keeps_the_adapter_and_what_judges(task: str, kind: str, workplace: Path) -> None:
+def test_a_run_keeps_the_adapter_and_what_judges(task: str, kind: str, judged_rows: Path) -> None:
     models(task)
     adapter = {"kind": kind} if kind == "ia3" else {"kind": kind, "rank": 2}
     result = done(values(task, adapter))
@@ -118,7 +110,7 @@ def test_a_run_keeps_the_adapter_and_what_judges(task: str, kind: str, workplace
     assert found["models"]["student"]["quality"][first] == pytest.approx(row[first], rel=1e-4)
 
 
-def test_a_head_that_was_not_there_is_trained_and_comes_back(workplace: Path) -> None:
+def test_a_head_that_was_not_there_is_trained_and_comes_back(judged_rows: Path) -> None:
     models("classification", make_encoder("distilbert", "encoder", seed=2))
     whole = done(values("classification", {"kind": "lora", "rank": 2}))
     loaded = [load_model(str(whole.directory / "student"), "student", task="classification") for _ in range(2)]
@@ -128,7 +120,7 @@ def test_a_head_that_was_not_there_is_trained_and_comes_back(workplace: Path) ->
     assert {name.split(".")[-2] for name in kept if "lora" not in name} == {"classifier", "pre_classifier"}
 
 
-def test_it_goes_on_and_merges_into_the_same(workplace: Path) -> None:
+def test_it_goes_on_and_merges_into_the_same(judged_rows: Path) -> None:
     models("classification")
     adapter = {"kind": "lora", "rank": 2}
     whole = done(values("classification", adapter))

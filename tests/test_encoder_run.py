@@ -27,7 +27,7 @@ from potstill.preflight import check
 from potstill.prepare import prepare
 from potstill.recipe import Recipe
 from potstill.train.callbacks import MetricsFile
-from toy_encoders import CLASSES, make_encoder, save, write_rows
+from toy_encoders import CLASSES, make_encoder, save
 
 RECIPES = {
     path.stem: path
@@ -36,15 +36,6 @@ RECIPES = {
 }
 TASKS = {"masked": "masked", "classify": "classification", "regression": "regression", "encoder": "encoder"}
 SMALL = ["train.max_steps=4", "train.per_device_train_batch_size=8", "train.warmup_steps=0", "data.max_length=32"]
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with train.jsonl and eval.jsonl."""
-    write_rows(tmp_path / "train.jsonl", 32, seed=0)
-    write_rows(tmp_path / "eval.jsonl", 16, seed=7)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def done(name: str, *changes: str, resume: bool = False) -> RunResult:
@@ -56,9 +47,9 @@ def test_there_is_a_recipe_of_each_task() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_recipe_runs_from_end_to_end(name: str, workplace: Path) -> None:
+def test_a_recipe_runs_from_end_to_end(name: str, judged_rows: Path) -> None:
     task = TASKS[name]
-    save(make_encoder("bert", task, seed=1), workplace / "teacher")
+    save(make_encoder("bert", task, seed=1), judged_rows / "teacher")
     result = done(name)
     rows = result.summary["rows"]
     assert set(rows) == {"teacher", "student"} | ({"baseline"} if task != "encoder" else set())
@@ -85,9 +76,9 @@ def test_a_recipe_runs_from_end_to_end(name: str, workplace: Path) -> None:
     assert any(label_loss in line for line in lines)
 
 
-def test_what_a_student_begins_with_is_its_teachers_head_too(workplace: Path) -> None:
+def test_what_a_student_begins_with_is_its_teachers_head_too(judged_rows: Path) -> None:
     teacher = make_encoder("distilbert", "classification", seed=1)
-    save(teacher, workplace / "teacher")
+    save(teacher, judged_rows / "teacher")
     parts = prepare(Recipe.load(RECIPES["classify"], [*SMALL, "student.design={n_layers: 2}"]))
     student = parts.new_student()
     assert not any("random" in note for note in parts.notes)
@@ -97,9 +88,9 @@ def test_what_a_student_begins_with_is_its_teachers_head_too(workplace: Path) ->
     assert torch.equal(student.get_parameter(layers[1]), teacher.get_parameter(layers[2]))
 
 
-def test_a_student_without_a_head_gets_the_teachers_classes(workplace: Path) -> None:
-    save(make_encoder("bert", "classification", seed=1), workplace / "teacher")
-    save(make_encoder("distilbert", "encoder", seed=2), workplace / "student")
+def test_a_student_without_a_head_gets_the_teachers_classes(judged_rows: Path) -> None:
+    save(make_encoder("bert", "classification", seed=1), judged_rows / "teacher")
+    save(make_encoder("distilbert", "encoder", seed=2), judged_rows / "student")
     recipe = Recipe.load(RECIPES["classify"], [*SMALL, "student={model: student}", "objective=[{term: logits}]"])
     first, second = (prepare(recipe).new_student() for _ in range(2))
     assert first.config.label2id == CLASSES
@@ -110,9 +101,9 @@ def test_a_student_without_a_head_gets_the_teachers_classes(workplace: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["masked", "encoder"])
-def test_a_resumed_run_ends_in_the_same_weights(name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_ends_in_the_same_weights(name: str, judged_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops in the second epoch, where masks are others than in the first."""
-    save(make_encoder("bert", TASKS[name], seed=1, hidden_dropout_prob=0.1), workplace / "teacher")
+    save(make_encoder("bert", TASKS[name], seed=1, hidden_dropout_prob=0.1), judged_rows / "teacher")
     changes = ["train.max_steps=10", "evaluate.baseline=false", "train.save_steps=3", "student.initialize=random"]
     whole = done(name, *changes, "output=whole")
 
@@ -131,18 +122,18 @@ def test_a_resumed_run_ends_in_the_same_weights(name: str, workplace: Path, monk
 # A sentence-transformers teacher
 
 
-def test_a_sentence_transformers_teacher_lends_its_modules(workplace: Path) -> None:
+def test_a_sentence_transformers_teacher_lends_its_modules(judged_rows: Path) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    save(make_encoder("bert", "encoder", seed=1), workplace / "teacher")
-    (workplace / "teacher" / "1_Pooling").mkdir()
+    save(make_encoder("bert", "encoder", seed=1), judged_rows / "teacher")
+    (judged_rows / "teacher" / "1_Pooling").mkdir()
     pooling = {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
-    (workplace / "teacher" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (judged_rows / "teacher" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(kinds.items())
     ]
-    (workplace / "teacher" / "modules.json").write_text(json.dumps(modules))
+    (judged_rows / "teacher" / "modules.json").write_text(json.dumps(modules))
     result = done("encoder")
     model = sentence_transformers.SentenceTransformer(str(result.directory / "student"), device="cpu")
     vectors = model.encode(["the cat", "a dog sits"])
@@ -178,10 +169,10 @@ def test_what_is_measured_of_classes_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_commands_measure_and_check(name: str, workplace: Path) -> None:
+def test_the_commands_measure_and_check(name: str, judged_rows: Path) -> None:
     task: Any = TASKS[name]
-    save(make_encoder("bert", task, seed=1), workplace / "teacher")
-    save(make_encoder("bert", task, seed=2, num_hidden_layers=2), workplace / "other")
+    save(make_encoder("bert", task, seed=1), judged_rows / "teacher")
+    save(make_encoder("bert", task, seed=2, num_hidden_layers=2), judged_rows / "other")
     label = {"regression": "score"}.get(task)
     source = Source("eval.jsonl", field="text", label=label) if task != "masked" else Source("eval.jsonl", field="text")
     measures = Measures(batch_sizes=(1,), lengths=(8,))
@@ -225,40 +216,40 @@ def test_what_does_not_go_with_a_task_is_told_at_once(name: str, changes: list[s
     assert not any(line.strip().startswith(":") for line in str(told.value).splitlines())
 
 
-def test_heads_that_do_not_match_are_refused(workplace: Path) -> None:
-    save(make_encoder("bert", "classification", seed=1), workplace / "teacher")
-    save(make_encoder("bert", "regression", seed=1), workplace / "student")
+def test_heads_that_do_not_match_are_refused(judged_rows: Path) -> None:
+    save(make_encoder("bert", "classification", seed=1), judged_rows / "teacher")
+    save(make_encoder("bert", "regression", seed=1), judged_rows / "student")
     recipe = Recipe.load(RECIPES["classify"], [*SMALL, "student={model: student}"])
     with pytest.raises(RecipeError, match="expected the teacher's 3 classes, got 1"):
         prepare(recipe)
-    shutil.rmtree(workplace / "student")
+    shutil.rmtree(judged_rows / "student")
     turned = {name: 2 - i for name, i in CLASSES.items()}
     other = make_encoder("bert", "classification")
     other.config.label2id, other.config.id2label = turned, {i: name for name, i in turned.items()}
-    save(other, workplace / "student")
+    save(other, judged_rows / "student")
     with pytest.raises(RecipeError, match="A class must be at the same place in both"):
         prepare(recipe)
     with pytest.raises(RecipeError, match="expected num_labels 1 in its config for the task regression, got 3"):
         prepare(Recipe.load(RECIPES["regression"], SMALL))
 
 
-def test_a_teacher_whose_head_would_be_random_is_refused(workplace: Path) -> None:
-    save(make_encoder("bert", "encoder", seed=1), workplace / "teacher")
+def test_a_teacher_whose_head_would_be_random_is_refused(judged_rows: Path) -> None:
+    save(make_encoder("bert", "encoder", seed=1), judged_rows / "teacher")
     for name in ("masked", "classify"):
         with pytest.raises(ModelError, match=r"teacher\.model: expected .* got a model without weights for c"):
             prepare(Recipe.load(RECIPES[name], SMALL))
 
 
-def test_an_unknown_label_is_told_with_its_row(workplace: Path) -> None:
-    save(make_encoder("bert", "classification", seed=1), workplace / "teacher")
+def test_an_unknown_label_is_told_with_its_row(judged_rows: Path) -> None:
+    save(make_encoder("bert", "classification", seed=1), judged_rows / "teacher")
     row = {"text": "the cat", "text_pair": "a dog", "label": "wild"}
-    with (workplace / "train.jsonl").open("a") as file:
+    with (judged_rows / "train.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     with pytest.raises(DataError, match="expected a label of calm, lively, odd, or its number, got 'wild' in row 33"):
         prepare(Recipe.load(RECIPES["classify"], SMALL))
 
 
-def test_robertas_positions_begin_behind_its_padding(workplace: Path) -> None:
-    save(make_encoder("roberta", "masked", seed=1), workplace / "teacher")
+def test_robertas_positions_begin_behind_its_padding(judged_rows: Path) -> None:
+    save(make_encoder("roberta", "masked", seed=1), judged_rows / "teacher")
     with pytest.raises(RecipeError, match="expected at most 39, the teacher's number of positions, got 40"):
         prepare(Recipe.load(RECIPES["masked"], [*SMALL, "data.max_length=40"]))

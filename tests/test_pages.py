@@ -18,7 +18,7 @@ import yaml
 
 import potstill
 from conftest import make_llama
-from pages import ROOT, blocks, run_commands, run_python, text
+from pages import ROOT, all_blocks, blocks, run_commands, run_python, text
 from potstill.recipe import Recipe
 
 PAGES = [str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])]
@@ -42,7 +42,7 @@ def test_every_block_runs(page: str, toys: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (recipe,) = blocks("README.md", "yaml")
     whole = yaml.safe_load(recipe)
-    for number, (language, block) in enumerate(FENCED.findall(text(page))):
+    for number, (language, block) in enumerate(all_blocks(page)):
         if language == "yaml":
             values = yaml.safe_load(block)
             whole = values if "name" in values else whole

@@ -99,14 +99,9 @@ def count(model: Any) -> Count:
     """How many parameters a model has: tied ones once, quantised ones as many as before, an adapter's too."""
     if is_adapted(model):
         trained, every = model.get_nb_trainable_parameters()
-        replaced = (x for module in model.modules() if hasattr(module, "original_module") for x in _original(module))
-        return Count(trained, every - sum(x.numel() for x in replaced))
+        replaced = [module.original_module for module in model.modules() if hasattr(module, "original_module")]
+        return Count(trained, every - sum(x.numel() for kept in replaced for x in kept.parameters()))
     return Count(model.num_parameters(only_trainable=True), model.num_parameters())
-
-
-def _original(module: Any) -> Iterator[Tensor]:
-    """What peft keeps of a module that is trained whole: its weights as they were."""
-    yield from module.original_module.parameters()
 
 
 def save_adapter(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
