@@ -311,9 +311,8 @@ def rows_tables(rows: list[dict[str, Any]]) -> str:
         time_cells.append([*first, ms(spent["floor"]), *by_column])
         pair = (extra["eager"], extra.get(runs))
         ratio = f"{pair[0] / max(pair[1], 1):.1f}" if all(isinstance(each, int) for each in pair) else "-"
-        digits = [
-            far[name] if isinstance(far[name], str) else ", ".join(f"{e:.1e}" for e in far[name]) for name in judged
-        ]
+        known = [far.get(name, "left out") for name in judged]
+        digits = [each if isinstance(each, str) else ", ".join(f"{e:.1e}" for e in each) for each in known]
         memory_cells.append([*first, *(mb(extra[name]) for name in who), ratio, *digits])
     first = ["case", "divergence", "dtype"]
     columns = [f"{title[name]}, ms (/ {'floor' if name in mine else 'ours'})" for name in who]
