@@ -1,22 +1,25 @@
-"""What is worth learning from: answers, chains of thought, verified chains, both as two tasks, chains and logits?
+"""What is worth learning from: answers, chains of thought, verified ones, programs beside them, chains and logits?
 
     OMP_NUM_THREADS=1 python benchmarks/chains.py
     python benchmarks/chains.py --report  # the table of what is there; measures nothing
 
-The task is that of word_problems.py. The teacher (3 layers of width 128) learns from worked solutions, 500 updates at a
-time, until it answers 97% of the dev problems right. It then writes two chains for each of the students' questions with
-`potstill generate`, at the first temperature at which at least 12% of 200 chains are wrong. Every student (2 layers of
-width 64) begins with the same weights for each seed, and makes the same number of updates, each of 32 rows, by one of:
+The task is that of word_problems.py. The teacher (3 layers of width 128) learns from worked solutions and programs,
+500 updates at a time, until its chains answer 97% of the dev problems right. It then writes two chains for each of the
+students' questions with `potstill generate`, at the first temperature at which at least 12% of 200 chains are wrong,
+and two programs, which are run in the sandbox. Every student (2 layers of width 64) begins with the same weights for
+each seed, and makes the same number of updates, each of 32 rows, by one of:
 
     answers          cross-entropy with the known answers alone: no teacher
     chains           with the chains as the teacher wrote them (choose: all)
     verified         with those whose answer is right (choose: verified)
     both             with those, and their answers alone as a second task that weighs about as much (target: both)
+    mixed            with chains and programs that give the answer of most of the four, which nobody checks
     chains + logits  with the chains, and forward KL with the teacher beside
 
 Measured: the share of unseen problems that it answers right, greedily: of known templates by their steps, and of
-templates that are held out. `--split dev` measures on other problems, for trying things. Results are kept as they come
-(--out, and the folder of that name beside it), and a run goes on where it was stopped.
+templates that are held out. Who has learnt to answer in two ways is asked in both. `--split dev` measures on other
+problems, for trying things. Results are kept as they come (--out, and the folder of that name beside it), and a run
+goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +44,16 @@ from measure import keep, machine, table
 from potstill import DistillationConfig, DistillationTrainer, ForwardKL, Labels, LocalEngine, Logits, Sampling
 from potstill.data import Source, encode
 from potstill.data.reasoning import fill, parse
+from potstill.data.sandbox import run_program
 from potstill.data.verify import same_answer
 from potstill.generation import generate
 from potstill.recipe import GenerateRecipe
-from word_problems import ANSWER_PROMPT, PROMPT, STEPS, Problem, Split, problems, tokenizer
+from word_problems import ANSWER_PROMPT, PROGRAM_PROMPT, PROMPT, STEPS, Problem, Split, problems, tokenizer
 
-ROWS, ROUND, ROUNDS = 32, 500, 8
-METHODS = ("answers", "chains", "verified", "both", "chains + logits")
+ROWS, ROUND, ROUNDS = 32, 500, 12
+METHODS = ("answers", "chains", "verified", "both", "mixed", "chains + logits")
+WAYS = {"chains": PROMPT, "answers alone": ANSWER_PROMPT, "programs": PROGRAM_PROMPT}
+LEARNT = {"answers": ["answers alone"], "both": ["chains", "answers alone"], "mixed": ["chains", "programs"]}
 TEMPLATES = "held-out templates"
 
 
@@ -112,16 +119,22 @@ def right(
     model: LlamaForCausalLM,
     words: PreTrainedTokenizerFast,
     asked: list[Problem],
-    *,
-    alone: bool = False,
+    way: str = "chains",
     temperature: float = 0.0,
 ) -> float:
-    """The share of problems that a model answers right, by a chain or alone."""
-    prompts = [fill(ANSWER_PROMPT if alone else PROMPT, one.question) for one in asked]
+    """The share of problems that a model answers right, in one of WAYS."""
+    prompts = [fill(WAYS[way], one.question) for one in asked]
     drawn = Sampling(max_new_tokens=48, sampling_temperature=temperature, seed=0)
-    texts = [text for (text,) in LocalEngine(model, words, 256).complete(prompts, drawn)]
-    answers = [text.text if alone else parse(text.text).answer for text in texts]
+    texts = [text.text for (text,) in LocalEngine(model, words, 256).complete(prompts, drawn)]
+    answers = list(map(READ[way], texts))
     return statistics.mean(same_answer(said, one.answer) for said, one in zip(answers, asked, strict=True))
+
+
+READ: dict[str, Callable[[str], str | None]] = {
+    "chains": lambda text: parse(text).answer,
+    "answers alone": lambda text: text,
+    "programs": lambda text: run_program(text).output.strip(),
+}
 
 
 def unseen(split: Split, count: int) -> dict[str, list[Problem]]:
@@ -149,7 +162,13 @@ def make_teacher(folder: Path, results: dict[str, Any], words: PreTrainedTokeniz
     dev = problems(300, "dev", 1)
     while not rounds or (rounds[-1]["right"] < 0.97 and len(rounds) < ROUNDS):
         solved = problems(ROUND * ROWS, "train", 1000 + len(rounds))
-        rows = [{"prompt": fill(PROMPT, one.question), "completion": one.chain} for one in solved]
+        rows = [
+            {
+                "prompt": fill(PROGRAM_PROMPT if i % 2 else PROMPT, one.question),
+                "completion": [one.chain, one.program][i % 2],
+            }
+            for i, one in enumerate(solved)
+        ]
         source = Source(written(folder / "solved.jsonl", rows), prompt="prompt", completion="completion")
         seconds = learn(teacher, None, [Labels()], source, words, steps=ROUND, rate=3e-3, seed=len(rounds))
         teacher.save_pretrained(folder / "teacher")
@@ -176,27 +195,25 @@ def make_data(folder: Path, questions: int, temperature: float) -> tuple[dict[st
     file = written(folder / "questions.jsonl", [{"question": one.question, "answer": one.answer} for one in asked])
     alone = [{"prompt": fill(ANSWER_PROMPT, one.question), "completion": f" {one.answer}"} for one in asked]
     files, counts = {"answers": written(folder / "answers.jsonl", alone)}, {"answers": questions}
+    chain = {"task": "chain_of_thought", "template": PROMPT}
     for name, task in {
-        "chains": {"choose": "all"},
-        "verified": {"choose": "verified"},
+        "chains": {**chain, "choose": "all"},
+        "verified": {**chain, "choose": "verified"},
         # A chain has about 28 tokens, an answer two, ends included: each task has half of the loss.
-        "both": {"choose": "verified", "target": "both", "task_weights": {"chain": 1, "answer": 14}},
+        "both": {**chain, "choose": "verified", "target": "both", "task_weights": {"chain": 1, "answer": 14}},
+        "mixed": {"task": "mixed", "template": PROMPT, "program_template": PROGRAM_PROMPT, "choose": "majority"},
     }.items():
+        known = {"answer": "answer"} if name != "mixed" else {}
         recipe = {
             "kind": "generate",
             "name": name,
             "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
-            "task": {
-                "task": "chain_of_thought",
-                "questions": {"path": str(file), "answer": "answer"},
-                "template": PROMPT,
-                **task,
-            },
+            "task": {"questions": {"path": str(file), **known}, **task},
             "sampling": {"samples": 2, "sampling_temperature": temperature, "top_p": 1.0, "max_new_tokens": 48},
             "batch_size": 128,
             "output": str(folder / name),
         }
-        if name != "chains":
+        if name in ("verified", "both"):
             (folder / name).mkdir(exist_ok=True)
             shutil.copy(folder / "chains/texts.jsonl", folder / name)
         made = generate(GenerateRecipe.parse(recipe), resume=True)
@@ -218,15 +235,14 @@ def one(
     updates: int,
     sets: dict[str, list[Problem]],
 ) -> dict[str, float]:
-    """A student of a method: its seconds, and what it answers right in each set; of both also alone."""
+    """A student of a method: its seconds, and what it answers right in each set, in each way that it has learnt."""
     student = llama(64, 2, seed, words)
     beside = method == "chains + logits"
     objective = [Labels(), Logits(ForwardKL())] if beside else [Labels()]
     seconds = learn(student, teacher if beside else None, objective, source, words, steps=updates, rate=4e-3, seed=seed)
-    ways = {"": method == "answers"} | ({" alone": True} if method == "both" else {})
     shares = {
-        f"{name}{way}": right(student, words, asked, alone=alone)
-        for way, alone in ways.items()
+        f"{name}, {way}": right(student, words, asked, way)
+        for way in LEARNT.get(method, ["chains"])
         for name, asked in sets.items()
     }
     return {"seconds": seconds, "student parameters": student.num_parameters(), **shares}
@@ -238,7 +254,11 @@ def measure(args: argparse.Namespace, results: dict[str, Any]) -> None:
     teacher = make_teacher(folder, results, words)
     sets = unseen(args.split, args.problems)
     if "teacher" not in results:
-        shares = {name: right(teacher, words, asked) for name, asked in sets.items()}
+        shares = {
+            f"{name}, {way}": right(teacher, words, asked, way)
+            for way in LEARNT["mixed"]
+            for name, asked in sets.items()
+        }
         results["teacher"] = {"parameters": teacher.num_parameters(), **shares}
         results["drawn"] = choose_temperature(teacher, words)
         keep(file, results)
@@ -254,19 +274,20 @@ def measure(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 def report(results: dict[str, Any]) -> None:
     names = (*STEPS, TEMPLATES)
-    cells = [["teacher", "", *(f"{results['teacher'][name]:.3f}" for name in names), "", ""]]
+    cells = [
+        ["teacher", way, "", *(f"{results['teacher'][f'{name}, {way}']:.3f}" for name in names), "", ""]
+        for way in LEARNT["mixed"]
+    ]
     for method in METHODS:
         found = [value for key, value in results["students"].items() if key.rpartition(" ")[0] == method]
-        for way in ("", " alone"):
-            if found and f"{TEMPLATES}{way}" in found[0]:
-                shares = [[run[f"{name}{way}"] for run in found] for name in names]
-                seconds = statistics.mean(run["seconds"] for run in found)
-                rows = str(results["rows"][method.removesuffix(" + logits")])
-                label = f"{method}, answers{way}" if way else method
-                cells.append([label, rows, *map(spread, shares), f"{seconds:.0f}", str(len(found))])
+        for way in LEARNT.get(method, ["chains"]) if found else []:
+            shares = [[run[f"{name}, {way}"] for run in found] for name in names]
+            seconds = statistics.mean(run["seconds"] for run in found)
+            rows = str(results["rows"][method.removesuffix(" + logits")])
+            cells.append([method, way, rows, *map(spread, shares), f"{seconds:.0f}", str(len(found))])
     print(f"{results['settings']}\nteacher: {results['teacher']['parameters']:,} parameters, drawn: {results['drawn']}")
     print("\n".join(f"{key}: {value}" for key, value in results["machine"].items()), end="\n\n")
-    print(table(["", "rows", *names, "CPU seconds", "seeds"], cells))
+    print(table(["", "asked for", "rows", *names, "CPU seconds", "seeds"], cells))
 
 
 def spread(shares: list[float]) -> str:

@@ -2,9 +2,9 @@
 
     Ann has 12 plums. Then Ann buys 5. Ann doubles the plums at home. How many plums does Ann have now?
 
-    First 12 + 5 = 17.
-    Then 17 * 2 = 34.
-    Answer: 34
+    First 12 + 5 = 17.          x = 12 + 5
+    Then 17 * 2 = 34.           x = x * 2
+    Answer: 34                  print(x)
 
 A problem is easy, medium or hard: 2, 3 or 4 steps, all totals from 1 to 50. A template is a verb in a frame ("Then ...
 buys ..."); a quarter of them are held out, so that every verb and every frame is known, but not together. Which split a
@@ -31,6 +31,7 @@ STEPS = {"easy": 2, "medium": 3, "hard": 4}
 MOST = 50  # of any total; each is one token
 PROMPT = "{question}\nStep by step:\n"
 ANSWER_PROMPT = "{question}\nAnswer:"  # as `potstill generate` asks for the answer alone
+PROGRAM_PROMPT = "{question}\nProgram:\n"
 END, PAD = "<end>", "<pad>"
 
 NAMES = ("Ann", "Ben", "Cem", "Dora", "Eli", "Fay", "Gus", "Hana")
@@ -64,12 +65,14 @@ class Problem:
     Args:
         question: in words.
         chain: the worked solution, which ends with the answer.
+        program: the same in Python, which prints the answer.
         answer: a whole number, as text.
         level: a key of STEPS.
     """
 
     question: str
     chain: str
+    program: str
     answer: str
     level: str
 
@@ -108,6 +111,7 @@ def _problem(chance: random.Random, templates: list[tuple[str, str]], level: str
     total = chance.randint(2, 20)
     story = [chance.choice(OPENINGS).format(name=name, object=f"{total} {things}")]
     chain: list[str] = []
+    program: list[str] = []
     while len(chain) < steps:
         verb, frame = chance.choice(templates)
         sign, number = VERBS[verb], FACTORS.get(verb) or chance.randint(2, 9)
@@ -117,15 +121,23 @@ def _problem(chance: random.Random, templates: list[tuple[str, str]], level: str
         whole, short = (f"the {things}", "them") if verb in FACTORS else (f"{number} {things}", str(number))
         story.append(frame.format(name=name, verb=verb, object=whole, short=short))
         chain.append(f"{'Then' if chain else 'First'} {total} {sign} {number} = {after}.")
+        program.append(f"x = {'x' if program else total} {sign} {number}")
         total = after
     story.append(chance.choice(CLOSINGS).format(name=name, things=things))
-    return Problem(" ".join(story), "\n".join([*chain, f"Answer: {total}"]), str(total), level)
+    return Problem(
+        question=" ".join(story),
+        chain="\n".join([*chain, f"Answer: {total}"]),
+        program="\n".join([*program, "print(x)"]),
+        answer=str(total),
+        level=level,
+    )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A token for each word with the space before it, each number to 50, each mark; what it decodes is what it read."""
-    texts = [*FRAMES, *OPENINGS, *CLOSINGS, *VERBS, *NAMES, *THINGS, PROMPT, ANSWER_PROMPT, "First Then the them"]
-    marks = ["\n", " ", *".?:", *(f" {sign}" for sign in "+-*/=")]
+    texts = [*FRAMES, *OPENINGS, *CLOSINGS, *VERBS, *NAMES, *THINGS, PROMPT, ANSWER_PROMPT, PROGRAM_PROMPT]
+    texts += ["First Then the them", "print x"]
+    marks = ["\n", " ", *".?:()", *(f" {sign}" for sign in "+-*/=")]
     words = {word for text in texts for word in re.findall(r"[A-Za-z]+", re.sub(r"{.*?}", "", text))}
     spaced = [*sorted(words), *(f" {word}" for word in sorted(words)), *(f" {number}" for number in range(MOST + 1))]
     known = {token: i for i, token in enumerate([END, PAD, *marks, *spaced])}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import operator
 import re
 import sys
@@ -38,6 +40,15 @@ def test_every_sum_is_right_and_the_last_is_the_answer(made: Any) -> None:
         assert same_answer(solution.answer, one.answer) and totals[-1][-1] == one.answer
 
 
+def test_every_program_prints_the_answer(made: Any) -> None:
+    for one in made.problems(300, "train", 0):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(one.program, {})
+        assert same_answer(printed.getvalue().strip(), one.answer)
+        assert len(one.program.splitlines()) == made.STEPS[one.level] + 1
+
+
 def test_the_same_seed_gives_the_same_problems_of_all_levels(made: Any) -> None:
     problems = made.problems(300, "dev", 3)
     assert problems == made.problems(300, "dev", 3) != made.problems(300, "dev", 4)
@@ -65,7 +76,8 @@ def test_the_tokenizer_knows_every_word_and_gives_texts_back(made: Any) -> None:
     words = made.tokenizer()
     assert len(words) < 300
     for one in [*made.problems(200, "train", 0), *made.problems(200, "test", 0, held_out=True)]:
-        for prompt, said in ((made.PROMPT, one.chain), (made.ANSWER_PROMPT, f" {one.answer}")):
+        asked = {made.PROMPT: one.chain, made.PROGRAM_PROMPT: one.program, made.ANSWER_PROMPT: f" {one.answer}"}
+        for prompt, said in asked.items():
             for text in (fill(prompt, one.question), said):
                 ids = words(text)["input_ids"]
                 assert words.decode(ids) == text and words.unk_token_id not in ids
