@@ -5,15 +5,15 @@
 
 A prompt is 4 to 8 different letters out of 16; the answer is all of them, each once, in any order. There are up to
 40,320 right answers, and the teacher (2 layers of width 128) has learnt to give each of them as often, until at least
-99% of what it draws is right. Students (STUDENT) are too small for that. Every student begins with the same weights
-for each seed, has learnt from the data by their labels for 200 steps (its beginning), and then makes the same number
-of updates, each of 32 rows, by one of METHODS. The data are 2,000 prompts with an answer of the teacher's kind.
+99% of what it draws is right. Students (2 layers of width 32) are too small for that. Every student begins with the
+same weights for each seed, has learnt from the data by their labels for 250 steps of 64 rows (its beginning), and then
+makes the same number of updates, each of 32 rows, by one of METHODS. The data are 4,000 prompts, each with an answer.
 
 Measured on 500 unseen prompts: the share of right answers, taken greedily and drawn at temperature 1; the length of
 what is drawn, its end included (7 is right on average), and the share of tokens that stood in it before; on answers of
 the teacher's the divergence KL(teacher || student) and the expected calibration error, a token; and the processor's
-seconds. `--split dev` measures on other prompts, for trying things. Results are kept as they come (--out), and a run
-goes on where it was stopped.
+seconds. `--split dev` measures on other prompts, for trying things. Results are kept as they come (--out,
+and the folder of that name beside it), and a run goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from potstill.train import PolicyGradient, Rollout, teacher_mix
 
 LETTERS = 16
 END, PAD, ASK = LETTERS, LETTERS + 1, LETTERS + 2
-ROWS, BEGINNING, DATA, NEW = 32, 200, 2000, 12
-STUDENT = (24, 1)  # width and layers
+ROWS, BEGINNING, DATA, NEW = 32, 250, 4000, 12
+STUDENT = (32, 2)  # width and layers
 ENDS = frozenset({END})
 Row = dict[str, list[int]]
 
@@ -225,12 +225,22 @@ def measured(model: LlamaForCausalLM, teacher: LlamaForCausalLM, asked: list[lis
     }
 
 
-def one(name: str, seed: int, teacher: LlamaForCausalLM, asked: list[list[int]], updates: int) -> dict[str, float]:
+def beginning(kept: Path, data: list[Row], seed: int) -> LlamaForCausalLM:
+    """The student that all methods begin with."""
+    if not (kept / "config.json").exists():
+        student = llama(*STUDENT, seed)
+        learn(student, None, Labels(), data, steps=BEGINNING, rate=3e-3, seed=seed, batch=2 * ROWS)
+        student.save_pretrained(kept)
+    return LlamaForCausalLM.from_pretrained(kept)
+
+
+def one(
+    name: str, seed: int, teacher: LlamaForCausalLM, asked: list[list[int]], updates: int, folder: Path
+) -> dict[str, float]:
     """A student of a method: what it is like, and its seconds."""
     known = questions(DATA, f"train {seed}")
     data = answered(known, seed)
-    student = llama(*STUDENT, seed)
-    learn(student, None, Labels(), data, steps=BEGINNING, rate=3e-3, seed=seed)
+    student = beginning(folder / f"beginning-{seed}", data, seed)
     if name == "(before)":
         return {"seconds": 0.0, **measured(student, teacher, asked)}
     method = METHODS[name]
@@ -279,15 +289,16 @@ def main() -> None:
         settings = {"split": args.split, "updates": args.updates, "student": list(STUDENT)}
         if results.setdefault("settings", settings) != settings:
             parser.error(f"--out: expected results with {settings}, got some with {results['settings']}.")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        folder = args.out.with_suffix("")
+        folder.mkdir(parents=True, exist_ok=True)
         results["machine"] = machine("cpu")
-        asked, teacher = questions(500, args.split), make_teacher(args.out.with_suffix(".teacher"))
+        asked, teacher = questions(500, args.split), make_teacher(folder / "teacher")
         results["teacher"] = measured(teacher, teacher, asked)
         students = results.setdefault("students", {})
         for seed in range(args.seeds):
             for name in names:
                 if f"{name} {seed}" not in students:
-                    students[f"{name} {seed}"] = one(name, seed, teacher, asked, args.updates)
+                    students[f"{name} {seed}"] = one(name, seed, teacher, asked, args.updates, folder)
                     print(name, seed, students[f"{name} {seed}"], file=sys.stderr, flush=True)
                     keep(args.out, results)
     report(results, names)
