@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
-import runpy
-import shlex
 import shutil
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from conftest import TEXT
-from potstill.cli import app
+from pages import blocks, run_commands, run_python
 
-PAGE = (Path(__file__).parent.parent / "docs/students.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+PAGE = "docs/students.md"
 
 
 @pytest.fixture
@@ -32,24 +24,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(block: str) -> None:
-    for line in block.splitlines():
-        done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
-        assert done.exit_code == 0, (line, done.output)
-
-
 def test_designs_and_estimates(workplace: Path) -> None:
-    run(blocks("console")[0])
+    run_commands(blocks(PAGE, "console")[0], only=True)
     assert json.loads((workplace / "student/config.json").read_text())["vocab_size"] == 2048
-    (workplace / "example.py").write_text(blocks("python")[0])
-    found = runpy.run_path(str(workplace / "example.py"))
+    found = run_python(*blocks(PAGE, "python"))
     assert found["student"].hidden_size < found["teacher"].hidden_size
 
 
 def test_the_recipe_and_its_evaluation(workplace: Path) -> None:
-    (recipe,) = blocks("yaml")
+    (recipe,) = blocks(PAGE, "yaml")
     (workplace / "recipe.yaml").write_text(recipe.replace("max_steps: 500", "max_steps: 2"))
-    run(blocks("console")[1])
+    run_commands(blocks(PAGE, "console")[1], only=True)
     summary = json.loads((workplace / "runs/pruned/summary.json").read_text())
     assert any("the most active" in note for note in summary["notes"])
     assert "within compression 7" in summary["models"]["student"]

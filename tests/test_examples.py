@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import runpy
 import shlex
 import shutil
@@ -13,10 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
-from typer.testing import CliRunner
 
 from conftest import TEXT, make_llama, make_tokenizer
-from potstill.cli import app
+from pages import blocks, run_commands, run_python
 from potstill.pipeline import run
 from potstill.recipe import Recipe
 
@@ -24,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), ROOT / "src/potstill/demo/recipe.yaml"])
 OTHERS = ("kind: embedding", "\ntask: ")  # tests/test_embedding_run.py, tests/test_encoder_run.py
 RECIPES = [path for path in RECIPES if not any(word in path.read_text() for word in OTHERS)]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, SIGNALS = "README.md", "docs/signals.md"
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -35,10 +33,6 @@ def workplace(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem if path.parent.name == "recipes" else "demo")
@@ -67,32 +61,26 @@ def test_every_recipe_trains_two_steps(path: Path, workplace: Path) -> None:
 
 
 def test_the_python_of_the_readme_runs(workplace: Path) -> None:
-    for code in blocks("python"):
+    for code in blocks(README, "python"):
         assert len(code.splitlines()) <= 16
-        (workplace / "example.py").write_text(code)
-        runpy.run_path(str(workplace / "example.py"))
+        run_python(code)
     assert (workplace / "runs/mine/student/model.safetensors").exists()
 
 
 def test_the_recipe_and_the_commands_of_the_readme_run(workplace: Path) -> None:
-    (recipe,) = blocks("yaml")
-    (workplace / "recipe.yaml").write_text(recipe)
-    lines = [line.partition("#")[0] for block in blocks("console") for line in block.splitlines()]
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("potstill")]
-    assert [command[0] for command in commands] == ["init", "check", "run", "run", "report", "schema"]
-    for command in commands:
-        done = CliRunner().invoke(app, command, catch_exceptions=False)
-        assert done.exit_code == 0, done.output
+    (workplace / "recipe.yaml").write_text(*blocks(README, "yaml"))
+    commands = "".join(blocks(README, "console"))
+    named = [shlex.split(line)[1] for line in commands.splitlines() if line.startswith("potstill")]
+    assert named == ["init", "check", "run", "run", "report", "schema"]
+    run_commands(commands)
 
 
 def test_the_page_on_signals_runs(workplace: Path) -> None:
-    text = (ROOT / "docs/signals.md").read_text(encoding="utf-8")
-    for code in blocks("python", text):
-        (workplace / "example.py").write_text(code)
-        runpy.run_path(str(workplace / "example.py"))
-    (recipe,) = blocks("yaml", README)
+    for code in blocks(SIGNALS, "python"):
+        run_python(code)
+    (recipe,) = blocks(README, "yaml")
     base = {key: value for key, value in yaml.safe_load(recipe).items() if key != "objective"}
-    for i, block in enumerate(blocks("yaml", text)):
+    for i, block in enumerate(blocks(SIGNALS, "yaml")):
         sets = [f"output=signals{i}", "train.max_steps=2", "train.warmup_steps=0", "evaluate.continuations=0"]
         values = Recipe.parse({**base, **yaml.safe_load(block)}, sets=[*sets, "evaluate.baseline=false"])
         assert run(values, console=Console(file=io.StringIO())).summary["training"]["steps"] == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -16,23 +15,20 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from pages import blocks
 from potstill import caching
 from potstill.cache.store import Cache
 from potstill.cli import app
 from potstill.recipe import Recipe
 
-PAGE = (Path(__file__).parents[1] / "docs/scale.md").read_text(encoding="utf-8")
-
-
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"```{kind}\n(.*?)```", PAGE, flags=re.DOTALL)
+PAGE = "docs/scale.md"
 
 
 @pytest.fixture
 def workplace(toys: Path, recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the page's reader has it, with recipes of other pages."""
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "cache.sh").write_text(*blocks("bash"))
+    (tmp_path / "cache.sh").write_text(*blocks(PAGE, "bash"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values | {"output": "runs/toy"}))
     questions = {
         "kind": "generate",
@@ -50,7 +46,7 @@ def workplace(toys: Path, recipe_values: dict[str, Any], tmp_path: Path, monkeyp
 
 
 def test_the_recipe_of_fsdp_is_one(recipe_values: dict[str, Any]) -> None:
-    (fsdp,) = (yaml.safe_load(block) for block in blocks("yaml") if block.startswith("train"))
+    (fsdp,) = (yaml.safe_load(block) for block in blocks(PAGE, "yaml") if block.startswith("train"))
     recipe_values["train"] |= fsdp["train"]
     assert Recipe.parse(recipe_values).train["fsdp"] is True
 
@@ -69,7 +65,7 @@ def test_the_parts_of_an_array_make_a_whole_cache(workplace: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", blocks("console"), ids=lambda block: block.split()[0])
+@pytest.mark.parametrize("block", blocks(PAGE, "console"), ids=lambda block: block.split()[0])
 def test_the_commands_run(workplace: Path, block: str) -> None:
     if "--engine ray" in block:
         pytest.importorskip("ray")
