@@ -340,6 +340,15 @@ def test_a_recipe_is_looked_at_before_it_runs(recipe_values: dict[str, Any], tmp
     assert "runs" in found["conclusion"] or "run." in found["conclusion"]
 
 
+def test_gradients_of_sampled_tokens_are_those_of_own_text(recipe_values: dict[str, Any]) -> None:
+    recipe_values["objective"] = [{"term": "policy"}]
+    recipe_values["rollout"] = {"on_policy_fraction": 1.0, "max_new_tokens": 8, "prompt_tokens": 8}
+    recipe_values["data"]["packing"] = False
+    gradients = diagnose(Recipe.parse(recipe_values))["gradients"]
+    assert gradients["none"] == gradients["bad"] == []  # the data alone has no token that the student drew
+    assert all(part["gradient"] > 0 for part in gradients["flow"])
+
+
 def test_a_run_that_was_stopped_is_looked_at_by_its_last_checkpoint(
     finished: Path, recipe_values: dict[str, Any]
 ) -> None:

@@ -160,11 +160,13 @@ def _temperatures(parts: Parts, after: bool) -> list[float]:
 
 
 def _losses(parts: Parts, student: PreTrainedModel, step: int, device: torch.device) -> Iterator[Tensor]:
-    """The objective's loss on batches of the training data, as in training at that step."""
+    """The objective's loss on batches of the training data, and of own text, as in training at that step."""
     distiller = Distiller(student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary).to(device).train()
     chosen = _spread(parts.train.dataset, FLOW_BATCHES * parts.batch_rows)
+    rollout = parts.rollout()
     for batch in _on(device, in_batches(chosen, parts.tokenizer, parts.batch_rows)):
-        yield distiller(batch, at=step).loss
+        (seen,) = [batch] if rollout is None else rollout([batch], student, step=step)
+        yield distiller(seen, at=step).loss
 
 
 def _described(softenings: list[Softening], used: list[float]) -> dict[str, Any] | None:
