@@ -20,7 +20,9 @@ from potstill.evaluate.generations import continuations, text_quality
 from potstill.evaluate.harness import harness_scores
 from potstill.evaluate.quality import compare
 from potstill.evaluate.speed import extra_bytes, speed
-from potstill.evaluation import text_bytes
+from potstill.evaluation import Measures, text_bytes
+from potstill.evaluation import evaluate as measure
+from reference_across import byte_level
 
 
 def test_agreement_divergence_and_calibration_are_what_loops_find() -> None:
@@ -176,6 +178,24 @@ def test_the_command_measures_both(toys: Path, tmp_path: Path) -> None:
     assert student["bits_per_byte"] == pytest.approx(expected)
     assert [(one["rows"], one["length"]) for one in student["speed"]] == [(1, 8)]
     assert "bits per byte" in done.output
+
+
+def test_with_two_tokenizers_each_is_measured_in_its_own(toys: Path, tmp_path: Path) -> None:
+    reader = byte_level(258)
+    make_llama(seed=1, vocab_size=258).save_pretrained(tmp_path / "bytes")
+    reader.save_pretrained(tmp_path / "bytes")
+    done = evaluate(toys, tmp_path / "figures.json", "--teacher", str(tmp_path / "bytes"), "--generations", "1")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "Bits per byte compare both" in " ".join(done.output.split())
+    assert "agreement" not in done.output
+    found = json.loads((tmp_path / "figures.json").read_text())["models"]
+    assert list(found) == ["teacher", "student"]
+    assert found["teacher"]["quality"]["tokens"] > found["student"]["quality"]["tokens"]
+    for name, folder in (("teacher", tmp_path / "bytes"), ("student", toys / "student")):
+        source, quick = Source(toys / "eval.jsonl"), Measures(batch_sizes=[1], lengths=[8])
+        alone = measure(str(folder), None, source, max_length=32, measures=quick)
+        assert found[name]["bits_per_byte"] == pytest.approx(alone["models"]["student"]["bits_per_byte"])
+        assert found[name]["model"] == str(folder)
 
 
 def test_a_student_can_be_measured_alone(toys: Path, tmp_path: Path) -> None:

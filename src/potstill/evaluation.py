@@ -24,6 +24,10 @@ from potstill.prepare_task import classes_of, match_heads, token_rows
 from potstill.students.adapted import count, virtual_tokens
 
 ROWS = 16  # in a batch
+APART = (
+    "tokenizers: teacher and student have two, and each reads the file in its own tokens. Bits per byte compare both; "
+    "loss and perplexity are by tokens, which differ. Agreement and KL need one tokenizer and are left out."
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def evaluate(
 
     Args:
         student: a folder or the name of a model on the hub.
-        teacher: likewise; None leaves out what compares both.
+        teacher: likewise; None leaves out what compares both. A causal one may have another tokenizer: then each is
+            measured by itself, in tokens of its own.
         source: the held-out file and its columns.
         max_length: tokens of a row at most.
         packing: join plain text into rows of exactly `max_length`.
@@ -72,8 +77,13 @@ def evaluate(
         What potstill evaluate writes: models -> {parameters, bytes, quality, speed, ...}, data and versions.
 
     Raises:
-        UserError: a model, the data or an option is not usable, or the vocabularies differ.
+        UserError: a model, the data or an option is not usable, or the vocabularies of what is not causal differ.
     """
+    if teacher is not None and task == "causal" and not _one_vocabulary(student, teacher):
+        how: dict[str, Any] = {"max_length": max_length, "packing": packing, "measures": measures}
+        of_student, of_teacher = (evaluate(model, None, source, **how) for model in (student, teacher))
+        models = {"teacher": of_teacher["models"]["student"], **of_student["models"]}
+        return {**of_student, "models": models, "notes": [*of_student["notes"], APART]}
     of_tokens = task in OF_TOKENS
     if task != "causal" and (measures.generations or measures.lm_eval):
         raise UserError(f"--generations, --lm-eval: expected neither for the task {task}, got some. It writes no text.")
@@ -123,6 +133,11 @@ def evaluate(
             "notes": list(examples.notes),
             "versions": versions(),
         }
+
+
+def _one_vocabulary(student: str, teacher: str) -> bool:
+    with quiet():
+        return load_tokenizer(student, "student").get_vocab() == load_tokenizer(teacher, "--teacher").get_vocab()
 
 
 def text_bytes(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> int:

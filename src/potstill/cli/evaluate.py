@@ -102,3 +102,5 @@ def _show(found: dict[str, Any], task: Task) -> None:
         if None not in (peaks := [each["peak_bytes"] for each in speeds]):
             table.add_row(f"peak memory, {at}", *(words.size(peak) for peak in peaks))
     Console().print(table, highlight=False)
+    for note in found["notes"]:
+        console.print(note, highlight=False)
