@@ -16,6 +16,7 @@ from potstill.positions import causal_alignment
 from potstill.prepare import prepare
 from potstill.recipe import Recipe
 from potstill.teachers import EMATeacher, EnsembleTeacher, InformedTeacher
+from reference_across import byte_level
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -113,6 +114,12 @@ def test_recipes_find_who_speaks(recipe_values: dict[str, Any], toys: Path, tmp_
     assert isinstance(prepare(Recipe.parse(recipe_values)).teacher, InformedTeacher)
     recipe_values["teacher"] = {"ensemble": [model, model]}
     with pytest.raises(RecipeError, match="expected a teacher that reads its own prompts, got an ensemble"):
+        prepare(Recipe.parse(recipe_values))
+    byte_level(258).save_pretrained(tmp_path / "bytes")
+    recipe_values["teacher"] = model
+    recipe_values["student"] = {"design": {"hidden_size": 8}, "tokenizer": str(tmp_path / "bytes")}
+    recipe_values["objective"] = [{"term": "chunks"}]
+    with pytest.raises(RecipeError, match="its own prompts, got one with another tokenizer"):
         prepare(Recipe.parse(recipe_values))
 
 

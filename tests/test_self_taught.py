@@ -299,6 +299,19 @@ def test_deep_supervision_is_its_formula() -> None:
         torch.testing.assert_close(mine, p.grad)
 
 
+def test_deep_supervision_counts_tokens_by_their_weights() -> None:
+    student, batch = make_llama(hidden_size=8, layers=2), make_batch()
+    weights = torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(3))
+    output = Distiller(student, None, [DeepSupervision([0])]).step({**batch, "weights": weights})
+    alignment = causal_alignment(batch["labels"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    said = student(**inputs, output_hidden_states=True)
+    early = student.lm_head(student.model.norm(alignment.select(said.hidden_states[1])))
+    apart = token_divergence(early, DenseTargets(alignment.select(said.logits)), ForwardKL())
+    of_labels = weights[:, 1:][batch["labels"][:, 1:] != -100]
+    torch.testing.assert_close(output.loss, (apart * of_labels).sum() / of_labels.sum())
+
+
 def test_deep_supervision_beside_a_teacher_and_in_the_trainer(tmp_path: Path) -> None:
     terms = [Logits(ForwardKL()), DeepSupervision([0], weight=linear(0.0, 1.0, 3))]
     whole, parts = (
