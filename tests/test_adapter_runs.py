@@ -183,6 +183,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, toys: Path, values: dict[s
     assert torch.equal(adapter_of(resumed), adapter_of(whole))
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_adapter(values: dict[str, Any], tmp_path: Path) -> None:
     values["train"] |= {"max_steps": 40, "save_steps": 5, "logging_steps": 5}
     whole = quiet_run(values)

@@ -31,6 +31,7 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
+@pytest.mark.slow
 def test_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     run_commands(*blocks("docs/sweeps.md", "console"), only=True)
     found = json.loads(Path("runs/how-small/sweep.json").read_text())

@@ -31,6 +31,7 @@ def test_designs_and_estimates(workplace: Path) -> None:
     assert found["student"].hidden_size < found["teacher"].hidden_size
 
 
+@pytest.mark.slow
 def test_the_recipe_and_its_evaluation(workplace: Path) -> None:
     (recipe,) = blocks(PAGE, "yaml")
     (workplace / "recipe.yaml").write_text(recipe.replace("max_steps: 500", "max_steps: 2"))

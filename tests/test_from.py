@@ -64,6 +64,7 @@ def test_everything_that_was_promised_is_there(page: Path) -> None:
     assert not missing, "\n".join(missing)
 
 
+@pytest.mark.slow
 @named
 def test_the_page_runs(page: Path, workplace: Path) -> None:
     run_page(str(page.relative_to(ROOT)))

@@ -86,6 +86,7 @@ def test_finished_runs_are_not_repeated_and_more_values_may_come(
         )
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_same_weights(values: dict[str, Any], tmp_path: Path) -> None:
     values["train"] |= {"max_steps": 12, "save_steps": 4}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
