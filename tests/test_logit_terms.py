@@ -26,7 +26,7 @@ from potstill.losses import (
 from potstill.positions import counting
 from potstill.schedule import linear
 from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
-from potstill.train import TAID, AdaptiveKL, BiLD, Distiller, Labels, Logits
+from potstill.train import TAID, AdaptiveKL, BiLD, Distiller, Labels, Logits, dense
 from test_trainer import losses, trainer
 
 
@@ -169,6 +169,32 @@ def test_dense_terms_in_a_training(tmp_path: Path) -> None:
     more = trainer(tmp_path / "more", objective)
     more.train()
     assert set(more.evaluate()) >= {"eval_bild", "eval_adaptive_kl", "eval_taid", "eval_logits"}
+
+
+@pytest.mark.parametrize(
+    "term", [BiLD(), AdaptiveKL(weight=0.5), TAID(0.3, temperature=2.0)], ids=lambda term: term.name
+)
+def test_logits_are_made_some_at_a_time(term: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, batch = make_llama(seed=1), make_batch()
+    batch["weights"] = torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(3))
+    found, most = [], []
+
+    def step() -> None:
+        student = make_llama(hidden_size=8)
+        loss = Distiller(student, teacher, [term, Labels()]).step(batch).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in student.parameters())])
+
+    step()
+    compare = type(term).compare
+    monkeypatch.setattr(
+        type(term), "compare", lambda self, s, t, at: most.append(max(len(s), len(t))) or compare(self, s, t, at)
+    )
+    monkeypatch.setattr(dense, "LOGITS_BYTES", 3 * 300 * 4)
+    step()
+    assert max(most) == 3 and len(most) > 2 * len(batch["labels"])  # and again in the backward pass
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_taid_ends_in_forward_kl() -> None:

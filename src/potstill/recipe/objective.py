@@ -36,7 +36,7 @@ class LogitsPart(Part):
 
 
 class BiLDPart(Part):
-    """Match the differences between the largest logits, as both models rank them (BiLD). Builds whole logits."""
+    """Match the differences between the largest logits, as both rank them (BiLD). Makes logits twice, some at a time."""
 
     term: Literal["bild"]
     tasks: ClassVar[frozenset[Task]] = DISTRIBUTIONS
@@ -46,7 +46,7 @@ class BiLDPart(Part):
 
 
 class AdaptiveKLPart(Part):
-    """Forward and reverse KL, weighted by where the models differ (AKL). Builds whole logits."""
+    """Forward and reverse KL, weighted by where the models differ (AKL). Makes logits twice, some at a time."""
 
     term: Literal["adaptive_kl"]
     tasks: ClassVar[frozenset[Task]] = DISTRIBUTIONS
@@ -56,7 +56,7 @@ class AdaptiveKLPart(Part):
 
 
 class TAIDPart(Part):
-    """Forward KL to a target that moves from the student to the teacher (TAID). Builds whole logits."""
+    """Forward KL to a target that moves from the student to the teacher (TAID). Makes logits twice, some at a time."""
 
     term: Literal["taid"]
     tasks: ClassVar[frozenset[Task]] = DISTRIBUTIONS
@@ -77,7 +77,7 @@ class LabelsPart(Part):
 
 
 class ValuesPart(Part):
-    """Match what the teacher says before any softmax: its number in a regression. Builds whole logits."""
+    """Match what the teacher says before any softmax: its number in a regression."""
 
     term: Literal["values"]
     tasks: ClassVar[frozenset[Task]] = ANSWERS

@@ -1,4 +1,4 @@
-"""Terms over whole logits of student and teacher, [N, V] each: formulas that no fused pass through the head knows."""
+"""Terms over the logits of student and teacher: formulas that no fused pass through the head knows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from potstill.divergence import ForwardKL
 from potstill.errors import ShapeError
@@ -15,12 +16,18 @@ from potstill.losses.adaptive import adaptive_kl, interpolated_logits
 from potstill.losses.bild import bild
 from potstill.losses.token import is_sampled
 from potstill.positions import ANSWERS, DISTRIBUTIONS
-from potstill.targets import DenseTargets, SparseTargets, Targets
+from potstill.targets import DenseTargets, HeadTargets, SparseTargets, Targets
 from potstill.train.objective import Number, Signals, Term, value_at
+
+LOGITS_BYTES = 2**26  # of the student's logits at a time: 500 tokens of 32,000
 
 
 class DenseTerm(Term):
-    """A term that compares logits token by token, in the memory of both models' logits."""
+    """A term that compares logits token by token.
+
+    Where the student has a plain head, the logits of some tokens at a time are made, and made again in the backward
+    pass: memory does not grow with N. A student that gives whole logits is compared as a whole.
+    """
 
     needs_teacher = True
     tasks = DISTRIBUTIONS
@@ -32,10 +39,29 @@ class DenseTerm(Term):
 
     def __call__(self, signals: Signals) -> Tensor:
         assert signals.teacher is not None
-        student = signals.student.dense()
-        with torch.autocast(student.device.type, enabled=False):
-            teacher = self.whole(signals.teacher.targets, value_at(self.temperature, signals.step))
-            return signals.mean(self.compare(student, teacher, signals.step))
+        student, teacher = signals.student, signals.teacher.targets
+        tokens = len(signals.labels)
+        few = max(1, LOGITS_BYTES // (4 * student.vocabulary))
+        if tokens <= few or not isinstance(student, HeadTargets):
+            return signals.mean(self._values(student, teacher, signals.step))
+        parts = (slice(first, first + few) for first in range(0, tokens, few))
+        values = [
+            checkpoint(
+                self._values,
+                student.rows(part),
+                teacher.rows(part),
+                signals.step,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for part in parts
+        ]
+        return signals.mean(torch.cat(values))
+
+    def _values(self, student: HeadTargets | DenseTargets, teacher: Targets, step: int) -> Tensor:
+        logits = student.dense()
+        with torch.autocast(logits.device.type, enabled=False):
+            return self.compare(logits, self.whole(teacher, value_at(self.temperature, step)), step)
 
     def whole(self, targets: Targets, temperature: float = 1.0) -> Tensor:
         """The teacher's logits [N, V] for a temperature.
