@@ -36,7 +36,7 @@ class LogitsPart(Part):
 
 
 class BiLDPart(Part):
-    """Match the differences between the largest logits, as both rank them (BiLD). Makes logits twice, some at a time."""
+    """Match differences between the largest logits, as both rank them (BiLD). Makes logits twice, some at a time."""
 
     term: Literal["bild"]
     tasks: ClassVar[frozenset[Task]] = DISTRIBUTIONS
