@@ -62,7 +62,8 @@ def learn(
     name: str, out: Path, teacher: str, student: dict[str, Any], data: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
     """The summary of a run on the plays; one that is there is not run again."""
-    train = {"per_device_train_batch_size": 8, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, **more.pop("train")}
+    train = {"per_device_train_batch_size": 8, "lr_scheduler_type": "cosine", **more.pop("train")}
+    train["warmup_steps"] = train["max_steps"] // 10
     few = {"continuations": 0, "curve_rows": 16}
     values = {"name": name, "teacher": {"model": teacher}, "student": student, "data": data, "evaluate": few, **more}
     return run(Recipe.parse({**values, "train": train, "output": str(out)}), resume=True).summary
