@@ -17,7 +17,6 @@ from pages import ROOT, text
 
 NOTEBOOKS = sorted(ROOT.glob("examples/*.ipynb"))
 SCRIPTS = sorted(ROOT.glob("examples/*.py"))
-QUICK = ("chain_of_thought",)  # the others take 20 to 60 seconds of a core
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -35,11 +34,8 @@ def test_what_a_notebook_shows_is_kept_and_clean(path: Path) -> None:
     assert text("docs/examples.md").count(f"../examples/{path.name})") == 1
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.slow) for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_its_claims_hold(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, as_version=4)
