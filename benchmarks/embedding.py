@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from measure import seconds
 from potstill.embedding import EmbeddingDistiller, Judge, Kept, PairObjective, VectorHead, open_vectors
 from potstill.embedding.heads import SAMPLE, principal, random_projection
 from potstill.embedding.objective import FOCUSES, START
@@ -134,9 +135,8 @@ def text(args: argparse.Namespace) -> None:
 
     def throughput(of: Any) -> float:
         of.encode(some[:64], show_progress_bar=False)
-        began = time.perf_counter()
-        of.encode(some, batch_size=64, show_progress_bar=False)
-        return len(some) / (time.perf_counter() - began)
+        times = [seconds(lambda: of.encode(some, batch_size=64, show_progress_bar=False), "cpu") for _ in range(3)]
+        return len(some) / statistics.median(times)
 
     print("| student | STS-B | all pairs | recall@10 | | time |\n|---|---|---|---|---|---|")
     print(f"teacher: {throughput(model):.0f} texts/s", flush=True)
@@ -155,13 +155,13 @@ def text(args: argparse.Namespace) -> None:
         plan = EmbeddingDistiller(make, PairObjective("balanced"), epochs=epochs, batch_size=batch, learning_rate=rate)
         began = time.perf_counter()
         lines = plan.fit(train, held, texts=texts, held_out_texts=held_texts, judge=chooses)
-        seconds = time.perf_counter() - began
+        spent = time.perf_counter() - began
         print(f"{name} on dev, before: {lines[0].kept}; after: {max(lines, key=lambda line: line.kept.close).kept}")
         folder = args.work / name.replace(" ", "-")
         make.save(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         vectors = torch.from_numpy(make.model.encode(test_texts, show_progress_bar=False))
-        shown(f"{name}, {d}", [on_test(vectors)], seconds)
+        shown(f"{name}, {d}", [on_test(vectors)], spent)
         print(f"{name}: {size / 1e6:.2f} MB, {throughput(make.model):.0f} texts/s", flush=True)
 
 
