@@ -162,12 +162,10 @@ def make_teacher(folder: Path, results: dict[str, Any], words: PreTrainedTokeniz
     dev = problems(300, "dev", 1)
     while not rounds or (rounds[-1]["right"] < 0.97 and len(rounds) < ROUNDS):
         solved = problems(ROUND * ROWS, "train", 1000 + len(rounds))
+        asked = [(PROGRAM_PROMPT, one.program) if i % 2 else (PROMPT, one.chain) for i, one in enumerate(solved)]
         rows = [
-            {
-                "prompt": fill(PROGRAM_PROMPT if i % 2 else PROMPT, one.question),
-                "completion": [one.chain, one.program][i % 2],
-            }
-            for i, one in enumerate(solved)
+            {"prompt": fill(prompt, one.question), "completion": said}
+            for one, (prompt, said) in zip(solved, asked, strict=True)
         ]
         source = Source(written(folder / "solved.jsonl", rows), prompt="prompt", completion="completion")
         seconds = learn(teacher, None, [Labels()], source, words, steps=ROUND, rate=3e-3, seed=len(rounds))
