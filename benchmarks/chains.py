@@ -25,23 +25,20 @@ goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shutil
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from measure import keep, machine, table
-from potstill import DistillationConfig, DistillationTrainer, ForwardKL, Labels, LocalEngine, Logits, Sampling
+from measure import keep, machine, spread, table, train
+from potstill import ForwardKL, Labels, LocalEngine, Logits, Sampling
 from potstill.data import Source, encode
 from potstill.data.reasoning import fill, parse
 from potstill.data.sandbox import run_program
@@ -88,31 +85,17 @@ def learn(
 ) -> float:
     """Train a student in place; the processor's seconds that it took."""
     rows = encode(source, words, max_length=128).dataset
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        trainer = DistillationTrainer(
-            student,
-            teacher,
-            objective,
-            DistillationConfig(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=ROWS,
-                learning_rate=rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=steps // 20,
-                adam_beta2=0.98,
-                save_strategy="no",
-                disable_tqdm=True,
-                seed=seed,
-                use_cpu=True,
-            ),
-            rows,
-            processing_class=words,
-        )
-        trainer.remove_callback(PrinterCallback)
-        start = time.process_time()
-        trainer.train()
-        return time.process_time() - start
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": ROWS,
+        "learning_rate": rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": steps // 20,
+        "adam_beta2": 0.98,
+        "seed": seed,
+        "use_cpu": True,
+    }
+    return train(student, teacher, objective, rows, settings, processing_class=words)
 
 
 def right(
@@ -286,10 +269,6 @@ def report(results: dict[str, Any]) -> None:
     print(f"{results['settings']}\nteacher: {results['teacher']['parameters']:,} parameters, drawn: {results['drawn']}")
     print("\n".join(f"{key}: {value}" for key, value in results["machine"].items()), end="\n\n")
     print(table(["", "asked for", "rows", *names, "CPU seconds", "seeds"], cells))
-
-
-def spread(shares: list[float]) -> str:
-    return f"{statistics.mean(shares):.3f}" + (f" ± {statistics.stdev(shares):.3f}" if len(shares) > 1 else "")
 
 
 def main() -> None:

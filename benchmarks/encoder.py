@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, PrinterCallback
+from transformers import AutoTokenizer
 
-from potstill import Attention, DistillationConfig, DistillationTrainer, Hidden, LayerMap, Relations, Similarity, Source
+from measure import train
+from potstill import Attention, Hidden, LayerMap, Relations, Similarity, Source
 from potstill.data import encode, in_batches
 from potstill.evaluate.correlation import pearson, ranks
 from potstill.loading import load_model, quiet
@@ -84,31 +85,18 @@ def spearman(model: Any, tokenizer: Any, data: Path, split: str) -> float:
     return pearson(ranks((a * b).sum(-1)), ranks(scores))
 
 
-def train(teacher: Any, student: Any, terms: list[Any], rows: Any, tokenizer: Any, args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = DistillationTrainer(
-            student,
-            teacher,
-            terms,
-            DistillationConfig(
-                output_dir=folder,
-                max_steps=args.steps,
-                per_device_train_batch_size=args.batch,
-                train_sampling_strategy="group_by_length",
-                learning_rate=args.rate,
-                lr_scheduler_type="linear",
-                warmup_steps=5,
-                save_strategy="no",
-                seed=args.seed,
-                disable_tqdm=True,
-                logging_steps=20,
-            ),
-            rows,
-            processing_class=tokenizer,
-            task="encoder",
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+def learn(teacher: Any, student: Any, terms: list[Any], rows: Any, tokenizer: Any, args: argparse.Namespace) -> None:
+    settings = {
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch,
+        "train_sampling_strategy": "group_by_length",
+        "learning_rate": args.rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 5,
+        "seed": args.seed,
+        "logging_steps": 20,
+    }
+    train(student, teacher, terms, rows, settings, processing_class=tokenizer, task="encoder")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -139,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
             model = teacher if names == ("teacher",) else begin.student(teacher, args.seed)
             if trains:
                 model.set_attn_implementation("eager")
-                train(teacher, model, [term(name) for name in names], rows, tokenizer, args)
+                learn(teacher, model, [term(name) for name in names], rows, tokenizer, args)
             seconds = time.process_time() - began  # of one core
             line = {**asked, "spearman": spearman(model, tokenizer, args.data, split), "seconds": round(seconds)}
             with record.open("a") as file:

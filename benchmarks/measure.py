@@ -1,13 +1,17 @@
-"""What the benchmarks share: new processes, the clock, peak memory, checks against float64, the machine, tables."""
+"""What the benchmarks share: new processes, the clock, peak memory, trainings, checks against float64, tables."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
 import math
 import os
 import platform
+import statistics
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -60,6 +64,26 @@ def seconds(call: Callable[[], Any], device: str) -> float:
     call()
     synchronize(device)
     return clock() - start
+
+
+def train(
+    student: Any, teacher: Any, objective: list[Any], rows: Any, settings: dict[str, Any], **options: Any
+) -> float:
+    """Train a student in place, and keep nothing on disk; the processor's seconds that it took.
+
+    The settings are those of `DistillationConfig`, the options those of `DistillationTrainer`.
+    """
+    from transformers import PrinterCallback  # here, as the losses are measured where there is torch alone
+
+    from potstill import DistillationConfig, DistillationTrainer
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        arguments = DistillationConfig(output_dir=folder, save_strategy="no", disable_tqdm=True, **settings)
+        trainer = DistillationTrainer(student, teacher, objective, arguments, rows, **options)
+        trainer.remove_callback(PrinterCallback)
+        start = time.process_time()
+        trainer.train()
+        return time.process_time() - start
 
 
 class Peak:
@@ -157,6 +181,11 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean over seeds, and how far they are from each other."""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,26 +19,21 @@ and the folder of that name beside it), and a run goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import random
 import statistics
 import sys
-import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from measure import keep, machine, table
+from measure import keep, machine, spread, table, train
 from potstill import (
     JSD,
-    DistillationConfig,
-    DistillationTrainer,
     ForwardKL,
     Labels,
     Logits,
@@ -168,32 +163,17 @@ def learn(
     rollout: Rollout | None = None,
 ) -> float:
     """Train a student in place; the processor's seconds that it took."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        trainer = DistillationTrainer(
-            student,
-            teacher,
-            [term],
-            DistillationConfig(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=batch,
-                learning_rate=rate,
-                lr_scheduler_type="linear",
-                warmup_steps=20,
-                logging_steps=100,
-                save_strategy="no",
-                disable_tqdm=True,
-                seed=seed,
-                use_cpu=True,
-            ),
-            rows,
-            data_collator=PaddingCollator(PAD),
-            rollout=rollout,
-        )
-        trainer.remove_callback(PrinterCallback)
-        start = time.process_time()
-        trainer.train()
-        return time.process_time() - start
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "learning_rate": rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 20,
+        "logging_steps": 100,
+        "seed": seed,
+        "use_cpu": True,
+    }
+    return train(student, teacher, [term], rows, settings, data_collator=PaddingCollator(PAD), rollout=rollout)
 
 
 def make_teacher(kept: Path) -> LlamaForCausalLM:
@@ -268,10 +248,6 @@ def report(results: dict[str, Any], names: list[str]) -> None:
     print(results["settings"])
     print("\n".join(f"{key}: {value}" for key, value in results["machine"].items()), end="\n\n")
     print(table(["", *columns[:-1], "CPU seconds", "seeds"], cells))
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def main() -> None:
