@@ -23,6 +23,7 @@ from potstill.losses import (
     top_share,
     top_tokens,
 )
+from potstill.losses.adaptive import LIKELIEST
 from potstill.positions import counting
 from potstill.schedule import linear
 from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
@@ -42,6 +43,14 @@ def test_bild_and_adaptive_kl_are_their_formulas() -> None:
             mine, theirs = s[b, n].tolist(), t[b, n].tolist()
             assert found[b, n].item() == pytest.approx(reference.bild(mine, theirs, 5, 2.0), rel=1e-10)
             assert adaptive[b, n].item() == pytest.approx(reference.adaptive_kl(mine, theirs, 0.7, 2.0), rel=1e-10)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 0.1])  # the head lies within the tokens that are looked at first, or not
+def test_the_head_of_a_large_vocabulary(sharpness: float) -> None:
+    s, t = logits(1, 3 * LIKELIEST), sharpness * logits(1, 3 * LIKELIEST, seed=1)
+    assert (t.softmax(-1).topk(LIKELIEST).values.sum() > 0.7) == (sharpness == 1)
+    expected = reference.adaptive_kl(s[0].tolist(), t[0].tolist(), 0.7, 1.0)
+    assert adaptive_kl(s, t, 0.7).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_gradients_are_those_of_the_formulas() -> None:

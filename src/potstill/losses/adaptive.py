@@ -10,6 +10,9 @@ from potstill.errors import ShapeError
 from potstill.losses.token import compute_dtype, log_probabilities_, token_divergence
 from potstill.targets import DenseTargets
 
+# Of so many tokens the head is looked for first: at a vocabulary of 152k, a thirtieth of the time that sorting takes.
+LIKELIEST = 256
+
 
 def adaptive_kl(
     student_logits: Tensor, teacher_logits: Tensor, head_mass: float = 0.5, temperature: float = 1.0
@@ -47,13 +50,19 @@ def adaptive_kl(
             log_probabilities_(z.to(dtype, copy=True).div_(temperature)).exp_()
             for z in (student_logits.detach(), teacher_logits)
         )
-        ranked, order = p.sort(-1, descending=True)
-        before = ranked.cumsum(-1) - ranked
-        gap = (p - q).abs().gather(-1, order)
-        head = (gap * (before < head_mass)).sum(-1)
-        total = gap.sum(-1)
+        gap = (p - q).abs()
+        head, total = _of_head(gap, p, head_mass), gap.sum(-1)
         share = torch.where(total > 0, head / torch.where(total > 0, total, 1.0), 0.5)
     return share * forward + (1 - share) * reverse
+
+
+def _of_head(values: Tensor, probabilities: Tensor, mass: float) -> Tensor:
+    """The sum of the values over the fewest likeliest tokens that have the mass together: [...]."""
+    ranked, order = probabilities.topk(min(LIKELIEST, probabilities.shape[-1]), -1)
+    if bool((ranked.sum(-1) < mass).any()):
+        ranked, order = probabilities.sort(-1, descending=True)
+    before = ranked.cumsum(-1) - ranked
+    return (values.gather(-1, order) * (before < mass)).sum(-1)
 
 
 def interpolated_logits(student_logits: Tensor, teacher_logits: Tensor, share: float) -> Tensor:
