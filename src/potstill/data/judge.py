@@ -172,7 +172,7 @@ def _judge_group(group: list[Candidate], choose: Choice, drop_cut: bool) -> list
         elif one.trouble is not None:
             dropped = ("answer", one.trouble)
         elif choose == "majority" and one.answer is not None and not common:
-            dropped = ("answer", f"{one.answer!r}, where most ({most.share:.0%}) say {most.answer!r}")
+            dropped = ("answer", f"{one.answer!r}, where {most.share:.0%} say {most.answer!r}")
         elif choose == "verified" and not right:
             dropped = ("answer", f"{one.answer!r}, not {gold!r}")
         found.append((one, Judged(one, verdict, dropped)))
