@@ -6,8 +6,9 @@
 The task is that of word_problems.py. The teacher (3 layers of width 128) learns from worked solutions and programs,
 500 updates at a time, until its chains answer 97% of the dev problems right. It then writes two chains for each of the
 students' questions with `potstill generate`, at the first temperature at which at least 12% of 200 chains are wrong,
-and two programs, which are run in the sandbox. Every student (2 layers of width 64) begins with the same weights for
-each seed, and makes the same number of updates, each of 32 rows, by one of:
+and two programs, which are run in the sandbox; and, wildly, two chains where at least 40% are wrong. Every student
+(2 layers of width 64) begins with the same weights for each seed, and makes the same number of updates, each of 32
+rows, by one of:
 
     answers          cross-entropy with the known answers alone: no teacher
     chains           with the chains as the teacher wrote them (choose: all)
@@ -15,6 +16,8 @@ each seed, and makes the same number of updates, each of 32 rows, by one of:
     both             with those, and their answers alone as a second task that weighs about as much (target: both)
     mixed            with chains and programs that give the answer of most of the four, which nobody checks
     chains + logits  with the chains, and forward KL with the teacher beside
+    wild chains      with the wild chains as the teacher wrote them
+    wild verified    with those whose answer is right
 
 Measured: the share of unseen problems that it answers right, greedily: of known templates by their steps, and of
 templates that are held out. Who has learnt to answer in two ways is asked in both. `--split dev` measures on other
@@ -48,10 +51,12 @@ from potstill.recipe import GenerateRecipe
 from word_problems import ANSWER_PROMPT, PROGRAM_PROMPT, PROMPT, STEPS, Problem, Split, problems, tokenizer
 
 ROWS, ROUND, ROUNDS = 32, 500, 12
-METHODS = ("answers", "chains", "verified", "both", "mixed", "chains + logits")
+METHODS = ("answers", "chains", "verified", "both", "mixed", "chains + logits", "wild chains", "wild verified")
+WRONG = {"drawn": 0.12, "wildly drawn": 0.4}
 WAYS = {"chains": PROMPT, "answers alone": ANSWER_PROMPT, "programs": PROGRAM_PROMPT}
 LEARNT = {"answers": ["answers alone"], "both": ["chains", "answers alone"], "mixed": ["chains", "programs"]}
 TEMPLATES = "held-out templates"
+WRITTEN = {"verified": "chains", "both": "chains", "wild verified": "wild chains"}  # whose texts are judged anew
 
 
 def llama(width: int, layers: int, seed: int, words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -160,18 +165,20 @@ def make_teacher(folder: Path, results: dict[str, Any], words: PreTrainedTokeniz
     return teacher.eval()
 
 
-def choose_temperature(teacher: LlamaForCausalLM, words: PreTrainedTokenizerFast) -> dict[str, float]:
-    """The first one at which at least 12% of its chains are wrong, on problems of the kind that students learn from."""
+def choose_temperature(teacher: LlamaForCausalLM, words: PreTrainedTokenizerFast, share: float) -> dict[str, float]:
+    """The first one at which so many of its chains are wrong, on problems of the kind that students learn from."""
     asked = problems(200, "train", 1)
     for temperature in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0):
         wrong = 1 - right(teacher, words, asked, temperature=temperature)
-        if wrong >= 0.12:
+        if wrong >= share:
             break
     return {"temperature": temperature, "wrong": wrong}
 
 
-def make_data(folder: Path, questions: int, temperature: float) -> tuple[dict[str, Source], dict[str, int]]:
-    """What each method learns from, and how many rows that is. The teacher writes once; the rest is judged anew."""
+def make_data(
+    folder: Path, questions: int, temperature: float, wild: float
+) -> tuple[dict[str, Source], dict[str, int]]:
+    """What each method learns from, and how many rows that is: chains are written once, then judged anew."""
     asked = problems(questions, "train", 0)
     file = written(folder / "questions.jsonl", [{"question": one.question, "answer": one.answer} for one in asked])
     alone = [{"prompt": fill(ANSWER_PROMPT, one.question), "completion": f" {one.answer}"} for one in asked]
@@ -179,7 +186,9 @@ def make_data(folder: Path, questions: int, temperature: float) -> tuple[dict[st
     chain = {"task": "chain_of_thought", "template": PROMPT}
     for name, task in {
         "chains": {**chain, "choose": "all"},
+        "wild chains": {**chain, "choose": "all"},
         "verified": {**chain, "choose": "verified"},
+        "wild verified": {**chain, "choose": "verified"},
         # A chain has about 28 tokens, an answer two, ends included: each task has half of the loss.
         "both": {**chain, "choose": "verified", "target": "both", "task_weights": {"chain": 1, "answer": 14}},
         "mixed": {"task": "mixed", "template": PROMPT, "program_template": PROGRAM_PROMPT, "choose": "majority"},
@@ -190,13 +199,18 @@ def make_data(folder: Path, questions: int, temperature: float) -> tuple[dict[st
             "name": name,
             "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
             "task": {"questions": {"path": str(file), **known}, **task},
-            "sampling": {"samples": 2, "sampling_temperature": temperature, "top_p": 1.0, "max_new_tokens": 48},
+            "sampling": {
+                "samples": 2,
+                "sampling_temperature": wild if name.startswith("wild") else temperature,
+                "top_p": 1.0,
+                "max_new_tokens": 48,
+            },
             "batch_size": 128,
             "output": str(folder / name),
         }
-        if name in ("verified", "both"):
+        if name in WRITTEN:
             (folder / name).mkdir(exist_ok=True)
-            shutil.copy(folder / "chains/texts.jsonl", folder / name)
+            shutil.copy(folder / WRITTEN[name] / "texts.jsonl", folder / name)
         made = generate(GenerateRecipe.parse(recipe), resume=True)
         files[name], counts[name] = made.rows, made.counts["rows"]
     sources = {name: Source(path, prompt="prompt", completion="completion") for name, path in files.items()}
@@ -241,9 +255,10 @@ def measure(args: argparse.Namespace, results: dict[str, Any]) -> None:
             for name, asked in sets.items()
         }
         results["teacher"] = {"parameters": teacher.num_parameters(), **shares}
-        results["drawn"] = choose_temperature(teacher, words)
         keep(file, results)
-    sources, results["rows"] = make_data(folder, args.questions, results["drawn"]["temperature"])
+    for name, share in WRONG.items():
+        results[name] = results.get(name) or choose_temperature(teacher, words, share)
+    sources, results["rows"] = make_data(folder, args.questions, *(results[name]["temperature"] for name in WRONG))
     students = results.setdefault("students", {})
     for seed in range(args.seeds):
         for method in METHODS:
@@ -266,7 +281,8 @@ def report(results: dict[str, Any]) -> None:
             seconds = statistics.mean(run["seconds"] for run in found)
             rows = str(results["rows"][method.removesuffix(" + logits")])
             cells.append([method, way, rows, *map(spread, shares), f"{seconds:.0f}", str(len(found))])
-    print(f"{results['settings']}\nteacher: {results['teacher']['parameters']:,} parameters, drawn: {results['drawn']}")
+    print(f"{results['settings']}\nteacher: {results['teacher']['parameters']:,} parameters")
+    print("\n".join(f"{name}: {results[name]}" for name in WRONG))
     print("\n".join(f"{key}: {value}" for key, value in results["machine"].items()), end="\n\n")
     print(table(["", "asked for", "rows", *names, "CPU seconds", "seeds"], cells))
 

@@ -97,7 +97,7 @@ def test_the_fast_one_is_small_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_demo_closes_a_part_of_the_gap(tmp_path: Path) -> None:
     torch.set_num_threads(os.cpu_count() or 1)  # unlike the toys, this gains from them
     result = run(demo_recipe(tmp_path / "demo"), console=Console(file=io.StringIO()))
