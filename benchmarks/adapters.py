@@ -20,15 +20,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from potstill.demo import demo_recipe
+from potstill.evaluate.report.words import percent, size
 from potstill.evaluate.speed import extra_bytes
-from potstill.evaluate.words import percent, size
-from potstill.loading import load_model, load_tokenizer, quiet
-from potstill.pipeline import run
-from potstill.prepare_student import adapter_of
-from potstill.recipe import Recipe, StudentPart
-from potstill.students.adapted import count
-from potstill.students.adapters import adapt
-from potstill.train import Distiller, Labels
+from potstill.models.adapted import count
+from potstill.models.adapters import adapt
+from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from potstill.runs.build_student import adapter_of
+from potstill.runs.config.run import Recipe
+from potstill.runs.config.student import StudentPart
+from potstill.runs.run import run
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels
 
 HELD_OUT = 0.05  # of the text, its end
 ROW = 2000  # characters
@@ -97,7 +99,7 @@ def qualities(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def measure(name: str, out: Path) -> dict[str, Any]:
     """The memory and the time of three steps on the large model."""
     adapter, _ = WAYS[name]
-    with quiet():
+    with suppress_warnings():
         part = StudentPart.model_validate({"model": str(out), "adapter": adapter})
         model = load_model(str(out), "large", "float32", bits=getattr(part.adapter, "bits", None))
         if part.adapter is not None:

@@ -29,15 +29,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from measure import keep, machine, mb, own_bytes, table
 from potstill import Distiller, ForwardKL, Labels, Logits, ModelTeacher
-from potstill.cache.codec import Codec, Dense, Sampled, TopK
-from potstill.cache.store import COMPRESSION, FORMAT, Cache, Manifest, Plan, Row, write_manifest, write_shard
-from potstill.caching import Request, build
 from potstill.demo import demo_recipe
-from potstill.heads import cut, says
-from potstill.pipeline import run
-from potstill.positions import causal_alignment
-from potstill.recipe import Recipe
-from potstill.targets import DenseTargets
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.targets import DenseTargets
+from potstill.models.split import forward_targets, split_model
+from potstill.runs.cache import Request, build
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
+from potstill.teachers.cache.codec import Codec, Dense, Sampled, TopK
+from potstill.teachers.cache.store import COMPRESSION, FORMAT, Cache, Manifest, Plan, Row, write_manifest, write_shard
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 QUIET = Console(quiet=True)
@@ -118,9 +118,9 @@ def encode_part(_: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     vocabulary = VOCABULARIES[1]
     teacher = llama(896, 24, vocabulary).eval()
     batch = batch_of(1, 257, vocabulary)
-    alignment, how = causal_alignment(batch["labels"]), cut(teacher)
-    logits = says(teacher, how, batch, alignment).dense()
-    forward = timed(lambda: says(teacher, how, batch, alignment).dense(), 3)
+    alignment, how = causal_alignment(batch["labels"]), split_model(teacher)
+    logits = forward_targets(teacher, how, batch, alignment).dense()
+    forward = timed(lambda: forward_targets(teacher, how, batch, alignment).dense(), 3)
     cells = []
     for codec in (Sampled(vocabulary), TopK(vocabulary)):
         spent = timed(lambda codec=codec: COMPRESSION.compress(codec.encode(DenseTargets(logits), 0)), 3)

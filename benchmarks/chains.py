@@ -42,12 +42,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from measure import keep, machine, spread, table, train
 from potstill import ForwardKL, Labels, LocalEngine, Logits, Sampling
-from potstill.data import Source, encode
-from potstill.data.reasoning import fill, parse
-from potstill.data.sandbox import run_program
-from potstill.data.verify import same_answer
-from potstill.generation import generate
-from potstill.recipe import GenerateRecipe
+from potstill.data.batches import encode
+from potstill.data.sources import Source
+from potstill.generation.reasoning import fill, parse
+from potstill.generation.sandbox import run_program
+from potstill.generation.verify import same_answer
+from potstill.runs.config.generate import GenerateRecipe
+from potstill.runs.generate import generate
 from word_problems import ANSWER_PROMPT, PROGRAM_PROMPT, PROMPT, STEPS, Problem, Split, problems, tokenizer
 
 ROWS, ROUND, ROUNDS = 32, 500, 12

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from potstill.demo import demo_recipe
 from potstill.demo.corpus import write_jsonl
-from potstill.pipeline import run
-from potstill.recipe import Recipe
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
 
 LABELS = {"term": "labels"}
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {

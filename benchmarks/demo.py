@@ -15,8 +15,8 @@ from typing import Any
 
 from potstill.demo import TRANSFER_CHARACTERS, demo_recipe
 from potstill.demo.corpus import write_jsonl
-from potstill.pipeline import run
-from potstill.recipe import Recipe
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
 
 
 def ten_times(path: Path) -> None:

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from measure import seconds
-from potstill.embedding import EmbeddingDistiller, Judge, Kept, PairObjective, VectorHead, open_vectors
-from potstill.embedding.heads import SAMPLE, principal, random_projection
-from potstill.embedding.objective import FOCUSES, START
-from potstill.embedding.vectors import check_vectors
+from potstill.embedding.heads import SAMPLE, VectorHead, principal, random_projection
+from potstill.embedding.objective import FOCUSES, START, PairObjective
+from potstill.embedding.training import EmbeddingDistiller
+from potstill.embedding.vectors import check_vectors, open_vectors
+from potstill.evaluate.space import Judge, Kept
 
 DIMENSIONS = (5, 16, 64)
 

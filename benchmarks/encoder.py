@@ -28,10 +28,10 @@ from transformers import AutoTokenizer
 
 from measure import train
 from potstill import Attention, Hidden, LayerMap, Relations, Similarity, Source
-from potstill.data import encode, in_batches
+from potstill.data.batches import encode, in_batches
 from potstill.evaluate.correlation import pearson, ranks
-from potstill.loading import load_model, quiet
-from potstill.students.initialize import start
+from potstill.models.initialize import start
+from potstill.models.loading import load_model, suppress_warnings
 
 LAYERS = [1, 3, 5]  # of the teacher, that the student begins with
 TERMS = ("hidden", "attention", "relations", "similarity")
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     if args.part == "choose":
         sets = [(), TERMS]
     split = "dev" if args.part == "choose" else "test"
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    with suppress_warnings(), tempfile.TemporaryDirectory() as folder:
         first, second, _ = pairs_of(args.data, "train")
         rows = rows_of(first + second, tokenizer, Path(folder))
         options = {"steps": args.steps, "rate": args.rate, "seed": args.seed}

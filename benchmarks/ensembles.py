@@ -32,13 +32,13 @@ from potstill import (
     Source,
     encode,
 )
-from potstill.data import in_batches
+from potstill.data.batches import in_batches
 from potstill.demo.corpus import Split, documents
 from potstill.evaluate.quality import compare
-from potstill.positions import causal_alignment
-from potstill.students.design import student_config
-from potstill.students.initialize import random_student
-from potstill.teachers import Teacher
+from potstill.losses.alignment import causal_alignment
+from potstill.models.design import student_config
+from potstill.models.initialize import random_student
+from potstill.teachers.teacher import Teacher
 
 DEMO = str(files("potstill.demo").joinpath("teacher"))
 KINDS = ("packages", "modules")

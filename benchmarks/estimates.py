@@ -22,12 +22,12 @@ from rich.console import Console
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from potstill.evaluate import words
+from potstill.evaluate.report import words
 from potstill.evaluate.speed import extra_bytes
-from potstill.pipeline import _train
-from potstill.preflight import check
-from potstill.prepare import prepare
-from potstill.recipe import Recipe
+from potstill.runs.build import prepare
+from potstill.runs.check import check
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import _train
 
 FORK = multiprocessing.get_context("fork")  # each measurement in a new process, which has imported everything
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from potstill.demo import demo_recipe
-from potstill.pipeline import run
+from potstill.runs.run import run
 
 NARROW = "{hidden_size: 128, intermediate_size: 344, num_hidden_layers: 3, num_attention_heads: 2}"
 SHALLOW = "{num_hidden_layers: 1}"

@@ -61,9 +61,9 @@ from measure import (
     seconds,
     table,
 )
-from potstill.divergence import JSD, Divergence, ForwardKL, ReverseKL, SkewForwardKL
-from potstill.losses import linear_divergence
-from potstill.targets import HeadTargets, LMHead, SparseTargets
+from potstill.losses.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewForwardKL
+from potstill.losses.linear import linear_divergence
+from potstill.losses.targets import HeadTargets, LMHead, SparseTargets
 
 SPARSE = "sparse K=64, forward KL"
 DIVERGENCES: dict[str, Divergence] = {

@@ -25,10 +25,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from potstill.divergence import KINDS, AlphaBeta, Divergence
 from potstill.errors import PotstillError
-from potstill.losses import linear_divergence
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+from potstill.losses.divergences import KINDS, AlphaBeta, Divergence
+from potstill.losses.linear import linear_divergence
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 
 T = TypeVar("T")
 

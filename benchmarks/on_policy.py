@@ -33,8 +33,8 @@ from transformers import (
 
 from measure import Peak, fresh, installed, keep, machine
 from potstill import DistillationConfig, DistillationTrainer, Logits, ModelTeacher, ReverseKL, Sampling
-from potstill.data import PaddingCollator
-from potstill.train import Rollout
+from potstill.data.batches import PaddingCollator
+from potstill.train.rollout import Rollout
 
 VOCABULARY, PROMPTS, PROMPT, NEW = 32000, 8, 64, 128
 

@@ -32,18 +32,12 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from measure import keep, machine, spread, table, train
-from potstill import (
-    JSD,
-    ForwardKL,
-    Labels,
-    Logits,
-    ReverseKL,
-    Sampling,
-)
-from potstill.data import PaddingCollator
+from potstill import JSD, ForwardKL, Labels, Logits, ReverseKL, Sampling
+from potstill.data.batches import PaddingCollator
 from potstill.engines.decode import write
 from potstill.evaluate.quality import compare
-from potstill.train import PolicyGradient, Rollout, teacher_mix
+from potstill.train.rollout import Rollout, teacher_mix
+from potstill.train.terms.policy import PolicyGradient
 
 LETTERS = 16
 END, PAD, ASK = LETTERS, LETTERS + 1, LETTERS + 2

@@ -13,11 +13,12 @@ import torch
 
 from measure import keep, machine, mb, table
 from potstill import ForwardKL, ModelTeacher, token_divergence
-from potstill.data import Source, encode, in_batches
+from potstill.data.batches import encode, in_batches
+from potstill.data.sources import Source
 from potstill.demo import demo_recipe
-from potstill.loading import load_model, load_tokenizer, quiet
-from potstill.positions import causal_alignment
-from potstill.targets import DenseTargets
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.targets import DenseTargets
+from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 
 KINDS: dict[str, tuple[str, int | None]] = {
     "float32": ("float32", None),
@@ -42,7 +43,7 @@ def main() -> None:
     exact: list[torch.Tensor] = []
     cells = []
     for name, (dtype, bits) in KINDS.items():
-        with quiet():
+        with suppress_warnings():
             model = load_model(where, "teacher.model", dtype, bits=bits)
             teacher = ModelTeacher(model)
             spent = loss = apart = 0.0

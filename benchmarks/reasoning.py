@@ -18,10 +18,10 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-from potstill.data.duplicates import NearDuplicates
-from potstill.data.filter import Charset, Length, Pair, Refusals, Repetition, sift
-from potstill.data.reasoning import TEMPLATES, fill, parse
-from potstill.data.verify import number, same_answer
+from potstill.generation.duplicates import NearDuplicates
+from potstill.generation.filters import Charset, Length, Pair, Refusals, Repetition, sift
+from potstill.generation.reasoning import TEMPLATES, fill, parse
+from potstill.generation.verify import number, same_answer
 
 
 def forms(work: str, answer: str) -> dict[str, str]:

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 
 from measure import machine, table
-from potstill.engines import LocalEngine, ModelServer, Sampling
-from potstill.loading import load_model, load_tokenizer
+from potstill.engines.local import LocalEngine
+from potstill.engines.sampling import Sampling
+from potstill.engines.server import ModelServer
+from potstill.models.loading import load_model, load_tokenizer
 
 TEACHER = Path(__file__).parents[1] / "src/potstill/demo/teacher"
 PROMPTS, PROMPT, NEW, ROUNDS = 32, 32, 64, 2

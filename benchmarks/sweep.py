@@ -11,7 +11,7 @@ from pathlib import Path
 
 from potstill.demo import demo_recipe
 from potstill.demo.corpus import write_jsonl
-from potstill.sweeping import read_axes, sweep
+from potstill.runs.sweep import read_axes, sweep
 
 
 def main() -> None:

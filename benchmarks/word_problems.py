@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 Split = Literal["train", "dev", "test"]
 
 STEPS = {"easy": 2, "medium": 3, "hard": 4}
-MOST = 50  # of any total; each is one token
+MAX_TOTAL = 50  # of any total; each is one token
 PROMPT = "{question}\nStep by step:\n"
 ANSWER_PROMPT = "{question}\nAnswer:"  # as `potstill generate` asks for the answer alone
 PROGRAM_PROMPT = "{question}\nProgram:\n"
@@ -116,7 +116,7 @@ def _problem(chance: random.Random, templates: list[tuple[str, str]], level: str
         verb, frame = chance.choice(templates)
         sign, number = VERBS[verb], FACTORS.get(verb) or chance.randint(2, 9)
         after = {"+": total + number, "-": total - number, "*": total * number, "/": total // number}[sign]
-        if not 1 <= after <= MOST or (sign == "/" and total % number):
+        if not 1 <= after <= MAX_TOTAL or (sign == "/" and total % number):
             continue
         whole, short = (f"the {things}", "them") if verb in FACTORS else (f"{number} {things}", str(number))
         story.append(frame.format(name=name, verb=verb, object=whole, short=short))
@@ -139,7 +139,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     texts += ["First Then the them", "print x"]
     marks = ["\n", " ", *".?:()", *(f" {sign}" for sign in "+-*/=")]
     words = {word for text in texts for word in re.findall(r"[A-Za-z]+", re.sub(r"{.*?}", "", text))}
-    spaced = [*sorted(words), *(f" {word}" for word in sorted(words)), *(f" {number}" for number in range(MOST + 1))]
+    spaced = [
+        *sorted(words),
+        *(f" {word}" for word in sorted(words)),
+        *(f" {number}" for number in range(MAX_TOTAL + 1)),
+    ]
     known = {token: i for i, token in enumerate([END, PAD, *marks, *spaced])}
     made = Tokenizer(models.WordLevel(known, unk_token=PAD))
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?\d+| ?[^\w\s]|\s"), "isolated")

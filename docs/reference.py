@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from potstill.divergence import KINDS
-from potstill.recipe import Recipe
+from potstill.losses.divergences import KINDS
+from potstill.runs.config.run import Recipe
 
 DOCS = Path(__file__).parent
 

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from potstill import Distiller, ForwardKL, Labels, Logits, PaddingCollator, Source, compare, encode, in_batches
-from potstill.data import pad_token_id
+from potstill.data.batches import pad_token_id
 from potstill.demo.corpus import write_jsonl
-from potstill.students.design import student_config
-from potstill.students.initialize import random_student
+from potstill.models.design import student_config
+from potstill.models.initialize import random_student
 
 WHERE, FOLDER, STEPS = str(files("potstill.demo") / "teacher"), Path("runs/own_loop"), 30
 FOLDER.mkdir(parents=True, exist_ok=True)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 import reference
-from potstill.divergence import (
-    Divergence,
-)
-from potstill.losses import linear_divergence, token_divergence
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+from potstill.losses.divergences import Divergence
+from potstill.losses.linear import linear_divergence
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+from potstill.losses.token import token_divergence
 from reference import DIVERGENCES
 
 BACKENDS = ["eager", "chunked"]

@@ -18,7 +18,9 @@ import yaml
 from transformers import TrainingArguments
 
 from potstill.cli import app
-from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
+from potstill.runs.config.embedding import EmbeddingRecipe
+from potstill.runs.config.generate import GenerateRecipe
+from potstill.runs.config.run import Recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = (Recipe, EmbeddingRecipe, GenerateRecipe)

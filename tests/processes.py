@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["potstill.pipeline", "potstill.cli", "torch._dynamo", "conftest"])
+CONTEXT.set_forkserver_preload(["potstill.runs.run", "potstill.cli", "torch._dynamo", "conftest"])
 
 
 def start(said: Path, function: Callable[..., Any], *arguments: Any, **environment: str) -> BaseProcess:

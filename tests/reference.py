@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from potstill.divergence import (
+from potstill.losses.divergences import (
     JSD,
     AlphaBeta,
     Divergence,

@@ -11,14 +11,15 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
-from potstill import pipeline, preflight
 from potstill.cli import runs
-from potstill.losses import top_tokens
-from potstill.positions import Alignment
-from potstill.prepare import prepare
-from potstill.recipe import Recipe
-from potstill.targets import DenseTargets
-from potstill.teachers import Teacher, TeacherOutput
+from potstill.losses.alignment import Alignment
+from potstill.losses.targets import DenseTargets
+from potstill.losses.teacher_weights import top_tokens
+from potstill.runs import check as preflight
+from potstill.runs import run as pipeline
+from potstill.runs.build import prepare
+from potstill.runs.config.run import Recipe
+from potstill.teachers.teacher import Teacher, TeacherOutput
 
 
 class Absent(Teacher):

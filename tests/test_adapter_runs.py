@@ -20,16 +20,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from conftest import make_llama
-from potstill.data import Source
+from potstill.data.sources import Source
 from potstill.errors import ModelError, RecipeError, UserError
-from potstill.evaluation import Measures, evaluate
-from potstill.loading import load_model
-from potstill.pipeline import run
-from potstill.preflight import check
-from potstill.prepare import prepare
-from potstill.recipe import Recipe
-from potstill.students.adapted import count, hushed, is_adapted
-from potstill.students.adapters import Lora, adapt
+from potstill.models.adapted import count, is_adapted, suppress_peft_warnings
+from potstill.models.adapters import Lora, adapt
+from potstill.models.loading import load_model
+from potstill.runs.build import prepare
+from potstill.runs.check import check
+from potstill.runs.config.run import Recipe
+from potstill.runs.evaluate import Measures, evaluate
+from potstill.runs.run import run
 from test_trainer import CHECKPOINTING, losses, trainer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def test_a_run_keeps_the_adapter_alone(values: dict[str, Any], toys: Path, kind:
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     space: dict[str, Any] = {}
     load = code.replace('"student"  #', f"{str(folder)!r}  #").partition("inputs =")[0]
-    with hushed():
+    with suppress_peft_warnings():
         exec(load, space)
     assert is_adapted(space["model"])
     found = evaluate(

@@ -13,15 +13,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from potstill.data import Source
+from potstill.data.sources import Source
 from potstill.errors import RecipeError
 from potstill.evaluate.measures import QUALITY
-from potstill.evaluation import Measures, evaluate
-from potstill.loading import load_model
-from potstill.pipeline import RunResult, run
-from potstill.recipe import Recipe
-from potstill.students.adapted import count, hushed, is_adapted, judging
-from potstill.students.adapters import Ia3, Lora, adapt, linear_layers
+from potstill.models.adapted import count, is_adapted, judging, suppress_peft_warnings
+from potstill.models.adapters import Ia3, Lora, adapt, linear_layers
+from potstill.models.loading import load_model
+from potstill.runs.config.run import Recipe
+from potstill.runs.evaluate import Measures, evaluate
+from potstill.runs.run import RunResult, run
 from toy_encoders import make_encoder, save
 
 LOGITS, LABELS = {"term": "logits"}, {"term": "labels", "weight": 0.5}
@@ -98,7 +98,7 @@ def test_a_run_keeps_the_adapter_and_what_judges(task: str, kind: str, judged_ro
     assert all(row[one.key] is not None for one in QUALITY[task])  # type: ignore[index]  # likewise
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     space: dict[str, Any] = {}
-    with hushed():
+    with suppress_peft_warnings():
         exec(code.replace('"student"  #', f"{str(folder)!r}  #"), space)
     assert is_adapted(space["model"])
     torch.testing.assert_close(answer(space["model"]), answer(loaded), atol=1e-5, rtol=1e-5)

@@ -13,18 +13,20 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from conftest import make_batch, make_llama, make_tokenizer
-from potstill.divergence import ForwardKL
 from potstill.errors import ModelError, UserError
-from potstill.heads import says
-from potstill.layers import LayerMap
-from potstill.loading import load_model
-from potstill.losses import token_divergence
-from potstill.positions import causal_alignment
-from potstill.students.adapted import count, hushed, is_quantized, merged, save_adapter, virtual_tokens
-from potstill.students.adapters import Adapter, Ia3, Lora, Prefix, Prompt, adapt
-from potstill.targets import DenseTargets, HeadTargets
-from potstill.teachers import AdapterOffTeacher
-from potstill.train import Attention, Distiller, Hidden, Labels, Logits, Relations
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.divergences import ForwardKL
+from potstill.losses.targets import DenseTargets, HeadTargets
+from potstill.losses.token import token_divergence
+from potstill.models.adapted import count, is_quantized, merged, save_adapter, suppress_peft_warnings, virtual_tokens
+from potstill.models.adapters import Adapter, Ia3, Lora, Prefix, Prompt, adapt
+from potstill.models.layer_map import LayerMap
+from potstill.models.loading import load_model
+from potstill.models.split import forward_targets
+from potstill.teachers.self_taught import BaseModelTeacher
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
+from potstill.train.terms.layers import Attention, Hidden, Relations
 
 WORDS = "def g(self, x): return x"
 ADAPTERS: dict[str, Adapter] = {
@@ -123,7 +125,7 @@ def test_virtual_tokens_start_as_a_text_in_front_and_positions_and_labels_line_u
         apart = token_divergence(logits[:, :-1][counts], DenseTargets(teacher[:, :-1][counts]), ForwardKL()).mean()
     alignment = causal_alignment(batch["labels"])
     torch.testing.assert_close(
-        says(student, None, batch, alignment).dense(), logits[:, :-1][counts], rtol=1e-4, atol=1e-4
+        forward_targets(student, None, batch, alignment).dense(), logits[:, :-1][counts], rtol=1e-4, atol=1e-4
     )
     distiller = Distiller(student, made(family), [Logits(ForwardKL()), Labels()])
     output = distiller.step(batch)
@@ -167,7 +169,7 @@ def test_the_head_is_fused_and_frozen(kind: str) -> None:
     student = stirred(adapt(made(), ADAPTERS[kind]))
     distiller = Distiller(student, made(), [Logits(ForwardKL()), Labels()])
     assert distiller.cut is not None
-    said = says(student, distiller.cut, batch, causal_alignment(batch["labels"]))
+    said = forward_targets(student, distiller.cut, batch, causal_alignment(batch["labels"]))
     assert isinstance(said, HeadTargets)
     assert not said.head.weight.requires_grad
     distiller.step(batch).loss.backward()
@@ -195,7 +197,7 @@ def test_it_is_saved_small_and_loads_everywhere(
     assert torch.equal(loaded(**inputs(batch)).logits, expected)
     assert not any(p.requires_grad for p in loaded.parameters())
     assert count(loaded).all == count(student).all
-    with hushed():
+    with suppress_peft_warnings():
         other = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(other.eval()(**inputs(batch)).logits, expected)
         if kind in ("lora", "ia3"):
@@ -223,7 +225,7 @@ def test_a_rounded_base_is_trained_through_kept_and_merged(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     batch = make_batch()
-    with hushed():
+    with suppress_peft_warnings():
         student = stirred(adapt(load_model(base, "student", bits=bits), Lora(rank=4)))
         assert is_quantized(student)
         assert student.get_memory_footprint() < 0.75 * make_llama(hidden_size=32).get_memory_footprint()
@@ -257,7 +259,7 @@ def step_by_step(model: Any, ids: list[int], new: int) -> list[int]:
 def test_it_generates_what_it_says(family: str, kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
     student = stirred(adapt(made(family), ADAPTERS[kind], tokenizer=tokenizer))
     prompt = make_batch()["input_ids"][:1, :4]
-    with hushed(), torch.no_grad():
+    with suppress_peft_warnings(), torch.no_grad():
         found = student.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, pad_token_id=1,
             eos_token_id=None,
@@ -324,8 +326,8 @@ def test_biases_are_trained_saved_and_merged_with_it(
         assert torch.equal(again(**inputs(batch)).logits, expected)
         assert not trainable or count(again) == count(student)
     torch.testing.assert_close(merged(student)(**inputs(batch)).logits, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ModelError, match=r"AdapterOffTeacher: expected an adapter that leaves its base as it is"):
-        AdapterOffTeacher().attach(again)
+    with pytest.raises(ModelError, match=r"BaseModelTeacher: expected an adapter that leaves its base as it is"):
+        BaseModelTeacher().attach(again)
 
 
 def test_random_numbers_outside_are_left_alone() -> None:

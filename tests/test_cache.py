@@ -20,16 +20,19 @@ from transformers import AutoModelForCausalLM
 
 import processes
 from conftest import make_llama, make_tokenizer
-from potstill import caching
-from potstill.cache.store import Cache, read_manifest
-from potstill.caching import Request, build
-from potstill.data import PaddingCollator, Source, encode
-from potstill.divergence import JSD, ForwardKL, SoftCrossEntropy
+from potstill.data.batches import PaddingCollator, encode
+from potstill.data.sources import Source
 from potstill.errors import DataError, ShapeError
-from potstill.losses import token_divergence
-from potstill.positions import causal_alignment
-from potstill.recipe import SourcePart, TeacherPart
-from potstill.teachers import CachedTeacher, ModelTeacher
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.divergences import JSD, ForwardKL, SoftCrossEntropy
+from potstill.losses.token import token_divergence
+from potstill.runs import cache as caching
+from potstill.runs.cache import Request, build
+from potstill.runs.config.data import SourcePart
+from potstill.runs.config.teacher import TeacherPart
+from potstill.teachers.cache.store import Cache, read_manifest
+from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.model import ModelTeacher
 
 QUIET = Console(quiet=True)
 CODECS: dict[str, dict[str, Any]] = {"sampled": {"draws": 50}, "top_k": {"k": 16}, "dense": {}, "hidden": {}}
@@ -296,7 +299,7 @@ def test_ray_builds_the_same_bytes(toys: Path, tmp_path: Path) -> None:
     alone, many = tmp_path / "alone", tmp_path / "many"
     script = (
         "import sys; from pathlib import Path; from rich.console import Console; from potstill import caching\n"
-        "from potstill.recipe import SourcePart, TeacherPart\n"
+        "from potstill.runs.config import SourcePart, TeacherPart\n"
         "for out, engine in ((sys.argv[3], 'process'), (sys.argv[4], 'ray')):\n"
         "    caching.build(caching.Request(TeacherPart(model=sys.argv[1]), [SourcePart(path=sys.argv[2])], 32, False,"
         " 'sampled', {'draws': 50}, Path(out), 4), engine=engine, console=Console(quiet=True))\n"

@@ -13,19 +13,25 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from conftest import make_llama
-from potstill.caching import Request, build
 from potstill.cli import app
-from potstill.data import PaddingCollator, Source, encode
-from potstill.divergence import ForwardKL
+from potstill.data.batches import PaddingCollator, encode
+from potstill.data.sources import Source
 from potstill.errors import ModelError, ShapeError, UserError
-from potstill.layers import LayerMap
-from potstill.pipeline import run
-from potstill.positions import causal_alignment
-from potstill.preflight import check
-from potstill.recipe import Recipe, SourcePart, TeacherPart
-from potstill.taps import Needs
-from potstill.teachers import CachedTeacher, ModelTeacher
-from potstill.train import Attention, Distiller, Hidden, Logits
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.divergences import ForwardKL
+from potstill.models.capture import ActivationRequest
+from potstill.models.layer_map import LayerMap
+from potstill.runs.cache import Request, build
+from potstill.runs.check import check
+from potstill.runs.config.data import SourcePart
+from potstill.runs.config.run import Recipe
+from potstill.runs.config.teacher import TeacherPart
+from potstill.runs.run import run
+from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.model import ModelTeacher
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Logits
+from potstill.train.terms.layers import Attention, Hidden
 
 QUIET = Console(quiet=True)
 
@@ -76,7 +82,7 @@ def test_states_are_kept_as_they_are(toys: Path, kept: Path, tokenizer: Any) -> 
     teachers = live(toys), CachedTeacher(kept)
     for teacher in teachers:
         assert not teacher(batch, alignment).inside.hidden
-        teacher.prepare(Needs(hidden=frozenset([0, 1])))
+        teacher.prepare(ActivationRequest(hidden=frozenset([0, 1])))
     true, found = (teacher(batch, alignment).inside.hidden for teacher in teachers)
     there = batch["attention_mask"].bool() & torch.tensor([[True], [False], [True], [True]])
     for layer in (0, 1):
@@ -91,7 +97,7 @@ def test_states_are_kept_as_they_are(toys: Path, kept: Path, tokenizer: Any) -> 
 def test_half_precision_stays_half_precision(toys: Path, tmp_path: Path, tokenizer: Any) -> None:
     build(request(toys, tmp_path / "c", (1,), dtype="bfloat16"), console=QUIET)
     teacher = CachedTeacher(tmp_path / "c")
-    teacher.prepare(Needs(hidden=frozenset([1])))
+    teacher.prepare(ActivationRequest(hidden=frozenset([1])))
     batch = some_batch(toys, tokenizer)
     states = teacher(batch, causal_alignment(batch["labels"])).inside.hidden[1]
     assert states.dtype == torch.bfloat16 and states[0].abs().sum() > 0

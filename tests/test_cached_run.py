@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from potstill.cli import app
 from potstill.errors import DataError, ShapeError, UserError, VocabularyError
-from potstill.pipeline import run
-from potstill.preflight import check
-from potstill.recipe import Recipe
+from potstill.runs.check import check
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
 
 QUIET = Console(quiet=True)
 

@@ -13,9 +13,9 @@ import yaml
 from typer.testing import CliRunner
 
 from potstill.cli import app
-from potstill.embedding import preflight
 from potstill.embedding.teachers import model_encoder
 from potstill.errors import RecipeError, UserError
+from potstill.runs import embedding_check as preflight
 
 
 def checked(values: dict[str, Any], *more: str) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from potstill.divergence import JSD, ForwardKL, ReverseKL, TotalVariation
 from potstill.errors import ShapeError
-from potstill.losses import boundary_bias, chunk_divergence, chunk_log_probs, sorted_distance
+from potstill.losses.chunk import boundary_bias, chunk_divergence, chunk_log_probs, sorted_distance
+from potstill.losses.divergences import JSD, ForwardKL, ReverseKL, TotalVariation
 from reference_across import alm, uld
 
 KINDS = [ForwardKL(), ReverseKL(), JSD(0.5), TotalVariation()]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from potstill.cache.codec import CODECS, Codec, Dense, Hidden, Sampled, TopK, codec_of
 from potstill.errors import ShapeError
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+from potstill.teachers.cache.codec import CODECS, Codec, Dense, Hidden, Sampled, TopK, codec_of
 
 VOCABULARIES = [2, 3, 255, 256, 257, 70_000, 300_000]  # one, two and three bytes for an id; beyond 2^18
 

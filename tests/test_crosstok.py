@@ -8,15 +8,20 @@ import pytest
 import torch
 
 from conftest import TEXT, make_llama
-from potstill.data import PaddingCollator
-from potstill.divergence import JSD, ForwardKL, ReverseKL
+from potstill.data.batches import PaddingCollator
 from potstill.errors import ShapeError, VocabularyError
-from potstill.losses import chunk_divergence, sorted_distance, token_divergence
-from potstill.positions import causal_alignment, counting
-from potstill.targets import DenseTargets, SparseTargets
-from potstill.teachers import CrossTokenizerTeacher, ModelTeacher, Teacher, TeacherOutput
-from potstill.teachers.across import Across
-from potstill.train import ULD, Chunks, Distiller, Labels, Logits, MappedLogits
+from potstill.losses.alignment import causal_alignment, counting
+from potstill.losses.chunk import chunk_divergence, sorted_distance
+from potstill.losses.divergences import JSD, ForwardKL, ReverseKL
+from potstill.losses.targets import DenseTargets, SparseTargets
+from potstill.losses.token import token_divergence
+from potstill.teachers.byte_alignment import Across
+from potstill.teachers.crosstok import CrossTokenizerTeacher
+from potstill.teachers.model import ModelTeacher
+from potstill.teachers.teacher import Teacher, TeacherOutput
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
+from potstill.train.terms.across import ULD, Chunks, MappedLogits
 from reference_across import alm, byte_level, llama_like, uld
 
 SMALL, LARGE = byte_level(270), byte_level(600)
@@ -49,7 +54,7 @@ TEXTS = [TEXT[0][:40], TEXT[7][:25], "zwei 🎉\n"]
 def test_a_chunk_has_the_probability_of_its_bytes(other: Any, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By brute force: each row of the teacher alone, token by token."""
     if whole:
-        monkeypatch.setattr("potstill.teachers.model.cut", lambda model: None)
+        monkeypatch.setattr("potstill.teachers.model.split_model", lambda model: None)
     brain, batch = model(other, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
     teacher = CrossTokenizerTeacher(brain, other, SMALL)
     across = across_of(teacher, batch)
@@ -114,7 +119,7 @@ def test_padding_on_the_left_is_the_same() -> None:
 def test_equal_tokenizers_match_token_by_token(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if whole:
         for module in ("potstill.train.distiller", "potstill.teachers.model"):
-            monkeypatch.setattr(f"{module}.cut", lambda model: None)
+            monkeypatch.setattr(f"{module}.split_model", lambda model: None)
     student, brain, batch = model(SMALL, hidden_size=8), model(SMALL, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
     distiller = Distiller(student, CrossTokenizerTeacher(brain, SMALL, SMALL), [Chunks(temperature=7.0)])
     output = distiller.step(batch)

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 
 from conftest import make_llama, make_tokenizer
 from potstill.cli import app, runs
-from potstill.data import in_batches
+from potstill.data.batches import in_batches
 from potstill.errors import RecipeError, VocabularyError
-from potstill.pipeline import _arguments, run
-from potstill.positions import causal_alignment
-from potstill.preflight import check
-from potstill.prepare import prepare
-from potstill.recipe import Recipe
-from potstill.train import DistillationTrainer
+from potstill.losses.alignment import causal_alignment
+from potstill.runs.build import prepare
+from potstill.runs.check import check
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import _arguments, run
+from potstill.train.trainer import DistillationTrainer
 from reference_across import byte_level, llama_like, lower_case
 
 EVERY = [

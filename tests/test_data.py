@@ -18,10 +18,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from potstill.data import Examples, PaddingCollator, Source, encode, load, pad_token_id
+from potstill.data.batches import Examples, PaddingCollator, encode, pad_token_id
 from potstill.data.rows import Encoding, in_groups
+from potstill.data.sources import Source, load
 from potstill.errors import DataError
-from potstill.positions import IGNORE, counting
+from potstill.losses.alignment import IGNORE, counting
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}"

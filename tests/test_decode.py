@@ -9,8 +9,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import make_llama
-from potstill.engines import Sampling
 from potstill.engines.decode import Guide, Written, ends_of, write
+from potstill.engines.sampling import Sampling
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [14, 15, 16, 17, 18, 19, 20], [21, 22]]
 ENDS = frozenset({0, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49})

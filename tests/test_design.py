@@ -12,18 +12,12 @@ from typer.testing import CliRunner
 from conftest import make_llama
 from potstill.cli import app
 from potstill.errors import ModelError, ShapeError
-from potstill.students.budget import Budget, parse_count
-from potstill.students.capacity import (
-    PUBLISHED,
-    DistillationLaw,
-    SupervisedLaw,
-    expected_share,
-    smallest_student,
-)
-from potstill.students.design import design
-from potstill.students.references import REFERENCES
-from potstill.students.shape import shape_of
-from potstill.students.size import build, count_parameters, size_of
+from potstill.models.budget import Budget, parse_count
+from potstill.models.capacity import PUBLISHED, DistillationLaw, SupervisedLaw, expected_share, smallest_student
+from potstill.models.design import design
+from potstill.models.references import REFERENCES
+from potstill.models.shape import shape_of
+from potstill.models.size import build, count_parameters, size_of
 from reference_students import PUBLIC, parameters, sizes
 
 LLAMA_8B = CONFIG_MAPPING["llama"](**PUBLIC["Llama 3.1 8B"][1])

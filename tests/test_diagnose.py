@@ -19,16 +19,16 @@ from typer.testing import CliRunner
 
 from conftest import make_batch, make_llama
 from potstill.cli import app
-from potstill.diagnosis import diagnose
 from potstill.errors import DataError, RecipeError, UserError
-from potstill.evaluate import diagnose as measures
-from potstill.evaluate.diagnose import HEADS, distributions, gradient_flow, irreducible, label_noise, look
-from potstill.evaluate.diagnosis_report import write_diagnosis_page
+from potstill.evaluate import diagnosis as measures
+from potstill.evaluate.diagnosis import HEADS, distributions, gradient_flow, irreducible, label_noise, look
 from potstill.evaluate.findings import conclusion, findings, recommended_temperature
-from potstill.evaluate.report import environment, write_report
-from potstill.pipeline import run
-from potstill.positions import causal_alignment
-from potstill.recipe import Recipe
+from potstill.evaluate.report.diagnosis import write_diagnosis_page
+from potstill.evaluate.report.page import environment, write_report
+from potstill.losses.alignment import causal_alignment
+from potstill.runs.config.run import Recipe
+from potstill.runs.diagnose import diagnose
+from potstill.runs.run import run
 
 
 def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

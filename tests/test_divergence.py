@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import reference
-from potstill import divergence as module
-from potstill.divergence import (
+from potstill.errors import ShapeError
+from potstill.losses import divergences as module
+from potstill.losses.divergences import (
     JSD,
     KINDS,
     LOG_ZERO,
@@ -22,7 +23,6 @@ from potstill.divergence import (
     SoftCrossEntropy,
     TotalVariation,
 )
-from potstill.errors import ShapeError
 from reference import DIVERGENCES
 
 N, V = 16, 11

@@ -50,7 +50,8 @@ def test_the_diagnosis() -> None:
 
 
 def test_the_rules_are_as_the_page_says() -> None:
-    from potstill.evaluate import diagnose, findings
+    from potstill.evaluate import diagnosis as diagnose
+    from potstill.evaluate import findings
 
     page = " ".join(text("docs/diagnose.md").split())
     assert f"leaves {findings.SPREAD:.0%} of its probability" in page

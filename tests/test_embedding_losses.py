@@ -7,7 +7,7 @@ import torch
 
 import reference_embedding as reference
 from potstill.errors import ShapeError
-from potstill.losses import (
+from potstill.losses.embedding import (
     embedding_divergence,
     matryoshka,
     pair_correlation,

@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 
 from conftest import TEXT, make_tokenizer
 from potstill.cli import app
-from potstill.embedding import EmbeddingDistiller, VectorHead
-from potstill.embedding.run import run_embedding
+from potstill.embedding.heads import VectorHead
 from potstill.embedding.teachers import encode_texts, server_encoder
+from potstill.embedding.training import EmbeddingDistiller
 from potstill.errors import DataError, ModelError, RecipeError, RefusedError, ServerError, UserError
-from potstill.recipe import EmbeddingRecipe
+from potstill.runs.config.embedding import EmbeddingRecipe
+from potstill.runs.embedding import run_embedding
 from test_embedding_training import HELD, TRAIN
 
 ROOT = Path(__file__).parent.parent

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import reference_embedding as reference
-from potstill.embedding import EmbeddingDistiller, Judge, PairObjective, VectorHead, open_vectors
-from potstill.embedding.heads import principal
-from potstill.embedding.training import Epoch
+from potstill.embedding.heads import VectorHead, principal
+from potstill.embedding.objective import PairObjective
+from potstill.embedding.training import EmbeddingDistiller, Epoch
+from potstill.embedding.vectors import open_vectors
 from potstill.errors import DataError, DivergedError, ModelError, RunError, ShapeError
-from potstill.losses import similarity_error
+from potstill.evaluate.space import Judge
+from potstill.losses.embedding import similarity_error
 
 
 def clustered(rows: int, seed: int = 0) -> torch.Tensor:

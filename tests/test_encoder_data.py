@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from conftest import make_tokenizer
-from potstill.data import MaskedRows, PaddingCollator, Source, encode
+from potstill.data.batches import PaddingCollator, encode
+from potstill.data.masking import MaskedRows
+from potstill.data.sources import Source
 from potstill.errors import DataError
-from potstill.positions import IGNORE
+from potstill.losses.alignment import IGNORE
 from toy_encoders import CLASSES, SPECIAL, VOCABULARY, WORDS, make_bert_tokenizer, sentences, write_rows
 
 CLS, SEP, MASK = (SPECIAL.index(f"[{name}]") for name in ("CLS", "SEP", "MASK"))

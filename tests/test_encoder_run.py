@@ -18,14 +18,14 @@ from transformers import (
     AutoTokenizer,
 )
 
-from potstill.data import Source
+from potstill.data.sources import Source
 from potstill.errors import DataError, ModelError, RecipeError
 from potstill.evaluate.measures import QUALITY
-from potstill.evaluation import Measures, evaluate
-from potstill.pipeline import RunResult, run
-from potstill.preflight import check
-from potstill.prepare import prepare
-from potstill.recipe import Recipe
+from potstill.runs.build import prepare
+from potstill.runs.check import check
+from potstill.runs.config.run import Recipe
+from potstill.runs.evaluate import Measures, evaluate
+from potstill.runs.run import RunResult, run
 from potstill.train.callbacks import MetricsFile
 from toy_encoders import CLASSES, make_encoder, save
 
@@ -145,7 +145,7 @@ def test_a_sentence_transformers_teacher_lends_its_modules(judged_rows: Path) ->
 
 
 def test_what_is_measured_of_classes_is_the_formula() -> None:
-    from potstill.evaluate.judged import measure
+    from potstill.evaluate.sequence import measure
     from test_tasks import make_batch
 
     teacher, student = make_encoder("bert", "classification", seed=1), make_encoder("bert", "classification", seed=2)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from conftest import make_llama, make_tokenizer
-from potstill.engines import Completion, LocalEngine, Sampling
+from potstill.engines.local import LocalEngine
+from potstill.engines.sampling import Completion, Sampling
 from potstill.errors import DataError
 
 PROMPTS = ["def f", "class C1:\n    def g(self, x):", "return", "a", "def f2(a, b):\n    return a + b * 2"]

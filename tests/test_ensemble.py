@@ -12,16 +12,21 @@ import torch
 from transformers import TrainerCallback
 
 from conftest import make_batch, make_llama
-from potstill.cache.codec import Sampled
-from potstill.divergence import JSD, Divergence, ForwardKL, ReverseKL
 from potstill.errors import DataError, ModelError, ShapeError, VocabularyError
-from potstill.losses import linear_divergence, teacher_entropy, token_divergence, top_tokens
-from potstill.losses.teacher_weights import token_log_probs
-from potstill.positions import causal_alignment
-from potstill.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
-from potstill.teachers import EnsembleTeacher, ModelTeacher, Teacher, TeacherOutput
-from potstill.teachers.ensemble import mix
-from potstill.train import TAID, Distiller, Hidden, Labels, Logits
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.divergences import JSD, Divergence, ForwardKL, ReverseKL
+from potstill.losses.linear import linear_divergence
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
+from potstill.losses.teacher_weights import teacher_entropy, token_log_probs, top_tokens
+from potstill.losses.token import token_divergence
+from potstill.teachers.cache.codec import Sampled
+from potstill.teachers.ensemble import EnsembleTeacher, mix
+from potstill.teachers.model import ModelTeacher
+from potstill.teachers.teacher import Teacher, TeacherOutput
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
+from potstill.train.terms.dense import TAID
+from potstill.train.terms.layers import Hidden
 from test_trainer import losses, trainer, weights
 
 N, V, H = 7, 23, 5

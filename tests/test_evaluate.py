@@ -14,14 +14,15 @@ from typer.testing import CliRunner
 
 from conftest import TEXT, make_batch, make_llama
 from potstill.cli import app
-from potstill.data import Source, encode
+from potstill.data.batches import encode
+from potstill.data.sources import Source
 from potstill.errors import UserError
 from potstill.evaluate.generations import continuations, text_quality
 from potstill.evaluate.harness import harness_scores
 from potstill.evaluate.quality import compare
 from potstill.evaluate.speed import extra_bytes, speed
-from potstill.evaluation import Measures, text_bytes
-from potstill.evaluation import evaluate as measure
+from potstill.runs.evaluate import Measures, text_bytes
+from potstill.runs.evaluate import evaluate as measure
 from reference_across import byte_level
 
 

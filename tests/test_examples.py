@@ -15,8 +15,8 @@ from rich.console import Console
 
 from conftest import TEXT, make_llama, make_tokenizer
 from pages import blocks, run_commands, run_python
-from potstill.pipeline import run
-from potstill.recipe import Recipe
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), ROOT / "src/potstill/demo/recipe.yaml"])

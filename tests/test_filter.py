@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from potstill.data.duplicates import Contamination, NearDuplicates
-from potstill.data.filter import Charset, Dropped, Length, Pair, Refusals, Repetition, sift, words
 from potstill.errors import DataError
+from potstill.generation.duplicates import Contamination, NearDuplicates
+from potstill.generation.filters import Charset, Dropped, Length, Pair, Refusals, Repetition, sift, words
 
 NAMES = [f"{first}{last}" for first in ("Al", "Be", "Cor", "Dan", "El") for last in ("a", "in", "o", "us")]
 THINGS = ["apples", "boats", "clips", "dolls", "eggs", "forks", "games", "hats", "inks", "jars"]

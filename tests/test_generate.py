@@ -15,17 +15,19 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import make_tokenizer
-from potstill import generation
 from potstill.cli import app
-from potstill.data import Source, encode, sandbox
-from potstill.data.asks import Ask
-from potstill.data.generate import in_turn, render, write
-from potstill.data.judge import code_span
+from potstill.data.batches import encode
+from potstill.data.sources import Source
 from potstill.engines.engine import Prompt
 from potstill.engines.sampling import Completion, Sampling
 from potstill.errors import DataError, RecipeError, UserError
-from potstill.generation import Generated, generate
-from potstill.recipe.generate import GenerateRecipe
+from potstill.generation import sandbox
+from potstill.generation.journal import in_turn, render, write
+from potstill.generation.judge import code_span
+from potstill.generation.requests import GenerationRequest
+from potstill.runs import generate as generation
+from potstill.runs.config.generate import GenerateRecipe
+from potstill.runs.generate import Generated, generate
 
 try:
     sandbox.require_sandbox()
@@ -98,7 +100,7 @@ def sums(prompt: Prompt, sample: int, seed: int) -> Completion:
 
 # The journal
 
-ASKS = [Ask(i, "responses", "none", [{"role": "user", "content": f"p{i}"}], {}) for i in range(11)]
+ASKS = [GenerationRequest(i, "responses", "none", [{"role": "user", "content": f"p{i}"}], {}) for i in range(11)]
 PROMPTS = [f"p{i}" for i in range(11)]
 SAMPLING = Sampling(samples=2, seed=7)
 
@@ -378,7 +380,7 @@ def test_a_server_writes_too(values, monkeypatch, toys: Path, words: str | None)
 
 
 def test_a_conversation_needs_a_chat_template() -> None:
-    ask = Ask(3, "responses", "none", CHATS[1]["chat"], {})
+    ask = GenerationRequest(3, "responses", "none", CHATS[1]["chat"], {})
     with pytest.raises(DataError, match=r"expected a teacher with a chat template for the conversation in row 3"):
         render(ask, make_tokenizer())
 

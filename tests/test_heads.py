@@ -12,13 +12,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from conftest import make_batch, make_llama
-from potstill.divergence import ForwardKL
-from potstill.heads import cut, says
-from potstill.losses import token_divergence
-from potstill.positions import causal_alignment
-from potstill.targets import DenseTargets, HeadTargets
-from potstill.teachers import ModelTeacher
-from potstill.train import Distiller, Labels, Logits
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.divergences import ForwardKL
+from potstill.losses.targets import DenseTargets, HeadTargets
+from potstill.losses.token import token_divergence
+from potstill.models.split import forward_targets, split_model
+from potstill.teachers.model import ModelTeacher
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
 
 SIZES = {
     "vocab_size": 300,
@@ -53,12 +54,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, float, float | None]]]
 def test_a_model_in_two_says_what_it_says_in_one(family: str) -> None:
     kind, sizes, expected = FAMILIES[family]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
-    found = cut(model)
+    found = split_model(model)
     assert found is not None
     assert (found.body, found.logit_scale, found.softcap) == expected
     batch = make_batch()
     alignment = causal_alignment(batch["labels"])
-    whole, parts = says(model, None, batch, alignment), says(model, found, batch, alignment)
+    whole, parts = forward_targets(model, None, batch, alignment), forward_targets(model, found, batch, alignment)
     assert isinstance(whole, DenseTargets)
     assert isinstance(parts, HeadTargets)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -70,7 +71,7 @@ def test_a_model_in_two_says_what_it_says_in_one(family: str) -> None:
 def test_half_precision_and_small_weights_hide_nothing(dtype: torch.dtype) -> None:
     sizes = {**SIZES, "head_dim": 8, "initializer_range": 1e-4}  # logits so small that no cap would show
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **sizes)).to(dtype)
-    found = cut(model)
+    found = split_model(model)
     assert found is not None
     assert found.softcap == 30.0
 
@@ -83,7 +84,7 @@ def test_the_probe_leaves_no_trace() -> None:
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert cut(model) is not None
+        assert split_model(model) is not None
     assert [module.training for module in model.modules()] == flags
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -185,21 +186,21 @@ def test_what_is_not_plain_stays_whole_and_is_trained_all_the_same(case: str) ->
 
 @pytest.mark.parametrize("case", ["prompt tuning", "prefix tuning", "scaled hidden states", "unknown soft cap"])
 def test_what_is_frozen_is_found_by_the_probe_alone(case: str) -> None:
-    assert cut(NOT_PLAIN[case]().requires_grad_(False)) is None
+    assert split_model(NOT_PLAIN[case]().requires_grad_(False)) is None
 
 
 def test_a_probe_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
     model = make_llama()
     model.model.forward = lambda **kwargs: 1 / 0
-    assert cut(model) is None
+    assert split_model(model) is None
     assert "probe of its head failed with ZeroDivisionError" in caplog.text
 
 
 def test_why_a_model_stays_whole_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert cut(nn.Identity()) is None
+        assert split_model(nn.Identity()) is None
         with torch.device("meta"):
-            assert cut(make_llama()) is None
+            assert split_model(make_llama()) is None
     assert "Identity gives whole logits: it is not a language model of transformers." in caplog.text
     assert "its weight is not here" in caplog.text
 
@@ -207,10 +208,10 @@ def test_why_a_model_stays_whole_is_told(caplog: pytest.LogCaptureFixture) -> No
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_a_model_that_is_compiled_by_itself_stays_whole() -> None:
     model = make_llama()
-    assert cut(torch.compile(model)) is None
-    assert cut(model) is not None
+    assert split_model(torch.compile(model)) is None
+    assert split_model(model) is not None
     model.compile()
-    assert cut(model) is None
+    assert split_model(model) is None
 
 
 def test_lora_inside_is_cut() -> None:
@@ -220,7 +221,7 @@ def test_lora_inside_is_cut() -> None:
     assert distiller.cut is not None
     assert distiller.cut.body == "base_model.model.model"
     alignment = causal_alignment(batch["labels"])
-    whole, parts = (says(student, how, batch, alignment).dense() for how in (None, distiller.cut))
+    whole, parts = (forward_targets(student, how, batch, alignment).dense() for how in (None, distiller.cut))
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
     distiller.step(batch).loss.backward()
     assert all((p.grad is not None) == ("lora" in name) for name, p in distiller.named_parameters())
@@ -241,7 +242,7 @@ def test_a_head_that_becomes_something_else_gives_whole_logits() -> None:
 
 def test_the_head_is_read_anew_each_time() -> None:
     model = make_llama()
-    found = cut(model)
+    found = split_model(model)
     assert found is not None
     model.lm_head.weight = nn.Parameter(torch.ones(300, 16))
     head = found.head()

@@ -24,14 +24,14 @@ from transformers import (
 
 from conftest import make_batch
 from potstill.errors import ModelError, RecipeError
-from potstill.prepare import prepare
-from potstill.recipe import Recipe
-from potstill.students.anatomy import anatomy_of
-from potstill.students.design import student_config
-from potstill.students.importance import importance_of
-from potstill.students.initialize import random_student, start
-from potstill.students.origins import origins, spread
-from potstill.students.shape import Shape
+from potstill.models.anatomy import anatomy_of
+from potstill.models.design import student_config
+from potstill.models.importance import importance_of
+from potstill.models.initialize import random_student, start
+from potstill.models.origins import origins, spread
+from potstill.models.shape import Shape
+from potstill.runs.build import prepare
+from potstill.runs.config.run import Recipe
 from reference_students import cosine
 
 SIZES: dict[str, Any] = {

@@ -11,26 +11,27 @@ import torch
 from torch import Tensor
 
 import reference_signals as reference
-from potstill.divergence import JSD
 from potstill.errors import ShapeError
-from potstill.losses import (
+from potstill.losses.attention import (
     attention_divergence,
     attention_mse,
-    dimension_importance,
-    embedding_divergence,
     head_importance,
     head_overlap,
+    match_heads,
+    relation_divergence,
+)
+from potstill.losses.divergences import JSD
+from potstill.losses.embedding import embedding_divergence
+from potstill.losses.hidden import (
+    dimension_importance,
     hidden_cosine,
     hidden_l1,
     hidden_mse,
     linear_cka,
-    match_heads,
-    relation_divergence,
-    rkd_angle,
-    rkd_distance,
     select_dimensions,
+    unit,
 )
-from potstill.losses.hidden import unit
+from potstill.losses.relation import rkd_angle, rkd_distance
 
 BY_TOKEN = {"mse": hidden_mse, "l1": hidden_l1, "cosine": hidden_cosine}
 OF_THE_BATCH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from potstill.errors import ShapeError
-from potstill.layers import LayerMap, Projection
+from potstill.models.layer_map import LayerMap, Projection
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The house keeps its plan: who may import whom, and what a file may not be. See docs/architecture.md."""
+"""The tree of docs/architecture.md: who may import whom, and what a file may not be."""
 
 from __future__ import annotations
 
@@ -17,50 +17,30 @@ import potstill
 
 SOURCE = Path(__file__).parents[1] / "src" / "potstill"
 
-BASE = {"errors", "atomic", "uncompiled", "divergence", "positions", "targets", "schedule", "layers", "heads", "taps"}
-TRAIN = {"teachers", "students", "losses", "data", "engines"}
-PIPELINE = BASE | TRAIN | {"cache", "train", "evaluate", "recipe", "loading"}
+MIDDLE = {"train", "generation", "embedding", "evaluate"}
+LOW = {"teachers", "data", "engines", "models", "losses", "errors"}
 
-# A room is a folder or a module directly under potstill. Inside a room everyone may import everyone.
-ROOMS: dict[str, set[str]] = {
-    **dict.fromkeys(BASE, BASE),
-    "losses": BASE,
-    "engines": BASE,
-    "students": BASE,
-    "cache": BASE,
-    "data": BASE | {"engines"},
-    "teachers": BASE | {"cache", "losses", "engines"},
-    "train": BASE | TRAIN,
-    "evaluate": BASE | {"losses", "data", "engines", "students"},
-    "embedding": BASE | {"losses", "data", "engines", "evaluate", "recipe", "loading"},
-    "recipe": {"errors", "divergence", "schedule", "layers", "positions"},
-    "loading": BASE | {"losses", "students"},
-    "machines": {"errors"},
-    "objectives": PIPELINE,
-    "rollouts": PIPELINE,
-    "speaker": PIPELINE,
-    "prepare_student": PIPELINE,
-    "prepare_task": PIPELINE,
-    "prepare_across": PIPELINE | {"objectives", "speaker"},
-    "prepare": PIPELINE | {"objectives", "rollouts", "speaker", "prepare_student", "prepare_task", "prepare_across"},
-    "preflight": PIPELINE | {"speaker", "prepare"},
-    "pipeline": PIPELINE | {"speaker", "prepare"},
-    "evaluation": PIPELINE | {"prepare_task"},
-    "sweeping": PIPELINE | {"pipeline", "machines"},
-    "diagnosis": PIPELINE | {"prepare"},
-    "caching": PIPELINE | {"speaker", "machines"},
-    "generation": PIPELINE | {"speaker", "machines"},
-    "drafting": PIPELINE | {"prepare_task", "prepare_student", "embedding"},
-    "demo": PIPELINE | {"prepare", "preflight", "pipeline", "cli"},
-    "cli": PIPELINE
-    | {"prepare", "preflight", "evaluation", "pipeline", "sweeping", "diagnosis", "generation", "caching"}
-    | {"demo", "embedding", "drafting"},
+# Who may import whom: a package or a module directly under potstill. Arrows go down.
+PACKAGES: dict[str, set[str]] = {
+    "errors": set(),
+    "losses": {"errors"},
+    "models": {"losses", "errors"},
+    "engines": {"models", "losses", "errors"},
+    "data": {"engines", "models", "losses", "errors"},
+    "teachers": {"data", "engines", "models", "losses", "errors"},
+    "evaluate": LOW,
+    "generation": LOW,
+    "train": LOW,
+    "embedding": LOW | {"evaluate", "train"},
+    "runs": LOW | MIDDLE,
+    "demo": LOW | MIDDLE | {"runs"},
+    "cli": LOW | MIDDLE | {"runs", "demo"},
     "__main__": {"cli"},
 }
 
 # What works in anyone's training loop, on a machine with torch and nothing else.
 PURE = re.compile(
-    r"potstill\.(errors|uncompiled|divergence|positions|targets|heads|taps|layers|schedule|losses(\..+)?|cache\.(codec|planes))"
+    r"potstill\.(errors|losses(\..+)?|models|models\.(split|capture|layer_map)|teachers|teachers\.cache(\.(codec|planes))?)"
 )
 PACKAGES_OF_THE_REST = [
     *("accelerate", "datasets", "jinja2", "matplotlib", "peft", "pydantic", "rich", "safetensors"),
@@ -77,7 +57,7 @@ MODULES = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
 PURE_MODULES = [name for name in MODULES if PURE.fullmatch(name)]
 
 
-def room(module: str) -> str:
+def package(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
@@ -115,10 +95,10 @@ INSIDE = [name for name in MODULES if name != "potstill"]
 
 @pytest.mark.parametrize("module", INSIDE)
 def test_who_imports_whom(module):
-    assert room(module) in ROOMS, f"{room(module)} is not in the plan"
+    assert package(module) in PACKAGES, f"{package(module)} is not in the tree"
     assert "potstill" not in own(module), "import from the module that has the name, not from potstill"
-    visited = {room(name) for name in own(module)} - {room(module)}
-    assert visited <= ROOMS[room(module)], f"{module} may not import {visited - ROOMS[room(module)]}"
+    visited = {package(name) for name in own(module)} - {package(module)}
+    assert visited <= PACKAGES[package(module)], f"{module} may not import {visited - PACKAGES[package(module)]}"
 
 
 def refuse_circles(graph: dict[str, set[str]]) -> None:
@@ -132,10 +112,10 @@ def test_no_circles_between_modules():
     refuse_circles({module: own(module) for module in INSIDE})
 
 
-def test_no_circles_between_rooms():
+def test_no_circles_between_packages():
     graph: dict[str, set[str]] = {}
     for module in INSIDE:
-        graph.setdefault(room(module), set()).update({room(name) for name in own(module)} - {room(module)})
+        graph.setdefault(package(module), set()).update({package(name) for name in own(module)} - {package(module)})
     refuse_circles(graph)
 
 
@@ -159,7 +139,7 @@ def test_the_losses_import_torch_alone(module):
 
 def test_the_losses_work_where_torch_is_alone():
     importable = [name for name in PURE_MODULES if name != "potstill.losses.triton"]
-    assert {"potstill.losses", "potstill.divergence", "potstill.targets", "potstill.schedule"} < set(importable)
+    assert {"potstill.losses", "potstill.losses.divergences", "potstill.losses.schedule"} < set(importable)
     script = [
         "import importlib, sys",
         f"sys.modules.update(dict.fromkeys({PACKAGES_OF_THE_REST}))",  # None: importing it is an ImportError
@@ -178,8 +158,7 @@ def test_the_command_line_answers_without_torch():
 
 
 def test_the_public_names_are_sorted_and_exist():
-    constants_classes_functions = [(not n.isupper(), not n[0].isupper(), n) for n in potstill.__all__]  # as ruff sorts
-    assert constants_classes_functions == sorted(set(constants_classes_functions))
+    assert sorted(potstill.__all__) == sorted(set(potstill.__all__))
     assert not [name for name in potstill.__all__ if not hasattr(potstill, name)]
 
 

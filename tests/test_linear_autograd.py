@@ -28,14 +28,11 @@ from linear_cases import (
     student,
     wanting,
 )
-from potstill.divergence import (
-    JSD,
-    ForwardKL,
-)
 from potstill.errors import UserError
-from potstill.losses import linear_cross_entropy, linear_divergence
-from potstill.targets import LMHead
-from potstill.uncompiled import uncompiled
+from potstill.losses.divergences import JSD, ForwardKL
+from potstill.losses.linear import linear_cross_entropy, linear_divergence
+from potstill.losses.targets import LMHead
+from potstill.losses.uncompiled import uncompiled
 
 
 @every_dtype

@@ -30,7 +30,7 @@ from linear_cases import (
     student,
     wanting,
 )
-from potstill.divergence import (
+from potstill.losses.divergences import (
     JSD,
     AlphaBeta,
     Divergence,
@@ -40,8 +40,8 @@ from potstill.divergence import (
     SoftCrossEntropy,
     TotalVariation,
 )
-from potstill.losses import linear_divergence
-from potstill.targets import DenseTargets, HeadTargets, LMHead
+from potstill.losses.linear import linear_divergence
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead
 
 
 class Fresh(torch.autograd.Function):

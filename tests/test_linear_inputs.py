@@ -28,13 +28,10 @@ from linear_cases import (
     student,
     wanting,
 )
-from potstill.divergence import (
-    JSD,
-    ForwardKL,
-)
 from potstill.errors import ShapeError, UserError, VocabularyError
-from potstill.losses import linear_cross_entropy, linear_divergence
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+from potstill.losses.divergences import JSD, ForwardKL
+from potstill.losses.linear import linear_cross_entropy, linear_divergence
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 
 
 @pytest.mark.parametrize("kind", ["nothing", "dense", "head", "bucket"])

@@ -24,11 +24,9 @@ from linear_cases import (
     student,
     wanting,
 )
-from potstill.divergence import (
-    JSD,
-)
-from potstill.losses import linear_divergence
-from potstill.targets import LMHead
+from potstill.losses.divergences import JSD
+from potstill.losses.linear import linear_divergence
+from potstill.losses.targets import LMHead
 
 
 class Made(TorchDispatchMode):

@@ -28,13 +28,9 @@ from linear_cases import (
     student,
     wanting,
 )
-from potstill.divergence import (
-    JSD,
-    Divergence,
-    ReverseKL,
-)
-from potstill.losses import linear_cross_entropy, linear_divergence
-from potstill.targets import LMHead
+from potstill.losses.divergences import JSD, Divergence, ReverseKL
+from potstill.losses.linear import linear_cross_entropy, linear_divergence
+from potstill.losses.targets import LMHead
 
 
 @every_divergence

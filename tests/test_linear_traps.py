@@ -13,7 +13,8 @@ from torch import Tensor
 
 import reference
 from linear_cases import close, every_backend, every_reduction, every_way, randn, ways
-from potstill.divergence import (
+from potstill.errors import ShapeError
+from potstill.losses.divergences import (
     JSD,
     AlphaBeta,
     Divergence,
@@ -24,9 +25,8 @@ from potstill.divergence import (
     SoftCrossEntropy,
     TotalVariation,
 )
-from potstill.errors import ShapeError
-from potstill.losses import linear_cross_entropy, linear_divergence
-from potstill.targets import DenseTargets, HeadTargets, LMHead
+from potstill.losses.linear import linear_cross_entropy, linear_divergence
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead
 from reference import DIVERGENCES, SquaredHellinger
 
 N, V = 5, 17

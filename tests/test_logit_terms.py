@@ -11,23 +11,19 @@ from torch import Tensor
 
 import reference_signals as reference
 from conftest import make_batch, make_llama
-from potstill.divergence import ForwardKL, ReverseKL
 from potstill.errors import ShapeError
-from potstill.losses import (
-    adaptive_kl,
-    bild,
-    interpolated_logits,
-    teacher_confidence,
-    teacher_entropy,
-    token_divergence,
-    top_share,
-    top_tokens,
-)
-from potstill.losses.adaptive import LIKELIEST
-from potstill.positions import counting
-from potstill.schedule import linear
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
-from potstill.train import TAID, AdaptiveKL, BiLD, Distiller, Labels, Logits, dense
+from potstill.losses.adaptive import LIKELIEST, adaptive_kl, interpolated_logits
+from potstill.losses.alignment import counting
+from potstill.losses.bild import bild
+from potstill.losses.divergences import ForwardKL, ReverseKL
+from potstill.losses.schedule import linear
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+from potstill.losses.teacher_weights import teacher_confidence, teacher_entropy, top_share, top_tokens
+from potstill.losses.token import token_divergence
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
+from potstill.train.terms import dense
+from potstill.train.terms.dense import TAID, AdaptiveKL, BiLD
 from test_trainer import losses, trainer
 
 
@@ -134,7 +130,7 @@ def test_what_a_teacher_says_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tokens_count_as_they_are_weighed(tokens: Any, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if whole:
         for module in ("potstill.train.distiller", "potstill.teachers.model"):
-            monkeypatch.setattr(f"{module}.cut", lambda model: None)
+            monkeypatch.setattr(f"{module}.split_model", lambda model: None)
     student, teacher, batch = make_llama(hidden_size=8), make_llama(seed=1), make_batch()
     terms = [Logits(ReverseKL(), temperature=2.0, tokens=tokens, share=0.25), Labels(weight=0.5)]
     output = Distiller(student, teacher, terms).step(batch)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from potstill.errors import UserError
-from potstill.machines import start_ray
+from potstill.runs.ray import start_ray
 
 # Ray makes its processes nicer than all others, so that they starve where cores are shared.
 ENVIRONMENT = {**os.environ, "RAY_worker_niceness": "0"}
@@ -78,7 +78,7 @@ def test_a_mistake_there_is_one_line_here(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     script = (
         "from potstill.errors import PotstillError, UserError\n"
-        "from potstill.machines import spread\n"
+        "from potstill.runs.ray import spread\n"
         "def begin(request):\n"
         "    def do(row):\n"
         "        raise UserError(f'{request}: expected this, got that.')\n"

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from conftest import make_batch, make_llama
 from potstill.cli import app
 from potstill.errors import RecipeError, ShapeError, UserError
-from potstill.pipeline import run
-from potstill.positions import attended, counting
-from potstill.preflight import check
-from potstill.prepare import prepare
-from potstill.recipe import Recipe
-from potstill.teachers import important_dimensions
+from potstill.losses.alignment import attended, counting
+from potstill.runs.build import prepare
+from potstill.runs.check import check
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
+from potstill.teachers.dimensions import important_dimensions
 
 EVERY = [
     {"term": "logits", "tokens": "entropy", "share": {"schedule": "linear", "start": 0.2, "end": 1.0}, "top_k": 20},

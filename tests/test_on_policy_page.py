@@ -13,8 +13,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from pages import blocks, run_commands, run_python, text
-from potstill.pipeline import run
-from potstill.recipe import Recipe
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
 from toy_student_server import ToyStudentServer
 
 PAGE = "docs/on-policy.md"

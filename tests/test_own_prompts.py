@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from conftest import make_tokenizer
-from potstill.data import PaddingCollator, Source, encode
+from potstill.data.batches import PaddingCollator, encode
+from potstill.data.sources import Source
 from potstill.errors import DataError, ModelError, RecipeError, VocabularyError
-from potstill.positions import causal_alignment
-from potstill.prepare import prepare
-from potstill.recipe import Recipe
-from potstill.teachers import EMATeacher, EnsembleTeacher, InformedTeacher
+from potstill.losses.alignment import causal_alignment
+from potstill.runs.build import prepare
+from potstill.runs.config.run import Recipe
+from potstill.teachers.ensemble import EnsembleTeacher
+from potstill.teachers.privileged import PrivilegedTeacher
+from potstill.teachers.self_taught import EMATeacher
 from reference_across import byte_level
 
 TEMPLATE = (
@@ -111,7 +114,7 @@ def test_recipes_find_who_speaks(recipe_values: dict[str, Any], toys: Path, tmp_
         prepare(Recipe.parse(recipe_values))
     hinted = {"path": str(written(tmp_path / "rows.jsonl", completions())), "teacher_prompt": "hint"}
     recipe_values |= {"teacher": model, "data": {"train": hinted, "eval": hinted, "max_length": 32}}
-    assert isinstance(prepare(Recipe.parse(recipe_values)).teacher, InformedTeacher)
+    assert isinstance(prepare(Recipe.parse(recipe_values)).teacher, PrivilegedTeacher)
     recipe_values["teacher"] = {"ensemble": [model, model]}
     with pytest.raises(RecipeError, match="expected a teacher that reads its own prompts, got an ensemble"):
         prepare(Recipe.parse(recipe_values))

@@ -19,7 +19,7 @@ import yaml
 import potstill
 from conftest import make_llama
 from pages import ROOT, all_blocks, blocks, run_commands, run_python, text
-from potstill.recipe import Recipe
+from potstill.runs.config.run import Recipe
 
 PAGES = [str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])]
 OTHERS = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py") if path != Path(__file__))

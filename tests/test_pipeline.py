@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import processes
 from conftest import make_llama, make_tokenizer
 from potstill.errors import DataError, ModelError, PotstillError, RecipeError, RunError, VocabularyError
-from potstill.pipeline import run
-from potstill.preflight import check
-from potstill.prepare import prepare
-from potstill.recipe import Recipe
+from potstill.runs.build import prepare
+from potstill.runs.check import check
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
 from processes import finish
 
 
@@ -327,7 +327,7 @@ def test_bfloat16_is_left_out_where_a_cpu_has_no_instructions_for_it(
     recipe_values["teacher"]["model"] = str(tmp_path / "half")
     recipe_values["train"]["bf16"] = True
     for has in (False, True):
-        monkeypatch.setattr("potstill.loading.multiplies_bfloat16", lambda has=has: has)
+        monkeypatch.setattr("potstill.models.loading.multiplies_bfloat16", lambda has=has: has)
         parts = prepare(Recipe.parse(recipe_values))
         assert parts.teacher_model.dtype == (torch.bfloat16 if has else torch.float32)
         assert parts.bf16 is has

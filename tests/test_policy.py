@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from conftest import make_llama, make_tokenizer
-from potstill.engines import Sampling
+from potstill.engines.sampling import Sampling
 from potstill.errors import ShapeError
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
-from potstill.teachers import TeacherOutput
-from potstill.train import Distiller, Labels, PolicyGradient, Rollout
-from potstill.train.objective import Own, Signals
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+from potstill.teachers.teacher import TeacherOutput
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Own, Signals
+from potstill.train.rollout import Rollout
+from potstill.train.terms.policy import PolicyGradient
 from test_rollout import make_batch, student
 
 MINILLM = {"discount": 1.0, "single_step": True, "length_normalization": True}

@@ -14,14 +14,16 @@ from rich.console import Console
 from torch import Tensor
 
 from conftest import make_batch, make_llama
-from potstill.divergence import ForwardKL
 from potstill.errors import ModelError
-from potstill.pipeline import run
-from potstill.positions import Alignment, causal_alignment
-from potstill.recipe import Recipe
-from potstill.targets import DenseTargets
-from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
-from potstill.train import Distiller, Logits
+from potstill.losses.alignment import Alignment, causal_alignment
+from potstill.losses.divergences import ForwardKL
+from potstill.losses.targets import DenseTargets
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
+from potstill.teachers.model import ModelTeacher
+from potstill.teachers.teacher import Teacher, TeacherOutput
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Logits
 from potstill.train.prefetch import Peek, tensors_of
 from test_trainer import losses, trainer, weights
 
@@ -100,14 +102,14 @@ def test_what_goes_wrong_comes_up_at_the_step_that_needs_it(tmp_path: Path) -> N
 def test_the_teacher_speaks_while_the_student_learns() -> None:
     teacher, batches = Watched(), [make_batch(seed=seed) for seed in range(3)]
     distiller = Distiller(student(), teacher, [Logits(ForwardKL())], prefetch=True)
-    distiller.foretell(batches)
+    distiller.prefetch(batches)
     distiller.step(batches[0]).loss.backward()
     for _ in range(200):  # nobody asks for the second yet
         if len(teacher.seen) == 2:
             break
         time.sleep(0.05)
     distiller.step(batches[1]).loss.backward()
-    distiller.foretell(())
+    distiller.prefetch(())
     assert teacher.seen[:2] == [int(batch["input_ids"].sum()) for batch in batches[:2]]
 
 
@@ -116,13 +118,13 @@ def test_batches_that_were_not_foretold_are_asked_on_the_spot() -> None:
     ahead, alone = (Distiller(make_llama(hidden_size=8), each, [Logits(ForwardKL())], prefetch=each is teacher).eval()
                     for each in (teacher, plain))  # fmt: skip
     first, second, third, other = (make_batch(seed=seed) for seed in range(4))
-    ahead.foretell([first, second, third])
+    ahead.prefetch([first, second, third])
     for batch in (first, other, third, other, second):  # the second is left out, and comes when it is forgotten
         torch.testing.assert_close(ahead.step(batch).loss, alone.step(batch).loss, rtol=0, atol=0)
-    ahead.foretell([other])  # replaced before it is needed
-    ahead.foretell([first])
+    ahead.prefetch([other])  # replaced before it is needed
+    ahead.prefetch([first])
     torch.testing.assert_close(ahead.step(first).loss, alone.step(first).loss, rtol=0, atol=0)
-    ahead.foretell(())
+    ahead.prefetch(())
 
 
 def test_a_teacher_made_of_the_student_is_refused() -> None:

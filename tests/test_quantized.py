@@ -13,18 +13,19 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from conftest import make_batch, make_llama, make_tokenizer
-from potstill.divergence import ForwardKL
 from potstill.errors import RecipeError, UserError
-from potstill.heads import cut, run
-from potstill.loading import load_model, quiet
-from potstill.losses import token_divergence
-from potstill.pipeline import run as distil
-from potstill.positions import causal_alignment
-from potstill.prepare import prepare
-from potstill.recipe import Recipe, TeacherPart
-from potstill.speaker import find_speaker
-from potstill.targets import DenseTargets, HeadTargets
-from potstill.teachers import ModelTeacher
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.divergences import ForwardKL
+from potstill.losses.targets import DenseTargets, HeadTargets
+from potstill.losses.token import token_divergence
+from potstill.models.loading import load_model, suppress_warnings
+from potstill.models.split import run, split_model
+from potstill.runs.build import prepare
+from potstill.runs.build_teacher import load_teacher
+from potstill.runs.config.run import Recipe
+from potstill.runs.config.teacher import TeacherPart
+from potstill.runs.run import run as distil
+from potstill.teachers.model import ModelTeacher
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 KINDS = {"int8": "Linear8bitLt", "int4": "Linear4bit"}
@@ -32,7 +33,7 @@ KINDS = {"int8": "Linear8bitLt", "int4": "Linear4bit"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet() -> Any:
-    with quiet():
+    with suppress_warnings():
         yield
 
 
@@ -52,7 +53,7 @@ def test_its_layers_are_rounded_and_its_head_is_not(folder: Path) -> None:
     whole = ModelTeacher(load_model(str(folder), "teacher"))
     exact = whole(batch, alignment).targets
     for dtype, kind in KINDS.items():
-        speaker = find_speaker(TeacherPart(model=str(folder), dtype=dtype, device="cpu"), None)
+        speaker = load_teacher(TeacherPart(model=str(folder), dtype=dtype, device="cpu"), None)
         assert speaker.model is not None
         kinds = {type(module).__name__ for module in speaker.model.model.layers.modules()}
         assert kind in kinds and "Linear" not in kinds
@@ -71,7 +72,7 @@ def test_its_layers_are_rounded_and_its_head_is_not(folder: Path) -> None:
 def test_a_head_that_is_rounded_too_gives_whole_logits(folder: Path) -> None:
     rounded = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["nothing"])
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=rounded)
-    assert type(model.lm_head) is not nn.Linear and cut(model) is None
+    assert type(model.lm_head) is not nn.Linear and split_model(model) is None
     batch = make_batch()
     alignment = causal_alignment(batch["labels"])
     said = ModelTeacher(model)(batch, alignment).targets

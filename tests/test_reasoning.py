@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from potstill.data.reasoning import TEMPLATES, fill, parse, template
 from potstill.errors import DataError
+from potstill.generation.reasoning import TEMPLATES, fill, parse, template
 
 ANSWERS = [
     ("Step 1: add 3.5 and 2.\nStep 2: so 5.5\n\nAnswer: 5.5", "5.5"),

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from potstill.divergence import JSD, AlphaBeta
 from potstill.errors import RecipeError
-from potstill.recipe import DivergencePart, Recipe, SchedulePart
+from potstill.losses.divergences import JSD, AlphaBeta
+from potstill.runs.config.divergence import DivergencePart
+from potstill.runs.config.numbers import SchedulePart
+from potstill.runs.config.run import Recipe
 
 MINIMAL = """
 name: toy

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from potstill.errors import DataError
-from potstill.evaluate import pictures
-from potstill.evaluate.report import verdict, write_report, write_student_card
+from potstill.evaluate.report import pictures
+from potstill.evaluate.report.page import verdict, write_report, write_student_card
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

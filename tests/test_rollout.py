@@ -16,23 +16,26 @@ from typer.testing import CliRunner
 
 from conftest import make_batch, make_llama, make_tokenizer
 from potstill.cli import app
-from potstill.data import PaddingCollator
-from potstill.divergence import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
-from potstill.engines import Sampling
+from potstill.data.batches import PaddingCollator
+from potstill.engines.sampling import Sampling
 from potstill.errors import RecipeError, ShapeError, UserError
-from potstill.losses import token_divergence
-from potstill.pipeline import _alarms, run
-from potstill.positions import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, causal_alignment
-from potstill.preflight import check
-from potstill.prepare import prepare
-from potstill.recipe import Recipe
-from potstill.schedule import linear
-from potstill.targets import DenseTargets
-from potstill.teachers import EitherTeacher
-from potstill.train import DistillationTrainer, Distiller, Labels, Logits, PolicyGradient
+from potstill.losses.alignment import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, causal_alignment
+from potstill.losses.divergences import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
+from potstill.losses.schedule import linear
+from potstill.losses.targets import DenseTargets
+from potstill.losses.token import token_divergence
+from potstill.runs.build import prepare
+from potstill.runs.check import check
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import _alarms, run
+from potstill.teachers.cached_or_live import CachedOrLiveTeacher
 from potstill.train.callbacks import logged_lines
-from potstill.train.own_text import collapse, repetition
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
 from potstill.train.rollout import Adapt, Replay, Rollout, _example, _rows, teacher_mix, teacher_top_k
+from potstill.train.samples import collapse, repetition
+from potstill.train.terms.policy import PolicyGradient
+from potstill.train.trainer import DistillationTrainer
 from test_trainer import losses, trainer, weights
 from toy_server import ToyServer
 
@@ -276,7 +279,7 @@ def test_the_share_is_raised_when_held_out_text_gets_worse() -> None:
     one = rollout(0.0, adapt=Adapt(by=0.25, margin=0.1))
     seen = []
     for loss in (2.0, 1.5, 1.55, 1.7, 3.0, 4.0, 5.0, 6.0, 7.0):
-        one.heed(loss)
+        one.update(loss)
         seen.append(one.share_at(0))
     assert seen == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
     with pytest.raises(ShapeError, match="expected a number as the share that adapts"):
@@ -439,7 +442,7 @@ def test_a_cache_serves_the_data_and_the_model_the_rest(recipe_values: dict[str,
     both = {"model": recipe_values["teacher"]["model"], "cache": str(cache)}
     parts = prepare(Recipe.parse(on_policy_recipe(recipe_values, teacher=both)))
     teacher, one = parts.teacher, parts.rollout()
-    assert isinstance(teacher, EitherTeacher)
+    assert isinstance(teacher, CachedOrLiveTeacher)
     assert one is not None
     batches = [PaddingCollator(1)([parts.train.dataset[i] for i in range(start, start + 2)]) for start in (0, 2)]
     made = one(batches, parts.new_student(), step=0)

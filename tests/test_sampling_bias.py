@@ -14,8 +14,8 @@ import typing
 import pytest
 import torch
 
-from potstill.cache.codec import Codec, Sampled, TopK
-from potstill.targets import DenseTargets, SparseTargets
+from potstill.losses.targets import DenseTargets, SparseTargets
+from potstill.teachers.cache.codec import Codec, Sampled, TopK
 
 
 def trigrams() -> torch.Tensor:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from potstill.data import sandbox
-from potstill.data.sandbox import Limits, require_sandbox, run_program
 from potstill.errors import DataError, UserError
+from potstill.generation import sandbox
+from potstill.generation.sandbox import Limits, require_sandbox, run_program
 
 try:
     require_sandbox()

@@ -15,14 +15,15 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from potstill import pipeline
 from potstill.cli import main
 from potstill.errors import UserError
-from potstill.recipe import Recipe
-from potstill.teachers import EMATeacher, Teacher
-from potstill.train import DistillationConfig
+from potstill.runs import run as pipeline
+from potstill.runs.config.run import Recipe
+from potstill.teachers.self_taught import EMATeacher
+from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import MetricsFile
 from potstill.train.sharding import Sharding
+from potstill.train.trainer import DistillationConfig
 from processes import potstill, shard_on_cpu, two_ranks
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}

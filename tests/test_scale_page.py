@@ -16,10 +16,10 @@ import yaml
 from typer.testing import CliRunner
 
 from pages import blocks
-from potstill import caching
-from potstill.cache.store import Cache
 from potstill.cli import app
-from potstill.recipe import Recipe
+from potstill.runs import cache as caching
+from potstill.runs.config.run import Recipe
+from potstill.teachers.cache.store import Cache
 
 PAGE = "docs/scale.md"
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from potstill.errors import ShapeError
-from potstill.schedule import constant, cosine, exponential, linear, piecewise, stages, warmup
+from potstill.losses.schedule import constant, cosine, exponential, linear, piecewise, stages, warmup
 
 
 @pytest.mark.parametrize(

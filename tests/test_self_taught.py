@@ -12,15 +12,21 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conftest import make_batch, make_llama
-from potstill.data import PaddingCollator
-from potstill.divergence import JSD, ForwardKL, ReverseKL
+from potstill.data.batches import PaddingCollator
 from potstill.errors import DataError, ModelError, ShapeError, UserError
-from potstill.losses import token_divergence
-from potstill.positions import causal_alignment
-from potstill.schedule import linear
-from potstill.targets import DenseTargets, HeadTargets
-from potstill.teachers import AdapterOffTeacher, EMATeacher, InformedTeacher, ModelTeacher, Teacher
-from potstill.train import DeepSupervision, Distiller, Hidden, Labels, Logits
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.divergences import JSD, ForwardKL, ReverseKL
+from potstill.losses.schedule import linear
+from potstill.losses.targets import DenseTargets, HeadTargets
+from potstill.losses.token import token_divergence
+from potstill.teachers.model import ModelTeacher
+from potstill.teachers.privileged import PrivilegedTeacher
+from potstill.teachers.self_taught import BaseModelTeacher, EMATeacher
+from potstill.teachers.teacher import Teacher
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
+from potstill.train.terms.layers import Hidden
+from potstill.train.terms.supervision import DeepSupervision
 from test_trainer import dataset, losses, trainer, weights
 
 # peft asks transformers for something by an old name.
@@ -140,7 +146,7 @@ def test_averages_that_cannot_be() -> None:
     with pytest.raises(ShapeError, match="warmup_steps"):
         EMATeacher(warmup_steps=-1)
     batch = make_batch()
-    for alone in (EMATeacher(), AdapterOffTeacher()):
+    for alone in (EMATeacher(), BaseModelTeacher()):
         with pytest.raises(ModelError, match="expected a student to be made of, got none yet"):
             alone(batch, causal_alignment(batch["labels"]))
     with pytest.raises(ModelError, match="weights that are trained"):
@@ -153,7 +159,7 @@ def test_averages_that_cannot_be() -> None:
 def test_the_base_teaches_without_a_second_copy(tmp_path: Path) -> None:
     base, batch = make_llama(hidden_size=8), make_batch()
     student = lora(copy.deepcopy(base))
-    found = Distiller(student, AdapterOffTeacher(), [Logits(JSD()), Labels()])
+    found = Distiller(student, BaseModelTeacher(), [Logits(JSD()), Labels()])
     beside = Distiller(copy.deepcopy(student), base, [Logits(JSD()), Labels()])
     outputs = []
     for one in (found, beside):
@@ -164,7 +170,7 @@ def test_the_base_teaches_without_a_second_copy(tmp_path: Path) -> None:
     for mine, theirs in zip(found.student.parameters(), beside.student.parameters(), strict=True):
         assert mine.requires_grad == theirs.requires_grad
         assert (mine.grad is None and theirs.grad is None) or torch.equal(mine.grad, theirs.grad)
-    one = trainer(tmp_path, student=student, teacher=AdapterOffTeacher())
+    one = trainer(tmp_path, student=student, teacher=BaseModelTeacher())
     one.train()
     trained = {name for name, p in one.distiller.named_parameters() if p.requires_grad}
     assert trained and all("lora" in name for name in trained)
@@ -182,7 +188,7 @@ def test_what_the_base_says_is_what_it_said(tmp_path: Path) -> None:
         lora(copy.deepcopy(base), modules_to_save=["lm_head"]),
         get_peft_model(copy.deepcopy(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
     ):
-        teacher = AdapterOffTeacher()
+        teacher = BaseModelTeacher()
         teacher.attach(student.train())
         with torch.no_grad():
             for p in student.parameters():
@@ -192,12 +198,12 @@ def test_what_the_base_says_is_what_it_said(tmp_path: Path) -> None:
         assert isinstance(said, HeadTargets | DenseTargets)
         torch.testing.assert_close(said.dense(), ModelTeacher(base)(batch, alignment).targets.dense())
         assert student.training
-    hidden = Distiller(lora(copy.deepcopy(base)), AdapterOffTeacher(), [Hidden()])
+    hidden = Distiller(lora(copy.deepcopy(base)), BaseModelTeacher(), [Hidden()])
     assert hidden.step(batch).logs["hidden"] > 0
 
 
 def test_the_frozen_part_of_an_adapter_stays_frozen() -> None:
-    student, teacher, batch = lora(), AdapterOffTeacher(), make_batch()
+    student, teacher, batch = lora(), BaseModelTeacher(), make_batch()
     frozen = [name for name, p in student.named_parameters() if "lora_A" in name and not p.requires_grad_(False).grad]
     teacher.attach(student)
     teacher(batch, causal_alignment(batch["labels"]))
@@ -206,7 +212,7 @@ def test_the_frozen_part_of_an_adapter_stays_frozen() -> None:
 
 def test_a_student_without_an_adapter_has_no_base() -> None:
     with pytest.raises(ModelError, match=r"expected a student with an adapter .* got a LlamaForCausalLM"):
-        Distiller(make_llama(), AdapterOffTeacher(), [Logits(ForwardKL())])
+        Distiller(make_llama(), BaseModelTeacher(), [Logits(ForwardKL())])
 
 
 # A prompt of the teacher's own.
@@ -230,9 +236,9 @@ def test_the_teacher_reads_its_own_prompt(kind: str) -> None:
     reader: Teacher = {
         "model": lambda: ModelTeacher(make_llama(seed=1)),
         "ema": EMATeacher,
-        "adapter off": AdapterOffTeacher,
+        "adapter off": BaseModelTeacher,
     }[kind]()
-    distiller = Distiller(student, InformedTeacher(reader), [Logits(ReverseKL())]).eval()
+    distiller = Distiller(student, PrivilegedTeacher(reader), [Logits(ReverseKL())]).eval()
     found = distiller.step(batch).logs["logits"]
     model = make_llama(seed=1) if kind == "model" else student
     apart = []
@@ -249,7 +255,7 @@ def test_the_teacher_reads_its_own_prompt(kind: str) -> None:
 
 
 def test_other_answers_behind_the_prompts_are_refused() -> None:
-    teacher = InformedTeacher(ModelTeacher(make_llama(seed=1)))
+    teacher = PrivilegedTeacher(ModelTeacher(make_llama(seed=1)))
     rows = informed_rows()
     batch = PaddingCollator(1)(rows)
     alignment = causal_alignment(batch["labels"])

@@ -18,17 +18,19 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from conftest import make_batch, make_llama, make_tokenizer
-from potstill import pipeline
-from potstill.caching import Request, build
-from potstill.divergence import JSD, ForwardKL
-from potstill.engines import ModelServer, client
+from potstill.engines import client
+from potstill.engines.server import ModelServer
 from potstill.errors import PotstillError, RecipeError, RefusedError, ServerError, ShapeError, VocabularyError
-from potstill.pipeline import run
-from potstill.positions import causal_alignment
-from potstill.preflight import check
-from potstill.recipe import Recipe
-from potstill.teachers import ServedTeacher
-from potstill.train import Distiller, Labels, Logits
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.divergences import JSD, ForwardKL
+from potstill.runs import run as pipeline
+from potstill.runs.cache import Request, build
+from potstill.runs.check import check
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
+from potstill.teachers.served import ServedTeacher
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
 from toy_server import LiveTopK, ToyServer, logged, prepared_with_top_k
 
 

@@ -14,35 +14,25 @@ from transformers import PreTrainedTokenizerFast
 
 import processes
 from conftest import make_batch, make_llama, make_tokenizer
-from potstill.divergence import ReverseKL
-from potstill.engines import ModelServer, Sampling, client
-from potstill.errors import (
-    PotstillError,
-    RecipeError,
-    RefusedError,
-    ServerError,
-    ShapeError,
-    VocabularyError,
-)
-from potstill.pipeline import run
-from potstill.positions import OWN_LOG_PROBS, SAMPLER_LOG_PROBS
-from potstill.preflight import check
-from potstill.prepare import prepare
-from potstill.recipe import Recipe
-from potstill.rollouts import find_writer
-from potstill.students.adapters import Lora, adapt
-from potstill.train import (
-    DistillationTrainer,
-    Distiller,
-    Labels,
-    Logits,
-    PolicyGradient,
-    Replay,
-    Rollout,
-    ServedWriter,
-    teacher_mix,
-)
+from potstill.engines import client
+from potstill.engines.sampling import Sampling
+from potstill.engines.server import ModelServer
+from potstill.errors import PotstillError, RecipeError, RefusedError, ServerError, ShapeError, VocabularyError
+from potstill.losses.alignment import OWN_LOG_PROBS, SAMPLER_LOG_PROBS
+from potstill.losses.divergences import ReverseKL
+from potstill.models.adapters import Lora, adapt
+from potstill.runs.build import prepare
+from potstill.runs.build_rollout import find_writer
+from potstill.runs.check import check
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
 from potstill.train.callbacks import logged_lines
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
+from potstill.train.rollout import Replay, Rollout, teacher_mix
+from potstill.train.server_writer import ServedWriter
+from potstill.train.terms.policy import PolicyGradient
+from potstill.train.trainer import DistillationTrainer
 from test_rollout import on_policy_recipe, own_rows, stopped_and_resumed, student
 from test_self_taught import lora
 from test_trainer import losses, trainer, weights

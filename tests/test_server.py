@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from conftest import make_llama
-from potstill.engines import ModelServer, Sampling, client
+from potstill.engines import client
 from potstill.engines.client import Window
+from potstill.engines.sampling import Sampling
+from potstill.engines.server import ModelServer
 from potstill.errors import RefusedError, ServerError, ShapeError, UserError
 from toy_server import FAULTS, ToyServer
 

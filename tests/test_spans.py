@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from conftest import TEXT, make_tokenizer
-from potstill.data.reasoning import parse
 from potstill.data.spans import span_tokens
+from potstill.generation.reasoning import parse
 
 SOLUTIONS = [
     "Step 1: 3 + 4 = 7.\nStep 2: 7 * 2 = 14.\n\nAnswer: 14",

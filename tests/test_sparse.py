@@ -26,7 +26,8 @@ from linear_cases import (
     said,
     wanting,
 )
-from potstill.divergence import (
+from potstill.errors import ShapeError, UserError, VocabularyError
+from potstill.losses.divergences import (
     JSD,
     AlphaBeta,
     Divergence,
@@ -37,9 +38,9 @@ from potstill.divergence import (
     SoftCrossEntropy,
     TotalVariation,
 )
-from potstill.errors import ShapeError, UserError, VocabularyError
-from potstill.losses import linear_divergence, token_divergence
-from potstill.targets import DenseTargets, LMHead, SparseTargets
+from potstill.losses.linear import linear_divergence
+from potstill.losses.targets import DenseTargets, LMHead, SparseTargets
+from potstill.losses.token import token_divergence
 from reference import DIVERGENCES, SquaredHellinger
 
 N, H, V, K = 6, 4, 9, 4

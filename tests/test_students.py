@@ -11,9 +11,9 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config
 from conftest import make_llama, make_tokenizer
 from potstill.data.vocabulary import shared_vocabulary
 from potstill.errors import ModelError, VocabularyError
-from potstill.loading import load_model, load_tokenizer
-from potstill.students.design import student_config
-from potstill.students.initialize import random_student
+from potstill.models.design import student_config
+from potstill.models.initialize import random_student
+from potstill.models.loading import load_model, load_tokenizer
 
 
 def test_a_student_is_of_the_teachers_kind() -> None:

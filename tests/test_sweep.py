@@ -16,12 +16,12 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from potstill import sweeping
 from potstill.cli import app
 from potstill.errors import DataError, DivergedError, RecipeError, RunError, UserError
-from potstill.evaluate.sweep_report import write_sweep_report
+from potstill.evaluate.report.sweep import write_sweep_report
 from potstill.evaluate.tradeoff import Limits
-from potstill.sweeping import grid, read_axes, sweep
+from potstill.runs import sweep as sweeping
+from potstill.runs.sweep import grid, read_axes, sweep
 
 
 @pytest.fixture

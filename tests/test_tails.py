@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from potstill.divergence import JSD, Divergence, ForwardKL
-from potstill.losses import linear_cross_entropy, linear_divergence, native
+from potstill.losses import native
 from potstill.losses.chunked import ROUND, Chunk, Job, Tail
+from potstill.losses.divergences import JSD, Divergence, ForwardKL
+from potstill.losses.linear import linear_cross_entropy, linear_divergence
 from potstill.losses.native import native_tail
 from potstill.losses.tail import TorchTail
+from potstill.losses.targets import DenseTargets, LMHead
 from potstill.losses.token import exponentials_
 from potstill.losses.trace import program
-from potstill.targets import DenseTargets, LMHead
 from reference import DIVERGENCES
 
 every_divergence = pytest.mark.parametrize("divergence", [None, *DIVERGENCES], ids=str)
@@ -216,7 +217,7 @@ warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's, in branch
 import torch
 import test_tails as here
 from potstill.losses.triton import triton_tail, triton_exponentials_
-from potstill.targets import SparseTargets
+from potstill.losses.targets import SparseTargets
 
 for divergence in [None, *here.DIVERGENCES, here.EveryOperation()]:
     for temperature, labels in ((1.0, True), (4.0, False)):

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 
 from conftest import make_batch, make_llama
 from potstill.errors import ModelError
-from potstill.heads import run
-from potstill.taps import Inside, Needs, Taps
+from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
+from potstill.models.split import run
 
 SIZES = {
     "vocab_size": 300,
@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "distilbert": ("distilbert", {"vocab_size": 300, "dim": 16, "n_layers": 3, "n_heads": 4, "hidden_dim": 32}),
     "modernbert, fused": ("modernbert", {**SIZES, "cls_token_id": 0, "sep_token_id": 0}),
 }
-EVERYTHING = Needs(frozenset({0, 2}), frozenset({1}), frozenset({1}))
+EVERYTHING = ActivationRequest(frozenset({0, 2}), frozenset({1}), frozenset({1}))
 NO_MAPS = replace(EVERYTHING, attentions=frozenset())
 
 
@@ -56,10 +56,10 @@ def build(family: str) -> Any:
     return (AutoModel if "bert" in kind else AutoModelForCausalLM).from_config(config).eval()
 
 
-def heard(model: Any, needs: Needs = EVERYTHING, **batch: Any) -> Inside:
-    taps = Taps(model)
+def heard(model: Any, needs: ActivationRequest = EVERYTHING, **batch: Any) -> Activations:
+    taps = ActivationCapture(model)
     taps.prepare(needs)
-    return taps.hear(needs, partial(run, model, batch or make_batch()))[1]
+    return taps.capture(needs, partial(run, model, batch or make_batch()))[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +91,7 @@ def test_queries_keys_and_values_are_what_attention_works_with(family: str, monk
             if hasattr(each, norm):
                 setattr(each, norm, nn.Identity())
     last = {"o_proj", "dense", "out_proj", "c_proj", "Wo", "out_lin"}
-    whole = Taps(model).layer(1)
+    whole = ActivationCapture(model).layer(1)
     behind = next(each for name, each in whole.named_modules() if name.rpartition(".")[2] in last)
     mixed: list[torch.Tensor] = []
     behind.register_forward_pre_hook(lambda _, args: mixed.append(args[0]))
@@ -111,8 +111,8 @@ def test_queries_keys_and_values_are_what_attention_works_with(family: str, monk
 
 def test_only_what_is_asked_for_is_kept() -> None:
     model = build("llama, grouped queries")
-    assert heard(model, Needs()) == Inside()
-    inside = heard(model, Needs(hidden=frozenset({1})))
+    assert heard(model, ActivationRequest()) == Activations()
+    inside = heard(model, ActivationRequest(hidden=frozenset({1})))
     assert list(inside.hidden) == [1]
     assert not inside.attentions
     assert model.config._attn_implementation == "sdpa"
@@ -121,8 +121,8 @@ def test_only_what_is_asked_for_is_kept() -> None:
 def test_plain_attention_is_switched_on_once_and_said(caplog: pytest.LogCaptureFixture) -> None:
     model = make_llama()
     with caplog.at_level(logging.WARNING, "potstill"):
-        heard(model, Needs(attentions=frozenset({0})))
-        heard(model, Needs(attentions=frozenset({1})))
+        heard(model, ActivationRequest(attentions=frozenset({0})))
+        heard(model, ActivationRequest(attentions=frozenset({1})))
     assert model.config._attn_implementation == "eager"
     assert [record.message for record in caplog.records if "eager" in record.message] == [caplog.records[0].message]
 
@@ -130,13 +130,13 @@ def test_plain_attention_is_switched_on_once_and_said(caplog: pytest.LogCaptureF
 def test_the_proof_leaves_no_trace() -> None:
     model = make_llama(attention_dropout=0.1).train()
     state = torch.get_rng_state()
-    Taps(model).prepare(EVERYTHING_OF_TWO)
+    ActivationCapture(model).prepare(EVERYTHING_OF_TWO)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())
 
 
-EVERYTHING_OF_TWO = Needs(frozenset({0}), frozenset({1}), frozenset({1}))
+EVERYTHING_OF_TWO = ActivationRequest(frozenset({0}), frozenset({1}), frozenset({1}))
 
 
 class _Odd(nn.Module):
@@ -153,43 +153,46 @@ class _Odd(nn.Module):
 def test_architectures_that_are_not_known_say_so() -> None:
     model = make_llama()
     model.model.layers[1].self_attn = _Odd(model.model.layers[1].self_attn)
-    assert list(heard(model, Needs(hidden=frozenset({1}))).hidden) == [1]
-    for needs in (Needs(attentions=frozenset({1})), Needs(vectors=frozenset({1}))):
+    assert list(heard(model, ActivationRequest(hidden=frozenset({1}))).hidden) == [1]
+    for needs in (ActivationRequest(attentions=frozenset({1})), ActivationRequest(vectors=frozenset({1}))):
         with pytest.raises(ModelError, match=r"projections called q_proj/k_proj/v_proj.*in layer 1, got none"):
             heard(model, needs)
     with pytest.raises(ModelError, match=r"transformers to look into"):
-        Taps(nn.Linear(2, 2))
+        ActivationCapture(nn.Linear(2, 2))
     broken = make_llama()
     broken.model.layers = nn.ModuleList([broken.model.layers[0]])
     with pytest.raises(ModelError, match=r"list of its 2 layers, got .*model\.layers \(1\)"):
-        Taps(broken)
+        ActivationCapture(broken)
     with pytest.raises(ModelError, match="Its maps are not to be had"):
         heard(build("falcon, one key"), EVERYTHING)
     with pytest.raises(ModelError, match="in an order of codegen's own"):
         sizes = {**OLD, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 2}
-        heard(AutoModelForCausalLM.from_config(AutoConfig.for_model("codegen", **sizes)), Needs(vectors=frozenset({0})))
+        heard(
+            AutoModelForCausalLM.from_config(AutoConfig.for_model("codegen", **sizes)),
+            ActivationRequest(vectors=frozenset({0})),
+        )
 
 
 def test_a_layer_that_did_not_run_is_named() -> None:
-    taps = Taps(make_llama())
+    taps = ActivationCapture(make_llama())
     with pytest.raises(ModelError, match="expected hidden from layer 1, got none"):
-        taps.hear(Needs(hidden=frozenset({1})), lambda: None)
+        taps.capture(ActivationRequest(hidden=frozenset({1})), lambda: None)
 
 
 def test_reentrant_checkpointing_is_refused_where_it_would_cut_the_gradient() -> None:
     model = BertForMaskedLM(BertConfig(**SIZES)).train()
-    taps, needs = Taps(model), Needs(vectors=frozenset({0}))
+    taps, needs = ActivationCapture(model), ActivationRequest(vectors=frozenset({0}))
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": True})
     with pytest.raises(ModelError, match="not reentrant"):
-        taps.hear(needs, partial(run, model, make_batch()))
+        taps.capture(needs, partial(run, model, make_batch()))
     enable({"use_reentrant": False})
-    inside = taps.hear(needs, partial(run, model, make_batch()))[1]
+    inside = taps.capture(needs, partial(run, model, make_batch()))[1]
     inside.vectors[0].queries.square().sum().backward()
     assert model.bert.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
 
 
 def test_the_anatomy_is_the_models() -> None:
-    anatomy = Taps(build("llama, grouped queries")).anatomy
+    anatomy = ActivationCapture(build("llama, grouped queries")).anatomy
     assert (anatomy.layers, anatomy.width, anatomy.heads, anatomy.narrowest) == (3, 16, 4, 8)
-    assert Taps(build("distilbert")).anatomy.attention_dropout == 0.1
+    assert ActivationCapture(build("distilbert")).anatomy.attention_dropout == 0.1

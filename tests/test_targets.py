@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import reference
-from potstill.divergence import ForwardKL
 from potstill.errors import ShapeError, VocabularyError
-from potstill.losses import token_divergence
-from potstill.positions import causal_alignment
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.divergences import ForwardKL
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+from potstill.losses.token import token_divergence
 
 V, H = 6, 4
 

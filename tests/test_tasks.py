@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from potstill.data import PaddingCollator
-from potstill.divergence import ForwardKL
+from potstill.data.batches import PaddingCollator
 from potstill.errors import ShapeError
-from potstill.heads import cut, says
-from potstill.layers import LayerMap
-from potstill.positions import IGNORE, TASKS, align, attended, counting
-from potstill.recipe.objective import TermPart
-from potstill.targets import DenseTargets, HeadTargets
-from potstill.train import Attention, Distiller, Hidden, Labels, Logits, Relations, Similarity, Values
+from potstill.losses.alignment import IGNORE, TASKS, align, attended, counting
+from potstill.losses.divergences import ForwardKL
+from potstill.losses.targets import DenseTargets, HeadTargets
+from potstill.models.layer_map import LayerMap
+from potstill.models.split import forward_targets, split_model
+from potstill.runs.config.objective import TermPart
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
+from potstill.train.terms.dense import Values
+from potstill.train.terms.layers import Attention, Hidden, Relations, Similarity
 from toy_encoders import VOCABULARY, make_encoder
 
 MASKED = ("bert", "distilbert", "roberta", "modernbert")
@@ -78,9 +81,9 @@ def test_rows_that_do_not_count_are_not_attended_to() -> None:
 def test_a_masked_head_is_cut_and_says_the_same(kind: str) -> None:
     model, batch = make_encoder(kind, "masked").eval(), make_batch("masked")
     alignment = align(batch["labels"], "masked")
-    found = cut(model)
+    found = split_model(model)
     assert found is not None
-    said, whole = says(model, found, batch, alignment), says(model, None, batch, alignment)
+    said, whole = forward_targets(model, found, batch, alignment), forward_targets(model, None, batch, alignment)
     assert isinstance(said, HeadTargets) and isinstance(whole, DenseTargets)
     torch.testing.assert_close(said.dense(), whole.dense(), rtol=1e-4, atol=1e-5)
 
@@ -89,19 +92,19 @@ def test_what_stands_between_is_proven() -> None:
     model = make_encoder("bert", "masked")
     transform = model.cls.predictions.transform
     model.cls.predictions.transform.forward = lambda states: 2 * type(transform).forward(transform, states)
-    assert cut(model) is not None, "the module itself is asked"
+    assert split_model(model) is not None, "the module itself is asked"
     model = make_encoder("distilbert", "masked")
     model.activation = torch.nn.Sequential(model.activation, torch.nn.Linear(16, 16))  # trained, and used by both
-    assert cut(model) is not None
+    assert split_model(model) is not None
     model.extra = torch.nn.Linear(2, 2)
-    assert cut(model) is None, "it trains parameters beside"
+    assert split_model(model) is None, "it trains parameters beside"
 
 
 def test_classifiers_and_encoders_stay_whole() -> None:
     for task in ("classification", "encoder"):
-        assert cut(make_encoder("bert", task)) is None
+        assert split_model(make_encoder("bert", task)) is None
     batch = make_batch("encoder")
-    said = says(make_encoder("bert", "encoder"), None, batch, align(batch["labels"], "encoder"))
+    said = forward_targets(make_encoder("bert", "encoder"), None, batch, align(batch["labels"], "encoder"))
     assert said.dense().shape == (6, 0)
 
 
@@ -111,7 +114,7 @@ def test_types_of_tokens_go_to_models_that_know_them() -> None:
     for kind, differs in (("bert", True), ("roberta", False), ("distilbert", False)):
         model = make_encoder(kind, "classification").eval()
         alignment = align(batch["labels"], "classification")
-        one, other = (says(model, None, each, alignment).dense() for each in (batch, plain))
+        one, other = (forward_targets(model, None, each, alignment).dense() for each in (batch, plain))
         assert torch.equal(one, other) is not differs
 
 

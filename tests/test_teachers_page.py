@@ -14,8 +14,8 @@ import yaml
 from rich.console import Console
 
 from conftest import make_llama
-from potstill.pipeline import run
-from potstill.recipe import Recipe
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
 
 PAGE = (Path(__file__).parent.parent / "docs/teachers.md").read_text(encoding="utf-8")
 

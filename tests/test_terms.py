@@ -13,34 +13,27 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from conftest import make_batch, make_llama
-from potstill.divergence import ForwardKL
 from potstill.errors import ModelError, ShapeError, UserError
-from potstill.layers import LayerMap
-from potstill.losses import (
+from potstill.losses.alignment import Alignment, attended
+from potstill.losses.attention import (
     attention_divergence,
     attention_mse,
     head_overlap,
-    hidden_mse,
-    linear_cka,
     match_heads,
     relation_divergence,
-    rkd_distance,
 )
-from potstill.positions import Alignment, attended
-from potstill.taps import Needs
-from potstill.targets import DenseTargets
-from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
-from potstill.train import (
-    Attention,
-    DistillationTrainer,
-    Distiller,
-    Hidden,
-    Labels,
-    Logits,
-    Objective,
-    Relations,
-    Similarity,
-)
+from potstill.losses.divergences import ForwardKL
+from potstill.losses.hidden import hidden_mse, linear_cka
+from potstill.losses.relation import rkd_distance
+from potstill.losses.targets import DenseTargets
+from potstill.models.capture import ActivationRequest
+from potstill.models.layer_map import LayerMap
+from potstill.teachers.model import ModelTeacher
+from potstill.teachers.teacher import Teacher, TeacherOutput
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits, Objective
+from potstill.train.terms.layers import Attention, Hidden, Relations, Similarity
+from potstill.train.trainer import DistillationTrainer
 from processes import two_ranks
 from test_trainer import CHECKPOINTING, losses, trainer, weights
 
@@ -114,8 +107,8 @@ def test_the_other_terms_are_their_formulas() -> None:
     one = distiller(Attention(LayerMap.last_k()), Relations(), Similarity(), Hidden(LayerMap.last_k(), "cka"))
     found = one.step(batch).logs
     assert isinstance(one.teacher, ModelTeacher)
-    _, mine = one._taps.hear(one._needs, lambda: one.student(**_inputs(batch)))
-    _, theirs = one.teacher._taps.hear(one.teacher._needs, lambda: one.teacher.model(**_inputs(batch)))
+    _, mine = one._taps.capture(one._needs, lambda: one.student(**_inputs(batch)))
+    _, theirs = one.teacher._taps.capture(one.teacher._needs, lambda: one.teacher.model(**_inputs(batch)))
     s, t = mine.attentions[1], theirs.attentions[3]
     assert s.shape[1] == t.shape[1] == 2
     torch.testing.assert_close(found["attention"], attention_mse(s, t)[there].mean().detach())
@@ -146,8 +139,8 @@ def test_head_counts_may_differ(mine: int, theirs: int, heads: Any) -> None:
     assert student.model.layers[1].self_attn.q_proj.weight.grad.abs().sum() > 0
     assert Distiller(student, teacher, [Relations(heads=1)]).step(batch).loss.item() > 0
     if heads == "overlap":
-        _, a = one._taps.hear(one._needs, lambda: student(**_inputs(batch)))
-        _, b = one.teacher._taps.hear(one.teacher._needs, lambda: teacher(**_inputs(batch)))
+        _, a = one._taps.capture(one._needs, lambda: student(**_inputs(batch)))
+        _, b = one.teacher._taps.capture(one.teacher._needs, lambda: teacher(**_inputs(batch)))
         maps, _ = match_heads(b.attentions[3], head_overlap(mine, theirs))
         torch.testing.assert_close(loss, attention_divergence(a.attentions[1], maps)[attended(batch)].mean())
 
@@ -156,8 +149,8 @@ def test_heads_may_be_paired_by_hand() -> None:
     student, teacher = make_llama(**STUDENT), make_llama(**TEACHER)
     batch = make_batch()
     crossed = Distiller(student, teacher, [Attention(LayerMap.last_k(), heads=[(0, 1), (1, 1)])])
-    _, a = crossed._taps.hear(crossed._needs, lambda: student(**_inputs(batch)))
-    _, b = crossed.teacher._taps.hear(crossed.teacher._needs, lambda: teacher(**_inputs(batch)))
+    _, a = crossed._taps.capture(crossed._needs, lambda: student(**_inputs(batch)))
+    _, b = crossed.teacher._taps.capture(crossed.teacher._needs, lambda: teacher(**_inputs(batch)))
     expected = attention_mse(a.attentions[1], b.attentions[3][:, [1, 1]])
     torch.testing.assert_close(crossed.step(batch).loss, expected[attended(batch)].mean())
     straight, overlap = (
@@ -238,7 +231,7 @@ def test_what_a_teacher_cannot_give_is_an_error_before_training() -> None:
     with pytest.raises(ModelError, match="OnlyTargets: expected a teacher with hidden states and attention"):
         Distiller(make_llama(**STUDENT), OnlyTargets(), [Hidden()])
     with pytest.raises(ModelError, match="OnlyTargets"):
-        OnlyTargets().prepare(Needs(hidden=frozenset({0})))
+        OnlyTargets().prepare(ActivationRequest(hidden=frozenset({0})))
     with pytest.raises(ShapeError, match="expected a teacher for the term hidden"):
         Distiller(make_llama(), None, [Hidden()])
 
@@ -274,8 +267,8 @@ def test_selected_dimensions_are_the_teachers() -> None:
     one, batch = distiller(Hidden(LayerMap.last_k(), dimensions={3: picked})), make_batch()
     assert not one.objective.state_dict()
     s, t = hidden_states(one.student.model, batch, 1), None
-    _, mine = one._taps.hear(one._needs, lambda: one.student(**_inputs(batch)))
-    _, theirs = one.teacher._taps.hear(one.teacher._needs, lambda: one.teacher.model(**_inputs(batch)))
+    _, mine = one._taps.capture(one._needs, lambda: one.student(**_inputs(batch)))
+    _, theirs = one.teacher._taps.capture(one.teacher._needs, lambda: one.teacher.model(**_inputs(batch)))
     s, t = mine.hidden[1], theirs.hidden[3][..., picked]
     torch.testing.assert_close(one.step(batch).loss, hidden_mse(s, t)[attended(batch)].mean())
 

@@ -14,11 +14,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from potstill import generation
 from potstill.cli import app
-from potstill.data import sandbox
-from potstill.engines import Completion, Prompt, Sampling
+from potstill.engines.engine import Prompt
+from potstill.engines.sampling import Completion, Sampling
 from potstill.errors import UserError
+from potstill.generation import sandbox
+from potstill.runs import generate as generation
 
 PAGE = (Path(__file__).parent.parent / "docs/text.md").read_text(encoding="utf-8")
 

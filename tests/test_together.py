@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from potstill.diagnosis import diagnose
-from potstill.loading import load_model
-from potstill.pipeline import RunResult, run
-from potstill.recipe import Recipe
+from potstill.models.loading import load_model
+from potstill.runs.config.run import Recipe
+from potstill.runs.diagnose import diagnose
+from potstill.runs.run import RunResult, run
 from reference_across import byte_level
 
 

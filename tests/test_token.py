@@ -11,10 +11,10 @@ from torch import Tensor
 
 import potstill.losses
 import reference
-from potstill.divergence import JSD, AlphaBeta, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
 from potstill.errors import ShapeError, UserError, VocabularyError
-from potstill.losses import token_cross_entropy, token_divergence
-from potstill.targets import DenseTargets, HeadTargets, LMHead
+from potstill.losses.divergences import JSD, AlphaBeta, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead
+from potstill.losses.token import token_cross_entropy, token_divergence
 from reference import DIVERGENCES
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -184,7 +184,9 @@ def test_cross_entropy_of_no_tokens():
 LOSSES = [f"potstill.losses.{found.name}" for found in pkgutil.iter_modules(potstill.losses.__path__)]
 
 
-@pytest.mark.parametrize("name", ["potstill.divergence", "potstill.targets", "potstill.schedule", *LOSSES])
+@pytest.mark.parametrize(
+    "name", ["potstill.losses.divergences", "potstill.losses.targets", "potstill.losses.schedule", *LOSSES]
+)
 def test_the_examples_in_docstrings(name):
     if name == "potstill.losses.triton":
         pytest.importorskip("triton")
@@ -192,5 +194,5 @@ def test_the_examples_in_docstrings(name):
 
 
 def test_there_are_examples_in_docstrings():
-    for name in ("potstill.schedule", "potstill.losses.token"):
+    for name in ("potstill.losses.schedule", "potstill.losses.token"):
         assert doctest.testmod(importlib.import_module(name)).attempted > 0

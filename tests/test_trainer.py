@@ -13,14 +13,16 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from conftest import make_batch, make_llama
-from potstill.data import PaddingCollator
-from potstill.divergence import ForwardKL, ReverseKL
+from potstill.data.batches import PaddingCollator
 from potstill.errors import DivergedError, ShapeError, UserError
-from potstill.losses import token_divergence
-from potstill.schedule import linear
-from potstill.targets import DenseTargets
-from potstill.train import DistillationConfig, DistillationTrainer, Distiller, Labels, Logits, Objective
+from potstill.losses.divergences import ForwardKL, ReverseKL
+from potstill.losses.schedule import linear
+from potstill.losses.targets import DenseTargets
+from potstill.losses.token import token_divergence
 from potstill.train.checkpoints import last_checkpoint
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits, Objective
+from potstill.train.trainer import DistillationConfig, DistillationTrainer
 from processes import shard_on_cpu, two_ranks
 
 # transformers renamed it.

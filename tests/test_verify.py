@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from potstill.data.verify import same_answer, vote
+from potstill.generation.verify import same_answer, vote
 
 SAME = [
     ("72", "72.0"),

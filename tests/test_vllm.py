@@ -13,16 +13,19 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from conftest import make_batch, make_llama, make_served, make_tokenizer
-from potstill import pipeline
-from potstill.divergence import ForwardKL
-from potstill.engines import ModelServer, Sampling
+from potstill.engines.sampling import Sampling
+from potstill.engines.server import ModelServer
 from potstill.errors import RefusedError, VocabularyError
 from potstill.evaluate.quality import continuation
-from potstill.pipeline import run
-from potstill.positions import causal_alignment
-from potstill.recipe import Recipe
-from potstill.teachers import ModelTeacher, ServedTeacher
-from potstill.train import Distiller, Logits
+from potstill.losses.alignment import causal_alignment
+from potstill.losses.divergences import ForwardKL
+from potstill.runs import run as pipeline
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
+from potstill.teachers.model import ModelTeacher
+from potstill.teachers.served import ServedTeacher
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Logits
 from real_vllm import Served
 from toy_server import LiveTopK, logged, prepared_with_top_k
 

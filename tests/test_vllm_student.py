@@ -14,13 +14,18 @@ from transformers import PreTrainedTokenizerFast
 
 import real_vllm
 from conftest import make_batch, make_llama, make_served
-from potstill.divergence import ReverseKL
-from potstill.engines import ModelServer, Sampling
-from potstill.engines.lent import LentWeights
-from potstill.pipeline import run
-from potstill.recipe import Recipe
-from potstill.train import Distiller, Logits, PolicyGradient, Rollout, ServedWriter
+from potstill.engines.sampling import Sampling
+from potstill.engines.server import ModelServer
+from potstill.engines.weight_sync import LentWeights
+from potstill.losses.divergences import ReverseKL
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
 from potstill.train.callbacks import logged_lines
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Logits
+from potstill.train.rollout import Rollout
+from potstill.train.server_writer import ServedWriter
+from potstill.train.terms.policy import PolicyGradient
 from real_vllm import Served
 from test_rollout import own_rows
 from test_self_taught import lora
@@ -37,7 +42,7 @@ pytestmark = [
 def lendable(vllm: Served) -> Iterator[Served]:
     """The server of all these tests, with its own weights again afterwards."""
     yield vllm
-    LentWeights(ModelServer(vllm.url, "toy")).lend(vllm.folder, "its own")
+    LentWeights(ModelServer(vllm.url, "toy")).push(vllm.folder, "its own")
 
 
 @pytest.fixture

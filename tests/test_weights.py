@@ -15,26 +15,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import TEXT, make_batch, make_llama, make_tokenizer
-from potstill.data import PaddingCollator, Source, encode
-from potstill.data.reasoning import parse
-from potstill.divergence import JSD, ForwardKL
+from potstill.data.batches import PaddingCollator, encode
+from potstill.data.sources import Source
 from potstill.errors import DataError, RecipeError
-from potstill.layers import LayerMap
-from potstill.recipe import Recipe
-from potstill.targets import DenseTargets
-from potstill.teachers import CrossTokenizerTeacher, ModelTeacher
-from potstill.train import (
-    ULD,
-    AdaptiveKL,
-    Chunks,
-    DistillationConfig,
-    DistillationTrainer,
-    Distiller,
-    Labels,
-    Logits,
-    MappedLogits,
-    Similarity,
-)
+from potstill.generation.reasoning import parse
+from potstill.losses.divergences import JSD, ForwardKL
+from potstill.losses.targets import DenseTargets
+from potstill.models.layer_map import LayerMap
+from potstill.runs.config.run import Recipe
+from potstill.teachers.crosstok import CrossTokenizerTeacher
+from potstill.teachers.model import ModelTeacher
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
+from potstill.train.terms.across import ULD, Chunks, MappedLogits
+from potstill.train.terms.dense import AdaptiveKL
+from potstill.train.terms.layers import Similarity
+from potstill.train.trainer import DistillationConfig, DistillationTrainer
 from reference import token_divergence
 
 WEIGHTS = {"reasoning": 0.25, "answer": 0.75}

@@ -11,10 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_batch, make_llama
-from potstill.divergence import JSD, ForwardKL, ReverseKL
-from potstill.losses import linear_divergence
-from potstill.positions import counting
-from potstill.train import DistillationTrainer, Distiller, Labels, Logits
+from potstill.losses.alignment import counting
+from potstill.losses.divergences import JSD, ForwardKL, ReverseKL
+from potstill.losses.linear import linear_divergence
+from potstill.train.distiller import Distiller
+from potstill.train.objective import Labels, Logits
+from potstill.train.trainer import DistillationTrainer
 from test_trainer import CHECKPOINTING, losses, trainer, weights
 
 
@@ -24,7 +26,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def keep_whole() -> None:
         for module in ("potstill.train.distiller", "potstill.teachers.model"):
-            monkeypatch.setattr(f"{module}.cut", lambda model: None)
+            monkeypatch.setattr(f"{module}.split_model", lambda model: None)
 
     return keep_whole
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from potstill.data.reasoning import fill, parse
-from potstill.data.verify import same_answer
+from potstill.generation.reasoning import fill, parse
+from potstill.generation.verify import same_answer
 
 SUMS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.positions import Alignment
-from potstill.prepare import Parts, prepare
-from potstill.recipe import Recipe
-from potstill.targets import SparseTargets
-from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
+from potstill.losses.alignment import Alignment
+from potstill.losses.targets import SparseTargets
+from potstill.runs.build import Parts, prepare
+from potstill.runs.config.run import Recipe
+from potstill.teachers.model import ModelTeacher
+from potstill.teachers.teacher import Teacher, TeacherOutput
 
 
 class LiveTopK(Teacher):

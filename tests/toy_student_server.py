@@ -8,9 +8,9 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from conftest import make_llama
-from potstill.engines import Sampling
 from potstill.engines.decode import write
-from potstill.train.served import _log_probs
+from potstill.engines.sampling import Sampling
+from potstill.train.server_writer import _log_probs
 from toy_server import ToyServer
 
 

@@ -56,9 +56,11 @@ def build(
     set_: Sets = None,
 ) -> None:
     """Run a teacher over data and keep what it says. What was stopped goes on; a finished cache is left alone."""
-    from potstill.caching import Request
-    from potstill.caching import build as build_cache
-    from potstill.recipe import Recipe, SourcePart, TeacherPart
+    from potstill.runs.cache import Request
+    from potstill.runs.cache import build as build_cache
+    from potstill.runs.config.data import SourcePart
+    from potstill.runs.config.run import Recipe
+    from potstill.runs.config.teacher import TeacherPart
 
     given: dict[str, Any] = {"draws": draws, "k": top_k}
     takes = {"sampled": {"draws", "temperature"}, "top_k": {"k", "temperature"}}.get(codec, set())
@@ -105,14 +107,14 @@ def info(directory: Directory, json_: Annotated[bool, typer.Option("--json", hel
 @cache.command()
 def verify(directory: Directory) -> None:
     """Read every byte of a cache and compare it with its checksums."""
-    from potstill.cache.store import Cache
+    from potstill.teachers.cache.store import Cache
 
     found = Cache(directory).manifest
     print(f"{directory}: {len(found.shards)} shards, {found.tokens:,} tokens, as they were written")
 
 
 def _facts(directory: Path) -> dict[str, Any]:
-    from potstill.cache.store import Cache
+    from potstill.teachers.cache.store import Cache
 
     opened = Cache(directory, verify=False)
     plan = opened.manifest.plan
@@ -138,7 +140,7 @@ def _facts(directory: Path) -> dict[str, Any]:
 
 
 def _show(directory: Path) -> None:
-    from potstill.evaluate import words
+    from potstill.evaluate.report import words
 
     facts = _facts(directory)
     parameters = ", ".join(f"{name} {value}" for name, value in facts["parameters"].items())

@@ -41,12 +41,12 @@ def design(
     from transformers import PretrainedConfig
 
     from potstill.evaluate.speed import latency_ms as timed
-    from potstill.loading import load_config, quiet
-    from potstill.students.budget import Budget, parse_count
-    from potstill.students.design import Keep
-    from potstill.students.size import build, size_of
+    from potstill.models.budget import Budget, parse_count
+    from potstill.models.design import Keep
+    from potstill.models.loading import load_config, suppress_warnings
+    from potstill.models.size import build, size_of
 
-    with quiet():
+    with suppress_warnings():
         if list_:
             return _list(context or CONTEXT)
         if teacher is None:
@@ -78,9 +78,9 @@ def design(
 
 def _compare(teacher: Any, student: Any, teachers: Any, students: Any) -> None:
     """Both shapes, both costs, and what may be kept."""
-    from potstill.evaluate import words
-    from potstill.students.capacity import Task, expected_share
-    from potstill.students.shape import shape_of
+    from potstill.evaluate.report import words
+    from potstill.models.capacity import Task, expected_share
+    from potstill.models.shape import shape_of
 
     table = Table(title=f"a student of {teacher.model_type}", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", "teacher", "student"):
@@ -117,10 +117,10 @@ def _compare(teacher: Any, student: Any, teachers: Any, students: Any) -> None:
 
 def _list(context: int) -> None:
     """The published small models, with what they take."""
-    from potstill.evaluate import words
-    from potstill.students.references import REFERENCES
-    from potstill.students.shape import shape_of
-    from potstill.students.size import size_of
+    from potstill.evaluate.report import words
+    from potstill.models.references import REFERENCES
+    from potstill.models.shape import shape_of
+    from potstill.models.size import size_of
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "family", "parameters", "layers", "width", "heads", "ffn", "cache a token", "made"):

@@ -21,7 +21,7 @@ def kind_of(path: Path, kinds: Sequence[str] = _KINDS) -> str:
     Raises:
         RecipeError: it is none of `kinds`.
     """
-    from potstill.recipe.document import read
+    from potstill.runs.config.document import read
 
     values = read(path) if path.exists() else None
     kind = values.get("kind", _KINDS[0]) if isinstance(values, dict) else _KINDS[0]
@@ -34,9 +34,9 @@ def kind_of(path: Path, kinds: Sequence[str] = _KINDS) -> str:
 
 def run_embedding(path: Path, sets: Sequence[str], resume: bool) -> None:
     """Run it, and show the table, the verdict and where everything is."""
-    from potstill.embedding.report import embedding_verdict
-    from potstill.embedding.run import run_embedding
-    from potstill.recipe import EmbeddingRecipe
+    from potstill.evaluate.report.embedding import embedding_verdict
+    from potstill.runs.config.embedding import EmbeddingRecipe
+    from potstill.runs.embedding import run_embedding
 
     result = run_embedding(EmbeddingRecipe.load(path, sets), resume=resume, console=console)
     table = Table(title=result.summary["name"], title_justify="left", box=box.SIMPLE_HEAD)
@@ -60,9 +60,9 @@ def run_embedding(path: Path, sets: Sequence[str], resume: bool) -> None:
 
 def check_embedding(path: Path, sets: Sequence[str]) -> None:
     """Show what it will need."""
-    from potstill.embedding.preflight import check
-    from potstill.evaluate import words
-    from potstill.recipe import EmbeddingRecipe
+    from potstill.evaluate.report import words
+    from potstill.runs.config.embedding import EmbeddingRecipe
+    from potstill.runs.embedding_check import check
 
     recipe = EmbeddingRecipe.load(path, sets)
     found = check(recipe)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from potstill.cli.app import app, console
 from potstill.errors import UserError, nearest
-from potstill.positions import TASKS, Task
+from potstill.losses.alignment import TASKS, Task
 
 
 @app.command()
@@ -36,9 +36,9 @@ def evaluate(
     length: Annotated[str, typer.Option(help="lengths of rows to time, with commas")] = "128,512",
 ) -> None:
     """Measure a student on held-out data, beside its teacher: quality, calibration, agreement, speed, memory, size."""
-    from potstill.data import Source
-    from potstill.evaluation import Measures
-    from potstill.evaluation import evaluate as measure
+    from potstill.data.sources import Source
+    from potstill.runs.evaluate import Measures
+    from potstill.runs.evaluate import evaluate as measure
 
     measures = Measures(
         generations=generations,
@@ -54,7 +54,7 @@ def evaluate(
         raise UserError(f"--task: expected one of {', '.join(sorted(TASKS))}, got {task}.{nearest(task, TASKS)}")
     source = Source(data, field=field, pair=pair, label=label)
     found = measure(student, teacher, source, max_length=max_length, packing=packing, measures=measures, task=task)
-    from potstill.atomic import write_text
+    from potstill.data.files import write_text
 
     write_text(out, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     _show(found, task)
@@ -70,8 +70,8 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def _show(found: dict[str, Any], task: Task) -> None:
     """A table with a column for each model."""
-    from potstill.evaluate import words
     from potstill.evaluate.measures import FURTHER, QUALITY
+    from potstill.evaluate.report import words
 
     models = found["models"]
     table = Table(box=box.SIMPLE_HEAD)

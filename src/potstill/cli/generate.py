@@ -23,8 +23,8 @@ def generate(
     ] = "process",
 ) -> None:
     """Have a teacher write training data: reasoning, programs, instructions, responses; checked and filtered."""
-    from potstill.generation import generate as generate_rows
-    from potstill.recipe.generate import GenerateRecipe
+    from potstill.runs.config.generate import GenerateRecipe
+    from potstill.runs.generate import generate as generate_rows
 
     made = generate_rows(GenerateRecipe.load(recipe, set_ or ()), resume=resume, engine=engine, console=console)
     table = Table(show_header=False, box=None)
@@ -40,8 +40,8 @@ def generate(
 
 def check_generate(path: Path, sets: Sequence[str]) -> None:
     """Show what it will ask for."""
-    from potstill.generation import check
-    from potstill.recipe.generate import GenerateRecipe
+    from potstill.runs.config.generate import GenerateRecipe
+    from potstill.runs.generate import check
 
     recipe = GenerateRecipe.load(path, sets)
     found = check(recipe)

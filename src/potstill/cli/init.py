@@ -12,7 +12,7 @@ import typer
 
 from potstill.cli.app import app, console
 from potstill.errors import UserError
-from potstill.positions import Task
+from potstill.losses.alignment import Task
 
 
 @app.command()
@@ -70,8 +70,8 @@ def init(
         _ask_for_the_rest(given)
     if given["teacher"] is None:
         raise UserError("init: expected --teacher, got none. It is a folder with a model, or a name on the hub.")
-    from potstill.atomic import write_text
-    from potstill.drafting import Wish, draft
+    from potstill.data.files import write_text
+    from potstill.runs.init import Wish, draft
 
     wish = Wish(**given, task=task, columns=_given(columns), max_length=max_length, dimensions=dimensions, name=name)
     write_text(recipe, draft(wish))
@@ -89,14 +89,14 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 def _ask_for_the_rest(given: dict[str, Any]) -> None:
     """Ask for what is not given, in place; an answer that cannot be is told, and asked for again."""
-    from potstill.drafting import Wish
-    from potstill.drafting.models import VECTORS, is_embedder, look_at_model
-    from potstill.drafting.rows import table_of
-    from potstill.loading import quiet
+    from potstill.models.loading import suppress_warnings
+    from potstill.runs.init import Wish
+    from potstill.runs.init.models import VECTORS, is_embedder, look_at_model
+    from potstill.runs.init.rows import table_of
 
     def teacher(text: str) -> str:
         if not is_embedder(text):
-            with quiet():
+            with suppress_warnings():
                 look_at_model(text, "teacher")
         return text
 
@@ -139,7 +139,7 @@ def _size(text: str) -> dict[str, Any]:
     ({'budget': {'compression': 4.0}}, {'budget': {'memory_gb': 0.5}}, {'budget': {'params': '100M'}}, \
 {'budget': {'target': 'edge'}}, {})
     """
-    from potstill.students.budget import TARGETS, parse_count
+    from potstill.models.budget import TARGETS, parse_count
 
     if text == "half":
         return {}

@@ -26,12 +26,12 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
 ) -> None:
     """Distil as a recipe says. The student, its figures and report.html go to the recipe's output."""
-    from potstill.recipe import Recipe
+    from potstill.runs.config.run import Recipe
 
     if kind_of(recipe) == "embedding":
         return run_embedding(recipe, set_ or (), resume)
     asked = Recipe.load(recipe, set_ or ())  # a mistake is told before seconds of imports
-    from potstill.pipeline import run as run_recipe
+    from potstill.runs.run import run as run_recipe
 
     return _finish(run_recipe(asked, resume=resume, console=console))
 
@@ -49,7 +49,7 @@ def demo(
     A demo that was stopped goes on; one that is finished is measured again.
     """
     from potstill.demo import demo_recipe
-    from potstill.pipeline import run as run_recipe
+    from potstill.runs.run import run as run_recipe
 
     out = out or Path("runs/demo-fast" if fast else "runs/demo")
     recipe = demo_recipe(out, set_ or (), fast=fast)
@@ -69,9 +69,9 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
         return check_embedding(recipe, set_ or ())
     if kind == "generate":
         return check_generate(recipe, set_ or ())
-    from potstill.evaluate import words
-    from potstill.preflight import check as check_recipe
-    from potstill.recipe import Recipe
+    from potstill.evaluate.report import words
+    from potstill.runs.check import check as check_recipe
+    from potstill.runs.config.run import Recipe
 
     found = check_recipe(Recipe.load(recipe, set_ or ()))
     table = Table(show_header=False, box=None)
@@ -110,13 +110,13 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
     """Write report.html again from the records of a run, or sweep.html from those of a sweep."""
-    from potstill.evaluate.report import write_report
+    from potstill.evaluate.report.page import write_report
 
     write = write_report
     if (directory / "sweep.json").exists():
-        from potstill.evaluate.sweep_report import write_sweep_report as write
+        from potstill.evaluate.report.sweep import write_sweep_report as write
     elif kind_of(directory / "recipe.yaml") == "embedding":
-        from potstill.embedding.report import write_embedding_report as write
+        from potstill.evaluate.report.embedding import write_embedding_report as write
     console.print(f"report  {write(directory)}", highlight=False)
 
 
@@ -125,8 +125,10 @@ def schema(
     kind: Annotated[str, typer.Argument(help="of recipe: distillation, embedding, or generate")] = "distillation",
 ) -> None:
     """Print the JSON Schema of a kind of recipe, for editors and for reading."""
-    from potstill.recipe import EmbeddingRecipe, GenerateRecipe, Recipe
-    from potstill.recipe.document import Document
+    from potstill.runs.config.document import Document
+    from potstill.runs.config.embedding import EmbeddingRecipe
+    from potstill.runs.config.generate import GenerateRecipe
+    from potstill.runs.config.run import Recipe
 
     documents: dict[str, type[Document]] = {
         "distillation": Recipe,
@@ -143,7 +145,7 @@ def _finish(result: Any) -> None:
     from accelerate import PartialState
 
     from potstill.evaluate.measures import of_run
-    from potstill.evaluate.report import verdict
+    from potstill.evaluate.report.page import verdict
 
     if not PartialState().is_main_process:
         return
@@ -158,7 +160,7 @@ def _finish(result: Any) -> None:
     out.print(table, highlight=False)
     out.print(verdict(result.summary), highlight=False)
     if adapter := result.summary["adapter"]:
-        from potstill.evaluate import words
+        from potstill.evaluate.report import words
 
         trained = f"{adapter['trained']:,} parameters trained, {words.percent(adapter['share'], 2)} of all"
         saved = "merged" if adapter["bytes"] is None else f"{words.size(adapter['bytes'])} beside its base"

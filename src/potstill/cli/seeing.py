@@ -38,7 +38,7 @@ def sweep(
 
     For example: potstill sweep recipe.yaml --vary student.design.compression=2,4,8 objective.0.temperature=1,2
     """
-    from potstill.recipe.document import apply, read
+    from potstill.runs.config.document import apply, read
 
     values = apply(read(recipe), set_ or (), str(recipe))
     if values.get("kind") is not None:
@@ -48,9 +48,9 @@ def sweep(
     if out is None and not values.get("output"):
         raise UserError("sweep: expected --out DIR, or output in the recipe, got neither.")
     from potstill.evaluate.tradeoff import Limits
-    from potstill.students.budget import parse_count
-    from potstill.sweeping import read_axes
-    from potstill.sweeping import sweep as sweep_recipe
+    from potstill.models.budget import parse_count
+    from potstill.runs.sweep import read_axes
+    from potstill.runs.sweep import sweep as sweep_recipe
 
     limits = Limits(
         max_parameters=None if max_parameters is None else parse_count(max_parameters),
@@ -80,7 +80,7 @@ def diagnose(
     set_: Sets = None,
 ) -> None:
     """Say why a run went as it did, or what speaks against a recipe: temperature, gradients, distributions, labels."""
-    from potstill.recipe import Recipe
+    from potstill.runs.config.run import Recipe
 
     run = target if target.is_dir() else None
     if run is not None and (set_ or out):
@@ -91,10 +91,10 @@ def diagnose(
     if kind_of(path) != "distillation":
         raise UserError(f"diagnose: expected a distillation recipe, got kind {kind_of(path)} in {path}.")
     recipe = Recipe.load(path, set_ or ())
-    from potstill.diagnosis import diagnose as look_closely
-    from potstill.diagnosis import write_diagnosis
-    from potstill.evaluate.diagnosis_report import write_diagnosis_page
-    from potstill.evaluate.report import environment, write_report
+    from potstill.evaluate.report.diagnosis import write_diagnosis_page
+    from potstill.evaluate.report.page import environment, write_report
+    from potstill.runs.diagnose import diagnose as look_closely
+    from potstill.runs.diagnose import write_diagnosis
 
     found = look_closely(recipe, run=run, rows=rows)
     folder = run or out or Path(f"{recipe.output}-diagnosis")
@@ -106,7 +106,7 @@ def diagnose(
 
 def _tell(found: dict[str, Any], page: Path) -> None:
     """The teacher at each temperature, all findings, the last word, and where the pictures are."""
-    from potstill.evaluate import words
+    from potstill.evaluate.report import words
 
     out = Console()
     if found["temperature"] is not None:
@@ -131,7 +131,7 @@ def _show(directory: Path) -> None:
     """The table, the student to take, and where everything is."""
     from accelerate import PartialState
 
-    from potstill.evaluate.sweep_report import read_sweep
+    from potstill.evaluate.report.sweep import read_sweep
 
     if PartialState().is_main_process:
         summary = read_sweep(directory)
@@ -143,8 +143,8 @@ def _show(directory: Path) -> None:
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    from potstill.evaluate import words
-    from potstill.evaluate.sweep_report import COSTS
+    from potstill.evaluate.report import words
+    from potstill.evaluate.report.sweep import COSTS
 
     table = Table(title=summary["name"], title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", "loss", "quality", "parameters", "size", "latency", "on a front"):

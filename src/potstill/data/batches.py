@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from potstill.atomic import write_text
-from potstill.data.kept import BATCH, kept_file, write_arrow
+from potstill.data.disk_cache import BATCH, cache_path, write_arrow
+from potstill.data.files import write_text
 from potstill.data.labelled import bare_rows, labelled_rows
 from potstill.data.rows import Encoding, Row
 from potstill.data.sources import OWN_IDS, OWN_PROMPT, Kind, Source, load
 from potstill.data.weighing import WEIGHING
 from potstill.errors import DataError
-from potstill.positions import IGNORE, Task, counting
+from potstill.losses.alignment import IGNORE, Task, counting
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Examples:
             Every example has a token that counts. Where rows are judged labels are one number, and pairs have
             token_type_ids. Where the teacher has prompts of its own, also teacher_input_ids and teacher_labels. Where
             the source says how much tokens count, also weights, a list of float.
-        tokens: how many tokens count in all, by `potstill.positions.counting`.
+        tokens: how many tokens count in all, by `potstill.losses.alignment.counting`.
         notes: what the run should say: what was cut, skipped or left out.
         teacher_longest: tokens of the longest row that the teacher reads in place of the student's; 0 where none is.
     """
@@ -162,7 +162,7 @@ def _require_suitable(kind: Kind, tokenizer: PreTrainedTokenizerBase, packing: b
 def _kept_file(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, options: list[Any]) -> Path:
     loaded = Path(dataset.cache_files[0]["filename"]).stem
     versions = transformers.__version__, tokenizers.__version__
-    return kept_file(["encoded", loaded, tokenizer, versions, *options])
+    return cache_path(["encoded", loaded, tokenizer, versions, *options])
 
 
 def _counted(

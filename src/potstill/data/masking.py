@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import DataError
-from potstill.positions import IGNORE
+from potstill.losses.alignment import IGNORE
 
 SHARE = 0.15
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stays as it is

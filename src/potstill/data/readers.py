@@ -19,7 +19,7 @@ import pyarrow as pa
 from datasets import Dataset
 from pyarrow import csv, parquet
 
-from potstill.data.kept import BATCH
+from potstill.data.disk_cache import BATCH
 from potstill.errors import DataError
 
 

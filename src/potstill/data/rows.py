@@ -13,13 +13,13 @@ import jinja2
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from potstill.data.kept import BATCH
+from potstill.data.disk_cache import BATCH
 from potstill.data.readers import one_line
 from potstill.data.sources import Kind
 from potstill.data.spans import Span, places
 from potstill.data.weighing import SPANS, Completion, SpanWeights, token_weights
 from potstill.errors import DataError
-from potstill.positions import IGNORE, Task
+from potstill.losses.alignment import IGNORE, Task
 
 
 class Row(NamedTuple):

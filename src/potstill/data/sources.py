@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 from datasets import Dataset
 
-from potstill.atomic import digest
-from potstill.data.kept import kept_file, write_arrow
+from potstill.data.disk_cache import cache_path, write_arrow
+from potstill.data.files import digest
 from potstill.data.readers import SUFFIXES, Table, empty, open_table, reading, said
 from potstill.data.weighing import SPANS, SpanWeights
 from potstill.errors import DataError
-from potstill.positions import JUDGED, Task
+from potstill.losses.alignment import SEQUENCE_TASKS, Task
 
 Kind = Literal["text", "completion", "messages", "input_ids", "labelled"]
 
@@ -93,9 +93,9 @@ def load(source: Source, task: Task = "causal") -> tuple[Dataset, Kind]:
     require_file(path)
     with reading(path):
         table = open_table(path)
-        chosen = _labelled if task in JUDGED else _choose
+        chosen = _labelled if task in SEQUENCE_TASKS else _choose
         kind, names = chosen(source, table.columns, path.name)
-        kept = kept_file(["source", digest(path), path.suffix.lower(), names])
+        kept = cache_path(["source", digest(path), path.suffix.lower(), names])
     if not kept.exists():
         schema = pa.schema({standard: _TYPES[standard].arrow for standard in names})
         write_arrow(kept, schema, _checked(table, names, schema, path))

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from potstill.demo.corpus import write_jsonl
-from potstill.recipe import Recipe
+from potstill.runs.config.run import Recipe
 
 TRANSFER_CHARACTERS = 640_000  # about 200,000 tokens
 FAST_CHARACTERS = {"transfer": 160_000, "heldout": 30_000}

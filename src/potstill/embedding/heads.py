@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from potstill.atomic import whole_or_nothing
+from potstill.data.files import atomic_path
 from potstill.embedding.vectors import CHECK, Matrix, Vectors
 from potstill.errors import ModelError, ShapeError
 
@@ -127,7 +127,7 @@ class VectorHead(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write head.safetensors."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with whole_or_nothing(Path(folder) / "head.safetensors") as partial:
+        with atomic_path(Path(folder) / "head.safetensors") as partial:
             save_file({name: value.contiguous() for name, value in self.state_dict().items()}, partial)
 
     @classmethod

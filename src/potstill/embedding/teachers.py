@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill.atomic import whole_or_nothing
+from potstill.data.files import atomic_path
 from potstill.embedding.vectors import Vectors, open_vectors
 from potstill.engines.client import JsonClient
 from potstill.errors import DataError, ServerError
@@ -81,7 +81,7 @@ def encode_texts(
     mark = hashlib.sha256(json.dumps([said_by, *texts]).encode()).hexdigest()[:24]
     path = folder / f"{mark}.npy"
     if not path.exists():
-        with whole_or_nothing(path) as partial, partial.open("wb") as file:
+        with atomic_path(path) as partial, partial.open("wb") as file:
             _write(file, len(texts), _encoded(texts, encode, each))
     return open_vectors(path)
 

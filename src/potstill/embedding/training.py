@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from potstill.atomic import whole_or_nothing
+from potstill.data.files import atomic_path
 from potstill.embedding.encoders import TextStudent
 from potstill.embedding.heads import VectorHead
 from potstill.embedding.objective import EmbeddingObjective, PairObjective
@@ -234,7 +234,7 @@ class _Run:
             "best_score": self.best_score,
             "history": [line.line() for line in history],
         }
-        with whole_or_nothing(path) as partial:
+        with atomic_path(path) as partial:
             torch.save(state, partial)
 
     def resume(self, folder: Path) -> list[Epoch]:

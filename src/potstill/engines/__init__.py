@@ -1,8 +1,1 @@
-"""Who writes text and scores it."""
-
-from potstill.engines.engine import Engine, Prompt
-from potstill.engines.local import LocalEngine
-from potstill.engines.sampling import Completion, Sampling
-from potstill.engines.server import ModelServer, Scores
-
-__all__ = ["Completion", "Engine", "LocalEngine", "ModelServer", "Prompt", "Sampling", "Scores"]
+"""Text generation and scoring: local decoding, HTTP servers, weight synchronisation."""

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from potstill.engines.sampling import Sampling
-from potstill.heads import run, undisturbed
+from potstill.models.split import run, undisturbed
 
 Rows = list[list[int]]
 

@@ -1,1 +1,1 @@
-"""What was kept: quality, speed, and the report."""
+"""Quality, speed and diagnosis of trained models."""

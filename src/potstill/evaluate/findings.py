@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from potstill.evaluate.words import nats, percent, times
+from potstill.evaluate.report.words import nats, percent, times
 
 # Rules of thumb; each is named in the sentence that uses it.
 SPREAD = 0.3  # of its probability beside its likeliest token, from which on a teacher says more than a label

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import UserError
 from potstill.evaluate.quality import continuation
-from potstill.positions import IGNORE
+from potstill.losses.alignment import IGNORE
 
 
 @dataclass(frozen=True)

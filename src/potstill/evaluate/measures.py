@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.evaluate.words import count, milliseconds, nats, percent, perplexity, size
-from potstill.positions import Task
+from potstill.evaluate.report.words import count, milliseconds, nats, percent, perplexity, size
+from potstill.losses.alignment import Task
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _of_tokens(loss: Measure, perplexity_of: Measure, token: str) -> tuple[Measu
     )
 
 
-# What each task's quality is told by: keys of `potstill.evaluate.judged.Measured`.
+# What each task's quality is told by: keys of `potstill.evaluate.sequence.Measured`.
 QUALITY: dict[Task, tuple[Measure, ...]] = {
     "causal": _of_tokens(
         Measure("loss", "Held-out loss", "Mean cross-entropy per held-out token, in nats; lower is better.", nats, min),

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.divergence import JSD, ForwardKL
-from potstill.heads import inputs, says
-from potstill.losses import token_cross_entropy, token_divergence
-from potstill.positions import Alignment, Task, align
-from potstill.targets import DenseTargets
+from potstill.losses.alignment import Alignment, Task, align
+from potstill.losses.divergences import JSD, ForwardKL
+from potstill.losses.targets import DenseTargets
+from potstill.losses.token import token_cross_entropy, token_divergence
+from potstill.models.split import forward_targets, inputs
 
 TOP = 10  # of the most likely tokens
 BINS = 15  # of confidence, as in Guo et al. 2017, arXiv 1706.04599
@@ -110,7 +110,10 @@ def logits_at(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, voc
     """The model's logits [N, V] at the counting positions, on the CPU's or the batch's device, float32."""
     device = next(model.parameters()).device
     return (
-        says(model, None, inputs(batch, device), alignment).dense()[:, :vocabulary].float().to(batch["labels"].device)
+        forward_targets(model, None, inputs(batch, device), alignment)
+        .dense()[:, :vocabulary]
+        .float()
+        .to(batch["labels"].device)
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from potstill.errors import DataError
-from potstill.positions import Task
+from potstill.losses.alignment import Task
 
 MODELS = ("teacher", "baseline", "student")
 RUNS = ("baseline", "student")
@@ -90,7 +90,7 @@ class Continuation(BaseModel):
 
 
 class OwnFigures(BaseModel):
-    """What the student's own text was like when it was logged last; see `potstill.train.own_text`."""
+    """What the student's own text was like when it was logged last; see `potstill.train.samples`."""
 
     step: int
     own_length: float

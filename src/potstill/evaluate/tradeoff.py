@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from potstill.evaluate.words import count, milliseconds, percent, size
-from potstill.students.capacity import PUBLISHED, Estimate, Task, expected_share
+from potstill.evaluate.report.words import count, milliseconds, percent, size
+from potstill.models.capacity import PUBLISHED, Estimate, Task, expected_share
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from potstill.divergence import LOG_ZERO, ForwardKL, ReverseKL
 from potstill.errors import ShapeError
+from potstill.losses.divergences import LOG_ZERO, ForwardKL, ReverseKL
+from potstill.losses.targets import DenseTargets
 from potstill.losses.token import compute_dtype, log_probabilities_, token_divergence
-from potstill.targets import DenseTargets
 
 # Of so many tokens the head is looked for first: at a vocabulary of 152k, a thirtieth of the time that sorting takes.
 LIKELIEST = 256

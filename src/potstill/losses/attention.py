@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from potstill.divergence import Divergence, ForwardKL
 from potstill.errors import ShapeError
+from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.hidden import unit
+from potstill.losses.targets import DenseTargets
 from potstill.losses.token import compute_dtype, token_divergence
-from potstill.targets import DenseTargets
 
 Importance = Literal["entropy", "variance"]
 

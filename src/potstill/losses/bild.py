@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from potstill.divergence import LOG_ZERO, ForwardKL
 from potstill.errors import ShapeError
+from potstill.losses.divergences import LOG_ZERO, ForwardKL
+from potstill.losses.targets import DenseTargets
 from potstill.losses.token import compute_dtype, token_divergence
-from potstill.targets import DenseTargets
 
 
 def bild(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 8, temperature: float = 3.0) -> Tensor:

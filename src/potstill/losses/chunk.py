@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.divergence import LOG_ZERO, Divergence
 from potstill.errors import ShapeError
+from potstill.losses.divergences import LOG_ZERO, Divergence
 from potstill.losses.token import compute_dtype, log_probabilities_, refuse_second_derivative
 
 

@@ -17,9 +17,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from potstill.divergence import Divergence
+from potstill.losses.divergences import Divergence
+from potstill.losses.targets import HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
 from potstill.losses.token import compute_dtype
-from potstill.targets import HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
 
 # What the buffers of one chunk may take. Each chunk goes through the weights and their gradient once more, so larger is
 # faster; on a CPU they stay below a third of one matrix of logits all the same.

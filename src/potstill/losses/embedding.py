@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from potstill.divergence import Divergence, ForwardKL
 from potstill.errors import ShapeError
+from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.hidden import unit
+from potstill.losses.targets import DenseTargets
 from potstill.losses.token import compute_dtype, token_divergence
-from potstill.targets import DenseTargets
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 

@@ -1,7 +1,7 @@
 """Hidden states of a student against a teacher's.
 
 `hidden_mse`, `hidden_cosine` and `hidden_l1` give a value per token, as all token losses here, and want one width:
-project the student's (`potstill.layers.Projection`) or select some of the teacher's dimensions. `linear_cka` is a
+project the student's (`potstill.Projection`) or select some of the teacher's dimensions. `linear_cka` is a
 quantity of the whole batch and takes any two widths.
 """
 

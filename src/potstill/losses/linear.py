@@ -10,12 +10,14 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from potstill.divergence import Divergence
 from potstill.errors import ShapeError, UserError
+from potstill.losses.alignment import IGNORE
 from potstill.losses.chunked import Job, Result, Tail, Wanted, run
+from potstill.losses.divergences import Divergence
 from potstill.losses.native import native_tail
 from potstill.losses.reduce import token_mean
 from potstill.losses.tail import TorchTail
+from potstill.losses.targets import HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets, Whole
 from potstill.losses.token import (
     check_finite,
     check_targets,
@@ -24,9 +26,7 @@ from potstill.losses.token import (
     token_cross_entropy,
     unchecked_divergence,
 )
-from potstill.positions import IGNORE
-from potstill.targets import HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets, Whole
-from potstill.uncompiled import uncompiled
+from potstill.losses.uncompiled import uncompiled
 
 Backend = Literal["auto", "eager", "chunked", "triton"]
 Reduction = Literal["mean", "none"]
@@ -94,8 +94,8 @@ def linear_divergence(
         ShapeError: shapes, temperature, labels or backend do not fit; sparse targets do not go with the temperature or
             the divergence; or the divergence is infinite.
 
-    >>> from potstill.divergence import JSD
-    >>> from potstill.targets import HeadTargets
+    >>> from potstill.losses.divergences import JSD
+    >>> from potstill.losses.targets import HeadTargets
     >>> hidden, head = torch.ones(3, 4), LMHead(torch.eye(5, 4))
     >>> loss = linear_divergence(hidden, head, HeadTargets(hidden, head), JSD()).loss
     >>> torch.testing.assert_close(loss, torch.tensor(0.0))

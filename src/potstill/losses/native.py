@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.divergence import Divergence
 from potstill.losses.chunked import Chunk, Job, Tail
+from potstill.losses.divergences import Divergence
 from potstill.losses.tail import TorchTail
 from potstill.losses.token import Row
 from potstill.losses.trace import Program, program

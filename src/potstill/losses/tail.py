@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from potstill.losses.alignment import IGNORE
 from potstill.losses.chunked import Chunk, Job
 from potstill.losses.token import (
     Row,
@@ -17,7 +18,6 @@ from potstill.losses.token import (
     spread_,
     student_events_,
 )
-from potstill.positions import IGNORE
 
 # Elements of a block. On a CPU it stays in the cache from pass to pass; elsewhere few launches matter more.
 CPU_ELEMENTS, ACCELERATOR_ELEMENTS = 2**18, 2**27

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from potstill.errors import ShapeError
+from potstill.losses.targets import SparseTargets, Targets
 from potstill.losses.token import compute_dtype, is_sampled, log_probabilities_
-from potstill.targets import SparseTargets, Targets
 
 ELEMENTS = 2**24  # of logits at a time
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from potstill.divergence import LOG_ZERO, Divergence
 from potstill.errors import ShapeError, UserError, VocabularyError
-from potstill.positions import IGNORE
-from potstill.targets import MixtureTargets, SparseTargets, Targets
+from potstill.losses.alignment import IGNORE
+from potstill.losses.divergences import LOG_ZERO, Divergence
+from potstill.losses.targets import MixtureTargets, SparseTargets, Targets
 
 # A sum of q (log q - log p) with log p = LOG_ZERO passes this; no divergence of finite logits comes near it.
 INFINITE = 1e9
@@ -42,8 +42,8 @@ def token_divergence(
             targets meet a divergence for which they are biased, or the divergence is infinite because the teacher
             rules out (-inf) a token that the student does not.
 
-    >>> from potstill.divergence import ReverseKL
-    >>> from potstill.targets import DenseTargets
+    >>> from potstill.losses.divergences import ReverseKL
+    >>> from potstill.losses.targets import DenseTargets
     >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])
     >>> token_divergence(student, DenseTargets(teacher), ReverseKL())
     tensor([0.])

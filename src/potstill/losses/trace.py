@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from potstill.divergence import Divergence
+from potstill.losses.divergences import Divergence
 
 # What the compiled tails can say, by the names of torch's functions and methods and of Python's operators.
 ONE = ("neg", "exp", "log", "log1p", "expm1", "sqrt", "abs", "sign", "square", "reciprocal")

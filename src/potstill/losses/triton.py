@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from potstill.divergence import LOG_ZERO, Divergence
 from potstill.losses.chunked import Chunk, Job, Tail
+from potstill.losses.divergences import LOG_ZERO, Divergence
 from potstill.losses.tail import TorchTail
 from potstill.losses.token import Row
 from potstill.losses.trace import Program, program

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from potstill.cache.codec import Hidden, codec_of
-from potstill.cache.planes import Reader, pack_floats
-from potstill.cache.store import Cache, Plan, row_key
 from potstill.errors import DataError, ModelError
-from potstill.positions import Alignment, counting
-from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+from potstill.losses.alignment import Alignment, counting
+from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+from potstill.models.capture import ActivationRequest, Activations, Anatomy
+from potstill.teachers.cache.codec import Hidden, codec_of
+from potstill.teachers.cache.planes import Reader, pack_floats
+from potstill.teachers.cache.store import Cache, Plan, row_key
 from potstill.teachers.teacher import NOT_COVERED, Teacher, TeacherOutput
 
 HEAD = "head.safetensors"  # beside the manifest
@@ -43,7 +43,7 @@ class CachedTeacher(Teacher):
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.cache = Cache(directory, verify=verify)
         self.codec = codec_of(self.plan.codec)
-        self._needs = Needs()
+        self._needs = ActivationRequest()
         self._head = _read_head(self.cache.directory / HEAD) if isinstance(self.codec, Hidden) else None
 
     @property
@@ -57,7 +57,7 @@ class CachedTeacher(Teacher):
         if (rows < 0).any():
             raise DataError(NOT_COVERED)
         device = batch["input_ids"].device
-        inside = self._layers(batch, alignment, rows).to(device) if self._needs else Inside()
+        inside = self._layers(batch, alignment, rows).to(device) if self._needs else Activations()
         if not keys:
             return TeacherOutput(DenseTargets(torch.zeros(0, self.plan.vocabulary, device=device)), inside=inside)
         said, told = self.codec.decode(*self.cache.signals(rows), self._head)
@@ -71,10 +71,10 @@ class CachedTeacher(Teacher):
             raise self._closed()
         return Anatomy(kept.depth, kept.width, kept.heads, kept.narrowest, attention_dropout=0.0)
 
-    def prepare(self, needs: Needs) -> None:
+    def prepare(self, needs: ActivationRequest) -> None:
         """See `Teacher`. Only hidden states are kept."""
         kept = [] if self.plan.layers is None else self.plan.layers.kept
-        if needs != Needs(hidden=needs.hidden & {*kept}):
+        if needs != ActivationRequest(hidden=needs.hidden & {*kept}):
             raise self._closed(sorted(needs.hidden))
         self._needs |= needs
 
@@ -87,7 +87,7 @@ class CachedTeacher(Teacher):
             "Build it with --layers, use a model as the teacher, or the terms logits and labels."
         )
 
-    def _layers(self, batch: Mapping[str, Tensor], alignment: Alignment, rows: NDArray[np.int64]) -> Inside:
+    def _layers(self, batch: Mapping[str, Tensor], alignment: Alignment, rows: NDArray[np.int64]) -> Activations:
         """Hidden states [B, T, H], 0 at padding and in rows where nothing counts."""
         kept = self.plan.layers
         assert kept is not None
@@ -99,7 +99,7 @@ class CachedTeacher(Teacher):
         states = torch.zeros(*there.shape, len(kept.kept), kept.width, dtype=getattr(torch, kept.dtype))
         if parts:
             states[there] = torch.cat(parts).reshape(-1, len(kept.kept), kept.width)
-        return Inside({layer: states[:, :, kept.kept.index(layer)] for layer in sorted(self._needs.hidden)})
+        return Activations({layer: states[:, :, kept.kept.index(layer)] for layer in sorted(self._needs.hidden)})
 
     def holds(self, batch: Mapping[str, Tensor], alignment: Alignment) -> bool:
         """Whether every row of a batch with a counting token is in the cache."""
@@ -129,7 +129,7 @@ def keys_of_batch(batch: Mapping[str, Tensor], alignment: Alignment) -> list[byt
 
 
 def layers_of_batch(
-    batch: Mapping[str, Tensor], alignment: Alignment, inside: Inside, layers: Sequence[int]
+    batch: Mapping[str, Tensor], alignment: Alignment, inside: Activations, layers: Sequence[int]
 ) -> list[bytes]:
     """What is kept of the hidden states of each row of a padded batch: [T, layers, H] without padding."""
     there = _spoken_of(batch, alignment)

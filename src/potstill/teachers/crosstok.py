@@ -12,11 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import ShapeError
-from potstill.losses import chunk_log_probs, linear_cross_entropy, token_cross_entropy
-from potstill.positions import IGNORE, Alignment
-from potstill.targets import DenseTargets, HeadTargets
-from potstill.teachers.across import Across
-from potstill.teachers.alignment import NONE, Pair, Reading
+from potstill.losses.alignment import IGNORE, Alignment
+from potstill.losses.chunk import chunk_log_probs
+from potstill.losses.linear import linear_cross_entropy
+from potstill.losses.targets import DenseTargets, HeadTargets
+from potstill.losses.token import token_cross_entropy
+from potstill.teachers.byte_alignment import Across
+from potstill.teachers.chunks import NONE, Pair, Reading
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.pieces import Pieces
 from potstill.teachers.teacher import Teacher, TeacherOutput
@@ -24,7 +26,7 @@ from potstill.teachers.teacher import Teacher, TeacherOutput
 KEPT_ROWS = 1 << 16  # readings that are remembered
 
 
-class Meeting(NamedTuple):
+class AlignmentStats(NamedTuple):
     """How far two tokenizers meet in some rows.
 
     Args:
@@ -139,16 +141,16 @@ class CrossTokenizerTeacher(Teacher):
         )
         return TeacherOutput(said, across=across)
 
-    def meeting(self, dataset: Iterable[Any]) -> Meeting:
+    def meeting(self, dataset: Iterable[Any]) -> AlignmentStats:
         """How far the two tokenizers meet in rows of the student's data."""
         found = [self._met(row["input_ids"], np.array(row["labels"]) != IGNORE) for row in dataset]
-        return Meeting(*(sum(each) for each in zip(*found, strict=True)))
+        return AlignmentStats(*(sum(each) for each in zip(*found, strict=True)))
 
-    def _met(self, ids: list[int], counts: np.ndarray) -> Meeting:
+    def _met(self, ids: list[int], counts: np.ndarray) -> AlignmentStats:
         counts[:1] = False  # nothing predicts it
         row, spelled = self._row(ids, counts), self.pair.student.spell(ids)
         single = [np.bincount(x[x >= 0], minlength=len(row.sizes)) == 1 for x in (row.student, row.teacher)]
-        return Meeting(
+        return AlignmentStats(
             bytes=sum(token.size for token, count in zip(spelled, counts, strict=True) if count),
             covered=int(row.sizes.sum()),
             tokens=int(counts.sum()),

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.heads import says, undisturbed
-from potstill.layers import layer_index
-from potstill.losses import dimension_importance, label_loss, select_dimensions
-from potstill.positions import Task, align, attended
-from potstill.taps import Taps
+from potstill.losses.alignment import Task, align, attended
+from potstill.losses.hidden import dimension_importance, select_dimensions
+from potstill.losses.token import label_loss
+from potstill.models.capture import ActivationCapture
+from potstill.models.layer_map import layer_index
+from potstill.models.split import forward_targets, undisturbed
 
 
 def important_dimensions(
@@ -40,7 +41,7 @@ def important_dimensions(
     References:
         Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155.
     """
-    taps = Taps(model)
+    taps = ActivationCapture(model)
     numbers = [layer_index("teacher", layer, taps.anatomy.layers) for layer in layers]
     names = {layer: taps.layer(layer) for layer in numbers}
     sums = {layer: torch.zeros(taps.anatomy.width) for layer in names}
@@ -60,7 +61,7 @@ def important_dimensions(
         with undisturbed(model), torch.enable_grad():
             for batch in batches:
                 alignment = align(batch["labels"], task)
-                loss = label_loss(says(model, None, batch, alignment).dense(), alignment.labels).sum()
+                loss = label_loss(forward_targets(model, None, batch, alignment).dense(), alignment.labels).sum()
                 gradients = torch.autograd.grad(loss, [states[layer] for layer in names])
                 there = attended(batch, task)
                 for layer, gradient in zip(names, gradients, strict=True):

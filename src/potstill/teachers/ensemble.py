@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import DataError, ModelError, ShapeError
+from potstill.losses.alignment import Alignment
+from potstill.losses.targets import MixtureTargets, SparseTargets, Targets, Whole
 from potstill.losses.teacher_weights import token_log_probs
-from potstill.positions import Alignment
-from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import MixtureTargets, SparseTargets, Targets, Whole
+from potstill.models.capture import ActivationRequest, Activations, Anatomy
 from potstill.teachers.teacher import NOT_COVERED, Teacher, TeacherOutput
 
 FORGETTING = 0.6  # the exponent of the step size of online EM, as in Cappe and Moulines 2009, section 5
@@ -85,7 +85,7 @@ class EnsembleTeacher(Teacher):
         said = [answer.targets for answer in answers]
         if self.vocabulary is not None:
             said = [targets.slice(self.vocabulary) for targets in said]
-        inside = next((answer.inside for answer in answers if answer.inside != Inside()), Inside())
+        inside = next((answer.inside for answer in answers if answer.inside != Activations()), Activations())
         of_members = self._of_members(answers, said, alignment.labels) if self.learned else None
         targets = mix(said, self.weights, self.of)
         told = None
@@ -169,7 +169,7 @@ class EnsembleTeacher(Teacher):
         """The shape of the member that is looked into."""
         return self._open.anatomy
 
-    def prepare(self, needs: Needs) -> None:
+    def prepare(self, needs: ActivationRequest) -> None:
         """See `Teacher`; asked of one member."""
         if needs:
             self._open.prepare(needs)

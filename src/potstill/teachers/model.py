@@ -8,17 +8,18 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from potstill.heads import Cut, cut, inputs, says
-from potstill.positions import Alignment
-from potstill.taps import Anatomy, Inside, Needs, Taps
-from potstill.targets import DenseTargets
+from potstill.losses.alignment import Alignment
+from potstill.losses.targets import DenseTargets
+from potstill.models.capture import ActivationCapture, ActivationRequest, Activations, Anatomy
+from potstill.models.split import SplitModel, forward_targets, inputs, split_model
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 
 class ModelTeacher(Teacher):
     """A frozen model: evaluation mode, no gradient, its own precision and, if asked, its own device.
 
-    It gives hidden states and head where it can be cut (`potstill.heads`) and runs where the batch is, else logits.
+    It gives hidden states and head where it can be split (`potstill.models.split`) and runs where the batch is, else
+    logits.
 
     Args:
         model: a model of transformers. It is switched to evaluation mode and frozen in place.
@@ -35,7 +36,7 @@ class ModelTeacher(Teacher):
         if device is not None:
             self.model.to(device)
         self._device = None if device is None else torch.device(device)
-        self._needs = Needs()
+        self._needs = ActivationRequest()
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
@@ -47,9 +48,11 @@ class ModelTeacher(Teacher):
         # The student's autocast must not change what the teacher says.
         with torch.autocast(device.type, enabled=False):
             if self._needs:
-                said, inside = self._taps.hear(self._needs, partial(says, self.model, self._cut, there, alignment))
+                said, inside = self._taps.capture(
+                    self._needs, partial(forward_targets, self.model, self._cut, there, alignment)
+                )
             else:
-                said, inside = says(self.model, self._cut, there, alignment), Inside()
+                said, inside = forward_targets(self.model, self._cut, there, alignment), Activations()
             if isinstance(said, DenseTargets) or said.hidden.device != home:
                 said = DenseTargets(said.dense().to(home))
         return TeacherOutput(said, inside=inside.last(batch["input_ids"].shape[1]).to(home))
@@ -59,16 +62,16 @@ class ModelTeacher(Teacher):
         """The model's shape."""
         return self._taps.anatomy
 
-    def prepare(self, needs: Needs) -> None:
+    def prepare(self, needs: ActivationRequest) -> None:
         """See `Teacher`. Only the layers that are asked for are kept."""
         if needs:
             self._taps.prepare(needs)
             self._needs |= needs
 
     @cached_property
-    def _taps(self) -> Taps:
-        return Taps(self.model)
+    def _taps(self) -> ActivationCapture:
+        return ActivationCapture(self.model)
 
     @cached_property
-    def _cut(self) -> Cut | None:
-        return cut(self.model)  # at the first batch, where the model is to run
+    def _cut(self) -> SplitModel | None:
+        return split_model(self.model)  # at the first batch, where the model is to run

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError, ShapeError
-from potstill.heads import Cut, cut, says, undisturbed
-from potstill.positions import Alignment
-from potstill.taps import Anatomy, Needs, Taps
+from potstill.losses.alignment import Alignment
+from potstill.models.capture import ActivationCapture, ActivationRequest, Anatomy
+from potstill.models.split import SplitModel, forward_targets, split_model, undisturbed
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
@@ -48,7 +48,7 @@ class EMATeacher(Teacher):
         if warmup_steps < 0:
             raise ShapeError(f"EMATeacher: expected warmup_steps of at least 0, got {warmup_steps}.")
         self.decay, self.warmup_steps = decay, warmup_steps
-        self._needs = Needs()
+        self._needs = ActivationRequest()
         self._student: nn.Module | None = None
         self._teacher: ModelTeacher | None = None
         self._average: dict[str, Tensor] = {}
@@ -106,13 +106,13 @@ class EMATeacher(Teacher):
         """The student's shape."""
         return self._met.anatomy
 
-    def prepare(self, needs: Needs) -> None:
+    def prepare(self, needs: ActivationRequest) -> None:
         """See `Teacher`."""
         self._needs |= needs
         self._met.prepare(needs)
 
 
-class AdapterOffTeacher(Teacher):
+class BaseModelTeacher(Teacher):
     """The student without its adapter, in evaluation mode: the base model teaches, and there is no second copy of it.
 
     It costs one more forward pass of the base.
@@ -124,10 +124,10 @@ class AdapterOffTeacher(Teacher):
     of_student = True
 
     def __init__(self) -> None:
-        self._needs = Needs()
+        self._needs = ActivationRequest()
         self._student: Any = None
-        self._taps: Taps | None = None
-        self._cut: Cut | None = None
+        self._taps: ActivationCapture | None = None
+        self._cut: SplitModel | None = None
 
     def attach(self, student: nn.Module) -> None:
         """See `Teacher`.
@@ -137,37 +137,37 @@ class AdapterOffTeacher(Teacher):
         """
         if not hasattr(student, "disable_adapter"):
             raise ModelError(
-                f"AdapterOffTeacher: expected a student with an adapter that can be switched off, got a "
+                f"BaseModelTeacher: expected a student with an adapter that can be switched off, got a "
                 f"{type(student).__name__}. Its base is the teacher. Give the student an adapter (a PeftModel), or "
                 "name a teacher."
             )
         if any(getattr(config, "bias", "none") != "none" for config in getattr(student, "peft_config", {}).values()):
             raise ModelError(
-                "AdapterOffTeacher: expected an adapter that leaves its base as it is, got one with which biases are "
+                "BaseModelTeacher: expected an adapter that leaves its base as it is, got one with which biases are "
                 "trained: the teacher would move with the student. Leave student.adapter.bias out."
             )
         self._student, self._taps = student, None
         with _without_adapter(student):
-            self._cut = cut(student)
+            self._cut = split_model(student)
         self.prepare(self._needs)
 
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         student = self._met
         with undisturbed(student), _without_adapter(student):
-            call = partial(says, student, self._cut, batch, alignment)
-            said, inside = self._open.hear(self._needs, call) if self._needs else (call(), None)
+            call = partial(forward_targets, student, self._cut, batch, alignment)
+            said, inside = self._open.capture(self._needs, call) if self._needs else (call(), None)
         return TeacherOutput(said) if inside is None else TeacherOutput(said, inside=inside)
 
     @property
     def _met(self) -> Any:
         if self._student is None:
-            raise _alone("AdapterOffTeacher")
+            raise _alone("BaseModelTeacher")
         return self._student
 
     @property
-    def _open(self) -> Taps:
+    def _open(self) -> ActivationCapture:
         if self._taps is None:
-            self._taps = Taps(self._met)
+            self._taps = ActivationCapture(self._met)
         return self._taps
 
     @property
@@ -175,7 +175,7 @@ class AdapterOffTeacher(Teacher):
         """The student's shape."""
         return self._open.anatomy
 
-    def prepare(self, needs: Needs) -> None:
+    def prepare(self, needs: ActivationRequest) -> None:
         """See `Teacher`."""
         if needs:
             self._open.prepare(needs)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from potstill.engines import ModelServer
-from potstill.engines.alike import read, reads_alike, refuse
+from potstill.engines.server import ModelServer
+from potstill.engines.tokenizer_check import check_tokenizer_matches, read, refuse
 from potstill.errors import VocabularyError
-from potstill.positions import Alignment
-from potstill.targets import SparseTargets
+from potstill.losses.alignment import Alignment
+from potstill.losses.targets import SparseTargets
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 
@@ -75,7 +75,7 @@ class ServedTeacher(Teacher):
         sample = min(64, self.max_length or 64, self.vocabulary)
         probe = [i * self.vocabulary // sample for i in range(sample)]
         (scores,) = self.server.score([probe], self.top_k)
-        if reads_alike(self.server, tokenizer):
+        if check_tokenizer_matches(self.server, tokenizer):
             return
         words = {token: word for token, word in scores.words.items() if word is not None and token < self.vocabulary}
         if not words:

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from potstill.errors import DataError, ModelError
+from potstill.losses.alignment import Alignment
+from potstill.losses.targets import SparseTargets, Targets
 from potstill.losses.teacher_weights import token_log_probs
-from potstill.positions import Alignment
-from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import SparseTargets, Targets
-from potstill.teachers.across import Across
+from potstill.models.capture import ActivationRequest, Activations, Anatomy
+from potstill.teachers.byte_alignment import Across
 
 NOT_COVERED = (
     "teacher: expected a cache that holds every row of the data, got one that lacks some. A row is found by its token "
@@ -38,7 +38,7 @@ class TeacherOutput:
 
     targets: Targets
     label_log_probs: Tensor | None = None
-    inside: Inside = field(default_factory=Inside)
+    inside: Activations = field(default_factory=Activations)
     across: Across | None = None
     of_members: Tensor | None = None
 
@@ -76,7 +76,7 @@ class Teacher(ABC):
 
         Args:
             batch: input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
-            alignment: the N positions that are asked for; see `potstill.positions`.
+            alignment: the N positions that are asked for; see `potstill.losses.alignment`.
         """
 
     def covers(self, dataset: Any) -> bool:
@@ -125,7 +125,7 @@ class Teacher(ABC):
         """
         raise self._closed()
 
-    def prepare(self, needs: Needs) -> None:
+    def prepare(self, needs: ActivationRequest) -> None:
         """From now on every answer holds this too, beside the targets and what was asked for before.
 
         Raises:

@@ -18,9 +18,9 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from potstill.atomic import write_text
-from potstill.train.own_text import collapse
+from potstill.data.files import write_text
 from potstill.train.rollout import Rollout
+from potstill.train.samples import collapse
 
 
 class Epochs(TrainerCallback):

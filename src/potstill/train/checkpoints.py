@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from potstill.errors import UserError
-from potstill.teachers import Teacher
+from potstill.teachers.teacher import Teacher
 
 TEACHER = "teacher.safetensors"  # likewise: what has become of a teacher that changes
 

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from potstill.errors import ShapeError, VocabularyError
-from potstill.heads import cut, says
-from potstill.positions import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, Task, align, attended
-from potstill.taps import Inside, Needs, Taps
-from potstill.teachers import ModelTeacher, Teacher, TeacherOutput
+from potstill.losses.alignment import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, Task, align, attended
+from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
+from potstill.models.split import forward_targets, split_model
+from potstill.teachers.model import ModelTeacher
+from potstill.teachers.teacher import Teacher, TeacherOutput
 from potstill.train.objective import Objective, Own, Signals, Term
 from potstill.train.prefetch import Prefetch
 
@@ -34,7 +35,8 @@ class Distiller(nn.Module):
     """A student that learns from a teacher.
 
     The student and what the objective trains are parameters of this module; the teacher is not. Where heads are plain
-    no logits are built (`potstill.heads`). To compile, compile the Distiller: a compiled student gives whole logits.
+    no logits are built (`potstill.models.split`). To compile, compile the Distiller: a compiled student gives whole
+    logits.
 
     Args:
         student: a model of transformers for the task.
@@ -42,8 +44,8 @@ class Distiller(nn.Module):
         objective: an `Objective`, or a list of its terms.
         vocabulary: the number of tokens that teacher and student share, where a head has padding rows behind them:
             both are sliced to it before the normaliser.
-        task: what both are asked for, and so what labels mean; see `potstill.positions.Task`.
-        prefetch: ask the teacher one batch ahead, while the student learns; see `foretell`.
+        task: what both are asked for, and so what labels mean; see `potstill.losses.alignment.Task`.
+        prefetch: ask the teacher one batch ahead, while the student learns; see `prefetch`.
 
     Raises:
         ShapeError: a term needs a teacher and there is none, asks for a layer that is not there, or makes no sense for
@@ -51,7 +53,7 @@ class Distiller(nn.Module):
         VocabularyError: a term compares tokens and the teacher has another tokenizer, or the other way round.
         ModelError: a term asks for something that the student or the teacher does not give.
 
-    >>> from potstill.divergence import ForwardKL
+    >>> from potstill.losses.divergences import ForwardKL
     >>> from potstill.train.objective import Logits
     >>> Distiller(nn.Identity(), None, [Logits(ForwardKL())])
     Traceback (most recent call last):
@@ -88,9 +90,9 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             self.teacher.attach(student)
         self._prefetch = Prefetch(self.teacher) if prefetch and self.teacher is not None else None
-        self._needs = Needs()
+        self._needs = ActivationRequest()
         if self.objective.looks_inside:
-            self._taps = Taps(student)
+            self._taps = ActivationCapture(student)
             theirs = None
             if self.objective.looks_into_teacher:
                 assert self.teacher is not None
@@ -99,7 +101,7 @@ class Distiller(nn.Module):
             self._taps.prepare(self._needs)
             if self.teacher is not None:
                 self.teacher.prepare(asked)
-        self.cut = cut(student)  # here, before wrappers of the Distiller shard the weights
+        self.cut = split_model(student)  # here, before wrappers of the Distiller shard the weights
 
     @property
     def teacher(self) -> Teacher | None:
@@ -143,7 +145,7 @@ class Distiller(nn.Module):
             attended_normalizer: the number of attended positions in the whole optimiser step, for terms over layers.
         """
         alignment = align(batch["labels"], self.task, batch.get("weights"))
-        student, inside = self._listen(partial(says, self.student, self.cut, batch, alignment))
+        student, inside = self._listen(partial(forward_targets, self.student, self.cut, batch, alignment))
         inside = inside.last(batch["input_ids"].shape[1])
         teacher = self._ask(batch, alignment) if self.consults else None
         if self.vocabulary is not None:
@@ -160,7 +162,7 @@ class Distiller(nn.Module):
         """Whether the teacher is asked one batch ahead."""
         return self._prefetch is not None and self.consults
 
-    def foretell(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def prefetch(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
         """Say which batches the module will be called with, in order, for `prefetch`; none ends it.
 
         A batch is known again by its very tensor of input_ids. Others may come between, and are asked on the spot.
@@ -168,12 +170,12 @@ class Distiller(nn.Module):
         if self._prefetch is None:
             return
         if batches:
-            self._prefetch.foretell([(batch, align(batch["labels"], self.task)) for batch in batches])
+            self._prefetch.prefetch([(batch, align(batch["labels"], self.task)) for batch in batches])
         else:
             self._prefetch.close()
 
-    def _listen(self, call: Callable[[], Any]) -> tuple[Any, Inside]:
-        return self._taps.hear(self._needs, call) if self._needs else (call(), Inside())
+    def _listen(self, call: Callable[[], Any]) -> tuple[Any, Activations]:
+        return self._taps.capture(self._needs, call) if self._needs else (call(), Activations())
 
     def _ask(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         assert self.teacher is not None

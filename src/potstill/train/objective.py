@@ -10,31 +10,24 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from potstill.divergence import Divergence
 from potstill.errors import ShapeError
-from potstill.losses import (
-    FusedLoss,
-    label_loss,
-    linear_divergence,
-    teacher_confidence,
-    teacher_entropy,
-    token_divergence,
-    token_mean,
-    top_share,
-    top_tokens,
-)
-from potstill.positions import ANSWERS, DISTRIBUTIONS, IGNORE, TASKS, Alignment, Task, instead
-from potstill.schedule import Schedule
-from potstill.taps import Anatomy, Inside, Needs
-from potstill.targets import DenseTargets, HeadTargets, Targets
-from potstill.teachers import TeacherOutput
+from potstill.losses.alignment import ANSWERS, DISTRIBUTIONS, IGNORE, TASKS, Alignment, Task, instead
+from potstill.losses.divergences import Divergence
+from potstill.losses.linear import FusedLoss, linear_divergence
+from potstill.losses.reduce import token_mean
+from potstill.losses.schedule import Schedule
+from potstill.losses.targets import DenseTargets, HeadTargets, Targets
+from potstill.losses.teacher_weights import teacher_confidence, teacher_entropy, top_share, top_tokens
+from potstill.losses.token import label_loss, token_divergence
+from potstill.models.capture import ActivationRequest, Activations, Anatomy
+from potstill.teachers.teacher import TeacherOutput
 
 Text = Literal["all", "data", "own"]  # which tokens a term is about: the student's own, or the others
 Number = float | Schedule  # every weight and temperature: fixed, or a function of the optimiser step
 
 # How much more than the logits the labels may weigh where both go through the head together: their gradient may be in
 # half precision before it is weighted, and must stay within its range.
-MOST = 10.0
+MAX_LABEL_WEIGHT_RATIO = 10.0
 
 
 # Logs of own text against data: sums over such tokens, and how many they are, both divided by all tokens.
@@ -87,7 +80,7 @@ class Signals:
     teacher: TeacherOutput | None
     normalizer: Tensor | float | None
     step: int
-    inside: Inside = field(default_factory=Inside)
+    inside: Activations = field(default_factory=Activations)
     attended: Tensor | None = None
     attended_normalizer: Tensor | float | None = None
     alignment: Alignment | None = None
@@ -218,13 +211,13 @@ class Term(ABC):
     def __call__(self, signals: Signals) -> Tensor:
         """The term's scalar, without its weight."""
 
-    def fit(self, student: Anatomy, teacher: Anatomy) -> tuple[Needs, Needs]:
+    def fit(self, student: Anatomy, teacher: Anatomy) -> tuple[ActivationRequest, ActivationRequest]:
         """Settle on layers and widths, for a term that looks inside: what it needs of the student and of the teacher.
 
         Raises:
             UserError: it does not go with these models.
         """
-        return Needs(), Needs()
+        return ActivationRequest(), ActivationRequest()
 
 
 @dataclass(frozen=True)
@@ -337,7 +330,7 @@ class Objective(nn.Module):
         self.looks_into_teacher = any(term.looks_inside and term.needs_teacher for term in terms)
         self.trained = nn.ModuleList(term for term in terms if isinstance(term, nn.Module))
 
-    def fit(self, student: Anatomy, teacher: Anatomy | None) -> tuple[Needs, Needs]:
+    def fit(self, student: Anatomy, teacher: Anatomy | None) -> tuple[ActivationRequest, ActivationRequest]:
         """Settle on layers and widths: what all terms together need of the student and of the teacher.
 
         A term that needs no teacher learns from the student itself. None stands for a teacher that no term looks into.
@@ -345,7 +338,7 @@ class Objective(nn.Module):
         Raises:
             UserError: a term does not go with these models.
         """
-        of_student, of_teacher = Needs(), Needs()
+        of_student, of_teacher = ActivationRequest(), ActivationRequest()
         for term in self.terms:
             mine, theirs = term.fit(student, teacher if term.needs_teacher and teacher else student)
             of_student, of_teacher = of_student | mine, of_teacher | theirs
@@ -385,7 +378,12 @@ class Objective(nn.Module):
         by_text: dict[str, Tensor] = {}
         logits, labels = self._first(Logits), self._first(Labels)
         joined = labels
-        if logits is None or labels is None or weights[logits] <= 0 or weights[labels] > MOST * weights[logits]:
+        if (
+            logits is None
+            or labels is None
+            or weights[logits] <= 0
+            or weights[labels] > MAX_LABEL_WEIGHT_RATIO * weights[logits]
+        ):
             joined = None
         elif cast(Logits, self.terms[logits]).weighs_tokens:
             joined = None  # they would share its tokens' weights

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from potstill.errors import ModelError
-from potstill.positions import Alignment
-from potstill.teachers import Teacher, TeacherOutput
+from potstill.losses.alignment import Alignment
+from potstill.teachers.teacher import Teacher, TeacherOutput
 
 T = TypeVar("T")
 Question = tuple[Mapping[str, Tensor], Alignment]
@@ -50,7 +50,7 @@ class Prefetch:
         self._stream: torch.cuda.Stream | None = None
         self._has_spoken = False
 
-    def foretell(self, coming: Sequence[Question]) -> None:
+    def prefetch(self, coming: Sequence[Question]) -> None:
         """Say which batches come, in order. What was foretold before and does not come any more is forgotten."""
         self._coming = deque(coming)
         if self._begun is not None and not self._skip_to(self._begun[0]):
@@ -77,7 +77,7 @@ class Prefetch:
 
     def close(self) -> None:
         """Forget what was foretold, and end the thread when it has said what it is saying."""
-        self.foretell(())
+        self.prefetch(())
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None

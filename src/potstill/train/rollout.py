@@ -16,15 +16,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from potstill.atomic import write_text
-from potstill.data import PaddingCollator, pad_token_id
+from potstill.data.batches import PaddingCollator, pad_token_id
+from potstill.data.files import write_text
 from potstill.engines.decode import Guide, Written, ends_of, write
 from potstill.engines.sampling import Sampling
 from potstill.errors import ShapeError, UserError
-from potstill.positions import IGNORE, OWN_LOG_PROBS, SAMPLER_LOG_PROBS
+from potstill.losses.alignment import IGNORE, OWN_LOG_PROBS, SAMPLER_LOG_PROBS
 from potstill.train.objective import Number, value_at
-from potstill.train.own_text import TextSums
-from potstill.train.served import ServedWriter
+from potstill.train.samples import TextSums
+from potstill.train.server_writer import ServedWriter
 
 Batch = dict[str, Tensor]
 
@@ -227,7 +227,7 @@ class Rollout:
         number = min(own - _rounded(value_at(self.replay.fresh, step) * own, chance), len(usable))
         return [usable[i] for i in chance.choice(len(usable), number, replace=False)] if number else []
 
-    def heed(self, loss: float) -> None:
+    def update(self, loss: float) -> None:
         """Take note of a held-out loss, in nats; see `Adapt`."""
         if self.adapt is None:
             return

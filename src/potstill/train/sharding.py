@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.errors import UserError
-from potstill.teachers import Teacher
+from potstill.teachers.teacher import Teacher
 from potstill.train.rollout import Rollout
 
 UNSHARDED = (

@@ -17,11 +17,11 @@ from torch.utils.data import ConcatDataset, DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from potstill.data import PaddingCollator, pad_token_id
+from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
-from potstill.positions import IGNORE, Task, align, attended, counting
-from potstill.students.adapted import is_adapted, load_adapter, save_student
-from potstill.teachers import Teacher
+from potstill.losses.alignment import IGNORE, Task, align, attended, counting
+from potstill.models.adapted import is_adapted, load_adapter, save_student
+from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import Epochs
 from potstill.train.checkpoints import TEACHER, last_checkpoint, restore_teacher
 from potstill.train.distiller import Distiller, StepOutput
@@ -162,7 +162,7 @@ class DistillationTrainer(Trainer):
         if prefetches and self._peek is not None:
             # What the student will write in the next step is not known yet.
             ahead = [] if self.rollout is not None else self._peek.ahead()
-            self.distiller.foretell([*batches, *ahead])
+            self.distiller.prefetch([*batches, *ahead])
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
@@ -270,7 +270,7 @@ class DistillationTrainer(Trainer):
         if means:
             means["loss"] = objective.total(means, self.state.global_step)
         if self.rollout is not None and means:
-            self.rollout.heed(means["loss"])
+            self.rollout.update(means["loss"])
         exact = {f"{prefix}_{name}": mean for name, mean in means.items()}
         return result._replace(metrics={**(result.metrics or {}), **exact})
 
@@ -313,7 +313,7 @@ class DistillationTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.distiller.foretell(())
+            self.distiller.prefetch(())
             if self.rollout is not None and self.args.should_save:
                 self.rollout.close()
 

@@ -1,1 +1,0 @@
-"""Teacher signals on disk."""

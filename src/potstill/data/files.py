@@ -1,0 +1,58 @@
+"""Files that are there whole or not at all, whatever kills the process that writes them; and proof of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from potstill.errors import PotstillError, RunError
+
+
+@contextmanager
+def explain_disk_full(folder: Path, needed: int) -> Iterator[None]:
+    """What fails while a folder is written to, on a disk that has no room for so many bytes, failed for that.
+
+    Raises:
+        RunError: it did. torch itself says "unexpected pos 1659136 vs 1659028" then.
+    """
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(folder).free
+        if isinstance(error, PotstillError) or free >= needed:
+            raise
+        raise RunError(
+            f"output: expected room for {needed / 1e6:,.1f} MB on the disk of {folder}, got {free / 1e6:,.1f} MB. What "
+            "was saved is kept. Make room, and go on with --resume."
+        ) from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes `path` when all went well, and is gone when not."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8; half a surrogate pair, which a model may write, becomes a question mark."""
+    with atomic_path(path) as partial:
+        partial.write_bytes(text.encode("utf-8", errors="replace"))
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, or of the names and content of all files in a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        parts = "\n".join(f"{file.relative_to(path).as_posix()} {digest(file)}" for file in files)
+        return hashlib.sha256(parts.encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

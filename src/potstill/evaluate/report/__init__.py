@@ -1,0 +1,1 @@
+"""Report pages, model cards and their plots."""

@@ -1,0 +1,1 @@
+"""Training data written by a teacher: requests, reasoning, verification and filters."""

@@ -1,0 +1,1 @@
+"""Hugging Face models: loading, structure, activation capture, design, initialisation, pruning and adapters."""

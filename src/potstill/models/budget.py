@@ -1,0 +1,129 @@
+"""What a student may cost, and the largest student that costs no more."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from potstill.errors import ModelError, nearest
+from potstill.models.design import KEPT, TOLERANCE, Keep, Search, design, in_words
+from potstill.models.size import count_parameters, size_of
+
+# The most parameters on each kind of device: rules of thumb for models in 4 to 16 bits, to begin with and to correct.
+TARGETS = {"browser": 200_000_000, "edge": 500_000_000, "mobile": 1_000_000_000, "server": 3_000_000_000}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a student may cost: exactly one limit.
+
+    Args:
+        params: about so many parameters (within 5%).
+        compression: so many times fewer than the teacher's (within 5%).
+        memory_gb: at most so many gigabytes (10^9 bytes) to serve one row of `context` tokens in half precision.
+        latency_ms: at most so long for one forward pass over a row of `context` tokens.
+        target: at most what a kind of device takes, see `TARGETS`.
+        keep: see `design`.
+        context: tokens in a row.
+
+    Raises:
+        ModelError: no limit or several, or one that is not positive.
+    """
+
+    params: int | None = None
+    compression: float | None = None
+    memory_gb: float | None = None
+    latency_ms: float | None = None
+    target: str | None = None
+    keep: Keep = "balanced"
+    context: int = 2048
+
+    def __post_init__(self) -> None:
+        limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:5]}
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        if len(given) != 1:
+            raise ModelError(f"design: expected one of {', '.join(limits)}, got {' and '.join(given) or 'none'}.")
+        ((name, limit),) = given.items()
+        if name == "target" and limit not in TARGETS:
+            raise ModelError(f"design: expected target {', '.join(TARGETS)}, got {limit}.{nearest(limit, TARGETS)}")
+        if name != "target" and not (limit > (1 if name == "compression" else 0) and math.isfinite(limit)):
+            raise ModelError(f"design: expected {name} above {1 if name == 'compression' else 0}, got {limit:g}.")
+
+    def student(
+        self,
+        teacher: PretrainedConfig,
+        *,
+        vocabulary: int | None = None,
+        seconds: Callable[[PretrainedConfig], float] | None = None,
+    ) -> PretrainedConfig:
+        """The config of the student that fits.
+
+        Args:
+            teacher: the teacher's config.
+            vocabulary: the student's number of tokens; default: the teacher's.
+            seconds: times a forward pass of a config's model, for `latency_ms`.
+
+        Raises:
+            ModelError: nothing fits; it says what the smallest student costs.
+        """
+        if self.memory_gb is not None:
+            what = f"at most {self.memory_gb:g} GB"
+            return self._largest(teacher, vocabulary, lambda c: size_of(c, self.context).serve_bytes / 1e9, what)
+        if self.latency_ms is not None:
+            assert seconds is not None, "latency_ms needs a clock"
+            what = f"at most {self.latency_ms:g} ms"
+            return self._largest(teacher, vocabulary, lambda c: 1000 * seconds(c), what)
+        if self.compression is not None:
+            params = round(count_parameters(teacher) / self.compression)
+        else:
+            params = self.params if self.params is not None else TARGETS[str(self.target)]
+        return design(teacher, params, keep=self.keep, vocabulary=vocabulary)
+
+    def _largest(
+        self,
+        teacher: PretrainedConfig,
+        vocabulary: int | None,
+        measure: Callable[[PretrainedConfig], float],
+        what: str,
+    ) -> PretrainedConfig:
+        """The largest student whose measure, which grows with its parameters, is within the limit."""
+        most = self.memory_gb or self.latency_ms or 0.0
+        search = Search(teacher, self.keep, vocabulary or teacher.vocab_size)
+        smallest = search.smallest()
+        found, least = search.config(smallest.shape), measure(search.config(smallest.shape))
+        if least > most:
+            raise ModelError(
+                f"design: expected a limit that a student {KEPT[self.keep]} can meet, got {what}: the smallest one "
+                f"takes {least:.3g}. It has {in_words(smallest.shape)}, {smallest.parameters:,} parameters."
+            )
+        low, high, everything_fits = smallest.parameters, count_parameters(teacher), True
+        while high / low > 1 + TOLERANCE / 4:
+            middle = round(math.sqrt(low * high))
+            config = search.config(search.best(middle).shape)
+            if measure(config) <= most:
+                low, found = middle, config
+            else:
+                high, everything_fits = middle, False
+        if everything_fits:
+            raise ModelError(f"design: expected a limit that the teacher does not meet, got {what}. Take the teacher.")
+        return found
+
+
+def parse_count(text: str | float) -> int:
+    """A number of parameters as people write it.
+
+    Raises:
+        ModelError: it is none.
+
+    >>> parse_count("1.5B"), parse_count("100M"), parse_count("250_000")
+    (1500000000, 100000000, 250000)
+    """
+    match = re.fullmatch(r"\s*([\d_]*\.?\d+(?:[eE]\d+)?)\s*([kKmMbB]?)\s*", str(text))
+    if not match or float(match[1]) <= 0:
+        raise ModelError(f"params: expected a number such as 100M or 1.5B, got {text}.")
+    return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])

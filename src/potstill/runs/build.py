@@ -1,0 +1,318 @@
+"""From a recipe to the objects that it names, checked to fit together; nothing is trained here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from potstill.runs import build_objective as objectives, build_rollout as rollouts
+from potstill.data.batches import Examples, PaddingCollator, pad_token_id
+from potstill.data.vocabulary import own_vocabulary, shared_vocabulary
+from potstill.losses.divergences import ReverseKL
+from potstill.errors import RecipeError
+from potstill.models.layer_map import LayerMap
+from potstill.models.loading import has_bfloat16, load_tokenizer
+from potstill.losses.token import token_divergence
+from potstill.losses.alignment import OF_TOKENS, causal_alignment
+from potstill.runs.build_across import meeting, reading_bytes
+from potstill.runs.build_across import notes as meeting_notes
+from potstill.runs.build_student import begin, design_of, first_student, with_adapter
+from potstill.runs.build_task import encode_data, match_heads, positions_of, token_rows
+from potstill.runs.config.run import Recipe
+from potstill.runs.build_teacher import Speaker, load_teacher
+from potstill.models.adapted import Count, count, virtual_tokens
+from potstill.models.initialize import Start
+from potstill.models.capture import Anatomy, ActivationCapture
+from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.crosstok import CrossTokenizerTeacher
+from potstill.teachers.cached_or_live import CachedOrLiveTeacher
+from potstill.teachers.privileged import PrivilegedTeacher
+from potstill.teachers.model import ModelTeacher
+from potstill.teachers.teacher import Teacher
+from potstill.teachers.dimensions import important_dimensions
+from potstill.teachers.crosstok import AlignmentStats
+from potstill.train.objective import Logits, Objective
+from potstill.train.terms.policy import PolicyGradient
+from potstill.train.terms.dense import DenseTerm
+from potstill.train.objective import value_at
+from potstill.train.terms.policy import label_log_probs
+from potstill.train.rollout import Rollout
+from potstill.train.server_writer import ServedWriter
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects that a recipe names.
+
+    Args:
+        recipe: the recipe itself.
+        teacher: who speaks.
+        teacher_model: the teacher's model, where it sits here and can be measured.
+        teacher_config: the teacher's config, where it is known.
+        tokenizer: the student's.
+        train: what is learnt from.
+        eval: what is held out.
+        vocabulary: the number of tokens that both models share; 0 where the task is of no tokens.
+        size: the student's parameters: those that are trained, and all.
+        anatomy: the student's shape, where a term asks for its layers.
+        notes: what the run should say.
+        design: the config of a new student; None where it is a model that is there.
+        start: what a new student takes over from its teacher; None where it begins with random weights.
+        teacher_models: all models that speak, or are measured beside one that does.
+        positions: tokens in a row that both models allow, where they tell.
+        writer: the server that writes for the student, where there is one.
+        meeting: how far both tokenizers meet in the training data, where bytes are compared; the teacher's head and
+            positions are then of tokens of its own.
+    """
+
+    recipe: Recipe
+    teacher: Teacher
+    teacher_model: PreTrainedModel | None
+    teacher_config: PretrainedConfig | None
+    tokenizer: PreTrainedTokenizerBase
+    train: Examples
+    eval: Examples
+    vocabulary: int
+    size: Count
+    anatomy: Anatomy | None
+    notes: tuple[str, ...]
+    design: PretrainedConfig | None = None
+    start: Start | None = None
+    teacher_models: tuple[PreTrainedModel, ...] = ()
+    positions: int | None = None
+    writer: ServedWriter | None = None
+    meeting: AlignmentStats | None = None
+
+    def new_student(self) -> PreTrainedModel:
+        """The student with its first weights, and its adapter: the same at every call."""
+        if self.start is not None:
+            assert self.teacher_model is not None
+            model = self.start.student(self.teacher_model, self.recipe.seed)
+        else:
+            teacher = None if self.teacher_model is None else self.teacher_model.config
+            model = first_student(self.recipe, self.design, teacher)
+        return with_adapter(self.recipe, model, self.tokenizer)
+
+    def objective(self) -> Objective:
+        """The recipe's objective, its schedules as long as the run."""
+        return objectives.build(self.recipe.objective, self.steps, self._important_dimensions)
+
+    def rollout(self) -> Rollout | None:
+        """Who puts the student's own text in place of data, where the recipe asks for it."""
+        if self.recipe.rollout is None:
+            return None
+        return rollouts.build(
+            self.recipe.rollout,
+            self.tokenizer,
+            self.teacher_model,
+            steps=self.steps,
+            limit=self.positions,
+            vocabulary=self.vocabulary,
+            seed=self.recipe.seed,
+            server=self.writer,
+        )
+
+    def _important_dimensions(self, layers: LayerMap, batches: int) -> dict[int, Tensor]:
+        """Those of the teacher for the student's width, picked by the first batches."""
+        if self.teacher_model is None or self.anatomy is None:
+            raise RecipeError("objective: expected a teacher that is a model here for select_batches, got none.")
+        pairs = layers.pairs(self.anatomy.layers, self.teacher.anatomy.layers)
+        collate, rows = PaddingCollator(pad_token_id(self.tokenizer)[0]), self.train.dataset
+        several = (
+            collate([rows[i] for i in range(start, min(start + self.batch_rows, len(rows)))])
+            for start in range(0, min(batches * self.batch_rows, len(rows)), self.batch_rows)
+        )
+        on_device = ({name: x.to(self.teacher_model.device) for name, x in batch.items()} for batch in several)
+        return important_dimensions(
+            self.teacher_model, on_device, [t for _, t in pairs], self.anatomy.width, self.recipe.task
+        )
+
+    @property
+    def curve(self) -> Dataset:
+        """Held-out rows for the learning curves: evenly spread, the same at every evaluation."""
+        rows = len(self.eval.dataset)
+        wanted = min(self.recipe.evaluate.curve_rows, rows)
+        return self.eval.dataset.select([i * rows // wanted for i in range(wanted)])
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the student trains in bfloat16: as the recipe says, where that is no detour."""
+        return bool(self.recipe.train.get("bf16")) and has_bfloat16()
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows in one batch of one rank."""
+        return int(self.recipe.train.get("per_device_train_batch_size", 8))
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows in one optimiser step, over accumulation and ranks."""
+        accumulated = int(self.recipe.train.get("gradient_accumulation_steps", 1))
+        return self.batch_rows * accumulated * PartialState().num_processes
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        if self.recipe.train.get("max_steps", -1) > 0:
+            return int(self.recipe.train["max_steps"])
+        epochs = float(self.recipe.train.get("num_train_epochs", 3.0))
+        return math.ceil(math.ceil(len(self.train.dataset) / self.rows_per_step) * epochs)
+
+
+def prepare(recipe: Recipe) -> Parts:
+    """Load the models and the data, and check that they fit together.
+
+    Raises:
+        UserError: they do not.
+    """
+    speaker = load_teacher(recipe.teacher, recipe.student.model, recipe.task)
+    tokenizer = speaker.tokenizer
+    if recipe.student.model is not None:
+        tokenizer = load_tokenizer(recipe.student.model, "student.model")
+    elif recipe.student.tokenizer is not None:
+        tokenizer = load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
+    design = design_of(recipe.student, speaker.config, tokenizer)
+    student = with_adapter(recipe, first_student(recipe, design, speaker.config), tokenizer)
+    models = {**speaker.models, "student": student}
+    if any(objectives.reads_across(part) for part in recipe.objective):
+        speaker = reading_bytes(recipe, speaker, tokenizer)
+        models = {"student": student}  # the teacher's head and positions are of tokens of its own
+        if recipe.rollout is not None and recipe.rollout.guided:
+            raise RecipeError(
+                "rollout: expected a teacher of the student's tokens for teacher_mix and teacher_top_k, got one that "
+                "is compared by bytes. Leave them out: the student writes alone, and the teacher reads."
+            )
+    of_tokens = recipe.task in OF_TOKENS
+    rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
+    if speaker.teacher.other_tokenizer:
+        vocabulary = own_vocabulary(tokenizer, rows)
+    else:
+        vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
+    if not of_tokens:
+        match_heads(recipe.task, models, tokenizer)
+
+    max_length = recipe.data.max_length
+    limits = {name: positions_of(model) for name, model in models.items()}
+    if speaker.teacher.max_length is not None:
+        limits["teacher"] = speaker.teacher.max_length
+    taken = virtual_tokens(student)
+    for name, limit in limits.items():
+        if limit and max_length > limit - taken * (name == "student"):
+            room = (
+                f"{limit - taken}, what {taken} virtual tokens leave of" if taken and name == "student" else f"{limit},"
+            )
+            raise RecipeError(
+                f"data.max_length: expected at most {room} the {name}'s number of positions, got {max_length}."
+            )
+    train, held_out = encode_data(recipe, student, tokenizer)
+    teacher = _who_reads(recipe, speaker, train)
+    if recipe.rollout is not None and isinstance(teacher, CachedTeacher) and speaker.model is not None:
+        teacher = CachedOrLiveTeacher(teacher, ModelTeacher(speaker.model, device=recipe.teacher.device))
+    teacher.attach(student)
+    notes = [*train.notes, *held_out.notes]
+    _, pad_note = pad_token_id(tokenizer)
+    if pad_note:
+        notes.append(pad_note)
+    if recipe.train.get("bf16") and not has_bfloat16():
+        notes.append("train.bf16: this CPU has no instructions for it: float32, which is faster here.")
+    padded = [f"{name} {size}" for name, size in rows.items() if size > vocabulary]
+    if padded:
+        notes.append(
+            f"vocabulary: {vocabulary} tokens are real, the heads have more rows ({', '.join(padded)}): sliced."
+        )
+    inside = any(objectives.looks_inside(part) for part in recipe.objective)
+    anatomy = ActivationCapture(student).anatomy if inside else None
+    start = None if design is None else begin(recipe, speaker.model, design, train.dataset, tokenizer)
+    parts = Parts(
+        recipe,
+        teacher,
+        speaker.model,
+        speaker.config,
+        tokenizer,
+        train,
+        held_out,
+        vocabulary if of_tokens else 0,
+        count(student),
+        anatomy,
+        tuple(notes) + (start.notes if start else ()),
+        design,
+        start,
+        tuple(speaker.models.values()),
+        min((limit for limit in limits.values() if limit), default=None),
+        rollouts.find_writer(recipe, student, tokenizer),
+    )
+    if (rollout := parts.rollout()) is not None and recipe.rollout is not None:
+        told = rollouts.look_at_prompts(rollout, recipe.rollout, train)
+        parts = replace(parts, notes=(*parts.notes, *told))
+    if anatomy is not None:
+        objective = parts.objective()
+        theirs = teacher.anatomy if objective.looks_into_teacher else None
+        teacher.prepare(objectives.check(objective, anatomy, theirs))
+    if isinstance(teacher, CrossTokenizerTeacher):
+        found = meeting(teacher, train.dataset)
+        said = meeting_notes(found, teacher.pair.shared(), vocabulary)
+        parts = replace(parts, meeting=found, notes=(*parts.notes, *said))
+    elif not isinstance(teacher, ModelTeacher):
+        _try(parts, teacher)
+        if not teacher.covers(held_out.dataset):
+            parts = replace(
+                parts, notes=(*parts.notes, "teacher: it does not know the held-out rows: measured by labels alone.")
+            )
+    return parts
+
+
+def _who_reads(recipe: Recipe, speaker: Speaker, train: Examples) -> Teacher:
+    """The teacher, with its own prompts where the training data has them.
+
+    Raises:
+        RecipeError: it cannot read them.
+    """
+    if not train.teacher_longest:
+        return speaker.teacher
+    others = {
+        "a cache": recipe.teacher.cache is not None,
+        "an ensemble": recipe.teacher.ensemble is not None,
+        "one with another tokenizer": speaker.teacher.other_tokenizer,
+    }
+    for other, given in others.items():
+        if given:
+            raise RecipeError(
+                f"data.train: expected a teacher that reads its own prompts, got {other}. What it says is known of the "
+                "student's rows alone. Name one with teacher.model, or leave teacher_prompt out."
+            )
+    limits = [getattr(model.config, "max_position_embeddings", None) for model in speaker.models.values()]
+    limit = min((each for each in [*limits, speaker.teacher.max_length] if each), default=None)
+    if limit is not None and train.teacher_longest > limit:
+        raise RecipeError(
+            f"data.train: expected rows of at most {limit} tokens for the teacher, its number of positions, got "
+            f"{train.teacher_longest} with its own prompt. Shorten teacher_prompt, or lower data.max_length."
+        )
+    return PrivilegedTeacher(speaker.teacher)
+
+
+def _try(parts: Parts, teacher: Teacher) -> None:
+    """See that the teacher knows every row and that the objective can use what it says, from beginning to end."""
+    teacher.require(parts.train.dataset)
+    batch = PaddingCollator(pad_token_id(parts.tokenizer)[0])([parts.train.dataset[0]])
+    alignment = causal_alignment(batch["labels"])
+    output = teacher(batch, alignment)
+    said = output.targets
+    for term in parts.objective().terms:
+        if isinstance(term, DenseTerm):
+            term.whole(said)
+        if isinstance(term, PolicyGradient) and not isinstance(teacher, CachedOrLiveTeacher):  # whose cache is not asked
+            label_log_probs(output, alignment.labels)
+            if term.single_step:
+                token_divergence(torch.zeros(len(alignment), parts.vocabulary), said, ReverseKL())
+        if isinstance(term, Logits):
+            for step in (0, parts.steps // 2, parts.steps):
+                temperature = value_at(term.temperature, step)
+                token_divergence(
+                    torch.zeros(len(alignment), parts.vocabulary), said, term.divergence, temperature=temperature
+                )

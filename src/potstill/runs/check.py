@@ -1,0 +1,143 @@
+"""potstill check: what a run will need, before anything is trained."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from potstill.data.batches import PaddingCollator, pad_token_id
+from potstill.evaluate.speed import extra_bytes
+from potstill.models.loading import suppress_warnings
+from potstill.runs.build import Parts, prepare
+from potstill.runs.config.run import Recipe
+from potstill.train.distiller import Distiller
+
+LOSS_BYTES = 2**28  # what the loss takes at most on a CPU, see losses/chunked.py
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run will need, estimated on this machine.
+
+    Args:
+        teacher_parameters: of the teacher, where its model is here.
+        student_parameters: of the student.
+        trained_parameters: those of them that are trained: all, or an adapter's.
+        vocabulary: tokens that both share; 0 where the task is of no tokens.
+        train_tokens: counting tokens; train_rows, eval_tokens likewise.
+        steps: optimiser steps.
+        memory_bytes: weights, gradients and Adam's two moments of those that are trained, and `batch_bytes`.
+        batch_bytes: what one batch takes beside them, forward and backward: measured with it, activations included;
+            where that cannot be seen, the loss's buffers alone.
+        batch_measured: whether it was.
+        disk_bytes: checkpoints and exported models.
+        disk_free_bytes: what the output's disk has.
+        seconds: training time, from one timed batch (without the final evaluation).
+        notes: what else the run will say.
+        by_bytes: whether teacher and student are compared by bytes, because they may have other tokens.
+    """
+
+    teacher_parameters: int | None
+    student_parameters: int
+    trained_parameters: int
+    vocabulary: int
+    train_tokens: int
+    train_rows: int
+    eval_tokens: int
+    steps: int
+    memory_bytes: int
+    batch_bytes: int
+    batch_measured: bool
+    disk_bytes: int
+    disk_free_bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+    by_bytes: bool = False
+
+
+def check(recipe: Recipe) -> Preflight:
+    """Load everything that a recipe names and estimate what the run needs.
+
+    Raises:
+        UserError: the run could not start.
+    """
+    with suppress_warnings():
+        parts = prepare(recipe)
+        student = parts.new_student()
+    trained = parts.size.trained * 4
+    held = sum(weight.numel() * weight.element_size() for weight in student.parameters())
+    exported = parts.size.all * 4 if recipe.student.merges else trained
+    runs = 2 if recipe.evaluate.baseline else 1
+    output = Path(recipe.output).absolute()
+    seconds, beside = _one_step(parts, student)
+    batch_bytes = min(3 * 4 * _batch_tokens(parts) * max(parts.vocabulary, 1), LOSS_BYTES) if beside is None else beside
+    existing = next(folder for folder in (output, *output.parents) if folder.exists())
+    return Preflight(
+        teacher_parameters=None if parts.teacher_model is None else parts.teacher_model.num_parameters(),
+        student_parameters=parts.size.all,
+        trained_parameters=parts.size.trained,
+        vocabulary=parts.vocabulary,
+        train_tokens=parts.train.tokens,
+        train_rows=len(parts.train.dataset),
+        eval_tokens=parts.eval.tokens,
+        steps=parts.steps,
+        # The student's weights, and gradient and two moments of those that are trained; the teachers' weights. The loss
+        # goes through the tokens in chunks and needs no more than both models' logits and a gradient would take.
+        memory_bytes=held
+        + 3 * trained
+        + sum(model.get_memory_footprint() for model in parts.teacher_models)
+        + (trained if recipe.teacher.ema is not None else 0)
+        + batch_bytes,
+        batch_bytes=batch_bytes,
+        batch_measured=beside is not None,
+        # A checkpoint is what is trained and its two moments; while one is written the one before is still there. A
+        # server that writes reads what is trained from a folder.
+        disk_bytes=runs * (2 * 3 * trained + exported) + (0 if parts.writer is None else trained),
+        disk_free_bytes=shutil.disk_usage(existing).free,
+        seconds=runs * parts.steps * seconds,
+        notes=parts.notes,
+        by_bytes=parts.meeting is not None,
+    )
+
+
+def _batch_tokens(parts: Parts) -> int:
+    return round(parts.batch_rows * parts.train.tokens / len(parts.train.dataset))
+
+
+def _one_step(parts: Parts, student: PreTrainedModel) -> tuple[float, int | None]:
+    """The time of one optimiser step's batches, forward and backward, and the memory that one of them takes beside
+    weights and gradients: from the second of two.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    distiller = Distiller(
+        student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary or None, task=parts.recipe.task
+    ).to(device)
+    collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
+    rows = [parts.train.dataset[i] for i in range(min(parts.batch_rows, len(parts.train.dataset)))]
+    batch = {name: value.to(device) for name, value in collate(rows).items()}
+    dtype = torch.bfloat16 if parts.bf16 else torch.float16
+    mixed = parts.bf16 or bool(parts.recipe.train.get("fp16"))
+    rollout = parts.rollout()
+    seconds = 0.0
+
+    def one_batch(step: int) -> None:
+        nonlocal seconds
+        start = time.perf_counter()
+        there = batch if rollout is None else rollout([batch], student, step=step)[0]
+        with torch.autocast(device, dtype=dtype, enabled=mixed):
+            loss = distiller.step(there).loss
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - start
+
+    one_batch(0)
+    beside = extra_bytes(partial(one_batch, 1), torch.device(device))
+    if rollout is not None:
+        rollout.close()
+    return seconds * max(parts.rows_per_step // parts.batch_rows, 1), beside

@@ -1,0 +1,119 @@
+"""Who learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from potstill.runs.config.adapter import AdapterPart
+from potstill.runs.config.document import Part
+
+LIMITS = ("params", "compression", "memory_gb", "target")
+
+
+class BudgetPart(Part):
+    """The largest student of the teacher's family within one limit: params, compression, memory_gb or target."""
+
+    params: int | float | str | None = Field(None, description="about so many parameters, such as 100M")
+    compression: float | None = Field(None, gt=1, description="so many times fewer parameters than the teacher's")
+    memory_gb: float | None = Field(None, gt=0, description="to serve one row of context tokens in half precision")
+    target: Literal["browser", "edge", "mobile", "server"] | None = Field(None, description="a kind of device")
+    keep: Literal["balanced", "depth", "width"] = Field("balanced", description="what stays as in the teacher")
+    context: int = Field(2048, ge=1, description="tokens in a row, for memory_gb")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        given = [name for name in LIMITS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected one of {', '.join(LIMITS)}, got {' and '.join(given) or 'none'}")
+        return self
+
+
+def _is_budget(value: Any) -> str:
+    names = {*value} if isinstance(value, Mapping) else {"params"} if isinstance(value, BudgetPart) else set()
+    return "a budget" if names & {*LIMITS, "keep"} else "fields"
+
+
+Fields = dict[str, bool | int | float | str]
+
+
+def _named_method(value: Any) -> Any:
+    """`prune` is short for `{method: prune}`."""
+    return {"method": value} if isinstance(value, str) else value
+
+
+class InitializePart(Part):
+    """The first weights of a designed student."""
+
+    method: Literal["random", "copy", "truncate", "prune"] = Field(
+        description="random; whole layers of the teacher; its first heads, units and channels; its most active ones"
+    )
+    layers: Literal["uniform", "skip", "first_last", "importance"] | list[int] | None = Field(
+        None, description="which of the teacher's; by default those of most influence for prune, else evenly spread"
+    )
+    calibration_rows: int = Field(64, ge=1, description="rows of the training data on which importance is measured")
+
+    @model_validator(mode="after")
+    def _layers_of_the_teacher(self) -> Self:
+        if self.method == "random" and self.layers is not None:
+            raise ValueError("expected no layers with random weights, got some")
+        return self
+
+
+class StudentPart(Part):
+    """Who learns: an existing model, or a new one of the teacher's kind."""
+
+    model: str | None = Field(None, description="a folder with a model and its tokenizer, or a name on the hub")
+    design: (
+        Annotated[Annotated[Fields, Tag("fields")] | Annotated[BudgetPart, Tag("a budget")], Discriminator(_is_budget)]
+        | None
+    ) = Field(
+        None,
+        description="the shape of a new student: a budget, or fields of the teacher's config to change, such as "
+        "hidden_size",
+    )
+    tokenizer: str | None = Field(
+        None, description="of a new student: a folder or a name on the hub; by default the teacher's"
+    )
+    initialize: Annotated[InitializePart, BeforeValidator(_named_method)] = Field(
+        default_factory=lambda: InitializePart.model_validate({"method": "random"}),
+        description="a method, or a method with its options",
+    )
+    adapter: AdapterPart | None = Field(
+        None, description="a kind, or a kind with its options: the model is frozen, and this is trained on it"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.model is None) == (self.design is None):
+            raise ValueError("expected either model or design, got " + ("both" if self.model else "neither"))
+        if self.model is not None and self.initialize.method != "random":
+            raise ValueError("expected initialize with a design alone, got it beside model, which has its weights")
+        if self.model is not None and self.tokenizer is not None:
+            raise ValueError("expected tokenizer with a design alone, got it beside model, which has its own")
+        if self.tokenizer is not None and self.initialize.method != "random":
+            raise ValueError(f"expected random weights with a tokenizer of its own, got {self.initialize.method}")
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_has_something_to_stand_on(self) -> Self:
+        if self.adapter is None or self.design is None:
+            return self
+        if self.initialize.method == "random":
+            raise ValueError(
+                "expected an adapter on a model that has learnt something, got one on a design with random weights, "
+                "which would stay frozen. Name a model, begin with the teacher's weights (initialize), or leave it out"
+            )
+        if self.adapter.kind == "qlora" or not getattr(self.adapter, "merge", False):
+            raise ValueError(
+                f"expected lora or ia3 with merge: true on a design, got {self.adapter.kind}: a design is on no disk, "
+                "so that an adapter alone could not be loaded again"
+            )
+        return self
+
+    @property
+    def merges(self) -> bool:
+        """Whether a plain model is made of base and adapter."""
+        return self.adapter is not None and getattr(self.adapter, "merge", False)

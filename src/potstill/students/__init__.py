@@ -1,1 +1,0 @@
-"""What is being made: the student's shape and its first weights."""

@@ -1,0 +1,1 @@
+"""Teacher signals precomputed on disk."""
