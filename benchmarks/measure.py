@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from potstill.errors import PotstillError
-from potstill.losses.divergences import KINDS, AlphaBeta, Divergence
+from potstill.losses.divergences import AlphaBeta, Divergence
 from potstill.losses.linear import linear_divergence
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 
@@ -250,8 +250,8 @@ def checks(device: str) -> list[dict[str, Any]]:
     lines = []
     for dtype, kind in product(LIMITS, ("head", "dense", "sparse")):
         far: dict[str, list[tuple[float, float, str]]] = {backend: [] for backend in BACKENDS[device]}
-        for name, more in product(KINDS, (False, True)):
-            divergence = numbers.get(name) or KINDS[name]()
+        for name, more in product(Divergence.kinds, (False, True)):
+            divergence = numbers.get(name) or Divergence.kinds[name]()
             true = small(divergence, kind, more, dtype, "cpu", "eager", torch.float64)
             eager = furthest(small(divergence, kind, more, dtype, "cpu", "eager"), true)
             for backend, found in far.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from potstill.losses.divergences import KINDS
+from potstill.losses.divergences import Divergence
 from potstill.runs.config.run import Recipe
 
 DOCS = Path(__file__).parent
@@ -59,7 +59,7 @@ def page() -> str:
         lines += [f"## {name.removesuffix('Part').lower()}", "", " ".join(part.get("description", "").split()), ""]
         lines += [*table(part), ""]
     lines += ["## Kinds of divergence", "", "| kind | |", "|---|---|"]
-    lines += [f"| `{kind}` | {(which.__doc__ or '').splitlines()[0]} |" for kind, which in KINDS.items()]
+    lines += [f"| `{kind}` | {(which.__doc__ or '').splitlines()[0]} |" for kind, which in Divergence.kinds.items()]
     return "\n".join(lines) + "\n"
 
 

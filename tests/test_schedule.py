@@ -88,13 +88,13 @@ def test_warmup_may_start_above_zero():
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda: linear(1, 0, 0), r"linear: expected steps > 0, got 0"),
-        (lambda: cosine(1, 0, -1), r"cosine: expected steps > 0, got -1"),
-        (lambda: exponential(1, 2, 0), r"exponential: expected steps > 0, got 0"),
+        (lambda: linear(1, 0, 0), r"Linear.steps: expected a number > 0, got 0"),
+        (lambda: cosine(1, 0, -1), r"Cosine.steps: expected a number > 0, got -1"),
+        (lambda: exponential(1, 2, 0), r"Exponential.steps: expected a number > 0, got 0"),
         (lambda: exponential(1, 0, 10), r"exponential: expected start \* end > 0, got 0"),
         (lambda: exponential(-1, 1, 10), r"exponential: expected start \* end > 0, got -1"),
-        (lambda: stages(1, 0, 1, 10), r"stages: expected stages - 1 > 0, got 0"),
-        (lambda: stages(1, 0, 5, 0), r"stages: expected steps > 0, got 0"),
+        (lambda: stages(1, 0, 1, 10), r"Stages.stages: expected a number > 1, got 1"),
+        (lambda: stages(1, 0, 5, 0), r"Stages.steps: expected a number > 0, got 0"),
         (lambda: warmup(constant(1), 0), r"warmup: expected steps > 0, got 0"),
         (
             lambda: piecewise([1, 2], []),
@@ -106,5 +106,5 @@ def test_warmup_may_start_above_zero():
     ],
 )
 def test_what_is_no_schedule(wrong, words):
-    with pytest.raises(ShapeError, match=rf"^schedule\.{words}"):
+    with pytest.raises(ShapeError, match=words):
         wrong()

@@ -16,7 +16,7 @@ times it is 0. No formula needs to look out for 0 * inf.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from potstill.errors import ShapeError
+from potstill.losses.declared import Declared
 
 LOG_ZERO = -1e37
 
 
-class Divergence(ABC):
+class Divergence(Declared):
     """A divergence between the teacher's p and the student's q over one vocabulary.
 
     Set `linear_in_teacher` where the slope is linear in p: then an unbiased sample of p gives an unbiased gradient.
@@ -66,6 +67,7 @@ class ForwardKL(Divergence):
     """
 
     linear_in_teacher = True
+    name = "forward_kl"
 
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         p = log_p.exp()
@@ -82,6 +84,7 @@ class SoftCrossEntropy(Divergence):
     """
 
     linear_in_teacher = True
+    name = "soft_cross_entropy"
 
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         p = log_p.exp()
@@ -99,6 +102,8 @@ class ReverseKL(Divergence):
     References:
         Gu et al. 2023, arXiv 2306.08543.
     """
+
+    name = "reverse_kl"
 
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         value = log_q.exp() * (log_q - log_p)
@@ -118,6 +123,7 @@ class JSD(Divergence):
     """
 
     beta: float = 0.5
+    name = "jsd"
 
     def __post_init__(self) -> None:
         _open_unit(self, "beta", self.beta, "At 0 and 1 the divergence is 0: use ForwardKL or ReverseKL there.")
@@ -140,6 +146,7 @@ class SkewForwardKL(Divergence):
     """
 
     alpha: float = 0.1
+    name = "skew_forward_kl"
 
     def __post_init__(self) -> None:
         _open_unit(self, "alpha", self.alpha, "At 0 it is ForwardKL, at 1 it is 0.")
@@ -161,6 +168,7 @@ class SkewReverseKL(Divergence):
     """
 
     alpha: float = 0.1
+    name = "skew_reverse_kl"
 
     def __post_init__(self) -> None:
         _open_unit(self, "alpha", self.alpha, "At 0 it is ReverseKL, at 1 it is 0.")
@@ -182,6 +190,8 @@ class TotalVariation(Divergence):
     References:
         Wen et al. 2023 (f-DISTILL), arXiv 2307.15190.
     """
+
+    name = "total_variation"
 
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         q = log_q.exp()
@@ -207,6 +217,7 @@ class AlphaBeta(Divergence):
 
     alpha: float
     beta: float
+    name = "alpha_beta"
 
     def __post_init__(self) -> None:
         if not (self.alpha >= 0 and self.beta >= 0 and 0 < self.alpha + self.beta < math.inf):
@@ -248,16 +259,3 @@ def _power_gap(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tens
 def _power_mean_gap(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
     """(y^total - x^total) / total minus `_power_gap`."""
     return _power_difference(log_x, log_y, total, total) / total - _power_gap(log_x, log_y, share, total)
-
-
-# The names that a recipe uses.
-KINDS: dict[str, type[Divergence]] = {
-    "forward_kl": ForwardKL,
-    "reverse_kl": ReverseKL,
-    "jsd": JSD,
-    "skew_forward_kl": SkewForwardKL,
-    "skew_reverse_kl": SkewReverseKL,
-    "total_variation": TotalVariation,
-    "soft_cross_entropy": SoftCrossEntropy,
-    "alpha_beta": AlphaBeta,
-}

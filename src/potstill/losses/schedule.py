@@ -1,4 +1,4 @@
-"""Numbers that change over training: a schedule is a function from the step to a value.
+"""Numbers that change over training: a schedule is a function from the optimiser step to a value.
 
 >>> temperature = stages(4.0, 0.5, stages=5, steps=500)
 >>> [temperature(step) for step in (0, 100, 200, 300, 400)]
@@ -8,70 +8,251 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Annotated, Any, Self
 
 from potstill.errors import ShapeError
-
-Schedule = Callable[[int], float]
-
-
-def _share(step: int, steps: int) -> float:
-    return min(max(step / steps, 0.0), 1.0)
+from potstill.losses.declared import Declared, NonEmpty, Range
 
 
-def _positive(name: str, what: str, value: float) -> None:
-    if not value > 0:
-        raise ShapeError(f"schedule.{name}: expected {what} > 0, got {value}.")
+@dataclass(frozen=True)
+class Schedule(Declared):
+    """A number that changes over training.
+
+    Args:
+        warmup: steps of a straight line to the schedule's first value; the schedule starts behind them.
+        warmup_start: where that line starts; 0 by default. The schedule's first value holds it for so long.
+    """
+
+    key = "schedule"
+    _: KW_ONLY
+    warmup: Annotated[int, Range(ge=0)] = 0
+    warmup_start: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_start is not None and not self.warmup:
+            raise ShapeError(f"expected warmup, its steps, beside warmup_start, got {self.warmup_start} alone")
+
+    @abstractmethod
+    def after_warmup(self, step: int) -> float:
+        """The value at a step, counted from the end of the warm-up."""
+
+    def __call__(self, step: int) -> float:
+        if not self.warmup or step >= self.warmup:
+            return self.after_warmup(step - self.warmup)
+        start = self.warmup_start or 0.0
+        return start + (self.after_warmup(0) - start) * _progress(step, self.warmup)
+
+    def over(self, steps: int) -> Self:
+        """The schedule of a run of so many optimiser steps: as long as the run, unless it has its own length."""
+        return self
+
+    @property
+    def extremes(self) -> dict[str, float]:
+        """Values between which all others lie, by where they come from, for errors."""
+        line = {" from its warm-up: give warmup_start": self.warmup_start or 0.0} if self.warmup else {}
+        return {**{" " * i: value for i, value in enumerate(self._values)}, **line}
+
+    @property
+    @abstractmethod
+    def _values(self) -> tuple[float, ...]: ...
 
 
-def constant(value: float) -> Schedule:
+@dataclass(frozen=True)
+class Constant(Schedule):
     """The same value at every step."""
-    return lambda step: value
+
+    value: float
+    name = "constant"
+
+    def after_warmup(self, step: int) -> float:
+        """See `Schedule`."""
+        return self.value
+
+    @property
+    def _values(self) -> tuple[float, ...]:
+        return (self.value,)
 
 
-def linear(start: float, end: float, steps: int) -> Schedule:
+Steps = Annotated[int | None, Range(gt=0)]
+
+
+@dataclass(frozen=True)
+class _FromStartToEnd(Schedule):
+    """From one value to another.
+
+    Args:
+        start: the value at step 0.
+        end: the value from the last step on.
+        steps: how long it takes; the rest of the run behind the warm-up by default.
+    """
+
+    start: float
+    end: float
+
+    @property
+    def _length(self) -> int | None:
+        length: int | None = vars(self)["steps"]  # a field of each kind, behind its others
+        return length
+
+    def over(self, steps: int) -> Self:
+        """See `Schedule`."""
+        if self._length is not None:
+            return self
+        made: Self = replace(self, steps=max(steps - self.warmup, 1))
+        return made
+
+    def progress(self, step: int) -> float:
+        """The part of the way that is behind a step, in [0, 1].
+
+        Raises:
+            ShapeError: the schedule has no length.
+        """
+        if self._length is None:
+            raise ShapeError(
+                f"schedule.{self.name}: expected steps, got none. Give the number of steps; in a recipe it is the "
+                "length of the run."
+            )
+        return _progress(step, self._length)
+
+    @property
+    def _values(self) -> tuple[float, ...]:
+        return self.start, self.end
+
+
+@dataclass(frozen=True)
+class Linear(_FromStartToEnd):
     """start + (end - start) * step / steps, then end."""
-    _positive("linear", "steps", steps)
-    return lambda step: start + (end - start) * _share(step, steps)
+
+    steps: Steps = None
+    name = "linear"
+
+    def after_warmup(self, step: int) -> float:
+        """See `Schedule`."""
+        return self.start + (self.end - self.start) * self.progress(step)
 
 
-def cosine(start: float, end: float, steps: int) -> Schedule:
+@dataclass(frozen=True)
+class Cosine(_FromStartToEnd):
     """end + (start - end) * (1 + cos(pi * step / steps)) / 2, then end: slow at both ends."""
-    _positive("cosine", "steps", steps)
-    return lambda step: end + (start - end) * (1 + math.cos(math.pi * _share(step, steps))) / 2
+
+    steps: Steps = None
+    name = "cosine"
+
+    def after_warmup(self, step: int) -> float:
+        """See `Schedule`."""
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * self.progress(step))) / 2
 
 
-def exponential(start: float, end: float, steps: int) -> Schedule:
+@dataclass(frozen=True)
+class Exponential(_FromStartToEnd):
     """start * (end / start) ** (step / steps), then end: the same factor each step, fastest at first when falling."""
-    _positive("exponential", "steps", steps)
-    _positive("exponential", "start * end", start * end)
-    return lambda step: start * (end / start) ** _share(step, steps)
+
+    steps: Steps = None
+    name = "exponential"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.start * self.end > 0:
+            raise ShapeError(f"schedule.exponential: expected start * end > 0, got {self.start * self.end}.")
+
+    def after_warmup(self, step: int) -> float:
+        """See `Schedule`."""
+        return self.start * (self.end / self.start) ** self.progress(step)
 
 
-def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
-    """values[i] from step boundaries[i - 1] on: one value more than boundaries.
+@dataclass(frozen=True)
+class Stages(_FromStartToEnd):
+    """Stretches of constant value, evenly spaced from start to end.
+
+    Args:
+        stages: how many stretches, of equal length.
+    """
+
+    stages: Annotated[int, Range(gt=1)]
+    steps: Steps = None
+    name = "stages"
+
+    def after_warmup(self, step: int) -> float:
+        """See `Schedule`."""
+        self.progress(step)  # it must have a length
+        stage = min(max(step, 0) * self.stages // (self.steps or 1), self.stages - 1)
+        return self.start + (self.end - self.start) * stage / (self.stages - 1)
+
+
+@dataclass(frozen=True)
+class Piecewise(Schedule):
+    """values[i] from step boundaries[i - 1] on.
 
     >>> piecewise([1.0, 0.5], [100])(100)
     0.5
+
+    Args:
+        values: one more than boundaries.
+        boundaries: rising steps.
     """
-    if len(values) != len(boundaries) + 1 or list(boundaries) != sorted(set(boundaries)):
-        raise ShapeError(
-            "schedule.piecewise: expected one value more than boundaries and rising boundaries, got "
-            f"{len(values)} values and boundaries {list(boundaries)}."
-        )
-    return lambda step: values[bisect_right(boundaries, step)]
+
+    values: Annotated[tuple[float, ...], NonEmpty()]
+    boundaries: tuple[int, ...]
+    name = "piecewise"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.values) != len(self.boundaries) + 1 or list(self.boundaries) != sorted(set(self.boundaries)):
+            raise ShapeError(
+                "schedule.piecewise: expected one value more than boundaries and rising boundaries, got "
+                f"{len(self.values)} values and boundaries {list(self.boundaries)}."
+            )
+
+    def after_warmup(self, step: int) -> float:
+        """See `Schedule`."""
+        return self.values[bisect_right(self.boundaries, step)]
+
+    @property
+    def _values(self) -> tuple[float, ...]:
+        return tuple(self.values)
 
 
-def stages(start: float, end: float, stages: int, steps: int) -> Schedule:
-    """`stages` equal stretches of constant value, evenly spaced from start to end."""
-    _positive("stages", "stages - 1", stages - 1)
-    _positive("stages", "steps", steps)
-    return lambda step: start + (end - start) * min(max(step, 0) * stages // steps, stages - 1) / (stages - 1)
+# In Python a schedule reads as the function that it is: `schedule.linear(4.0, 1.0, steps=500)`.
+constant, linear, cosine, exponential = Constant, Linear, Cosine, Exponential
+stages, piecewise = Stages, Piecewise
 
 
 def warmup(schedule: Schedule, steps: int, start: float = 0.0) -> Schedule:
     """A straight line from `start` to the schedule's first value over `steps`, then the schedule from its step 0."""
-    _positive("warmup", "steps", steps)
-    line = linear(start, schedule(0), steps)
-    return lambda step: line(step) if step < steps else schedule(step - steps)
+    if steps < 1:
+        raise ShapeError(f"schedule.warmup: expected steps > 0, got {steps}.")
+    return replace(schedule, warmup=steps, warmup_start=start)
+
+
+def _progress(step: int, steps: int) -> float:
+    return min(max(step / steps, 0.0), 1.0)
+
+
+class _NumberOrSchedule:
+    """Tells pydantic which of the two a value is meant as, so that only one of them reports a mistake."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema as cs
+
+        def tag(value: Any) -> str:
+            return "<schedule>" if isinstance(value, Mapping | Schedule) else "<number>"
+
+        return cs.tagged_union_schema(
+            {"<number>": cs.float_schema(), "<schedule>": handler.generate_schema(Schedule)}, tag
+        )
+
+
+Number = Annotated[float | Schedule, _NumberOrSchedule()]
+Weight = Annotated[Number, Range(ge=0)]
+Temperature = Annotated[Number, Range(gt=0)]
+Share = Annotated[Number, Range(ge=0, le=1)]
+
+
+def value_at(number: float | Schedule, step: int) -> float:
+    """The number at an optimiser step."""
+    return number(step) if callable(number) else number

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from potstill.losses.divergences import KINDS, Divergence
+from potstill.losses.divergences import Divergence
 from potstill.errors import nearest
 from potstill.runs.config.document import Part
 
@@ -26,14 +26,14 @@ class DivergencePart(Part):
 
     @model_validator(mode="after")
     def _buildable(self) -> Self:
-        if self.kind not in KINDS:
-            raise ValueError(f"expected one of {', '.join(KINDS)}, got {self.kind}.{nearest(self.kind, KINDS)}")
+        if self.kind not in Divergence.kinds:
+            raise ValueError(f"expected one of {', '.join(Divergence.kinds)}, got {self.kind}.{nearest(self.kind, Divergence.kinds)}")
         self.build()
         return self
 
     def build(self) -> Divergence:
         """The divergence itself."""
-        kind = KINDS[self.kind]
+        kind = Divergence.kinds[self.kind]
         fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # every kind is a dataclass
         given = {n: v for n, v in (("alpha", self.alpha), ("beta", self.beta)) if v is not None}
         wrong = set(given) - {f.name for f in fields}

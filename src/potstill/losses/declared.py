@@ -1,0 +1,252 @@
+"""Declarations: everything that a recipe can name is one frozen dataclass.
+
+Its fields are the recipe's keys, its docstring is the page of keys and the JSON Schema, and an instance made in Python
+equals one that was read from YAML. A family (divergences, terms, schedules, ...) derives from `Declared`; each of its
+kinds derives from the family, has a `name` and needs no other entry anywhere:
+
+    class Divergence(Declared): ...
+
+    @dataclass(frozen=True)
+    class JSD(Divergence):
+        beta: Annotated[float, Range(gt=0, lt=1)] = 0.5
+        name = "jsd"
+
+    TypeAdapter(Divergence).validate_python("jsd")                        # JSD()
+    TypeAdapter(Divergence).validate_python({"kind": "jsd", "beta": 0.3})  # JSD(0.3)
+
+pydantic finds the hooks below by their names. It is not imported here, so that the losses need torch alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from potstill.errors import ShapeError
+
+
+class Declared(ABC):
+    """Base of everything that a recipe can name: by its bare name, or as {key: name, field: value, ...}.
+
+    Attributes:
+        key: what a recipe calls the choice among the kinds of a family.
+        name: of a kind, in recipes.
+        kinds: all kinds of the family, by name.
+    """
+
+    key: ClassVar[str] = "kind"
+    name: ClassVar[str]
+    kinds: ClassVar[dict[str, type[Any]]]
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "arbitrary_types_allowed": True}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if Declared in cls.__bases__:
+            cls.kinds = {}
+        elif "name" in cls.__dict__:
+            taken = cls.kinds.get(cls.name)
+            if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"{cls.__qualname__}: expected a name of its own, got {cls.name}, which {taken} has.")
+            cls.kinds[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        """Check each field against its annotation, in Python as in a recipe.
+
+        Raises:
+            ShapeError: a number is out of its range, or a word is none of those allowed.
+        """
+        for name, rules in _rules(type(self)).items():
+            value = getattr(self, name)
+            for rule in rules if value is not None else ():
+                if (wrong := rule.wrong(value)) is not None:
+                    raise ShapeError(f"{type(self).__name__}.{name}: expected {rule}, got {wrong}.")
+
+    @classmethod
+    def read(cls, value: Any) -> Any:
+        """Turn a family's shorthand of a recipe into a bare name or a mapping with `key`; most have none."""
+        return value
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        if Declared not in cls.__bases__:
+            return handler(source)
+        from pydantic_core import core_schema as cs
+
+        def fields(value: Any) -> Any:
+            if isinstance(value, str):
+                return {}
+            return {k: v for k, v in value.items() if k != cls.key} if isinstance(value, Mapping) else value
+
+        def tag(value: Any) -> Any:
+            name = value if isinstance(value, str) else getattr(value, "name", None)
+            name = value.get(cls.key) if isinstance(value, Mapping) else name
+            return name if name is None else in_tag(name)
+
+        tag.__name__ = cls.key
+        choices = {
+            in_tag(name): cs.no_info_before_validator_function(fields, handler.generate_schema(kind))
+            for name, kind in cls.kinds.items()
+        }
+        union = cs.tagged_union_schema(choices, tag)
+        return cs.no_info_before_validator_function(
+            cls.read, union, serialization=cs.wrap_serializer_function_ser_schema(cls._plain, schema=union)
+        )
+
+    @classmethod
+    def _plain(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
+        return {cls.key: value.name, **handler(value)}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
+        made = handler(core_schema)
+        schema = handler.resolve_ref_schema(made)
+        if Declared in cls.__bases__ or "properties" not in schema:
+            return made
+        describe(cls, schema)
+        schema["properties"] = {cls.key: {"const": cls.name}, **schema["properties"]}
+        schema["required"] = [cls.key, *schema.get("required", [])]
+        return made
+
+
+def in_tag(name: str) -> str:
+    """Mark the name of a kind in the place of an error, where it is no key of the recipe."""
+    return f"<{name}>"
+
+
+def describe(kind: type, schema: dict[str, Any]) -> None:
+    """Write a dataclass's docstring into its JSON Schema: the text in front, and each field's line of `Args:`."""
+    text = inspect.getdoc(kind) or ""
+    schema["title"] = kind.__name__
+    schema["description"] = re.split(r"\n(?:Args|Raises|References):\n", text)[0].strip()
+    for name, line in field_descriptions(kind).items():
+        if name in schema["properties"]:
+            schema["properties"][name].setdefault("description", line)
+
+
+def field_descriptions(kind: type) -> dict[str, str]:
+    """What the `Args:` of a class's docstring, or of its bases', say of each field, in one line each."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        arguments = re.search(r"\nArgs:\n((?: {4}.*\n?|\n)+)", inspect.cleandoc(base.__doc__ or "") + "\n")
+        for match in re.finditer(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", arguments[1] if arguments else "", re.MULTILINE):
+            found[match[1]] = " ".join(match[2].split())
+    return found
+
+
+class Rule(ABC):
+    """What a field must be, in its annotation: `Annotated[int, Range(ge=1)]`. It holds in Python and in recipes."""
+
+    @abstractmethod
+    def wrong(self, value: Any) -> str | None:
+        """What breaks the rule, for an error; None where nothing does."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema as cs
+
+        return cs.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, value: Any) -> Any:
+        if value is not None and (wrong := self.wrong(value)) is not None:
+            raise ValueError(f"expected {self}, got {wrong}")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Range(Rule):
+    """Bounds of a number, or of all values that a schedule takes."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def __str__(self) -> str:
+        low, high = (self.ge if self.gt is None else self.gt), (self.le if self.lt is None else self.lt)
+        if low is not None and high is not None:
+            return f"a number in {'[' if self.gt is None else '('}{low:g}, {high:g}{']' if self.lt is None else ')'}"
+        if low is not None:
+            return f"a number >{'=' if self.gt is None else ''} {low:g}"
+        return f"a number <{'=' if self.lt is None else ''} {high:g}"
+
+    def wrong(self, value: Any) -> str | None:
+        """See `Rule`. A schedule names its `extremes`; what another function of the step returns is not known."""
+        if isinstance(value, int | float):
+            return None if self._holds(value) else f"{value}"
+        extremes = getattr(value, "extremes", {})
+        return next((f"{number}{where}" for where, number in extremes.items() if not self._holds(number)), None)
+
+    def _holds(self, number: float) -> bool:  # a NaN is within no bounds
+        return (
+            (self.ge is None or number >= self.ge)
+            and (self.gt is None or number > self.gt)
+            and (self.le is None or number <= self.le)
+            and (self.lt is None or number < self.lt)
+        )
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> Any:
+        schema = handler(core_schema)
+        names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+        bounds = {names[name]: bound for name, bound in vars(self).items() if bound is not None}
+        for part in schema.get("anyOf", schema.get("oneOf", [schema])):
+            if part.get("type") in ("number", "integer"):
+                part.update(bounds)
+        return schema
+
+
+class NonEmpty(Rule):
+    """A sequence with an entry."""
+
+    def __str__(self) -> str:
+        return "at least one"
+
+    def wrong(self, value: Any) -> str | None:
+        """See `Rule`."""
+        return None if isinstance(value, str) or len(value) else "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf(Rule):
+    """One of the words of a Literal. pydantic knows these by itself."""
+
+    words: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(str, self.words))}"
+
+    def wrong(self, value: Any) -> str | None:
+        """See `Rule`. What is no text is another arm of a union; of a sequence, each entry is checked."""
+        texts = [value] if isinstance(value, str) else value if isinstance(value, tuple | list) else []
+        return next((repr(text) for text in texts if isinstance(text, str) and text not in self.words), None)
+
+
+class PythonOnly:
+    """Marks a field that can be set in Python alone: no recipe has it."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema as cs
+
+        return cs.none_schema()
+
+
+@cache
+def _rules(kind: type) -> dict[str, list[Rule]]:
+    """The rules of each field of a dataclass, from its annotations."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {field.name: [*_rules_in(hints[field.name])] for field in dataclasses.fields(kind)}
+    return {name: rules for name, rules in found.items() if rules}
+
+
+def _rules_in(annotation: Any) -> Iterator[Rule]:
+    if get_origin(annotation) is Literal:
+        yield OneOf(get_args(annotation))
+        return
+    for part in get_args(annotation):
+        if isinstance(part, Rule):
+            yield part
+        elif not isinstance(part, str | type):
+            yield from _rules_in(part)
