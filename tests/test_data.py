@@ -632,7 +632,7 @@ def test_another_process_finds_what_is_kept(write, tmp_path, kept):
     PLAIN.save_pretrained(tmp_path / "tokenizer")
     path = write([{"text": "the cat"}])
     script = (
-        "import sys; from transformers import AutoTokenizer; from potstill.data import Source, encode\n"
+        "import sys; from transformers import AutoTokenizer; from potstill import Source, encode\n"
         "t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "print(encode(Source(sys.argv[2]), t, max_length=9).tokens)"
     )

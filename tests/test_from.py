@@ -79,7 +79,7 @@ def test_its_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("Logits", "schedule.linear", "Logits.temperature", "potstill.losses.hidden_mse", "transformers.Trainer"),
+        *("Logits", "schedule.linear", "Logits.temperature", "potstill.hidden_mse", "transformers.Trainer"),
         *("Logits(JSD(0.5), temperature=2.0)", "Distiller(student, teacher, terms).step(batch)", "Projection"),
         *("DistillationConfig.warmup_steps", "potstill cache build --codec sampled --out DIR", "potstill check"),
         *("seed", "student.adapter.rank", "objective.temperature", "train.fp16", "student.static"),

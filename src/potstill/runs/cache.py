@@ -47,7 +47,7 @@ class Request:
         teacher: who speaks.
         sources: the files of data.
         max_length: tokens in a row at most.
-        packing: see `potstill.data.encode`.
+        packing: see `potstill.encode`.
         codec: sampled, top_k, dense or hidden.
         parameters: of the codec: draws, k, temperature.
         out: the cache's directory.

@@ -33,7 +33,7 @@ def important_dimensions(
         task: what the model is asked for.
 
     Returns:
-        layer (from 0) -> [count] int64, in rising order: `dimensions` of `potstill.train.Hidden`.
+        layer (from 0) -> [count] int64, in rising order: `dimensions` of `potstill.Hidden`.
 
     Raises:
         ShapeError: a layer is not there, or the layers are not so wide.

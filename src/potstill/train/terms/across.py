@@ -1,4 +1,4 @@
-"""Terms between a student and a teacher with another tokenizer; see `potstill.teachers.CrossTokenizerTeacher`."""
+"""Terms between a student and a teacher with another tokenizer; see `potstill.CrossTokenizerTeacher`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Chunks(AcrossTerm):
 
     Args:
         weight: >= 0.
-        temperature: > 0, of `potstill.losses.chunk_divergence`, which keeps the size of the loss when it changes.
+        temperature: > 0, of `potstill.chunk_divergence`, which keeps the size of the loss when it changes.
         divergence: over the two events that a chunk comes, or does not.
         bias_threshold: in [0, 1]; 1 keeps every chunk as it is.
         biased: drop; or merge with the next chunk, as far as there is one in the same text.

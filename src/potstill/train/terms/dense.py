@@ -121,7 +121,7 @@ class BiLD(DenseTerm):
 
 @dataclass(frozen=True)
 class AdaptiveKL(DenseTerm):
-    """T^2 times forward and reverse KL, weighted by where the models differ; see `potstill.losses.adaptive_kl`.
+    """T^2 times forward and reverse KL, weighted by where the models differ; see `potstill.losses.adaptive`.
 
     Args:
         weight: >= 0.
