@@ -30,7 +30,7 @@ from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import StudentPart
 from potstill.runs.run import run
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels
+from potstill.train.terms.logits import Labels
 
 HELD_OUT = 0.05  # of the text, its end
 ROW = 2000  # characters

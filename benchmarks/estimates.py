@@ -79,7 +79,7 @@ def measure(what: str, values: dict[str, Any]) -> dict[str, float]:
     def train() -> None:
         parts = prepare(recipe)
         Path(recipe.output).mkdir()
-        _train(parts, "student", parts.objective(), Path(recipe.output), Console(quiet=True))
+        _train(parts, "student", parts.objective, Path(recipe.output), Console(quiet=True))
 
     found = extra_bytes(train, torch.device("cpu"))
     lines = [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]

@@ -25,8 +25,8 @@ from potstill.models.loading import load_model
 from potstill.models.split import forward_targets
 from potstill.teachers.self_taught import BaseModelTeacher
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
 from potstill.train.terms.layers import Attention, Hidden, Relations
+from potstill.train.terms.logits import Labels, Logits
 
 WORDS = "def g(self, x): return x"
 ADAPTERS: dict[str, Adapter] = {

@@ -20,8 +20,8 @@ from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
 from potstill.train.terms.across import ULD, Chunks, MappedLogits
+from potstill.train.terms.logits import Labels, Logits
 from reference_across import alm, byte_level, llama_like, uld
 
 SMALL, LARGE = byte_level(270), byte_level(600)
@@ -292,7 +292,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         Distiller(model(SMALL), ModelTeacher(model(SMALL)), [ULD()])
     with pytest.raises(ShapeError, match="whole distributions, got a mixture or a few tokens"):
         CrossTokenizerTeacher(Sparse(), LARGE, SMALL)(batch, causal_alignment(batch["labels"]))
-    with pytest.raises(ShapeError, match="bias_threshold in"):
+    with pytest.raises(ShapeError, match=r"Chunks.bias_threshold: expected a number in"):
         Chunks(bias_threshold=2.0)
     with pytest.raises(ShapeError, match="biased drop or merge"):
         Chunks(biased="keep")  # type: ignore[arg-type]

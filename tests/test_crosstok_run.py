@@ -99,7 +99,7 @@ def test_a_run_goes_on_where_it_stopped(values: dict[str, Any]) -> None:
     half = DistillationTrainer(
         parts.new_student(),
         parts.teacher,
-        parts.objective(),
+        parts.objective,
         _arguments(parts, Path(values["output"]) / "checkpoints" / "student"),
         parts.train.dataset,
         parts.curve,

@@ -24,9 +24,9 @@ from potstill.teachers.ensemble import EnsembleTeacher, mix
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
 from potstill.train.terms.dense import TAID
 from potstill.train.terms.layers import Hidden
+from potstill.train.terms.logits import Labels, Logits
 from test_trainer import losses, trainer, weights
 
 N, V, H = 7, 23, 5

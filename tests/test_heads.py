@@ -19,7 +19,7 @@ from potstill.losses.token import token_divergence
 from potstill.models.split import forward_targets, split_model
 from potstill.teachers.model import ModelTeacher
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
+from potstill.train.terms.logits import Labels, Logits
 
 SIZES = {
     "vocab_size": 300,

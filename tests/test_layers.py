@@ -45,11 +45,11 @@ def test_layers_that_are_not_there_name_the_depth(layers: LayerMap, message: str
 
 
 def test_maps_that_cannot_be() -> None:
-    with pytest.raises(ShapeError, match="at least one pair"):
+    with pytest.raises(ShapeError, match=r"Explicit.layers: expected at least one"):
         LayerMap.explicit([])
-    with pytest.raises(ShapeError, match="at least 1, got 0"):
+    with pytest.raises(ShapeError, match=r"Skip.every: expected a number >= 1, got 0"):
         LayerMap.skip(0)
-    with pytest.raises(ShapeError, match="at least 1, got -1"):
+    with pytest.raises(ShapeError, match=r"LastK.k: expected a number >= 1, got -1"):
         LayerMap.last_k(-1)
 
 

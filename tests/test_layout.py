@@ -129,7 +129,7 @@ def test_the_losses_import_torch_alone(module):
     allowed = {"torch", "numpy", *sys.stdlib_module_names}
     if module == "potstill.losses.triton":
         allowed.add("triton")  # comes with torch for CUDA
-    if module in ("potstill.losses.declared", "potstill.losses.schedule"):
+    if module == "potstill.losses.declared":
         allowed.add("pydantic_core")  # in hooks that pydantic alone calls
     foreign = {
         name

@@ -21,9 +21,9 @@ from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTar
 from potstill.losses.teacher_weights import teacher_confidence, teacher_entropy, top_share, top_tokens
 from potstill.losses.token import token_divergence
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
 from potstill.train.terms import dense
 from potstill.train.terms.dense import TAID, AdaptiveKL, BiLD
+from potstill.train.terms.logits import Labels, Logits
 from test_trainer import losses, trainer
 
 

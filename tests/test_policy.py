@@ -16,8 +16,9 @@ from potstill.errors import ShapeError
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
 from potstill.teachers.teacher import TeacherOutput
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Own, Signals
 from potstill.train.rollout import Rollout
+from potstill.train.signals import SampledTokens, Signals
+from potstill.train.terms.logits import Labels
 from potstill.train.terms.policy import PolicyGradient
 from test_rollout import make_batch, student
 
@@ -28,8 +29,8 @@ def signals(
     student: Any, teacher: Any, labels: Tensor, rows: Tensor, own: Tensor, then: Tensor, sampler: Tensor, **options: Any
 ) -> Signals:
     missing = torch.full_like(then, math.nan)
-    told = Own(own, rows, then.where(own, missing), sampler.where(own, missing))
-    return Signals(student, labels, teacher, options.get("normalizer"), 0, own=told)
+    told = SampledTokens(own, rows, then.where(own, missing), sampler.where(own, missing))
+    return Signals(student, labels, teacher, options.get("normalizer"), 0, sampled=told)
 
 
 def log_probs_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ def test_a_teacher_that_tells_each_token_alone_is_enough() -> None:
     args = (one["labels"], one["rows"], one["own"], q, q)
     whole = PolicyGradient()(signals(said, TeacherOutput(DenseTargets(one["p"])), *args))
     torch.testing.assert_close(PolicyGradient()(signals(said, TeacherOutput(sparse, told), *args)), whole)
-    with pytest.raises(ShapeError, match="expected a teacher that tells the log-probability of each token"):
+    with pytest.raises(ShapeError, match="expected a teacher that gives the log-probability of every sampled token"):
         PolicyGradient()(signals(said, TeacherOutput(sparse), *args))
 
 
@@ -240,7 +241,7 @@ def test_a_token_that_the_teacher_rules_out_stays_a_number() -> None:
 
 
 def test_what_cannot_be() -> None:
-    with pytest.raises(ShapeError, match=r"expected discount in \[0, 1\], got 2"):
+    with pytest.raises(ShapeError, match=r"PolicyGradient.discount: expected a number in \[0, 1\], got 2"):
         PolicyGradient(discount=2.0)
-    with pytest.raises(ShapeError, match="expected clip > 0 or None, got 0"):
+    with pytest.raises(ShapeError, match=r"PolicyGradient.clip: expected a number > 0, got 0"):
         PolicyGradient(clip=0.0)

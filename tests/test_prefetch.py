@@ -23,8 +23,8 @@ from potstill.runs.run import run
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Logits
 from potstill.train.prefetch import Peek, tensors_of
+from potstill.train.terms.logits import Logits
 from test_trainer import losses, trainer, weights
 
 

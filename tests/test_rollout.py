@@ -31,10 +31,10 @@ from potstill.runs.run import _alarms, run
 from potstill.teachers.cached_or_live import CachedOrLiveTeacher
 from potstill.train.callbacks import logged_lines
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
 from potstill.train.rollout import Adapt, Replay, Rollout, _example, _rows, teacher_mix, teacher_top_k
 from potstill.train.samples import collapse, repetition
-from potstill.train.terms.policy import PolicyGradient
+from potstill.train.terms.logits import Labels, Logits
+from potstill.train.terms.policy import MiniLLM
 from potstill.train.trainer import DistillationTrainer
 from test_trainer import losses, trainer, weights
 from toy_server import ToyServer
@@ -395,9 +395,9 @@ def test_sampled_tokens_are_enough_of_a_teacher_behind_a_server(recipe_values: d
 def test_minillm_is_a_term_with_switches(recipe_values: dict[str, Any]) -> None:
     off = {"length_normalization": False, "whiten": False, "clip": None, "single_step": False, "importance": False}
     values = on_policy_recipe(recipe_values, objective=[{"term": "minillm"}, {"term": "minillm", **off}])
-    whole, bare = prepare(Recipe.parse(values)).objective().terms
-    assert whole == PolicyGradient(1.0, 1.0, True, True, True, 0.2, True)
-    assert bare == PolicyGradient(1.0, 1.0, False, False, False, None, False)
+    whole, bare = prepare(Recipe.parse(values)).objective.terms
+    assert whole == MiniLLM(1.0, 1.0, True, True, True, 0.2, True)
+    assert bare == MiniLLM(1.0, 1.0, False, False, False, None, False)
 
 
 def test_what_makes_no_sense_is_told_at_once(recipe_values: dict[str, Any]) -> None:
@@ -406,10 +406,10 @@ def test_what_makes_no_sense_is_told_at_once(recipe_values: dict[str, Any]) -> N
     with pytest.raises(RecipeError) as told:
         Recipe.parse(values)
     assert "2 mistakes" in str(told.value)
-    assert "teacher: expected one that can speak about what the student writes, got a cache alone" in str(told.value)
-    assert "rollout: expected a teacher that is a model here for teacher_mix" in str(told.value)
+    assert "teacher: expected a teacher that can score samples, got a cache alone" in str(told.value)
+    assert "rollout: expected a teacher that is a local model for teacher_mix" in str(told.value)
     own = on_policy_recipe(recipe_values, objective=[{"term": "logits", "text": "own"}], rollout=None)
-    with pytest.raises(RecipeError, match=r"objective\.0: expected a rollout for a term on the student's own text"):
+    with pytest.raises(RecipeError, match=r"objective\.0: expected a rollout for a term on on-policy samples"):
         Recipe.parse(own)
     for wrong, said in [
         ({"teacher_mix": 0.2, "teacher_top_k": 3}, "rollout: expected teacher_mix or teacher_top_k, got both"),

@@ -24,8 +24,8 @@ from potstill.teachers.privileged import PrivilegedTeacher
 from potstill.teachers.self_taught import BaseModelTeacher, EMATeacher
 from potstill.teachers.teacher import Teacher
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
 from potstill.train.terms.layers import Hidden
+from potstill.train.terms.logits import Labels, Logits
 from potstill.train.terms.supervision import DeepSupervision
 from test_trainer import dataset, losses, trainer, weights
 

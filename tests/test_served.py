@@ -30,7 +30,7 @@ from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 from potstill.teachers.served import ServedTeacher
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
+from potstill.train.terms.logits import Labels, Logits
 from toy_server import LiveTopK, ToyServer, logged, prepared_with_top_k
 
 

@@ -28,9 +28,9 @@ from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 from potstill.train.callbacks import logged_lines
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
 from potstill.train.rollout import Replay, Rollout, teacher_mix
 from potstill.train.server_writer import ServedWriter
+from potstill.train.terms.logits import Labels, Logits
 from potstill.train.terms.policy import PolicyGradient
 from potstill.train.trainer import DistillationTrainer
 from test_rollout import on_policy_recipe, own_rows, stopped_and_resumed, student

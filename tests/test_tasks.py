@@ -11,16 +11,15 @@ from torch import Tensor
 
 from potstill.data.batches import PaddingCollator
 from potstill.errors import ShapeError
-from potstill.losses.alignment import IGNORE, TASKS, align, attended, counting
+from potstill.losses.alignment import IGNORE, align, attended, counting
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.models.layer_map import LayerMap
 from potstill.models.split import forward_targets, split_model
-from potstill.runs.config.objective import TermPart
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
 from potstill.train.terms.dense import Values
 from potstill.train.terms.layers import Attention, Hidden, Relations, Similarity
+from potstill.train.terms.logits import Labels, Logits
 from toy_encoders import VOCABULARY, make_encoder
 
 MASKED = ("bert", "distilbert", "roberta", "modernbert")
@@ -238,16 +237,3 @@ def test_any_objective_on_an_encoder_learns() -> None:
 def test_terms_that_make_no_sense_are_refused(task: Any, term: Any, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         Distiller(make_encoder("bert", task), make_encoder("bert", task), [term], task=task)
-
-
-def test_recipes_and_terms_know_the_same_tasks() -> None:
-    from typing import get_args
-
-    from potstill import train
-
-    parts = get_args(get_args(TermPart)[0])
-    of_terms = {each.name: each.tasks for each in vars(train).values() if hasattr(each, "tasks")}
-    of_terms["minillm"] = of_terms["policy"]  # one term, with its switches on
-    for part in parts:
-        name = get_args(part.model_fields["term"].annotation)[0]
-        assert part.tasks == of_terms[name] <= TASKS

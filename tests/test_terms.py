@@ -31,8 +31,9 @@ from potstill.models.layer_map import LayerMap
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits, Objective
+from potstill.train.objective import Objective
 from potstill.train.terms.layers import Attention, Hidden, Relations, Similarity
+from potstill.train.terms.logits import Labels, Logits
 from potstill.train.trainer import DistillationTrainer
 from processes import two_ranks
 from test_trainer import CHECKPOINTING, losses, trainer, weights

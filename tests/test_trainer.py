@@ -21,7 +21,8 @@ from potstill.losses.targets import DenseTargets
 from potstill.losses.token import token_divergence
 from potstill.train.checkpoints import last_checkpoint
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits, Objective
+from potstill.train.objective import Objective
+from potstill.train.terms.logits import Labels, Logits
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 from processes import shard_on_cpu, two_ranks
 

@@ -25,7 +25,7 @@ from potstill.runs.run import run
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.served import ServedTeacher
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Logits
+from potstill.train.terms.logits import Logits
 from real_vllm import Served
 from toy_server import LiveTopK, logged, prepared_with_top_k
 

@@ -22,9 +22,9 @@ from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 from potstill.train.callbacks import logged_lines
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Logits
 from potstill.train.rollout import Rollout
 from potstill.train.server_writer import ServedWriter
+from potstill.train.terms.logits import Logits
 from potstill.train.terms.policy import PolicyGradient
 from real_vllm import Served
 from test_rollout import own_rows

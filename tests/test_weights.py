@@ -26,10 +26,10 @@ from potstill.runs.config.run import Recipe
 from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.model import ModelTeacher
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
 from potstill.train.terms.across import ULD, Chunks, MappedLogits
 from potstill.train.terms.dense import AdaptiveKL
 from potstill.train.terms.layers import Similarity
+from potstill.train.terms.logits import Labels, Logits
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 from reference import token_divergence
 

@@ -15,7 +15,7 @@ from potstill.losses.alignment import counting
 from potstill.losses.divergences import JSD, ForwardKL, ReverseKL
 from potstill.losses.linear import linear_divergence
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Labels, Logits
+from potstill.train.terms.logits import Labels, Logits
 from potstill.train.trainer import DistillationTrainer
 from test_trainer import CHECKPOINTING, losses, trainer, weights
 
@@ -92,7 +92,7 @@ def test_terms_share_one_pass_through_the_head(
         passes.append(args)
         return linear_divergence(*args, **options)
 
-    monkeypatch.setattr("potstill.train.objective.linear_divergence", counted)
+    monkeypatch.setattr("potstill.train.signals.linear_divergence", counted)
     batch, found = make_batch(), []
     for keep in (lambda: None, whole):
         keep()

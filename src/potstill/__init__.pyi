@@ -89,8 +89,6 @@ from .teachers.served import ServedTeacher as ServedTeacher
 from .teachers.teacher import Teacher as Teacher
 from .teachers.teacher import TeacherOutput as TeacherOutput
 from .train.distiller import Distiller as Distiller
-from .train.objective import Labels as Labels
-from .train.objective import Logits as Logits
 from .train.objective import Objective as Objective
 from .train.rollout import Rollout as Rollout
 from .train.server_writer import ServedWriter as ServedWriter
@@ -105,6 +103,8 @@ from .train.terms.layers import Attention as Attention
 from .train.terms.layers import Hidden as Hidden
 from .train.terms.layers import Relations as Relations
 from .train.terms.layers import Similarity as Similarity
+from .train.terms.logits import Labels as Labels
+from .train.terms.logits import Logits as Logits
 from .train.terms.policy import PolicyGradient as PolicyGradient
 from .train.terms.supervision import DeepSupervision as DeepSupervision
 from .train.trainer import DistillationConfig as DistillationConfig

@@ -165,7 +165,7 @@ def _path(text: str | None) -> Path | None:
 
 def _temperature(recipe: Any) -> float | None:
     """What the recipe's first logits term uses, where that is one number."""
-    found = [part.temperature for part in recipe.objective if part.term == "logits"]
+    found = [part.temperature for part in recipe.objective if part.name == "logits"]
     return found[0] if found and isinstance(found[0], float) else None
 
 

@@ -66,6 +66,12 @@ class Declared(ABC):
                 if (wrong := rule.wrong(value)) is not None:
                     raise ShapeError(f"{type(self).__name__}.{name}: expected {rule}, got {wrong}.")
 
+    def changed(self, but: tuple[str, ...] = ()) -> list[str]:
+        """Return each field that differs from its default, as `field value`."""
+        fields = [field for field in dataclasses.fields(self) if field.name not in but]  # type: ignore[arg-type]
+        values = [(field, getattr(self, field.name)) for field in fields]
+        return [f"{field.name} {in_words(value)}" for field, value in values if value != field.default]
+
     @classmethod
     def read(cls, value: Any) -> Any:
         """Turn a family's shorthand of a recipe into a bare name or a mapping with `key`; most have none."""
@@ -113,9 +119,24 @@ class Declared(ABC):
         return made
 
 
+def in_words(value: Any) -> str:
+    """Write a value of a field as in a sentence: "jsd (beta 0.3)"."""
+    if isinstance(value, Declared):
+        changed = value.changed()
+        return value.name + (f" ({', '.join(changed)})" if changed else "")
+    if isinstance(value, tuple | list):
+        return ", ".join(map(in_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def in_tag(name: str) -> str:
     """Mark the name of a kind in the place of an error, where it is no key of the recipe."""
     return f"<{name}>"
+
+
+def is_tag(step: object) -> bool:
+    """Whether a step of an error's place is the arm of a union, and no key."""
+    return isinstance(step, str) and step.startswith("<") and step.endswith(">")
 
 
 def describe(kind: type, schema: dict[str, Any]) -> None:
@@ -231,6 +252,24 @@ class PythonOnly:
         from pydantic_core import core_schema as cs
 
         return cs.none_schema()
+
+
+class Either:
+    """Chooses the arm of a union of two by a test, so that only that arm reports a mistake.
+
+    `Annotated[A | B, Either(test)]` reads A where the test holds.
+    """
+
+    def __init__(self, first: Callable[[Any], bool]) -> None:
+        self._first = first
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema as cs
+
+        first, second = (handler.generate_schema(arm) for arm in get_args(source))
+        return cs.tagged_union_schema(
+            {in_tag("0"): first, in_tag("1"): second}, lambda value: in_tag("0" if self._first(value) else "1")
+        )
 
 
 @cache

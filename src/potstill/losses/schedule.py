@@ -12,10 +12,12 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from potstill.errors import ShapeError
-from potstill.losses.declared import Declared, NonEmpty, Range
+from potstill.losses.declared import Declared, Either, NonEmpty, Range
+
+D = TypeVar("D", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -229,25 +231,17 @@ def warmup(schedule: Schedule, steps: int, start: float = 0.0) -> Schedule:
     return replace(schedule, warmup=steps, warmup_start=start)
 
 
+def for_run(declared: D, steps: int) -> D:
+    """Give each schedule of a declaration that has no length of its own that of a run of so many optimiser steps."""
+    schedules = {name: value for name, value in vars(declared).items() if isinstance(value, Schedule)}
+    return replace(declared, **{name: schedule.over(steps) for name, schedule in schedules.items()})
+
+
 def _progress(step: int, steps: int) -> float:
     return min(max(step / steps, 0.0), 1.0)
 
 
-class _NumberOrSchedule:
-    """Tells pydantic which of the two a value is meant as, so that only one of them reports a mistake."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema as cs
-
-        def tag(value: Any) -> str:
-            return "<schedule>" if isinstance(value, Mapping | Schedule) else "<number>"
-
-        return cs.tagged_union_schema(
-            {"<number>": cs.float_schema(), "<schedule>": handler.generate_schema(Schedule)}, tag
-        )
-
-
-Number = Annotated[float | Schedule, _NumberOrSchedule()]
+Number = Annotated[Schedule | float, Either(lambda value: isinstance(value, Mapping | Schedule))]
 Weight = Annotated[Number, Range(ge=0)]
 Temperature = Annotated[Number, Range(gt=0)]
 Share = Annotated[Number, Range(ge=0, le=1)]

@@ -1,28 +1,28 @@
-"""Which teacher layer a student layer learns from, and what brings the student's states to the teacher's width.
+"""Layer maps: which teacher layer a student layer learns from. Projections to the teacher's width.
 
-A layer is a block of the model, counted from 0 as in the model's own list of them; -1 is the last. Its hidden state is
-what the block gives, before the model's last norm.
+A layer is a block of the model, counted from 0 as in the model's own list of blocks; -1 is the last. Its hidden state
+is the output of the block, before the model's final norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
 from potstill.errors import ShapeError
+from potstill.losses.declared import Declared, NonEmpty, Range
 
 Pairs = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
-class LayerMap:
+class LayerMap(Declared):
     """Which teacher layer each student layer learns from.
 
-    Args:
-        choose: (student layers, teacher layers) -> pairs (student layer, teacher layer), negative ones from the end.
+    In a recipe: `uniform`, `{last_k: 2}`, `{skip: 2}`, or a list of [student layer, teacher layer].
 
     >>> LayerMap.uniform().pairs(4, 6)
     ((0, 1), (1, 2), (2, 4), (3, 5))
@@ -32,13 +32,15 @@ class LayerMap:
     ((3, 4),)
     """
 
-    choose: Callable[[int, int], Sequence[tuple[int, int]]]
+    @abstractmethod
+    def choose(self, student: int, teacher: int) -> Sequence[tuple[int, int]]:
+        """Pair layers of two depths; negative ones count from the end."""
 
     def pairs(self, student: int, teacher: int) -> Pairs:
-        """The pairs for two depths, each at least 1, with indices from 0.
+        """Return the pairs (student layer, teacher layer) for two depths, counted from 0.
 
         Raises:
-            ShapeError: a layer is not there.
+            ShapeError: a layer does not exist.
         """
         return tuple(
             (layer_index("student", s, student), layer_index("teacher", t, teacher))
@@ -46,45 +48,100 @@ class LayerMap:
         )
 
     @classmethod
+    def read(cls, value: Any) -> Any:
+        """See `Declared`."""
+        if isinstance(value, list):
+            return {"kind": "pairs", "layers": value}
+        if isinstance(value, Mapping) and "kind" not in value:
+            if len(value) > 1:
+                raise ValueError(f"expected one of {', '.join(cls.kinds)}, got {', '.join(map(str, value))}")
+            fields = {"last_k": "k", "skip": "every", "pairs": "layers"}
+            return next(({"kind": kind, fields.get(kind, kind): number} for kind, number in value.items()), "uniform")
+        return value
+
+    @classmethod
+    def _plain(cls, value: Any, handler: Any) -> Any:
+        plain = super()._plain(value, handler)
+        kind, *numbers = plain.values()
+        return {kind: numbers[0]} if kind in ("last_k", "skip", "pairs") else plain if numbers else kind
+
+    @classmethod
     def uniform(cls) -> LayerMap:
-        """All student layers, spread evenly over the teacher's: the last learns from the last (TinyBERT)."""
-        return cls(lambda student, teacher: [(i, -(-(i + 1) * teacher // student) - 1) for i in range(student)])
+        """Return `Uniform()`."""
+        return Uniform()
 
     @classmethod
     def last_k(cls, k: int = 1) -> LayerMap:
-        """The last k layers from the last k."""
-        _positive("last_k", k)
-        return cls(lambda student, teacher: [(i, i) for i in range(-k, 0)])
+        """Return `LastK(k)`."""
+        return LastK(k)
 
     @classmethod
     def skip(cls, every: int = 2) -> LayerMap:
-        """Student layer i from teacher layer (i + 1) * every - 1: every n-th, as DistilBERT and PKD."""
-        _positive("skip", every)
-        return cls(lambda student, teacher: [(i, (i + 1) * every - 1) for i in range(student)])
+        """Return `Skip(every)`."""
+        return Skip(every)
 
     @classmethod
     def explicit(cls, pairs: Sequence[tuple[int, int]]) -> LayerMap:
-        """The pairs that are named; negative layers count from the end."""
-        fixed = tuple((int(s), int(t)) for s, t in pairs)
-        if not fixed:
-            raise ShapeError("LayerMap.explicit: expected at least one pair (student layer, teacher layer), got none.")
-        return cls(lambda student, teacher: fixed)
+        """Return `Explicit(pairs)`."""
+        return Explicit(tuple((int(s), int(t)) for s, t in pairs))
 
 
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ShapeError(f"LayerMap.{name}: expected a number of at least 1, got {value}.")
+@dataclass(frozen=True)
+class Uniform(LayerMap):
+    """All student layers, evenly spaced over the teacher's: the last learns from the last (TinyBERT)."""
+
+    name = "uniform"
+
+    def choose(self, student: int, teacher: int) -> Sequence[tuple[int, int]]:
+        """See `LayerMap`."""
+        return [(i, -(-(i + 1) * teacher // student) - 1) for i in range(student)]
 
 
-def layer_index(who: str, layer: int, layers: int) -> int:
-    """A layer from 0, of one that may count from the end.
+@dataclass(frozen=True)
+class LastK(LayerMap):
+    """The last k layers from the last k."""
+
+    k: Annotated[int, Range(ge=1)] = 1
+    name = "last_k"
+
+    def choose(self, student: int, teacher: int) -> Sequence[tuple[int, int]]:
+        """See `LayerMap`."""
+        return [(i, i) for i in range(-self.k, 0)]
+
+
+@dataclass(frozen=True)
+class Skip(LayerMap):
+    """Student layer i from teacher layer (i + 1) * every - 1: every n-th, as in DistilBERT and PKD."""
+
+    every: Annotated[int, Range(ge=1)] = 2
+    name = "skip"
+
+    def choose(self, student: int, teacher: int) -> Sequence[tuple[int, int]]:
+        """See `LayerMap`."""
+        return [(i, (i + 1) * self.every - 1) for i in range(student)]
+
+
+@dataclass(frozen=True)
+class Explicit(LayerMap):
+    """Pairs (student layer, teacher layer); negative layers count from the end."""
+
+    layers: Annotated[Pairs, NonEmpty()]
+    name = "pairs"
+
+    def choose(self, student: int, teacher: int) -> Sequence[tuple[int, int]]:
+        """See `LayerMap`."""
+        return self.layers
+
+
+def layer_index(model: str, layer: int, layers: int) -> int:
+    """Return a layer's index from 0, for one that may count from the end.
 
     Raises:
-        ShapeError: it is not there.
+        ShapeError: the layer does not exist.
     """
     if not -layers <= layer < layers:
         raise ShapeError(
-            f"LayerMap: expected {who} layers in {-layers}..{layers - 1}, as the {who} has {layers} layers, "
+            f"LayerMap: expected {model} layers in {-layers}..{layers - 1}, as the {model} has {layers} layers, "
             f"got {layer}."
         )
     return layer % layers
@@ -94,15 +151,15 @@ ProjectionKind = Literal["linear", "mlp", "none"]
 
 
 class Projection(nn.Module):
-    """From the student's width to the teacher's: trained with the student, and left behind with the objective.
+    """Map from the student's width to the teacher's. Trained with the student, and no part of the exported model.
 
     Args:
-        kind: linear (W x + b), mlp (linear, GELU, linear), or none, for equal widths.
+        kind: linear (W x + b), mlp (linear, GELU, linear), or none for equal widths.
         student: the student's width.
-        teacher: the teacher's.
+        teacher: the teacher's width.
 
     Raises:
-        ShapeError: there is none, and the widths differ.
+        ShapeError: the kind is none, and the widths differ.
     """
 
     def __init__(self, kind: ProjectionKind, student: int, teacher: int) -> None:
@@ -119,7 +176,7 @@ class Projection(nn.Module):
             self.layers.extend([nn.GELU(), nn.Linear(teacher, teacher)])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., student's width] to [..., teacher's], in the precision of the weights."""
+        """Project [..., student's width] to [..., teacher's width], in the precision of the weights."""
         first = next(self.layers.parameters(), hidden)
         projected: Tensor = self.layers(hidden.to(first.dtype))
         return projected

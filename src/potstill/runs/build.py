@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from accelerate import PartialState
@@ -11,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.runs import build_objective as objectives, build_rollout as rollouts
+from potstill.runs import build_rollout as rollouts
 from potstill.data.batches import Examples, PaddingCollator, pad_token_id
 from potstill.data.vocabulary import own_vocabulary, shared_vocabulary
 from potstill.losses.divergences import ReverseKL
@@ -37,10 +38,11 @@ from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher
 from potstill.teachers.dimensions import important_dimensions
 from potstill.teachers.crosstok import AlignmentStats
-from potstill.train.objective import Logits, Objective
+from potstill.train.terms.logits import Logits
+from potstill.train.objective import Objective
 from potstill.train.terms.policy import PolicyGradient
 from potstill.train.terms.dense import DenseTerm
-from potstill.train.objective import value_at
+from potstill.losses.schedule import for_run, value_at
 from potstill.train.terms.policy import label_log_probs
 from potstill.train.rollout import Rollout
 from potstill.train.server_writer import ServedWriter
@@ -99,9 +101,11 @@ class Parts:
             model = first_student(self.recipe, self.design, teacher)
         return with_adapter(self.recipe, model, self.tokenizer)
 
+    @cached_property
     def objective(self) -> Objective:
         """The recipe's objective, its schedules as long as the run."""
-        return objectives.build(self.recipe.objective, self.steps, self._important_dimensions)
+        terms = [for_run(term, self.steps) for term in self.recipe.objective]
+        return Objective([term.select(self._important_dimensions) for term in terms])
 
     def rollout(self) -> Rollout | None:
         """Who puts the student's own text in place of data, where the recipe asks for it."""
@@ -180,7 +184,7 @@ def prepare(recipe: Recipe) -> Parts:
     design = design_of(recipe.student, speaker.config, tokenizer)
     student = with_adapter(recipe, first_student(recipe, design, speaker.config), tokenizer)
     models = {**speaker.models, "student": student}
-    if any(objectives.reads_across(part) for part in recipe.objective):
+    if any(term.other_tokenizer for term in recipe.objective):
         speaker = reading_bytes(recipe, speaker, tokenizer)
         models = {"student": student}  # the teacher's head and positions are of tokens of its own
         if recipe.rollout is not None and recipe.rollout.guided:
@@ -226,7 +230,7 @@ def prepare(recipe: Recipe) -> Parts:
         notes.append(
             f"vocabulary: {vocabulary} tokens are real, the heads have more rows ({', '.join(padded)}): sliced."
         )
-    inside = any(objectives.looks_inside(part) for part in recipe.objective)
+    inside = any(term.reads_layers for term in recipe.objective)
     anatomy = ActivationCapture(student).anatomy if inside else None
     start = None if design is None else begin(recipe, speaker.model, design, train.dataset, tokenizer)
     parts = Parts(
@@ -251,9 +255,8 @@ def prepare(recipe: Recipe) -> Parts:
         told = rollouts.look_at_prompts(rollout, recipe.rollout, train)
         parts = replace(parts, notes=(*parts.notes, *told))
     if anatomy is not None:
-        objective = parts.objective()
-        theirs = teacher.anatomy if objective.looks_into_teacher else None
-        teacher.prepare(objectives.check(objective, anatomy, theirs))
+        of_teacher = teacher.anatomy if parts.objective.reads_teacher_layers else None
+        teacher.prepare(parts.objective.fit(anatomy, of_teacher)[1])
     if isinstance(teacher, CrossTokenizerTeacher):
         found = meeting(teacher, train.dataset)
         said = meeting_notes(found, teacher.pair.shared(), vocabulary)
@@ -303,9 +306,9 @@ def _try(parts: Parts, teacher: Teacher) -> None:
     alignment = causal_alignment(batch["labels"])
     output = teacher(batch, alignment)
     said = output.targets
-    for term in parts.objective().terms:
+    for term in parts.objective.terms:
         if isinstance(term, DenseTerm):
-            term.whole(said)
+            term.teacher_logits(said)
         if isinstance(term, PolicyGradient) and not isinstance(teacher, CachedOrLiveTeacher):  # whose cache is not asked
             label_log_probs(output, alignment.labels)
             if term.single_step:

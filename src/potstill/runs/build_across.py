@@ -5,7 +5,6 @@ from __future__ import annotations
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from potstill.runs import build_objective as objectives
 from potstill.data.vocabulary import own_vocabulary
 from potstill.errors import RecipeError
 from potstill.runs.config.run import Recipe
@@ -25,7 +24,7 @@ def reading_bytes(recipe: Recipe, speaker: Speaker, student: PreTrainedTokenizer
         RecipeError: other terms compare tokens, or the teacher is no model here.
         VocabularyError: a tokenizer does not keep the bytes of a text.
     """
-    wrong = [part.term for part in recipe.objective if not (objectives.reads_across(part) or part.term == "labels")]
+    wrong = [term.name for term in recipe.objective if term.needs_teacher and not term.other_tokenizer]
     if wrong:
         raise RecipeError(
             f"objective: expected chunks, mapped_logits and uld without terms over tokens, got {', '.join(wrong)} too. "

@@ -15,7 +15,7 @@ from potstill.engines.sampling import Sampling
 from potstill.errors import RecipeError
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.rollout import RolloutPart
-from potstill.runs.config.numbers import SchedulePart
+from potstill.losses.schedule import Schedule
 from potstill.models.adapted import is_adapted
 from potstill.train.rollout import Adapt, Replay, Rollout, teacher_mix, teacher_top_k
 from potstill.train.server_writer import ServedWriter
@@ -77,8 +77,8 @@ def build(
         server: who writes for the student, where it does not itself.
     """
 
-    def number(value: float | SchedulePart) -> float | Callable[[int], float]:
-        return value.build(steps) if isinstance(value, SchedulePart) else value
+    def number(value: float | Schedule) -> float | Callable[[int], float]:
+        return value.over(steps) if isinstance(value, Schedule) else value
 
     guide: Any = None
     if part.guided:

@@ -116,7 +116,7 @@ def _one_step(parts: Parts, student: PreTrainedModel) -> tuple[float, int | None
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     distiller = Distiller(
-        student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary or None, task=parts.recipe.task
+        student, parts.teacher, parts.objective, vocabulary=parts.vocabulary or None, task=parts.recipe.task
     ).to(device)
     collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
     rows = [parts.train.dataset[i] for i in range(min(parts.batch_rows, len(parts.train.dataset)))]

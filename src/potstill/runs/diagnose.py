@@ -29,10 +29,10 @@ from potstill.runs.build import Parts, prepare
 from potstill.runs.config.run import Recipe
 from potstill.losses.targets import SparseTargets
 from potstill.train.distiller import Distiller
-from potstill.train.objective import Logits
+from potstill.train.terms.logits import Logits
 from potstill.train.callbacks import logged_lines
 from potstill.train.checkpoints import last_checkpoint
-from potstill.train.objective import value_at
+from potstill.losses.schedule import value_at
 
 ROWS = 64  # of the sample
 FLOW_BATCHES = 4  # of the training data
@@ -146,13 +146,13 @@ def _teach(parts: Parts) -> Teach:
 def _temperatures(parts: Parts, after: bool) -> list[float]:
     """Those of the objective's logits terms: at the beginning, or over a whole run at both ends."""
     steps = (0, parts.steps) if after else (0,)
-    terms = [term for term in parts.objective().terms if isinstance(term, Logits)]
+    terms = [term for term in parts.objective.terms if isinstance(term, Logits)]
     return sorted({value_at(term.temperature, step) for term in terms for step in steps})
 
 
 def _losses(parts: Parts, student: PreTrainedModel, step: int, device: torch.device) -> Iterator[Tensor]:
     """The objective's loss on batches of the training data, and of own text, as in training at that step."""
-    distiller = Distiller(student, parts.teacher, parts.objective(), vocabulary=parts.vocabulary).to(device).train()
+    distiller = Distiller(student, parts.teacher, parts.objective, vocabulary=parts.vocabulary).to(device).train()
     chosen = _spread(parts.train.dataset, FLOW_BATCHES * parts.batch_rows)
     rollout = parts.rollout()
     for batch in _on(device, in_batches(chosen, parts.tokenizer, parts.batch_rows)):

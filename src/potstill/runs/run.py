@@ -32,9 +32,7 @@ from potstill.models.loading import load_model, suppress_warnings
 from potstill.losses.alignment import OF_TOKENS, causal_alignment
 from potstill.runs.build import Parts, prepare
 from potstill.runs.config.student import BudgetPart, StudentPart
-from potstill.runs.config.objective import LogitsPart, TermPart
 from potstill.runs.config.run import Recipe
-from potstill.runs.config.numbers import SchedulePart
 from potstill.runs.config.teacher import TeacherPart
 from potstill.models.adapted import count, is_adapted, merged
 from potstill.models.modules import copy_modules
@@ -42,7 +40,8 @@ from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.ensemble import EnsembleTeacher
 from potstill.teachers.teacher import Teacher
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
-from potstill.train.objective import Labels, Objective
+from potstill.train.terms.logits import Labels
+from potstill.train.objective import Objective
 from potstill.train.callbacks import MetricsFile, OwnTextsFile, ProgressBar, logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
 from potstill.train.samples import collapse
@@ -100,7 +99,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
                 console.print(note, style="dim", highlight=False, markup=False)
         state.wait_for_everyone()
         with explain_disk_full(directory, CHECKPOINT * parts.size.trained):
-            _train(parts, "student", parts.objective(), directory, console, parts.rollout())
+            _train(parts, "student", parts.objective, directory, console, parts.rollout())
             if recipe.evaluate.baseline:
                 _train(parts, "baseline", Objective([Labels()]), directory, console)
 
@@ -281,7 +280,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
             else None,
             "seconds": {name: seconds_of(metrics, name) for name in names},
         },
-        "objective": "; ".join(_describe(part) for part in recipe.objective),
+        "objective": "; ".join(part.describe() for part in recipe.objective),
         "models": {
             "teacher": _describe_teacher(recipe.teacher, parts.teacher),
             "student": _describe_student(recipe.student),
@@ -387,31 +386,6 @@ def _continuations(parts: Parts, models: Mapping[str, PreTrainedModel]) -> list[
         said = {name: decode(continuation(model, ids[:prompt], new)) for name, model in models.items()}
         found.append({"prompt": decode(ids[:prompt]), "truth": decode(ids[prompt : prompt + new]), **said})
     return found
-
-
-def _describe(part: TermPart) -> str:
-    """A term in a few words: its name or divergence, what differs from the defaults, its weight."""
-
-    def word(value: Any) -> str:
-        if isinstance(value, dict):
-            return " ".join(f"{key} {word(each)}" for key, each in value.items())
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
-    if isinstance(part, LogitsPart):
-        kind = part.divergence.model_dump(exclude_none=True)
-        parameters = ", ".join(f"{k} {v:g}" for k, v in kind.items() if k != "kind")
-        name = kind["kind"] + (f" ({parameters})" if parameters else "")
-        options = part.model_dump(exclude_defaults=True, exclude={"term", "divergence", "temperature", "weight"})
-        said = [f"{name} at temperature {word(_plain(part.temperature))}"]
-    else:
-        options = part.model_dump(exclude_defaults=True, exclude={"term", "weight"})
-        said = [part.term]
-    said += [f"{key} {word(value)}" for key, value in options.items()]
-    return ", ".join([*said, f"weight {word(_plain(part.weight))}"])
-
-
-def _plain(value: float | SchedulePart) -> Any:
-    return value.model_dump(exclude_defaults=True) if isinstance(value, SchedulePart) else value
 
 
 def _describe_student(student: StudentPart) -> str:

@@ -15,8 +15,10 @@ from potstill.models.capture import ActivationCapture, ActivationRequest, Activa
 from potstill.models.split import forward_targets, split_model
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
-from potstill.train.objective import Objective, Own, Signals, Term
+from potstill.train.objective import Objective, task_mistakes
 from potstill.train.prefetch import Prefetch
+from potstill.train.signals import SampledTokens, Signals
+from potstill.train.terms.term import Term
 
 
 class StepOutput(NamedTuple):
@@ -54,7 +56,7 @@ class Distiller(nn.Module):
         ModelError: a term asks for something that the student or the teacher does not give.
 
     >>> from potstill.losses.divergences import ForwardKL
-    >>> from potstill.train.objective import Logits
+    >>> from potstill.train.terms.logits import Logits
     >>> Distiller(nn.Identity(), None, [Logits(ForwardKL())])
     Traceback (most recent call last):
     potstill.errors.ShapeError: Distiller: expected a teacher for the term logits, got None.
@@ -76,7 +78,8 @@ class Distiller(nn.Module):
         self.student = student
         self.task = task
         self.objective = objective if isinstance(objective, Objective) else Objective(objective)
-        self.objective.suits(task)
+        for mistake in task_mistakes(self.objective.terms, task):
+            raise ShapeError(mistake)
         self.vocabulary = vocabulary
         # In a tuple, so that torch does not take the teacher for a part of what is trained and saved.
         self._teacher = (ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher,)
@@ -91,10 +94,10 @@ class Distiller(nn.Module):
             self.teacher.attach(student)
         self._prefetch = Prefetch(self.teacher) if prefetch and self.teacher is not None else None
         self._needs = ActivationRequest()
-        if self.objective.looks_inside:
+        if self.objective.reads_layers:
             self._taps = ActivationCapture(student)
             theirs = None
-            if self.objective.looks_into_teacher:
+            if self.objective.reads_teacher_layers:
                 assert self.teacher is not None
                 theirs = self.teacher.anatomy
             self._needs, asked = self.objective.fit(self._taps.anatomy, theirs)
@@ -153,7 +156,7 @@ class Distiller(nn.Module):
         positions = attended(batch, self.task) if self._needs else None
         signals = Signals(
             *(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment),
-            own=_own(batch, alignment),
+            sampled=_sampled(batch, alignment),
         )
         return StepOutput(*self.objective(signals))
 
@@ -234,9 +237,9 @@ class Distiller(nn.Module):
             self.student.enable_input_require_grads()  # type: ignore[operator]
 
 
-def _own(batch: Mapping[str, Tensor], alignment: Alignment) -> Own | None:
-    """What a `Rollout` has told of the counting tokens."""
+def _sampled(batch: Mapping[str, Tensor], alignment: Alignment) -> SampledTokens | None:
+    """Find the target tokens that a `Rollout` sampled."""
     if OWN_LOG_PROBS not in batch:
         return None
     log_probs, sampler = (alignment.select_labels(batch[name]) for name in (OWN_LOG_PROBS, SAMPLER_LOG_PROBS))
-    return Own(~log_probs.isnan(), alignment.row, log_probs, sampler)
+    return SampledTokens(~log_probs.isnan(), alignment.row, log_probs, sampler)

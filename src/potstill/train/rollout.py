@@ -22,7 +22,7 @@ from potstill.engines.decode import Guide, Written, ends_of, write
 from potstill.engines.sampling import Sampling
 from potstill.errors import ShapeError, UserError
 from potstill.losses.alignment import IGNORE, OWN_LOG_PROBS, SAMPLER_LOG_PROBS
-from potstill.train.objective import Number, value_at
+from potstill.losses.schedule import Number, value_at
 from potstill.train.samples import TextSums
 from potstill.train.server_writer import ServedWriter
 

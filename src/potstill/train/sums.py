@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from potstill.train.objective import or_one
+from potstill.train.signals import or_one
 
 
 class Sums:

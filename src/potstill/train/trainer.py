@@ -25,11 +25,13 @@ from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import Epochs
 from potstill.train.checkpoints import TEACHER, last_checkpoint, restore_teacher
 from potstill.train.distiller import Distiller, StepOutput
-from potstill.train.objective import OF_TEXT, Objective, Term, or_one
+from potstill.train.objective import OF_TEXT, Objective
 from potstill.train.prefetch import Peek
 from potstill.train.rollout import Rollout, with_weights_of
 from potstill.train.sharding import UNSHARDED, Sharding
+from potstill.train.signals import or_one
 from potstill.train.sums import Sums
+from potstill.train.terms.term import Term
 
 TRAINED = "objective.safetensors"  # in a checkpoint: what the objective trains beside the student
 
@@ -110,7 +112,7 @@ class DistillationTrainer(Trainer):
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
         self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
-        if all(term.looks_inside for term in self.distiller.objective.terms):
+        if all(term.reads_layers for term in self.distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers leave the head alone
         super().__init__(
             model=self.distiller,

@@ -5,16 +5,18 @@ Every mistake of a file is reported at once, unknown keys with the nearest known
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Self, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from potstill.errors import RecipeError, nearest
+from potstill.losses.declared import is_tag
 
 
 class Part(BaseModel):
@@ -152,67 +154,70 @@ def _index(values: list[Any], name: str, change: str) -> int:
 
 
 def _explain(document: type[Part], error: Any) -> list[str]:
-    """One pydantic error as lines `<key>: <what is wrong>`."""
+    """Turn one error of pydantic into lines `<key>: <what is wrong>`."""
     keys, known = _follow(document, error["loc"])
     key = ".".join(keys)
-    if error["type"] == "extra_forbidden":
+    context = error.get("ctx", {})
+    if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
         return [f"{key}: unknown key.{nearest(keys[-1], known)}"]
     if error["type"] == "missing":
         return [f"{key}: expected a value, got none."]
-    if error["type"] in {"union_tag_invalid", "union_tag_not_found"}:
-        what = str(error["ctx"]["discriminator"]).strip("'")
-        kinds = error["ctx"].get("expected_tags", "").replace("'", "")
-        return [f"{key}: expected a {what}{' of ' if kinds else ''}{kinds}, got {error['input']!r}."]
+    if error["type"] == "union_tag_not_found":
+        return [f"{key}: expected a {_bare(context['discriminator'])}, got {error['input']!r}."]
+    if error["type"] == "union_tag_invalid":
+        kinds = [_bare(name) for name in context["expected_tags"].split(", ")]
+        name = _bare(context["tag"])
+        return [f"{key}: expected a {_bare(context['discriminator'])} of {', '.join(kinds)}, got {name}.{nearest(name, kinds)}"]
     if error["type"] == "value_error":
-        message = str(error["ctx"]["error"])
+        message = str(context["error"])
         lines = message.splitlines()
-        # What goes together is said of the whole file, with the keys in it.
-        told = not key or all(line.startswith(f"{key}.") for line in lines)
-        return lines if told else [f"{key}: {message.removesuffix('.')}."]
+        # A message about how parts go together names their keys itself.
+        names_keys = not key or all(line.startswith(f"{key}.") for line in lines)
+        return lines if names_keys else [f"{key}: {message.removesuffix('.')}."]
     return [f"{key}: {error['msg'].lower()}, got {error['input']!r}."]
 
 
+def _bare(text: str) -> str:
+    """Strip what pydantic and `in_tag` put around a name."""
+    return text.strip("'").removesuffix("()").strip("<>")
+
+
 def _follow(document: type[Part], place: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
-    """The keys of a place without the names by which pydantic tells the members of a union apart, and the keys that
-    the part at its end knows.
-    """
+    """Return the keys of an error's place without the arms of unions, and the keys known at its end."""
     keys: list[str] = []
     known: list[str] = []
-    here: Any = document
+    annotation: Any = document
     for step in place:
-        members = [*_members(here)]
-        chosen = [member for member, tag in members if step == tag]
-        if chosen:
-            here = chosen[0]
+        if is_tag(step):
+            annotation = _chosen(annotation, _bare(str(step)))
             continue
         keys.append(str(step))
-        parts = [member for member, _ in members if isinstance(member, type) and issubclass(member, Part)]
-        fields = {name: field for part in parts for name, field in part.model_fields.items()}
+        fields: dict[str, Any] = {}
+        for arm in _arms(annotation):
+            fields |= _fields(arm)
         known = list(fields)
-        if isinstance(step, int):
-            here = next((get_args(member)[0] for member, _ in members if get_origin(member) is list), None)
-        else:
-            here = fields[step].annotation if step in fields else None
+        entries = [get_args(arm)[0] for arm in _arms(annotation) if get_origin(arm) in (list, tuple)]
+        annotation = fields.get(str(step)) if isinstance(step, str) else next(iter(entries), None)
     return keys, known
 
 
-def _members(kind: Any, tag: Any = None) -> Iterator[tuple[Any, Any]]:
-    """The types of a union and by what pydantic calls each: a Tag, or the word in its discriminating field."""
-    if get_origin(kind) is Annotated:
-        inner, *metadata = get_args(kind)
-        tags = [each.tag for each in metadata if isinstance(each, Tag)]
-        yield from _members(inner, tags[0] if tags else tag)
-    elif get_origin(kind) in (Union, types.UnionType):
-        for each in get_args(kind):
-            yield from _members(each)
-    else:
-        yield kind, tag if tag is not None else _word(kind)
+def _arms(annotation: Any) -> list[Any]:
+    """Return the types of a union, or the one type that an annotation is."""
+    if get_origin(annotation) is Annotated:
+        return _arms(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [arm for part in get_args(annotation) for arm in _arms(part)]
+    return [annotation]
 
 
-def _word(kind: Any) -> str | None:
-    """The word of a part's first field, where that can only be one word."""
-    if not (isinstance(kind, type) and issubclass(kind, Part) and kind.model_fields):
-        return None
-    first = next(iter(kind.model_fields.values())).annotation
-    words = get_args(first) if get_origin(first) is Literal else ()
-    return words[0] if len(words) == 1 else None
+def _chosen(annotation: Any, tag: str) -> Any:
+    """Return the kind of a family of declarations by its name; all arms for the tag of a union without names."""
+    kinds = [arm.kinds[tag] for arm in _arms(annotation) if hasattr(arm, "kinds") and tag in arm.kinds]
+    return kinds[0] if kinds else annotation
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Return the annotations of a part's or a declaration's fields, by name."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    return get_type_hints(kind, include_extras=True) if dataclasses.is_dataclass(kind) else {}

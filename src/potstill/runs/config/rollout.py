@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from potstill.runs.config.document import Part
-from potstill.runs.config.numbers import SchedulePart, Share
+from potstill.losses.schedule import Schedule, Share
 from potstill.runs.config.teacher import ServedPart
 
 
@@ -83,6 +83,6 @@ class RolloutPart(Part):
                 )
             if self.batch_size != batch_size:
                 raise ValueError("expected batch_size without server, got both. It takes server.concurrency at once")
-        if self.adapt is not None and isinstance(self.on_policy_fraction, SchedulePart):
+        if self.adapt is not None and isinstance(self.on_policy_fraction, Schedule):
             raise ValueError("expected a number as the on_policy_fraction that adapts, got a schedule")
         return self

@@ -1,88 +1,118 @@
-"""The record of a whole run."""
+"""Recipe of a distillation run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Self
 
 from pydantic import Field, model_validator
 
-from potstill.losses.alignment import Task
+from potstill.losses.alignment import DISTRIBUTIONS, OF_TOKENS, SEQUENCE_TASKS, Task
 from potstill.runs.config.adapter import adapter_misfits
-from potstill.runs.config.data import DataPart
+from potstill.runs.config.data import MASKED_SHARE, DataPart
 from potstill.runs.config.document import Document, Part
-from potstill.runs.config.objective import LogitsPart, TermPart
-from potstill.runs.config.policy import MiniLLMPart, PolicyPart
 from potstill.runs.config.rollout import RolloutPart
 from potstill.runs.config.student import StudentPart
-from potstill.runs.config.task import misfits
 from potstill.runs.config.teacher import TeacherPart
 from potstill.runs.config.training import TrainPart
+from potstill.train.objective import task_mistakes
+from potstill.train.terms import across, dense, layers, logits, policy, supervision  # noqa: F401  # kinds of terms
+from potstill.train.terms.term import Term
 
 
 class EvaluatePart(Part):
-    """What the report says beside the student's own figures."""
+    """What the report shows besides the student's own metrics."""
 
     baseline: bool = Field(False, description="train the same student on labels alone, and compare")
-    continuations: int = Field(3, ge=0, description="held-out beginnings that each causal model continues")
-    curve_rows: int = Field(128, ge=1, description="held-out rows, evenly spread, for the learning curves")
+    continuations: int = Field(3, ge=0, description="held-out prompts that each causal model continues")
+    curve_rows: int = Field(128, ge=1, description="held-out rows, evenly spaced, for the learning curves")
 
 
 class Recipe(Document):
-    """A whole run."""
+    """A distillation run."""
 
     name: str = Field(min_length=1)
     seed: int = Field(0, ge=0)
     task: Task = Field(
         "causal",
-        description="what both models are asked for: the next token, a masked one, a class, a number, or, of an "
-        "encoder without a head, what its layers say",
+        description="what both models predict: the next token, a masked token, a class, a number; or nothing, for an "
+        "encoder without a head, whose layers are compared",
     )
     teacher: TeacherPart
     student: StudentPart
     data: DataPart
-    objective: list[TermPart] = Field(min_length=1)
-    rollout: RolloutPart | None = Field(None, description="what the student writes itself; without it, nothing")
+    objective: list[Term] = Field(min_length=1)
+    rollout: RolloutPart | None = Field(None, description="train on samples of the student; by default on data alone")
     train: TrainPart = Field(default_factory=dict, description="any field of transformers.TrainingArguments")
     evaluate: EvaluatePart = Field(default_factory=lambda: EvaluatePart.model_validate({}))
     output: str = Field(min_length=1, description="the run directory")
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        mistakes = [*misfits(self.task, self.objective, self.data, self.evaluate, self.teacher), *self._own_text()]
-        mistakes += adapter_misfits(self.student.adapter, self.task, self.train)
+    def _parts_go_together(self) -> Self:
+        mistakes = [
+            *task_mistakes(self.objective, self.task),
+            *self._task_mistakes(),
+            *self._rollout_mistakes(),
+            *adapter_misfits(self.student.adapter, self.task, self.train),
+        ]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
 
-    def _own_text(self) -> Iterator[str]:
-        """Who learns from text that the student writes needs a rollout, and a teacher that can speak about it."""
-        for place, term in enumerate(self.objective):
-            own = isinstance(term, PolicyPart | MiniLLMPart) or (isinstance(term, LogitsPart) and term.text == "own")
-            if self.rollout is None and own:
-                yield (
-                    f"objective.{place}: expected a rollout for a term on the student's own text, got none. Add "
-                    "rollout: {on_policy_fraction: 0.5}."
-                )
+    def _task_mistakes(self) -> Iterator[str]:
+        """Find what is not defined for the task, each mistake as a line that begins with its key."""
+        task = self.task
+        members = {f"teacher.ensemble.{i}": member for i, member in enumerate(self.teacher.ensemble or ())}
+        for (where, teacher), key in product({"teacher": self.teacher, **members}.items(), ("cache", "server")):
+            if task != "causal" and getattr(teacher, key) is not None:
+                yield f"{where}.{key}: expected {where}.model for the task {task}, got {key}, which is for causal models."
+        if self.teacher.ensemble is not None and task not in DISTRIBUTIONS:
+            yield f"teacher.ensemble: expected one teacher for the task {task}, got several. They mix distributions."
+        for name in ("train", "eval"):
+            source = getattr(self.data, name)
+            for key in ("pair", "label"):
+                if task not in SEQUENCE_TASKS and getattr(source, key) is not None:
+                    yield f"data.{name}.{key}: expected the task classification or regression with it, got {task}."
+            if task != "causal" and source.teacher_prompt is not None:
+                yield f"data.{name}.teacher_prompt: expected the task causal with it, got {task}."
+            for key in ("prompt", "completion", "messages", "input_ids"):
+                if task not in OF_TOKENS and getattr(source, key) is not None:
+                    yield f"data.{name}.{key}: expected field for the texts of the task {task}, got {key}."
+        if self.data.packing and task not in OF_TOKENS:
+            yield f"data.packing: expected false for the task {task}, got true. Each row is one example."
+        if task != "masked" and self.data.masked_share != MASKED_SHARE:
+            yield f"data.masked_share: expected the task masked with it, got {task}."
+        if task == "encoder" and self.evaluate.baseline:
+            yield "evaluate.baseline: expected false for the task encoder, got true. There are no labels to train on."
+        if task != "causal" and self.rollout is not None:
+            yield f"rollout: expected the task causal with it, got {task}. Other models generate no text."
+
+    def _rollout_mistakes(self) -> Iterator[str]:
+        """Find terms without the samples that they need, and teachers that cannot score or guide them."""
         if self.rollout is None:
+            for place, term in enumerate(self.objective):
+                if term.needs_samples:
+                    yield (
+                        f"objective.{place}: expected a rollout for a term on on-policy samples, got none. Add "
+                        "rollout: {on_policy_fraction: 0.5}."
+                    )
             return
-        if self.task != "causal":
-            yield f"rollout: expected the task causal with it, got {self.task}. Other models write no text."
-        cached = [one for one in (self.teacher, *(self.teacher.ensemble or ())) if one.cache and not one.model]
+        cached = [part for part in (self.teacher, *(self.teacher.ensemble or ())) if part.cache and not part.model]
         if cached:
             yield (
-                "teacher: expected one that can speak about what the student writes, got a cache alone, which knows "
-                "the data alone. Name teacher.model beside it: batches of data are still read from the cache."
+                "teacher: expected a teacher that can score samples, got a cache alone, which holds the data. Name "
+                "teacher.model beside it: batches of data are still read from the cache."
             )
-        drawn = self.rollout.server is not None and not self.rollout.plain
+        resampled = self.rollout.server is not None and not self.rollout.plain
         for place, term in enumerate(self.objective):
-            if drawn and isinstance(term, PolicyPart | MiniLLMPart) and term.importance:
+            if resampled and term.needs_sampler:
                 yield (
                     f"objective.{place}: expected sampling_temperature 1, top_p 1 and top_k 0 in the rollout, or "
-                    "importance: false, got neither. A server tells what the student gave a token, not its sampler."
+                    "importance: false, got neither. A server returns the student's log-probabilities, not the sampler's."
                 )
         if self.rollout.guided and self.teacher.model is None:
             yield (
-                "rollout: expected a teacher that is a model here for teacher_mix and teacher_top_k, got none. It "
-                "reads along, token by token. Name it with teacher.model."
+                "rollout: expected a teacher that is a local model for teacher_mix and teacher_top_k, got none. Name it "
+                "with teacher.model."
             )

@@ -33,7 +33,7 @@ class BudgetPart(Part):
 
 def _is_budget(value: Any) -> str:
     names = {*value} if isinstance(value, Mapping) else {"params"} if isinstance(value, BudgetPart) else set()
-    return "a budget" if names & {*LIMITS, "keep"} else "fields"
+    return "<budget>" if names & {*LIMITS, "keep"} else "<fields>"
 
 
 Fields = dict[str, bool | int | float | str]
@@ -67,7 +67,7 @@ class StudentPart(Part):
 
     model: str | None = Field(None, description="a folder with a model and its tokenizer, or a name on the hub")
     design: (
-        Annotated[Annotated[Fields, Tag("fields")] | Annotated[BudgetPart, Tag("a budget")], Discriminator(_is_budget)]
+        Annotated[Annotated[Fields, Tag("<fields>")] | Annotated[BudgetPart, Tag("<budget>")], Discriminator(_is_budget)]
         | None
     ) = Field(
         None,

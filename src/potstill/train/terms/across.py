@@ -2,75 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from potstill.errors import ShapeError
 from potstill.losses.chunk import chunk_divergence, chunk_log_probs, sorted_distance
+from potstill.losses.declared import Range
 from potstill.losses.divergences import Divergence, ForwardKL
-from potstill.losses.linear import linear_cross_entropy
+from potstill.losses.schedule import Temperature, Weight, value_at
 from potstill.losses.targets import DenseTargets, HeadTargets
-from potstill.losses.token import token_cross_entropy
 from potstill.teachers.byte_alignment import Across
-from potstill.train.objective import Number, Signals, Term, value_at
+from potstill.train.signals import Signals
+from potstill.train.terms.policy import student_log_probs
+from potstill.train.terms.term import Term
 
 
 class AcrossTerm(Term):
-    """A term that compares what both say of the same bytes. Its mean is over the student's counting tokens."""
+    """A term that compares both models on the same bytes. Its mean is over the student's target tokens."""
 
-    needs_teacher = True
     other_tokenizer = True
     tasks = frozenset({"causal"})  # chunks are of text that is read from left to right
 
 
 @dataclass(frozen=True)
 class Chunks(AcrossTerm):
-    """Match how likely each chunk of bytes is (ALM): the sum over chunks, divided by the counting tokens.
+    """Match the likelihood of each chunk of bytes, whatever the tokenizers (ALM).
 
-    A chunk ends where both have a boundary. Where the teacher keeps more than `bias_threshold` of a chunk's probability
-    for longer tokens that the student does not have, the likelihoods do not compare: such a chunk is left out, or taken
-    together with the next one.
+    The sum over chunks, divided by the target tokens. A chunk ends where both tokenizations have a boundary. Where the
+    teacher gives more than `bias_threshold` of a chunk's probability to longer tokens that the student does not have,
+    the likelihoods are not comparable: such a chunk is dropped, or merged with the next one.
 
     Args:
         weight: >= 0.
-        temperature: > 0, of `potstill.chunk_divergence`, which keeps the size of the loss when it changes.
-        divergence: over the two events that a chunk comes, or does not.
-        bias_threshold: in [0, 1]; 1 keeps every chunk as it is.
-        biased: drop; or merge with the next chunk, as far as there is one in the same text.
+        temperature: of a chunk's probability, > 0; see `potstill.chunk_divergence`. The loss keeps its size.
+        divergence: over the two events that the chunk follows, or does not.
+        bias_threshold: probability in [0, 1] that the teacher may give to longer tokens; 1 keeps every chunk.
+        biased: drop chunks beyond it, or merge them with the next chunk of the text.
 
     References:
         Minixhofer et al. 2025 (ALM), arXiv 2503.20083.
     """
 
-    weight: Number = 1.0
-    temperature: Number = 100.0
-    divergence: Divergence = field(default_factory=ForwardKL)
-    bias_threshold: float = 0.1
+    weight: Weight = 1.0
+    temperature: Temperature = 100.0
+    divergence: Divergence = ForwardKL()
+    bias_threshold: Annotated[float, Range(ge=0, le=1)] = 0.1
     biased: Literal["drop", "merge"] = "drop"
     name = "chunks"
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.bias_threshold <= 1:
-            raise ShapeError(f"Chunks: expected bias_threshold in [0, 1], got {self.bias_threshold}.")
-        if self.biased not in ("merge", "drop"):
-            raise ShapeError(f"Chunks: expected biased drop or merge, got {self.biased!r}.")
-
     def __call__(self, signals: Signals) -> Tensor:
-        across = meeting_of(signals)
-        chunk, chunks = self._kept(across)  # of the chunks where both meet -> what is compared
+        across = _byte_alignment(signals)
+        chunk, chunks = self._compared(across)
         log_p = chunk_log_probs(across.log_probs, chunk, chunks)
         of_token = torch.cat([chunk, chunk.new_tensor([-1])])[across.student]  # -1 stays -1
-        there = (of_token >= 0).nonzero()[:, 0]
-        log_q = chunk_log_probs(_label_log_probs(signals, there), of_token[there], chunks)
+        places = (of_token >= 0).nonzero()[:, 0]
+        log_q = chunk_log_probs(_label_log_probs(signals, places), of_token[places], chunks)
         temperature = value_at(self.temperature, signals.step)
-        apart = chunk_divergence(log_q, log_p.to(log_q.dtype), self.divergence, temperature=temperature)
-        return _chunk_mean(signals, apart, there, of_token[there])
+        values = chunk_divergence(log_q, log_p.to(log_q.dtype), self.divergence, temperature=temperature)
+        return _chunk_mean(signals, values, places, of_token[places])
 
-    def _kept(self, across: Across) -> tuple[Tensor, int]:
-        """[C] which compared chunk each belongs to, or -1, and how many are compared."""
+    def _compared(self, across: Across) -> tuple[Tensor, int]:
+        """Return the index [C] of the compared chunk that each chunk belongs to, or -1, and how many are compared."""
         biased = across.bias() > self.bias_threshold if self.bias_threshold < 1 else torch.zeros_like(across.goes_on)
         if self.biased == "drop":
             kept = ~biased
@@ -87,73 +81,72 @@ class Chunks(AcrossTerm):
 
 @dataclass(frozen=True)
 class MappedLogits(AcrossTerm):
-    """Match next-token distributions in the student's tokens, where both begin a token at the same byte.
+    """Match next-token distributions over the student's tokens, where both models start a token at the same byte.
 
         T^2 * D(p, q),   p(s) = sum of P_teacher(t) over the teacher's tokens t that begin with the student's token s
 
-    A token that both have stands for itself. With one tokenizer this is `Logits`. Exact where the student's tokens are
-    never longer than the teacher's, as bytes are; else a longer token of the student counts for the shorter ones by
-    which the teacher would say it.
+    A token of both vocabularies maps to itself. With one tokenizer this is `Logits`. Exact where the student's tokens
+    are never longer than the teacher's, as bytes are; otherwise a longer token of the student takes the probability of
+    the shorter tokens that it begins with.
 
     Args:
-        divergence: any `Divergence`.
+        divergence: any divergence.
         weight: >= 0.
-        temperature: > 0.
-        top_k: of the student's tokens, those that the teacher finds likeliest; the others are one event.
+        temperature: softmax temperature, > 0.
+        top_k: the student's tokens that the teacher finds most likely; all others are one event.
     """
 
-    divergence: Divergence = field(default_factory=ForwardKL)
-    weight: Number = 1.0
-    temperature: Number = 1.0
-    top_k: int = 256
+    divergence: Divergence = ForwardKL()
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
+    top_k: Annotated[int, Range(ge=1)] = 256
     name = "mapped_logits"
 
     def __call__(self, signals: Signals) -> Tensor:
-        across = meeting_of(signals)
-        mine, theirs = (places[~across.spaced] for places in across.first())
+        across = _byte_alignment(signals)
+        student, teacher = (places[~across.spaced] for places in across.first())
         temperature = value_at(self.temperature, signals.step)
-        targets = across.mapped(theirs, self.top_k, temperature)
-        found = _at(signals, mine).compare(self.divergence, temperature=temperature, targets=targets)
-        return temperature**2 * found.loss
+        targets = across.mapped(teacher, self.top_k, temperature)
+        loss = _at(signals, student).compare(self.divergence, temperature=temperature, targets=targets)
+        return temperature**2 * loss.loss
 
 
 @dataclass(frozen=True)
 class ULD(AcrossTerm):
-    """Match the probabilities in falling order, whatever they are of, where both begin a token at the same byte.
+    """Match sorted probabilities, whatever tokens they belong to, where both start a token at the same byte (ULD).
 
-    In the memory of both models' logits. A baseline: it is 0 for the right probabilities on wrong tokens.
+    Builds the logits of both models. A baseline: it is 0 for the right probabilities on the wrong tokens.
 
     Args:
         weight: >= 0.
-        temperature: > 0.
+        temperature: softmax temperature, > 0.
 
     References:
         Boizard et al. 2024 (ULD), arXiv 2402.12030. There positions are paired by their number.
     """
 
-    weight: Number = 1.0
-    temperature: Number = 1.0
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
     name = "uld"
 
     def __call__(self, signals: Signals) -> Tensor:
-        across = meeting_of(signals)
-        mine, theirs = across.first()
-        signals = _at(signals, mine)
-        student = signals.student.dense()
-        with torch.autocast(student.device.type, enabled=False):
+        across = _byte_alignment(signals)
+        student, teacher = across.first()
+        signals = _at(signals, student)
+        logits = signals.student.dense()
+        with torch.autocast(logits.device.type, enabled=False):
             temperature = value_at(self.temperature, signals.step)
-            return signals.mean(sorted_distance(student, across.logits(theirs), temperature=temperature))
+            return signals.mean(sorted_distance(logits, across.logits(teacher), temperature=temperature))
 
 
-def meeting_of(signals: Signals) -> Across:
-    """Where student and teacher meet."""
+def _byte_alignment(signals: Signals) -> Across:
     assert signals.teacher is not None
-    assert signals.teacher.across is not None  # the Distiller has seen to it
+    assert signals.teacher.across is not None  # the Distiller checks it
     return signals.teacher.across
 
 
 def _at(signals: Signals, places: Tensor) -> Signals:
-    """The same at some of the counting positions; means are over all of them still."""
+    """Select some target positions; means are still over all of them."""
     alignment = signals.alignment
     if alignment is not None:
         weights = None if alignment.weights is None else alignment.weights[places]
@@ -165,9 +158,9 @@ def _at(signals: Signals, places: Tensor) -> Signals:
 
 
 def _chunk_mean(signals: Signals, values: Tensor, places: Tensor, chunk: Tensor) -> Tensor:
-    """The sum of values of chunks over the counting tokens of the optimiser step.
+    """Sum values of chunks, divided by the target tokens of the optimiser step.
 
-    A chunk counts as much as the tokens at its places do in the mean.
+    A chunk's weight is the mean weight of its tokens.
     """
     if signals.weights is not None:
         zeros = signals.weights.new_zeros(len(values))
@@ -177,16 +170,12 @@ def _chunk_mean(signals: Signals, values: Tensor, places: Tensor, chunk: Tensor)
 
 
 def _some(student: HeadTargets | DenseTargets, places: Tensor) -> HeadTargets | DenseTargets:
-    """What the student says at some of the counting positions."""
+    """Select the student's output at some target positions."""
     if isinstance(student, HeadTargets):
         return HeadTargets(student.hidden[places], student.head)
     return DenseTargets(student.logits[places])
 
 
 def _label_log_probs(signals: Signals, places: Tensor) -> Tensor:
-    """The student's log-probabilities of the data's own tokens, with gradient."""
-    some, labels = _some(signals.student, places), signals.labels[places]
-    if isinstance(some, HeadTargets):
-        return -linear_cross_entropy(some.hidden, some.head, labels, reduction="none").loss
-    with torch.autocast(some.logits.device.type, enabled=False):
-        return -token_cross_entropy(some.logits, labels)
+    """Compute the student's log-probabilities of the labels at some target positions, with gradient."""
+    return student_log_probs(_some(signals.student, places), signals.labels[places])

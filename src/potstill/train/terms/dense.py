@@ -1,9 +1,10 @@
-"""Terms over the logits of student and teacher: formulas that no fused pass through the head knows."""
+"""Terms over whole logits of student and teacher, with formulas that have no fused pass through the head."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -13,10 +14,13 @@ from potstill.errors import ShapeError
 from potstill.losses.adaptive import adaptive_kl, interpolated_logits
 from potstill.losses.alignment import ANSWERS, DISTRIBUTIONS
 from potstill.losses.bild import bild
+from potstill.losses.declared import Range
 from potstill.losses.divergences import ForwardKL
+from potstill.losses.schedule import Linear, Number, Share, Temperature, Weight, value_at
 from potstill.losses.targets import DenseTargets, HeadTargets, SparseTargets, Targets
 from potstill.losses.token import is_sampled, token_divergence
-from potstill.train.objective import Number, Signals, Term, value_at
+from potstill.train.signals import Signals
+from potstill.train.terms.term import Term
 
 LOGITS_BYTES = 2**26  # of the student's logits at a time: 500 tokens of 32,000
 
@@ -24,26 +28,25 @@ LOGITS_BYTES = 2**26  # of the student's logits at a time: 500 tokens of 32,000
 class DenseTerm(Term):
     """A term that compares logits token by token.
 
-    Where the student has a plain head, the logits of some tokens at a time are made, and made again in the backward
-    pass: memory does not grow with N. A student that gives whole logits is compared as a whole.
+    Where the student has a plain head, logits are computed for some tokens at a time, and again in the backward pass:
+    memory does not grow with N. A student that gives whole logits is compared at once.
     """
 
-    needs_teacher = True
     tasks = DISTRIBUTIONS
     temperature: Number = 1.0  # of the distributions that are compared
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
-        """The term's value [N] by token, from logits [N, V]."""
+        """Compute the term's value [N] by token, from logits [N, V]."""
 
     def __call__(self, signals: Signals) -> Tensor:
         assert signals.teacher is not None
         student, teacher = signals.student, signals.teacher.targets
-        tokens = len(signals.labels)
-        few = max(1, LOGITS_BYTES // (4 * student.vocabulary))
-        if tokens <= few or not isinstance(student, HeadTargets):
+        num_tokens = len(signals.labels)
+        chunk = max(1, LOGITS_BYTES // (4 * student.vocabulary))
+        if num_tokens <= chunk or not isinstance(student, HeadTargets):
             return signals.mean(self._values(student, teacher, signals.step))
-        parts = (slice(first, first + few) for first in range(0, tokens, few))
+        parts = (slice(first, first + chunk) for first in range(0, num_tokens, chunk))
         values = [
             checkpoint(
                 self._values,
@@ -60,13 +63,13 @@ class DenseTerm(Term):
     def _values(self, student: HeadTargets | DenseTargets, teacher: Targets, step: int) -> Tensor:
         logits = student.dense()
         with torch.autocast(logits.device.type, enabled=False):
-            return self.compare(logits, self.whole(teacher, value_at(self.temperature, step)), step)
+            return self.compare(logits, self.teacher_logits(teacher, value_at(self.temperature, step)), step)
 
-    def whole(self, targets: Targets, temperature: float = 1.0) -> Tensor:
-        """The teacher's logits [N, V] for a temperature.
+    def teacher_logits(self, targets: Targets, temperature: float = 1.0) -> Tensor:
+        """Return the teacher's logits [N, V] for a temperature.
 
         Raises:
-            ShapeError: it gives a few tokens of each distribution alone.
+            ShapeError: the targets hold only some tokens of each distribution.
         """
         if isinstance(targets, SparseTargets) or is_sampled(targets):
             raise ShapeError(
@@ -78,7 +81,7 @@ class DenseTerm(Term):
 
 @dataclass(frozen=True)
 class Values(DenseTerm):
-    """The squared distance of what both models say, before any softmax: the soft target of a regression.
+    """Match the teacher's logits by their squared distance, before any softmax: the soft target of a regression.
 
         mean over tokens of mean_v (z_v - t_v)^2
 
@@ -89,7 +92,7 @@ class Values(DenseTerm):
         Ba and Caruana 2014, arXiv 1312.6184, section 2.
     """
 
-    weight: Number = 1.0
+    weight: Weight = 1.0
     name = "values"
     tasks = ANSWERS
 
@@ -101,17 +104,17 @@ class Values(DenseTerm):
 
 @dataclass(frozen=True)
 class BiLD(DenseTerm):
-    """The differences between the largest logits, as both models rank them; see `potstill.losses.bild`.
+    """Match differences between the largest logits of both models (BiLD); see `potstill.losses.bild`.
 
     Args:
         weight: >= 0.
-        top_k: how many logits of each.
+        top_k: logits of each model that are compared.
         temperature: > 0. No T^2 factor is applied, as in the paper.
     """
 
-    weight: Number = 1.0
-    top_k: int = 8
-    temperature: Number = 3.0
+    weight: Weight = 1.0
+    top_k: Annotated[int, Range(ge=2)] = 8
+    temperature: Temperature = 3.0
     name = "bild"
 
     def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
@@ -121,17 +124,17 @@ class BiLD(DenseTerm):
 
 @dataclass(frozen=True)
 class AdaptiveKL(DenseTerm):
-    """T^2 times forward and reverse KL, weighted by where the models differ; see `potstill.losses.adaptive`.
+    """T^2 times forward and reverse KL, weighted by where the models differ (AKL); see `potstill.losses.adaptive`.
 
     Args:
         weight: >= 0.
-        head_mass: the share of the teacher's probability that is its head, in (0, 1).
+        head_mass: probability of the teacher's most likely tokens that form its head, in (0, 1).
         temperature: > 0.
     """
 
-    weight: Number = 1.0
-    head_mass: float = 0.5
-    temperature: Number = 1.0
+    weight: Weight = 1.0
+    head_mass: Annotated[float, Range(gt=0, lt=1)] = 0.5
+    temperature: Temperature = 1.0
     name = "adaptive_kl"
 
     def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
@@ -142,12 +145,13 @@ class AdaptiveKL(DenseTerm):
 
 @dataclass(frozen=True)
 class TAID(DenseTerm):
-    """T^2 times forward KL to a target between student and teacher, that moves to the teacher over training.
+    """T^2 times forward KL to a target that moves from the student to the teacher over training (TAID).
 
         target = softmax(((1 - share) z_s + share z_t) / T),   z_s without gradient
 
     Args:
-        share: of the teacher: a schedule from 0.4 to 1, as in the paper, where it is also sped up as the loss falls.
+        share: of the teacher, in [0, 1]; by default linear from 0.4 to 1 over the run. The paper also speeds it up as
+            the loss falls.
         weight: >= 0.
         temperature: > 0.
 
@@ -155,14 +159,13 @@ class TAID(DenseTerm):
         Shing et al. 2025 (TAID), arXiv 2501.16937.
     """
 
-    share: Number
-    weight: Number = 1.0
-    temperature: Number = 1.0
+    share: Share = Linear(0.4, 1.0)
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
     name = "taid"
 
     def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
         """See `DenseTerm`."""
         temperature = value_at(self.temperature, step)
         target = interpolated_logits(student, teacher, value_at(self.share, step))
-        apart = token_divergence(student, DenseTargets(target), ForwardKL(), temperature=temperature)
-        return temperature**2 * apart
+        return temperature**2 * token_divergence(student, DenseTargets(target), ForwardKL(), temperature=temperature)

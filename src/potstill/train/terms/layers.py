@@ -1,20 +1,22 @@
-"""Terms that look inside of student and teacher: hidden states, attention, relations.
+"""Terms over layers of student and teacher: hidden states, attention maps, relations.
 
-Each names its layers by a `LayerMap`; only those are computed and kept. What a term trains (projections, a mixture of
-heads) is optimised, saved and resumed with the student, and is no part of it. All are computed in float32, outside of
-the student's autocast.
+Each pairs layers by a `LayerMap`; only those layers are computed and kept. What a term trains (projections, a mixture
+of heads) is optimised, saved and resumed with the student, and is no part of it. All are computed in float32, outside
+of the student's autocast.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError, ShapeError
+from potstill.losses.alignment import Task
 from potstill.losses.attention import (
     attention_divergence,
     attention_mse,
@@ -23,190 +25,203 @@ from potstill.losses.attention import (
     match_heads,
     relation_divergence,
 )
+from potstill.losses.declared import Either, NonEmpty, PythonOnly, Range
 from potstill.losses.divergences import Divergence
 from potstill.losses.embedding import embedding_divergence
 from potstill.losses.hidden import hidden_cosine, hidden_l1, hidden_mse, linear_cka
 from potstill.losses.relation import rkd_angle, rkd_distance
-from potstill.models.capture import ActivationRequest, Anatomy, Vectors
-from potstill.models.layer_map import LayerMap, Pairs, Projection, ProjectionKind
-from potstill.train.objective import Number, Signals, Term, value_at
+from potstill.losses.schedule import Temperature, Weight, value_at
+from potstill.models.capture import ActivationRequest, Anatomy
+from potstill.models.layer_map import LastK, LayerMap, Pairs, Projection, ProjectionKind, Uniform
+from potstill.train.signals import Signals
+from potstill.train.terms.term import FittedTerm, SelectDimensions, Term
 
 DISTANCES = {"mse": hidden_mse, "l1": hidden_l1, "cosine": hidden_cosine}
 
 
-class InsideTerm(nn.Module, Term):
-    """A term over pairs of layers: the mean over its pairs.
+@dataclass(frozen=True)
+class LayerTerm(Term):
+    """The mean of a comparison over pairs of layers.
 
     Args:
         layers: which teacher layer each student layer learns from.
         weight: >= 0.
     """
 
-    needs_teacher = True
-    looks_inside = True
-    over: Literal["counting", "attended"] = "attended"
+    layers: LayerMap = Uniform()
+    _: KW_ONLY
+    weight: Weight = 1.0
+    reads_layers = True
+    activations: ClassVar[Literal["hidden", "attentions", "vectors"]] = "hidden"  # what is read of each layer
+    trained_as: ClassVar[str] = "trained"  # the name in checkpoints of what `make_trained` returns
 
-    def __init__(self, layers: LayerMap, weight: Number) -> None:
-        super().__init__()
-        self.layers = layers
-        self.weight = weight
-        self.pairs: Pairs = ()
-
-    def fit(self, student: Anatomy, teacher: Anatomy) -> tuple[ActivationRequest, ActivationRequest]:
+    @property
+    def over(self) -> Literal["target", "attended"]:
         """See `Term`."""
-        self.pairs = self.layers.pairs(student.layers, teacher.layers)
-        self.build(student, teacher)
-        students, teachers = (frozenset(side) for side in zip(*self.pairs, strict=True))
-        return self.needs(students), self.needs(teachers)
+        return "attended"
 
-    def build(self, student: Anatomy, teacher: Anatomy) -> None:
-        """Make what is trained for the pairs, if anything is."""
+    def fit(self, student: Anatomy, teacher: Anatomy) -> FittedTerm:
+        """See `Term`."""
+        pairs = self.layers.pairs(student.layers, teacher.layers)
+        compute = PairedLayers(self, pairs, self.make_trained(student, teacher, pairs))
+        of_student, of_teacher = (frozenset(side) for side in zip(*pairs, strict=True))
+        return FittedTerm(
+            compute,
+            ActivationRequest(**{self.activations: of_student}),
+            ActivationRequest(**{self.activations: of_teacher}),
+        )
+
+    def make_trained(self, student: Anatomy, teacher: Anatomy, pairs: Pairs) -> nn.Module | None:
+        """Make what is trained: a list with an entry for each pair; None for nothing.
+
+        Raises:
+            UserError: the term cannot be computed for these models.
+        """
+        return None
 
     @abstractmethod
-    def needs(self, layers: frozenset[int]) -> ActivationRequest:
-        """What is asked of some layers."""
+    def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
+        """Compute the scalar of one pair of layers; `trained` is the pair's entry of `make_trained`, or None."""
 
-    @abstractmethod
-    def compare(self, signals: Signals, pair: int, student: int, teacher: int) -> Tensor:
-        """The scalar of the pair of that number: these two layers."""
+
+class PairedLayers(nn.Module):
+    """A `LayerTerm` for two models, with what it trains."""
+
+    def __init__(self, term: LayerTerm, pairs: Pairs, trained: nn.Module | None) -> None:
+        super().__init__()
+        self.term, self.pairs = term, pairs
+        self.register_module(term.trained_as, trained)
 
     def forward(self, signals: Signals) -> Tensor:
-        """The mean over the pairs."""
+        """Average the comparison over the pairs."""
+        trained: Any = getattr(self, self.term.trained_as) or [None] * len(self.pairs)
         with torch.autocast(signals.labels.device.type, enabled=False):
-            return torch.stack([self.compare(signals, n, s, t) for n, (s, t) in enumerate(self.pairs)]).mean()
+            values = [self.term.compare(signals, s, t, trained[n]) for n, (s, t) in enumerate(self.pairs)]
+            return torch.stack(values).mean()
 
 
-class Hidden(InsideTerm):
-    """The distance between hidden states at the attended positions (`positions.attended`), prompts included.
+@dataclass(frozen=True)
+class Hidden(LayerTerm):
+    """Match the teacher's hidden states at the attended positions, prompts included.
 
-    A mean over the positions of the optimiser step; with cka a quantity of the batch, whose mean over batches is
-    weighted by their counting tokens.
+    A mean over the positions of the optimiser step; with cka a quantity of the batch, averaged over batches by their
+    target tokens.
 
     Args:
         layers: which teacher layer each student layer learns from.
         distance: mse, l1 or cosine (see `potstill.losses.hidden`), or cka: 1 - `linear_cka`.
-        projection: what brings the student's states to the teacher's width, one for each pair: linear, mlp or none.
-            None (default): linear where widths differ. With cka there is none.
-        dimensions: teacher layer -> ids of as many of its dimensions as the student is wide, to compare with instead
-            (Flex-KD); see `important_dimensions`. There is no projection then.
+        projection: trained map of the student's states to the teacher's width, one for each pair: linear, mlp or none.
+            By default linear where widths differ. cka takes any widths and no projection.
+        select_batches: instead of a projection, compare with as many of the teacher's dimensions as the student has:
+            the most important ones, by the gradient of its loss on so many batches (Flex-KD).
+        dimensions: those dimensions, if they are known: teacher layer -> ids; see `important_dimensions`.
         weight: >= 0.
-
-    Raises:
-        ShapeError: the distance is not known, or options exclude each other.
 
     References:
         Jiao et al. 2019 (TinyBERT), arXiv 1909.10351, section 3.1; Sanh et al. 2019 (DistilBERT), arXiv 1910.01108.
     """
 
+    distance: Literal["mse", "l1", "cosine", "cka"] = "mse"
+    _: KW_ONLY
+    projection: ProjectionKind | None = None
+    select_batches: Annotated[int | None, Range(ge=1)] = None
+    dimensions: Annotated[Mapping[int, Tensor] | None, PythonOnly()] = field(default=None, compare=False)
     name = "hidden"
+    trained_as = "projections"
 
-    def __init__(
-        self,
-        layers: LayerMap | None = None,
-        distance: Literal["mse", "l1", "cosine", "cka"] = "mse",
-        *,
-        projection: ProjectionKind | None = None,
-        dimensions: Mapping[int, Tensor] | None = None,
-        weight: Number = 1.0,
-    ) -> None:
-        super().__init__(layers or LayerMap.uniform(), weight)
-        if distance not in (*DISTANCES, "cka"):
-            raise ShapeError(f"Hidden: expected a distance of mse, l1, cosine, cka, got {distance!r}.")
-        if projection not in (None, "none") and (distance == "cka" or dimensions is not None):
-            other = "cka, which takes any widths" if distance == "cka" else "selected dimensions"
-            raise ShapeError(f"Hidden: expected no projection with {other}, got {projection!r}.")
-        self.distance = distance
-        self.over = "counting" if distance == "cka" else "attended"
-        self.projection = projection
-        self.dimensions = dimensions
-        self.projections = nn.ModuleList()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        selects = self.select_batches is not None or self.dimensions is not None
+        if self.projection not in (None, "none") and (self.distance == "cka" or selects):
+            other = "cka, which takes any widths" if self.distance == "cka" else "selected dimensions"
+            raise ShapeError(f"Hidden: expected no projection with {other}, got {self.projection!r}.")
 
-    def needs(self, layers: frozenset[int]) -> ActivationRequest:
-        """Hidden states."""
-        return ActivationRequest(hidden=layers)
+    @property
+    def over(self) -> Literal["target", "attended"]:
+        """See `Term`."""
+        return "target" if self.distance == "cka" else "attended"
 
-    def build(self, student: Anatomy, teacher: Anatomy) -> None:
-        """A projection for each pair."""
-        self.projections = nn.ModuleList()
+    def task_mistake(self, task: Task) -> str | None:
+        """See `Term`."""
+        if task == "encoder" and self.select_batches is not None:
+            return (
+                f".select_batches: expected none for the task encoder, got {self.select_batches}. Dimensions are "
+                "selected by the loss of a head. Use a projection."
+            )
+        return super().task_mistake(task)
+
+    def select(self, dimensions: SelectDimensions) -> Self:
+        """See `Term`."""
+        if self.select_batches is None:
+            return self
+        return replace(self, dimensions=dimensions(self.layers, self.select_batches))
+
+    def make_trained(self, student: Anatomy, teacher: Anatomy, pairs: Pairs) -> nn.Module | None:
+        """See `LayerTerm`."""
         if self.distance == "cka":
-            return
+            return None
         if self.dimensions is not None:
-            self._check_dimensions(self.dimensions, student.width)
-            return
+            for _, layer in pairs:
+                ids = self.dimensions.get(layer)
+                if ids is None or ids.shape != (student.width,):
+                    got = f"layers {sorted(self.dimensions)}" if ids is None else list(ids.shape)
+                    raise ShapeError(
+                        f"Hidden: expected {student.width} dimensions (the student's width) of teacher layer {layer}, "
+                        f"got {got}."
+                    )
+            return None
         kind = self.projection or ("none" if student.width == teacher.width else "linear")
-        self.projections.extend(Projection(kind, student.width, teacher.width) for _ in self.pairs)
+        return nn.ModuleList(Projection(kind, student.width, teacher.width) for _ in pairs)
 
-    def _check_dimensions(self, dimensions: Mapping[int, Tensor], width: int) -> None:
-        for _, layer in self.pairs:
-            if layer not in dimensions or dimensions[layer].shape != (width,):
-                found = list(dimensions[layer].shape) if layer in dimensions else f"layers {sorted(dimensions)}"
-                raise ShapeError(
-                    f"Hidden: expected {width} dimensions (the student's width) of teacher layer {layer}, got {found}."
-                )
-
-    def compare(self, signals: Signals, pair: int, student: int, teacher: int) -> Tensor:
-        """See `InsideTerm`."""
+    def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
+        """See `LayerTerm`."""
         s, t = _attended(signals, student, teacher)
         if self.distance == "cka":
             return signals.batch_mean(1 - linear_cka(s, t))
         if self.dimensions is not None:
             t = t[:, self.dimensions[teacher].to(t.device)]
         else:
-            s = self.projections[pair](s)
+            s = trained(s)
         return signals.attended_mean(DISTANCES[self.distance](s, t))
 
 
-class Attention(InsideTerm):
-    """The distance between attention maps, a mean over the attended positions, which do the looking.
+HeadPairs = Annotated[tuple[tuple[int, int], ...], NonEmpty()]
 
-    Both models compute attention the plain way (eager), because no other keeps the maps.
+
+@dataclass(frozen=True)
+class Attention(LayerTerm):
+    """Match the teacher's attention maps; a mean over the attended positions as queries.
+
+    Both models compute eager attention, because no other implementation returns the maps.
 
     Args:
         layers: which teacher layer each student layer learns from.
-        divergence: between a token's attention as distributions; None (default): the squared distance of their
+        divergence: between a query's attention weights as distributions; by default the squared distance of their
             directions, see `attention_mse`.
-        heads: overlap (`head_overlap`: equal counts pair up, others share), entropy or variance (the same, and a
-            teacher's focused heads count more, `head_importance`), or learned: a trained mixture of the student's
-            heads learns from each of the teacher's; or pairs (student head, teacher head), from 0, for all layers.
+        heads: overlap (`head_overlap`: equal counts pair up, others share), entropy or variance (the same, weighted by
+            how focused the teacher's heads are, `head_importance`), learned (a trained mixture of the student's heads
+            for each of the teacher's), or pairs [student head, teacher head], from 0, for all layers.
         weight: >= 0.
-
-    Raises:
-        ShapeError: there is no such way to match heads, or a head is not there.
-        ModelError: the student drops attention in training and a divergence is asked for.
 
     References:
         Zagoruyko and Komodakis 2016, arXiv 1612.03928; Jiao et al. 2019 (TinyBERT), arXiv 1909.10351.
     """
 
+    divergence: Divergence | None = None
+    _: KW_ONLY
+    heads: Annotated[
+        Literal["overlap", "entropy", "variance", "learned"] | HeadPairs, Either(lambda value: isinstance(value, str))
+    ] = "overlap"
     name = "attention"
+    activations = "attentions"
+    trained_as = "mixtures"
 
-    def __init__(
-        self,
-        layers: LayerMap | None = None,
-        divergence: Divergence | None = None,
-        *,
-        heads: Literal["overlap", "entropy", "variance", "learned"] | Sequence[tuple[int, int]] = "overlap",
-        weight: Number = 1.0,
-    ) -> None:
-        super().__init__(layers or LayerMap.uniform(), weight)
-        if not heads or (isinstance(heads, str) and heads not in ("overlap", "entropy", "variance", "learned")):
-            raise ShapeError(
-                f"Attention: expected heads of overlap, entropy, variance, learned, or pairs, got {heads!r}."
-            )
-        self.divergence = divergence
-        self.heads = heads
-        self.mixtures = nn.ParameterList()
-
-    def needs(self, layers: frozenset[int]) -> ActivationRequest:
-        """Attention maps."""
-        return ActivationRequest(attentions=layers)
-
-    def build(self, student: Anatomy, teacher: Anatomy) -> None:
-        """A mixture of heads for each pair, where it is learned."""
+    def make_trained(self, student: Anatomy, teacher: Anatomy, pairs: Pairs) -> nn.Module | None:
+        """See `LayerTerm`."""
         if self.divergence is not None and student.attention_dropout:
             raise ModelError(
-                f"Attention: expected a student without attention dropout, got {student.attention_dropout}. What is "
-                "dropped has no probability, and the divergence no bound. Set it to 0, or leave out the divergence."
+                f"Attention: expected a student without attention dropout, got {student.attention_dropout}. A dropped "
+                "weight makes the divergence infinite. Set the dropout to 0, or leave out the divergence."
             )
         if not isinstance(self.heads, str):
             for place, (who, model) in enumerate((("student", student), ("teacher", teacher))):
@@ -216,23 +231,23 @@ class Attention(InsideTerm):
                         f"Attention: expected {who} heads in 0..{model.heads - 1}, as the {who} has {model.heads}, "
                         f"got {strange[0]}."
                     )
-        self.mixtures = nn.ParameterList()
-        if self.heads == "learned":
-            # Near the overlap, and nowhere so far from it that a head could not be chosen any more.
-            start = (head_overlap(teacher.heads, student.heads) + 0.1).log()
-            self.mixtures.extend(nn.Parameter(start.clone()) for _ in self.pairs)
+        if self.heads != "learned":
+            return None
+        # Near the overlap, and nowhere so far from it that a head could not be chosen any more.
+        start = (head_overlap(teacher.heads, student.heads) + 0.1).log()
+        return nn.ParameterList(nn.Parameter(start.clone()) for _ in pairs)
 
-    def compare(self, signals: Signals, pair: int, student: int, teacher: int) -> Tensor:
-        """See `InsideTerm`."""
+    def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
+        """See `LayerTerm`."""
         assert signals.teacher is not None
         assert signals.attended is not None
         s, t = signals.inside.attentions[student].float(), signals.teacher.inside.attentions[teacher].float()
         weights = None
         if self.heads == "learned":
-            s, _ = match_heads(s, self.mixtures[pair].softmax(-1))
+            s, _ = match_heads(s, trained.softmax(-1))
         elif not isinstance(self.heads, str):
-            mine, theirs = zip(*self.heads, strict=True)
-            s, t = s[:, mine], t[:, theirs]
+            of_student, of_teacher = zip(*self.heads, strict=True)
+            s, t = s[:, of_student], t[:, of_teacher]
         else:
             importance = None if self.heads == "overlap" else head_importance(t, signals.attended, self.heads)
             t, weights = match_heads(t, head_overlap(s.shape[1], t.shape[1]), importance)
@@ -243,127 +258,93 @@ class Attention(InsideTerm):
         return signals.attended_mean(values[signals.attended])
 
 
-class Relations(InsideTerm):
-    """MiniLMv2: how the tokens of a row relate by their queries, keys and values; a mean over attended positions.
+@dataclass(frozen=True)
+class Relations(LayerTerm):
+    """Match how tokens relate by their queries, keys and values (MiniLMv2); a mean over attended positions.
 
-    Widths and head counts of the models need not be the same. See `relation_divergence`.
+    Widths and head counts of the models may differ. See `relation_divergence`.
 
     Args:
         layers: which teacher layer each student layer learns from; the paper takes one: the student's last, from the
             teacher's last or one in its upper half.
         of: which relations; their mean is taken.
-        heads: the number of relation heads; None: as many as the teacher has heads.
+        heads: the number of relation heads; by default the teacher's number of heads.
         weight: >= 0.
-
-    Raises:
-        ShapeError: there are no such relations, or more heads than dimensions.
 
     References:
         Wang et al. 2021 (MiniLMv2), arXiv 2012.15828, section 3.
     """
 
+    layers: LayerMap = LastK(1)
+    of: Annotated[tuple[Literal["queries", "keys", "values"], ...], NonEmpty()] = ("queries", "keys", "values")
+    _: KW_ONLY
+    heads: Annotated[int | None, Range(ge=1)] = None
     name = "relations"
+    activations = "vectors"
 
-    def __init__(
-        self,
-        layers: LayerMap | None = None,
-        of: tuple[str, ...] = Vectors._fields,
-        *,
-        heads: int | None = None,
-        weight: Number = 1.0,
-    ) -> None:
-        super().__init__(layers or LayerMap.last_k(1), weight)
-        if not of or not set(of) <= set(Vectors._fields):
-            raise ShapeError(
-                f"Relations: expected some of {', '.join(Vectors._fields)}, got {', '.join(of) or 'none'}."
-            )
-        self.of = tuple(of)
-        self.heads = heads
-        self.fitted_heads = heads or 0
-
-    def needs(self, layers: frozenset[int]) -> ActivationRequest:
-        """Queries, keys and values."""
-        return ActivationRequest(vectors=layers)
-
-    def build(self, student: Anatomy, teacher: Anatomy) -> None:
-        """The number of relation heads, which both must be wide enough for."""
-        self.fitted_heads = teacher.heads if self.heads is None else self.heads
+    def fit(self, student: Anatomy, teacher: Anatomy) -> FittedTerm:
+        """See `Term`."""
+        heads = teacher.heads if self.heads is None else self.heads
         narrowest = min(student.narrowest, teacher.narrowest)
-        if not 0 < self.fitted_heads <= narrowest:
-            raise ShapeError(
-                f"Relations: expected heads in 1..{narrowest}, the narrowest keys' width, got {self.fitted_heads}."
-            )
+        if heads > narrowest:
+            raise ShapeError(f"Relations: expected heads in 1..{narrowest}, the narrowest keys' width, got {heads}.")
+        return LayerTerm.fit(replace(self, heads=heads), student, teacher)
 
-    def compare(self, signals: Signals, pair: int, student: int, teacher: int) -> Tensor:
-        """See `InsideTerm`."""
+    def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
+        """See `LayerTerm`."""
         assert signals.teacher is not None
         assert signals.attended is not None
-        mine, theirs = signals.inside.vectors[student], signals.teacher.inside.vectors[teacher]
+        assert self.heads is not None
+        s, t = signals.inside.vectors[student], signals.teacher.inside.vectors[teacher]
         mask = signals.attended
-        apart = [
-            relation_divergence(getattr(mine, name).float(), getattr(theirs, name), mask, self.fitted_heads)
-            for name in self.of
-        ]
-        return signals.attended_mean(torch.stack(apart).mean(0)[mask])
+        values = [relation_divergence(getattr(s, kind).float(), getattr(t, kind), mask, self.heads) for kind in self.of]
+        return signals.attended_mean(torch.stack(values).mean(0)[mask])
 
 
-class Similarity(InsideTerm):
-    """Relations between the examples of a batch, by the mean of each example's hidden states.
+@dataclass(frozen=True)
+class Similarity(LayerTerm):
+    """Match how the examples of a batch relate, by their mean hidden states.
 
-    A quantity of the batch of one rank, whose mean over batches is weighted by their counting tokens: it learns from
-    large batches, and accumulation does not make them larger.
+    A quantity of the batch of one rank, averaged over batches by their target tokens: it needs large batches, and
+    accumulation does not make them larger.
 
     Args:
         layers: which teacher layer each student layer learns from.
         kind: distance or angle (RKD), or distribution: `embedding_divergence`.
         temperature: of the distributions, > 0. No T^2 factor is applied.
-        divergence: between the distributions; default: forward KL.
+        divergence: between the distributions; by default forward KL.
         weight: >= 0.
-
-    Raises:
-        ShapeError: there is no such kind.
 
     References:
         Park et al. 2019 (RKD), arXiv 1904.05068; Fang et al. 2021 (SEED), arXiv 2101.04731.
     """
 
+    layers: LayerMap = LastK(1)
+    kind: Literal["distance", "angle", "distribution"] = "distance"
+    _: KW_ONLY
+    temperature: Temperature = 0.1
+    divergence: Divergence | None = None
     name = "similarity"
-    over: Literal["counting", "attended"] = "counting"
 
-    def __init__(
-        self,
-        layers: LayerMap | None = None,
-        kind: Literal["distance", "angle", "distribution"] = "distance",
-        *,
-        temperature: Number = 0.1,
-        divergence: Divergence | None = None,
-        weight: Number = 1.0,
-    ) -> None:
-        super().__init__(layers or LayerMap.last_k(1), weight)
-        if kind not in ("distance", "angle", "distribution"):
-            raise ShapeError(f"Similarity: expected a kind of distance, angle, distribution, got {kind!r}.")
-        self.kind = kind
-        self.temperature = temperature
-        self.divergence = divergence
+    @property
+    def over(self) -> Literal["target", "attended"]:
+        """See `Term`."""
+        return "target"
 
-    def needs(self, layers: frozenset[int]) -> ActivationRequest:
-        """Hidden states."""
-        return ActivationRequest(hidden=layers)
-
-    def compare(self, signals: Signals, pair: int, student: int, teacher: int) -> Tensor:
-        """See `InsideTerm`."""
+    def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
+        """See `LayerTerm`."""
         s, t = _pooled(signals, student, teacher)
         if self.kind == "distribution":
             if len(s) < 2:
                 return signals.batch_mean(s[:0].sum())
             temperature = value_at(self.temperature, signals.step)
-            apart = embedding_divergence(s, t, temperature=temperature, divergence=self.divergence)
-            return signals.batch_mean(apart)
+            divergence = embedding_divergence(s, t, temperature=temperature, divergence=self.divergence)
+            return signals.batch_mean(divergence)
         return signals.batch_mean((rkd_distance if self.kind == "distance" else rkd_angle)(s, t))
 
 
 def _attended(signals: Signals, student: int, teacher: int) -> tuple[Tensor, Tensor]:
-    """The hidden states [A, Hs] and [A, Ht] of two layers at the attended positions."""
+    """Return the hidden states [A, Hs] and [A, Ht] of two layers at the attended positions."""
     assert signals.teacher is not None
     assert signals.attended is not None
     s, t = signals.inside.hidden[student], signals.teacher.inside.hidden[teacher]
@@ -371,13 +352,13 @@ def _attended(signals: Signals, student: int, teacher: int) -> tuple[Tensor, Ten
 
 
 def _pooled(signals: Signals, student: int, teacher: int) -> tuple[Tensor, Tensor]:
-    """The mean hidden state of each example that has an attended position: [E, Hs] and [E, Ht]."""
+    """Return the mean hidden state of each example with an attended position: [E, Hs] and [E, Ht]."""
     assert signals.teacher is not None
     assert signals.attended is not None
-    there = signals.attended[signals.attended.any(1)].unsqueeze(-1)
     rows = signals.attended.any(1)
+    mask = signals.attended[rows].unsqueeze(-1)
 
     def mean(states: Tensor) -> Tensor:
-        return (states[rows].float() * there).sum(1) / there.sum(1)
+        return (states[rows].float() * mask).sum(1) / mask.sum(1)
 
     return mean(signals.inside.hidden[student]), mean(signals.teacher.inside.hidden[teacher])

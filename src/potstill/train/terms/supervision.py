@@ -1,23 +1,29 @@
-"""Deep supervision: a student's earlier layers learn from its own last one. No teacher is needed."""
+"""Deep supervision: earlier layers of the student learn from its last one, without a teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from potstill.errors import ModelError, ShapeError
+from potstill.losses.declared import NonEmpty
 from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.linear import linear_divergence
+from potstill.losses.schedule import Temperature, Weight, value_at
 from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest, Anatomy
 from potstill.models.layer_map import layer_index
-from potstill.train.objective import Number, Signals, Term, value_at
+from potstill.train.signals import Signals
+from potstill.train.terms.term import FittedTerm, Term
 
 
+@dataclass(frozen=True)
 class DeepSupervision(Term):
-    """Earlier layers, read through the student's own last norm and head, learn from its final distribution.
+    """Match the student's final distribution in its earlier layers, read through its own last norm and head.
 
         T^2 * mean over layers and tokens of D(p, q_layer) at temperature T,   p of the last layer, without gradient
 
@@ -27,55 +33,47 @@ class DeepSupervision(Term):
     through the head.
 
     Args:
-        layers: of the student, from 0, each before the last; negative ones count from the end.
-        divergence: any `Divergence`.
+        layers: of the student, before its last; from 0, or -2 and so on.
+        divergence: any divergence.
         weight: >= 0.
-        temperature: > 0.
-
-    Raises:
-        ShapeError: no layer is named.
+        temperature: softmax temperature, > 0.
 
     References:
         Zhang et al. 2019 (Be Your Own Teacher), arXiv 1905.08094, section 3; Elhoushi et al. 2024 (LayerSkip), arXiv
         2404.16710, for exits that share the head.
     """
 
+    layers: Annotated[tuple[int, ...], NonEmpty()]
+    divergence: Divergence = ForwardKL()
+    _: KW_ONLY
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
     name = "deep_supervision"
     needs_teacher = False
-    looks_inside = True
-    tasks = frozenset({"causal"})  # whose norm and head are all there is behind a layer
-
-    def __init__(
-        self,
-        layers: Sequence[int],
-        divergence: Divergence | None = None,
-        *,
-        weight: Number = 1.0,
-        temperature: Number = 1.0,
-    ) -> None:
-        if not layers:
-            raise ShapeError("DeepSupervision: expected at least one layer, got none.")
-        self.layers = tuple(layers)
-        self.divergence = divergence or ForwardKL()
-        self.weight, self.temperature = weight, temperature
-        self.exits: tuple[int, ...] = ()
-
-    def fit(self, student: Anatomy, teacher: Anatomy) -> tuple[ActivationRequest, ActivationRequest]:
-        """See `Term`."""
-        self.exits = tuple(layer_index("student", layer, student.layers) for layer in self.layers)
-        if student.layers - 1 in self.exits:
-            raise ShapeError(
-                f"DeepSupervision: expected layers before the last, which is {student.layers - 1}, got it too. The "
-                "last layer is what the others learn from. Leave it out."
-            )
-        return ActivationRequest(exits=frozenset(self.exits)), ActivationRequest()
+    reads_layers = True
+    tasks = frozenset({"causal"})  # whose layers have nothing behind them but the norm and the head
 
     def __call__(self, signals: Signals) -> Tensor:
+        raise ShapeError(
+            "deep_supervision: expected a term that was fitted to its models, got a declaration. Call fit."
+        )
+
+    def fit(self, student: Anatomy, teacher: Anatomy) -> FittedTerm:
+        """See `Term`."""
+        exits = [layer_index("student", layer, student.layers) for layer in self.layers]
+        if student.layers - 1 in exits:
+            raise ShapeError(
+                f"DeepSupervision: expected layers before the last, got {student.layers - 1} too, which is the last. "
+                "Leave it out."
+            )
+        return FittedTerm(partial(self._compute, exits), ActivationRequest(exits=frozenset(exits)))
+
+    def _compute(self, exits: list[int], signals: Signals) -> Tensor:
         last, alignment = signals.student, signals.alignment
         if not isinstance(last, HeadTargets):
             raise ModelError(
-                "DeepSupervision: expected a student with a plain head, through which its layers are read, got one "
-                "that gives whole logits. Leave the term out, or what is on the head: an adapter, FSDP or ZeRO-3."
+                "DeepSupervision: expected a student with a plain linear head, through which its layers are read, got "
+                "another. Leave the term out, or what wraps the head: an adapter, FSDP or ZeRO-3."
             )
         assert alignment is not None
         temperature = value_at(self.temperature, signals.step)
@@ -90,6 +88,6 @@ class DeepSupervision(Term):
                 token_weights=signals.weights,
                 normalizer=signals.divisor,
             ).loss
-            for layer in self.exits
+            for layer in exits
         ]
         return temperature**2 * torch.stack(losses).mean()

@@ -1,0 +1,115 @@
+"""Terms over next-token distributions that go through the student's head once: the teacher's, and the data's labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from torch import Tensor
+
+from potstill.losses.alignment import ANSWERS, DISTRIBUTIONS
+from potstill.losses.declared import Range, in_words
+from potstill.losses.divergences import Divergence, ForwardKL
+from potstill.losses.linear import FusedLoss
+from potstill.losses.schedule import Share, Temperature, Weight, value_at
+from potstill.losses.targets import Targets
+from potstill.losses.teacher_weights import teacher_confidence, teacher_entropy, top_share, top_tokens
+from potstill.train.signals import Signals, Text, weighted
+from potstill.train.terms.term import Term
+
+
+@dataclass(frozen=True)
+class Logits(Term):
+    """Match the teacher's next-token distribution.
+
+        T^2 * mean over target tokens of w D(p, q) at temperature T
+
+    T^2 keeps the size of the gradient when T changes (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
+
+    Args:
+        divergence: any divergence.
+        weight: >= 0.
+        temperature: softmax temperature, > 0.
+        tokens: weight of each token: all equal; only the `share` of a batch where the teacher's entropy is highest
+            (entropy) or its top probability highest (confident); or the teacher's top probability (confidence). The
+            mean is over all target tokens, so that a share of them gives a smaller loss.
+        share: of the tokens, in [0, 1], for entropy and confident; a schedule makes a curriculum.
+        top_k: compare only the teacher's top_k tokens, with all others as one event (`SparseTargets`).
+        text: own: on-policy samples only (needs a rollout); data: all other tokens. The mean is over all target tokens.
+    """
+
+    divergence: Divergence = ForwardKL()
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
+    tokens: Literal["all", "entropy", "confident", "confidence"] = "all"
+    share: Share = 0.5
+    top_k: Annotated[int | None, Range(ge=1)] = None
+    text: Text = "all"
+    name = "logits"
+    tasks = DISTRIBUTIONS
+
+    @property
+    def needs_samples(self) -> bool:
+        """See `Term`."""
+        return self.text == "own"
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens have different weights."""
+        return self.tokens != "all" or self.text != "all"
+
+    def describe(self) -> str:
+        """See `Term`."""
+        name = f"{in_words(self.divergence)} at temperature {in_words(self.temperature)}"
+        others = self.changed(but=("divergence", "temperature", "weight"))
+        return ", ".join([name, *others, f"weight {in_words(self.weight)}"])
+
+    def __call__(self, signals: Signals) -> Tensor:
+        return self.with_labels(signals, None).loss
+
+    def with_labels(self, signals: Signals, label_weight: float | None) -> FusedLoss:
+        """Compute the term plus label_weight times `Labels`, and both of them by token; None leaves the labels out."""
+        temperature = value_at(self.temperature, signals.step)
+        factor = temperature**2
+        assert signals.teacher is not None
+        targets = signals.teacher.targets
+        weights, only = self._token_weights(targets, signals.step), signals.only(self.text)
+        weights = only if weights is None else weighted(weights, only)
+        if self.top_k is not None:
+            targets = top_tokens(targets, self.top_k, temperature)
+        loss = signals.compare(
+            self.divergence,
+            temperature=temperature,
+            label_weight=None if label_weight is None else label_weight / factor,
+            targets=targets,
+            token_weights=weights,
+        )
+        assert loss.divergence is not None
+        return FusedLoss(factor * loss.loss, factor * weighted(loss.divergence, weights), loss.cross_entropy)
+
+    def _token_weights(self, targets: Targets, step: int) -> Tensor | None:
+        if self.tokens == "all":
+            return None
+        if self.tokens == "entropy":
+            return top_share(teacher_entropy(targets), value_at(self.share, step))
+        confidence = teacher_confidence(targets)
+        return confidence if self.tokens == "confidence" else top_share(confidence, value_at(self.share, step))
+
+
+@dataclass(frozen=True)
+class Labels(Term):
+    """Cross-entropy with the data's tokens or classes; the squared error for regression.
+
+    On-policy samples contribute nothing.
+
+    Args:
+        weight: >= 0.
+    """
+
+    weight: Weight = 1.0
+    name = "labels"
+    needs_teacher = False
+    tasks = ANSWERS
+
+    def __call__(self, signals: Signals) -> Tensor:
+        return signals.compare(None, label_weight=1.0).loss
