@@ -1,75 +1,96 @@
-"""Write docs/recipe.md from the recipe's own types, and docs/recipes.md from the files of recipes/: make docs"""
+"""Write docs/recipe.md from the recipe's declarations, and docs/recipes.md from the files of recipes/: make docs"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from potstill.losses.divergences import Divergence
+from potstill.losses.declared import Declared
 from potstill.runs.config.run import Recipe
 
 DOCS = Path(__file__).parent
 
 
-def kind_of(field: dict[str, Any]) -> str:
-    """A field's type in a few words."""
+def families() -> dict[str, str]:
+    """The family of each kind of declaration, in plain words, by the kind's class."""
+    return {
+        kind.__name__: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", family.__name__).lower()
+        for family in Declared.__subclasses__()
+        for kind in family.kinds.values()
+    }
+
+
+def title_of(name: str, definition: dict[str, Any]) -> str:
+    """What a section is called: family and name of a kind in recipes, or the name of a part."""
+    value = next(iter(definition["properties"].values()))
+    return f"{families()[name]}: {value['const']}" if "const" in value else name.removesuffix("Part").lower()
+
+
+def kind_of(field: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """A field's type in a few words; a family of declarations by the key that names its kinds."""
     if "$ref" in field:
-        return field["$ref"].rpartition("/")[2].removesuffix("Part").lower()
+        name = field["$ref"].rpartition("/")[2]
+        return title_of(name, definitions[name]).partition(":")[0]
     if "enum" in field:
         return ", ".join(map(str, field["enum"]))
     if "const" in field:
         return str(field["const"])
     if "anyOf" in field or "oneOf" in field:
-        return " or ".join(kind_of(one) for one in field.get("anyOf", field.get("oneOf")) if one.get("type") != "null")
+        arms = [arm for arm in field.get("anyOf", field.get("oneOf")) if arm.get("type") != "null"]
+        return " or ".join(dict.fromkeys(kind_of(arm, definitions) for arm in arms))
     if "prefixItems" in field:
-        return "pair of " + kind_of(field["prefixItems"][0])
+        return "pair of " + kind_of(field["prefixItems"][0], definitions)
     if field.get("type") == "array":
-        return "list of " + kind_of(field["items"])
+        return "list of " + kind_of(field["items"], definitions)
     return str(field.get("type", "any"))
 
 
-def table(part: dict[str, Any]) -> list[str]:
+def table(part: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+    """The keys of a part; the key that names its kind stands in the section's title."""
+    keys = {name: field for name, field in part["properties"].items() if "const" not in field}
+    if not keys:
+        return []
     lines = ["| key | type | default | |", "|---|---|---|---|"]
-    for name, field in part["properties"].items():
+    for name, field in keys.items():
         default = "required" if name in part.get("required", []) else field.get("default")
         if isinstance(default, dict):
-            given = {key: value for key, value in default.items() if value is not None}
-            default = given.get("kind") or " ".join(f"{key} {value}" for key, value in given.items()) or None
+            default = " ".join(f"{key} {value}" for key, value in default.items() if value is not None) or None
         text = "" if default is None else f"`{default}`" if default != "required" else default
-        lines.append(f"| `{name}` | {kind_of(field)} | {text} | {field.get('description', '')} |")
-    return lines
+        lines.append(f"| `{name}` | {kind_of(field, definitions)} | {text} | {field.get('description', '')} |")
+    return [*lines, ""]
 
 
 def page() -> str:
     """The whole page."""
     schema = Recipe.model_json_schema()
+    definitions: dict[str, Any] = schema["$defs"]
     lines = [
         "# The keys of a recipe",
         "",
-        "Made from the types in `src/potstill/recipe/` by `make docs`; `potstill schema` prints them as JSON Schema.",
-        "Unknown keys are mistakes. Paths are relative to where the command runs. `--set KEY=VALUE` changes any.",
+        "`make docs` writes this page from the declarations; `potstill schema` prints their JSON Schema. Unknown keys",
+        "are errors. Paths are relative to where the command runs. `--set KEY=VALUE` changes any key. A kind without",
+        "required keys may be a bare name: `divergence: jsd` is `divergence: {kind: jsd}`.",
         "",
-        *table(schema),
-        "",
-        "`train` takes any field of `transformers.TrainingArguments` but those that the recipe itself decides.",
+        *table(schema, definitions),
+        "`train` takes any field of `transformers.TrainingArguments` except those that the recipe itself sets.",
         "Unless they are given, a run logs 60 times, and saves and evaluates 6 times.",
         "",
     ]
-    for name, part in schema["$defs"].items():
-        lines += [f"## {name.removesuffix('Part').lower()}", "", " ".join(part.get("description", "").split()), ""]
-        lines += [*table(part), ""]
-    lines += ["## Kinds of divergence", "", "| kind | |", "|---|---|"]
-    lines += [f"| `{kind}` | {(which.__doc__ or '').splitlines()[0]} |" for kind, which in Divergence.kinds.items()]
-    return "\n".join(lines) + "\n"
+    order = {kind: place for place, kind in enumerate(families())}
+    for name in sorted(definitions, key=lambda name: (order.get(name, -1), name)):
+        part = definitions[name]
+        text = " ".join(part.get("description", "").split("\n\n")[0].split())
+        lines += [f"## {title_of(name, part)}", "", text, "", *table(part, definitions)]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def shown() -> str:
-    """The page that shows the files of recipes/: what each is for is its first line."""
+    """The page that shows the files of recipes/: the purpose of each is its first line."""
     lines = [
         "# Recipes",
-        "Complete files to begin from. The models and the data that they name are yours to set, in the file or with",
-        "`--set`; `potstill check` says whether all fits together. [recipe.md](recipe.md) has every key.",
-        "This page is made of the files by `make docs`.",
+        "Complete files to start from. Set their models and data in the file or with `--set`; `potstill check` finds",
+        "what does not fit. [recipe.md](recipe.md) has every key. `make docs` writes this page from the files.",
         "",
     ]
     for path in sorted((DOCS.parent / "recipes").glob("*.yaml")):

@@ -37,11 +37,13 @@ class Declared(ABC):
         key: what a recipe calls the choice among the kinds of a family.
         name: of a kind, in recipes.
         kinds: all kinds of the family, by name.
+        count: how many kinds all families have, by which a schema knows that it is out of date.
     """
 
     key: ClassVar[str] = "kind"
     name: ClassVar[str]
     kinds: ClassVar[dict[str, type[Any]]]
+    count: ClassVar[int] = 0
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "arbitrary_types_allowed": True}
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -49,6 +51,7 @@ class Declared(ABC):
         if Declared in cls.__bases__:
             cls.kinds = {}
         elif "name" in cls.__dict__:
+            Declared.count += 1
             taken = cls.kinds.get(cls.name)
             if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise TypeError(f"{cls.__qualname__}: expected a name of its own, got {cls.name}, which {taken} has.")
@@ -140,13 +143,18 @@ def is_tag(step: object) -> bool:
 
 
 def describe(kind: type, schema: dict[str, Any]) -> None:
-    """Write a dataclass's docstring into its JSON Schema: the text in front, and each field's line of `Args:`."""
+    """Write a dataclass's docstring and its declared defaults into its JSON Schema."""
     text = inspect.getdoc(kind) or ""
     schema["title"] = kind.__name__
     schema["description"] = re.split(r"\n(?:Args|Raises|References):\n", text)[0].strip()
     for name, line in field_descriptions(kind).items():
         if name in schema["properties"]:
             schema["properties"][name].setdefault("description", line)
+    for field in dataclasses.fields(kind):
+        if isinstance(field.default, Declared):
+            schema["properties"][field.name]["default"] = in_words(field.default)
+    for name in [name for name, field in schema["properties"].items() if field.get("type") == "null"]:
+        del schema["properties"][name]  # `PythonOnly`
 
 
 def field_descriptions(kind: type) -> dict[str, str]:

@@ -10,13 +10,13 @@ import re
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from potstill.errors import RecipeError, nearest
-from potstill.losses.declared import is_tag
+from potstill.losses.declared import Declared, is_tag
 
 
 class Part(BaseModel):
@@ -27,6 +27,8 @@ class Part(BaseModel):
 
 class Document(Part):
     """A whole file."""
+
+    kinds_known: ClassVar[int] = 0
 
     @classmethod
     def load(cls, path: str | Path, sets: Iterable[str] = ()) -> Self:
@@ -43,7 +45,8 @@ class Document(Part):
 
     @classmethod
     def parse(cls, values: Any, origin: str = "recipe", sets: Iterable[str] = ()) -> Self:
-        """The same from values that are already read; `origin` is how errors call them."""
+        """Read values that are already loaded; `origin` is their name in errors."""
+        cls.know_all_kinds()
         try:
             return cls.model_validate(apply(values, sets, origin))
         except ValidationError as error:
@@ -51,9 +54,26 @@ class Document(Part):
             count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
             raise RecipeError("\n  ".join([f"{origin}: {count}", *lines])) from None
 
+    @classmethod
+    def know_all_kinds(cls) -> None:
+        """Rebuild the schemas where kinds were declared since they were built, as a user's own are."""
+        if cls.kinds_known != Declared.count:
+            for part in [*_subclasses(Part), cls]:  # parts before what holds them
+                part.model_rebuild(force=True)
+            cls.kinds_known = Declared.count
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        cls.kinds_known = Declared.count
+
     def dump(self) -> str:
         """The resolved record as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def _subclasses(kind: type[Part]) -> list[type[Part]]:
+    return [part for child in kind.__subclasses__() for part in (child, *_subclasses(child))]
 
 
 class _Loader(yaml.SafeLoader):
