@@ -198,7 +198,7 @@ def test_fused_and_whole_heads_give_one_gradient() -> None:
             [Logits(ForwardKL(), temperature=2.0), Labels(weight=0.3)],
             task="masked",
         )
-        assert distiller.cut is not None
+        assert distiller.split is not None
         distiller.cut = distiller.cut if fused else None
         distiller.step(batch).loss.backward()
         gradients.append({name: one.grad for name, one in distiller.named_parameters()})

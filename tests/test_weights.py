@@ -247,7 +247,7 @@ def weighted(batch: dict[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
 def distiller(*terms: Any, whole: bool = False) -> Distiller:
     made = Distiller(make_llama(hidden_size=8), make_llama(seed=1), list(terms))
     if whole:
-        made.cut = None
+        made.split = None
     return made
 
 

@@ -57,8 +57,8 @@ def test_without_logits_it_is_the_same_training(
     fused = train("fused")
     whole()
     eager = train("whole")
-    assert fused.distiller.cut is not None
-    assert eager.distiller.cut is None
+    assert fused.distiller.split is not None
+    assert eager.distiller.split is None
     assert losses(fused) == pytest.approx(losses(eager), rel=tolerance)
     torch.testing.assert_close(weights(fused), weights(eager), rtol=tolerance, atol=tolerance)
     measured, expected = fused.evaluate(), eager.evaluate()
@@ -156,7 +156,7 @@ def test_the_distiller_may_be_compiled() -> None:
             optimizer.step()
             optimizer.zero_grad()
             seen.append(loss.item())
-        assert distiller.cut is not None
+        assert distiller.split is not None
         return seen
 
     assert steps(compiled=True) == pytest.approx(steps(compiled=False), rel=1e-5)

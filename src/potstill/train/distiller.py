@@ -1,4 +1,4 @@
-"""One step of distillation: student, teacher and objective put together."""
+"""Distiller: one step of distillation, from student, teacher and objective."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from potstill.train.terms.term import Term
 
 
 class StepOutput(NamedTuple):
-    """What one step gives.
+    """Result of one step.
 
     Args:
-        loss: a scalar with gradient.
-        logs: every term's value without its weight, detached; in evaluation mode also cross_entropy, or squared_error.
+        loss: scalar with gradient.
+        logs: every term's value without its weight, detached; in evaluation mode also cross_entropy or squared_error.
     """
 
     loss: Tensor
@@ -34,26 +34,26 @@ class StepOutput(NamedTuple):
 
 
 class Distiller(nn.Module):
-    """A student that learns from a teacher.
+    """A student, its teacher and an objective as one module.
 
-    The student and what the objective trains are parameters of this module; the teacher is not. Where heads are plain
-    no logits are built (`potstill.models.split`). To compile, compile the Distiller: a compiled student gives whole
-    logits.
+    Its parameters are the student's and those that the objective trains, not the teacher's. Where heads are plain
+    linear layers no logits are built (`potstill.models.split`). To compile, compile the Distiller: a compiled student
+    gives whole logits.
 
     Args:
-        student: a model of transformers for the task.
+        student: a transformers model for the task.
         teacher: a `Teacher`, or a model, which becomes a `ModelTeacher`; None where no term needs one.
         objective: an `Objective`, or a list of its terms.
-        vocabulary: the number of tokens that teacher and student share, where a head has padding rows behind them:
-            both are sliced to it before the normaliser.
-        task: what both are asked for, and so what labels mean; see `potstill.losses.alignment.Task`.
-        prefetch: ask the teacher one batch ahead, while the student learns; see `prefetch`.
+        vocabulary: number of tokens that teacher and student share. Both heads are sliced to it before the softmax, so
+            that rows of padding do not count.
+        task: what both models predict, which defines the labels; see `potstill.losses.alignment.Task`.
+        prefetch: run the teacher one batch ahead, while the student trains; see `prefetch`.
 
     Raises:
-        ShapeError: a term needs a teacher and there is none, asks for a layer that is not there, or makes no sense for
+        ShapeError: a term needs a teacher and there is none, reads a layer that does not exist, or is not defined for
             the task.
         VocabularyError: a term compares tokens and the teacher has another tokenizer, or the other way round.
-        ModelError: a term asks for something that the student or the teacher does not give.
+        ModelError: student or teacher cannot give what a term reads.
 
     >>> from potstill.losses.divergences import ForwardKL
     >>> from potstill.train.terms.logits import Logits
@@ -81,30 +81,30 @@ class Distiller(nn.Module):
         for mistake in task_mistakes(self.objective.terms, task):
             raise ShapeError(mistake)
         self.vocabulary = vocabulary
-        # In a tuple, so that torch does not take the teacher for a part of what is trained and saved.
+        # In a tuple, so that torch does not register the teacher as a submodule.
         self._teacher = (ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher,)
         self._steps = 0
-        # Whether the teacher is asked: the trainer evaluates by labels alone on rows that it cannot speak about.
-        self.consults = self.objective.needs_teacher
+        # The trainer switches the teacher off for held-out rows that it does not cover.
+        self.uses_teacher = self.objective.needs_teacher
         if self.objective.needs_teacher and self.teacher is None:
-            asking = next(term.name for term in self.objective.terms if term.needs_teacher)
-            raise ShapeError(f"Distiller: expected a teacher for the term {asking}, got None.")
-        self._must_speak_alike()
+            name = next(term.name for term in self.objective.terms if term.needs_teacher)
+            raise ShapeError(f"Distiller: expected a teacher for the term {name}, got None.")
+        self._check_tokenizers()
         if self.teacher is not None:
             self.teacher.attach(student)
         self._prefetch = Prefetch(self.teacher) if prefetch and self.teacher is not None else None
-        self._needs = ActivationRequest()
+        self._request = ActivationRequest()
         if self.objective.reads_layers:
-            self._taps = ActivationCapture(student)
-            theirs = None
+            self._capture = ActivationCapture(student)
+            teacher_shape = None
             if self.objective.reads_teacher_layers:
                 assert self.teacher is not None
-                theirs = self.teacher.anatomy
-            self._needs, asked = self.objective.fit(self._taps.anatomy, theirs)
-            self._taps.prepare(self._needs)
+                teacher_shape = self.teacher.anatomy
+            self._request, of_teacher = self.objective.fit(self._capture.anatomy, teacher_shape)
+            self._capture.prepare(self._request)
             if self.teacher is not None:
-                self.teacher.prepare(asked)
-        self.cut = split_model(student)  # here, before wrappers of the Distiller shard the weights
+                self.teacher.prepare(of_teacher)
+        self.split = split_model(student)  # here, before wrappers of the Distiller shard the weights
 
     @property
     def teacher(self) -> Teacher | None:
@@ -112,17 +112,17 @@ class Distiller(nn.Module):
         return self._teacher[0]
 
     def step(self, batch: Mapping[str, Tensor], *, normalizer: Tensor | float | None = None) -> StepOutput:
-        """The loss of a batch, for a loop of one's own: call `loss.backward()` on it.
+        """Compute the loss of a batch in your own training loop: call `loss.backward()` on it.
 
-        In training mode each call counts as one optimiser step for the schedules, and a teacher that follows the
-        student does so before the next one. To accumulate gradients over
-        several batches call the module itself: `distiller(batch, normalizer=counting tokens of all, at=step)`, with
-        `attended_normalizer` for terms over layers, and `teacher.after_step(step)` after each optimiser step.
+        In training mode each call counts as one optimiser step for schedules and for teachers that follow the student.
+        To accumulate gradients over several batches, call the module itself: `distiller(batch, normalizer=number of
+        target tokens of all batches, at=step)`, with `attended_normalizer` for terms over layers, and
+        `teacher.after_step(step)` after each optimiser step.
 
         Args:
-            batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 does not count. Where
-                rows are judged labels are [B]. Weights of the labels' shape, where there are any, say how much each
-                counts in every mean over tokens.
+            batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 is ignored. For
+                sequence-level tasks labels are [B]. `weights`, if present, has the shape of labels and weighs each
+                target in every mean over tokens.
             normalizer: see `forward`.
         """
         if self.training and self._steps and self.teacher is not None:
@@ -138,22 +138,22 @@ class Distiller(nn.Module):
         at: int = 0,
         attended_normalizer: Tensor | float | None = None,
     ) -> StepOutput:
-        """The loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
             batch: see `step`.
-            normalizer: the number of counting tokens in the whole optimiser step, or the sum of their weights; default:
-                of this batch.
-            at: the optimiser step, for the schedules.
-            attended_normalizer: the number of attended positions in the whole optimiser step, for terms over layers.
+            normalizer: number of target tokens in the whole optimiser step, or the sum of their weights; by default of
+                this batch.
+            at: optimiser step, for the schedules.
+            attended_normalizer: number of attended positions in the whole optimiser step, for terms over layers.
         """
         alignment = align(batch["labels"], self.task, batch.get("weights"))
-        student, inside = self._listen(partial(forward_targets, self.student, self.cut, batch, alignment))
+        student, inside = self._captured(partial(forward_targets, self.student, self.split, batch, alignment))
         inside = inside.last(batch["input_ids"].shape[1])
-        teacher = self._ask(batch, alignment) if self.consults else None
+        teacher = self._teacher_output(batch, alignment) if self.uses_teacher else None
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
-        positions = attended(batch, self.task) if self._needs else None
+        positions = attended(batch, self.task) if self._request else None
         signals = Signals(
             *(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment),
             sampled=_sampled(batch, alignment),
@@ -162,13 +162,13 @@ class Distiller(nn.Module):
 
     @property
     def prefetches(self) -> bool:
-        """Whether the teacher is asked one batch ahead."""
-        return self._prefetch is not None and self.consults
+        """Whether the teacher runs one batch ahead."""
+        return self._prefetch is not None and self.uses_teacher
 
     def prefetch(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Say which batches the module will be called with, in order, for `prefetch`; none ends it.
+        """Announce the next batches in order, so that the teacher runs on them ahead; an empty sequence ends it.
 
-        A batch is known again by its very tensor of input_ids. Others may come between, and are asked on the spot.
+        A batch is recognised by its own input_ids tensor. The teacher runs at once on any other batch.
         """
         if self._prefetch is None:
             return
@@ -177,20 +177,20 @@ class Distiller(nn.Module):
         else:
             self._prefetch.close()
 
-    def _listen(self, call: Callable[[], Any]) -> tuple[Any, Activations]:
-        return self._taps.capture(self._needs, call) if self._needs else (call(), Activations())
+    def _captured(self, call: Callable[[], Any]) -> tuple[Any, Activations]:
+        return self._capture.capture(self._request, call) if self._request else (call(), Activations())
 
-    def _ask(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
+    def _teacher_output(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         assert self.teacher is not None
-        said = (self._prefetch or self.teacher)(batch, alignment)
+        output = (self._prefetch or self.teacher)(batch, alignment)
         if self.training:
-            self.teacher.learn(said)
-        if self.vocabulary is None or said.across is not None:
-            return said
-        return replace(said, targets=said.targets.slice(self.vocabulary))
+            self.teacher.learn(output)
+        if self.vocabulary is None or output.across is not None:
+            return output
+        return replace(output, targets=output.targets.slice(self.vocabulary))
 
-    def _must_speak_alike(self) -> None:
-        """Every term compares tokens with a teacher of the student's tokens, or bytes with one that has others."""
+    def _check_tokenizers(self) -> None:
+        """Check that every term compares tokens with a teacher of the same tokenizer, or bytes with one of another."""
         if self.teacher is None:
             return
         for term in self.objective.terms:
@@ -199,14 +199,14 @@ class Distiller(nn.Module):
                 if term.other_tokenizer:
                     raise VocabularyError(
                         f"Distiller: expected a CrossTokenizerTeacher for the term {term.name}, got {kind}. "
-                        "It compares chunks of bytes. Wrap the teacher in it; the tokenizers may be the same."
+                        "Wrap the teacher in one; the tokenizers may be the same."
                     )
                 raise VocabularyError(
-                    f"Distiller: expected terms that compare bytes with {kind}, got {term.name}. Its teacher has other "
-                    "tokens. Use chunks, mapped_logits or uld, and labels."
+                    f"Distiller: expected terms over bytes with {kind}, got {term.name}. Use chunks, mapped_logits or "
+                    "uld, and labels."
                 )
 
-    # What transformers.Trainer and accelerate ask of a model, passed on to the student.
+    # The interface of models that transformers.Trainer and accelerate use, passed on to the student.
 
     @property
     def config(self) -> Any:
@@ -218,7 +218,7 @@ class Distiller(nn.Module):
         return self.student.get_input_embeddings()  # type: ignore[operator]
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The student's head: FSDP2 must know whether its weight is that of the input embeddings."""
+        """The student's head, for FSDP2, which must know whether its weight is tied to the input embeddings."""
         return self.student.get_output_embeddings()  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
@@ -227,12 +227,12 @@ class Distiller(nn.Module):
         self.student.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """The newer name of `gradient_checkpointing_enable`."""
+        """Recompute the student's activations in the backward pass (the newer name)."""
         self._let_gradients_through()
         self.student.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
 
     def _let_gradients_through(self) -> None:
-        """Reentrant checkpointing computes no gradient where what goes in has none, as under an adapter."""
+        """Give inputs a gradient: reentrant checkpointing needs one, and under an adapter embeddings have none."""
         if not any(parameter.requires_grad for parameter in self.get_input_embeddings().parameters()):
             self.student.enable_input_require_grads()  # type: ignore[operator]
 

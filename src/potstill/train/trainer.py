@@ -261,11 +261,11 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """transformers.Trainer's, with every number a mean over all held-out tokens."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        teacher, asked = self.distiller.teacher, self.distiller.consults
-        self.distiller.consults = asked and teacher is not None and teacher.covers(dataloader.dataset)
+        teacher, asked = self.distiller.teacher, self.distiller.uses_teacher
+        self.distiller.uses_teacher = asked and teacher is not None and teacher.covers(dataloader.dataset)
         self._eval_sums = Sums()
         result = super().evaluation_loop(dataloader, *args, **kwargs)
-        self.distiller.consults = asked
+        self.distiller.uses_teacher = asked
         objective = self.distiller.objective
         over = {name: term.over for name, term in zip(objective.names, objective.terms, strict=True)}
         means = self._eval_sums.means(self.accelerator, over)
@@ -301,7 +301,7 @@ class DistillationTrainer(Trainer):
             DataError: the teacher cannot speak about all of the training data.
         """
         teacher = self.distiller.teacher
-        if teacher is not None and self.distiller.consults:
+        if teacher is not None and self.distiller.uses_teacher:
             teacher.require(self.train_dataset)
         if resume_from_checkpoint is True:
             found = last_checkpoint(self._checkpoints)
