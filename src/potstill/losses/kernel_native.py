@@ -1,4 +1,4 @@
-"""The tail of a chunk on a CPU, compiled: tail.c with the divergence's own formula in it."""
+"""Loss kernel for the CPU: kernel_native.c, compiled with the divergence's own formula."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.losses.chunked import Chunk, Job, Tail
 from potstill.losses.divergences import Divergence
-from potstill.losses.tail import TorchTail
-from potstill.losses.token import Row
-from potstill.losses.trace import Program, program
+from potstill.losses.fused_chunks import ChunkBuffers, FusedInputs, LossKernel
+from potstill.losses.kernel_formula import Formula, trace_formula
+from potstill.losses.kernel_torch import TorchKernel
+from potstill.losses.token_losses import SoftmaxSums
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
@@ -50,70 +50,70 @@ OPERATIONS = {
 }
 
 
-class NativeTail:
-    """tail.c, compiled for one divergence."""
+class NativeKernel:
+    """kernel_native.c, compiled for one divergence."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._tail = _function(library, "tail", pointers=6, numbers=2)
+        self._function = _c_function(library, "loss_and_gradient", pointers=6, numbers=2)
 
     def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
         """float32."""
         return torch.float32
 
-    def __call__(self, chunk: Chunk, job: Job) -> tuple[Tensor | None, Tensor | None]:
-        """See `Tail`."""
+    def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
+        """See `LossKernel`."""
         divergence, cross_entropy = torch.empty(2, len(chunk.student)).unbind()
         labels = None if chunk.labels is None else chunk.labels.to(torch.int64).contiguous()
         scale = None if chunk.scale is None else chunk.scale.float().contiguous()
         rows = (chunk.student, chunk.teacher, scale, labels, divergence, cross_entropy)
-        _each_row(self._tail, rows, job.temperature, job.label_weight)
-        return (None if job.divergence is None else divergence, None if labels is None else cross_entropy)
+        _call_on_rows(self._function, rows, inputs.temperature, inputs.label_weight)
+        return (None if inputs.divergence is None else divergence, None if labels is None else cross_entropy)
 
 
 @lru_cache(maxsize=256)
-def native_tail(divergence: Divergence | None, sparse: bool) -> Tail | None:
-    """The tail for a divergence (None: cross-entropy alone) and dense or sparse targets.
+def native_kernel(divergence: Divergence | None, sparse: bool) -> LossKernel | None:
+    """Compile the kernel for a divergence (None: cross-entropy alone) and dense or sparse targets.
 
-    None where there is no C compiler, or the formula is no elementary arithmetic.
+    Returns None if there is no C compiler, or the formula is more than elementary arithmetic.
     """
-    steps = None if divergence is None or sparse else program(divergence)
-    if steps is None and divergence is not None and not sparse:
+    formula = None if divergence is None or sparse else trace_formula(divergence)
+    if formula is None and divergence is not None and not sparse:
         return None
-    source = (Path(__file__).parent / "tail.c").read_text().replace("    POINTWISE", _pointwise(steps))
-    path = _build(source)
+    path = _build((Path(__file__).parent / "kernel_native.c").read_text().replace("    POINTWISE", _c_formula(formula)))
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
     if not sparse:
-        return NativeTail(library)
-    function = _function(library, "exponentials", pointers=3, numbers=0)
+        return NativeKernel(library)
+    function = _c_function(library, "exponentials", pointers=3, numbers=0)
 
-    def exponentials(logits: Tensor) -> Row:
+    def exponentials(logits: Tensor) -> SoftmaxSums:
         top, total = torch.empty(2, len(logits), 1).unbind()
-        _each_row(function, (logits, top, total))
-        return Row(top, total)
+        _call_on_rows(function, (logits, top, total))
+        return SoftmaxSums(top, total)
 
-    return TorchTail(exponentials)
+    return TorchKernel(exponentials)
 
 
-def _function(library: ctypes.CDLL, name: str, pointers: int, numbers: int) -> Any:
+def _c_function(library: ctypes.CDLL, name: str, pointers: int, numbers: int) -> Any:
     function = library[name]
     function.restype = None
     function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_long] * 3 + [ctypes.c_float] * numbers
     return function
 
 
-def _each_row(function: Any, tensors: Sequence[Tensor | None], *numbers: float) -> None:
-    """Call a function of tail.c on all rows, which the first tensor [C, V] has, by as many threads as torch uses."""
-    C, V = tensors[0].shape  # type: ignore[union-attr]
-    stride = tensors[0].stride(0)  # type: ignore[union-attr]
+def _call_on_rows(function: Any, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+    """Call a C function on all rows of the first tensor [C, V], in as many threads as torch uses."""
+    first = tensors[0]
+    assert first is not None
+    (C, V), stride = first.shape, first.stride(0)
+    threads = torch.get_num_threads()
+    step = -(-C // (4 * threads)) if threads > 1 else C  # four pieces each: none waits long for the slowest
 
     def rows(start: int) -> None:
         pointers = [None if x is None else x[start:].data_ptr() for x in tensors]
         function(*pointers, min(step, C - start), V, stride, *numbers)
 
-    threads = torch.get_num_threads()
-    step = -(-C // (4 * threads)) if threads > 1 else C  # four pieces each: none waits long for the slowest
     starts = range(0, C, step)
     if len(starts) > 1:
         list(_pool(threads).map(rows, starts))
@@ -123,59 +123,56 @@ def _each_row(function: Any, tensors: Sequence[Tensor | None], *numbers: float) 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="potstill-tail")
+    return ThreadPoolExecutor(threads, thread_name_prefix="potstill-kernel")
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not live on in a fork
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
-def _pointwise(steps: Program | None) -> str:
-    """The body of the C function."""
-    if steps is None:
+def _c_formula(formula: Formula | None) -> str:
+    """Write the body of the C function `pointwise`."""
+    if formula is None:
         return "    *value = *slope = splat(0);"
     lines = []
-    for step in steps.steps:
-        operation = OPERATIONS[step.operation]
-        if step.operation == "exp" and step.arguments[0] in ("log_q", "log_p"):
-            operation = "exponential_below_88({})"
-        whole = "(" in operation  # a function wants vectors, an operator takes a number too
-        arguments = [_literal(x, whole) if isinstance(x, float) else x for x in step.arguments]
-        kind = "vi" if step.operation in ("lt", "gt") else "vf"
-        lines.append(f"    const {kind} {step.name} = {operation.format(*arguments)};")
-    return "\n".join([*lines, f"    *value = {steps.value};", f"    *slope = {steps.slope};"])
-
-
-def _literal(number: float, whole: bool) -> str:
-    return f"splat({number!r}f)" if whole else f"({number!r}f)"
+    for name, function, arguments in formula.operations:
+        template = OPERATIONS[function]
+        if function == "exp" and arguments[0] in ("log_q", "log_p"):
+            template = "exponential_below_88({})"
+        # A C function takes vectors; an operator takes a number too.
+        literal = "splat({!r}f)" if "(" in template else "({!r}f)"
+        operands = [literal.format(x) if isinstance(x, float) else x for x in arguments]
+        kind = "vi" if function in ("lt", "gt") else "vf"
+        lines.append(f"    const {kind} {name} = {template.format(*operands)};")
+    return "\n".join([*lines, f"    *value = {formula.value};", f"    *slope = {formula.slope};"])
 
 
 def _build(source: str) -> Path | None:
-    """The shared library of a source; built once for each processor and compiler, and kept."""
+    """Compile a source to a shared library, cached by source, compiler and processor; None if that fails."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
     key = hashlib.sha256("\n".join([source, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "potstill"
-    target = folder / f"tail-{key}.so"
+    target = folder / f"kernel-{key}.so"
     if target.exists():
         return target
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            code, built = Path(scratch) / "tail.c", Path(scratch) / "tail.so"
+            code, built = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
             code.write_text(source)
             subprocess.run(
                 [*compiler.split(), *FLAGS, str(code), "-o", str(built), "-lm"], check=True, capture_output=True
             )
-            built.replace(target)  # whole or not at all, whoever else builds it
+            built.replace(target)  # atomic, whatever other process builds it too
     except (OSError, subprocess.CalledProcessError):
         return None
     return target
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """Describe what -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
