@@ -16,6 +16,11 @@ from potstill.losses.divergences import Divergence
 UNARY = ("neg", "exp", "log", "log1p", "expm1", "sqrt", "abs", "sign", "square", "reciprocal")
 BINARY = ("add", "sub", "mul", "div", "logaddexp", "maximum", "minimum", "lt", "gt")
 SYNONYMS = {"truediv": "div", "clamp_min": "maximum", "clamp_max": "minimum"}
+# Those that C and Triton write alike.
+OPERATORS = {
+    op: f"{{}} {sign} {{}}" for op, sign in zip(("add", "sub", "mul", "div", "lt", "gt"), "+-*/<>", strict=True)
+}
+OPERATORS |= {"neg": "-{}", "square": "{0} * {0}"}
 NUM_ARGUMENTS = {**dict.fromkeys(UNARY, 1), **dict.fromkeys(BINARY, 2), "where": 3}
 
 

@@ -20,18 +20,14 @@ from torch import Tensor
 
 from potstill.losses.divergences import Divergence
 from potstill.losses.fused_chunks import ChunkBuffers, FusedInputs, LossKernel
-from potstill.losses.kernel_formula import Formula, trace_formula
+from potstill.losses.kernel_formula import OPERATORS, Formula, trace_formula
 from potstill.losses.kernel_torch import TorchKernel
 from potstill.losses.token_losses import SoftmaxSums
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 OPERATIONS = {
-    "add": "{} + {}",
-    "sub": "{} - {}",
-    "mul": "{} * {}",
-    "div": "{} / {}",
-    "neg": "-{}",
+    **OPERATORS,
     "exp": "exponential({})",
     "log": "logarithm({})",
     "log1p": "log1p_any({})",
@@ -39,14 +35,11 @@ OPERATIONS = {
     "sqrt": "root({})",
     "abs": "absolute({})",
     "sign": "signum({})",
-    "square": "{0} * {0}",
     "reciprocal": "1.0f / {}",
     "logaddexp": "log_add_exp({}, {})",
     "maximum": "larger({}, {})",
     "minimum": "smaller({}, {})",
     "where": "pick({}, {}, {})",
-    "lt": "{} < {}",
-    "gt": "{} > {}",
 }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from potstill.losses.divergences import LOG_ZERO, Divergence
 from potstill.losses.fused_chunks import ChunkBuffers, FusedInputs, LossKernel
-from potstill.losses.kernel_formula import Formula, trace_formula
+from potstill.losses.kernel_formula import OPERATORS, Formula, trace_formula
 from potstill.losses.kernel_torch import TorchKernel
 from potstill.losses.token_losses import SoftmaxSums
 
@@ -27,11 +27,7 @@ LOWEST = tl.constexpr(LOG_ZERO)
 INTERPRETED: bool = triton.knobs.runtime.interpret  # the kernels run on a CPU, slowly, for tests
 
 OPERATIONS = {
-    "add": "{} + {}",
-    "sub": "{} - {}",
-    "mul": "{} * {}",
-    "div": "{} / {}",
-    "neg": "-{}",
+    **OPERATORS,
     "exp": "tl.exp({})",
     "log": "tl.log({})",
     "log1p": "log_one_plus({})",
@@ -39,14 +35,11 @@ OPERATIONS = {
     "sqrt": "tl.sqrt({})",
     "abs": "tl.abs({})",
     "sign": "({0} > 0).to(tl.float32) - ({0} < 0).to(tl.float32)",
-    "square": "{0} * {0}",
     "reciprocal": "1.0 / {}",
     "logaddexp": "log_add_exp({}, {})",
     "maximum": "tl.maximum({}, {})",
     "minimum": "tl.minimum({}, {})",
     "where": "tl.where({}, {}, {})",
-    "lt": "{} < {}",
-    "gt": "{} > {}",
 }
 
 
