@@ -62,7 +62,7 @@ from measure import (
     table,
 )
 from potstill.losses.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewForwardKL
-from potstill.losses.linear import linear_divergence
+from potstill.losses.fused_linear import linear_divergence
 from potstill.losses.targets import HeadTargets, LMHead, SparseTargets
 
 SPARSE = "sparse K=64, forward KL"

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from potstill.errors import PotstillError
 from potstill.losses.divergences import AlphaBeta, Divergence
-from potstill.losses.linear import linear_divergence
+from potstill.losses.fused_linear import linear_divergence
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 
 T = TypeVar("T")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import reference
 from potstill.losses.divergences import Divergence
-from potstill.losses.linear import linear_divergence
+from potstill.losses.fused_linear import linear_divergence
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from reference import DIVERGENCES
 
 BACKENDS = ["eager", "chunked"]

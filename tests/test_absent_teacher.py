@@ -13,8 +13,8 @@ from torch import Tensor
 
 from potstill.cli import runs
 from potstill.losses.alignment import Alignment
+from potstill.losses.target_statistics import top_tokens
 from potstill.losses.targets import DenseTargets
-from potstill.losses.teacher_weights import top_tokens
 from potstill.runs import check as preflight
 from potstill.runs import run as pipeline
 from potstill.runs.build import prepare

@@ -17,7 +17,7 @@ from potstill.errors import ModelError, UserError
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.targets import DenseTargets, HeadTargets
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from potstill.models.adapted import count, is_quantized, merged, save_adapter, suppress_peft_warnings, virtual_tokens
 from potstill.models.adapters import Adapter, Ia3, Lora, Prefix, Prompt, adapt
 from potstill.models.layer_map import LayerMap

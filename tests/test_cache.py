@@ -25,7 +25,7 @@ from potstill.data.sources import Source
 from potstill.errors import DataError, ShapeError
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import JSD, ForwardKL, SoftCrossEntropy
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from potstill.runs import cache as caching
 from potstill.runs.cache import Request, build
 from potstill.runs.config.data import SourcePart

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from potstill.errors import ShapeError
-from potstill.losses.chunk import boundary_bias, chunk_divergence, chunk_log_probs, sorted_distance
+from potstill.losses.cross_tokenizer import boundary_bias, chunk_divergence, chunk_log_probs, sorted_distance
 from potstill.losses.divergences import JSD, ForwardKL, ReverseKL, TotalVariation
 from reference_across import alm, uld
 

@@ -10,11 +10,11 @@ import torch
 from conftest import TEXT, make_llama
 from potstill.data.batches import PaddingCollator
 from potstill.errors import ShapeError, VocabularyError
-from potstill.losses.alignment import causal_alignment, counting
-from potstill.losses.chunk import chunk_divergence, sorted_distance
+from potstill.losses.alignment import causal_alignment, target_positions
+from potstill.losses.cross_tokenizer import chunk_divergence, sorted_distance
 from potstill.losses.divergences import JSD, ForwardKL, ReverseKL
 from potstill.losses.targets import DenseTargets, SparseTargets
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from potstill.teachers.byte_alignment import Across
 from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.model import ModelTeacher
@@ -124,7 +124,7 @@ def test_equal_tokenizers_match_token_by_token(whole: bool, monkeypatch: pytest.
     distiller = Distiller(student, CrossTokenizerTeacher(brain, SMALL, SMALL), [Chunks(temperature=7.0)])
     output = distiller.step(batch)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    there, labels = counting(batch["labels"]), batch["labels"][:, 1:][counting(batch["labels"])]
+    there, labels = target_positions(batch["labels"]), batch["labels"][:, 1:][target_positions(batch["labels"])]
     log_q, log_p = (
         each(**inputs).logits[:, :-1][there].log_softmax(-1).gather(-1, labels[:, None])[:, 0]
         for each in (student, brain)
@@ -157,7 +157,7 @@ def test_biased_chunks_are_merged_or_dropped(biased: Any) -> None:
     assert max(bias) > 0.5
     assert min(bias) == 0
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    there, labels = counting(batch["labels"]), batch["labels"][:, 1:][counting(batch["labels"])]
+    there, labels = target_positions(batch["labels"]), batch["labels"][:, 1:][target_positions(batch["labels"])]
     log_probs = student(**inputs).logits[:, :-1][there].log_softmax(-1).gather(-1, labels[:, None])[:, 0].double()
     threshold = 0.3
     total, p, q = 0.0, 0.0, 0.0
@@ -199,7 +199,7 @@ def test_mapped_logits_by_the_definition() -> None:
     teacher = CrossTokenizerTeacher(brain, LARGE, SMALL)
     across, begins = across_of(teacher, batch), teacher.pair.begins
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    there = counting(batch["labels"])
+    there = target_positions(batch["labels"])
     q, total = student(**inputs).logits[:, :-1][there], 0.0
     for i in range(len(across)):
         mine, theirs = ((x == i).nonzero()[0] for x in (across.student, across.teacher))
@@ -236,7 +236,7 @@ def test_uld_pairs_what_begins_at_the_same_byte() -> None:
     teacher = CrossTokenizerTeacher(brain, LARGE, SMALL)
     across = across_of(teacher, batch)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    there = counting(batch["labels"])
+    there = target_positions(batch["labels"])
     q = student(**inputs).logits[:, :-1][there]
     total = 0.0
     for i in range(len(across)):
@@ -254,7 +254,7 @@ def test_several_batches_are_one() -> None:
         student = model(SMALL, hidden_size=8)
         teacher = CrossTokenizerTeacher(model(LARGE, seed=1), LARGE, SMALL)
         distiller = Distiller(student, teacher, [Chunks(), MappedLogits(weight=0.5), ULD(weight=0.1), Labels()])
-        tokens = int(counting(batch["labels"]).sum())
+        tokens = int(target_positions(batch["labels"]).sum())
         for rows in torch.arange(6).chunk(parts):
             some = {name: x[rows] for name, x in batch.items()}
             distiller(some, normalizer=tokens, at=0).loss.backward()

@@ -22,7 +22,7 @@ from potstill.data.batches import Examples, PaddingCollator, encode, pad_token_i
 from potstill.data.rows import Encoding, in_groups
 from potstill.data.sources import Source, load
 from potstill.errors import DataError
-from potstill.losses.alignment import IGNORE, counting
+from potstill.losses.alignment import IGNORE, target_positions
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}"
@@ -101,7 +101,7 @@ def joined(rows: list[list[int]]) -> list[int]:
 
 def check_tokens(examples: Examples) -> None:
     """The count is what the rule of targets gives, row by row, and every row has a part in it."""
-    counts = [int(counting(torch.tensor([row["labels"]])).sum()) for row in examples.dataset]
+    counts = [int(target_positions(torch.tensor([row["labels"]])).sum()) for row in examples.dataset]
     assert examples.tokens == sum(counts)
     assert all(counts)
 
@@ -667,7 +667,7 @@ def test_padding_with_eos_does_not_hide_eos(write):
     assert pad == BOS_IS_EOS.eos_token_id
     assert note == "tokenizer: expected a pad token, got none: its EOS token <eos> pads."
     batch = PaddingCollator(pad)(list(examples.dataset))
-    assert int(counting(batch["labels"]).sum()) == examples.tokens
+    assert int(target_positions(batch["labels"]).sum()) == examples.tokens
     assert (batch["labels"] == pad).sum(dim=1).tolist() == [2, 2, 2]
 
 

@@ -15,10 +15,10 @@ from conftest import make_batch, make_llama
 from potstill.errors import DataError, ModelError, ShapeError, VocabularyError
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import JSD, Divergence, ForwardKL, ReverseKL
-from potstill.losses.linear import linear_divergence
+from potstill.losses.fused_linear import linear_divergence
+from potstill.losses.target_statistics import teacher_entropy, token_log_probs, top_tokens
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
-from potstill.losses.teacher_weights import teacher_entropy, token_log_probs, top_tokens
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from potstill.teachers.cache.codec import Sampled
 from potstill.teachers.ensemble import EnsembleTeacher, mix
 from potstill.teachers.model import ModelTeacher

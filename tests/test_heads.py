@@ -15,7 +15,7 @@ from conftest import make_batch, make_llama
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.targets import DenseTargets, HeadTargets
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from potstill.models.split import forward_targets, split_model
 from potstill.teachers.model import ModelTeacher
 from potstill.train.distiller import Distiller

@@ -31,7 +31,7 @@ from potstill.losses.hidden import (
     select_dimensions,
     unit,
 )
-from potstill.losses.relation import rkd_angle, rkd_distance
+from potstill.losses.rkd import rkd_angle, rkd_distance
 
 BY_TOKEN = {"mse": hidden_mse, "l1": hidden_l1, "cosine": hidden_cosine}
 OF_THE_BATCH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

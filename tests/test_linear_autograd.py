@@ -30,9 +30,9 @@ from linear_cases import (
 )
 from potstill.errors import UserError
 from potstill.losses.divergences import JSD, ForwardKL
-from potstill.losses.linear import linear_cross_entropy, linear_divergence
+from potstill.losses.fused_linear import linear_cross_entropy, linear_divergence
 from potstill.losses.targets import LMHead
-from potstill.losses.uncompiled import uncompiled
+from potstill.losses.torch_compile import disable_compile
 
 
 @every_dtype
@@ -159,7 +159,7 @@ def test_it_goes_beside_and_into_a_compiled_function(inside, reduction, backend)
 def test_what_is_uncompiled_is_no_part_of_a_graph():
     compiling, graphs = [], []
 
-    @uncompiled
+    @disable_compile
     def aside(x: Tensor) -> Tensor:
         compiling.append(torch.compiler.is_compiling())
         return x.sin()
@@ -179,7 +179,7 @@ def test_what_is_uncompiled_is_no_part_of_a_graph():
 @every_backend
 @every_reduction
 def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(kind, backend, reduction, monkeypatch):
-    monkeypatch.setattr("potstill.losses.linear.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("potstill.losses.fused_linear.multiplies_bfloat16", lambda: True)
     tensors = hidden, weight, bias = student(24, 16, 50, dtype=torch.float32)
     targets = said(kind, 24, 50, dtype=torch.float32)
     run = partial(linear_divergence, divergence=JSD(0.3), labels=some_labels(24, 50), label_weight=0.5)

@@ -30,7 +30,7 @@ from linear_cases import (
 )
 from potstill.errors import ShapeError, UserError, VocabularyError
 from potstill.losses.divergences import JSD, ForwardKL
-from potstill.losses.linear import linear_cross_entropy, linear_divergence
+from potstill.losses.fused_linear import linear_cross_entropy, linear_divergence
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 
 

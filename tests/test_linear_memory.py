@@ -25,7 +25,7 @@ from linear_cases import (
     wanting,
 )
 from potstill.losses.divergences import JSD
-from potstill.losses.linear import linear_divergence
+from potstill.losses.fused_linear import linear_divergence
 from potstill.losses.targets import LMHead
 
 

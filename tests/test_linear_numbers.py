@@ -29,7 +29,7 @@ from linear_cases import (
     wanting,
 )
 from potstill.losses.divergences import JSD, Divergence, ReverseKL
-from potstill.losses.linear import linear_cross_entropy, linear_divergence
+from potstill.losses.fused_linear import linear_cross_entropy, linear_divergence
 from potstill.losses.targets import LMHead
 
 

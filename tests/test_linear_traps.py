@@ -25,7 +25,7 @@ from potstill.losses.divergences import (
     SoftCrossEntropy,
     TotalVariation,
 )
-from potstill.losses.linear import linear_cross_entropy, linear_divergence
+from potstill.losses.fused_linear import linear_cross_entropy, linear_divergence
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead
 from reference import DIVERGENCES, SquaredHellinger
 

@@ -12,14 +12,13 @@ from torch import Tensor
 import reference_signals as reference
 from conftest import make_batch, make_llama
 from potstill.errors import ShapeError
-from potstill.losses.adaptive import LIKELIEST, adaptive_kl, interpolated_logits
-from potstill.losses.alignment import counting
-from potstill.losses.bild import bild
+from potstill.losses.alignment import target_positions
 from potstill.losses.divergences import ForwardKL, ReverseKL
+from potstill.losses.logit_losses import TOP_TOKENS, adaptive_kl, bild, interpolated_logits
 from potstill.losses.schedule import linear
+from potstill.losses.target_statistics import teacher_confidence, teacher_entropy, top_share, top_tokens
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
-from potstill.losses.teacher_weights import teacher_confidence, teacher_entropy, top_share, top_tokens
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from potstill.train.distiller import Distiller
 from potstill.train.terms import dense
 from potstill.train.terms.dense import TAID, AdaptiveKL, BiLD
@@ -43,8 +42,8 @@ def test_bild_and_adaptive_kl_are_their_formulas() -> None:
 
 @pytest.mark.parametrize("sharpness", [1.0, 0.1])  # the head lies within the tokens that are looked at first, or not
 def test_the_head_of_a_large_vocabulary(sharpness: float) -> None:
-    s, t = logits(1, 3 * LIKELIEST), sharpness * logits(1, 3 * LIKELIEST, seed=1)
-    assert (t.softmax(-1).topk(LIKELIEST).values.sum() > 0.7) == (sharpness == 1)
+    s, t = logits(1, 3 * TOP_TOKENS), sharpness * logits(1, 3 * TOP_TOKENS, seed=1)
+    assert (t.softmax(-1).topk(TOP_TOKENS).values.sum() > 0.7) == (sharpness == 1)
     expected = reference.adaptive_kl(s[0].tolist(), t[0].tolist(), 0.7, 1.0)
     assert adaptive_kl(s, t, 0.7).item() == pytest.approx(expected, rel=1e-10)
 
@@ -108,7 +107,7 @@ def test_what_a_teacher_says_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head = logits(7, 4), LMHead(logits(9, 4, seed=1))
     dense = DenseTargets(head.logits(hidden))
     p = torch.softmax(dense.logits / 2, -1)
-    monkeypatch.setattr("potstill.losses.teacher_weights.ELEMENTS", 18)  # two tokens at a time
+    monkeypatch.setattr("potstill.losses.target_statistics.ELEMENTS", 18)  # two tokens at a time
     for targets in (dense, HeadTargets(hidden, head)):
         torch.testing.assert_close(teacher_entropy(targets, 2.0), -(p * p.log()).sum(-1))
         torch.testing.assert_close(teacher_confidence(targets, 2.0), p.amax(-1))
@@ -135,7 +134,7 @@ def test_tokens_count_as_they_are_weighed(tokens: Any, whole: bool, monkeypatch:
     terms = [Logits(ReverseKL(), temperature=2.0, tokens=tokens, share=0.25), Labels(weight=0.5)]
     output = Distiller(student, teacher, terms).step(batch)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    there = counting(batch["labels"])
+    there = target_positions(batch["labels"])
     q, p = (model(**inputs).logits[:, :-1][there] for model in (student, teacher))
     apart = 4 * token_divergence(q, DenseTargets(p), ReverseKL(), temperature=2.0)
     entropy = teacher_entropy(DenseTargets(p))

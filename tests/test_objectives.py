@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from conftest import make_batch, make_llama
 from potstill.cli import app
 from potstill.errors import RecipeError, ShapeError, UserError
-from potstill.losses.alignment import attended, counting
+from potstill.losses.alignment import attended_positions, target_positions
 from potstill.runs.build import prepare
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
@@ -81,12 +81,12 @@ def test_important_dimensions_are_those_of_the_loss() -> None:
             kept.append(output)
 
         handle = model.model.layers[0].register_forward_hook(keep)
-        there = counting(batch["labels"])
+        there = target_positions(batch["labels"])
         logits = model(**inputs).logits[:, :-1][there]
         handle.remove()
         loss = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:][there], reduction="sum")
         (gradient,) = torch.autograd.grad(loss, kept)
-        total += gradient[attended(batch)].abs().sum(0)
+        total += gradient[attended_positions(batch)].abs().sum(0)
     assert picked[0].tolist() == sorted(total.topk(5).indices.tolist())
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ShapeError, match="as the teacher has 2 layers, got 2"):

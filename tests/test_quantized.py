@@ -17,7 +17,7 @@ from potstill.errors import RecipeError, UserError
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.targets import DenseTargets, HeadTargets
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from potstill.models.loading import load_model, suppress_warnings
 from potstill.models.split import run, split_model
 from potstill.runs.build import prepare

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from potstill.losses.reduce import token_mean
+from potstill.losses.token_losses import token_mean
 
 VALUES = torch.tensor([1.0, 2.0, 4.0, 8.0])
 WEIGHTS = torch.tensor([1.0, 0.5, 0.0, 2.0])

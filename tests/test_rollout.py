@@ -19,11 +19,11 @@ from potstill.cli import app
 from potstill.data.batches import PaddingCollator
 from potstill.engines.sampling import Sampling
 from potstill.errors import RecipeError, ShapeError, UserError
-from potstill.losses.alignment import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, causal_alignment
+from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS, causal_alignment
 from potstill.losses.divergences import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
 from potstill.losses.schedule import linear
 from potstill.losses.targets import DenseTargets
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from potstill.runs.build import prepare
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
@@ -50,7 +50,11 @@ def student(seed: int = 0, **changes: Any) -> Any:
 
 
 def own_rows(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return ~batch[OWN_LOG_PROBS].isnan().all(1) if OWN_LOG_PROBS in batch else torch.zeros(len(batch["labels"])).bool()
+    return (
+        ~batch[STUDENT_LOG_PROBS].isnan().all(1)
+        if STUDENT_LOG_PROBS in batch
+        else torch.zeros(len(batch["labels"])).bool()
+    )
 
 
 def test_rows_are_prompts_with_the_students_text_behind_them() -> None:
@@ -67,7 +71,7 @@ def test_rows_are_prompts_with_the_students_text_behind_them() -> None:
         assert length == 8 or row[-1] == 0  # the end of text is learnt too
         logits = model(input_ids=row[None]).logits[0, 1:-1].log_softmax(-1)
         expected = logits.gather(1, row[2:, None])[:, 0]
-        for name in (OWN_LOG_PROBS, SAMPLER_LOG_PROBS):
+        for name in (STUDENT_LOG_PROBS, SAMPLER_LOG_PROBS):
             torch.testing.assert_close(made[name][i, 2:length], expected, atol=1e-5, rtol=1e-5)
             assert made[name][i, :2].isnan().all()
             assert made[name][i, length:].isnan().all()
@@ -321,8 +325,8 @@ def test_a_teacher_has_its_share_of_what_is_written() -> None:
     torch.testing.assert_close(redrawn, torch.tensor([[0.07, 0.2 + 0.21, 0.1 + 0.42]]))
     torch.testing.assert_close(teacher_top_k(make_llama(), 9).blend(q, p), q)  # nothing is outside
     (made,) = rollout(guide=teacher_mix(make_llama(seed=1), 0.5))([make_batch()], student(), step=0)
-    own = ~made[OWN_LOG_PROBS].isnan()
-    assert not torch.allclose(made[OWN_LOG_PROBS][own], made[SAMPLER_LOG_PROBS][own])
+    own = ~made[STUDENT_LOG_PROBS].isnan()
+    assert not torch.allclose(made[STUDENT_LOG_PROBS][own], made[SAMPLER_LOG_PROBS][own])
 
 
 def test_a_padded_head_never_writes_padding() -> None:

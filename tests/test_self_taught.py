@@ -18,7 +18,7 @@ from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import JSD, ForwardKL, ReverseKL
 from potstill.losses.schedule import linear
 from potstill.losses.targets import DenseTargets, HeadTargets
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.privileged import PrivilegedTeacher
 from potstill.teachers.self_taught import BaseModelTeacher, EMATeacher

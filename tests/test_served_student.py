@@ -18,7 +18,7 @@ from potstill.engines import client
 from potstill.engines.sampling import Sampling
 from potstill.engines.server import ModelServer
 from potstill.errors import PotstillError, RecipeError, RefusedError, ServerError, ShapeError, VocabularyError
-from potstill.losses.alignment import OWN_LOG_PROBS, SAMPLER_LOG_PROBS
+from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
 from potstill.losses.divergences import ReverseKL
 from potstill.models.adapters import Lora, adapt
 from potstill.runs.build import prepare
@@ -70,9 +70,9 @@ def must_be_written_by(model: Any, made: dict[str, torch.Tensor], apart: float =
     with torch.no_grad():
         log_probs = model.eval()(**inputs).logits[:, :-1].log_softmax(-1)
     expected = log_probs.gather(-1, made["input_ids"][:, 1:, None])[..., 0]
-    own = ~made[OWN_LOG_PROBS][:, 1:].isnan()
+    own = ~made[STUDENT_LOG_PROBS][:, 1:].isnan()
     assert own.any()
-    torch.testing.assert_close(made[OWN_LOG_PROBS][:, 1:][own], expected[own], atol=apart, rtol=apart)
+    torch.testing.assert_close(made[STUDENT_LOG_PROBS][:, 1:][own], expected[own], atol=apart, rtol=apart)
 
 
 def test_it_writes_as_the_student(toy: ToyStudentServer, tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_it_writes_as_the_student(toy: ToyStudentServer, tmp_path: Path) -> None
     assert own_rows(made).all()
     must_be_written_by(copy.deepcopy(model), made)
     assert model.training
-    own = ~made[OWN_LOG_PROBS].isnan()
-    torch.testing.assert_close(made[SAMPLER_LOG_PROBS][own], made[OWN_LOG_PROBS][own])
+    own = ~made[STUDENT_LOG_PROBS].isnan()
+    torch.testing.assert_close(made[SAMPLER_LOG_PROBS][own], made[STUDENT_LOG_PROBS][own])
     assert torch.equal(made["labels"][own], made["input_ids"][own])
     assert (made["labels"] != -100).sum(1).max() <= 6
     assert torch.equal(made["input_ids"][:, :2], batch["input_ids"][:, :2])
@@ -164,7 +164,7 @@ def test_training_is_that_of_a_student_that_writes_the_same(toy: ToyStudentServe
         for parameter in moved.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     found = []
-    for then in (made, {**made, OWN_LOG_PROBS: of(model, made), SAMPLER_LOG_PROBS: of(model, made)}):
+    for then in (made, {**made, STUDENT_LOG_PROBS: of(model, made), SAMPLER_LOG_PROBS: of(model, made)}):
         moved.zero_grad()
         Distiller(moved, teacher, [PolicyGradient(clip=0.2)]).step(then).loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in moved.parameters()]))
@@ -176,7 +176,7 @@ def of(model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         log_probs = model(input_ids=made["input_ids"], attention_mask=made["attention_mask"]).logits.log_softmax(-1)
     told = log_probs[:, :-1].gather(-1, made["input_ids"][:, 1:, None])[..., 0]
     padded = torch.nn.functional.pad(told, (1, 0), value=torch.nan)
-    return padded.where(~made[OWN_LOG_PROBS].isnan(), torch.nan)
+    return padded.where(~made[STUDENT_LOG_PROBS].isnan(), torch.nan)
 
 
 def test_what_it_was_drawn_from_is_not_told_where_that_is_not_the_student(

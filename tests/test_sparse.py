@@ -38,9 +38,9 @@ from potstill.losses.divergences import (
     SoftCrossEntropy,
     TotalVariation,
 )
-from potstill.losses.linear import linear_divergence
+from potstill.losses.fused_linear import linear_divergence
 from potstill.losses.targets import DenseTargets, LMHead, SparseTargets
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from reference import DIVERGENCES, SquaredHellinger
 
 N, H, V, K = 6, 4, 9, 4

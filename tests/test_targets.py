@@ -12,7 +12,7 @@ from potstill.errors import ShapeError, VocabularyError
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 
 V, H = 6, 4
 

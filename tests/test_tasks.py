@@ -11,7 +11,7 @@ from torch import Tensor
 
 from potstill.data.batches import PaddingCollator
 from potstill.errors import ShapeError
-from potstill.losses.alignment import IGNORE, align, attended, counting
+from potstill.losses.alignment import IGNORE, align, attended_positions, target_positions
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.models.layer_map import LayerMap
@@ -69,8 +69,9 @@ def test_rows_that_do_not_count_are_not_attended_to() -> None:
         ("regression", torch.tensor([1.0, math.nan])),
         ("masked", torch.tensor([[3, IGNORE, IGNORE], [IGNORE] * 3])),
     ):
-        assert attended({"attention_mask": mask, "labels": labels}, task).tolist() == [[True, True, False], [False] * 3]
-        assert int(counting(labels, task).sum()) == 1
+        attended = attended_positions({"attention_mask": mask, "labels": labels}, task)
+        assert attended.tolist() == [[True, True, False], [False] * 3]
+        assert int(target_positions(labels, task).sum()) == 1
 
 
 # Heads
@@ -179,7 +180,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(task: str) -> None:
     distiller(whole).loss.backward()
     expected = {name: one.grad.clone() for name, one in distiller.named_parameters() if one.grad is not None}
     distiller.zero_grad()
-    tokens, there = counting(whole["labels"], task).sum(), attended(whole, task).sum()
+    tokens, there = target_positions(whole["labels"], task).sum(), attended_positions(whole, task).sum()
     for part in (rows[:1], rows[1:4], rows[4:]):
         distiller(PaddingCollator(0)(part), normalizer=tokens, attended_normalizer=there).loss.backward()
     assert expected

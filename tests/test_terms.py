@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from conftest import make_batch, make_llama
 from potstill.errors import ModelError, ShapeError, UserError
-from potstill.losses.alignment import Alignment, attended
+from potstill.losses.alignment import Alignment, attended_positions
 from potstill.losses.attention import (
     attention_divergence,
     attention_mse,
@@ -24,7 +24,7 @@ from potstill.losses.attention import (
 )
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.hidden import hidden_mse, linear_cka
-from potstill.losses.relation import rkd_distance
+from potstill.losses.rkd import rkd_distance
 from potstill.losses.targets import DenseTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import LayerMap
@@ -93,7 +93,7 @@ def test_hidden_is_its_formula_over_the_attended_positions() -> None:
     assert isinstance(one.teacher, ModelTeacher)
     s = hidden_states(one.student, batch, 0)
     t = hidden_states(one.teacher.model, batch, 1)
-    there = attended(batch)
+    there = attended_positions(batch)
     assert there.sum() < there.numel()
     term = one.objective.trained[0]
     expected = hidden_mse(term.projections[0](s), t)[there].mean()
@@ -104,7 +104,7 @@ def test_hidden_is_its_formula_over_the_attended_positions() -> None:
 
 def test_the_other_terms_are_their_formulas() -> None:
     batch = make_batch()
-    there = attended(batch)
+    there = attended_positions(batch)
     one = distiller(Attention(LayerMap.last_k()), Relations(), Similarity(), Hidden(LayerMap.last_k(), "cka"))
     found = one.step(batch).logs
     assert isinstance(one.teacher, ModelTeacher)
@@ -143,7 +143,7 @@ def test_head_counts_may_differ(mine: int, theirs: int, heads: Any) -> None:
         _, a = one._taps.capture(one._needs, lambda: student(**_inputs(batch)))
         _, b = one.teacher._taps.capture(one.teacher._needs, lambda: teacher(**_inputs(batch)))
         maps, _ = match_heads(b.attentions[3], head_overlap(mine, theirs))
-        torch.testing.assert_close(loss, attention_divergence(a.attentions[1], maps)[attended(batch)].mean())
+        torch.testing.assert_close(loss, attention_divergence(a.attentions[1], maps)[attended_positions(batch)].mean())
 
 
 def test_heads_may_be_paired_by_hand() -> None:
@@ -153,7 +153,7 @@ def test_heads_may_be_paired_by_hand() -> None:
     _, a = crossed._taps.capture(crossed._needs, lambda: student(**_inputs(batch)))
     _, b = crossed.teacher._taps.capture(crossed.teacher._needs, lambda: teacher(**_inputs(batch)))
     expected = attention_mse(a.attentions[1], b.attentions[3][:, [1, 1]])
-    torch.testing.assert_close(crossed.step(batch).loss, expected[attended(batch)].mean())
+    torch.testing.assert_close(crossed.step(batch).loss, expected[attended_positions(batch)].mean())
     straight, overlap = (
         Distiller(student, teacher, [Attention(LayerMap.last_k(), heads=heads)])
         for heads in ([(0, 0), (1, 1)], "overlap")
@@ -271,7 +271,7 @@ def test_selected_dimensions_are_the_teachers() -> None:
     _, mine = one._taps.capture(one._needs, lambda: one.student(**_inputs(batch)))
     _, theirs = one.teacher._taps.capture(one.teacher._needs, lambda: one.teacher.model(**_inputs(batch)))
     s, t = mine.hidden[1], theirs.hidden[3][..., picked]
-    torch.testing.assert_close(one.step(batch).loss, hidden_mse(s, t)[attended(batch)].mean())
+    torch.testing.assert_close(one.step(batch).loss, hidden_mse(s, t)[attended_positions(batch)].mean())
 
 
 # The trainer.

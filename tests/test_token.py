@@ -14,7 +14,7 @@ import reference
 from potstill.errors import ShapeError, UserError, VocabularyError
 from potstill.losses.divergences import JSD, AlphaBeta, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead
-from potstill.losses.token import token_cross_entropy, token_divergence
+from potstill.losses.token_losses import token_cross_entropy, token_divergence
 from reference import DIVERGENCES
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -188,11 +188,11 @@ LOSSES = [f"potstill.losses.{found.name}" for found in pkgutil.iter_modules(pots
     "name", ["potstill.losses.divergences", "potstill.losses.targets", "potstill.losses.schedule", *LOSSES]
 )
 def test_the_examples_in_docstrings(name):
-    if name == "potstill.losses.triton":
+    if name == "potstill.losses.kernel_triton":
         pytest.importorskip("triton")
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_there_are_examples_in_docstrings():
-    for name in ("potstill.losses.schedule", "potstill.losses.token"):
+    for name in ("potstill.losses.schedule", "potstill.losses.token_losses"):
         assert doctest.testmod(importlib.import_module(name)).attempted > 0

@@ -18,7 +18,7 @@ from potstill.errors import DivergedError, ShapeError, UserError
 from potstill.losses.divergences import ForwardKL, ReverseKL
 from potstill.losses.schedule import linear
 from potstill.losses.targets import DenseTargets
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 from potstill.train.checkpoints import last_checkpoint
 from potstill.train.distiller import Distiller
 from potstill.train.objective import Objective

@@ -11,9 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_batch, make_llama
-from potstill.losses.alignment import counting
+from potstill.losses.alignment import target_positions
 from potstill.losses.divergences import JSD, ForwardKL, ReverseKL
-from potstill.losses.linear import linear_divergence
+from potstill.losses.fused_linear import linear_divergence
 from potstill.train.distiller import Distiller
 from potstill.train.terms.logits import Labels, Logits
 from potstill.train.trainer import DistillationTrainer
@@ -124,10 +124,10 @@ class Largest(TorchDispatchMode):
 
 def test_no_logits_are_built(monkeypatch: pytest.MonkeyPatch, whole: Callable[[], None]) -> None:
     V = 4000
-    monkeypatch.setattr("potstill.losses.chunked.CPU_LEAST", 0)
-    monkeypatch.setattr("potstill.losses.chunked.CPU_BYTES", 2 * 4 * V * 8)  # eight tokens at a time
+    monkeypatch.setattr("potstill.losses.fused_chunks.CPU_LEAST", 0)
+    monkeypatch.setattr("potstill.losses.fused_chunks.CPU_BYTES", 2 * 4 * V * 8)  # eight tokens at a time
     batch = make_batch(rows=8, length=32, vocab_size=V)
-    logits = int(counting(batch["labels"]).sum()) * V
+    logits = int(target_positions(batch["labels"]).sum()) * V
 
     def largest() -> int:
         student, teacher = make_llama(V, hidden_size=8), make_llama(V, seed=1)

@@ -26,7 +26,7 @@ from potstill.data.rows import Encoding, Row
 from potstill.data.sources import OWN_IDS, OWN_PROMPT, Kind, Source, load
 from potstill.data.weighing import WEIGHING
 from potstill.errors import DataError
-from potstill.losses.alignment import IGNORE, Task, counting
+from potstill.losses.alignment import IGNORE, Task, target_positions
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Examples:
             Every example has a token that counts. Where rows are judged labels are one number, and pairs have
             token_type_ids. Where the teacher has prompts of its own, also teacher_input_ids and teacher_labels. Where
             the source says how much tokens count, also weights, a list of float.
-        tokens: how many tokens count in all, by `potstill.losses.alignment.counting`.
+        tokens: how many tokens count in all, by `potstill.losses.alignment.target_positions`.
         notes: what the run should say: what was cut, skipped or left out.
         teacher_longest: tokens of the longest row that the teacher reads in place of the student's; 0 where none is.
     """
@@ -178,7 +178,7 @@ def _counted(
     def batches() -> Iterator[pa.RecordBatch]:
         remaining = chain(first, rows)
         while chunk := list(islice(remaining, BATCH)):
-            tokens = counting(_stacked([row.labels for row in chunk]), task).sum(dim=1).tolist()
+            tokens = target_positions(_stacked([row.labels for row in chunk]), task).sum(dim=1).tolist()
             kept = [row for row, count in zip(chunk, tokens, strict=True) if count]
             facts["tokens"] += sum(tokens)
             facts["left_out"] += len(chunk) - len(kept)

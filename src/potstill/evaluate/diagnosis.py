@@ -19,7 +19,7 @@ from potstill.evaluate.quality import TOP, logits_at
 from potstill.losses.alignment import Alignment, causal_alignment
 from potstill.losses.divergences import JSD, LOG_ZERO, ForwardKL
 from potstill.losses.targets import DenseTargets
-from potstill.losses.token import token_divergence
+from potstill.losses.token_losses import token_divergence
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 HEADS = (1, 10, 100)  # likeliest tokens whose mass is told

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from potstill.losses.alignment import Alignment, Task, align
 from potstill.losses.divergences import JSD, ForwardKL
 from potstill.losses.targets import DenseTargets
-from potstill.losses.token import token_cross_entropy, token_divergence
+from potstill.losses.token_losses import token_cross_entropy, token_divergence
 from potstill.models.split import forward_targets, inputs
 
 TOP = 10  # of the most likely tokens

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from potstill.evaluate.correlation import pearson, ranks
 from potstill.evaluate.quality import Quality, compare, overconfidence
 from potstill.evaluate.space import Judge
-from potstill.losses.alignment import OF_TOKENS, Alignment, Task, align
+from potstill.losses.alignment import TOKEN_TASKS, Alignment, Task, align
 from potstill.losses.divergences import JSD, ForwardKL
 from potstill.losses.embedding import similarity_error
 from potstill.losses.targets import DenseTargets
-from potstill.losses.token import label_loss, token_divergence
+from potstill.losses.token_losses import label_loss, token_divergence
 from potstill.models.split import forward_targets, inputs, run
 
 
@@ -104,7 +104,7 @@ def measure(
     Returns:
         name -> what was measured, with the reference itself as "teacher".
     """
-    if task in OF_TOKENS:
+    if task in TOKEN_TASKS:
         return compare(reference, models, batches, vocabulary=vocabulary, task=task)
     everyone = dict(models) if reference is None else {"teacher": reference, **models}
     said: dict[str, list[Tensor]] = {name: [] for name in everyone}

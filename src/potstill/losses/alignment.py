@@ -1,4 +1,7 @@
-"""What models are asked for, and which positions of a batch count."""
+"""Tasks of a model, and the positions of a batch that have a target.
+
+A target position is one whose prediction is trained: its label is not -100 (not NaN for regression).
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
-    from torch import Tensor  # the command line knows the tasks, and does not wait for torch
+    from torch import Tensor  # the command line imports the tasks and should not wait for torch
 
-IGNORE = -100  # a label that does not count, as everywhere in PyTorch; NaN where labels are numbers
+IGNORE = -100  # PyTorch's ignored label; regression uses NaN
 
-# What models are asked for, and so which positions count:
-#     causal: the next token                        labels [B, T] of the tokens themselves
-#     masked: the token behind a mask               labels [B, T], -100 where there is no mask
-#     classification: one of some classes           labels [B]
-#     regression: a number                          labels [B], floating point, NaN where unknown
-#     encoder: nothing, it has layers and no head   labels [B], 0 for a row that counts
+# What a model predicts:
+#     causal: the next token                labels [B, T], the tokens themselves, not shifted
+#     masked: the token behind a mask       labels [B, T], -100 where there is no mask
+#     classification: a class per row       labels [B]
+#     regression: a number per row          labels [B], floating point, NaN where unknown
+#     encoder: nothing (layers, no head)    labels [B], 0 for a row to learn from
 Task = Literal["causal", "masked", "classification", "regression", "encoder"]
 TASKS: frozenset[Task] = frozenset(get_args(Task))
-DISTRIBUTIONS = TASKS - {"regression", "encoder"}  # a model's answer is a probability of each token or class
-ANSWERS = TASKS - {"encoder"}  # there is an answer, by a head
-OF_TOKENS = frozenset[Task](("causal", "masked"))  # the answer is one of the vocabulary
-SEQUENCE_TASKS = frozenset[Task](("classification", "regression"))  # data have a label for each row
+DISTRIBUTION_TASKS = TASKS - {"regression", "encoder"}  # the head gives probabilities of tokens or classes
+HEAD_TASKS = TASKS - {"encoder"}
+TOKEN_TASKS = frozenset[Task](("causal", "masked"))
+SEQUENCE_TASKS = frozenset[Task](("classification", "regression"))  # one label for each row
 
 
-def instead(task: Task, tasks: frozenset[Task]) -> str:
-    """For the error that a term of some tasks is not for another: why, and which are.
+def task_hint(task: Task, tasks: frozenset[Task]) -> str:
+    """Explain in an error why a term for `tasks` does not work for `task`.
 
-    >>> instead("masked", frozenset({"causal"}))
+    >>> task_hint("masked", frozenset({"causal"}))
     'It is for the task causal'
     """
     if task == "regression":
@@ -38,21 +41,21 @@ def instead(task: Task, tasks: frozenset[Task]) -> str:
     return f"It is for the task {', '.join(sorted(tasks))}"
 
 
-# Columns of a batch in which the student has written some rows itself: what it gave each of its tokens then, and what
-# the distribution gave it that it was drawn from. [B, T] in nats; NaN on all other tokens.
-OWN_LOG_PROBS = "own_log_probs"
+# Columns [B, T] of a batch with on-policy samples, in nats: each sampled token's log-probability under the student, and
+# under the distribution it was sampled from (temperature, top-p, an older student). NaN on all other tokens.
+STUDENT_LOG_PROBS = "student_log_probs"
 SAMPLER_LOG_PROBS = "sampler_log_probs"
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """The positions of a batch whose prediction counts, and what should have been predicted there.
+    """Target positions of a batch, with their labels.
 
     Args:
-        positions: [N] into the flattened [B * T].
-        labels: [N] token ids; classes or numbers where rows are judged.
+        positions: [N] indices into the flattened [B * T].
+        labels: [N] token ids; for sequence-level tasks classes or numbers.
         length: T; 1 where a row is one position.
-        weights: [N] how much each counts in means over tokens; None where all count the same.
+        weights: [N] weight of each in means over tokens; None for equal weights.
     """
 
     positions: Tensor
@@ -64,36 +67,36 @@ class Alignment:
         return self.positions.shape[0]
 
     def select(self, states: Tensor) -> Tensor:
-        """The rows [N, ...] of states [B, T, ...] at the counting positions."""
+        """Return the rows [N, ...] of states [B, T, ...] at the target positions."""
         return states.flatten(0, 1).index_select(0, self.positions.to(states.device))
 
     def select_labels(self, values: Tensor) -> Tensor:
-        """The values [N] of what should have been predicted there, of values [B, T] of all tokens."""
+        """Return the values [N] of the predicted (next) tokens, from values [B, T] of all tokens."""
         return values.flatten().index_select(0, self.positions + 1)
 
     @property
     def row(self) -> Tensor:
-        """[N] the row of each position, 0 to B - 1."""
+        """[N] batch row of each target position."""
         return self.positions // self.length
 
     @property
     def column(self) -> Tensor:
-        """[N] the place of each position in its row, 0 to T - 1."""
+        """[N] place in its row of each target position, 0 to T - 1."""
         return self.positions % self.length
 
 
-def counting(labels: Tensor, task: Task = "causal") -> Tensor:
-    """Which positions count. This and `align` are the only places that know the causal shift.
+def target_positions(labels: Tensor, task: Task = "causal") -> Tensor:
+    """Find the positions whose prediction has a target.
 
-    causal: t does when the label at t + 1 is not -100. masked: t does when its own label is not. All others: the row
-    does when its label is there.
+    causal: position t if labels[t + 1] != -100. masked: if labels[t] != -100. All others: the row if it has a label.
+    Only this function and `align` know the causal shift.
 
     Args:
-        labels: [B, T], not shifted: labels[t] is the token at t; [B] where rows are judged. See `Task`.
-        task: what the model is asked for.
+        labels: [B, T], not shifted, or [B]; see `Task`.
+        task: one of `TASKS`.
 
     Returns:
-        [B, T - 1] bool, for positions 0 to T - 2; [B, T] for masked; [B, 1] for rows.
+        causal: [B, T - 1] bool, for positions 0 to T - 2; masked: [B, T]; others: [B, 1].
     """
     if task == "causal":
         return labels[:, 1:] != IGNORE
@@ -104,34 +107,33 @@ def counting(labels: Tensor, task: Task = "causal") -> Tensor:
 
 
 def align(labels: Tensor, task: Task = "causal", weights: Tensor | None = None) -> Alignment:
-    """The counting positions of a batch of labels, and what should have been said there; see `counting`.
+    """Find a batch's `target_positions` and what each should predict.
 
     Args:
-        labels: [B, T] or [B].
-        task: what the model is asked for.
-        weights: of the labels' shape, shifted as little as they are: how much each counts; None for all the same.
+        labels: [B, T], not shifted, or [B]; see `Task`.
+        task: one of `TASKS`.
+        weights: like labels, not shifted either: the weight of each target in means over tokens.
     """
-    rows, columns = counting(labels, task).nonzero(as_tuple=True)
+    rows, columns = target_positions(labels, task).nonzero(as_tuple=True)
     if labels.ndim == 1:
         return Alignment(rows, labels[rows], 1, None if weights is None else weights[rows])
-    length, shift = labels.shape[1], int(task == "causal")
-    said = (rows, columns + shift)
-    return Alignment(rows * length + columns, labels[said], length, None if weights is None else weights[said])
+    length = labels.shape[1]
+    targets = (rows, columns + int(task == "causal"))
+    return Alignment(rows * length + columns, labels[targets], length, None if weights is None else weights[targets])
 
 
 def causal_alignment(labels: Tensor) -> Alignment:
-    """`align` for what is causal alone: caches and servers."""
+    """Align the labels of a causal model."""
     return align(labels)
 
 
-def attended(batch: Mapping[str, Tensor], task: Task = "causal") -> Tensor:
-    """Which positions of a batch have hidden states and attention to learn from: [B, T] bool.
+def attended_positions(batch: Mapping[str, Tensor], task: Task = "causal") -> Tensor:
+    """Find the positions whose hidden states and attention are compared: [B, T] bool.
 
-    All that are no padding, prompts too: what a token's states are depends on nothing that comes after it. In a row
-    without a counting position none is: such rows only fill up batches.
+    These are all but padding, prompts included. Rows without a target are left out: they only fill up batches.
 
     Args:
         batch: attention_mask [B, T] and labels.
-        task: what the model is asked for.
+        task: one of `TASKS`.
     """
-    return batch["attention_mask"].bool() & counting(batch["labels"], task).any(1, keepdim=True)
+    return batch["attention_mask"].bool() & target_positions(batch["labels"], task).any(1, keepdim=True)

@@ -1,6 +1,6 @@
-"""Attention of a student against a teacher's: maps, and relations between queries, keys and values.
+"""Losses between attention maps, and between relations of queries, keys and values.
 
-All give a value per token, the token that looks, averaged over heads. Head counts need not be the same, nor divide.
+All give a value per query token, averaged over heads. Student and teacher may have any numbers of heads.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from potstill.errors import ShapeError
 from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.hidden import unit
 from potstill.losses.targets import DenseTargets
-from potstill.losses.token import compute_dtype, token_divergence
+from potstill.losses.token_losses import compute_dtype, in_compute_dtype, token_divergence
 
 Importance = Literal["entropy", "variance"]
 
 
 def attention_mse(student: Tensor, teacher: Tensor, head_weights: Tensor | None = None) -> Tensor:
-    """The squared distance of attention over its length, per token.
+    """Compute the squared distance between normalised attention, per token.
 
-        sum_i w_i | s_i / |s_i|_2 - t_i / |t_i|_2 |_2^2,   i over heads, s_i and t_i the attention that the token pays
+        sum_i w_i | s_i / |s_i|_2 - t_i / |t_i|_2 |_2^2,   s_i and t_i the token's attention in head i
 
-    In [0, 2]. The paper takes the length of a whole map; here that of each row, so that every token counts the same.
+    In [0, 2]. The paper normalises a whole map; here each row is, so that every token has the same weight.
 
     Args:
         student: [B, A, T, T] probabilities, any float dtype; computed in float32 (float64 for float64).
         teacher: the same shape; see `match_heads`. No gradient flows to it.
-        head_weights: [A], w, that sum to 1; default: all the same.
+        head_weights: [A], w, with sum 1; default: equal.
 
     Returns:
         [B, T], unmasked, unreduced.
@@ -40,45 +40,34 @@ def attention_mse(student: Tensor, teacher: Tensor, head_weights: Tensor | None 
     References:
         Zagoruyko and Komodakis 2016, arXiv 1612.03928, equation 2.
     """
-    s, t = _maps("attention_mse", student, teacher)
-    return _over_heads((unit(s) - unit(t)).square().sum(-1), head_weights)
+    s, t = _checked("attention_mse", student, teacher)
+    return _mean_over_heads((unit(s) - unit(t)).square().sum(-1), head_weights)
 
 
 def attention_divergence(
     student: Tensor, teacher: Tensor, head_weights: Tensor | None = None, divergence: Divergence | None = None
 ) -> Tensor:
-    """A divergence between the tokens' attention as distributions, per token; default: forward KL.
+    """Compute a divergence between attention distributions, per token; default: forward KL.
 
         sum_i w_i D(t_i, s_i),   i over heads
 
-    The student's attention is kept above the smallest normal number, below which no gradient flows.
-
-    Args:
-        student: [B, A, T, T] probabilities.
-        teacher: the same shape; see `match_heads`. No gradient flows to it.
-        head_weights: [A], w, that sum to 1; default: all the same.
-        divergence: any `Divergence`.
-
-    Returns:
-        [B, T] nats, unmasked, unreduced.
-
-    Raises:
-        ShapeError: the shapes differ.
+    The student's attention is clamped to the smallest normal number, below which no gradient flows. Arguments, result
+    (in nats) and errors are those of `attention_mse`.
 
     References:
         Wang et al. 2020 (MiniLM), arXiv 2002.10957, equation 3.
     """
-    s, t = _maps("attention_divergence", student, teacher)
+    s, t = _checked("attention_divergence", student, teacher)
     least = torch.finfo(s.dtype).tiny
-    apart = token_divergence(s.clamp_min(least).log(), DenseTargets(t.log()), divergence or ForwardKL())
-    return _over_heads(apart, head_weights)
+    values = token_divergence(s.clamp_min(least).log(), DenseTargets(t.log()), divergence or ForwardKL())
+    return _mean_over_heads(values, head_weights)
 
 
 def head_overlap(student_heads: int, teacher_heads: int) -> Tensor:
-    """Which share of each teacher head a student head learns from: [Hs, Ht], rows sum to 1.
+    """Compute the share of each teacher head that a student head learns from: [Hs, Ht], rows sum to 1.
 
-    Both sets of heads lie evenly on a line, and a student head takes what lies over it. Equal counts pair up, multiples
-    are averaged (or repeated), and counts that do not divide share the heads between them.
+    Both sets of heads are spaced evenly on a line, and a student head takes the teacher heads it overlaps. Equal counts
+    pair up, multiples are averaged (or repeated), and counts that do not divide share heads.
 
     >>> head_overlap(2, 3)
     tensor([[0.6667, 0.3333, 0.0000],
@@ -91,18 +80,18 @@ def head_overlap(student_heads: int, teacher_heads: int) -> Tensor:
 
 
 def match_heads(teacher: Tensor, shares: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A teacher's maps for the student's heads, and how much each head counts.
+    """Average a teacher's maps for the student's heads, and weight the heads.
 
         map_i = sum_j m_ij t_j,   m_ij = shares_ij c_j / sum_j shares_ij c_j,   w_i = sum_j shares_ij c_j / sum_ij
 
     Args:
         teacher: [B, Ht, T, T].
         shares: [Hs, Ht]; see `head_overlap`.
-        importance: [Ht], c >= 0; default: all the same.
+        importance: [Ht], c >= 0; default: equal.
 
     Returns:
         maps: [B, Hs, T, T].
-        head_weights: [Hs], that sum to 1.
+        head_weights: [Hs], with sum 1.
     """
     shares = shares.to(teacher)
     weighted = shares if importance is None else shares * importance.to(teacher)
@@ -113,45 +102,45 @@ def match_heads(teacher: Tensor, shares: Tensor, importance: Tensor | None = Non
 
 
 def head_importance(maps: Tensor, mask: Tensor, kind: Importance) -> Tensor:
-    """How focused each head is.
+    """Measure how focused each head is.
 
         entropy:   1 / (1 + mean over tokens of -sum_k a_k log a_k)
         variance:  mean over tokens of the variance of a_k over k
 
     Args:
         maps: [B, A, T, T] probabilities.
-        mask: [B, T], the tokens that count.
+        mask: [B, T], the tokens of the mean.
         kind: see above.
 
     Returns:
-        [A], that sum to 1; all the same where no token counts or all variances are 0.
+        [A], with sum 1; equal if the mask is empty or all variances are 0.
     """
     a = maps.detach().to(compute_dtype(maps.dtype))
     by_token = torch.special.entr(a).sum(-1) if kind == "entropy" else a.var(-1, correction=0)
-    counts = mask.to(a).unsqueeze(1)
-    values = (by_token * counts).sum((0, 2)) / counts.sum().clamp_min(1)
+    included = mask.to(a).unsqueeze(1)
+    values = (by_token * included).sum((0, 2)) / included.sum().clamp_min(1)
     values = 1 / (1 + values) if kind == "entropy" else values
     total = values.sum()
     return torch.where(total > 0, values / torch.where(total > 0, total, 1.0), 1 / len(values))
 
 
 def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor, heads: int) -> Tensor:
-    """How differently the tokens of a row relate to each other, per token: forward KL between relations.
+    """Compute forward KL between the relations of a row's tokens (MiniLMv2), per token.
 
         1/A sum_a KL(R(t_a) || R(s_a)),   R(x) = softmax over the row's tokens of x x' / sqrt(d)
 
-    x_a is the a-th of `heads` even stretches of the queries (or keys, or values), whatever the model's own heads: so
-    any widths and head counts go together. Stretches differ by one dimension where the width does not divide.
+    The queries (or keys, or values) are split into A relation heads x_a, whatever the model's own heads, so that widths
+    and head counts may differ. Where the width does not divide, relation heads differ by one dimension.
 
     Args:
         student: [B, T, Ds], the queries (keys, values) of all heads side by side, any float dtype; computed in
             float32 (float64 for float64).
         teacher: [B, T, Dt]. No gradient flows to it.
-        mask: [B, T], the tokens that there are: no other is related to.
+        mask: [B, T], the tokens to relate to.
         heads: A, the number of relation heads.
 
     Returns:
-        [B, T] nats, unreduced; what is not in the mask does not count.
+        [B, T] nats, unreduced; tokens outside the mask are to be ignored.
 
     Raises:
         ShapeError: the shapes do not fit, or there are fewer dimensions than relation heads.
@@ -164,33 +153,30 @@ def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor, heads: i
             "relation_divergence: expected student, teacher and mask of the same [B, T], got "
             f"{list(student.shape[:2])}, {list(teacher.shape[:2])} and {list(mask.shape)}."
         )
-    s, t = (_relations(x, mask, heads, compute_dtype(student.dtype)) for x in (student, teacher.detach()))
+    s, t = (_relations(x, mask, heads) for x in in_compute_dtype(student, teacher))
     return token_divergence(s, DenseTargets(t), ForwardKL()).mean(1)
 
 
-def _relations(vectors: Tensor, mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """The scores [B, A, T, T] of tokens for each other, -inf for those that are not there."""
+def _relations(vectors: Tensor, mask: Tensor, heads: int) -> Tensor:
+    """Compute the scores [B, A, T, T] of tokens for each other, -inf for tokens outside the mask."""
     width = vectors.shape[-1]
     if not 0 < heads <= width:
         raise ShapeError(
             f"relation_divergence: expected relation heads in 1..{width}, the narrower width, got {heads}."
         )
-    stretches = vectors.to(dtype).tensor_split(heads, dim=-1)
-    scores = [x @ x.transpose(1, 2) / x.shape[-1] ** 0.5 for x in stretches]
-    there = mask.bool() | ~mask.bool().any(1, keepdim=True)  # in an empty row all are: it must be finite
-    return torch.stack(scores, 1).masked_fill(~there[:, None, None, :], float("-inf"))
+    scores = [x @ x.transpose(1, 2) / x.shape[-1] ** 0.5 for x in vectors.tensor_split(heads, dim=-1)]
+    present = mask.bool() | ~mask.bool().any(1, keepdim=True)  # an empty row keeps all, to stay finite
+    return torch.stack(scores, 1).masked_fill(~present[:, None, None, :], float("-inf"))
 
 
-def _maps(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.shape != teacher.shape or student.ndim != 4:
         raise ShapeError(
             f"{caller}: expected maps of one shape [B, A, T, T], got {list(student.shape)} and "
             f"{list(teacher.shape)}. Bring the teacher's to the student's heads with match_heads."
         )
-    dtype = compute_dtype(student.dtype)
-    return student.to(dtype), teacher.detach().to(dtype)
+    return in_compute_dtype(student, teacher)
 
 
-def _over_heads(values: Tensor, head_weights: Tensor | None) -> Tensor:
-    """[B, A, T] to [B, T]."""
+def _mean_over_heads(values: Tensor, head_weights: Tensor | None) -> Tensor:
     return values.mean(1) if head_weights is None else torch.einsum("bat,a->bt", values, head_weights.to(values))

@@ -1,4 +1,4 @@
-"""How far the student's distribution is from the teacher's, at one position.
+"""Divergences between the teacher's and the student's distribution at one position.
 
 A divergence is one frozen dataclass with one method. For q = softmax(z / T) of the student and p of the teacher,
 
@@ -9,8 +9,8 @@ so `pointwise` alone gives the loss and its gradient, in every backend. A consta
 slope: it cancels. To add a divergence of your own, subclass `Divergence` and return the two tensors; see
 docs/architecture.md.
 
-The logarithm of a probability of 0 is `LOG_ZERO` and not -inf: so large that its exponential is 0, so finite that 0
-times it is 0. No formula needs to look out for 0 * inf.
+The logarithm of a probability of 0 is `LOG_ZERO` instead of -inf: its exponential is 0, and 0 times it is 0, so that no
+formula has to handle 0 * inf.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Divergence(Declared):
 
     @abstractmethod
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """The terms of the divergence and of its gradient.
+        """Compute the terms of the divergence and of its gradient.
 
         Args:
             log_q: [..., V] the student's log-probabilities, float32 or float64.
@@ -58,7 +58,7 @@ def _open_unit(owner: object, name: str, value: float, hint: str) -> None:
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """KL(teacher || student): the student must cover all that the teacher finds likely.
+    """KL(teacher || student): mode-covering, penalises tokens likely to the teacher only.
 
         sum_v p_v (log p_v - log q_v)
 
@@ -80,7 +80,7 @@ class SoftCrossEntropy(Divergence):
 
         -sum_v p_v log q_v
 
-    Its least value is that entropy, and not 0.
+    Its minimum is that entropy, not 0.
     """
 
     linear_in_teacher = True
@@ -93,7 +93,7 @@ class SoftCrossEntropy(Divergence):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """KL(student || teacher): the student must avoid all that the teacher finds unlikely.
+    """KL(student || teacher): mode-seeking, penalises tokens likely to the student only.
 
         sum_v q_v (log q_v - log p_v)
 
@@ -116,7 +116,7 @@ class JSD(Divergence):
 
         beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
 
-    As beta tends to 0 or 1 it tends to 0 and not to a KL, so the ends are refused.
+    As beta tends to 0 or 1 it tends to 0, not to a KL, so these values are refused.
 
     References:
         Agarwal et al. 2023, arXiv 2306.13649, section 2.
@@ -137,7 +137,7 @@ class JSD(Divergence):
 
 @dataclass(frozen=True)
 class SkewForwardKL(Divergence):
-    """Forward KL to a mixture that holds a share alpha of the teacher: bounded by -log(alpha).
+    """Forward KL to a mixture with a share alpha of the teacher: bounded by -log(alpha).
 
         KL(p || m),   m = alpha p + (1 - alpha) q
 
@@ -159,7 +159,7 @@ class SkewForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class SkewReverseKL(Divergence):
-    """Reverse KL to a mixture that holds a share alpha of the student: bounded by -log(alpha).
+    """Reverse KL to a mixture with a share alpha of the student: bounded by -log(alpha).
 
         KL(q || m),   m = (1 - alpha) p + alpha q
 
@@ -201,7 +201,7 @@ class TotalVariation(Divergence):
 
 @dataclass(frozen=True)
 class AlphaBeta(Divergence):
-    """Alpha-beta divergence: (1, 0) is forward KL, (0, 1) reverse KL, and the plane between them is open.
+    """Alpha-beta divergence: (1, 0) is forward KL, (0, 1) reverse KL, with all combinations between.
 
         -1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)]
 
@@ -238,10 +238,9 @@ class AlphaBeta(Divergence):
 
 
 def _power_difference(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
-    """y^share x^(total-share) - x^total.
+    """Compute y^share x^(total-share) - x^total.
 
-    The exponent's step is share * (log y - log x) and not a difference of two exponents: for a small share
-    that difference would be all rounding.
+    The step is share * (log y - log x), not a difference of two exponents, which for a small share is all rounding.
     """
     base = total * log_x
     mixed = share * log_y if share == total else share * log_y + (total - share) * log_x
@@ -250,12 +249,12 @@ def _power_difference(log_x: Tensor, log_y: Tensor, share: float, total: float) 
 
 
 def _power_gap(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
-    """(y^share x^(total-share) - x^total) / share, and x^total (log y - log x) at share = 0."""
+    """Compute (y^share x^(total-share) - x^total) / share, and x^total (log y - log x) at share = 0."""
     if share == 0:
         return (total * log_x).exp() * (log_y - log_x)
     return _power_difference(log_x, log_y, share, total) / share
 
 
 def _power_mean_gap(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
-    """(y^total - x^total) / total minus `_power_gap`."""
+    """Compute (y^total - x^total) / total minus `_power_gap`."""
     return _power_difference(log_x, log_y, total, total) / total - _power_gap(log_x, log_y, share, total)

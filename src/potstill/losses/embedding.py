@@ -19,7 +19,7 @@ from potstill.errors import ShapeError
 from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.hidden import unit
 from potstill.losses.targets import DenseTargets
-from potstill.losses.token import compute_dtype, token_divergence
+from potstill.losses.token_losses import compute_dtype, token_divergence
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 

@@ -1,8 +1,8 @@
-"""Hidden states of a student against a teacher's.
+"""Losses between hidden states of student and teacher.
 
-`hidden_mse`, `hidden_cosine` and `hidden_l1` give a value per token, as all token losses here, and want one width:
-project the student's (`potstill.Projection`) or select some of the teacher's dimensions. `linear_cka` is a
-quantity of the whole batch and takes any two widths.
+`hidden_mse`, `hidden_cosine` and `hidden_l1` give a value per token and need one width: project the student's
+(`potstill.Projection`) or select some of the teacher's dimensions. `linear_cka` is a quantity of the whole batch and
+takes any two widths.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from potstill.errors import ShapeError
-from potstill.losses.token import compute_dtype
+from potstill.losses.token_losses import compute_dtype, in_compute_dtype
 
 
 def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """The mean squared difference over the dimensions, per token.
+    """Compute the mean squared difference over the dimensions, per token.
 
         1/H sum_h (s_h - t_h)^2
 
@@ -32,28 +32,28 @@ def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Romero et al. 2014 (FitNets), arXiv 1412.6550, equation 3.
     """
-    s, t = _pair("hidden_mse", student, teacher)
+    s, t = _checked("hidden_mse", student, teacher)
     return (s - t).square().mean(-1)
 
 
 def hidden_l1(student: Tensor, teacher: Tensor) -> Tensor:
-    """The mean absolute difference over the dimensions, per token: 1/H sum_h abs(s_h - t_h). See `hidden_mse`."""
-    s, t = _pair("hidden_l1", student, teacher)
+    """Compute the mean absolute difference per token: 1/H sum_h abs(s_h - t_h). See `hidden_mse`."""
+    s, t = _checked("hidden_l1", student, teacher)
     return (s - t).abs().mean(-1)
 
 
 def hidden_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """One minus the cosine, per token: 1 - s.t / (|s| |t|), and 1 where either is zero. See `hidden_mse`.
+    """Compute one minus the cosine per token: 1 - s.t / (|s| |t|), and 1 where either is zero. See `hidden_mse`.
 
     References:
         Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, section 3.
     """
-    s, t = _pair("hidden_cosine", student, teacher)
+    s, t = _checked("hidden_cosine", student, teacher)
     return 1 - (unit(s) * unit(t)).sum(-1)
 
 
 def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
-    """Linear centred kernel alignment: 1 for features that are the same up to rotation and scale, 0 for unrelated ones.
+    """Compute linear centred kernel alignment: 1 for features equal up to rotation and scale, 0 for unrelated ones.
 
         |T'S|_F^2 / (|S'S|_F |T'T|_F),   the columns of S and T centred
 
@@ -62,42 +62,36 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: [N, Hs], any float dtype; computed in float32 (float64 for float64).
-        teacher: [N, Ht], for the same N. No gradient flows to it.
+        teacher: [N, Ht]. No gradient flows to it.
 
     Returns:
-        A scalar in [0, 1] for the batch; 0 with a gradient of 0 where either side does not vary.
+        A scalar in [0, 1] for the batch; 0 with a gradient of 0 if either side is constant.
 
     Raises:
-        ShapeError: they are not matrices with equally many rows.
+        ShapeError: they are not matrices with the same number of rows.
 
     References:
         Kornblith et al. 2019, arXiv 1905.00414, section 3 and appendix A.
     """
-    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
-        raise ShapeError(
-            "linear_cka: expected features [N, Hs] and [N, Ht] of the same N tokens, "
-            f"got {list(student.shape)} and {list(teacher.shape)}."
-        )
-    dtype = compute_dtype(student.dtype)
-    s, t = _standard(student.to(dtype)), _standard(teacher.detach().to(dtype))
+    check_same_rows("linear_cka", student, teacher)
+    s, t = (_standardize(features) for features in in_compute_dtype(student, teacher))
     size = (s.T @ s).norm() * (t.T @ t).norm()
-    varies = size > 0
-    return (t.T @ s).square().sum() / torch.where(varies, size, 1.0)
+    return (t.T @ s).square().sum() / torch.where(size > 0, size, 1.0)
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors [..., H] over their length; zero vectors stay zero, with a gradient that is finite."""
+    """Divide vectors [..., H] by their length; zero vectors stay zero, with a finite gradient."""
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / torch.where(length > 0, length, 1.0)
 
 
 def dimension_importance(gradients: Tensor) -> Tensor:
-    """How much a task's loss depends on each dimension of a hidden state.
+    """Estimate how much a task's loss depends on each dimension of a hidden state.
 
         1/N sum_n abs(dL/dh_n)
 
     Args:
-        gradients: [N, H] of the loss by the hidden states.
+        gradients: [N, H] of the loss with respect to the hidden states.
 
     Returns:
         [H] float32 (float64).
@@ -109,7 +103,7 @@ def dimension_importance(gradients: Tensor) -> Tensor:
 
 
 def select_dimensions(importance: Tensor, count: int) -> Tensor:
-    """The `count` most important dimensions, in rising order: [count] int64.
+    """Select the `count` most important dimensions, in rising order: [count] int64.
 
     Raises:
         ShapeError: there are fewer than that.
@@ -122,22 +116,30 @@ def select_dimensions(importance: Tensor, count: int) -> Tensor:
     return importance.topk(count).indices.sort().values
 
 
-def _pair(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def check_same_rows(caller: str, student: Tensor, teacher: Tensor) -> None:
+    """Check that both are matrices with one row for each of the same examples or tokens."""
+    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
+        raise ShapeError(
+            f"{caller}: expected matrices [N, Hs] and [N, Ht] of the same N examples, got {list(student.shape)} and "
+            f"{list(teacher.shape)}."
+        )
+
+
+def _checked(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.shape != teacher.shape:
         raise ShapeError(
             f"{caller}: expected hidden states of one shape, got {list(student.shape)} and {list(teacher.shape)}. "
             "Project the student's, select dimensions of the teacher's, or use linear_cka."
         )
-    dtype = compute_dtype(student.dtype)
-    return student.to(dtype), teacher.detach().to(dtype)
+    return in_compute_dtype(student, teacher)
 
 
-def _standard(features: Tensor) -> Tensor:
-    """Centred columns, over the length of the whole: what follows takes fourth powers, and must stay in range."""
+def _standardize(features: Tensor) -> Tensor:
+    """Centre the columns and divide by the norm of the whole: the fourth powers that follow must stay in range."""
     if not len(features):
         return features
     centred = features - features.mean(0)
-    # What remains of a constant column is rounding, and no variation.
+    # What remains of a constant column is rounding, not variation.
     least = 4 * torch.finfo(features.dtype).eps * features.detach().norm()
     length = centred.norm()
     return torch.where(length > least, centred / torch.where(length > least, length, 1.0), 0.0)

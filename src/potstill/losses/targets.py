@@ -1,11 +1,12 @@
-"""What a teacher says at every position.
+"""Targets: a teacher's distributions over the vocabulary at N positions.
 
-A teacher and a student meet only here: any teacher gives Targets over N counting positions, any loss takes them.
+They are the only interface between teacher and student: every teacher gives Targets, every loss takes them.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,7 +19,7 @@ from potstill.losses.divergences import LOG_ZERO
 
 @dataclass(frozen=True)
 class LMHead:
-    """The last linear layer of a language model, with what real models put around it.
+    """Last linear layer of a language model, with the scaling that real models add.
 
         logits = softcap * tanh(z / softcap),   z = logit_scale * (hidden @ weight.T + bias)
 
@@ -26,9 +27,9 @@ class LMHead:
         weight: [V, H].
         bias: [V] or None.
         logit_scale: a factor on the logits (Cohere, Granite: 1 / logits_scaling).
-        softcap: the bound of Gemma 2's final soft cap, or None.
-        size: how many of the first rows are real tokens, where padding follows them; None for all. The rows behind
-            them are never multiplied, and their gradient is 0.
+        softcap: bound of the final soft cap (Gemma 2), or None.
+        size: number of leading rows that are real tokens, if padding follows them. Padding rows are not multiplied,
+            and their gradient is 0.
 
     Raises:
         ShapeError: weight and bias do not fit together, or softcap is not positive.
@@ -51,21 +52,20 @@ class LMHead:
 
     @property
     def vocabulary(self) -> int:
-        """V, the number of tokens: rows of the weight without the padding behind them."""
+        """V, the number of tokens: rows of the weight without padding."""
         return self.weight.shape[0] if self.size is None else self.size
 
     def slice(self, size: int) -> LMHead:
-        """The head over the first `size` tokens, without a copy: for vocabularies padded with unused rows.
+        """Restrict the head to the first `size` tokens, without a copy: for vocabularies padded with unused rows.
 
         Raises:
-            VocabularyError: there are fewer rows than that.
+            VocabularyError: the size is not in 1..V.
         """
-        if not 0 < size <= self.vocabulary:
-            raise VocabularyError(f"LMHead.slice: expected a size in 1..{self.vocabulary}, got {size}.")
+        _check_size("LMHead", size, self.vocabulary)
         return replace(self, size=size)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits [..., V] of hidden states [..., H]."""
+        """Compute the logits [..., V] of hidden states [..., H]."""
         if hidden.shape[-1] != self.weight.shape[1]:
             raise ShapeError(f"LMHead: expected hidden of width {self.weight.shape[1]}, got {hidden.shape[-1]}.")
         dtype = torch.promote_types(hidden.dtype, self.weight.dtype)
@@ -79,8 +79,31 @@ class LMHead:
         return logits
 
 
+def _check_size(owner: str, size: int, vocabulary: int) -> None:
+    if not 0 < size <= vocabulary:
+        raise VocabularyError(f"{owner}.slice: expected a size in 1..{vocabulary}, got {size}.")
+
+
+class _PositionTargets(ABC):
+    """Properties that all targets derive from one of their tensors, [..., X]."""
+
+    @property
+    @abstractmethod
+    def _values(self) -> Tensor: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return self._values.device
+
+    @property
+    def leading(self) -> torch.Size:
+        """Shape of the positions, without V."""
+        return self._values.shape[:-1]
+
+
 @dataclass(frozen=True)
-class DenseTargets:
+class DenseTargets(_PositionTargets):
     """The teacher's logits over the whole vocabulary.
 
     Args:
@@ -90,38 +113,31 @@ class DenseTargets:
     logits: Tensor
 
     @property
+    def _values(self) -> Tensor:
+        return self.logits
+
+    @property
     def vocabulary(self) -> int:
         """V."""
         return self.logits.shape[-1]
 
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.logits.device
-
-    @property
-    def leading(self) -> torch.Size:
-        """The shape without V."""
-        return self.logits.shape[:-1]
-
     def dense(self, temperature: float = 1.0) -> Tensor:
-        """The logits [..., V]; they are the same for every temperature."""
+        """Return the logits [..., V], which do not depend on the temperature."""
         return self.logits
 
     def rows(self, part: slice) -> DenseTargets:
-        """The targets of some of the positions."""
+        """Select some of the positions."""
         return DenseTargets(self.logits[part])
 
     def slice(self, size: int) -> DenseTargets:
-        """The targets over the first `size` tokens; see `LMHead.slice`."""
-        if not 0 < size <= self.vocabulary:
-            raise VocabularyError(f"DenseTargets.slice: expected a size in 1..{self.vocabulary}, got {size}.")
+        """Restrict the targets to the first `size` tokens; see `LMHead.slice`."""
+        _check_size("DenseTargets", size, self.vocabulary)
         return DenseTargets(self.logits[..., :size])
 
 
 @dataclass(frozen=True)
-class HeadTargets:
-    """The teacher's last hidden states and its head: the logits are made where and when they are needed.
+class HeadTargets(_PositionTargets):
+    """The teacher's last hidden states and its head; logits are computed where they are needed.
 
     Args:
         hidden: [..., Ht], of the teacher's own width.
@@ -132,54 +148,48 @@ class HeadTargets:
     head: LMHead
 
     @property
+    def _values(self) -> Tensor:
+        return self.hidden
+
+    @property
     def vocabulary(self) -> int:
         """V."""
         return self.head.vocabulary
 
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.hidden.device
-
-    @property
-    def leading(self) -> torch.Size:
-        """The shape without V."""
-        return self.hidden.shape[:-1]
-
     def dense(self, temperature: float = 1.0) -> Tensor:
-        """The logits [..., V]; they are the same for every temperature."""
+        """Compute the logits [..., V], which do not depend on the temperature."""
         return self.head.logits(self.hidden)
 
     def rows(self, part: slice) -> HeadTargets:
-        """The targets of some of the positions."""
+        """Select some of the positions."""
         return HeadTargets(self.hidden[part], self.head)
 
     def slice(self, size: int) -> HeadTargets:
-        """The targets over the first `size` tokens; see `LMHead.slice`."""
+        """Restrict the targets to the first `size` tokens; see `LMHead.slice`."""
         return HeadTargets(self.hidden, self.head.slice(size))
 
 
 @dataclass(frozen=True)
-class SparseTargets:
-    """K of the teacher's probabilities at every position, and one event for all other tokens: K + 1 events.
+class SparseTargets(_PositionTargets):
+    """K of the teacher's probabilities at each position, and one event for all other tokens: K + 1 events.
 
-    kind says what log_probs are and what is left for the other tokens:
-        bucket: the teacher's own, of its likeliest tokens; the others have what is missing to 1. The divergence is
-            the dense one at K = V, and below it at a smaller K (alpha-beta divergences may be above).
-        sampled: log(count / draws) of draws from the teacher; the others have 0. Unbiased for divergences that are
-            linear in the teacher (forward KL, soft cross-entropy), and refused for all else.
-        renormalized: any; they are divided by their sum, the others have 0. Biased: the student is taught to give
-            those nothing.
+    The kind says what log_probs are and what probability the other tokens keep:
+        bucket: the teacher's probabilities of its top K tokens; the others keep the rest. The divergence equals the
+            dense one at K = V and is at most that for a smaller K (alpha-beta divergences may exceed it).
+        sampled: log(count / draws) of draws from the teacher; the others keep 0. Unbiased for divergences that are
+            linear in the teacher (forward KL, soft cross-entropy), refused for all else.
+        renormalized: any probabilities; they are divided by their sum, the others keep 0. Biased: the student is
+            trained to give the others nothing.
 
     Args:
         ids: [..., K] token ids, all different within a position.
-        log_probs: [..., K] at `temperature`, nats; -inf in slots that are not used, whose id does not matter.
+        log_probs: [..., K] at `temperature`, nats; -inf in unused slots, whose id does not matter.
         kind: see above.
-        temperature: the softmax temperature they were taken at. A bucket or a sample holds for it alone, because
-            nobody knows its rest at another one; "renormalized" can be re-tempered.
+        temperature: the softmax temperature of log_probs. "bucket" and "sampled" are valid at that temperature only;
+            "renormalized" can be re-tempered.
 
     Raises:
-        ShapeError: the shapes differ, or there is no such kind or temperature.
+        ShapeError: the shapes differ, or kind or temperature is invalid.
 
     References:
         Anshumann et al. 2025 (random sampling distillation), arXiv 2503.16870, for "sampled".
@@ -202,24 +212,18 @@ class SparseTargets:
             raise ShapeError(f"SparseTargets: expected temperature > 0, got {self.temperature}.")
 
     @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.ids.device
-
-    @property
-    def leading(self) -> torch.Size:
-        """The shape without K."""
-        return self.ids.shape[:-1]
+    def _values(self) -> Tensor:
+        return self.ids
 
     def used(self) -> Tensor:
-        """[..., K] bool: the slots that hold a token."""
+        """Return which slots hold a token: [..., K] bool."""
         return self.log_probs > -math.inf
 
     def events(self, temperature: float) -> Tensor:
-        """The log-probabilities [..., K + 1] of the K tokens and of all others together, at a temperature.
+        """Compute the log-probabilities [..., K + 1] of the K tokens, and of all others together.
 
         Raises:
-            ShapeError: they were taken at another temperature and cannot be re-tempered.
+            ShapeError: log_probs hold for another temperature and cannot be re-tempered.
         """
         log_probs = self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32))
         if self.kind == "renormalized":
@@ -227,36 +231,35 @@ class SparseTargets:
             kept, others = torch.log_softmax(scaled, -1), torch.full_like(scaled[..., :1], LOG_ZERO)
         elif temperature != self.temperature:
             raise ShapeError(
-                f"SparseTargets: expected the temperature {self.temperature:g} that the {self.kind} targets were "
-                f"taken at, got {temperature:g}. What the other tokens would have at another one is not known. Take "
-                'the targets at that temperature, or use kind="renormalized".'
+                f"SparseTargets: expected the temperature {self.temperature:g} of the {self.kind} targets, got "
+                f'{temperature:g}. Compute the targets at that temperature, or use kind="renormalized".'
             )
         elif self.kind == "sampled":
             kept, others = log_probs, torch.full_like(log_probs[..., :1], LOG_ZERO)
         else:
-            # The rest is known to the rounding of a sum near 1 and no better; 0 would make reverse KL infinite.
+            # The rest is only known up to the rounding of a sum near 1; 0 would make reverse KL infinite.
             missing = 1 - log_probs.exp().sum(-1, keepdim=True)
             kept, others = log_probs, missing.clamp_min(torch.finfo(log_probs.dtype).eps).log()
         return torch.cat([kept, others], -1).clamp_min(LOG_ZERO)
 
-    def spread(self, vocabulary: int, temperature: float) -> Tensor:
-        """The log-probabilities [..., V] of all tokens, of targets that leave nothing to the others."""
+    def dense_log_probs(self, vocabulary: int, temperature: float) -> Tensor:
+        """Compute the log-probabilities [..., V] of all tokens, for kinds whose other tokens keep 0."""
         assert self.kind != "bucket"
         kept = self.events(temperature)[..., :-1].exp()
-        chances = kept.new_zeros(*self.leading, vocabulary)
-        # Added and not written: slots that are not used share their id with one that may be.
-        chances.scatter_add_(-1, self.ids.to(torch.int64) * self.used(), kept)
-        return chances.log_().clamp_min_(LOG_ZERO)
+        probs = kept.new_zeros(*self.leading, vocabulary)
+        # Added, not assigned: unused slots share their id with one that may be used.
+        probs.scatter_add_(-1, self.ids.to(torch.int64) * self.used(), kept)
+        return probs.log_().clamp_min_(LOG_ZERO)
 
     def rows(self, part: slice) -> SparseTargets:
-        """The targets of some of the positions."""
+        """Select some of the positions."""
         return replace(self, ids=self.ids[part], log_probs=self.log_probs[part])
 
     def slice(self, size: int) -> SparseTargets:
-        """The same targets, after a look that they speak of the first `size` tokens only.
+        """Return the same targets after checking that all ids are among the first `size` tokens.
 
         Raises:
-            VocabularyError: they do not.
+            VocabularyError: they are not.
         """
         ids = self.ids[self.used()]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
@@ -267,32 +270,32 @@ class SparseTargets:
         return self
 
 
-Whole = DenseTargets | HeadTargets
+FullTargets = DenseTargets | HeadTargets
 
 
 @dataclass(frozen=True)
-class MixtureTargets:
-    """Several teachers that speak as one, at every temperature of the loss.
+class MixtureTargets(_PositionTargets):
+    """Mixture of several teachers.
 
-        of probabilities:   p = sum_i w_i softmax(z_i / T)                          the mixture
-        of log_probs:       p = softmax(sum_i w_i z_i / T)                          the normalised geometric mean
+        of probabilities:   p = sum_i w_i softmax(z_i / T)
+        of log_probs:       p = softmax(sum_i w_i z_i / T), the normalised geometric mean
 
-    The first is not softmax(z / T) of any one z for all T: that is why the members are kept, and mixed where logits are
-    made of them, a few tokens at a time.
+    The first is not softmax(z / T) of any one z for all T. So the members are kept and mixed where logits are computed,
+    a few tokens at a time.
 
     Args:
-        members: over the same positions and the same V: `DenseTargets` and `HeadTargets`. In a mixture of
-            probabilities also `SparseTargets` of kind sampled (the mixture then is a sample too: unbiased for
-            divergences that are linear in the teacher, refused for all else) and renormalized, beside a whole one.
-        weights: [M], not negative, whose sum is 1; without gradient.
+        members: `DenseTargets` and `HeadTargets` over the same positions and V. A mixture of probabilities also takes
+            `SparseTargets` beside one of these: renormalized ones, and sampled ones (the mixture is then a sample too:
+            unbiased for divergences that are linear in the teacher, refused for all else).
+        weights: [M], >= 0, with sum 1; without gradient.
         of: see above.
 
     Raises:
-        ShapeError: the members' positions or number of weights differ, or a member is no distribution over V.
+        ShapeError: the members' positions or number of weights differ, or a member is not a full distribution over V.
         VocabularyError: the members' vocabularies differ.
     """
 
-    members: tuple[Whole | SparseTargets, ...]
+    members: tuple[FullTargets | SparseTargets, ...]
     weights: Tensor
     of: Literal["probabilities", "log_probs"] = "probabilities"
 
@@ -304,50 +307,45 @@ class MixtureTargets:
                 f"MixtureTargets: expected a weight for each of {len(self.members)} members, got weights of shape "
                 f"{list(self.weights.shape)}."
             )
-        sparse = {one.kind for one in self.members if isinstance(one, SparseTargets)}
-        if not self._whole or "bucket" in sparse or (sparse and self.of == "log_probs"):
+        sparse = {member.kind for member in self.members if isinstance(member, SparseTargets)}
+        if not self._full or "bucket" in sparse or (sparse and self.of == "log_probs"):
             raise ShapeError(
-                f"MixtureTargets: expected members with whole distributions for a mixture of {self.of}, got "
-                f"{' and '.join(sorted(sparse)) or 'none'}. What a few tokens leave out is not known. Use "
-                "potstill.teachers.ensemble.mix, which knows what can be mixed."
+                f"MixtureTargets: expected members with full distributions for a mixture of {self.of}, got "
+                f"{' and '.join(sorted(sparse)) or 'none'}. Use potstill.teachers.ensemble.mix, which knows what can "
+                "be mixed."
             )
-        if len({one.leading for one in self.members}) > 1:
-            places = [[*one.leading] for one in self.members]
-            raise ShapeError(f"MixtureTargets: expected members of the same positions, got {places}.")
-        if len({one.vocabulary for one in self._whole}) > 1:
+        positions = [list(member.leading) for member in self.members]
+        if any(shape != positions[0] for shape in positions):
+            raise ShapeError(f"MixtureTargets: expected members of the same positions, got {positions}.")
+        sizes = [member.vocabulary for member in self._full]
+        if len(set(sizes)) > 1:
             raise VocabularyError(
-                f"MixtureTargets: expected members of one vocabulary, got {[one.vocabulary for one in self._whole]}. "
+                f"MixtureTargets: expected members of one vocabulary, got {sizes}. "
                 "If heads are only padded, slice each to the shared real size with slice(n) first."
             )
 
     @property
-    def _whole(self) -> list[Whole]:
-        return [one for one in self.members if not isinstance(one, SparseTargets)]
+    def _values(self) -> Tensor:
+        return self.members[0]._values
+
+    @property
+    def _full(self) -> list[FullTargets]:
+        return [member for member in self.members if not isinstance(member, SparseTargets)]
 
     @property
     def vocabulary(self) -> int:
         """V."""
-        return self._whole[0].vocabulary
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.members[0].device
-
-    @property
-    def leading(self) -> torch.Size:
-        """The shape without V."""
-        return self.members[0].leading
+        return self._full[0].vocabulary
 
     @property
     def sampled(self) -> bool:
         """Whether a member is a sample."""
-        return any(isinstance(one, SparseTargets) and one.kind == "sampled" for one in self.members)
+        return any(isinstance(member, SparseTargets) and member.kind == "sampled" for member in self.members)
 
     def dense(self, temperature: float = 1.0) -> Tensor:
-        """Logits [..., V] whose softmax at this temperature is what the members say there together.
+        """Compute logits [..., V] whose softmax at this temperature is the mixture.
 
-        However many members there are, no more than three [..., V] exist at a time.
+        No more than three [..., V] exist at a time, whatever the number of members.
 
         Raises:
             ShapeError: a sample was taken at another temperature.
@@ -357,7 +355,7 @@ class MixtureTargets:
             if not weight:
                 continue
             if isinstance(member, SparseTargets):
-                log_p = member.spread(self.vocabulary, temperature)
+                log_p = member.dense_log_probs(self.vocabulary, temperature)
             else:
                 logits = member.dense()
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
@@ -372,12 +370,12 @@ class MixtureTargets:
         return total.clamp_min(LOG_ZERO) * temperature
 
     def rows(self, part: slice) -> MixtureTargets:
-        """The targets of some of the positions."""
-        return replace(self, members=tuple(one.rows(part) for one in self.members))
+        """Select some of the positions."""
+        return replace(self, members=tuple(member.rows(part) for member in self.members))
 
     def slice(self, size: int) -> MixtureTargets:
-        """The targets over the first `size` tokens; see `LMHead.slice`."""
-        return replace(self, members=tuple(one.slice(size) for one in self.members))
+        """Restrict the targets to the first `size` tokens; see `LMHead.slice`."""
+        return replace(self, members=tuple(member.slice(size) for member in self.members))
 
 
 Targets = DenseTargets | HeadTargets | SparseTargets | MixtureTargets

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from potstill.errors import ModelError, UserError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
-from potstill.losses.linear import multiplies_bfloat16
+from potstill.losses.fused_linear import multiplies_bfloat16
 from potstill.models.adapted import (
     QUANTIZATION,
     adapter_weights,

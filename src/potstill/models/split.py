@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from potstill.losses.alignment import Alignment
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead
-from potstill.losses.uncompiled import uncompiled
+from potstill.losses.torch_compile import disable_compile
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def forward_targets(
     return HeadTargets(split.hidden(batch, alignment).to(head.weight.dtype), head)
 
 
-@uncompiled  # done once, and not a part of any step
+@disable_compile  # done once, and not a part of any step
 def split_model(model: nn.Module) -> SplitModel | None:
     """How to cut a model before its head; None where the head is not plain, and the logits must be made whole.
 

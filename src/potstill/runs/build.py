@@ -19,8 +19,8 @@ from potstill.losses.divergences import ReverseKL
 from potstill.errors import RecipeError
 from potstill.models.layer_map import LayerMap
 from potstill.models.loading import has_bfloat16, load_tokenizer
-from potstill.losses.token import token_divergence
-from potstill.losses.alignment import OF_TOKENS, causal_alignment
+from potstill.losses.token_losses import token_divergence
+from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.runs.build_across import meeting, reading_bytes
 from potstill.runs.build_across import notes as meeting_notes
 from potstill.runs.build_student import begin, design_of, first_student, with_adapter
@@ -192,7 +192,7 @@ def prepare(recipe: Recipe) -> Parts:
                 "rollout: expected a teacher of the student's tokens for teacher_mix and teacher_top_k, got one that "
                 "is compared by bytes. Leave them out: the student writes alone, and the teacher reads."
             )
-    of_tokens = recipe.task in OF_TOKENS
+    of_tokens = recipe.task in TOKEN_TASKS
     rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
     if speaker.teacher.other_tokenizer:
         vocabulary = own_vocabulary(tokenizer, rows)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError, VocabularyError
 from potstill.models.loading import load_model, load_tokenizer
-from potstill.losses.alignment import OF_TOKENS, Task
+from potstill.losses.alignment import TOKEN_TASKS, Task
 from potstill.runs.config.teacher import MemberPart, SpeakerPart, TeacherPart
 from potstill.runs.config.teacher import ServerPart
 from potstill.teachers.self_taught import BaseModelTeacher, EMATeacher
@@ -98,7 +98,7 @@ def _ensemble(part: TeacherPart, members: Sequence[MemberPart], student: str | N
         of=part.of,
         learned=part.weights == "learned",
         names=_names([member.title for member in members]),
-        vocabulary=max(vocabulary.values()) + 1 if task in OF_TOKENS else None,
+        vocabulary=max(vocabulary.values()) + 1 if task in TOKEN_TASKS else None,
     )
     config = next((one.config for one in speakers if one.config is not None), None)
     models = {key: model for one in speakers for key, model in one.models.items()}

@@ -21,7 +21,7 @@ from potstill.evaluate.sequence import measure
 from potstill.evaluate.speed import speed
 from potstill.evaluate.versions import versions
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
-from potstill.losses.alignment import IGNORE, OF_TOKENS, Task
+from potstill.losses.alignment import IGNORE, TOKEN_TASKS, Task
 from potstill.runs.build_task import classes_of, match_heads, token_rows
 from potstill.models.adapted import count, virtual_tokens
 
@@ -86,7 +86,7 @@ def evaluate(
         of_student, of_teacher = (evaluate(model, None, source, **how) for model in (student, teacher))
         models = {"teacher": of_teacher["models"]["student"], **of_student["models"]}
         return {**of_student, "models": models, "notes": [*of_student["notes"], APART]}
-    of_tokens = task in OF_TOKENS
+    of_tokens = task in TOKEN_TASKS
     if task != "causal" and (measures.generations or measures.lm_eval):
         raise UserError(f"--generations, --lm-eval: expected neither for the task {task}, got some. It writes no text.")
     if task == "encoder" and teacher is None:

@@ -29,7 +29,7 @@ from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.evaluate.speed import bytes_on_disk, latency_ms, weight_bytes
 from potstill.evaluate.versions import versions
 from potstill.models.loading import load_model, suppress_warnings
-from potstill.losses.alignment import OF_TOKENS, causal_alignment
+from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.runs.build import Parts, prepare
 from potstill.runs.config.student import BudgetPart, StudentPart
 from potstill.runs.config.run import Recipe
@@ -219,7 +219,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
         everyone = {"teacher": teacher, **models}
         folders["teacher"] = Path(str(recipe.teacher.model))
-    of_tokens = recipe.task in OF_TOKENS
+    of_tokens = recipe.task in TOKEN_TASKS
     measured: Mapping[str, Any] = measure(
         recipe.task, teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary or None
     )

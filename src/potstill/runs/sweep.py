@@ -29,7 +29,7 @@ from potstill.evaluate.versions import versions
 from potstill.models.loading import load_model, suppress_warnings
 from potstill.runs.ray import start_ray
 from potstill.runs.run import require_free, run
-from potstill.losses.alignment import DISTRIBUTIONS
+from potstill.losses.alignment import DISTRIBUTION_TASKS
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.document import read_list
 
@@ -176,9 +176,9 @@ def sweep(
         raise UserError(f"--engine: expected {' or '.join(get_args(Engine))}, got {engine}.")
     points = grid(values, axes, out, origin)
     for point in points:
-        if point.recipe.task not in DISTRIBUTIONS:
+        if point.recipe.task not in DISTRIBUTION_TASKS:
             raise RecipeError(
-                f"sweep: expected a task of {', '.join(sorted(DISTRIBUTIONS))}, got {point.recipe.task}. "
+                f"sweep: expected a task of {', '.join(sorted(DISTRIBUTION_TASKS))}, got {point.recipe.task}. "
                 "Runs are weighed by their likelihoods."
             )
     if (out / "recipe.yaml").exists():

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from potstill.losses.chunk import boundary_bias
+from potstill.losses.cross_tokenizer import boundary_bias
 from potstill.losses.targets import DenseTargets, HeadTargets, SparseTargets
-from potstill.losses.token import compute_dtype, log_probabilities_
+from potstill.losses.token_losses import compute_dtype, log_softmax_
 from potstill.teachers.chunks import Pair
 
 ELEMENTS = 1 << 24  # of the teacher's logits at a time
@@ -89,7 +89,7 @@ class Across:
         log_probs = [torch.empty(0, min(top_k, size), dtype=self.log_probs.dtype, device=places.device)]
         for at in self._some(range(len(places))):
             logits = self.logits(places[at])
-            of_teacher = log_probabilities_(logits.to(compute_dtype(logits.dtype), copy=True).div_(temperature)).exp_()
+            of_teacher = log_softmax_(logits.to(compute_dtype(logits.dtype), copy=True).div_(temperature)).exp_()
             mine = of_teacher.new_zeros(len(at), size).index_add_(1, begins[known], of_teacher[:, known])
             best = mine.div_(mine.sum(-1, keepdim=True)).topk(min(top_k, size))
             ids.append(best.indices)

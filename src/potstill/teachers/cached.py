@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from potstill.errors import DataError, ModelError
-from potstill.losses.alignment import Alignment, counting
+from potstill.losses.alignment import Alignment, target_positions
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 from potstill.models.capture import ActivationRequest, Activations, Anatomy
 from potstill.teachers.cache.codec import Hidden, codec_of
@@ -114,7 +114,7 @@ class CachedTeacher(Teacher):
 def keys_of(dataset: Any) -> Iterator[tuple[bytes, int]]:
     """The key and the number of counting tokens of each row of a dataset, those without one left out."""
     for row in dataset:
-        counts = counting(torch.tensor(row["labels"])[None])[0].numpy()
+        counts = target_positions(torch.tensor(row["labels"])[None])[0].numpy()
         if counts.any():
             yield row_key(np.asarray(row["input_ids"]), counts), int(counts.sum())
 

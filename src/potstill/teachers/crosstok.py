@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import ShapeError
 from potstill.losses.alignment import IGNORE, Alignment
-from potstill.losses.chunk import chunk_log_probs
-from potstill.losses.linear import linear_cross_entropy
+from potstill.losses.cross_tokenizer import chunk_log_probs
+from potstill.losses.fused_linear import linear_cross_entropy
 from potstill.losses.targets import DenseTargets, HeadTargets
-from potstill.losses.token import token_cross_entropy
+from potstill.losses.token_losses import token_cross_entropy
 from potstill.teachers.byte_alignment import Across
 from potstill.teachers.chunks import NONE, Pair, Reading
 from potstill.teachers.model import ModelTeacher

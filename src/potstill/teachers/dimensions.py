@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.losses.alignment import Task, align, attended
+from potstill.losses.alignment import Task, align, attended_positions
 from potstill.losses.hidden import dimension_importance, select_dimensions
-from potstill.losses.token import label_loss
+from potstill.losses.token_losses import label_loss
 from potstill.models.capture import ActivationCapture
 from potstill.models.layer_map import layer_index
 from potstill.models.split import forward_targets, undisturbed
@@ -63,7 +63,7 @@ def important_dimensions(
                 alignment = align(batch["labels"], task)
                 loss = label_loss(forward_targets(model, None, batch, alignment).dense(), alignment.labels).sum()
                 gradients = torch.autograd.grad(loss, [states[layer] for layer in names])
-                there = attended(batch, task)
+                there = attended_positions(batch, task)
                 for layer, gradient in zip(names, gradients, strict=True):
                     by_token = gradient[there]
                     sums[layer] += dimension_importance(by_token).cpu() * len(by_token)

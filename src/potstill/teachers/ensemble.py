@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from potstill.errors import DataError, ModelError, ShapeError
 from potstill.losses.alignment import Alignment
-from potstill.losses.targets import MixtureTargets, SparseTargets, Targets, Whole
-from potstill.losses.teacher_weights import token_log_probs
+from potstill.losses.target_statistics import token_log_probs
+from potstill.losses.targets import FullTargets, MixtureTargets, SparseTargets, Targets
 from potstill.models.capture import ActivationRequest, Activations, Anatomy
 from potstill.teachers.teacher import NOT_COVERED, Teacher, TeacherOutput
 
@@ -226,7 +226,7 @@ def mix(said: Sequence[Targets], weights: Tensor, of: Literal["probabilities", "
         return _common_events(said, weights, sparse)
     if len(sparse) == len(said):
         return _joint_sample(sparse, weights)
-    return MixtureTargets(tuple(cast(Sequence[Whole | SparseTargets], said)), weights, of)
+    return MixtureTargets(tuple(cast(Sequence[FullTargets | SparseTargets], said)), weights, of)
 
 
 def _joint_sample(said: Sequence[SparseTargets], weights: Tensor) -> SparseTargets:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from potstill.errors import DataError, ModelError
 from potstill.losses.alignment import Alignment
+from potstill.losses.target_statistics import token_log_probs
 from potstill.losses.targets import SparseTargets, Targets
-from potstill.losses.teacher_weights import token_log_probs
 from potstill.models.capture import ActivationRequest, Activations, Anatomy
 from potstill.teachers.byte_alignment import Across
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from potstill.errors import ShapeError, VocabularyError
-from potstill.losses.alignment import OWN_LOG_PROBS, SAMPLER_LOG_PROBS, Alignment, Task, align, attended
+from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS, Alignment, Task, align, attended_positions
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
 from potstill.models.split import forward_targets, split_model
 from potstill.teachers.model import ModelTeacher
@@ -153,7 +153,7 @@ class Distiller(nn.Module):
         teacher = self._teacher_output(batch, alignment) if self.uses_teacher else None
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
-        positions = attended(batch, self.task) if self._request else None
+        positions = attended_positions(batch, self.task) if self._request else None
         signals = Signals(
             *(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment),
             sampled=_sampled(batch, alignment),
@@ -239,7 +239,7 @@ class Distiller(nn.Module):
 
 def _sampled(batch: Mapping[str, Tensor], alignment: Alignment) -> SampledTokens | None:
     """Find the target tokens that a `Rollout` sampled."""
-    if OWN_LOG_PROBS not in batch:
+    if STUDENT_LOG_PROBS not in batch:
         return None
-    log_probs, sampler = (alignment.select_labels(batch[name]) for name in (OWN_LOG_PROBS, SAMPLER_LOG_PROBS))
+    log_probs, sampler = (alignment.select_labels(batch[name]) for name in (STUDENT_LOG_PROBS, SAMPLER_LOG_PROBS))
     return SampledTokens(~log_probs.isnan(), alignment.row, log_probs, sampler)

@@ -21,7 +21,7 @@ from potstill.data.files import write_text
 from potstill.engines.decode import Guide, Written, ends_of, write
 from potstill.engines.sampling import Sampling
 from potstill.errors import ShapeError, UserError
-from potstill.losses.alignment import IGNORE, OWN_LOG_PROBS, SAMPLER_LOG_PROBS
+from potstill.losses.alignment import IGNORE, SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
 from potstill.losses.schedule import Number, value_at
 from potstill.train.samples import TextSums
 from potstill.train.server_writer import ServedWriter
@@ -180,7 +180,7 @@ class Rollout:
                 mixed = collate([_example(own[i], data[i]) if i in own else data[i] for i in rows])
             # The columns are there without own rows too: all ranks must have the same things to log.
             written = [own.get(i) for i in rows]
-            mixed[OWN_LOG_PROBS] = _column(written, "log_probs", mixed["input_ids"])
+            mixed[STUDENT_LOG_PROBS] = _column(written, "log_probs", mixed["input_ids"])
             mixed[SAMPLER_LOG_PROBS] = _column(written, "sampler_log_probs", mixed["input_ids"])
             device = batch["input_ids"].device
             made.append({name: value.to(device) for name, value in mixed.items()})

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from potstill.losses.alignment import IGNORE, Alignment
 from potstill.losses.divergences import Divergence
-from potstill.losses.linear import FusedLoss, linear_divergence
-from potstill.losses.reduce import token_mean
+from potstill.losses.fused_linear import FusedLoss, linear_divergence
 from potstill.losses.targets import DenseTargets, HeadTargets, Targets
-from potstill.losses.token import label_loss, token_divergence
+from potstill.losses.token_losses import label_loss, token_divergence, token_mean
 from potstill.models.capture import Activations
 from potstill.teachers.teacher import TeacherOutput
 

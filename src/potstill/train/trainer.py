@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
-from potstill.losses.alignment import IGNORE, Task, align, attended, counting
+from potstill.losses.alignment import IGNORE, Task, align, attended_positions, target_positions
 from potstill.models.adapted import is_adapted, load_adapter, save_student
 from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import Epochs
@@ -184,11 +184,11 @@ class DistillationTrainer(Trainer):
     def _counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """[2]: the counting tokens of a batch, or the sum of their weights, and its attended positions."""
         task = self.distiller.task
-        tokens = counting(batch["labels"], task).sum()
+        tokens = target_positions(batch["labels"], task).sum()
         weights = None if "weights" not in batch else align(batch["labels"], task, batch["weights"]).weights
         if weights is not None:
             tokens = weights.sum()
-        return torch.stack([tokens, attended(batch, task).sum().to(tokens)])
+        return torch.stack([tokens, attended_positions(batch, task).sum().to(tokens)])
 
     def compute_loss(
         self,

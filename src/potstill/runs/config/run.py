@@ -8,7 +8,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from potstill.losses.alignment import DISTRIBUTIONS, OF_TOKENS, SEQUENCE_TASKS, Task
+from potstill.losses.alignment import DISTRIBUTION_TASKS, TOKEN_TASKS, SEQUENCE_TASKS, Task
 from potstill.runs.config.adapter import adapter_misfits
 from potstill.runs.config.data import MASKED_SHARE, DataPart
 from potstill.runs.config.document import Document, Part
@@ -67,7 +67,7 @@ class Recipe(Document):
         for (where, teacher), key in product({"teacher": self.teacher, **members}.items(), ("cache", "server")):
             if task != "causal" and getattr(teacher, key) is not None:
                 yield f"{where}.{key}: expected {where}.model for the task {task}, got {key}, which is for causal models."
-        if self.teacher.ensemble is not None and task not in DISTRIBUTIONS:
+        if self.teacher.ensemble is not None and task not in DISTRIBUTION_TASKS:
             yield f"teacher.ensemble: expected one teacher for the task {task}, got several. They mix distributions."
         for name in ("train", "eval"):
             source = getattr(self.data, name)
@@ -77,9 +77,9 @@ class Recipe(Document):
             if task != "causal" and source.teacher_prompt is not None:
                 yield f"data.{name}.teacher_prompt: expected the task causal with it, got {task}."
             for key in ("prompt", "completion", "messages", "input_ids"):
-                if task not in OF_TOKENS and getattr(source, key) is not None:
+                if task not in TOKEN_TASKS and getattr(source, key) is not None:
                     yield f"data.{name}.{key}: expected field for the texts of the task {task}, got {key}."
-        if self.data.packing and task not in OF_TOKENS:
+        if self.data.packing and task not in TOKEN_TASKS:
             yield f"data.packing: expected false for the task {task}, got true. Each row is one example."
         if task != "masked" and self.data.masked_share != MASKED_SHARE:
             yield f"data.masked_share: expected the task masked with it, got {task}."

@@ -151,7 +151,7 @@ def row_key(input_ids: NDArray[np.integer[Any]], counts: NDArray[np.bool_]) -> b
 
     Args:
         input_ids: [T] without padding.
-        counts: [T - 1] whether the prediction at each position counts; see `potstill.losses.alignment.counting`.
+        counts: [T - 1] whether the prediction at each position counts; see `alignment.target_positions`.
     """
     ids = np.ascontiguousarray(input_ids, "<i4")
     return hashlib.blake2b(ids.tobytes() + np.packbits(counts).tobytes(), digest_size=KEY_BYTES).digest()

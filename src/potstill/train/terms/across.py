@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from potstill.losses.chunk import chunk_divergence, chunk_log_probs, sorted_distance
+from potstill.losses.cross_tokenizer import chunk_divergence, chunk_log_probs, sorted_distance
 from potstill.losses.declared import Range
 from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.schedule import Temperature, Weight, value_at

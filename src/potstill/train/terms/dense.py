@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from potstill.errors import ShapeError
-from potstill.losses.adaptive import adaptive_kl, interpolated_logits
-from potstill.losses.alignment import ANSWERS, DISTRIBUTIONS
-from potstill.losses.bild import bild
+from potstill.losses.alignment import DISTRIBUTION_TASKS, HEAD_TASKS
 from potstill.losses.declared import Range
 from potstill.losses.divergences import ForwardKL
+from potstill.losses.logit_losses import adaptive_kl, bild, interpolated_logits
 from potstill.losses.schedule import Linear, Number, Share, Temperature, Weight, value_at
 from potstill.losses.targets import DenseTargets, HeadTargets, SparseTargets, Targets
-from potstill.losses.token import is_sampled, token_divergence
+from potstill.losses.token_losses import is_sampled, token_divergence
 from potstill.train.signals import Signals
 from potstill.train.terms.term import Term
 
@@ -32,7 +31,7 @@ class DenseTerm(Term):
     memory does not grow with N. A student that gives whole logits is compared at once.
     """
 
-    tasks = DISTRIBUTIONS
+    tasks = DISTRIBUTION_TASKS
     temperature: Number = 1.0  # of the distributions that are compared
 
     @abstractmethod
@@ -94,7 +93,7 @@ class Values(DenseTerm):
 
     weight: Weight = 1.0
     name = "values"
-    tasks = ANSWERS
+    tasks = HEAD_TASKS
 
     def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
         """See `DenseTerm`."""
@@ -104,7 +103,7 @@ class Values(DenseTerm):
 
 @dataclass(frozen=True)
 class BiLD(DenseTerm):
-    """Match differences between the largest logits of both models (BiLD); see `potstill.losses.bild`.
+    """Match differences between the largest logits of both models (BiLD); see `potstill.losses.logit_losses`.
 
     Args:
         weight: >= 0.
@@ -124,7 +123,7 @@ class BiLD(DenseTerm):
 
 @dataclass(frozen=True)
 class AdaptiveKL(DenseTerm):
-    """T^2 times forward and reverse KL, weighted by where the models differ (AKL); see `potstill.losses.adaptive`.
+    """T^2 times forward and reverse KL, weighted by where the models differ (AKL); see `potstill.losses.logit_losses`.
 
     Args:
         weight: >= 0.

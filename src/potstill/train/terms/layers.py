@@ -29,7 +29,7 @@ from potstill.losses.declared import Either, NonEmpty, PythonOnly, Range
 from potstill.losses.divergences import Divergence
 from potstill.losses.embedding import embedding_divergence
 from potstill.losses.hidden import hidden_cosine, hidden_l1, hidden_mse, linear_cka
-from potstill.losses.relation import rkd_angle, rkd_distance
+from potstill.losses.rkd import rkd_angle, rkd_distance
 from potstill.losses.schedule import Temperature, Weight, value_at
 from potstill.models.capture import ActivationRequest, Anatomy
 from potstill.models.layer_map import LastK, LayerMap, Pairs, Projection, ProjectionKind, Uniform

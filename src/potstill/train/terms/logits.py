@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from potstill.losses.alignment import ANSWERS, DISTRIBUTIONS
+from potstill.losses.alignment import DISTRIBUTION_TASKS, HEAD_TASKS
 from potstill.losses.declared import Range, in_words
 from potstill.losses.divergences import Divergence, ForwardKL
-from potstill.losses.linear import FusedLoss
+from potstill.losses.fused_linear import FusedLoss
 from potstill.losses.schedule import Share, Temperature, Weight, value_at
+from potstill.losses.target_statistics import teacher_confidence, teacher_entropy, top_share, top_tokens
 from potstill.losses.targets import Targets
-from potstill.losses.teacher_weights import teacher_confidence, teacher_entropy, top_share, top_tokens
 from potstill.train.signals import Signals, Text, weighted
 from potstill.train.terms.term import Term
 
@@ -46,7 +46,7 @@ class Logits(Term):
     top_k: Annotated[int | None, Range(ge=1)] = None
     text: Text = "all"
     name = "logits"
-    tasks = DISTRIBUTIONS
+    tasks = DISTRIBUTION_TASKS
 
     @property
     def needs_samples(self) -> bool:
@@ -109,7 +109,7 @@ class Labels(Term):
     weight: Weight = 1.0
     name = "labels"
     needs_teacher = False
-    tasks = ANSWERS
+    tasks = HEAD_TASKS
 
     def __call__(self, signals: Signals) -> Tensor:
         return signals.compare(None, label_weight=1.0).loss

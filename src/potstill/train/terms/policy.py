@@ -11,10 +11,10 @@ from torch import Tensor
 from potstill.errors import ShapeError
 from potstill.losses.declared import Range
 from potstill.losses.divergences import ReverseKL
-from potstill.losses.linear import linear_cross_entropy
+from potstill.losses.fused_linear import linear_cross_entropy
 from potstill.losses.schedule import Weight
 from potstill.losses.targets import DenseTargets, HeadTargets
-from potstill.losses.token import token_cross_entropy
+from potstill.losses.token_losses import token_cross_entropy
 from potstill.teachers.teacher import TeacherOutput
 from potstill.train.signals import SampledTokens, Signals
 from potstill.train.terms.term import Term

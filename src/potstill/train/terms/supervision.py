@@ -12,7 +12,7 @@ from torch import Tensor
 from potstill.errors import ModelError, ShapeError
 from potstill.losses.declared import NonEmpty
 from potstill.losses.divergences import Divergence, ForwardKL
-from potstill.losses.linear import linear_divergence
+from potstill.losses.fused_linear import linear_divergence
 from potstill.losses.schedule import Temperature, Weight, value_at
 from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest, Anatomy

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 from torch import Tensor
 
 from potstill.errors import ShapeError
-from potstill.losses.alignment import TASKS, Task, instead
+from potstill.losses.alignment import TASKS, Task, task_hint
 from potstill.losses.declared import Declared, in_words
 from potstill.losses.schedule import Weight
 from potstill.models.capture import ActivationRequest, Anatomy
@@ -77,7 +77,7 @@ class Term(Declared):
         """Explain why the term is not defined for a task, behind its key; None where it is."""
         if task in self.tasks:
             return None
-        return f": expected a term for the task {task}, got {self.name}. {instead(task, self.tasks)}."
+        return f": expected a term for the task {task}, got {self.name}. {task_hint(task, self.tasks)}."
 
     def describe(self) -> str:
         """Name the term, the fields that differ from their defaults, and its weight, for reports."""

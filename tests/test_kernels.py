@@ -1,4 +1,4 @@
-"""The compiled tails against the plain one: the same numbers, and no less exact."""
+"""The compiled loss kernels against the one in torch: the same numbers, and no less exact."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from potstill.losses import native
-from potstill.losses.chunked import ROUND, Chunk, Job, Tail
+from potstill.losses import kernel_native
 from potstill.losses.divergences import JSD, Divergence, ForwardKL
-from potstill.losses.linear import linear_cross_entropy, linear_divergence
-from potstill.losses.native import native_tail
-from potstill.losses.tail import TorchTail
+from potstill.losses.fused_chunks import ROUND, ChunkBuffers, FusedInputs, LossKernel
+from potstill.losses.fused_linear import linear_cross_entropy, linear_divergence
+from potstill.losses.kernel_formula import trace_formula
+from potstill.losses.kernel_native import native_kernel
+from potstill.losses.kernel_torch import TorchKernel
 from potstill.losses.targets import DenseTargets, LMHead
-from potstill.losses.token import exponentials_
-from potstill.losses.trace import program
+from potstill.losses.token_losses import exponentials_
 from reference import DIVERGENCES
 
 every_divergence = pytest.mark.parametrize("divergence", [None, *DIVERGENCES], ids=str)
@@ -32,7 +32,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def through(
-    tail: Tail,
+    kernel: LossKernel,
     dtype: torch.dtype,
     divergence: Divergence | None,
     temperature: float,
@@ -46,11 +46,11 @@ def through(
     for each, values in zip(logits, randn(2, rows, V), strict=True):
         each.copy_(values)
     ids = torch.randint(0, V, (rows,), generator=torch.Generator().manual_seed(2)).index_fill_(0, torch.tensor(4), -100)
-    job = Job(torch.empty(0, 1), LMHead(torch.empty(V, 1)), None, divergence, temperature, None, 0.3)
-    chunk = Chunk(
+    job = FusedInputs(torch.empty(0, 1), LMHead(torch.empty(V, 1)), None, divergence, temperature, None, 0.3)
+    chunk = ChunkBuffers(
         logits[0], None if divergence is None else logits[1], scale.to(dtype), ids if labels else None, None, None
     )
-    losses = tail(chunk, job)
+    losses = kernel(chunk, job)
     return [x.double() for x in (*losses, chunk.student) if x is not None]
 
 
@@ -60,7 +60,7 @@ def worst_error(found: list[Tensor], exact: list[Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def compiler() -> None:
-    if native_tail(ForwardKL(), False) is None:
+    if native_kernel(ForwardKL(), False) is None:
         pytest.skip("there is no C compiler")
 
 
@@ -68,15 +68,15 @@ def compiler() -> None:
 @every_divergence
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("labels", [True, False])
-def test_the_native_tail_is_no_less_exact_than_torch(divergence, temperature, labels):
+def test_the_native_kernel_is_no_less_exact_than_torch(divergence, temperature, labels):
     if divergence is None and not labels:
         return
-    tails = (
-        (TorchTail(), torch.float64),
-        (TorchTail(), torch.float32),
-        (native_tail(divergence, False), torch.float32),
+    kernels = (
+        (TorchKernel(), torch.float64),
+        (TorchKernel(), torch.float32),
+        (native_kernel(divergence, False), torch.float32),
     )
-    exact, plain, found = (through(*each, divergence, temperature, labels, V=1003, rows=100) for each in tails)
+    exact, plain, found = (through(*each, divergence, temperature, labels, V=1003, rows=100) for each in kernels)
     for truth, torchs, ours in zip(exact, plain, found, strict=True):
         assert worst_error([ours], [truth]) <= 2 * worst_error([torchs], [truth]) + 1e-7
 
@@ -84,8 +84,8 @@ def test_the_native_tail_is_no_less_exact_than_torch(divergence, temperature, la
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("V", [1, 2, 7, 8, 15, 16, 17, 63, 64, 1023, 1024, 1025])
 def test_every_length_of_a_row(V):
-    exact = through(TorchTail(), torch.float64, JSD(0.3), 2.0, True, V)
-    found = through(native_tail(JSD(0.3), False), torch.float32, JSD(0.3), 2.0, True, V)
+    exact = through(TorchKernel(), torch.float64, JSD(0.3), 2.0, True, V)
+    found = through(native_kernel(JSD(0.3), False), torch.float32, JSD(0.3), 2.0, True, V)
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -97,7 +97,7 @@ def test_native_exponentials(V):
     logits[1] = -math.inf
     logits[2, 1:] = -math.inf
     expected, found = logits.double(), logits
-    row = native_tail(None, True)._exponentials(found)
+    row = native_kernel(None, True)._exponentials(found)
     exact = exponentials_(expected)
     for a, b in ((found, expected), *zip(row, exact, strict=True)):
         torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-7)
@@ -125,28 +125,28 @@ def test_threads_do_not_change_a_number(monkeypatch):
         assert torch.equal(one, three)
 
 
-def test_without_a_compiler_the_plain_tail_is_used(monkeypatch, tmp_path):
+def test_without_a_compiler_the_plain_kernel_is_used(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.native_tail.cache_clear()
+    kernel_native.native_kernel.cache_clear()
     try:
-        assert native_tail(JSD(), False) is None
+        assert native_kernel(JSD(), False) is None
         hidden, head = torch.randn(5, 4), LMHead(torch.randn(9, 4))
         found = linear_divergence(hidden, head, DenseTargets(torch.randn(5, 9)), JSD())
         assert found.loss > 0
     finally:
-        native.native_tail.cache_clear()
+        kernel_native.native_kernel.cache_clear()
 
 
 def test_what_is_built_is_kept_whole_and_for_its_owner_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = native._build("int one(void) { return 1; }")
+    path = kernel_native._build("int one(void) { return 1; }")
     if path is None:
         pytest.skip("there is no C compiler")
     assert [each.name for each in (tmp_path / "potstill").iterdir()] == [path.name]
     assert (tmp_path / "potstill").stat().st_mode & 0o077 == 0
-    assert native._build("int one(void) { return 1; }") == path
-    assert native._build("this is no C") is None
+    assert kernel_native._build("int one(void) { return 1; }") == path
+    assert kernel_native._build("this is no C") is None
 
 
 # Tracing.
@@ -154,12 +154,12 @@ def test_what_is_built_is_kept_whole_and_for_its_owner_alone(tmp_path, monkeypat
 
 @every_divergence
 def test_every_divergence_can_be_traced(divergence):
-    assert divergence is None or program(divergence) is not None
+    assert divergence is None or trace_formula(divergence) is not None
 
 
 @dataclass(frozen=True)
 class Unusual(Divergence):
-    """Forward KL in ways that no compiled tail can say."""
+    """Forward KL beyond what compiled kernels can express."""
 
     how: str
 
@@ -180,7 +180,7 @@ class Unusual(Divergence):
 
 @pytest.mark.parametrize("how", ["in place", "branch", "reduction", "constant", "keyword"])
 def test_what_cannot_be_traced_runs_in_torch(how):
-    assert program(Unusual(how)) is None
+    assert trace_formula(Unusual(how)) is None
     hidden, head, teacher = torch.randn(5, 4), LMHead(torch.randn(9, 4)), DenseTargets(torch.randn(5, 9))
     expected = linear_divergence(hidden, head, teacher, ForwardKL())
     torch.testing.assert_close(linear_divergence(hidden, head, teacher, Unusual(how)).loss, expected.loss)
@@ -201,11 +201,11 @@ class EveryOperation(Divergence):
 
 @pytest.mark.usefixtures("compiler")
 def test_every_operation_means_in_c_what_it_means_in_torch():
-    assert program(EveryOperation()) is not None
+    assert trace_formula(EveryOperation()) is not None
     exact, plain = (
-        through(TorchTail(), dtype, EveryOperation(), 1.0, False, 500) for dtype in (torch.float64, torch.float32)
+        through(TorchKernel(), dtype, EveryOperation(), 1.0, False, 500) for dtype in (torch.float64, torch.float32)
     )
-    found = through(native_tail(EveryOperation(), False), torch.float32, EveryOperation(), 1.0, False, 500)
+    found = through(native_kernel(EveryOperation(), False), torch.float32, EveryOperation(), 1.0, False, 500)
     assert worst_error(found, exact) <= 2 * worst_error(plain, exact) + 1e-6
 
 
@@ -215,8 +215,8 @@ INTERPRETED = """
 import warnings
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's, in branches that are not taken
 import torch
-import test_tails as here
-from potstill.losses.triton import triton_tail, triton_exponentials_
+import test_kernels as here
+from potstill.losses.kernel_triton import triton_kernel, triton_exponentials_
 from potstill.losses.targets import SparseTargets
 
 for divergence in [None, *here.DIVERGENCES, here.EveryOperation()]:
@@ -225,15 +225,15 @@ for divergence in [None, *here.DIVERGENCES, here.EveryOperation()]:
             continue
         V = 5003 if divergence in (None, here.JSD()) else 301
         exact, plain = (
-            here.through(here.TorchTail(), dtype, divergence, temperature, labels, V)
+            here.through(here.TorchKernel(), dtype, divergence, temperature, labels, V)
             for dtype in (torch.float64, torch.float32)
         )
-        found = here.through(triton_tail(divergence, False), torch.float32, divergence, temperature, labels, V)
+        found = here.through(triton_kernel(divergence, False), torch.float32, divergence, temperature, labels, V)
         error, allowed = here.worst_error(found, exact), 2 * here.worst_error(plain, exact) + 1e-6
         assert error <= allowed, (divergence, temperature, labels, error, allowed)
         if V == 301 and temperature == 1:
             continue
-        half = here.through(triton_tail(divergence, False), torch.bfloat16, divergence, temperature, labels, V)
+        half = here.through(triton_kernel(divergence, False), torch.bfloat16, divergence, temperature, labels, V)
         assert here.worst_error(half, exact) <= 0.1, (divergence, here.worst_error(half, exact))
 
 logits = here.randn(3, 5003).float()
@@ -270,8 +270,8 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import test_tails as here
-from potstill.losses import triton as kernels
+import test_kernels as here
+from potstill.losses import kernel_triton as kernels
 
 types = dict(student="*bf16", teacher="*bf16", scale="*fp32", labels="*i64", divergence="*fp32", cross_entropy="*fp32",
              V="i32", stride="i32", temperature="fp32", label_weight="fp32")
@@ -281,17 +281,17 @@ def compiles(kernel, constants, types):
                        constexprs={(names.index(name),): value for name, value in constants.items()})
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["cubin"]
 
-def of_tail(divergence, labels, gradient, one):
+def of_kernel(divergence, labels, gradient, one):
     given = {"teacher": divergence, "scale": gradient or None, "labels": labels or None}
     absent = {name: None for name, value in given.items() if value is None}
-    constants = dict(POINTWISE=kernels.triton_tail(divergence, False)._pointwise, HAS_LABELS=labels,
+    constants = dict(POINTWISE=kernels.triton_kernel(divergence, False)._pointwise, HAS_LABELS=labels,
                      WITH_GRADIENT=gradient, ONE=one, BLOCK=4096, **absent)
-    compiles(kernels._tail, constants, {name: kind for name, kind in types.items() if name not in absent})
+    compiles(kernels._loss_and_gradient, constants, {name: kind for name, kind in types.items() if name not in absent})
 
-of_tail(here.JSD(), True, True, False)
-of_tail(here.EveryOperation(), True, True, False)
-of_tail(here.JSD(), False, False, True)  # evaluation
-of_tail(None, True, True, True)  # cross-entropy alone
+of_kernel(here.JSD(), True, True, False)
+of_kernel(here.EveryOperation(), True, True, False)
+of_kernel(here.JSD(), False, False, True)  # evaluation
+of_kernel(None, True, True, True)  # cross-entropy alone
 rows = dict(logits="*bf16", tops="*fp32", totals="*fp32", V="i32", stride="i32")
 compiles(kernels._exponentials, {"BLOCK": 4096}, rows)
 """
@@ -309,11 +309,11 @@ def run_with_triton(program: str, **environment: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_triton_tail_through_its_interpreter():
+def test_the_triton_kernel_through_its_interpreter():
     run_with_triton(INTERPRETED, TRITON_INTERPRET="1")
 
 
-def test_the_triton_tail_compiles_for_a_gpu_that_is_not_here(tmp_path):
+def test_the_triton_kernel_compiles_for_a_gpu_that_is_not_here(tmp_path):
     if sys.platform != "linux":
         pytest.skip("Triton's compiler for CUDA comes with Linux only")
     run_with_triton(COMPILED, TRITON_CACHE_DIR=str(tmp_path), TRITON_DEFAULT_FP_FUSION="1", TRITON_INTERPRET="0")
@@ -322,13 +322,13 @@ def test_the_triton_tail_compiles_for_a_gpu_that_is_not_here(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @every_divergence
-def test_the_triton_tail_on_a_gpu(divergence):
-    from potstill.losses.triton import triton_tail
+def test_the_triton_kernel_on_a_gpu(divergence):
+    from potstill.losses.kernel_triton import triton_kernel
 
-    exact = through(TorchTail(), torch.float64, divergence, 1.0, True, 5003)
+    exact = through(TorchKernel(), torch.float64, divergence, 1.0, True, 5003)
     torch.set_default_device("cuda")
     try:
-        found = through(triton_tail(divergence, False), torch.float32, divergence, 1.0, True, 5003)
+        found = through(triton_kernel(divergence, False), torch.float32, divergence, 1.0, True, 5003)
     finally:
         torch.set_default_device("cpu")
     assert worst_error([x.cpu() for x in found], exact) < 1e-5

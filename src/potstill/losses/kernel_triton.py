@@ -1,10 +1,10 @@
-"""The tail of a chunk on CUDA: one program a row, in place, in the dtype of the logits.
+"""Loss kernel for CUDA: one Triton program per row, in place, in the dtype of the logits.
 
 A row of logits is read three times: for both normalisers, for the loss and the sum of its slope, and for the gradient.
-All arithmetic is float32. The divergence's formula comes from its own `pointwise`.
+All arithmetic is float32. The formula is traced from `Divergence.pointwise`.
 """
 
-# A kernel's arguments are what Triton makes of them.
+# Triton decides the types of a kernel's arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
@@ -17,21 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from potstill.losses.chunked import Chunk, Job, Tail
 from potstill.losses.divergences import LOG_ZERO, Divergence
-from potstill.losses.tail import TorchTail
-from potstill.losses.token import Row
-from potstill.losses.trace import Program, program
+from potstill.losses.fused_chunks import ChunkBuffers, FusedInputs, LossKernel
+from potstill.losses.kernel_formula import OPERATORS, Formula, trace_formula
+from potstill.losses.kernel_torch import TorchKernel
+from potstill.losses.token_losses import SoftmaxSums
 
 LOWEST = tl.constexpr(LOG_ZERO)
 INTERPRETED: bool = triton.knobs.runtime.interpret  # the kernels run on a CPU, slowly, for tests
 
 OPERATIONS = {
-    "add": "{} + {}",
-    "sub": "{} - {}",
-    "mul": "{} * {}",
-    "div": "{} / {}",
-    "neg": "-{}",
+    **OPERATORS,
     "exp": "tl.exp({})",
     "log": "tl.log({})",
     "log1p": "log_one_plus({})",
@@ -39,27 +35,24 @@ OPERATIONS = {
     "sqrt": "tl.sqrt({})",
     "abs": "tl.abs({})",
     "sign": "({0} > 0).to(tl.float32) - ({0} < 0).to(tl.float32)",
-    "square": "{0} * {0}",
     "reciprocal": "1.0 / {}",
     "logaddexp": "log_add_exp({}, {})",
     "maximum": "tl.maximum({}, {})",
     "minimum": "tl.minimum({}, {})",
     "where": "tl.where({}, {}, {})",
-    "lt": "{} < {}",
-    "gt": "{} > {}",
 }
 
 
 @triton.jit
 def log_one_plus(x):
-    """log(1 + x), with Goldberg's correction for what 1 + x rounds away."""
+    """Compute log(1 + x), with Goldberg's correction for the rounding of 1 + x."""
     u = x + 1.0
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
 @triton.jit
 def exp_minus_one(x):
-    """exp(x) - 1, as a series where the difference would lose digits."""
+    """Compute exp(x) - 1, by a series where the difference would lose digits."""
     p = 1.0 + x * (1.0 / 8)
     p = 1.0 + x * (1.0 / 7) * p
     p = 1.0 + x * (1.0 / 6) * p
@@ -72,21 +65,21 @@ def exp_minus_one(x):
 
 @triton.jit
 def log_add_exp(a, b):
-    """log(exp(a) + exp(b))."""
+    """Compute log(exp(a) + exp(b))."""
     return tl.maximum(a, b) + log_one_plus(tl.exp(-tl.abs(a - b)))
 
 
 @triton.jit
 def _load(row, start, V, inverse, BLOCK: tl.constexpr):
-    """z / T of a block, LOWEST behind the row's end."""
+    """Load z / T of a block, LOWEST behind the row's end."""
     at = start + tl.arange(0, BLOCK)
     z = tl.load(row + at, mask=at < V, other=-float("inf")).to(tl.float32) * inverse
-    return tl.where(z < LOWEST, LOWEST, z)  # and not a maximum, which would hide NaN
+    return tl.where(z < LOWEST, LOWEST, z)  # not tl.maximum, which would hide NaN
 
 
 @triton.jit
 def _normalise(row, V, inverse, BLOCK: tl.constexpr):
-    """A row's largest z / T and the sum of exp(z / T - largest); LOWEST and 1 where every token is ruled out."""
+    """Compute a row's largest z / T and the sum of exp(z / T - largest); LOWEST and 1 if every token is ruled out."""
     top = LOWEST + 0.0
     total = 0.0
     for start in range(0, V, BLOCK):
@@ -94,22 +87,21 @@ def _normalise(row, V, inverse, BLOCK: tl.constexpr):
         larger = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - larger) + tl.sum(tl.exp(z - larger), 0)
         top = larger
-    nothing = top <= LOWEST
-    return top, tl.where(nothing, 1.0, total)
+    return top, tl.where(top <= LOWEST, 1.0, total)
 
 
 @triton.jit
-def _tail(
+def _loss_and_gradient(
     student, teacher, scale, labels, divergence, cross_entropy,
     V, stride, temperature, label_weight,
     POINTWISE: tl.constexpr, HAS_LABELS: tl.constexpr, WITH_GRADIENT: tl.constexpr, ONE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """See `Tail`; ONE says that the temperature is 1, so that one normaliser serves both losses."""
+    """See `LossKernel`; ONE: the temperature is 1, so that one normaliser serves both losses."""
     row = tl.program_id(0).to(tl.int64)
     student += row * stride
     label = -1
-    of_label = 0.0
+    label_scale = 0.0
     hard_base, hard_log = 0.0, 0.0
     if HAS_LABELS:
         label = tl.load(labels + row)
@@ -122,12 +114,12 @@ def _tail(
         teacher += row * stride
         top, total = _normalise(student, V, inverse, BLOCK)
         base, log_total = tl.where(top <= LOWEST, 0.0, top), tl.log(total)
-        said_top, said_total = _normalise(teacher, V, inverse, BLOCK)
-        said_base, said_log = tl.where(said_top <= LOWEST, 0.0, said_top), tl.log(said_total)
+        teacher_top, teacher_total = _normalise(teacher, V, inverse, BLOCK)
+        teacher_base, teacher_log = tl.where(teacher_top <= LOWEST, 0.0, teacher_top), tl.log(teacher_total)
         values = 0.0
         for start in range(0, V, BLOCK):
             log_q = _load(student, start, V, inverse, BLOCK) - base - log_total
-            log_p = _load(teacher, start, V, inverse, BLOCK) - said_base - said_log
+            log_p = _load(teacher, start, V, inverse, BLOCK) - teacher_base - teacher_log
             value, slope = POINTWISE(log_q, log_p)
             inside = start + tl.arange(0, BLOCK) < V
             values += tl.sum(tl.where(inside, value, 0.0), 0)
@@ -136,25 +128,25 @@ def _tail(
         if ONE:
             hard_base, hard_log = base, log_total
     if HAS_LABELS:
-        counts = label >= 0
-        z = tl.load(student + tl.where(counts, label, 0)).to(tl.float32)
+        is_target = label >= 0
+        z = tl.load(student + tl.where(is_target, label, 0)).to(tl.float32)
         z = tl.where(z < LOWEST, LOWEST, z)
-        tl.store(cross_entropy + row, tl.where(counts, hard_log - (z - hard_base), 0.0))
+        tl.store(cross_entropy + row, tl.where(is_target, hard_log - (z - hard_base), 0.0))
     if WITH_GRADIENT:
         weight = tl.load(scale + row)
         if HAS_LABELS:
-            of_label = tl.where(label >= 0, weight * label_weight, 0.0)
+            label_scale = tl.where(label >= 0, weight * label_weight, 0.0)
         for start in range(0, V, BLOCK):
             at = start + tl.arange(0, BLOCK)
             gradient = tl.zeros([BLOCK], tl.float32)
             if POINTWISE is not None:
                 log_q = _load(student, start, V, inverse, BLOCK) - base - log_total
-                log_p = _load(teacher, start, V, inverse, BLOCK) - said_base - said_log
+                log_p = _load(teacher, start, V, inverse, BLOCK) - teacher_base - teacher_log
                 value, slope = POINTWISE(log_q, log_p)
                 gradient = (slope - tl.exp(log_q) * slopes) * (weight * inverse)
             if HAS_LABELS:
                 hard = tl.exp(_load(student, start, V, 1.0, BLOCK) - hard_base - hard_log)
-                gradient += of_label * (hard - tl.where(at == label, 1.0, 0.0))
+                gradient += label_scale * (hard - tl.where(at == label, 1.0, 0.0))
             tl.store(student + at, gradient, mask=at < V)
 
 
@@ -172,51 +164,51 @@ def _exponentials(logits, tops, totals, V, stride, BLOCK: tl.constexpr):
         tl.store(logits + at, tl.exp(_load(logits, start, V, 1.0, BLOCK) - base), mask=at < V)
 
 
-class TritonTail:
-    """The kernel, with one divergence's formula (None: cross-entropy alone)."""
+class TritonKernel:
+    """The Triton kernel, with one divergence's formula (None: cross-entropy alone)."""
 
     def __init__(self, pointwise: Any) -> None:
         self._pointwise = pointwise
 
     def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
-        """That of the products: half of the memory and of the traffic in half precision."""
+        """The dtype of the products: half of the memory and traffic in half precision."""
         return products
 
-    def __call__(self, chunk: Chunk, job: Job) -> tuple[Tensor | None, Tensor | None]:
-        """See `Tail`."""
+    def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
+        """See `LossKernel`."""
         student = chunk.student
         rows, V = student.shape
         divergence, cross_entropy = student.new_empty(2, rows, dtype=torch.float32).unbind()
         labels = None if chunk.labels is None else chunk.labels.to(torch.int64).contiguous()
         scale = None if chunk.scale is None else chunk.scale.float().contiguous()
         with torch.cuda.device_of(student):  # Triton launches on the current device
-            _tail[(rows,)](
+            _loss_and_gradient[(rows,)](
                 student, chunk.teacher, scale, labels, divergence, cross_entropy,
-                V, student.stride(0), float(job.temperature), float(job.label_weight),
+                V, student.stride(0), float(inputs.temperature), float(inputs.label_weight),
                 POINTWISE=self._pointwise, HAS_LABELS=labels is not None, WITH_GRADIENT=scale is not None,
-                ONE=job.divergence is None or job.temperature == 1, **_shape(V),
+                ONE=inputs.divergence is None or inputs.temperature == 1, **_shape(V),
             )  # fmt: skip
-        return (None if job.divergence is None else divergence, None if labels is None else cross_entropy)
+        return (None if inputs.divergence is None else divergence, None if labels is None else cross_entropy)
 
 
-def triton_exponentials_(logits: Tensor) -> Row:
-    """`exponentials_` in two passes over [N, V]."""
+def triton_exponentials_(logits: Tensor) -> SoftmaxSums:
+    """Compute `exponentials_` in two passes over [N, V]."""
     rows, V = logits.shape
     top, total = logits.new_empty(2, rows, 1, dtype=torch.float32).unbind()
     with torch.cuda.device_of(logits):
         _exponentials[(rows,)](logits, top, total, V, logits.stride(0), **_shape(V))
-    return Row(top, total)
+    return SoftmaxSums(top, total)
 
 
 @lru_cache(maxsize=256)
-def triton_tail(divergence: Divergence | None, sparse: bool) -> Tail | None:
-    """The tail for a divergence (None: cross-entropy alone); None where its formula is no elementary arithmetic."""
+def triton_kernel(divergence: Divergence | None, sparse: bool) -> LossKernel | None:
+    """Build the kernel for a divergence (None: cross-entropy alone); None if its formula is not elementary."""
     if sparse:
-        return TorchTail(triton_exponentials_)
+        return TorchKernel(triton_exponentials_)
     if divergence is None:
-        return TritonTail(None)
-    steps = program(divergence)
-    return None if steps is None else TritonTail(_function(steps))
+        return TritonKernel(None)
+    formula = trace_formula(divergence)
+    return None if formula is None else TritonKernel(_triton_formula(formula))
 
 
 def _shape(V: int) -> dict[str, int]:
@@ -224,21 +216,15 @@ def _shape(V: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, min(8, block // 256))}
 
 
-def _function(steps: Program) -> Any:
-    """The formula as a Triton function, from a source that Triton can read back."""
+def _triton_formula(formula: Formula) -> Any:
+    """Write the formula as a Triton function, from a source that Triton can read back."""
     lines = ["def pointwise(log_q, log_p):"]
-    for step in steps.steps:
-        arguments = [f"({x!r})" if isinstance(x, float) else x for x in step.arguments]
-        lines.append(f"    {step.name} = {OPERATIONS[step.operation].format(*arguments)}")
-    source = "\n".join([*lines, f"    return {steps.value}, {steps.slope}", ""])
-    name = f"<potstill divergence {hash(steps):x}>"
+    for operation, function, arguments in formula.operations:
+        operands = [f"({x!r})" if isinstance(x, float) else x for x in arguments]
+        lines.append(f"    {operation} = {OPERATIONS[function].format(*operands)}")
+    source = "\n".join([*lines, f"    return {formula.value}, {formula.slope}", ""])
+    name = f"<potstill divergence {hash(formula):x}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    names: dict[str, Any] = {
-        "tl": tl,
-        "log_one_plus": log_one_plus,
-        "exp_minus_one": exp_minus_one,
-        "log_add_exp": log_add_exp,
-        "__name__": __name__,
-    }
+    names = dict(globals())
     exec(compile(source, name, "exec"), names)  # written above, from a fixed table
     return triton.jit(names["pointwise"])

@@ -1,21 +1,21 @@
-/* The tail of a chunk on a CPU, for float32 rows: see chunked.py and native.py.
+/* Loss kernel for float32 rows on a CPU: see fused_chunks.py and kernel_native.py.
 
-   A row of logits is read twice: once for both normalisers, once for the loss and its slope; and the slope once more
-   for the gradient. Blocks of a row stay in the first cache between the steps on them. GCC and Clang turn the vectors
-   below into whatever the processor has. POINTWISE is written by native.py from Divergence.pointwise. */
+   A row of logits is read twice: once for both normalisers, once for the loss and its slope; the slope is read once more
+   for the gradient. Blocks of a row stay in the L1 cache between the steps on them. GCC and Clang compile the vectors
+   below to the widest that the processor has. kernel_native.py writes POINTWISE from Divergence.pointwise. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__) /* a longer vector than the processor's would be taken apart into single numbers */
+#if defined(__AVX512F__) /* a longer vector than the processor's would be split into single numbers */
 #define LANES 16
 #elif defined(__AVX2__)
 #define LANES 8
 #else
 #define LANES 4
 #endif
-#define BLOCK (16 * LANES) /* elements: so many are added up in float32, and from there on in double */
+#define BLOCK (16 * LANES) /* elements summed in float32; the blocks are summed in double */
 #define LOG_ZERO -1e37f
 
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -33,8 +33,8 @@ INLINE vf root(vf x) {
     return x;
 }
 
-/* e^x = 2^n * e^r with |r| <= ln 2 / 2; the polynomial is the minimax one of Cephes, under 2 units in the last place. What
-   float32 holds only as a subnormal number is 0. For x < 88. */
+/* e^x = 2^n * e^r with |r| <= ln 2 / 2; the polynomial is the minimax one of Cephes, under 2 units in the last place. Subnormal
+   results are 0. For x < 88. */
 INLINE vf exponential_below_88(vf x) {
     vf n = x * 1.44269504f + 12582912.0f - 12582912.0f;
     vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -44,7 +44,7 @@ INLINE vf exponential_below_88(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = (p * (r * r) + r) + 1.0f;
-    vi power = (__builtin_convertvector(n, vi) + 127) << 23; /* nonsense for x < -87, and not taken there */
+    vi power = (__builtin_convertvector(n, vi) + 127) << 23; /* wrong for x < -87, and not used there */
     return pick(x < -87.33f, splat(0.0f), p * (vf)power);
 }
 INLINE vf exponential(vf x) {
@@ -96,7 +96,7 @@ INLINE void pointwise(vf log_q, vf log_p, vf *value, vf *slope) {
     POINTWISE
 }
 
-/* Rows have room behind V for the last vector to be full; what stands there is made LOG_ZERO. */
+/* Rows have room behind V for a full last vector; it is filled with LOG_ZERO. */
 INLINE vf load(const float *at) { return *(const vf *)at; }
 INLINE void store(float *at, vf x) { *(vf *)at = x; }
 INLINE void fill(float *row, long V) {
@@ -116,7 +116,7 @@ INLINE float sum(vf x) {
 /* A row's largest z / T and the sum of exp(z / T - largest): LOG_ZERO and 1 where every token is ruled out. */
 typedef struct { float top; double total; } sums;
 
-static sums add_up(const float *row, long V, float inverse) {
+static sums softmax_sums(const float *row, long V, float inverse) {
     float top = LOG_ZERO;
     double total = 0;
     for (long start = 0; start < V; start += BLOCK) {
@@ -151,59 +151,59 @@ INLINE float base(sums row) { return row.top == LOG_ZERO ? 0 : row.top; }
 INLINE vf log_softmax(vf z, normaliser n) { return (larger(z * n.inverse, splat(LOG_ZERO)) - n.top) - n.log_total; }
 
 static normaliser normalise(const float *row, long V, float inverse) {
-    sums s = add_up(row, V, inverse);
+    sums s = softmax_sums(row, V, inverse);
     return (normaliser){inverse, base(s), (float)log(s.total)};
 }
 
-/* Rows of one chunk, `stride` apart. student becomes the gradient where scale is not NULL; teacher is overwritten and may
-   be NULL; labels may be NULL, and are below 0 where they do not count. */
-void tail(float *student, float *teacher, const float *scale, const int64_t *labels, float *divergence,
-          float *cross_entropy, long rows, long V, long stride, float temperature, float label_weight) {
+/* Rows of one chunk, `stride` apart. student becomes the gradient if scale is not NULL; teacher is overwritten and may
+   be NULL; labels may be NULL, and are below 0 where ignored. */
+void loss_and_gradient(float *student, float *teacher, const float *scale, const int64_t *labels, float *divergence,
+                       float *cross_entropy, long rows, long V, long stride, float temperature, float label_weight) {
     for (long row = 0; row < rows; row++) {
-        float *z = student + row * stride, *said = teacher ? teacher + row * stride : 0;
+        float *z = student + row * stride, *p = teacher ? teacher + row * stride : 0;
         fill(z, V);
-        if (said) fill(said, V);
+        if (p) fill(p, V);
         normaliser soft = {0}, hard = {0};
         double value_total = 0, slope_total = 0;
-        if (said) {
+        if (p) {
             soft = normalise(z, V, 1 / temperature);
-            normaliser theirs = normalise(said, V, 1 / temperature);
+            normaliser teacher_soft = normalise(p, V, 1 / temperature);
             for (long start = 0; start < V; start += BLOCK) {
                 vf values = {0}, slopes = {0};
                 for (long v = start; v < V && v < start + BLOCK; v += LANES) {
                     vf value, slope;
-                    pointwise(log_softmax(load(z + v), soft), log_softmax(load(said + v), theirs),
+                    pointwise(log_softmax(load(z + v), soft), log_softmax(load(p + v), teacher_soft),
                               &value, &slope);
                     values += (vf)((vi)value & inside(v, V));
                     slopes += (vf)((vi)slope & inside(v, V));
-                    if (scale) store(said + v, slope);
+                    if (scale) store(p + v, slope);
                 }
                 value_total += sum(values);
                 slope_total += sum(slopes);
             }
             divergence[row] = (float)value_total;
         }
-        int counts = labels && labels[row] >= 0;
+        int is_target = labels && labels[row] >= 0;
         if (labels) {
-            hard = said && temperature == 1 ? soft : normalise(z, V, 1);
-            float of_label = counts ? z[labels[row]] : 0;
-            of_label = of_label > LOG_ZERO || of_label != of_label ? of_label : LOG_ZERO;
-            cross_entropy[row] = counts ? hard.log_total - (of_label - hard.top) : 0;
+            hard = p && temperature == 1 ? soft : normalise(z, V, 1);
+            float label_logit = is_target ? z[labels[row]] : 0;
+            label_logit = label_logit > LOG_ZERO || label_logit != label_logit ? label_logit : LOG_ZERO;
+            cross_entropy[row] = is_target ? hard.log_total - (label_logit - hard.top) : 0;
         }
         if (!scale) continue;
 
-        float of_slope = said ? scale[row] / temperature : 0, of_label = counts ? scale[row] * label_weight : 0;
+        float slope_scale = p ? scale[row] / temperature : 0, label_scale = is_target ? scale[row] * label_weight : 0;
         float total = (float)slope_total, rest = (float)(slope_total - total); /* slope - q * total cancels */
         for (long v = 0; v < V; v += LANES) {
-            vf here = load(z + v), gradient = {0}, q = {0};
-            if (said) {
-                q = exponential_below_88(log_softmax(here, soft));
-                gradient = ((load(said + v) - q * total) - q * rest) * of_slope;
+            vf logits = load(z + v), gradient = {0}, q = {0};
+            if (p) {
+                q = exponential_below_88(log_softmax(logits, soft));
+                gradient = ((load(p + v) - q * total) - q * rest) * slope_scale;
             }
-            if (counts) gradient += (said && temperature == 1 ? q : exponential_below_88(log_softmax(here, hard))) * of_label;
+            if (is_target) gradient += (p && temperature == 1 ? q : exponential_below_88(log_softmax(logits, hard))) * label_scale;
             store(z + v, gradient);
         }
-        if (counts) z[labels[row]] -= of_label;
+        if (is_target) z[labels[row]] -= label_scale;
     }
 }
 
@@ -212,7 +212,7 @@ void exponentials(float *logits, float *tops, float *totals, long rows, long V, 
     for (long row = 0; row < rows; row++) {
         float *z = logits + row * stride;
         fill(z, V);
-        sums s = add_up(z, V, 1);
+        sums s = softmax_sums(z, V, 1);
         for (long v = 0; v < V; v += LANES)
             store(z + v, exponential_below_88(larger(load(z + v), splat(LOG_ZERO)) - base(s)));
         tops[row] = s.top;

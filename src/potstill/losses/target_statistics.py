@@ -1,6 +1,6 @@
-"""What a teacher's distributions say about the tokens: how sure it is, and which tokens it finds likely.
+"""Statistics of a teacher's distributions: entropy, confidence, top tokens.
 
-Heads are multiplied a few tokens at a time: the logits of all of them never exist together.
+Heads are multiplied a few tokens at a time: the logits of all positions never exist together.
 """
 
 from __future__ import annotations
@@ -12,30 +12,26 @@ from torch import Tensor
 
 from potstill.errors import ShapeError
 from potstill.losses.targets import SparseTargets, Targets
-from potstill.losses.token import compute_dtype, is_sampled, log_probabilities_
+from potstill.losses.token_losses import compute_dtype, is_sampled, log_softmax_
 
 ELEMENTS = 2**24  # of logits at a time
 
 
 def teacher_entropy(targets: Targets, temperature: float = 1.0) -> Tensor:
-    """The entropy of the teacher's distributions: [N] nats; of K + 1 events for sparse targets."""
+    """Compute the entropy of each distribution: [N] nats; of K + 1 events for sparse targets."""
     return torch.cat([-(x.exp() * x).sum(-1) for x in _log_probs(targets, temperature)])
 
 
 def teacher_confidence(targets: Targets, temperature: float = 1.0) -> Tensor:
-    """The probability of the teacher's likeliest token: [N]."""
+    """Compute the probability of each top-1 token: [N]."""
     return torch.cat([x.amax(-1).exp() for x in _log_probs(targets, temperature)])
 
 
 def top_share(values: Tensor, share: float) -> Tensor:
-    """1 for the largest share of values, 0 for the others: [N], of the values' dtype; at least one for any share > 0.
-
-    Args:
-        values: [N].
-        share: in [0, 1].
+    """Return 1 for the largest share of values [N], 0 for the others; at least one for any share > 0.
 
     Raises:
-        ShapeError: the share is out of range.
+        ShapeError: the share is not in [0, 1].
     """
     if not 0 <= share <= 1:
         raise ShapeError(f"top_share: expected a share in [0, 1], got {share}.")
@@ -44,10 +40,10 @@ def top_share(values: Tensor, share: float) -> Tensor:
 
 
 def top_tokens(targets: Targets, count: int, temperature: float = 1.0) -> Targets:
-    """The teacher's `count` likeliest tokens, and all others as one event; sparse targets stay as they are.
+    """Keep the top `count` tokens, and all others as one event; sparse targets stay as they are.
 
     Raises:
-        ShapeError: the count is not positive, or a member of a mixture is a sample, whose likeliest tokens are chance.
+        ShapeError: the count is not positive, or a member of a mixture is a sample, whose top tokens are random.
     """
     if count < 1:
         raise ShapeError(f"top_tokens: expected a count of at least 1, got {count}.")
@@ -55,7 +51,7 @@ def top_tokens(targets: Targets, count: int, temperature: float = 1.0) -> Target
         return targets
     if is_sampled(targets):
         raise ShapeError(
-            "top_tokens: expected whole distributions, got a mixture with a sample, whose likeliest tokens are chance. "
+            "top_tokens: expected full distributions, got a mixture with a sample, whose top tokens are random. "
             "Leave top_k out."
         )
     kept = [x.topk(min(count, x.shape[-1])) for x in _log_probs(targets, temperature)]
@@ -64,23 +60,23 @@ def top_tokens(targets: Targets, count: int, temperature: float = 1.0) -> Target
 
 
 def token_log_probs(targets: Targets, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """The log-probabilities of some tokens: [N, K] for ids [N, K]; `LOG_ZERO` for probability 0.
+    """Look up the log-probabilities [N, K] of tokens [N, K]; `LOG_ZERO` for probability 0.
 
     Raises:
-        ShapeError: the targets are a few tokens of each distribution alone.
+        ShapeError: the targets are sparse.
     """
     if isinstance(targets, SparseTargets):
-        raise ShapeError("token_log_probs: expected whole distributions, got a few tokens of each.")
-    found, start = [], 0
+        raise ShapeError("token_log_probs: expected full distributions, got sparse targets.")
+    rows, start = [], 0
     for log_probs in _log_probs(targets, temperature):
-        found.append(log_probs.gather(-1, ids[start : start + len(log_probs)].to(torch.int64)))
+        rows.append(log_probs.gather(-1, ids[start : start + len(log_probs)].to(torch.int64)))
         start += len(log_probs)
-    return torch.cat(found)
+    return torch.cat(rows)
 
 
 @torch.no_grad()
 def _log_probs(targets: Targets, temperature: float) -> Iterator[Tensor]:
-    """The log-probabilities [n, V] of some tokens after others; for no token at all, those of none."""
+    """Yield the log-probabilities [n, V] of n positions at a time; for N = 0 one empty block."""
     if isinstance(targets, SparseTargets):
         yield targets.events(temperature)
         return
@@ -88,4 +84,4 @@ def _log_probs(targets: Targets, temperature: float) -> Iterator[Tensor]:
     for start in range(0, max(targets.leading[0], 1), rows):
         with torch.autocast(targets.device.type, enabled=False):
             logits = targets.rows(slice(start, start + rows)).dense(temperature)
-        yield log_probabilities_(logits.to(compute_dtype(logits.dtype), copy=True).div_(temperature))
+        yield log_softmax_(logits.to(compute_dtype(logits.dtype), copy=True).div_(temperature))

@@ -1,0 +1,382 @@
+"""linear_divergence: head and divergence in one, exact, without the logits."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from functools import cache
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from potstill.errors import ShapeError, UserError
+from potstill.losses.alignment import IGNORE
+from potstill.losses.divergences import Divergence
+from potstill.losses.fused_chunks import FusedInputs, FusedResult, LossKernel, NeedsGradient, run_chunks
+from potstill.losses.kernel_native import native_kernel
+from potstill.losses.kernel_torch import TorchKernel
+from potstill.losses.targets import FullTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
+from potstill.losses.token_losses import (
+    check_finite,
+    check_targets,
+    compute_dtype,
+    refuse_second_derivative,
+    token_cross_entropy,
+    token_mean,
+    unchecked_divergence,
+)
+from potstill.losses.torch_compile import disable_compile
+
+Backend = Literal["auto", "eager", "chunked", "triton"]
+Reduction = Literal["mean", "none"]
+
+
+class FusedLoss(NamedTuple):
+    """Result of `linear_divergence`.
+
+    Args:
+        loss: a scalar, or [N] with reduction "none"; with gradient to hidden, head.weight and head.bias.
+        divergence: [N] nats, detached; None without targets.
+        cross_entropy: [N] nats, detached; None without labels.
+    """
+
+    loss: Tensor
+    divergence: Tensor | None
+    cross_entropy: Tensor | None
+
+
+def linear_divergence(
+    hidden: Tensor,
+    head: LMHead,
+    targets: Targets | None,
+    divergence: Divergence | None,
+    *,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+    chunk_tokens: int | None = None,
+) -> FusedLoss:
+    """Compute divergence and hard-label cross-entropy of a student's hidden states, fused with its head.
+
+        loss = sum_n w_n (D_n + label_weight * CE_n) / normalizer
+
+    The same numbers as `token_divergence(head.logits(hidden), ...)`, but [N, V] logits of student or teacher never
+    exist: memory does not grow with N, and each matrix product is done once. The gradient is computed in the forward
+    pass and handed over in the backward pass, which can therefore run only once.
+
+    Args:
+        hidden: [N, H] the student's last hidden states at the target positions.
+        head: the student's head.
+        targets: the teacher's, for the same N; None for cross-entropy alone. No gradient flows to it.
+        divergence: any `Divergence`, including your own subclass; None for cross-entropy alone.
+        temperature: softmax temperature of the divergence, > 0. No T^2 factor is applied here.
+        token_weights: [N], w_n, without gradient; None for ones.
+        normalizer: the divisor, without gradient; default: the sum of w_n, at least 1.
+        labels: [N] token ids for the cross-entropy (at temperature 1); -100 = ignored.
+        label_weight: weight of the cross-entropy; with 0 it is only reported.
+        reduction: "none" gives w_n (D_n + label_weight * CE_n) by token, for weights that are only known afterwards
+            (policy gradients). The backward pass then recomputes the logits: about 1.6 times the cost, but it can run
+            more than once. `normalizer` does not apply.
+        backend: "eager" (readable reference, builds the logits), "chunked" (any device), "triton" (CUDA), or "auto"
+            (the fastest available).
+        chunk_tokens: tokens at a time; default: from a byte budget. It changes memory and time, not the numbers.
+
+    Raises:
+        VocabularyError: the vocabularies differ.
+        ShapeError: shapes, temperature, labels or backend do not fit; sparse targets do not fit the temperature or the
+            divergence; or the divergence is infinite.
+
+    >>> from potstill.losses.divergences import JSD
+    >>> from potstill.losses.targets import HeadTargets
+    >>> hidden, head = torch.ones(3, 4), LMHead(torch.eye(5, 4))
+    >>> loss = linear_divergence(hidden, head, HeadTargets(hidden, head), JSD()).loss
+    >>> torch.testing.assert_close(loss, torch.tensor(0.0))
+    """
+    weights = None if token_weights is None else token_weights.detach()
+    total = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
+    dtype = _products_dtype(hidden, head.weight)
+    args = _Arguments(
+        head, targets, divergence, temperature, weights, total, labels, label_weight, reduction, chunk_tokens, dtype
+    )
+    _check(hidden, args)
+    result = _eager(hidden, args) if backend == "eager" else _fused(hidden, args, backend)
+    if result.divergence is not None:
+        assert divergence is not None
+        weighted = result.divergence if weights is None else result.divergence * (weights != 0)
+        check_finite("linear_divergence", weighted, divergence)
+    return result
+
+
+def linear_cross_entropy(hidden: Tensor, head: LMHead, labels: Tensor, **options: Any) -> FusedLoss:
+    """Compute the cross-entropy of hard labels without the logits: `linear_divergence` without a teacher.
+
+    Args:
+        hidden: [N, H].
+        head: the student's.
+        labels: [N] token ids; -100 = ignored.
+        **options: token_weights, normalizer, reduction, backend and chunk_tokens of `linear_divergence`.
+    """
+    return linear_divergence(hidden, head, None, None, labels=labels, label_weight=1.0, **options)
+
+
+class _Arguments(NamedTuple):
+    """Arguments of `linear_divergence` without gradient."""
+
+    head: LMHead
+    targets: Targets | None
+    divergence: Divergence | None
+    temperature: float
+    token_weights: Tensor | None
+    normalizer: Tensor | float | None
+    labels: Tensor | None
+    label_weight: float
+    reduction: Reduction
+    chunk_tokens: int | None
+    products: torch.dtype  # of the matrix products
+
+    def loss(self, divergence: Tensor | None, cross_entropy: Tensor | None) -> Tensor:
+        """Reduce D_n + label_weight * CE_n, [N], to the scalar; with reduction "none" to the weighted values."""
+        if divergence is None:
+            assert cross_entropy is not None
+            values = self.label_weight * cross_entropy
+        elif cross_entropy is None or self.label_weight == 0:
+            values = divergence
+        else:
+            values = divergence + self.label_weight * cross_entropy
+        weights = self.token_weights
+        if weights is not None:
+            values = values.masked_fill(weights == 0, 0.0)  # they may be infinite
+        if self.reduction == "mean":
+            return token_mean(values, weights, self.normalizer)
+        return values if weights is None else values * weights
+
+
+def _check(hidden: Tensor, args: _Arguments) -> None:
+    width, V = args.head.weight.shape[1], args.head.vocabulary
+    if hidden.ndim != 2 or hidden.shape[1] != width:
+        raise ShapeError(
+            f"linear_divergence: expected hidden of shape [N, {width}], the head's width, got {list(hidden.shape)}."
+        )
+    N, labels = hidden.shape[0], args.labels
+    if (args.targets is None) != (args.divergence is None) or (args.targets is None and labels is None):
+        raise ShapeError("linear_divergence: expected targets and a divergence, or neither of them and labels.")
+    if args.label_weight and labels is None:
+        raise ShapeError(f"linear_divergence: expected labels for label_weight={args.label_weight}, got None.")
+    if args.targets is not None and args.divergence is not None:
+        check_targets("linear_divergence", torch.Size([N, V]), args.targets, args.divergence, args.temperature)
+    for name, values in (("token_weights", args.token_weights), ("labels", labels)):
+        if values is not None and values.shape != (N,):
+            raise ShapeError(f"linear_divergence: expected {name} of shape [{N}], got {list(values.shape)}.")
+    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise ShapeError(f"linear_divergence: expected labels of an integer dtype, got {labels.dtype}.")
+    if labels is not None and ((labels < 0) & (labels != IGNORE) | (labels >= V)).any():
+        ids = labels[labels != IGNORE]
+        raise ShapeError(
+            f"linear_divergence: expected labels in 0..{V - 1} or -100, got {int(ids.min())}..{int(ids.max())}."
+        )
+    if args.reduction not in ("mean", "none"):
+        raise ShapeError(f'linear_divergence: expected reduction "mean" or "none", got {args.reduction!r}.')
+    if args.chunk_tokens is not None and args.chunk_tokens < 1:
+        raise ShapeError(f"linear_divergence: expected chunk_tokens of at least 1, got {args.chunk_tokens}.")
+
+
+def _kernel(backend: str, args: _Arguments, device: torch.device) -> LossKernel:
+    """Choose the fastest kernel that the backend allows."""
+    if backend not in ("auto", "chunked", "triton"):
+        raise ShapeError(
+            f'linear_divergence: expected backend "auto", "eager", "chunked" or "triton", got {backend!r}.'
+        )
+    sparse = isinstance(args.targets, SparseTargets)
+    single = compute_dtype(args.products) == torch.float32
+    kernel: LossKernel | None = None
+    if backend == "triton" or (backend == "auto" and device.type == "cuda" and single):
+        kernel = _triton_kernel(args.divergence, sparse, single, device, required=backend == "triton")
+    elif device.type == "cpu" and single:
+        kernel = native_kernel(args.divergence, sparse)
+    return kernel or TorchKernel()
+
+
+def _triton_kernel(
+    divergence: Divergence | None, sparse: bool, single: bool, device: torch.device, required: bool
+) -> LossKernel | None:
+    try:
+        from potstill.losses import kernel_triton
+    except ImportError:
+        if required:
+            raise UserError(
+                'linear_divergence: expected Triton for backend "triton", got an ImportError. '
+                'Install it (pip install triton), or use backend "chunked".'
+            ) from None
+        return None
+    if device.type != "cuda" and not kernel_triton.INTERPRETED:
+        raise ShapeError(
+            f'linear_divergence: expected CUDA tensors for backend "triton", got {device.type}. Use backend "chunked".'
+        )
+    kernel = kernel_triton.triton_kernel(divergence, sparse) if single else None
+    if kernel is None:
+        name = type(divergence).__name__ if single else "float64"
+        warnings.warn(
+            f"linear_divergence: {name} has no Triton kernel; the chunked backend is used.", UserWarning, stacklevel=4
+        )
+    return kernel
+
+
+def _eager(hidden: Tensor, args: _Arguments) -> FusedLoss:
+    logits = args.head.logits(hidden)
+    divergence = cross_entropy = None
+    if args.targets is not None and args.divergence is not None:
+        divergence = unchecked_divergence(logits, args.targets, args.divergence, args.temperature)
+    if args.labels is not None:
+        cross_entropy = token_cross_entropy(logits, args.labels)
+    loss = args.loss(divergence, cross_entropy)
+    return FusedLoss(loss, *(None if x is None else x.detach() for x in (divergence, cross_entropy)))
+
+
+# Compiling would gain nothing, and a graph cannot hold buffers that are written in place.
+@disable_compile
+def _fused(hidden: Tensor, args: _Arguments, backend: str) -> FusedLoss:
+    tensors = (hidden, args.head.weight, args.head.bias)
+    needs = NeedsGradient(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors))
+    call = _FusedCall(args, _kernel(backend, args, hidden.device), needs)
+    if not any(needs):
+        result = call.run(*tensors, None)
+        return FusedLoss(args.loss(*result[:2]), *result[:2])
+    function = _Fused if args.reduction == "mean" else _PerToken
+    return FusedLoss(*function.apply(*tensors, call))  # type: ignore[no-untyped-call]
+
+
+class _FusedCall(NamedTuple):
+    args: _Arguments
+    kernel: LossKernel
+    needs: NeedsGradient
+
+    def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> FusedResult:
+        """Compute losses and gradients with the tokens' weights `scale`, in the dtype of the products."""
+        args, dtype = self.args, self.args.products
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            head = replace(args.head, weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
+            targets = None if args.targets is None else _in_one_dtype(args.targets)
+            inputs = FusedInputs(
+                hidden.to(dtype), head, targets, args.divergence, args.temperature, args.labels, args.label_weight
+            )
+            return run_chunks(inputs, self.kernel, scale, self.needs, args.chunk_tokens)
+
+
+def _in_one_dtype(targets: Targets) -> Targets:
+    """Cast the teacher's states and head to the dtype of its products, outside of the student's autocast."""
+    if isinstance(targets, MixtureTargets):
+        members = tuple(cast(FullTargets | SparseTargets, _in_one_dtype(member)) for member in targets.members)
+        return replace(targets, members=members)
+    if not isinstance(targets, HeadTargets):
+        return targets
+    dtype = _products_dtype(targets.hidden, targets.head.weight)
+    return HeadTargets(targets.hidden.to(dtype), replace(targets.head, weight=targets.head.weight.to(dtype)))
+
+
+def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype a linear layer would compute in; float32 on a CPU without fast half-precision products."""
+    dtype, device = torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16())):
+        return torch.float32
+    return dtype
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Tell whether this CPU multiplies bfloat16 (AVX512-BF16 or AMX on x86), as PyTorch sees it."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+_Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class _Fused(torch.autograd.Function):
+    """One pass: the gradient is computed with the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _FusedCall) -> _Outputs:
+        args = call.args
+        weights = args.token_weights
+        if weights is None:
+            weights = torch.ones(hidden.shape[0], device=hidden.device)
+        weights = weights.to(compute_dtype(args.products))
+        normalizer = weights.sum().clamp_min(1) if args.normalizer is None else args.normalizer
+        share = token_mean(weights.new_ones(1), normalizer=normalizer)
+        scale, ctx.factor = _scale(weights * share, args.products)
+        result = call.run(hidden, weight, bias, scale)
+        ctx.gradients, ctx.dtypes = result[2:], _dtypes(hidden, weight, bias)
+        return _outputs(ctx, args, result)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_divergence")
+        if ctx.gradients is None:
+            raise UserError(
+                "linear_divergence: expected one backward pass, got a second. "
+                'Call linear_divergence again, or use reduction="none", which recomputes its gradients.'
+            )
+        gradients, ctx.gradients = ctx.gradients, None  # autograd gets the only reference, and copies nothing
+        factor = grad_outputs[0] if ctx.factor is None else grad_outputs[0] * ctx.factor
+        if factor.device.type == "cpu" and factor == 1:  # elsewhere the comparison would wait for the device
+            factor = None
+        return (*_scaled(gradients, factor, ctx.dtypes), None)
+
+
+class _PerToken(torch.autograd.Function):
+    """Two passes: the gradient needs the weight of each token."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _FusedCall) -> _Outputs:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.call = call
+        loss, *parts = _outputs(ctx, call.args, call.run(hidden, weight, bias, None))
+        return loss.clone(), *parts  # .divergence may be the same tensor, and has no gradient
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_divergence")
+        args, tensors = ctx.call.args, ctx.saved_tensors
+        scale = grad_outputs[0] if args.token_weights is None else grad_outputs[0] * args.token_weights
+        scale, factor = _scale(scale, args.products)
+        gradients = ctx.call.run(*tensors, scale)[2:]
+        return (*_scaled(gradients, factor, _dtypes(*tensors)), None)
+
+
+def _outputs(ctx: Any, args: _Arguments, result: FusedResult) -> _Outputs:
+    parts = (result.divergence, result.cross_entropy)
+    ctx.mark_non_differentiable(*(x for x in parts if x is not None))
+    return args.loss(*parts), *parts
+
+
+def _scale(scale: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Split the tokens' weights in the logits' gradient into weights of order 1 and a factor applied to the sums.
+
+    In half precision a weight as small as 1 / normalizer would underflow the gradients, so the factor is applied in
+    float32 at the end. float16 keeps room for the sum over a chunk of tokens. In float32 there is no factor.
+    """
+    if products.itemsize >= 4 or not len(scale):
+        return scale, None
+    room = 16 if products == torch.float16 else 1
+    largest = room * scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return scale / largest, largest
+
+
+def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
+    return [None if x is None else x.dtype for x in tensors]
+
+
+def _scaled(
+    gradients: tuple[Tensor | None, ...], factor: Tensor | None, dtypes: list[torch.dtype | None]
+) -> list[Tensor | None]:
+    """Multiply gradients by a factor in place, and cast them."""
+    for gradient in gradients:
+        if gradient is not None and factor is not None:
+            gradient.mul_(factor)
+    return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]

@@ -1,0 +1,85 @@
+"""A divergence's `pointwise` as a list of elementary operations, for the compiled kernels.
+
+So a formula is written once, in torch, and your own divergence is compiled like the built-in ones.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import fx
+
+from potstill.losses.divergences import Divergence
+
+# The operations of the compiled kernels, by the names of torch's functions and methods and of Python's operators.
+UNARY = ("neg", "exp", "log", "log1p", "expm1", "sqrt", "abs", "sign", "square", "reciprocal")
+BINARY = ("add", "sub", "mul", "div", "logaddexp", "maximum", "minimum", "lt", "gt")
+SYNONYMS = {"truediv": "div", "clamp_min": "maximum", "clamp_max": "minimum"}
+# Those that C and Triton write alike.
+OPERATORS = {
+    op: f"{{}} {sign} {{}}" for op, sign in zip(("add", "sub", "mul", "div", "lt", "gt"), "+-*/<>", strict=True)
+}
+OPERATORS |= {"neg": "-{}", "square": "{0} * {0}"}
+NUM_ARGUMENTS = {**dict.fromkeys(UNARY, 1), **dict.fromkeys(BINARY, 2), "where": 3}
+
+
+class Operation(NamedTuple):
+    """name = function(arguments); an argument is the name of an earlier operation, log_q, log_p, or a number."""
+
+    name: str
+    function: str
+    arguments: tuple[str | float, ...]
+
+
+class Formula(NamedTuple):
+    """Operations in order, and the names of those that give value and slope."""
+
+    operations: tuple[Operation, ...]
+    value: str
+    slope: str
+
+
+@lru_cache(maxsize=256)
+def trace_formula(divergence: Divergence) -> Formula | None:
+    """Trace `divergence.pointwise`; None if it is more than elementary arithmetic."""
+    try:
+        return _formula(fx.symbolic_trace(lambda log_q, log_p: divergence.pointwise(log_q, log_p)).graph)
+    except (fx.proxy.TraceError, TypeError, AttributeError, KeyError):
+        return None
+
+
+def _formula(graph: fx.Graph) -> Formula | None:
+    names: dict[fx.Node, str] = {}
+    operations: list[Operation] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            names[node] = ("log_q", "log_p")[len(names)]
+        elif node.op == "output":
+            value, slope = node.args[0]
+            return Formula(tuple(operations), names[value], names[slope])
+        else:
+            names[node] = f"t{len(operations)}"
+            operations.append(_operation(node, names))
+    return None
+
+
+def _operation(node: fx.Node, names: dict[fx.Node, str]) -> Operation:
+    function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    arguments = tuple(_argument(value, names) for value in node.args)
+    if function == "pow" and arguments[1:] == (2,):
+        function, arguments = "square", arguments[:1]
+    elif function == "where" and node.op == "call_method":
+        arguments = (arguments[1], arguments[0], *arguments[2:])  # x.where(condition, y)
+    function = SYNONYMS.get(function, function)
+    if node.kwargs or len(arguments) != NUM_ARGUMENTS.get(function):
+        raise TypeError(f"{function} is no elementary operation.")
+    return Operation(names[node], function, arguments)
+
+
+def _argument(value: object, names: dict[fx.Node, str]) -> str | float:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value} is no number.")
+    return float(value)

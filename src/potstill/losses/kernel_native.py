@@ -1,0 +1,174 @@
+"""Loss kernel for the CPU: kernel_native.c, compiled with the divergence's own formula."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from potstill.losses.divergences import Divergence
+from potstill.losses.fused_chunks import ChunkBuffers, FusedInputs, LossKernel
+from potstill.losses.kernel_formula import OPERATORS, Formula, trace_formula
+from potstill.losses.kernel_torch import TorchKernel
+from potstill.losses.token_losses import SoftmaxSums
+
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+OPERATIONS = {
+    **OPERATORS,
+    "exp": "exponential({})",
+    "log": "logarithm({})",
+    "log1p": "log1p_any({})",
+    "expm1": "expm1_any({})",
+    "sqrt": "root({})",
+    "abs": "absolute({})",
+    "sign": "signum({})",
+    "reciprocal": "1.0f / {}",
+    "logaddexp": "log_add_exp({}, {})",
+    "maximum": "larger({}, {})",
+    "minimum": "smaller({}, {})",
+    "where": "pick({}, {}, {})",
+}
+
+
+class NativeKernel:
+    """kernel_native.c, compiled for one divergence."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._function = _c_function(library, "loss_and_gradient", pointers=6, numbers=2)
+
+    def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
+        """float32."""
+        return torch.float32
+
+    def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
+        """See `LossKernel`."""
+        divergence, cross_entropy = torch.empty(2, len(chunk.student)).unbind()
+        labels = None if chunk.labels is None else chunk.labels.to(torch.int64).contiguous()
+        scale = None if chunk.scale is None else chunk.scale.float().contiguous()
+        rows = (chunk.student, chunk.teacher, scale, labels, divergence, cross_entropy)
+        _call_on_rows(self._function, rows, inputs.temperature, inputs.label_weight)
+        return (None if inputs.divergence is None else divergence, None if labels is None else cross_entropy)
+
+
+@lru_cache(maxsize=256)
+def native_kernel(divergence: Divergence | None, sparse: bool) -> LossKernel | None:
+    """Compile the kernel for a divergence (None: cross-entropy alone) and dense or sparse targets.
+
+    Returns None if there is no C compiler, or the formula is more than elementary arithmetic.
+    """
+    formula = None if divergence is None or sparse else trace_formula(divergence)
+    if formula is None and divergence is not None and not sparse:
+        return None
+    path = _build((Path(__file__).parent / "kernel_native.c").read_text().replace("    POINTWISE", _c_formula(formula)))
+    if path is None:
+        return None
+    library = ctypes.CDLL(str(path))
+    if not sparse:
+        return NativeKernel(library)
+    function = _c_function(library, "exponentials", pointers=3, numbers=0)
+
+    def exponentials(logits: Tensor) -> SoftmaxSums:
+        top, total = torch.empty(2, len(logits), 1).unbind()
+        _call_on_rows(function, (logits, top, total))
+        return SoftmaxSums(top, total)
+
+    return TorchKernel(exponentials)
+
+
+def _c_function(library: ctypes.CDLL, name: str, pointers: int, numbers: int) -> Any:
+    function = library[name]
+    function.restype = None
+    function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_long] * 3 + [ctypes.c_float] * numbers
+    return function
+
+
+def _call_on_rows(function: Any, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+    """Call a C function on all rows of the first tensor [C, V], in as many threads as torch uses."""
+    first = tensors[0]
+    assert first is not None
+    (C, V), stride = first.shape, first.stride(0)
+    threads = torch.get_num_threads()
+    step = -(-C // (4 * threads)) if threads > 1 else C  # four pieces each: none waits long for the slowest
+
+    def rows(start: int) -> None:
+        pointers = [None if x is None else x[start:].data_ptr() for x in tensors]
+        function(*pointers, min(step, C - start), V, stride, *numbers)
+
+    starts = range(0, C, step)
+    if len(starts) > 1:
+        list(_pool(threads).map(rows, starts))
+    else:
+        rows(0)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="potstill-kernel")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def _c_formula(formula: Formula | None) -> str:
+    """Write the body of the C function `pointwise`."""
+    if formula is None:
+        return "    *value = *slope = splat(0);"
+    lines = []
+    for name, function, arguments in formula.operations:
+        template = OPERATIONS[function]
+        if function == "exp" and arguments[0] in ("log_q", "log_p"):
+            template = "exponential_below_88({})"
+        # A C function takes vectors; an operator takes a number too.
+        literal = "splat({!r}f)" if "(" in template else "({!r}f)"
+        operands = [literal.format(x) if isinstance(x, float) else x for x in arguments]
+        kind = "vi" if function in ("lt", "gt") else "vf"
+        lines.append(f"    const {kind} {name} = {template.format(*operands)};")
+    return "\n".join([*lines, f"    *value = {formula.value};", f"    *slope = {formula.slope};"])
+
+
+def _build(source: str) -> Path | None:
+    """Compile a source to a shared library, cached by source, compiler and processor; None if that fails."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    key = hashlib.sha256("\n".join([source, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:24]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "potstill"
+    target = folder / f"kernel-{key}.so"
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            code, built = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
+            code.write_text(source)
+            subprocess.run(
+                [*compiler.split(), *FLAGS, str(code), "-o", str(built), "-lm"], check=True, capture_output=True
+            )
+            built.replace(target)  # atomic, whatever other process builds it too
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return target
+
+
+def _processor() -> str:
+    """Describe what -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {flags}"

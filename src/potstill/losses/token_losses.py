@@ -1,0 +1,319 @@
+"""Per-token losses from full logits, and the formulas they share with the fused losses.
+
+This is the readable reference that every faster path is compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from potstill.errors import ShapeError, UserError, VocabularyError
+from potstill.losses.alignment import IGNORE
+from potstill.losses.divergences import LOG_ZERO, Divergence
+from potstill.losses.targets import MixtureTargets, SparseTargets, Targets
+
+# A sum of q (log q - log p) with log p = LOG_ZERO exceeds this; no divergence of finite logits comes near it.
+INFINITE = 1e9
+
+
+def token_divergence(
+    student_logits: Tensor, targets: Targets, divergence: Divergence, *, temperature: float = 1.0
+) -> Tensor:
+    """Compute the divergence between teacher and student, per token.
+
+        sum_v value_v(log q, log p),   q = softmax(student_logits / T),   p = softmax(teacher_logits / T)
+
+    With `SparseTargets` the sum runs over K + 1 events: the K tokens, and all others together.
+
+    Args:
+        student_logits: [..., V], any float dtype; computed in float32 (float64 for float64).
+        targets: the teacher's, over the same V and leading shape. No gradient flows to it.
+        divergence: any `Divergence`, including your own subclass.
+        temperature: softmax temperature, > 0. No T^2 factor is applied here.
+
+    Returns:
+        [...] float32 (float64), nats, unmasked, unreduced.
+
+    Raises:
+        VocabularyError: the vocabularies differ.
+        ShapeError: the leading shapes differ; the temperature is not positive, or not that of sparse targets; sampled
+            targets with a divergence that they would bias; or the divergence is infinite because the teacher rules out
+            (-inf) a token that the student does not.
+
+    >>> from potstill.losses.divergences import ReverseKL
+    >>> from potstill.losses.targets import DenseTargets
+    >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    >>> token_divergence(student, DenseTargets(teacher), ReverseKL())
+    tensor([0.])
+    """
+    check_targets("token_divergence", student_logits.shape, targets, divergence, temperature)
+    result = unchecked_divergence(student_logits, targets, divergence, temperature)
+    check_finite("token_divergence", result, divergence)
+    return result
+
+
+def unchecked_divergence(
+    student_logits: Tensor, targets: Targets, divergence: Divergence, temperature: float
+) -> Tensor:
+    """Compute `token_divergence` without checking arguments and result."""
+    needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+    dtype, gradient = compute_dtype(student_logits.dtype), None
+    # The gradient comes from `slope`, in the forward pass: only one [..., V] buffer is kept, and 0 * inf cannot arise
+    # in a chain of elementary operations. The teacher's head keeps its own precision under autocast.
+    with torch.no_grad(), torch.autocast(student_logits.device.type, enabled=False):
+        teacher = None if isinstance(targets, SparseTargets) else targets.dense(temperature)
+    with torch.no_grad():
+        scaled = _scaled_copy(student_logits, dtype, temperature)
+        if isinstance(targets, SparseTargets):
+            events = student_events_(scaled, targets.ids, targets.used())
+            value, by_event = event_divergence(events, targets.events(temperature), divergence)
+            if needs_gradient:
+                gradient = token_gradient_(scaled, events, by_event).div_(temperature)
+        else:
+            assert teacher is not None
+            log_q, log_p = log_softmax_(scaled), log_softmax_(_scaled_copy(teacher, dtype, temperature))
+            terms, slope = divergence.pointwise(log_q, log_p)
+            value = terms.sum(-1)
+            if needs_gradient:
+                gradient = log_q.exp().mul_(-slope.sum(-1, keepdim=True)).add_(slope).div_(temperature)
+    return value if gradient is None else with_gradient(student_logits, value, gradient, "token_divergence")
+
+
+def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor, caller: str) -> Tensor:
+    """Return `value` with a precomputed derivative: d(value) / d(inputs) = gradient.
+
+    Args:
+        inputs: [...] like value, or [..., V].
+        value: [...], computed without autograd.
+        gradient: of the shape of inputs.
+        caller: named in the error of a second derivative.
+    """
+    result: Tensor = _PrecomputedGradient.apply(inputs, value, gradient, caller)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _PrecomputedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, value: Tensor, gradient: Tensor, caller: str) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype, ctx.caller = inputs.dtype, caller
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        refuse_second_derivative(ctx.caller)
+        (gradient,) = ctx.saved_tensors
+        outer = grad_outputs[0]
+        outer = outer if outer.ndim == gradient.ndim else outer.unsqueeze(-1)
+        return (outer * gradient).to(ctx.dtype), None, None, None
+
+
+def check_targets(caller: str, shape: torch.Size, targets: Targets, divergence: Divergence, temperature: float) -> None:
+    """Check that targets fit student logits of `shape` [..., V]; raises the errors of `token_divergence`."""
+    if not 0 < temperature < math.inf:
+        raise ShapeError(f"{caller}: expected temperature > 0, got {temperature}.")
+    if is_sampled(targets) and not divergence.linear_in_teacher:
+        raise ShapeError(
+            f"{caller}: expected a divergence that is linear in the teacher with sampled targets, got "
+            f"{type(divergence).__name__}, for which a sample is biased. Use ForwardKL or SoftCrossEntropy, or "
+            'targets of kind "bucket" (a cache of --codec top_k).'
+        )
+    if isinstance(targets, SparseTargets):
+        targets.slice(shape[-1])
+    elif targets.vocabulary != shape[-1]:
+        size = min(targets.vocabulary, shape[-1])
+        student = "student_logits[..., :n]" if caller == "token_divergence" else "head.slice(n)"
+        raise VocabularyError(
+            f"{caller}: expected teacher vocabulary {shape[-1]}, got {targets.vocabulary}. If one head is only padded, "
+            f"slice both to the shared real size (at most {size}) with targets.slice(n) and {student}."
+        )
+    if targets.leading != shape[:-1]:
+        raise ShapeError(f"{caller}: expected targets for positions {list(shape[:-1])}, got {list(targets.leading)}.")
+
+
+def is_sampled(targets: Targets) -> bool:
+    """Tell whether targets are a sample of the teacher's distribution, or a mixture with one."""
+    if isinstance(targets, SparseTargets):
+        return targets.kind == "sampled"
+    return isinstance(targets, MixtureTargets) and targets.sampled
+
+
+def check_finite(caller: str, values: Tensor, divergence: Divergence) -> None:
+    """Raise an error if a divergence is infinite by definition."""
+    if (values.detach() > INFINITE).any():
+        raise ShapeError(
+            f"{caller}: expected a finite {type(divergence).__name__}, got inf: teacher and student rule "
+            "out (-inf) different tokens. Use a bounded divergence (JSD, SkewForwardKL, SkewReverseKL), or slice "
+            "those tokens off."
+        )
+
+
+def log_softmax_(logits: Tensor) -> Tensor:
+    """Compute log_softmax in place, of logits [..., V] in float32 or float64.
+
+    -inf becomes `LOG_ZERO`. In a row of nothing but -inf all probabilities are 0.
+    """
+    logits.clamp_min_(LOG_ZERO)
+    top = logits.amax(-1, keepdim=True)
+    empty = top <= LOG_ZERO
+    logits.sub_(top.masked_fill_(empty, 0.0))
+    total = torch.exp(logits).sum(-1, keepdim=True)
+    return logits.sub_(total.masked_fill_(empty, 1.0).log_())
+
+
+class SoftmaxSums(NamedTuple):
+    """The largest logit of each row and the sum of exp(logit - largest), [..., 1] each.
+
+    In a row of nothing but -inf the largest logit is `LOG_ZERO` and the sum 1.
+    """
+
+    top: Tensor
+    total: Tensor
+
+
+def exponentials_(logits: Tensor) -> SoftmaxSums:
+    """Overwrite logits [..., V] with exp(logit - largest)."""
+    top = logits.clamp_min_(LOG_ZERO).amax(-1, keepdim=True)
+    empty = top <= LOG_ZERO
+    total = logits.sub_(top.masked_fill(empty, 0.0)).exp_().sum(-1, keepdim=True)
+    return SoftmaxSums(top, total.masked_fill_(empty, 1.0))
+
+
+class StudentEvents(NamedTuple):
+    """The student's probabilities of K tokens and of all others together.
+
+    Args:
+        log_q: [..., K + 1].
+        total: [..., 1], the sum over the others in the buffer that `student_events_` overwrote.
+        tokens: [..., K] int64 ids; 0 in unused slots.
+        used: [..., K + 1] bool; the last is False where no other token is left.
+    """
+
+    log_q: Tensor
+    total: Tensor
+    tokens: Tensor
+    used: Tensor
+
+
+def student_events_(
+    logits: Tensor, ids: Tensor, used: Tensor, exponentials: Callable[[Tensor], SoftmaxSums] = exponentials_
+) -> StudentEvents:
+    """Reduce the student's logits over T, [..., V] float32 or float64, to K + 1 events.
+
+    The logits are overwritten: divided by `total`, with each other token's share of the others' probability; with 0 for
+    the K tokens.
+    """
+    tokens = ids.to(torch.int64) * used
+    kept = logits.gather(-1, tokens).clamp_min_(LOG_ZERO).masked_fill_(~used, LOG_ZERO)
+    # Added, not assigned: unused slots share id 0 with one that may be used.
+    logits.scatter_add_(-1, tokens, used.to(logits.dtype).mul_(2 * LOG_ZERO))
+    top, total = exponentials(logits)
+    empty = top <= LOG_ZERO
+    # The others as one logit, relative to the row's largest, so that large logits lose no digits.
+    largest = torch.maximum(top, kept.amax(-1, keepdim=True))
+    others = (top - largest + total.log()).masked_fill_(empty, LOG_ZERO)
+    log_q = log_softmax_(torch.cat([(kept - largest).clamp_min_(LOG_ZERO), others], -1))
+    return StudentEvents(log_q, total, tokens, torch.cat([used, ~empty], -1))
+
+
+def event_divergence(events: StudentEvents, log_p: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """Compute the divergence [...] over K + 1 events, and its gradient [..., K + 1] in the student's log-probabilities.
+
+    An unused slot is an event of probability 0 on both sides, which adds nothing.
+    """
+    log_p = log_p.to(events.log_q.dtype).masked_fill(~events.used, LOG_ZERO)
+    value, slope = divergence.pointwise(events.log_q, log_p)
+    value, slope = value * events.used, slope * events.used
+    return value.sum(-1), slope - events.log_q.exp() * slope.sum(-1, keepdim=True)
+
+
+def token_gradient_(shares: Tensor, events: StudentEvents, gradient: Tensor) -> Tensor:
+    """Turn the gradient by event into one by token [..., V], in the buffer that `student_events_` overwrote.
+
+    dD/dz_v = gradient_v for the K tokens,   share_v * gradient_rest for all others
+    """
+    shares.mul_(gradient[..., -1:] / events.total)
+    return shares.scatter_add_(-1, events.tokens, gradient[..., :-1] * events.used[..., :-1])
+
+
+def refuse_second_derivative(caller: str) -> None:
+    """Raise an error under create_graph, whose graph would silently miss the student."""
+    if torch.is_grad_enabled():
+        raise UserError(
+            f"{caller}: expected a first derivative, got create_graph=True. The gradient is computed in "
+            "the forward pass; for a second derivative differentiate the sum of divergence.pointwise itself."
+        )
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64, float32 for all else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_compute_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast both to the student's `compute_dtype`, the teacher without gradient."""
+    dtype = compute_dtype(student.dtype)
+    return student.to(dtype), teacher.detach().to(dtype)
+
+
+def _scaled_copy(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    return logits.to(dtype, copy=True).div_(temperature)
+
+
+def label_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the cross-entropy of class or token labels, or the squared error of floating-point labels.
+
+    Args:
+        student_logits: [N, V]; [N, 1] for floating-point labels.
+        labels: [N], integers (`token_cross_entropy`) or floating point.
+
+    Returns:
+        [N] float32 (float64).
+    """
+    if not labels.is_floating_point():
+        return token_cross_entropy(student_logits, labels)
+    predictions = student_logits.to(compute_dtype(student_logits.dtype)).squeeze(-1)
+    return (predictions - labels.to(predictions.dtype)).square()
+
+
+def token_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the cross-entropy with hard labels, per token.
+
+        -log softmax(student_logits)[label]
+
+    Args:
+        student_logits: [N, V], any float dtype; computed in float32 (float64 for float64).
+        labels: [N] token ids; the loss of -100 is 0, without a gradient.
+
+    Returns:
+        [N] float32 (float64), nats.
+    """
+    logits = student_logits.to(compute_dtype(student_logits.dtype))
+    return torch.nn.functional.cross_entropy(logits, labels.long(), reduction="none", ignore_index=IGNORE)
+
+
+def token_mean(values: Tensor, weights: Tensor | None = None, normalizer: Tensor | float | None = None) -> Tensor:
+    """Compute the weighted mean over tokens. No other place divides by a number of tokens.
+
+        sum_n w_n x_n / normalizer
+
+    Args:
+        values: [N], at the target positions.
+        weights: [N], or None for ones.
+        normalizer: the divisor: the number (or weight) of all target tokens in the optimiser step, over ranks and
+            accumulation steps. Default: the sum of the weights here, at least 1.
+
+    Returns:
+        A scalar; 0 with a gradient of 0 for N = 0.
+    """
+    total = (values if weights is None else values * weights).sum()
+    if normalizer is None:
+        normalizer = max(values.numel(), 1) if weights is None else weights.sum().clamp_min(1)
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(total.device, torch.promote_types(total.dtype, torch.float32))
+    return total / normalizer
