@@ -294,7 +294,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         CrossTokenizerTeacher(Sparse(), LARGE, SMALL)(batch, causal_alignment(batch["labels"]))
     with pytest.raises(ShapeError, match=r"Chunks.bias_threshold: expected a number in"):
         Chunks(bias_threshold=2.0)
-    with pytest.raises(ShapeError, match="Chunks.biased: expected one of drop, merge"):
+    with pytest.raises(ShapeError, match=r"Chunks.biased: expected one of drop, merge"):
         Chunks(biased="keep")  # type: ignore[arg-type]
     targets = teacher(batch, causal_alignment(batch["labels"])).targets
     assert not isinstance(targets, DenseTargets)
