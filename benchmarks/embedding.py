@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from measure import seconds
-from potstill.embedding.heads import SAMPLE, VectorHead, principal, random_projection
+from potstill.embedding.heads import PCA_ROWS, VectorHead, fit_pca, random_projection
 from potstill.embedding.objective import FOCUSES, START, PairObjective
 from potstill.embedding.training import EmbeddingDistiller
 from potstill.embedding.vectors import check_vectors, open_vectors
-from potstill.evaluate.space import Judge, Kept
+from potstill.evaluate.space import SpaceEvaluator, SpaceScores
 
 DIMENSIONS = (5, 16, 64)
 
@@ -60,7 +60,7 @@ def teacher_folder() -> str:
 def encoded(args: argparse.Namespace, split: str) -> Tensor:
     """The teacher's vectors of a split."""
     from potstill.embedding.encoders import load_embedder
-    from potstill.embedding.teachers import encode_texts, model_encoder
+    from potstill.embedding.teachers import TextEncoder, encode_texts, model_encoder
 
     texts = sentences(args.data, split)[0]
     distinct = list(dict.fromkeys(texts))
@@ -71,23 +71,23 @@ def encoded(args: argparse.Namespace, split: str) -> Tensor:
         encode = encode or model_encoder(load_embedder(teacher_folder(), "teacher"))
         return encode(some)
 
-    vectors = encode_texts(distinct, lazily, "all-MiniLM-L6-v2", args.work)
+    vectors = encode_texts(distinct, TextEncoder(lazily, "all-MiniLM-L6-v2"), args.work)
     number = {text: i for i, text in enumerate(distinct)}
     return vectors.read(0, vectors.rows)[[number[text] for text in texts]]
 
 
-def dev_judge(args: argparse.Namespace) -> tuple[Tensor, Judge]:
+def dev_judge(args: argparse.Namespace) -> tuple[Tensor, SpaceEvaluator]:
     """What chooses the epoch: dev, with the package's own number of rows."""
     vectors = encoded(args, "dev")
-    return vectors, Judge(vectors, sentences(args.data, "dev")[1])
+    return vectors, SpaceEvaluator(vectors, sentences(args.data, "dev")[1])
 
 
-def judge(args: argparse.Namespace, split: str) -> tuple[Tensor, Judge]:
+def judge(args: argparse.Namespace, split: str) -> tuple[Tensor, SpaceEvaluator]:
     vectors = encoded(args, split)
-    return vectors, Judge(vectors, sentences(args.data, split)[1], most=len(vectors))
+    return vectors, SpaceEvaluator(vectors, sentences(args.data, split)[1], most=len(vectors))
 
 
-def shown(name: str, kept: list[Kept], seconds: float = 0.0) -> None:
+def shown(name: str, kept: list[SpaceScores], seconds: float = 0.0) -> None:
     mean = {key: statistics.fmean(getattr(one, key) for one in kept) for key in ("scores", "all_pairs", "recall")}
     each = " ".join(f"{one.scores:.3f}/{one.all_pairs:.3f}/{one.recall:.3f}" for one in kept) if len(kept) > 1 else ""
     figures = " | ".join(f"{value:.3f}" for value in mean.values())
@@ -101,15 +101,15 @@ def heads(args: argparse.Namespace) -> None:
     shown("teacher, 384", [on_test(test)])
     for d in args.dimensions:
         for centred, name in ((True, "PCA"), (False, "PCA uncentred")):
-            shown(f"{d}: {name}", [on_test(principal(train, d, centred=centred).project(test))])
-        shown(f"{d}: PCA whitened", [on_test(principal(train, d).project(test, whiten=True))])
+            shown(f"{d}: {name}", [on_test(fit_pca(train, d, centred=centred).project(test))])
+        shown(f"{d}: PCA whitened", [on_test(fit_pca(train, d).project(test, whiten=True))])
         shown(f"{d}: random projection", [on_test(random_projection(test, d, seed)) for seed in args.seeds])
         for focus in FOCUSES:
             kept, began = [], time.perf_counter()
             for seed in args.seeds:
                 hidden = 256 if args.head == "mlp" else 0
                 head = VectorHead.from_pca(train, d, hidden=hidden, start=START[focus], seed=seed)
-                EmbeddingDistiller(head, PairObjective(focus), seed=seed).fit(train, held, judge=chooses)
+                EmbeddingDistiller(head, PairObjective(focus), seed=seed).fit(train, held, evaluator=chooses)
                 kept.append(on_test(torch.from_numpy(head.transform(test))))
             shown(f"{d}: {focus}", kept, (time.perf_counter() - began) / len(kept))
 
@@ -155,9 +155,10 @@ def text(args: argparse.Namespace) -> None:
         )
         plan = EmbeddingDistiller(make, PairObjective("balanced"), epochs=epochs, batch_size=batch, learning_rate=rate)
         began = time.perf_counter()
-        lines = plan.fit(train, held, texts=texts, held_out_texts=held_texts, judge=chooses)
+        lines = plan.fit(train, held, texts=texts, held_out_texts=held_texts, evaluator=chooses)
         spent = time.perf_counter() - began
-        print(f"{name} on dev, before: {lines[0].kept}; after: {max(lines, key=lambda line: line.kept.close).kept}")
+        best = max(lines, key=lambda line: line.metrics.close)
+        print(f"{name} on dev, before: {lines[0].metrics}; after: {best.metrics}")
         folder = args.work / name.replace(" ", "-")
         make.save(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -181,7 +182,7 @@ def million(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     check_vectors(vectors, 5)
     checked = time.perf_counter()
-    head = VectorHead.from_pca(vectors.sample(SAMPLE), 5)
+    head = VectorHead.from_pca(vectors.sample(PCA_ROWS), 5)
     held = vectors.read(0, 2000)
     started = time.perf_counter()
     lines = EmbeddingDistiller(head, epochs=1).fit(vectors, held)
@@ -196,7 +197,7 @@ def million(args: argparse.Namespace) -> None:
         "transform": done - trained,
     }
     print(json.dumps({**{k: round(v, 1) for k, v in figures.items()}, "peak_memory_GB": round(peak / 1e9, 2)}))
-    print(replace(lines[0].kept), lines[-1].kept)
+    print(replace(lines[0].metrics), lines[-1].metrics)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,42 @@
-"""Students that read text: plain sentence-transformers models, made from a tokenizer or from a model's layers."""
+"""Students that read text: sentence-transformers models, made from a tokenizer or from a model's layers."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from potstill.errors import ModelError, UserError
+from potstill.embedding.heads import VectorHead
+from potstill.errors import ModelError, UserError, one_line
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-RARE = 1e-3  # tokens more frequent than this count less at the start (Arora et al. 2017, section 3)
+# Smooth inverse frequency: tokens more frequent than this weigh less at the start (Arora et al. 2017, section 3).
+FREQUENT = 1e-3
 _TEXTS = 256
 
 
-def require_sentence_transformers(what: str) -> None:
-    """Raise the pip command where the package is missing."""
-    try:
-        import sentence_transformers  # noqa: F401
-    except ImportError:
+def require_sentence_transformers(key: str) -> None:
+    """Raise a `UserError` with the pip command if the package is missing."""
+    if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
-            f"{what}: expected the package sentence-transformers, got none. Install it with "
+            f"{key}: expected the package sentence-transformers, got none. Install it with "
             "pip install 'potstill[embeddings]'."
-        ) from None
+        )
 
 
-def load_embedder(where: str, key: str) -> SentenceTransformer:
-    """A sentence-transformers model: safetensors only, no remote code.
+def load_embedder(path: str, key: str) -> SentenceTransformer:
+    """Load a sentence-transformers model: safetensors only, no remote code.
+
+    Args:
+        path: a folder, or a name on the hub.
+        key: of the recipe, for errors.
 
     Raises:
         UserError: the package is missing.
@@ -40,37 +45,39 @@ def load_embedder(where: str, key: str) -> SentenceTransformer:
     require_sentence_transformers(key)
     from sentence_transformers import SentenceTransformer
 
-    if where.startswith((".", "/", "~")) and not Path(where).expanduser().is_dir():
-        raise ModelError(f"{key}: expected a folder with a sentence-transformers model, got {where}. Check the path.")
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ModelError(f"{key}: expected a folder with a sentence-transformers model, got {path}. Check the path.")
     try:
         return SentenceTransformer(
-            str(Path(where).expanduser()) if where.startswith("~") else where,
+            str(Path(path).expanduser()) if path.startswith("~") else path,
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},
         )
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise ModelError(f"{key}: expected a sentence-transformers model in {where}, got: {said}") from None
+        raise ModelError(
+            f"{key}: expected a sentence-transformers model in {path}, got: {one_line(error, 200)}"
+        ) from None
 
 
 class TextStudent(nn.Module):
     """A sentence-transformers model as a student: texts to vectors, with a gradient.
 
     Args:
-        model: saved as it is, `SentenceTransformer(folder)` loads it alone.
+        model: saved as it is: `SentenceTransformer(folder)` loads it.
     """
+
+    reads_text: ClassVar[bool] = True
+    inputs: ClassVar[None] = None  # it reads no vectors
 
     def __init__(self, model: SentenceTransformer) -> None:
         super().__init__()
         self.model = model
-        dimensions = model.get_embedding_dimension()
-        assert dimensions is not None
-        self.dimensions = dimensions
+        self.dimensions = int(model.get_embedding_dimension() or 0)
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """[N, d]."""
-        features = self.model.preprocess(list(texts))
+        """N texts to [N, d]."""
         device = self.model.device
+        features = self.model.preprocess(list(texts))
         features = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}
         vectors: Tensor = self.model(features)["sentence_embedding"]
         return vectors
@@ -80,43 +87,46 @@ class TextStudent(nn.Module):
         self.model.save_pretrained(str(folder), create_model_card=False)
 
 
-def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextStudent:
-    """A vector for each token, and a text's is their mean: the fastest student.
+EmbeddingModel = VectorHead | TextStudent
 
-    A token begins as the mean of the vectors of the texts that it stands in, smaller where it is frequent. A token that
-    stands in none begins, and stays, at 0.
+
+def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextStudent:
+    """Make the fastest student: a vector for each token, whose mean is the vector of a text.
+
+    A token starts as the mean of the vectors of the texts that contain it, smaller if it is frequent. A token that is
+    in no text starts, and stays, at 0.
 
     Args:
         tokenizer: a fast tokenizer, of transformers or tokenizers.
-        texts: N of them.
-        start: [N, d] what the student should say of them at first, such as a PCA of the teacher's vectors.
+        texts: N texts.
+        start: [N, d], their vectors at first, such as a PCA of the teacher's.
     """
-    require_sentence_transformers("static_student")
+    require_sentence_transformers("student.static")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     static = StaticEmbedding(tokenizer, embedding_dim=start.shape[1])
-    sums, seen = torch.zeros(static.num_embeddings, start.shape[1]), torch.zeros(static.num_embeddings)
+    sums, counts = torch.zeros(static.num_embeddings, start.shape[1]), torch.zeros(static.num_embeddings)
     for first in range(0, len(texts), _TEXTS):
         encoded = static.tokenizer.encode_batch(list(texts[first : first + _TEXTS]), add_special_tokens=False)
         for row, text in enumerate(encoded, first):
             ids = torch.tensor(text.ids, dtype=torch.long)
             sums.index_add_(0, ids, start[row].expand(len(ids), -1))
-            seen.index_add_(0, ids, torch.ones(len(ids)))
-    weight = RARE / (RARE + seen / seen.sum().clamp_min(1)) / seen.clamp_min(1)
+            counts.index_add_(0, ids, torch.ones(len(ids)))
+    weight = FREQUENT / (FREQUENT + counts / counts.sum().clamp_min(1)) / counts.clamp_min(1)
     with torch.no_grad():
         static.embedding.weight.copy_(sums * weight[:, None])
     return TextStudent(SentenceTransformer(modules=[static], device="cpu"))
 
 
 def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str], start: Tensor) -> TextStudent:
-    """Some layers of a transformer, mean pooling, and a linear map that begins at the least squares fit of `start`.
+    """Make a student of some layers of a transformer, mean pooling, and a linear map fitted to `start`.
 
     Args:
-        model: a sentence-transformers model; its embeddings and evenly spread layers are copied.
+        model: a sentence-transformers model, whose embeddings and evenly spaced layers are copied.
         layers: how many.
-        texts: N of them.
-        start: [N, d] what the student should say of them at first.
+        texts: N texts.
+        start: [N, d], the vectors of the texts that the map is fitted to by ridge regression.
 
     Raises:
         ModelError: the model has no such list of layers.
@@ -124,33 +134,37 @@ def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
-    transformer = copy.deepcopy(model[0])
-    body: Any = getattr(transformer, "auto_model", transformer)
-    whole = getattr(getattr(body, "config", None), "num_hidden_layers", 0)
-    lists = [(n, m) for n, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == whole]
-    if len(lists) != 1 or not 1 <= layers <= whole:
-        raise ModelError(
-            f"student.encoder.layers: expected 1 to {whole} layers of a transformer, got {layers}. "
-            "Start from a sentence-transformers model whose first module is a transformer."
-        )
-    name, found = lists[0]
-    kept = torch.linspace(0, whole - 1, layers).round().long().tolist() if layers > 1 else [0]
-    parent = body.get_submodule(name.rpartition(".")[0])
-    setattr(parent, name.rpartition(".")[2], nn.ModuleList(found[i] for i in kept))
-    body.config.num_hidden_layers = layers
-    pooling = Pooling(body.config.hidden_size, pooling_mode="mean")
+    transformer: Any = copy.deepcopy(model[0])
+    _keep_layers(getattr(transformer, "auto_model", transformer), layers)
+    pooling = Pooling(transformer.auto_model.config.hidden_size, pooling_mode="mean")
     pooled = SentenceTransformer(modules=[transformer, pooling], device="cpu")
     hidden = torch.from_numpy(pooled.encode(list(texts), batch_size=64, show_progress_bar=False)).double()
     target = start.double()
-    centre, level = hidden.mean(0), target.mean(0)
-    x = hidden - centre
+    hidden_mean, target_mean = hidden.mean(0), target.mean(0)
+    x = hidden - hidden_mean
     ridge = 1e-3 * x.square().sum() / x.shape[1] * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = torch.linalg.solve(x.T @ x + ridge, x.T @ (target - level))
+    weight = torch.linalg.solve(x.T @ x + ridge, x.T @ (target - target_mean))
     dense = Dense(
         x.shape[1],
         start.shape[1],
         activation_function=nn.Identity(),
         init_weight=weight.T.float(),
-        init_bias=(level - centre @ weight).float(),
+        init_bias=(target_mean - hidden_mean @ weight).float(),
     )
     return TextStudent(SentenceTransformer(modules=[transformer, pooling, dense], device="cpu"))
+
+
+def _keep_layers(body: Any, number: int) -> None:
+    """Keep evenly spaced layers of a transformer, in place."""
+    total = getattr(getattr(body, "config", None), "num_hidden_layers", 0)
+    lists = [(n, m) for n, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
+    if len(lists) != 1 or not 1 <= number <= total:
+        raise ModelError(
+            f"student.encoder.layers: expected 1 to {total} layers of a transformer, got {number}. "
+            "Start from a sentence-transformers model whose first module is a transformer."
+        )
+    ((path, layers),) = lists
+    kept = torch.linspace(0, total - 1, number).round().long().tolist() if number > 1 else [0]
+    parent, _, name = path.rpartition(".")
+    setattr(body.get_submodule(parent), name, nn.ModuleList(layers[i] for i in kept))
+    body.config.num_hidden_layers = number

@@ -1,9 +1,9 @@
-"""Students over given vectors: a linear map, or one with a small network beside it, that begins as PCA."""
+"""Students over the teacher's own vectors: a linear map, or one with an MLP beside it, that starts as a PCA."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from potstill.data.files import atomic_path
-from potstill.embedding.vectors import CHECK, Matrix, Vectors
-from potstill.errors import ModelError, ShapeError
+from potstill.embedding.vectors import as_vector_array
+from potstill.errors import ModelError, ShapeError, one_line
 
-Start = Literal["centred", "uncentred", "whitened"]
-SAMPLE = 2**16  # rows that principal components are read from
+PCAKind = Literal["centred", "uncentred", "whitened"]
+PCA_ROWS = 2**16  # that principal components are computed from
 
 
-class Principal(NamedTuple):
+class PCA(NamedTuple):
     """Principal components of unit vectors.
 
     Args:
-        mean: [H], zeros where not centred.
-        components: [H, d], orthonormal, the strongest first.
+        mean: [H], zeros without centring.
+        components: [H, d], orthonormal, by falling variance.
         variance: [d].
     """
 
@@ -32,20 +32,25 @@ class Principal(NamedTuple):
     components: Tensor
     variance: Tensor
 
+    @property
+    def deviation(self) -> Tensor:
+        """[d]: the standard deviation along each component."""
+        return self.variance.clamp_min(1e-12).sqrt()
+
     def project(self, vectors: Tensor, whiten: bool = False) -> Tensor:
         """[N, H] to [N, d]."""
         projected = (normalize(vectors, dim=-1) - self.mean) @ self.components
-        return projected / self.variance.clamp_min(1e-12).sqrt() if whiten else projected
+        return projected / self.deviation if whiten else projected
 
 
-def principal(vectors: Tensor, dimensions: int, *, centred: bool = True) -> Principal:
-    """The principal components of vectors [N, H], each first divided by its length: only angles count."""
+def fit_pca(vectors: Tensor, dimensions: int, *, centred: bool = True) -> PCA:
+    """Compute the principal components of vectors [N, H], each scaled to unit length first."""
     x = normalize(vectors, dim=-1)
     mean = x.mean(0) if centred else x.new_zeros(x.shape[1])
     x = x - mean
     variance, components = torch.linalg.eigh((x.T @ x / len(x)).double())
     order = variance.argsort(descending=True)[:dimensions]
-    return Principal(mean, components[:, order].float(), variance[order].float())
+    return PCA(mean, components[:, order].float(), variance[order].float())
 
 
 class VectorHead(nn.Module):
@@ -57,8 +62,10 @@ class VectorHead(nn.Module):
     Args:
         inputs: H, the teacher's dimensions.
         dimensions: the student's.
-        hidden: width of the network beside the map; 0 for none.
+        hidden: width of the MLP beside the map; 0 for none.
     """
+
+    reads_text: ClassVar[bool] = False
 
     def __init__(self, inputs: int, dimensions: int, hidden: int = 0) -> None:
         super().__init__()
@@ -70,59 +77,54 @@ class VectorHead(nn.Module):
 
     @classmethod
     def from_pca(
-        cls, sample: Tensor, dimensions: int, *, hidden: int = 0, start: Start = "centred", seed: int = 0
+        cls, sample: Tensor, dimensions: int, *, hidden: int = 0, start: PCAKind = "centred", seed: int = 0
     ) -> Self:
-        """A head that begins as a PCA of some vectors [N, H]; the network beside it adds nothing at first.
+        """Make a head that starts as a PCA of some vectors; the MLP beside it adds nothing at first.
 
         Args:
             sample: [N, H].
             dimensions: d.
-            hidden: width of the network beside the map.
-            start: `centred` and `whitened` serve close pairs, `uncentred` the order of all pairs.
-            seed: of the network's first layer.
+            hidden: see the class.
+            start: `centred` and `whitened` keep close pairs, `uncentred` the order of all pairs.
+            seed: of the MLP's first layer.
         """
         torch.manual_seed(seed)
         head = cls(sample.shape[1], dimensions, hidden)
-        whiten = start == "whitened"
-        found = principal(sample, dimensions, centred=start != "uncentred")
-        weight = found.components / found.variance.clamp_min(1e-12).sqrt() if whiten else found.components
-        length = ((normalize(sample, dim=-1) - found.mean) @ weight).norm(dim=-1).mean()
-        weight = weight / length.clamp_min(1e-12)  # lengths around 1, where the learning rate is at home
+        pca = fit_pca(sample, dimensions, centred=start != "uncentred")
+        weight = pca.components / pca.deviation if start == "whitened" else pca.components
+        length = ((normalize(sample, dim=-1) - pca.mean) @ weight).norm(dim=-1).mean()
+        weight = weight / length.clamp_min(1e-12)  # outputs of length 1, which the default learning rate is chosen for
         with torch.no_grad():
             head.map.weight.copy_(weight.T)
-            head.map.bias.copy_(-(found.mean @ weight))
-            if head.beside is not None:
-                first, last = head.beside[0], head.beside[2]
-                assert isinstance(first, nn.Linear)
-                assert isinstance(last, nn.Linear)
+            head.map.bias.copy_(-(pca.mean @ weight))
+            if hidden:
+                first, _, last = cast(Any, head.beside)
                 first.weight.mul_(sample.shape[1] ** 0.5)  # the coordinates of unit vectors are small
                 nn.init.zeros_(last.weight)
                 nn.init.zeros_(last.bias)
         return head
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """[N, H] to [N, d], of any length."""
+        """[N, H] to [N, d], not normalized."""
         x = normalize(vectors, dim=-1)
         return self.map(x) if self.beside is None else self.map(x) + self.beside(x)
 
     @torch.no_grad()
     def transform(self, vectors: Any) -> np.ndarray:
-        """The student's unit vectors, [N, d] float32.
+        """Compute the student's unit vectors, [N, d] float32.
 
         Args:
-            vectors: [N, H], a matrix in memory or `Vectors` on disk, read in blocks.
+            vectors: [N, H], in memory, or a `VectorArray` on disk, which is read in blocks.
 
         Raises:
             ShapeError: they have another number of dimensions.
         """
-        given = vectors if isinstance(vectors, Vectors) else Matrix(vectors)
-        if given.dimensions != self.inputs:
-            raise ShapeError(f"transform: expected vectors of {self.inputs} dimensions, got {given.dimensions}.")
-        done = np.empty((given.rows, self.dimensions), dtype=np.float32)
+        array = as_vector_array(vectors)
+        if array.dimensions != self.inputs:
+            raise ShapeError(f"transform: expected vectors of {self.inputs} dimensions, got {array.dimensions}.")
         device = self.map.weight.device
-        for number, block in enumerate(given.blocks()):
-            done[number * CHECK : number * CHECK + len(block)] = normalize(self(block.to(device)), dim=-1).cpu().numpy()
-        return done
+        blocks = [normalize(self(block.to(device)), dim=-1).cpu().numpy() for block in array.blocks()]
+        return np.concatenate([np.empty((0, self.dimensions), dtype=np.float32), *blocks])
 
     def save(self, folder: str | Path) -> None:
         """Write head.safetensors."""
@@ -132,10 +134,10 @@ class VectorHead(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read what `save` wrote.
+        """Load a saved head.
 
         Raises:
-            ModelError: there is no such head.
+            ModelError: there is none in the folder.
         """
         path = Path(folder) / "head.safetensors"
         if not path.is_file():
@@ -143,16 +145,16 @@ class VectorHead(nn.Module):
         try:
             state = load_file(path)
             dimensions, inputs = state["map.weight"].shape
-            hidden = len(state["beside.0.bias"]) if "beside.0.bias" in state else 0
-            head = cls(inputs, dimensions, hidden)
+            head = cls(inputs, dimensions, len(state.get("beside.0.bias", ())))
             head.load_state_dict(state)
         except Exception as error:
-            said = " ".join(str(error).split())[:200]
-            raise ModelError(f"VectorHead.load: expected a head in {path}, got: {said}. Save it again.") from None
+            raise ModelError(
+                f"VectorHead.load: expected a head in {path}, got: {one_line(error, 200)}. Save it again."
+            ) from None
         return head.eval()
 
 
 def random_projection(vectors: Tensor, dimensions: int, seed: int = 0) -> Tensor:
-    """[N, H] to [N, d] by a matrix of Gaussian numbers: what costs nothing."""
+    """Project [N, H] to [N, d] by a Gaussian matrix: the baseline without training or data."""
     generator = torch.Generator().manual_seed(seed)
     return normalize(vectors, dim=-1) @ torch.randn(vectors.shape[1], dimensions, generator=generator)

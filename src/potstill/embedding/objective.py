@@ -1,4 +1,4 @@
-"""What an embedding student minimises: one dial between close pairs and the whole map."""
+"""Objective of embedding students: a trade-off between close pairs and the order of all pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
-from potstill.embedding.heads import Start
+from potstill.embedding.heads import PCAKind
 from potstill.errors import ShapeError, nearest
 from potstill.losses.embedding import embedding_divergence, matryoshka, rank_error
 
@@ -17,32 +17,32 @@ Focus = Literal["local", "balanced", "global"]
 FOCUSES: tuple[Focus, ...] = get_args(Focus)
 
 TEMPERATURE = 0.05
-# How much the order of all pairs counts beside the divergence of near ones; chosen on STS-B's dev split.
-MAP_WEIGHT: dict[Focus, float] = {"local": 0.0, "balanced": 3.0, "global": 30.0}
-# Where a head begins: what is nearest to each aim before any training.
-START: dict[Focus, Start] = {"local": "whitened", "balanced": "centred", "global": "uncentred"}
+# Weight of the rank error beside the divergence of near neighbours; chosen on STS-B's dev split.
+RANK_WEIGHT: dict[Focus, float] = {"local": 0.0, "balanced": 3.0, "global": 30.0}
+# The PCA that is best for each focus before any training.
+START: dict[Focus, PCAKind] = {"local": "whitened", "balanced": "centred", "global": "uncentred"}
 
 
 class EmbeddingObjective(Protocol):
-    """What an `EmbeddingDistiller` minimises: `PairObjective`, or a class of one's own with the same two things."""
+    """What an `EmbeddingDistiller` minimizes: `PairObjective`, or a class of your own with these two members."""
 
     @property
     def focus(self) -> Focus:
-        """Which held-out figure decides what the best epoch is."""
+        """Decides which held-out measure selects the best epoch."""
 
     def __call__(self, student: Tensor, teacher: Tensor, heat: float = 1.0) -> Tensor:
-        """The loss of a batch: a scalar with gradient to the student's vectors [B, d]."""
+        """Compute the loss of a batch: a scalar with a gradient to the student's vectors [B, d]."""
 
 
 @dataclass(frozen=True)
 class PairObjective:
-    """The divergence of similarities, and the order of all pairs, at the weight that the focus stands for.
+    """Divergence of similarities plus the rank error of all pairs, weighted by the focus.
 
         T^2 embedding_divergence(0.05 T, student's own T) + weight * rank_error
 
     Args:
-        focus: local keeps who is near whom, global the order of all distances, balanced something of both.
-        prefixes: prefix length -> weight: each prefix is to be good; default: all dimensions at once.
+        focus: `local` keeps the nearest neighbours, `global` the order of all distances, `balanced` is between.
+        prefixes: prefix length -> weight: also train the first dimensions alone; default: all dimensions at once.
     """
 
     focus: Focus = "balanced"
@@ -55,25 +55,31 @@ class PairObjective:
             )
 
     def __call__(self, student: Tensor, teacher: Tensor, heat: float = 1.0) -> Tensor:
-        """The loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
             student: [B, d].
             teacher: [B, H].
-            heat: what both temperatures are multiplied by.
+            heat: factor of both temperatures.
         """
-        if self.prefixes is None:
-            return self._of(student, teacher, heat)
-        return matryoshka(lambda s, t: self._of(s, t, heat), student, teacher, self.prefixes)
 
-    def _of(self, student: Tensor, teacher: Tensor, heat: float) -> Tensor:
-        temperature = TEMPERATURE * heat
-        own = temperature * spread(student.shape[1])
-        loss = heat**2 * embedding_divergence(student, teacher, temperature=temperature, student_temperature=own)
-        weight = MAP_WEIGHT[self.focus]
-        return loss + weight * rank_error(student, teacher) if weight else loss
+        def loss(student: Tensor, teacher: Tensor) -> Tensor:
+            temperature = TEMPERATURE * heat
+            divergence = heat**2 * embedding_divergence(
+                student,
+                teacher,
+                temperature=temperature,
+                student_temperature=temperature * temperature_ratio(student.shape[1]),
+            )
+            weight = RANK_WEIGHT[self.focus]
+            return divergence + weight * rank_error(student, teacher) if weight else divergence
+
+        return loss(student, teacher) if self.prefixes is None else matryoshka(loss, student, teacher, self.prefixes)
 
 
-def spread(dimensions: int) -> float:
-    """How much wider similarities spread in few dimensions: 2 in 5, 1.3 in 64. It goes with 1 / sqrt(d)."""
+def temperature_ratio(dimensions: int) -> float:
+    """The student's temperature over the teacher's: cosines vary more in few dimensions, as 1 / sqrt(d).
+
+    It is 2 for 5 dimensions and 1.3 for 64.
+    """
     return 1 + math.sqrt(5 / dimensions)

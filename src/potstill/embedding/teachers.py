@@ -1,36 +1,127 @@
-"""Where the vectors of texts come from, a sentence-transformers model or a server; kept once they are there."""
+"""Teachers of embedding students: files of vectors, sentence-transformers models, and servers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from potstill.data.files import atomic_path
-from potstill.embedding.vectors import Vectors, open_vectors
+from potstill.embedding.by_key import ChosenByKey
+from potstill.embedding.encoders import load_embedder
+from potstill.embedding.vectors import VectorArray, open_vectors
 from potstill.engines.client import JsonClient
 from potstill.errors import DataError, ServerError
+from potstill.losses.declared import Declared, Record
 
 BATCH = 64
 
-Encode = Callable[[Sequence[str]], Any]
+Encode = Callable[[Sequence[str]], Any]  # N texts to [N, H]
+
+
+class TextEncoder(NamedTuple):
+    """A loaded teacher that encodes text.
+
+    Args:
+        encode: N texts to [N, H].
+        identity: what the vectors depend on besides the texts.
+        model: the sentence-transformers model, if it is one.
+    """
+
+    encode: Encode
+    identity: str
+    model: Any = None
+
+
+class EmbeddingTeacher(ChosenByKey, Declared):
+    """Source of the vectors that a student learns from."""
+
+    reads_text: ClassVar[bool] = True
+
+    @abstractmethod
+    def load(self) -> TextEncoder | None:
+        """Load what encodes texts, if anything does."""
+
+
+@dataclass(frozen=True)
+class FileTeacher(EmbeddingTeacher):
+    """Vectors in a file.
+
+    Args:
+        vectors: .npy, .safetensors or .pt; row i is the vector of text i.
+        eval_vectors: the held-out vectors; default: the last tenth of the vectors.
+        key: which matrix of the file, if it holds several.
+    """
+
+    vectors: str
+    eval_vectors: str | None = None
+    key: str | None = None  # type: ignore[assignment, misc]  # the recipe's key; `Declared.key` is read from the family alone
+    name = "vectors"
+    reads_text = False
+
+    def load(self) -> None:
+        return None
+
+    def open(self) -> tuple[VectorArray, VectorArray | None]:
+        """Open the vectors to learn from, and the held-out ones if they have a file of their own."""
+        held_out = open_vectors(self.eval_vectors, self.key) if self.eval_vectors else None
+        return open_vectors(self.vectors, self.key), held_out
+
+
+@dataclass(frozen=True)
+class ModelTeacher(EmbeddingTeacher):
+    """A sentence-transformers model.
+
+    Args:
+        embedder: a folder, or a name on the hub.
+    """
+
+    embedder: str
+    name = "embedder"
+
+    def load(self) -> TextEncoder:
+        model = load_embedder(self.embedder, "teacher.embedder")
+        return TextEncoder(model_encoder(model), f"model {self.embedder}", model)
+
+
+@dataclass(frozen=True)
+class EmbeddingServer(Record):
+    """An OpenAI-style server; its key is taken from POTSTILL_API_KEY or OPENAI_API_KEY.
+
+    Args:
+        url: with or without /v1.
+        model: the name by which the server knows the model.
+    """
+
+    url: str
+    model: str
+
+
+@dataclass(frozen=True)
+class ServerTeacher(EmbeddingTeacher):
+    """A server with /v1/embeddings."""
+
+    server: EmbeddingServer
+    name = "server"
+
+    def load(self) -> TextEncoder:
+        identity = f"server url={self.server.url!r} model={self.server.model!r}"
+        return TextEncoder(server_encoder(self.server.url, self.server.model), identity)
 
 
 def model_encoder(model: Any) -> Encode:
-    """Texts to vectors by a sentence-transformers model."""
+    """Encode texts by a sentence-transformers model."""
     return lambda texts: model.encode(list(texts), batch_size=BATCH, show_progress_bar=False)
 
 
 def server_encoder(url: str, model: str) -> Encode:
-    """Texts to vectors by an OpenAI-style server: POST <url>/v1/embeddings.
-
-    Args:
-        url: where the server is, with or without /v1; the key is taken as `JsonClient` says.
-        model: the name that it knows.
+    """Encode texts by an OpenAI-style server: POST <url>/v1/embeddings.
 
     Raises:
         UserError: the address is not http(s), or the server refuses.
@@ -39,66 +130,59 @@ def server_encoder(url: str, model: str) -> Encode:
     client = JsonClient(url, key_variable=None, concurrency=4, timeout_s=120.0, attempts=4)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        parts = [list(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
-        answers = client.post_all("/v1/embeddings", [{"model": model, "input": part} for part in parts])
-        return np.concatenate(
-            [_vectors(answer, len(part), client.url) for answer, part in zip(answers, parts, strict=True)]
-        )
+        batches = [list(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
+        answers = client.post_all("/v1/embeddings", [{"model": model, "input": batch} for batch in batches])
+        return np.concatenate([vectors(answer, len(batch)) for answer, batch in zip(answers, batches, strict=True)])
+
+    def vectors(answer: Any, rows: int) -> np.ndarray:
+        try:
+            data = sorted(answer["data"], key=lambda row: row["index"])
+            matrix: np.ndarray = np.asarray([row["embedding"] for row in data], dtype=np.float32)
+        except (KeyError, TypeError, ValueError):
+            matrix = np.empty(0)
+        if matrix.ndim != 2 or len(matrix) != rows:
+            raise ServerError(
+                f"teacher.server: expected {rows} vectors of one length from {client.url}, got something else. "
+                "Check that the model is an embedding model."
+            )
+        return matrix
 
     return encode
 
 
-def _vectors(answer: Any, wanted: int, address: str) -> np.ndarray:
-    try:
-        rows = sorted(answer["data"], key=lambda row: row["index"])
-        found = np.asarray([row["embedding"] for row in rows], dtype=np.float32)
-    except (KeyError, TypeError, ValueError):
-        found = np.empty((0, 0), dtype=np.float32)
-    if found.ndim != 2 or len(found) != wanted:
-        raise ServerError(
-            f"teacher.server: expected {wanted} vectors of one length from {address}, got something else. "
-            "Check that the model is one of embeddings."
-        )
-    return found
-
-
 def encode_texts(
-    texts: Sequence[str], encode: Encode, said_by: str, folder: Path, each: Callable[[int], None] = lambda done: None
-) -> Vectors:
-    """The teacher's vectors of texts, written to a .npy that is named after the texts and who encodes them.
+    texts: Sequence[str],
+    encoder: TextEncoder,
+    folder: Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> VectorArray:
+    """Encode texts into a .npy file, which is named after the texts and the teacher and reused if it exists.
 
     Args:
-        texts: N of them.
-        encode: a batch of texts to [B, H].
-        said_by: what the vectors depend on beside the texts.
-        folder: where they are kept; found there, they are not made again.
-        each: told how many texts are done.
+        texts: N texts.
+        encoder: the teacher.
+        folder: of the file.
+        on_progress: called with the number of texts that are encoded, and of all.
 
     Raises:
-        DataError: the vectors of one batch are not as wide as those of another.
+        DataError: two batches have vectors of different widths.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mark = hashlib.sha256(json.dumps([said_by, *texts]).encode()).hexdigest()[:24]
-    path = folder / f"{mark}.npy"
-    if not path.exists():
-        with atomic_path(path) as partial, partial.open("wb") as file:
-            _write(file, len(texts), _encoded(texts, encode, each))
+    path = folder / f"{hashlib.sha256(json.dumps([encoder.identity, *texts]).encode()).hexdigest()[:24]}.npy"
+    if path.exists():
+        return open_vectors(path)
+    width = None
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        for start in range(0, len(texts), 4 * BATCH):
+            batch = np.ascontiguousarray(encoder.encode(texts[start : start + 4 * BATCH]), dtype=np.float32)
+            if width is None:
+                width = batch.shape[1]
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(texts), width)}
+                np.lib.format.write_array_header_1_0(file, header)
+            if batch.shape[1] != width:
+                raise DataError(
+                    f"teacher: expected vectors of {width} dimensions, got {batch.shape[1]} in a later batch."
+                )
+            file.write(batch.tobytes())
+            on_progress(min(start + 4 * BATCH, len(texts)), len(texts))
     return open_vectors(path)
-
-
-def _encoded(texts: Sequence[str], encode: Encode, each: Callable[[int], None]) -> Iterator[np.ndarray]:
-    for start in range(0, len(texts), 4 * BATCH):
-        yield np.asarray(encode(texts[start : start + 4 * BATCH]), dtype=np.float32)
-        each(min(start + 4 * BATCH, len(texts)))
-
-
-def _write(file: Any, rows: int, batches: Iterator[np.ndarray]) -> None:
-    width = 0
-    for number, batch in enumerate(batches):
-        if number == 0:
-            width = batch.shape[1]
-            header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
-            np.lib.format.write_array_header_1_0(file, header)
-        if batch.shape[1] != width:
-            raise DataError(f"teacher: expected vectors of {width} dimensions, got {batch.shape[1]} in a later batch.")
-        file.write(np.ascontiguousarray(batch).tobytes())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from potstill.evaluate.correlation import pearson, ranks
 from potstill.evaluate.quality import Quality, compare, overconfidence
-from potstill.evaluate.space import Judge
+from potstill.evaluate.space import SpaceEvaluator
 from potstill.losses.alignment import TOKEN_TASKS, Alignment, Task, align
 from potstill.losses.divergences import JSD, ForwardKL
 from potstill.losses.embedding import similarity_error
@@ -124,7 +124,7 @@ def measure(
     expected = None if reference is None else whole["teacher"]
     if task == "encoder":
         assert expected is not None, "an encoder's teacher is a model"
-        judge = Judge(expected)
+        judge = SpaceEvaluator(expected)
         return {name: _space(each, expected, judge) for name, each in whole.items()}
     of = _classes if task == "classification" else _numbers
     return {name: of(each, expected, wanted) for name, each in whole.items()}
@@ -175,7 +175,7 @@ def _numbers(values: Tensor, expected: Tensor | None, labels: Tensor) -> NumberQ
     )
 
 
-def _space(vectors: Tensor, expected: Tensor, judge: Judge) -> SpaceQuality:
+def _space(vectors: Tensor, expected: Tensor, judge: SpaceEvaluator) -> SpaceQuality:
     kept, chosen = judge(vectors), judge.chosen
     return SpaceQuality(
         loss=float(similarity_error(vectors[chosen], expected[chosen])),

@@ -1,116 +1,79 @@
-"""potstill check for recipes of kind embedding: what a run will need, before anything is trained."""
+"""potstill check for recipes of kind embedding: estimate what a run will need before anything is trained."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from potstill.embedding.encoders import TextStudent
-from potstill.embedding.objective import PairObjective
-from potstill.runs.embedding import default_learning_rate, new_student
-from potstill.runs.embedding_sources import Material, Texts, encoder_of, gather, read_texts
-from potstill.embedding.teachers import Encode
-from potstill.embedding.training import EmbeddingDistiller
-from potstill.embedding.vectors import Matrix, Part
-from potstill.evaluate.space import MOST_ROWS
+from potstill.embedding.teachers import TextEncoder
+from potstill.embedding.vectors import TensorVectors, VectorSlice
+from potstill.evaluate.report.words import duration
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
+from potstill.runs.embedding import new_distiller
+from potstill.runs.embedding_sources import EmbeddingData, held_out_rows, load_data, read_texts
 
-TEXTS = 128  # that are encoded to time the teacher
-
-
-@dataclass(frozen=True)
-class EmbeddingPreflight:
-    """What a run will need, estimated on this machine.
-
-    Args:
-        teacher_dimensions: of its vectors.
-        parameters: of the student.
-        rows: vectors to learn from; held_out_rows likewise.
-        steps: at most, over all stages and students.
-        encoding_seconds: of the teacher, once; 0 where its vectors are there.
-        seconds: of training, at most: it ends earlier where nothing is gained.
-        notes: what else the run will say.
-    """
-
-    teacher_dimensions: int
-    parameters: int
-    rows: int
-    held_out_rows: int
-    steps: int
-    encoding_seconds: float
-    seconds: float
-    notes: tuple[str, ...]
+SAMPLE_TEXTS = 128  # that are encoded to time the teacher
 
 
-def check(recipe: EmbeddingRecipe) -> EmbeddingPreflight:
-    """Read all that a recipe names, have some texts encoded, make the student, and time two steps.
+def check(recipe: EmbeddingRecipe) -> list[tuple[str, str]]:
+    """Read everything that a recipe names, encode some texts, make the student, and time two steps.
+
+    Returns:
+        What the run will need, as lines of a table; times are of this machine.
 
     Raises:
         UserError: the run could not start.
     """
     train = recipe.train
     with suppress_warnings():
-        spoken = recipe.teacher.vectors is None
-        material, rows, held_out, encoding = _some(recipe) if spoken else _all(recipe)
-        student = new_student(recipe, recipe.focus, material)
-        reads = isinstance(student, TextStudent)
-        few = Part(material.vectors, 0, min(material.vectors.rows, 2 * train.batch_size))
-        size = max(2, min(train.batch_size, few.rows // 2))
+        encoder = recipe.teacher.load()
+        if encoder is None:
+            data = load_data(recipe)
+            rows, held_out, encoding = data.vectors.rows, len(data.held_out), 0.0
+        else:
+            data, rows, held_out, encoding = _encode_sample(recipe, encoder)
+        sample = VectorSlice(data.vectors, 0, min(data.vectors.rows, 2 * train.batch_size))
+        size = max(2, min(train.batch_size, sample.rows // 2))
         times: list[float] = []
-        EmbeddingDistiller(
-            student,
-            PairObjective(recipe.focus, recipe.student.prefixes),
-            epochs=1,
-            batch_size=size,
-            learning_rate=train.learning_rate or default_learning_rate(recipe),
-            reconstruction=train.reconstruction,
-            seed=recipe.seed,
-        ).fit(
-            few,
-            material.held_out[:TEXTS],
-            texts=(material.texts or [])[: few.rows] if reads else None,
-            held_out_texts=(material.held_out_texts or [])[:TEXTS] if reads else None,
+        distiller = new_distiller(recipe, recipe.focus, data, heats=(1.0,), epochs=1, batch_size=size)
+        reads_text = recipe.student.reads_text
+        distiller.fit(
+            sample,
+            data.held_out[:SAMPLE_TEXTS],
+            texts=(data.texts or [])[: sample.rows] if reads_text else None,
+            held_out_texts=(data.held_out_texts or [])[:SAMPLE_TEXTS] if reads_text else None,
             on_step=lambda done, total, loss: times.append(time.perf_counter()),
         )
     stages = train.temperature.stages if train.temperature else 1
     steps = -(-rows // train.batch_size) * train.epochs * stages * (3 if recipe.evaluate.front else 1)
-    a_step = (times[-1] - times[0]) / max(len(times) - 1, 1) * train.batch_size / size
-    parameters = sum(weight.numel() for weight in student.parameters())
-    return EmbeddingPreflight(
-        material.vectors.dimensions, parameters, rows, held_out, steps, encoding, steps * a_step, tuple(material.notes)
-    )
+    step_seconds = (times[-1] - times[0]) / max(len(times) - 1, 1) * train.batch_size / size
+    parameters = sum(weight.numel() for weight in distiller.student.parameters())
+    return [
+        ("teacher", f"{data.vectors.dimensions:,} dimensions"),
+        ("student", f"{recipe.student.dimensions:,} dimensions, {parameters:,} parameters"),
+        ("train", f"{rows:,} vectors"),
+        ("eval", f"{held_out:,} vectors"),
+        ("steps", f"{steps:,}"),
+        *([("encoding", f"about {duration(encoding)} of the teacher's work, once")] if encoding else []),
+        ("time", f"about {duration(steps * step_seconds)} of training on this machine, at most"),
+        *(("note", note) for note in data.notes),
+    ]
 
 
-def _all(recipe: EmbeddingRecipe) -> tuple[Material, int, int, float]:
-    material = gather(recipe)
-    return material, material.vectors.rows, len(material.held_out), 0.0
-
-
-def _some(recipe: EmbeddingRecipe) -> tuple[Material, int, int, float]:
-    """The same of a teacher that would first have to read all texts: a few are encoded, and timed."""
+def _encode_sample(recipe: EmbeddingRecipe, encoder: TextEncoder) -> tuple[EmbeddingData, int, int, float]:
+    """Encode some texts: their vectors, the rows to learn from, the held-out rows, and the seconds for all texts."""
     train, held = read_texts(recipe)
-    embedder, encode, _ = encoder_of(recipe.teacher)
     assert train is not None
-    assert encode is not None
-    texts = train.texts[: max(TEXTS, 2 * recipe.student.dimensions)]
-    vectors, seconds = _timed(encode, texts)
-    material = Material(Matrix(vectors), vectors, texts, texts, None, embedder, [])
-    held_out = _held_out(train, held)
-    total = len(train.texts) + (len(held.texts) if held else 0)
-    rows = len(train.texts) - (0 if held else held_out)
-    return material, rows, held_out, seconds / len(texts) * total
-
-
-def _held_out(train: Texts, held: Texts | None) -> int:
-    return len(held.texts) if held else min(len(train.texts) // 10, 2 * MOST_ROWS)
-
-
-def _timed(encode: Encode, texts: Sequence[str]) -> tuple[torch.Tensor, float]:
-    encode(texts[:2])  # the first call is slower
-    began = time.perf_counter()
-    vectors = torch.as_tensor(encode(texts), dtype=torch.float32)
-    return vectors, time.perf_counter() - began
+    texts = train.texts[: max(SAMPLE_TEXTS, 2 * recipe.student.dimensions)]
+    encoder.encode(texts[:2])  # the first call is slower
+    start = time.perf_counter()
+    vectors = torch.as_tensor(encoder.encode(texts), dtype=torch.float32)
+    seconds = (time.perf_counter() - start) / len(texts)
+    data = EmbeddingData(TensorVectors(vectors), vectors, texts, texts, teacher=encoder.model)
+    total = len(train.texts)
+    if held:
+        return data, total, len(held.texts), seconds * (total + len(held.texts))
+    held_out = held_out_rows(total)
+    return data, total - held_out, held_out, seconds * total

@@ -1,179 +1,145 @@
-"""What an embedding recipe names, as texts and vectors: what is learnt from, and what is held out."""
+"""Read the texts and vectors of an embedding recipe, and hold some out."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from potstill.data.readers import SUFFIXES, open_table, reading, said
-from potstill.embedding.encoders import load_embedder
-from potstill.embedding.teachers import Encode, encode_texts, model_encoder, server_encoder
-from potstill.embedding.vectors import Part, Vectors, check_vectors, open_vectors
-from potstill.errors import DataError, nearest
+from potstill.data.sources import Source, load
+from potstill.embedding.teachers import FileTeacher, encode_texts
+from potstill.embedding.vectors import VectorArray, VectorSlice, check_vectors
+from potstill.errors import DataError
 from potstill.evaluate.space import MOST_ROWS
-from potstill.runs.config.embedding import EmbeddingRecipe, EmbeddingTeacherPart, TextsPart
+from potstill.runs.config.embedding import EmbeddingRecipe, TextsPart
 
-Pairs = tuple[list[int], list[int], list[float]]
+# Rows of the first texts, of the second texts, and human similarity scores of the pairs.
+ScoredPairs = tuple[list[int], list[int], list[float]]
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts column by column, and the pairs of them that people have scored."""
+    """The texts of a file, and the pairs of them that have human scores."""
 
     texts: list[str]
-    pairs: Pairs | None
+    pairs: ScoredPairs | None = None
 
 
 @dataclass(frozen=True)
-class Material:
-    """All that a student is made from.
+class EmbeddingData:
+    """Everything that a student is trained and measured on.
 
     Args:
         vectors: the teacher's, to learn from.
-        held_out: [M, H] the teacher's, to judge by.
-        texts: of the vectors, where there are any.
-        held_out_texts: of those held out.
-        pairs: held-out rows with people's scores.
-        embedder: the teacher, where it is a model that is loaded.
-        notes: what the run should say.
+        held_out: [M, H], the teacher's, held out.
+        texts: of the vectors, if there are any.
+        held_out_texts: of the held-out vectors.
+        pairs: held-out rows with human scores.
+        teacher: the sentence-transformers model, if the teacher is one.
+        notes: for the user.
     """
 
-    vectors: Vectors
+    vectors: VectorArray
     held_out: Tensor
-    texts: list[str] | None
-    held_out_texts: list[str] | None
-    pairs: Pairs | None
-    embedder: Any
-    notes: list[str]
+    texts: list[str] | None = None
+    held_out_texts: list[str] | None = None
+    pairs: ScoredPairs | None = None
+    teacher: Any = None
+    notes: tuple[str, ...] = ()
 
 
-def gather(recipe: EmbeddingRecipe, each: Callable[[int, int], None] = lambda done, total: None) -> Material:
-    """Read, encode where that is needed, and check.
+def load_data(
+    recipe: EmbeddingRecipe, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> EmbeddingData:
+    """Read texts and vectors, encode texts where the teacher does, and check that everything fits.
 
     Args:
-        recipe: what is asked for.
-        each: told how many texts are encoded, of how many.
+        recipe: of the run.
+        on_progress: called with the number of texts that are encoded, and of all.
 
     Raises:
         UserError: something is missing, or does not fit together.
     """
-    teacher = recipe.teacher
     train, held = read_texts(recipe)
-    embedder, encode, who = encoder_of(teacher)
-    folder = Path(recipe.output) / "vectors"
-
-    def spoken(texts: Texts, say: Encode) -> Vectors:
-        return encode_texts(texts.texts, say, who, folder, lambda done: each(done, len(texts.texts)))
-
-    if teacher.vectors is not None:
-        whole = open_vectors(teacher.vectors, teacher.key)
-        eval_ = open_vectors(teacher.eval_vectors, teacher.key) if teacher.eval_vectors else None
+    encoder = recipe.teacher.load()
+    if isinstance(recipe.teacher, FileTeacher):
+        vectors, eval_vectors = recipe.teacher.open()
     else:
-        assert encode is not None
+        assert encoder is not None
         assert train is not None
-        whole = spoken(train, encode)
-        eval_ = spoken(held, encode) if held else None
-    for what, texts, vectors in (("data.train", train, whole), ("data.eval", held, eval_)):
-        if texts and vectors and len(texts.texts) != vectors.rows:
+        encode = partial(encode_texts, encoder=encoder, folder=Path(recipe.output) / "vectors", on_progress=on_progress)
+        vectors, eval_vectors = encode(train.texts), encode(held.texts) if held else None
+    for key, part, array in (("data.train", train, vectors), ("data.eval", held, eval_vectors)):
+        if part and array and len(part.texts) != array.rows:
             raise DataError(
-                f"{what}: expected a text for each of the {vectors.rows} rows of {vectors.name}, got "
-                f"{len(texts.texts)}. Row i of both must be the same text."
+                f"{key}: expected a text for each of the {array.rows} rows of {array.name}, got "
+                f"{len(part.texts)}. Row i of both must be the same text."
             )
-    notes = check_vectors(whole, recipe.student.dimensions)
-    if eval_ is None:
+    notes = check_vectors(vectors, recipe.student.dimensions)
+    texts = train.texts if train else None
+    model = encoder.model if encoder else None
+    if eval_vectors is None:
         if train and train.pairs:
             notes.append("data.train.score: not used. Only pairs in data.eval are held out, and scored.")
-        rows = min(whole.rows // 10, 2 * MOST_ROWS)
-        if rows < 3:
+        held_out = held_out_rows(vectors.rows)
+        if held_out < 3:
             raise DataError(
-                f"{whole.name}: expected at least 30 rows, of which a tenth is held out, got {whole.rows}. "
+                f"{vectors.name}: expected at least 30 rows, of which a tenth is held out, got {vectors.rows}. "
                 "Give more, or name what is held out: teacher.eval_vectors or data.eval."
             )
-        cut = whole.rows - rows
-        held_out = whole.read(cut, whole.rows)
-        mine, apart = (train.texts[:cut], train.texts[cut:]) if train else (None, None)
-        return Material(Part(whole, 0, cut), held_out, mine, apart, None, embedder, notes)
-    if eval_.dimensions != whole.dimensions:
-        raise DataError(
-            f"{eval_.name}: expected vectors of {whole.dimensions} dimensions as in {whole.name}, got "
-            f"{eval_.dimensions}."
+        cut = vectors.rows - held_out
+        return EmbeddingData(
+            VectorSlice(vectors, 0, cut),
+            vectors.read(cut, vectors.rows),
+            texts and texts[:cut],
+            texts and texts[cut:],
+            teacher=model,
+            notes=tuple(notes),
         )
-    notes += check_vectors(eval_, min(recipe.student.dimensions, eval_.rows - 1))
-    return Material(
-        whole,
-        eval_.read(0, eval_.rows),
-        train.texts if train else None,
-        held.texts if held else None,
-        held.pairs if held else None,
-        embedder,
-        notes,
+    if eval_vectors.dimensions != vectors.dimensions:
+        raise DataError(
+            f"{eval_vectors.name}: expected vectors of {vectors.dimensions} dimensions as in {vectors.name}, got "
+            f"{eval_vectors.dimensions}."
+        )
+    notes += check_vectors(eval_vectors, min(recipe.student.dimensions, eval_vectors.rows - 1))
+    held = held or Texts([])
+    return EmbeddingData(
+        vectors, eval_vectors.read(0, eval_vectors.rows), texts, held.texts or None, held.pairs, model, tuple(notes)
     )
 
 
+def held_out_rows(rows: int) -> int:
+    """How many rows are held out if no others are named."""
+    return min(rows // 10, 2 * MOST_ROWS)
+
+
 def read_texts(recipe: EmbeddingRecipe) -> tuple[Texts | None, Texts | None]:
-    """The texts to learn from and those held out, where the recipe names any."""
+    """Read the texts to learn from and the held-out ones, if the recipe names any."""
     data = recipe.data
     return (_read(data.train) if data.train else None), (_read(data.eval) if data.eval else None)
 
 
-def encoder_of(teacher: EmbeddingTeacherPart) -> tuple[Any, Encode | None, str]:
-    """A teacher that reads text: its model where that is loaded, how it encodes, and what its vectors depend on."""
-    if teacher.embedder is not None:
-        embedder = load_embedder(teacher.embedder, "teacher.embedder")
-        return embedder, model_encoder(embedder), f"model {teacher.embedder}"
-    if teacher.server is not None:
-        return None, server_encoder(teacher.server.url, teacher.server.model), f"server {teacher.server}"
-    return None, None, ""
-
-
 def _read(part: TextsPart) -> Texts:
-    path = Path(part.path).expanduser()
-    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(
-            f"data: expected a file that ends in one of {', '.join(SUFFIXES)}, got {path}.{nearest(path.name, beside)}"
-        )
-    columns: dict[str, list[Any]] = {}
-    wanted = [*part.fields, *([part.score] if part.score else [])]
-    with reading(path):
-        table = open_table(path)
-        for name in wanted:
-            if name not in table.columns:
+    file = Path(part.path).name
+    columns = [list(load(Source(part.path, field=name))[0]["text"]) for name in part.fields]
+    for name, column in zip(part.fields, columns, strict=True):
+        for row, text in enumerate(column, 1):
+            if not text.strip():
                 raise DataError(
-                    f"data: expected a column {name!r} in {path.name}, got {', '.join(table.columns[:12])}."
-                    f"{nearest(name, table.columns)}"
+                    f"data: expected text in column {name!r} of {file}, got none in row {row}. Remove the row."
                 )
-        for batch in table.read(wanted):
-            for name in wanted:
-                columns.setdefault(name, []).extend(batch[name])
-    if not columns or not columns[wanted[0]]:
-        raise DataError(f"data: expected at least one row in {path.name}, got none. Give a file with data.")
-    for name in part.fields:
-        for row, text in enumerate(columns[name], 1):
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(
-                    f"data: expected text in column {name!r} of {path.name}, got {said(text)} in row {row}. "
-                    "Correct or remove the row."
-                )
-    distinct = list(dict.fromkeys(text for name in part.fields for text in columns[name]))
+    texts = [text for column in columns for text in column]
     if not part.score:
-        return Texts([text for name in part.fields for text in columns[name]], None)
-    number = {text: i for i, text in enumerate(distinct)}
-    first, second = ([number[text] for text in columns[name]] for name in part.fields)
-    return Texts(
-        distinct, (first, second, [_score(value, row, path) for row, value in enumerate(columns[part.score], 1)])
-    )
-
-
-def _score(value: Any, row: int, path: Path) -> float:
+        return Texts(texts)
+    scored, _ = load(Source(part.path, field=part.fields[0], label=part.score), "regression")
     try:
-        return float(json.loads(value) if isinstance(value, str) else value)
-    except (TypeError, ValueError):
-        raise DataError(
-            f"data: expected a number as score in {path.name}, got {said(value)} in row {row}. Correct or remove it."
-        ) from None
+        scores = [float(score) for score in scored["label"]]
+    except ValueError as error:
+        raise DataError(f"data: expected numbers in column {part.score!r} of {file}, got: {error}.") from None
+    index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    first, second = ([index[text] for text in column] for column in columns)
+    return Texts(list(index), (first, second, scores))

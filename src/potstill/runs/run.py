@@ -32,6 +32,7 @@ from potstill.models.loading import load_model, suppress_warnings
 from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.runs.build import Parts, prepare
 from potstill.runs.config.student import BudgetPart, StudentPart
+from potstill.runs.config.document import Document
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.teacher import TeacherPart
 from potstill.models.adapted import count, is_adapted, merged
@@ -113,7 +114,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))
 
 
-def require_free(directory: Path, recipe: Recipe, resume: bool) -> None:
+def require_free(directory: Path, recipe: Document, resume: bool) -> None:
     """See that a run directory holds no training, or one of the same recipe to go on with.
 
     Raises:
@@ -127,7 +128,7 @@ def require_free(directory: Path, recipe: Recipe, resume: bool) -> None:
             f"output: expected an empty or new directory, got {directory}, which holds a run. "
             "Go on with it with --resume, or choose another with --set output=DIR."
         )
-    earlier = Recipe.load(record)
+    earlier = type(recipe).load(record)
     changed = [key for key, value in recipe if value != getattr(earlier, key)]
     if changed:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""What an embedding run came to: report.html and the student's card, from the run's records."""
+"""report.html and the student's card of an embedding run, from its summary.json and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -13,78 +13,80 @@ from potstill.data.files import write_text
 from potstill.errors import DataError
 from potstill.evaluate.report import pictures
 from potstill.evaluate.report.page import environment
+from potstill.evaluate.report.words import times
 
-_MEASURES = {
-    "scores": ("People's scores", "Spearman's correlation of the similarity of pairs with what people say of them."),
-    "all_pairs": (
-        "All pairs",
-        "Spearman's correlation of all pairwise similarities with the teacher's: the whole map.",
-    ),
-    "recall": ("Recall at 10", "The share of the teacher's ten nearest that are among its own ten nearest."),
+_METRICS = {
+    "scores": ("Human scores", "Spearman's correlation of the similarity of pairs with human scores."),
+    "all_pairs": ("All pairs", "Spearman's correlation of all pairwise similarities with the teacher's."),
+    "recall": ("Recall at 10", "The share of the teacher's ten nearest neighbours that are among its own ten nearest."),
 }
 
 
 def write_embedding_report(run_directory: Path) -> Path:
-    """Write report.html, one self-contained page, and student/README.md, from summary.json and metrics.jsonl.
-
-    Args:
-        run_directory: of a run of kind embedding.
+    """Write report.html, one self-contained page, and student/README.md.
 
     Returns:
         The page's path.
 
     Raises:
-        DataError: the records are missing or not those of such a run.
+        DataError: the records are missing or not those of an embedding run.
     """
     summary = _read(run_directory / "summary.json")
-    facts = {"summary": summary, "verdict": embedding_verdict(summary), "table": _table(summary["rows"])}
+    rows = summary["rows"]
+    facts = {"summary": summary, "verdict": embedding_verdict(summary), "table": embedding_table(rows)}
     front = {f"focus: {name}": row for name, row in summary["front"].items()}
-    front |= {name: summary["rows"][name] for name in ("PCA", "PCA uncentred")}
-    close = "recall" if summary["rows"]["student"]["scores"] is None else "scores"
-    rendered = (
-        environment(autoescape=True)
-        .get_template("embedding.html.j2")
-        .render(
-            **facts,
-            headlines=_headlines(summary),
-            models=list(summary["rows"]),
-            space={
-                name: Markup(pictures.space(f"{name} space", summary["space"][name], summary["space"]["hues"]))
-                for name in ("teacher", "student")
-            },
-            front=Markup(
-                pictures.front(
-                    {name: (row["all_pairs"], row[close]) for name, row in front.items()},
-                    "all pairs, rank correlation with the teacher",
-                    _MEASURES[close][0],
-                )
-            ),
-            close=_MEASURES[close][0],
-            curve=Markup(pictures.correlation_curve(_curve(run_directory / "metrics.jsonl"))),
-            recipe=(run_directory / "recipe.yaml").read_text(encoding="utf-8"),
-        )
+    front |= {name: rows[name] for name in ("PCA", "PCA uncentred")}
+    close = "recall" if rows["student"]["scores"] is None else "scores"
+    space, hues = summary["space"], summary["space"]["hues"]
+    lines = map(json.loads, (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    curve = [(line["epoch"], line["all_pairs"]) for line in lines if line["run"] == "student"]
+    page = environment(autoescape=True).get_template("embedding.html.j2")
+    rendered = page.render(
+        **facts,
+        headlines=_headlines(rows),
+        models=list(rows),
+        space={name: Markup(pictures.space(f"{name} space", space[name], hues)) for name in ("teacher", "student")},
+        front=Markup(
+            pictures.front(
+                {name: (row["all_pairs"], row[close]) for name, row in front.items()},
+                "all pairs, rank correlation with the teacher",
+                _METRICS[close][0],
+            )
+        ),
+        close=_METRICS[close][0],
+        curve=Markup(pictures.correlation_curve(curve)),
+        recipe=(run_directory / "recipe.yaml").read_text(encoding="utf-8"),
     )
     write_text(run_directory / "report.html", rendered)
-    card = environment(autoescape=False).get_template("embedding_card.md.j2")
-    if (run_directory / "student").is_dir():
-        reads = (run_directory / "student" / "modules.json").exists()
-        write_text(run_directory / "student" / "README.md", card.render(**facts, reads=reads))
+    student = run_directory / "student"
+    if student.is_dir():
+        card = environment(autoescape=False).get_template("embedding_card.md.j2")
+        reads_text = (student / "modules.json").exists()
+        write_text(student / "README.md", card.render(**facts, reads_text=reads_text))
     return run_directory / "report.html"
 
 
 def embedding_verdict(summary: Mapping[str, Any]) -> str:
-    """What the run shows, in one sentence, whichever way it went."""
-    student, pca = summary["rows"]["student"], summary["rows"]["PCA"]
-    said = []
-    for key, (name, _) in _MEASURES.items():
-        if student[key] is not None:
-            said.append(f"{name.lower()} {student[key]:.3f} (PCA {pca[key]:.3f})")
-    won = [student[key] > pca[key] for key in _MEASURES if student[key] is not None]
-    opening = "better than" if all(won) else "not better than" if not any(won) else "in some ways better than"
+    """Compare the student with PCA in one sentence."""
+    teacher, student, pca = (summary["rows"][name] for name in ("teacher", "student", "PCA"))
+    measured = {key: name for key, (name, _) in _METRICS.items() if student[key] is not None}
+    better = [student[key] > pca[key] for key in measured]
+    opening = "better than" if all(better) else "in some ways better than" if any(better) else "not better than"
+    figures = ", ".join(f"{name.lower()} {student[key]:.3f} (PCA {pca[key]:.3f})" for key, name in measured.items())
     return (
-        f"With {student['dimensions']} of the teacher's {summary['rows']['teacher']['dimensions']} dimensions, held "
-        f"out, the student is {opening} PCA: {', '.join(said)}."
+        f"With {student['dimensions']} of the teacher's {teacher['dimensions']} dimensions, held "
+        f"out, the student is {opening} PCA: {figures}."
     )
+
+
+def embedding_table(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line for each metric, with a cell for each model."""
+    table = [{"name": "Dimensions", "meaning": "", "cells": [str(row["dimensions"]) for row in rows.values()]}]
+    for key, (name, meaning) in _METRICS.items():
+        if rows["teacher"][key] is not None:
+            cells = [f"{row[key]:.3f}" for row in rows.values()]
+            table.append({"name": name, "meaning": meaning, "cells": cells})
+    return table
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -97,31 +99,17 @@ def _read(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _table(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
-    table = [{"name": "Dimensions", "meaning": "", "cells": [str(row["dimensions"]) for row in rows.values()]}]
-    for key, (name, meaning) in _MEASURES.items():
-        values = [row[key] for row in rows.values()]
-        if values[0] is not None:
-            table.append({"name": name, "meaning": meaning, "cells": [f"{value:.3f}" for value in values]})
-    return table
-
-
-def _headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    student, pca, teacher = (summary["rows"][name] for name in ("student", "PCA", "teacher"))
-    ratio = teacher["dimensions"] / student["dimensions"]
-    found = [
+def _headlines(rows: Mapping[str, Any]) -> list[dict[str, str]]:
+    student, pca, teacher = (rows[name] for name in ("student", "PCA", "teacher"))
+    headlines = [
         {
             "name": "fewer numbers",
-            "value": f"{ratio:.0f}×" if ratio >= 9.95 else f"{ratio:.1f}×",
+            "value": f"{times(teacher['dimensions'] / student['dimensions'])}×",
             "detail": f"{student['dimensions']} against {teacher['dimensions']} a vector",
         }
     ]
-    for key, (name, _) in _MEASURES.items():
+    for key, (name, _) in _METRICS.items():
         if student[key] is not None:
-            found.append({"name": name.lower(), "value": f"{student[key]:.2f}", "detail": f"PCA has {pca[key]:.2f}"})
-    return found
-
-
-def _curve(path: Path) -> list[tuple[float, float]]:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [(line["epoch"], line["all_pairs"]) for line in lines if line["run"] == "student"]
+            value, detail = f"{student[key]:.2f}", f"PCA has {pca[key]:.2f}"
+            headlines.append({"name": name.lower(), "value": value, "detail": detail})
+    return headlines

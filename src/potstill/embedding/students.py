@@ -1,0 +1,138 @@
+"""Kinds of embedding students, as a recipe names them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+
+from potstill.embedding.by_key import ChosenByKey
+from potstill.embedding.encoders import EmbeddingModel, TextStudent, encoder_student, load_embedder, static_student
+from potstill.embedding.heads import PCA_ROWS, PCAKind, VectorHead
+from potstill.embedding.objective import START, Focus
+from potstill.embedding.vectors import VectorArray
+from potstill.errors import ShapeError, UserError
+from potstill.losses.declared import Declared, Range, Record
+from potstill.models.loading import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingStudent(ChosenByKey, Declared):
+    """A student, which starts near a PCA of the teacher's vectors.
+
+    Args:
+        dimensions: of its vectors.
+        prefixes: length -> weight: the first so many dimensions are trained to be good vectors alone.
+        start: which PCA it starts as; default: the best for the focus.
+        hidden: width of an mlp head.
+    """
+
+    reads_text: ClassVar[bool] = True
+    learning_rate: ClassVar[float]  # the default, chosen on STS-B's dev split
+    dimensions: Annotated[int, Range(ge=1)]
+    prefixes: dict[int, float] | None = None
+    start: PCAKind | None = None
+    hidden: Annotated[int, Range(ge=1)] = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wrong = [d for d, weight in (self.prefixes or {}).items() if not (1 <= d <= self.dimensions and weight > 0)]
+        if wrong:
+            raise ShapeError(f"expected prefixes of 1 to {self.dimensions} dimensions with weights > 0, got {wrong}")
+
+    @abstractmethod
+    def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> EmbeddingModel:
+        """Make the student with its first weights, the same at every call.
+
+        Args:
+            vectors: the teacher's, to learn from.
+            texts: of the vectors; empty if there are none.
+            teacher: a sentence-transformers model, or None.
+            focus: see `PairObjective`.
+            seed: of random weights.
+
+        Raises:
+            UserError: there is no tokenizer or model.
+        """
+
+    def _pca_head(self, vectors: VectorArray, focus: Focus, seed: int, hidden: int = 0) -> VectorHead:
+        sample, start = vectors.sample(PCA_ROWS), self.start or START[focus]
+        return VectorHead.from_pca(sample, self.dimensions, hidden=hidden, start=start, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadStudent(EmbeddingStudent):
+    """A head over the teacher's own vectors.
+
+    Args:
+        head: a linear map, or one with an MLP beside it.
+    """
+
+    head: Literal["linear", "mlp"]
+    name = "head"
+    reads_text = False
+    learning_rate = 3e-3
+
+    def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> VectorHead:
+        return self._pca_head(vectors, focus, seed, self.hidden if self.head == "mlp" else 0)
+
+
+@dataclass(frozen=True)
+class EncoderLayers(Record):
+    """Layers of a sentence-transformers model.
+
+    Args:
+        model: whose layers; default: the teacher's embedder.
+        layers: how many.
+    """
+
+    model: str | None = None
+    layers: Annotated[int, Range(ge=1)] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderStudent(EmbeddingStudent):
+    """Some layers of a sentence-transformers model and a linear map."""
+
+    encoder: EncoderLayers = EncoderLayers()
+    name = "encoder"
+    empty_is_default = True
+    learning_rate = 3e-4
+
+    def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> TextStudent:
+        if self.encoder.model is None and teacher is None:
+            raise UserError("student.encoder.model: expected a sentence-transformers model, got none. Name one.")
+        start = torch.from_numpy(self._pca_head(vectors, focus, seed).transform(vectors))
+        model = load_embedder(self.encoder.model, "student.encoder.model") if self.encoder.model else teacher
+        return encoder_student(model, self.encoder.layers, texts, start)
+
+
+@dataclass(frozen=True)
+class TokenVectors(Record):
+    """A vector for each token.
+
+    Args:
+        tokenizer: a folder, or a name on the hub; default: the embedder's.
+    """
+
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticStudent(EmbeddingStudent):
+    """A vector for each token, whose mean is the vector of a text: the fastest student that reads text."""
+
+    static: TokenVectors = TokenVectors()
+    name = "static"
+    empty_is_default = True
+    learning_rate = 1e-2
+
+    def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> TextStudent:
+        path = self.static.tokenizer
+        if path is None and teacher is None:
+            raise UserError("student.static.tokenizer: expected a folder with a tokenizer, got none. Name one.")
+        start = torch.from_numpy(self._pca_head(vectors, focus, seed).transform(vectors))
+        tokenizer: Any = load_tokenizer(path, "student.static.tokenizer") if path else teacher.tokenizer
+        return static_student(tokenizer, texts, start)
