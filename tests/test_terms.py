@@ -108,8 +108,8 @@ def test_the_other_terms_are_their_formulas() -> None:
     one = distiller(Attention(LayerMap.last_k()), Relations(), Similarity(), Hidden(LayerMap.last_k(), "cka"))
     found = one.step(batch).logs
     assert isinstance(one.teacher, ModelTeacher)
-    _, mine = one._capture.capture(one._needs, lambda: one.student(**_inputs(batch)))
-    _, theirs = one.teacher._capture.capture(one.teacher._needs, lambda: one.teacher.model(**_inputs(batch)))
+    _, mine = one._capture.capture(one._request, lambda: one.student(**_inputs(batch)))
+    _, theirs = one.teacher._capture.capture(one.teacher._request, lambda: one.teacher.model(**_inputs(batch)))
     s, t = mine.attentions[1], theirs.attentions[3]
     assert s.shape[1] == t.shape[1] == 2
     torch.testing.assert_close(found["attention"], attention_mse(s, t)[there].mean().detach())
@@ -140,8 +140,8 @@ def test_head_counts_may_differ(mine: int, theirs: int, heads: Any) -> None:
     assert student.model.layers[1].self_attn.q_proj.weight.grad.abs().sum() > 0
     assert Distiller(student, teacher, [Relations(heads=1)]).step(batch).loss.item() > 0
     if heads == "overlap":
-        _, a = one._capture.capture(one._needs, lambda: student(**_inputs(batch)))
-        _, b = one.teacher._capture.capture(one.teacher._needs, lambda: teacher(**_inputs(batch)))
+        _, a = one._capture.capture(one._request, lambda: student(**_inputs(batch)))
+        _, b = one.teacher._capture.capture(one.teacher._request, lambda: teacher(**_inputs(batch)))
         maps, _ = match_heads(b.attentions[3], head_overlap(mine, theirs))
         torch.testing.assert_close(loss, attention_divergence(a.attentions[1], maps)[attended_positions(batch)].mean())
 
@@ -150,8 +150,8 @@ def test_heads_may_be_paired_by_hand() -> None:
     student, teacher = make_llama(**STUDENT), make_llama(**TEACHER)
     batch = make_batch()
     crossed = Distiller(student, teacher, [Attention(LayerMap.last_k(), heads=[(0, 1), (1, 1)])])
-    _, a = crossed._capture.capture(crossed._needs, lambda: student(**_inputs(batch)))
-    _, b = crossed.teacher._capture.capture(crossed.teacher._needs, lambda: teacher(**_inputs(batch)))
+    _, a = crossed._capture.capture(crossed._request, lambda: student(**_inputs(batch)))
+    _, b = crossed.teacher._capture.capture(crossed.teacher._request, lambda: teacher(**_inputs(batch)))
     expected = attention_mse(a.attentions[1], b.attentions[3][:, [1, 1]])
     torch.testing.assert_close(crossed.step(batch).loss, expected[attended_positions(batch)].mean())
     straight, overlap = (
@@ -268,8 +268,8 @@ def test_selected_dimensions_are_the_teachers() -> None:
     one, batch = distiller(Hidden(LayerMap.last_k(), dimensions={3: picked})), make_batch()
     assert not one.objective.state_dict()
     s, t = hidden_states(one.student.model, batch, 1), None
-    _, mine = one._capture.capture(one._needs, lambda: one.student(**_inputs(batch)))
-    _, theirs = one.teacher._capture.capture(one.teacher._needs, lambda: one.teacher.model(**_inputs(batch)))
+    _, mine = one._capture.capture(one._request, lambda: one.student(**_inputs(batch)))
+    _, theirs = one.teacher._capture.capture(one.teacher._request, lambda: one.teacher.model(**_inputs(batch)))
     s, t = mine.hidden[1], theirs.hidden[3][..., picked]
     torch.testing.assert_close(one.step(batch).loss, hidden_mse(s, t)[attended_positions(batch)].mean())
 

@@ -1,0 +1,1 @@
+"""Recipes: typed records of runs, read from strict YAML."""
