@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from conftest import make_llama
 from potstill.data.sources import Source
 from potstill.errors import ModelError, RecipeError, UserError
-from potstill.models.adapted import count, is_adapted, suppress_peft_warnings
+from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.adapters import Lora, adapt
-from potstill.models.loading import load_model
+from potstill.models.loading import load_model, suppress_warnings
 from potstill.runs.build import prepare
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
@@ -70,7 +70,7 @@ def test_a_run_keeps_the_adapter_alone(values: dict[str, Any], toys: Path, kind:
     assert told["bytes"] == (folder / "adapter_model.safetensors").stat().st_size
     assert Path(told["base"]) == (toys / "student").resolve()
     row = result.summary["rows"]["student"]
-    assert row["parameters"] == count(load_model(str(folder), "student")).all
+    assert row["parameters"] == parameter_count(load_model(str(folder), "student")).all
     assert row["bytes"] == told["bytes"] + (toys / "student" / "model.safetensors").stat().st_size
     assert told["share"] == pytest.approx(told["trained"] / row["parameters"])
     (checkpoint,) = (result.directory / "checkpoints" / "student").glob("checkpoint-4")
@@ -89,7 +89,7 @@ def test_a_run_keeps_the_adapter_alone(values: dict[str, Any], toys: Path, kind:
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     space: dict[str, Any] = {}
     load = code.replace('"student"  #', f"{str(folder)!r}  #").partition("inputs =")[0]
-    with suppress_peft_warnings():
+    with suppress_warnings():
         exec(load, space)
     assert is_adapted(space["model"])
     found = evaluate(

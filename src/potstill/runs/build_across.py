@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.vocabulary import own_vocabulary
 from potstill.errors import RecipeError
+from potstill.models.spacing import evenly_spaced
 from potstill.runs.config.run import Recipe
 from potstill.runs.build_teacher import Speaker
 from potstill.teachers.crosstok import CrossTokenizerTeacher
@@ -49,7 +50,7 @@ def meeting(teacher: CrossTokenizerTeacher, dataset: Dataset) -> AlignmentStats:
         RecipeError: nowhere.
     """
     wanted = min(ROWS, len(dataset))
-    found = teacher.meeting(dataset[i * len(dataset) // wanted] for i in range(wanted))
+    found = teacher.meeting(dataset[i] for i in evenly_spaced(wanted, len(dataset)))
     if not found.chunks:
         raise RecipeError(
             f"objective: expected text that both tokenizers can read, got none in {wanted} rows of the training data. "

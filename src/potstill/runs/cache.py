@@ -22,7 +22,7 @@ from potstill.data.sources import Source
 from potstill.data.vocabulary import fingerprint
 from potstill.errors import ModelError, UserError
 from potstill.models.layer_map import layer_index
-from potstill.models.loading import suppress_warnings
+from potstill.models.loading import suppress_warnings, vocabulary_size
 from potstill.runs.ray import spread
 from potstill.losses.alignment import causal_alignment
 from potstill.runs.config.data import SourcePart
@@ -113,7 +113,7 @@ def prepare(request: Request, console: Console) -> Capture:
     device = torch.device(who.device or ("cuda" if on_gpu else "cpu"))
     collate = PaddingCollator(pad_token_id(tokenizer)[0])
     datasets = [found.dataset for found in examples]
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    vocabulary = vocabulary_size(tokenizer)
     batch = {name: value.to(device) for name, value in collate([datasets[0][0]]).items()}
     layers = _layers(request, speaker.teacher, batch)
     codec = _codec(request, vocabulary, speaker.teacher, batch)
@@ -147,7 +147,7 @@ def _layers(request: Request, teacher: Teacher, batch: dict[str, torch.Tensor]) 
         raise ModelError(
             f"cache build: expected a teacher that is a model for --layers, got {request.teacher.title}. Leave it out."
         )
-    shape = teacher.anatomy
+    shape = teacher.shape
     kept = sorted({layer_index("teacher", layer, shape.layers) for layer in request.layers})
     teacher.prepare(ActivationRequest(hidden=frozenset(kept)))
     states = teacher(batch, causal_alignment(batch["labels"])).inside.hidden[kept[0]]

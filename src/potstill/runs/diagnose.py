@@ -24,6 +24,7 @@ from potstill.evaluate.diagnosis import TEMPERATURES, Softening, Teach, Tokens, 
 from potstill.evaluate.summary import read_metrics
 from potstill.evaluate.versions import versions
 from potstill.models.loading import load_model, suppress_warnings
+from potstill.models.spacing import evenly_spaced
 from potstill.losses.alignment import IGNORE, Alignment
 from potstill.runs.build import Parts, prepare
 from potstill.runs.config.run import Recipe
@@ -123,8 +124,7 @@ def _models(parts: Parts, run: Path | None) -> dict[str, PreTrainedModel]:
 
 
 def _spread(dataset: Dataset, wanted: int) -> Dataset:
-    rows = min(wanted, len(dataset))
-    return dataset.select([i * len(dataset) // rows for i in range(rows)])
+    return dataset.select(evenly_spaced(wanted, len(dataset)))
 
 
 def _on(device: torch.device, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

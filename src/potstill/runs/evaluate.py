@@ -23,7 +23,7 @@ from potstill.evaluate.versions import versions
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.losses.alignment import IGNORE, TOKEN_TASKS, Task
 from potstill.runs.build_task import classes_of, match_heads, token_rows
-from potstill.models.adapted import count, virtual_tokens
+from potstill.models.adapted import parameter_count, virtual_tokens
 
 ROWS = 16  # in a batch
 APART = (
@@ -118,7 +118,7 @@ def evaluate(
             "models": {
                 name: {
                     "model": {"student": student, "teacher": teacher}[name],
-                    "parameters": count(model).all,
+                    "parameters": parameter_count(model).all,
                     "bytes": model.get_memory_footprint(),
                     "bits_per_byte": found[name].loss * found[name].tokens / math.log(2) / size if size else None,
                     "quality": asdict(found[name]),

@@ -34,7 +34,7 @@ from potstill.runs.build import Parts, prepare
 from potstill.runs.config.student import BudgetPart, StudentPart
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.teacher import TeacherPart
-from potstill.models.adapted import count, is_adapted, merged
+from potstill.models.adapted import is_adapted, merged, parameter_count
 from potstill.models.modules import copy_modules
 from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.ensemble import EnsembleTeacher
@@ -231,7 +231,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     rows: dict[str, dict[str, float | None]] = {
         name: {
             **{one.key: getattr(measured[name], one.key) for one in QUALITY[recipe.task]},
-            "parameters": count(model).all,
+            "parameters": parameter_count(model).all,
             "bytes": bytes_on_disk(folders[name], model),
             "latency_ms": latency_ms(model, recipe.data.max_length),
         }
@@ -332,7 +332,7 @@ def _adapter(parts: Parts, folder: Path, student: Any) -> dict[str, Any] | None:
         "share": parts.size.trained / parts.size.all,
         "bytes": weight_bytes(folder) if is_adapted(student) else None,
         "base": student.active_peft_config.base_model_name_or_path if is_adapted(student) else None,
-        "quantized": getattr(part, "bits", None) is not None,
+        "quantized": part is not None and part.base_bits is not None,
     }
 
 
