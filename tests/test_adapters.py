@@ -159,7 +159,7 @@ def test_hidden_states_and_relations_line_up_with_the_teachers(kind: str, tokeni
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_attention_maps_with_virtual_tokens_are_refused(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
     student = adapt(made(), ADAPTERS[kind], tokenizer=tokenizer)
-    with pytest.raises(ModelError, match="tokens that an adapter puts in front"):
+    with pytest.raises(ModelError, match="adapter with virtual tokens"):
         Distiller(student, made(), [Attention(LayerMap.uniform())])
 
 

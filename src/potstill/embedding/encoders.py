@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError, UserError
+from potstill.models.structure import layer_lists
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -127,7 +128,7 @@ def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str
     transformer = copy.deepcopy(model[0])
     body: Any = getattr(transformer, "auto_model", transformer)
     whole = getattr(getattr(body, "config", None), "num_hidden_layers", 0)
-    lists = [(n, m) for n, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == whole]
+    lists = layer_lists(body)
     if len(lists) != 1 or not 1 <= layers <= whole:
         raise ModelError(
             f"student.encoder.layers: expected 1 to {whole} layers of a transformer, got {layers}. "

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from potstill.models.loading import QUANTIZATION, require_peft, suppress_warnings
+from potstill.models.loading import QUANTIZATION, require_package, suppress_warnings
 
 
 def is_adapted(model: Any) -> bool:
@@ -71,12 +71,11 @@ def merged(model: Any) -> PreTrainedModel:
     A quantized base is dequantized first. In 4 bits that is exact; in 8 bits the quantized products also round
     activations, which no plain model does. The given model must not be used afterwards.
     """
-    peft = require_peft("student.adapter.merge")
+    peft = require_package("peft", "adapters", "student.adapter.merge")
     with suppress_warnings():
         if is_quantized(model):
             (config,) = model.peft_config.values()
             weights = peft.get_peft_model_state_dict(model)
             model = peft.get_peft_model(model.unload().dequantize(), config)
             peft.set_peft_model_state_dict(model, weights)
-        plain: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    return plain
+        return model.merge_and_unload(safe_merge=True)

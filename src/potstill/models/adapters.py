@@ -16,7 +16,7 @@ from potstill.errors import ModelError, UserError, nearest
 from potstill.losses.alignment import Task
 from potstill.losses.declared import Declared, NonEmpty, Range
 from potstill.models.adapted import is_adapted
-from potstill.models.loading import require_peft, sequence_head_names, suppress_warnings
+from potstill.models.loading import require_package, sequence_head_names, suppress_warnings
 from potstill.models.structure import find_structure, is_linear, is_transposed
 
 Names = Annotated[Sequence[str], NonEmpty()]
@@ -104,7 +104,7 @@ class Lora(Adapter):
                 f"student.adapter.bias: expected none for {type(model).__name__}, got {self.bias}. There are no biases "
                 "to train: leave it out."
             )
-        return require_peft("student.adapter").LoraConfig(
+        return _peft().LoraConfig(
             **_common(model, layers, chosen),
             r=self.rank,
             bias=self.bias,
@@ -163,7 +163,7 @@ class Ia3(Adapter):
         names, scaled_inputs = (self.target_modules, ()) if self.target_modules else _keys_values_units(model)
         chosen = _choose(layers, names, "target_modules")
         scaled_inputs = self.feedforward_modules or scaled_inputs
-        return require_peft("student.adapter").IA3Config(
+        return _peft().IA3Config(
             **_common(model, layers, chosen),
             feedforward_modules=_choose({n: layers[n] for n in chosen}, scaled_inputs, "feedforward_modules"),
         )
@@ -182,6 +182,7 @@ class Prompt(Adapter):
     """
 
     tasks = frozenset({"causal"})
+    peft_class: ClassVar[str] = "PromptTuningConfig"
     virtual_tokens: Annotated[int, Range(ge=1)] = 20
     text: str | None = None
     name = "prompt"
@@ -201,10 +202,7 @@ class Prompt(Adapter):
                 f"student.adapter: expected a causal language model for {self.name}, got {type(model).__name__}: "
                 "virtual tokens would take the places of its own first ones. Use lora or ia3."
             )
-        return self._peft_class()(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual_tokens)
-
-    def _peft_class(self) -> Any:
-        return require_peft("student.adapter").PromptTuningConfig
+        return getattr(_peft(), self.peft_class)(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual_tokens)
 
     @torch.no_grad()
     def initialize(self, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -234,10 +232,8 @@ class Prefix(Prompt):
     """
 
     checkpointing = False
+    peft_class = "PrefixTuningConfig"
     name = "prefix"
-
-    def _peft_class(self) -> Any:
-        return require_peft("student.adapter").PrefixTuningConfig
 
     @torch.no_grad()
     def initialize(self, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -285,7 +281,7 @@ def adapt(
     Raises:
         UserError: peft is not installed, or the adapter does not go with the model.
     """
-    peft = require_peft("student.adapter")
+    peft = _peft()
     if is_adapted(model) or getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
             "student.adapter: expected a plain model to put it on, got one that has an adapter. "
@@ -352,6 +348,10 @@ def _choose(layers: Mapping[str, nn.Module], ends: Sequence[str], key: str) -> l
 def _sides(layer: Any) -> tuple[int, int]:
     """Numbers of inputs and outputs; the shape of a quantized weight does not tell."""
     return (layer.nx, layer.nf) if is_transposed(layer) else (layer.in_features, layer.out_features)
+
+
+def _peft() -> Any:
+    return require_package("peft", "adapters", "student.adapter")
 
 
 def _prompt_weight(model: Any) -> Any:

@@ -64,27 +64,22 @@ class Budget:
     ) -> PretrainedConfig:
         """Design the largest student within the budget.
 
-        Args:
-            teacher: the teacher's config.
-            vocabulary: the student's number of token ids; the teacher's by default.
-            seconds: times a forward pass of a config's model, for `latency_ms`.
+        `vocabulary` is the number of token ids, the teacher's by default. `seconds` times a forward pass of a config's
+        model, for `latency_ms`.
 
         Raises:
             ModelError: nothing fits, or everything does.
         """
+        params = self.params if self.target is None else TARGETS[self.target]
         if self.compression is not None:
-            return design(
-                teacher, round(count_parameters(teacher) / self.compression), keep=self.keep, vocabulary=vocabulary
-            )
-        if self.params is not None or self.target is not None:
-            params = self.params if self.params is not None else TARGETS[str(self.target)]
+            params = round(count_parameters(teacher) / self.compression)
+        if params is not None:
             return design(teacher, params, keep=self.keep, vocabulary=vocabulary)
         search = ShapeSearch(teacher, self.keep, vocabulary or teacher.vocab_size)
         if self.memory_gb is not None:
             limit = f"at most {self.memory_gb:g} GB"
             return _largest(search, lambda c: size_of(c, self.context).serve_bytes / 1e9, self.memory_gb, limit)
-        assert seconds is not None, "latency_ms needs a clock"
-        assert self.latency_ms is not None
+        assert seconds is not None and self.latency_ms is not None, "latency_ms needs a clock"
         return _largest(search, lambda c: 1000 * seconds(c), self.latency_ms, f"at most {self.latency_ms:g} ms")
 
 

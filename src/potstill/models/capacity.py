@@ -8,23 +8,16 @@ from typing import Literal, get_args
 
 from potstill.errors import ShapeError
 
-Capability = Literal["understanding", "knowledge", "reasoning"]
+Capability = Literal["understanding", "knowledge", "reasoning"]  # classification and entailment, MMLU, GSM8K
 
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """A published pair of teacher and distilled student.
-
-    Args:
-        task: understanding (classification, entailment), knowledge (MMLU) or reasoning (GSM8K).
-        compression: the teacher's parameters over the student's.
-        share: the student's score over the teacher's.
-        source: where it was published.
-    """
+    """A published pair of teacher and distilled student."""
 
     task: Capability
-    compression: float
-    share: float
+    compression: float  # the teacher's parameters over the student's
+    share: float  # the student's score over the teacher's
     source: str
 
     @property
@@ -45,21 +38,13 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class CapacityEstimate:
-    """An estimate from published results.
-
-    Args:
-        value: from their mean exponent.
-        low: from the worst of them.
-        high: from the best of them.
-        source: the results.
-        extrapolated: whether the student is smaller, relative to its teacher, than any of theirs.
-    """
+    """An estimate from published results: from their mean exponent, and from the least and the greatest."""
 
     value: float
     low: float
     high: float
     source: str
-    extrapolated: bool
+    extrapolated: bool  # whether the student is smaller, relative to its teacher, than any of theirs
 
 
 def expected_share(compression: float, task: Capability) -> CapacityEstimate:
@@ -69,10 +54,6 @@ def expected_share(compression: float, task: Capability) -> CapacityEstimate:
 
     with the least, the mean and the greatest a of the task's published results. They are few (two for each task), none
     compresses more than 8 times, and a student that is trained on little data stays below all of them.
-
-    Args:
-        compression: the teacher's parameters over the student's, >= 1.
-        task: see `PublishedResult`.
 
     Raises:
         ShapeError: the task is not known, or the compression is below 1.
@@ -87,11 +68,6 @@ def smallest_student(teacher_parameters: int, share: float, task: Capability) ->
     """Estimate the parameters that a student needs to keep a share of the teacher's score.
 
     It is the inverse of `expected_share`; `low` is the fewest parameters.
-
-    Args:
-        teacher_parameters: of the teacher.
-        share: of the teacher's score, in (0, 1).
-        task: see `PublishedResult`.
 
     Raises:
         ShapeError: the task is not known, or the share is not in (0, 1).
@@ -117,21 +93,13 @@ def _published(task: str) -> tuple[float, float, float, float, str]:
 class SupervisedLaw:
     """Scaling law of a model trained on labels alone.
 
-        L(N, D) = E + (A / N^alpha + B / D^beta)^gamma      nats per token
-
-    Args:
-        irreducible: E.
-        size: A.
-        alpha: exponent of the parameters N.
-        data: B.
-        beta: exponent of the tokens D.
-        gamma: outer exponent.
+    L(N, D) = E + (A / N^alpha + B / D^beta)^gamma      nats per token; N parameters, D tokens
     """
 
-    irreducible: float
-    size: float
+    irreducible: float  # E
+    size: float  # A
     alpha: float
-    data: float
+    data: float  # B
     beta: float
     gamma: float
 
@@ -146,30 +114,21 @@ class DistillationLaw:
 
         L_S = L_T + L_T^-c0 (1 + (L_T / (L~_S d1))^(1/f1))^(-c1 f1) (A'/N^alpha' + B'/D^beta')^gamma'
 
-    with L~_S the loss of the same student trained on labels alone. The coefficients depend on the kind of model,
-    tokenizer and data: fit them to a few runs of your own, or take a paper's.
-
-    Args:
-        supervised: the law of L~_S.
-        c0: see above; c1, d1 and f1 likewise.
-        size: A'.
-        alpha: exponent of the parameters N, without embeddings.
-        data: B'.
-        beta: exponent of the tokens D.
-        gamma: outer exponent.
+    with L~_S the loss of the same student trained on labels alone, and N without embeddings. The coefficients depend on
+    the kind of model, tokenizer and data: fit them to a few runs of your own, or take a paper's.
 
     References:
         Busbridge et al. 2025, arXiv 2502.08606, equation 8.
     """
 
-    supervised: SupervisedLaw
+    supervised: SupervisedLaw  # of L~_S
     c0: float
     c1: float
     d1: float
     f1: float
-    size: float
+    size: float  # A'
     alpha: float
-    data: float
+    data: float  # B'
     beta: float
     gamma: float
 

@@ -26,14 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ActivationRequest:
-    """Layers to capture, from 0.
-
-    Args:
-        hidden: layers whose hidden states are captured.
-        attentions: layers whose attention maps are captured.
-        vectors: layers whose queries, keys and values are captured.
-        exits: layers whose hidden states are captured as the model's head would read them.
-    """
+    """Layers to capture, from 0; see `Activations`."""
 
     hidden: frozenset[int] = frozenset()
     attentions: frozenset[int] = frozenset()
@@ -51,33 +44,21 @@ class Vectors(NamedTuple):
     """Outputs of a layer's attention projections, all heads side by side.
 
     They are taken before any norm and rotary embedding, and before keys and values are repeated for grouped queries.
-
-    Args:
-        queries: [B, T, Dq].
-        keys: [B, T, Dk].
-        values: [B, T, Dv].
     """
 
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
+    queries: Tensor  # [B, T, Dq]
+    keys: Tensor  # [B, T, Dk]
+    values: Tensor  # [B, T, Dv]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Captured tensors, by layer.
+    """Captured tensors, by layer."""
 
-    Args:
-        hidden: [B, T, H] outputs of the layer, before the model's last norm.
-        attentions: [B, A, T, T] attention probabilities of queries over keys.
-        vectors: see `Vectors`.
-        exits: [B, T, H] outputs of the layer, behind the model's last norm.
-    """
-
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    attentions: dict[int, Tensor] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H] outputs, before the model's last norm
+    attentions: dict[int, Tensor] = field(default_factory=dict)  # [B, A, T, T] probabilities of queries over keys
     vectors: dict[int, Vectors] = field(default_factory=dict)
-    exits: dict[int, Tensor] = field(default_factory=dict)
+    exits: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H] outputs, behind the model's last norm
 
     def last(self, length: int) -> Activations:
         """Drop the positions of virtual tokens, which are in front, from hidden states and vectors."""
@@ -89,12 +70,11 @@ class Activations:
 
     def to(self, device: torch.device) -> Activations:
         """Move all tensors to a device."""
-        return Activations(
-            {i: x.to(device) for i, x in self.hidden.items()},
-            {i: x.to(device) for i, x in self.attentions.items()},
-            {i: Vectors(*(x.to(device) for x in vectors)) for i, vectors in self.vectors.items()},
-            {i: x.to(device) for i, x in self.exits.items()},
+        hidden, attentions, exits = (
+            {i: x.to(device) for i, x in tensors.items()} for tensors in (self.hidden, self.attentions, self.exits)
         )
+        vectors = {i: Vectors(*(x.to(device) for x in vectors)) for i, vectors in self.vectors.items()}
+        return Activations(hidden, attentions, vectors, exits)
 
 
 class ActivationCapture:
@@ -118,7 +98,6 @@ class ActivationCapture:
 
     @property
     def shape(self) -> ModelShape:
-        """The model's sizes."""
         return structure.model_shape(self._config)
 
     def prepare(self, request: ActivationRequest) -> None:
@@ -154,15 +133,12 @@ class ActivationCapture:
                 if tensor.shape != expected:
                     raise ModelError(
                         f"{self._name}: expected {kind} of shape {list(expected)} from layer {layer} for 2 x 3 "
-                        f"tokens, got {list(tensor.shape)}. Terms that need them do not work with this architecture, "
-                        "nor do attention maps with an adapter's virtual tokens, which the teacher does not have."
+                        f"tokens, got {list(tensor.shape)}. Leave out terms that need them: this architecture, or an "
+                        "adapter with virtual tokens, does not give them."
                     )
 
     def capture(self, request: ActivationRequest, call: Callable[[], T]) -> tuple[T, Activations]:
-        """Capture activations during a call that runs the model once.
-
-        Returns:
-            The result of the call, and the activations.
+        """Capture activations during a call that runs the model once; return its result too.
 
         Raises:
             ModelError: a module did not run, or its output is not known.
@@ -199,17 +175,17 @@ class ActivationCapture:
         finally:
             for handle in handles:
                 handle.remove()
+        final_norm = self.model.get_submodule(self._final_norm) if self._final_norm else nn.Identity()
         return result, Activations(
             {i: tensor("hidden", i) for i in sorted(request.hidden)},
             {i: tensor("attention", i, 1) for i in sorted(request.attentions)},
             {i: self._vectors(tensor, i) for i in sorted(request.vectors)},
-            {i: self._normed(tensor("hidden", i)) for i in sorted(request.exits)},
+            {i: final_norm(tensor("hidden", i)) for i in sorted(request.exits)},
         )
 
     def layer(self, i: int) -> nn.Module:
         """Return a layer by its number, from 0."""
-        layer: nn.Module = self.model.get_submodule(f"{self._layers}.{i}")
-        return layer
+        return self.model.get_submodule(f"{self._layers}.{i}")
 
     def _modules(self, request: ActivationRequest) -> Iterator[tuple[tuple[str, int], nn.Module]]:
         """The modules to hook, with a key for the output of each."""
@@ -221,12 +197,6 @@ class ActivationCapture:
             attention, names = self._attention(i)
             for name in names:
                 yield (name, i), attention.get_submodule(name)
-
-    def _normed(self, states: Tensor) -> Tensor:
-        if not self._final_norm:
-            return states
-        normed: Tensor = self.model.get_submodule(self._final_norm)(states)
-        return normed
 
     def _attention(self, i: int) -> tuple[nn.Module, tuple[str, ...]]:
         attention = structure.find_attention(self.layer(i))

@@ -25,12 +25,7 @@ FFN_RANGE = 1.5  # the feed-forward width may differ by this factor from the tea
 
 
 def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabulary: int) -> PretrainedConfig:
-    """Change fields of the teacher's config.
-
-    Args:
-        teacher: the teacher's config.
-        changes: field name -> value, such as hidden_size or num_hidden_layers.
-        vocabulary: number of token ids: the student has no padding rows.
+    """Change fields of the teacher's config; `vocabulary` is the number of token ids, without padding rows.
 
     Raises:
         ModelError: the teacher's config has no such field, or the fields do not fit together.
@@ -57,11 +52,9 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
     if "num_hidden_layers" in changes and isinstance(known.get("layer_types"), list):
         config.layer_types = known["layer_types"][: config.num_hidden_layers]
     try:
-        # A config checks that its fields fit together only when it is constructed.
-        checked: PretrainedConfig = type(teacher).from_dict(config.to_dict())
+        return type(teacher).from_dict(config.to_dict())  # only its constructor checks that fields fit together
     except Exception as error:
         raise invalid_config(error) from None
-    return checked
 
 
 def design(
@@ -73,7 +66,7 @@ def design(
     (of 8 for a teacher narrower than 256); no size is larger than the teacher's.
 
     Args:
-        teacher: the teacher's config; no weights are needed.
+        teacher: the teacher's config.
         parameters: the budget.
         keep: the teacher's depth, its width (of hidden states and heads), or neither: both shrink in proportion.
         vocabulary: number of token ids; the teacher's by default.

@@ -21,32 +21,18 @@ LAYER_FIELDS = ("layer_types", "no_rope_layers")  # config fields with an entry 
 
 
 def random_student(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """Build a student in float32 with the random weights of its architecture.
-
-    Args:
-        config: the student's config.
-        seed: of all random numbers, Python's, NumPy's and torch's.
-
-    Raises:
-        ModelError: no model can be built from the config.
-    """
+    """Build a student in float32 with its architecture's random weights; seeds Python's, NumPy's and torch's too."""
     set_seed(seed)
     return build(config)
 
 
 @dataclass(frozen=True)
 class Initialization:
-    """The part of its teacher's weights that a student starts from.
+    """The part of its teacher's weights that a student starts from."""
 
-    Args:
-        config: the student's config; its fields by layer are those of the selected layers.
-        parts: the teacher's parts that it is made of.
-        notes: what was selected, for the run's notes.
-    """
-
-    config: PretrainedConfig
+    config: PretrainedConfig  # the student's; its fields by layer are those of the selected layers
     parts: SelectedParts
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what was selected, in words
 
     def student(self, teacher: PreTrainedModel, seed: int) -> PreTrainedModel:
         """Build the student in float32; `seed` is of the weights that the teacher does not have."""

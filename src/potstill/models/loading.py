@@ -73,23 +73,17 @@ def suppress_warnings() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def require_peft(key: str) -> Any:
-    """Import peft.
+def require_package(package: str, extra: str, key: str) -> Any:
+    """Import an optional package.
 
     Raises:
         UserError: it is not installed.
     """
-    return _require("peft", "adapters", key, "adapters")
-
-
-def _require(package: str, extra: str, key: str, purpose: str) -> Any:
     try:
         return import_module(package)
     except ImportError:
-        raise UserError(
-            f"{key}: expected the package {package} for {purpose}, got none. "
-            f"Install it with pip install 'potstill[{extra}]'."
-        ) from None
+        hint = f"Install it with pip install 'potstill[{extra}]'."
+        raise UserError(f"{key}: expected the package {package}, got none. {hint}") from None
 
 
 def load_model(
@@ -102,18 +96,16 @@ def load_model(
     labels_of: PretrainedConfig | None = None,
     trainable: bool = False,
 ) -> PreTrainedModel:
-    """Load a model for a task; a PeftModel where the folder holds an adapter alone.
+    """Load a model for a task from a folder or the Hub; a PeftModel where the folder holds an adapter alone.
 
     Args:
-        name: a folder, or a model on the Hub.
+        name: of the model.
         key: the recipe's key, for errors.
-        dtype: float32, bfloat16, float16, or auto for that of the saved weights; auto is float32 where there is only a
-            CPU without bfloat16 instructions, because it would be several times slower otherwise.
+        dtype: float32, bfloat16, float16, or auto for that of the saved weights; auto is float32 on a CPU without
+            bfloat16 instructions, which would be several times slower otherwise.
         task: the model's task.
-        bits: quantize linear layers but the head to 4 (nf4 with double quantization) or 8 bits (int8) with
-            bitsandbytes. They cannot be trained.
-        labels_of: take over this model's classes where the saved model has no classifier. Without it, missing weights
-            are an error.
+        bits: quantize linear layers but the head to 4 (nf4 with double quantization) or 8 bits (int8).
+        labels_of: take over these classes where the saved model has no classifier; without it that is an error.
         trainable: whether a saved adapter is to be trained further.
 
     Raises:
@@ -157,12 +149,11 @@ def _load_base(
     model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
     if task in SEQUENCE_TASKS:
         model.config.problem_type = "regression" if task == "regression" else "single_label_classification"
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def _quantization(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
-    _require("bitsandbytes", "quantized", key, "a model in 4 or 8 bits")
+    require_package("bitsandbytes", "quantized", key)
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
@@ -173,11 +164,11 @@ def _quantization(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
 
 def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable: bool) -> PreTrainedModel:
     """Load the base of an adapter, quantized as it was in training, and the adapter with the head trained beside it."""
-    peft = require_peft(key)
+    peft = require_package("peft", "adapters", key)
     load_adapter_weights(folder, key)  # peft would also read pickles
     saved = folder / QUANTIZATION
     if saved.exists():
-        _require("bitsandbytes", "quantized", key, "a model in 4 or 8 bits")
+        require_package("bitsandbytes", "quantized", key)
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         quantization = BitsAndBytesConfig.from_dict(json.loads(saved.read_text())) if saved.exists() else None
@@ -225,11 +216,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
 
 
 def load_adapter_weights(folder: str | Path, key: str) -> dict[str, Tensor]:
-    """Read the weights of a saved adapter.
-
-    Raises:
-        ModelError: there are none in safetensors.
-    """
+    """Read the weights of a saved adapter from safetensors alone."""
     path = Path(folder) / ADAPTER_WEIGHTS
     if not path.exists():
         raise ModelError(f"{key}: expected an adapter with {ADAPTER_WEIGHTS} in {folder}, got none.")
@@ -237,10 +224,7 @@ def load_adapter_weights(folder: str | Path, key: str) -> dict[str, Tensor]:
 
 
 def sequence_head_names(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that make up a sequence-level head, which may be random and is always trained in full.
-
-    Empty where the head is one of tokens, or there is none.
-    """
+    """Names of the modules of a sequence-level head, which may be random and is always trained in full."""
     body = model.base_model
     if model.get_output_embeddings() is not None or body is model:
         return []
@@ -256,14 +240,12 @@ def has_bfloat16() -> bool:
 
 def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; arguments and errors as `load_model`."""
-    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, "a tokenizer", name, key)
-    return tokenizer
+    return _load(AutoTokenizer, "a tokenizer", name, key)
 
 
 def load_config(name: str, key: str) -> PretrainedConfig:
     """Load the config of a model, without its weights; arguments and errors as `load_model`."""
-    config: PretrainedConfig = _load(AutoConfig, "a model's config.json", name, key)
-    return config
+    return _load(AutoConfig, "a model's config.json", name, key)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -20,19 +20,12 @@ LayerChoice = Literal["uniform", "skip", "first_last", "importance"]
 
 @dataclass(frozen=True)
 class Importance:
-    """Importance scores; only those along one tensor's last axis are comparable.
+    """Importance scores; only those along one tensor's last axis are comparable."""
 
-    Args:
-        layers: [L] block influence, 1 - E cos(x_in, x_out) of the hidden states before and after the layer.
-        heads: [L, A] the norm of each query head's output.
-        units: [L, I] the size of each feed-forward unit.
-        channels: [H] the size of each hidden channel where layers read it, after their norm; over all layers.
-    """
-
-    layers: Tensor
-    heads: Tensor
-    units: Tensor
-    channels: Tensor
+    layers: Tensor  # [L] block influence, 1 - E cos(x_in, x_out) of the hidden states before and after the layer
+    heads: Tensor  # [L, A] the norm of each query head's output
+    units: Tensor  # [L, I] the size of each feed-forward unit
+    channels: Tensor  # [H] the size of each hidden channel where layers read it, after their norm; over all layers
 
 
 @torch.no_grad()
@@ -43,9 +36,7 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
 
         sqrt(sum_rows (mean_tokens |a|)^2),   for a head |a| is the L2 norm of its output
 
-    Args:
-        model: the model, left as it was.
-        batches: input_ids and attention_mask, [B, T] each.
+    `batches` have input_ids and attention_mask, [B, T] each.
 
     References:
         Muralidharan et al. 2024 (Minitron), arXiv 2407.14679, section 2.2; Men et al. 2024 (ShortGPT), arXiv
@@ -66,9 +57,6 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
 
         return hook
 
-    def head_norms(outputs: Tensor) -> Tensor:
-        return outputs.unflatten(-1, (shape.heads, shape.head_size)).norm(dim=-1)
-
     def add_distance(layer: int) -> Callable[..., None]:
         def hook(_: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Any) -> None:
             before = inputs[0] if inputs else named["hidden_states"]
@@ -81,7 +69,11 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
     for number, layer in enumerate(structure.layers):
         handles.append(layer.register_forward_hook(add_distance(number), with_kwargs=True))
         for path, key, size in (
-            (matrices.output, ("heads", number), head_norms),
+            (
+                matrices.output,
+                ("heads", number),
+                lambda x: x.unflatten(-1, (shape.heads, shape.head_size)).norm(dim=-1),
+            ),
             (matrices.down, ("units", number), torch.abs),
             (matrices.query, "channels", torch.abs),
             (matrices.up[0], "channels", torch.abs),
@@ -107,21 +99,13 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
 
 @dataclass(frozen=True)
 class SelectedParts:
-    """The teacher's parts that a student is made of: rising indices.
-
-    Args:
-        layers: of each of the student's layers.
-        channels: [H] hidden channels.
-        heads: of each student layer, [A] its query heads.
-        kv_heads: of each student layer, [K, m]: a key or value head is the mean of m of the teacher's.
-        units: of each student layer, [I] its feed-forward units.
-    """
+    """The teacher's parts that a student is made of: rising indices, of all but channels for each student layer."""
 
     layers: tuple[int, ...]
-    channels: Tensor
-    heads: tuple[Tensor, ...]
-    kv_heads: tuple[Tensor, ...]
-    units: tuple[Tensor, ...]
+    channels: Tensor  # [H]
+    heads: tuple[Tensor, ...]  # [A] query heads
+    kv_heads: tuple[Tensor, ...]  # [K, m]: a key or value head is the mean of m of the teacher's
+    units: tuple[Tensor, ...]  # [I] feed-forward units
 
 
 def select_parts(
@@ -129,11 +113,7 @@ def select_parts(
 ) -> SelectedParts:
     """Select the parts that a student is made of: the most important ones, or without scores the first ones.
 
-    Args:
-        teacher: the teacher's shape.
-        student: the student's, nowhere larger.
-        layers: the teacher's layer for each of the student's.
-        importance: the scores.
+    `layers` is the teacher's layer for each of the student's.
 
     Raises:
         ModelError: the student is larger somewhere, its heads have another width, or its groups cannot be formed.
@@ -174,7 +154,7 @@ def choose_layers(
             (the first half and the last half), importance (those with the most block influence), or the layers.
         teacher: number of layers.
         student: number of layers.
-        importance: for `importance`.
+        importance: scores for `importance`.
 
     Raises:
         ModelError: the student has more layers, or the given layers are not rising layers of the teacher, one for each.

@@ -10,24 +10,15 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """Shape of a published model.
-
-    Args:
-        name: its common name.
-        family: the model_type of its config.
-        fields: of its published config.json, where they differ from the family's defaults.
-        origin: how it was made.
-    """
+    """Shape of a published model."""
 
     name: str
-    family: str
-    fields: dict[str, Any]
+    family: str  # the model_type of its config
+    fields: dict[str, Any]  # of its published config.json, where they differ from the family's defaults
     origin: str
 
     def config(self) -> PretrainedConfig:
-        """Build the model's config."""
-        config: PretrainedConfig = CONFIG_MAPPING[self.family](**self.fields)
-        return config
+        return CONFIG_MAPPING[self.family](**self.fields)
 
 
 _FIELDS = (

@@ -31,21 +31,15 @@ TRAIN_BYTES = 4 * 4  # of a parameter in training: weight, gradient and Adam's t
 class ModelSize:
     """Size and cost of a model.
 
-    Args:
-        parameters: all of them; tied ones once.
-        flops_per_token: of a forward pass, for the average token of a row of `context` tokens: two for each number in a
-            matrix product, and those of attention (a sliding window is counted as if it saw the full row).
-        kv_cache_bytes_per_token: keys and values of one token in half precision; 0 for an encoder.
-        train_bytes: weights, gradients and Adam's moments in float32, without activations.
-        serve_bytes: the weights in half precision, and the cache of one row of `context` tokens.
-        context: tokens in a row.
+    `flops_per_token` are those of a forward pass for the average token of a row of `context` tokens: two for each
+    number in a matrix product, and those of attention (a sliding window is counted as if it saw the full row).
     """
 
-    parameters: int
+    parameters: int  # tied ones once
     flops_per_token: int
-    kv_cache_bytes_per_token: int
-    train_bytes: int
-    serve_bytes: int
+    kv_cache_bytes_per_token: int  # in half precision; 0 for an encoder
+    train_bytes: int  # weights, gradients and Adam's moments in float32, without activations
+    serve_bytes: int  # the weights in half precision, and the cache of one row of `context` tokens
     context: int
 
 
@@ -68,10 +62,9 @@ def build(config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
             auto = kind
     try:
         with torch.device(device):
-            model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+            return auto.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise invalid_config(error) from None
-    return model
 
 
 def invalid_config(error: Exception) -> ModelError:
@@ -92,12 +85,7 @@ def count_parameters(config: PretrainedConfig) -> int:
 
 
 def size_of(config: PretrainedConfig, context: int) -> ModelSize:
-    """Compute size and cost of a config's model.
-
-    Args:
-        config: of a family whose layers are all alike.
-        context: tokens in a row, for the cost of attention and of the cache.
-    """
+    """Compute size and cost of a config's model for rows of `context` tokens; its layers must be all alike."""
     model, shape, encoder = build(config, "meta"), design_shape(config), is_encoder(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     products = sum(module.weight.numel() for module in model.modules() if is_linear(module))

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, TypeGuard
 
 import torch
@@ -46,21 +47,13 @@ class SplitModel:
     """A model that `split_model` has verified to be a body and a plain head.
 
     Body and head are looked up by name each time, because wrappers (FSDP, activation checkpointing) replace them.
-
-    Args:
-        model: the model.
-        body: path of the submodule that gives the last hidden states.
-        between: what is applied to them before the head; see `BETWEEN`.
-        output: path of the nn.Linear behind it.
-        logit_scale: see `LMHead`.
-        softcap: see `LMHead`.
     """
 
     model: nn.Module
-    body: str
-    between: tuple[str, ...]
-    output: str
-    logit_scale: float
+    body: str  # path of the submodule that gives the last hidden states
+    between: tuple[str, ...]  # what is applied to them before the head; see `BETWEEN`
+    output: str  # path of the nn.Linear behind it
+    logit_scale: float  # see `LMHead`
     softcap: float | None
 
     def head(self) -> LMHead | None:
@@ -187,15 +180,14 @@ def _scale_and_softcap(config: Any, before: Tensor, after: Tensor) -> tuple[floa
     """The factor and soft cap of a config that come closest to the model's logits, and their error."""
     scales, softcaps = _positive(config, SCALES), _positive(config, SOFTCAPS)
     candidates = []
-    for scale in (1.0, *scales, *(1 / scale for scale in scales)):
-        for softcap in (None, *softcaps):
-            head = LMHead(before.unsqueeze(-1), None, scale, softcap)
-            candidates.append((scale, softcap, _error(after, head.logits(before.new_ones(1)).expand_as(after))))
+    for scale, softcap in product((1.0, *scales, *(1 / scale for scale in scales)), (None, *softcaps)):
+        logits = LMHead(before.unsqueeze(-1), None, scale, softcap).logits(before.new_ones(1))
+        candidates.append((scale, softcap, _error(after, logits.expand_as(after))))
     return min(candidates, key=lambda candidate: candidate[2])
 
 
 def _positive(config: Any, names: tuple[str, ...]) -> list[float]:
-    """The positive numbers in these fields of a config or of its text model's config."""
+    """The positive numbers in fields of a config or of its text model's."""
     values = [getattr(x, name, None) for x in (config, config.get_text_config()) for name in names]
     return [value for value in values if isinstance(value, int | float) and value > 0]
 

@@ -37,42 +37,25 @@ UNKNOWN_ORDER = {"codegen", "gpt_bigcode"}  # families that fuse them in an orde
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model that objective terms depend on.
-
-    Args:
-        layers: number of layers.
-        width: of the hidden states.
-        heads: attention heads of a layer.
-        narrowest: width of a layer's keys, all heads together; its values are as wide.
-        attention_dropout: dropout of the attention probabilities in training.
-    """
+    """Sizes of a model that objective terms depend on."""
 
     layers: int
-    width: int
-    heads: int
-    narrowest: int
+    width: int  # of the hidden states
+    heads: int  # of a layer
+    narrowest: int  # width of a layer's keys, all heads together; its values are as wide
     attention_dropout: float
 
 
 @dataclass(frozen=True)
 class DesignShape:
-    """Sizes of a transformer whose layers are all alike: what a student design can change.
-
-    Args:
-        layers: number of layers.
-        hidden: width of the hidden states.
-        heads: query heads of a layer.
-        kv_heads: key and value heads of a layer; fewer than `heads` with grouped queries.
-        head_size: width of a head.
-        ffn: width of the feed-forward network.
-    """
+    """Sizes of a transformer whose layers are all alike: what a student design can change."""
 
     layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
+    hidden: int  # width of the hidden states
+    heads: int  # query heads of a layer
+    kv_heads: int  # key and value heads of a layer; fewer than `heads` with grouped queries
     head_size: int
-    ffn: int
+    ffn: int  # width of the feed-forward network
 
     @property
     def heads_fill_hidden(self) -> bool:
@@ -81,12 +64,10 @@ class DesignShape:
 
 
 def head_size(config: Any) -> int:
-    """Width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kv_heads(config: Any) -> int:
-    """Number of key and value heads of a layer."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
@@ -187,14 +168,9 @@ def split_projection(fused: Tensor, config: Any, grouped: bool) -> tuple[Tensor,
 
 
 def find_final_norm(model: Any, layers: str) -> str:
-    """Find the module between the last layer and the head by its input and output on a probe batch.
+    """Find the path of the one module between the last of `layers` and the head, by its input and output on a batch.
 
-    Args:
-        model: a model with a plain head right behind its last norm.
-        layers: path of its list of layers.
-
-    Returns:
-        The module's path, "" where there is no such module.
+    It is "" where there is none.
 
     Raises:
         ModelError: there is more than one module, or the head is not plain.
@@ -226,9 +202,8 @@ def find_final_norm(model: Any, layers: str) -> str:
     state = next(output for path, _, output in calls if path == last)
     if torch.equal(state, final):
         return ""
-    for path, before, after in calls:
-        tensors = isinstance(before, Tensor) and isinstance(after, Tensor)
-        if path != last and tensors and torch.equal(before, state) and torch.equal(after, final):
+    for path, *tensors in calls:
+        if all(isinstance(x, Tensor) for x in tensors) and all(map(torch.equal, tensors, (state, final))):
             return path
     raise ModelError(
         f"{name}: expected one norm between its last layer and its head, got something else. Its earlier layers cannot "
@@ -238,22 +213,13 @@ def find_final_norm(model: Any, layers: str) -> str:
 
 @dataclass(frozen=True)
 class LayerMatrices:
-    """Paths of the weight matrices within a layer.
+    """Paths of the weight matrices within a layer."""
 
-    Args:
-        query: hidden states to queries; key and value likewise. GPT-2 has one module for all three.
-        key: see query.
-        value: see query.
-        output: outputs of the heads to hidden states.
-        up: hidden states to feed-forward units; two matrices where there is a gate.
-        down: units to hidden states.
-    """
-
-    query: str
+    query: str  # the same as key and value where one module makes all three
     key: str
     value: str
-    output: str
-    up: tuple[str, ...]
+    output: str  # of the attention
+    up: tuple[str, ...]  # two where the feed-forward network has a gate
     down: str
 
     @property
@@ -268,11 +234,7 @@ FAMILIES = (
         up=("mlp.gate_proj", "mlp.up_proj"),
         down="mlp.down_proj",
     ),
-    LayerMatrices(  # GPT-2
-        *("attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj"),
-        up=("mlp.c_fc",),
-        down="mlp.c_proj",
-    ),
+    LayerMatrices(*["attn.c_attn"] * 3, "attn.c_proj", up=("mlp.c_fc",), down="mlp.c_proj"),  # GPT-2
     LayerMatrices(  # BERT, RoBERTa
         *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
         up=("intermediate.dense",),
@@ -288,17 +250,10 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class LayerStructure:
-    """The layers of a model of a known family, and where their weight matrices are.
-
-    Args:
-        shape: sizes of the model.
-        path: of the list of layers in the model.
-        layers: the layers.
-        matrices: where the matrices of a layer are.
-    """
+    """The layers of a model of a known family, and where their weight matrices are."""
 
     shape: DesignShape
-    path: str
+    path: str  # of the layers in the model
     layers: nn.ModuleList
     matrices: LayerMatrices
 
