@@ -161,7 +161,7 @@ def test_unknown_architectures_are_refused() -> None:
         ActivationCapture(nn.Linear(2, 2))
     broken = make_llama()
     broken.model.layers = nn.ModuleList([broken.model.layers[0]])
-    with pytest.raises(ModelError, match=r"list of its 2 layers, got .*model\.layers \(1\)"):
+    with pytest.raises(ModelError, match=r"list of its 2 layers, got model\.layers \(1\)"):
         ActivationCapture(broken)
     with pytest.raises(ModelError, match="gives no attention maps"):
         captured(build("falcon, one key"), EVERYTHING)

@@ -17,6 +17,7 @@ from potstill.models.size import build
 from potstill.models.structure import LayerStructure, design_shape, find_structure, is_transposed
 
 InitMethod = Literal["copy", "truncate", "prune"]
+WIDTHS = {"channels": "hidden", "heads": "heads", "key and value heads": "kv_heads", "feed-forward units": "ffn"}
 LAYER_FIELDS = ("layer_types", "no_rope_layers")  # config fields with an entry for each layer
 
 
@@ -72,10 +73,8 @@ def plan_initialization(
     if method not in get_args(InitMethod):
         raise ModelError(f"student.initialize: expected {', '.join(get_args(InitMethod))}, got {method}.")
     if type(config) is not type(teacher.config):
-        raise ModelError(
-            f"student.initialize: expected a student of the teacher's {type(teacher.config).__name__}, got "
-            f"{type(config).__name__}."
-        )
+        family, other = type(teacher.config).__name__, type(config).__name__
+        raise ModelError(f"student.initialize: expected a student of the teacher's {family}, got {other}.")
     structure, shape = find_structure(teacher), design_shape(config)
     if method == "copy" and shape != (copied := replace(structure.shape, layers=shape.layers)):
         raise ModelError(
@@ -104,25 +103,12 @@ def _notes(
 ) -> tuple[str, ...]:
     """What was selected, in words."""
     full, shape = structure.shape, design_shape(config)
-    widths = [
-        f"{kept} of {total} {name}"
-        for name, kept, total in (
-            ("channels", shape.hidden, full.hidden),
-            ("heads", shape.heads, full.heads),
-            ("key and value heads", shape.kv_heads, full.kv_heads),
-            ("feed-forward units", shape.ffn, full.ffn),
-        )
-        if kept != total
-    ]
+    sizes = {name: (getattr(shape, field), getattr(full, field)) for name, field in WIDTHS.items()}
+    widths = [f"{kept} of {total} {name}" for name, (kept, total) in sizes.items() if kept != total]
     by = choice if isinstance(choice, str) else "as given"
-    notes = [
-        f"student: the teacher's layers {', '.join(map(str, parts.layers))} of {full.layers} ({by}), "
-        + (
-            f"{', '.join(widths)} ({'the most active' if method == 'prune' else 'the first'})."
-            if widths
-            else "complete."
-        )
-    ]
+    of_widths = f"{', '.join(widths)} ({'the most active' if method == 'prune' else 'the first'})"
+    layers = ", ".join(map(str, parts.layers))
+    notes = [f"student: the teacher's layers {layers} of {full.layers} ({by}), {of_widths if widths else 'complete'}."]
     if parts.kv_heads and parts.kv_heads[0].shape[1] > 1:
         notes.append(f"student: each key and value head is the mean of {parts.kv_heads[0].shape[1]} of the teacher's.")
     if config.vocab_size != teacher.config.vocab_size:
@@ -158,7 +144,7 @@ def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedPar
             continue
         value = source.detach().to("cpu", torch.float32)
         place = structure.locate(name)
-        axes = None if place is None else _axes(structure, parts, *place)
+        axes = None if place is None else _axes(structure, parts, place[0]).get(place[1])
         if axes is None:
             value = _select_outside(value, parameter, teacher.config, student.config, parts, name)
         else:
@@ -171,25 +157,22 @@ def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedPar
         parameter.copy_(value)
 
 
-def _axes(structure: LayerStructure, parts: SelectedParts, layer: int, path: str) -> tuple[Tensor, Tensor] | None:
-    """The teacher's rows [out, m] (averaged over m) and columns [in] of a matrix; None for other modules."""
+def _axes(structure: LayerStructure, parts: SelectedParts, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """By matrix of a student's layer, the teacher's rows [out, m], averaged over m, and columns [in]."""
     matrices, size, channels = structure.matrices, structure.shape.head_size, parts.channels
-    heads, kv_heads, units = parts.heads[layer], parts.kv_heads[layer], parts.units[layer]
-    queries, keys = _head_rows(heads.unsqueeze(1), size), _head_rows(kv_heads, size)
-    if path == matrices.output:
-        return channels.unsqueeze(1), queries.squeeze(1)
-    if path == matrices.down:
-        return channels.unsqueeze(1), units
-    if path in matrices.up:
-        return units.unsqueeze(1), channels
-    if path == matrices.query and matrices.fused:
+    heads, units = parts.heads[layer].unsqueeze(1), parts.units[layer]
+    queries, keys = _head_rows(heads, size), _head_rows(parts.kv_heads[layer], size)
+    axes = {
+        **dict.fromkeys((matrices.key, matrices.value), (keys, channels)),
+        matrices.query: (queries, channels),
+        matrices.output: (channels.unsqueeze(1), queries.squeeze(1)),
+        **dict.fromkeys(matrices.up, (units.unsqueeze(1), channels)),
+        matrices.down: (channels.unsqueeze(1), units),
+    }
+    if matrices.fused:
         width = structure.shape.heads * size
-        return torch.cat([queries, keys + width, keys + 2 * width]), channels
-    if path == matrices.query:
-        return queries, channels
-    if path in (matrices.key, matrices.value):
-        return keys, channels
-    return None
+        axes[matrices.query] = torch.cat([queries, keys + width, keys + 2 * width]), channels
+    return axes
 
 
 def _head_rows(heads: Tensor, size: int) -> Tensor:

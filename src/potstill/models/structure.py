@@ -137,11 +137,9 @@ def find_layers(model: nn.Module) -> str:
         raise ModelError(f"{name}: expected a decoder or an encoder of transformers to look into, got none.")
     lists = layer_lists(model)
     if not lists:
+        depth = config.get_text_config().num_hidden_layers
         lengths = [f"{path} ({len(x)})" for path, x in model.named_modules() if isinstance(x, nn.ModuleList)]
-        raise ModelError(
-            f"{name}: expected a list of its {config.get_text_config().num_hidden_layers} layers, got lists of "
-            f"modules: {', '.join(lengths) or 'none'}."
-        )
+        raise ModelError(f"{name}: expected a list of its {depth} layers, got {', '.join(lengths) or 'none'}.")
     return lists[0][0]
 
 
