@@ -71,7 +71,7 @@ class Lora(Adapter):
         dropout: of the product's input in training.
         target_modules: names, or ends of names, of linear layers; by default all but the head.
         bias: which biases of the model are trained too; lora_only: those of layers with an adapter. Without the adapter
-            the model is then no longer what it was.
+            the model is then no longer the original.
 
     References:
         Hu et al. 2021, arXiv 2106.09685; all linear layers: Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, section 4.
@@ -174,7 +174,7 @@ class Prompt(Adapter):
     """Trained embeddings of virtual tokens in front of every row.
 
     Args:
-        virtual_tokens: how many; each takes a position of the model.
+        virtual_tokens: number of them; each takes a position of the model.
         text: whose embeddings they start from, cut or repeated; random tokens by default.
 
     References:
@@ -319,7 +319,7 @@ def _common(model: PreTrainedModel, layers: Mapping[str, nn.Module], chosen: Ite
 
 
 def _keys_values_units(model: PreTrainedModel) -> tuple[Sequence[str], Sequence[str]]:
-    """The ends of the names of what makes keys and values and reads units, and of the last alone."""
+    """Ends of the names of layers that make keys and values or read units, and of the latter alone."""
     try:
         matrices = find_structure(model).matrices
     except ModelError:
@@ -331,7 +331,7 @@ def _keys_values_units(model: PreTrainedModel) -> tuple[Sequence[str], Sequence[
 
 
 def _choose(layers: Mapping[str, nn.Module], ends: Sequence[str], key: str) -> list[str]:
-    """The full names of layers that end in one of these; peft's own matching of ends would match other modules too."""
+    """Choose layers by the ends of their names; peft's own matching would match other modules too."""
     chosen: set[str] = set()
     for end in ends:
         matching = {name for name in layers if name == end or name.endswith(f".{end}")}

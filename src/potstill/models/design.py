@@ -130,7 +130,7 @@ class ShapeSearch:
     """Search of the shapes that a student of a teacher's family may have.
 
     Raises:
-        ModelError: the teacher's layers are not all alike.
+        ModelError: the teacher's layers do not all have one shape.
     """
 
     def __init__(self, teacher: PretrainedConfig, keep: Keep, vocabulary: int) -> None:
@@ -158,7 +158,7 @@ class ShapeSearch:
         return student_config(self.teacher, config_fields(shape, self.teacher), self.vocabulary)
 
     def advice(self, parameters: int) -> str:
-        """Say what to do where the smallest shape is above a budget."""
+        """Advice for a budget below the smallest shape."""
         if self.keep != "balanced":
             smallest = ShapeSearch(self.teacher, "balanced", self.vocabulary).smallest().parameters
             if smallest <= parameters:

@@ -183,7 +183,7 @@ def _head_rows(heads: Tensor, size: int) -> Tensor:
 def _select_outside(
     value: Tensor, target: Tensor, teacher: Any, student: Any, parts: SelectedParts, name: str
 ) -> Tensor:
-    """Select from what is no matrix of a layer: axes that differ are hidden channels, or tokens."""
+    """Select from a parameter that is not a layer's matrix: axes that differ are hidden channels or tokens."""
     for axis, (full, kept) in enumerate(zip(value.shape, target.shape, strict=True)):
         if full == kept:
             continue

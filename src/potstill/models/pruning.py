@@ -99,7 +99,7 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
 
 @dataclass(frozen=True)
 class SelectedParts:
-    """The teacher's parts that a student is made of: rising indices, of all but channels for each student layer."""
+    """The teacher's parts that a student is made of, as rising indices; all but channels by student layer."""
 
     layers: tuple[int, ...]
     channels: Tensor  # [H]

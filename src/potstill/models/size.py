@@ -46,8 +46,8 @@ class ModelSize:
 def build(config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
     """Build the model of a config with random weights in float32.
 
-    It is what `architectures` names where that is a sequence classifier or a model without a head; else a language
-    model: a masked one for encoders, a causal one for all others.
+    A sequence classifier or a model without a head where `architectures` names one; else a masked language model for
+    encoders, and a causal one for all others.
 
     Raises:
         ModelError: no model can be built from the config.
@@ -85,7 +85,7 @@ def count_parameters(config: PretrainedConfig) -> int:
 
 
 def size_of(config: PretrainedConfig, context: int) -> ModelSize:
-    """Compute size and cost of a config's model for rows of `context` tokens; its layers must be all alike."""
+    """Compute size and cost of a config's model for rows of `context` tokens; all layers must have one shape."""
     model, shape, encoder = build(config, "meta"), design_shape(config), is_encoder(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     products = sum(module.weight.numel() for module in model.modules() if is_linear(module))

@@ -156,12 +156,12 @@ def _verified_split(model: Any) -> SplitModel:
         present = [path for path in BETWEEN if all(name == GELU or name in names.values() for name in path)]
         between = next((path for path in present if _error(hidden, _through(model, path, states)) <= 1), None)
         if between is None:
-            raise _NotPlainError("its head does not read what the body gives")
+            raise _NotPlainError("its head does not read the output of the body")
         if not _error(logits, LMHead(output.weight, output.bias).logits(hidden)) <= 1:
             raise _NotPlainError("its head does more than an nn.Linear")
         scale, softcap, error = _scale_and_softcap(model.config, span.to(logits.dtype), final_logits)
     if not error <= 1:
-        raise _NotPlainError("what it does with the logits is no factor and soft cap of its config")
+        raise _NotPlainError("its logits are changed by more than a factor and soft cap of its config")
     modules = [body, output, *(model.get_submodule(name) for name in between if name != GELU)]
     used = {parameter for module in modules for parameter in module.parameters()}
     if any(parameter.requires_grad for parameter in {*model.parameters()} - used):
@@ -170,7 +170,7 @@ def _verified_split(model: Any) -> SplitModel:
 
 
 def _through(model: nn.Module, between: tuple[str, ...], states: Tensor) -> Tensor:
-    """Apply what is between body and head."""
+    """Apply the modules between body and head."""
     for name in between:
         states = nn.functional.gelu(states) if name == GELU else model.get_submodule(name)(states)
     return states

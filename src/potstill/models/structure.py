@@ -48,7 +48,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class DesignShape:
-    """Sizes of a transformer whose layers are all alike: what a student design can change."""
+    """Sizes of a transformer whose layers all have one shape; a student design changes them."""
 
     layers: int
     hidden: int  # width of the hidden states
@@ -86,7 +86,7 @@ def design_shape(config: PretrainedConfig) -> DesignShape:
     """Read the sizes of a design from a config of any family.
 
     Raises:
-        ModelError: the config is not that of a transformer whose layers are all alike.
+        ModelError: the config is not that of a transformer whose layers all have one shape.
     """
     fields = config.to_dict()
     ffn = next((fields[name] for name in FFN_FIELDS if name in fields), None)
@@ -98,7 +98,7 @@ def design_shape(config: PretrainedConfig) -> DesignShape:
     unusable = [f"{name} {size}" for name, size in sizes.items() if not isinstance(size, int)]
     if unusable or config.is_encoder_decoder:
         raise ModelError(
-            f"students: expected a transformer with one stack of layers that are all alike, got {config.model_type}"
+            f"students: expected a transformer with one stack of layers of one shape, got {config.model_type}"
             f"{' with ' + ', '.join(unusable) if unusable else ''}. Give the student's fields yourself."
         )
     return DesignShape(**sizes, kv_heads=kv_heads(config), head_size=head_size(config))
@@ -120,7 +120,7 @@ def config_fields(shape: DesignShape, config: PretrainedConfig) -> dict[str, Any
 
 
 def layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Find the lists of modules that are as long as the model is deep, by path; of most models there is one."""
+    """Find the lists of modules as long as the model is deep, with their paths; most models have one."""
     config: Any = getattr(model, "config", None)
     depth = None if config is None else getattr(config.get_text_config(), "num_hidden_layers", None)
     return [(path, x) for path, x in model.named_modules() if isinstance(x, nn.ModuleList) and len(x) == depth]
@@ -204,8 +204,8 @@ def find_final_norm(model: Any, layers: str) -> str:
         if all(isinstance(x, Tensor) for x in tensors) and all(map(torch.equal, tensors, (state, final))):
             return path
     raise ModelError(
-        f"{name}: expected one norm between its last layer and its head, got something else. Its earlier layers cannot "
-        "be read through its head."
+        f"{name}: expected one norm between its last layer and its head, got more. Its earlier layers cannot be read "
+        "through its head."
     )
 
 
