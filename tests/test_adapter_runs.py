@@ -100,7 +100,7 @@ def test_a_run_keeps_the_adapter_alone(values: dict[str, Any], toys: Path, kind:
     assert found["models"]["student"]["parameters"] == row["parameters"]
 
 
-def test_what_the_report_continues_is_what_the_student_says(values: dict[str, Any]) -> None:
+def test_the_reports_continuations_are_the_students(values: dict[str, Any]) -> None:
     values["student"]["adapter"] = KINDS["prompt"]
     result = quiet_run(values)
     (sample,) = result.summary["continuations"]
@@ -259,13 +259,13 @@ def test_check_counts_what_is_trained(values: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_a_kind_that_cannot_do_it_says_so(values: dict[str, Any], adapter: Any, message: str) -> None:
+def test_mistakes_in_an_adapter_are_named(values: dict[str, Any], adapter: Any, message: str) -> None:
     values["student"]["adapter"] = adapter
     with pytest.raises(RecipeError, match=message):
         Recipe.parse(values)
 
 
-def test_adapters_want_something_to_stand_on(values: dict[str, Any]) -> None:
+def test_an_adapter_needs_a_trained_base(values: dict[str, Any]) -> None:
     values["student"] = {"design": {"num_hidden_layers": 1}, "adapter": "lora"}
     with pytest.raises(RecipeError, match="design with random weights"):
         Recipe.parse(values)
@@ -288,7 +288,7 @@ def test_virtual_tokens_take_positions(values: dict[str, Any]) -> None:
         prepare(Recipe.parse(values))
 
 
-def test_rounded_weights_are_not_trained(values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
+def test_quantized_weights_are_not_trained(values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
     load_model(str(toys / "student"), "student", bits=4).save_pretrained(tmp_path / "rounded")
     AutoTokenizer.from_pretrained(toys / "student").save_pretrained(tmp_path / "rounded")
     values["student"] = {"model": str(tmp_path / "rounded")}

@@ -220,7 +220,7 @@ def test_merged_computes_what_base_and_adapter_compute(family: str, kind: str) -
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(4, 1e-4), (8, 0.1)])
-def test_a_rounded_base_is_trained_through_kept_and_merged(
+def test_a_quantized_base_is_trained_saved_and_merged(
     base: str, tmp_path: Path, bits: int, tolerance: float
 ) -> None:
     pytest.importorskip("bitsandbytes")
@@ -260,7 +260,7 @@ def step_by_step(model: Any, ids: list[int], new: int) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_it_generates_what_it_says(family: str, kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_generate_agrees_with_the_logits(family: str, kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
     student = stirred(adapt(made(family), ADAPTERS[kind], tokenizer=tokenizer))
     prompt = make_batch()["input_ids"][:1, :4]
     with suppress_warnings(), torch.no_grad():
@@ -355,7 +355,7 @@ def test_random_numbers_outside_are_left_alone() -> None:
     ],
     ids=str,
 )
-def test_what_does_not_go_with_the_model_is_one_clear_line(adapter: Adapter, message: str) -> None:
+def test_what_does_not_fit_the_model_is_one_clear_line(adapter: Adapter, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         adapt(made(), adapter)
     assert "\n" not in str(caught.value)
@@ -376,7 +376,7 @@ def test_values_are_checked_in_python(make: Any, message: str) -> None:
         make()
 
 
-def test_an_unknown_architecture_is_told_what_to_do() -> None:
+def test_an_unknown_architecture_needs_named_layers() -> None:
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt_neox", vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                              num_attention_heads=2)

@@ -199,7 +199,7 @@ def test_importance_is_what_loops_find() -> None:
     torch.testing.assert_close(found.heads[2], heads.sqrt(), rtol=1e-5, atol=0)
 
 
-def test_padding_has_no_say_in_importance() -> None:
+def test_padding_does_not_change_importance() -> None:
     teacher = model("llama")
     other = {**BATCH, "input_ids": torch.where(BATCH["attention_mask"].bool(), BATCH["input_ids"], 17)}
     one, two = measure_importance(teacher, [BATCH]), measure_importance(teacher, [other])
@@ -219,7 +219,7 @@ def test_groups_that_grow_share_the_mean_of_their_keys() -> None:
         select_parts(whole, replace(whole, heads=6, kv_heads=2), [0], None)
 
 
-def test_fewer_tokens_are_the_first_rows_and_ties_are_told() -> None:
+def test_fewer_tokens_are_the_first_rows_and_ties_are_noted() -> None:
     teacher = model("llama")
     student = begun(teacher, "copy", vocabulary=50)
     assert torch.equal(student.lm_head.weight, teacher.lm_head.weight[:50])
@@ -242,7 +242,7 @@ def test_fewer_tokens_are_the_first_rows_and_ties_are_told() -> None:
         ([1, 4], 6, 2, [1, 4]),
     ],
 )
-def test_layers_are_spread(how: Any, teacher: int, student: int, layers: list[int]) -> None:
+def test_layers_are_chosen(how: Any, teacher: int, student: int, layers: list[int]) -> None:
     assert choose_layers(how, teacher, student, None) == layers
 
 
@@ -274,12 +274,12 @@ def test_layers_that_cannot_be(layers: Any) -> None:
         Olmo2Config(**SIZES),  # norms over all heads at once
     ],
 )
-def test_unknown_architectures_are_told(config: Any) -> None:
+def test_unknown_architectures_are_refused(config: Any) -> None:
     with pytest.raises(ModelError, match="layers have other parts"):
         plan_initialization(random_student(config, 0), config, "copy", calibration=list)
 
 
-def test_another_family_is_told() -> None:
+def test_another_family_is_refused() -> None:
     with pytest.raises(ModelError, match="student of the teacher's LlamaConfig, got GPT2Config"):
         plan_initialization(model("llama"), KINDS["gpt2"], "copy", calibration=list)
 

@@ -252,11 +252,9 @@ def adapter_conflicts(adapter: Adapter | None, task: Task, train: Mapping[str, A
     """Check an adapter against a recipe's task and training arguments: one line for each mistake."""
     if adapter is None:
         return
-    if adapter.tasks is not None and task not in adapter.tasks:
-        yield (
-            f"student.adapter: expected lora, qlora or ia3 for the task {task}, got {adapter.name}. Virtual tokens "
-            "would take the places of the model's own first ones."
-        )
+    fitting = [name for name, kind in Adapter.kinds.items() if kind.tasks is None or task in kind.tasks]
+    if adapter.name not in fitting:
+        yield f"student.adapter: expected {', '.join(fitting)} for the task {task}, got {adapter.name}."
     if not adapter.checkpointing and any(train.get(f"{name}_checkpointing") for name in ("gradient", "activation")):
         yield (
             f"student.adapter: expected no checkpointing of activations with {adapter.name}, got it in train. Layers "
