@@ -167,5 +167,5 @@ def test_at_first_it_computes_what_the_model_did() -> None:
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_tokens_in_front_are_refused(kind: str) -> None:
-    with pytest.raises(RecipeError, match=rf"student.adapter: expected lora, qlora, ia3 for the task masked, got {kind}"):
+    with pytest.raises(RecipeError, match=f"adapter: expected lora, qlora, ia3 for the task masked, got {kind}"):
         Recipe.parse(values("masked", kind))

@@ -24,6 +24,7 @@ from potstill.models.loading import load_model, load_tokenizer, suppress_warning
 from potstill.losses.alignment import IGNORE, TOKEN_TASKS, Task
 from potstill.runs.build_task import classes_of, match_heads, token_rows
 from potstill.models.adapted import parameter_count, virtual_tokens
+from potstill.models.spacing import evenly_spaced
 
 ROWS = 16  # in a batch
 APART = (
@@ -154,8 +155,7 @@ def _further(
     """What was asked for beside quality and speed."""
     further: dict[str, Any] = {}
     if measures.generations:
-        count, wanted = len(examples.dataset), min(measures.generations, len(examples.dataset))
-        rows = [examples.dataset[i * count // wanted] for i in range(wanted)]
+        rows = [examples.dataset[i] for i in evenly_spaced(measures.generations, len(examples.dataset))]
         further["text"] = asdict(text_quality(*continuations(model, tokenizer, rows, measures.new_tokens)))
     if measures.lm_eval:
         further["lm_eval"] = harness_scores(model, tokenizer, measures.lm_eval, limit=measures.lm_eval_limit)

@@ -19,7 +19,7 @@ from potstill.models.loading import load_config, load_tokenizer
 from potstill.losses.alignment import Task
 from potstill.runs.build_task import positions_of
 from potstill.models.loading import ADAPTER_CONFIG, is_adapter
-from potstill.models.shape import anatomy_of
+from potstill.models.structure import find_structure
 from potstill.models.size import build
 
 VECTORS = (".npy", ".safetensors", ".pt")
