@@ -93,7 +93,7 @@ def forward_targets(
     return HeadTargets(split.hidden(batch, alignment).to(head.weight.dtype), head)
 
 
-@disable_compile  # done once, and not a part of any step
+@disable_compile  # it runs once, outside of any step
 def split_model(model: nn.Module) -> SplitModel | None:
     """Split a model before its head; None where the head is not plain, so that full logits are needed.
 
