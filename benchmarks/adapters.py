@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from potstill.demo import demo_recipe
 from potstill.evaluate.report.words import percent, size
 from potstill.evaluate.speed import extra_bytes
-from potstill.models.adapted import count
+from potstill.models.adapted import parameter_count
 from potstill.models.adapters import adapt
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.build_student import adapter_of
@@ -122,7 +122,7 @@ def measure(name: str, out: Path) -> dict[str, Any]:
             distiller(batch)  # weights are mapped from their file, and first here when they are read
         beside = extra_bytes(steps, torch.device("cpu"))
         held = model.get_memory_footprint()
-    return {"held": held, "beside": beside, "seconds": min(times), "trained": count(model).trained}
+    return {"held": held, "beside": beside, "seconds": min(times), "trained": parameter_count(model).trained}
 
 
 def costs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -30,7 +30,7 @@ from measure import train
 from potstill import Attention, Hidden, LayerMap, Relations, Similarity, Source
 from potstill.data.batches import encode, in_batches
 from potstill.evaluate.correlation import pearson, ranks
-from potstill.models.initialize import start
+from potstill.models.initialize import plan_initialization
 from potstill.models.loading import load_model, suppress_warnings
 
 LAYERS = [1, 3, 5]  # of the teacher, that the student begins with
@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder())
     config = type(teacher.config).from_dict({**teacher.config.to_dict(), "num_hidden_layers": len(LAYERS)})
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    begin = start(teacher, config, "copy", layers=LAYERS, calibration=lambda: ())
+    begin = plan_initialization(teacher, config, "copy", layers=LAYERS, calibration=lambda: ())
     args.work.mkdir(parents=True, exist_ok=True)
     record = args.work / "lines.jsonl"
     done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []

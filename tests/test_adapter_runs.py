@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from conftest import make_llama
 from potstill.data.sources import Source
 from potstill.errors import ModelError, RecipeError, UserError
-from potstill.models.adapted import count, is_adapted, suppress_peft_warnings
+from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.adapters import Lora, adapt
-from potstill.models.loading import load_model
+from potstill.models.loading import load_model, suppress_warnings
 from potstill.runs.build import prepare
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
@@ -70,7 +70,7 @@ def test_a_run_keeps_the_adapter_alone(values: dict[str, Any], toys: Path, kind:
     assert told["bytes"] == (folder / "adapter_model.safetensors").stat().st_size
     assert Path(told["base"]) == (toys / "student").resolve()
     row = result.summary["rows"]["student"]
-    assert row["parameters"] == count(load_model(str(folder), "student")).all
+    assert row["parameters"] == parameter_count(load_model(str(folder), "student")).all
     assert row["bytes"] == told["bytes"] + (toys / "student" / "model.safetensors").stat().st_size
     assert told["share"] == pytest.approx(told["trained"] / row["parameters"])
     (checkpoint,) = (result.directory / "checkpoints" / "student").glob("checkpoint-4")
@@ -89,7 +89,7 @@ def test_a_run_keeps_the_adapter_alone(values: dict[str, Any], toys: Path, kind:
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     space: dict[str, Any] = {}
     load = code.replace('"student"  #', f"{str(folder)!r}  #").partition("inputs =")[0]
-    with suppress_peft_warnings():
+    with suppress_warnings():
         exec(load, space)
     assert is_adapted(space["model"])
     found = evaluate(
@@ -100,7 +100,7 @@ def test_a_run_keeps_the_adapter_alone(values: dict[str, Any], toys: Path, kind:
     assert found["models"]["student"]["parameters"] == row["parameters"]
 
 
-def test_what_the_report_continues_is_what_the_student_says(values: dict[str, Any]) -> None:
+def test_the_reports_continuations_are_the_students(values: dict[str, Any]) -> None:
     values["student"]["adapter"] = KINDS["prompt"]
     result = quiet_run(values)
     (sample,) = result.summary["continuations"]
@@ -259,13 +259,13 @@ def test_check_counts_what_is_trained(values: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_a_kind_that_cannot_do_it_says_so(values: dict[str, Any], adapter: Any, message: str) -> None:
+def test_mistakes_in_an_adapter_are_named(values: dict[str, Any], adapter: Any, message: str) -> None:
     values["student"]["adapter"] = adapter
     with pytest.raises(RecipeError, match=message):
         Recipe.parse(values)
 
 
-def test_adapters_want_something_to_stand_on(values: dict[str, Any]) -> None:
+def test_an_adapter_needs_a_trained_base(values: dict[str, Any]) -> None:
     values["student"] = {"design": {"num_hidden_layers": 1}, "adapter": "lora"}
     with pytest.raises(RecipeError, match="design with random weights"):
         Recipe.parse(values)
@@ -288,7 +288,7 @@ def test_virtual_tokens_take_positions(values: dict[str, Any]) -> None:
         prepare(Recipe.parse(values))
 
 
-def test_rounded_weights_are_not_trained(values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
+def test_quantized_weights_are_not_trained(values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
     load_model(str(toys / "student"), "student", bits=4).save_pretrained(tmp_path / "rounded")
     AutoTokenizer.from_pretrained(toys / "student").save_pretrained(tmp_path / "rounded")
     values["student"] = {"model": str(tmp_path / "rounded")}

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from potstill.data.sources import Source
 from potstill.errors import RecipeError
 from potstill.evaluate.measures import QUALITY
-from potstill.models.adapted import count, is_adapted, judging, suppress_peft_warnings
+from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.adapters import Ia3, Lora, adapt, linear_layers
-from potstill.models.loading import load_model
+from potstill.models.loading import load_model, sequence_head_names, suppress_warnings
 from potstill.runs.config.run import Recipe
 from potstill.runs.evaluate import Measures, evaluate
 from potstill.runs.run import RunResult, run
@@ -93,12 +93,12 @@ def test_a_run_keeps_the_adapter_and_what_judges(task: str, kind: str, judged_ro
     loaded = load_model(str(folder), "student", task=task)  # type: ignore[arg-type]  # a parameter of the test
     base = load_model("student", "student", task=task)  # type: ignore[arg-type]  # likewise
     alone = sum(x.numel() for name, x in weights.items() if "lora" in name or "ia3" in name)
-    assert row["parameters"] == count(loaded).all == base.num_parameters() + alone
+    assert row["parameters"] == parameter_count(loaded).all == base.num_parameters() + alone
     assert not torch.allclose(answer(loaded), answer(base), atol=1e-3)
     assert all(row[one.key] is not None for one in QUALITY[task])  # type: ignore[index]  # likewise
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     space: dict[str, Any] = {}
-    with suppress_peft_warnings():
+    with suppress_warnings():
         exec(code.replace('"student"  #', f"{str(folder)!r}  #"), space)
     assert is_adapted(space["model"])
     torch.testing.assert_close(answer(space["model"]), answer(loaded), atol=1e-5, rtol=1e-5)
@@ -140,7 +140,7 @@ def test_it_goes_on_and_merges_into_the_same(judged_rows: Path) -> None:
 
 def test_what_judges_is_found_by_where_it_stands() -> None:
     found = {
-        (kind, task): judging(make_encoder(kind, task))
+        (kind, task): sequence_head_names(make_encoder(kind, task))
         for kind in ("bert", "distilbert", "roberta")
         for task in ("masked", "classification", "regression", "encoder")
     }
@@ -167,5 +167,5 @@ def test_at_first_it_computes_what_the_model_did() -> None:
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_tokens_in_front_are_refused(kind: str) -> None:
-    with pytest.raises(RecipeError, match=rf"student.adapter: expected lora, qlora or ia3 .* masked, got {kind}"):
+    with pytest.raises(RecipeError, match=f"adapter: expected lora, qlora, ia3 for the task masked, got {kind}"):
         Recipe.parse(values("masked", kind))

@@ -18,10 +18,10 @@ from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.losses.token_losses import token_divergence
-from potstill.models.adapted import count, is_quantized, merged, save_adapter, suppress_peft_warnings, virtual_tokens
+from potstill.models.adapted import is_quantized, merged, parameter_count, save_adapter, virtual_tokens
 from potstill.models.adapters import Adapter, Ia3, Lora, Prefix, Prompt, adapt
 from potstill.models.layer_map import LayerMap
-from potstill.models.loading import load_model
+from potstill.models.loading import load_model, suppress_warnings
 from potstill.models.split import forward_targets
 from potstill.teachers.self_taught import BaseModelTeacher
 from potstill.train.distiller import Distiller
@@ -159,7 +159,7 @@ def test_hidden_states_and_relations_line_up_with_the_teachers(kind: str, tokeni
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_attention_maps_with_virtual_tokens_are_refused(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
     student = adapt(made(), ADAPTERS[kind], tokenizer=tokenizer)
-    with pytest.raises(ModelError, match="tokens that an adapter puts in front"):
+    with pytest.raises(ModelError, match="adapter with virtual tokens"):
         Distiller(student, made(), [Attention(LayerMap.uniform())])
 
 
@@ -192,19 +192,19 @@ def test_it_is_saved_small_and_loads_everywhere(
         "adapter_model.safetensors",
     }
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
-    assert 4 * count(student).trained < size < 4 * count(student).trained + 8000
+    assert 4 * parameter_count(student).trained < size < 4 * parameter_count(student).trained + 8000
     loaded = load_model(str(tmp_path), "student")
     assert torch.equal(loaded(**inputs(batch)).logits, expected)
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert count(loaded).all == count(student).all
-    with suppress_peft_warnings():
+    assert parameter_count(loaded).all == parameter_count(student).all
+    with suppress_warnings():
         other = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(other.eval()(**inputs(batch)).logits, expected)
         if kind in ("lora", "ia3"):
             alone = AutoModelForCausalLM.from_pretrained(tmp_path)
             assert torch.equal(alone.eval()(**inputs(batch)).logits, expected)
     further = load_model(str(tmp_path), "student", trainable=True)
-    assert count(further) == count(student)
+    assert parameter_count(further) == parameter_count(student)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -220,12 +220,10 @@ def test_merged_computes_what_base_and_adapter_compute(family: str, kind: str) -
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(4, 1e-4), (8, 0.1)])
-def test_a_rounded_base_is_trained_through_kept_and_merged(
-    base: str, tmp_path: Path, bits: int, tolerance: float
-) -> None:
+def test_a_quantized_base_is_trained_saved_and_merged(base: str, tmp_path: Path, bits: int, tolerance: float) -> None:
     pytest.importorskip("bitsandbytes")
     batch = make_batch()
-    with suppress_peft_warnings():
+    with suppress_warnings():
         student = stirred(adapt(load_model(base, "student", bits=bits), Lora(rank=4)))
         assert is_quantized(student)
         assert student.get_memory_footprint() < 0.75 * make_llama(hidden_size=32).get_memory_footprint()
@@ -238,7 +236,11 @@ def test_a_rounded_base_is_trained_through_kept_and_merged(
         again = load_model(str(tmp_path), "student")
         assert is_quantized(again)
         assert torch.equal(again(**inputs(batch)).logits, expected)
-        assert count(again).all == count(student).all == count(adapt(load_model(base, "student"), Lora(rank=4))).all
+        assert (
+            parameter_count(again).all
+            == parameter_count(student).all
+            == parameter_count(adapt(load_model(base, "student"), Lora(rank=4))).all
+        )
         plain = merged(student)
     assert not is_quantized(plain)
     assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
@@ -256,10 +258,10 @@ def step_by_step(model: Any, ids: list[int], new: int) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_it_generates_what_it_says(family: str, kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_generate_agrees_with_the_logits(family: str, kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
     student = stirred(adapt(made(family), ADAPTERS[kind], tokenizer=tokenizer))
     prompt = make_batch()["input_ids"][:1, :4]
-    with suppress_peft_warnings(), torch.no_grad():
+    with suppress_warnings(), torch.no_grad():
         found = student.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, pad_token_id=1,
             eos_token_id=None,
@@ -324,7 +326,7 @@ def test_biases_are_trained_saved_and_merged_with_it(
     for trainable in (False, True):
         again = load_model(str(tmp_path / "adapter"), "student", trainable=trainable).eval()
         assert torch.equal(again(**inputs(batch)).logits, expected)
-        assert not trainable or count(again) == count(student)
+        assert not trainable or parameter_count(again) == parameter_count(student)
     torch.testing.assert_close(merged(student)(**inputs(batch)).logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ModelError, match=r"BaseModelTeacher: expected an adapter that leaves its base as it is"):
         BaseModelTeacher().attach(again)
@@ -345,27 +347,43 @@ def test_random_numbers_outside_are_left_alone() -> None:
         ),
         (Lora(target_modules=["lm_head"]), "expected linear layers of the model's body"),
         (Lora(rank=17), r"student.adapter.rank: expected 1..8, the smaller side of .*k_proj, got 17"),
-        (Lora(rank=0), r"student.adapter.rank: expected 1..8"),
         (Ia3(target_modules=["up_proj"], feedforward_modules=["down_proj"]), "feedforward_modules: expected"),
         (Lora(rank=2, bias="all"), r"student.adapter.bias: expected none for LlamaForCausalLM, got all"),
         (Prompt(3, WORDS), "student.adapter.text: expected words that a tokenizer knows"),
     ],
     ids=str,
 )
-def test_what_does_not_go_with_the_model_is_one_clear_line(adapter: Adapter, message: str) -> None:
+def test_what_does_not_fit_the_model_is_one_clear_line(adapter: Adapter, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         adapt(made(), adapter)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_architecture_is_told_what_to_do() -> None:
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Lora(rank=0), r"Lora\.rank: expected a number >= 1, got 0"),
+        (lambda: Lora(bias="some"), r"Lora\.bias: expected one of none, all, lora_only, got 'some'"),
+        (lambda: Ia3(target_modules=[]), r"Ia3\.target_modules: expected at least one, got none"),
+        (lambda: Prompt(0), r"Prompt\.virtual_tokens: expected a number >= 1, got 0"),
+        (lambda: Prefix(3, merge=True), "expected no merge, got one"),
+    ],
+)
+def test_values_are_checked_in_python(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_an_unknown_architecture_needs_named_layers() -> None:
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt_neox", vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                              num_attention_heads=2)
     )  # fmt: skip
     with pytest.raises(ModelError, match="Name its layers with target_modules"):
         adapt(model, Ia3())
-    assert count(adapt(model, Ia3(["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]))).trained == 2 * (48 + 32)
+    assert parameter_count(adapt(model, Ia3(["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]))).trained == 2 * (
+        48 + 32
+    )
 
 
 def test_one_adapter_is_enough() -> None:

@@ -16,8 +16,8 @@ from potstill.models.budget import Budget, parse_count
 from potstill.models.capacity import PUBLISHED, DistillationLaw, SupervisedLaw, expected_share, smallest_student
 from potstill.models.design import design
 from potstill.models.references import REFERENCES
-from potstill.models.shape import shape_of
 from potstill.models.size import build, count_parameters, size_of
+from potstill.models.structure import design_shape
 from reference_students import PUBLIC, parameters, sizes
 
 LLAMA_8B = CONFIG_MAPPING["llama"](**PUBLIC["Llama 3.1 8B"][1])
@@ -28,10 +28,10 @@ def test_a_public_config_is_counted_exactly_and_made_smaller(name: str) -> None:
     family, fields, published = PUBLIC[name]
     teacher = CONFIG_MAPPING[family](**fields)
     assert count_parameters(teacher) == published
-    assert parameters(family, shape_of(teacher), teacher.vocab_size, teacher.tie_word_embeddings) == published
+    assert parameters(family, design_shape(teacher), teacher.vocab_size, teacher.tie_word_embeddings) == published
 
     student = design(teacher, published // 3)
-    whole, shape = shape_of(teacher), shape_of(student)
+    whole, shape = design_shape(teacher), design_shape(student)
     found = count_parameters(student)
     assert type(student) is type(teacher)
     assert abs(found / (published / 3) - 1) <= 0.05
@@ -46,7 +46,7 @@ def test_a_public_config_is_counted_exactly_and_made_smaller(name: str) -> None:
 
 @pytest.mark.parametrize("keep", ["balanced", "depth", "width"])
 def test_what_is_kept_is_kept(keep) -> None:
-    shape = shape_of(design(LLAMA_8B, 3_000_000_000, keep=keep))
+    shape = design_shape(design(LLAMA_8B, 3_000_000_000, keep=keep))
     assert (shape.layers == 32) is (keep == "depth")
     assert (shape.hidden == 4096) is (keep == "width")
 

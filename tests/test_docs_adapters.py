@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pages import blocks, run_commands, run_python, text
-from potstill.models.adapted import suppress_peft_warnings
+from potstill.models.loading import suppress_warnings
 from potstill.runs.config.student import StudentPart
 
 PAGE = "docs/adapters.md"
@@ -27,7 +27,7 @@ def test_the_page_runs(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     summary = json.loads(Path("runs/adapted/summary.json").read_text())
     assert figures["quality"]["loss"] == pytest.approx(summary["rows"]["student"]["loss"], rel=1e-4)
     for code in blocks(PAGE, "python"):
-        with suppress_peft_warnings():
+        with suppress_warnings():
             run_python(code)
     assert Path("plain/model.safetensors").exists()
     assert Path("loop/student/adapter_model.safetensors").exists()

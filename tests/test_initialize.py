@@ -24,12 +24,10 @@ from transformers import (
 
 from conftest import make_batch
 from potstill.errors import ModelError, RecipeError
-from potstill.models.anatomy import anatomy_of
 from potstill.models.design import student_config
-from potstill.models.importance import importance_of
-from potstill.models.initialize import random_student, start
-from potstill.models.origins import origins, spread
-from potstill.models.shape import Shape
+from potstill.models.initialize import plan_initialization, random_student
+from potstill.models.pruning import choose_layers, measure_importance, select_parts
+from potstill.models.structure import DesignShape, find_structure
 from potstill.runs.build import prepare
 from potstill.runs.config.run import Recipe
 from reference_students import cosine
@@ -76,7 +74,7 @@ def logits(of: PreTrainedModel) -> torch.Tensor:
 def begun(teacher: PreTrainedModel, method: Any, layers: Any = None, **changes: Any) -> PreTrainedModel:
     vocabulary = changes.pop("vocabulary", 60)
     config = student_config(teacher.config, changes, vocabulary)
-    return start(teacher, config, method, layers=layers, calibration=lambda: [BATCH]).student(teacher, 7)
+    return plan_initialization(teacher, config, method, layers=layers, calibration=lambda: [BATCH]).student(teacher, 7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,13 +90,13 @@ def test_copied_layers_compute_what_dropping_the_others_does(kind: str, method: 
     teacher = model(kind)
     student = begun(teacher, method, layers=[0, 2, 3], **{LAYERS.get(kind, "num_hidden_layers"): 3})
     shorter = copy.deepcopy(teacher)
-    anatomy = anatomy_of(shorter)
-    kept = [anatomy.layers[layer] for layer in (0, 2, 3)]
+    structure = find_structure(shorter)
+    kept = [structure.layers[layer] for layer in (0, 2, 3)]
     for place, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place
-    path, _, name = anatomy.path.rpartition(".")
+    path, _, name = structure.path.rpartition(".")
     setattr(shorter.get_submodule(path), name, nn.ModuleList(kept))
     shorter.config.num_hidden_layers = 3
     if hasattr(shorter.config, "layer_types") and shorter.config.layer_types:
@@ -113,12 +111,12 @@ def test_copied_layers_compute_what_dropping_the_others_does(kind: str, method: 
 @pytest.mark.parametrize("kind", ["llama", "llama, tied", "qwen3", "gpt2", "bert", "distilbert"])
 def test_units_that_do_nothing_are_pruned_without_a_trace(kind: str) -> None:
     teacher = model(kind)
-    anatomy = anatomy_of(teacher)
+    structure = find_structure(teacher)
     generator = torch.Generator().manual_seed(3)
-    size = anatomy.shape.head_size
-    for layer in anatomy.layers:
+    size = structure.shape.head_size
+    for layer in structure.layers:
         silent = torch.randperm(48, generator=generator)[:32]
-        for path in (*anatomy.parts.up,):
+        for path in (*structure.matrices.up,):
             module = layer.get_submodule(path)
             weight = module.weight.T if kind == "gpt2" else module.weight
             with torch.no_grad():
@@ -133,8 +131,8 @@ def test_units_that_do_nothing_are_pruned_without_a_trace(kind: str) -> None:
                 value.weight[:, 64:][:, groups] = 0
                 value.bias[64:][groups] = 0
             else:
-                value = layer.get_submodule(anatomy.parts.value)
-                rows = slice(group * size, (group + 1) * size) if anatomy.shape.kv_heads == 2 else groups
+                value = layer.get_submodule(structure.matrices.value)
+                rows = slice(group * size, (group + 1) * size) if structure.shape.kv_heads == 2 else groups
                 value.weight[rows] = 0
                 if value.bias is not None:
                     value.bias[rows] = 0
@@ -169,7 +167,7 @@ def test_channels_that_carry_nothing_are_pruned_without_a_trace() -> None:
 
 def test_importance_is_what_loops_find() -> None:
     teacher = model("llama")
-    found = importance_of(teacher, [BATCH])
+    found = measure_importance(teacher, [BATCH])
     with torch.no_grad():
         states = teacher(**BATCH, output_hidden_states=True).hidden_states
     mask = BATCH["attention_mask"]
@@ -201,10 +199,10 @@ def test_importance_is_what_loops_find() -> None:
     torch.testing.assert_close(found.heads[2], heads.sqrt(), rtol=1e-5, atol=0)
 
 
-def test_padding_has_no_say_in_importance() -> None:
+def test_padding_does_not_change_importance() -> None:
     teacher = model("llama")
     other = {**BATCH, "input_ids": torch.where(BATCH["attention_mask"].bool(), BATCH["input_ids"], 17)}
-    one, two = importance_of(teacher, [BATCH]), importance_of(teacher, [other])
+    one, two = measure_importance(teacher, [BATCH]), measure_importance(teacher, [other])
     torch.testing.assert_close(one.units, two.units)
     torch.testing.assert_close(one.layers, two.layers)
 
@@ -216,17 +214,17 @@ def test_groups_that_grow_share_the_mean_of_their_keys() -> None:
         expected = source.self_attn.k_proj.weight.view(2, 8, 32).mean(0)
         torch.testing.assert_close(layer.self_attn.k_proj.weight, expected)
         assert torch.equal(layer.self_attn.q_proj.weight, source.self_attn.q_proj.weight)
-    whole = Shape(layers=1, hidden=48, heads=6, kv_heads=3, head_size=8, ffn=8)
+    whole = DesignShape(layers=1, hidden=48, heads=6, kv_heads=3, head_size=8, ffn=8)
     with pytest.raises(ModelError, match="Change num_key_value_heads"):
-        origins(whole, replace(whole, heads=6, kv_heads=2), [0], None)
+        select_parts(whole, replace(whole, heads=6, kv_heads=2), [0], None)
 
 
-def test_fewer_tokens_are_the_first_rows_and_ties_are_told() -> None:
+def test_fewer_tokens_are_the_first_rows_and_ties_are_noted() -> None:
     teacher = model("llama")
     student = begun(teacher, "copy", vocabulary=50)
     assert torch.equal(student.lm_head.weight, teacher.lm_head.weight[:50])
     config = student_config(teacher.config, {"tie_word_embeddings": True}, 60)
-    tied = start(teacher, config, "copy", calibration=lambda: [BATCH])
+    tied = plan_initialization(teacher, config, "copy", calibration=lambda: [BATCH])
     assert any("own head is not copied" in note for note in tied.notes)
     assert torch.equal(tied.student(teacher, 0).lm_head.weight, teacher.model.embed_tokens.weight)
 
@@ -244,8 +242,8 @@ def test_fewer_tokens_are_the_first_rows_and_ties_are_told() -> None:
         ([1, 4], 6, 2, [1, 4]),
     ],
 )
-def test_layers_are_spread(how: Any, teacher: int, student: int, layers: list[int]) -> None:
-    assert spread(how, teacher, student, None) == layers
+def test_layers_are_chosen(how: Any, teacher: int, student: int, layers: list[int]) -> None:
+    assert choose_layers(how, teacher, student, None) == layers
 
 
 @pytest.mark.parametrize(
@@ -276,14 +274,14 @@ def test_layers_that_cannot_be(layers: Any) -> None:
         Olmo2Config(**SIZES),  # norms over all heads at once
     ],
 )
-def test_unknown_architectures_are_told(config: Any) -> None:
+def test_unknown_architectures_are_refused(config: Any) -> None:
     with pytest.raises(ModelError, match="layers have other parts"):
-        start(random_student(config, 0), config, "copy", calibration=list)
+        plan_initialization(random_student(config, 0), config, "copy", calibration=list)
 
 
-def test_another_family_is_told() -> None:
+def test_another_family_is_refused() -> None:
     with pytest.raises(ModelError, match="student of the teacher's LlamaConfig, got GPT2Config"):
-        start(model("llama"), KINDS["gpt2"], "copy", calibration=list)
+        plan_initialization(model("llama"), KINDS["gpt2"], "copy", calibration=list)
 
 
 def recipe(values: dict[str, Any], **student: Any) -> Recipe:

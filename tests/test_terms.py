@@ -203,7 +203,7 @@ def test_only_layers_that_are_asked_for_are_kept_and_the_student_runs_once() -> 
     one.objective.forward = lambda signals: (kept.append(signals), plain(signals))[1]  # type: ignore[method-assign]
     one.step(batch)
     (signals,) = kept
-    assert one.cut is not None
+    assert one.split is not None
     assert len(runs) == 1
     assert list(signals.inside.hidden) == [0]
     assert list(signals.teacher.inside.hidden) == [2]

@@ -79,13 +79,13 @@ def design(
 def _compare(teacher: Any, student: Any, teachers: Any, students: Any) -> None:
     """Both shapes, both costs, and what may be kept."""
     from potstill.evaluate.report import words
-    from potstill.models.capacity import Task, expected_share
-    from potstill.models.shape import shape_of
+    from potstill.models.capacity import Capability, expected_share
+    from potstill.models.structure import design_shape
 
     table = Table(title=f"a student of {teacher.model_type}", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", "teacher", "student"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    shapes = [shape_of(config) for config in (teacher, student)]
+    shapes = [design_shape(config) for config in (teacher, student)]
     for name, field in (
         ("layers", "layers"),
         ("width", "hidden"),
@@ -108,7 +108,7 @@ def _compare(teacher: Any, student: Any, teachers: Any, students: Any) -> None:
     out.print(
         f"{ratio:.2f} times smaller. Estimated share of the teacher's score, by published results:", highlight=False
     )
-    for task in get_args(Task):
+    for task in get_args(Capability):
         share = expected_share(ratio, task)
         beyond = ", beyond what is published" if share.extrapolated else ""
         out.print(f"  {task}: {share.value:.0%}, from {share.low:.0%} to {share.high:.0%}{beyond}", highlight=False)
@@ -119,8 +119,8 @@ def _list(context: int) -> None:
     """The published small models, with what they take."""
     from potstill.evaluate.report import words
     from potstill.models.references import REFERENCES
-    from potstill.models.shape import shape_of
     from potstill.models.size import size_of
+    from potstill.models.structure import design_shape
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "family", "parameters", "layers", "width", "heads", "ffn", "cache a token", "made"):
@@ -128,7 +128,7 @@ def _list(context: int) -> None:
         table.add_column(column, justify="left" if words_of_it else "right", no_wrap=column in ("", "parameters"))
     for reference in REFERENCES:
         config = reference.config()
-        shape, size = shape_of(config), size_of(config, context)
+        shape, size = design_shape(config), size_of(config, context)
         heads = f"{shape.heads}/{shape.kv_heads}" if shape.kv_heads != shape.heads else str(shape.heads)
         sizes = (f"{size.parameters:,}", str(shape.layers), str(shape.hidden), heads, str(shape.ffn))
         cache = words.size(size.kv_cache_bytes_per_token)

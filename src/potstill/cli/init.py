@@ -154,7 +154,8 @@ def _size(text: str) -> dict[str, Any]:
 
 
 def _adapter(text: str) -> str | None:
-    kinds = ("lora", "qlora", "ia3", "prompt", "prefix")
-    if text not in (*kinds, "all"):
-        raise UserError(f"adapter: expected {', '.join(kinds)} or all, got {text}.")
+    from potstill.models.adapters import Adapter
+
+    if text not in (*Adapter.kinds, "all"):
+        raise UserError(f"adapter: expected {', '.join(Adapter.kinds)} or all, got {text}.")
     return None if text == "all" else text

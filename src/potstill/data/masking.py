@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE
+from potstill.models.loading import vocabulary_size
 
 SHARE = 0.15
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stays as it is
@@ -46,7 +47,7 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Any]]):
             )
         self.rows, self.share, self.seed = rows, share, seed
         self.mask_token_id = int(tokenizer.mask_token_id)
-        self.vocabulary = max(tokenizer.get_vocab().values()) + 1
+        self.vocabulary = vocabulary_size(tokenizer)
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it too
 
     def set_epoch(self, epoch: int) -> None:

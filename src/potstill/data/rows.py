@@ -20,6 +20,7 @@ from potstill.data.spans import Span, places
 from potstill.data.weighing import SPANS, Completion, SpanWeights, token_weights
 from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE, Task
+from potstill.models.loading import vocabulary_size
 
 
 class Row(NamedTuple):
@@ -380,7 +381,7 @@ def _agreement(ids: list[int], whole: list[int]) -> int:
 
 
 def _given_ids(dataset: Dataset, encoding: Encoding, whose: str = "") -> Iterator[_Answered]:
-    vocabulary = max(encoding.tokenizer.get_vocab().values()) + 1
+    vocabulary = vocabulary_size(encoding.tokenizer)
     for numbers, batch in encoding.filled(dataset, "input_ids"):
         for i, number in enumerate(numbers):
             ids = batch[f"{whose}input_ids"][i]

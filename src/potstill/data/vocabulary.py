@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import VocabularyError
+from potstill.models.loading import vocabulary_size
 
 
 def shared_vocabulary(
@@ -50,7 +51,7 @@ def own_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, int]) 
     Raises:
         VocabularyError: a head is too small.
     """
-    size = max(tokenizer.get_vocab().values()) + 1
+    size = vocabulary_size(tokenizer)
     for name, there in rows.items():
         if there < size:
             raise VocabularyError(

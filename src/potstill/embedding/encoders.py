@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from potstill.embedding.heads import VectorHead
 from potstill.errors import ModelError, UserError, one_line
+from potstill.models.structure import layer_lists
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -157,7 +158,7 @@ def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str
 def _keep_layers(body: Any, number: int) -> None:
     """Keep evenly spaced layers of a transformer, in place."""
     total = getattr(getattr(body, "config", None), "num_hidden_layers", 0)
-    lists = [(n, m) for n, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
+    lists = layer_lists(body)
     if len(lists) != 1 or not 1 <= number <= total:
         raise ModelError(
             f"student.encoder.layers: expected 1 to {total} layers of a transformer, got {number}. "

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.engines.server import ModelServer
 from potstill.errors import VocabularyError
+from potstill.models.loading import vocabulary_size
 
 STRETCH = 512  # token ids in one question
 
@@ -18,7 +19,7 @@ def check_tokenizer_matches(server: ModelServer, tokenizer: PreTrainedTokenizerB
     Raises:
         VocabularyError: it reads one otherwise.
     """
-    every = list(range(max(tokenizer.get_vocab().values()) + 1))
+    every = list(range(vocabulary_size(tokenizer)))
     if server.detokenize(every[:1]) is None:
         return False
     for start in range(0, len(every), STRETCH):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from potstill.evaluate.report.words import count, milliseconds, percent, size
-from potstill.models.capacity import PUBLISHED, Estimate, Task, expected_share
+from potstill.models.capacity import PUBLISHED, Capability, CapacityEstimate, expected_share
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ class Prediction:
 
     compression: float
     measured: float
-    published: dict[Task, Estimate]
-    fitted: Estimate | None
+    published: dict[Capability, CapacityEstimate]
+    fitted: CapacityEstimate | None
 
 
 def predict(compressions: Sequence[float], qualities: Sequence[float]) -> list[Prediction]:
@@ -210,7 +210,9 @@ def predict(compressions: Sequence[float], qualities: Sequence[float]) -> list[P
             each = [a for a, _ in others]
             value, low, high = (compression**-a for a in (sum(each) / len(each), max(each), min(each)))
             furthest = max(other for _, other in others)
-            fitted = Estimate(value, low, high, f"{len(others)} other students", extrapolated=compression > furthest)
+            fitted = CapacityEstimate(
+                value, low, high, f"{len(others)} other students", extrapolated=compression > furthest
+            )
         published = {task: expected_share(compression, task) for task in tasks} if compression >= 1 else {}
         found.append(Prediction(compression, quality, published, fitted))
     return found

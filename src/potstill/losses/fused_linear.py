@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from functools import cache
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from potstill.errors import ShapeError, UserError
 from potstill.losses.alignment import IGNORE
+from potstill.losses.cpu import multiplies_bfloat16
 from potstill.losses.divergences import Divergence
 from potstill.losses.fused_chunks import FusedInputs, FusedResult, LossKernel, NeedsGradient, run_chunks
 from potstill.losses.kernel_native import native_kernel
@@ -286,12 +286,6 @@ def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if device == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16())):
         return torch.float32
     return dtype
-
-
-@cache
-def multiplies_bfloat16() -> bool:
-    """Tell whether this CPU multiplies bfloat16 (AVX512-BF16 or AMX on x86), as PyTorch sees it."""
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 _Outputs = tuple[Tensor, Tensor | None, Tensor | None]

@@ -1,4 +1,4 @@
-"""What a student may cost, and the largest student that costs no more."""
+"""A student's budget, and the largest student within it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from potstill.errors import ModelError, nearest
-from potstill.models.design import KEPT, TOLERANCE, Keep, Search, design, in_words
+from potstill.models.design import KEEP_WORDS, TOLERANCE, Keep, ShapeSearch, design
 from potstill.models.size import count_parameters, size_of
 
-# The most parameters on each kind of device: rules of thumb for models in 4 to 16 bits, to begin with and to correct.
+# The most parameters on each kind of device: rules of thumb for models in 4 to 16 bits.
 TARGETS = {"browser": 200_000_000, "edge": 500_000_000, "mobile": 1_000_000_000, "server": 3_000_000_000}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a student may cost: exactly one limit.
+    """A limit on a student's size or cost; exactly one.
 
     Args:
-        params: about so many parameters (within 5%).
-        compression: so many times fewer than the teacher's (within 5%).
+        params: number of parameters (within 5%).
+        compression: the teacher's parameters over the student's (within 5%).
         memory_gb: at most so many gigabytes (10^9 bytes) to serve one row of `context` tokens in half precision.
         latency_ms: at most so long for one forward pass over a row of `context` tokens.
-        target: at most what a kind of device takes, see `TARGETS`.
+        target: at most the parameters for a kind of device, see `TARGETS`.
         keep: see `design`.
         context: tokens in a row.
 
@@ -51,8 +51,9 @@ class Budget:
         ((name, limit),) = given.items()
         if name == "target" and limit not in TARGETS:
             raise ModelError(f"design: expected target {', '.join(TARGETS)}, got {limit}.{nearest(limit, TARGETS)}")
-        if name != "target" and not (limit > (1 if name == "compression" else 0) and math.isfinite(limit)):
-            raise ModelError(f"design: expected {name} above {1 if name == 'compression' else 0}, got {limit:g}.")
+        least = 1 if name == "compression" else 0
+        if name != "target" and not (limit > least and math.isfinite(limit)):
+            raise ModelError(f"design: expected {name} above {least}, got {limit:g}.")
 
     def student(
         self,
@@ -61,64 +62,56 @@ class Budget:
         vocabulary: int | None = None,
         seconds: Callable[[PretrainedConfig], float] | None = None,
     ) -> PretrainedConfig:
-        """The config of the student that fits.
+        """Design the largest student within the budget.
 
-        Args:
-            teacher: the teacher's config.
-            vocabulary: the student's number of tokens; default: the teacher's.
-            seconds: times a forward pass of a config's model, for `latency_ms`.
+        `vocabulary` is the number of token ids, the teacher's by default. `seconds` times a forward pass of a config's
+        model, for `latency_ms`.
 
         Raises:
-            ModelError: nothing fits; it says what the smallest student costs.
+            ModelError: nothing fits, or everything does.
         """
-        if self.memory_gb is not None:
-            what = f"at most {self.memory_gb:g} GB"
-            return self._largest(teacher, vocabulary, lambda c: size_of(c, self.context).serve_bytes / 1e9, what)
-        if self.latency_ms is not None:
-            assert seconds is not None, "latency_ms needs a clock"
-            what = f"at most {self.latency_ms:g} ms"
-            return self._largest(teacher, vocabulary, lambda c: 1000 * seconds(c), what)
+        params = self.params if self.target is None else TARGETS[self.target]
         if self.compression is not None:
             params = round(count_parameters(teacher) / self.compression)
-        else:
-            params = self.params if self.params is not None else TARGETS[str(self.target)]
-        return design(teacher, params, keep=self.keep, vocabulary=vocabulary)
+        if params is not None:
+            return design(teacher, params, keep=self.keep, vocabulary=vocabulary)
+        search = ShapeSearch(teacher, self.keep, vocabulary or teacher.vocab_size)
+        if self.memory_gb is not None:
+            limit = f"at most {self.memory_gb:g} GB"
+            return _largest(search, lambda c: size_of(c, self.context).serve_bytes / 1e9, self.memory_gb, limit)
+        assert seconds is not None and self.latency_ms is not None, "latency_ms needs a clock"
+        return _largest(search, lambda c: 1000 * seconds(c), self.latency_ms, f"at most {self.latency_ms:g} ms")
 
-    def _largest(
-        self,
-        teacher: PretrainedConfig,
-        vocabulary: int | None,
-        measure: Callable[[PretrainedConfig], float],
-        what: str,
-    ) -> PretrainedConfig:
-        """The largest student whose measure, which grows with its parameters, is within the limit."""
-        most = self.memory_gb or self.latency_ms or 0.0
-        search = Search(teacher, self.keep, vocabulary or teacher.vocab_size)
-        smallest = search.smallest()
-        found, least = search.config(smallest.shape), measure(search.config(smallest.shape))
-        if least > most:
-            raise ModelError(
-                f"design: expected a limit that a student {KEPT[self.keep]} can meet, got {what}: the smallest one "
-                f"takes {least:.3g}. It has {in_words(smallest.shape)}, {smallest.parameters:,} parameters."
-            )
-        low, high, everything_fits = smallest.parameters, count_parameters(teacher), True
-        while high / low > 1 + TOLERANCE / 4:
-            middle = round(math.sqrt(low * high))
-            config = search.config(search.best(middle).shape)
-            if measure(config) <= most:
-                low, found = middle, config
-            else:
-                high, everything_fits = middle, False
-        if everything_fits:
-            raise ModelError(f"design: expected a limit that the teacher does not meet, got {what}. Take the teacher.")
-        return found
+
+def _largest(
+    search: ShapeSearch, measure: Callable[[PretrainedConfig], float], most: float, limit: str
+) -> PretrainedConfig:
+    """Bisect for the largest student whose measure, which grows with its parameters, is within the limit."""
+    smallest = search.smallest()
+    fitting = search.config(smallest.shape)
+    if (least := measure(fitting)) > most:
+        raise ModelError(
+            f"design: expected a limit that a student {KEEP_WORDS[search.keep]} can meet, got {limit}: the smallest "
+            f"one takes {least:.3g}. It has {smallest}, {smallest.parameters:,} parameters."
+        )
+    low, high, everything_fits = smallest.parameters, count_parameters(search.teacher), True
+    while high / low > 1 + TOLERANCE / 4:
+        middle = round(math.sqrt(low * high))
+        config = search.config(search.best(middle).shape)
+        if measure(config) <= most:
+            low, fitting = middle, config
+        else:
+            high, everything_fits = middle, False
+    if everything_fits:
+        raise ModelError(f"design: expected a limit that the teacher does not meet, got {limit}. Take the teacher.")
+    return fitting
 
 
 def parse_count(text: str | float) -> int:
-    """A number of parameters as people write it.
+    """Parse a number of parameters.
 
     Raises:
-        ModelError: it is none.
+        ModelError: it is not one.
 
     >>> parse_count("1.5B"), parse_count("100M"), parse_count("250_000")
     (1500000000, 100000000, 250000)

@@ -1,4 +1,4 @@
-"""The first weights of a student: random, or the teacher's."""
+"""Initialize a student: at random, or from its teacher's weights."""
 
 from __future__ import annotations
 
@@ -10,82 +10,58 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
-from transformers.pytorch_utils import Conv1D
 
 from potstill.errors import ModelError
-from potstill.models.anatomy import Anatomy, anatomy_of
-from potstill.models.importance import importance_of
-from potstill.models.origins import Origins, Spread, origins, spread
-from potstill.models.shape import shape_of
+from potstill.models.pruning import LayerChoice, SelectedParts, choose_layers, measure_importance, select_parts
 from potstill.models.size import build
+from potstill.models.structure import LayerStructure, design_shape, find_structure, is_transposed
 
-Method = Literal["copy", "truncate", "prune"]
-BY_LAYER = ("layer_types", "no_rope_layers")  # what configs list for each layer
+InitMethod = Literal["copy", "truncate", "prune"]
+WIDTHS = {"channels": "hidden", "heads": "heads", "key and value heads": "kv_heads", "feed-forward units": "ffn"}
+LAYER_FIELDS = ("layer_types", "no_rope_layers")  # config fields with an entry for each layer
 
 
 def random_student(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """A student with the random weights of its own initialisation: the same for the same seed.
-
-    Args:
-        config: the student's config.
-        seed: of all random numbers, Python's, NumPy's and torch's.
-
-    Returns:
-        A language model in float32.
-
-    Raises:
-        ModelError: no model can be made from the config.
-    """
+    """Build a student in float32 with its architecture's random weights; seeds Python's, NumPy's and torch's too."""
     set_seed(seed)
     return build(config)
 
 
 @dataclass(frozen=True)
-class Start:
-    """How a student begins with its teacher's weights.
+class Initialization:
+    """The part of its teacher's weights that a student starts from."""
 
-    Args:
-        config: the student's config; what it lists by layer is that of the chosen layers.
-        origins: which of the teacher's parts it is made of.
-        notes: what was chosen, for the run's notes.
-    """
-
-    config: PretrainedConfig
-    origins: Origins
-    notes: tuple[str, ...]
+    config: PretrainedConfig  # the student's; its fields by layer are those of the selected layers
+    parts: SelectedParts
+    notes: tuple[str, ...]  # what was selected, in words
 
     def student(self, teacher: PreTrainedModel, seed: int) -> PreTrainedModel:
-        """The student, in float32.
-
-        Args:
-            teacher: the model that was chosen from.
-            seed: of what the teacher does not have.
-        """
+        """Build the student in float32; `seed` is of the weights that the teacher does not have."""
         student = random_student(self.config, seed)
-        _copy(teacher, student, self.origins)
+        _copy(teacher, student, self.parts)
         return student
 
 
-def start(
+def plan_initialization(
     teacher: PreTrainedModel,
     config: PretrainedConfig,
-    method: Method,
+    method: InitMethod,
     *,
-    layers: Spread | Sequence[int] | None = None,
+    layers: LayerChoice | Sequence[int] | None = None,
     calibration: Callable[[], Iterable[Mapping[str, Tensor]]],
-) -> Start:
-    """Choose what a student takes over from its teacher.
+) -> Initialization:
+    """Select the part of its teacher's weights that a student starts from.
 
-    A student of the teacher's shape is the teacher; one with fewer layers computes what the teacher computes without
-    the others.
+    A student of the teacher's shape equals the teacher; one with fewer layers computes what the teacher computes
+    without the others.
 
     Args:
         teacher: of the same family as the student.
         config: the student's; nowhere larger than the teacher's.
-        method: copy (whole layers; all widths are the teacher's), truncate (the first heads, units and channels), or
+        method: copy (complete layers; all widths are the teacher's), truncate (the first heads, units and channels), or
             prune (the most important ones, by activations).
-        layers: see `spread`; default: importance for prune, else uniform.
-        calibration: gives batches of training data, where importance is measured.
+        layers: see `choose_layers`; by default importance for prune, else uniform.
+        calibration: gives batches of training data, on which importance is measured.
 
     Raises:
         ModelError: the student does not fit into the teacher, or the architecture is not known.
@@ -94,69 +70,64 @@ def start(
         Muralidharan et al. 2024 (Minitron), arXiv 2407.14679; Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, for
         copied layers.
     """
-    if method not in get_args(Method):
-        raise ModelError(f"student.initialize: expected {', '.join(get_args(Method))}, got {method}.")
+    if method not in get_args(InitMethod):
+        raise ModelError(f"student.initialize: expected {', '.join(get_args(InitMethod))}, got {method}.")
     if type(config) is not type(teacher.config):
+        family, other = type(teacher.config).__name__, type(config).__name__
+        raise ModelError(f"student.initialize: expected a student of the teacher's {family}, got {other}.")
+    structure, shape = find_structure(teacher), design_shape(config)
+    if method == "copy" and shape != (copied := replace(structure.shape, layers=shape.layers)):
         raise ModelError(
-            f"student.initialize: expected a student of the teacher's {type(teacher.config).__name__}, got "
-            f"{type(config).__name__}."
-        )
-    anatomy, shape = anatomy_of(teacher), shape_of(config)
-    if method == "copy" and shape != (same := replace(anatomy.shape, layers=shape.layers)):
-        raise ModelError(
-            f"student.initialize: expected the teacher's widths to copy layers, {same}, got {shape}. Change "
+            f"student.initialize: expected the teacher's widths to copy layers, {copied}, got {shape}. Change "
             "num_hidden_layers alone, or use truncate or prune."
         )
-    how = ("importance" if method == "prune" else "uniform") if layers is None else layers
-    measured = importance_of(teacher, calibration()) if method == "prune" or how == "importance" else None
-    chosen = spread(how, anatomy.shape.layers, shape.layers, measured)
-    made = origins(anatomy.shape, shape, chosen, measured if method == "prune" else None)
-    by_layer = copy.deepcopy(config)
-    for name in BY_LAYER:
+    choice = ("importance" if method == "prune" else "uniform") if layers is None else layers
+    measured = method == "prune" or choice == "importance"
+    importance = measure_importance(teacher, calibration()) if measured else None
+    chosen = choose_layers(choice, structure.shape.layers, shape.layers, importance)
+    parts = select_parts(structure.shape, shape, chosen, importance if method == "prune" else None)
+    config = copy.deepcopy(config)
+    for name in LAYER_FIELDS:
         if isinstance(values := getattr(teacher.config, name, None), list):
-            setattr(by_layer, name, [values[layer] for layer in chosen])
-    return Start(by_layer, made, _notes(teacher, anatomy, by_layer, method, how, made))
+            setattr(config, name, [values[layer] for layer in chosen])
+    return Initialization(config, parts, _notes(teacher, structure, config, method, choice, parts))
 
 
 def _notes(
-    teacher: PreTrainedModel, anatomy: Anatomy, config: PretrainedConfig, method: str, how: Any, made: Origins
+    teacher: PreTrainedModel,
+    structure: LayerStructure,
+    config: PretrainedConfig,
+    method: str,
+    choice: LayerChoice | Sequence[int],
+    parts: SelectedParts,
 ) -> tuple[str, ...]:
-    """What was copied, in words."""
-    whole, shape = anatomy.shape, shape_of(config)
-    by = how if isinstance(how, str) else "as given"
-    widths = [
-        f"{mine} of {of} {name}"
-        for name, mine, of in (
-            ("channels", shape.hidden, whole.hidden),
-            ("heads", shape.heads, whole.heads),
-            ("key and value heads", shape.kv_heads, whole.kv_heads),
-            ("feed-forward units", shape.ffn, whole.ffn),
-        )
-        if mine != of
-    ]
-    notes = [
-        f"student: the teacher's layers {', '.join(map(str, made.layers))} of {whole.layers} ({by}), "
-        + (f"{', '.join(widths)} ({'the most active' if method == 'prune' else 'the first'})." if widths else "whole.")
-    ]
-    if made.kv_heads and made.kv_heads[0].shape[1] > 1:
-        notes.append(f"student: each key and value head is the mean of {made.kv_heads[0].shape[1]} of the teacher's.")
+    """What was selected, in words."""
+    full, shape = structure.shape, design_shape(config)
+    sizes = {name: (getattr(shape, field), getattr(full, field)) for name, field in WIDTHS.items()}
+    widths = [f"{kept} of {total} {name}" for name, (kept, total) in sizes.items() if kept != total]
+    by = choice if isinstance(choice, str) else "as given"
+    of_widths = f"{', '.join(widths)} ({'the most active' if method == 'prune' else 'the first'})"
+    layers = ", ".join(map(str, parts.layers))
+    notes = [f"student: the teacher's layers {layers} of {full.layers} ({by}), {of_widths if widths else 'complete'}."]
+    if parts.kv_heads and parts.kv_heads[0].shape[1] > 1:
+        notes.append(f"student: each key and value head is the mean of {parts.kv_heads[0].shape[1]} of the teacher's.")
     if config.vocab_size != teacher.config.vocab_size:
         notes.append(f"student: the first {config.vocab_size} of the teacher's {teacher.config.vocab_size} token rows.")
-    skeleton = build(config, "meta")
-    own = [name for name, _ in skeleton.named_parameters() if _source(teacher, anatomy, name, made) is None]
-    if own:
-        notes.append(f"student: not in the teacher, and random: {', '.join(own)}.")
+    names = [name for name, _ in build(config, "meta").named_parameters()]
+    random = [name for name in names if _source(teacher, structure, name, parts) is None]
+    if random:
+        notes.append(f"student: not in the teacher, and random: {', '.join(random)}.")
     if config.tie_word_embeddings and not teacher.config.tie_word_embeddings:
         notes.append("student: its head is its embedding (tied); the teacher's own head is not copied.")
     return tuple(notes)
 
 
-def _source(teacher: PreTrainedModel, anatomy: Anatomy, name: str, made: Origins) -> Tensor | None:
+def _source(teacher: PreTrainedModel, structure: LayerStructure, name: str, parts: SelectedParts) -> Tensor | None:
     """The teacher's parameter that a student's comes from."""
-    place = anatomy.locate(name)
+    place = structure.locate(name)
     if place is not None:
-        rest = name.removeprefix(f"{anatomy.path}.{place[0]}")
-        name = f"{anatomy.path}.{made.layers[place[0]]}{rest}"
+        rest = name.removeprefix(f"{structure.path}.{place[0]}")
+        name = f"{structure.path}.{parts.layers[place[0]]}{rest}"
     try:
         return teacher.get_parameter(name)
     except AttributeError:
@@ -164,72 +135,65 @@ def _source(teacher: PreTrainedModel, anatomy: Anatomy, name: str, made: Origins
 
 
 @torch.no_grad()
-def _copy(teacher: PreTrainedModel, student: PreTrainedModel, made: Origins) -> None:
+def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedParts) -> None:
     """Fill a student's parameters from the teacher's, in place."""
-    anatomy = anatomy_of(teacher)
+    structure = find_structure(teacher)
     for name, parameter in student.named_parameters():
-        source = _source(teacher, anatomy, name, made)
+        source = _source(teacher, structure, name, parts)
         if source is None:
             continue
         value = source.detach().to("cpu", torch.float32)
-        module = student.get_submodule(name.rpartition(".")[0])
-        place = anatomy.locate(name)
-        axes = None if place is None else _axes(anatomy, made, *place)
+        place = structure.locate(name)
+        axes = None if place is None else _axes(structure, parts, place[0]).get(place[1])
         if axes is None:
-            value = _as_wide(value, parameter, teacher.config, student.config, made, name)
+            value = _select_outside(value, parameter, teacher.config, student.config, parts, name)
         else:
-            turned = isinstance(module, Conv1D) and value.ndim == 2
-            value = value.T if turned else value
-            value = _rows(value, axes[0])
+            transposed = value.ndim == 2 and is_transposed(student.get_submodule(name.rpartition(".")[0]))
+            value = value.T if transposed else value
+            rows = value[axes[0]]
+            value = rows.squeeze(1) if rows.shape[1] == 1 else rows.mean(1)
             value = value if value.ndim == 1 else value.index_select(1, axes[1])
-            value = value.T if turned else value
+            value = value.T if transposed else value
         parameter.copy_(value)
 
 
-def _axes(anatomy: Anatomy, made: Origins, layer: int, path: str) -> tuple[Tensor, Tensor] | None:
-    """The teacher's rows [out, m] (their mean is taken over m) and columns [in] of a matrix; None for other modules."""
-    parts, size, channels = anatomy.parts, anatomy.shape.head_size, made.channels
-    heads, kv_heads, units = made.heads[layer], made.kv_heads[layer], made.units[layer]
-    queries, keys = _wide(heads.unsqueeze(1), size), _wide(kv_heads, size)
-    if path == parts.output:
-        return channels.unsqueeze(1), queries.squeeze(1)
-    if path == parts.down:
-        return channels.unsqueeze(1), units
-    if path in parts.up:
-        return units.unsqueeze(1), channels
-    if path == parts.query and parts.fused:
-        width = anatomy.shape.heads * size
-        return torch.cat([queries, keys + width, keys + 2 * width]), channels
-    if path == parts.query:
-        return queries, channels
-    if path in (parts.key, parts.value):
-        return keys, channels
-    return None
+def _axes(structure: LayerStructure, parts: SelectedParts, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """By matrix of a student's layer, the teacher's rows [out, m], averaged over m, and columns [in]."""
+    matrices, size, channels = structure.matrices, structure.shape.head_size, parts.channels
+    heads, units = parts.heads[layer].unsqueeze(1), parts.units[layer]
+    queries, keys = _head_rows(heads, size), _head_rows(parts.kv_heads[layer], size)
+    axes = {
+        **dict.fromkeys((matrices.key, matrices.value), (keys, channels)),
+        matrices.query: (queries, channels),
+        matrices.output: (channels.unsqueeze(1), queries.squeeze(1)),
+        **dict.fromkeys(matrices.up, (units.unsqueeze(1), channels)),
+        matrices.down: (channels.unsqueeze(1), units),
+    }
+    if matrices.fused:
+        width = structure.shape.heads * size
+        axes[matrices.query] = torch.cat([queries, keys + width, keys + 2 * width]), channels
+    return axes
 
 
-def _wide(heads: Tensor, size: int) -> Tensor:
+def _head_rows(heads: Tensor, size: int) -> Tensor:
     """The rows [n * size, m] of heads [n, m]."""
     return (heads.unsqueeze(1) * size + torch.arange(size)[None, :, None]).flatten(0, 1)
 
 
-def _rows(value: Tensor, rows: Tensor) -> Tensor:
-    """The mean of the rows that each [out, m] names; of one row exactly that row."""
-    chosen = value[rows]
-    return chosen.squeeze(1) if rows.shape[1] == 1 else chosen.mean(1)
-
-
-def _as_wide(value: Tensor, like: Tensor, teacher: Any, student: Any, made: Origins, name: str) -> Tensor:
-    """What is outside of the matrices of layers: axes that differ are hidden channels, or tokens."""
-    for axis, (whole, part) in enumerate(zip(value.shape, like.shape, strict=True)):
-        if whole == part:
+def _select_outside(
+    value: Tensor, target: Tensor, teacher: Any, student: Any, parts: SelectedParts, name: str
+) -> Tensor:
+    """Select from a parameter that is not a layer's matrix: axes that differ are hidden channels or tokens."""
+    for axis, (full, kept) in enumerate(zip(value.shape, target.shape, strict=True)):
+        if full == kept:
             continue
-        if (whole, part) == (teacher.hidden_size, student.hidden_size):
-            value = value.index_select(axis, made.channels)
-        elif (whole, part) == (teacher.vocab_size, student.vocab_size):
-            value = value.narrow(axis, 0, part)
+        if (full, kept) == (teacher.hidden_size, student.hidden_size):
+            value = value.index_select(axis, parts.channels)
+        elif (full, kept) == (teacher.vocab_size, student.vocab_size):
+            value = value.narrow(axis, 0, kept)
         else:
             raise ModelError(
                 f"student.initialize: expected {name} to differ from the teacher's in hidden channels or tokens alone, "
-                f"got {list(like.shape)} beside {list(value.shape)}. Change that field of student.design back."
+                f"got {list(target.shape)} beside {list(value.shape)}. Change that field of student.design back."
             )
     return value

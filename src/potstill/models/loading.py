@@ -1,15 +1,20 @@
-"""Models and tokenizers from a folder or the Hugging Face hub: weights as safetensors only, no remote code."""
+"""Load models, adapters and tokenizers from a folder or the Hugging Face Hub: safetensors only, no remote code."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import logging as stdlib_logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,19 +31,14 @@ from transformers.utils import logging
 
 from potstill.errors import ModelError, UserError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
-from potstill.losses.fused_linear import multiplies_bfloat16
-from potstill.models.adapted import (
-    QUANTIZATION,
-    adapter_weights,
-    is_adapter,
-    judging,
-    load_adapter,
-    require_peft,
-    suppress_peft_warnings,
-)
+from potstill.losses.cpu import multiplies_bfloat16
 
-# What a task's model is: how transformers loads it, and what it is called.
-KINDS: dict[Task, tuple[Any, str]] = {
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+QUANTIZATION = "quantization_config.json"  # of the adapter's base, beside both
+
+# The class that loads a task's model, and its name in errors.
+AUTO_CLASSES: dict[Task, tuple[Any, str]] = {
     "causal": (AutoModelForCausalLM, "a causal language model"),
     "masked": (AutoModelForMaskedLM, "a masked language model"),
     "classification": (AutoModelForSequenceClassification, "a sequence classifier"),
@@ -49,21 +49,45 @@ KINDS: dict[Task, tuple[Any, str]] = {
 
 @contextmanager
 def suppress_warnings() -> Iterator[None]:
-    """Transformers' own bars and remarks would tear the progress bar apart; errors stay."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """Suppress progress bars and warnings of transformers, peft and bitsandbytes that do not matter here."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    bitsandbytes = stdlib_logging.getLogger("bitsandbytes")  # "inputs will be cast", at every product
+    level = bitsandbytes.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    bitsandbytes.setLevel(stdlib_logging.ERROR)
     try:
-        with suppress_peft_warnings():
+        with warnings.catch_warnings():
+            for message in (
+                ".is_gradient_checkpointing. is deprecated",  # peft reads it
+                "Position ids are not supported",  # prompt tuning in generate()
+                "Merge lora module to [48]-bit",
+                "MatMul8bitLt",
+            ):
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        logging.set_verbosity(level)
+        bitsandbytes.setLevel(level)
+        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 
 
+def require_package(package: str, extra: str, key: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return import_module(package)
+    except ImportError:
+        hint = f"Install it with pip install 'potstill[{extra}]'."
+        raise UserError(f"{key}: expected the package {package}, got none. {hint}") from None
+
+
 def load_model(
-    where: str,
+    name: str,
     key: str,
     dtype: str = "auto",
     task: Task = "causal",
@@ -72,68 +96,64 @@ def load_model(
     labels_of: PretrainedConfig | None = None,
     trainable: bool = False,
 ) -> PreTrainedModel:
-    """A model for a task; a PeftModel, where the folder holds an adapter alone.
+    """Load a model for a task from a folder or the Hub; a PeftModel where the folder holds an adapter alone.
 
     Args:
-        where: a folder, or the name of a model on the hub.
-        key: how the recipe calls it, for errors.
-        dtype: float32, bfloat16, float16, or auto for the precision in which it is saved: float32 where only a CPU is
-            there that has no instructions for less, because it would be several times slower.
-        task: what it is asked for.
-        bits: 4 (nf4, its scales quantised too) or 8 (int8) for linear layers that are rounded when they are loaded;
-            the head and the embeddings stay whole. They cannot be trained, and need bitsandbytes.
-        labels_of: a model whose classes it takes over where it has no classifier of its own yet. Without this, weights
-            that are not there are an error.
-        trainable: an adapter is to be trained further.
+        name: of the model.
+        key: the recipe's key, for errors.
+        dtype: float32, bfloat16, float16, or auto for that of the saved weights; auto is float32 on a CPU without
+            bfloat16 instructions, which would be several times slower otherwise.
+        task: the model's task.
+        bits: quantize linear layers but the head to 4 (nf4 with double quantization) or 8 bits (int8).
+        labels_of: take over these classes where the saved model has no classifier; without it that is an error.
+        trainable: whether a saved adapter is to be trained further.
 
     Raises:
-        ModelError: there is no such model, or it is not one for the task in safetensors.
+        ModelError: there is no such model in safetensors, or it is not one for the task.
         UserError: a package is missing.
     """
-    _must_exist(where, key)
+    _check_exists(name, key)
     if dtype == "auto" and not has_bfloat16():
         dtype = "float32"
-    if is_adapter(where):
-        return _load_with_adapter(Path(where).expanduser(), key, dtype, task, trainable)
-    quantization = None if bits is None else _rounded(bits, dtype, key)
-    return _load_whole(where, key, dtype, task, quantization, labels_of)
+    if is_adapter(name):
+        return _load_with_adapter(Path(name).expanduser(), key, dtype, task, trainable)
+    quantization = None if bits is None else _quantization(bits, dtype, key)
+    return _load_base(name, key, dtype, task, quantization, labels_of)
 
 
-def _load_whole(
-    where: str, key: str, dtype: str, task: Task, quantization: Any, labels_of: PretrainedConfig | None
+def _load_base(
+    name: str, key: str, dtype: str, task: Task, quantization: Any, labels_of: PretrainedConfig | None
 ) -> PreTrainedModel:
-    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
-    auto, called = KINDS[task]
-    options: dict[str, Any] = {"dtype": chosen, "use_safetensors": True, "trust_remote_code": False}
+    auto, kind = AUTO_CLASSES[task]
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     if labels_of is not None and task in SEQUENCE_TASKS:
-        saved = load_config(where, key)
-        if not any("SequenceClassification" in name for name in saved.architectures or ()):
+        saved = load_config(name, key)
+        if not any("SequenceClassification" in architecture for architecture in saved.architectures or ()):
             options |= {"id2label": labels_of.id2label, "label2id": labels_of.label2id}
     if quantization is not None:
         if task in SEQUENCE_TASKS:
             with torch.device("meta"):
-                quantization.llm_int8_skip_modules = judging(auto.from_config(load_config(where, key)))
+                quantization.llm_int8_skip_modules = sequence_head_names(auto.from_config(load_config(name, key)))
         options["quantization_config"] = quantization
     try:
-        model, found = auto.from_pretrained(where, output_loading_info=True, **options)
+        model, info = auto.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:
-        raise _unreadable(key, f"{called} with weights in safetensors", where, error) from error
-    missing = sorted(name for name in found["missing_keys"] if task != "encoder" or "pooler" not in name)
+        raise _unreadable(key, f"{kind} with weights in safetensors", name, error) from error
+    missing = sorted(weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight)
     if missing and labels_of is None and task != "causal":
         raise ModelError(
-            f"{key}: expected {called} in {where}, got a model without weights for {', '.join(missing[:3])}"
-            f"{' and others' if len(missing) > 3 else ''}. They would be random. Name a model that was trained for it."
+            f"{key}: expected {kind} in {name}, got a model without weights for {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}. They would be random: name a model that was trained for it."
         )
-    model.config.architectures = [type(model).__name__]  # as it would be saved, for students that are made like it
+    model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
     if task in SEQUENCE_TASKS:
         model.config.problem_type = "regression" if task == "regression" else "single_label_classification"
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
-def _rounded(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
-    """How linear layers are rounded to so many bits; products are computed in the model's precision."""
-    _require_bitsandbytes(key)
+def _quantization(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
+    require_package("bitsandbytes", "quantized", key)
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
@@ -142,38 +162,26 @@ def _rounded(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
     )
 
 
-def _require_bitsandbytes(key: str) -> None:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise UserError(
-            f"{key}: expected the package bitsandbytes for a model in 4 or 8 bits, got none. "
-            "Install it with pip install 'potstill[quantized]'."
-        ) from None
-
-
 def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable: bool) -> PreTrainedModel:
-    """The base that an adapter names, rounded as it was when the adapter was trained, with the adapter on it. A head
-    that was trained with it replaces the base's, whatever that has.
-    """
-    peft = require_peft(key)
-    adapter_weights(folder, key)  # peft would also read pickles
-    kept = folder / QUANTIZATION
-    if kept.exists():
-        _require_bitsandbytes(key)
+    """Load the base of an adapter, quantized as it was in training, and the adapter with the head trained beside it."""
+    peft = require_package("peft", "adapters", key)
+    load_adapter_weights(folder, key)  # peft would also read pickles
+    saved = folder / QUANTIZATION
+    if saved.exists():
+        require_package("bitsandbytes", "quantized", key)
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
-        quantization = BitsAndBytesConfig.from_dict(json.loads(kept.read_text())) if kept.exists() else None
+        quantization = BitsAndBytesConfig.from_dict(json.loads(saved.read_text())) if saved.exists() else None
     except Exception as error:
         raise _unreadable(key, "an adapter of peft", str(folder), error) from error
     base = config.base_model_name_or_path
     if not base:
         raise ModelError(f"{key}: expected an adapter that names its base, got one in {folder} that does not.")
-    _must_exist(base, f"the base of {key}")
-    classes = load_config(str(folder), key) if config.modules_to_save else None
-    model = _load_whole(base, f"the base of {key}", dtype, task, quantization, classes)
+    _check_exists(base, f"the base of {key}")
+    labels_of = load_config(str(folder), key) if config.modules_to_save else None
+    model = _load_base(base, f"the base of {key}", dtype, task, quantization, labels_of)
     try:
-        with suppress_peft_warnings():
+        with suppress_warnings():
             if trainable:
                 config.inference_mode = False
                 adapted = peft.get_peft_model(model, config)
@@ -185,46 +193,89 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable
     return adapted.eval()
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a path is a folder with an adapter."""
+    return (Path(name).expanduser() / ADAPTER_CONFIG).exists()
+
+
+def load_adapter(model: Any, folder: str | Path) -> None:
+    """Load saved weights into the adapter of a model.
+
+    Raises:
+        ModelError: there are none, or they are those of another adapter.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    saved, own = load_adapter_weights(folder, "train"), get_peft_model_state_dict(model)
+    if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in own.items()}:
+        raise ModelError(
+            f"train: expected the weights of this adapter in {folder}, got those of another. Resume with the recipe "
+            "that they were trained with."
+        )
+    set_peft_model_state_dict(model, saved)
+
+
+def load_adapter_weights(folder: str | Path, key: str) -> dict[str, Tensor]:
+    """Read the weights of a saved adapter from safetensors alone."""
+    path = Path(folder) / ADAPTER_WEIGHTS
+    if not path.exists():
+        raise ModelError(f"{key}: expected an adapter with {ADAPTER_WEIGHTS} in {folder}, got none.")
+    return load_file(path)
+
+
+def sequence_head_names(model: PreTrainedModel) -> list[str]:
+    """Names of the modules of a sequence-level head, which may be random and is always trained in full."""
+    body = model.base_model
+    if model.get_output_embeddings() is not None or body is model:
+        return []
+    heads = [name for name, child in model.named_children() if child is not body and [*child.parameters()]]
+    pooler = getattr(body, "pooler", None)
+    return heads + ([f"{model.base_model_prefix}.pooler"] if heads and isinstance(pooler, nn.Module) else [])
+
+
 def has_bfloat16() -> bool:
-    """Whether models run in bfloat16 without a detour: on an accelerator, or a CPU with instructions for it."""
+    """Whether there is hardware for bfloat16: an accelerator, or a CPU with instructions for it."""
     return torch.accelerator.is_available() or multiplies_bfloat16()
 
 
-def load_tokenizer(where: str, key: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; arguments and errors as `load_model`."""
-    _must_exist(where, key)
+def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; arguments and errors as `load_model`."""
+    return _load(AutoTokenizer, "a tokenizer", name, key)
+
+
+def load_config(name: str, key: str) -> PretrainedConfig:
+    """Load the config of a model, without its weights; arguments and errors as `load_model`."""
+    return _load(AutoConfig, "a model's config.json", name, key)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of token ids of a tokenizer: one more than the largest."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _load(auto: Any, kind: str, name: str, key: str) -> Any:
+    _check_exists(name, key)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        return auto.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise _unreadable(key, "a tokenizer", where, error) from error
-    return tokenizer
+        raise _unreadable(key, kind, name, error) from error
 
 
-def load_config(where: str, key: str) -> PretrainedConfig:
-    """The config of a model, whose weights need not be there; arguments and errors as `load_model`."""
-    _must_exist(where, key)
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except Exception as error:
-        raise _unreadable(key, "a model's config.json", where, error) from error
-    return config
-
-
-def _must_exist(where: str, key: str) -> None:
-    """A path that is meant as one must be there: else transformers would ask the hub for it, for a long time."""
-    path = Path(where).expanduser()
+def _check_exists(name: str, key: str) -> None:
+    """Refuse a path that does not exist, which transformers would look up on the Hub for a long time."""
+    path = Path(name).expanduser()
     if path.is_dir():
         return
     folders = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, folders, n=1, cutoff=0.8)
-    may_be_on_the_hub = where.count("/") <= 1 and not where.startswith((".", "/", "~")) and not path.exists()
-    if may_be_on_the_hub and not near and not ("/" in where and path.parent.is_dir()):
+    may_be_on_the_hub = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not path.exists()
+    if may_be_on_the_hub and not near and not ("/" in name and path.parent.is_dir()):
         return
     hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the path."
-    raise ModelError(f"{key}: expected a folder with a model, got {where}, which is not one. {hint}")
+    raise ModelError(f"{key}: expected a folder with a model, got {name}, which is not one. {hint}")
 
 
-def _unreadable(key: str, wanted: str, where: str, error: Exception) -> ModelError:
+def _unreadable(key: str, expected: str, name: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())
     reason = reason if len(reason) <= 300 else reason[:300] + "..."
-    return ModelError(f"{key}: expected {wanted} in {where}, got {type(error).__name__}: {reason}")
+    return ModelError(f"{key}: expected {expected} in {name}, got {type(error).__name__}: {reason}")

@@ -1,4 +1,4 @@
-"""What a sentence-transformers folder has around its transformer, for a student that takes the transformer's place."""
+"""Copy a sentence-transformers teacher's pooling beside a student that takes the place of its transformer."""
 
 from __future__ import annotations
 
@@ -11,23 +11,19 @@ SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
 
 
 def copy_modules(teacher: str, student: Path) -> None:
-    """Put the teacher's pooling and what follows it beside a student of the same width: SentenceTransformer loads it.
+    """Copy the teacher's modules behind its transformer, so that SentenceTransformer loads a student of its width.
 
-    Nothing is done where the teacher is no such folder, or has its transformer in a folder of its own.
-
-    Args:
-        teacher: where it is.
-        student: the folder that the student is saved in.
+    Nothing is copied where the teacher is not such a folder, or has its transformer in a subfolder.
     """
     source = Path(teacher).expanduser()
     if not (source / MODULES).is_file():
         return
-    first, *others = json.loads((source / MODULES).read_text(encoding="utf-8"))
-    if first["path"]:
+    transformer, *others = json.loads((source / MODULES).read_text(encoding="utf-8"))
+    if transformer["path"]:
         return
     for name in (MODULES, *SETTINGS):
         if (source / name).is_file():
             shutil.copy(source / name, student / name)
     for module in others:
-        if (source / module["path"]).is_dir():  # what has no settings may have no folder
+        if (source / module["path"]).is_dir():  # a module without settings may have no folder
             shutil.copytree(source / module["path"], student / module["path"])

@@ -1,4 +1,4 @@
-"""What a model takes, counted on the model itself: built from its config, on a device where weights are only shapes."""
+"""Parameters, FLOPs and memory of a model, counted on the model itself: built from its config on the meta device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -20,97 +19,85 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
 )
-from transformers.pytorch_utils import Conv1D
 
 from potstill.errors import ModelError
-from potstill.models.shape import shape_of
+from potstill.models.structure import design_shape, is_linear
 
-HALF = 2  # bytes of a number in bfloat16 or float16
-TRAINED = 4 * 4  # bytes of a parameter in training: weight, gradient and Adam's two moments, in float32
+HALF_BYTES = 2  # of a number in bfloat16 or float16
+TRAIN_BYTES = 4 * 4  # of a parameter in training: weight, gradient and Adam's two moments, in float32
 
 
 @dataclass(frozen=True)
-class Size:
-    """What a model takes.
+class ModelSize:
+    """Size and cost of a model.
 
-    Args:
-        parameters: all of them; tied ones once.
-        flops_per_token: a forward pass, for the average token of a row of `context` tokens: two for each number in a
-            matrix product, and those of attention (a sliding window is counted as if it saw the whole row).
-        kv_cache_bytes_per_token: keys and values of one token in half precision; 0 for an encoder.
-        train_bytes: weights, gradients and Adam's moments in float32, without activations.
-        serve_bytes: the weights in half precision, and the cache of one row of `context` tokens.
-        context: see above.
+    `flops_per_token` are those of a forward pass for the average token of a row of `context` tokens: two for each
+    number in a matrix product, and those of attention (a sliding window is counted as if it saw the full row).
     """
 
-    parameters: int
+    parameters: int  # tied ones once
     flops_per_token: int
-    kv_cache_bytes_per_token: int
-    train_bytes: int
-    serve_bytes: int
+    kv_cache_bytes_per_token: int  # in half precision; 0 for an encoder
+    train_bytes: int  # weights, gradients and Adam's moments in float32, without activations
+    serve_bytes: int  # the weights in half precision, and the cache of one row of `context` tokens
     context: int
 
 
 def build(config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
-    """The model of a config with random weights in float32.
+    """Build the model of a config with random weights in float32.
 
-    What the config's `architectures` says, where that is a classifier or a model without a head; else a language model:
-    a masked one for encoders, a causal one for all others.
+    A sequence classifier or a model without a head where `architectures` names one; else a masked language model for
+    encoders, and a causal one for all others.
 
     Raises:
-        ModelError: no model can be made from the config.
+        ModelError: no model can be built from the config.
     """
     auto: Any = AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
     for kind, classes in (
         (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
         (AutoModel, MODEL_MAPPING),
     ):
-        known = classes.get(type(config), None)
-        if isinstance(known, type) and known.__name__ in (config.architectures or [])[:1]:
+        model_class = classes.get(type(config), None)
+        if isinstance(model_class, type) and model_class.__name__ in (config.architectures or [])[:1]:
             auto = kind
     try:
         with torch.device(device):
-            model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    except Exception as error:  # each architecture has its own words for a shape that cannot be
-        raise ModelError(f"student.design: expected a shape that a model can have, got: {last_line(error)}") from None
-    return model
+            return auto.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        raise invalid_config(error) from None
+
+
+def invalid_config(error: Exception) -> ModelError:
+    """Turn an architecture's own error about sizes that do not fit together into one line."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()  # libraries put the reason last
+    line = line if len(line) <= 300 else line[:300] + "..."
+    return ModelError(f"student.design: expected a shape that a model can have, got: {line}")
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
-    """Whether every token of the model sees all others."""
+    """Whether every token of the model attends to all others."""
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def count_parameters(config: PretrainedConfig) -> int:
-    """The number of parameters of a config's model; tied ones count once."""
+    """Count the parameters of a config's model; tied ones once."""
     return sum(parameter.numel() for parameter in build(config, "meta").parameters())
 
 
-def size_of(config: PretrainedConfig, context: int) -> Size:
-    """What the model of a config takes.
-
-    Args:
-        config: of a family whose layers are all alike.
-        context: tokens in a row, for the cost of attention and of the cache.
-    """
-    model, shape, encoder = build(config, "meta"), shape_of(config), is_encoder(config)
+def size_of(config: PretrainedConfig, context: int) -> ModelSize:
+    """Compute size and cost of a config's model for rows of `context` tokens; all layers must have one shape."""
+    model, shape, encoder = build(config, "meta"), design_shape(config), is_encoder(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
-    # Queries meet keys, and probabilities values; under a causal mask the average token sees half of the row.
-    seen = context if encoder else (context + 1) / 2
-    attention = 2 * 2 * seen * shape.layers * shape.heads * shape.head_size
-    cache = 0 if encoder else 2 * HALF * shape.layers * shape.kv_heads * shape.head_size
-    return Size(
+    products = sum(module.weight.numel() for module in model.modules() if is_linear(module))
+    # Two products in attention: with keys and with values. Under a causal mask the average token sees half of the row.
+    visible = context if encoder else (context + 1) / 2
+    attention = 2 * 2 * visible * shape.layers * shape.heads * shape.head_size
+    cache = 0 if encoder else 2 * HALF_BYTES * shape.layers * shape.kv_heads * shape.head_size
+    return ModelSize(
         parameters=parameters,
         flops_per_token=round(2 * products + attention),
         kv_cache_bytes_per_token=cache,
-        train_bytes=TRAINED * parameters,
-        serve_bytes=HALF * parameters + cache * context,
+        train_bytes=TRAIN_BYTES * parameters,
+        serve_bytes=HALF_BYTES * parameters + cache * context,
         context=context,
     )
-
-
-def last_line(error: Exception) -> str:
-    """The last line of an error's text, where libraries put the reason, not longer than can be read."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-    return line if len(line) <= 300 else line[:300] + "..."

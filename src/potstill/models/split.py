@@ -1,7 +1,7 @@
-"""A language model in two: the body that gives hidden states, and the head that makes logits of them.
+"""Split a language model into the body that gives hidden states and the head that turns them into logits.
 
-What is cut is proven: the model runs once on a few tokens, and where body and head do not say what the model says, it
-stays whole and gives whole logits.
+A split is verified: the model runs once on a few tokens, and where body and head do not give the model's own logits, it
+is not split and gives full logits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, TypeGuard
 
 import torch
@@ -21,15 +22,14 @@ from potstill.losses.torch_compile import disable_compile
 
 logger = logging.getLogger(__name__)
 
-# What models call the factor around their head. Granite divides by the name that HyperCLOVA X multiplies with: the
-# probe finds out.
+# Config fields with a factor on the logits. Granite divides by the name that HyperCLOVA X multiplies with, so the probe
+# tries both.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# The logits that the probe puts in, from -SPAN to SPAN: far enough to bend under every soft cap.
-SPAN = 60.0
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what of a batch models read
-# What stands between body and head and works token by token: submodules in turn. The probe finds out which is right.
-GELU = "gelu"  # a function, no submodule
+SPAN = 60.0  # the probe's logits are in [-SPAN, SPAN]: large enough to bend under every soft cap
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # the part of a batch that models read
+# Token-wise submodules between body and head, in order; the probe tells which of them a model has.
+GELU = "gelu"  # a function, not a submodule
 BETWEEN = (
     (),  # causal language models
     ("cls.predictions.transform",),  # BERT, DeBERTa
@@ -39,41 +39,33 @@ BETWEEN = (
     ("generator_predictions",),  # ELECTRA
     ("predictions.dense", "predictions.activation", "predictions.LayerNorm"),  # ALBERT
 )
-ROUNDINGS = 8  # how many units in the last place of the largest number count as rounding
+ROUNDING_ULPS = 8  # differences up to so many units in the last place of the largest number are rounding
 
 
 @dataclass(frozen=True)
 class SplitModel:
-    """A model that `split_model` has proven to be a body and a plain head.
+    """A model that `split_model` has verified to be a body and a plain head.
 
-    Body and head are found by name each time, because wrappers (FSDP, activation checkpointing) take their places.
-
-    Args:
-        model: the whole model.
-        body: the name of the submodule that gives the last hidden states.
-        between: the names of what works on them before the head does; see `BETWEEN`.
-        output: the name of the nn.Linear behind it.
-        logit_scale: see `LMHead`.
-        softcap: see `LMHead`.
+    Body and head are looked up by name each time, because wrappers (FSDP, activation checkpointing) replace them.
     """
 
     model: nn.Module
-    body: str
-    between: tuple[str, ...]
-    output: str
-    logit_scale: float
+    body: str  # path of the submodule that gives the last hidden states
+    between: tuple[str, ...]  # what is applied to them before the head; see `BETWEEN`
+    output: str  # path of the nn.Linear behind it
+    logit_scale: float  # see `LMHead`
     softcap: float | None
 
     def head(self) -> LMHead | None:
-        """The head with its weight of now, to be read within the forward pass.
+        """The head with its present weight, for use within the forward pass.
 
-        None where it has become something else or its weight is not here: sharded on its own, or with an adapter.
+        None where it has been replaced or its weight is not on this rank: sharded on its own, or under an adapter.
         """
         output = self.model.get_submodule(self.output)
         return LMHead(output.weight, output.bias, self.logit_scale, self.softcap) if _is_plain(output) else None
 
     def hidden(self, batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor:
-        """What goes into the head at the counting positions: [N, H]."""
+        """Compute the head's input at the target positions: [N, H]."""
         states: Tensor = run(self.model.get_submodule(self.body), batch).last_hidden_state
         return _through(self.model, self.between, alignment.select(states))
 
@@ -81,54 +73,52 @@ class SplitModel:
 def forward_targets(
     model: nn.Module, split: SplitModel | None, batch: Mapping[str, Tensor], alignment: Alignment
 ) -> HeadTargets | DenseTargets:
-    """What a model says at the counting positions: hidden states and head where it is cut, else its logits.
-
-    A model without a head says nothing: logits [N, 0].
+    """Run a model and return its output at the target positions: hidden states and head if it is split, else logits.
 
     Args:
-        model: a model of transformers.
-        split: how to cut it; None to keep it whole.
+        model: a model of transformers; one without a head gives logits [N, 0].
+        split: of the model; None for full logits.
         batch: input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
         alignment: the N positions; see `potstill.losses.alignment`.
     """
     head = None if split is None else split.head()
     if split is None or head is None:
-        said = run(model, batch)
-        logits = getattr(said, "logits", None)
+        output = run(model, batch)
+        logits = getattr(output, "logits", None)
         if logits is None:
-            return DenseTargets(said.last_hidden_state.new_zeros(len(alignment), 0))
-        # Prompt tuning puts tokens of its own in front: the batch's are the last. Classes are of whole rows, [B, V].
+            return DenseTargets(output.last_hidden_state.new_zeros(len(alignment), 0))
+        # Prompt tuning puts virtual tokens in front: the batch's are the last. Class logits are by row, [B, V].
         logits = logits.unsqueeze(1) if logits.ndim == 2 else logits[:, -batch["input_ids"].shape[1] :]
         return DenseTargets(alignment.select(logits))
     return HeadTargets(split.hidden(batch, alignment).to(head.weight.dtype), head)
 
 
-@disable_compile  # done once, and not a part of any step
+@disable_compile  # it runs once, outside of any step
 def split_model(model: nn.Module) -> SplitModel | None:
-    """How to cut a model before its head; None where the head is not plain, and the logits must be made whole.
+    """Split a model before its head; None where the head is not plain, so that full logits are needed.
 
-    Plain is exactly nn.Linear, with at most a factor and a soft cap behind it. A wrapped, hooked or quantised head is
-    not, nor is a model with anything unknown between body and head, one that trains parameters beside them, one that is
-    compiled by itself (the compiled code would not be run), or one on the meta device. The model is left as it was,
-    training flags and random state included.
+    Plain is exactly nn.Linear, followed by at most a factor and a soft cap. A wrapped, hooked or quantized head is not,
+    nor is a model with an unknown module between body and head, one that trains parameters beside them, one that is
+    compiled by itself (the compiled code would not be run), or one on the meta device.
 
     Args:
-        model: a language model of transformers, or one within a PeftModel, where it is to run.
+        model: a language model of transformers, or one within a PeftModel, on the device where it is to run. Its
+            training flags and the random state are restored.
     """
     try:
-        return _proven(model)
+        return _verified_split(model)
     except _NotPlainError as reason:
-        logger.info("%s gives whole logits: %s.", type(model).__name__, reason)
-    except Exception as error:  # models that no one here has seen: what fails here may work in the plain way
-        logger.warning("%s gives whole logits: the probe of its head failed with %r.", type(model).__name__, error)
+        logger.info("%s gives full logits: %s.", type(model).__name__, reason)
+    except Exception as error:  # an unknown architecture that fails here may work without the split
+        logger.warning("%s gives full logits: the probe of its head failed with %r.", type(model).__name__, error)
     return None
 
 
 class _NotPlainError(Exception):
-    """Why a model is not cut."""
+    """Why a model is not split."""
 
 
-def _proven(model: Any) -> SplitModel:
+def _verified_split(model: Any) -> SplitModel:
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise _NotPlainError("it is compiled by itself; compile the Distiller instead")
     if not hasattr(model, "get_decoder") or not hasattr(model, "get_output_embeddings"):
@@ -136,120 +126,131 @@ def _proven(model: Any) -> SplitModel:
     body, output = model.get_decoder(), model.get_output_embeddings()
     if not _is_plain(output):
         kind = f"{type(output).__module__}.{type(output).__name__}"
-        raise _NotPlainError(f"its head is a {kind}, or its weight is not here, or it has hooks")
-    if any(getattr(each, "alora_invocation_tokens", None) for each in getattr(model, "peft_config", {}).values()):
+        raise _NotPlainError(f"its head is a {kind}, has hooks, or has no weight on this rank")
+    if any(getattr(config, "alora_invocation_tokens", None) for config in getattr(model, "peft_config", {}).values()):
         raise _NotPlainError("its adapters are switched on by tokens, which its body does not look for")
     if body is model or body is output or not isinstance(body, nn.Module):  # an encoder
         body = getattr(model, "base_model", model)
     names = {module: name for name, module in model.named_modules()}
     if body is model or body not in names:
-        raise _NotPlainError("its body is no module of its own")
-    rows = model.get_input_embeddings().weight
-    batch = {
-        "input_ids": torch.arange(6, device=rows.device).reshape(2, 3) % len(rows),
-        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]], device=rows.device),
-    }
+        raise _NotPlainError("its body is not a submodule")
+    batch = probe_batch(model)
     span = torch.linspace(-SPAN, SPAN, output.out_features, device=output.weight.device)
-    seen: list[tuple[Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
 
-    def exchange(_: nn.Module, inputs: tuple[Tensor, ...], made: Tensor) -> Tensor:
-        """Note what went into the head and came out of it, and send known logits on in its place."""
-        seen.append((inputs[0], made))
-        return span.to(made.dtype).expand_as(made).clone()
+    def replace_logits(_: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        """Record the head's input and output, and return known logits in its place."""
+        calls.append((inputs[0], logits))
+        return span.to(logits.dtype).expand_as(logits).clone()
 
     with undisturbed(model):
-        alone = run(body, batch).last_hidden_state
-        handle = output.register_forward_hook(exchange)
+        states = run(body, batch).last_hidden_state
+        handle = output.register_forward_hook(replace_logits)
         try:
-            logits = run(model, batch).logits
+            final_logits = run(model, batch).logits
         finally:
             handle.remove()
-        if len(seen) != 1:
-            raise _NotPlainError(f"its head ran {len(seen)} times for one batch")
-        hidden, made = seen[0]
-        known = [each for each in BETWEEN if all(name == GELU or name in names.values() for name in each)]
-        found = [each for each in known if _off(hidden, _through(model, each, alone)) <= 1]
-        if not found:
-            raise _NotPlainError("what goes into its head is not what the body gives")
-        if not _off(made, LMHead(output.weight, output.bias).logits(hidden)) <= 1:
+        if len(calls) != 1:
+            raise _NotPlainError(f"its head ran {len(calls)} times for one batch")
+        hidden, logits = calls[0]
+        present = [path for path in BETWEEN if all(name == GELU or name in names.values() for name in path)]
+        between = next((path for path in present if _error(hidden, _through(model, path, states)) <= 1), None)
+        if between is None:
+            raise _NotPlainError("its head does not read the output of the body")
+        if not _error(logits, LMHead(output.weight, output.bias).logits(hidden)) <= 1:
             raise _NotPlainError("its head does more than an nn.Linear")
-        scale, softcap, distance = _around_the_head(model.config, span.to(made.dtype), logits)
-    if not distance <= 1:
-        raise _NotPlainError("what it does with the logits is no factor and soft cap of its config")
-    between = [model.get_submodule(name) for name in found[0] if name != GELU]
-    used = {parameter for module in (body, *between, output) for parameter in module.parameters()}
+        scale, softcap, error = _scale_and_softcap(model.config, span.to(logits.dtype), final_logits)
+    if not error <= 1:
+        raise _NotPlainError("its logits are changed by more than a factor and soft cap of its config")
+    modules = [body, output, *(model.get_submodule(name) for name in between if name != GELU)]
+    used = {parameter for module in modules for parameter in module.parameters()}
     if any(parameter.requires_grad for parameter in {*model.parameters()} - used):
         raise _NotPlainError("it trains parameters beside body and head")
-    return SplitModel(model, names[body], found[0], names[output], scale, softcap)
+    return SplitModel(model, names[body], between, names[output], scale, softcap)
 
 
 def _through(model: nn.Module, between: tuple[str, ...], states: Tensor) -> Tensor:
-    """Hidden states as the head reads them."""
+    """Apply the modules between body and head."""
     for name in between:
         states = nn.functional.gelu(states) if name == GELU else model.get_submodule(name)(states)
     return states
 
 
-def _around_the_head(config: Any, before: Tensor, after: Tensor) -> tuple[float, float | None, float]:
-    """The factor and soft cap of a config that come closest to the model's logits, and how far off they are."""
-    scales, softcaps = _numbers(config, SCALES), _numbers(config, SOFTCAPS)
-    found = []
-    for scale in (1.0, *scales, *(1 / scale for scale in scales)):
-        for softcap in (None, *softcaps):
-            head = LMHead(before.unsqueeze(-1), None, scale, softcap)
-            found.append((scale, softcap, _off(after, head.logits(before.new_ones(1)).expand_as(after))))
-    return min(found, key=lambda each: each[2])
+def _scale_and_softcap(config: Any, before: Tensor, after: Tensor) -> tuple[float, float | None, float]:
+    """The factor and soft cap of a config that come closest to the model's logits, and their error."""
+    scales, softcaps = _positive(config, SCALES), _positive(config, SOFTCAPS)
+    candidates = []
+    for scale, softcap in product((1.0, *scales, *(1 / scale for scale in scales)), (None, *softcaps)):
+        logits = LMHead(before.unsqueeze(-1), None, scale, softcap).logits(before.new_ones(1))
+        candidates.append((scale, softcap, _error(after, logits.expand_as(after))))
+    return min(candidates, key=lambda candidate: candidate[2])
 
 
-def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
-    """The positive numbers that a config, or the config of its text model, has under some names."""
-    values = [getattr(each, name, None) for each in (config, config.get_text_config()) for name in names]
+def _positive(config: Any, names: tuple[str, ...]) -> list[float]:
+    """The positive numbers in fields of a config or of its text model's."""
+    values = [getattr(x, name, None) for x in (config, config.get_text_config()) for name in names]
     return [value for value in values if isinstance(value, int | float) and value > 0]
 
 
 def _is_plain(output: Any) -> TypeGuard[nn.Linear]:
-    """Exactly an nn.Linear with a whole weight, and no hooks, which may make the weight or want to see the logits."""
+    """Whether a head is exactly an nn.Linear with its full weight, without hooks, which may change weight or logits."""
     if type(output) is not nn.Linear or output._forward_hooks or output._forward_pre_hooks:
         return False
     weight = output.weight
     return type(weight) in (Tensor, nn.Parameter) and weight.ndim == 2 and weight.device.type != "meta"
 
 
-def _off(found: Tensor, expected: Tensor) -> float:
-    """How far apart two tensors are, in what counts as rounding of the coarser one; inf where shapes differ."""
-    if found.shape != expected.shape:
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference in units of the rounding allowed for the coarser dtype; inf where shapes differ."""
+    if actual.shape != expected.shape:
         return float("inf")
-    coarsest = max(torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps)
-    allowed = ROUNDINGS * coarsest * expected.abs().max().double()
-    return float((found.double() - expected.double()).abs().max() / allowed.clamp_min(torch.finfo().tiny))
+    eps = max(torch.finfo(actual.dtype).eps, torch.finfo(expected.dtype).eps)
+    allowed = ROUNDING_ULPS * eps * expected.abs().max().double()
+    return float((actual.double() - expected.double()).abs().max() / allowed.clamp_min(torch.finfo().tiny))
+
+
+def probe_batch(model: Any) -> dict[str, Tensor]:
+    """A batch of two rows of three tokens, the last of which is padding."""
+    embeddings = model.get_input_embeddings().weight
+    return {
+        "input_ids": torch.arange(6, device=embeddings.device).reshape(2, 3) % len(embeddings),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]], device=embeddings.device),
+    }
 
 
 def run(module: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-    """A model, or its body, over a batch; token_type_ids are for those that know more than one type."""
+    """Run a model or its body on a batch, with token_type_ids only where it has more than one type."""
     typed = getattr(getattr(module, "config", None), "type_vocab_size", 0) > 1
-    given = {name: batch[name] for name in (INPUTS if typed else INPUTS[:2]) if name in batch}
-    return module(**given, use_cache=False)
+    names = INPUTS if typed else INPUTS[:2]
+    return module(**{name: batch[name] for name in names if name in batch}, use_cache=False)
 
 
 def inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """What of a batch models read, on a device."""
+    """Move the part of a batch that models read to a device."""
     return {name: batch[name].to(device) for name in INPUTS if name in batch}
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in the model's own precision, and everything as it was afterwards."""
-    was_training = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode, and restore the training flag of every submodule."""
+    was_training = {module: module.training for model in models for module in model.modules()}
     try:
         for module in was_training:
-            module.training = False  # and not eval(), which adapters may take as a sign to merge
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.autocast(device.type, enabled=False),
-            torch.no_grad(),
-        ):
-            yield
+            module.training = False  # eval() may be overridden: adapters may merge
+        yield
     finally:
         for module, flag in was_training.items():
             module.training = flag
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode and its own precision, without gradients; restore flags and random state."""
+    device = next(model.parameters()).device
+    with (
+        evaluation_mode(model),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),
+        torch.no_grad(),
+    ):
+        yield

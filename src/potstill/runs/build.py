@@ -12,40 +12,40 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.runs import build_rollout as rollouts
 from potstill.data.batches import Examples, PaddingCollator, pad_token_id
 from potstill.data.vocabulary import own_vocabulary, shared_vocabulary
-from potstill.losses.divergences import ReverseKL
 from potstill.errors import RecipeError
+from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
+from potstill.losses.divergences import ReverseKL
+from potstill.losses.schedule import for_run, value_at
+from potstill.losses.token_losses import token_divergence
+from potstill.models.adapted import ParameterCount, parameter_count, virtual_tokens
+from potstill.models.capture import ActivationCapture
+from potstill.models.initialize import Initialization
 from potstill.models.layer_map import LayerMap
 from potstill.models.loading import has_bfloat16, load_tokenizer
-from potstill.losses.token_losses import token_divergence
-from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
+from potstill.models.spacing import evenly_spaced
+from potstill.models.structure import ModelShape
+from potstill.runs import build_rollout as rollouts
 from potstill.runs.build_across import meeting, reading_bytes
 from potstill.runs.build_across import notes as meeting_notes
 from potstill.runs.build_student import begin, design_of, first_student, with_adapter
 from potstill.runs.build_task import encode_data, match_heads, positions_of, token_rows
-from potstill.runs.config.run import Recipe
 from potstill.runs.build_teacher import Speaker, load_teacher
-from potstill.models.adapted import Count, count, virtual_tokens
-from potstill.models.initialize import Start
-from potstill.models.capture import Anatomy, ActivationCapture
+from potstill.runs.config.run import Recipe
 from potstill.teachers.cached import CachedTeacher
-from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.cached_or_live import CachedOrLiveTeacher
-from potstill.teachers.privileged import PrivilegedTeacher
-from potstill.teachers.model import ModelTeacher
-from potstill.teachers.teacher import Teacher
+from potstill.teachers.crosstok import AlignmentStats, CrossTokenizerTeacher
 from potstill.teachers.dimensions import important_dimensions
-from potstill.teachers.crosstok import AlignmentStats
-from potstill.train.terms.logits import Logits
+from potstill.teachers.model import ModelTeacher
+from potstill.teachers.privileged import PrivilegedTeacher
+from potstill.teachers.teacher import Teacher
 from potstill.train.objective import Objective
-from potstill.train.terms.policy import PolicyGradient
-from potstill.train.terms.dense import DenseTerm
-from potstill.losses.schedule import for_run, value_at
-from potstill.train.terms.policy import label_log_probs
 from potstill.train.rollout import Rollout
 from potstill.train.server_writer import ServedWriter
+from potstill.train.terms.dense import DenseTerm
+from potstill.train.terms.logits import Logits
+from potstill.train.terms.policy import PolicyGradient, label_log_probs
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Parts:
         eval: what is held out.
         vocabulary: the number of tokens that both models share; 0 where the task is of no tokens.
         size: the student's parameters: those that are trained, and all.
-        anatomy: the student's shape, where a term asks for its layers.
+        shape: the student's shape, where a term asks for its layers.
         notes: what the run should say.
         design: the config of a new student; None where it is a model that is there.
         start: what a new student takes over from its teacher; None where it begins with random weights.
@@ -81,11 +81,11 @@ class Parts:
     train: Examples
     eval: Examples
     vocabulary: int
-    size: Count
-    anatomy: Anatomy | None
+    size: ParameterCount
+    shape: ModelShape | None
     notes: tuple[str, ...]
     design: PretrainedConfig | None = None
-    start: Start | None = None
+    start: Initialization | None = None
     teacher_models: tuple[PreTrainedModel, ...] = ()
     positions: int | None = None
     writer: ServedWriter | None = None
@@ -124,9 +124,9 @@ class Parts:
 
     def _important_dimensions(self, layers: LayerMap, batches: int) -> dict[int, Tensor]:
         """Those of the teacher for the student's width, picked by the first batches."""
-        if self.teacher_model is None or self.anatomy is None:
+        if self.teacher_model is None or self.shape is None:
             raise RecipeError("objective: expected a teacher that is a model here for select_batches, got none.")
-        pairs = layers.pairs(self.anatomy.layers, self.teacher.anatomy.layers)
+        pairs = layers.pairs(self.shape.layers, self.teacher.shape.layers)
         collate, rows = PaddingCollator(pad_token_id(self.tokenizer)[0]), self.train.dataset
         several = (
             collate([rows[i] for i in range(start, min(start + self.batch_rows, len(rows)))])
@@ -134,15 +134,13 @@ class Parts:
         )
         on_device = ({name: x.to(self.teacher_model.device) for name, x in batch.items()} for batch in several)
         return important_dimensions(
-            self.teacher_model, on_device, [t for _, t in pairs], self.anatomy.width, self.recipe.task
+            self.teacher_model, on_device, [t for _, t in pairs], self.shape.width, self.recipe.task
         )
 
     @property
     def curve(self) -> Dataset:
         """Held-out rows for the learning curves: evenly spread, the same at every evaluation."""
-        rows = len(self.eval.dataset)
-        wanted = min(self.recipe.evaluate.curve_rows, rows)
-        return self.eval.dataset.select([i * rows // wanted for i in range(wanted)])
+        return self.eval.dataset.select(evenly_spaced(self.recipe.evaluate.curve_rows, len(self.eval.dataset)))
 
     @property
     def bf16(self) -> bool:
@@ -231,7 +229,7 @@ def prepare(recipe: Recipe) -> Parts:
             f"vocabulary: {vocabulary} tokens are real, the heads have more rows ({', '.join(padded)}): sliced."
         )
     inside = any(term.reads_layers for term in recipe.objective)
-    anatomy = ActivationCapture(student).anatomy if inside else None
+    shape = ActivationCapture(student).shape if inside else None
     start = None if design is None else begin(recipe, speaker.model, design, train.dataset, tokenizer)
     parts = Parts(
         recipe,
@@ -242,8 +240,8 @@ def prepare(recipe: Recipe) -> Parts:
         train,
         held_out,
         vocabulary if of_tokens else 0,
-        count(student),
-        anatomy,
+        parameter_count(student),
+        shape,
         tuple(notes) + (start.notes if start else ()),
         design,
         start,
@@ -254,9 +252,9 @@ def prepare(recipe: Recipe) -> Parts:
     if (rollout := parts.rollout()) is not None and recipe.rollout is not None:
         told = rollouts.look_at_prompts(rollout, recipe.rollout, train)
         parts = replace(parts, notes=(*parts.notes, *told))
-    if anatomy is not None:
-        of_teacher = teacher.anatomy if parts.objective.reads_teacher_layers else None
-        teacher.prepare(parts.objective.fit(anatomy, of_teacher)[1])
+    if shape is not None:
+        of_teacher = teacher.shape if parts.objective.reads_teacher_layers else None
+        teacher.prepare(parts.objective.fit(shape, of_teacher)[1])
     if isinstance(teacher, CrossTokenizerTeacher):
         found = meeting(teacher, train.dataset)
         said = meeting_notes(found, teacher.pair.shared(), vocabulary)
@@ -309,7 +307,9 @@ def _try(parts: Parts, teacher: Teacher) -> None:
     for term in parts.objective.terms:
         if isinstance(term, DenseTerm):
             term.teacher_logits(said)
-        if isinstance(term, PolicyGradient) and not isinstance(teacher, CachedOrLiveTeacher):  # whose cache is not asked
+        if isinstance(term, PolicyGradient) and not isinstance(
+            teacher, CachedOrLiveTeacher
+        ):  # whose cache is not asked
             label_log_probs(output, alignment.labels)
             if term.single_step:
                 token_divergence(torch.zeros(len(alignment), parts.vocabulary), said, ReverseKL())

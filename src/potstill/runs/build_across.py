@@ -7,11 +7,11 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.vocabulary import own_vocabulary
 from potstill.errors import RecipeError
-from potstill.runs.config.run import Recipe
+from potstill.models.spacing import evenly_spaced
 from potstill.runs.build_teacher import Speaker
-from potstill.teachers.crosstok import CrossTokenizerTeacher
+from potstill.runs.config.run import Recipe
+from potstill.teachers.crosstok import AlignmentStats, CrossTokenizerTeacher
 from potstill.teachers.model import ModelTeacher
-from potstill.teachers.crosstok import AlignmentStats
 
 ROWS = 256  # on which it is seen how far two tokenizers meet
 MIN_COVERAGE = 0.9  # of the bytes in chunks: below it the run says so
@@ -49,7 +49,7 @@ def meeting(teacher: CrossTokenizerTeacher, dataset: Dataset) -> AlignmentStats:
         RecipeError: nowhere.
     """
     wanted = min(ROWS, len(dataset))
-    found = teacher.meeting(dataset[i * len(dataset) // wanted] for i in range(wanted))
+    found = teacher.meeting(dataset[i] for i in evenly_spaced(wanted, len(dataset)))
     if not found.chunks:
         raise RecipeError(
             f"objective: expected text that both tokenizers can read, got none in {wanted} rows of the training data. "

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import Examples
-from potstill.engines.server import ModelServer
 from potstill.engines.sampling import Sampling
+from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError
-from potstill.runs.config.run import Recipe
-from potstill.runs.config.rollout import RolloutPart
 from potstill.losses.schedule import Schedule
 from potstill.models.adapted import is_adapted
+from potstill.runs.config.rollout import RolloutPart
+from potstill.runs.config.run import Recipe
 from potstill.train.rollout import Adapt, Replay, Rollout, teacher_mix, teacher_top_k
 from potstill.train.server_writer import ServedWriter
 

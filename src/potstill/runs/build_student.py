@@ -13,18 +13,17 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from potstill.data.batches import in_batches
 from potstill.errors import RecipeError
-from potstill.models.loading import load_model
-from potstill.runs.config.student import BudgetPart, StudentPart
-from potstill.runs.config.run import Recipe
-from potstill.runs.config.adapter import AdapterPart
 from potstill.models.adapted import is_adapted, is_quantized
-from potstill.models.adapters import Adapter, Ia3, Lora, Prefix, Prompt, adapt
+from potstill.models.adapters import adapt
 from potstill.models.budget import Budget, parse_count
 from potstill.models.design import student_config
-from potstill.models.initialize import Start, random_student, start
+from potstill.models.initialize import Initialization, plan_initialization, random_student
+from potstill.models.loading import load_model, vocabulary_size
+from potstill.models.spacing import evenly_spaced
+from potstill.runs.config.run import Recipe
+from potstill.runs.config.student import BudgetPart, StudentPart
 
 ROWS = 8  # in a batch, where importance is measured
-ADAPTERS: dict[str, type[Adapter]] = {"lora": Lora, "qlora": Lora, "ia3": Ia3, "prompt": Prompt, "prefix": Prefix}
 
 
 def design_of(
@@ -42,7 +41,7 @@ def design_of(
             "student.design: expected a teacher whose config is here, got none: it is changed. "
             "Name a student with student.model instead."
         )
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    vocabulary = vocabulary_size(tokenizer)
     if part.tokenizer is not None:  # the teacher's special tokens have other ids, or none
         teacher = copy.deepcopy(teacher)
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -63,7 +62,7 @@ def first_student(
         return random_student(design, recipe.seed)
     where, adapter = recipe.student.model, recipe.student.adapter
     assert where is not None
-    dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, getattr(adapter, "bits", None))
+    dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, adapter.base_bits)
     set_seed(recipe.seed)
     return load_model(
         where, "student.model", dtype, recipe.task, bits=bits, labels_of=teacher, trainable=adapter is None
@@ -76,9 +75,8 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTo
     Raises:
         UserError: the adapter does not go with the model, or none is asked for where one must be.
     """
-    part = recipe.student.adapter
-    if part is not None:
-        return adapt(model, adapter_of(part), seed=recipe.seed, tokenizer=tokenizer)
+    if recipe.student.adapter is not None:
+        return adapt(model, recipe.student.adapter, seed=recipe.seed, tokenizer=tokenizer)
     if is_quantized(model) and not is_adapted(model):
         raise RecipeError(
             "student.model: expected weights that can be trained, got a model that is rounded to a few bits. "
@@ -87,18 +85,13 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTo
     return model
 
 
-def adapter_of(part: AdapterPart) -> Adapter:
-    """The adapter that a part of a recipe describes."""
-    return ADAPTERS[part.kind](**part.model_dump(exclude={"kind", "dtype", "bits", "merge"}))
-
-
 def begin(
     recipe: Recipe,
     teacher: PreTrainedModel | None,
     design: PretrainedConfig,
     train: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-) -> Start | None:
+) -> Initialization | None:
     """What a new student takes over from its teacher; None where it begins with random weights.
 
     Importance is measured on rows that are evenly spread over the training data.
@@ -119,11 +112,10 @@ def begin(
             f"student.initialize: expected a teacher in whole precision for {part.method}, got one in "
             f"{recipe.teacher.dtype}. Its weights are taken over. Leave teacher.dtype out, or begin at random."
         )
-    wanted = min(part.calibration_rows, len(train))
-    chosen = [i * len(train) // wanted for i in range(wanted)]
+    chosen = evenly_spaced(part.calibration_rows, len(train))
 
     def calibration() -> Iterator[dict[str, Tensor]]:
         teacher.to(recipe.teacher.device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
         return in_batches((train[i] for i in chosen), tokenizer, ROWS)
 
-    return start(teacher, design, part.method, layers=part.layers, calibration=calibration)
+    return plan_initialization(teacher, design, part.method, layers=part.layers, calibration=calibration)

@@ -13,8 +13,8 @@ from potstill.data.masking import MaskedRows
 from potstill.data.sources import Source
 from potstill.errors import RecipeError
 from potstill.losses.alignment import Task
-from potstill.runs.config.run import Recipe
 from potstill.runs.config.data import SourcePart
+from potstill.runs.config.run import Recipe
 
 
 class Rows(NamedTuple):

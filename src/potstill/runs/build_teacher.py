@@ -11,17 +11,15 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError, VocabularyError
-from potstill.models.loading import load_model, load_tokenizer
 from potstill.losses.alignment import TOKEN_TASKS, Task
-from potstill.runs.config.teacher import MemberPart, SpeakerPart, TeacherPart
-from potstill.runs.config.teacher import ServerPart
-from potstill.teachers.self_taught import BaseModelTeacher, EMATeacher
-from potstill.teachers.cached import CachedTeacher
+from potstill.models.loading import load_model, load_tokenizer
+from potstill.runs.config.teacher import MemberPart, ServerPart, SpeakerPart, TeacherPart
+from potstill.teachers.cached import COMPANIONS, CachedTeacher
 from potstill.teachers.ensemble import EnsembleTeacher
 from potstill.teachers.model import ModelTeacher
+from potstill.teachers.self_taught import BaseModelTeacher, EMATeacher
 from potstill.teachers.served import ServedTeacher
 from potstill.teachers.teacher import Teacher
-from potstill.teachers.cached import COMPANIONS
 
 
 class Speaker(NamedTuple):

@@ -15,25 +15,25 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.teachers.cache.codec import CODECS, Codec
-from potstill.teachers.cache.store import FORMAT, Layers, Manifest, Plan
 from potstill.data.batches import PaddingCollator, encode, pad_token_id
 from potstill.data.sources import Source
 from potstill.data.vocabulary import fingerprint
 from potstill.errors import ModelError, UserError
-from potstill.models.layer_map import layer_index
-from potstill.models.loading import suppress_warnings
-from potstill.runs.ray import spread
 from potstill.losses.alignment import causal_alignment
+from potstill.losses.targets import HeadTargets
+from potstill.models.capture import ActivationRequest
+from potstill.models.layer_map import layer_index
+from potstill.models.loading import suppress_warnings, vocabulary_size
+from potstill.runs.build_teacher import load_teacher
 from potstill.runs.config.data import SourcePart
 from potstill.runs.config.teacher import TeacherPart
-from potstill.runs.build_teacher import load_teacher
-from potstill.models.capture import ActivationRequest
-from potstill.losses.targets import HeadTargets
+from potstill.runs.ray import spread
+from potstill.teachers.cache.build import Capture
+from potstill.teachers.cache.codec import CODECS, Codec
+from potstill.teachers.cache.store import FORMAT, Layers, Manifest, Plan
+from potstill.teachers.cached import COMPANIONS, keys_of
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher
-from potstill.teachers.cached import COMPANIONS, keys_of
-from potstill.teachers.cache.build import Capture
 
 SHARD_TOKENS = 2**17  # what a kill costs at most, in tokens of the teacher's work
 ALIGNMENT = "causal: the signal of position t is about the token at t + 1, where the label at t + 1 counts"
@@ -113,7 +113,7 @@ def prepare(request: Request, console: Console) -> Capture:
     device = torch.device(who.device or ("cuda" if on_gpu else "cpu"))
     collate = PaddingCollator(pad_token_id(tokenizer)[0])
     datasets = [found.dataset for found in examples]
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    vocabulary = vocabulary_size(tokenizer)
     batch = {name: value.to(device) for name, value in collate([datasets[0][0]]).items()}
     layers = _layers(request, speaker.teacher, batch)
     codec = _codec(request, vocabulary, speaker.teacher, batch)
@@ -147,7 +147,7 @@ def _layers(request: Request, teacher: Teacher, batch: dict[str, torch.Tensor]) 
         raise ModelError(
             f"cache build: expected a teacher that is a model for --layers, got {request.teacher.title}. Leave it out."
         )
-    shape = teacher.anatomy
+    shape = teacher.shape
     kept = sorted({layer_index("teacher", layer, shape.layers) for layer in request.layers})
     teacher.prepare(ActivationRequest(hidden=frozenset(kept)))
     states = teacher(batch, causal_alignment(batch["labels"])).inside.hidden[kept[0]]

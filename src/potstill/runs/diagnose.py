@@ -16,23 +16,34 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from potstill.data.files import write_text
 from potstill.data.batches import in_batches
+from potstill.data.files import write_text
 from potstill.errors import RecipeError, UserError
 from potstill.evaluate import findings as sentences
-from potstill.evaluate.diagnosis import TEMPERATURES, Softening, Teach, Tokens, distributions, gradient_flow, irreducible, label_noise, look
+from potstill.evaluate.diagnosis import (
+    TEMPERATURES,
+    Softening,
+    Teach,
+    Tokens,
+    distributions,
+    gradient_flow,
+    irreducible,
+    label_noise,
+    look,
+)
 from potstill.evaluate.summary import read_metrics
 from potstill.evaluate.versions import versions
-from potstill.models.loading import load_model, suppress_warnings
 from potstill.losses.alignment import IGNORE, Alignment
+from potstill.losses.schedule import value_at
+from potstill.losses.targets import SparseTargets
+from potstill.models.loading import load_model, suppress_warnings
+from potstill.models.spacing import evenly_spaced
 from potstill.runs.build import Parts, prepare
 from potstill.runs.config.run import Recipe
-from potstill.losses.targets import SparseTargets
-from potstill.train.distiller import Distiller
-from potstill.train.terms.logits import Logits
 from potstill.train.callbacks import logged_lines
 from potstill.train.checkpoints import last_checkpoint
-from potstill.losses.schedule import value_at
+from potstill.train.distiller import Distiller
+from potstill.train.terms.logits import Logits
 
 ROWS = 64  # of the sample
 FLOW_BATCHES = 4  # of the training data
@@ -123,8 +134,7 @@ def _models(parts: Parts, run: Path | None) -> dict[str, PreTrainedModel]:
 
 
 def _spread(dataset: Dataset, wanted: int) -> Dataset:
-    rows = min(wanted, len(dataset))
-    return dataset.select([i * len(dataset) // rows for i in range(rows)])
+    return dataset.select(evenly_spaced(wanted, len(dataset)))
 
 
 def _on(device: torch.device, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

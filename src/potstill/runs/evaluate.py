@@ -20,10 +20,11 @@ from potstill.evaluate.harness import harness_scores
 from potstill.evaluate.sequence import measure
 from potstill.evaluate.speed import speed
 from potstill.evaluate.versions import versions
-from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.losses.alignment import IGNORE, TOKEN_TASKS, Task
+from potstill.models.adapted import parameter_count, virtual_tokens
+from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from potstill.models.spacing import evenly_spaced
 from potstill.runs.build_task import classes_of, match_heads, token_rows
-from potstill.models.adapted import count, virtual_tokens
 
 ROWS = 16  # in a batch
 APART = (
@@ -118,7 +119,7 @@ def evaluate(
             "models": {
                 name: {
                     "model": {"student": student, "teacher": teacher}[name],
-                    "parameters": count(model).all,
+                    "parameters": parameter_count(model).all,
                     "bytes": model.get_memory_footprint(),
                     "bits_per_byte": found[name].loss * found[name].tokens / math.log(2) / size if size else None,
                     "quality": asdict(found[name]),
@@ -154,8 +155,7 @@ def _further(
     """What was asked for beside quality and speed."""
     further: dict[str, Any] = {}
     if measures.generations:
-        count, wanted = len(examples.dataset), min(measures.generations, len(examples.dataset))
-        rows = [examples.dataset[i * count // wanted] for i in range(wanted)]
+        rows = [examples.dataset[i] for i in evenly_spaced(measures.generations, len(examples.dataset))]
         further["text"] = asdict(text_quality(*continuations(model, tokenizer, rows, measures.new_tokens)))
     if measures.lm_eval:
         further["lm_eval"] = harness_scores(model, tokenizer, measures.lm_eval, limit=measures.lm_eval_limit)

@@ -15,22 +15,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.files import write_text
-from potstill.generation import requests as asking
-from potstill.generation.requests import GenerationRequest, Bad
-from potstill.generation.card import write_card, write_rows
-from potstill.generation.duplicates import Contamination, NearDuplicates
-from potstill.generation.filters import Charset, Filter, Length, Pair, Refusals, Repetition, sift
-from potstill.generation.journal import Answer, Batch, in_turn, render, write
-from potstill.generation.judge import Form, Judged, Target, judge, read_candidates, rows_of
-from potstill.generation.sandbox import Limits, require_sandbox
 from potstill.engines.engine import Engine
 from potstill.engines.local import LocalEngine
 from potstill.engines.sampling import Completion, Sampling
 from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError
+from potstill.generation import requests as asking
+from potstill.generation.card import write_card, write_rows
+from potstill.generation.duplicates import Contamination, NearDuplicates
+from potstill.generation.filters import Charset, Filter, Length, Pair, Refusals, Repetition, sift
+from potstill.generation.journal import Answer, Batch, in_turn, render, write
+from potstill.generation.judge import Form, Judged, Target, judge, read_candidates, rows_of
+from potstill.generation.requests import Bad, GenerationRequest
+from potstill.generation.sandbox import Limits, require_sandbox
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from potstill.runs.config.generate import (
+    ChainPart,
+    FilterPart,
+    GenerateRecipe,
+    InstructionsPart,
+    MixedPart,
+    ProgramPart,
+    ResponsesPart,
+)
 from potstill.runs.ray import spread
-from potstill.runs.config.generate import ChainPart, FilterPart, GenerateRecipe, InstructionsPart, MixedPart, ProgramPart, ResponsesPart
 
 
 @dataclass(frozen=True)
@@ -269,7 +277,12 @@ def _filters(part: FilterPart) -> list[Filter]:
 
 
 def _keep(
-    recipe: GenerateRecipe, directory: Path, asks: list[GenerationRequest], judged: list[Judged], form: Form, bad: list[Bad]
+    recipe: GenerateRecipe,
+    directory: Path,
+    asks: list[GenerationRequest],
+    judged: list[Judged],
+    form: Form,
+    bad: list[Bad],
 ) -> Generated:
     """Filter, and write rows, dropped rows and the card."""
     passed = [one for one in judged if one.dropped is None]

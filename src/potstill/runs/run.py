@@ -19,34 +19,34 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from potstill.data.files import explain_disk_full, write_text
 from potstill.data.batches import in_batches
+from potstill.data.files import explain_disk_full, write_text
 from potstill.errors import RecipeError
-from potstill.evaluate.sequence import measure
 from potstill.evaluate.measures import QUALITY
 from potstill.evaluate.quality import continuation, gap_closed
 from potstill.evaluate.report.page import write_report, write_student_card
+from potstill.evaluate.sequence import measure
 from potstill.evaluate.speed import bytes_on_disk, latency_ms, weight_bytes
 from potstill.evaluate.versions import versions
-from potstill.models.loading import load_model, suppress_warnings
 from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
+from potstill.models.adapted import is_adapted, merged, parameter_count
+from potstill.models.loading import load_model, suppress_warnings
+from potstill.models.modules import copy_modules
 from potstill.runs.build import Parts, prepare
-from potstill.runs.config.student import BudgetPart, StudentPart
 from potstill.runs.config.document import Document
 from potstill.runs.config.run import Recipe
+from potstill.runs.config.student import BudgetPart, StudentPart
 from potstill.runs.config.teacher import TeacherPart
-from potstill.models.adapted import count, is_adapted, merged
-from potstill.models.modules import copy_modules
 from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.ensemble import EnsembleTeacher
 from potstill.teachers.teacher import Teacher
-from potstill.train.trainer import DistillationConfig, DistillationTrainer
-from potstill.train.terms.logits import Labels
-from potstill.train.objective import Objective
 from potstill.train.callbacks import MetricsFile, OwnTextsFile, ProgressBar, logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
-from potstill.train.samples import collapse
+from potstill.train.objective import Objective
 from potstill.train.rollout import Rollout
+from potstill.train.samples import collapse
+from potstill.train.terms.logits import Labels
+from potstill.train.trainer import DistillationConfig, DistillationTrainer
 
 EVAL_ROWS = 16  # rows in a batch of the final evaluation
 CHECKPOINT = 3 * 4  # bytes of a trained parameter: itself and Adam's two moments
@@ -232,7 +232,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     rows: dict[str, dict[str, float | None]] = {
         name: {
             **{one.key: getattr(measured[name], one.key) for one in QUALITY[recipe.task]},
-            "parameters": count(model).all,
+            "parameters": parameter_count(model).all,
             "bytes": bytes_on_disk(folders[name], model),
             "latency_ms": latency_ms(model, recipe.data.max_length),
         }
@@ -333,7 +333,7 @@ def _adapter(parts: Parts, folder: Path, student: Any) -> dict[str, Any] | None:
         "share": parts.size.trained / parts.size.all,
         "bytes": weight_bytes(folder) if is_adapted(student) else None,
         "base": student.active_peft_config.base_model_name_or_path if is_adapted(student) else None,
-        "quantized": getattr(part, "bits", None) is not None,
+        "quantized": part is not None and part.base_bits is not None,
     }
 
 

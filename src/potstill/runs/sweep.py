@@ -22,16 +22,16 @@ from rich.console import Console
 
 from potstill.data.files import write_text
 from potstill.errors import PotstillError, RecipeError, RunError, UserError
-from potstill.evaluate.speed import latency_ms
 from potstill.evaluate.report.sweep import write_sweep_report
+from potstill.evaluate.speed import latency_ms
 from potstill.evaluate.tradeoff import NO_LIMITS, Candidate, Limits, kept, pareto_front, predict, recommend
 from potstill.evaluate.versions import versions
+from potstill.losses.alignment import DISTRIBUTION_TASKS
 from potstill.models.loading import load_model, suppress_warnings
+from potstill.runs.config.document import read_list
+from potstill.runs.config.run import Recipe
 from potstill.runs.ray import start_ray
 from potstill.runs.run import require_free, run
-from potstill.losses.alignment import DISTRIBUTION_TASKS
-from potstill.runs.config.run import Recipe
-from potstill.runs.config.document import read_list
 
 Engine = Literal["process", "ray"]
 

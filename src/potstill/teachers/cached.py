@@ -15,7 +15,8 @@ from torch import Tensor
 from potstill.errors import DataError, ModelError
 from potstill.losses.alignment import Alignment, target_positions
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
-from potstill.models.capture import ActivationRequest, Activations, Anatomy
+from potstill.models.capture import ActivationRequest, Activations
+from potstill.models.structure import ModelShape
 from potstill.teachers.cache.codec import Hidden, codec_of
 from potstill.teachers.cache.planes import Reader, pack_floats
 from potstill.teachers.cache.store import Cache, Plan, row_key
@@ -64,12 +65,12 @@ class CachedTeacher(Teacher):
         return TeacherOutput(_to(said, device), None if told is None else told.to(device), inside)
 
     @property
-    def anatomy(self) -> Anatomy:
+    def shape(self) -> ModelShape:
         """The shape of the model that has spoken."""
         kept = self.plan.layers
         if kept is None:
             raise self._closed()
-        return Anatomy(kept.depth, kept.width, kept.heads, kept.narrowest, attention_dropout=0.0)
+        return ModelShape(kept.depth, kept.width, kept.heads, kept.narrowest, attention_dropout=0.0)
 
     def prepare(self, needs: ActivationRequest) -> None:
         """See `Teacher`. Only hidden states are kept."""

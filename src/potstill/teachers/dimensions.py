@@ -42,9 +42,9 @@ def important_dimensions(
         Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155.
     """
     taps = ActivationCapture(model)
-    numbers = [layer_index("teacher", layer, taps.anatomy.layers) for layer in layers]
+    numbers = [layer_index("teacher", layer, taps.shape.layers) for layer in layers]
     names = {layer: taps.layer(layer) for layer in numbers}
-    sums = {layer: torch.zeros(taps.anatomy.width) for layer in names}
+    sums = {layer: torch.zeros(taps.shape.width) for layer in names}
     states: dict[int, Tensor] = {}
 
     def watch(layer: int) -> Any:

@@ -14,7 +14,8 @@ from potstill.errors import DataError, ModelError, ShapeError
 from potstill.losses.alignment import Alignment
 from potstill.losses.target_statistics import token_log_probs
 from potstill.losses.targets import FullTargets, MixtureTargets, SparseTargets, Targets
-from potstill.models.capture import ActivationRequest, Activations, Anatomy
+from potstill.models.capture import ActivationRequest, Activations
+from potstill.models.structure import ModelShape
 from potstill.teachers.teacher import NOT_COVERED, Teacher, TeacherOutput
 
 FORGETTING = 0.6  # the exponent of the step size of online EM, as in Cappe and Moulines 2009, section 5
@@ -165,9 +166,9 @@ class EnsembleTeacher(Teacher):
                 raise DataError(NOT_COVERED.replace("teacher:", f"teacher.ensemble, {name}:", 1))
 
     @property
-    def anatomy(self) -> Anatomy:
+    def shape(self) -> ModelShape:
         """The shape of the member that is looked into."""
-        return self._open.anatomy
+        return self._open.shape
 
     def prepare(self, needs: ActivationRequest) -> None:
         """See `Teacher`; asked of one member."""
@@ -179,7 +180,7 @@ class EnsembleTeacher(Teacher):
         """The first member that can be looked into."""
         for member in self.members:
             try:
-                _ = member.anatomy
+                _ = member.shape
             except ModelError:
                 continue
             return member

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from potstill.losses.alignment import Alignment
 from potstill.losses.targets import DenseTargets
-from potstill.models.capture import ActivationCapture, ActivationRequest, Activations, Anatomy
+from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
 from potstill.models.split import SplitModel, forward_targets, inputs, split_model
+from potstill.models.structure import ModelShape
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 
@@ -58,9 +59,9 @@ class ModelTeacher(Teacher):
         return TeacherOutput(said, inside=inside.last(batch["input_ids"].shape[1]).to(home))
 
     @property
-    def anatomy(self) -> Anatomy:
+    def shape(self) -> ModelShape:
         """The model's shape."""
-        return self._taps.anatomy
+        return self._taps.shape
 
     def prepare(self, needs: ActivationRequest) -> None:
         """See `Teacher`. Only the layers that are asked for are kept."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from potstill.errors import ModelError, ShapeError
 from potstill.losses.alignment import Alignment
-from potstill.models.capture import ActivationCapture, ActivationRequest, Anatomy
+from potstill.models.capture import ActivationCapture, ActivationRequest
 from potstill.models.split import SplitModel, forward_targets, split_model, undisturbed
+from potstill.models.structure import ModelShape
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
@@ -102,9 +103,9 @@ class EMATeacher(Teacher):
         return self._teacher
 
     @property
-    def anatomy(self) -> Anatomy:
+    def shape(self) -> ModelShape:
         """The student's shape."""
-        return self._met.anatomy
+        return self._met.shape
 
     def prepare(self, needs: ActivationRequest) -> None:
         """See `Teacher`."""
@@ -171,9 +172,9 @@ class BaseModelTeacher(Teacher):
         return self._taps
 
     @property
-    def anatomy(self) -> Anatomy:
+    def shape(self) -> ModelShape:
         """The student's shape."""
-        return self._open.anatomy
+        return self._open.shape
 
     def prepare(self, needs: ActivationRequest) -> None:
         """See `Teacher`."""

@@ -14,6 +14,7 @@ from potstill.engines.tokenizer_check import check_tokenizer_matches, read, refu
 from potstill.errors import VocabularyError
 from potstill.losses.alignment import Alignment
 from potstill.losses.targets import SparseTargets
+from potstill.models.loading import vocabulary_size
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 
@@ -40,7 +41,7 @@ class ServedTeacher(Teacher):
     def __init__(self, server: ModelServer, tokenizer: PreTrainedTokenizerBase, *, top_k: int = 20) -> None:
         self.server = server
         self.top_k = top_k
-        self.vocabulary = max(tokenizer.get_vocab().values()) + 1
+        self.vocabulary = vocabulary_size(tokenizer)
         longest = server.card().get("max_model_len")
         self.max_length: int | None = None if longest is None else int(longest) - 1  # it always adds a token
         self._must_read_alike(tokenizer)

@@ -13,7 +13,8 @@ from potstill.errors import DataError, ModelError
 from potstill.losses.alignment import Alignment
 from potstill.losses.target_statistics import token_log_probs
 from potstill.losses.targets import SparseTargets, Targets
-from potstill.models.capture import ActivationRequest, Activations, Anatomy
+from potstill.models.capture import ActivationRequest, Activations
+from potstill.models.structure import ModelShape
 from potstill.teachers.byte_alignment import Across
 
 NOT_COVERED = (
@@ -56,7 +57,7 @@ class TeacherOutput:
 class Teacher(ABC):
     """Anything that can say something at every position of a batch.
 
-    All give targets. One that can be looked into also has an `anatomy` and can `prepare` for it. One that changes while
+    All give targets. One that can be looked into also has a `shape` and can `prepare` for it. One that changes while
     the student trains is told what happens (`attach`, `learn`, `after_step`), and what it has become is kept in
     checkpoints (`state_dict`).
 
@@ -117,7 +118,7 @@ class Teacher(ABC):
         return {}
 
     @property
-    def anatomy(self) -> Anatomy:
+    def shape(self) -> ModelShape:
         """The shape of the model that is looked into.
 
         Raises:

@@ -99,8 +99,8 @@ class Distiller(nn.Module):
             teacher_shape = None
             if self.objective.reads_teacher_layers:
                 assert self.teacher is not None
-                teacher_shape = self.teacher.anatomy
-            self._request, of_teacher = self.objective.fit(self._capture.anatomy, teacher_shape)
+                teacher_shape = self.teacher.shape
+            self._request, of_teacher = self.objective.fit(self._capture.shape, teacher_shape)
             self._capture.prepare(self._request)
             if self.teacher is not None:
                 self.teacher.prepare(of_teacher)

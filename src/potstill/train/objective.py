@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from potstill.errors import ShapeError, UserError
 from potstill.losses.alignment import Task
 from potstill.losses.schedule import value_at
-from potstill.models.capture import ActivationRequest, Anatomy
+from potstill.models.capture import ActivationRequest
+from potstill.models.structure import ModelShape
 from potstill.train.signals import Signals
 from potstill.train.terms.logits import Labels, Logits
 from potstill.train.terms.term import FittedTerm, Term
@@ -51,7 +52,7 @@ class Objective(nn.Module):
         self.fitted = [FittedTerm(term) for term in terms]
         self.trained = nn.ModuleList()
 
-    def fit(self, student: Anatomy, teacher: Anatomy | None) -> tuple[ActivationRequest, ActivationRequest]:
+    def fit(self, student: ModelShape, teacher: ModelShape | None) -> tuple[ActivationRequest, ActivationRequest]:
         """Choose layers and widths for two models, and make what is trained with the student.
 
         Args:

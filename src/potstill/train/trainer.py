@@ -20,7 +20,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.errors import DivergedError, UserError
 from potstill.losses.alignment import IGNORE, Task, align, attended_positions, target_positions
-from potstill.models.adapted import is_adapted, load_adapter, save_student
+from potstill.models.adapted import is_adapted, save_student
+from potstill.models.loading import load_adapter
 from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import Epochs
 from potstill.train.checkpoints import TEACHER, last_checkpoint, restore_teacher

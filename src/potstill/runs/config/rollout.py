@@ -6,8 +6,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from potstill.runs.config.document import Part
 from potstill.losses.schedule import Schedule, Share
+from potstill.runs.config.document import Part
 from potstill.runs.config.teacher import ServedPart
 
 

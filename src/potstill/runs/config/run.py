@@ -8,8 +8,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from potstill.losses.alignment import DISTRIBUTION_TASKS, TOKEN_TASKS, SEQUENCE_TASKS, Task
-from potstill.runs.config.adapter import adapter_misfits
+from potstill.losses.alignment import DISTRIBUTION_TASKS, SEQUENCE_TASKS, TOKEN_TASKS, Task
+from potstill.models.adapters import adapter_conflicts
 from potstill.runs.config.data import MASKED_SHARE, DataPart
 from potstill.runs.config.document import Document, Part
 from potstill.runs.config.rollout import RolloutPart
@@ -54,7 +54,7 @@ class Recipe(Document):
             *task_mistakes(self.objective, self.task),
             *self._task_mistakes(),
             *self._rollout_mistakes(),
-            *adapter_misfits(self.student.adapter, self.task, self.train),
+            *adapter_conflicts(self.student.adapter, self.task, self.train),
         ]
         if mistakes:
             raise ValueError("\n".join(mistakes))

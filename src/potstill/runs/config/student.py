@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from potstill.runs.config.adapter import AdapterPart
+from potstill.models.adapters import Adapter
 from potstill.runs.config.document import Part
 
 LIMITS = ("params", "compression", "memory_gb", "target")
@@ -67,7 +67,9 @@ class StudentPart(Part):
 
     model: str | None = Field(None, description="a folder with a model and its tokenizer, or a name on the hub")
     design: (
-        Annotated[Annotated[Fields, Tag("<fields>")] | Annotated[BudgetPart, Tag("<budget>")], Discriminator(_is_budget)]
+        Annotated[
+            Annotated[Fields, Tag("<fields>")] | Annotated[BudgetPart, Tag("<budget>")], Discriminator(_is_budget)
+        ]
         | None
     ) = Field(
         None,
@@ -81,7 +83,7 @@ class StudentPart(Part):
         default_factory=lambda: InitializePart.model_validate({"method": "random"}),
         description="a method, or a method with its options",
     )
-    adapter: AdapterPart | None = Field(
+    adapter: Adapter | None = Field(
         None, description="a kind, or a kind with its options: the model is frozen, and this is trained on it"
     )
 
@@ -106,9 +108,9 @@ class StudentPart(Part):
                 "expected an adapter on a model that has learnt something, got one on a design with random weights, "
                 "which would stay frozen. Name a model, begin with the teacher's weights (initialize), or leave it out"
             )
-        if self.adapter.kind == "qlora" or not getattr(self.adapter, "merge", False):
+        if self.adapter.base_bits is not None or not self.adapter.merge:
             raise ValueError(
-                f"expected lora or ia3 with merge: true on a design, got {self.adapter.kind}: a design is on no disk, "
+                f"expected lora or ia3 with merge: true on a design, got {self.adapter.name}: a design is on no disk, "
                 "so that an adapter alone could not be loaded again"
             )
         return self
@@ -116,4 +118,4 @@ class StudentPart(Part):
     @property
     def merges(self) -> bool:
         """Whether a plain model is made of base and adapter."""
-        return self.adapter is not None and getattr(self.adapter, "merge", False)
+        return self.adapter is not None and self.adapter.merge

@@ -12,20 +12,20 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
 
-from potstill.runs.init.models import VECTORS, Model, is_embedder, look_at_model, speak_alike
-from potstill.runs.init.rows import LOOKED_AT, TEXTS, Rows, find_columns, look_at_rows, table_of
 from potstill.embedding.vectors import open_vectors
 from potstill.errors import RecipeError, UserError
-from potstill.models.loading import has_bfloat16, load_config, suppress_warnings
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
+from potstill.models.loading import has_bfloat16, load_config, suppress_warnings
+from potstill.models.size import count_parameters
+from potstill.models.structure import design_shape
 from potstill.runs.build_student import design_of
+from potstill.runs.config.document import Document
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import StudentPart
-from potstill.runs.config.document import Document
-from potstill.models.shape import shape_of
-from potstill.models.size import count_parameters
+from potstill.runs.init.models import VECTORS, Model, is_embedder, look_at_model, speak_alike
+from potstill.runs.init.rows import LOOKED_AT, TEXTS, Rows, find_columns, look_at_rows, table_of
 
 Kind = Literal["distillation", "embedding", "generate"]
 LONGEST = 2048  # tokens in a row, unless more are asked for
@@ -181,7 +181,7 @@ def _student(wish: Wish, teacher: Model) -> tuple[dict[str, Any], str | None, bo
         part["initialize"] = "prune" if wish.budget else "copy"
     made = design_of(_validated(part), teacher.config, teacher.tokenizer)
     assert made is not None
-    shape, parameters = shape_of(made), count_parameters(made)
+    shape, parameters = design_shape(made), count_parameters(made)
     words = f"{shape.layers} layers of width {shape.hidden}, {parameters:,} parameters"
     return part, f"{words}: {teacher.parameters / parameters:.1f} times fewer than the teacher", teacher.copies
 
@@ -189,7 +189,7 @@ def _student(wish: Wish, teacher: Model) -> tuple[dict[str, Any], str | None, bo
 def _half(teacher: Model) -> dict[str, Any]:
     """Half of the layers, under the family's own name for their number."""
     field_name = teacher.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    return {field_name: max(1, shape_of(teacher.config).layers // 2)}
+    return {field_name: max(1, design_shape(teacher.config).layers // 2)}
 
 
 def _validated(part: dict[str, Any]) -> StudentPart:
@@ -236,7 +236,7 @@ def _embedding(wish: Wish) -> dict[str, Any]:
         "columns": columns,
         "of": dimensions,
         "dimensions": asked,
-        "layers": None if vectors else max(1, shape_of(load_config(wish.teacher, "teacher")).layers // 2),
+        "layers": None if vectors else max(1, design_shape(load_config(wish.teacher, "teacher")).layers // 2),
     }
 
 

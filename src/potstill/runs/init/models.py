@@ -15,12 +15,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from potstill.errors import ModelError
-from potstill.models.loading import load_config, load_tokenizer
 from potstill.losses.alignment import Task
-from potstill.runs.build_task import positions_of
-from potstill.models.adapted import CONFIG, is_adapter
-from potstill.models.anatomy import anatomy_of
+from potstill.models.loading import ADAPTER_CONFIG, is_adapter, load_config, load_tokenizer
 from potstill.models.size import build
+from potstill.models.structure import find_structure
+from potstill.runs.build_task import positions_of
 
 VECTORS = (".npy", ".safetensors", ".pt")
 HEADS: dict[Task, object] = {
@@ -65,13 +64,13 @@ def look_at_model(where: str, key: str, task: Task | None = None) -> Model:
     """
     of = where
     if is_adapter(where):
-        kept = json.loads((Path(where).expanduser() / CONFIG).read_text(encoding="utf-8"))
+        kept = json.loads((Path(where).expanduser() / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         of = kept.get("base_model_name_or_path") or where
     config, tokenizer = load_config(of, key), load_tokenizer(where, f"{key}: its tokenizer")
     skeleton = build(config, "meta")
     limits = [positions_of(skeleton), tokenizer.model_max_length]
     try:
-        anatomy_of(skeleton)
+        find_structure(skeleton)
         copies = True
     except ModelError:
         copies = False

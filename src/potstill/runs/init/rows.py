@@ -12,14 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from potstill.data.sources import Source
 from potstill.data.batches import encode
 from potstill.data.readers import Table, open_table, reading
-from potstill.data.sources import require_file
-from potstill.runs.init.models import Model
+from potstill.data.sources import Source, require_file
 from potstill.errors import DataError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.runs.build_task import classes_of
+from potstill.runs.init.models import Model
 
 LOOKED_AT = 500  # rows
 CHARACTERS = 20_000  # of a plain text: a book is not read to its end

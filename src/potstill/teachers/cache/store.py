@@ -68,7 +68,7 @@ class Layers(_Record):
 
     Args:
         kept: numbers of the layers, from 0, rising.
-        depth: how many layers the teacher has; width, heads and narrowest as in `potstill.models.capture.Anatomy`.
+        depth: how many layers the teacher has; width, heads and narrowest as in `potstill.models.structure.ModelShape`.
         dtype: float32, bfloat16 or float16.
     """
 

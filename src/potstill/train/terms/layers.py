@@ -31,8 +31,9 @@ from potstill.losses.embedding import embedding_divergence
 from potstill.losses.hidden import hidden_cosine, hidden_l1, hidden_mse, linear_cka
 from potstill.losses.rkd import rkd_angle, rkd_distance
 from potstill.losses.schedule import Temperature, Weight, value_at
-from potstill.models.capture import ActivationRequest, Anatomy
+from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import LastK, LayerMap, Pairs, Projection, ProjectionKind, Uniform
+from potstill.models.structure import ModelShape
 from potstill.train.signals import Signals
 from potstill.train.terms.term import FittedTerm, SelectDimensions, Term
 
@@ -60,7 +61,7 @@ class LayerTerm(Term):
         """See `Term`."""
         return "attended"
 
-    def fit(self, student: Anatomy, teacher: Anatomy) -> FittedTerm:
+    def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
         """See `Term`."""
         pairs = self.layers.pairs(student.layers, teacher.layers)
         compute = PairedLayers(self, pairs, self.make_trained(student, teacher, pairs))
@@ -71,7 +72,7 @@ class LayerTerm(Term):
             ActivationRequest(**{self.activations: of_teacher}),
         )
 
-    def make_trained(self, student: Anatomy, teacher: Anatomy, pairs: Pairs) -> nn.Module | None:
+    def make_trained(self, student: ModelShape, teacher: ModelShape, pairs: Pairs) -> nn.Module | None:
         """Make what is trained: a list with an entry for each pair; None for nothing.
 
         Raises:
@@ -156,7 +157,7 @@ class Hidden(LayerTerm):
             return self
         return replace(self, dimensions=dimensions(self.layers, self.select_batches))
 
-    def make_trained(self, student: Anatomy, teacher: Anatomy, pairs: Pairs) -> nn.Module | None:
+    def make_trained(self, student: ModelShape, teacher: ModelShape, pairs: Pairs) -> nn.Module | None:
         """See `LayerTerm`."""
         if self.distance == "cka":
             return None
@@ -216,7 +217,7 @@ class Attention(LayerTerm):
     activations = "attentions"
     trained_as = "mixtures"
 
-    def make_trained(self, student: Anatomy, teacher: Anatomy, pairs: Pairs) -> nn.Module | None:
+    def make_trained(self, student: ModelShape, teacher: ModelShape, pairs: Pairs) -> nn.Module | None:
         """See `LayerTerm`."""
         if self.divergence is not None and student.attention_dropout:
             raise ModelError(
@@ -282,7 +283,7 @@ class Relations(LayerTerm):
     name = "relations"
     activations = "vectors"
 
-    def fit(self, student: Anatomy, teacher: Anatomy) -> FittedTerm:
+    def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
         """See `Term`."""
         heads = teacher.heads if self.heads is None else self.heads
         narrowest = min(student.narrowest, teacher.narrowest)

@@ -15,8 +15,9 @@ from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.fused_linear import linear_divergence
 from potstill.losses.schedule import Temperature, Weight, value_at
 from potstill.losses.targets import HeadTargets
-from potstill.models.capture import ActivationRequest, Anatomy
+from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import layer_index
+from potstill.models.structure import ModelShape
 from potstill.train.signals import Signals
 from potstill.train.terms.term import FittedTerm, Term
 
@@ -58,7 +59,7 @@ class DeepSupervision(Term):
             "deep_supervision: expected a term that was fitted to its models, got a declaration. Call fit."
         )
 
-    def fit(self, student: Anatomy, teacher: Anatomy) -> FittedTerm:
+    def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
         """See `Term`."""
         exits = [layer_index("student", layer, student.layers) for layer in self.layers]
         if student.layers - 1 in exits:

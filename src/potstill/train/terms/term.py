@@ -12,8 +12,9 @@ from potstill.errors import ShapeError
 from potstill.losses.alignment import TASKS, Task, task_hint
 from potstill.losses.declared import Declared, in_words
 from potstill.losses.schedule import Weight
-from potstill.models.capture import ActivationRequest, Anatomy
+from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import LayerMap
+from potstill.models.structure import ModelShape
 from potstill.train.signals import Signals
 
 # (layers, number of batches) -> teacher layer -> ids of its most important dimensions
@@ -87,7 +88,7 @@ class Term(Declared):
         """Compute the term's scalar, without its weight."""
         raise ShapeError(f"{self.name}: expected a term fitted to two models, got its declaration. Call fit.")
 
-    def fit(self, student: Anatomy, teacher: Anatomy) -> FittedTerm:
+    def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
         """Choose layers and widths for two models, and make what is trained with the student.
 
         Raises:

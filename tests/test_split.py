@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, float, float | None]]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_in_two_says_what_it_says_in_one(family: str) -> None:
+def test_body_and_head_give_the_models_logits(family: str) -> None:
     kind, sizes, expected = FAMILIES[family]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
     found = split_model(model)
@@ -167,7 +167,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 
 @pytest.mark.parametrize("case", NOT_PLAIN)
-def test_what_is_not_plain_stays_whole_and_is_trained_all_the_same(case: str) -> None:
+def test_what_is_not_plain_is_not_split_and_is_trained(case: str) -> None:
     student, teacher, batch = NOT_PLAIN[case](), make_llama(seed=1), make_batch()
     distiller = Distiller(student, teacher, [Logits(ForwardKL(), temperature=2.0), Labels(weight=0.5)])
     assert distiller.cut is None
@@ -185,28 +185,28 @@ def test_what_is_not_plain_stays_whole_and_is_trained_all_the_same(case: str) ->
 
 
 @pytest.mark.parametrize("case", ["prompt tuning", "prefix tuning", "scaled hidden states", "unknown soft cap"])
-def test_what_is_frozen_is_found_by_the_probe_alone(case: str) -> None:
+def test_the_probe_alone_finds_what_is_frozen(case: str) -> None:
     assert split_model(NOT_PLAIN[case]().requires_grad_(False)) is None
 
 
-def test_a_probe_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_probe_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = make_llama()
     model.model.forward = lambda **kwargs: 1 / 0
     assert split_model(model) is None
     assert "probe of its head failed with ZeroDivisionError" in caplog.text
 
 
-def test_why_a_model_stays_whole_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_why_a_model_is_not_split_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert split_model(nn.Identity()) is None
         with torch.device("meta"):
             assert split_model(make_llama()) is None
-    assert "Identity gives whole logits: it is not a language model of transformers." in caplog.text
-    assert "its weight is not here" in caplog.text
+    assert "Identity gives full logits: it is not a language model of transformers." in caplog.text
+    assert "has no weight on this rank" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own
-def test_a_model_that_is_compiled_by_itself_stays_whole() -> None:
+def test_a_model_that_is_compiled_by_itself_is_not_split() -> None:
     model = make_llama()
     assert split_model(torch.compile(model)) is None
     assert split_model(model) is not None
@@ -214,7 +214,7 @@ def test_a_model_that_is_compiled_by_itself_stays_whole() -> None:
     assert split_model(model) is None
 
 
-def test_lora_inside_is_cut() -> None:
+def test_a_model_with_lora_is_split() -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     student, teacher, batch = peft.get_peft_model(make_llama(hidden_size=8), config), make_llama(seed=1), make_batch()
     distiller = Distiller(student, teacher, [Logits(ForwardKL()), Labels()])
@@ -227,7 +227,7 @@ def test_lora_inside_is_cut() -> None:
     assert all((p.grad is not None) == ("lora" in name) for name, p in distiller.named_parameters())
 
 
-def test_a_head_that_becomes_something_else_gives_whole_logits() -> None:
+def test_a_head_that_becomes_something_else_gives_full_logits() -> None:
     student, batch = make_llama(hidden_size=8), make_batch()
     distiller = Distiller(student, None, [Labels()])
     config = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
@@ -250,7 +250,7 @@ def test_the_head_is_read_anew_each_time() -> None:
     assert head.weight is model.lm_head.weight
 
 
-def test_a_teacher_gives_its_head_and_what_it_says_in_its_own_precision() -> None:
+def test_a_teacher_gives_its_head_and_logits_in_its_own_precision() -> None:
     model, batch = make_llama(seed=1), make_batch()
     alignment = causal_alignment(batch["labels"])
     expected = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -261,7 +261,7 @@ def test_a_teacher_gives_its_head_and_what_it_says_in_its_own_precision() -> Non
     torch.testing.assert_close(targets.dense(), alignment.select(expected).detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_autocast_does_not_reach_the_teachers_head_where_the_student_is_whole() -> None:
+def test_autocast_does_not_reach_the_teachers_head_where_the_student_is_not_split() -> None:
     teacher, batch = make_llama(seed=1), make_batch()
     student = _as(_Biased)
     objective = [Logits(ForwardKL())]

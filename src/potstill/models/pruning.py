@@ -1,0 +1,214 @@
+"""Measure how important a teacher's layers, heads, units and channels are, and select those that a student keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from potstill.errors import ModelError
+from potstill.models.spacing import evenly_spaced
+from potstill.models.split import evaluation_mode
+from potstill.models.structure import DesignShape, find_structure
+
+LayerChoice = Literal["uniform", "skip", "first_last", "importance"]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Importance scores; only those along one tensor's last axis are comparable."""
+
+    layers: Tensor  # [L] block influence, 1 - E cos(x_in, x_out) of the hidden states before and after the layer
+    heads: Tensor  # [L, A] the norm of each query head's output
+    units: Tensor  # [L, I] the size of each feed-forward unit
+    channels: Tensor  # [H] the size of each hidden channel where layers read it, after their norm; over all layers
+
+
+@torch.no_grad()
+def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Importance:
+    """Measure importance by activations, in forward passes alone.
+
+    A score is the L2 norm over rows of the mean absolute activation over tokens:
+
+        sqrt(sum_rows (mean_tokens |a|)^2),   for a head |a| is the L2 norm of its output
+
+    `batches` have input_ids and attention_mask, [B, T] each.
+
+    References:
+        Muralidharan et al. 2024 (Minitron), arXiv 2407.14679, section 2.2; Men et al. 2024 (ShortGPT), arXiv
+        2403.03853, for block influence.
+    """
+    structure = find_structure(model)
+    shape, matrices, handles = structure.shape, structure.matrices, []
+    squares: dict[Any, Any] = {}  # by activation: the sum over rows of squared means over tokens
+    distances = dict.fromkeys(range(shape.layers), 0.0)
+    tokens, mask = 0.0, torch.ones(0)
+
+    def add_inputs(key: Any, size: Callable[[Tensor], Tensor]) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            sizes = size(inputs[0].float()).double()
+            row_mask = mask.to(sizes.device).unsqueeze(-1)
+            means = (sizes * row_mask).sum(1) / row_mask.sum(1).clamp_min(1)
+            squares[key] = squares.get(key, 0) + (means**2).sum(0).cpu()
+
+        return hook
+
+    def add_distance(layer: int) -> Callable[..., None]:
+        def hook(_: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Any) -> None:
+            before = inputs[0] if inputs else named["hidden_states"]
+            after = output if isinstance(output, Tensor) else output[0]
+            cosine = torch.cosine_similarity(before.double(), after.double(), dim=-1)
+            distances[layer] += float(((1 - cosine) * mask.to(cosine.device)).sum())
+
+        return hook
+
+    for number, layer in enumerate(structure.layers):
+        handles.append(layer.register_forward_hook(add_distance(number), with_kwargs=True))
+        for path, key, size in (
+            (
+                matrices.output,
+                ("heads", number),
+                lambda x: x.unflatten(-1, (shape.heads, shape.head_size)).norm(dim=-1),
+            ),
+            (matrices.down, ("units", number), torch.abs),
+            (matrices.query, "channels", torch.abs),
+            (matrices.up[0], "channels", torch.abs),
+        ):
+            handles.append(layer.get_submodule(path).register_forward_pre_hook(add_inputs(key, size)))
+    device = next(model.parameters()).device
+    try:
+        with evaluation_mode(model):
+            for batch in batches:
+                mask = batch["attention_mask"].double()
+                tokens += float(mask.sum())
+                model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Importance(
+        layers=torch.tensor([distance / tokens for distance in distances.values()], dtype=torch.float64),
+        heads=torch.stack([squares["heads", number].sqrt() for number in distances]),
+        units=torch.stack([squares["units", number].sqrt() for number in distances]),
+        channels=squares["channels"].sqrt(),
+    )
+
+
+@dataclass(frozen=True)
+class SelectedParts:
+    """The teacher's parts that a student is made of, as rising indices; all but channels by student layer."""
+
+    layers: tuple[int, ...]
+    channels: Tensor  # [H]
+    heads: tuple[Tensor, ...]  # [A] query heads
+    kv_heads: tuple[Tensor, ...]  # [K, m]: a key or value head is the mean of m of the teacher's
+    units: tuple[Tensor, ...]  # [I] feed-forward units
+
+
+def select_parts(
+    teacher: DesignShape, student: DesignShape, layers: Sequence[int], importance: Importance | None
+) -> SelectedParts:
+    """Select the parts that a student is made of: the most important ones, or without scores the first ones.
+
+    `layers` is the teacher's layer for each of the student's.
+
+    Raises:
+        ModelError: the student is larger somewhere, its heads have another width, or its groups cannot be formed.
+    """
+    for name in ("layers", "hidden", "heads", "kv_heads", "ffn"):
+        if getattr(student, name) > getattr(teacher, name):
+            raise ModelError(
+                f"student.initialize: expected a student no larger than its teacher, got {name} "
+                f"{getattr(student, name)} above {getattr(teacher, name)}. Change student.design."
+            )
+    if student.head_size != teacher.head_size:
+        raise ModelError(
+            f"student.initialize: expected heads as wide as the teacher's, {teacher.head_size}, got "
+            f"{student.head_size}. Set head_dim or the number of heads: rotary embeddings rotate a head as a unit."
+        )
+
+    def scores(name: str, layer: int, count: int) -> Tensor:
+        return -torch.arange(count) if importance is None else getattr(importance, name)[layer]
+
+    channels = -torch.arange(teacher.hidden) if importance is None else importance.channels
+    heads = [_select_heads(scores("heads", layer, teacher.heads), teacher, student) for layer in layers]
+    return SelectedParts(
+        layers=tuple(layers),
+        channels=_top(channels, student.hidden),
+        heads=tuple(query for query, _ in heads),
+        kv_heads=tuple(kv for _, kv in heads),
+        units=tuple(_top(scores("units", layer, teacher.ffn), student.ffn) for layer in layers),
+    )
+
+
+def choose_layers(
+    choice: LayerChoice | Sequence[int], teacher: int, student: int, importance: Importance | None
+) -> list[int]:
+    """Choose the teacher's layer for each of the student's.
+
+    Args:
+        choice: uniform (evenly spaced, with the first and the last), skip (every n-th from the first on), first_last
+            (the first half and the last half), importance (those with the most block influence), or the layers.
+        teacher: number of layers.
+        student: number of layers.
+        importance: scores for `importance`.
+
+    Raises:
+        ModelError: the student has more layers, or the given layers are not rising layers of the teacher, one for each.
+
+    >>> choose_layers("uniform", 12, 4, None), choose_layers("skip", 12, 4, None)
+    ([0, 4, 7, 11], [0, 3, 6, 9])
+    >>> choose_layers("first_last", 12, 4, None)
+    [0, 1, 10, 11]
+    """
+    if student > teacher:
+        raise ModelError(f"student.initialize: expected at most the teacher's {teacher} layers, got {student}.")
+    if choice == "uniform":
+        return [(2 * i * (teacher - 1) + student - 1) // (2 * max(student - 1, 1)) for i in range(student)]
+    if choice == "skip":
+        return evenly_spaced(student, teacher)
+    if choice == "first_last":
+        return [*range((student + 1) // 2), *range(teacher - student // 2, teacher)]
+    if choice == "importance":
+        assert importance is not None, "it is measured"
+        return [int(layer) for layer in _top(importance.layers, student)]
+    if isinstance(choice, str):
+        choices = ", ".join(get_args(LayerChoice))
+        raise ModelError(f"student.initialize.layers: expected {choices} or numbers, got {choice}.")
+    if len(choice) != student or [*choice] != sorted({*choice}) or not all(0 <= layer < teacher for layer in choice):
+        raise ModelError(
+            f"student.initialize.layers: expected {student} rising numbers in 0..{teacher - 1}, got {[*choice]}. Give "
+            "one for each of the student's layers."
+        )
+    return [*choice]
+
+
+def _top(scores: Tensor, count: int) -> Tensor:
+    """The indices of the largest scores, rising."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _select_heads(scores: Tensor, teacher: DesignShape, student: DesignShape) -> tuple[Tensor, Tensor]:
+    """Select query heads [A], and the key and value heads [K, m] of their groups.
+
+    A key or value head keeps query heads of its own group. Where a student's groups are larger than the teacher's,
+    several of the teacher's are merged into one, whose key and value head is their mean.
+    """
+    teacher_group, group = teacher.heads // teacher.kv_heads, student.heads // student.kv_heads
+    merged = -(-group // teacher_group)  # how many of the teacher's groups make one of the student's
+    if merged * student.kv_heads > teacher.kv_heads:
+        raise ModelError(
+            f"student.initialize: expected groups that the teacher's {teacher.heads} heads over {teacher.kv_heads} key "
+            f"and value heads can form, got {student.heads} over {student.kv_heads}. Change num_key_value_heads."
+        )
+    by_group = scores.view(teacher.kv_heads, teacher_group)
+    strongest = by_group.sort(1, descending=True).values[:, : min(group, teacher_group)].sum(1)
+    kv_heads = _top(strongest, merged * student.kv_heads).view(student.kv_heads, merged)
+    heads = []
+    for sources in kv_heads:
+        members = (sources[:, None] * teacher_group + torch.arange(teacher_group)).flatten()
+        heads.append(members[_top(scores[members], group)])
+    return torch.cat(heads), kv_heads

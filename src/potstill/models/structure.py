@@ -1,0 +1,315 @@
+"""Find the layers, attention, feed-forward networks, norms and sizes of a transformers model.
+
+Modules are found by name and checked against the config. Nothing but torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import ModelError
+from potstill.models.split import probe_batch, run, split_model, undisturbed
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FFN_FIELDS = ("intermediate_size", "n_inner", "hidden_dim")  # most families, GPT-2, DistilBERT
+DROPOUT_FIELDS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout")
+
+# Names of the attention projections: three modules, or one for all.
+SEPARATE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q", "k", "v"),
+)
+STACKED = ("c_attn", "qkv_proj", "Wqkv")  # all queries, all keys, all values
+GROUPED = ("query_key_value",)  # by group of heads: its queries, its key, its value
+UNKNOWN_ORDER = {"codegen", "gpt_bigcode"}  # families that fuse them in an order of their own
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model that objective terms depend on."""
+
+    layers: int
+    width: int  # of the hidden states
+    heads: int  # of a layer
+    narrowest: int  # width of a layer's keys, all heads together; its values are as wide
+    attention_dropout: float
+
+
+@dataclass(frozen=True)
+class DesignShape:
+    """Sizes of a transformer whose layers all have one shape; a student design changes them."""
+
+    layers: int
+    hidden: int  # width of the hidden states
+    heads: int  # query heads of a layer
+    kv_heads: int  # key and value heads of a layer; fewer than `heads` with grouped queries
+    head_size: int
+    ffn: int  # width of the feed-forward network
+
+    @property
+    def heads_fill_hidden(self) -> bool:
+        """Whether the heads together are as wide as the hidden states."""
+        return self.heads * self.head_size == self.hidden
+
+
+def head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def kv_heads(config: Any) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def model_shape(config: PretrainedConfig) -> ModelShape:
+    """Read the sizes that terms depend on from the config of a text model."""
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        narrowest=head_size(config) * kv_heads(config),
+        attention_dropout=max(float(getattr(config, name, 0.0) or 0.0) for name in DROPOUT_FIELDS),
+    )
+
+
+def design_shape(config: PretrainedConfig) -> DesignShape:
+    """Read the sizes of a design from a config of any family.
+
+    Raises:
+        ModelError: the config is not that of a transformer whose layers all have one shape.
+    """
+    fields = config.to_dict()
+    ffn = next((fields[name] for name in FFN_FIELDS if name in fields), None)
+    hidden = getattr(config, "hidden_size", None)
+    if ffn is None and "n_inner" in fields and isinstance(hidden, int):
+        ffn = 4 * hidden  # GPT-2's default
+    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+    sizes: dict[str, Any] = {"layers": layers, "hidden": hidden, "heads": heads, "ffn": ffn}
+    unusable = [f"{name} {size}" for name, size in sizes.items() if not isinstance(size, int)]
+    if unusable or config.is_encoder_decoder:
+        raise ModelError(
+            f"students: expected a transformer with one stack of layers of one shape, got {config.model_type}"
+            f"{' with ' + ', '.join(unusable) if unusable else ''}. Give the student's fields yourself."
+        )
+    return DesignShape(**sizes, kv_heads=kv_heads(config), head_size=head_size(config))
+
+
+def config_fields(shape: DesignShape, config: PretrainedConfig) -> dict[str, Any]:
+    """Return a shape as fields of a config of this family, under the family's own names."""
+    known = config.to_dict()
+    values = {
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_size,
+        next(name for name in FFN_FIELDS if name in known): shape.ffn,
+    }
+    named = {config.attribute_map.get(name, name): value for name, value in values.items()}
+    return {name: value for name, value in named.items() if name in known}
+
+
+def layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Find the lists of modules as long as the model is deep, with their paths; most models have one."""
+    config: Any = getattr(model, "config", None)
+    depth = None if config is None else getattr(config.get_text_config(), "num_hidden_layers", None)
+    return [(path, x) for path, x in model.named_modules() if isinstance(x, nn.ModuleList) and len(x) == depth]
+
+
+def find_layers(model: nn.Module) -> str:
+    """Find the path of a model's list of layers.
+
+    Raises:
+        ModelError: the model is not a decoder or an encoder of transformers, or has no such list.
+    """
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if config is None or config.is_encoder_decoder:
+        raise ModelError(f"{name}: expected a decoder or an encoder of transformers to look into, got none.")
+    lists = layer_lists(model)
+    if not lists:
+        depth = config.get_text_config().num_hidden_layers
+        lengths = [f"{path} ({len(x)})" for path, x in model.named_modules() if isinstance(x, nn.ModuleList)]
+        raise ModelError(f"{name}: expected a list of its {depth} layers, got {', '.join(lengths) or 'none'}.")
+    return lists[0][0]
+
+
+def find_attention(layer: nn.Module) -> tuple[nn.Module, tuple[str, ...]] | None:
+    """Find a layer's attention module, and the names of its projections to queries, keys and values."""
+    for path, module in layer.named_modules():
+        children = dict(module.named_children())
+        for names in (*SEPARATE, *((fused,) for fused in (*STACKED, *GROUPED))):
+            if "cross" not in path.lower() and all(name in children for name in names):
+                return module, names
+    return None
+
+
+def split_projection(fused: Tensor, config: Any, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the output of a fused projection into queries, keys and values; its width tells the number of keys."""
+    heads, width = config.num_attention_heads, head_size(config)
+    keys = (fused.shape[-1] // width - heads) // 2
+    if grouped:
+        by_group = fused.unflatten(-1, (keys, heads // keys + 2, width))
+        queries, key, value = by_group[..., :-2, :], by_group[..., -2, :], by_group[..., -1, :]
+        return queries.flatten(2), key.flatten(2), value.flatten(2)
+    queries, key, value = fused.split([heads * width, keys * width, keys * width], dim=-1)
+    return queries, key, value
+
+
+def find_final_norm(model: Any, layers: str) -> str:
+    """Find the path of the one module between the last of `layers` and the head, by its input and output on a batch.
+
+    It is "" where there is none.
+
+    Raises:
+        ModelError: there is more than one module, or the head is not plain.
+    """
+    name, split = type(model).__name__, split_model(model)
+    if split is None or split.between:
+        raise ModelError(
+            f"{name}: expected a model with a plain head right behind its last norm, got another. Its earlier layers "
+            "cannot be read through it. Leave out the term, or the adapter on the head."
+        )
+    calls: list[tuple[str, Any, Tensor]] = []
+
+    def hook(path: str, _: nn.Module, inputs: Any, output: Any) -> None:
+        calls.append((path, inputs[0] if inputs else None, output[0] if isinstance(output, tuple) else output))
+
+    last = f"{layers}.{len(model.get_submodule(layers)) - 1}"
+    watched = [
+        (path, module)
+        for path, module in model.named_modules()
+        if path == last or (path.startswith(f"{split.body}.") and not path.startswith(f"{layers}."))
+    ]
+    handles = [module.register_forward_hook(partial(hook, path)) for path, module in watched]
+    try:
+        with undisturbed(model):
+            final = run(model.get_submodule(split.body), probe_batch(model)).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    state = next(output for path, _, output in calls if path == last)
+    if torch.equal(state, final):
+        return ""
+    for path, *tensors in calls:
+        if all(isinstance(x, Tensor) for x in tensors) and all(map(torch.equal, tensors, (state, final))):
+            return path
+    raise ModelError(
+        f"{name}: expected one norm between its last layer and its head, got more. Its earlier layers cannot be read "
+        "through its head."
+    )
+
+
+@dataclass(frozen=True)
+class LayerMatrices:
+    """Paths of the weight matrices within a layer."""
+
+    query: str  # the same as key and value where one module makes all three
+    key: str
+    value: str
+    output: str  # of the attention
+    up: tuple[str, ...]  # two where the feed-forward network has a gate
+    down: str
+
+    @property
+    def fused(self) -> bool:
+        """Whether one module projects to queries, keys and values."""
+        return self.query == self.key
+
+
+FAMILIES = (
+    LayerMatrices(  # Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, SmolLM
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        up=("mlp.gate_proj", "mlp.up_proj"),
+        down="mlp.down_proj",
+    ),
+    LayerMatrices(*["attn.c_attn"] * 3, "attn.c_proj", up=("mlp.c_fc",), down="mlp.c_proj"),  # GPT-2
+    LayerMatrices(  # BERT, RoBERTa
+        *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+        up=("intermediate.dense",),
+        down="output.dense",
+    ),
+    LayerMatrices(  # DistilBERT
+        *("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        up=("ffn.lin1",),
+        down="ffn.lin2",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class LayerStructure:
+    """The layers of a model of a known family, and where their weight matrices are."""
+
+    shape: DesignShape
+    path: str  # of the layers in the model
+    layers: nn.ModuleList
+    matrices: LayerMatrices
+
+    def locate(self, parameter: str) -> tuple[int, str] | None:
+        """Return the layer of a parameter and the path of its module there; None outside of the layers."""
+        if not parameter.startswith(f"{self.path}."):
+            return None
+        number, _, rest = parameter.removeprefix(f"{self.path}.").partition(".")
+        return int(number), rest.rpartition(".")[0]
+
+
+def find_structure(model: Any) -> LayerStructure:
+    """Find where the weight matrices of a model's layers are.
+
+    Raises:
+        ModelError: the layers are not those of a known family, as in mixtures of experts or with fused gates.
+    """
+    shape = design_shape(model.config)
+    for path, layers in layer_lists(model):
+        for matrices in FAMILIES:
+            if len({*map(type, layers)}) == 1 and _fits(layers[0], matrices, shape):
+                return LayerStructure(shape, path, layers, matrices)
+    raise ModelError(
+        f"student.initialize: expected a model built like Llama, Mistral, Qwen, Gemma, GPT-2, BERT or DistilBERT, got "
+        f"{type(model).__name__}, whose layers have other parts. Begin with random weights (initialize: random), or "
+        "make the student yourself and give it as student.model."
+    )
+
+
+def _fits(layer: nn.Module, matrices: LayerMatrices, shape: DesignShape) -> bool:
+    """Whether a layer has exactly these matrices, in the sizes of the config."""
+    modules: Mapping[str, Any] = dict(layer.named_modules())
+    heads, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    sizes = {
+        **({} if matrices.fused else dict.fromkeys((matrices.key, matrices.value), (kv, shape.hidden))),
+        matrices.query: (heads + 2 * kv if matrices.fused else heads, shape.hidden),
+        matrices.output: (shape.hidden, heads),
+        matrices.down: (shape.hidden, shape.ffn),
+        **dict.fromkeys(matrices.up, (shape.ffn, shape.hidden)),
+    }
+    for path, size in sizes.items():
+        module = modules.get(path)
+        if not is_linear(module) or tuple(module.weight.shape) != (size[::-1] if is_transposed(module) else size):
+            return False
+    attention = matrices.query.rpartition(".")[0]
+    for name, parameter in layer.named_parameters():
+        path = name.rpartition(".")[0]
+        per_head = path.startswith(f"{attention}.")  # a norm over all heads at once cannot be pruned
+        if path not in sizes and (parameter.ndim != 1 or (per_head and len(parameter) != shape.head_size)):
+            return False
+    return True
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is nn.Linear, also a quantized one, or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether a module is transformers' Conv1D, whose weight is [in, out]; known by name, so as not to import it."""
+    return type(module).__name__ == "Conv1D"
