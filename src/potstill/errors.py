@@ -73,3 +73,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: " Did you mean <the nearest known one>?", or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def one_line(error: object, limit: int | None = None) -> str:
+    """Join the lines of a message, and keep the first `limit` characters."""
+    return " ".join(str(error).split())[:limit]

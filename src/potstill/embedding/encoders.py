@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from potstill.errors import ModelError, UserError
+from potstill.errors import ModelError, UserError, one_line
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -49,7 +49,7 @@ def load_embedder(where: str, key: str) -> SentenceTransformer:
             model_kwargs={"use_safetensors": True},
         )
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error, 200)
         raise ModelError(f"{key}: expected a sentence-transformers model in {where}, got: {said}") from None
 
 

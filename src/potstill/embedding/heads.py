@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from potstill.data.files import atomic_path
 from potstill.embedding.vectors import CHECK, Matrix, Vectors
-from potstill.errors import ModelError, ShapeError
+from potstill.errors import ModelError, ShapeError, one_line
 
 Start = Literal["centred", "uncentred", "whitened"]
 SAMPLE = 2**16  # rows that principal components are read from
@@ -147,7 +147,7 @@ class VectorHead(nn.Module):
             head = cls(inputs, dimensions, hidden)
             head.load_state_dict(state)
         except Exception as error:
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error, 200)
             raise ModelError(f"VectorHead.load: expected a head in {path}, got: {said}. Save it again.") from None
         return head.eval()
 

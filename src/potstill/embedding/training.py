@@ -18,7 +18,7 @@ from potstill.embedding.encoders import TextStudent
 from potstill.embedding.heads import VectorHead
 from potstill.embedding.objective import EmbeddingObjective, PairObjective
 from potstill.embedding.vectors import CHECK, Matrix, Vectors
-from potstill.errors import DataError, DivergedError, RunError, ShapeError
+from potstill.errors import DataError, DivergedError, RunError, ShapeError, one_line
 from potstill.evaluate.space import Judge, Kept
 from potstill.losses.embedding import reconstruction_error
 
@@ -251,7 +251,7 @@ class _Run:
             self.best, self.best_score = state["best"], state["best_score"]
             return [_epoch(line) for line in state["history"]]
         except Exception as error:
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error, 200)
             raise RunError(
                 f"checkpoints: expected {found[-1]} to be of this training, got: {said} Choose another folder."
             ) from None

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from potstill.errors import ModelError, UserError
+from potstill.errors import ModelError, UserError, one_line
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.losses.fused_linear import multiplies_bfloat16
 from potstill.models.adapted import (
@@ -225,6 +225,6 @@ def _must_exist(where: str, key: str) -> None:
 
 
 def _unreadable(key: str, wanted: str, where: str, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     reason = reason if len(reason) <= 300 else reason[:300] + "..."
     return ModelError(f"{key}: expected {wanted} in {where}, got {type(error).__name__}: {reason}")

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from potstill.runs import build_rollout as rollouts
 from potstill.data.batches import Examples, PaddingCollator, pad_token_id
-from potstill.data.vocabulary import own_vocabulary, shared_vocabulary
+from potstill.data.vocabulary import vocabulary_size, shared_vocabulary
 from potstill.losses.divergences import ReverseKL
 from potstill.errors import RecipeError
 from potstill.models.layer_map import LayerMap
@@ -195,7 +195,7 @@ def prepare(recipe: Recipe) -> Parts:
     of_tokens = recipe.task in TOKEN_TASKS
     rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
     if speaker.teacher.other_tokenizer:
-        vocabulary = own_vocabulary(tokenizer, rows)
+        vocabulary = vocabulary_size(tokenizer, rows)
     else:
         vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
     if not of_tokens:

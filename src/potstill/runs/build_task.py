@@ -14,7 +14,6 @@ from potstill.data.sources import Source
 from potstill.errors import RecipeError
 from potstill.losses.alignment import Task
 from potstill.runs.config.run import Recipe
-from potstill.runs.config.data import SourcePart
 
 
 class Rows(NamedTuple):
@@ -31,9 +30,9 @@ def encode_data(recipe: Recipe, student: PreTrainedModel, tokenizer: PreTrainedT
         DataError: the data are not usable.
     """
 
-    def encoded(part: SourcePart) -> Examples:
+    def encoded(source: Source) -> Examples:
         return encode(
-            Source(**part.model_dump()),
+            source,
             tokenizer,
             max_length=recipe.data.max_length,
             packing=recipe.data.packing,

@@ -26,7 +26,7 @@ from potstill.embedding.objective import FOCUSES, START, Focus, PairObjective
 from potstill.evaluate.report.embedding import write_embedding_report
 from potstill.runs.embedding_sources import Material, gather
 from potstill.embedding.training import EmbeddingDistiller, Epoch, Student, vectors_of
-from potstill.errors import RecipeError, UserError
+from potstill.errors import RecipeError, UserError, one_line
 from potstill.evaluate.space import Judge, cosines
 from potstill.models.loading import load_tokenizer, suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
@@ -173,7 +173,7 @@ def new_student(recipe: EmbeddingRecipe, focus: Focus, material: Material) -> St
     try:
         return student.to(recipe.train.device)
     except (RuntimeError, AssertionError) as error:  # as torch says of a device that it does not know, or have
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error, 200)
         raise UserError(
             f"train.device: expected one that is here, such as cpu or cuda, got {recipe.train.device}: {said}"
         ) from None

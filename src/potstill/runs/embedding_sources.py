@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from potstill.data.readers import SUFFIXES, open_table, reading, said
+from potstill.data.readers import SUFFIXES, open_table, describe_value, reading
 from potstill.embedding.encoders import load_embedder
 from potstill.embedding.teachers import Encode, encode_texts, model_encoder, server_encoder
 from potstill.embedding.vectors import Part, Vectors, check_vectors, open_vectors
@@ -157,7 +157,7 @@ def _read(part: TextsPart) -> Texts:
         for row, text in enumerate(columns[name], 1):
             if not isinstance(text, str) or not text.strip():
                 raise DataError(
-                    f"data: expected text in column {name!r} of {path.name}, got {said(text)} in row {row}. "
+                    f"data: expected text in column {name!r} of {path.name}, got {describe_value(text)} in row {row}. "
                     "Correct or remove the row."
                 )
     distinct = list(dict.fromkeys(text for name in part.fields for text in columns[name]))
@@ -175,5 +175,6 @@ def _score(value: Any, row: int, path: Path) -> float:
         return float(json.loads(value) if isinstance(value, str) else value)
     except (TypeError, ValueError):
         raise DataError(
-            f"data: expected a number as score in {path.name}, got {said(value)} in row {row}. Correct or remove it."
+            f"data: expected a number as score in {path.name}, got {describe_value(value)} in row {row}. "
+            "Correct or remove it."
         ) from None

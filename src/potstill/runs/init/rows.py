@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from potstill.data.sources import Source
 from potstill.data.batches import encode
 from potstill.data.readers import Table, open_table, reading
-from potstill.data.sources import require_file
+from potstill.data.loading import require_file
 from potstill.runs.init.models import Model
 from potstill.errors import DataError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
