@@ -98,7 +98,9 @@ def choose_columns(source: Source, columns: list[str], task: Task) -> tuple[Sour
             "completion, messages or input_ids."
         )
     kind = kinds[0] if kinds else _find_kind(columns, file)
-    names: dict[str, str | None] = {name: name for name in COLUMNS[kind]} | (given[kind] if kinds else {})
+    names: dict[str, str | None] = {name: name for name in COLUMNS[kind]}
+    if kinds:
+        names = given[kind]
     if None in names.values():
         absent = next(standard for standard, name in names.items() if name is None)
         raise DataError(f"data: expected both prompt and completion for {file}, got no {absent}. Name its column too.")

@@ -217,7 +217,7 @@ class Instructions(GenerationTask):
     """
 
     topics: Annotated[tuple[str, ...], NonEmpty()]
-    kinds: Annotated[tuple[str, ...], NonEmpty()] = tuple(INSTRUCTIONS)  # type: ignore[assignment]  # not the family's
+    kinds: Annotated[tuple[str, ...], NonEmpty()] = tuple(INSTRUCTIONS)  # type: ignore[assignment, misc]  # not the family's
     name = "instructions"
 
     def requests(self, skip_bad: bool) -> tuple[list[GenerationRequest], list[UnusableRow]]:

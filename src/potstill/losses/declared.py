@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from potstill.errors import ShapeError
 
 
-class Record(ABC):
+class Record:
     """Base of a plain dataclass that a recipe holds: its annotations are checked, its docstring is its JSON Schema."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "arbitrary_types_allowed": True}
@@ -42,7 +42,7 @@ class Record(ABC):
         Raises:
             ShapeError: a number is out of its range, or a word is none of those allowed.
         """
-        for name, rules in _rules(type(self)).items():
+        for name, rules in _rules(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
             value = getattr(self, name)
             for rule in rules if value is not None else ():
                 if (wrong := rule.wrong(value)) is not None:
@@ -57,7 +57,7 @@ class Record(ABC):
         return made
 
 
-class Declared(Record):
+class Declared(Record, ABC):
     """Base of everything that a recipe can name: by its bare name, or as {key: name, field: value, ...}.
 
     Attributes:
