@@ -29,8 +29,8 @@ from potstill.runs.run import run
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.model import ModelTeacher
 from potstill.train.distiller import Distiller
-from potstill.train.terms.logits import Logits
 from potstill.train.terms.layers import Attention, Hidden
+from potstill.train.terms.logits import Logits
 
 QUIET = Console(quiet=True)
 
