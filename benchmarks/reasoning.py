@@ -18,8 +18,15 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-from potstill.generation.duplicates import NearDuplicates
-from potstill.generation.filters import Charset, Length, Pair, Refusals, Repetition, sift
+from potstill.generation.filters import (
+    Charset,
+    Length,
+    NearDuplicates,
+    Refusals,
+    Repetition,
+    TextPair,
+    apply_filters,
+)
 from potstill.generation.reasoning import TEMPLATES, fill, parse
 from potstill.generation.verify import number, same_answer
 
@@ -70,11 +77,11 @@ def filtered(rows: list[dict[str, str]]) -> None:
     )
     asked = [before + fill(TEMPLATES["structured"], row["question"]) for row in rows]
     filters = (Length(), Repetition(), Charset(("latin",)), Refusals(), NearDuplicates(0.9))
-    questions = [Pair(question, "") for question in asked]
-    solved = [Pair(question, row["answer"]) for question, row in zip(asked, rows, strict=True)]
+    questions = [TextPair(question, "") for question in asked]
+    solved = [TextPair(question, row["answer"]) for question, row in zip(asked, rows, strict=True)]
     for name, found in (
-        ("questions with their solutions, all filters", sift(solved, filters)),
-        ("questions alone, near-duplicates", sift(questions, filters[-1:])),
+        ("questions with their solutions, all filters", apply_filters(solved, filters)),
+        ("questions alone, near-duplicates", apply_filters(questions, filters[-1:])),
     ):
         print(f"{name}: {len(found.dropped)} of {len(rows)} dropped")
         for drop in found.dropped:

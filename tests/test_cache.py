@@ -28,7 +28,6 @@ from potstill.losses.divergences import JSD, ForwardKL, SoftCrossEntropy
 from potstill.losses.token_losses import token_divergence
 from potstill.runs import cache as caching
 from potstill.runs.cache import Request, build
-from potstill.runs.config.data import SourcePart
 from potstill.runs.config.teacher import TeacherPart
 from potstill.teachers.cache.store import Cache, read_manifest
 from potstill.teachers.cached import CachedTeacher
@@ -46,7 +45,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def request(toys: Path, out: Path, codec: str = "sampled", **changes: Any) -> Request:
     values = {
         "teacher": TeacherPart(model=str(toys / "teacher")),
-        "sources": [SourcePart(path=str(toys / "train.jsonl"))],
+        "sources": [Source(path=str(toys / "train.jsonl"))],
         "max_length": 32,
         "packing": False,
         "codec": codec,
@@ -298,10 +297,11 @@ def test_ray_builds_the_same_bytes(toys: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     alone, many = tmp_path / "alone", tmp_path / "many"
     script = (
-        "import sys; from pathlib import Path; from rich.console import Console; from potstill import caching\n"
-        "from potstill.runs.config import SourcePart, TeacherPart\n"
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "import potstill.runs.cache as caching\n"
+        "from potstill.data.sources import Source; from potstill.runs.config.teacher import TeacherPart\n"
         "for out, engine in ((sys.argv[3], 'process'), (sys.argv[4], 'ray')):\n"
-        "    caching.build(caching.Request(TeacherPart(model=sys.argv[1]), [SourcePart(path=sys.argv[2])], 32, False,"
+        "    caching.build(caching.Request(TeacherPart(model=sys.argv[1]), [Source(path=sys.argv[2])], 32, False,"
         " 'sampled', {'draws': 50}, Path(out), 4), engine=engine, console=Console(quiet=True))\n"
     )
     arguments = [str(toys / "teacher"), str(toys / "train.jsonl"), str(alone), str(many)]

@@ -23,7 +23,6 @@ from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import LayerMap
 from potstill.runs.cache import Request, build
 from potstill.runs.check import check
-from potstill.runs.config.data import SourcePart
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.teacher import TeacherPart
 from potstill.runs.run import run
@@ -38,7 +37,7 @@ QUIET = Console(quiet=True)
 
 def request(toys: Path, out: Path, layers: tuple[int, ...], **teacher: Any) -> Request:
     who = TeacherPart(model=str(toys / "teacher"), **teacher)
-    source = SourcePart(path=str(toys / "train.jsonl"))
+    source = Source(path=str(toys / "train.jsonl"))
     return Request(who, [source], 32, False, "hidden", {}, out, batch_rows=4, layers=layers)
 
 

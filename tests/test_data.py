@@ -19,8 +19,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from potstill.data.batches import Examples, PaddingCollator, encode, pad_token_id
-from potstill.data.rows import Encoding, in_groups
-from potstill.data.sources import Source, load
+from potstill.data.loading import load
+from potstill.data.rows import RowEncoder, in_groups
+from potstill.data.sources import Source
 from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE, target_positions
 
@@ -192,7 +193,7 @@ def test_what_cannot_be_predicted_is_left_out(write):
     gone.backend_tokenizer.normalizer = normalizers.Strip()
     examples = encode(Source(write([{"text": t} for t in ("a", "  ", "the cat")])), gone, max_length=8)
     assert rows_of(examples) == [ids(gone, "the cat")]
-    assert any("2 examples without a token that counts left out" in note for note in examples.notes)
+    assert any("2 examples without a target token left out" in note for note in examples.notes)
     assert any("expected an EOS token" in note for note in examples.notes)
 
 
@@ -237,7 +238,7 @@ def test_completions_are_cut_on_the_right(write):
     assert [PLAIN.decode(row) for row in rows_of(examples)] == ["abcdef", "ab<eos>"]
     assert [row["labels"].count(IGNORE) for row in examples.dataset] == [4, 1]
     assert examples.tokens == 4
-    assert examples.notes == ("data.jsonl: 1 example cut at max_length 6.",)
+    assert examples.notes == ("data.jsonl: 1 example truncated to max_length 6.",)
 
 
 def test_an_empty_prompt_and_an_empty_completion(write):
@@ -308,7 +309,7 @@ def test_conversations_are_cut_and_need_room(write):
     path = write([{"messages": []}, {"messages": talk}])
     examples = encode(Source(path), PLAIN, max_length=12)
     assert counted(examples.dataset[0]) == ["gh"]
-    assert examples.notes == ("data.jsonl: 1 empty row skipped.", "data.jsonl: 1 example cut at max_length 12.")
+    assert examples.notes == ("data.jsonl: 1 empty row skipped.", "data.jsonl: 1 example truncated to max_length 12.")
     refused(lambda: encode(Source(path), PLAIN, max_length=10), "got 10 tokens in row 2", "Raise max_length")
 
 
@@ -375,7 +376,7 @@ def test_ids_are_taken_as_they_are(write):
     examples = encode(Source(write(rows)), WITH_BOS, max_length=6)
     assert rows_of(examples) == [[5, 6, 7, 0], [8] * 6]
     assert examples.tokens == 3 + 5
-    assert examples.notes == ("data.jsonl: 1 empty row skipped.", "data.jsonl: 1 example cut at max_length 6.")
+    assert examples.notes == ("data.jsonl: 1 empty row skipped.", "data.jsonl: 1 example truncated to max_length 6.")
 
 
 def test_labels_are_taken_along(write):
@@ -383,7 +384,7 @@ def test_labels_are_taken_along(write):
     examples = encode(Source(write(rows)), PLAIN, max_length=6)
     assert examples.dataset[:] == {"input_ids": [[5, 6, 7]], "labels": [[5, IGNORE, 7]]}
     assert examples.tokens == 1
-    assert examples.notes == ("data.jsonl: 1 example without a token that counts left out.",)
+    assert examples.notes == ("data.jsonl: 1 example without a target token left out.",)
 
 
 @pytest.mark.parametrize(
@@ -523,7 +524,7 @@ TEXT_ROW = b'{"text": "a"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "source", "parts"),
     [
-        ("trian.jsonl", TEXT_ROW, {"path": "train.jsonl"}, ["not exist", "'trian.jsonl'", "Correct the path"]),
+        ("trian.jsonl", TEXT_ROW, {"path": "train.jsonl"}, ["not exist", "trian.jsonl?", "Correct the path"]),
         ("data.jsonl", TEXT_ROW, {"path": "missing/data.jsonl"}, ["not exist"]),
         ("data.xlsx", b"a", {}, [".jsonl", ".parquet", "data.xlsx", "Rename or convert"]),
         ("data.jsonl", b"", {}, ["at least one row", "Give a file with data"]),
@@ -551,10 +552,10 @@ TEXT_ROW = b'{"text": "a"}\n'
         ("data.jsonl", b'{"messages": [{"content": "a"}]}', {}, ["messages with role", "row 1"]),
         ("data.jsonl", b'{"messages": [{"role": "user", "content": 3}]}', {}, ["role and content", "row 1"]),
         ("data.jsonl", b'{"body": "a", "id": 1}', {}, ["a column text", "got body, id", "`field: body`"]),
-        ("data.jsonl", b'{"body": "a"}', {"field": "bdy"}, ["'bdy'", "got body.", "mean 'body'", "Name one"]),
+        ("data.jsonl", b'{"body": "a"}', {"field": "bdy"}, ["'bdy'", "got body.", "mean body", "Name one"]),
         ("data.jsonl", b'{"prompt": "a"}', {}, ["both prompt and completion", "got prompt"]),
         ("data.jsonl", b'{"prompt": "a"}', {"prompt": "prompt"}, ["got no completion", "Name its column too"]),
-        ("data.jsonl", b'{"text": "a", "messages": []}', {}, ["one kind", "got text, messages", "Say which"]),
+        ("data.jsonl", b'{"text": "a", "messages": []}', {}, ["one kind", "got text, messages", "Name those to read"]),
         ("data.jsonl", TEXT_ROW, {"field": "text", "messages": "m"}, ["got field and messages", "Name one of"]),
         ("data.txt", b"a", {"field": "body"}, ["'body'", "got text."]),
     ],
@@ -593,7 +594,7 @@ def test_what_is_kept_is_found_again_and_never_stale(write, kept, monkeypatch):
 
     assert first() == "the cat<eos>"
     files = set(kept.iterdir())
-    monkeypatch.setattr(Encoding, "rows", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(RowEncoder, "rows", lambda *_: pytest.fail("encoded again"))
     assert first() == "the cat<eos>"
     monkeypatch.undo()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", kept.parent)
@@ -665,7 +666,7 @@ def test_padding_with_eos_does_not_hide_eos(write):
     examples = encode(Source(write([{"text": t} for t in ("the cat", "a", "ab")])), BOS_IS_EOS, max_length=9)
     pad, note = pad_token_id(BOS_IS_EOS)
     assert pad == BOS_IS_EOS.eos_token_id
-    assert note == "tokenizer: expected a pad token, got none: its EOS token <eos> pads."
+    assert note == "tokenizer: expected a pad token, got none: its EOS token <eos> is used."
     batch = PaddingCollator(pad)(list(examples.dataset))
     assert int(target_positions(batch["labels"]).sum()) == examples.tokens
     assert (batch["labels"] == pad).sum(dim=1).tolist() == [2, 2, 2]

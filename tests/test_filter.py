@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 
 from potstill.errors import DataError
-from potstill.generation.duplicates import Contamination, NearDuplicates
-from potstill.generation.filters import Charset, Dropped, Length, Pair, Refusals, Repetition, sift, words
+from potstill.generation.filters import (
+    Charset,
+    Contamination,
+    DroppedText,
+    Length,
+    NearDuplicates,
+    Refusals,
+    Repetition,
+    TextPair,
+    apply_filters,
+    words,
+)
 
 NAMES = [f"{first}{last}" for first in ("Al", "Be", "Cor", "Dan", "El") for last in ("a", "in", "o", "us")]
 THINGS = ["apples", "boats", "clips", "dolls", "eggs", "forks", "games", "hats", "inks", "jars"]
@@ -26,23 +36,28 @@ def questions() -> list[str]:
 
 
 def dropped(completion: str, one: object) -> bool:
-    return bool(sift([Pair("", completion)], [one]).dropped)  # type: ignore[list-item]
+    return bool(apply_filters([TextPair("", completion)], [one]).dropped)  # type: ignore[list-item]
 
 
 def test_each_filter_sees_what_the_one_before_let_through() -> None:
-    pairs = [Pair("a", ""), Pair("b", "I'm sorry, but I can't help with that."), Pair("c", "fine"), Pair("d", " ")]
-    sifted = sift(pairs, [Refusals(), Length(minimum=4, maximum=10)])
-    assert sifted.kept == [2]
-    assert sifted.dropped == [
-        Dropped(0, "length", "0 characters, fewer than 4"),
-        Dropped(1, "refusal", 'begins with "I\'m sorry"'),
-        Dropped(3, "length", "0 characters, fewer than 4"),
+    pairs = [
+        TextPair("a", ""),
+        TextPair("b", "I'm sorry, but I can't help with that."),
+        TextPair("c", "fine"),
+        TextPair("d", " "),
+    ]
+    result = apply_filters(pairs, [Refusals(), Length(min_characters=4, max_characters=10)])
+    assert result.kept == [2]
+    assert result.dropped == [
+        DroppedText(0, "length", "0 characters, fewer than 4"),
+        DroppedText(1, "refusal", 'begins with "I\'m sorry"'),
+        DroppedText(3, "length", "0 characters, fewer than 4"),
     ]
 
 
 def test_too_long() -> None:
-    assert dropped("x" * 11, Length(maximum=10))
-    assert not dropped(" " + "x" * 10, Length(maximum=10))
+    assert dropped("x" * 11, Length(max_characters=10))
+    assert not dropped(" " + "x" * 10, Length(max_characters=10))
 
 
 LONG = " ".join(questions()[i * 7] for i in range(25))
@@ -96,37 +111,39 @@ def test_a_template_makes_no_duplicates() -> None:
     asked = [TEMPLATE.format(question) for question in questions()]
     assert len({text[:80] for text in asked}) == 1
     for completion in ("", "Answer: 5"):
-        assert not sift([Pair(text, completion) for text in asked], [NearDuplicates()]).dropped
+        assert not apply_filters([TextPair(text, completion) for text in asked], [NearDuplicates()]).dropped
 
 
 def test_near_duplicates_are_found_behind_a_template() -> None:
     stories = [" ".join(questions()[i : i + 3]) for i in range(150)]
-    pairs = [Pair(TEMPLATE.format(story), f"We count them. Answer: {i}") for i, story in enumerate(stories)]
+    pairs = [TextPair(TEMPLATE.format(story), f"We count them. Answer: {i}") for i, story in enumerate(stories)]
     again = [pairs[i] for i in (3, 77, 140)]
-    changed = [Pair(pair.prompt.replace("the end?", "the evening?").upper(), pair.completion) for pair in again]
-    sifted = sift([*pairs, *again, *changed], [NearDuplicates(0.5)])
-    assert [drop.row for drop in sifted.dropped] == [*range(150, 156)]
-    assert [drop.reason.split()[-1] for drop in sifted.dropped] == 2 * ["4", "78", "141"]
+    changed = [TextPair(pair.prompt.replace("the end?", "the evening?").upper(), pair.completion) for pair in again]
+    result = apply_filters([*pairs, *again, *changed], [NearDuplicates(0.5)])
+    assert [drop.row for drop in result.dropped] == [*range(150, 156)]
+    assert [drop.reason.split()[-1] for drop in result.dropped] == 2 * ["4", "78", "141"]
 
 
 def test_another_number_and_another_answer_are_no_duplicates() -> None:
     long = (
         "A train leaves the town in the morning and comes to the sea after {} hours. How long does it take to go back?"
     )
-    pairs = [Pair(long.format(5), "It takes 5 hours."), Pair(long.format(6), "It takes 5 hours.")]
+    pairs = [TextPair(long.format(5), "It takes 5 hours."), TextPair(long.format(6), "It takes 5 hours.")]
     pairs += [
-        Pair(long.format(5), "As long as before, because the way is the same: 5.")
+        TextPair(long.format(5), "As long as before, because the way is the same: 5.")
     ]  # a second answer to the first
-    assert not sift(pairs, [NearDuplicates()]).dropped
-    assert [drop.row for drop in sift([*pairs, pairs[0]], [NearDuplicates()]).dropped] == [3]
-    assert len(sift([Pair("", "5"), Pair("", "6"), Pair("", "5")], [NearDuplicates()]).dropped) == 1
+    assert not apply_filters(pairs, [NearDuplicates()]).dropped
+    assert [drop.row for drop in apply_filters([*pairs, pairs[0]], [NearDuplicates()]).dropped] == [3]
+    assert (
+        len(apply_filters([TextPair("", "5"), TextPair("", "6"), TextPair("", "5")], [NearDuplicates()]).dropped) == 1
+    )
 
 
 def test_without_datasketch_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(DataError, match=r"pip install 'potstill\[data\]'"):
-        sift([Pair("a", "b")], [NearDuplicates()])
-    assert sift([], [NearDuplicates()]) == ([], [])
+        apply_filters([TextPair("a", "b")], [NearDuplicates()])
+    assert apply_filters([], [NearDuplicates()]) == ([], [])
 
 
 def test_rows_of_a_test_set_are_found_in_prompts_and_completions(tmp_path: Path) -> None:
@@ -137,20 +154,20 @@ def test_rows_of_a_test_set_are_found_in_prompts_and_completions(tmp_path: Path)
     file = tmp_path / "all.json"
     file.write_text(json.dumps([{"question": "", "chat": [], "short": "", "tiny": "", **row} for row in rows]))
     pairs = [
-        Pair(TEMPLATE.format(questions()[5].upper()), ""),
-        Pair("x", "You ask: which of all the rivers of the world is the longest one that we know of today?"),
-        Pair("Please name the colours of the flag!", ""),
-        Pair(questions()[6], "Why? Because the rivers of the world are long."),
+        TextPair(TEMPLATE.format(questions()[5].upper()), ""),
+        TextPair("x", "You ask: which of all the rivers of the world is the longest one that we know of today?"),
+        TextPair("Please name the colours of the flag!", ""),
+        TextPair(questions()[6], "Why? Because the rivers of the world are long."),
     ]
-    sifted = sift(pairs, [Contamination((str(file),))])
-    assert sifted.kept == [3]
-    assert [drop.reason.split(":")[0] for drop in sifted.dropped] == [
+    result = apply_filters(pairs, [Contamination((str(file),))])
+    assert result.kept == [3]
+    assert [drop.reason.split(":")[0] for drop in result.dropped] == [
         "13 words of row 1 of all.json",
         "13 words of row 2 of all.json",
         "6 words of row 3 of all.json",
     ]
     with pytest.raises(DataError, match=r"expected a test file, got .*nowhere.jsonl, which does not exist"):
-        sift(pairs, [Contamination((str(tmp_path / "nowhere.jsonl"),))])
+        apply_filters(pairs, [Contamination((str(tmp_path / "nowhere.jsonl"),))])
 
 
 def test_words_of_every_script() -> None:

@@ -22,7 +22,7 @@ from potstill.engines.engine import Prompt
 from potstill.engines.sampling import Completion, Sampling
 from potstill.errors import DataError, RecipeError, UserError
 from potstill.generation import sandbox
-from potstill.generation.journal import in_turn, render, write
+from potstill.generation.journal import complete_in_order, complete_requests, render
 from potstill.generation.judge import code_span
 from potstill.generation.requests import GenerationRequest
 from potstill.runs import generate as generation
@@ -100,7 +100,6 @@ def sums(prompt: Prompt, sample: int, seed: int) -> Completion:
 
 # The journal
 
-ASKS = [GenerationRequest(i, "responses", "none", [{"role": "user", "content": f"p{i}"}], {}) for i in range(11)]
 PROMPTS = [f"p{i}" for i in range(11)]
 SAMPLING = Sampling(samples=2, seed=7)
 
@@ -109,8 +108,9 @@ def echo(prompt: Prompt, sample: int, seed: int) -> Completion:
     return Completion(f"{prompt} {sample} {seed} é\ud800", True)
 
 
-def written(engine: Scripted, journal: Path, made_of: Any = "one") -> Any:
-    return write(ASKS, PROMPTS, in_turn(engine, SAMPLING), SAMPLING.seed, journal, batch_size=3, made_of=made_of)
+def written(engine: Scripted, journal: Path, settings: Any = "one") -> Any:
+    complete = complete_in_order(engine, SAMPLING)
+    return complete_requests(PROMPTS, complete, SAMPLING.seed, journal, batch_size=3, settings=settings)
 
 
 def test_killed_anywhere_it_goes_on_without_losing_or_repeating_a_row(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_sigkill_twice(tmp_path: Path) -> None:
 def test_the_texts_of_another_recipe_are_not_taken(tmp_path: Path) -> None:
     written(Scripted(echo), tmp_path / "journal")
     with pytest.raises(DataError, match=r"got those of another. Its teacher, task"):
-        written(Scripted(echo), tmp_path / "journal", made_of="other")
+        written(Scripted(echo), tmp_path / "journal", settings="other")
 
 
 @pytest.mark.parametrize("content", [b"not JSON\n", b"[1]\n", b'{"made_of": 5}\n', b"\xff\n"])
@@ -380,9 +380,9 @@ def test_a_server_writes_too(values, monkeypatch, toys: Path, words: str | None)
 
 
 def test_a_conversation_needs_a_chat_template() -> None:
-    ask = GenerationRequest(3, "responses", "none", CHATS[1]["chat"], {})
+    request = GenerationRequest(3, "responses", "none", CHATS[1]["chat"], {})
     with pytest.raises(DataError, match=r"expected a teacher with a chat template for the conversation in row 3"):
-        render(ask, make_tokenizer())
+        render(request, make_tokenizer())
 
 
 # Bad rows

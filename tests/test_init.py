@@ -161,7 +161,7 @@ def test_on_a_terminal_it_asks_again_until_an_answer_can_be(monkeypatch: pytest.
     monkeypatch.setattr(command, "_on_a_terminal", lambda: True)
     answers = ["teachr", "teacher", "train.json", "train.jsonl", "eval.jsonl", "hundreds", "2x", "runs/mine"]
     output = said("init", input="\n".join(answers) + "\n")
-    for wrong in ("got teachr, which is not one. Did you mean teacher?", "Did you mean 'train.jsonl'?", "got hundreds"):
+    for wrong in ("got teachr, which is not one. Did you mean teacher?", "Did you mean train.jsonl?", "got hundreds"):
         assert wrong in " ".join(output.split())
     found = yaml.safe_load(Path("recipe.yaml").read_text())
     assert found["student"]["design"] == {"compression": 2.0}
@@ -204,7 +204,7 @@ def test_nothing_is_overwritten_unasked() -> None:
     [
         ((), UserError, "got no --data"),
         (("--data", "train.jsonl"), UserError, "got no --eval"),
-        (("--data", "trian.jsonl", "--eval", "eval.jsonl"), DataError, "Did you mean 'train.jsonl'?"),
+        (("--data", "trian.jsonl", "--eval", "eval.jsonl"), DataError, "Did you mean train.jsonl?"),
         ((*DATA, "--field", "txt"), DataError, "expected a column 'txt' in train.jsonl, got text"),
         ((*DATA, "--params", "many"), ModelError, "params: expected a number such as 100M"),
         (

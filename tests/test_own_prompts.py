@@ -93,7 +93,7 @@ def test_prompts_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected answers for the teacher's own prompts in text.jsonl, got text"):
         encode(Source(path, teacher_prompt="hint"), make_tokenizer(), max_length=8)
     path = written(tmp_path / "rows.jsonl", completions())
-    with pytest.raises(DataError, match=r"expected a column 'hints' .*Did you mean 'hint'"):
+    with pytest.raises(DataError, match=r"expected a column 'hints' .*Did you mean hint"):
         encode(Source(path, teacher_prompt="hints"), make_tokenizer(), max_length=64)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from potstill.errors import DataError, UserError
 from potstill.generation import sandbox
-from potstill.generation.sandbox import Limits, require_sandbox, run_program
+from potstill.generation.sandbox import ProgramLimits, require_sandbox, run_program
 
 try:
     require_sandbox()
@@ -25,7 +25,7 @@ except UserError as error:
     missing = str(error)
 needs_sandbox = pytest.mark.skipif(bool(missing), reason=missing)
 
-SHORT = Limits(cpu_seconds=2, wall_seconds=30.0, memory_bytes=256 * 2**20, output_bytes=10_000)
+SHORT = ProgramLimits(cpu_seconds=2, wall_seconds=30.0, memory_mib=256, output_kib=10)
 
 # Each is the body of a function. It escaped when it returns; to be refused is an OSError or a MemoryError.
 SYSCALL = """
@@ -205,10 +205,10 @@ BOMBS = {
 def test_no_bomb_goes_off(bomb: str) -> None:
     source, ending = BOMBS[bomb]
     processor = 1 if ending == "time" else 20  # on a busy machine, to fill the memory takes more than a second
-    limits = Limits(processor, 1.0 if bomb == "sleep" else 30.0, SHORT.memory_bytes, SHORT.output_bytes)
+    limits = ProgramLimits(processor, 1.0 if bomb == "sleep" else 30.0, SHORT.memory_mib, SHORT.output_kib)
     outcome = run_program(source, limits)
     assert outcome.ending == ending, outcome
-    assert len(outcome.output) <= limits.output_bytes
+    assert len(outcome.output) <= limits.output_kib * 2**10
     assert len(outcome.errors) <= 2000
 
 
@@ -234,15 +234,15 @@ def test_calls_of_another_architecture_do_not_pass_the_filter_by() -> None:
 @needs_sandbox
 def test_nothing_is_left_running() -> None:
     before = descendants(os.getpid())
-    run_program("import time; time.sleep(600)", Limits(wall_seconds=0.5))
+    run_program("import time; time.sleep(600)", ProgramLimits(wall_seconds=0.5))
     assert soon(lambda: descendants(os.getpid()) <= before)
 
 
 @needs_sandbox
 def test_the_sandbox_dies_with_the_one_who_started_it() -> None:
-    script = f"import runpy; sandbox = runpy.run_path({sandbox.__file__!r}); "  # without all that data imports
-    script += "sandbox['run_program']('print(1)'); print('up', flush=True); "
-    script += "sandbox['run_program']('import time; time.sleep(600)', sandbox['Limits'](wall_seconds=600))"
+    script = "from potstill.generation.sandbox import ProgramLimits, run_program; "
+    script += "run_program('print(1)'); print('up', flush=True); "
+    script += "run_program('import time; time.sleep(600)', ProgramLimits(wall_seconds=600))"
     starter = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert starter.stdout is not None
     assert starter.stdout.readline() == "up\n"
@@ -257,7 +257,7 @@ def test_the_sandbox_dies_with_the_one_who_started_it() -> None:
 @needs_sandbox
 def test_programs_compute_and_print() -> None:
     source = "import math, fractions, itertools, decimal\nprint(math.comb(10, 3), fractions.Fraction(1, 3) * 6, 'é')"
-    assert run_program(source) == sandbox.Outcome("done", "120 2 é\n", "")
+    assert run_program(source) == sandbox.ProgramOutcome("done", "120 2 é\n", "")
     assert run_program("print({'a', 'b', 'c', 'd'})") == run_program("print({'a', 'b', 'c', 'd'})")
     failed = run_program("print(1)\n1 / 0")
     assert (failed.ending, failed.output) == ("failed", "1\n")

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from conftest import TEXT, make_tokenizer
-from potstill.data.spans import span_tokens
+from potstill.data.token_weights import span_tokens
 from potstill.generation.reasoning import parse
 
 SOLUTIONS = [

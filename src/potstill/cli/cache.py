@@ -56,9 +56,9 @@ def build(
     set_: Sets = None,
 ) -> None:
     """Run a teacher over data and keep what it says. What was stopped goes on; a finished cache is left alone."""
+    from potstill.data.sources import Source
     from potstill.runs.cache import Request
     from potstill.runs.cache import build as build_cache
-    from potstill.runs.config.data import SourcePart
     from potstill.runs.config.run import Recipe
     from potstill.runs.config.teacher import TeacherPart
 
@@ -74,7 +74,7 @@ def build(
             temperature = _temperature(read)
     elif teacher is not None and data:
         who = TeacherPart.model_validate({"model": teacher, "dtype": dtype, "device": device})
-        sources = [SourcePart.model_validate({"path": str(path), "field": field}) for path in data]
+        sources = [Source(str(path), field) for path in data]
     else:
         raise UserError("cache build: expected a recipe, or --teacher and --data, got neither.")
     if out is None:

@@ -1,4 +1,4 @@
-"""The command that has a teacher write data."""
+"""The command generate."""
 
 from __future__ import annotations
 
@@ -22,34 +22,37 @@ def generate(
         Literal["process", "ray"], typer.Option(help="this process, or Ray's processes, each with a teacher")
     ] = "process",
 ) -> None:
-    """Have a teacher write training data: reasoning, programs, instructions, responses; checked and filtered."""
+    """Generate training data with a teacher: reasoning, programs, instructions, responses; checked and filtered."""
     from potstill.runs.config.generate import GenerateRecipe
     from potstill.runs.generate import generate as generate_rows
 
-    made = generate_rows(GenerateRecipe.load(recipe, set_ or ()), resume=resume, engine=engine, console=console)
+    result = generate_rows(GenerateRecipe.load(recipe, set_ or ()), resume=resume, engine=engine, console=console)
     table = Table(show_header=False, box=None)
-    for name, count in made.counts.items():
+    for name, count in result.counts.items():
         table.add_row(name, f"{count:,}")
         if name == "dropped":
-            for reason, many in made.dropped.items():
-                table.add_row(f"  {reason}", f"{many:,}")
+            for filter_name, dropped in result.dropped.items():
+                table.add_row(f"  {filter_name}", f"{dropped:,}")
     out = Console()
     out.print(table, highlight=False)
-    out.print(f"rows    {made.rows}\ncard    {made.directory / 'README.md'}", highlight=False)
+    out.print(f"rows    {result.rows}\ncard    {result.directory / 'README.md'}", highlight=False)
 
 
 def check_generate(path: Path, sets: Sequence[str]) -> None:
-    """Show what it will ask for."""
+    """Show what a recipe will generate."""
     from potstill.runs.config.generate import GenerateRecipe
     from potstill.runs.generate import check
 
     recipe = GenerateRecipe.load(path, sets)
-    found = check(recipe)
+    plan = check(recipe)
     table = Table(show_header=False, box=None)
-    table.add_row("teacher", found.teacher)
-    table.add_row("prompts", f"{found.prompts:,}")
-    table.add_row("texts", f"{found.texts:,} of at most {recipe.sampling.max_new_tokens:,} new tokens")
-    if found.bad:
-        table.add_row("left out", f"{found.bad:,} rows that cannot be used")
-    table.add_row("rows", f"as {found.form}, to {recipe.output}")
+    table.add_row("teacher", recipe.teacher.name)
+    table.add_row("prompts", f"{len(plan.prompts):,}")
+    table.add_row(
+        "texts",
+        f"{len(plan.prompts) * recipe.sampling.samples:,} of at most {recipe.sampling.max_new_tokens:,} new tokens",
+    )
+    if plan.unusable:
+        table.add_row("left out", f"{len(plan.unusable):,} rows that cannot be used")
+    table.add_row("rows", f"as {plan.row_format}, to {recipe.output}")
     Console().print(table, highlight=False)

@@ -1,7 +1,6 @@
-"""Arrow files under `datasets.config.HF_DATASETS_CACHE`, each named after all that it was made of.
+"""Arrow files under `datasets.config.HF_DATASETS_CACHE`, each named by a hash of its content and options.
 
-The name is a hash of content and options, never of a path or a time: what is found there cannot be stale. The
-folder may be deleted whenever nothing runs.
+Paths and times are not hashed, so that no file can be stale. The folder may be deleted whenever nothing runs.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from datasets.fingerprint import Hasher
 from potstill.data.files import atomic_path
 
 BATCH = 256  # rows read, tokenised and written at a time
-FORMAT = 1  # to be raised whenever the same input is kept in another form
+FORMAT = 1  # to be raised whenever the same input is encoded differently
 
 
-def cache_path(made_of: list[Any]) -> Path:
-    """The file for something made of these values; tokenizers are hashed by all that they hold."""
+def cache_path(inputs: list[Any]) -> Path:
+    """Name the file for what these values determine; tokenizers are hashed by all that they hold."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "potstill"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{Hasher.hash([FORMAT, *made_of])}.arrow"
+    return folder / f"{Hasher.hash([FORMAT, *inputs])}.arrow"
 
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write batches to an Arrow file, whole or not at all."""
+    """Write batches to an Arrow file atomically."""
     with (
         atomic_path(path) as partial,
         pa.OSFile(str(partial), "wb") as sink,

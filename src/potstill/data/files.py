@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever kills the process that writes them; and proof of their content."""
+"""Write files atomically, hash them, and explain a full disk."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from potstill.errors import PotstillError, RunError
 
 @contextmanager
 def explain_disk_full(folder: Path, needed: int) -> Iterator[None]:
-    """What fails while a folder is written to, on a disk that has no room for so many bytes, failed for that.
+    """Raise a RunError for any failure in writing to a folder whose disk has less than `needed` bytes free.
 
     Raises:
-        RunError: it did. torch itself says "unexpected pos 1659136 vs 1659028" then.
+        RunError: the disk is full. torch's own message is "unexpected pos 1659136 vs 1659028".
     """
     try:
         yield
@@ -33,7 +33,7 @@ def explain_disk_full(folder: Path, needed: int) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` when all went well, and is gone when not."""
+    """Give a temporary path that becomes `path` on success and is removed on failure."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial
@@ -49,7 +49,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, or of the names and content of all files in a folder."""
+    """Compute the sha256 of a file, or of the names and content of all files in a folder."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         parts = "\n".join(f"{file.relative_to(path).as_posix()} {digest(file)}" for file in files)

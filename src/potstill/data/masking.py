@@ -1,4 +1,4 @@
-"""Masks for masked language models: drawn anew in every epoch, and the same again where a run is resumed."""
+"""Dynamic masking for masked language models, reproducible when a run is resumed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE
 from potstill.models.loading import vocabulary_size
 
-SHARE = 0.15
+MASKED_SHARE = 0.15  # of the tokens, as in BERT
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stays as it is
 
 
 class MaskedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows whose tokens are masked as BERT's were.
+    """Mask the tokens of rows as BERT did.
 
-    Of the tokens of a row whose label is not -100 a share is chosen, at least one. 80% of them become the mask, 10%
-    some token, 10% stay; the label of all others is -100. What is chosen depends on seed, epoch and the row's number
-    alone: not on the order, the batch, the worker or what was drawn before.
+    Of the tokens of a row whose label is not -100 a share is chosen, at least one. 80% of them become the mask, 10% a
+    random token, 10% stay; the label of all others is -100. The choice depends on seed, epoch and the row's number
+    alone, not on the order, the batch, the worker or earlier draws.
 
     Args:
         rows: [i] is {"input_ids": [T], "labels": [T], ...}, as `encode` gives them for the task masked.
@@ -39,7 +39,9 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Any]]):
         masks that change.
     """
 
-    def __init__(self, rows: Any, tokenizer: PreTrainedTokenizerBase, *, share: float = SHARE, seed: int = 0) -> None:
+    def __init__(
+        self, rows: Any, tokenizer: PreTrainedTokenizerBase, *, share: float = MASKED_SHARE, seed: int = 0
+    ) -> None:
         if tokenizer.mask_token_id is None:
             raise DataError(
                 "data: expected a tokenizer with a mask token for the task masked, got one without. "
@@ -51,7 +53,7 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Any]]):
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it too
 
     def set_epoch(self, epoch: int) -> None:
-        """From now on the masks are those of that epoch."""
+        """Use the masks of an epoch."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -67,18 +69,18 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _masked(self, ids: Sequence[int], labels: Sequence[int], seed: list[int]) -> tuple[list[int], list[int]]:
         generator = np.random.default_rng(seed)
-        given, wanted = np.array(ids), np.array(labels)
-        free = np.flatnonzero(wanted != IGNORE)
+        masked_ids, all_labels = np.array(ids), np.array(labels)
+        free = np.flatnonzero(all_labels != IGNORE)
         chosen = generator.permutation(free)[: max(1, round(self.share * len(free)))]
-        fate = generator.random(len(chosen))
-        given[chosen[fate < MASKED]] = self.mask_token_id
-        strays = chosen[(fate >= MASKED) & (fate < MASKED + RANDOM)]
-        given[strays] = generator.integers(self.vocabulary, size=len(strays))
-        said = np.full_like(wanted, IGNORE)
-        said[chosen] = wanted[chosen]
-        return given.tolist(), said.tolist()
+        draw = generator.random(len(chosen))
+        masked_ids[chosen[draw < MASKED]] = self.mask_token_id
+        randomized = chosen[(draw >= MASKED) & (draw < MASKED + RANDOM)]
+        masked_ids[randomized] = generator.integers(self.vocabulary, size=len(randomized))
+        masked_labels = np.full_like(all_labels, IGNORE)
+        masked_labels[chosen] = all_labels[chosen]
+        return masked_ids.tolist(), masked_labels.tolist()
 
     def fixed(self) -> Dataset:
-        """The rows with the masks of now, for good: what is held out is the same at every evaluation."""
+        """Return the rows with the current masks, so that held-out rows are the same at every evaluation."""
         rows = list(self)
         return Dataset.from_dict({name: [row[name] for row in rows] for name in ("input_ids", "labels")})

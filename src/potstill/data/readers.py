@@ -1,4 +1,4 @@
-"""What a file holds: its columns, and their values in batches.
+"""Read the columns of a data file in batches of Python values.
 
 JSON is parsed here and not by `datasets.load_dataset`, whose reader infers types: a column of dates would become
 timestamps, and a number among texts a text.
@@ -20,20 +20,28 @@ from datasets import Dataset
 from pyarrow import csv, parquet
 
 from potstill.data.disk_cache import BATCH
-from potstill.errors import DataError
+from potstill.errors import DataError, one_line
+
+Columns = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a file, and a way to read some of them in batches of Python values.
+    """The columns of a file.
 
     Args:
         columns: their names.
-        read: from some of these names to batches; a row that lacks one has None there.
+        read: yields batches of some of these columns; a row without a column has None there.
     """
 
     columns: list[str]
-    read: Callable[[list[str]], Iterator[dict[str, list[Any]]]]
+    read: Callable[[list[str]], Iterator[Columns]]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Each row with all columns."""
+        for batch in self.read(self.columns):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
 
 
 def open_table(path: Path) -> Table:
@@ -43,7 +51,7 @@ def open_table(path: Path) -> Table:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever a broken file raises while it is read, as one line."""
+    """Raise a DataError of one line for whatever a broken file raises while it is read."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -54,13 +62,8 @@ def reading(path: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"data: expected {path.name} to be readable as {path.suffix or 'a saved dataset'}, got "
-            f"{one_line(error)!r}. Write the file again."
+            f"{one_line(error, 200)!r}. Write the file again."
         ) from None
-
-
-def one_line(error: Exception) -> str:
-    """The beginning of someone else's message, without its line breaks."""
-    return " ".join(str(error).split())[:200]
 
 
 def empty(path: Path) -> DataError:
@@ -68,8 +71,8 @@ def empty(path: Path) -> DataError:
     return DataError(f"data: expected at least one row in {path.name}, got none. Give a file with data.")
 
 
-def said(value: Any) -> str:
-    """What a value is, in the words of JSON."""
+def describe_value(value: Any) -> str:
+    """Describe a value in JSON's terms, for an error."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
@@ -83,12 +86,42 @@ def said(value: Any) -> str:
     return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
+def is_json_lines(path: Path) -> bool:
+    """Whether a file has a JSON value in each line, and not one list of all."""
+    if path.suffix.lower() not in (".jsonl", ".json") or path.is_dir():
+        return False
+    with path.open("rb") as file:
+        first = next((line for line in (raw.removeprefix(b"\xef\xbb\xbf").strip() for raw in file) if line), b"")
+    return not first.startswith(b"[")
+
+
+def numbered_json(path: Path) -> Iterator[tuple[int, Any]]:
+    """Parse JSON Lines, or a file with one list: each value with its line, or its place in the list, from 1.
+
+    A line that cannot be parsed, an empty one too, yields the ValueError that it raised in place of a value.
+    """
+    if is_json_lines(path):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, _parse_json(line, "utf-8-sig" if number == 1 else "utf-8")
+        return
+    values = _parse_json(path.read_bytes(), "utf-8-sig")
+    yield from enumerate(values if isinstance(values, list) else [values], 1)
+
+
+def _parse_json(text: bytes, encoding: str) -> Any:
+    try:
+        return json.loads(text.decode(encoding).rstrip())
+    except ValueError as error:
+        return error
+
+
 def _open_json(path: Path) -> Table:
     first = next(_json_rows(path), None)
     if first is None:
         raise empty(path)
 
-    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+    def read(names: list[str]) -> Iterator[Columns]:
         rows = _json_rows(path)
         while chunk := list(islice(rows, BATCH)):
             yield {name: [row.get(name) for row in chunk] for name in names}
@@ -97,36 +130,25 @@ def _open_json(path: Path) -> Table:
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that has one a line, or one list of them."""
-    for number, row in enumerate(_json_values(path), 1):
-        if not isinstance(row, dict):
+    """The objects of a file, without its empty lines."""
+    row = 0
+    for line, value in numbered_json(path):
+        if isinstance(value, UnicodeDecodeError):
+            raise value
+        if isinstance(value, json.JSONDecodeError):
+            if not value.doc:
+                continue
             raise DataError(
-                f"data: expected a JSON object in row {number} of {path.name}, got {said(row)}. "
+                f"data: expected JSON in {path.name}, got {value.msg!r} in line {line + value.lineno - 1}, "
+                f"column {value.colno}. Write one whole object a line, or one list of objects."
+            ) from None
+        row += 1
+        if not isinstance(value, dict):
+            raise DataError(
+                f"data: expected a JSON object in row {row} of {path.name}, got {describe_value(value)}. "
                 'Write each row as {"text": "..."}.'
             )
-        yield row
-
-
-def _json_values(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        opening = next((line.lstrip()[0] for line in file if line.strip()), "")
-        file.seek(0)
-        if opening == "[":
-            yield from _parse_json(file.read(), 1, path)
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _parse_json(line.rstrip(), number, path)
-
-
-def _parse_json(text: str, line: int, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"data: expected JSON in {path.name}, got {error.msg!r} in line {line + error.lineno - 1}, "
-            f"column {error.colno}. Write one whole object a line, or one list of objects."
-        ) from None
+        yield value
 
 
 def _open_csv(path: Path) -> Table:
@@ -138,7 +160,7 @@ def _open_csv(path: Path) -> Table:
             convert_options=convert,
         )
 
-    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+    def read(names: list[str]) -> Iterator[Columns]:
         # Everything is text: a cell that says NA or 12 means just that.
         types = dict.fromkeys(names, pa.large_string())
         with batches(csv.ConvertOptions(include_columns=names, column_types=types)) as opened:
@@ -151,7 +173,7 @@ def _open_csv(path: Path) -> Table:
 
 
 def _open_parquet(path: Path) -> Table:
-    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+    def read(names: list[str]) -> Iterator[Columns]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=BATCH, columns=names):
                 yield _without_filled_keys(batch.to_pydict())
@@ -161,7 +183,7 @@ def _open_parquet(path: Path) -> Table:
 
 
 def _open_text(path: Path) -> Table:
-    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+    def read(names: list[str]) -> Iterator[Columns]:
         text = path.read_text(encoding="utf-8-sig")
         yield {name: [text] for name in names}
 
@@ -182,7 +204,7 @@ def _open_saved(path: Path) -> Table:
     with _no_progress_bars():
         dataset = Dataset.load_from_disk(str(path)).with_format(None)
 
-    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+    def read(names: list[str]) -> Iterator[Columns]:
         for batch in dataset.select_columns(names).iter(BATCH):
             yield _without_filled_keys(batch)
 
@@ -201,15 +223,15 @@ def _no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _without_filled_keys(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns without the nulls that Arrow puts in an object for keys that only other objects have."""
+def _without_filled_keys(columns: Columns) -> Columns:
+    """Remove the nulls that Arrow puts in an object for keys that only other objects have."""
     return {
-        name: [_without_nulls(value) if _is_objects(value) else value for value in values]
+        name: [_without_nulls(value) if _is_list_of_objects(value) else value for value in values]
         for name, values in columns.items()
     }
 
 
-def _is_objects(value: Any) -> bool:
+def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 

@@ -1,4 +1,4 @@
-"""Do teacher and student speak of the same tokens?"""
+"""Check that teacher and student have one vocabulary."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from potstill.models.loading import vocabulary_size
 def shared_vocabulary(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, rows: Mapping[str, int]
 ) -> int:
-    """The number of tokens that teacher and student share, after checking that the token -> id maps are one.
+    """Check that the token -> id maps are equal, and return the size of the vocabulary.
 
     Heads may have more rows than there are tokens (padding): they are sliced to this size.
 
     Args:
         teacher: the teacher's tokenizer.
         student: the student's.
-        rows: name -> rows of the head, of each model that is here.
+        rows: rows of each model's head, by the name of the model in errors.
 
     Returns:
         The highest token id + 1.
@@ -30,45 +30,45 @@ def shared_vocabulary(
     Raises:
         VocabularyError: the maps differ (an equal size is not an equal vocabulary), or a head is too small.
     """
-    of_teacher, of_student = teacher.get_vocab(), student.get_vocab()
-    if of_teacher != of_student:
+    teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
+    if teacher_ids != student_ids:
         raise VocabularyError(
             "vocabulary: expected one token -> id map for teacher and student, got two: "
-            f"{_difference(of_teacher, of_student)}. Per-token divergence needs one vocabulary. Give the student "
+            f"{_difference(teacher_ids, student_ids)}. Per-token divergence needs one vocabulary. Give the student "
             "the teacher's tokenizer, or use the cross-tokenizer terms chunks or mapped_logits of a recipe in place of "
             "logits."
         )
-    return own_vocabulary(student, rows)
+    return checked_vocabulary(student, rows)
 
 
-def own_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, int]) -> int:
-    """The number of a tokenizer's tokens: the highest token id + 1.
+def checked_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, int]) -> int:
+    """Check that heads have a row for each token, and return the highest token id + 1.
 
     Args:
         tokenizer: of the models.
-        rows: name -> rows of the head, of each model that is here.
+        rows: rows of each model's head, by the name of the model in errors.
 
     Raises:
         VocabularyError: a head is too small.
     """
     size = vocabulary_size(tokenizer)
-    for name, there in rows.items():
-        if there < size:
+    for name, count in rows.items():
+        if count < size:
             raise VocabularyError(
-                f"vocabulary: expected a {name} head with a row for each of {size} tokens, got {there}. "
+                f"vocabulary: expected a {name} head with a row for each of {size} tokens, got {count}. "
                 f"Resize the {name} with resize_token_embeddings({size}), or use the tokenizer it was trained with."
             )
     return size
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over the token -> id map and the chat template."""
-    known = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    """Compute the sha256 of the token -> id map and the chat template."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _difference(teacher: dict[str, int], student: dict[str, int]) -> str:
-    """What differs, in a few words."""
+    """Describe what differs."""
     only_teacher = [token for token in teacher if token not in student]
     only_student = [token for token in student if token not in teacher]
     moved = [token for token in teacher if token in student and teacher[token] != student[token]]

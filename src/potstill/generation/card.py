@@ -1,10 +1,10 @@
-"""The files of generated data: rows, dropped rows, and a card that says what they are."""
+"""Write the files of generated data: rows, dropped rows, and a data card."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from potstill.data.files import atomic_path, write_text
-from potstill.generation.requests import Bad
+from potstill.errors import one_line
+from potstill.generation.requests import UnusableRow
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows as JSON Lines or Parquet, by the suffix; no rows give an empty file.
 
-    In Parquet what has keys of its own in each row (messages, tools) is JSON text, because a column has one type there.
+    In Parquet, columns whose objects have different keys in each row (messages, tools) are JSON text.
     """
     if path.suffix == ".jsonl":
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -38,7 +39,7 @@ def _column(name: str, values: list[Any]) -> pa.Array:
 
 
 def _encodable(value: Any) -> Any:
-    """Without halves of surrogate pairs, which no file of text can hold."""
+    """Replace halves of surrogate pairs, which no file of text can hold."""
     return value.encode("utf-8", errors="replace").decode() if isinstance(value, str) else value
 
 
@@ -50,28 +51,26 @@ def write_card(
     counts: dict[str, int],
     dropped: Sequence[tuple[str, str, str]],
     lengths: Sequence[int],
-    bad: Sequence[Bad],
+    bad: Sequence[UnusableRow],
 ) -> None:
-    """Write the data card.
+    """Write the data card. It has no YAML header, so that `datasets.load_dataset` finds the files by their names.
 
     Args:
         path: README.md.
         name: of the data.
-        facts: what it was made with.
-        counts: how many there were at each stage, from asks to rows.
-        dropped: for each dropped text the filter, the reason and the text.
-        lengths: characters of each row's completion.
+        facts: teacher, task, sampling and so on.
+        counts: how many there were at each stage, from requests to rows.
+        dropped: the filter, the reason and the text of each dropped text.
+        lengths: characters of each completion.
         bad: rows of the source that could not be used.
     """
-    lines = [f"# {_cell(name)}", ""]
-    lines += ["Written by a teacher model, for a student to learn from.", "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {_cell(value)} |" for key, value in facts.items()]
-    lines += ["", "## Counts", "", "| | |", "|---|---|", *(f"| {key} | {count:,} |" for key, count in counts.items())]
-    lines += ["", "## Dropped", "", *_dropped(dropped)]
-    lines += ["", "## Lengths", "", *_histogram(lengths)]
+    lines = [f"# {_escape(name)}", "", "Written by a teacher model, for a student to learn from.", ""]
+    lines += [*_table(("", ""), facts.items()), ""]
+    lines += ["## Counts", "", *_table(("", ""), ((key, f"{count:,}") for key, count in counts.items())), ""]
+    lines += ["## Dropped", "", *_dropped(dropped), "", "## Lengths", "", *_histogram(lengths)]
     if bad:
         lines += ["", "## Rows of the source that could not be used", ""]
-        lines += [f"- {one.number}: {_cell(one.reason)}" for one in bad[:100]]
+        lines += [f"- {row.number}: {_escape(row.reason)}" for row in bad[:100]]
         lines += [f"- and {len(bad) - 100:,} more"] if len(bad) > 100 else []
     write_text(path, "\n".join(lines) + "\n")
 
@@ -80,30 +79,33 @@ def _dropped(dropped: Sequence[tuple[str, str, str]]) -> list[str]:
     if not dropped:
         return ["Nothing."]
     counts = Counter(name for name, _, _ in dropped)
-    lines = ["They are in the file `dropped`, with the reason. An example of each:", ""]
-    lines += ["| filter | texts | such as | why |", "|---|---|---|---|"]
+    rows = []
     for name, count in counts.most_common():
-        _, reason, text = next(one for one in dropped if one[0] == name)
-        lines.append(f"| {name} | {count:,} | {_cell(text[:80])} | {_cell(reason)} |")
-    return lines
+        _, reason, text = next(example for example in dropped if example[0] == name)
+        rows.append((name, f"{count:,}", text[:80], reason))
+    lines = ["They are in the file `dropped`, with the reason. An example of each:", ""]
+    return [*lines, *_table(("filter", "texts", "such as", "why"), rows)]
 
 
 def _histogram(lengths: Sequence[int]) -> list[str]:
-    """How many rows have how many characters, in powers of two."""
+    """Count rows by their number of characters, in powers of two."""
     if not lengths:
         return ["No rows."]
     counts = Counter(max(length, 1).bit_length() for length in lengths)
     most = max(counts.values())
-    lines = ["| characters | rows | |", "|---|---|---|"]
-    for bits in range(min(counts), max(counts) + 1):
-        bar = "█" * round(30 * counts[bits] / most)
-        lines.append(f"| {2 ** (bits - 1):,} to {2**bits - 1:,} | {counts[bits]:,} | {bar} |")
-    return lines
+    rows = (
+        (f"{2 ** (bits - 1):,} to {2**bits - 1:,}", f"{counts[bits]:,}", "█" * round(30 * counts[bits] / most))
+        for bits in range(min(counts), max(counts) + 1)
+    )
+    return _table(("characters", "rows", ""), rows)
 
 
-def _cell(text: str) -> str:
-    """On one line of a table, and never as HTML or Markdown."""
-    line = " ".join(str(text).split())
-    for sign in "\\`*_[]<>|#":
-        line = line.replace(sign, {"<": "&lt;", ">": "&gt;"}.get(sign, f"\\{sign}"))
-    return line
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return lines + [f"| {' | '.join(_escape(cell) for cell in row)} |" for row in rows]
+
+
+def _escape(text: str) -> str:
+    """Put a text on one line, without HTML or Markdown."""
+    entities = {"<": "&lt;", ">": "&gt;"}
+    return "".join(entities.get(sign, f"\\{sign}" if sign in "\\`*_[]|#" else sign) for sign in one_line(text))

@@ -1,4 +1,4 @@
-"""The teacher writes; what it wrote goes to a journal, so that nothing is asked twice whatever kills the process."""
+"""Complete requests batch by batch, with a journal on disk: a run that was killed goes on without repeating a batch."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ from typing import IO, Any, NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from potstill.data.readers import one_line
 from potstill.engines.engine import Engine, Prompt
 from potstill.engines.sampling import Completion, Sampling
-from potstill.errors import DataError
+from potstill.errors import DataError, one_line
 from potstill.generation.requests import GenerationRequest
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What the teacher wrote for one ask, and the seed of the batch that it was written in."""
+class RequestCompletions:
+    """The teacher's texts for one request, and the seed of the batch that they were sampled in."""
 
     texts: list[Completion]
     seed: int
 
 
-def render(ask: GenerationRequest, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
-    """The prompt for an ask: by the chat template, as token ids; or, without one, the text itself.
+def render(request: GenerationRequest, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
+    """Render a request by the chat template, as token ids; without a template, as plain text.
 
     Raises:
-        DataError: there is no chat template and the ask is a conversation or has tools, or the template refuses it.
+        DataError: there is no chat template and the request is a conversation or has tools, or the template fails.
     """
-    tools = ask.source.get("tools") if ask.task == "responses" else None
+    tools = request.source.get("tools") if request.task == "responses" else None
+    content = request.messages[0]["content"]
     if tokenizer is None or tokenizer.chat_template is None:
-        if len(ask.messages) > 1 or tools or not isinstance(ask.messages[0]["content"], str):
+        if len(request.messages) > 1 or tools or not isinstance(content, str):
             raise DataError(
-                f"generate: expected a teacher with a chat template for the conversation in row {ask.number}, got "
-                "none. Set tokenizer.chat_template, or ask plain prompts."
+                f"generate: expected a teacher with a chat template for the conversation in row {request.number}, got "
+                "none. Set tokenizer.chat_template, or use plain prompts."
             )
-        return str(ask.messages[0]["content"])
+        return content
     try:
         text = tokenizer.apply_chat_template(
-            ask.messages,
+            request.messages,
             tools=json.loads(tools) if isinstance(tools, str) else tools,
             tokenize=False,
             add_generation_prompt=True,
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
         raise DataError(
-            f"generate: expected messages that the teacher's chat template takes, got {one_line(error)!r} in row "
-            f"{ask.number}. Correct the row, or use another chat template."
+            f"generate: expected messages that the teacher's chat template takes, got {one_line(error, 200)!r} in row "
+            f"{request.number}. Correct the row, or use another chat template."
         ) from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-class Batch(NamedTuple):
-    """Prompts that are answered at once.
+class PromptBatch(NamedTuple):
+    """Prompts that are completed together.
 
     Args:
-        start: the place of the first among all.
+        start: index of the first among all prompts.
         prompts: as the engine takes them.
         seed: of the batch.
     """
@@ -73,73 +73,72 @@ class Batch(NamedTuple):
     seed: int
 
 
-Answer = Callable[[Sequence[Batch]], Iterable[tuple[Batch, list[list[Completion]]]]]  # each batch once, in any order
+# Completes each batch once, in any order.
+BatchCompleter = Callable[[Sequence[PromptBatch]], Iterable[tuple[PromptBatch, list[list[Completion]]]]]
 
 
-def in_turn(engine: Engine, sampling: Sampling) -> Answer:
-    """An engine that is asked batch after batch."""
+def complete_in_order(engine: Engine, sampling: Sampling) -> BatchCompleter:
+    """Complete batches one after the other with an engine."""
 
-    def answer(batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[list[Completion]]]]:
+    def complete(batches: Iterable[PromptBatch]) -> Iterator[tuple[PromptBatch, list[list[Completion]]]]:
         for batch in batches:
             yield batch, engine.complete(batch.prompts, replace(sampling, seed=batch.seed))
 
-    return answer
+    return complete
 
 
-def write(
-    asks: Sequence[GenerationRequest],
+def complete_requests(
     prompts: Sequence[Prompt],
-    answer: Answer,
+    complete: BatchCompleter,
     seed: int,
     journal: Path,
     *,
     batch_size: int,
-    made_of: Any,
+    settings: Any,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[Answered]:
-    """Have every ask answered, and give the answers in order.
+) -> list[RequestCompletions]:
+    """Complete every prompt, and return the completions in order.
 
-    The journal is a file of JSON lines: one that says what it is made of, then one for each ask, in the order in which
-    they are answered. A batch is appended and synced when it is whole; a line that a kill cut in two is removed. The
-    seed of a batch is made of the recipe's and of its place, so that a run that was killed, or that many processes
-    share, writes what it would have written.
+    The journal is a file of JSON lines: a hash of all that decides the texts, then a line for each prompt, in the order
+    of completion. A batch is appended and synced as a whole; a line that a kill cut in two is removed. The seed of a
+    batch depends on `seed` and the batch's place alone, so that a run that was killed, or that many processes share,
+    writes what it would have written.
 
     Args:
-        asks: what is asked.
-        prompts: the same, as the engine takes it.
-        answer: what answers batches, such as `in_turn(engine, sampling)`.
+        prompts: as the engine takes them.
+        complete: such as `complete_in_order(engine, sampling)`.
         seed: of the whole run.
-        journal: the file; what is in it is not asked again.
-        batch_size: asks at a time.
-        made_of: whatever decides the texts, as JSON; a journal that was made of something else is an error.
-        progress: is told how many asks are answered.
+        journal: the file; what is in it is not completed again.
+        batch_size: prompts in a batch.
+        settings: all that decides the texts beside the prompts, as JSON.
+        progress: called with the number of completed prompts.
 
     Raises:
-        DataError: the journal belongs to another recipe, or another process is writing it.
+        DataError: the journal was written with other settings, or another process is writing it.
     """
-    head = {"made_of": hashlib.sha256(json.dumps([made_of, list(prompts)]).encode()).hexdigest()}
+    head = {"made_of": hashlib.sha256(json.dumps([settings, list(prompts)]).encode()).hexdigest()}
     with _locked(journal) as file:
-        answered = _read(file, head, journal)
-        progress(len(answered))
+        done = _read(file, head, journal)
+        progress(len(done))
         missing = [
-            Batch(start, list(prompts[start : start + batch_size]), _seed(seed, start))
-            for start in range(0, len(asks), batch_size)
-            if not answered.keys() >= {*range(start, min(start + batch_size, len(asks)))}
+            PromptBatch(start, list(prompts[start : start + batch_size]), _batch_seed(seed, start))
+            for start in range(0, len(prompts), batch_size)
+            if not done.keys() >= {*range(start, min(start + batch_size, len(prompts)))}
         ]
-        for batch, texts in answer(missing):
-            fresh = {i: Answered(said, batch.seed) for i, said in enumerate(texts, batch.start) if i not in answered}
+        for batch, completions in complete(missing):
+            new = {i: RequestCompletions(texts, batch.seed) for i, texts in enumerate(completions, batch.start)}
+            new = {i: texts for i, texts in new.items() if i not in done}
             lines = [
-                {"ask": place, "seed": one.seed, "texts": [[text.text, text.ended] for text in one.texts]}
-                for place, one in fresh.items()
+                {"ask": i, "seed": batch.seed, "texts": [[text.text, text.ended] for text in one.texts]}
+                for i, one in new.items()
             ]
             _append(file, lines)
-            answered |= fresh
-            progress(len(answered))
-    return [answered[place] for place in range(len(asks))]
+            done |= new
+            progress(len(done))
+    return [done[i] for i in range(len(prompts))]
 
 
-def _seed(seed: int, start: int) -> int:
-    """The seed of a batch, of that of the run and of its place."""
+def _batch_seed(seed: int, start: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {start}".encode()).digest()[:4])
 
 
@@ -155,7 +154,7 @@ def _locked(journal: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _read(file: IO[bytes], head: dict[str, str], journal: Path) -> dict[int, Answered]:
+def _read(file: IO[bytes], head: dict[str, str], journal: Path) -> dict[int, RequestCompletions]:
     file.seek(0)
     content = file.read()
     whole = content[: content.rfind(b"\n") + 1]  # what follows was cut in two
@@ -173,11 +172,14 @@ def _read(file: IO[bytes], head: dict[str, str], journal: Path) -> dict[int, Ans
     file.truncate(len(whole))
     if not lines:
         _append(file, [head])
-    return {line["ask"]: Answered([Completion(*text) for text in line["texts"]], line["seed"]) for line in lines[1:]}
+    return {
+        line["ask"]: RequestCompletions([Completion(*text) for text in line["texts"]], line["seed"])
+        for line in lines[1:]
+    }
 
 
 def _append(file: IO[bytes], lines: Sequence[dict[str, Any]]) -> None:
-    # ASCII: half a surrogate pair, which a model may write, is kept as its escape.
+    # ASCII: half a surrogate pair, which a model may write, is stored as its escape.
     file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     file.flush()
     os.fsync(file.fileno())

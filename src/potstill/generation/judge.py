@@ -1,4 +1,4 @@
-"""From what a teacher wrote to rows: answers found, programs run, answers compared, and a verdict on each."""
+"""From generated texts to rows: parse answers, run programs, compare answers, and give a verdict on each text."""
 
 from __future__ import annotations
 
@@ -8,37 +8,39 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
+from potstill.data.token_weights import Span
 from potstill.engines.sampling import Completion
-from potstill.generation.journal import Answered
-from potstill.generation.reasoning import Span, parse
+from potstill.generation.journal import RequestCompletions
+from potstill.generation.reasoning import parse
 from potstill.generation.requests import GenerationRequest
-from potstill.generation.sandbox import Limits, require_sandbox, run_program
+from potstill.generation.sandbox import ProgramLimits, require_sandbox, run_program
+from potstill.generation.tasks import Choice, Target, TaskWeights
 from potstill.generation.verify import same_answer, vote
 
-Choice = Literal["all", "majority", "verified"]
-Target = Literal["chain", "answer", "both"]
-Form = Literal["completion", "messages"]
+RowFormat = Literal["completion", "messages"]
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One text, read.
+class GeneratedText:
+    """One text of the teacher, parsed and judged.
 
     Args:
-        ask: what was asked.
-        sample: its place among the texts for that.
+        request: what it completes.
+        sample: its index among the texts of that request.
         seed: of the batch.
         completion: the text without the space around it (before it, only where a chat template puts its own).
-        ended: it was not cut.
+        ended: False where max_new_tokens cut it off.
         reasoning_span: the chain or the program, in characters of the completion; None where there is neither.
-        answer_span: the answer, where the completion says it.
-        answer: what it says, or what its program printed.
-        trouble: why there is no answer, where there should be one.
+        answer_span: the answer, where it stands in the completion.
+        answer: as written, or what its program printed.
+        problem: why a chain or a program has no answer.
+        verdict: right or wrong, where the answer is known; else majority or minority, where texts vote; else unchecked.
+        dropped: the name of what dropped it, and the reason; None where it may become a row.
     """
 
-    ask: GenerationRequest
+    request: GenerationRequest
     sample: int
     seed: int
     completion: str
@@ -46,86 +48,74 @@ class Candidate:
     reasoning_span: Span | None = None
     answer_span: Span | None = None
     answer: str | None = None
-    trouble: str | None = None
+    problem: str | None = None
+    verdict: str = "unchecked"
+    dropped: tuple[str, str] | None = None
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A candidate and what is thought of it.
-
-    Args:
-        candidate: the text.
-        verdict: right or wrong, where the answer is known; else majority or minority, where a vote was asked for; else
-            unchecked.
-        dropped: what dropped it and why, or None.
-    """
-
-    candidate: Candidate
-    verdict: str
-    dropped: tuple[str, str] | None
-
-
-def read_candidates(
-    asks: Sequence[GenerationRequest], answered: Sequence[Answered], form: Form, limits: Limits
-) -> list[Candidate]:
-    """Every text read: chains parsed, programs run. In the order of the asks.
+def parse_texts(
+    requests: Sequence[GenerationRequest],
+    completions: Sequence[RequestCompletions],
+    row_format: RowFormat,
+    limits: ProgramLimits,
+) -> list[GeneratedText]:
+    """Parse chains and run programs, in the order of the requests.
 
     Raises:
         DataError: there are programs and no sandbox.
     """
-    if any(ask.task == "program_of_thought" for ask in asks):
+    if any(request.task == "program_of_thought" for request in requests):
         require_sandbox()
 
-    def read(work: tuple[GenerationRequest, int, Completion, int]) -> Candidate:
-        ask, sample, one, seed = work
-        text = one.text.strip() if form == "messages" else one.text.rstrip()
-        return _READERS[ask.task](Candidate(ask, sample, seed, text, one.ended), limits)
+    def read(work: tuple[GenerationRequest, int, Completion, int]) -> GeneratedText:
+        request, sample, text, seed = work
+        completion = text.text.strip() if row_format == "messages" else text.text.rstrip()
+        return _PARSERS[request.task](GeneratedText(request, sample, seed, completion, text.ended), limits)
 
     work = [
-        (ask, sample, text, one.seed)
-        for ask, one in zip(asks, answered, strict=True)
-        for sample, text in enumerate(one.texts)
+        (request, sample, text, completed.seed)
+        for request, completed in zip(requests, completions, strict=True)
+        for sample, text in enumerate(completed.texts)
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a program waits in its own process
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each program runs in its own process
         return list(pool.map(read, work))
 
 
-def _chain(candidate: Candidate, limits: Limits) -> Candidate:
-    found = parse(candidate.completion)
-    trouble = "no answer" if found.answer is None else None
+def _chain(text: GeneratedText, limits: ProgramLimits) -> GeneratedText:
+    solution = parse(text.completion)
     return replace(
-        candidate,
-        reasoning_span=found.reasoning_span,
-        answer_span=found.answer_span,
-        answer=found.answer,
-        trouble=trouble,
+        text,
+        reasoning_span=solution.reasoning_span,
+        answer_span=solution.answer_span,
+        answer=solution.answer,
+        problem="no answer" if solution.answer is None else None,
     )
 
 
-def _program(candidate: Candidate, limits: Limits) -> Candidate:
-    span = code_span(candidate.completion)
-    candidate = replace(candidate, reasoning_span=span)
-    if not candidate.ended:  # half a program is not run
-        return replace(candidate, trouble="not run, because it was cut")
-    outcome = run_program(candidate.completion[slice(*span)], limits)
+def _program(text: GeneratedText, limits: ProgramLimits) -> GeneratedText:
+    span = code_span(text.completion)
+    text = replace(text, reasoning_span=span)
+    if not text.ended:  # half a program is not run
+        return replace(text, problem="not run, because it was cut")
+    outcome = run_program(text.completion[slice(*span)], limits)
     printed = outcome.output.strip().splitlines()
     if outcome.ending != "done":
-        said = (outcome.errors.strip().splitlines() or [""])[-1]
-        return replace(candidate, trouble=f"program: {outcome.ending}{f' ({said[:200]})' if said else ''}")
+        last_line = (outcome.errors.strip().splitlines() or [""])[-1]
+        return replace(text, problem=f"program: {outcome.ending}{f' ({last_line[:200]})' if last_line else ''}")
     if not printed:
-        return replace(candidate, trouble="program: printed nothing")
-    return replace(candidate, answer=printed[-1].strip())
+        return replace(text, problem="program: printed nothing")
+    return replace(text, answer=printed[-1].strip())
 
 
-def _plain(candidate: Candidate, limits: Limits) -> Candidate:
-    return candidate
+def _unparsed(text: GeneratedText, limits: ProgramLimits) -> GeneratedText:
+    return text
 
 
-_READERS: dict[str, Callable[[Candidate, Limits], Candidate]] = {
+_PARSERS: dict[str, Callable[[GeneratedText, ProgramLimits], GeneratedText]] = {
     "chain_of_thought": _chain,
     "program_of_thought": _program,
-    "instructions": _plain,
-    "responses": _plain,
+    "instructions": _unparsed,
+    "responses": _unparsed,
 }
 _FENCE = re.compile(
     r"^[ \t]*```[ \t]*(?:python|py)?[ \t]*\n(?P<code>.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE
@@ -133,128 +123,114 @@ _FENCE = re.compile(
 
 
 def code_span(text: str) -> Span:
-    """Where the program stands: in the last block between fences, or everywhere, where there is none."""
+    """Find the program: the last fenced block, or the whole text where there is none."""
     blocks = [*_FENCE.finditer(text)]
     return blocks[-1].span("code") if blocks else (0, len(text))
 
 
-def judge(candidates: Iterable[Candidate], choose: Choice, *, drop_cut: bool) -> list[Judged]:
-    """A verdict for each candidate, in order.
+def judge(texts: Iterable[GeneratedText], choose: Choice, *, drop_cut: bool) -> list[GeneratedText]:
+    """Set verdict and `dropped` of each text; texts of one question stand together in the result.
 
     Args:
-        candidates: of one or more kinds; the answers to one question vote together.
-        choose: all with an answer, those that give the answer of most, or those that give the known answer.
-        drop_cut: whether a text that max_new_tokens cut is dropped.
+        texts: of one or more tasks; the answers to one question vote together.
+        choose: all with an answer, those with the majority's answer, or those with the known answer.
+        drop_cut: drop texts that max_new_tokens cut off.
 
     References:
         Majority: Wang et al. 2022, arXiv 2203.11171. Verified: Zelikman et al. 2022, arXiv 2203.14465.
     """
-    groups: dict[int, list[Candidate]] = defaultdict(list)
-    for candidate in candidates:
-        groups[candidate.ask.number].append(candidate)
-    judged = {id(one): verdict for group in groups.values() for one, verdict in _judge_group(group, choose, drop_cut)}
-    return [judged[id(one)] for group in groups.values() for one in group]
+    groups: dict[int, list[GeneratedText]] = defaultdict(list)
+    for text in texts:
+        groups[text.request.number].append(text)
+    return [text for group in groups.values() for text in _judge_group(group, choose, drop_cut)]
 
 
-def _judge_group(group: list[Candidate], choose: Choice, drop_cut: bool) -> list[tuple[Candidate, Judged]]:
-    most = vote([one.answer for one in group])
-    found = []
-    for one in group:
-        gold = one.ask.gold
-        right = same_answer(one.answer, gold)
-        common = same_answer(one.answer, most.answer)
+def _judge_group(group: list[GeneratedText], choose: Choice, drop_cut: bool) -> list[GeneratedText]:
+    majority = vote([text.answer for text in group])
+    judged = []
+    for text in group:
+        answer, gold = text.answer, text.request.gold
+        is_right, is_common = same_answer(answer, gold), same_answer(answer, majority.answer)
         verdict = "unchecked"
         if gold is not None:
-            verdict = "right" if right else "wrong"
+            verdict = "right" if is_right else "wrong"
         elif choose == "majority":
-            verdict = "majority" if common else "minority"
+            verdict = "majority" if is_common else "minority"
         dropped = None
-        if drop_cut and not one.ended:
+        if drop_cut and not text.ended:
             dropped = ("cut", "max_new_tokens came before the end")
-        elif one.trouble is not None:
-            dropped = ("answer", one.trouble)
-        elif choose == "majority" and one.answer is not None and not common:
-            dropped = ("answer", f"{one.answer!r}, where {most.share:.0%} say {most.answer!r}")
-        elif choose == "verified" and not right:
-            dropped = ("answer", f"{one.answer!r}, not {gold!r}")
-        found.append((one, Judged(one, verdict, dropped)))
-    return found
-
-
-# Rows
-
-
-class TaskWeights(TypedDict):
-    """How much a token counts in rows of each task of `both`."""
-
-    chain: float
-    answer: float
+        elif text.problem is not None:
+            dropped = ("answer", text.problem)
+        elif choose == "majority" and answer is not None and not is_common:
+            dropped = ("answer", f"{answer!r}, where {majority.share:.0%} say {majority.answer!r}")
+        elif choose == "verified" and not is_right:
+            dropped = ("answer", f"{answer!r}, not {gold!r}")
+        judged.append(replace(text, verdict=verdict, dropped=dropped))
+    return judged
 
 
 def rows_of(
-    judged: Judged, form: Form, target: Target, provenance: dict[str, Any], weights: TaskWeights | None = None
+    text: GeneratedText,
+    row_format: RowFormat,
+    target: Target,
+    provenance: dict[str, Any],
+    weights: TaskWeights | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows that a candidate becomes, ready for `potstill run`.
+    """Make the rows of a text, ready for `potstill run`.
 
-    - chain: the prompt as the teacher saw it, and what it wrote.
+    - chain: the prompt of the teacher, and its completion.
     - answer: the question alone, and the answer alone.
     - both: one row of each, two tasks that the prompt tells apart (Distilling Step-by-Step), with their `weight`.
 
     Conversations keep their messages and all columns of their row.
 
     Args:
-        judged: what it is.
-        form: prompt and completion, or messages.
-        target: for chains and programs; everything else is one row.
+        text: parsed and judged.
+        row_format: prompt and completion, or messages.
+        target: for chains and programs; any other text is one row.
         provenance: of the whole run.
-        weights: of the two tasks; default: 1 each.
+        weights: of the two tasks; 1 each by default.
 
     References:
         Hsieh et al. 2023, arXiv 2305.02301.
     """
-    one = judged.candidate
-    reasons = one.reasoning_span is not None
-    rows = [_whole(judged, form, provenance)] if not reasons or target != "answer" else []
-    if reasons and target != "chain" and one.answer is not None:
-        rows.append(_answer_alone(judged, form, provenance))
+    request, rows = text.request, []
+    if text.reasoning_span is None or target != "answer":
+        row = dict(request.source) if request.task in ("responses", "instructions") else {}
+        row |= _dialogue(request.messages, text.completion, row_format)
+        if text.reasoning_span is not None:
+            row |= _solution(text, text.reasoning_span, text.answer_span)
+        rows.append(row | {"provenance": _origin(text, request.task, provenance)})
+    if text.reasoning_span is not None and target != "chain" and text.answer is not None:
+        question, answer = f"{request.question}\nAnswer:", f" {text.answer}"
+        if row_format == "messages":
+            question, answer = str(request.question), text.answer
+        row = _dialogue([{"role": "user", "content": question}], answer, row_format)
+        row |= _solution(text, None, (len(answer) - len(answer.lstrip()), len(answer)))
+        rows.append(row | {"provenance": _origin(text, "answer", provenance)})
     if target == "both":
-        two = weights or TaskWeights(chain=1.0, answer=1.0)
-        rows = [row | {"weight": weight} for row, weight in zip(rows, (two["chain"], two["answer"]), strict=False)]
+        both = weights or TaskWeights(chain=1.0, answer=1.0)
+        rows = [row | {"weight": weight} for row, weight in zip(rows, (both.chain, both.answer), strict=False)]
     return rows
 
 
-def _whole(judged: Judged, form: Form, provenance: dict[str, Any]) -> dict[str, Any]:
-    one = judged.candidate
-    row = dict(one.ask.source) if one.ask.task in ("responses", "instructions") else {}
-    row |= _said(one.ask.messages, one.completion, form)
-    if one.reasoning_span is not None:
-        row |= {"question": one.ask.question, "answer": one.answer, "gold": one.ask.gold}
-        row |= {
-            "reasoning_span": list(one.reasoning_span),
-            "answer_span": list(one.answer_span) if one.answer_span else None,
-        }
-    return row | {"provenance": _origin(judged, one.ask.task, provenance)}
+def _dialogue(messages: list[dict[str, Any]], completion: str, row_format: RowFormat) -> dict[str, Any]:
+    if row_format == "messages":
+        return {"messages": [*messages, {"role": "assistant", "content": completion}]}
+    return {"prompt": messages[0]["content"], "completion": completion}
 
 
-def _answer_alone(judged: Judged, form: Form, provenance: dict[str, Any]) -> dict[str, Any]:
-    one = judged.candidate
-    asked, said = (
-        (one.ask.question, one.answer) if form == "messages" else (f"{one.ask.question}\nAnswer:", f" {one.answer}")
-    )
-    assert said is not None
-    row = _said([{"role": "user", "content": asked}], said, form)
-    row |= {"question": one.ask.question, "answer": one.answer, "gold": one.ask.gold}
-    row |= {"reasoning_span": None, "answer_span": [len(said) - len(said.lstrip()), len(said)]}
-    return row | {"provenance": _origin(judged, "answer", provenance)}
+def _solution(text: GeneratedText, reasoning_span: Span | None, answer_span: Span | None) -> dict[str, Any]:
+    return {
+        "question": text.request.question,
+        "answer": text.answer,
+        "gold": text.request.gold,
+        "reasoning_span": reasoning_span and list(reasoning_span),
+        "answer_span": answer_span and list(answer_span),
+    }
 
 
-def _said(asked: list[dict[str, Any]], completion: str, form: Form) -> dict[str, Any]:
-    if form == "messages":
-        return {"messages": [*asked, {"role": "assistant", "content": completion}]}
-    return {"prompt": asked[0]["content"], "completion": completion}
-
-
-def _origin(judged: Judged, task: str, provenance: dict[str, Any]) -> dict[str, Any]:
-    one = judged.candidate
-    place = {"row": one.ask.number, "sample": one.sample, "seed": one.seed, "template": one.ask.template}
-    return {"task": task, **place, "verdict": judged.verdict, **provenance}
+def _origin(text: GeneratedText, task: str, provenance: dict[str, Any]) -> dict[str, Any]:
+    request = text.request
+    place = {"row": request.number, "sample": text.sample, "seed": text.seed, "template": request.template}
+    return {"task": task, **place, "verdict": text.verdict, **provenance}

@@ -1,4 +1,4 @@
-"""Worked solutions: how they are asked for, and what is reasoning and what is the answer in what comes back."""
+"""Worked solutions: prompt templates, and a parser for reasoning, steps and answer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from potstill.data.token_weights import Span
 from potstill.errors import DataError, nearest
 
 TEMPLATES = {
@@ -30,7 +31,7 @@ TEMPLATES = {
 
 
 def template(name_or_text: str, known: dict[str, str] = TEMPLATES) -> str:
-    """The template of this name; or the text itself, where it has a place for the {question}.
+    """Find the template of this name; a text with {question} in it is a template itself.
 
     Raises:
         DataError: it is neither.
@@ -46,20 +47,17 @@ def template(name_or_text: str, known: dict[str, str] = TEMPLATES) -> str:
 
 
 def fill(text: str, question: str) -> str:
-    """The template with the question in its place; other braces stay, because questions and templates may hold code."""
+    """Put the question into a template; other braces stay, because questions and templates may hold code."""
     return text.replace("{question}", question)
-
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What is what in a worked solution.
+    """The parts of a worked solution.
 
     Args:
         text: all of it.
-        steps: the reasoning, cut into steps without their marks.
+        steps: the reasoning, split into steps without their marks.
         answer: without its mark, or None where the text names none. A number that merely comes last is no answer.
         reasoning_span: start and end of the reasoning in the text, in characters.
         answer_span: the same of the answer.
@@ -73,9 +71,9 @@ class Solution:
 
 
 def parse(text: str) -> Solution:
-    r"""Tell reasoning and answer apart.
+    r"""Split a worked solution into reasoning and answer.
 
-    The answer is what the last of these marks: GSM8K's "####", "\boxed{...}" with any braces in it, "Answer:",
+    The answer is what follows the last of these marks: GSM8K's "####", "\boxed{...}" with any braces in it, "Answer:",
     "the answer is". Without them, what the last sentence with "therefore", "thus", "hence", "finally" or
     "conclusion" at its beginning ends in. Steps begin at "Step 1:", numbers, bullets; else each line is one, and where
     there is one line, each sentence.
@@ -92,9 +90,9 @@ def parse(text: str) -> Solution:
     return Solution(text, tuple(_steps(text[slice(*reasoning)])), answer, reasoning, span)
 
 
-# The answer. Each function gives where its mark begins, and the span of the answer itself.
+# The answer. Each function gives the place where its mark begins, and the span of the answer itself.
 
-_Found = tuple[int, Span]
+_MarkedAnswer = tuple[int, Span]
 
 # Four hashes also open a heading of Markdown: what follows must look like a number or a formula, or be the last line.
 _HASHES = re.compile(r"####[ \t]*(?P<answer>[-−+$€£¥(\\.\d][^\n]*|\S[^\n]*(?=\s*\Z))")
@@ -117,18 +115,18 @@ _CONCLUSION = re.compile(
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
-def _marked(text: str) -> _Found | None:
-    """The last answer that is called one."""
+def _marked(text: str) -> _MarkedAnswer | None:
+    """The last answer that has a mark."""
     marks = [*_set_apart(text), *_named(text), *_boxed(text)]
     return max(marks, key=lambda found: found[1][0], default=None)
 
 
-def _set_apart(text: str) -> Iterator[_Found]:
+def _set_apart(text: str) -> Iterator[_MarkedAnswer]:
     for match in (*_HASHES.finditer(text), *_HEADING.finditer(text)):
         yield match.start(), _bare(text, *match.span("answer"))
 
 
-def _named(text: str) -> Iterator[_Found]:
+def _named(text: str) -> Iterator[_MarkedAnswer]:
     for match in _NAMED.finditer(text):
         start, end = match.span("answer")
         if not match["colon"]:  # a sentence: it ends where sentences do
@@ -138,7 +136,7 @@ def _named(text: str) -> Iterator[_Found]:
             yield match.start(), span
 
 
-def _boxed(text: str) -> Iterator[_Found]:
+def _boxed(text: str) -> Iterator[_MarkedAnswer]:
     for match in _BOXED.finditer(text):
         end = _closing_brace(text, match.end())
         if end is not None:
@@ -166,8 +164,8 @@ def _line_of_box(text: str, box: int) -> int:
     return len(before.rstrip("$ \\([")) if before.rstrip(" ").endswith(("$", "\\(", "\\[")) else box
 
 
-def _concluded(text: str) -> _Found | None:
-    """What the last sentence that concludes something ends in: its last number, or all that it says."""
+def _concluded(text: str) -> _MarkedAnswer | None:
+    """The last number of the last sentence with a word of conclusion, or else the whole sentence."""
     match = max(_CONCLUSION.finditer(text), key=lambda match: match.start(), default=None)
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""Programs that a model wrote are run in a sandbox, or not at all.
+"""Run programs that a model wrote in a sandbox, or not at all.
 
 Bubblewrap gives the program namespaces of its own (users, processes, network, IPC, host name, mounts): it sees the
 interpreter, the system's libraries and nothing else, all of it read-only; no /proc, no /sys, no /tmp, and of /dev null,
@@ -16,43 +16,42 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Annotated, Literal
 
-from potstill.errors import DataError
+from potstill.errors import DataError, one_line
+from potstill.losses.declared import Range, Record
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProgramLimits(Record):
     """What a program may use.
 
     Args:
-        cpu_seconds: of the processor.
-        wall_seconds: until it is killed, whatever it does; a fresh interpreter takes a twentieth of one.
-        memory_bytes: of address space.
-        output_bytes: that it may print, and again as many of errors.
+        cpu_seconds: processor time.
+        wall_seconds: time until it is killed; a fresh interpreter takes a twentieth of a second.
+        memory_mib: address space.
+        output_kib: what it may print, and again as much on stderr.
     """
 
-    cpu_seconds: int = 5
-    wall_seconds: float = 10.0
-    memory_bytes: int = 512 * 2**20
-    output_bytes: int = 64 * 2**10
+    cpu_seconds: Annotated[int, Range(ge=1)] = 5
+    wall_seconds: Annotated[float, Range(gt=0)] = 10.0
+    memory_mib: Annotated[int, Range(ge=64)] = 512
+    output_kib: Annotated[int, Range(ge=1)] = 64
 
 
 Ending = Literal["done", "failed", "time", "output"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramOutcome:
     """How a program ended.
 
     Args:
         ending: done (exit status 0), failed (any other, or killed), time, or output (more than it may print).
         output: what it printed.
-        errors: the end of what it said on stderr.
+        errors: the end of its stderr.
     """
 
     ending: Ending
@@ -60,8 +59,8 @@ class Outcome:
     errors: str
 
 
-def run_program(source: str, limits: Limits = Limits()) -> Outcome:
-    """Run a Python program where it can touch nothing, and give what it printed.
+def run_program(source: str, limits: ProgramLimits = ProgramLimits()) -> ProgramOutcome:
+    """Run a Python program in the sandbox.
 
     Raises:
         DataError: there is no sandbox on this machine (see `require_sandbox`).
@@ -72,7 +71,7 @@ def run_program(source: str, limits: Limits = Limits()) -> Outcome:
 
 @functools.cache
 def require_sandbox() -> None:
-    """Make sure, once, that there is a sandbox and that it works.
+    """Check, once, that the sandbox is installed and works.
 
     Raises:
         DataError: what is missing, and what to install.
@@ -87,11 +86,11 @@ def require_sandbox() -> None:
             f"none: {' and '.join(missing)} cannot be found",
             "Install it: apt-get install bubblewrap libseccomp2 util-linux",
         )
-    trial = _run("print(6 * 7)", Limits())
+    trial = _run("print(6 * 7)", ProgramLimits())
     if (trial.ending, trial.output) != ("done", "42\n"):
-        said = " ".join(trial.errors.split())[-300:] or f"it ended with {trial.ending!r}"
+        reason = one_line(trial.errors)[-300:] or f"it ended with {trial.ending!r}"
         raise _no_sandbox(
-            f"one that does not start ({said})",
+            f"one that does not start ({reason})",
             "Allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, or "
             "kernel.apparmor_restrict_unprivileged_userns=0), or run outside of a container that forbids them",
         )
@@ -103,16 +102,18 @@ def _no_sandbox(got: str, remedy: str) -> DataError:
     )
 
 
-def _run(source: str, limits: Limits) -> Outcome:
-    with _filter() as seccomp, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+def _run(source: str, limits: ProgramLimits) -> ProgramOutcome:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as seccomp:
+        seccomp.write(_compiled_filter())
+        seccomp.seek(0)
         try:
             ended = subprocess.run(
-                _command(limits, seccomp),
-                # Half a surrogate pair is nothing that a program can hold: the interpreter will say so.
+                _command(limits, seccomp.fileno()),
+                # No program can hold half a surrogate pair: the interpreter refuses it.
                 input=source.encode("utf-8", errors="surrogatepass"),
                 stdout=out,
                 stderr=err,
-                pass_fds=(seccomp,),
+                pass_fds=(seccomp.fileno(),),
                 timeout=limits.wall_seconds,
                 env=_ENVIRONMENT,
                 cwd="/",
@@ -125,9 +126,9 @@ def _run(source: str, limits: Limits) -> Outcome:
         except subprocess.TimeoutExpired:
             ending = "time"
         output, errors = _read(out), _read(err)
-    if len(output) >= limits.output_bytes:
+    if len(output) >= limits.output_kib * 2**10:
         ending = "output"
-    return Outcome(ending, output.decode(errors="replace"), errors[-2000:].decode(errors="replace"))
+    return ProgramOutcome(ending, output.decode(errors="replace"), errors[-2000:].decode(errors="replace"))
 
 
 def _read(file: IO[bytes]) -> bytes:
@@ -139,14 +140,14 @@ def _read(file: IO[bytes]) -> bytes:
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "LD_LIBRARY_PATH": "/python/lib", "HOME": "/"}
 
 
-def _command(limits: Limits, seccomp: int) -> list[str]:
-    """The limits, the sandbox, and the interpreter in it, which reads its program from stdin."""
+def _command(limits: ProgramLimits, seccomp: int) -> list[str]:
+    """The command line: limits, sandbox, and the interpreter, which reads its program from stdin."""
     bound, python = _interpreter()
     return [
         str(shutil.which("prlimit")),
         f"--cpu={limits.cpu_seconds}",
-        f"--as={limits.memory_bytes}",
-        f"--fsize={limits.output_bytes}",
+        f"--as={limits.memory_mib * 2**20}",
+        f"--fsize={limits.output_kib * 2**10}",
         *("--core=0", "--nofile=64", "--memlock=0", "--msgqueue=0", "--rtprio=0", "--nice=0"),
         *("--", str(shutil.which("bwrap"))),
         *("--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
@@ -162,7 +163,7 @@ def _command(limits: Limits, seccomp: int) -> list[str]:
 
 
 def _interpreter() -> tuple[list[str], str]:
-    """What bubblewrap must show of the machine so that the interpreter starts, and where it then is."""
+    """Bubblewrap's arguments for the files that the interpreter needs, and its path in the sandbox."""
     bound: list[str] = []
     for folder in ("/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib64"):
         path = Path(folder)
@@ -177,11 +178,11 @@ def _interpreter() -> tuple[list[str], str]:
     return [*bound, "--ro-bind", str(prefix), "/python"], f"/python/{executable.relative_to(prefix)}"
 
 
-# The filter
+# The seccomp filter
 
 _REFUSED = (
-    # New processes and threads; with none of them, the limits of one process are the limits of the program. To
-    # become another program (execve) is how the interpreter starts, and leaves limits and filter as they are.
+    # New processes and threads: without them the limits of one process are those of the program. execve is allowed: the
+    # interpreter is started by it, and limits and filter survive it.
     *("fork", "vfork", "clone", "clone3", "execveat"),
     # The network, and sockets of any kind.
     *("socket", "socketpair", "connect", "bind", "listen", "accept", "accept4", "sendto", "sendmsg", "sendmmsg"),
@@ -190,11 +191,11 @@ _REFUSED = (
     *("pidfd_send_signal", "kill", "tkill", "setpriority", "sched_setscheduler", "sched_setattr", "ioprio_set"),
     # Memory that no limit counts.
     *("memfd_create", "memfd_secret", "shmget", "shmat", "shmctl", "msgget", "semget", "mq_open", "userfaultfd"),
-    # Mounts, namespaces, and more rights.
+    # Mounts, namespaces and privileges.
     *("mount", "umount2", "pivot_root", "chroot", "unshare", "setns", "fsopen", "fsmount", "move_mount", "open_tree"),
     *("mount_setattr", "setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid", "setgroups", "capset"),
     *("prlimit64", "setrlimit", "personality", "open_by_handle_at", "name_to_handle_at"),
-    # Wide doors into the kernel.
+    # Large attack surfaces of the kernel.
     *("bpf", "perf_event_open", "io_uring_setup", "io_uring_enter", "io_uring_register", "keyctl", "add_key"),
     *("request_key", "init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "reboot"),
     *("swapon", "swapoff", "syslog", "acct", "quotactl", "fanotify_init", "inotify_init1", "landlock_create_ruleset"),
@@ -217,15 +218,6 @@ def _seccomp() -> ctypes.CDLL | None:
     library.seccomp_export_bpf.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.seccomp_release.argtypes = [ctypes.c_void_p]
     return library
-
-
-@contextmanager
-def _filter() -> Iterator[int]:
-    """A file that holds the compiled filter, at its beginning."""
-    with tempfile.TemporaryFile() as file:
-        file.write(_compiled_filter())
-        file.seek(0)
-        yield file.fileno()
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Are two answers the same? And which of several answers is right?
+"""Compare answers, and vote among several.
 
 Numbers are compared as numbers: fractions, percent, thousands separators, currency and units are ways to write one.
 """
@@ -13,16 +13,16 @@ from typing import NamedTuple
 
 
 def same_answer(one: str | None, other: str | None) -> bool:
-    r"""Whether two answers say the same.
+    r"""Whether two answers are equivalent.
 
     - Numbers are equal when their values are: 1/2, 0.5, 50%, \frac{1}{2} and 0.50000000001 are one number, as are
-      1,234 and 1234.00, $5 and 5 dollars. 50% is also 50, because what is asked for "in percent" is written so.
+      1,234 and 1234.00, $5 and 5 dollars. 50% is also 50: answers "in percent" are often written without the sign.
     - A decimal with two or more places equals a fraction that rounds to it: 3.33 is 10/3.
     - Units that measure the same are converted (50 cents, $0.50; 1.5 km, 1500 m); those that do not, differ; other
       words beside a number are ignored (72 clips).
-    - Everything else is compared as text, without case, spaces, quotes and LaTeX's dress.
+    - Everything else is compared as text, without case, spaces, quotes and LaTeX's markup.
 
-    None is the same as nothing, not even None.
+    None equals nothing, not even None.
     """
     if one is None or other is None:
         return False
@@ -33,16 +33,14 @@ def same_answer(one: str | None, other: str | None) -> bool:
 
 
 class Vote(NamedTuple):
-    """The answer of most, and the share of all that gave it."""
+    """The most frequent answer, and its share of all answers."""
 
     answer: str | None
     share: float
 
 
 def vote(answers: Sequence[str | None]) -> Vote:
-    """Self-consistency: the answer that most give; of equals, the first.
-
-    Those who gave none do not vote, but count in the share.
+    """Find the most frequent answer (self-consistency); of equals, the first. None is no answer, but lowers the share.
 
     References:
         Wang et al. 2022, arXiv 2203.11171.
@@ -61,11 +59,11 @@ def vote(answers: Sequence[str | None]) -> Vote:
 
 
 @dataclass(frozen=True)
-class Number:
+class ParsedNumber:
     """A number as it was written.
 
     Args:
-        value: what it is worth, in the base unit of its kind.
+        value: in the base unit of its kind.
         places: digits after the point that were written, or None for a fraction.
         percent: it was written with a percent sign; `value` is the number before it.
         kind: what its unit measures, or None.
@@ -76,18 +74,18 @@ class Number:
     percent: bool
     kind: str | None
 
-    def readings(self) -> list[Number]:
-        """What it may mean: 50% is 50 and 1/2."""
+    def readings(self) -> list[ParsedNumber]:
+        """All values that it may have: 50% is 50 and 1/2."""
         if not self.percent:
             return [self]
         places = None if self.places is None else self.places + 2
-        return [self, Number(self.value / 100, places, False, self.kind)]
+        return [self, ParsedNumber(self.value / 100, places, False, self.kind)]
 
 
-def number(text: str) -> Number | None:
-    """The one number that an answer is; None where it is none, several, or a formula."""
-    text = _undressed(text)
-    if "=" in text:  # "x = 5", "24 + 48 = 72 clips": what comes out stands last
+def number(text: str) -> ParsedNumber | None:
+    """Read the number of an answer; None where it holds none, several, or a formula."""
+    text = _unformatted(text)
+    if "=" in text:  # "x = 5", "24 + 48 = 72 clips": the result stands last
         text = text.rpartition("=")[2]
     found = [*_NUMBER.finditer(text)]
     if len(found) != 1:
@@ -104,10 +102,10 @@ def number(text: str) -> Number | None:
     factor, kind = _unit(after) or (Fraction(1), _SIGNS.get(match["currency"]))
     percent = bool(re.match(r"\s*(%|percent\b|per cent\b)", after, re.IGNORECASE))
     exact = places if scale == 1 and factor == 1 else None
-    return Number(value * scale * factor, exact, percent, kind)
+    return ParsedNumber(value * scale * factor, exact, percent, kind)
 
 
-def _equal(a: Number, b: Number) -> bool:
+def _equal(a: ParsedNumber, b: ParsedNumber) -> bool:
     if a.kind and b.kind and a.kind != b.kind:
         return False
     difference = abs(a.value - b.value)
@@ -151,61 +149,44 @@ def _value(match: re.Match[str]) -> Fraction | None:
     return -value if match["sign"] == "-" else value
 
 
-# What measures the same: the factor to a base unit.
-_UNITS: dict[str, dict[str, Fraction]] = {
-    "length": {"mm": Fraction(1, 1000), "cm": Fraction(1, 100), "m": Fraction(1), "km": Fraction(1000)},
-    "mass": {"mg": Fraction(1, 1000), "g": Fraction(1), "kg": Fraction(1000)},
-    "time": {"second": Fraction(1), "minute": Fraction(60), "hour": Fraction(3600), "day": Fraction(86400)},
-    "volume": {"ml": Fraction(1, 1000), "l": Fraction(1)},
-    "money": {"cent": Fraction(1, 100), "dollar": Fraction(1)},
-    "euros": {"euro": Fraction(1)},
-    "imperial": {"inch": Fraction(1, 12), "foot": Fraction(1), "yard": Fraction(3)},
+# What a unit measures, its spellings, and its factor to a base unit.
+_UNITS = {
+    spelling: (Fraction(factor), kind)
+    for kind, units in {
+        "length": {
+            "mm millimeter millimetre": "1/1000",
+            "cm centimeter centimetre": "1/100",
+            "m meter metre": "1",
+            "km kilometer kilometre": "1000",
+        },
+        "mass": {"mg milligram": "1/1000", "g gram": "1", "kg kilogram kilo": "1000"},
+        "time": {"second s sec": "1", "minute min": "60", "hour h hr": "3600", "day": "86400"},
+        "volume": {"ml milliliter millilitre": "1/1000", "l liter litre": "1"},
+        "money": {"cent ¢": "1/100", "dollar usd": "1"},
+        "euros": {"euro eur": "1"},
+        "imperial": {"inch inches": "1/12", "foot ft feet": "1", "yard": "3"},
+    }.items()
+    for spellings, factor in units.items()
+    for spelling in spellings.split()
 }
-_SPELLED = {
-    "mm": ("millimeter", "millimetre"),
-    "cm": ("centimeter", "centimetre"),
-    "m": ("meter", "metre"),
-    "km": ("kilometer", "kilometre"),
-    "mg": ("milligram",),
-    "g": ("gram",),
-    "kg": ("kilogram", "kilo"),
-    "ml": ("milliliter", "millilitre"),
-    "l": ("liter", "litre"),
-    "second": ("s", "sec"),
-    "minute": ("min",),
-    "hour": ("h", "hr"),
-    "cent": ("¢",),
-    "dollar": ("usd",),
-    "euro": ("eur",),
-    "inch": ("inches",),
-    "foot": ("ft", "feet"),
-}
-_SAME_UNIT = {spelled: unit for unit, names in _SPELLED.items() for spelled in names}
 _SIGNS = {"$": "money", "€": "euros", "£": "pounds", "¥": "yen"}
 
 
 def _unit(after: str) -> tuple[Fraction, str] | None:
-    """The factor and the kind of the unit that follows a number; None where that is no unit that we know.
+    """The factor and the kind of the unit that follows a number; None where it is no known unit.
 
     Units of areas and rates are no units of lengths: m^2 and km/h have an operator and never come here.
     """
     word = re.match(r"\s*([A-Za-z]+|¢)(?!\s+per\b)", after)
-    if word is None:
-        return None
-    name = word[1].lower()
-    candidates = (name, name.removesuffix("s"), _SAME_UNIT.get(name), _SAME_UNIT.get(name.removesuffix("s")))
-    for kind, units in _UNITS.items():
-        for candidate in candidates:
-            if candidate in units:
-                return units[candidate], kind
-    return None
+    name = word[1].lower() if word else ""
+    return _UNITS.get(name) or _UNITS.get(name.removesuffix("s"))
 
 
 # Texts
 
 
-def _undressed(text: str) -> str:
-    """Without LaTeX and Markdown, and with one way to write minus, fractions and separators."""
+def _unformatted(text: str) -> str:
+    """Remove LaTeX and Markdown, and unify minus signs, fractions and separators."""
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r" \1/\2", text)
     text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)", r" \1/\2", text)
@@ -220,4 +201,4 @@ def _undressed(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"[\s\"'`“”‘’()$]+", "", _undressed(text)).casefold().strip(".,:;!")
+    return re.sub(r"[\s\"'`“”‘’()$]+", "", _unformatted(text)).casefold().strip(".,:;!")

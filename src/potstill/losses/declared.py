@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +42,7 @@ class Record:
         Raises:
             ShapeError: a number is out of its range, or a word is none of those allowed.
         """
-        for name, rules in _rules(type(self)).items():
+        for name, rules in _rules(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
             value = getattr(self, name)
             for rule in rules if value is not None else ():
                 if (wrong := rule.wrong(value)) is not None:
@@ -77,10 +78,12 @@ class Declared(Record, ABC):
             cls.kinds = {}
         elif "name" in cls.__dict__:
             Declared.count += 1
-            taken = cls.kinds.get(cls.name)
+            # Not cls.kinds: a kind may have a field of this name.
+            kinds = next(base.__dict__["kinds"] for base in cls.__mro__[1:] if Declared in base.__bases__)
+            taken = kinds.get(cls.name)
             if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise TypeError(f"{cls.__qualname__}: expected a name of its own, got {cls.name}, which {taken} has.")
-            cls.kinds[cls.name] = cls
+            kinds[cls.name] = cls
 
     def changed(self, but: tuple[str, ...] = ()) -> list[str]:
         """Return each field that differs from its default, as `field value`."""
@@ -231,7 +234,7 @@ class Range(Rule):
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> Any:
         schema = handler(core_schema)
         names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-        bounds = {names[name]: bound for name, bound in vars(self).items() if bound is not None}
+        bounds = {names[name]: bound for name, bound in vars(self).items() if bound not in (None, math.inf)}
         for part in schema.get("anyOf", schema.get("oneOf", [schema])):
             if part.get("type") in ("number", "integer"):
                 part.update(bounds)

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from potstill.errors import ModelError, UserError
+from potstill.errors import ModelError, UserError, one_line
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 
@@ -276,6 +276,6 @@ def _check_exists(name: str, key: str) -> None:
 
 
 def _unreadable(key: str, expected: str, name: str, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     reason = reason if len(reason) <= 300 else reason[:300] + "..."
     return ModelError(f"{key}: expected {expected} in {name}, got {type(error).__name__}: {reason}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data.batches import Examples, PaddingCollator, pad_token_id
-from potstill.data.vocabulary import own_vocabulary, shared_vocabulary
+from potstill.data.vocabulary import checked_vocabulary, shared_vocabulary
 from potstill.errors import RecipeError
 from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.losses.divergences import ReverseKL
@@ -193,7 +193,7 @@ def prepare(recipe: Recipe) -> Parts:
     of_tokens = recipe.task in TOKEN_TASKS
     rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
     if speaker.teacher.other_tokenizer:
-        vocabulary = own_vocabulary(tokenizer, rows)
+        vocabulary = checked_vocabulary(tokenizer, rows)
     else:
         vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
     if not of_tokens:

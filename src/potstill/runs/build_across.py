@@ -5,7 +5,7 @@ from __future__ import annotations
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from potstill.data.vocabulary import own_vocabulary
+from potstill.data.vocabulary import checked_vocabulary
 from potstill.errors import RecipeError
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.build_teacher import Speaker
@@ -36,7 +36,7 @@ def reading_bytes(recipe: Recipe, speaker: Speaker, student: PreTrainedTokenizer
             "student's text in tokens of its own. Name it with teacher.model."
         )
     assert speaker.model is not None
-    own_vocabulary(speaker.tokenizer, {"teacher": int(speaker.model.get_output_embeddings().weight.shape[0])})
+    checked_vocabulary(speaker.tokenizer, {"teacher": int(speaker.model.get_output_embeddings().weight.shape[0])})
     limit = getattr(speaker.model.config, "max_position_embeddings", None)
     teacher = CrossTokenizerTeacher(speaker.teacher, speaker.tokenizer, student, max_length=limit)
     return speaker._replace(teacher=teacher)

@@ -13,7 +13,6 @@ from potstill.data.masking import MaskedRows
 from potstill.data.sources import Source
 from potstill.errors import RecipeError
 from potstill.losses.alignment import Task
-from potstill.runs.config.data import SourcePart
 from potstill.runs.config.run import Recipe
 
 
@@ -31,9 +30,9 @@ def encode_data(recipe: Recipe, student: PreTrainedModel, tokenizer: PreTrainedT
         DataError: the data are not usable.
     """
 
-    def encoded(part: SourcePart) -> Examples:
+    def encoded(source: Source) -> Examples:
         return encode(
-            Source(**part.model_dump()),
+            source,
             tokenizer,
             max_length=recipe.data.max_length,
             packing=recipe.data.packing,

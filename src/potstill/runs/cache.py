@@ -25,7 +25,6 @@ from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import layer_index
 from potstill.models.loading import suppress_warnings, vocabulary_size
 from potstill.runs.build_teacher import load_teacher
-from potstill.runs.config.data import SourcePart
 from potstill.runs.config.teacher import TeacherPart
 from potstill.runs.ray import spread
 from potstill.teachers.cache.build import Capture
@@ -57,7 +56,7 @@ class Request:
     """
 
     teacher: TeacherPart
-    sources: Sequence[SourcePart]
+    sources: Sequence[Source]
     max_length: int
     packing: bool
     codec: str
@@ -105,7 +104,7 @@ def prepare(request: Request, console: Console) -> Capture:
     tokenizer = speaker.tokenizer
     examples = []
     for source in request.sources:
-        found = encode(Source(**source.model_dump()), tokenizer, max_length=request.max_length, packing=request.packing)
+        found = encode(source, tokenizer, max_length=request.max_length, packing=request.packing)
         examples.append(found)
         for note in found.notes:
             console.print(note, style="dim", highlight=False, markup=False)
@@ -127,7 +126,7 @@ def prepare(request: Request, console: Console) -> Capture:
         codec=codec.record(),
         alignment=ALIGNMENT,
         sources=[
-            (source.path, len(found.dataset), found.tokens, _rows_digest(found.dataset))
+            (str(source.path), len(found.dataset), found.tokens, _rows_digest(found.dataset))
             for source, found in zip(request.sources, examples, strict=True)
         ],
         shard_rows=max(1, SHARD_TOKENS * rows // tokens),

@@ -15,40 +15,48 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.files import write_text
-from potstill.engines.engine import Engine
+from potstill.engines.engine import Engine, Prompt
 from potstill.engines.local import LocalEngine
-from potstill.engines.sampling import Completion, Sampling
+from potstill.engines.sampling import Completion
 from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError
-from potstill.generation import requests as asking
 from potstill.generation.card import write_card, write_rows
-from potstill.generation.duplicates import Contamination, NearDuplicates
-from potstill.generation.filters import Charset, Filter, Length, Pair, Refusals, Repetition, sift
-from potstill.generation.journal import Answer, Batch, in_turn, render, write
-from potstill.generation.judge import Form, Judged, Target, judge, read_candidates, rows_of
-from potstill.generation.requests import Bad, GenerationRequest
-from potstill.generation.sandbox import Limits, require_sandbox
+from potstill.generation.filters import (
+    TextPair,
+    apply_filters,
+)
+from potstill.generation.journal import (
+    BatchCompleter,
+    PromptBatch,
+    complete_in_order,
+    complete_requests,
+    render,
+)
+from potstill.generation.judge import (
+    GeneratedText,
+    RowFormat,
+    judge,
+    parse_texts,
+    rows_of,
+)
+from potstill.generation.requests import GenerationRequest, UnusableRow
+from potstill.generation.sandbox import require_sandbox
+from potstill.generation.tasks import Responses
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.config.generate import (
-    ChainPart,
-    FilterPart,
     GenerateRecipe,
-    InstructionsPart,
-    MixedPart,
-    ProgramPart,
-    ResponsesPart,
 )
 from potstill.runs.ray import spread
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of it.
+    """The result of `generate`.
 
     Args:
         directory: the recipe's output.
         rows: the file of rows.
-        counts: how many there were at each stage: asked, texts, dropped, rows.
+        counts: how many there were at each stage: asked, texts, dropped, texts kept, rows.
         dropped: how many texts each filter dropped.
     """
 
@@ -58,16 +66,35 @@ class Generated:
     dropped: dict[str, int]
 
 
+@dataclass(frozen=True)
+class GenerationPlan:
+    """What a recipe will generate: requests, their rendered prompts, and the engine that completes them.
+
+    Args:
+        requests: one for each prompt.
+        unusable: rows of the source that no request can be made of.
+        row_format: of the rows.
+        prompts: as the engine takes them.
+        engine: of the teacher.
+    """
+
+    requests: list[GenerationRequest]
+    unusable: list[UnusableRow]
+    row_format: RowFormat
+    prompts: list[Prompt]
+    engine: Engine
+
+
 def generate(
     recipe: GenerateRecipe, *, resume: bool = False, engine: str = "process", console: Console | None = None
 ) -> Generated:
-    """Have a teacher write what a recipe asks for, and keep what passes.
+    """Generate texts with a teacher, and keep those that pass checks and filters as rows.
 
-    The texts go to texts.jsonl as they come; reading, judging and filtering them is done anew each time, so
-    that a folder can be filtered otherwise without asking the teacher again.
+    The texts go to texts.jsonl as they come. Parsing, judging and filtering are repeated each time, so that a folder
+    can be filtered anew without generating again.
 
     Args:
-        recipe: what to ask, and what to keep.
+        recipe: teacher, task and filters.
         resume: go on with the texts that are there.
         engine: "process", or "ray" for processes of Ray's that each load the teacher; this one keeps the journal.
         console: for the progress bar.
@@ -83,102 +110,51 @@ def generate(
             "another."
         )
     with suppress_warnings():
-        asks, bad, tokenizer, form, teacher = _begin(recipe, here=engine == "process")
+        plan = check(recipe, on_device=engine == "process")
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "recipe.yaml", recipe.dump())
-        answer = _with_ray(recipe) if engine == "ray" else in_turn(teacher, _sampling(recipe))
-        answered = _write(recipe, asks, tokenizer, teacher, answer, journal, console)
+        complete = _with_ray(recipe) if engine == "ray" else complete_in_order(plan.engine, recipe.engine_sampling)
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, disable=console is None) as bar:
+            shown = bar.add_task("", total=len(plan.prompts))
+            completions = complete_requests(
+                plan.prompts,
+                complete,
+                recipe.seed,
+                journal,
+                batch_size=recipe.batch_size,
+                settings=[recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed],
+                progress=lambda done: bar.update(shown, completed=done),
+            )
+    texts = parse_texts(plan.requests, completions, plan.row_format, recipe.programs)
+    judged = judge(texts, recipe.task.choose, drop_cut=recipe.filter.cut)
+    return _write_files(recipe, directory, plan, judged)
 
-    limits = recipe.programs
-    candidates = read_candidates(
-        asks,
-        answered,
-        form,
-        Limits(limits.cpu_seconds, limits.wall_seconds, limits.memory_mib * 2**20, limits.output_kib * 2**10),
-    )
-    judged = judge(candidates, getattr(recipe.task, "choose", "all"), drop_cut=recipe.filter.cut)
-    return _keep(recipe, directory, asks, judged, form, bad)
 
-
-@dataclass(frozen=True)
-class Asked:
-    """What a recipe will ask for.
+def check(recipe: GenerateRecipe, *, on_device: bool = False) -> GenerationPlan:
+    """Load everything that a recipe names, and check that every prompt fits; nothing is generated or written.
 
     Args:
-        teacher: who is asked.
-        prompts: how many.
-        texts: that it writes.
-        bad: rows of the source that cannot be used.
-        form: of the rows that are made.
-    """
-
-    teacher: str
-    prompts: int
-    texts: int
-    bad: int
-    form: Form
-
-
-def check(recipe: GenerateRecipe) -> Asked:
-    """Read and load all that a recipe names, and see that every prompt fits; nothing is asked or written.
+        recipe: teacher, task and filters.
+        on_device: whether a local model goes to its device.
 
     Raises:
         UserError: generate could not start.
     """
     with suppress_warnings():
-        asks, bad, tokenizer, form, engine = _begin(recipe)
+        requests, unusable = recipe.task.requests(recipe.skip_bad_rows)
+        if any(request.task == "program_of_thought" for request in requests):
+            require_sandbox()  # before hours of generation
+        tokenizer = _tokenizer(recipe)
+        row_format, engine = _row_format(recipe, tokenizer), _engine(recipe, tokenizer, on_device)
+        prompts = [render(request, tokenizer) for request in requests]
         if isinstance(engine, LocalEngine):
-            engine.check([render(ask, tokenizer) for ask in asks], _sampling(recipe))
-    _filters(recipe.filter)
-    return Asked(recipe.teacher.name, len(asks), len(asks) * recipe.sampling.samples, len(bad), form)
+            engine.check(prompts, recipe.engine_sampling)
+    return GenerationPlan(requests, unusable, row_format, prompts, engine)
 
 
-def _begin(
-    recipe: GenerateRecipe, *, here: bool = False
-) -> tuple[list[GenerationRequest], list[Bad], PreTrainedTokenizerBase | None, Form, Engine]:
-    """What is asked, and who answers; whether it answers here."""
-    asks, bad = _asks(recipe)
-    if any(ask.task == "program_of_thought" for ask in asks):
-        require_sandbox()  # before hours of writing
-    tokenizer = _tokenizer(recipe)
-    return asks, bad, tokenizer, _form(recipe, tokenizer), _engine(recipe, tokenizer, here)
-
-
-def _sampling(recipe: GenerateRecipe) -> Sampling:
-    sampling = recipe.sampling.model_dump()
-    return Sampling(**{**sampling, "stop": tuple(sampling["stop"])}, seed=recipe.seed)
-
-
-def _asks(recipe: GenerateRecipe) -> tuple[list[GenerationRequest], list[Bad]]:
-    task = recipe.task
-    if isinstance(task, InstructionsPart):
-        return asking.instruction_asks(task.topics, task.kinds), []
-    if isinstance(task, ResponsesPart):
-        prompts = task.prompts
-        lacks = asking.lacks_turn(prompts.messages) if prompts.messages else asking.lacks_text(prompts.field or "")
-        rows, bad = asking.read_rows(Path(prompts.path).expanduser(), [lacks], recipe.skip_bad_rows)
-        return asking.response_asks(rows, prompts.field, prompts.messages), bad
-    source = task.questions
-    checks = [asking.lacks_text(source.field), *([asking.lacks_answer(source.answer)] if source.answer else [])]
-    rows, bad = asking.read_rows(Path(source.path).expanduser(), checks, recipe.skip_bad_rows)
-    return [
-        ask
-        for kind, name in _kinds(task)
-        for ask in asking.question_asks(rows, kind, name, source.field, source.answer)
-    ], bad
-
-
-def _kinds(task: ChainPart | ProgramPart | MixedPart) -> list[tuple[str, str]]:
-    """What each question is asked for, and under which template."""
-    if isinstance(task, ChainPart):
-        return [("chain_of_thought", task.template)]
-    if isinstance(task, ProgramPart):
-        return [("program_of_thought", task.template)]
-    return [("chain_of_thought", task.template), ("program_of_thought", task.program_template)]
-
-
-def _form(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None) -> Form:
-    if isinstance(recipe.task, ResponsesPart) and recipe.task.prompts.messages:
+def _row_format(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None) -> RowFormat:
+    if isinstance(recipe.task, Responses) and recipe.task.prompts.messages:
         if recipe.rows == "completion":
             raise RecipeError("rows: expected messages for conversations, got completion.")
         return "messages"
@@ -194,122 +170,74 @@ def _tokenizer(recipe: GenerateRecipe) -> PreTrainedTokenizerBase | None:
     return None if part.tokenizer is None else load_tokenizer(part.tokenizer, "teacher.tokenizer")
 
 
-def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None, here: bool = True) -> Engine:
-    """Who answers; where it does so elsewhere, a model stays out of the accelerator's memory."""
+def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None, on_device: bool = True) -> Engine:
+    """The teacher's engine; without `on_device` a model stays out of the accelerator's memory."""
     part = recipe.teacher
     if part.server is not None:
         server = ModelServer(**part.server.model_dump())
-        server.card()  # is it there, and does it serve that model?
+        server.card()  # checks that the server answers and has that model
         return server
     assert part.model is not None and tokenizer is not None
     model = load_model(part.model, "teacher.model", part.dtype)
-    if here:
+    if on_device:
         device = part.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model.to(device)  # type: ignore[arg-type]  # torch's own stubs do not know a name of a device here
     return LocalEngine(model, tokenizer, recipe.batch_size * recipe.sampling.samples)
 
 
-def _write(
-    recipe: GenerateRecipe,
-    asks: list[GenerationRequest],
-    tokenizer: PreTrainedTokenizerBase | None,
-    engine: Engine,
-    answer: Answer,
-    journal: Path,
-    console: Console | None,
-) -> list[Any]:
-    drawn = _sampling(recipe)
-    prompts = [render(ask, tokenizer) for ask in asks]
-    if isinstance(engine, LocalEngine):
-        engine.check(prompts, drawn)  # all of them before the first is continued
-    columns = (TextColumn("the teacher writes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=console is None) as bar:
-        shown = bar.add_task("", total=len(asks))
-        return write(
-            asks,
-            prompts,
-            answer,
-            recipe.seed,
-            journal,
-            batch_size=recipe.batch_size,
-            made_of=[recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed],
-            progress=lambda done: bar.update(shown, completed=done),
-        )
-
-
-def _with_ray(recipe: GenerateRecipe) -> Answer:
-    """Batches answered by Ray's processes. What they say goes to the journal here, once, whatever Ray repeats."""
+def _with_ray(recipe: GenerateRecipe) -> BatchCompleter:
+    """Complete batches in Ray's processes. Each goes to the journal of this process once, whatever Ray repeats."""
     gpus = 1 if recipe.teacher.model is not None and torch.cuda.is_available() else 0
 
-    def answer(batches: Sequence[Batch]) -> Iterator[tuple[Batch, list[list[Completion]]]]:
+    def complete(batches: Sequence[PromptBatch]) -> Iterator[tuple[PromptBatch, list[list[Completion]]]]:
         by_start = {batch.start: batch for batch in batches}
         rows = [{"start": batch.start, "seed": batch.seed, "prompts": json.dumps(batch.prompts)} for batch in batches]
-        for row in spread("generate", rows, _answering, recipe, gpus=gpus):
-            said = [[Completion(*text) for text in texts] for texts in json.loads(row["texts"])]
-            yield by_start[row["start"]], said
+        for row in spread("generate", rows, _ray_worker, recipe, gpus=gpus):
+            completions = [[Completion(*text) for text in texts] for texts in json.loads(row["texts"])]
+            yield by_start[row["start"]], completions
 
-    return answer
+    return complete
 
 
-def _answering(recipe: GenerateRecipe) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """One teacher in one of Ray's processes."""
+def _ray_worker(recipe: GenerateRecipe) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Load a teacher in one of Ray's processes."""
     with suppress_warnings():
-        engine, sampling = _engine(recipe, _tokenizer(recipe)), _sampling(recipe)
+        engine, sampling = _engine(recipe, _tokenizer(recipe)), recipe.engine_sampling
 
-    def answer(row: dict[str, Any]) -> dict[str, Any]:
-        said = engine.complete(json.loads(row["prompts"]), replace(sampling, seed=int(row["seed"])))
-        return {
-            "start": row["start"],
-            "texts": json.dumps([[[one.text, one.ended] for one in texts] for texts in said]),
-        }
+    def complete(row: dict[str, Any]) -> dict[str, Any]:
+        completions = engine.complete(json.loads(row["prompts"]), replace(sampling, seed=int(row["seed"])))
+        texts = [[[text.text, text.ended] for text in texts] for texts in completions]
+        return {"start": row["start"], "texts": json.dumps(texts)}
 
-    return answer
+    return complete
 
 
-def _filters(part: FilterPart) -> list[Filter]:
-    """The cheap ones first; duplicates are looked for among what is left."""
-    filters: list[Filter] = [Length(part.min_characters, part.max_characters), Charset(tuple(part.scripts))]
-    filters += [Refusals()] if part.refusals else []
-    filters += [Repetition(part.repetition)] if part.repetition is not None else []
-    filters += [NearDuplicates(part.near_duplicates)] if part.near_duplicates is not None else []
-    filters += [Contamination(tuple(part.contamination.files), part.contamination.words)] if part.contamination else []
-    return filters
-
-
-def _keep(
-    recipe: GenerateRecipe,
-    directory: Path,
-    asks: list[GenerationRequest],
-    judged: list[Judged],
-    form: Form,
-    bad: list[Bad],
+def _write_files(
+    recipe: GenerateRecipe, directory: Path, plan: GenerationPlan, judged: list[GeneratedText]
 ) -> Generated:
     """Filter, and write rows, dropped rows and the card."""
-    passed = [one for one in judged if one.dropped is None]
-    sifted = sift([_pair(one) for one in passed], _filters(recipe.filter))
-    gone = [(one, *one.dropped) for one in judged if one.dropped is not None]
-    gone += [(passed[drop.row], drop.filter, drop.reason) for drop in sifted.dropped]
+    passed = [text for text in judged if text.dropped is None]
+    result = apply_filters([_pair(text) for text in passed], recipe.filter.filters())
+    dropped = [(text, *text.dropped) for text in judged if text.dropped is not None]
+    dropped += [(passed[drop.row], drop.filter, drop.reason) for drop in result.dropped]
+    kept = [passed[i] for i in result.kept]
 
-    sampling = recipe.sampling.model_dump()
+    task, sampling = recipe.task, recipe.sampling.model_dump()
     # The run's seed is in the card; a row has that of its batch.
     provenance = {"teacher": recipe.teacher.name, "sampling": sampling}
-    target: Target = getattr(recipe.task, "target", "chain")
-    weighed = getattr(recipe.task, "task_weights", None)
-    weights = None if weighed is None else weighed.model_dump()
-    kept = [passed[place] for place in sifted.kept]
-    rows = [row for one in kept for row in rows_of(one, form, target, provenance, weights)]
-    dropped = [
-        {**row, "dropped": {"filter": name, "reason": why}}
-        for one, name, why in gone
-        for row in rows_of(one, form, "chain", provenance)
+    rows = [row for text in kept for row in rows_of(text, plan.row_format, task.target, provenance, task.task_weights)]
+    dropped_rows = [
+        {**row, "dropped": {"filter": name, "reason": reason}}
+        for text, name, reason in dropped
+        for row in rows_of(text, plan.row_format, "chain", provenance)
     ]
     path = directory / f"train.{recipe.format}"
     write_rows(path, rows)
-    write_rows(directory / f"dropped.{recipe.format}", dropped)
+    write_rows(directory / f"dropped.{recipe.format}", dropped_rows)
     counts = {
-        "asked": len(asks),
+        "asked": len(plan.requests),
         "texts": len(judged),
-        "dropped": len(gone),
+        "dropped": len(dropped),
         "texts kept": len(kept),
         "rows": len(rows),
     }
@@ -318,22 +246,21 @@ def _keep(
         name=recipe.name,
         facts={
             "teacher": recipe.teacher.name,
-            "task": recipe.task.task,
-            "templates": ", ".join(dict.fromkeys(ask.template for ask in asks)),
+            "task": task.name,
+            "templates": ", ".join(dict.fromkeys(request.template for request in plan.requests)),
             "sampling": json.dumps(sampling),
             "seed": str(recipe.seed),
         },
-        counts=counts | {"rows of the source that could not be used": len(bad)},
-        dropped=[(name, why, one.candidate.completion) for one, name, why in gone],
-        lengths=[len(one.candidate.completion) for one in kept],
-        bad=bad,
+        counts=counts | {"rows of the source that could not be used": len(plan.unusable)},
+        dropped=[(name, reason, text.completion) for text, name, reason in dropped],
+        lengths=[len(text.completion) for text in kept],
+        bad=plan.unusable,
     )
-    return Generated(directory, path, counts, dict(Counter(name for _, name, _ in gone)))
+    return Generated(directory, path, counts, dict(Counter(name for _, name, _ in dropped)))
 
 
-def _pair(judged: Judged) -> Pair:
-    """What filters see: every message but the last answer, and the answer."""
-    asked = judged.candidate.ask.messages
-    contents = [message.get("content") for message in asked]
-    prompt = "\n".join(text if isinstance(text, str) else json.dumps(text) for text in contents if text)
-    return Pair(prompt, judged.candidate.completion)
+def _pair(text: GeneratedText) -> TextPair:
+    """The prompt and the completion as filters read them; the prompt is all messages before the completion."""
+    contents = [message.get("content") for message in text.request.messages]
+    prompt = "\n".join(part if isinstance(part, str) else json.dumps(part) for part in contents if part)
+    return TextPair(prompt, text.completion)

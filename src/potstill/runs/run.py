@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from potstill.data.batches import in_batches
 from potstill.data.files import explain_disk_full, write_text
-from potstill.errors import RecipeError
+from potstill.errors import RecipeError, one_line
 from potstill.evaluate.measures import QUALITY
 from potstill.evaluate.quality import continuation, gap_closed
 from potstill.evaluate.report.page import write_report, write_student_card
@@ -199,8 +199,7 @@ def _arguments(parts: Parts, checkpoints: Path) -> DistillationConfig:
     try:
         return DistillationConfig(output_dir=str(checkpoints), seed=parts.recipe.seed, disable_tqdm=True, **values)
     except (ValueError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"train: expected arguments that go together, got: {reason}") from None
+        raise RecipeError(f"train: expected arguments that go together, got: {one_line(error)}") from None
 
 
 def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from potstill.data.files import write_text
-from potstill.errors import PotstillError, RecipeError, RunError, UserError
+from potstill.errors import PotstillError, RecipeError, RunError, UserError, one_line
 from potstill.evaluate.report.sweep import write_sweep_report
 from potstill.evaluate.speed import latency_ms
 from potstill.evaluate.tradeoff import NO_LIMITS, Candidate, Limits, kept, pareto_front, predict, recommend
@@ -233,7 +233,7 @@ def _run(recipe: Recipe, console: Console) -> str | None:
     try:
         run(recipe, resume=True, console=console)
     except (PotstillError, torch.OutOfMemoryError) as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     return None
 
 

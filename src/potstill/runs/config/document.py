@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from potstill.errors import RecipeError, nearest
+from potstill.errors import RecipeError, nearest, one_line
 from potstill.losses.declared import Declared, is_tag
 
 
@@ -111,8 +111,7 @@ def read(path: Path) -> Any:
     try:
         return yaml.load(text, _Loader)  # _Loader is a SafeLoader
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{path}: expected YAML, got: {reason}") from None
+        raise RecipeError(f"{path}: expected YAML, got: {one_line(error)}") from None
 
 
 def apply(values: Any, sets: Iterable[str], origin: str = "recipe") -> dict[str, Any]:

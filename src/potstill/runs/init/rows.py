@@ -13,8 +13,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import encode
+from potstill.data.loading import require_file
 from potstill.data.readers import Table, open_table, reading
-from potstill.data.sources import Source, require_file
+from potstill.data.sources import Source
 from potstill.errors import DataError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.runs.build_task import classes_of

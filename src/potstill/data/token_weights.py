@@ -1,0 +1,136 @@
+"""Loss weights of tokens: by the span that a token stands in, by row, or given for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from potstill.errors import DataError, ShapeError
+from potstill.losses.declared import Range, Record
+
+if TYPE_CHECKING:  # a recipe is read without transformers
+    from transformers import PreTrainedTokenizerBase
+
+SPAN_COLUMNS = ("reasoning_span", "answer_span")  # where they overlap it is an answer
+WEIGHT_COLUMNS = {"weight", "weights", *SPAN_COLUMNS}
+
+Span = tuple[int, int]
+TokenWeight = Annotated[float, Range(ge=0, lt=float("inf"))]
+
+
+@dataclass(frozen=True)
+class SpanWeights(Record):
+    """Weights of tokens in means over tokens, by the spans of their row: the columns reasoning_span and answer_span, as
+    `potstill generate` writes them. Only the ratio matters; with 0 a token has no loss.
+
+    Args:
+        reasoning: weight of a token of the reasoning.
+        answer: weight of a token of the answer.
+        other: weight of all other tokens of completions; by default that of the answer.
+    """
+
+    reasoning: TokenWeight
+    answer: TokenWeight
+    other: TokenWeight | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.reasoning or self.answer or self.other):
+            raise ShapeError("expected a weight above 0, got 0 for all tokens")
+
+
+class CompletionOffsets(NamedTuple):
+    """Where the text of a completion stands among the tokens of its row.
+
+    Args:
+        length: of the text, in characters.
+        offsets: of tokens, in characters.
+        shift: where the text begins, in the same characters.
+        first: the row's first token that has an offset.
+    """
+
+    length: int
+    offsets: Sequence[Span]
+    shift: int = 0
+    first: int = 0
+
+
+def token_weights(
+    columns: Mapping[str, Any],
+    num_tokens: int,
+    span_weights: SpanWeights | None,
+    completion: CompletionOffsets | None,
+    where: str,
+) -> list[float] | None:
+    """Compute the weight of each token of a row; None where the file gives no weights.
+
+    A token that overlaps a span has the span's weight. All others have that of the answer, if there is none for them:
+    the words before an answer and the end after it are learnt with it.
+
+    Args:
+        columns: weight, weights, reasoning_span, answer_span of the row, as far as the file has them.
+        num_tokens: of the row.
+        span_weights: see `Source`.
+        completion: the text that the spans are places in, where there are any.
+        where: the row, for messages.
+
+    Raises:
+        DataError: a span is not within the completion.
+    """
+    weights: list[float] | None = columns.get("weights")
+    if span_weights is not None:
+        weights = [span_weights.answer if span_weights.other is None else span_weights.other] * num_tokens
+        for name, weight in zip(SPAN_COLUMNS, (span_weights.reasoning, span_weights.answer), strict=True):
+            if columns[name] is not None:
+                assert completion is not None
+                start, end = _tokens_of_span(name, columns[name], completion, where)
+                weights[start:end] = [weight] * (end - start)
+    if "weight" not in columns:
+        return weights
+    return [weight * columns["weight"] for weight in weights or [1.0] * num_tokens]
+
+
+def _tokens_of_span(name: str, span: Span, completion: CompletionOffsets, where: str) -> Span:
+    length, offsets, shift, first = completion
+    if span[1] > length:
+        raise DataError(
+            f"data: expected {name} within the {length} characters of its completion, got {span[0]} to {span[1]} in "
+            f"{where}. Correct or remove the row."
+        )
+    start, end = _tokens_within(offsets, (span[0] + shift, span[1] + shift))
+    return first + start, first + end
+
+
+def span_tokens(tokenizer: PreTrainedTokenizerBase, text: str, span: Span) -> Span:
+    """Find the tokens of a text that overlap a span, as start and end among the tokens; (0, 0) for none.
+
+    The text is encoded as completions are: alone, without special tokens.
+
+    Args:
+        tokenizer: a fast one.
+        text: the completion.
+        span: start and end in characters, as `Solution` has them.
+
+    Raises:
+        DataError: the tokenizer has no offsets.
+    """
+    return _tokens_within(token_offsets(tokenizer, [text])[0], span)
+
+
+def token_offsets(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[Span]]:
+    """Find where the tokens of texts stand in them, in characters; without special tokens.
+
+    Raises:
+        DataError: the tokenizer has no offsets.
+    """
+    if not tokenizer.is_fast:
+        raise DataError("spans: expected a fast tokenizer, got a slow one, which has no offsets.")
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets: list[list[Span]] = encoded["offset_mapping"]
+    return offsets
+
+
+def _tokens_within(offsets: Sequence[Span], span: Span) -> Span:
+    inside = [i for i, (start, end) in enumerate(offsets) if start < span[1] and end > span[0]]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
