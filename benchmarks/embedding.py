@@ -32,7 +32,7 @@ from potstill.embedding.heads import SAMPLE, VectorHead, principal, random_proje
 from potstill.embedding.objective import FOCUSES, START, PairObjective
 from potstill.embedding.training import EmbeddingDistiller
 from potstill.embedding.vectors import check_vectors, open_vectors
-from potstill.evaluate.space import Judge, Kept
+from potstill.evaluate.space import SpaceEvaluator, SpaceScores
 
 DIMENSIONS = (5, 16, 64)
 
@@ -76,18 +76,18 @@ def encoded(args: argparse.Namespace, split: str) -> Tensor:
     return vectors.read(0, vectors.rows)[[number[text] for text in texts]]
 
 
-def dev_judge(args: argparse.Namespace) -> tuple[Tensor, Judge]:
+def dev_judge(args: argparse.Namespace) -> tuple[Tensor, SpaceEvaluator]:
     """What chooses the epoch: dev, with the package's own number of rows."""
     vectors = encoded(args, "dev")
-    return vectors, Judge(vectors, sentences(args.data, "dev")[1])
+    return vectors, SpaceEvaluator(vectors, sentences(args.data, "dev")[1])
 
 
-def judge(args: argparse.Namespace, split: str) -> tuple[Tensor, Judge]:
+def judge(args: argparse.Namespace, split: str) -> tuple[Tensor, SpaceEvaluator]:
     vectors = encoded(args, split)
-    return vectors, Judge(vectors, sentences(args.data, split)[1], most=len(vectors))
+    return vectors, SpaceEvaluator(vectors, sentences(args.data, split)[1], most=len(vectors))
 
 
-def shown(name: str, kept: list[Kept], seconds: float = 0.0) -> None:
+def shown(name: str, kept: list[SpaceScores], seconds: float = 0.0) -> None:
     mean = {key: statistics.fmean(getattr(one, key) for one in kept) for key in ("scores", "all_pairs", "recall")}
     each = " ".join(f"{one.scores:.3f}/{one.all_pairs:.3f}/{one.recall:.3f}" for one in kept) if len(kept) > 1 else ""
     figures = " | ".join(f"{value:.3f}" for value in mean.values())

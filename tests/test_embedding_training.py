@@ -15,7 +15,7 @@ from potstill.embedding.objective import PairObjective
 from potstill.embedding.training import EmbeddingDistiller, Epoch
 from potstill.embedding.vectors import open_vectors
 from potstill.errors import DataError, DivergedError, ModelError, RunError, ShapeError
-from potstill.evaluate.space import Judge
+from potstill.evaluate.space import SpaceEvaluator
 from potstill.losses.embedding import similarity_error
 
 
@@ -39,7 +39,7 @@ def distil(head: VectorHead, focus: str = "balanced", **changes) -> tuple[Embedd
 
 def test_what_is_measured_is_that_of_loops() -> None:
     teacher, student = clustered(14), clustered(14, seed=3)[:, :3]
-    kept = Judge(teacher, ([0, 2, 4], [1, 3, 5], [1.0, 5.0, 3.0]))(student)
+    kept = SpaceEvaluator(teacher, ([0, 2, 4], [1, 3, 5], [1.0, 5.0, 3.0]))(student)
     s, t = reference.pairs(student.tolist()), reference.pairs(teacher.tolist())
     assert kept.all_pairs == pytest.approx(reference.spearman(s, t), abs=1e-6)
     cosines = [reference.cosine(student[i].tolist(), student[i + 1].tolist()) for i in (0, 2, 4)]
@@ -52,9 +52,9 @@ def test_what_is_measured_is_that_of_loops() -> None:
         ]
         near.append([set(order[:10]) for order in by])
     assert kept.recall == pytest.approx(sum(len(a & b) for a, b in zip(*near, strict=True)) / 140)
-    assert Judge(teacher)(teacher).all_pairs == pytest.approx(1)
+    assert SpaceEvaluator(teacher)(teacher).all_pairs == pytest.approx(1)
     with pytest.raises(ShapeError, match="at least 3 rows, got 2"):
-        Judge(teacher[:2])
+        SpaceEvaluator(teacher[:2])
 
 
 @pytest.mark.parametrize("start", ["centred", "uncentred", "whitened"])
@@ -96,18 +96,18 @@ def test_the_dial_trades_close_pairs_for_the_map() -> None:
     for focus in ("local", "global"):
         head = VectorHead.from_pca(TRAIN, 3)
         _, lines = distil(head, focus, epochs=8)
-        kept[focus] = Judge(HELD)(torch.from_numpy(head.transform(HELD)))
+        kept[focus] = SpaceEvaluator(HELD)(torch.from_numpy(head.transform(HELD)))
         best = max(lines, key=lambda line: {"local": line.kept.recall, "global": line.kept.all_pairs}[focus])
         assert kept[focus].all_pairs == pytest.approx(best.kept.all_pairs, abs=1e-4)  # the best epoch is what is left
         assert best.epoch > 0
-    assert kept["global"].all_pairs > Judge(HELD)(principal(TRAIN, 3).project(HELD)).all_pairs
-    assert kept["local"].recall > Judge(HELD)(principal(TRAIN, 3).project(HELD)).recall
+    assert kept["global"].all_pairs > SpaceEvaluator(HELD)(principal(TRAIN, 3).project(HELD)).all_pairs
+    assert kept["local"].recall > SpaceEvaluator(HELD)(principal(TRAIN, 3).project(HELD)).recall
 
 
 def test_no_student_ends_worse_than_its_start() -> None:
     head = VectorHead.from_pca(TRAIN, 3)
     _, lines = distil(head, "global", learning_rate=10.0)
-    assert Judge(HELD)(torch.from_numpy(head.transform(HELD))).all_pairs >= lines[0].kept.all_pairs - 1e-4
+    assert SpaceEvaluator(HELD)(torch.from_numpy(head.transform(HELD))).all_pairs >= lines[0].kept.all_pairs - 1e-4
 
 
 def test_the_seed_decides_everything() -> None:

@@ -60,7 +60,7 @@ def run_embedding(path: Path, sets: Sequence[str], resume: bool) -> None:
 
 def check_embedding(path: Path, sets: Sequence[str]) -> None:
     """Show what it will need."""
-    from potstill.evaluate.report import words
+    from potstill.evaluate import formatting as words
     from potstill.runs.config.embedding import EmbeddingRecipe
     from potstill.runs.embedding_check import check
 

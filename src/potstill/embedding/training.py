@@ -19,7 +19,7 @@ from potstill.embedding.heads import VectorHead
 from potstill.embedding.objective import EmbeddingObjective, PairObjective
 from potstill.embedding.vectors import CHECK, Matrix, Vectors
 from potstill.errors import DataError, DivergedError, RunError, ShapeError
-from potstill.evaluate.space import Judge, Kept
+from potstill.evaluate.space import SpaceEvaluator, SpaceScores
 from potstill.losses.embedding import reconstruction_error
 
 Student = VectorHead | TextStudent
@@ -33,7 +33,7 @@ class Epoch:
     stage: int
     heat: float
     loss: float | None
-    kept: Kept
+    kept: SpaceScores
 
     def line(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "stage": self.stage, "heat": self.heat, "loss": self.loss, **self.kept.as_dict()}
@@ -86,7 +86,7 @@ class EmbeddingDistiller:
         *,
         texts: Sequence[str] | None = None,
         held_out_texts: Sequence[str] | None = None,
-        judge: Judge | None = None,
+        judge: SpaceEvaluator | None = None,
         checkpoints: Path | None = None,
         on_step: Callable[[int, int, float], None] = lambda done, total, loss: None,
         on_epoch: Callable[[Epoch], None] = lambda epoch: None,
@@ -112,7 +112,7 @@ class EmbeddingDistiller:
         """
         vectors = teacher if isinstance(teacher, Vectors) else Matrix(teacher)
         self._must_fit(vectors, held_out, texts, held_out_texts)
-        judge = judge or Judge(held_out)
+        judge = judge or SpaceEvaluator(held_out)
         torch.manual_seed(self.seed)
         decoder = nn.Linear(self.student.dimensions, vectors.dimensions) if self.reconstruction else None
         run = _Run(self, decoder, judge, held_out, held_out_texts)
@@ -175,7 +175,7 @@ class _Run:
         self,
         plan: EmbeddingDistiller,
         decoder: nn.Linear | None,
-        judge: Judge,
+        judge: SpaceEvaluator,
         held_out: Tensor,
         held_out_texts: Sequence[str] | None,
     ) -> None:
@@ -204,7 +204,7 @@ class _Run:
         self.optimizer.step()
         return value
 
-    def measure(self) -> Kept:
+    def measure(self) -> SpaceScores:
         self.plan.student.eval()
         return self.judge(vectors_of(self.plan.student, self.held_out, self.held_out_texts))
 
@@ -214,7 +214,7 @@ class _Run:
         if score > self.best_score:
             self.best_score, self.best = score, copy.deepcopy(self.plan.student.state_dict())
 
-    def score(self, kept: Kept) -> float:
+    def score(self, kept: SpaceScores) -> float:
         """What the focus asks for, held out."""
         both = (kept.close + kept.all_pairs) / 2
         return {"local": kept.close, "global": kept.all_pairs, "balanced": both}[self.plan.objective.focus]
@@ -258,7 +258,7 @@ class _Run:
 
 
 def _epoch(line: dict[str, Any]) -> Epoch:
-    kept = Kept(**{name: line[name] for name in ("all_pairs", "recall", "scores")})
+    kept = SpaceScores(**{name: line[name] for name in ("all_pairs", "recall", "scores")})
     return Epoch(line["epoch"], line["stage"], line["heat"], line["loss"], kept)
 
 

@@ -1,4 +1,4 @@
-"""How much of the teacher's space a student keeps, on vectors that it has not learnt from."""
+"""Comparison of a student's embedding space with the teacher's, on held-out vectors."""
 
 from __future__ import annotations
 
@@ -17,35 +17,29 @@ _NEIGHBOURS = 10
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a student keeps of the teacher's space.
+class SpaceScores:
+    """Similarity structure that a student keeps."""
 
-    Args:
-        all_pairs: Spearman's correlation of the similarities of all pairs: the whole map.
-        recall: the share of the teacher's 10 nearest that are the student's too.
-        scores: Spearman's correlation with people's scores of pairs, where there are any.
-    """
-
-    all_pairs: float
-    recall: float
-    scores: float | None = None
+    all_pairs: float  # Spearman's correlation of all pairwise similarities with the teacher's
+    recall: float  # share of the teacher's 10 nearest neighbours that are the student's too
+    scores: float | None = None  # Spearman's correlation with human similarity scores; None if there are none
 
     @property
     def close(self) -> float:
-        """How well close pairs are kept: by people's scores where there are any, else by recall."""
+        """Quality on close pairs: by human scores if there are any, else by recall."""
         return self.recall if self.scores is None else self.scores
 
     def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
 
-class Judge:
-    """Measures students against one set of the teacher's vectors.
+class SpaceEvaluator:
+    """Evaluate students against one set of the teacher's vectors.
 
     Args:
-        teacher: [N, H], at least 3 rows.
-        pairs: rows of two texts each and what people say of their similarity, where that is known.
-        most: rows, evenly spread, that are compared with each other; the pairs with scores are all looked at.
+        teacher: [N, H].
+        pairs: row indices of two texts each and human scores of their similarity, if known; all are used.
+        most: number of evenly spaced rows to compare pairwise.
 
     Raises:
         ShapeError: there are fewer than three rows.
@@ -63,31 +57,31 @@ class Judge:
         if len(teacher) > most:
             self.chosen = (torch.arange(most) * len(teacher)) // most
         self.pairs = pairs
-        n = len(self.chosen)
-        similar = cosines(teacher[self.chosen])
-        self.upper = torch.triu_indices(n, n, 1)
-        self.order = ranks(similar[self.upper[0], self.upper[1]])
+        self.upper = torch.triu_indices(len(self.chosen), len(self.chosen), 1)
+        self.order, self.nearest = self._structure(teacher)
+
+    def _structure(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Ranks of all pairwise similarities, and the nearest neighbours of each row."""
+        similar = cosines(vectors[self.chosen])
+        order = ranks(similar[self.upper[0], self.upper[1]])
         similar.fill_diagonal_(-2)
-        self.nearest = similar.topk(min(_NEIGHBOURS, n - 2), dim=1).indices
+        return order, similar.topk(min(_NEIGHBOURS, len(self.chosen) - 2), dim=1).indices
 
     @torch.no_grad()
-    def __call__(self, student: Tensor) -> Kept:
-        """Measure a student's vectors [N, d] of the same rows."""
-        similar = cosines(student[self.chosen])
-        all_pairs = pearson(ranks(similar[self.upper[0], self.upper[1]]), self.order)
-        similar.fill_diagonal_(-2)
-        found = similar.topk(self.nearest.shape[1], dim=1).indices
-        shared = (found.unsqueeze(2) == self.nearest.unsqueeze(1)).any(2).float().mean()
+    def __call__(self, student: Tensor) -> SpaceScores:
+        """Evaluate a student's vectors [N, d] of the same rows."""
+        order, nearest = self._structure(student)
+        shared = (nearest.unsqueeze(2) == self.nearest.unsqueeze(1)).any(2).float().mean()
         scores = None
         if self.pairs is not None:
-            first, second, said = self.pairs
+            first, second, human = self.pairs
             unit = normalize(student, dim=-1)
             cosine = (unit[torch.as_tensor(first)] * unit[torch.as_tensor(second)]).sum(-1)
-            scores = pearson(ranks(cosine), ranks(torch.as_tensor(said, dtype=torch.float64)))
-        return Kept(all_pairs, float(shared), scores)
+            scores = pearson(ranks(cosine), ranks(torch.as_tensor(human, dtype=torch.float64)))
+        return SpaceScores(pearson(order, self.order), float(shared), scores)
 
 
 def cosines(vectors: Tensor) -> Tensor:
-    """[N, d] to [N, N]."""
+    """Compute pairwise cosines: [N, d] to [N, N]."""
     unit = normalize(vectors.float(), dim=-1)
     return unit @ unit.T

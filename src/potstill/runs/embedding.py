@@ -27,7 +27,7 @@ from potstill.evaluate.report.embedding import write_embedding_report
 from potstill.runs.embedding_sources import Material, gather
 from potstill.embedding.training import EmbeddingDistiller, Epoch, Student, vectors_of
 from potstill.errors import RecipeError, UserError
-from potstill.evaluate.space import Judge, cosines
+from potstill.evaluate.space import SpaceEvaluator, cosines
 from potstill.models.loading import load_tokenizer, suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
 
@@ -70,7 +70,7 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
         write_text(directory / "recipe.yaml", recipe.dump())
         for note in material.notes:
             console.print(note, style="dim", highlight=False, markup=False)
-        judge = Judge(material.held_out, material.pairs)
+        judge = SpaceEvaluator(material.held_out, material.pairs)
         others = [focus for focus in FOCUSES if focus != recipe.focus] if recipe.evaluate.front else []
         students, lines = {}, []
         for focus in (recipe.focus, *others):
@@ -127,7 +127,7 @@ def _train(
     focus: Focus,
     name: str,
     material: Material,
-    judge: Judge,
+    judge: SpaceEvaluator,
     directory: Path,
     console: Console,
 ) -> tuple[Student, list[Epoch]]:
@@ -215,7 +215,7 @@ def _save(student: Student, target: Path) -> None:
 
 
 def _summarize(
-    recipe: EmbeddingRecipe, material: Material, judge: Judge, students: dict[Focus, Student]
+    recipe: EmbeddingRecipe, material: Material, judge: SpaceEvaluator, students: dict[Focus, Student]
 ) -> dict[str, Any]:
     held, dimensions = material.held_out, recipe.student.dimensions
     sample = material.vectors.sample(SAMPLE)

@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
-from potstill.data.files import write_text
 from potstill.errors import DataError
 from potstill.evaluate.report import pictures
-from potstill.evaluate.report.page import environment
+from potstill.evaluate.report.render import render
 
 _MEASURES = {
     "scores": ("People's scores", "Spearman's correlation of the similarity of pairs with what people say of them."),
@@ -41,34 +38,28 @@ def write_embedding_report(run_directory: Path) -> Path:
     front = {f"focus: {name}": row for name, row in summary["front"].items()}
     front |= {name: summary["rows"][name] for name in ("PCA", "PCA uncentred")}
     close = "recall" if summary["rows"]["student"]["scores"] is None else "scores"
-    rendered = (
-        environment(autoescape=True)
-        .get_template("embedding.html.j2")
-        .render(
-            **facts,
-            headlines=_headlines(summary),
-            models=list(summary["rows"]),
-            space={
-                name: Markup(pictures.space(f"{name} space", summary["space"][name], summary["space"]["hues"]))
-                for name in ("teacher", "student")
-            },
-            front=Markup(
-                pictures.front(
-                    {name: (row["all_pairs"], row[close]) for name, row in front.items()},
-                    "all pairs, rank correlation with the teacher",
-                    _MEASURES[close][0],
-                )
-            ),
-            close=_MEASURES[close][0],
-            curve=Markup(pictures.correlation_curve(_curve(run_directory / "metrics.jsonl"))),
-            recipe=(run_directory / "recipe.yaml").read_text(encoding="utf-8"),
-        )
+    render(
+        "embedding.html.j2",
+        run_directory / "report.html",
+        **facts,
+        headlines=_headlines(summary),
+        models=list(summary["rows"]),
+        space={
+            name: pictures.space(f"{name} space", summary["space"][name], summary["space"]["hues"])
+            for name in ("teacher", "student")
+        },
+        front=pictures.front(
+            {name: (row["all_pairs"], row[close]) for name, row in front.items()},
+            "all pairs, rank correlation with the teacher",
+            _MEASURES[close][0],
+        ),
+        close=_MEASURES[close][0],
+        curve=pictures.correlation_curve(_curve(run_directory / "metrics.jsonl")),
+        recipe=(run_directory / "recipe.yaml").read_text(encoding="utf-8"),
     )
-    write_text(run_directory / "report.html", rendered)
-    card = environment(autoescape=False).get_template("embedding_card.md.j2")
     if (run_directory / "student").is_dir():
         reads = (run_directory / "student" / "modules.json").exists()
-        write_text(run_directory / "student" / "README.md", card.render(**facts, reads=reads))
+        render("embedding_card.md.j2", run_directory / "student" / "README.md", **facts, reads=reads)
     return run_directory / "report.html"
 
 
