@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from potstill.demo import demo_recipe
-from potstill.evaluate.report.words import percent, size
+from potstill.evaluate.formatting import percent, size
 from potstill.evaluate.speed import extra_bytes
 from potstill.models.adapted import parameter_count
 from potstill.models.adapters import adapt

@@ -22,12 +22,12 @@ from rich.console import Console
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from potstill.evaluate.report import words
+from potstill.evaluate import formatting as words
 from potstill.evaluate.speed import extra_bytes
 from potstill.runs.build import prepare
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.run import _train
+from potstill.runs.run import train as train_student
 
 FORK = multiprocessing.get_context("fork")  # each measurement in a new process, which has imported everything
 
@@ -79,7 +79,7 @@ def measure(what: str, values: dict[str, Any]) -> dict[str, float]:
     def train() -> None:
         parts = prepare(recipe)
         Path(recipe.output).mkdir()
-        _train(parts, "student", parts.objective, Path(recipe.output), Console(quiet=True))
+        train_student(parts, "student", parts.objective, Path(recipe.output), Console(quiet=True))
 
     found = extra_bytes(train, torch.device("cpu"))
     lines = [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]

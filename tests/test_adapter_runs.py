@@ -28,7 +28,7 @@ from potstill.models.loading import load_model, suppress_warnings
 from potstill.runs.build import prepare
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.evaluate import Measures, evaluate
+from potstill.runs.evaluate import EvaluationOptions, evaluate
 from potstill.runs.run import run
 from test_trainer import CHECKPOINTING, losses, trainer
 
@@ -94,7 +94,7 @@ def test_a_run_keeps_the_adapter_alone(values: dict[str, Any], toys: Path, kind:
     assert is_adapted(space["model"])
     found = evaluate(
         str(folder), str(toys / "teacher"), Source(values["data"]["eval"]["path"]), max_length=32, packing=True,
-        measures=Measures(generations=1, new_tokens=2, batch_sizes=[1], lengths=[8]),
+        options=EvaluationOptions(generations=1, new_tokens=2, batch_sizes=[1], lengths=[8]),
     )  # fmt: skip
     assert found["models"]["student"]["quality"]["loss"] == pytest.approx(row["loss"], rel=1e-5)
     assert found["models"]["student"]["parameters"] == row["parameters"]

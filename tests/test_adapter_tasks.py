@@ -20,7 +20,7 @@ from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.adapters import Ia3, Lora, adapt, linear_layers
 from potstill.models.loading import load_model, sequence_head_names, suppress_warnings
 from potstill.runs.config.run import Recipe
-from potstill.runs.evaluate import Measures, evaluate
+from potstill.runs.evaluate import EvaluationOptions, evaluate
 from potstill.runs.run import RunResult, run
 from toy_encoders import make_encoder, save
 
@@ -104,7 +104,7 @@ def test_a_run_keeps_the_adapter_and_what_judges(task: str, kind: str, judged_ro
     torch.testing.assert_close(answer(space["model"]), answer(loaded), atol=1e-5, rtol=1e-5)
     found = evaluate(
         str(folder), "teacher", Source("eval.jsonl", field="text", **COLUMNS.get(task, {})), max_length=32,
-        measures=Measures(batch_sizes=[1], lengths=[8]), task=task,  # type: ignore[arg-type]  # likewise
+        options=EvaluationOptions(batch_sizes=[1], lengths=[8]), task=task,  # type: ignore[arg-type]  # likewise
     )  # fmt: skip
     first = QUALITY[task][0].key  # type: ignore[index]  # likewise
     assert found["models"]["student"]["quality"][first] == pytest.approx(row[first], rel=1e-4)

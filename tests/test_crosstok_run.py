@@ -22,7 +22,7 @@ from potstill.losses.alignment import causal_alignment
 from potstill.runs.build import prepare
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.run import _arguments, run
+from potstill.runs.run import run, training_arguments
 from potstill.train.trainer import DistillationTrainer
 from reference_across import byte_level, llama_like, lower_case
 
@@ -100,7 +100,7 @@ def test_a_run_goes_on_where_it_stopped(values: dict[str, Any]) -> None:
         parts.new_student(),
         parts.teacher,
         parts.objective,
-        _arguments(parts, Path(values["output"]) / "checkpoints" / "student"),
+        training_arguments(parts, Path(values["output"]) / "checkpoints" / "student"),
         parts.train.dataset,
         parts.curve,
         parts.tokenizer,

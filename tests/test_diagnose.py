@@ -21,10 +21,10 @@ from conftest import make_batch, make_llama
 from potstill.cli import app
 from potstill.errors import DataError, RecipeError, UserError
 from potstill.evaluate import diagnosis as measures
-from potstill.evaluate.diagnosis import HEADS, distributions, gradient_flow, irreducible, label_noise, look
-from potstill.evaluate.findings import conclusion, findings, recommended_temperature
+from potstill.evaluate.diagnosis import TOP_COUNTS, distributions, gradient_flow, irreducible, label_noise, token_stats
+from potstill.evaluate.findings import conclusion, interpret, recommended_temperature
 from potstill.evaluate.report.diagnosis import write_diagnosis_page
-from potstill.evaluate.report.page import environment, write_report
+from potstill.evaluate.report.page import write_report
 from potstill.losses.alignment import causal_alignment
 from potstill.runs.config.run import Recipe
 from potstill.runs.diagnose import diagnose
@@ -42,7 +42,7 @@ def test_every_number_is_what_a_loop_gives(elements: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(measures, "ELEMENTS", elements)
     teacher, student = make_llama(seed=1), make_llama(hidden_size=8, layers=1).train()
     batches = [make_batch(seed=seed) for seed in (1, 2)]
-    tokens, softenings = look(
+    tokens, softenings = token_stats(
         lambda batch, alignment: logits_of(teacher, batch), {"student": student}, batches, temperatures=(1.0, 3.0)
     )
     assert student.training
@@ -53,26 +53,26 @@ def test_every_number_is_what_a_loop_gives(elements: int, monkeypatch: pytest.Mo
     assert tokens.label.tolist() == labels
     assert len(tokens) == len(labels) > 10
     p, q = theirs.softmax(-1).tolist(), mine.softmax(-1).tolist()
+    teacher_stats, student_stats = tokens.models["teacher"], tokens.models["student"]
     for i, label in enumerate(labels):
         m = [(a + b) / 2 for a, b in zip(p[i], q[i], strict=True)]
         kl = sum(a * math.log(a / b) for a, b in zip(p[i], q[i], strict=True))
         js = sum((a * math.log(a / c) + b * math.log(b / c)) / 2 for a, b, c in zip(p[i], q[i], m, strict=True))
         tops = [sorted(range(300), key=one.__getitem__)[-10:] for one in (p[i], q[i])]
-        assert tokens.kl["student"][i].item() == pytest.approx(kl, abs=1e-5)
-        assert tokens.js["student"][i].item() == pytest.approx(js, abs=1e-5)
-        assert tokens.shared["student"][i].item() == pytest.approx(len({*tops[0]} & {*tops[1]}) / 10)
-        assert tokens.agreed["student"][i].item() == (tops[0][-1] == tops[1][-1])
-        assert tokens.entropy["teacher"][i].item() == pytest.approx(-sum(a * math.log(a) for a in p[i]), abs=1e-5)
-        assert tokens.label_log_prob["student"][i].item() == pytest.approx(math.log(q[i][label]), abs=1e-5)
-        assert tokens.certainty is not None
-        assert tokens.certainty[i].item() == pytest.approx(max(p[i]), abs=1e-6)
+        assert student_stats["kl"][i].item() == pytest.approx(kl, abs=1e-5)
+        assert student_stats["js"][i].item() == pytest.approx(js, abs=1e-5)
+        assert student_stats["overlap"][i].item() == pytest.approx(len({*tops[0]} & {*tops[1]}) / 10)
+        assert student_stats["agreement"][i].item() == (tops[0][-1] == tops[1][-1])
+        assert teacher_stats["entropy"][i].item() == pytest.approx(-sum(a * math.log(a) for a in p[i]), abs=1e-5)
+        assert student_stats["label_log_prob"][i].item() == pytest.approx(math.log(q[i][label]), abs=1e-5)
+        assert teacher_stats["confidence"][i].item() == pytest.approx(max(p[i]), abs=1e-6)
     for temperature, found in zip((1.0, 3.0), softenings, strict=True):
         soft = (theirs / temperature).softmax(-1)
         entropy = float(-(soft * soft.log()).sum(-1).mean())
         assert found.temperature == temperature
         assert found.entropy == pytest.approx(entropy, abs=1e-5)
         assert found.support == pytest.approx(math.exp(entropy), rel=1e-4)
-        for k in HEADS:
+        for k in TOP_COUNTS:
             assert found.mass[k] == pytest.approx(float(soft.sort(-1).values[:, -k:].sum(-1).mean()), abs=1e-5)
     floor = irreducible(tokens)
     cross = float(-(theirs.softmax(-1) * mine.log_softmax(-1)).sum(-1).mean())
@@ -85,7 +85,7 @@ def test_every_number_is_what_a_loop_gives(elements: int, monkeypatch: pytest.Mo
     ):
         inside = [i for i, label in enumerate(labels) if least <= label < most]
         assert group["tokens"] == len(inside)
-        assert group["kl"] == pytest.approx(float(tokens.kl["student"][inside].double().mean()))
+        assert group["kl"] == pytest.approx(float(tokens.models["student"]["kl"][inside].double().mean()))
     assert sum(group["share_of_excess"] for group in found["by_frequency"]) == pytest.approx(1)
     assert sum(group["tokens"] for group in found["by_frequency"]) == len(labels)
 
@@ -95,8 +95,11 @@ def test_tokens_that_a_teacher_rules_out_are_no_nan() -> None:
     batch = make_batch()
     ruled_out = logits_of(make_llama(seed=1), batch)
     ruled_out[:, 100:] = -math.inf
-    tokens, softenings = look(lambda *_: ruled_out, {"student": student}, [batch])
-    assert all(torch.isfinite(values).all() for values in (*tokens.entropy.values(), tokens.kl["student"]))
+    tokens, softenings = token_stats(lambda *_: ruled_out, {"student": student}, [batch])
+    assert all(
+        torch.isfinite(values).all()
+        for values in (*(stats["entropy"] for stats in tokens.models.values()), tokens.models["student"]["kl"])
+    )
     assert all(math.isfinite(one.entropy) for one in softenings)
 
 
@@ -111,7 +114,7 @@ def test_labels_that_a_sure_teacher_contradicts_are_found() -> None:
     sure[5] = 0.0
     sure[5, : int(labels[5])] = 9.0  # finds it unlikely, sure of nothing
     sure[5, int(labels[5]) + 1 :] = 9.0
-    tokens, _ = look(lambda *_: sure, {}, [batch])
+    tokens, _ = token_stats(lambda *_: sure, {}, [batch])
     noise = label_noise(tokens)
     assert noise["unlikely"] == pytest.approx(2 / count)
     assert noise["contradicted"] == pytest.approx(1 / count)
@@ -216,7 +219,7 @@ def healthy() -> dict[str, Any]:
 
 
 def said(found: dict[str, Any]) -> tuple[list[str], str]:
-    sentences = findings(found)
+    sentences = interpret(found)
     return [one.text for one in sentences if one.level != "note"], conclusion(found, sentences)
 
 
@@ -224,14 +227,14 @@ def test_where_nothing_is_wrong_nothing_is_said_to_be() -> None:
     warnings, last = said(healthy())
     assert warnings == []
     assert last == (
-        "The student is better than the baseline, 2.500 against 2.900 nats, and nearer to the teacher (KL 0.500 "
-        "against 0.900). Nothing that was measured here holds it back."
+        "The student is better than the baseline, 2.500 against 2.900 nats, and closer to the teacher (KL 0.500 "
+        "against 0.900). No measurement here shows a problem."
     )
-    notes = [one.text for one in findings(healthy())]
+    notes = [one.text for one in interpret(healthy())]
     assert any("80% is the teacher's own entropy" in note for note in notes)
     worse = healthy()
     worse["losses"]["student"] = 3.0
-    assert said(worse)[1].endswith("and nothing that was measured here says why: try another seed first.")
+    assert said(worse)[1].endswith("and no measurement here explains it: try another seed first.")
 
 
 def change(found: dict[str, Any], key: str, value: Any) -> None:
@@ -247,7 +250,7 @@ def change(found: dict[str, Any], key: str, value: Any) -> None:
     [
         ("temperature.used", [8.0], "at temperature 8 the teacher is so flat .* 900 tokens instead of 5.0"),
         ("gradients.none", ["a", "b", "c", "d"], "4 of the student's weights get no gradient"),
-        ("gradients.bad", ["a"], "1 of the student's weights get a gradient that is not finite"),
+        ("gradients.bad", ["a"], "1 of the student's weights have a NaN or infinite gradient"),
         ("gradients.flow.0.gradient", 1e-6, "hardly any gradient reaches layer 0"),
         ("losses.teacher", 2.95, "the teacher itself .2.950 nats. is no better on this text than training on labels"),
         ("compression", 40.0, "the student is 40 times smaller"),
@@ -255,9 +258,17 @@ def change(found: dict[str, Any], key: str, value: Any) -> None:
         ("training.past_best", 0.2, "it was better by 0.200 nats at step 90"),
         ("training.clipped", 0.97, "clipped in 97% of the logged steps"),
         ("noise.contradicted", 0.08, "contradicts 8.0% of the labels"),
-        ("distributions.student.entropy", 1.0, "it is surer than its teacher .1.000 nats of entropy against 2.000"),
-        ("distributions.student.entropy", 3.0, "it is less sure than its teacher"),
-        ("distributions.student.by_frequency.0.share_of_excess", 0.6, "60% of what it loses .* the 5% of tokens"),
+        (
+            "distributions.student.entropy",
+            1.0,
+            "it is more confident than its teacher .1.000 nats of entropy ag",
+        ),
+        ("distributions.student.entropy", 3.0, "it is less confident than its teacher"),
+        (
+            "distributions.student.by_frequency.0.share_of_excess",
+            0.6,
+            "60% of its loss above .* the 5% of tokens",
+        ),
     ],
 )
 def test_what_is_wrong_is_why_the_student_is_worse(key: str, value: Any, reason: str) -> None:
@@ -274,13 +285,13 @@ def test_what_is_wrong_is_why_the_student_is_worse(key: str, value: Any, reason:
     change(found, "losses.student", 2.5)
     change(found, "of", "recipe")
     if "student.entropy" not in key and "by_frequency" not in key:
-        assert re.search(f"^Before this runs, look at this: .*{reason}", said(found)[1])
+        assert re.search(f"^Before this runs, check: .*{reason}", said(found)[1])
 
 
 def test_a_temperature_that_is_too_low_for_a_sure_teacher() -> None:
     found = healthy()
     found["temperature"] |= {"rows": [at(1.0, 0.99, 1.0, 1.0), at(3.0, 0.6, 0.9, 0.99)], "recommended": 3.0}
-    assert "at temperature 1 the teacher gives its likeliest token 99%" in said(found)[1]
+    assert "at temperature 1 the teacher gives its most likely token 99%" in said(found)[1]
 
 
 @pytest.fixture
@@ -381,7 +392,7 @@ def test_a_teacher_that_tells_a_part_leaves_its_part_out(
     assert found["gradients"]["flow"]
     assert set(found["losses"]) == {"student"}
     (tmp_path / "diagnose.json").write_text(json.dumps(found))
-    assert "Gradients" in write_diagnosis_page(environment(autoescape=True), tmp_path).read_text()
+    assert "Gradients" in write_diagnosis_page(tmp_path).read_text()
 
 
 def test_mistakes(finished: Path, tmp_path: Path) -> None:

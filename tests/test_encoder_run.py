@@ -24,7 +24,7 @@ from potstill.evaluate.measures import QUALITY
 from potstill.runs.build import prepare
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.evaluate import Measures, evaluate
+from potstill.runs.evaluate import EvaluationOptions, evaluate
 from potstill.runs.run import RunResult, run
 from potstill.train.callbacks import MetricsFile
 from toy_encoders import CLASSES, make_encoder, save
@@ -175,8 +175,8 @@ def test_the_commands_measure_and_check(name: str, judged_rows: Path) -> None:
     save(make_encoder("bert", task, seed=2, num_hidden_layers=2), judged_rows / "other")
     label = {"regression": "score"}.get(task)
     source = Source("eval.jsonl", field="text", label=label) if task != "masked" else Source("eval.jsonl", field="text")
-    measures = Measures(batch_sizes=(1,), lengths=(8,))
-    found = evaluate("other", "teacher", source, max_length=32, measures=measures, task=task)
+    measures = EvaluationOptions(batch_sizes=(1,), lengths=(8,))
+    found = evaluate("other", "teacher", source, max_length=32, options=measures, task=task)
     for measure in QUALITY[task]:
         assert found["models"]["student"]["quality"][measure.key] is not None
     assert found["models"]["student"]["speed"][0]["first_token_ms"] is None

@@ -21,7 +21,7 @@ from potstill.evaluate.generations import continuations, text_quality
 from potstill.evaluate.harness import harness_scores
 from potstill.evaluate.quality import compare
 from potstill.evaluate.speed import extra_bytes, speed
-from potstill.runs.evaluate import Measures, text_bytes
+from potstill.runs.evaluate import EvaluationOptions, text_bytes
 from potstill.runs.evaluate import evaluate as measure
 from reference_across import byte_level
 
@@ -157,7 +157,7 @@ def test_a_local_task_of_lm_eval_is_what_a_loop_finds(task: Path, tokenizer) -> 
             scores.append(sum(float(logs[t - 1, ids[t]]) for t in range(start, len(ids))))
         right += scores[0] > scores[1]
     assert found == {"toy": {"acc,none": pytest.approx(right / 6)}}
-    with pytest.raises(UserError, match="which is not there"):
+    with pytest.raises(UserError, match="which does not exist"):
         harness_scores(model, tokenizer, [str(task.with_name("other.yaml"))])
 
 
@@ -193,8 +193,8 @@ def test_with_two_tokenizers_each_is_measured_in_its_own(toys: Path, tmp_path: P
     assert list(found) == ["teacher", "student"]
     assert found["teacher"]["quality"]["tokens"] > found["student"]["quality"]["tokens"]
     for name, folder in (("teacher", tmp_path / "bytes"), ("student", toys / "student")):
-        source, quick = Source(toys / "eval.jsonl"), Measures(batch_sizes=[1], lengths=[8])
-        alone = measure(str(folder), None, source, max_length=32, measures=quick)
+        source, quick = Source(toys / "eval.jsonl"), EvaluationOptions(batch_sizes=[1], lengths=[8])
+        alone = measure(str(folder), None, source, max_length=32, options=quick)
         assert found[name]["bits_per_byte"] == pytest.approx(alone["models"]["student"]["bits_per_byte"])
         assert found[name]["model"] == str(folder)
 

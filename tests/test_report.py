@@ -10,7 +10,8 @@ import yaml
 
 from potstill.errors import DataError
 from potstill.evaluate.report import pictures
-from potstill.evaluate.report.page import verdict, write_report, write_student_card
+from potstill.evaluate.report.page import write_report, write_student_card
+from potstill.evaluate.verdict import verdict
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -131,7 +132,7 @@ def test_the_page_has_all_its_parts(run_directory, summary):
         *("4.1×", "45%", "61.3%", "6.5×"),
         *("2.856", "17.4", "5.3M", "10.5 MB", "3.2 ms", "(3.303 − 2.856) / (3.303 − 2.310) = 45%"),
         *("How it learned", "Where it follows the teacher", "How it writes", "What was run", "Notes"),
-        *("in 2 of 2 stretches", "200K tokens in 800 examples", "6.1 passes", "1 min 25 s", "22 November 2026"),
+        *("in 2 of 2 parts", "200K tokens in 800 examples", "6.1 passes", "1 min 25 s", "22 November 2026"),
         *("llama, 4 layers of width 128", "its EOS token is used", "Linux x86_64", "<b>1 & 2</b>"),
     ):
         assert said in page.text, said
@@ -205,7 +206,7 @@ def test_no_baseline(run_directory, summary):
     summary["gap_closed"] = None
     page = report_of(run_directory(summary, records=metrics(runs=["student"])))
     assert "of the gap closed" not in page.text
-    assert "without a baseline run it is not known" in page.text
+    assert "without a baseline run it is unknown" in page.text
     assert [attributes.get("scope") for attributes in page.all("th")] == ["col"] * 3 + ["row"] * 7
 
 
@@ -323,7 +324,7 @@ def test_no_card_without_a_student(run_directory, summary):
         write_student_card(directory)
 
 
-def judged(teacher, baseline, student, gap_closed=None):
+def verdict_of(teacher, baseline, student, gap_closed=None):
     losses = {"teacher": teacher, "baseline": baseline, "student": student}
     rows = {model: {"loss": loss, "parameters": 100} for model, loss in losses.items() if loss is not None}
     if "teacher" in rows:
@@ -345,7 +346,7 @@ def judged(teacher, baseline, student, gap_closed=None):
         ((2.31, 3.303, 3.41), ["worse than the baseline", "did not help", "try "]),
         ((2.31, 3.303, 3.306), ["slightly worse than the baseline", "try "]),
         ((2.31, 3.303, 3.303), ["made no difference", "3.303"]),
-        ((2.31, None, 2.856), ["within 0.546 nats of the teacher", "no baseline was run", "cannot be told"]),
+        ((2.31, None, 2.856), ["within 0.546 nats of the teacher", "no baseline was run", "cannot be measured"]),
         ((2.31, None, 2.2), ["better than its own teacher", "no baseline was run"]),
         ((None, None, 2.2), ["reaches 2.200 nats", "no baseline was run"]),
         ((None, 3.303, 2.856), ["better than the baseline"]),
@@ -357,7 +358,7 @@ def judged(teacher, baseline, student, gap_closed=None):
     ],
 )
 def test_the_verdict_is_honest(losses, said):
-    sentence = judged(*losses)
+    sentence = verdict_of(*losses)
     for words in said:
         assert words in sentence
 

@@ -27,7 +27,8 @@ from potstill.losses.token_losses import token_divergence
 from potstill.runs.build import prepare
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.run import _alarms, run
+from potstill.runs.measure import collapse_notes
+from potstill.runs.run import run
 from potstill.teachers.cached_or_live import CachedOrLiveTeacher
 from potstill.train.callbacks import logged_lines
 from potstill.train.distiller import Distiller
@@ -366,19 +367,19 @@ def test_a_recipe_learns_from_its_students_own_text(recipe_values: dict[str, Any
         texts = logged_lines(directory / "own_texts.jsonl")
         assert {text["step"] for text in texts} <= {1, 2, 3, 4, 5, 6}
         page = (directory / "report.html").read_text()
-        assert "What it wrote while it learned" in page
-        assert "tokens a text" in page
+        assert "Samples during training" in page
+        assert "tokens per sample" in page
         summary = json.loads((directory / "summary.json").read_text())
         assert [text["step"] for text in summary["own_texts"]] == sorted(text["step"] for text in summary["own_texts"])
 
 
 def test_the_report_tells_of_a_collapse() -> None:
     lines = [{"step": i, "own_share": 1.0, "own_repetition": r} for i, r in enumerate((0.1, 0.9, 0.95))]
-    (note,) = _alarms(lines)
+    (note,) = collapse_notes(lines)
     assert note.startswith("From step 1 to the end: rollout: expected own text that goes on, got 95%")
-    (note,) = _alarms([*lines, {"step": 3, "own_share": 1.0, "own_repetition": 0.2}])
+    (note,) = collapse_notes([*lines, {"step": 3, "own_share": 1.0, "own_repetition": 0.2}])
     assert note.startswith("From step 1 to step 2:")
-    assert _alarms(lines[:1]) == []
+    assert collapse_notes(lines[:1]) == []
 
 
 def test_sampled_tokens_are_enough_of_a_teacher_behind_a_server(recipe_values: dict[str, Any], toys: Path) -> None:

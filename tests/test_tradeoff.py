@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from potstill.evaluate.tradeoff import Candidate, Limits, kept, pareto_front, predict, recommend
+from potstill.evaluate.tradeoff import Candidate, Limits, pareto_front, predict, recommend, relative_quality
 
 
 def candidates(*rows: tuple[float, int, float]) -> list[Candidate]:
@@ -37,10 +37,10 @@ def test_what_diverged_is_on_no_front() -> None:
 
 
 def test_quality_is_the_ratio_of_perplexities() -> None:
-    assert kept(2.0, 2.0) == 1
-    assert kept(2.0, 3.0) == pytest.approx(math.exp(2) / math.exp(3))
-    assert math.isnan(kept(2.0, math.nan))
-    assert kept(2.0, 1e6) == 0
+    assert relative_quality(2.0, 2.0) == 1
+    assert relative_quality(2.0, 3.0) == pytest.approx(math.exp(2) / math.exp(3))
+    assert math.isnan(relative_quality(2.0, math.nan))
+    assert relative_quality(2.0, 1e6) == 0
 
 
 STUDENTS = candidates((0.2, 100, 1.0), (0.6, 200, 2.0), (0.65, 400, 3.5), (0.7, 800, 8.0), (0.5, 800, 9.0))
@@ -59,7 +59,7 @@ STUDENTS = candidates((0.2, 100, 1.0), (0.6, 200, 2.0), (0.65, 400, 3.5), (0.7, 
             "No student has at most 3.0 ms, at least 62%.*nearest is s1",
         ),
         (Limits(max_parameters=50), None, "No student has at most 50 parameters; the smallest is s0"),
-        (Limits(), 1, "Where quality begins to cost more than it did: s1"),
+        (Limits(), 1, "The knee, after which more quality costs more parameters: s1"),
     ],
 )
 def test_the_student_to_take(limits: Limits, place: int | None, why: str) -> None:

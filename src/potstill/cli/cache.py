@@ -140,7 +140,7 @@ def _facts(directory: Path) -> dict[str, Any]:
 
 
 def _show(directory: Path) -> None:
-    from potstill.evaluate.report import words
+    from potstill.evaluate import formatting as words
 
     facts = _facts(directory)
     parameters = ", ".join(f"{name} {value}" for name, value in facts["parameters"].items())

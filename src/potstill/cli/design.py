@@ -78,7 +78,7 @@ def design(
 
 def _compare(teacher: Any, student: Any, teachers: Any, students: Any) -> None:
     """Both shapes, both costs, and what may be kept."""
-    from potstill.evaluate.report import words
+    from potstill.evaluate import formatting as words
     from potstill.models.capacity import Capability, expected_share
     from potstill.models.structure import design_shape
 
@@ -117,7 +117,7 @@ def _compare(teacher: Any, student: Any, teachers: Any, students: Any) -> None:
 
 def _list(context: int) -> None:
     """The published small models, with what they take."""
-    from potstill.evaluate.report import words
+    from potstill.evaluate import formatting as words
     from potstill.models.references import REFERENCES
     from potstill.models.size import size_of
     from potstill.models.structure import design_shape

@@ -37,10 +37,10 @@ def evaluate(
 ) -> None:
     """Measure a student on held-out data, beside its teacher: quality, calibration, agreement, speed, memory, size."""
     from potstill.data.sources import Source
-    from potstill.runs.evaluate import Measures
+    from potstill.runs.evaluate import EvaluationOptions
     from potstill.runs.evaluate import evaluate as measure
 
-    measures = Measures(
+    options = EvaluationOptions(
         generations=generations,
         new_tokens=new_tokens,
         lm_eval=[task.strip() for task in lm_eval.split(",")] if lm_eval else (),
@@ -53,7 +53,7 @@ def evaluate(
     if task not in TASKS:
         raise UserError(f"--task: expected one of {', '.join(sorted(TASKS))}, got {task}.{nearest(task, TASKS)}")
     source = Source(data, field=field, pair=pair, label=label)
-    found = measure(student, teacher, source, max_length=max_length, packing=packing, measures=measures, task=task)
+    found = measure(student, teacher, source, max_length=max_length, packing=packing, options=options, task=task)
     from potstill.data.files import write_text
 
     write_text(out, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
@@ -70,8 +70,8 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def _show(found: dict[str, Any], task: Task) -> None:
     """A table with a column for each model."""
+    from potstill.evaluate import formatting as words
     from potstill.evaluate.measures import FURTHER, QUALITY
-    from potstill.evaluate.report import words
 
     models = found["models"]
     table = Table(box=box.SIMPLE_HEAD)

@@ -69,7 +69,7 @@ def check(recipe: RecipePath, set_: Sets = None) -> None:
         return check_embedding(recipe, set_ or ())
     if kind == "generate":
         return check_generate(recipe, set_ or ())
-    from potstill.evaluate.report import words
+    from potstill.evaluate import formatting as words
     from potstill.runs.check import check as check_recipe
     from potstill.runs.config.run import Recipe
 
@@ -145,7 +145,7 @@ def _finish(result: Any) -> None:
     from accelerate import PartialState
 
     from potstill.evaluate.measures import of_run
-    from potstill.evaluate.report.page import verdict
+    from potstill.evaluate.verdict import verdict
 
     if not PartialState().is_main_process:
         return
@@ -160,7 +160,7 @@ def _finish(result: Any) -> None:
     out.print(table, highlight=False)
     out.print(verdict(result.summary), highlight=False)
     if adapter := result.summary["adapter"]:
-        from potstill.evaluate.report import words
+        from potstill.evaluate import formatting as words
 
         trained = f"{adapter['trained']:,} parameters trained, {words.percent(adapter['share'], 2)} of all"
         saved = "merged" if adapter["bytes"] is None else f"{words.size(adapter['bytes'])} beside its base"

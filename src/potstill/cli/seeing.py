@@ -92,7 +92,7 @@ def diagnose(
         raise UserError(f"diagnose: expected a distillation recipe, got kind {kind_of(path)} in {path}.")
     recipe = Recipe.load(path, set_ or ())
     from potstill.evaluate.report.diagnosis import write_diagnosis_page
-    from potstill.evaluate.report.page import environment, write_report
+    from potstill.evaluate.report.page import write_report
     from potstill.runs.diagnose import diagnose as look_closely
     from potstill.runs.diagnose import write_diagnosis
 
@@ -100,13 +100,13 @@ def diagnose(
     folder = run or out or Path(f"{recipe.output}-diagnosis")
     write_diagnosis(found, folder / "diagnose.json")
     finished = run is not None and (run / "summary.json").exists()
-    page = write_report(folder) if finished else write_diagnosis_page(environment(autoescape=True), folder)
+    page = write_report(folder) if finished else write_diagnosis_page(folder)
     _tell(found, page)
 
 
 def _tell(found: dict[str, Any], page: Path) -> None:
     """The teacher at each temperature, all findings, the last word, and where the pictures are."""
-    from potstill.evaluate.report import words
+    from potstill.evaluate import formatting as words
 
     out = Console()
     if found["temperature"] is not None:
@@ -143,7 +143,7 @@ def _show(directory: Path) -> None:
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    from potstill.evaluate.report import words
+    from potstill.evaluate import formatting as words
     from potstill.evaluate.report.sweep import COSTS
 
     table = Table(title=summary["name"], title_justify="left", box=box.SIMPLE_HEAD)

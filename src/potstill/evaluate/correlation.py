@@ -1,4 +1,4 @@
-"""Pearson's and Spearman's correlation."""
+"""Correlation of two series, and of their ranks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def ranks(values: Tensor) -> Tensor:
-    """The ranks of [N] values from 0, float64; equal values share their mean rank."""
-    _, position, count = torch.unique(values, return_inverse=True, return_counts=True)
+    """Compute the ranks of [N] values from 0, float64; ties share their mean rank."""
+    _, index, count = torch.unique(values, return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
-    return (last - (count.double() + 1) / 2)[position]
+    return (last - (count.double() + 1) / 2)[index]
 
 
 def pearson(x: Tensor, y: Tensor) -> float:
-    """Pearson's correlation; of ranks it is Spearman's. 0 if one of them is constant."""
+    """Compute Pearson's correlation (of ranks: Spearman's); 0 if x or y is constant."""
     x, y = x - x.mean(), y - y.mean()
-    lengths = x.norm() * y.norm()
-    return float(x @ y / lengths) if lengths > 0 else 0.0
+    norms = x.norm() * y.norm()
+    return float(x @ y / norms) if norms > 0 else 0.0

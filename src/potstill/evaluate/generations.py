@@ -1,4 +1,4 @@
-"""How near a model's continuations are to the truth: ROUGE and BLEU."""
+"""ROUGE and BLEU of a model's continuations."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class TextQuality:
     """Means over continuations. They compare words: a good answer in other words scores low.
 
     Args:
-        rouge1: F1 of words that both texts have, in [0, 1].
-        rouge2: of pairs of words.
-        rouge_l: of the longest common subsequence.
-        bleu: of the whole corpus, in [0, 100], by sacrebleu's defaults.
-        bleu_precisions: what BLEU is the geometric mean of, in [0, 100]: runs of 1, 2, 3 and 4 words that are in a
-            reference too.
-        brevity_penalty: and what that mean is multiplied by: below 1 where texts are shorter than their references.
+        rouge1: F1 of shared words, in [0, 1].
+        rouge2: F1 of shared pairs of words.
+        rouge_l: F1 of the longest common subsequence.
+        bleu: corpus BLEU, in [0, 100], with sacrebleu's defaults.
+        bleu_precisions: n-gram precisions for n = 1 to 4, in [0, 100]; BLEU is their geometric mean times
+            `brevity_penalty`.
+        brevity_penalty: below 1 if texts are shorter than their references.
         length_ratio: words of the texts over those of their references.
-        texts: how many.
+        texts: number of texts.
     """
 
     rouge1: float
@@ -41,11 +41,11 @@ class TextQuality:
 
 
 def text_quality(written: Sequence[str], truths: Sequence[str | Sequence[str]]) -> TextQuality:
-    """ROUGE and BLEU of texts beside their references.
+    """Compute ROUGE and BLEU of texts against their references.
 
     Args:
-        written: one text each.
-        truths: the reference of each, or several: ROUGE takes the nearest, BLEU what is in any of them.
+        written: generated texts.
+        truths: one or several references of each: ROUGE uses the closest, BLEU all.
 
     Raises:
         UserError: the libraries are not installed, or there is no text.
@@ -60,18 +60,17 @@ def text_quality(written: Sequence[str], truths: Sequence[str | Sequence[str]]) 
         ) from None
     references = [[truth] if isinstance(truth, str) else list(truth) for truth in truths]
     if not written or not all(references):
-        raise UserError("evaluate --generations: expected rows with a beginning and something after it, got none.")
+        raise UserError("evaluate --generations: expected rows with a prompt and text after it, got none.")
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     scores = [scorer.score_multi(several, text) for text, several in zip(written, references, strict=True)]
-
-    def mean(name: str) -> float:
-        return sum(score[name].fmeasure for score in scores) / len(scores)
-
+    rouge1, rouge2, rouge_l = (
+        sum(score[name].fmeasure for score in scores) / len(scores) for name in ("rouge1", "rouge2", "rougeL")
+    )
     bleu = sacrebleu.corpus_bleu(list(written), [list(column) for column in zip_longest(*references)])
     return TextQuality(
-        rouge1=mean("rouge1"),
-        rouge2=mean("rouge2"),
-        rouge_l=mean("rougeL"),
+        rouge1=rouge1,
+        rouge2=rouge2,
+        rouge_l=rouge_l,
         bleu=bleu.score,
         bleu_precisions=bleu.precisions,
         brevity_penalty=bleu.bp,
@@ -83,21 +82,14 @@ def text_quality(written: Sequence[str], truths: Sequence[str | Sequence[str]]) 
 def continuations(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Mapping[str, list[int]]], new_tokens: int
 ) -> tuple[list[str], list[str]]:
-    """How a model goes on, and how the data does.
+    """Continue the prompts of examples greedily, and return the generated texts and the data's own.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its own.
-        examples: input_ids and labels. What does not count at the start is the beginning, else the first half.
-        new_tokens: at most.
-
-    Returns:
-        What was written, and what was to be written.
+    The prompt of an example (input_ids, labels) is what has no labels at its start, else its first half.
     """
     written, truths = [], []
     for example in examples:
         ids, labels = example["input_ids"], example["labels"]
-        prompt = next((place for place, label in enumerate(labels) if label != IGNORE), 0) or len(ids) // 2
+        prompt = next((i for i, label in enumerate(labels) if label != IGNORE), 0) or len(ids) // 2
         new = min(new_tokens, len(ids) - prompt)
         if prompt and new > 0:
             written.append(_text(tokenizer, continuation(model, ids[:prompt], new)))

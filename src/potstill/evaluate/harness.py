@@ -1,4 +1,4 @@
-"""Tasks of the LM Evaluation Harness, by name or from a file of one's own."""
+"""Tasks of the LM Evaluation Harness, by name or from a local file."""
 
 from __future__ import annotations
 
@@ -13,23 +13,20 @@ from potstill.errors import UserError
 def harness_scores(
     model: Any, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """The scores of a model on tasks of lm-eval.
+    """Score a model on tasks of lm-eval.
 
     Args:
         model: a causal language model.
-        tokenizer: its own.
+        tokenizer: its tokenizer.
         tasks: names that lm-eval knows, which may download their data, or YAML files of local tasks.
         limit: examples of each task; all by default.
 
     Returns:
         task -> {metric: score}.
-
-    Raises:
-        UserError: lm-eval is not installed, or does not know a task.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what its own imports warn about cannot be corrected here
+            warnings.simplefilter("ignore")  # warnings of its own imports
             import lm_eval
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
@@ -39,9 +36,9 @@ def harness_scores(
             "Install it: pip install 'potstill[lm-eval]'."
         ) from None
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"evaluate --lm-eval: expected a file, got {missing[0]}, which is not there.")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"evaluate --lm-eval: expected a file, got {file}, which does not exist.")
     named = [task for task in tasks if Path(task) not in files]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -50,27 +47,26 @@ def harness_scores(
         if unknown:
             raise UserError(
                 f"evaluate --lm-eval: expected tasks that lm-eval knows, got {unknown[0]}. "
-                "List them with lm-eval ls tasks, or give the YAML file of a task of your own."
+                "List them with lm-eval ls tasks, or give the YAML file of your own task."
             )
-        names = [*named, *(_name(file) for file in files)]
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
-            tasks=names,
+            tasks=[*named, *(_task_name(file) for file in files)],
             task_manager=manager,
             limit=limit,
             log_samples=False,
             bootstrap_iters=0,
         )
-    assert found is not None
-    # A metric is named with its filter, as in acc,none; the rest is no score.
+    assert results is not None
+    # A metric's name ends in its filter, as in acc,none; other entries are no scores.
     return {
         task: {metric: value for metric, value in scores.items() if isinstance(value, float | int) and "," in metric}
-        for task, scores in found["results"].items()
+        for task, scores in results["results"].items()
     }
 
 
-def _name(file: Path) -> str:
-    """The name that a task's file gives it."""
+def _task_name(file: Path) -> str:
+    """Parse only the one line: other lines may have tags that need lm-eval's loader."""
     import yaml
 
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("task:")]

@@ -1,4 +1,4 @@
-"""How good a model is where rows are judged as a whole, and how like its teacher."""
+"""Quality of models with one output per row (classes, numbers, embeddings), and `measure` for every task."""
 
 from __future__ import annotations
 
@@ -10,78 +10,50 @@ import torch
 from torch import Tensor, nn
 
 from potstill.evaluate.correlation import pearson, ranks
-from potstill.evaluate.quality import Quality, compare, overconfidence
+from potstill.evaluate.quality import Quality, compare, evaluation_mode, overconfidence, teacher_distances
 from potstill.evaluate.space import SpaceEvaluator
 from potstill.losses.alignment import TOKEN_TASKS, Alignment, Task, align
-from potstill.losses.divergences import JSD, ForwardKL
 from potstill.losses.embedding import similarity_error
-from potstill.losses.targets import DenseTargets
-from potstill.losses.token_losses import label_loss, token_divergence
+from potstill.losses.token_losses import label_loss
 from potstill.models.split import forward_targets, inputs, run
 
 
 @dataclass(frozen=True)
-class ClassQuality:
-    """Means over the rows of a held-out set, for classification.
+class ClassificationQuality:
+    """Means over the rows of a held-out set; what compares with a reference is None without one."""
 
-    Args:
-        loss: cross-entropy with the data's classes, nats a row.
-        accuracy: share of rows whose likeliest class is right.
-        f1_macro: the mean over the classes that there are of 2 tp / (2 tp + fp + fn).
-        agreement: share of rows where the likeliest class is the reference's; None without a reference.
-        kl: KL(reference || model), nats a row; None without a reference.
-        js: Jensen-Shannon divergence between both; None without a reference.
-        ece: expected calibration error, see `Quality`.
-        rows: how many counted.
-    """
-
-    loss: float
-    accuracy: float
-    f1_macro: float
-    agreement: float | None
-    kl: float | None
-    js: float | None
-    ece: float
+    loss: float  # cross-entropy with the data's classes, nats per row
+    accuracy: float  # share of rows whose most likely class is right
+    f1_macro: float  # mean of 2 tp / (2 tp + fp + fn) over the classes that occur
+    agreement: float | None  # share of rows where the most likely class is the reference's
+    kl: float | None  # KL(reference || model), nats per row
+    js: float | None  # Jensen-Shannon divergence from the reference
+    ece: float  # expected calibration error, see `Quality`
     rows: int
 
 
 @dataclass(frozen=True)
-class NumberQuality:
-    """The same for regression.
+class RegressionQuality:
+    """Errors and correlations over the rows of a held-out set."""
 
-    Args:
-        loss: the mean squared error.
-        pearson: correlation with the data's numbers.
-        spearman: correlation of the ranks of both.
-        to_teacher: the mean squared distance from the reference's numbers; None without a reference.
-        rows: how many counted.
-    """
-
-    loss: float
-    pearson: float
-    spearman: float
-    to_teacher: float | None
+    loss: float  # mean squared error
+    pearson: float  # correlation with the data's numbers
+    spearman: float  # rank correlation with them
+    to_teacher: float | None  # mean squared distance from the reference's numbers; None without a reference
     rows: int
 
 
 @dataclass(frozen=True)
-class SpaceQuality:
-    """How much of the reference's space an encoder keeps: of rows by the means of their last hidden states.
+class EncoderQuality:
+    """Similarity of an encoder's space to the reference's; a row's vector is the mean of its last hidden states."""
 
-    Args:
-        loss: the mean squared difference of the cosines of all pairs of rows.
-        all_pairs: Spearman's correlation of these cosines.
-        recall: the share of the reference's 10 nearest rows that are the model's too.
-        rows: how many were compared; of many an even spread.
-    """
-
-    loss: float
-    all_pairs: float
-    recall: float
-    rows: int
+    loss: float  # mean squared difference of the cosines of all pairs of rows
+    all_pairs: float  # Spearman's correlation of these cosines
+    recall: float  # share of the reference's 10 nearest rows that are the model's too
+    rows: int  # number of compared rows; evenly spaced if there are many
 
 
-Measured = Quality | ClassQuality | NumberQuality | SpaceQuality
+AnyQuality = Quality | ClassificationQuality | RegressionQuality | EncoderQuality
 
 
 def measure(
@@ -91,71 +63,52 @@ def measure(
     batches: Iterable[Mapping[str, Tensor]],
     *,
     vocabulary: int | None = None,
-) -> Mapping[str, Measured]:
-    """Measure models and the reference (the teacher) on the same held-out batches, by what they are asked for.
-
-    Args:
-        task: see `potstill.losses.alignment.Task`.
-        reference: with which the others are compared; None where there is no such model here.
-        models: name -> model.
-        batches: as the collator makes them.
-        vocabulary: see `compare`.
-
-    Returns:
-        name -> what was measured, with the reference itself as "teacher".
-    """
+) -> Mapping[str, AnyQuality]:
+    """Measure models and the reference (the teacher) on the same held-out batches of any task; see `compare`."""
     if task in TOKEN_TASKS:
         return compare(reference, models, batches, vocabulary=vocabulary, task=task)
-    everyone = dict(models) if reference is None else {"teacher": reference, **models}
-    said: dict[str, list[Tensor]] = {name: [] for name in everyone}
-    labels: list[Tensor] = []
-    was_training = {name: model.training for name, model in everyone.items()}
-    for model in everyone.values():
-        model.eval()
-    with torch.no_grad():
+    measured = dict(models) if reference is None else {"teacher": reference, **models}
+    output_parts: dict[str, list[Tensor]] = {name: [] for name in measured}
+    label_parts: list[Tensor] = []
+    with torch.no_grad(), evaluation_mode(measured.values()):
         for batch in batches:
             alignment = align(batch["labels"], task)
-            labels.append(alignment.labels)
-            for name, model in everyone.items():
-                said[name].append(_said(model, batch, alignment, task).float().cpu())
-    for name, model in everyone.items():
-        model.train(was_training[name])
-    whole, wanted = {name: torch.cat(parts) for name, parts in said.items()}, torch.cat(labels)
-    expected = None if reference is None else whole["teacher"]
+            label_parts.append(alignment.labels)
+            for name, model in measured.items():
+                output_parts[name].append(_outputs(model, batch, alignment, task).float().cpu())
+    outputs, labels = {name: torch.cat(parts) for name, parts in output_parts.items()}, torch.cat(label_parts)
+    expected = outputs.get("teacher") if reference is not None else None
     if task == "encoder":
         assert expected is not None, "an encoder's teacher is a model"
-        judge = SpaceEvaluator(expected)
-        return {name: _space(each, expected, judge) for name, each in whole.items()}
-    of = _classes if task == "classification" else _numbers
-    return {name: of(each, expected, wanted) for name, each in whole.items()}
+        evaluator = SpaceEvaluator(expected)
+        return {name: _encoder(vectors, expected, evaluator) for name, vectors in outputs.items()}
+    quality = _classification if task == "classification" else _regression
+    return {name: quality(values, expected, labels) for name, values in outputs.items()}
 
 
-def _said(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, task: Task) -> Tensor:
-    """What a model says of each row that counts: logits, or the mean of its last hidden states."""
-    there = inputs(batch, next(model.parameters()).device)
+def _outputs(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, task: Task) -> Tensor:
+    """Logits of each labelled row, or the mean of its last hidden states."""
+    batch = inputs(batch, next(model.parameters()).device)
     if task != "encoder":
-        return forward_targets(model, None, there, alignment).dense()
-    mask = there["attention_mask"].unsqueeze(-1)
-    means: Tensor = (run(model, there).last_hidden_state * mask).sum(1) / mask.sum(1)
+        return forward_targets(model, None, batch, alignment).dense()
+    mask = batch["attention_mask"].unsqueeze(-1)
+    means: Tensor = (run(model, batch).last_hidden_state * mask).sum(1) / mask.sum(1)
     return means[alignment.positions.to(means.device)]
 
 
-def _classes(logits: Tensor, expected: Tensor | None, labels: Tensor) -> ClassQuality:
-    chosen = logits.argmax(-1)
-    counts = logits.shape[-1]
-    hit = torch.bincount(labels[chosen == labels], minlength=counts)
-    either = torch.bincount(labels, minlength=counts) + torch.bincount(chosen, minlength=counts)
-    there = either > 0
+def _classification(logits: Tensor, expected: Tensor | None, labels: Tensor) -> ClassificationQuality:
+    predicted, classes = logits.argmax(-1), logits.shape[-1]
+    hits = torch.bincount(labels[predicted == labels], minlength=classes)
+    either = torch.bincount(labels, minlength=classes) + torch.bincount(predicted, minlength=classes)
+    present = either > 0
     kl = js = agreement = None
     if expected is not None:
-        targets = DenseTargets(expected)
-        kl = float(token_divergence(logits, targets, ForwardKL()).double().mean())
-        js = float(token_divergence(logits, targets, JSD(0.5)).double().mean())
-        agreement = float((chosen == expected.argmax(-1)).double().mean())
-    return ClassQuality(
+        distances = teacher_distances(logits, expected)
+        kl, js, agreement = (float(x.double().mean()) for x in (distances.kl, distances.js, distances.agreement))
+    return ClassificationQuality(
         loss=float(label_loss(logits, labels).double().mean()),
-        accuracy=float((chosen == labels).double().mean()),
-        f1_macro=float((2 * hit[there].double() / either[there]).mean()),
+        accuracy=float((predicted == labels).double().mean()),
+        f1_macro=float((2 * hits[present].double() / either[present]).mean()),
         agreement=agreement,
         kl=kl,
         js=js,
@@ -164,22 +117,18 @@ def _classes(logits: Tensor, expected: Tensor | None, labels: Tensor) -> ClassQu
     )
 
 
-def _numbers(values: Tensor, expected: Tensor | None, labels: Tensor) -> NumberQuality:
-    said, wanted = values.squeeze(-1).double(), labels.double()
-    return NumberQuality(
-        loss=float((said - wanted).square().mean()),
-        pearson=pearson(said, wanted),
-        spearman=pearson(ranks(said), ranks(wanted)),
-        to_teacher=None if expected is None else float((said - expected.squeeze(-1).double()).square().mean()),
+def _regression(values: Tensor, expected: Tensor | None, labels: Tensor) -> RegressionQuality:
+    predicted, labels = values.squeeze(-1).double(), labels.double()
+    return RegressionQuality(
+        loss=float((predicted - labels).square().mean()),
+        pearson=pearson(predicted, labels),
+        spearman=pearson(ranks(predicted), ranks(labels)),
+        to_teacher=None if expected is None else float((predicted - expected.squeeze(-1).double()).square().mean()),
         rows=len(labels),
     )
 
 
-def _space(vectors: Tensor, expected: Tensor, judge: SpaceEvaluator) -> SpaceQuality:
-    kept, chosen = judge(vectors), judge.chosen
-    return SpaceQuality(
-        loss=float(similarity_error(vectors[chosen], expected[chosen])),
-        all_pairs=kept.all_pairs,
-        recall=kept.recall,
-        rows=len(chosen),
-    )
+def _encoder(vectors: Tensor, expected: Tensor, evaluator: SpaceEvaluator) -> EncoderQuality:
+    scores, chosen = evaluator(vectors), evaluator.chosen
+    loss = float(similarity_error(vectors[chosen], expected[chosen]))
+    return EncoderQuality(loss, scores.all_pairs, scores.recall, len(chosen))

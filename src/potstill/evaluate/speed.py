@@ -1,4 +1,4 @@
-"""How fast and how large a model is."""
+"""Latency, throughput, memory and size of a model."""
 
 from __future__ import annotations
 
@@ -15,79 +15,70 @@ import torch
 from torch import Tensor
 
 WARM_UPS = 3
-NEW_TOKENS = 8  # that are generated to time one
+NEW_TOKENS = 8  # generated to time one
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians for one batch size and length.
+    """Medians for one batch size and length."""
 
-    Args:
-        rows: in the batch.
-        length: tokens in each row.
-        latency_ms: one forward pass over the batch.
-        tokens_per_second: rows * length in that time.
-        first_token_ms: from prompts of `length` tokens to the first new token of each row.
-        next_token_ms: each further token of all rows, with a cache; both None for a model that writes no text.
-        peak_bytes: the weights, and what a forward pass takes beside them; None where that cannot be seen.
-    """
-
-    rows: int
-    length: int
-    latency_ms: float
-    tokens_per_second: float
-    first_token_ms: float | None
+    rows: int  # batch size
+    length: int  # tokens in each row
+    latency_ms: float  # one forward pass over the batch
+    tokens_per_second: float  # rows * length in that time
+    first_token_ms: float | None  # time to the first new token of each row, after prompts of `length` tokens
+    # each further token of all rows, with a cache; both None for a model that does not generate
     next_token_ms: float | None
-    peak_bytes: int | None
+    peak_bytes: int | None  # weights plus peak memory of a forward pass; None where that cannot be measured
 
 
 @torch.no_grad()
 def latency_ms(model: Any, length: int, repeats: int = 15, rows: int = 1) -> float:
-    """The median time of one forward pass, in milliseconds.
+    """Measure the median time of one forward pass, in milliseconds.
 
     Args:
-        model: a language model, in the precision and on the device where it is.
+        model: a language model, in its present precision and on its device.
         length: tokens in each row.
-        repeats: passes that are timed, after 3 that are not.
-        rows: in the batch.
+        repeats: timed passes, after 3 warm-up passes.
+        rows: batch size.
     """
     ids = _ids(model, rows, length)
     model.eval()
     return _median_ms(lambda: model(input_ids=ids, use_cache=False), ids.device, repeats)
 
 
-def speed(model: Any, rows: int, length: int, repeats: int = 5, *, writes: bool = True) -> Speed:
-    """Time a model on one batch; arguments as `latency_ms`, and whether it is a causal one, which writes text."""
+def speed(model: Any, rows: int, length: int, repeats: int = 5, *, generates: bool = True) -> Speed:
+    """Time a model on one batch; arguments as `latency_ms`, and whether it is a causal model that generates text."""
     ids = _ids(model, rows, length)
     model.eval()
     with torch.no_grad():
-        beside = extra_bytes(lambda: model(input_ids=ids, use_cache=False), ids.device)
+        extra = extra_bytes(lambda: model(input_ids=ids, use_cache=False), ids.device)
     latency = latency_ms(model, length, repeats, rows)
 
-    def generate(new: int) -> Callable[[], Any]:
+    def generation_ms(new: int) -> float:
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        mask = torch.ones_like(ids)
+        return _median_ms(lambda: model.generate(ids, attention_mask=mask, **options), ids.device, repeats)
 
-    first = further = None
-    if writes:
-        first = _median_ms(generate(1), ids.device, repeats)
-        whole = _median_ms(generate(1 + NEW_TOKENS), ids.device, repeats)
-        further = max(whole - first, 0.0) / NEW_TOKENS
+    first_ms = next_ms = None
+    if generates:
+        first_ms = generation_ms(1)
+        next_ms = max(generation_ms(1 + NEW_TOKENS) - first_ms, 0.0) / NEW_TOKENS
     return Speed(
         rows=rows,
         length=length,
         latency_ms=latency,
         tokens_per_second=1000 * rows * length / latency,
-        first_token_ms=first,
-        next_token_ms=further,
-        peak_bytes=None if beside is None else model.get_memory_footprint() + beside,
+        first_token_ms=first_ms,
+        next_token_ms=next_ms,
+        peak_bytes=None if extra is None else model.get_memory_footprint() + extra,
     )
 
 
 def extra_bytes(action: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory that an action takes beside what is held before it.
+    """Measure the peak memory of an action beyond what is allocated before it.
 
-    On CUDA what torch's tensors take; on Linux what the kernel counts for the process, to the page; else None.
+    On CUDA from torch's allocator; on Linux from the kernel's count for the process, to the page; else None.
     """
     gc.collect()
     if device.type == "cuda":
@@ -96,11 +87,11 @@ def extra_bytes(action: Callable[[], Any], device: torch.device) -> int | None:
         action()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back first, else it is used again unseen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
-        held = _kernel_bytes("VmRSS")
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory, which would otherwise be reused without being counted
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+        before = _kernel_bytes("VmRSS")
         action()
-        return max(_kernel_bytes("VmHWM") - held, 0)
+        return max(_kernel_bytes("VmHWM") - before, 0)
     except (OSError, AttributeError):
         return None
 
@@ -128,14 +119,13 @@ def _median_ms(action: Callable[[], Any], device: torch.device, repeats: int) ->
 
 
 def bytes_on_disk(folder: Path, model: Any) -> int:
-    """What a saved model takes, an adapter with its base; in memory where the weights are on no disk here."""
-    own = weight_bytes(folder)
+    """Size of a saved model, including an adapter's base; in memory if the weights are not on this disk."""
     adapter = getattr(model, "active_peft_config", None)
-    if adapter is None:
-        return own or int(model.get_memory_footprint())
-    return own + (weight_bytes(Path(adapter.base_model_name_or_path)) or int(model.get_memory_footprint()))
+    own = 0 if adapter is None else weight_bytes(folder)
+    base = folder if adapter is None else Path(adapter.base_model_name_or_path)
+    return own + (weight_bytes(base) or int(model.get_memory_footprint()))
 
 
 def weight_bytes(folder: Path) -> int:
-    """What a saved model's weights take on disk."""
+    """Size of a saved model's weights on disk; 0 if there are none."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""What a run's records say: summary.json and metrics.jsonl, checked and typed."""
+"""Records of a run, typed and checked: summary.json, metrics.jsonl, and other JSON files that reports read."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
+from potstill.data.files import write_text
 from potstill.errors import DataError
 from potstill.losses.alignment import Task
 
 MODELS = ("teacher", "baseline", "student")
 RUNS = ("baseline", "student")
 
-# A missing optional thing leaves its part of the report out.
+# Optional fields that are missing leave their part out of the report.
 
 
-class Row(BaseModel):
-    """What was measured of one model: losses and KL in nats per token, or what `measures.WORDS` says of the task."""
+class ModelScores(BaseModel):
+    """Measurements of one model; `measures.TASK_LABELS` has the unit of the loss."""
 
-    loss: float
+    loss: Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
     perplexity: float | None = None
     agreement: float | None = None
     kl: float | None = None
@@ -39,31 +41,26 @@ class Row(BaseModel):
     latency_ms: float | None = None
     bits_per_byte: float | None = None
 
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _null_is_not_a_number(cls, value: object) -> object:
-        return math.nan if value is None else value
+
+class ScoresByModel(BaseModel):
+    teacher: ModelScores | None = None
+    baseline: ModelScores | None = None
+    student: ModelScores
+
+    def present(self) -> dict[str, ModelScores]:
+        """The models that were measured, always in the same order."""
+        return {model: scores for model in MODELS if (scores := getattr(self, model)) is not None}
 
 
-class Rows(BaseModel):
-    teacher: Row | None = None
-    baseline: Row | None = None
-    student: Row
-
-    def named(self) -> list[tuple[str, Row]]:
-        """The models that there are, always in the same order."""
-        return [(model, row) for model in MODELS if (row := getattr(self, model)) is not None]
-
-
-class Positions(BaseModel):
-    """Mean KL to the teacher between edges[i] and edges[i + 1]."""
+class PositionKL(BaseModel):
+    """Mean KL to the teacher between positions edges[i] and edges[i + 1]."""
 
     edges: list[float]
     baseline: list[float | None] | None = None
     student: list[float | None]
 
     @model_validator(mode="after")
-    def _one_edge_more(self) -> Positions:
+    def _one_edge_more(self) -> PositionKL:
         for values in (self.student, self.baseline):
             if values is not None and len(self.edges) != len(values) + 1:
                 raise ValueError(f"one edge more than values, got {len(self.edges)} and {len(values)}")
@@ -71,27 +68,30 @@ class Positions(BaseModel):
 
 
 class Continuation(BaseModel):
+    """A held-out prompt and how each model continues it."""
+
     prompt: str
     truth: str | None = None
     teacher: str | None = None
     baseline: str | None = None
     student: str
 
-    def written(self) -> list[tuple[str, str]]:
-        return [(model, text) for model in MODELS if (text := getattr(self, model)) is not None]
+    def texts(self) -> dict[str, str]:
+        return {model: text for model in MODELS if (text := getattr(self, model)) is not None}
 
-    def last_line(self, most: int = 44) -> str:
-        """Where the prompt leaves off, so that a continuation in the middle of a line can be read."""
+    def last_line(self, limit: int = 44) -> str:
+        """The end of the prompt, as context for a continuation that starts in the middle of a line."""
         line = self.prompt.rsplit("\n", 1)[-1]
-        if len(line) <= most:
+        if len(line) <= limit:
             return line
-        tail = line[-most:]
+        tail = line[-limit:]
         return "…" + (tail.partition(" ")[2] or tail)
 
 
-class OwnFigures(BaseModel):
-    """What the student's own text was like when it was logged last; see `potstill.train.samples`."""
+class SampleStats(BaseModel):
+    """Statistics of the student's on-policy samples when last logged; see `potstill.train.samples`."""
 
+    model_config = ConfigDict(extra="allow")
     step: int
     own_length: float
     own_ended: float
@@ -101,38 +101,39 @@ class OwnFigures(BaseModel):
     logits_data: float | None = None
 
 
-class OwnText(BaseModel):
-    """What the student wrote while it learned."""
+class Sample(BaseModel):
+    """An on-policy sample of the student during training."""
 
+    model_config = ConfigDict(extra="allow")
     step: int
     prompt: str
     text: str
 
 
-class Data(BaseModel):
+class DataFacts(BaseModel):
+    train: str | None = None
     train_tokens: int | None = None
     train_examples: int | None = None
+    eval: str | None = None
     eval_tokens: int | None = None
     eval_examples: int | None = None
-    train: str | None = None
-    eval: str | None = None
 
 
-class Training(BaseModel):
+class TrainingFacts(BaseModel):
     steps: int | None = None
     tokens_per_step: int | None = None
     seconds: dict[str, float] = {}
 
 
-class CurveRows(BaseModel):
-    """The held-out rows of the learning curves: fewer than those of the table."""
+class CurveFacts(BaseModel):
+    """The held-out rows behind the learning curves: fewer than those behind the table."""
 
     rows: int | None = None
     teacher_loss: float | None = None
 
 
-class Adapter(BaseModel):
-    """What was trained of the student, where it is not all of it; with bytes and base where it is saved by itself."""
+class AdapterFacts(BaseModel):
+    """The trained part of a student with an adapter; bytes and base are None where it was merged."""
 
     title: str
     trained: int
@@ -143,30 +144,39 @@ class Adapter(BaseModel):
 
     @property
     def hub(self) -> str | None:
-        """The base's name on the hub, if it has one."""
+        """The base model's name on the Hub, if it has one."""
         return self.base if self.base and not Path(self.base).is_absolute() else None
 
 
 class Summary(BaseModel):
+    """The content of summary.json."""
+
     name: str = "a run"
     seed: int | None = None
     task: Task = "causal"
     created: datetime | None = None
-    rows: Rows
+    rows: ScoresByModel
     gap_closed: float | None = None
-    curve: CurveRows = CurveRows()
-    kl_by_position: Positions | None = None
+    curve: CurveFacts = CurveFacts()
+    kl_by_position: PositionKL | None = None
     continuations: list[Continuation] = []
-    own_text: OwnFigures | None = None
-    own_texts: list[OwnText] = []
-    data: Data = Data()
-    training: Training = Training()
+    own_texts: list[Sample] = []
+    own_text: SampleStats | None = None
+    data: DataFacts = DataFacts()
+    training: TrainingFacts = TrainingFacts()
     objective: str | None = None
     models: dict[str, str] = {}
-    adapter: Adapter | None = None
+    adapter: AdapterFacts | None = None
     teacher_weights: dict[str, float] | None = None
     notes: list[str] = []
     versions: dict[str, str] = {}
+
+
+def write_summary(summary: Summary, run_directory: Path) -> None:
+    """Write summary.json, without fields that were never set."""
+    values = summary.model_dump(exclude_unset=True)
+    text = json.dumps(values, indent=2, ensure_ascii=False, default=datetime.isoformat)
+    write_text(run_directory / "summary.json", text + "\n")
 
 
 def read_text(path: Path) -> str:
@@ -184,7 +194,7 @@ def read_text(path: Path) -> str:
 def read_summary(run_directory: Path) -> Summary:
     path = run_directory / "summary.json"
     try:
-        return checked(json.loads(read_text(path)), str(path))
+        return check_summary(json.loads(read_text(path)), str(path))
     except json.JSONDecodeError as error:
         raise DataError(
             f"report: expected JSON in {path}, got something that breaks off or is not JSON at line "
@@ -192,23 +202,39 @@ def read_summary(run_directory: Path) -> Summary:
         ) from None
 
 
-def checked(summary: object, where: str) -> Summary:
+def check_summary(summary: object, source: str) -> Summary:
+    """Validate the content of summary.json; `source` names it in errors."""
     try:
         return Summary.model_validate(summary)
     except ValidationError as error:
         first = error.errors()[0]
-        what = ".".join(str(part) for part in first["loc"]) or "an object"
+        key = ".".join(str(part) for part in first["loc"]) or "an object"
         raise DataError(
-            f"report: expected a usable {what} in {where}, got {first['input']!r:.60}. {first['msg']}. "
+            f"report: expected a usable {key} in {source}, got {first['input']!r:.60}. {first['msg']}. "
             "Write the summary with this version of potstill."
         ) from None
+
+
+def read_record(path: Path, kind: str, expected: str, advice: str) -> dict[str, Any]:
+    """Read a JSON object whose key `kind` has this value.
+
+    Raises:
+        DataError: the file is missing or something else; the error names what was expected, and the advice.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or record.get("kind") != kind:
+        raise DataError(f"report: expected {expected} in {path}, got something else. {advice}")
+    return record
 
 
 Curves = dict[str, list[tuple[float, float]]]
 
 
 def read_metrics(path: Path) -> tuple[Curves, Curves]:
-    """The held-out and the training loss of each run: (step, nats), rising steps, finite values."""
+    """Read the held-out and training loss of each run: finite (step, loss) pairs with rising steps."""
     lines = read_text(path).split("\n")
     held_out: dict[str, dict[float, float]] = {run: {} for run in RUNS}
     training: dict[str, dict[float, float]] = {run: {} for run in RUNS}
@@ -226,16 +252,15 @@ def read_metrics(path: Path) -> tuple[Curves, Curves]:
                 "Remove the line, or run again."
             ) from None
         if run in RUNS:
-            # A resumed run logs some steps again: the last word counts.
-            _note(held_out[run], step, record.get("eval_cross_entropy", record.get("eval_squared_error")))
-            _note(training[run], step, record.get("loss"))
-    return _as_curves(held_out), _as_curves(training)
+            # A resumed run logs some steps again: the last value counts.
+            for losses, value in (
+                (held_out, record.get("eval_cross_entropy", record.get("eval_squared_error"))),
+                (training, record.get("loss")),
+            ):
+                if isinstance(value, int | float) and math.isfinite(value):
+                    losses[run][step] = value
+    return _curves(held_out), _curves(training)
 
 
-def _note(values: dict[float, float], step: float, value: object) -> None:
-    if isinstance(value, int | float) and math.isfinite(value):
-        values[step] = value
-
-
-def _as_curves(values: Mapping[str, Mapping[float, float]]) -> Curves:
-    return {run: sorted(by_step.items()) for run, by_step in values.items() if by_step}
+def _curves(losses: Mapping[str, Mapping[float, float]]) -> Curves:
+    return {run: sorted(by_step.items()) for run, by_step in losses.items() if by_step}

@@ -1,37 +1,35 @@
-"""What is traded for what: from measured students to a Pareto front and the one to take. Pure functions of numbers."""
+"""Trade-offs between quality and cost: Pareto front, recommendation and prediction. Pure functions of numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from potstill.evaluate.report.words import count, milliseconds, percent, size
+from potstill.evaluate.formatting import count, milliseconds, percent, size
 from potstill.models.capacity import PUBLISHED, Capability, CapacityEstimate, expected_share
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A student that was measured.
+    """A measured student."""
 
-    Args:
-        name: what people call it.
-        quality: see `kept`; higher is better, nan where its training diverged.
-        parameters: how many it has.
-        bytes: its weights on disk.
-        latency_ms: one forward pass over one row.
-    """
+    name: str  # display name
+    quality: float  # see `relative_quality`; higher is better, nan if training diverged
+    parameters: int  # number of parameters
+    bytes: int  # its weights on disk
+    latency_ms: float  # one forward pass over one row
 
-    name: str
-    quality: float
-    parameters: int
-    bytes: int
-    latency_ms: float
+    def __str__(self) -> str:
+        return (
+            f"{self.name}, {count(self.parameters)} parameters, {milliseconds(self.latency_ms)} a row, "
+            f"{percent(self.quality)} of the teacher's quality"
+        )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a student may cost, and what it must keep; None for no limit."""
+    """The most a student may cost, and the least quality it must keep; None for no limit."""
 
     max_parameters: int | None = None
     max_bytes: int | None = None
@@ -39,20 +37,22 @@ class Limits:
     min_quality: float | None = None
 
     def __str__(self) -> str:
-        write = {"parameters": count, "bytes": size, "latency_ms": milliseconds, "quality": percent}
-        names = {"parameters": " parameters", "bytes": "", "latency_ms": "", "quality": " of the teacher's quality"}
-        said = []
-        for field in fields(self):
-            which, _, what = field.name.partition("_")
-            value = getattr(self, field.name)
-            if value is not None:
-                said.append(f"at {'most' if which == 'max' else 'least'} {write[what](value)}{names[what]}")
-        return ", ".join(said)
+        texts = []
+        if self.max_parameters is not None:
+            texts.append(f"at most {count(self.max_parameters)} parameters")
+        if self.max_bytes is not None:
+            texts.append(f"at most {size(self.max_bytes)}")
+        if self.max_latency_ms is not None:
+            texts.append(f"at most {milliseconds(self.max_latency_ms)}")
+        if self.min_quality is not None:
+            texts.append(f"at least {percent(self.min_quality)} of the teacher's quality")
+        return ", ".join(texts)
 
     def allow(self, candidate: Candidate) -> bool:
-        """Whether its cost is within the limits, whatever its quality."""
-        most = {"parameters": self.max_parameters, "bytes": self.max_bytes, "latency_ms": self.max_latency_ms}
-        return all(limit is None or getattr(candidate, name) <= limit for name, limit in most.items())
+        """Whether the candidate's cost, not its quality, is within the limits."""
+        costs = (candidate.parameters, candidate.bytes, candidate.latency_ms)
+        limits = (self.max_parameters, self.max_bytes, self.max_latency_ms)
+        return all(limit is None or cost <= limit for cost, limit in zip(costs, limits, strict=True))
 
 
 NO_LIMITS = Limits()
@@ -60,141 +60,111 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The student to take.
+    """The recommended student."""
 
-    Args:
-        place: in the list of candidates; None where none does what it must.
-        why: in one sentence.
-    """
-
-    place: int | None
-    why: str
+    place: int | None  # index in the list of candidates; None if none qualifies
+    why: str  # the reason, in one sentence
 
 
-def kept(teacher_loss: float, loss: float) -> float:
-    """A student's quality: how much of its teacher's probability it gives a held-out token, by the geometric mean.
+def relative_quality(teacher_loss: float, loss: float) -> float:
+    """Compute a student's quality: its share of the teacher's probability of a held-out token, a geometric mean.
 
         exp(teacher_loss - loss) = teacher's perplexity / student's perplexity
 
-    Args:
-        teacher_loss: nats a token, held out.
-        loss: the student's, on the same text.
+    of held-out losses in nats per token: 1 is as good as the teacher, above 1 better; at 0.5 each token gets half of
+    the teacher's probability.
 
-    Returns:
-        1 is as good as the teacher, above 1 better; 0.5 gives each token half of the probability.
-
-    >>> round(kept(2.0, 2.6931), 3)
+    >>> round(relative_quality(2.0, 2.6931), 3)
     0.5
     """
     return math.exp(min(teacher_loss - loss, 700.0))
 
 
 def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
-    """The Pareto front: the places that no other one beats in cost without losing quality, or the reverse.
+    """Find the Pareto front: the places that no other one beats in cost without losing quality, or the reverse.
 
     Args:
         costs: lower is better.
         qualities: higher is better; of the same length.
 
     Returns:
-        Places by rising cost; of equals the first. Those with a number that is not finite are never among them.
+        Indices by rising cost, the first of equals; those with a number that is NaN or infinite are left out.
 
     >>> pareto_front([3, 1, 2, 2], [0.9, 0.5, 0.4, 0.7])
     [1, 3, 0]
     """
-    found: list[int] = []
+    front: list[int] = []
     finite = (i for i, pair in enumerate(zip(costs, qualities, strict=True)) if all(map(math.isfinite, pair)))
     for place in sorted(finite, key=lambda i: (costs[i], -qualities[i])):
-        if not found or qualities[place] > qualities[found[-1]]:
-            found.append(place)
-    return found
+        if not front or qualities[place] > qualities[front[-1]]:
+            front.append(place)
+    return front
 
 
 def recommend(candidates: Sequence[Candidate], limits: Limits) -> Recommendation:
-    """The student to take: the smallest that keeps `min_quality`; without that the best within the limits; without any
-    limit the knee of the front, where quality begins to cost more than it did.
+    """Recommend a student: with `min_quality` the smallest that keeps it, with other limits the best within them, with
+    no limit the knee of the Pareto front, after which more quality costs more.
 
-    The knee is the point of the front furthest above the line between its ends, over the logarithm of parameters; where
-    none is above it, the best.
+    The knee is the point of the front furthest above the line between its ends, over the logarithm of parameters; if
+    none is above it, the best student.
     """
-    usable = [i for i, one in enumerate(candidates) if math.isfinite(one.quality)]
-    if not usable:
-        return Recommendation(None, "No student was measured, so that none can be recommended.")
-    within = [i for i in usable if limits.allow(candidates[i])]
+    measured = [i for i, candidate in enumerate(candidates) if math.isfinite(candidate.quality)]
+    if not measured:
+        return Recommendation(None, "No student was measured, so none can be recommended.")
+    within = [i for i in measured if limits.allow(candidates[i])]
     if not within:
-        least = min(usable, key=lambda i: candidates[i].parameters)
-        return Recommendation(None, f"No student has {limits}; the smallest is {_told(candidates[least])}.")
-
-    def best(places: Sequence[int]) -> int:
-        return max(places, key=lambda i: (candidates[i].quality, -candidates[i].parameters))
-
+        smallest = min(measured, key=lambda i: candidates[i].parameters)
+        return Recommendation(None, f"No student has {limits}; the smallest is {candidates[smallest]}.")
+    best = max(within, key=lambda i: (candidates[i].quality, -candidates[i].parameters))
     if limits.min_quality is not None:
         good = [i for i in within if candidates[i].quality >= limits.min_quality]
         if not good:
-            nearest = candidates[best(within)]
-            return Recommendation(None, f"No student has {limits}; the nearest is {_told(nearest)}.")
+            return Recommendation(None, f"No student has {limits}; the nearest is {candidates[best]}.")
         place = min(good, key=lambda i: (candidates[i].parameters, -candidates[i].quality))
-        return Recommendation(place, f"The smallest with {limits}: {_told(candidates[place])}.")
+        return Recommendation(place, f"The smallest with {limits}: {candidates[place]}.")
     if limits != NO_LIMITS:
-        place = best(within)
-        return Recommendation(place, f"The best with {limits}: {_told(candidates[place])}.")
-    place = _knee([candidates[i] for i in usable])
-    taken = candidates[usable[place]]
-    if taken.quality == max(candidates[i].quality for i in usable):
-        return Recommendation(usable[place], f"The best, as quality still rises with size: {_told(taken)}.")
-    return Recommendation(usable[place], f"Where quality begins to cost more than it did: {_told(taken)}.")
+        return Recommendation(best, f"The best with {limits}: {candidates[best]}.")
+    place = measured[_knee([candidates[i] for i in measured])]
+    if candidates[place].quality == candidates[best].quality:
+        return Recommendation(place, f"The best, as quality still rises with size: {candidates[place]}.")
+    return Recommendation(place, f"The knee, after which more quality costs more parameters: {candidates[place]}.")
 
 
 def _knee(candidates: Sequence[Candidate]) -> int:
-    costs = [math.log(one.parameters) for one in candidates]
-    on_it = pareto_front(costs, [one.quality for one in candidates])
-    first, last = on_it[0], on_it[-1]
-    across, up = costs[last] - costs[first], candidates[last].quality - candidates[first].quality
+    costs = [math.log(candidate.parameters) for candidate in candidates]
+    front = pareto_front(costs, [candidate.quality for candidate in candidates])
+    first, last = front[0], front[-1]
+    width, height = costs[last] - costs[first], candidates[last].quality - candidates[first].quality
 
-    def above(place: int) -> float:
+    def above_line(place: int) -> float:
         if first == last:
             return 0.0
-        along = (costs[place] - costs[first]) / across
-        return candidates[place].quality - candidates[first].quality - up * along
+        return candidates[place].quality - candidates[first].quality - height * (costs[place] - costs[first]) / width
 
-    return max(on_it, key=lambda place: (above(place), candidates[place].quality))
-
-
-def _told(one: Candidate) -> str:
-    return (
-        f"{one.name}, {count(one.parameters)} parameters, {milliseconds(one.latency_ms)} a row, "
-        f"{percent(one.quality)} of the teacher's quality"
-    )
+    return max(front, key=lambda place: (above_line(place), candidates[place].quality))
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What might have been expected of a student, beside what was measured.
+    """Predicted beside measured quality of a student."""
 
-    Args:
-        compression: the teacher's parameters over the student's.
-        measured: its quality.
-        published: task -> the share of the teacher's score that published students of that size keep.
-        fitted: the quality by the law of `published`, with the exponent of the other students here; None where there
-            are fewer than two others, or the student is no smaller than its teacher.
-    """
-
-    compression: float
-    measured: float
-    published: dict[Capability, CapacityEstimate]
+    compression: float  # the teacher's parameters over the student's
+    measured: float  # measured quality
+    published: dict[
+        Capability, CapacityEstimate
+    ]  # task -> share of the teacher's score that published students of that size keep
+    # quality by the law of `published`, with the exponent of the other students here; None with fewer than two
+    # others, or if the student is no smaller than its teacher
     fitted: CapacityEstimate | None
 
 
 def predict(compressions: Sequence[float], qualities: Sequence[float]) -> list[Prediction]:
-    """Predicted beside measured quality: from published students, and from all others of the same sweep.
+    """Predict the quality of each student from published students, and from all others of the same sweep.
 
         quality = compression^-a,   a = -log(quality) / log(compression)
 
     with the mean a of all others, and the range of their a as the interval: no student is part of its own prediction.
-
-    Args:
-        compressions: the teacher's parameters over each student's.
-        qualities: of each student, see `kept`.
+    Compressions are the teacher's parameters over each student's.
     """
     tasks = list(dict.fromkeys(point.task for point in PUBLISHED))
     exponents = {
@@ -202,17 +172,15 @@ def predict(compressions: Sequence[float], qualities: Sequence[float]) -> list[P
         for i, (compression, quality) in enumerate(zip(compressions, qualities, strict=True))
         if compression > 1 and 0 < quality < math.inf
     }
-    found = []
+    predictions = []
     for i, (compression, quality) in enumerate(zip(compressions, qualities, strict=True)):
-        others = [(a, compressions[j]) for j, a in exponents.items() if j != i]
+        others = {j: a for j, a in exponents.items() if j != i}
         fitted = None
         if compression > 1 and len(others) > 1:
-            each = [a for a, _ in others]
-            value, low, high = (compression**-a for a in (sum(each) / len(each), max(each), min(each)))
-            furthest = max(other for _, other in others)
-            fitted = CapacityEstimate(
-                value, low, high, f"{len(others)} other students", extrapolated=compression > furthest
-            )
+            mean = sum(others.values()) / len(others)
+            value, low, high = (compression**-a for a in (mean, max(others.values()), min(others.values())))
+            extrapolated = compression > max(compressions[j] for j in others)
+            fitted = CapacityEstimate(value, low, high, f"{len(others)} other students", extrapolated)
         published = {task: expected_share(compression, task) for task in tasks} if compression >= 1 else {}
-        found.append(Prediction(compression, quality, published, fitted))
-    return found
+        predictions.append(Prediction(compression, quality, published, fitted))
+    return predictions

@@ -1,4 +1,4 @@
-"""What a figure was measured with."""
+"""Versions of the software and hardware behind a measurement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 
 
 def versions() -> dict[str, str]:
-    """The versions of what computes, and the machine."""
+    """Return versions of the main libraries, and a description of the machine."""
     return {
         "potstill": importlib.metadata.version("potstill"),
         "python": platform.python_version(),

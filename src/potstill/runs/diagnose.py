@@ -1,4 +1,4 @@
-"""diagnose(run or recipe): why a run went as it did, or what speaks against one; read it from top to bottom."""
+"""diagnose(run or recipe): explain how a run went, or check a recipe before it runs. Read it from top to bottom."""
 
 from __future__ import annotations
 
@@ -19,18 +19,13 @@ from transformers import PreTrainedModel
 from potstill.data.batches import in_batches
 from potstill.data.files import write_text
 from potstill.errors import RecipeError, UserError
-from potstill.evaluate import findings as sentences
+from potstill.evaluate import diagnosis as stats
 from potstill.evaluate.diagnosis import (
-    TEMPERATURES,
     Softening,
-    Teach,
-    Tokens,
-    distributions,
-    gradient_flow,
-    irreducible,
-    label_noise,
-    look,
+    TeacherLogits,
+    TokenStats,
 )
+from potstill.evaluate.findings import conclusion, interpret, recommended_temperature
 from potstill.evaluate.summary import read_metrics
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import IGNORE, Alignment
@@ -46,191 +41,184 @@ from potstill.train.distiller import Distiller
 from potstill.train.terms.logits import Logits
 
 ROWS = 64  # of the sample
-FLOW_BATCHES = 4  # of the training data
-COUNTED = 20_000  # rows of the training data in which tokens are counted, evenly spread
-SAID = 40  # tokens of text before an example
+GRADIENT_BATCHES = 4  # of the training data
+COUNTED_ROWS = 20_000  # evenly spaced rows of the training data in which tokens are counted
+CONTEXT = 40  # tokens of text before an example
 
 
+@suppress_warnings()
 def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> dict[str, Any]:
-    """Look closely at a run, or at a recipe before it runs.
+    """Diagnose a run, or a recipe before it runs.
 
     Args:
-        recipe: of the run, or to be run.
-        run: the run's directory; None looks at the recipe with the student's first weights.
-        rows: held-out rows that are looked at, evenly spread.
+        recipe: recipe of the run, or of a future one.
+        run: the run's directory; None diagnoses the recipe with the student's initial weights.
+        rows: number of evenly spaced held-out rows.
 
     Returns:
-        What diagnose.json holds.
+        The content of diagnose.json.
 
     Raises:
         UserError: the recipe could not run, or there is no run.
     """
     if recipe.task != "causal":
         raise RecipeError(
-            f"diagnose: expected a recipe of the task causal, got {recipe.task}. It looks at the next token alone."
+            f"diagnose: expected a recipe of the task causal, got {recipe.task}. Only next tokens are diagnosed."
         )
-    with suppress_warnings():
-        parts = prepare(recipe)
-        models = _models(parts, run)
-        device = PartialState().device
-        for model in (*models.values(), *([parts.teacher_model] if parts.teacher_model is not None else [])):
-            model.to(device)
-        held_out = parts.teacher.covers(parts.eval.dataset)
-        dataset = parts.eval.dataset if held_out else parts.train.dataset
-        sample = _spread(dataset, rows)
-        used = _temperatures(parts, run is not None)
-        tokens, softenings = look(
-            _teach(parts),
-            models,
-            _on(device, in_batches(sample, parts.tokenizer, parts.batch_rows)),
-            vocabulary=parts.vocabulary,
-            temperatures=sorted({*TEMPERATURES, *used}),
-        )
-        student = models["student"]
-        found = {
-            "kind": "diagnosis",
-            "name": recipe.name,
-            "of": "recipe" if run is None else "run",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "data": {"which": "held out" if held_out else "training", "rows": len(sample), "tokens": len(tokens)},
-            "compression": None
-            if parts.teacher_model is None
-            else parts.teacher_model.num_parameters() / student.num_parameters(),
-            "losses": {name: -float(said.double().mean()) for name, said in tokens.label_log_prob.items()},
-            "temperature": _described(softenings, used),
-            "gradients": asdict(gradient_flow(student, _losses(parts, student, parts.steps if run else 0, device))),
-            "training": None if run is None else _training(run, float(recipe.train.get("max_grad_norm", 1.0))),
-            **_compared(parts, tokens, sample),
-            "versions": versions(),
-        }
-    said = sentences.findings(found)
-    return {**found, "findings": [asdict(one) for one in said], "conclusion": sentences.conclusion(found, said)}
+    parts = prepare(recipe)
+    models = _load_models(parts, run)
+    device = PartialState().device
+    for model in (*models.values(), *([] if parts.teacher_model is None else [parts.teacher_model])):
+        model.to(device)
+    held_out = parts.teacher.covers(parts.eval.dataset)
+    sample = _evenly_spaced(parts.eval.dataset if held_out else parts.train.dataset, rows)
+    used = _temperatures(parts, run is not None)
+    tokens, softenings = stats.token_stats(
+        _teacher_logits(parts),
+        models,
+        _to(device, in_batches(sample, parts.tokenizer, parts.batch_rows)),
+        vocabulary=parts.vocabulary,
+        temperatures=sorted({*stats.TEMPERATURES, *used}),
+    )
+    student, teacher = models["student"], parts.teacher_model
+    losses = _training_losses(parts, student, parts.steps if run else 0, device)
+    diagnosis = {
+        "kind": "diagnosis",
+        "name": recipe.name,
+        "of": "recipe" if run is None else "run",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": {"which": "held out" if held_out else "training", "rows": len(sample), "tokens": len(tokens)},
+        "compression": None if teacher is None else teacher.num_parameters() / student.num_parameters(),
+        "losses": {name: -float(x["label_log_prob"].double().mean()) for name, x in tokens.models.items()},
+        "temperature": _temperature_table(softenings, used),
+        "gradients": asdict(stats.gradient_flow(student, losses)),
+        "training": None if run is None else _training(run, float(recipe.train.get("max_grad_norm", 1.0))),
+        **_compare_with_teacher(parts, tokens, sample),
+        "versions": versions(),
+    }
+    findings = interpret(diagnosis)
+    last = conclusion(diagnosis, findings)
+    return {**diagnosis, "findings": [asdict(finding) for finding in findings], "conclusion": last}
 
 
-def write_diagnosis(found: Mapping[str, Any], path: Path) -> None:
+def write_diagnosis(diagnosis: Mapping[str, Any], path: Path) -> None:
     """Write diagnose.json."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(diagnosis, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"--out: expected a file to write to, got {path}: {error.strerror}. Choose another.") from None
 
 
-def _models(parts: Parts, run: Path | None) -> dict[str, PreTrainedModel]:
-    """Student and baseline as they lie in the run; of one that did not finish, the last checkpoint."""
+def _load_models(parts: Parts, run: Path | None) -> dict[str, PreTrainedModel]:
+    """Load student and baseline of a run, from their last checkpoints if it did not finish."""
     if run is None:
         return {"student": parts.new_student()}
-    found = {}
+    models = {}
     for name in ("baseline", "student"):
         folder = run / name if (run / name).exists() else last_checkpoint(run / "checkpoints" / name)
         if folder is not None:
-            found[name] = load_model(str(folder), name, "float32", trainable=True)
-    if "student" not in found:
+            models[name] = load_model(str(folder), name, "float32", trainable=True)
+    if "student" not in models:
         raise RecipeError(
             f"diagnose: expected a student or a checkpoint of one in {run}, got neither. "
-            f"Diagnose {run / 'recipe.yaml'} instead, or go on with potstill run --resume."
+            f"Diagnose {run / 'recipe.yaml'} instead, or continue with potstill run --resume."
         )
-    return found
+    return models
 
 
-def _spread(dataset: Dataset, wanted: int) -> Dataset:
-    return dataset.select(evenly_spaced(wanted, len(dataset)))
+def _evenly_spaced(dataset: Dataset, number: int) -> Dataset:
+    return dataset.select(evenly_spaced(number, len(dataset)))
 
 
-def _on(device: torch.device, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def _to(device: torch.device, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     return ({name: value.to(device) for name, value in batch.items()} for batch in batches)
 
 
-def _teach(parts: Parts) -> Teach:
-    """The teacher's whole distributions; None where it tells a part of them, or is one of other tokens."""
-
-    def teach(batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor | None:
-        if parts.meeting is not None:
+def _teacher_logits(parts: Parts) -> TeacherLogits:
+    def logits(batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor | None:
+        if parts.meeting is not None:  # its vocabulary is another
             return None
         targets = parts.teacher(batch, alignment).targets.slice(parts.vocabulary)
         return None if isinstance(targets, SparseTargets) else targets.dense()
 
-    return teach
+    return logits
 
 
-def _temperatures(parts: Parts, after: bool) -> list[float]:
-    """Those of the objective's logits terms: at the beginning, or over a whole run at both ends."""
-    steps = (0, parts.steps) if after else (0,)
-    terms = [term for term in parts.objective.terms if isinstance(term, Logits)]
+def _temperatures(parts: Parts, after_run: bool) -> list[float]:
+    """Temperatures of the objective's logits terms: at the start, and after a run at the end too."""
+    steps = (0, parts.steps) if after_run else (0,)
+    terms = (term for term in parts.objective.terms if isinstance(term, Logits))
     return sorted({value_at(term.temperature, step) for term in terms for step in steps})
 
 
-def _losses(parts: Parts, student: PreTrainedModel, step: int, device: torch.device) -> Iterator[Tensor]:
-    """The objective's loss on batches of the training data, and of own text, as in training at that step."""
+def _training_losses(parts: Parts, student: PreTrainedModel, step: int, device: torch.device) -> Iterator[Tensor]:
+    """Compute the objective on batches of training data and on-policy samples, as training would at that step."""
     distiller = Distiller(student, parts.teacher, parts.objective, vocabulary=parts.vocabulary).to(device).train()
-    chosen = _spread(parts.train.dataset, FLOW_BATCHES * parts.batch_rows)
+    rows = _evenly_spaced(parts.train.dataset, GRADIENT_BATCHES * parts.batch_rows)
     rollout = parts.rollout()
-    for batch in _on(device, in_batches(chosen, parts.tokenizer, parts.batch_rows)):
-        (seen,) = [batch] if rollout is None else rollout([batch], student, step=step)
-        yield distiller(seen, at=step).loss
+    for batch in _to(device, in_batches(rows, parts.tokenizer, parts.batch_rows)):
+        (sampled,) = [batch] if rollout is None else rollout([batch], student, step=step)
+        yield distiller(sampled, at=step).loss
 
 
-def _described(softenings: list[Softening], used: list[float]) -> dict[str, Any] | None:
+def _temperature_table(softenings: list[Softening], used: list[float]) -> dict[str, Any] | None:
     if not softenings:
         return None
-    rows = [{**asdict(one), "mass": {str(k): mass for k, mass in one.mass.items()}} for one in softenings]
-    # Below 1 no teacher is softened: such a temperature is described, and never recommended.
-    recommended, why = sentences.recommended_temperature([row for row in rows if row["temperature"] >= 1])
+    rows = [{**asdict(row), "mass": {str(k): mass for k, mass in row.mass.items()}} for row in softenings]
+    # Temperatures below 1 sharpen the teacher: they are described, and never recommended.
+    recommended, why = recommended_temperature([row for row in rows if row["temperature"] >= 1])
     return {"rows": rows, "used": used, "recommended": recommended, "why": why}
 
 
 def _training(run: Path, max_norm: float) -> dict[str, Any]:
-    """What the metrics of the student's training tell."""
-    curves, _ = read_metrics(run / "metrics.jsonl")
-    curve = curves.get("student", [])
+    """Summarize the metrics of the student's training."""
+    curve = read_metrics(run / "metrics.jsonl")[0].get("student", [])
     lines = [line for line in logged_lines(run / "metrics.jsonl") if line["run"] == "student"]
     norms = [float(line["grad_norm"]) for line in lines if line.get("grad_norm") is not None]
-    best = min(curve, key=lambda point: point[1], default=None)
-    before = [loss for step, loss in curve if step <= curve[-1][0] * 5 / 6 + 1] if curve else []
+    best_step, best = min(curve, key=lambda point: point[1], default=(None, None))
+    earlier = [loss for step, loss in curve if step <= curve[-1][0] * 5 / 6 + 1]
     return {
-        "gain_at_end": before[-1] - curve[-1][1] if before and len(curve) > 2 else None,
-        "past_best": None if best is None else curve[-1][1] - best[1],
-        "best_step": None if best is None else int(best[0]),
+        "gain_at_end": earlier[-1] - curve[-1][1] if earlier and len(curve) > 2 else None,
+        "past_best": None if best is None else curve[-1][1] - best,
+        "best_step": None if best_step is None else int(best_step),
         "gradient_norms": {"median": sorted(norms)[len(norms) // 2], "largest": max(norms)} if norms else None,
         "clipped": sum(norm > max_norm for norm in norms) / len(norms) if norms and max_norm > 0 else None,
     }
 
 
-def _compared(parts: Parts, tokens: Tokens, sample: Dataset) -> dict[str, Any]:
-    """What needs the teacher's whole distributions."""
-    if tokens.certainty is None:
+def _compare_with_teacher(parts: Parts, tokens: TokenStats, sample: Dataset) -> dict[str, Any]:
+    """Compute what needs the teacher's full distributions."""
+    if "teacher" not in tokens.models:
         return {"distributions": None, "irreducible": None, "noise": None}
-    noise = label_noise(tokens)
+    noise = stats.label_noise(tokens)
     return {
-        "distributions": distributions(tokens, _frequency(parts)),
-        "irreducible": irreducible(tokens),
+        "distributions": stats.distributions(tokens, _token_counts(parts)),
+        "irreducible": stats.irreducible(tokens),
         "noise": {**noise, "examples": [_example(parts, tokens, sample, place) for place in noise["examples"]]},
     }
 
 
-def _frequency(parts: Parts) -> Tensor:
-    """[V] how often each token is a label in the training data."""
+def _token_counts(parts: Parts) -> Tensor:
+    """[V] how often each token is a target in the training data."""
     counts = torch.zeros(parts.vocabulary, dtype=torch.long)
-    for row in _spread(parts.train.dataset, COUNTED):
+    for row in _evenly_spaced(parts.train.dataset, COUNTED_ROWS):
         labels = torch.tensor([label for label in row["labels"][1:] if label != IGNORE], dtype=torch.long)
         counts += torch.bincount(labels, minlength=parts.vocabulary)
     return counts
 
 
-def _example(parts: Parts, tokens: Tokens, sample: Dataset, place: int) -> dict[str, Any]:
+def _example(parts: Parts, tokens: TokenStats, sample: Dataset, place: int) -> dict[str, Any]:
     """A label that the teacher contradicts, with the text before it."""
-    assert tokens.certainty is not None
-    assert tokens.favourite is not None
-    column = int(tokens.column[place])
+    teacher, column = tokens.models["teacher"], int(tokens.column[place])
     ids = sample[int(tokens.row[place])]["input_ids"]
-
-    def decode(some: list[int]) -> str:
-        return str(parts.tokenizer.decode(some))
-
+    texts = {
+        "before": ids[max(0, column + 1 - CONTEXT) : column + 1],
+        "label": [int(tokens.label[place])],
+        "instead": [int(teacher["prediction"][place])],
+    }
     return {
-        "before": decode(ids[max(0, column + 1 - SAID) : column + 1]),
-        "label": decode([int(tokens.label[place])]),
-        "probability": math.exp(float(tokens.label_log_prob["teacher"][place])),
-        "instead": decode([int(tokens.favourite[place])]),
-        "certainty": float(tokens.certainty[place]),
+        **{name: str(parts.tokenizer.decode(ids)) for name, ids in texts.items()},
+        "probability": math.exp(float(teacher["label_log_prob"][place])),
+        "certainty": float(teacher["confidence"][place]),
     }

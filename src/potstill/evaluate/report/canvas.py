@@ -1,4 +1,4 @@
-"""What the report's pictures are drawn on: SVG to be put inside a page, which lends it its colours and typeface."""
+"""Axes, lines and labels of all pictures, as SVG that takes its colours and typeface from the page around it."""
 
 from __future__ import annotations
 
@@ -6,44 +6,44 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
+from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter, StrMethodFormatter
 
 Curve = Sequence[tuple[float, float]]
 
-# Drawn in colours that stand for a CSS variable, so that the page can be light, dark or printed.
-_INK, MUTED, _RULE, PAPER = "#010101", "#010102", "#010103", "#010104"
+# Colours stand for CSS variables, so that the page can be light, dark or printed.
+_INK, MUTED, _RULE, _PAPER = "#010101", "#010102", "#010103", "#010104"
 MODEL = {"teacher": "#010105", "baseline": "#010106", "student": "#010107"}
-_VARIABLES = {_INK: "ink", MUTED: "muted", _RULE: "rule", PAPER: "paper"} | {
+_VARIABLES = {_INK: "ink", MUTED: "muted", _RULE: "rule", _PAPER: "paper"} | {
     colour: model for model, colour in MODEL.items()
 }
-# Told apart without colour too.
+# Lines differ in more than colour.
 LINE: dict[str, dict[str, Any]] = {
     "teacher": {"linestyle": (0, (4, 2.5)), "linewidth": 1.4},
     "baseline": {"linestyle": "solid", "linewidth": 1.4},
     "student": {"linestyle": "solid", "linewidth": 2.3},
 }
-MARKER: dict[str, dict[str, Any]] = {
+_MARKER: dict[str, dict[str, Any]] = {
+    "teacher": {"marker": "D", "markersize": 5},
     "baseline": {"marker": "s", "markersize": 3.6},
     "student": {"marker": "o", "markersize": 4.6},
 }
-
-_INCHES = (6.0, 3.7)
-STEPS = [1, 2, 2.5, 5, 10]
-MOST_MARKERS = 24
 _MOST_POINTS = 240
 
 
-def canvas() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=_INCHES)
+def create(left: float = 0.078, width: float = 0.735, height: float = 0.82) -> tuple[Figure, Axes]:
+    """Create a figure with axes in the style of the pages."""
+    figure = Figure(figsize=(6.0, 3.7))
     figure.patch.set_alpha(0)
-    axes = figure.add_axes((0.078, 0.145, 0.735, 0.82))
+    axes = figure.add_axes((left, 0.145, width, height))
     axes.patch.set_alpha(0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -55,84 +55,103 @@ def canvas() -> tuple[Figure, Axes]:
     axes.tick_params(axis="x", length=3.5, width=0.8)
     axes.xaxis.label.set(color=MUTED, fontsize=11)
     axes.margins(x=0.015, y=0.06)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
+    ticks(axes.xaxis, 5, integer=True)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.set_major_locator(MaxNLocator(7, steps=STEPS))
+    ticks(axes.yaxis, 7)
     axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False, useMathText=False))
     return figure, axes
 
 
-def over_steps(axes: Axes) -> None:
-    axes.set_xlim(left=0)
-    axes.set_xlabel("step")
+def ticks(axis: Axis, number: int, **options: Any) -> None:
+    """Place at most `number` intervals between round values."""
+    axis.set_major_locator(MaxNLocator(number, steps=[1, 2, 2.5, 5, 10], **options))
 
 
-def draw(axes: Axes, model: str, curve: Curve, *, marked: bool) -> None:
-    style = LINE[model] | (MARKER[model] if marked else {})
-    steps, values = zip(*curve, strict=True)
-    axes.plot(steps, values, color=MODEL[model], markeredgecolor=PAPER, markeredgewidth=1.0, **style)
+def shares(axes: Axes, top: float = 1.02) -> None:
+    """Make the vertical axis one of percentages from 0 to 100%."""
+    axes.set_ylim(0, top)
+    ticks(axes.yaxis, 5)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def line(axes: Axes, model: str, curve: Iterable[tuple[float, float]], **style: Any) -> None:
+    """Plot a curve in a model's colour, without markers."""
+    axes.plot(*zip(*curve, strict=True), color=MODEL[model], **LINE[model] | style)
+
+
+def marked_line(axes: Axes, model: str, curve: Iterable[tuple[float, float]], *, edge: float = 1.0) -> None:
+    """Plot a curve with a marker at each point."""
+    line(axes, model, curve, markeredgecolor=_PAPER, markeredgewidth=edge, **_MARKER[model])
+
+
+def dots(axes: Axes, model: str, points: Iterable[tuple[float, float]], **style: Any) -> None:
+    """Plot markers alone."""
+    style = {"markeredgecolor": _PAPER, "markeredgewidth": 1.0, "linestyle": "none", **_MARKER[model], **style}
+    axes.plot(*zip(*points, strict=True), color=MODEL[model], **style)
+
+
+def annotate(
+    axes: Axes, text: str, at: tuple[float, float], model: str, offset: tuple[float, float], **style: Any
+) -> None:
+    """Write a text in a model's colour, `offset` points from a place."""
+    style = {"textcoords": "offset points", "fontsize": 11, "annotation_clip": False, **style}
+    axes.annotate(text, at, xytext=offset, color=MODEL[model], **style)
+
+
+def label_ends(axes: Axes, ends: Iterable[tuple[str, float, str]], *, named: bool = True) -> None:
+    """Label each line at its right end, at least a line of text apart.
+
+    Args:
+        axes: axes with the lines.
+        ends: the model for the colour, the height, and a text.
+        named: put the model's name before the text.
+    """
+    low, high = axes.get_ylim()
+    distance = 0.075 * (high - low)
+    ends = sorted(ends, key=lambda end: end[1])
+    heights: list[float] = []
+    for _, value, _ in ends:
+        heights.append(max(value, heights[-1] + distance) if heights else value)
+    pushed = sum(height - value for height, (_, value, _) in zip(heights, ends, strict=True))
+    for height, (model, _, text) in zip(heights, ends, strict=True):
+        annotate(
+            axes,
+            f"{model} {text}" if named else text,
+            (1, height - pushed / len(ends)),
+            model,
+            (6, 0),
+            xycoords=axes.get_yaxis_transform(),
+            va="center",
+            fontweight="bold" if model == "student" else "normal",
+        )
 
 
 def thin(curve: Curve) -> Curve:
-    """At most _MOST_POINTS points, each the mean of its neighbours: the line of a long run is noise otherwise."""
+    """Average neighbours until at most 240 points are left: the line of a long run is noise otherwise."""
     size = math.ceil(len(curve) / _MOST_POINTS)
     groups = [curve[start : start + size] for start in range(0, len(curve), size)]
     return [(fmean(step for step, _ in group), fmean(value for _, value in group)) for group in groups]
 
 
-def label_ends(axes: Axes, ends: list[tuple[str, float, str]], *, named: bool = True) -> None:
-    """Name each line at its right end, at least a line of text apart.
-
-    Args:
-        axes: where the lines are.
-        ends: the model whose colour it is, the height, and what else to say.
-        named: say the model too.
-    """
-    low, high = axes.get_ylim()
-    apart = 0.075 * (high - low)
-    ends = sorted(ends, key=lambda end: end[1])
-    heights: list[float] = []
-    for _, value, _ in ends:
-        heights.append(max(value, heights[-1] + apart) if heights else value)
-    pushed = sum(height - value for height, (_, value, _) in zip(heights, ends, strict=True))
-    for height, (model, _, text) in zip(heights, ends, strict=True):
-        axes.annotate(
-            f"{model} {text}" if named else text,
-            (1, height - pushed / len(ends)),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=MODEL[model],
-            fontsize=11,
-            fontweight="bold" if model == "student" else "normal",
-            annotation_clip=False,
-        )
-
-
-def svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an <svg> element that can stand in a page beside others."""
+def svg(figure: Figure, name: str, label: str) -> Markup:
+    """Convert a figure to an <svg> element with unique ids, to stand in a page beside others."""
     buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "potstill"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # A style sheet inside an inlined SVG would hold for the whole page.
+    # A style sheet inside an inlined SVG would apply to the page around it.
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = _without_typeface(text)
+    # Text keeps its size and weight and takes the page's typeface. Matplotlib's releases write it in two ways.
+    text = re.sub(r'font-family: [^;"]*(; )?', "", text)
+    text = re.sub(r'font: (?:bold|700) ([\d.]+px) [^;"]*', r"font-size: \1; font-weight: bold", text)
+    text = re.sub(r'font: ([\d.]+px) [^;"]*', r"font-size: \1", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     view_box = re.search(r'viewBox="[^"]*"', text)
     assert view_box is not None
     opening = f'<svg class="picture" role="img" aria-label="{html.escape(label)}" {view_box.group()}>'
-    return opening + text[text.index(">") + 1 :]
-
-
-def _without_typeface(svg: str) -> str:
-    """Text keeps its size and weight and takes the page's typeface. Matplotlib's releases write it in two ways."""
-    svg = re.sub(r'font-family: [^;"]*(; )?', "", svg)
-    svg = re.sub(r'font: (?:bold|700) ([\d.]+px) [^;"]*', r"font-size: \1; font-weight: bold", svg)
-    return re.sub(r'font: ([\d.]+px) [^;"]*', r"font-size: \1", svg)
+    return Markup(opening + text[text.index(">") + 1 :])

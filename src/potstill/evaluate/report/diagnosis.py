@@ -1,53 +1,113 @@
-"""A diagnosis in pictures: a section of report.html, and a page of its own for a recipe that has not run."""
+"""A diagnosis with pictures: a section of report.html, or its own page for a recipe that has not run."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
 from markupsafe import Markup
+from matplotlib.ticker import NullLocator
 
-from potstill.data.files import write_text
-from potstill.errors import DataError
-from potstill.evaluate.report import diagnosis_pictures as pictures
+from potstill.evaluate.report import canvas
+from potstill.evaluate.report.render import render
+from potstill.evaluate.summary import read_record
+
+_MOST_NAMES = 7  # along an axis
+_LOG_RATIO = 30  # largest over smallest value, above which an axis is logarithmic
 
 
-def told(path: Path) -> dict[str, Any] | None:
-    """The content of diagnose.json with its pictures; None where there is none.
+def read_diagnosis(path: Path) -> dict[str, Any] | None:
+    """Read diagnose.json and draw its pictures; None if there is no such file.
 
     Raises:
         DataError: it is not the record of a diagnosis.
     """
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or found.get("kind") != "diagnosis":
-        raise DataError(
-            f"report: expected what potstill diagnose writes in {path}, got something else. Diagnose again."
-        )
-    return {**found, "pictures": _pictures(found)}
-
-
-def write_diagnosis_page(environment: Environment, folder: Path) -> Path:
-    """Write diagnose.html, one self-contained page, from diagnose.json in a folder; its path."""
-    page = environment.get_template("diagnose.html.j2")
-    write_text(folder / "diagnose.html", page.render(diagnosis=told(folder / "diagnose.json"), headlines=[], models=[]))
-    return folder / "diagnose.html"
-
-
-def _pictures(found: Mapping[str, Any]) -> dict[str, Markup | None]:
-    temperature, distributions, floor = (found[key] for key in ("temperature", "distributions", "irreducible"))
-    drawn: dict[str, str | None] = {
-        "temperature": temperature and pictures.temperature(temperature["rows"], temperature["recommended"]),
-        "gradients": pictures.gradients(found["gradients"]["flow"]),
+    diagnosis = read_record(path, "diagnosis", "what potstill diagnose writes", "Diagnose again.")
+    temperature, distributions, floor = (diagnosis[key] for key in ("temperature", "distributions", "irreducible"))
+    pictures: dict[str, Markup | None] = {
+        "temperature": temperature and _temperature(temperature["rows"], temperature["recommended"]),
+        "gradients": _gradients(diagnosis["gradients"]["flow"]),
         "floor": distributions
-        and pictures.floor(floor["teacher_entropy"], {name: one["kl"] for name, one in distributions.items()}),
-        "rarity": distributions and pictures.rarity({name: one["by_frequency"] for name, one in distributions.items()}),
+        and _floor(floor["teacher_entropy"], {name: model["kl"] for name, model in distributions.items()}),
+        "rarity": distributions and _rarity({name: model["by_frequency"] for name, model in distributions.items()}),
     }
-    return {name: Markup(picture) if picture else None for name, picture in drawn.items()}
+    return {**diagnosis, "pictures": pictures}
+
+
+def write_diagnosis_page(folder: Path) -> Path:
+    """Write diagnose.html, one self-contained page, from diagnose.json in a folder; return its path."""
+    diagnosis = read_diagnosis(folder / "diagnose.json")
+    return render("diagnose.html.j2", folder / "diagnose.html", diagnosis=diagnosis)
+
+
+def _temperature(rows: Sequence[Mapping[str, Any]], recommended: float) -> Markup:
+    """Total probability of the teacher's most likely tokens over temperature, the recommended one marked."""
+    figure, axes = canvas.create(height=0.76)
+    axes.axvline(recommended, color=canvas.MODEL["student"], linewidth=1.2, linestyle=(0, (2, 2)))
+    canvas.annotate(axes, f"recommended {recommended:g}", (recommended, 1.02), "student", (0, 4))
+    ends = []
+    for k in rows[0]["mass"]:
+        curve = [(row["temperature"], row["mass"][k]) for row in rows]
+        canvas.line(axes, "teacher", curve, marker="o", markersize=3.6, linewidth=1.6, linestyle="solid")
+        ends.append(("teacher", curve[-1][1], "1 token" if k == "1" else f"{k} tokens"))
+    canvas.shares(axes)
+    canvas.label_ends(axes, ends, named=False)
+    axes.set_xlabel("temperature")
+    values = "; ".join(f"at {row['temperature']:g} the top token has {row['mass']['1']:.0%}" for row in rows)
+    return canvas.svg(figure, "temperature", f"Probability of the most likely tokens over temperature: {values}.")
+
+
+def _gradients(flow: Sequence[Mapping[str, Any]]) -> Markup:
+    """Root mean square of the gradient in each part of the student, from input to output."""
+    figure, axes = canvas.create(0.1, 0.87)
+    sizes = [part["gradient"] if math.isfinite(part["gradient"]) else 0.0 for part in flow]
+    canvas.marked_line(axes, "student", enumerate(sizes))
+    if min(sizes) > 0 and max(sizes) > _LOG_RATIO * min(sizes):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    places = sorted({*range(0, len(flow), math.ceil(len(flow) / _MOST_NAMES)), len(flow) - 1})
+    names = [part["part"].replace("layer ", "").replace("embed_tokens", "embed") for part in flow]
+    axes.set_xticks(places, [names[place] for place in places])
+    axes.set_xlabel("layer, from input to output")
+    values = "; ".join(f"{part['part']} {part['gradient']:.2g}" for part in flow)
+    return canvas.svg(figure, "gradients", f"Root mean square of the gradient by part: {values}.")
+
+
+def _floor(entropy: float, divergences: Mapping[str, float]) -> Markup:
+    """Cross-entropy with the teacher's distributions: its entropy plus each model's KL, nats."""
+    figure, axes = canvas.create(0.16, 0.78)
+    for place, (model, kl) in enumerate(divergences.items()):
+        axes.barh(place, entropy, color=canvas.MODEL["teacher"], height=0.5)
+        axes.barh(place, kl, left=entropy, color=canvas.MODEL[model], height=0.5, alpha=0.75)
+        canvas.annotate(axes, f"{entropy + kl:.2f}", (entropy + kl, place), model, (5, 0), va="center")
+    axes.set_yticks(range(len(divergences)), list(divergences))
+    axes.set_ylim(max(len(divergences), 2) - 0.4, -0.6)
+    axes.grid(visible=False)
+    axes.set_xlim(0, 1.08 * (entropy + max(divergences.values())))
+    canvas.ticks(axes.xaxis, 6)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("nats per token")
+    values = "; ".join(f"{model} {entropy + kl:.2f}" for model, kl in divergences.items())
+    return canvas.svg(figure, "floor", f"Teacher's entropy {entropy:.2f} nats, plus each model's KL: {values}.")
+
+
+def _rarity(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
+    """KL to the teacher by frequency of the token in the training data; the same groups for each model."""
+    figure, axes = canvas.create()
+    names = [group["name"] for group in next(iter(groups.values()))]
+    for model, rows in groups.items():
+        canvas.marked_line(axes, model, enumerate(row["kl"] for row in rows))
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(-0.3, len(names) - 0.9)
+    canvas.label_ends(axes, [(model, rows[-1]["kl"], f"{rows[-1]['kl']:.2f}") for model, rows in groups.items()])
+    axes.set_xticks(range(len(names)), [name.replace(" times", "").replace(" or more", "+") for name in names])
+    axes.set_xlabel("times in the training data")
+    values = "; ".join(f"{model} {rows[0]['kl']:.2f} to {rows[-1]['kl']:.2f}" for model, rows in groups.items())
+    return canvas.svg(figure, "rarity", f"KL to the teacher in nats by frequency of the token: {values}.")

@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
-from potstill.data.files import write_text
 from potstill.errors import DataError
+from potstill.evaluate.formatting import times
 from potstill.evaluate.report import pictures
-from potstill.evaluate.report.page import environment
-from potstill.evaluate.report.words import times
+from potstill.evaluate.report.render import render
 
 _METRICS = {
     "scores": ("Human scores", "Spearman's correlation of the similarity of pairs with human scores."),
@@ -40,30 +37,26 @@ def write_embedding_report(run_directory: Path) -> Path:
     space, hues = summary["space"], summary["space"]["hues"]
     lines = map(json.loads, (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     curve = [(line["epoch"], line["all_pairs"]) for line in lines if line["run"] == "student"]
-    page = environment(autoescape=True).get_template("embedding.html.j2")
-    rendered = page.render(
+    student = run_directory / "student"
+    if student.is_dir():
+        reads_text = (student / "modules.json").exists()
+        render("embedding_card.md.j2", student / "README.md", **facts, reads_text=reads_text)
+    return render(
+        "embedding.html.j2",
+        run_directory / "report.html",
         **facts,
         headlines=_headlines(rows),
         models=list(rows),
-        space={name: Markup(pictures.space(f"{name} space", space[name], hues)) for name in ("teacher", "student")},
-        front=Markup(
-            pictures.front(
-                {name: (row["all_pairs"], row[close]) for name, row in front.items()},
-                "all pairs, rank correlation with the teacher",
-                _METRICS[close][0],
-            )
+        space={name: pictures.space(f"{name} space", space[name], hues) for name in ("teacher", "student")},
+        front=pictures.front(
+            {name: (row["all_pairs"], row[close]) for name, row in front.items()},
+            "all pairs, rank correlation with the teacher",
+            _METRICS[close][0],
         ),
         close=_METRICS[close][0],
-        curve=Markup(pictures.correlation_curve(curve)),
+        curve=pictures.correlation_curve(curve),
         recipe=(run_directory / "recipe.yaml").read_text(encoding="utf-8"),
     )
-    write_text(run_directory / "report.html", rendered)
-    student = run_directory / "student"
-    if student.is_dir():
-        card = environment(autoescape=False).get_template("embedding_card.md.j2")
-        reads_text = (student / "modules.json").exists()
-        write_text(student / "README.md", card.render(**facts, reads_text=reads_text))
-    return run_directory / "report.html"
 
 
 def embedding_verdict(summary: Mapping[str, Any]) -> str:

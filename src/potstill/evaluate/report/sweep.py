@@ -1,96 +1,80 @@
-"""What a sweep came to, for a reader who was not there: sweep.html, from sweep.json."""
+"""The page of a sweep: sweep.html, from sweep.json."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
-from potstill.data.files import write_text
-from potstill.errors import DataError
-from potstill.evaluate.report.page import environment
-from potstill.evaluate.report.tradeoff_pictures import Dot, expectations, pareto
-from potstill.evaluate.report.words import count, milliseconds, nats, percent, size, times
+from potstill.evaluate.formatting import count, milliseconds, nats, percent, size
+from potstill.evaluate.report import canvas
+from potstill.evaluate.report.render import Headline, ratio_headline, render
+from potstill.evaluate.summary import read_record
 from potstill.evaluate.tradeoff import Limits
 from potstill.models.capacity import expected_share
 
 COSTS = {"parameters": "parameters", "bytes": "size", "latency_ms": "latency"}
+# The teacher, at 100%, is drawn if some student is better than this; otherwise students would be drawn on one spot.
+_SHOW_TEACHER = 0.6
+# Multiples of a power of ten for the ticks of a logarithmic axis, from the finest.
+_HALVES = tuple(1 + 0.5 * i for i in range(18))
+_TICKS = (_HALVES, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 3.0, 5.0), (1.0, 2.0, 5.0), (1.0,))
 
 
 def write_sweep_report(run_directory: Path) -> Path:
-    """Write sweep.html, one self-contained page.
-
-    Args:
-        run_directory: of a sweep; sweep.json is in it.
-
-    Returns:
-        The page's path.
+    """Write sweep.html, one self-contained page, from sweep.json of a sweep's directory; return its path.
 
     Raises:
         DataError: there is no sweep in it.
     """
     summary = read_sweep(run_directory)
-    rendered = (
-        environment(autoescape=True)
-        .get_template("sweep.html.j2")
-        .render(
-            summary=summary,
-            headlines=list(_headlines(summary)),
-            columns=list(summary["vary"]),
-            models=[],
-            table=list(_table(summary)),
-            pictures={key: _pareto(summary, key) for key in ("parameters", "latency_ms")} if summary["runs"] else {},
-            expected=_expected(summary),
-            limits=str(Limits(**summary["limits"])),
-        )
+    return render(
+        "sweep.html.j2",
+        run_directory / "sweep.html",
+        summary=summary,
+        verdict=summary["recommended"]["why"],
+        headlines=list(_headlines(summary)),
+        columns=list(summary["vary"]),
+        table=list(_table(summary)),
+        pictures={key: _pareto(summary, key) for key in ("parameters", "latency_ms")} if summary["runs"] else {},
+        expected=_expected(summary),
+        limits=str(Limits(**summary["limits"])),
     )
-    write_text(run_directory / "sweep.html", rendered)
-    return run_directory / "sweep.html"
 
 
 def read_sweep(directory: Path) -> dict[str, Any]:
-    """The content of sweep.json."""
-    path = directory / "sweep.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        summary = None
-    if not isinstance(summary, dict) or summary.get("kind") != "sweep":
-        raise DataError(f"report: expected the summary of a sweep in {path}, got none. Finish it with --resume first.")
-    return summary
+    """Read sweep.json."""
+    advice = "Finish it with --resume first."
+    return read_record(directory / "sweep.json", "sweep", "the summary of a sweep", advice)
 
 
-def _headlines(summary: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+def _headlines(summary: Mapping[str, Any]) -> Iterator[Headline]:
     place, teacher = summary["recommended"]["place"], summary["teacher"]
-    yield {
-        "value": str(len(summary["runs"])),
-        "name": "students compared",
-        "detail": " × ".join(f"{len(values)} of {key.rpartition('.')[2]}" for key, values in summary["vary"].items()),
-    }
+    axes = " × ".join(f"{len(values)} of {key.rpartition('.')[2]}" for key, values in summary["vary"].items())
+    yield Headline(str(len(summary["runs"])), "students compared", axes)
     if place is None:
         return
     chosen = summary["runs"][place]
-    yield {"value": percent(chosen["quality"]), "name": "of the teacher's quality", "detail": f"by number {place + 1}"}
+    yield Headline(percent(chosen["quality"]), "of the teacher's quality", f"by number {place + 1}")
     if teacher.get("parameters"):
-        yield {
-            "value": f"{times(teacher['parameters'] / chosen['parameters'])}×",
-            "name": "smaller",
-            "detail": f"{count(chosen['parameters'])} against {count(teacher['parameters'])} parameters",
-        }
-    yield {"value": milliseconds(chosen["latency_ms"]), "name": "for one row", "detail": "one forward pass"}
+        detail = f"{count(chosen['parameters'])} against {count(teacher['parameters'])} parameters"
+        ratio = teacher["parameters"] / chosen["parameters"]
+        yield ratio_headline(ratio, "smaller", "larger", "the same size", detail)
+    yield Headline(milliseconds(chosen["latency_ms"]), "for one row", "one forward pass")
 
 
 def _table(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for place, (row, prediction) in enumerate(zip(summary["runs"], summary["predictions"], strict=True)):
-        fitted = prediction["fitted"]
         yield {
             "number": place + 1,
             "chosen": place == summary["recommended"]["place"],
-            "values": [_said(row["values"][key]) for key in summary["vary"]],
+            "values": [_text(row["values"][key]) for key in summary["vary"]],
             "cells": [
                 percent(row["quality"], 1),
                 nats(row["loss"]),
@@ -100,57 +84,122 @@ def _table(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             ],
             "fronts": ", ".join(COSTS[key] for key, places in summary["fronts"].items() if place in places),
             "directory": row["directory"],
-            "fitted": "–" if fitted is None else _with_range(fitted),
+            "fitted": prediction["fitted"],
             "published": [percent(estimate["value"]) for estimate in prediction["published"].values()],
         }
 
 
-def _with_range(estimate: Mapping[str, Any]) -> str:
-    value, low, high = (percent(estimate[key]) for key in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
-
-
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _pareto(summary: Mapping[str, Any], key: str) -> Markup:
-    place, on_front = summary["recommended"]["place"], summary["fronts"][key]
-    dots = [
-        Dot(str(i + 1), row[key], row["quality"], i in on_front, i == place)
-        for i, row in enumerate(summary["runs"])
-        if math.isfinite(row["quality"])
-    ]
-    return Markup(pareto(dots, key, summary["teacher"].get(key))) if dots else Markup("")
-
-
 def _expected(summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Predicted beside measured: the picture, the tasks, and how far off the sweep's own law was."""
-    known = [one for one in summary["predictions"] if one["published"] and math.isfinite(one["measured"])]
+    """Predicted beside measured quality: the picture, the tasks, and the error of the sweep's own law."""
+    known = [row for row in summary["predictions"] if row["published"] and math.isfinite(row["measured"])]
     if not known:
         return None
     tasks = list(known[0]["published"])
-    least, most = (pick(one["compression"] for one in known) for pick in (min, max))
-    along = [least * (most / least) ** (i / 24) for i in range(25)]
-    published = {task: [(c, expected_share(c, task).value) for c in along] for task in tasks}
-    smaller = [one for one in known if one["compression"] > 1 and one["measured"] > 0]
-    exponents = [-math.log(one["measured"]) / math.log(one["compression"]) for one in smaller]
+    least, most = (pick(row["compression"] for row in known) for pick in (min, max))
+    compressions = [least * (most / least) ** (i / 24) for i in range(25)]
+    published = {task: [(c, expected_share(c, task).value) for c in compressions] for task in tasks}
+    smaller = [row for row in known if row["compression"] > 1 and row["measured"] > 0]
+    exponents = [-math.log(row["measured"]) / math.log(row["compression"]) for row in smaller]
     mean = sum(exponents) / len(exponents) if exponents else None
-    errors = [abs(one["fitted"]["value"] - one["measured"]) for one in known if one["fitted"]]
+    fitted = [(row["measured"], row["fitted"]) for row in known if row["fitted"]]
+    error = sum(abs(fit["value"] - measured) for measured, fit in fitted) / len(fitted) if fitted else None
+    measured = [(row["compression"], row["measured"]) for row in known]
     return {
-        "picture": Markup(
-            expectations(
-                [(one["compression"], one["measured"]) for one in known],
-                published,
-                [] if mean is None else [(c, c**-mean) for c in along],
-            )
-        ),
+        "picture": _expectations(measured, published, [] if mean is None else [(c, c**-mean) for c in compressions]),
         "tasks": tasks,
         "sources": list(dict.fromkeys(known[0]["published"][task]["source"] for task in tasks)),
-        "exponent": None if mean is None else f"{mean:.2f}",
-        "error": None if not errors else percent(sum(errors) / len(errors), 1),
-        "within": sum(
-            one["fitted"]["low"] <= one["measured"] <= one["fitted"]["high"] for one in known if one["fitted"]
-        ),
-        "fitted": len(errors),
+        "exponent": mean,
+        "error": error,
+        "within": sum(fit["low"] <= measured <= fit["high"] for measured, fit in fitted),
+        "fitted": len(fitted),
     }
+
+
+class _Dot(NamedTuple):
+    """A student in the picture of the front."""
+
+    name: str
+    cost: float
+    quality: float
+    on_front: bool
+    chosen: bool
+
+
+def _pareto(summary: Mapping[str, Any], cost: str) -> Markup:
+    """Quality over "parameters" or "latency_ms" on a logarithmic axis, with the Pareto front as a line."""
+    place, on_front = summary["recommended"]["place"], summary["fronts"][cost]
+    students = [
+        _Dot(str(i + 1), row[cost], row["quality"], i in on_front, i == place)
+        for i, row in enumerate(summary["runs"])
+        if math.isfinite(row["quality"])
+    ]
+    if not students:
+        return Markup("")
+    figure, axes = canvas.create(0.1, 0.86)
+    front = sorted((dot.cost, dot.quality) for dot in students if dot.on_front)
+    if front:
+        canvas.line(axes, "student", front, drawstyle="steps-post", linewidth=1.4, zorder=1)
+    for dot in sorted(students, key=lambda dot: (dot.chosen, dot.on_front)):
+        model = "student" if dot.on_front else "baseline"
+        canvas.dots(axes, model, [dot[1:3]], markersize=9.5 if dot.chosen else 6 if dot.on_front else 5, zorder=2)
+        canvas.annotate(
+            axes,
+            dot.name,
+            dot[1:3],
+            model,
+            (0, 8 if dot.on_front else -8),
+            ha="center",
+            va="bottom" if dot.on_front else "top",
+            fontweight="bold" if dot.chosen else "normal",
+        )
+    teacher_cost = summary["teacher"].get(cost)
+    if teacher_cost is not None and max(dot.quality for dot in students) > _SHOW_TEACHER:
+        canvas.dots(axes, "teacher", [(teacher_cost, 1.0)], markeredgewidth=0)
+        canvas.annotate(axes, "teacher", (teacher_cost, 1.0), "teacher", (-7, 0), ha="right", va="center")
+    axes.margins(x=0.08, y=0.14)
+    write = count if cost == "parameters" else milliseconds
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+    _logarithmic(axes, write)
+    axes.set_xlabel("parameters" if cost == "parameters" else "one row, one forward pass")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    values = "; ".join(f"{dot.name}: {write(dot.cost)}, {dot.quality:.1%}" for dot in students)
+    return canvas.svg(figure, f"pareto-{cost}", f"Share of the teacher's quality over {COSTS[cost]}: {values}.")
+
+
+def _expectations(measured: canvas.Curve, published: Mapping[str, canvas.Curve], fitted: canvas.Curve) -> Markup:
+    """Measured quality over compression, beside published students by task and the sweep's own law (may be empty)."""
+    figure, axes = canvas.create(0.09, 0.66)
+    ends = []
+    for task, curve in published.items():
+        canvas.line(axes, "teacher", curve)
+        ends.append(("teacher", curve[-1][1], task))
+    if fitted:
+        canvas.line(axes, "student", fitted, linewidth=1.4)
+        ends.append(("student", fitted[-1][1], "their law"))
+    canvas.dots(axes, "student", measured)
+    canvas.shares(axes)
+    canvas.label_ends(axes, ends, named=False)
+    _logarithmic(axes, lambda value: f"{value:g}×")
+    axes.set_xlabel("times fewer parameters than the teacher")
+    values = "; ".join(f"{quality:.1%} at {compression:.1f} times smaller" for compression, quality in measured)
+    return canvas.svg(figure, "expected", f"Share of the teacher's quality over compression, measured: {values}.")
+
+
+def _logarithmic(axes: Axes, write: Callable[[float], str]) -> None:
+    """Make the horizontal axis logarithmic, with at most five ticks if possible: labels would overlap otherwise."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+
+    def visible(multiples: Sequence[float]) -> int:
+        return sum(low <= multiple * 10**decade <= high for decade in decades for multiple in multiples)
+
+    multiples = next((multiples for multiples in _TICKS if visible(multiples) <= 5), _TICKS[-1])
+    axes.xaxis.set_major_locator(LogLocator(subs=multiples, numticks=30))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))

@@ -1,0 +1,78 @@
+"""The one renderer of report pages and model cards: a page is a template and its data."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from potstill.data.files import write_text
+from potstill.evaluate import formatting
+from potstill.evaluate.formatting import times
+
+
+def render(template: str, path: Path, **data: Any) -> Path:
+    """Render a template of this package to a file; HTML templates escape their data.
+
+    A page extends page.html.j2 and sets `title`, `kind`, `date`, `version` and `source`.
+
+    Returns:
+        The path.
+    """
+    write_text(path, _environment().get_template(template).render(data))
+    return path
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("potstill.evaluate", "report"),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    names = ("count", "duration", "nats", "percent", "size")
+    environment.filters |= {name: getattr(formatting, name) for name in names}
+    environment.filters |= {"quoted": _quoted, "visible": _visible, "cell": _cell}
+    environment.filters |= {"number": lambda value: f"{value:g}", "thousands": lambda value: f"{value:,}"}
+    return environment
+
+
+def _quoted(text: str) -> str:
+    """Show spaces and line ends."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _visible(text: str) -> str:
+    """Replace control characters, which HTML forbids or which reverse the text around them, with a visible mark."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+        "\N{REPLACEMENT CHARACTER}",
+        text.replace("\r\n", "\n"),
+    )
+
+
+def _cell(text: str) -> str:
+    """Escape text for a line or table cell of Markdown."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+class Headline(NamedTuple):
+    """A large figure at the top of a page."""
+
+    value: str
+    name: str
+    detail: str
+
+
+def ratio_headline(ratio: float, more: str, less: str, same: str, detail: str) -> Headline:
+    """Format a ratio as "4.1× smaller": `more` above 1, `less` below, `same` near 1."""
+    if 0.95 < ratio < 1.05:
+        return Headline("1×", same, detail)
+    return Headline(f"{times(max(ratio, 1 / ratio))}×", more if ratio > 1 else less, detail)

@@ -1,0 +1,119 @@
+"""Summarize the outcome of a run in a sentence or two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from potstill.evaluate.formatting import nats, percent, times
+from potstill.evaluate.summary import ScoresByModel, Summary, check_summary
+
+# A gain below either is called slight; a loss below the second.
+_SMALL_SHARE = 0.1
+_SMALL_NATS = 0.01
+# A gain below this may come from the seed alone.
+_SEED_NOISE_NATS = 0.05
+
+
+def verdict(summary: Summary | Mapping[str, Any]) -> str:
+    """Summarize what a run shows, good or bad.
+
+    Args:
+        summary: the content of summary.json; rows.student.loss is enough.
+
+    Raises:
+        DataError: the summary lacks required values.
+    """
+    if not isinstance(summary, Summary):
+        summary = check_summary(summary, "the summary")
+    if summary.task == "encoder":
+        return _encoder_verdict(summary.rows)
+    rows, unit = summary.rows, "squared error" if summary.task == "regression" else "nats"
+    student = rows.student.loss
+    teacher = rows.teacher.loss if rows.teacher else math.nan
+    baseline = rows.baseline.loss if rows.baseline else math.nan
+    if not math.isfinite(student):
+        return (
+            "The student's held-out loss is not a number: training diverged. Try a smaller learning rate, a longer "
+            "warm-up or gradient clipping."
+        )
+    if not math.isfinite(baseline):
+        return _without_baseline(rows, student, teacher, unit)
+    gain = baseline - student
+    losses = f"{nats(student)} against {nats(baseline)} {unit} held out"
+    if abs(gain) < 0.0005:
+        return (
+            f"The teacher made no difference: student and baseline both reach {nats(student)} {unit} held out. "
+            "Try more steps, another temperature or another divergence."
+        )
+    if gain < 0:
+        return (
+            f"The student is {'slightly ' if -gain < _SMALL_NATS else ''}worse than the baseline, {losses}: the "
+            "teacher did not help in this run. Instead try temperature 1, an additional labels term, more steps, or a "
+            "teacher closer to the student in size."
+        )
+    if not math.isfinite(teacher):
+        return f"The student is {'slightly ' if gain < _SMALL_NATS else ''}better than the baseline, {losses}."
+    if teacher >= baseline:
+        return (
+            f"The student is better than the baseline, {losses}, but the teacher ({nats(teacher)} {unit}) is not, so "
+            "there is no gap to close. Use a stronger teacher first."
+        )
+    if student < teacher:
+        return (
+            f"The student is better than its own teacher, {nats(student)} against {nats(teacher)} {unit} held out "
+            f"(baseline {nats(baseline)}). Check that the held-out text is not in the training data; if it is not, a "
+            "stronger teacher can help further."
+        )
+    share = summary.gap_closed if summary.gap_closed is not None else gain / (baseline - teacher)
+    if share < _SMALL_SHARE or gain < _SMALL_NATS:
+        advice = (
+            "a difference this small may be chance, so repeat the run with other seeds"
+            if gain < _SEED_NOISE_NATS
+            else "there is room for more steps, another divergence or a larger student"
+        )
+        return (
+            f"The student is only slightly better than the baseline, {losses}, or {percent(share)} of the gap to the "
+            f"teacher: {advice}."
+        )
+    return (
+        f"The student closes {percent(share)} of the gap between training without a teacher and the teacher itself"
+        f"{_smaller(rows)}: {nats(student)} {unit} held out, against {nats(baseline)} for the baseline and "
+        f"{nats(teacher)} for the teacher."
+    )
+
+
+def _encoder_verdict(rows: ScoresByModel) -> str:
+    correlation, recall = rows.student.all_pairs, rows.student.recall
+    if correlation is None or recall is None or not math.isfinite(correlation):
+        return "The student's embeddings could not be compared with the teacher's: training diverged, or no scores."
+    return (
+        f"The student's similarities of held-out rows correlate with the teacher's at {correlation:.3f}"
+        f"{_smaller(rows)}, and it keeps {percent(recall)} of the ten nearest rows of each."
+    )
+
+
+def _without_baseline(rows: ScoresByModel, student: float, teacher: float, unit: str) -> str:
+    why = "the baseline diverged" if rows.baseline else "no baseline was run"
+    unknown = f"{why}, so the teacher's contribution cannot be measured"
+    if not rows.baseline:
+        unknown += ' (set "baseline: true" under "evaluate" in the recipe)'
+    if not math.isfinite(teacher):
+        return f"The student reaches {nats(student)} {unit} held out; {unknown}."
+    if student < teacher:
+        return (
+            f"The student is better than its own teacher, {nats(student)} against {nats(teacher)} {unit} held out; "
+            f"{unknown}."
+        )
+    return (
+        f"The student comes within {nats(student - teacher)} {unit} of the teacher{_smaller(rows)}, "
+        f"{nats(student)} against {nats(teacher)} held out; {unknown}."
+    )
+
+
+def _smaller(rows: ScoresByModel) -> str:
+    if not rows.teacher or not rows.teacher.parameters or not rows.student.parameters:
+        return ""
+    ratio = rows.teacher.parameters / rows.student.parameters
+    return f", with {times(ratio)} times fewer parameters" if ratio >= 1.05 else ""

@@ -1,0 +1,261 @@
+"""Measure the models of a finished run as they are on disk, and summarize the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from potstill.data.batches import in_batches
+from potstill.evaluate import summary as records
+from potstill.evaluate.measures import QUALITY
+from potstill.evaluate.quality import continuation, gap_closed
+from potstill.evaluate.sequence import measure
+from potstill.evaluate.speed import bytes_on_disk, latency_ms, weight_bytes
+from potstill.evaluate.versions import versions
+from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
+from potstill.models.adapted import count, is_adapted
+from potstill.models.loading import load_model
+from potstill.runs.build import Parts
+from potstill.runs.config.student import BudgetPart, StudentPart
+from potstill.runs.config.teacher import TeacherPart
+from potstill.teachers.crosstok import CrossTokenizerTeacher
+from potstill.teachers.ensemble import EnsembleTeacher
+from potstill.teachers.teacher import Teacher
+from potstill.train.callbacks import logged_lines, seconds_of
+from potstill.train.checkpoints import last_checkpoint, restore_teacher
+from potstill.train.samples import collapse
+
+EVAL_ROWS = 16  # batch size of the final evaluation
+SAMPLES = 4  # on-policy samples in the report
+
+
+def summarize(parts: Parts, students: Mapping[str, Path], directory: Path) -> records.Summary:
+    """Measure teacher, baseline and student on held-out data.
+
+    `students` maps "student", and "baseline" if there is one, to the folder of the saved model; `directory` has the
+    metrics and checkpoints.
+    """
+    recipe, task, of_tokens = parts.recipe, parts.recipe.task, parts.recipe.task in TOKEN_TASKS
+    tokens_per_row = parts.train.tokens / len(parts.train.dataset)
+    checkpoint = last_checkpoint(directory / "checkpoints" / "student")
+    if checkpoint is not None and not parts.teacher.of_student:
+        restore_teacher(parts.teacher, checkpoint)
+    models = _load_models(parts, students)
+    teacher, trained = models.get("teacher"), {name: models[name] for name in students}
+    quality: Mapping[str, Any] = _measure(parts, teacher, trained, parts.eval.dataset)
+    if teacher is None:
+        teacher_loss, curve_loss = (_teacher_loss(parts, dataset) for dataset in (parts.eval.dataset, parts.curve))
+    else:
+        teacher_loss = quality["teacher"].loss
+        curve_loss = _measure(parts, teacher, {}, parts.curve)["teacher"].loss
+    closed = None
+    if "baseline" in students and teacher_loss is not None:
+        closed = gap_closed(teacher_loss, quality["baseline"].loss, quality["student"].loss)
+    positions = None
+    if teacher is not None and task == "causal":  # models with masks see both sides of every position
+        kl = {name: quality[name].kl_by_position for name in students}
+        positions = records.PositionKL(edges=quality["student"].position_edges, **kl)
+    metrics = logged_lines(directory / "metrics.jsonl")
+    samples = logged_lines(directory / "own_texts.jsonl")
+    stats = next((line for line in reversed(metrics) if "own_length" in line), None)
+    ensemble = parts.teacher if isinstance(parts.teacher, EnsembleTeacher) else None
+    return records.Summary(
+        name=recipe.name,
+        seed=recipe.seed,
+        task=task,
+        created=datetime.now(UTC).replace(microsecond=0),
+        rows=_scores(parts, models, students, quality, teacher_loss),
+        gap_closed=closed,
+        curve=records.CurveFacts(rows=len(parts.curve), teacher_loss=curve_loss),
+        kl_by_position=positions,
+        continuations=_continuations(parts, models) if task == "causal" else [],
+        own_texts=[records.Sample(**samples[i]) for i in _evenly_spaced(len(samples), SAMPLES)],
+        own_text=None if stats is None else records.SampleStats(**stats),
+        data=records.DataFacts(
+            train=recipe.data.train.path,
+            train_tokens=parts.train.tokens if of_tokens else None,
+            train_examples=len(parts.train.dataset),
+            eval=recipe.data.eval.path,
+            eval_tokens=parts.eval.tokens if of_tokens else None,
+            eval_examples=len(parts.eval.dataset),
+        ),
+        training=records.TrainingFacts(
+            steps=parts.steps,
+            tokens_per_step=round(tokens_per_row * parts.rows_per_step) if of_tokens else None,
+            seconds={name: seconds_of(metrics, name) for name in students},
+        ),
+        objective="; ".join(term.describe() for term in recipe.objective),
+        models={
+            "teacher": describe_teacher(recipe.teacher, parts.teacher),
+            "student": describe_student(recipe.student),
+        },
+        adapter=_adapter_facts(parts, students["student"], models["student"]),
+        teacher_weights=None if ensemble is None else dict(zip(ensemble.names, ensemble.weights.tolist(), strict=True)),
+        notes=[*parts.notes, *collapse_notes(metrics)],
+        versions=versions(),
+    )
+
+
+def _load_models(parts: Parts, students: Mapping[str, Path]) -> dict[str, PreTrainedModel]:
+    """Load the saved students, after the teacher if it can be measured here: with the student's own tokens."""
+    recipe, device = parts.recipe, PartialState().device
+    models = {}
+    if parts.teacher_model is not None and parts.meeting is None:
+        models["teacher"] = parts.teacher_model.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]
+    dtype = "auto" if recipe.student.adapter is None else recipe.student.adapter.dtype
+    for name in sorted(students):
+        models[name] = load_model(str(students[name]), name, dtype, recipe.task).to(device)
+    return models
+
+
+def _measure(
+    parts: Parts, teacher: PreTrainedModel | None, models: Mapping[str, PreTrainedModel], dataset: Dataset
+) -> Mapping[str, Any]:
+    return measure(parts.recipe.task, teacher, models, _batches(parts, dataset), vocabulary=parts.vocabulary or None)
+
+
+def _batches(parts: Parts, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
+    return in_batches(dataset, parts.tokenizer, EVAL_ROWS)
+
+
+def _teacher_loss(parts: Parts, dataset: Dataset) -> float | None:
+    """Compute the cross-entropy of a teacher without a model here, from its log-probabilities of the data's tokens.
+
+    A teacher with another tokenizer is measured on the same text, per token of the student. None if the teacher does
+    not know the rows or their probabilities, or is made of the student.
+    """
+    if parts.teacher.of_student or not parts.teacher.covers(dataset):
+        return None
+    total, tokens = 0.0, 0
+    device = PartialState().device
+    for cpu_batch in _batches(parts, dataset):
+        batch = {name: value.to(device) for name, value in cpu_batch.items()}
+        alignment = causal_alignment(batch["labels"])
+        output = parts.teacher(batch, alignment)
+        log_probs: Tensor | None
+        if output.across is not None:
+            log_probs, num_tokens = output.across.log_probs, int((output.across.student >= 0).sum())
+        else:
+            shared = replace(output, targets=output.targets.slice(parts.vocabulary))
+            log_probs, num_tokens = shared.of_labels(alignment.labels), len(alignment)
+        if log_probs is None:
+            return None
+        total -= float(log_probs.double().sum())
+        tokens += num_tokens
+    return total / max(tokens, 1)
+
+
+def _scores(
+    parts: Parts,
+    models: Mapping[str, PreTrainedModel],
+    students: Mapping[str, Path],
+    quality: Mapping[str, Any],
+    teacher_loss: float | None,
+) -> records.ScoresByModel:
+    """Collect quality and costs of every model."""
+    teacher_folder = Path(str(parts.recipe.teacher.model))
+    folders = {"teacher": teacher_folder, **students}
+    keys = [row.key for row in QUALITY[parts.recipe.task]]
+    rows: dict[str, dict[str, Any]] = {
+        name: {
+            **{key: getattr(quality[name], key) for key in keys},
+            "parameters": count(model).all,
+            "bytes": bytes_on_disk(folders[name], model),
+            "latency_ms": latency_ms(model, parts.recipe.data.max_length),
+        }
+        for name, model in models.items()
+    }
+    if "teacher" not in models and teacher_loss is not None:
+        rows["teacher"] = dict.fromkeys(rows["student"]) | {"loss": teacher_loss}
+        if (model := parts.teacher_model) is not None:  # its tokenizer differs, its size is known
+            rows["teacher"]["parameters"] = model.num_parameters()
+            rows["teacher"]["bytes"] = weight_bytes(teacher_folder) or model.get_memory_footprint()
+    if isinstance(parts.teacher, CrossTokenizerTeacher):
+        text = parts.teacher.meeting(parts.eval.dataset)
+        for row in rows.values():
+            row["bits_per_byte"] = row["loss"] * text.tokens / text.bytes / math.log(2)
+    return records.ScoresByModel(**{name: records.ModelScores(**row) for name, row in rows.items()})
+
+
+def _continuations(parts: Parts, models: Mapping[str, PreTrainedModel]) -> list[records.Continuation]:
+    """Continue evenly spaced held-out prompts with each model."""
+    dataset = parts.eval.dataset
+    number = min(parts.recipe.evaluate.continuations, len(dataset))
+    continuations = []
+    for i in range(number):
+        row = dataset[int((i + 0.5) * len(dataset) / number)]
+        ids, labels = row["input_ids"], row["labels"]
+        prompt = next((position for position, label in enumerate(labels) if label != -100), 0)
+        prompt = prompt or min(64, len(ids) // 2)
+        new = min(64, parts.recipe.data.max_length - prompt)
+        if prompt == 0 or new <= 0:
+            continue
+        tokens = {name: continuation(model, ids[:prompt], new) for name, model in models.items()}
+        tokens |= {"prompt": ids[:prompt], "truth": ids[prompt : prompt + new]}
+        continuations.append(
+            records.Continuation(**{name: str(parts.tokenizer.decode(ids)) for name, ids in tokens.items()})
+        )
+    return continuations
+
+
+def _evenly_spaced(length: int, number: int) -> list[int]:
+    """At most `number` indices of a list, with the first and the last."""
+    number = min(number, length)
+    return [round(i * (length - 1) / max(number - 1, 1)) for i in range(number)]
+
+
+def collapse_notes(metrics: list[dict[str, Any]]) -> list[str]:
+    """Say when the student's on-policy samples collapsed first, and whether they still did at the end."""
+    collapsed = [(line["step"], reason) for line in metrics if (reason := collapse(line))]
+    if not collapsed:
+        return []
+    last = max(line["step"] for line in metrics if "own_share" in line)
+    until = "to the end" if collapsed[-1][0] == last else f"to step {collapsed[-1][0]}"
+    return [f"From step {collapsed[0][0]} {until}: {collapsed[-1][1]}"]
+
+
+def _adapter_facts(parts: Parts, folder: Path, student: Any) -> records.AdapterFacts | None:
+    adapter, separate = parts.recipe.student.adapter, is_adapted(student)
+    if adapter is None and not separate:
+        return None
+    return records.AdapterFacts(
+        title="its existing adapter" if adapter is None else adapter.title,
+        trained=parts.size.trained,
+        share=parts.size.trained / parts.size.all,
+        bytes=weight_bytes(folder) if separate else None,
+        base=student.active_peft_config.base_model_name_or_path if separate else None,
+        quantized=getattr(adapter, "bits", None) is not None,
+    )
+
+
+def describe_student(student: StudentPart) -> str:
+    model = student.model
+    if model is None:
+        design = student.design
+        within, fields = "with", design
+        if isinstance(design, BudgetPart):
+            within, fields = "within", design.model_dump(exclude_none=True, exclude_defaults=True)
+        shape = ", ".join(f"{key} {value}" for key, value in (fields or {}).items())
+        method = student.initialize.method
+        model = f"the teacher's architecture {within} {shape}"
+        model += "" if method == "random" else f"; initialized by {method}"
+    return model if student.adapter is None else f"{model}, with {student.adapter.title}"
+
+
+def describe_teacher(part: TeacherPart, teacher: Teacher) -> str:
+    """Name the teacher, with the weights of an ensemble."""
+    if part.ensemble is None or not isinstance(teacher, EnsembleTeacher):
+        return part.title
+    members = zip(part.ensemble, teacher.weights.tolist(), strict=True)
+    weights = ", ".join(f"{member.title} ({weight:.3f})" for member, weight in members)
+    return f"an ensemble, {part.weights} weights of {part.of.replace('_', '-')}: {weights}"
