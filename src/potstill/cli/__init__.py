@@ -1,6 +1,19 @@
-"""The command line: each command is one function, in the file of its kind."""
+"""The command line: one file for each command."""
 
-from potstill.cli import cache, design, evaluate, generate, init, runs, seeing  # noqa: F401  # each file adds its commands to the app
+from potstill.cli import (  # noqa: F401  # each adds its command, in the order in which --help lists them
+    cache,
+    check,
+    demo,
+    design,
+    diagnose,
+    evaluate,
+    generate,
+    init,
+    report,
+    run,
+    schema,
+    sweep,
+)
 from potstill.cli.app import app, main
 
 __all__ = ["app", "main"]
