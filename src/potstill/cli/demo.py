@@ -23,7 +23,7 @@ def demo(
 
     An interrupted demo continues; a finished one is evaluated again.
     """
-    from potstill.demo import demo_recipe
+    from potstill.demo.recipe import demo_recipe
     from potstill.runs.run import run
 
     out = out or Path("runs/demo-fast" if fast else "runs/demo")
