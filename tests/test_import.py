@@ -118,4 +118,4 @@ def test_ray_refuses(recipe: Path) -> None:
     ]
     done = potstill(*arguments)
     assert done.returncode == 2
-    assert "sweep: expected --engine process with --import, got ray" in done.stderr
+    assert "sweep: expected no --import with --engine ray, got it" in done.stderr

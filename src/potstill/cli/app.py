@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich import box
@@ -40,18 +40,13 @@ def _import_files(paths: list[Path] | None) -> list[Path] | None:
 
 RecipePath = Annotated[Path, typer.Argument(help="YAML file; `potstill schema` describes it", show_default=False)]
 Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe, such as train.max_steps=100"),
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as train.max_steps=100")
 ]
-Imports = Annotated[  # the callback runs while arguments are parsed, which is before any command reads its recipe
-    list[Path] | None,
-    typer.Option(
-        "--import",
-        metavar="FILE",
-        callback=_import_files,
-        help="Python file to import before the recipe is read, for divergences and terms of your own",
-    ),
+IMPORT_HELP = "Python file to import before the recipe is read, for divergences and terms of your own"
+Imports = Annotated[  # the callback runs while arguments are parsed, which is before a command reads its recipe
+    list[Path] | None, typer.Option("--import", metavar="FILE", callback=_import_files, help=IMPORT_HELP)
 ]
+Engine = Annotated[Literal["process", "ray"], typer.Option(help="work in this process, or in processes of Ray")]
 
 
 @app.callback(invoke_without_command=True)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from potstill.cli.app import Imports, Sets, app, console, print_facts
+from potstill.cli.app import Engine, Imports, Sets, app, console, print_facts
 from potstill.errors import UserError
-
-if TYPE_CHECKING:
-    from potstill.runs.config.run import Recipe
 
 cache = typer.Typer(no_args_is_help=True, help="Precompute teacher signals on disk.")
 app.add_typer(cache, name="cache")
@@ -38,23 +35,17 @@ def build(
     draws: Annotated[int | None, typer.Option(help="draws per position, for sampled; default 50")] = None,
     top_k: Annotated[int | None, typer.Option(help="tokens per position, for top_k; default 64")] = None,
     temperature: Annotated[
-        float | None,
-        typer.Option(help="for sampled and top_k; default: the recipe's, or 1. Training must use the same"),
+        float | None, typer.Option(help="for sampled and top_k, as in training; default: the recipe's, or 1")
     ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="layers whose hidden states to store too, from 0, such as 1,3,-1; for hidden-state terms"),
-    ] = None,
+    layers: Annotated[str | None, typer.Option(help="also store hidden states of these layers: 1,3,-1")] = None,
     field: Annotated[str | None, typer.Option(help="column of plain text, with --data")] = None,
     max_length: Annotated[int, typer.Option(help="most tokens in a row, with --data")] = 512,
-    packing: Annotated[
-        bool, typer.Option("--packing", help="join plain text into rows of max_length, with --data")
-    ] = False,
+    packing: Annotated[bool, typer.Option("--packing", help="join plain text into full rows, with --data")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="rows in a batch of the teacher")] = 8,
     dtype: Annotated[str, typer.Option(help="precision of the teacher, with --teacher")] = "auto",
     device: Annotated[str | None, typer.Option(help="device of the teacher, with --teacher")] = None,
     shard: Annotated[str, typer.Option(metavar="I/N", help="build part I of N (from 0), for any scheduler")] = "0/1",
-    engine: Annotated[Literal["process", "ray"], typer.Option(help="this process, or Ray actors")] = "process",
+    engine: Engine = "process",
     set_: Sets = None,
     import_: Imports = None,
 ) -> None:
@@ -103,9 +94,7 @@ def build(
 
 
 @cache.command()
-def info(
-    directory: Directory, json_: Annotated[bool, typer.Option("--json", help="print JSON, for programs")] = False
-) -> None:
+def info(directory: Directory, json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """Print what a cache holds."""
     if json_:
         print(json.dumps(_facts(directory), indent=2))
@@ -137,14 +126,8 @@ def _facts(directory: Path) -> dict[str, Any]:
         "bytes_per_token": size / max(manifest.tokens, 1),
         "layers": None if plan.layers is None else plan.layers.model_dump(),
         "shards": len(manifest.shards),
-        "vocabulary": plan.vocabulary,
-        "teacher": plan.teacher,
-        "weights": plan.weights,
-        "tokenizer": plan.tokenizer,
         "sources": [{"path": path, "rows": rows, "tokens": tokens} for path, rows, tokens, _ in plan.sources],
-        "alignment": plan.alignment,
-        "format": plan.format,
-        "versions": plan.versions,
+        **plan.model_dump(include={"vocabulary", "teacher", "weights", "tokenizer", "alignment", "format", "versions"}),
     }
 
 
@@ -166,7 +149,7 @@ def _lines(directory: Path) -> Iterator[tuple[str, str]]:
         yield "data", f"{source['path']}: {source['tokens']:,} tokens"
 
 
-def _temperature(recipe: Recipe) -> float | None:
+def _temperature(recipe: Any) -> float | None:
     """Find the temperature of the recipe's first logits term, unless it is a schedule."""
     temperatures = [term.temperature for term in recipe.objective if term.name == "logits"]
     return temperatures[0] if temperatures and isinstance(temperatures[0], float) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from potstill.cli.app import Imports, RecipePath, Sets, app, print_facts
 from potstill.cli.embedding import check_embedding, kind_of
@@ -11,17 +11,13 @@ from potstill.cli.generate import check_generate
 from potstill.cli.schema import KINDS
 from potstill.errors import UserError
 
-if TYPE_CHECKING:
-    from potstill.runs.check import Preflight
-
 
 @app.command()
 def check(recipe: RecipePath, set_: Sets = None, import_: Imports = None) -> None:
     """Validate a recipe with its data and models, and estimate its cost. Nothing is trained or written."""
     kind = kind_of(recipe, KINDS)
     if kind != "distillation":
-        check_other = check_embedding if kind == "embedding" else check_generate
-        return check_other(recipe, set_ or ())
+        return (check_embedding if kind == "embedding" else check_generate)(recipe, set_ or ())
     from potstill.evaluate.report import words
     from potstill.runs.check import check as check_recipe
     from potstill.runs.config.run import Recipe
@@ -36,7 +32,7 @@ def check(recipe: RecipePath, set_: Sets = None, import_: Imports = None) -> Non
     return None
 
 
-def _facts(found: Preflight) -> Iterator[tuple[str, str]]:
+def _facts(found: Any) -> Iterator[tuple[str, str]]:
     from potstill.evaluate.report import words
 
     student = f"{found.student_parameters:,} parameters"

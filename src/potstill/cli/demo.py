@@ -13,9 +13,7 @@ from potstill.cli.run import show_result
 
 @app.command()
 def demo(
-    out: Annotated[
-        Path | None, typer.Option(help="run directory; default: runs/demo, or runs/demo-fast", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="run directory; default: runs/demo, or runs/demo-fast")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="one minute: fewer steps and less text")] = False,
     set_: Sets = None,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 from rich import box
@@ -12,9 +12,6 @@ from rich.table import Table
 
 from potstill.cli.app import app, comparison_table, console
 from potstill.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 CONTEXT = 2048  # default number of tokens in a row
 SHAPE = {  # rows of the table: fields of `potstill.models.shape.Shape`
@@ -33,15 +30,10 @@ def design(
     params: Annotated[str | None, typer.Option(help="number of parameters: 100M, 1.5B")] = None,
     compression: Annotated[float | None, typer.Option(help="how many times smaller than the teacher")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="to serve one row of --context in half precision")] = None,
-    latency_ms: Annotated[
-        float | None, typer.Option(help="one forward pass over a row of --context, timed on this machine")
-    ] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="forward pass over a row of --context, timed here")] = None,
     target: Annotated[str | None, typer.Option(help="kind of device: browser, edge, mobile, server")] = None,
     keep: Annotated[str, typer.Option(help="what to keep from the teacher: depth, width or balanced")] = "balanced",
-    context: Annotated[
-        int | None,
-        typer.Option(help="tokens in a row; default: 2048 or the teacher's limit", min=1),
-    ] = None,
+    context: Annotated[int | None, typer.Option(help="tokens in a row; default: at most 2048", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="folder to write config.json to")] = None,
     list_: Annotated[bool, typer.Option("--list", help="list published small models instead")] = False,
 ) -> None:
@@ -55,7 +47,7 @@ def design(
     from potstill.models.loading import load_config, suppress_warnings
     from potstill.models.size import build
 
-    def seconds(config: PretrainedConfig) -> float:
+    def seconds(config: Any) -> float:
         return measure_latency(build(config), tokens, repeats=3) / 1000
 
     with suppress_warnings():
@@ -86,7 +78,7 @@ def design(
     return None
 
 
-def _compare(teacher: PretrainedConfig, student: PretrainedConfig, context: int) -> None:
+def _compare(teacher: Any, student: Any, context: int) -> None:
     """Print the shape and the cost of both models, and the quality that published results suggest."""
     from potstill.evaluate.report import words
     from potstill.models.capacity import Task, expected_share

@@ -19,9 +19,7 @@ STYLES = {"alarm": "red", "warning": "yellow", "note": "dim"}
 def diagnose(
     target: Annotated[Path, typer.Argument(help="a run directory, or a recipe before its run", show_default=False)],
     rows: Annotated[int, typer.Option(help="number of held-out rows to examine", min=1)] = 64,
-    out: Annotated[
-        Path | None, typer.Option(help="output directory for a recipe; default: the recipe's output-diagnosis")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="for a recipe; default: the recipe's output-diagnosis")] = None,
     set_: Sets = None,
     import_: Imports = None,
 ) -> None:

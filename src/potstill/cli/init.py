@@ -14,6 +14,7 @@ from potstill.cli.app import app, console
 from potstill.errors import UserError
 from potstill.losses.alignment import Task
 
+Kind = Literal["distillation", "embedding", "generate"]
 BUDGET = ("params", "compression", "memory_gb", "target", "keep", "context")
 COLUMNS = ("field", "prompt", "completion", "messages", "pair", "label")
 Adapter = Literal["lora", "qlora", "ia3", "prompt", "prefix"]
@@ -23,15 +24,10 @@ Adapter = Literal["lora", "qlora", "ia3", "prompt", "prefix"]
 def init(
     options: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="file to write")] = Path("recipe.yaml"),
-    teacher: Annotated[
-        str | None, typer.Option(help="folder with a model, name on the hub, or file of vectors")
-    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="folder, name on the hub, or file of vectors")] = None,
     data: Annotated[Path | None, typer.Option(help="training data: .jsonl, .json, .csv, .parquet, .txt")] = None,
     eval_: Annotated[Path | None, typer.Option("--eval", help="held-out data: no row of --data")] = None,
-    kind: Annotated[
-        Literal["distillation", "embedding", "generate"] | None,
-        typer.Option(help="default: embedding for an embedding teacher, else distillation"),
-    ] = None,
+    kind: Annotated[Kind | None, typer.Option(help="of recipe; default: by the teacher")] = None,
     task: Annotated[Task | None, typer.Option(help="default: the one the teacher was trained for")] = None,
     student: Annotated[str | None, typer.Option(help="existing model, in place of a budget")] = None,
     params: Annotated[str | None, typer.Option(help="parameters of a new student: 100M, 1.5B")] = None,

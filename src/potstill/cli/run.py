@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from potstill.cli.app import Imports, RecipePath, Sets, app, comparison_table, console
 from potstill.cli.embedding import kind_of, run_embedding
-
-if TYPE_CHECKING:
-    from potstill.runs.run import RunResult
 
 
 @app.command()
@@ -32,7 +29,7 @@ def run(
     return show_result(run_recipe(loaded, resume=resume, console=console))
 
 
-def show_result(result: RunResult) -> None:
+def show_result(result: Any) -> None:
     """Print the metrics of all models, the verdict and the paths of the outputs, from the main process alone."""
     from accelerate import PartialState
 

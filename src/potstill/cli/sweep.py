@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from potstill.cli.app import Imports, RecipePath, Sets, app, comparison_table, console
+from potstill.cli.app import Engine, Imports, RecipePath, Sets, app, comparison_table, console
 from potstill.errors import RunError, UserError
 
 
@@ -17,22 +17,13 @@ from potstill.errors import RunError, UserError
 def sweep(
     recipe: RecipePath,
     more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE,VALUE]...", show_default=False)] = None,
-    vary: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE,VALUE", help="a key and its values; separate several keys with spaces"),
-    ] = None,
+    vary: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="keys and their values")] = None,
     out: Annotated[Path | None, typer.Option(help="sweep directory; default: the recipe's output-sweep")] = None,
-    max_parameters: Annotated[
-        str | None, typer.Option(help="most parameters of the recommended student, such as 100M")
-    ] = None,
-    max_megabytes: Annotated[float | None, typer.Option(help="most megabytes of its weights on disk")] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(help="longest forward pass over one row")] = None,
-    min_quality: Annotated[
-        float | None, typer.Option(help="least share of the teacher's quality, such as 0.8", min=0)
-    ] = None,
-    engine: Annotated[
-        Literal["process", "ray"], typer.Option(help="run in this process, or each run in a Ray process")
-    ] = "process",
+    max_parameters: Annotated[str | None, typer.Option(help="of the recommended student, such as 100M")] = None,
+    max_megabytes: Annotated[float | None, typer.Option(help="of its weights on disk")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="of its forward pass over one row")] = None,
+    min_quality: Annotated[float | None, typer.Option(help="share of the teacher's, such as 0.8", min=0)] = None,
+    engine: Engine = "process",
     set_: Sets = None,
     import_: Imports = None,
     resume: Annotated[bool, typer.Option("--resume", help="keep finished runs and continue interrupted ones")] = False,
@@ -51,9 +42,7 @@ def sweep(
     if out is None and not values.get("output"):
         raise UserError("sweep: expected --out DIR, or output in the recipe, got neither.")
     if import_ and engine == "ray":
-        raise UserError(
-            "sweep: expected --engine process with --import, got ray. Ray's processes do not import the file."
-        )
+        raise UserError("sweep: expected no --import with --engine ray, got it. Ray does not import the file.")
     from potstill.evaluate.tradeoff import Limits
     from potstill.models.budget import parse_count
     from potstill.runs.sweep import read_axes

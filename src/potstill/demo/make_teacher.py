@@ -35,15 +35,11 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.train_from_iterator(
-        (text for _, text in documents("teacher")),
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=[END, PAD],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator((text for _, text in documents("teacher")), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=2 * CONTEXT
     )
@@ -56,18 +52,9 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, split: Split) -> torch.Tens
 
 
 def build_model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        max_position_embeddings=2 * CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
+    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+    config = LlamaConfig(max_position_embeddings=2 * CONTEXT, tie_word_embeddings=True, **shape, **tokens)
     # At this size eager attention is faster on a CPU than the fused kernel's backward pass.
     model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, attn_implementation="eager")
     return model

@@ -32,28 +32,17 @@ MAX_LENGTH = 2048  # default limit for rows with prompts or labels
 PACKED_LENGTH = 512  # default for packed plain text
 BATCH_TOKENS = 8192  # most tokens in a batch
 MIN_STEPS = 8  # of an epoch
-VIRTUAL_TOKENS = {"prompt": 20, "prefix": 20}  # positions that an adapter takes from the rows
+VIRTUAL_TOKENS = 20  # positions that prompt and prefix adapters take
 ADAPTER_RATES = {"lora": 2e-4, "qlora": 2e-4, "ia3": 3e-3, "prefix": 1e-2, "prompt": 3e-2}  # fewer weights, larger rate
 
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """The options of `potstill init`.
+    """The options of `potstill init`, whose help describes them.
 
     Args:
-        teacher: a folder with a model, a name on the hub, or a file of vectors.
-        data: training data; for kind generate, the questions.
-        eval: held-out data; embedding recipes work without it.
-        kind: default: embedding for vectors and sentence-transformers folders, else distillation.
-        task: default: the one the teacher was trained for.
-        student: an existing model; default: a new one of the teacher's family.
         budget: one limit (params, compression, memory_gb, target), with keep and context; default: half of the layers.
-        adapter: kind of adapter to train on the student.
         columns: column key of the recipe -> column; default: found by their names.
-        max_length: the most tokens in a row; default: by the data.
-        dimensions: of an embedding student.
-        name: of the run; default: by the teacher's.
-        output: the run directory; default: by the name.
     """
 
     teacher: str
@@ -89,8 +78,13 @@ def draft(request: DraftRequest) -> str:
     Raises:
         UserError: the options do not go together or with the models and data.
     """
-    _check_options(request)
-    make, document = DRAFTS[request.recipe_kind]
+    make, document, options = KINDS[request.recipe_kind]
+    wrong = [name for name in sorted(OPTIONS - options) if getattr(request, name)]
+    if wrong:
+        raise UserError(
+            f"init: expected no {' and '.join(wrong)} for a recipe of kind {request.recipe_kind}, got it. "
+            "Leave it out, or choose another --kind."
+        )
     with suppress_warnings():
         values = make(request)
     environment = Environment(
@@ -107,22 +101,6 @@ def draft(request: DraftRequest) -> str:
     return text
 
 
-def _check_options(request: DraftRequest) -> None:
-    """Refuse options that have no effect on this kind of recipe."""
-    options: dict[Kind, set[str]] = {
-        "distillation": {"eval", "task", "student", "budget", "adapter", "columns", "max_length"},
-        "embedding": {"eval", "columns", "dimensions"},
-        "generate": {"columns"},
-    }
-    others = set().union(*options.values()) - options[request.recipe_kind]
-    wrong = [name for name in sorted(others) if getattr(request, name)]
-    if wrong:
-        raise UserError(
-            f"init: expected no {' and '.join(wrong)} for a recipe of kind {request.recipe_kind}, got it. "
-            "Leave it out, or choose another --kind."
-        )
-
-
 def _distillation(request: DraftRequest) -> dict[str, Any]:
     teacher = inspect_model(request.teacher, "teacher", request.task)
     existing = None if request.student is None else inspect_model(request.student, "student")
@@ -133,13 +111,13 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
         )
     student, design = _student(request, teacher)
     reader = existing or teacher
-    positions = min(teacher.max_length, reader.max_length) - VIRTUAL_TOKENS.get(request.adapter or "", 0)
+    positions = min(teacher.max_length, reader.max_length)
+    positions -= VIRTUAL_TOKENS if request.adapter in ("prompt", "prefix") else 0
     rows = sample_rows(request.data, request.columns, teacher, reader.tokenizer, positions)
     sample_rows(request.eval, rows.columns, teacher, reader.tokenizer, positions)
-    plain_text = "field" in rows.columns
-    packing = teacher.task == "causal" and plain_text
-    default_length = PACKED_LENGTH if packing else min(MAX_LENGTH, 32 * math.ceil(rows.longest / 32))
-    max_length = request.max_length or min(positions, default_length)
+    packing = teacher.task == "causal" and "field" in rows.columns
+    needed = PACKED_LENGTH if packing else min(MAX_LENGTH, 32 * math.ceil(rows.longest / 32))
+    max_length = request.max_length or min(positions, needed)
     if max_length > positions:
         raise UserError(f"init: expected --max-length of at most {positions}, the models' positions, got {max_length}.")
     batch = max(1, min(32, BATCH_TOKENS // max_length))
@@ -157,7 +135,6 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
         "train": {"path": str(request.data), **rows.columns},
         "held_out": {"path": str(request.eval), **rows.columns},
         "sequence_level": sequence_level,
-        "plain_text": plain_text,
         "packing": packing,
         "max_length": max_length,
         "positions": positions,
@@ -240,10 +217,12 @@ def _generate(request: DraftRequest) -> dict[str, Any]:
     return {"questions": questions, "answer": answer, "max_new_tokens": min(256, teacher.max_length // 2)}
 
 
-DRAFTS: dict[Kind, tuple[Callable[[DraftRequest], dict[str, Any]], type[Document]]] = {
-    "distillation": (_distillation, Recipe),
-    "embedding": (_embedding, EmbeddingRecipe),
-    "generate": (_generate, GenerateRecipe),
+# For each kind: the values of its template, its recipe, and the options that have an effect.
+OPTIONS = {"eval", "task", "student", "budget", "adapter", "columns", "max_length", "dimensions"}
+KINDS: dict[Kind, tuple[Callable[[DraftRequest], dict[str, Any]], type[Document], set[str]]] = {
+    "distillation": (_distillation, Recipe, OPTIONS - {"dimensions"}),
+    "embedding": (_embedding, EmbeddingRecipe, {"eval", "columns", "dimensions"}),
+    "generate": (_generate, GenerateRecipe, {"columns"}),
 }
 
 
