@@ -78,7 +78,11 @@ def test_nothing_is_imported_without_the_flag(command: str, recipe: Path) -> Non
             "import nowhere_at_all",
             r"expected .*other\.py to import without an error, got ModuleNotFoundError: No module",
         ),
-        ("other.py", "def f(:\n    pass", r"expected .*other\.py to import without an error, got SyntaxError: invalid syntax"),
+        (
+            "other.py",
+            "def f(:\n    pass",
+            r"expected .*other\.py to import without an error, got SyntaxError",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_imported_is_one_line(
@@ -90,6 +94,19 @@ def test_a_file_that_cannot_be_imported_is_one_line(
     with pytest.raises(UserError, match=f"^--import: {expected}") as caught:
         CliRunner().invoke(app, [*command.split(), "--import", str(tmp_path / name)], catch_exceptions=False)
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_class_that_is_loaded_already_knows_the_new_kind(recipe: Path) -> None:
+    from potstill.runs.config.imports import import_file
+    from potstill.runs.config.run import Recipe
+
+    import_file(recipe.with_name("mine.py"))
+    try:
+        assert Recipe.load(recipe).objective[0].divergence == Divergence.kinds["squared_hellinger"]()
+        assert "squared_hellinger" in json.dumps(Recipe.model_json_schema())
+    finally:
+        del Divergence.kinds["squared_hellinger"]
+        Recipe.model_rebuild(force=True)
 
 
 def test_a_file_is_executed_once(tmp_path: Path) -> None:

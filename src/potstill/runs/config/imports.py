@@ -38,3 +38,5 @@ def import_file(path: Path) -> None:
         raise UserError(
             f"--import: expected {path} to import without an error, got {type(error).__name__}: {message}."
         ) from error
+    if (loaded := sys.modules.get("potstill.runs.config.run")) is not None:
+        loaded.Recipe.model_rebuild(force=True)  # its schema lists the kinds that it was built with
