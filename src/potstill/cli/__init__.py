@@ -1,19 +1,8 @@
 """The command line: one file for each command."""
 
-from potstill.cli import (  # noqa: F401  # each adds its command, in the order in which --help lists them
-    cache,
-    check,
-    demo,
-    design,
-    diagnose,
-    evaluate,
-    generate,
-    init,
-    report,
-    run,
-    schema,
-    sweep,
-)
+# Each module adds its command to the app; --help lists them in this order.
+from potstill.cli import run, demo, init, schema, generate, check  # noqa: F401  # isort: skip
+from potstill.cli import design, evaluate, sweep, diagnose, report, cache  # noqa: F401  # isort: skip
 from potstill.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -14,7 +14,7 @@ from potstill.errors import UserError
 
 @app.command()
 def check(recipe: RecipePath, set_: Sets = None, import_: Imports = None) -> None:
-    """Validate a recipe with its data and models, and needs its cost. Nothing is trained or written."""
+    """Validate a recipe with its data and models, and estimate its cost. Nothing is trained or written."""
     kind = kind_of(recipe, KINDS)
     if kind != "distillation":
         return (check_embedding if kind == "embedding" else check_generate)(recipe, set_ or ())
