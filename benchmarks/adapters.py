@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from potstill.demo import demo_recipe
+from potstill.demo.recipe import demo_recipe
 from potstill.evaluate.formatting import percent, size
 from potstill.evaluate.speed import extra_bytes
 from potstill.models.adapted import parameter_count

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from measure import keep, machine, mb, own_bytes, table
 from potstill import Distiller, ForwardKL, Labels, Logits, ModelTeacher
-from potstill.demo import demo_recipe
+from potstill.demo.recipe import demo_recipe
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.targets import DenseTargets
 from potstill.models.split import forward_targets, split_model

@@ -17,8 +17,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from potstill.demo import demo_recipe
 from potstill.demo.corpus import write_jsonl
+from potstill.demo.recipe import demo_recipe
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 

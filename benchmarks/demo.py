@@ -13,8 +13,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from potstill.demo import TRANSFER_CHARACTERS, demo_recipe
 from potstill.demo.corpus import write_jsonl
+from potstill.demo.recipe import TRANSFER_CHARACTERS, demo_recipe
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 

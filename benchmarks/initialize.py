@@ -13,7 +13,7 @@ import statistics
 from itertools import pairwise
 from pathlib import Path
 
-from potstill.demo import demo_recipe
+from potstill.demo.recipe import demo_recipe
 from potstill.runs.run import run
 
 NARROW = "{hidden_size: 128, intermediate_size: 344, num_hidden_layers: 3, num_attention_heads: 2}"

@@ -15,7 +15,7 @@ from measure import keep, machine, mb, table
 from potstill import ForwardKL, ModelTeacher, token_divergence
 from potstill.data.batches import encode, in_batches
 from potstill.data.sources import Source
-from potstill.demo import demo_recipe
+from potstill.demo.recipe import demo_recipe
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.targets import DenseTargets
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 import potstill
-from potstill.demo import demo_recipe
+from potstill.demo.recipe import demo_recipe
 
 STUDENT = "student.design={hidden_size: 128, intermediate_size: 344, num_hidden_layers: 3, num_attention_heads: 2}"
 SHORT = ["train.max_steps=12", "train.warmup_steps=2", "evaluate.baseline=false", "data.max_length=48"]

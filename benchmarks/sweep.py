@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from potstill.demo import demo_recipe
 from potstill.demo.corpus import write_jsonl
+from potstill.demo.recipe import demo_recipe
 from potstill.runs.sweep import read_axes, sweep
 
 

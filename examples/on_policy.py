@@ -1,4 +1,4 @@
-"""GKD in a loop of one's own: the student writes half of the rows, the teacher judges every token of both halves.
+"""GKD in a training loop of your own: the student generates half of the rows, and the teacher scores every token.
 
 python examples/on_policy.py
 """
@@ -17,35 +17,36 @@ from potstill.demo.corpus import write_jsonl
 from potstill.models.design import student_config
 from potstill.models.initialize import random_student
 
-WHERE, FOLDER, STEPS = str(files("potstill.demo") / "teacher"), Path("runs/on_policy"), 30
+TEACHER, FOLDER, STEPS = str(files("potstill.demo") / "teacher"), Path("runs/on_policy"), 30
 FOLDER.mkdir(parents=True, exist_ok=True)
 write_jsonl(FOLDER / "train.jsonl", "transfer", 40_000)
 write_jsonl(FOLDER / "dev.jsonl", "dev", 4_000)
 
-teacher, tokenizer = AutoModelForCausalLM.from_pretrained(WHERE, dtype="float32"), AutoTokenizer.from_pretrained(WHERE)
+teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained(TEACHER)
 shape = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 2}
 student = random_student(student_config(teacher.config, shape, len(tokenizer)), seed=0)
-collate = PaddingCollator(pad_token_id(tokenizer)[0])
-rows, held_out = (
-    encode(Source(str(FOLDER / name)), tokenizer, max_length=64, packing=True).dataset
-    for name in ("train.jsonl", "dev.jsonl")
+train, dev = (
+    encode(Source(FOLDER / file), tokenizer, max_length=64, packing=True).dataset
+    for file in ("train.jsonl", "dev.jsonl")
 )
-dev = list(in_batches(held_out, collate, 8))
+collate = PaddingCollator(pad_token_id(tokenizer)[0])
+held_out = list(in_batches(dev, tokenizer, 8))
 
 
-def say() -> None:
-    found = compare(teacher, {"student": student}, dev)["student"]
-    print(f"KL to the teacher, held out: {found.kl:.3f} nats a token")
+def print_quality() -> None:
+    quality = compare(teacher, {"student": student}, held_out)["student"]
+    print(f"KL to the teacher, held out: {quality.kl:.3f} nats a token")
 
 
 distiller = Distiller(student, teacher, [Logits(JSD(0.5))])
-writes = Rollout(tokenizer, Sampling(max_new_tokens=24), share=0.5, prompt_tokens=16)
-say()
+rollout = Rollout(tokenizer, Sampling(max_new_tokens=24), share=0.5, prompt_tokens=16)
+print_quality()
 optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
 for step in range(STEPS):
-    batch = collate([rows[(8 * step + i) % len(rows)] for i in range(8)])
-    (batch,) = writes([batch], student, step=step)
+    batch = collate([train[(8 * step + i) % len(train)] for i in range(8)])
+    (batch,) = rollout([batch], student, step=step)
     distiller.step(batch).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-say()
+print_quality()

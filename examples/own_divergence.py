@@ -1,4 +1,4 @@
-"""A divergence of one's own: Jeffreys' symmetric KL, which works wherever the others do.
+"""A divergence of your own, Jeffreys' symmetric KL: one method gives its value and gradient, in every backend.
 
 python examples/own_divergence.py
 """
@@ -18,41 +18,42 @@ from potstill.demo.corpus import write_jsonl
 from potstill.models.design import student_config
 from potstill.models.initialize import random_student
 
-WHERE, FOLDER, STEPS = str(files("potstill.demo") / "teacher"), Path("runs/own_divergence"), 30
+TEACHER, FOLDER, STEPS = str(files("potstill.demo") / "teacher"), Path("runs/own_divergence"), 30
 FOLDER.mkdir(parents=True, exist_ok=True)
 write_jsonl(FOLDER / "train.jsonl", "transfer", 40_000)
 write_jsonl(FOLDER / "dev.jsonl", "dev", 4_000)
 
-teacher, tokenizer = AutoModelForCausalLM.from_pretrained(WHERE, dtype="float32"), AutoTokenizer.from_pretrained(WHERE)
+teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained(TEACHER)
 shape = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 2}
 student = random_student(student_config(teacher.config, shape, len(tokenizer)), seed=0)
-collate = PaddingCollator(pad_token_id(tokenizer)[0])
-rows, held_out = (
-    encode(Source(str(FOLDER / name)), tokenizer, max_length=64, packing=True).dataset
-    for name in ("train.jsonl", "dev.jsonl")
+train, dev = (
+    encode(Source(FOLDER / file), tokenizer, max_length=64, packing=True).dataset
+    for file in ("train.jsonl", "dev.jsonl")
 )
-dev = list(in_batches(held_out, collate, 8))
+collate = PaddingCollator(pad_token_id(tokenizer)[0])
+held_out = list(in_batches(dev, tokenizer, 8))
 
 
-def say() -> None:
-    found = compare(teacher, {"student": student}, dev)["student"]
-    print(f"KL to the teacher, held out: {found.kl:.3f} nats a token")
+def print_quality() -> None:
+    quality = compare(teacher, {"student": student}, held_out)["student"]
+    print(f"KL to the teacher, held out: {quality.kl:.3f} nats a token")
 
 
 @dataclass(frozen=True)
-class Jeffreys(Divergence):
-    """KL(p || q) + KL(q || p): one method gives the value and the gradient, in every backend."""
+class Jeffreys(Divergence):  # KL(p || q) + KL(q || p)
+    name = "jeffreys"  # in recipes, with `potstill run RECIPE --import FILE`
 
     def pointwise(self, log_q: torch.Tensor, log_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q, p, apart = log_q.exp(), log_p.exp(), log_q - log_p
-        return (q - p) * apart, q * apart - p
+        q, p, log_ratio = log_q.exp(), log_p.exp(), log_q - log_p
+        return (q - p) * log_ratio, q * log_ratio - p
 
 
 distiller = Distiller(student, teacher, [Logits(Jeffreys())])
-say()
+print_quality()
 optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
 for step in range(STEPS):
-    distiller.step(collate([rows[(8 * step + i) % len(rows)] for i in range(8)])).loss.backward()
+    distiller.step(collate([train[(8 * step + i) % len(train)] for i in range(8)])).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-say()
+print_quality()

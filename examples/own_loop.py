@@ -1,4 +1,4 @@
-"""A training loop of one's own that accumulates: four batches, one optimiser step, one exact normaliser.
+"""A training loop of your own with gradient accumulation: four batches, one optimizer step, one exact normalizer.
 
 python examples/own_loop.py
 """
@@ -17,35 +17,36 @@ from potstill.demo.corpus import write_jsonl
 from potstill.models.design import student_config
 from potstill.models.initialize import random_student
 
-WHERE, FOLDER, STEPS = str(files("potstill.demo") / "teacher"), Path("runs/own_loop"), 30
+TEACHER, FOLDER, STEPS = str(files("potstill.demo") / "teacher"), Path("runs/own_loop"), 30
 FOLDER.mkdir(parents=True, exist_ok=True)
 write_jsonl(FOLDER / "train.jsonl", "transfer", 40_000)
 write_jsonl(FOLDER / "dev.jsonl", "dev", 4_000)
 
-teacher, tokenizer = AutoModelForCausalLM.from_pretrained(WHERE, dtype="float32"), AutoTokenizer.from_pretrained(WHERE)
+teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained(TEACHER)
 shape = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 2}
 student = random_student(student_config(teacher.config, shape, len(tokenizer)), seed=0)
-collate = PaddingCollator(pad_token_id(tokenizer)[0])
-rows, held_out = (
-    encode(Source(str(FOLDER / name)), tokenizer, max_length=64, packing=True).dataset
-    for name in ("train.jsonl", "dev.jsonl")
+train, dev = (
+    encode(Source(FOLDER / file), tokenizer, max_length=64, packing=True).dataset
+    for file in ("train.jsonl", "dev.jsonl")
 )
-dev = list(in_batches(held_out, collate, 8))
+collate = PaddingCollator(pad_token_id(tokenizer)[0])
+held_out = list(in_batches(dev, tokenizer, 8))
 
 
-def say() -> None:
-    found = compare(teacher, {"student": student}, dev)["student"]
-    print(f"KL to the teacher, held out: {found.kl:.3f} nats a token")
+def print_quality() -> None:
+    quality = compare(teacher, {"student": student}, held_out)["student"]
+    print(f"KL to the teacher, held out: {quality.kl:.3f} nats a token")
 
 
 distiller = Distiller(student, teacher, [Logits(ForwardKL(), weight=0.9, temperature=2.0), Labels(weight=0.1)])
-say()
+print_quality()
 optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
 for step in range(STEPS):
-    parts = [collate([rows[(8 * step + 2 * part + i) % len(rows)] for i in (0, 1)]) for part in range(4)]
-    counting = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)  # of the whole step
-    for part in parts:
-        distiller(part, normalizer=counting, at=step).loss.backward()
+    batches = [collate([train[(8 * step + 2 * j + i) % len(train)] for i in (0, 1)]) for j in range(4)]
+    num_tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)  # target tokens of the step
+    for batch in batches:
+        distiller(batch, normalizer=num_tokens, at=step).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-say()
+print_quality()

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
-from potstill.cli import runs
+from potstill.cli.run import show_result
 from potstill.losses.alignment import Alignment
 from potstill.losses.target_statistics import top_tokens
 from potstill.losses.targets import DenseTargets
@@ -71,7 +71,7 @@ def test_a_run_says_what_it_knows(
         assert rows["teacher"] == dict.fromkeys(rows["student"]) | {"loss": pytest.approx(expected, rel=1e-6)}
         curves = [summary["curve"]["teacher_loss"] for summary in (result.summary, live.summary)]
         assert curves[0] == pytest.approx(curves[1], rel=1e-6)
-    runs._finish(result)
+    show_result(result)
     assert "None" not in capsys.readouterr().out
     report = (result.directory / "report.html").read_text()
     assert "Held-out loss" in report

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from conftest import make_llama, make_tokenizer
-from potstill.cli import app, runs
+from potstill.cli import app
+from potstill.cli.run import show_result
 from potstill.data.batches import in_batches
 from potstill.errors import RecipeError, VocabularyError
 from potstill.losses.alignment import causal_alignment
@@ -72,7 +73,7 @@ def test_a_run_says_bits_per_byte(values: dict[str, Any], capsys: pytest.Capture
     assert rows["student"]["agreement"] is None
     assert rows["student"]["kl"] is None
     assert any("agreement and KL are left out" in note for note in result.summary["notes"])
-    runs._finish(result)
+    show_result(result)
     assert "Bits per byte" in capsys.readouterr().out
     report = (result.directory / "report.html").read_text()
     assert "Bits per byte" in report

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from potstill.data.batches import encode
 from potstill.data.sources import Source
-from potstill.demo import demo_recipe
 from potstill.demo.corpus import documents, split_of, write_jsonl
 from potstill.demo.make_teacher import batch_at, build_model, mean_loss, token_stream
+from potstill.demo.recipe import demo_recipe
 from potstill.errors import DataError
 from potstill.models.loading import load_model, load_tokenizer
 from potstill.runs.run import run

@@ -216,7 +216,7 @@ def test_a_student_can_be_measured_alone(toys: Path, tmp_path: Path) -> None:
         (["--max-length", "100"], "--max-length: expected at most 64"),
         (["--data", "nowhere.jsonl"], "nowhere"),
         (["--teacher", "./nowhere"], "--teacher: expected a folder"),
-        (["--out", "no/such/folder/a.json"], "--out: expected a file in a folder"),
+        (["--out", "no/such/folder/a.json"], "--out: expected a file in an existing folder"),
     ],
 )
 def test_mistakes_on_the_command_line(more: list[str], message: str, toys: Path, tmp_path: Path) -> None:

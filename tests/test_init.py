@@ -193,7 +193,7 @@ def test_a_size_in_one_word(answer: str, meant: dict[str, Any]) -> None:
 
 def test_nothing_is_overwritten_unasked() -> None:
     Path("recipe.yaml").write_text("mine")
-    with pytest.raises(UserError, match=r"init: expected a file that is not there, got recipe\.yaml\. .*--force"):
+    with pytest.raises(UserError, match=r"init: expected a new file, got recipe\.yaml, which exists\. .*--force"):
         said("init", "--teacher", "teacher", *DATA)
     assert Path("recipe.yaml").read_text() == "mine"
     assert "name" in drafted(*DATA)

@@ -1,6 +1,8 @@
-"""The command line: each command is one function, in the file of its kind."""
+"""The command line: one file for each command."""
 
-from potstill.cli import cache, design, evaluate, generate, init, runs, seeing  # noqa: F401  # each file adds its commands to the app
+# Each module adds its command to the app; --help lists them in this order.
+from potstill.cli import run, demo, init, schema, generate, check  # noqa: F401  # isort: skip
+from potstill.cli import design, evaluate, sweep, diagnose, report, cache  # noqa: F401  # isort: skip
 from potstill.cli.app import app, main
 
 __all__ = ["app", "main"]

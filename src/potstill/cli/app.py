@@ -1,73 +1,100 @@
-"""What all commands share: the application, the console, the kinds of arguments, and how a failure is told."""
+"""The Typer application, and the options, output and error handling that all commands share."""
 
 from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from potstill.errors import PotstillError, UserError
+
+RESUMABLE = {"run", "sweep", "generate"}  # commands with --resume
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode="rich",
-    help="Potstill makes a small model out of a large one: knowledge distillation.\n\n"
-    "[bold]potstill demo[/] shows it offline in minutes. [bold]potstill run RECIPE[/] does it with your models "
-    "and data; [bold]potstill check RECIPE[/] says first what that needs, and what does not fit.\n\n"
+    help="Potstill distils a large model into a small one.\n\n"
+    "[bold]potstill demo[/] trains a small model offline in minutes. [bold]potstill check RECIPE[/] validates a "
+    "recipe for your own models and data and estimates its cost; [bold]potstill run RECIPE[/] trains it.\n\n"
     "Add --debug to any command for a traceback.",
 )
 console = Console(stderr=True)
 
-RecipePath = Annotated[Path, typer.Argument(help="a YAML file; `potstill schema` describes it", show_default=False)]
+
+def _import_files(paths: list[Path] | None) -> list[Path] | None:
+    from potstill.runs.config.imports import import_file
+
+    for path in paths or ():
+        import_file(path)
+    return paths
+
+
+RecipePath = Annotated[Path, typer.Argument(help="YAML file; `potstill schema` describes it", show_default=False)]
 Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="change any key of the recipe, such as train.max_steps=100"),
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as train.max_steps=100")
 ]
+IMPORT_HELP = "Python file to import before the recipe is read, for divergences and terms of your own"
+Imports = Annotated[  # the callback runs while arguments are parsed, which is before a command reads its recipe
+    list[Path] | None, typer.Option("--import", metavar="FILE", callback=_import_files, help=IMPORT_HELP)
+]
+Engine = Annotated[Literal["process", "ray"], typer.Option(help="work in this process, or in processes of Ray")]
 
 
 @app.callback(invoke_without_command=True)
-def version(
-    version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
-) -> None:
-    """Set for all commands."""
+def version(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
+    """Handle the options that come before a command."""
     if version:
-        from importlib.metadata import version as installed
+        from importlib.metadata import version as installed_version
 
-        print(installed("potstill"))
+        print(installed_version("potstill"))
         raise typer.Exit
 
 
 def main() -> None:
-    """Run a command. Exit status: 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
-    debug = "--debug" in sys.argv
+    """Run the command line. Exit status: 0 success, 1 failure, 2 the user's mistake, 130 interrupted."""
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"])
     except SystemExit as stop:
-        if stop.code != 130:  # what typer makes of Ctrl-C
+        if stop.code != 130:  # Typer's status for Ctrl-C
             raise
         console.print(
-            "interrupted: what was saved is kept; `run`, `sweep` and `generate` with --resume go on, `demo` does so "
-            "by itself.",
+            "interrupted: saved work is kept. `run`, `sweep` and `generate` continue with --resume, `demo` by itself.",
             highlight=False,
         )
         sys.exit(130)
     except Exception as error:
-        if debug:
+        if "--debug" in sys.argv:
             traceback.print_exc()
         if isinstance(error, PotstillError):
-            text = str(error)
+            message = str(error)
         else:
-            kept = (
-                "What was saved is kept and --resume goes on. "
-                if {"run", "sweep", "generate"} & {*sys.argv[1:2]}
-                else ""
-            )
-            text = f"failed: {type(error).__name__}: {error}. {kept}--debug shows the traceback."
-        console.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+            hint = "Saved work is kept; continue with --resume. " if RESUMABLE & {*sys.argv[1:2]} else ""
+            message = f"failed: {type(error).__name__}: {error}. {hint}--debug shows the traceback."
+        console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def print_facts(rows: Iterable[tuple[str, str]]) -> None:
+    """Print names and values in two columns."""
+    table = Table(show_header=False, box=None)
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table, highlight=False)
+
+
+def comparison_table(columns: Iterable[str], title: str | None = None) -> Table:
+    """Make a table with a column of names and a right-aligned column for each of `columns`."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

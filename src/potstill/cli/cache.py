@@ -1,107 +1,105 @@
-"""The commands for teacher signals on disk: cache build, cache info, cache verify."""
+"""The commands `potstill cache build`, `info` and `verify`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from potstill.cli.app import Sets, app, console
+from potstill.cli.app import Engine, Imports, Sets, app, console, print_facts
 from potstill.errors import UserError
 
-cache = typer.Typer(no_args_is_help=True, help="Run a teacher once and keep what it says.")
+cache = typer.Typer(no_args_is_help=True, help="Precompute teacher signals on disk.")
 app.add_typer(cache, name="cache")
 
-Directory = Annotated[Path, typer.Argument(help="a cache's directory", show_default=False)]
+Directory = Annotated[Path, typer.Argument(help="directory of a cache", show_default=False)]
+CODEC_OPTIONS = {"sampled": ("draws", "temperature"), "top_k": ("top_k", "temperature"), "dense": (), "hidden": ()}
 
 
 @cache.command()
 def build(
-    recipe: Annotated[Path | None, typer.Argument(help="a recipe: its teacher, both of its files")] = None,
-    teacher: Annotated[str | None, typer.Option(help="a folder with a model, instead of a recipe")] = None,
-    data: Annotated[
-        list[Path] | None, typer.Option(help="a file of data, instead of a recipe; may be repeated")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="the cache's directory; default: the recipe's teacher.cache")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="recipe with a teacher and both data files")] = None,
+    teacher: Annotated[str | None, typer.Option(help="folder with a model, instead of a recipe")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="data file, instead of a recipe; may be repeated")] = None,
+    out: Annotated[Path | None, typer.Option(help="cache directory; default: the recipe's teacher.cache")] = None,
     codec: Annotated[
         Literal["sampled", "top_k", "dense", "hidden"],
         typer.Option(
-            help="sampled: draws, smallest, forward KL only. top_k: the likeliest and the mass of the rest. "
-            "dense: all, for small vocabularies. hidden: last hidden states and the head, lossless."
+            help="sampled: random draws, smallest, forward KL only. top_k: the likeliest tokens and the mass of the "
+            "rest. dense: all tokens, for small vocabularies. hidden: last hidden states and the head, lossless."
         ),
     ] = "sampled",
-    draws: Annotated[int | None, typer.Option(help="of sampled; default 50")] = None,
-    top_k: Annotated[int | None, typer.Option(help="of top_k; default 64")] = None,
+    draws: Annotated[int | None, typer.Option(help="draws per position, for sampled; default 50")] = None,
+    top_k: Annotated[int | None, typer.Option(help="tokens per position, for top_k; default 64")] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="of sampled and top_k; default: the recipe's, or 1; training must use the same")
+        float | None, typer.Option(help="for sampled and top_k, as in training; default: the recipe's, or 1")
     ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="whose hidden states to keep too, for terms that look inside, such as 1,3,-1 (from 0)"),
-    ] = None,
-    field: Annotated[str | None, typer.Option(help="the column of plain text in --data")] = None,
-    max_length: Annotated[int, typer.Option(help="tokens in a row at most, with --data")] = 512,
-    packing: Annotated[
-        bool, typer.Option("--packing", help="join plain text into rows of max_length, with --data")
-    ] = False,
+    layers: Annotated[str | None, typer.Option(help="also store hidden states of these layers: 1,3,-1")] = None,
+    field: Annotated[str | None, typer.Option(help="column of plain text, with --data")] = None,
+    max_length: Annotated[int, typer.Option(help="most tokens in a row, with --data")] = 512,
+    packing: Annotated[bool, typer.Option("--packing", help="join plain text into full rows, with --data")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="rows in a batch of the teacher")] = 8,
-    dtype: Annotated[str, typer.Option(help="the teacher's precision, with --teacher")] = "auto",
-    device: Annotated[str | None, typer.Option(help="where the teacher runs, with --teacher")] = None,
+    dtype: Annotated[str, typer.Option(help="precision of the teacher, with --teacher")] = "auto",
+    device: Annotated[str | None, typer.Option(help="device of the teacher, with --teacher")] = None,
     shard: Annotated[str, typer.Option(metavar="I/N", help="build part I of N (from 0), for any scheduler")] = "0/1",
-    engine: Annotated[Literal["process", "ray"], typer.Option(help="this process, or Ray's actors")] = "process",
+    engine: Engine = "process",
     set_: Sets = None,
+    import_: Imports = None,
 ) -> None:
-    """Run a teacher over data and keep what it says. What was stopped goes on; a finished cache is left alone."""
+    """Run a teacher over data and store its signals. An interrupted build continues; a finished cache is kept."""
     from potstill.data.sources import Source
     from potstill.runs.cache import Request
     from potstill.runs.cache import build as build_cache
     from potstill.runs.config.run import Recipe
     from potstill.runs.config.teacher import TeacherPart
 
-    given: dict[str, Any] = {"draws": draws, "k": top_k}
-    takes = {"sampled": {"draws", "temperature"}, "top_k": {"k", "temperature"}}.get(codec, set())
+    options = CODEC_OPTIONS[codec]
+    given = {"draws": draws, "top_k": top_k, "temperature": temperature}
+    wrong = [name for name, value in given.items() if value is not None and name not in options]
+    if wrong:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise UserError(f"cache build: expected no {flags} with --codec {codec}, got it. Leave it out.")
+    tokenizer = None
     if recipe is not None:
         if teacher is not None or data:
             raise UserError("cache build: expected a recipe, or --teacher with --data, got both.")
-        read = Recipe.load(recipe, set_ or ())
-        who, sources, out = read.teacher, [read.data.train, read.data.eval], out or _path(read.teacher.cache)
-        max_length, packing = read.data.max_length, read.data.packing
-        if temperature is None and "temperature" in takes:
-            temperature = _temperature(read)
+        loaded = Recipe.load(recipe, set_ or ())
+        config, sources, tokenizer = loaded.teacher, [loaded.data.train, loaded.data.eval], loaded.student.model
+        max_length, packing = loaded.data.max_length, loaded.data.packing
+        if out is None and config.cache is not None:
+            out = Path(config.cache)
+        if temperature is None and "temperature" in options:
+            given["temperature"] = _temperature(loaded)
     elif teacher is not None and data:
-        who = TeacherPart.model_validate({"model": teacher, "dtype": dtype, "device": device})
+        config = TeacherPart.model_validate({"model": teacher, "dtype": dtype, "device": device})
         sources = [Source(str(path), field) for path in data]
     else:
         raise UserError("cache build: expected a recipe, or --teacher and --data, got neither.")
     if out is None:
         raise UserError("cache build: expected --out DIR, or teacher.cache in the recipe, got neither.")
-    if codec == "top_k" and who.server is not None:
-        given["k"] = top_k or who.server.top_k  # it says no more than these
-    given["temperature"] = temperature
-    parameters = {name: value for name, value in given.items() if value is not None}
-    if set(parameters) - takes:
-        wrong = ", ".join(sorted(f"--{name.replace('k', 'top-k')}" for name in set(parameters) - takes))
-        raise UserError(f"cache build: expected no {wrong} with --codec {codec}, got one. Leave it out.")
-    tokenizer = None if recipe is None else read.student.model
-    request = Request(who, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, _layers(layers))
+    if codec == "top_k" and top_k is None and config.server is not None:
+        given["top_k"] = config.server.top_k  # a server gives no more than these
+    parameters = {"k" if name == "top_k" else name: value for name, value in given.items() if value is not None}
+    request = Request(
+        config, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, _layers(layers)
+    )
     manifest = build_cache(request, part=_part(shard), engine=engine, console=console)
     if manifest is None:
-        console.print(f"part {shard} of {out} is there; other parts are missing still", highlight=False)
+        console.print(f"part {shard} of {out} is built; other parts are still missing", highlight=False)
     else:
-        _show(out)
+        print_facts(_lines(out))
 
 
 @cache.command()
-def info(directory: Directory, json_: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """Say what a cache holds."""
+def info(directory: Directory, json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Print what a cache holds."""
     if json_:
         print(json.dumps(_facts(directory), indent=2))
     else:
-        _show(directory)
+        print_facts(_lines(directory))
 
 
 @cache.command()
@@ -109,75 +107,63 @@ def verify(directory: Directory) -> None:
     """Read every byte of a cache and compare it with its checksums."""
     from potstill.teachers.cache.store import Cache
 
-    found = Cache(directory).manifest
-    print(f"{directory}: {len(found.shards)} shards, {found.tokens:,} tokens, as they were written")
+    manifest = Cache(directory).manifest
+    print(f"{directory}: {len(manifest.shards)} shards, {manifest.tokens:,} tokens, as they were written")
 
 
 def _facts(directory: Path) -> dict[str, Any]:
     from potstill.teachers.cache.store import Cache
 
-    opened = Cache(directory, verify=False)
-    plan = opened.manifest.plan
+    manifest = Cache(directory, verify=False).manifest
+    plan = manifest.plan
     size = sum(path.stat().st_size for path in (directory / "shards").iterdir())
     return {
         "codec": plan.codec["name"],
         "parameters": {name: value for name, value in plan.codec.items() if name not in ("name", "vocabulary")},
-        "tokens": opened.manifest.tokens,
-        "rows": opened.manifest.rows,
+        "tokens": manifest.tokens,
+        "rows": manifest.rows,
         "bytes": size,
-        "bytes_per_token": size / max(opened.manifest.tokens, 1),
+        "bytes_per_token": size / max(manifest.tokens, 1),
         "layers": None if plan.layers is None else plan.layers.model_dump(),
-        "shards": len(opened.manifest.shards),
-        "vocabulary": plan.vocabulary,
-        "teacher": plan.teacher,
-        "weights": plan.weights,
-        "tokenizer": plan.tokenizer,
+        "shards": len(manifest.shards),
         "sources": [{"path": path, "rows": rows, "tokens": tokens} for path, rows, tokens, _ in plan.sources],
-        "alignment": plan.alignment,
-        "format": plan.format,
-        "versions": plan.versions,
+        **plan.model_dump(include={"vocabulary", "teacher", "weights", "tokenizer", "alignment", "format", "versions"}),
     }
 
 
-def _show(directory: Path) -> None:
-    from potstill.evaluate import formatting as words
+def _lines(directory: Path) -> Iterator[tuple[str, str]]:
+    from potstill.evaluate import formatting
 
     facts = _facts(directory)
     parameters = ", ".join(f"{name} {value}" for name, value in facts["parameters"].items())
-    table = Table(show_header=False, box=None)
-    table.add_row("cache", str(directory))
-    table.add_row("codec", facts["codec"] + (f" ({parameters})" if parameters else ""))
-    table.add_row("tokens", f"{facts['tokens']:,} that count, in {facts['rows']:,} rows and {facts['shards']} shards")
-    table.add_row("size", f"{words.size(facts['bytes'])}, {facts['bytes_per_token']:.1f} bytes a token")
-    if facts["layers"] is not None:
-        kept = ", ".join(map(str, facts["layers"]["kept"]))
-        table.add_row("layers", f"{kept} of {facts['layers']['depth']}: hidden states in {facts['layers']['dtype']}")
-    table.add_row("teacher", facts["teacher"])
-    table.add_row("vocabulary", f"{facts['vocabulary']:,} tokens")
+    yield "cache", str(directory)
+    yield "codec", facts["codec"] + (f" ({parameters})" if parameters else "")
+    yield "tokens", f"{facts['tokens']:,} target tokens in {facts['rows']:,} rows and {facts['shards']} shards"
+    yield "size", f"{formatting.size(facts['bytes'])}, {facts['bytes_per_token']:.1f} bytes a token"
+    if layers := facts["layers"]:
+        stored = ", ".join(map(str, layers["kept"]))
+        yield "layers", f"{stored} of {layers['depth']}: hidden states in {layers['dtype']}"
+    yield "teacher", facts["teacher"]
+    yield "vocabulary", f"{facts['vocabulary']:,} tokens"
     for source in facts["sources"]:
-        table.add_row("data", f"{source['path']}: {source['tokens']:,} tokens")
-    Console().print(table, highlight=False)
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
+        yield "data", f"{source['path']}: {source['tokens']:,} tokens"
 
 
 def _temperature(recipe: Any) -> float | None:
-    """What the recipe's first logits term uses, where that is one number."""
-    found = [part.temperature for part in recipe.objective if part.name == "logits"]
-    return found[0] if found and isinstance(found[0], float) else None
+    """Find the temperature of the recipe's first logits term, unless it is a schedule."""
+    temperatures = [term.temperature for term in recipe.objective if term.name == "logits"]
+    return temperatures[0] if temperatures and isinstance(temperatures[0], float) else None
 
 
 def _layers(text: str | None) -> list[int]:
     try:
-        return [int(each) for each in text.split(",")] if text else []
+        return [int(layer) for layer in text.split(",")] if text else []
     except ValueError:
-        raise UserError(f"--layers: expected numbers of layers from 0, such as 1,3,-1, got {text}.") from None
+        raise UserError(f"--layers: expected layer numbers from 0, such as 1,3,-1, got {text}.") from None
 
 
 def _part(text: str) -> tuple[int, int]:
-    first, slash, second = text.partition("/")
-    if not (slash and first.isdigit() and second.isdigit() and int(first) < int(second)):
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f"--shard: expected I/N with 0 <= I < N, such as 0/4, got {text}.")
-    return int(first), int(second)
+    return int(index), int(count)

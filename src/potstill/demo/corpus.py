@@ -1,4 +1,4 @@
-"""The running Python's own standard library as a corpus: real text that exists on every machine."""
+"""The source of the running Python's standard library as a corpus: real text that every machine has."""
 
 from __future__ import annotations
 
@@ -13,26 +13,21 @@ from potstill.errors import DataError
 
 Split = Literal["teacher", "transfer", "dev", "heldout"]
 
-# Shares of the files. dev is for choosing hyperparameters; heldout is for reported figures only.
-_SHARES: tuple[tuple[Split, float], ...] = (
-    ("heldout", 0.06),
-    ("dev", 0.04),
-    ("transfer", 0.10),
-    ("teacher", 0.80),
-)
+# Shares of the files. dev is for choosing hyperparameters, heldout for reported figures only; teacher is the rest.
+_SHARES: dict[Split, float] = {"heldout": 0.06, "dev": 0.04, "transfer": 0.10}
 
-_LEFT_OUT = {
+_EXCLUDED = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",
-    # Generated: 120 near-copies of one code-page table, and one 750 kB string of prose. By file they would
+    # Generated: 120 near-copies of one code-page table, and one 750 kB string of prose. Split by file, they would
     # put copies of the training text among the held-out files.
     "encodings", "pydoc_data",
 }  # fmt: skip
 
 
 def split_of(name: str) -> Split:
-    """The split of a file, from its path inside the library alone: the same on every machine and Python version."""
-    position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-    for split, share in _SHARES:
+    """Choose the split of a file by a hash of its path inside the library, the same on every Python version."""
+    position = int.from_bytes(_hash(name)[:8], "big") / 2**64
+    for split, share in _SHARES.items():
         if position < share:
             return split
         position -= share
@@ -40,49 +35,53 @@ def split_of(name: str) -> Split:
 
 
 def documents(split: Split, root: Path | None = None) -> Iterator[tuple[str, str]]:
-    """Yield (path inside the library, text) of one split, in an order that a hash of the path fixes.
+    """Yield (path inside the library, text) of each file of a split, in the order of a hash of its path.
 
     Args:
-        split: which part.
+        split: which part of the files.
         root: a library other than the running Python's.
 
     Raises:
         DataError: the library's source is not on this machine.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
-    names = [
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*.py")
-        if not _LEFT_OUT.intersection(path.relative_to(root).parts)
-    ]
+    paths = [path.relative_to(root) for path in root.rglob("*.py")]
+    names = [path.as_posix() for path in paths if not _EXCLUDED.intersection(path.parts)]
     if len(names) < 100:
         raise DataError(
             f"demo corpus: expected the standard library's source in {root}, got {len(names)} files. "
             "Use a Python that ships its source (python.org, Debian, conda, pyenv and uv builds do)."
         )
-    chosen = [name for name in names if split_of(name) == split]
-    for name in sorted(chosen, key=lambda name: hashlib.sha256(b"order" + name.encode()).digest()):
-        text = (root / name).read_text(encoding="utf-8", errors="replace")
-        if text.strip():
-            yield name, text
+    for name in sorted(names, key=lambda name: _hash(f"order{name}")):
+        if split_of(name) == split:
+            text = (root / name).read_text(encoding="utf-8", errors="replace")
+            if text.strip():
+                yield name, text
 
 
 def write_jsonl(path: Path, split: Split, max_characters: int | None = None, root: Path | None = None) -> int:
-    """Write one split as JSON Lines with the fields `name` and `text`; return the number of characters.
+    """Write a split as JSON Lines with the fields `name` and `text`.
 
     Args:
         path: the file to write.
-        split: which part.
-        max_characters: stop after the file that passes this many, and cut that file there.
+        split: which part of the files.
+        max_characters: truncate the split to this many characters.
         root: a library other than the running Python's.
+
+    Returns:
+        The number of characters.
     """
-    written = 0
+    num_characters = 0
     with path.open("w", encoding="utf-8") as file:
         for name, text in documents(split, root):
             if max_characters is not None:
-                text = text[: max_characters - written]
+                text = text[: max_characters - num_characters]
             if not text:
                 break
             file.write(json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n")
-            written += len(text)
-    return written
+            num_characters += len(text)
+    return num_characters
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

@@ -8,7 +8,7 @@ import torch
 
 from potstill.embedding.teachers import TextEncoder
 from potstill.embedding.vectors import TensorVectors, VectorSlice
-from potstill.evaluate.report.words import duration
+from potstill.evaluate.formatting import duration
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.embedding import new_distiller

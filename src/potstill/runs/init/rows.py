@@ -1,14 +1,13 @@
-"""What a file's first rows tell: which columns to read, and how long the rows are."""
+"""What the first rows of a data file say about it: which columns to read, and how long the rows are."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,17 +18,17 @@ from potstill.data.sources import Source
 from potstill.errors import DataError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.runs.build_task import classes_of
-from potstill.runs.init.models import Model
+from potstill.runs.init.models import ModelInfo
 
-LOOKED_AT = 500  # rows
-CHARACTERS = 20_000  # of a plain text: a book is not read to its end
+SAMPLE_ROWS = 500
+SAMPLE_CHARACTERS = 20_000  # of a plain text, which may be a whole book
 
-# What columns are called, by the recipe's key. The first of a list that is there is taken.
+# Usual names of columns, by preference, for each column key of a recipe.
 TEXTS = ("text", "content", "document", "body", "sentence", "sentence1", "text1", "premise")
 PAIRS = ("text_pair", "sentence2", "text2", "hypothesis")
 LABELS = ("label", "labels", "class", "score", "target")
 MESSAGES = ("messages", "conversations", "conversation")
-ANSWERED = (
+PROMPTS_AND_COMPLETIONS = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("question", "answer"),
@@ -40,29 +39,29 @@ ANSWERED = (
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A file's first rows.
+class RowSample:
+    """The first rows of a file.
 
     Args:
-        columns: the recipe's key (field, prompt, ...) -> the column.
-        count: how many were looked at.
-        whole: whether there are no others.
-        longest: tokens of the longest; a plain text has no more than the model's positions.
-        tokens: how many count in them.
+        columns: column key of the recipe (field, prompt, ...) -> column.
+        num_rows: how many were read.
+        is_whole_file: whether the file has no more rows.
+        longest: most tokens in a row, after truncation to the model's limit.
+        num_tokens: target tokens of all of them.
     """
 
     columns: dict[str, str]
-    count: int
-    whole: bool
+    num_rows: int
+    is_whole_file: bool
     longest: int
-    tokens: int
+    num_tokens: int
 
 
-def table_of(path: Path) -> Table:
-    """The columns of a file.
+def read_table(path: Path) -> Table:
+    """Open a data file.
 
     Raises:
-        DataError: it is not there, empty, or not of its format.
+        DataError: the file is missing, empty or malformed.
     """
     path = path.expanduser()
     require_file(path)
@@ -71,94 +70,88 @@ def table_of(path: Path) -> Table:
 
 
 def find_columns(path: Path, names: Sequence[str], task: Task, given: Mapping[str, str]) -> dict[str, str]:
-    """Which columns a task reads, by the recipe's keys.
+    """Choose the columns that a task reads, by their names.
 
     Args:
-        path: of the file, for errors.
-        names: its columns.
-        task: what the rows are for.
-        given: those that are named already; nothing is guessed beside them where the rows are not judged.
+        path: the file, for errors.
+        names: all columns of the file.
+        task: the task of the recipe.
+        given: column key of the recipe -> column, as the user named them. Only sequence-level tasks add others to them.
 
     Raises:
-        DataError: none is plainly meant, or several kinds are.
+        DataError: no column has a usual name, or columns of several kinds have.
     """
     if task in SEQUENCE_TASKS:
-        found = {"field": _first(TEXTS, names), "pair": _first(PAIRS, names), "label": _first(LABELS, names), **given}
-        missing = [key for key in ("field", "label") if found[key] is None]
+        usual = {"field": TEXTS, "pair": PAIRS, "label": LABELS}
+        columns = {key: name for key, candidates in usual.items() if (name := first_of(candidates, names))} | {**given}
+        missing = [f"--{key}" for key in ("field", "label") if key not in columns]
         if missing:
-            raise _unclear(path, names, f"columns for the task {task}", " and ".join(f"--{key}" for key in missing))
-        return {key: name for key, name in found.items() if name is not None}
+            raise _unclear(path, names, f"columns for the task {task}", " and ".join(missing))
+        return columns
     if given:
         return dict(given)
-    text = _first(TEXTS, names)
-    kinds: list[dict[str, str]] = [] if text is None else [{"field": text}]
+    text, messages = first_of(TEXTS, names), first_of(MESSAGES, names)
+    kinds: list[dict[str, str]] = [{"field": text}] if text else []
+    flags = "--field"
     if task in ("causal", "masked"):
-        kinds += [{"messages": name} for name in MESSAGES if name in names][:1]
-        kinds += [dict(zip(("prompt", "completion"), pair, strict=True)) for pair in ANSWERED if {*pair} <= {*names}][
-            :1
-        ]
+        pairs = [pair for pair in PROMPTS_AND_COMPLETIONS if {*pair} <= {*names}]
+        kinds += [{"messages": messages}] if messages else []
+        kinds += [dict(zip(("prompt", "completion"), pair, strict=True)) for pair in pairs[:1]]
         kinds += [{"input_ids": "input_ids"}] if "input_ids" in names else []
+        flags = "--field, --messages, or --prompt with --completion"
     if not kinds and len(names) == 1:
         kinds = [{"field": names[0]}]
     if len(kinds) != 1:
-        flags = "--field, --messages, or --prompt with --completion" if task in ("causal", "masked") else "--field"
         raise _unclear(path, names, "columns of one kind", flags)
     return kinds[0]
 
 
-def look_at_rows(
-    path: Path, given: Mapping[str, str], teacher: Model, tokenizer: PreTrainedTokenizerBase, positions: int
-) -> Rows:
-    """Read and encode a file's first rows as a run would.
+def sample_rows(
+    path: Path, given: Mapping[str, str], teacher: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> RowSample:
+    """Read and encode the first rows of a file as a run does.
 
     Args:
         path: the file.
-        given: columns that are named already.
-        teacher: whose task, and whose classes, the rows are for.
+        given: as in `find_columns`.
+        teacher: its task and its classes decide how rows are encoded.
         tokenizer: the student's.
-        positions: tokens in a row at most.
+        max_length: the most tokens that a row may have.
 
     Raises:
-        DataError: the rows are not usable.
+        DataError: the rows cannot be used.
     """
-    table = table_of(path)
+    table = read_table(path)
     columns = find_columns(path, table.columns, teacher.task, given)
-    with reading(path):
-        read = islice(_rows(table, list(columns.values()), path), LOOKED_AT + 1)
-        rows = [_shortened(row, columns) for row in read]
-    whole = len(rows) <= LOOKED_AT
-    with tempfile.TemporaryDirectory() as folder:
-        beginning = Path(folder) / f"{path.stem}.jsonl"
-        lines = (json.dumps(row, default=str) + "\n" for row in rows[:LOOKED_AT])
-        beginning.write_text("".join(lines), encoding="utf-8")
-        found = encode(
-            Source(beginning, **columns),  # type: ignore[arg-type]  # all of them are columns
-            tokenizer,
-            max_length=positions,
-            task=teacher.task,
-            classes=classes_of(teacher.config),
-        )
-    longest = max(len(found.dataset[i]["input_ids"]) for i in range(len(found.dataset)))
-    return Rows(columns, min(len(rows), LOOKED_AT), whole, longest, found.tokens)
-
-
-def _rows(table: Table, names: list[str], path: Path) -> Iterator[dict[str, Any]]:
+    names = [*columns.values()]
     for name in names:
         if name not in table.columns:
             raise _unclear(path, table.columns, f"a column {name!r}", "one of these")
-    for batch in table.read(names):
-        for values in zip(*(batch[name] for name in names), strict=True):
-            yield dict(zip(names, values, strict=True))
+    with reading(path):
+        batches = (zip(*(batch[name] for name in names), strict=True) for batch in table.read(names))
+        rows = [*islice((dict(zip(names, row, strict=True)) for batch in batches for row in batch), SAMPLE_ROWS + 1)]
+    for row in rows:
+        if isinstance(text := row.get(columns.get("field", "")), str):
+            row[columns["field"]] = text[:SAMPLE_CHARACTERS]
+    with tempfile.TemporaryDirectory() as folder:
+        sample = Path(folder) / f"{path.stem}.jsonl"
+        lines = [json.dumps(row, default=str) + "\n" for row in rows[:SAMPLE_ROWS]]
+        sample.write_text("".join(lines), encoding="utf-8")
+        examples = encode(
+            Source(sample, **columns),  # type: ignore[arg-type]  # each key is a column
+            tokenizer,
+            max_length=max_length,
+            task=teacher.task,
+            classes=classes_of(teacher.config),
+        )
+    longest = max(len(ids) for ids in examples.dataset["input_ids"])
+    return RowSample(columns, len(lines), len(rows) <= SAMPLE_ROWS, longest, examples.tokens)
 
 
-def _shortened(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    text = row.get(columns.get("field", ""))
-    return row | {columns["field"]: text[:CHARACTERS]} if isinstance(text, str) else row
+def first_of(candidates: Sequence[str], names: Sequence[str]) -> str | None:
+    """Return the first candidate that is among the names."""
+    return next((name for name in candidates if name in names), None)
 
 
-def _first(wanted: Sequence[str], names: Sequence[str]) -> str | None:
-    return next((name for name in wanted if name in names), None)
-
-
-def _unclear(path: Path, names: Sequence[str], wanted: str, flags: str) -> DataError:
-    return DataError(f"data: expected {wanted} in {path.name}, got {', '.join(names)}. Say which with {flags}.")
+def _unclear(path: Path, names: Sequence[str], expected: str, flags: str) -> DataError:
+    return DataError(f"data: expected {expected} in {path.name}, got {', '.join(names)}. Say which with {flags}.")

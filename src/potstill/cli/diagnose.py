@@ -1,0 +1,68 @@
+"""The command `potstill diagnose`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from potstill.cli.app import Imports, Sets, app, comparison_table
+from potstill.cli.embedding import kind_of
+from potstill.errors import UserError
+
+STYLES = {"alarm": "red", "warning": "yellow", "note": "dim"}
+
+
+@app.command()
+def diagnose(
+    target: Annotated[Path, typer.Argument(help="a run directory, or a recipe before its run", show_default=False)],
+    rows: Annotated[int, typer.Option(help="number of held-out rows to examine", min=1)] = 64,
+    out: Annotated[Path | None, typer.Option(help="for a recipe; default: the recipe's output-diagnosis")] = None,
+    set_: Sets = None,
+    import_: Imports = None,
+) -> None:
+    """Explain how a run went, or find problems in a recipe: temperature, gradients, distributions, labels."""
+    from potstill.runs.config.run import Recipe
+
+    run = target if target.is_dir() else None
+    if run is not None and (set_ or out):
+        raise UserError("diagnose: expected neither --set nor --out with a run directory, got one. Leave it out.")
+    path = target / "recipe.yaml" if run is not None else target
+    if kind_of(path) != "distillation":
+        raise UserError(f"diagnose: expected a distillation recipe, got kind {kind_of(path)} in {path}.")
+    recipe = Recipe.load(path, set_ or ())
+    from potstill.evaluate.report.diagnosis import write_diagnosis_page
+    from potstill.evaluate.report.page import write_report
+    from potstill.runs.diagnose import diagnose as diagnose_recipe
+    from potstill.runs.diagnose import write_diagnosis
+
+    diagnosis = diagnose_recipe(recipe, run=run, rows=rows)
+    folder = run or out or Path(f"{recipe.output}-diagnosis")
+    write_diagnosis(diagnosis, folder / "diagnose.json")
+    finished = run is not None and (run / "summary.json").exists()
+    page = write_report(folder) if finished else write_diagnosis_page(folder)
+    _show(diagnosis, page)
+
+
+def _show(diagnosis: dict[str, Any], page: Path) -> None:
+    """Print the teacher at several temperatures, all findings, the conclusion and the path of the report."""
+    from potstill.evaluate import formatting
+
+    out = Console()
+    if diagnosis["temperature"] is not None:
+        rows = diagnosis["temperature"]["rows"]
+        columns = ("entropy, nats", "effective support", *(f"top {k}" for k in rows[0]["mass"]))
+        table = comparison_table(columns, title="the teacher")
+        table.columns[0].header, table.columns[0].justify = "temperature", "right"
+        for row in rows:
+            mass = [formatting.percent(share, 1) for share in row["mass"].values()]
+            cells = [f"{row['temperature']:g}", formatting.nats(row["entropy"]), f"{row['support']:,.1f}", *mass]
+            recommended = row["temperature"] == diagnosis["temperature"]["recommended"]
+            table.add_row(*cells, style="bold" if recommended else None)
+        out.print(table, highlight=False)
+    for finding in diagnosis["findings"]:
+        out.print(finding["text"], style=STYLES[finding["level"]], highlight=False, markup=False)
+    out.print(diagnosis["conclusion"], style="bold", highlight=False, markup=False)
+    out.print(f"report  {page}", highlight=False)
