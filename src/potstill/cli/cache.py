@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -56,11 +57,11 @@ def build(
     set_: Sets = None,
 ) -> None:
     """Run a teacher over data and keep what it says. What was stopped goes on; a finished cache is left alone."""
-    from potstill.runs.cache import Request
+    from potstill.runs.cache import CacheRequest
     from potstill.runs.cache import build as build_cache
     from potstill.runs.config.data import SourcePart
     from potstill.runs.config.run import Recipe
-    from potstill.runs.config.teacher import TeacherPart
+    from potstill.runs.config.teacher import ModelSource
 
     given: dict[str, Any] = {"draws": draws, "k": top_k}
     takes = {"sampled": {"draws", "temperature"}, "top_k": {"k", "temperature"}}.get(codec, set())
@@ -68,26 +69,27 @@ def build(
         if teacher is not None or data:
             raise UserError("cache build: expected a recipe, or --teacher with --data, got both.")
         read = Recipe.load(recipe, set_ or ())
-        who, sources, out = read.teacher, [read.data.train, read.data.eval], out or _path(read.teacher.cache)
+        who, sources, out = read.teacher, [read.data.train, read.data.eval], out or _path(read.teacher.cache_path)
         max_length, packing = read.data.max_length, read.data.packing
         if temperature is None and "temperature" in takes:
             temperature = _temperature(read)
     elif teacher is not None and data:
-        who = TeacherPart.model_validate({"model": teacher, "dtype": dtype, "device": device})
+        who = ModelSource(teacher, cast(Any, dtype), device)
         sources = [SourcePart.model_validate({"path": str(path), "field": field}) for path in data]
     else:
         raise UserError("cache build: expected a recipe, or --teacher and --data, got neither.")
     if out is None:
         raise UserError("cache build: expected --out DIR, or teacher.cache in the recipe, got neither.")
-    if codec == "top_k" and who.server is not None:
-        given["k"] = top_k or who.server.top_k  # it says no more than these
+    if codec == "top_k":
+        given["k"] = top_k or who.max_top_k
     given["temperature"] = temperature
     parameters = {name: value for name, value in given.items() if value is not None}
     if set(parameters) - takes:
         wrong = ", ".join(sorted(f"--{name.replace('k', 'top-k')}" for name in set(parameters) - takes))
         raise UserError(f"cache build: expected no {wrong} with --codec {codec}, got one. Leave it out.")
     tokenizer = None if recipe is None else read.student.model
-    request = Request(who, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, _layers(layers))
+    kept = _layers(layers)
+    request = CacheRequest(who, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, kept)
     manifest = build_cache(request, part=_part(shard), engine=engine, console=console)
     if manifest is None:
         console.print(f"part {shard} of {out} is there; other parts are missing still", highlight=False)
@@ -126,7 +128,7 @@ def _facts(directory: Path) -> dict[str, Any]:
         "rows": opened.manifest.rows,
         "bytes": size,
         "bytes_per_token": size / max(opened.manifest.tokens, 1),
-        "layers": None if plan.layers is None else plan.layers.model_dump(),
+        "layers": None if plan.layers is None else asdict(plan.layers),
         "shards": len(opened.manifest.shards),
         "vocabulary": plan.vocabulary,
         "teacher": plan.teacher,

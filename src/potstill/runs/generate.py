@@ -26,7 +26,6 @@ from potstill.generation.sandbox import Limits, require_sandbox
 from potstill.engines.engine import Engine
 from potstill.engines.local import LocalEngine
 from potstill.engines.sampling import Completion, Sampling
-from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.ray import spread
@@ -190,7 +189,7 @@ def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None, h
     """Who answers; where it does so elsewhere, a model stays out of the accelerator's memory."""
     part = recipe.teacher
     if part.server is not None:
-        server = ModelServer(**part.server.model_dump())
+        server = part.server.connect()
         server.card()  # is it there, and does it serve that model?
         return server
     assert part.model is not None and tokenizer is not None

@@ -33,12 +33,8 @@ from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.runs.build import Parts, prepare
 from potstill.runs.config.student import BudgetPart, StudentPart
 from potstill.runs.config.run import Recipe
-from potstill.runs.config.teacher import TeacherPart
 from potstill.models.adapted import count, is_adapted, merged
 from potstill.models.modules import copy_modules
-from potstill.teachers.crosstok import CrossTokenizerTeacher
-from potstill.teachers.ensemble import EnsembleTeacher
-from potstill.teachers.teacher import Teacher
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 from potstill.train.terms.logits import Labels
 from potstill.train.objective import Objective
@@ -175,7 +171,7 @@ def _train(
     if trainer.is_world_process_zero():
         whole, made = parts.teacher_config, trainer.distiller.config
         if parts.recipe.task == "encoder" and whole is not None and whole.hidden_size == made.hidden_size:
-            copy_modules(str(parts.recipe.teacher.model), partial)
+            copy_modules(str(parts.recipe.teacher.model_path), partial)
         partial.rename(target)
     trainer.accelerator.wait_for_everyone()
     unset_hf_deepspeed_config()  # ZeRO-3 would shard every model that is loaded from here on
@@ -216,9 +212,9 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     models = {name: load_model(str(directory / name), name, dtype, recipe.task).to(device) for name in names}
     everyone = dict(models)
     if teacher is not None:
-        teacher.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]  # their wrapper hides it
+        teacher.to(torch.device(recipe.teacher.model_device or device))  # type: ignore[arg-type]  # their wrapper hides it
         everyone = {"teacher": teacher, **models}
-        folders["teacher"] = Path(str(recipe.teacher.model))
+        folders["teacher"] = Path(str(recipe.teacher.model_path))
     of_tokens = recipe.task in TOKEN_TASKS
     measured: Mapping[str, Any] = measure(
         recipe.task, teacher, models, _batches(parts, parts.eval.dataset), vocabulary=parts.vocabulary or None
@@ -240,8 +236,7 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
     teacher_loss = measured["teacher"].loss if teacher is not None else _told_loss(parts, parts.eval.dataset)
     if teacher is None and teacher_loss is not None:
         rows = {"teacher": dict.fromkeys(rows["student"]) | {"loss": teacher_loss} | _size_of_teacher(parts), **rows}
-    if isinstance(parts.teacher, CrossTokenizerTeacher):
-        text = parts.teacher.meeting(parts.eval.dataset)
+    if (text := parts.teacher.alignment_stats(parts.eval.dataset)) is not None:
         for row in rows.values():
             row["bits_per_byte"] = None if row["loss"] is None else row["loss"] * text.tokens / text.bytes / math.log(2)
     closed = None
@@ -282,13 +277,11 @@ def _summarize(parts: Parts, directory: Path) -> dict[str, Any]:
         },
         "objective": "; ".join(part.describe() for part in recipe.objective),
         "models": {
-            "teacher": _describe_teacher(recipe.teacher, parts.teacher),
+            "teacher": recipe.teacher.describe(parts.teacher),
             "student": _describe_student(recipe.student),
         },
         "adapter": _adapter(parts, directory / "student", models["student"]),
-        "teacher_weights": dict(zip(parts.teacher.names, parts.teacher.weights.tolist(), strict=True))
-        if isinstance(parts.teacher, EnsembleTeacher)
-        else None,
+        "teacher_weights": parts.teacher.member_weights,
         "notes": [*parts.notes, *_alarms(metrics)],
         "versions": versions(),
     }
@@ -317,7 +310,7 @@ def _size_of_teacher(parts: Parts) -> dict[str, float | None]:
         return {}
     return {
         "parameters": model.num_parameters(),
-        "bytes": weight_bytes(Path(str(parts.recipe.teacher.model))) or model.get_memory_footprint(),
+        "bytes": weight_bytes(Path(str(parts.recipe.teacher.model_path))) or model.get_memory_footprint(),
     }
 
 
@@ -350,11 +343,11 @@ def _told_loss(parts: Parts, dataset: Dataset) -> float | None:
         alignment = causal_alignment(there["labels"])
         said = parts.teacher(there, alignment)
         told: Tensor | None
-        if said.across is not None:
-            told, counted = said.across.log_probs, int((said.across.student >= 0).sum())
+        if said.chunks is not None:
+            told, counted = said.chunks.log_probs, int((said.chunks.student >= 0).sum())
         else:
             whole = replace(said, targets=said.targets.slice(parts.vocabulary))
-            told, counted = whole.of_labels(alignment.labels), len(alignment)
+            told, counted = whole.log_probs_of(alignment.labels), len(alignment)
         if told is None:
             return None
         total -= float(told.double().sum())
@@ -391,15 +384,6 @@ def _continuations(parts: Parts, models: Mapping[str, PreTrainedModel]) -> list[
 def _describe_student(student: StudentPart) -> str:
     whole = student.model or _describe_design(student)
     return whole if student.adapter is None else f"{whole}, with {student.adapter.title}"
-
-
-def _describe_teacher(part: TeacherPart, teacher: Teacher) -> str:
-    """What people call it, with the weights of an ensemble."""
-    if part.ensemble is None or not isinstance(teacher, EnsembleTeacher):
-        return part.title
-    members = zip(part.ensemble, teacher.weights.tolist(), strict=True)
-    said = ", ".join(f"{member.title} ({weight:.3f})" for member, weight in members)
-    return f"an ensemble, {part.weights} weights of {part.of.replace('_', '-')}: {said}"
 
 
 def _describe_design(student: StudentPart) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from potstill.runs.config.document import Document, Part
-from potstill.runs.config.teacher import ServedPart
+from potstill.engines.endpoint import ServerEndpoint
 
 ChooseKey = Literal["all", "majority", "verified"]
 TargetKey = Literal["chain", "answer", "both"]
@@ -21,7 +21,7 @@ class WriterPart(Part):
         "auto", description="its precision; auto is the one it is saved in"
     )
     device: str | None = Field(None, description="such as cuda:1; by default the first accelerator, else the processor")
-    server: ServedPart | None = None
+    server: ServerEndpoint | None = None
     tokenizer: str | None = Field(
         None,
         description="with server: a folder with the model's tokenizer, whose chat template is used; else plain text",
