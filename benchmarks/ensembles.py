@@ -113,7 +113,7 @@ def told(teacher: Teacher, held_out: dict[str, Dataset], tokenizer: Any) -> dict
         total, tokens = 0.0, 0
         for batch in in_batches(part, tokenizer, 16):
             alignment = causal_alignment(batch["labels"])
-            known = teacher(batch, alignment).of_labels(alignment.labels)
+            known = teacher(batch, alignment).log_probs_of(alignment.labels)
             assert known is not None
             total, tokens = total - float(known.double().sum()), tokens + len(alignment)
         sums[kind] = (total, tokens)

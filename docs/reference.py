@@ -17,14 +17,17 @@ def families() -> dict[str, str]:
     return {
         kind.__name__: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", family.__name__).lower()
         for family in Declared.__subclasses__()
+        if family.__bases__ == (Declared,)
         for kind in family.kinds.values()
     }
 
 
 def title_of(name: str, definition: dict[str, Any]) -> str:
     """What a section is called: family and name of a kind in recipes, or the name of a part."""
-    value = next(iter(definition["properties"].values()))
-    return f"{families()[name]}: {value['const']}" if "const" in value else name.removesuffix("Part").lower()
+    key, value = next(iter(definition["properties"].items()))
+    if name in families():
+        return f"{families()[name]}: {value.get('const', key)}"  # teachers have a key of their kind's name instead
+    return name.removesuffix("Part").lower()
 
 
 def kind_of(field: dict[str, Any], definitions: dict[str, Any]) -> str:

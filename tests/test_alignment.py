@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import TEXT, make_tokenizer
 from potstill.errors import VocabularyError
-from potstill.teachers.chunks import Pair, meet
-from potstill.teachers.pieces import Pieces
+from potstill.teachers.chunks import TokenizerPair, align_sizes
+from potstill.teachers.pieces import TokenBytes
 from reference_across import byte_level, llama_like, lower_case, normalizing, unigram, word_piece
 
 MAKERS = {
@@ -30,8 +30,8 @@ def made(name: str) -> PreTrainedTokenizerFast:
 
 
 @cache
-def pair(student: str, teacher: str) -> Pair:
-    return Pair(Pieces(made(student), "student"), Pieces(made(teacher), "teacher"))
+def pair(student: str, teacher: str) -> TokenizerPair:
+    return TokenizerPair(TokenBytes(made(student), "student"), TokenBytes(made(teacher), "teacher"))
 
 
 def random_text(source: random.Random) -> str:
@@ -60,8 +60,8 @@ def test_every_byte_is_in_one_chunk(student: str, teacher: str) -> None:
         # Rows begin and end anywhere: within a character too.
         start = source.randint(0, len(ids) // 2)
         ids = ids[start : source.randint(start, len(ids))]
-        reading = both.read(ids)
-        again = both.read(ids)
+        reading = both.align(ids)
+        again = both.align(ids)
         assert reading.ids == again.ids
         assert len(reading.ids) == len(reading.teacher)
         assert len(reading.student) == len(ids)
@@ -75,22 +75,23 @@ def test_every_byte_is_in_one_chunk(student: str, teacher: str) -> None:
                 assert len(spoken[0]) == reading.sizes[i] or spoken[0].startswith(b" ")
                 assert spoken[0].lstrip(b" ") == spoken[1].lstrip(b" ")
             else:  # a special token
-                assert both.student.of[mine[0]] is None
+                assert both.student.bytes_of[mine[0]] is None
         # Chunks follow one another, in both.
         for chunk in (reading.student, reading.teacher):
             assert (np.diff(chunk[chunk >= 0]) >= 0).all()
             assert set(chunk[chunk >= 0]) == set(range(len(reading.sizes)))
         covered += len(reading.sizes)
-        text_bytes = sum(len(both.student.of[id] or b"") for id in ids)
-        spaces = sum((both.student.of[id] or b"").startswith(b" ") for id in ids) if both.student.adds_space else 0
+        text_bytes = sum(len(both.student.bytes_of[id] or b"") for id in ids)
+        begins = [(both.student.bytes_of[id] or b"").startswith(b" ") for id in ids]
+        spaces = sum(begins) if both.student.adds_space else 0
         assert text_bytes - spaces <= reading.sizes.sum() <= text_bytes
     assert covered > 200
 
 
-def said(both: Pair, ids: list[int], whose: str, chunk: int) -> bytes:
+def said(both: TokenizerPair, ids: list[int], whose: str, chunk: int) -> bytes:
     """The bytes of tokens; special tokens that were found in plain text stand for their own characters."""
     pieces = getattr(both, whose)
-    return b"".join(pieces.content(id) if pieces.of[id] is None else pieces.of[id] for id in ids)
+    return b"".join(pieces.content(id) if pieces.bytes_of[id] is None else pieces.bytes_of[id] for id in ids)
 
 
 def test_a_plain_text_is_covered_to_the_last_byte() -> None:
@@ -99,10 +100,10 @@ def test_a_plain_text_is_covered_to_the_last_byte() -> None:
             both = pair(student, teacher)
             text = TEXT[3] + "Zwei Räume 🎉\r\n"
             ids = made(student)(text, add_special_tokens=False)["input_ids"]
-            reading = both.read(ids)
+            reading = both.align(ids)
             assert reading.sizes.sum() == len(text.encode())
             assert (reading.student >= 0).all()
-            opening = len(both.teacher.opening())
+            opening = len(both.teacher.prefix())
             assert (reading.teacher[opening:] >= 0).all()
             assert (reading.teacher[:opening] == -1).all()
 
@@ -110,24 +111,24 @@ def test_a_plain_text_is_covered_to_the_last_byte() -> None:
 def test_equal_tokenizers_meet_in_every_token() -> None:
     for name in MAKERS:
         ids = made(name)(TEXT[0], add_special_tokens=False)["input_ids"]
-        reading = pair(name, name).read(ids)
-        opening = len(pair(name, name).teacher.opening())
+        reading = pair(name, name).align(ids)
+        opening = len(pair(name, name).teacher.prefix())
         assert reading.ids[opening:] == ids
         assert reading.student.tolist() == reading.teacher[opening:].tolist()
-        empty = int(pair(name, name).student.spell(ids)[0].size == 0)  # the space before every text
+        empty = int(pair(name, name).student.spans(ids)[0].size == 0)  # the space before every text
         assert reading.student.tolist() == [0] * empty + list(range(len(ids) - empty))
 
 
 def test_the_shortest_chunks() -> None:
-    mine, theirs, sizes = meet([1, 2, 3, 4], [3, 1, 1, 5])
+    mine, theirs, sizes = align_sizes([1, 2, 3, 4], [3, 1, 1, 5])
     assert mine.tolist() == [0, 0, 1, 1]
     assert theirs.tolist() == [0, 1, 1, 1]
     assert sizes.tolist() == [3, 7]
-    mine, theirs, sizes = meet([0, 2, 0, 2], [2, 2])
+    mine, theirs, sizes = align_sizes([0, 2, 0, 2], [2, 2])
     assert mine.tolist() == [0, 0, 1, 1]
     assert theirs.tolist() == [0, 1]
     assert sizes.tolist() == [2, 2]
-    assert [x.tolist() for x in meet([0], [])] == [[-1], [], []]
+    assert [x.tolist() for x in align_sizes([0], [])] == [[-1], [], []]
 
 
 def test_special_tokens_meet_by_role_and_by_name() -> None:
@@ -135,10 +136,10 @@ def test_special_tokens_meet_by_role_and_by_name() -> None:
     student.add_special_tokens({"additional_special_tokens": ["<user>", "<tool>"]})
     teacher = llama_like()
     teacher.add_special_tokens({"additional_special_tokens": ["<user>"]})
-    both = Pair(Pieces(student, "student"), Pieces(teacher, "teacher"))
+    both = TokenizerPair(TokenBytes(student, "student"), TokenBytes(teacher, "teacher"))
     user, tool, end = student.convert_tokens_to_ids(["<user>", "<tool>", "<end>"])
     word = student("return", add_special_tokens=False)["input_ids"]
-    reading = both.read([user, *word, tool, *word, end])
+    reading = both.align([user, *word, tool, *word, end])
     names = teacher.convert_ids_to_tokens(reading.ids)
     assert names[:2] == ["<s>", "<user>"]
     assert names[-1] == "</s>"
@@ -148,21 +149,21 @@ def test_special_tokens_meet_by_role_and_by_name() -> None:
     assert reading.student[-1] == reading.teacher[-1] == len(reading.sizes) - 1
     assert reading.sizes[0] == reading.sizes[-1] == 0
     assert reading.sizes.sum() == 2 * len("return")
-    assert not reading.goes_on[[0, -1, -2]].any()
-    back = Pair(Pieces(teacher, "student"), Pieces(student, "teacher"))
-    assert back.read(teacher("return")["input_ids"]).ids[0] == student.bos_token_id
+    assert not reading.continues[[0, -1, -2]].any()
+    back = TokenizerPair(TokenBytes(teacher, "student"), TokenBytes(student, "teacher"))
+    assert back.align(teacher("return")["input_ids"]).ids[0] == student.bos_token_id
 
 
 def test_a_line_that_the_teacher_changes_does_not_count() -> None:
-    both = Pair(Pieces(byte_level(258), "student"), Pieces(normalizing(), "teacher"))
+    both = TokenizerPair(TokenBytes(byte_level(258), "student"), TokenBytes(normalizing(), "teacher"))
     lines = ["return 1\n", "cafe\u0301 au lait\n", "return 2\n"]  # composed by the teacher
-    reading = both.read(both.student.tokenizer("".join(lines))["input_ids"])
+    reading = both.align(both.student.tokenizer("".join(lines))["input_ids"])
     first, second = len(lines[0].encode()), len(lines[1].encode())
     assert (reading.student[:first] >= 0).all()
     assert (reading.student[first : first + second] == -1).all()
     assert (reading.student[first + second :] >= 0).all()
     assert reading.sizes.sum() == first + len(lines[2])
-    assert not reading.goes_on[reading.student[first - 1]]
+    assert not reading.continues[reading.student[first - 1]]
     assert "é" in both.teacher.tokenizer.decode(reading.ids)
 
 
@@ -175,35 +176,35 @@ def test_a_line_that_the_teacher_changes_does_not_count() -> None:
 )
 def test_tokenizers_that_lose_text_are_refused(tokenizer: object, message: str) -> None:
     with pytest.raises(VocabularyError, match=message) as caught:
-        Pieces(tokenizer(), "student")  # type: ignore[operator]
+        TokenBytes(tokenizer(), "student")  # type: ignore[operator]
     assert "\n" not in str(caught.value)
 
 
 def test_longer_tokens_that_only_the_teacher_has() -> None:
     both = pair("bytes", "BPE 600")
     end = both.teacher.ids[b"r"]
-    longer = both.longer(end, both.student.ids[b"r"])
-    piece = both.teacher.of[end]
+    longer = both.longer_tokens(end, both.student.ids[b"r"])
+    piece = both.teacher.bytes_of[end]
     assert piece is not None
     assert len(longer)
-    assert all(both.teacher.of[id].startswith(piece) and both.teacher.of[id] != piece for id in longer)
+    assert all(both.teacher.bytes_of[id].startswith(piece) and both.teacher.bytes_of[id] != piece for id in longer)
     same = pair("BPE 600", "BPE 600")
-    assert not any(len(same.longer(id, id)) for id in same.teacher.ids.values())
+    assert not any(len(same.longer_tokens(id, id)) for id in same.teacher.ids.values())
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("BPE 300", "Llama"), ("Llama", "BPE 600"), ("Unigram", "bytes")])
 def test_tokens_begin_with_what_the_student_reads_first(student: str, teacher: str) -> None:
     both = pair(student, teacher)
-    begins, mine, theirs = both.begins, both.student, both.teacher
+    begins, mine, theirs = both.first_student_token, both.student, both.teacher
     assert begins[theirs.tokenizer.eos_token_id] == mine.tokenizer.eos_token_id
     assert teacher != "Llama" or begins[theirs.tokenizer.unk_token_id] == -1
     shared = len(both._counterparts)
-    for id, piece in theirs.of.items():
+    for id, piece in theirs.bytes_of.items():
         if piece:
-            said = mine.of[begins[id]]
+            said = mine.bytes_of[begins[id]]
             assert piece.startswith(said)
-            read = mine.read(piece)
+            read = mine.tokenize(piece)
             assert mine.adds_space or said == piece or read[0].id == begins[id]
             shared += said == piece and theirs.ids[piece] == id
-    assert both.shared() == shared > 50
-    assert pair("bytes", "bytes").begins == list(range(258))
+    assert both.num_shared == shared > 50
+    assert pair("bytes", "bytes").first_student_token == list(range(258))

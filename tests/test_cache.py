@@ -27,11 +27,11 @@ from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import JSD, ForwardKL, SoftCrossEntropy
 from potstill.losses.token_losses import token_divergence
 from potstill.runs import cache as caching
-from potstill.runs.cache import Request, build
-from potstill.runs.config.teacher import TeacherPart
+from potstill.runs.cache import CacheRequest, build
+from potstill.runs.config.data import SourcePart
 from potstill.teachers.cache.store import Cache, read_manifest
 from potstill.teachers.cached import CachedTeacher
-from potstill.teachers.model import ModelTeacher
+from potstill.teachers.model import ModelSource, ModelTeacher
 
 QUIET = Console(quiet=True)
 CODECS: dict[str, dict[str, Any]] = {"sampled": {"draws": 50}, "top_k": {"k": 16}, "dense": {}, "hidden": {}}
@@ -42,10 +42,10 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching, "SHARD_TOKENS", 300)
 
 
-def request(toys: Path, out: Path, codec: str = "sampled", **changes: Any) -> Request:
+def request(toys: Path, out: Path, codec: str = "sampled", **changes: Any) -> CacheRequest:
     values = {
-        "teacher": TeacherPart(model=str(toys / "teacher")),
-        "sources": [Source(path=str(toys / "train.jsonl"))],
+        "teacher": ModelSource(model=str(toys / "teacher")),
+        "sources": [SourcePart(path=str(toys / "train.jsonl"))],
         "max_length": 32,
         "packing": False,
         "codec": codec,
@@ -53,7 +53,7 @@ def request(toys: Path, out: Path, codec: str = "sampled", **changes: Any) -> Re
         "out": out,
         "batch_rows": 4,
     }
-    return Request(**values | changes)
+    return CacheRequest(**values | changes)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -157,14 +157,14 @@ def test_the_same_bytes_after_kills_in_parts_and_at_once(toys: Path, tmp_path: P
 def _build_and_wait(toys: Path, out: Path) -> None:
     """Build a part, say so, and go no further."""
     caching.SHARD_TOKENS = 300
-    build_part = caching.Capture.build
+    build_part = caching.CacheBuilder.build
 
-    def wait(self: caching.Capture, number: int) -> None:
+    def wait(self: caching.CacheBuilder, number: int) -> None:
         build_part(self, number)
         print("built", number, flush=True)
         time.sleep(30)
 
-    caching.Capture.build = wait  # type: ignore[method-assign, assignment]
+    caching.CacheBuilder.build = wait  # type: ignore[method-assign, assignment]
     build(request(toys, out), console=QUIET)
 
 
@@ -186,14 +186,14 @@ def test_a_build_that_is_killed_goes_on(toys: Path, tmp_path: Path, caches: Path
 
 
 def test_a_full_disk_leaves_what_is_whole(toys: Path, tmp_path: Path, caches: Path, monkeypatch) -> None:
-    written = caching.Capture.build
+    written = caching.CacheBuilder.build
 
-    def full(self: caching.Capture, number: int) -> Any:
+    def full(self: caching.CacheBuilder, number: int) -> Any:
         if number == 1:
             raise OSError(28, "No space left on device")
         return written(self, number)
 
-    monkeypatch.setattr(caching.Capture, "build", full)
+    monkeypatch.setattr(caching.CacheBuilder, "build", full)
     with pytest.raises(OSError, match="No space left"):
         build(request(toys, tmp_path / "full"), console=QUIET)
     assert not [name for name in files(tmp_path / "full") if name.endswith(".partial")]
@@ -274,7 +274,7 @@ def test_another_plan_is_refused(toys: Path, caches: Path, tmp_path: Path) -> No
     make_llama(seed=9).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(DataError, match="got another weights"):
-        build(request(toys, tmp_path / "c", teacher=TeacherPart(model=str(tmp_path / "other"))), console=QUIET)
+        build(request(toys, tmp_path / "c", teacher=ModelSource(model=str(tmp_path / "other"))), console=QUIET)
 
 
 def test_where_things_lie_does_not_matter(toys: Path, caches: Path, tmp_path: Path) -> None:
@@ -298,10 +298,10 @@ def test_ray_builds_the_same_bytes(toys: Path, tmp_path: Path) -> None:
     alone, many = tmp_path / "alone", tmp_path / "many"
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "import potstill.runs.cache as caching\n"
-        "from potstill.data.sources import Source; from potstill.runs.config.teacher import TeacherPart\n"
+        "from potstill.runs import cache as caching; from potstill.runs.config.data import SourcePart\n"
+        "from potstill.teachers.model import ModelSource\n"
         "for out, engine in ((sys.argv[3], 'process'), (sys.argv[4], 'ray')):\n"
-        "    caching.build(caching.Request(TeacherPart(model=sys.argv[1]), [Source(path=sys.argv[2])], 32, False,"
+        "    caching.build(caching.CacheRequest(ModelSource(sys.argv[1]), [SourcePart(path=sys.argv[2])], 32, False,"
         " 'sampled', {'draws': 50}, Path(out), 4), engine=engine, console=Console(quiet=True))\n"
     )
     arguments = [str(toys / "teacher"), str(toys / "train.jsonl"), str(alone), str(many)]

@@ -21,13 +21,12 @@ from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import ForwardKL
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import LayerMap
-from potstill.runs.cache import Request, build
+from potstill.runs.cache import CacheRequest, build
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.config.teacher import TeacherPart
 from potstill.runs.run import run
 from potstill.teachers.cached import CachedTeacher
-from potstill.teachers.model import ModelTeacher
+from potstill.teachers.model import ModelSource, ModelTeacher
 from potstill.train.distiller import Distiller
 from potstill.train.terms.layers import Attention, Hidden
 from potstill.train.terms.logits import Logits
@@ -35,10 +34,10 @@ from potstill.train.terms.logits import Logits
 QUIET = Console(quiet=True)
 
 
-def request(toys: Path, out: Path, layers: tuple[int, ...], **teacher: Any) -> Request:
-    who = TeacherPart(model=str(toys / "teacher"), **teacher)
-    source = Source(path=str(toys / "train.jsonl"))
-    return Request(who, [source], 32, False, "hidden", {}, out, batch_rows=4, layers=layers)
+def request(toys: Path, out: Path, layers: tuple[int, ...], **teacher: Any) -> CacheRequest:
+    who = ModelSource(model=str(toys / "teacher"), **teacher)
+    source = Source(str(toys / "train.jsonl"))
+    return CacheRequest(who, [source], 32, False, "hidden", {}, out, batch_rows=4, layers=layers)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from potstill.losses.cross_tokenizer import chunk_divergence, sorted_distance
 from potstill.losses.divergences import JSD, ForwardKL, ReverseKL
 from potstill.losses.targets import DenseTargets, SparseTargets
 from potstill.losses.token_losses import token_divergence
-from potstill.teachers.byte_alignment import Across
+from potstill.teachers.byte_alignment import AlignedChunks
 from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
@@ -40,8 +40,8 @@ def model(tokenizer: Any, seed: int = 0, **options: Any) -> Any:
     return make_llama(vocab_size=max(tokenizer.get_vocab().values()) + 1, seed=seed, **options)
 
 
-def across_of(teacher: CrossTokenizerTeacher, batch: dict[str, torch.Tensor]) -> Across:
-    found = teacher(batch, causal_alignment(batch["labels"])).across
+def across_of(teacher: CrossTokenizerTeacher, batch: dict[str, torch.Tensor]) -> AlignedChunks:
+    found = teacher(batch, causal_alignment(batch["labels"])).chunks
     assert found is not None
     return found
 
@@ -61,7 +61,7 @@ def test_a_chunk_has_the_probability_of_its_bytes(other: Any, whole: bool, monke
     alignment = causal_alignment(batch["labels"])
     chunk, seen = 0, 0
     for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
-        reading = teacher.reading(ids[mask.bool()].tolist())
+        reading = teacher.align(ids[mask.bool()].tolist())
         logits = brain(input_ids=torch.tensor([reading.ids])).logits[0]
         log_probs = logits[:, : len(other)].log_softmax(-1)
         for i in range(len(reading.sizes)):
@@ -84,7 +84,7 @@ def test_prompts_and_first_tokens_do_not_count() -> None:
     teacher = CrossTokenizerTeacher(model(LARGE), LARGE, SMALL)
     batch = batch_of(SMALL, [TEXT[0][:30]], [10])
     across = across_of(teacher, batch)
-    reading = teacher.reading(batch["input_ids"][0].tolist())
+    reading = teacher.align(batch["input_ids"][0].tolist())
     counted = set(reading.student[reading.student >= 0]) - set(reading.student[:10])
     assert len(across) == len(counted)
     nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
@@ -166,7 +166,7 @@ def test_biased_chunks_are_merged_or_dropped(biased: Any) -> None:
         q += log_probs[across.student == i].sum().item()
         if bias[i] <= threshold:
             total += alm(p, q, 100.0)
-        elif biased == "merge" and across.goes_on[i]:
+        elif biased == "merge" and across.continues[i]:
             continue
         p = q = 0.0
     loss = Distiller(student, teacher, [Chunks(bias_threshold=threshold, biased=biased)]).step(batch).loss
@@ -185,11 +185,11 @@ def test_bias_is_what_longer_tokens_keep() -> None:
     pair = teacher.pair
     for i, bias in enumerate(across.bias().tolist()):
         own, student = int(across.teacher_tokens[theirs[i]]), int(across.student_tokens[mine[i]])
-        piece, other = pair.teacher.of[own], pair.student.of[student]
+        piece, other = pair.teacher.bytes_of[own], pair.student.bytes_of[student]
         longer = 0.0
-        for id, said in pair.teacher.of.items():
+        for id, said in pair.teacher.bytes_of.items():
             if piece and said and said.startswith(piece) and said != piece:
-                longer += 0.0 if other + said[len(piece) :] in pair.student.of.values() else p[i, id].item()
+                longer += 0.0 if other + said[len(piece) :] in pair.student.bytes_of.values() else p[i, id].item()
         assert bias == pytest.approx(longer / (longer + p[i, own].item()), abs=1e-5)
 
 
@@ -197,7 +197,7 @@ def test_mapped_logits_by_the_definition() -> None:
     """For each of the student's tokens, the teacher's probability of all tokens that it would begin with it."""
     student, brain, batch = model(SMALL, hidden_size=8), model(LARGE, seed=1), batch_of(SMALL, TEXTS)
     teacher = CrossTokenizerTeacher(brain, LARGE, SMALL)
-    across, begins = across_of(teacher, batch), teacher.pair.begins
+    across, begins = across_of(teacher, batch), teacher.pair.first_student_token
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     there = target_positions(batch["labels"])
     q, total = student(**inputs).logits[:, :-1][there], 0.0
@@ -266,15 +266,15 @@ def test_several_batches_are_one() -> None:
 def test_rows_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = CrossTokenizerTeacher(model(LARGE), LARGE, SMALL)
     reads = []
-    plain = teacher.pair.read
-    monkeypatch.setattr(teacher.pair, "read", lambda ids: reads.append(ids) or plain(ids))
+    plain = teacher.pair.align
+    monkeypatch.setattr(teacher.pair, "align", lambda ids: reads.append(ids) or plain(ids))
     batch = batch_of(SMALL, TEXTS)
     first, second = (across_of(teacher, batch) for _ in range(2))
     assert len(reads) == len(TEXTS)
     assert torch.equal(first.log_probs, second.log_probs)
-    monkeypatch.setattr("potstill.teachers.crosstok.KEPT_ROWS", 1)
+    monkeypatch.setattr("potstill.teachers.crosstok.CACHED_ROWS", 1)
     across_of(teacher, batch_of(SMALL, TEXTS[::-1]))
-    assert len(teacher._readings) <= 3
+    assert len(teacher._rows) <= 3
 
 
 class Sparse(Teacher):
@@ -290,7 +290,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         Distiller(model(SMALL), teacher, [Chunks(), Logits(ForwardKL())])
     with pytest.raises(VocabularyError, match="a CrossTokenizerTeacher for the term uld, got ModelTeacher"):
         Distiller(model(SMALL), ModelTeacher(model(SMALL)), [ULD()])
-    with pytest.raises(ShapeError, match="whole distributions, got a mixture or a few tokens"):
+    with pytest.raises(ShapeError, match="full distributions, got a mixture or a few tokens"):
         CrossTokenizerTeacher(Sparse(), LARGE, SMALL)(batch, causal_alignment(batch["labels"]))
     with pytest.raises(ShapeError, match=r"Chunks.bias_threshold: expected a number in"):
         Chunks(bias_threshold=2.0)

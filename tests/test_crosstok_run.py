@@ -57,11 +57,11 @@ def test_a_run_says_bits_per_byte(values: dict[str, Any], capsys: pytest.Capture
     parts = prepare(Recipe.parse(values))
     said, nats, tokens = 0, 0.0, 0
     for batch in in_batches(parts.eval.dataset, parts.tokenizer, 4):
-        across = parts.teacher(batch, causal_alignment(batch["labels"])).across
+        across = parts.teacher(batch, causal_alignment(batch["labels"])).chunks
         said += int(across.sizes.sum())
         nats -= float(across.log_probs.sum())
         tokens += int((across.student >= 0).sum())
-    whole = parts.teacher.meeting(parts.eval.dataset)
+    whole = parts.teacher.alignment_stats(parts.eval.dataset)
     assert whole.tokens == parts.eval.tokens
     assert tokens > 0.9 * whole.tokens
     assert rows["teacher"]["loss"] == pytest.approx(nats / tokens, rel=1e-4)
@@ -129,7 +129,7 @@ def test_the_same_tokenizer_works_too(values: dict[str, Any]) -> None:
     del values["student"]["tokenizer"]
     parts = prepare(Recipe.parse(values))
     assert parts.meeting is not None
-    assert parts.meeting.chunks == parts.meeting.alike
+    assert parts.meeting.chunks == parts.meeting.one_to_one
     assert parts.meeting.covered > 0.9 * parts.meeting.bytes
 
 

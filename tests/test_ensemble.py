@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[Callable[[], list[Targets]], str, str]] = {
     "log_probs of a sample": (
         lambda: [sample(numbers(N, V), 5, 0), DenseTargets(numbers(N, V))],
         "log_probs",
-        "expected whole distributions for a mean of log-probabilities, got sampled",
+        "expected full distributions for a mean of log-probabilities, got sampled",
     ),
     "a sample and a bucket": (
         lambda: [sample(numbers(N, V), 5, 0), top(numbers(N, V), 5)],
@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[Callable[[], list[Targets]], str, str]] = {
     "two temperatures": (
         lambda: [top(numbers(N, V), 5, 1.0), top(numbers(N, V), 5, 2.0)],
         "probabilities",
-        "taken at one temperature, got 1 and 2",
+        "of one temperature, got 1 and 2",
     ),
 }
 
@@ -330,7 +330,7 @@ def test_learned_weights_make_the_data_likeliest() -> None:
         for _ in range(2):
             ids = torch.multinomial(p, 128, replacement=True, generator=generator).reshape(2, 64)
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-            ensemble.learn(ensemble(batch, causal_alignment(ids)))
+            ensemble.update(ensemble(batch, causal_alignment(ids)))
         ensemble.after_step(step)
     assert ensemble.weights.sum() == pytest.approx(1)
     assert ensemble.weights.tolist() == pytest.approx(truth.tolist(), abs=0.04)
@@ -342,10 +342,10 @@ def test_a_step_of_em_is_its_formula_whatever_the_batches() -> None:
     batch = make_batch()
     alignment = causal_alignment(batch["labels"])
     whole_batch, parts = (EnsembleTeacher([Says(z) for z in logits], [0.9, 0.1], learned=True) for _ in range(2))
-    whole_batch.learn(whole_batch(batch, alignment))
+    whole_batch.update(whole_batch(batch, alignment))
     for row in range(len(batch["input_ids"])):
         some = {name: value[row : row + 1] for name, value in batch.items()}
-        parts.learn(parts(some, causal_alignment(some["labels"])))
+        parts.update(parts(some, causal_alignment(some["labels"])))
     joint = [w * z.double().softmax(-1)[alignment.labels] for w, z in zip((0.9, 0.1), logits, strict=True)]
     expected = [float((one / sum(joint)).mean()) for one in joint]
     size = 2**-0.6
@@ -399,7 +399,7 @@ def test_ensembles_that_cannot_be() -> None:
             EnsembleTeacher(two, wrong)
     with pytest.raises(ShapeError, match="2 different names"):
         EnsembleTeacher(two, names=["a", "a"])
-    with pytest.raises(ShapeError, match="of probabilities where weights are learned"):
+    with pytest.raises(ShapeError, match="of: probabilities where weights are learned"):
         EnsembleTeacher(two, of="log_probs", learned=True)
     batch = make_batch()
     with pytest.raises(DataError, match="got 1, which does not"):

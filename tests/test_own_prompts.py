@@ -137,30 +137,40 @@ def test_a_member_with_another_tokenizer_is_refused(recipe_values: dict[str, Any
         prepare(Recipe.parse(recipe_values))
 
 
+KINDS = "adapter_off, cache, ema, ensemble, model, server"
 MISTAKES = {
-    "an ensemble of one": ({"ensemble": [{"model": "a"}]}, "at least 2 items"),
-    "two who speak": ({"model": "a", "ema": {}}, "teacher: expected ema alone, got it with model"),
-    "two others": ({"adapter_off": True, "ema": {}}, "teacher: expected adapter_off alone, got it with ema"),
+    "an ensemble of one": ({"ensemble": [{"model": "a"}]}, "expected two members or more, got 1"),
+    "two who speak": ({"model": "a", "ema": {}}, f"teacher: expected one of {KINDS}, got ema and model"),
+    "two others": ({"adapter_off": True, "ema": {}}, f"teacher: expected one of {KINDS}, got adapter_off and ema"),
     "a server and more": (
         {"server": {"url": "u", "model": "m"}, "model": "a"},
-        "expected server alone, got it with model",
+        "expected one of .*, got model and server",
     ),
-    "nobody": ({}, "expected model, cache, server, ensemble, ema or adapter_off, got none of them"),
-    "weights of nobody": ({"model": "a", "weights": "learned"}, "expected weights beside an ensemble alone"),
+    "nobody": ({}, f"expected one of {KINDS}, got none"),
+    "weights of nobody": (
+        {"model": "a", "weights": "learned"},
+        "expected weights with ensemble alone, got it with model",
+    ),
     "weights of some": (
         {"ensemble": [{"model": "a", "weight": 1}, {"model": "b"}]},
         "expected a weight for every member of the ensemble or for none, got 1",
     ),
-    "no weight": ({"ensemble": [{"model": "a", "weight": 0}, {"model": "b", "weight": 0}]}, "that are not all 0"),
+    "no weight": (
+        {"ensemble": [{"model": "a", "weight": 0}, {"model": "b", "weight": 0}]},
+        "weights that are not negative nor all 0",
+    ),
     "learned log-probs": (
         {"ensemble": [{"model": "a"}, {"model": "b"}], "of": "log_probs", "weights": "learned"},
         "expected of: probabilities where weights are learned",
     ),
     "a member with both": (
         {"ensemble": [{"model": "a", "cache": "c"}, {"model": "b"}]},
-        "teacher.ensemble.0: .* got both",
+        "teacher: .* got both in member 0",
     ),
-    "an average that stands still": ({"ema": {"decay": 1.0}}, "teacher.ema.decay: .*less than 1"),
+    "an average that stands still": (
+        {"ema": {"decay": 1.0}},
+        r"teacher.ema.decay: expected a number in \[0, 1\), got 1.0",
+    ),
     "an unknown key": ({"ema": {"decy": 0.9}}, "teacher.ema.decy: unknown key. Did you mean decay"),
 }
 

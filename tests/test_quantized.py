@@ -21,11 +21,9 @@ from potstill.losses.token_losses import token_divergence
 from potstill.models.loading import load_model, suppress_warnings
 from potstill.models.split import run, split_model
 from potstill.runs.build import prepare
-from potstill.runs.build_teacher import load_teacher
 from potstill.runs.config.run import Recipe
-from potstill.runs.config.teacher import TeacherPart
 from potstill.runs.run import run as distil
-from potstill.teachers.model import ModelTeacher
+from potstill.teachers.model import ModelSource, ModelTeacher
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 KINDS = {"int8": "Linear8bitLt", "int4": "Linear4bit"}
@@ -53,7 +51,7 @@ def test_its_layers_are_rounded_and_its_head_is_not(folder: Path) -> None:
     whole = ModelTeacher(load_model(str(folder), "teacher"))
     exact = whole(batch, alignment).targets
     for dtype, kind in KINDS.items():
-        speaker = load_teacher(TeacherPart(model=str(folder), dtype=dtype, device="cpu"), None)
+        speaker = ModelSource(model=str(folder), dtype=dtype, device="cpu").load(None)
         assert speaker.model is not None
         kinds = {type(module).__name__ for module in speaker.model.model.layers.modules()}
         assert kind in kinds and "Linear" not in kinds

@@ -86,7 +86,7 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key() -> None:
     for expected in (
         "recipe: 10 mistakes",
         "nmae: unknown key. Did you mean name?",
-        "teacher.modle: unknown key. Did you mean model?",
+        "teacher: expected one of adapter_off, cache, ema, ensemble, model, server, got modle. Did you mean model?",
         "student: expected either model or design, got both",
         "data.eval.feild: unknown key. Did you mean field?",
         "data.max_length: input should be greater than or equal to 2, got 1",

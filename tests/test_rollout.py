@@ -29,7 +29,7 @@ from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.measure import collapse_notes
 from potstill.runs.run import run
-from potstill.teachers.cached_or_live import CachedOrLiveTeacher
+from potstill.teachers.cached import CachedOrLiveTeacher
 from potstill.train.callbacks import logged_lines
 from potstill.train.distiller import Distiller
 from potstill.train.rollout import Adapt, Replay, Rollout, _example, _rows, teacher_mix, teacher_top_k

@@ -24,7 +24,7 @@ from potstill.errors import PotstillError, RecipeError, RefusedError, ServerErro
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import JSD, ForwardKL
 from potstill.runs import run as pipeline
-from potstill.runs.cache import Request, build
+from potstill.runs.cache import CacheRequest, build
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
@@ -279,7 +279,7 @@ def test_rows_must_leave_the_server_a_place(served_values: dict[str, Any]) -> No
 def test_a_cache_built_from_a_server_serves_the_same_run(served_values: dict[str, Any], tmp_path: Path) -> None:
     asked = Recipe.parse(served_values)
     sources, top_k = [asked.data.train, asked.data.eval], {"k": asked.teacher.server.top_k}
-    request = Request(asked.teacher, sources, 32, True, "top_k", top_k, tmp_path / "cache", 4, asked.student.model)
+    request = CacheRequest(asked.teacher, sources, 32, True, "top_k", top_k, tmp_path / "cache", 4, asked.student.model)
     manifest = build(request, console=Console(file=io.StringIO()))
     assert manifest is not None and manifest.plan.teacher.startswith("toy behind http://127.0.0.1")
     live = quiet_run(served_values)

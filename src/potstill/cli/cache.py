@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -51,10 +52,10 @@ def build(
 ) -> None:
     """Run a teacher over data and store its signals. An interrupted build continues; a finished cache is kept."""
     from potstill.data.sources import Source
-    from potstill.runs.cache import Request
+    from potstill.runs.cache import CacheRequest
     from potstill.runs.cache import build as build_cache
     from potstill.runs.config.run import Recipe
-    from potstill.runs.config.teacher import TeacherPart
+    from potstill.runs.config.teacher import ModelSource
 
     options = CODEC_OPTIONS[codec]
     given = {"draws": draws, "top_k": top_k, "temperature": temperature}
@@ -69,21 +70,21 @@ def build(
         loaded = Recipe.load(recipe, set_ or ())
         config, sources, tokenizer = loaded.teacher, [loaded.data.train, loaded.data.eval], loaded.student.model
         max_length, packing = loaded.data.max_length, loaded.data.packing
-        if out is None and config.cache is not None:
-            out = Path(config.cache)
+        if out is None and config.cache_path is not None:
+            out = Path(config.cache_path)
         if temperature is None and "temperature" in options:
             given["temperature"] = _temperature(loaded)
     elif teacher is not None and data:
-        config = TeacherPart.model_validate({"model": teacher, "dtype": dtype, "device": device})
+        config = ModelSource(teacher, cast(Any, dtype), device)
         sources = [Source(str(path), field) for path in data]
     else:
         raise UserError("cache build: expected a recipe, or --teacher and --data, got neither.")
     if out is None:
         raise UserError("cache build: expected --out DIR, or teacher.cache in the recipe, got neither.")
-    if codec == "top_k" and top_k is None and config.server is not None:
-        given["top_k"] = config.server.top_k  # a server gives no more than these
+    if codec == "top_k" and top_k is None:
+        given["top_k"] = config.max_top_k
     parameters = {"k" if name == "top_k" else name: value for name, value in given.items() if value is not None}
-    request = Request(
+    request = CacheRequest(
         config, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, _layers(layers)
     )
     manifest = build_cache(request, part=_part(shard), engine=engine, console=console)
@@ -124,10 +125,14 @@ def _facts(directory: Path) -> dict[str, Any]:
         "rows": manifest.rows,
         "bytes": size,
         "bytes_per_token": size / max(manifest.tokens, 1),
-        "layers": None if plan.layers is None else plan.layers.model_dump(),
+        "layers": None if plan.layers is None else asdict(plan.layers),
         "shards": len(manifest.shards),
         "sources": [{"path": path, "rows": rows, "tokens": tokens} for path, rows, tokens, _ in plan.sources],
-        **plan.model_dump(include={"vocabulary", "teacher", "weights", "tokenizer", "alignment", "format", "versions"}),
+        **{
+            name: value
+            for name, value in asdict(plan).items()
+            if name not in ("codec", "sources", "shard_rows", "batch_rows", "layers")
+        },
     }
 
 

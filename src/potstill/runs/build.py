@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from accelerate import PartialState
@@ -27,18 +28,16 @@ from potstill.models.loading import has_bfloat16, load_tokenizer
 from potstill.models.spacing import evenly_spaced
 from potstill.models.structure import ModelShape
 from potstill.runs import build_rollout as rollouts
-from potstill.runs.build_across import meeting, reading_bytes
-from potstill.runs.build_across import notes as meeting_notes
+from potstill.runs.build_across import across_tokenizers, measure_alignment
+from potstill.runs.build_across import notes as alignment_notes
 from potstill.runs.build_student import begin, design_of, first_student, with_adapter
 from potstill.runs.build_task import encode_data, match_heads, positions_of, token_rows
-from potstill.runs.build_teacher import Speaker, load_teacher
 from potstill.runs.config.run import Recipe
-from potstill.teachers.cached import CachedTeacher
-from potstill.teachers.cached_or_live import CachedOrLiveTeacher
-from potstill.teachers.crosstok import AlignmentStats, CrossTokenizerTeacher
+from potstill.teachers.byte_alignment import AlignmentStats
+from potstill.teachers.cached import CachedOrLiveTeacher, CachedTeacher
 from potstill.teachers.dimensions import important_dimensions
-from potstill.teachers.model import ModelTeacher
 from potstill.teachers.privileged import PrivilegedTeacher
+from potstill.teachers.source import LoadedTeacher
 from potstill.teachers.teacher import Teacher
 from potstill.train.objective import Objective
 from potstill.train.rollout import Rollout
@@ -173,7 +172,7 @@ def prepare(recipe: Recipe) -> Parts:
     Raises:
         UserError: they do not.
     """
-    speaker = load_teacher(recipe.teacher, recipe.student.model, recipe.task)
+    speaker = recipe.teacher.load(recipe.student.model, recipe.task)
     tokenizer = speaker.tokenizer
     if recipe.student.model is not None:
         tokenizer = load_tokenizer(recipe.student.model, "student.model")
@@ -183,7 +182,7 @@ def prepare(recipe: Recipe) -> Parts:
     student = with_adapter(recipe, first_student(recipe, design, speaker.config), tokenizer)
     models = {**speaker.models, "student": student}
     if any(term.other_tokenizer for term in recipe.objective):
-        speaker = reading_bytes(recipe, speaker, tokenizer)
+        speaker = across_tokenizers(recipe, speaker, tokenizer)
         models = {"student": student}  # the teacher's head and positions are of tokens of its own
         if recipe.rollout is not None and recipe.rollout.guided:
             raise RecipeError(
@@ -214,8 +213,8 @@ def prepare(recipe: Recipe) -> Parts:
             )
     train, held_out = encode_data(recipe, student, tokenizer)
     teacher = _who_reads(recipe, speaker, train)
-    if recipe.rollout is not None and isinstance(teacher, CachedTeacher) and speaker.model is not None:
-        teacher = CachedOrLiveTeacher(teacher, ModelTeacher(speaker.model, device=recipe.teacher.device))
+    if recipe.rollout is not None and speaker.live is not None:
+        teacher = CachedOrLiveTeacher(cast(CachedTeacher, teacher), speaker.live)
     teacher.attach(student)
     notes = [*train.notes, *held_out.notes]
     _, pad_note = pad_token_id(tokenizer)
@@ -255,11 +254,9 @@ def prepare(recipe: Recipe) -> Parts:
     if shape is not None:
         of_teacher = teacher.shape if parts.objective.reads_teacher_layers else None
         teacher.prepare(parts.objective.fit(shape, of_teacher)[1])
-    if isinstance(teacher, CrossTokenizerTeacher):
-        found = meeting(teacher, train.dataset)
-        said = meeting_notes(found, teacher.pair.shared(), vocabulary)
-        parts = replace(parts, meeting=found, notes=(*parts.notes, *said))
-    elif not isinstance(teacher, ModelTeacher):
+    if (stats := measure_alignment(teacher, train.dataset)) is not None:
+        parts = replace(parts, meeting=stats, notes=(*parts.notes, *alignment_notes(stats, vocabulary)))
+    if teacher.needs_trial:
         _try(parts, teacher)
         if not teacher.covers(held_out.dataset):
             parts = replace(
@@ -268,7 +265,7 @@ def prepare(recipe: Recipe) -> Parts:
     return parts
 
 
-def _who_reads(recipe: Recipe, speaker: Speaker, train: Examples) -> Teacher:
+def _who_reads(recipe: Recipe, speaker: LoadedTeacher, train: Examples) -> Teacher:
     """The teacher, with its own prompts where the training data has them.
 
     Raises:
@@ -276,17 +273,11 @@ def _who_reads(recipe: Recipe, speaker: Speaker, train: Examples) -> Teacher:
     """
     if not train.teacher_longest:
         return speaker.teacher
-    others = {
-        "a cache": recipe.teacher.cache is not None,
-        "an ensemble": recipe.teacher.ensemble is not None,
-        "one with another tokenizer": speaker.teacher.other_tokenizer,
-    }
-    for other, given in others.items():
-        if given:
-            raise RecipeError(
-                f"data.train: expected a teacher that reads its own prompts, got {other}. What it says is known of the "
-                "student's rows alone. Name one with teacher.model, or leave teacher_prompt out."
-            )
+    if (other := speaker.teacher.without_own_prompts) is not None:
+        raise RecipeError(
+            f"data.train: expected a teacher that reads its own prompts, got {other}. Name one with teacher.model, or "
+            "leave teacher_prompt out."
+        )
     limits = [getattr(model.config, "max_position_embeddings", None) for model in speaker.models.values()]
     limit = min((each for each in [*limits, speaker.teacher.max_length] if each), default=None)
     if limit is not None and train.teacher_longest > limit:
@@ -307,9 +298,7 @@ def _try(parts: Parts, teacher: Teacher) -> None:
     for term in parts.objective.terms:
         if isinstance(term, DenseTerm):
             term.teacher_logits(said)
-        if isinstance(term, PolicyGradient) and not isinstance(
-            teacher, CachedOrLiveTeacher
-        ):  # whose cache is not asked
+        if isinstance(term, PolicyGradient) and not teacher.answers_samples_apart:
             label_log_probs(output, alignment.labels)
             if term.single_step:
                 token_divergence(torch.zeros(len(alignment), parts.vocabulary), said, ReverseKL())

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import Examples
 from potstill.engines.sampling import Sampling
-from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError
 from potstill.losses.schedule import Schedule
 from potstill.models.adapted import is_adapted
@@ -48,7 +47,7 @@ def find_writer(recipe: Recipe, student: Any, tokenizer: PreTrainedTokenizerBase
             f"rollout.server: expected an adapter without biases, got bias: {student.active_peft_config.bias}. vLLM "
             "leaves an adapter's biases out. Leave student.adapter.bias out, or rollout.server."
         )
-    server = ModelServer(**part.model_dump(exclude={"folder", "max_staleness"}))
+    server = part.connect()
     folder = Path(part.folder or Path(recipe.output) / "served").expanduser()
     return ServedWriter(server, tokenizer, folder, adapter=adapted, max_staleness=part.max_staleness)
 

@@ -109,13 +109,13 @@ def begin(
         )
     if getattr(teacher, "is_quantized", False):
         raise RecipeError(
-            f"student.initialize: expected a teacher in whole precision for {part.method}, got one in "
-            f"{recipe.teacher.dtype}. Its weights are taken over. Leave teacher.dtype out, or begin at random."
+            f"student.initialize: expected a teacher in full precision for {part.method}, got one that is "
+            f"quantized. Its weights are taken over. Leave teacher.dtype out, or begin at random."
         )
     chosen = evenly_spaced(part.calibration_rows, len(train))
 
     def calibration() -> Iterator[dict[str, Tensor]]:
-        teacher.to(recipe.teacher.device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
+        teacher.to(recipe.teacher.model_device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
         return in_batches((train[i] for i in chosen), tokenizer, ROWS)
 
     return plan_initialization(teacher, design, part.method, layers=part.layers, calibration=calibration)

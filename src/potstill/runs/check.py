@@ -92,7 +92,7 @@ def check(recipe: Recipe) -> Preflight:
         memory_bytes=held
         + 3 * trained
         + sum(model.get_memory_footprint() for model in parts.teacher_models)
-        + (trained if recipe.teacher.ema is not None else 0)
+        + (trained if recipe.teacher.copies_student else 0)
         + batch_bytes,
         batch_bytes=batch_bytes,
         batch_measured=beside is not None,

@@ -18,7 +18,6 @@ from potstill.data.files import write_text
 from potstill.engines.engine import Engine, Prompt
 from potstill.engines.local import LocalEngine
 from potstill.engines.sampling import Completion
-from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError
 from potstill.generation.card import write_card, write_rows
 from potstill.generation.filters import (
@@ -174,7 +173,7 @@ def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None, o
     """The teacher's engine; without `on_device` a model stays out of the accelerator's memory."""
     part = recipe.teacher
     if part.server is not None:
-        server = ModelServer(**part.server.model_dump())
+        server = part.server.connect()
         server.card()  # checks that the server answers and has that model
         return server
     assert part.model is not None and tokenizer is not None

@@ -23,14 +23,10 @@ from potstill.evaluate.sequence import measure
 from potstill.evaluate.speed import bytes_on_disk, latency_ms, weight_bytes
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
-from potstill.models.adapted import count, is_adapted
+from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.loading import load_model
 from potstill.runs.build import Parts
 from potstill.runs.config.student import BudgetPart, StudentPart
-from potstill.runs.config.teacher import TeacherPart
-from potstill.teachers.crosstok import CrossTokenizerTeacher
-from potstill.teachers.ensemble import EnsembleTeacher
-from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
 from potstill.train.samples import collapse
@@ -68,7 +64,6 @@ def summarize(parts: Parts, students: Mapping[str, Path], directory: Path) -> re
     metrics = logged_lines(directory / "metrics.jsonl")
     samples = logged_lines(directory / "own_texts.jsonl")
     stats = next((line for line in reversed(metrics) if "own_length" in line), None)
-    ensemble = parts.teacher if isinstance(parts.teacher, EnsembleTeacher) else None
     return records.Summary(
         name=recipe.name,
         seed=recipe.seed,
@@ -96,11 +91,11 @@ def summarize(parts: Parts, students: Mapping[str, Path], directory: Path) -> re
         ),
         objective="; ".join(term.describe() for term in recipe.objective),
         models={
-            "teacher": describe_teacher(recipe.teacher, parts.teacher),
+            "teacher": recipe.teacher.describe(parts.teacher),
             "student": describe_student(recipe.student),
         },
         adapter=_adapter_facts(parts, students["student"], models["student"]),
-        teacher_weights=None if ensemble is None else dict(zip(ensemble.names, ensemble.weights.tolist(), strict=True)),
+        teacher_weights=parts.teacher.member_weights,
         notes=[*parts.notes, *collapse_notes(metrics)],
         versions=versions(),
     )
@@ -111,7 +106,7 @@ def _load_models(parts: Parts, students: Mapping[str, Path]) -> dict[str, PreTra
     recipe, device = parts.recipe, PartialState().device
     models = {}
     if parts.teacher_model is not None and parts.meeting is None:
-        models["teacher"] = parts.teacher_model.to(torch.device(recipe.teacher.device or device))  # type: ignore[arg-type]
+        models["teacher"] = parts.teacher_model.to(torch.device(recipe.teacher.model_device or device))  # type: ignore[arg-type]
     dtype = "auto" if recipe.student.adapter is None else recipe.student.adapter.dtype
     for name in sorted(students):
         models[name] = load_model(str(students[name]), name, dtype, recipe.task).to(device)
@@ -143,8 +138,8 @@ def _teacher_loss(parts: Parts, dataset: Dataset) -> float | None:
         alignment = causal_alignment(batch["labels"])
         output = parts.teacher(batch, alignment)
         log_probs: Tensor | None
-        if output.across is not None:
-            log_probs, num_tokens = output.across.log_probs, int((output.across.student >= 0).sum())
+        if output.chunks is not None:
+            log_probs, num_tokens = output.chunks.log_probs, int((output.chunks.student >= 0).sum())
         else:
             shared = replace(output, targets=output.targets.slice(parts.vocabulary))
             log_probs, num_tokens = shared.of_labels(alignment.labels), len(alignment)
@@ -163,13 +158,13 @@ def _scores(
     teacher_loss: float | None,
 ) -> records.ScoresByModel:
     """Collect quality and costs of every model."""
-    teacher_folder = Path(str(parts.recipe.teacher.model))
+    teacher_folder = Path(str(parts.recipe.teacher.model_path))
     folders = {"teacher": teacher_folder, **students}
     keys = [row.key for row in QUALITY[parts.recipe.task]]
     rows: dict[str, dict[str, Any]] = {
         name: {
             **{key: getattr(quality[name], key) for key in keys},
-            "parameters": count(model).all,
+            "parameters": parameter_count(model).all,
             "bytes": bytes_on_disk(folders[name], model),
             "latency_ms": latency_ms(model, parts.recipe.data.max_length),
         }
@@ -180,8 +175,7 @@ def _scores(
         if (model := parts.teacher_model) is not None:  # its tokenizer differs, its size is known
             rows["teacher"]["parameters"] = model.num_parameters()
             rows["teacher"]["bytes"] = weight_bytes(teacher_folder) or model.get_memory_footprint()
-    if isinstance(parts.teacher, CrossTokenizerTeacher):
-        text = parts.teacher.meeting(parts.eval.dataset)
+    if (text := parts.teacher.alignment_stats(parts.eval.dataset)) is not None:
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] * text.tokens / text.bytes / math.log(2)
     return records.ScoresByModel(**{name: records.ModelScores(**row) for name, row in rows.items()})
@@ -250,12 +244,3 @@ def describe_student(student: StudentPart) -> str:
         model = f"the teacher's architecture {within} {shape}"
         model += "" if method == "random" else f"; initialized by {method}"
     return model if student.adapter is None else f"{model}, with {student.adapter.title}"
-
-
-def describe_teacher(part: TeacherPart, teacher: Teacher) -> str:
-    """Name the teacher, with the weights of an ensemble."""
-    if part.ensemble is None or not isinstance(teacher, EnsembleTeacher):
-        return part.title
-    members = zip(part.ensemble, teacher.weights.tolist(), strict=True)
-    weights = ", ".join(f"{member.title} ({weight:.3f})" for member, weight in members)
-    return f"an ensemble, {part.weights} weights of {part.of.replace('_', '-')}: {weights}"

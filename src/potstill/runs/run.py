@@ -164,7 +164,7 @@ def _save(parts: Parts, trainer: DistillationTrainer, folder: Path) -> None:
     if trainer.is_world_process_zero():
         teacher, student = parts.teacher_config, trainer.distiller.config
         if parts.recipe.task == "encoder" and teacher is not None and teacher.hidden_size == student.hidden_size:
-            copy_modules(str(parts.recipe.teacher.model), partial)
+            copy_modules(str(parts.recipe.teacher.model_path), partial)
         partial.rename(folder)
     trainer.accelerator.wait_for_everyone()
 

@@ -1,8 +1,9 @@
-"""A teacher that has spoken already: its signals come from a cache on disk."""
+"""Teacher signals read from a cache on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +14,38 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from potstill.errors import DataError, ModelError
-from potstill.losses.alignment import Alignment, target_positions
+from potstill.losses.alignment import Alignment, Task, target_positions
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
 from potstill.models.capture import ActivationRequest, Activations
+from potstill.models.loading import load_config, load_tokenizer
 from potstill.models.structure import ModelShape
 from potstill.teachers.cache.codec import Hidden, codec_of
 from potstill.teachers.cache.planes import Reader, pack_floats
-from potstill.teachers.cache.store import Cache, Plan, row_key
-from potstill.teachers.teacher import NOT_COVERED, Teacher, TeacherOutput
+from potstill.teachers.cache.store import Cache, CachePlan, row_key
+from potstill.teachers.model import ModelSource, Precision
+from potstill.teachers.source import LoadedTeacher, MemberSource
+from potstill.teachers.teacher import MISSING_ROWS, Teacher, TeacherOutput
 
 HEAD = "head.safetensors"  # beside the manifest
 COMPANIONS = "teacher"  # the folder of config and tokenizer
 
 
 class CachedTeacher(Teacher):
-    """Reads what a teacher said about each row of a batch; nothing is computed.
+    """Teacher signals precomputed on disk; nothing is computed.
 
-    A row is found by its token ids and by which of them count: order, batches and epochs do not matter. What is said
-    is what the codec kept: samples, top-k with a bucket, whole distributions, or hidden states and a head. Terms that
-    look inside find the hidden states of the layers that were kept.
+    A row is found by its token ids and target positions, whatever the order, the batch or the epoch. Targets are what
+    the codec stored: samples, top-k with a bucket, full distributions, or hidden states and a head. Hidden states of
+    layers are there for the layers that the cache was built with.
 
     Args:
-        directory: a cache that `potstill cache build` finished.
+        directory: a finished cache of `potstill cache build`.
         verify: compare every byte with the checksums first.
 
     Raises:
-        DataError: there is no finished cache, or it is not what was written.
+        DataError: there is no finished cache, or it has changed since it was written.
     """
+
+    without_own_prompts = "a cache"
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.cache = Cache(directory, verify=verify)
@@ -48,115 +54,166 @@ class CachedTeacher(Teacher):
         self._head = _read_head(self.cache.directory / HEAD) if isinstance(self.codec, Hidden) else None
 
     @property
-    def plan(self) -> Plan:
-        """What the cache was made of."""
+    def plan(self) -> CachePlan:
+        """What the cache was made from."""
         return self.cache.manifest.plan
 
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         keys = keys_of_batch(batch, alignment)
         rows = self.cache.find(keys)
         if (rows < 0).any():
-            raise DataError(NOT_COVERED)
+            raise DataError(f"teacher: {MISSING_ROWS}")
         device = batch["input_ids"].device
         inside = self._layers(batch, alignment, rows).to(device) if self._needs else Activations()
         if not keys:
             return TeacherOutput(DenseTargets(torch.zeros(0, self.plan.vocabulary, device=device)), inside=inside)
-        said, told = self.codec.decode(*self.cache.signals(rows), self._head)
-        return TeacherOutput(_to(said, device), None if told is None else told.to(device), inside)
+        targets, log_probs = self.codec.decode(*self.cache.signals(rows), self._head)
+        return TeacherOutput(_to(targets, device), None if log_probs is None else log_probs.to(device), inside)
 
     @property
     def shape(self) -> ModelShape:
-        """The shape of the model that has spoken."""
         kept = self.plan.layers
         if kept is None:
-            raise self._closed()
+            raise self._no_layers()
         return ModelShape(kept.depth, kept.width, kept.heads, kept.narrowest, attention_dropout=0.0)
 
     def prepare(self, needs: ActivationRequest) -> None:
-        """See `Teacher`. Only hidden states are kept."""
         kept = [] if self.plan.layers is None else self.plan.layers.kept
         if needs != ActivationRequest(hidden=needs.hidden & {*kept}):
-            raise self._closed(sorted(needs.hidden))
+            raise self._no_layers(sorted(needs.hidden))
         self._needs |= needs
 
-    def _closed(self, layers: Sequence[int] = ()) -> ModelError:
-        wanted = f"layers {', '.join(map(str, layers))}" if layers else "the layers that terms of the objective ask for"
+    def _no_layers(self, layers: Sequence[int] = ()) -> ModelError:
+        needed = f"layers {', '.join(map(str, layers))}" if layers else "the layers that terms of the objective need"
         kept = self.plan.layers
         held = "targets alone" if kept is None else f"layers {', '.join(map(str, kept.kept))}"
         return ModelError(
-            f"cache: expected one with the hidden states of {wanted}, got one with {held}. Attention is never kept. "
+            f"cache: expected one with the hidden states of {needed}, got one with {held}. Attention is never kept. "
             "Build it with --layers, use a model as the teacher, or the terms logits and labels."
         )
 
     def _layers(self, batch: Mapping[str, Tensor], alignment: Alignment, rows: NDArray[np.int64]) -> Activations:
-        """Hidden states [B, T, H], 0 at padding and in rows where nothing counts."""
+        """Hidden states [B, T, H], 0 at padding and in rows without a target position."""
         kept = self.plan.layers
         assert kept is not None
-        parts = []
-        for row in self.cache.layers(rows):
-            reader = Reader(row)
-            parts.append(reader.take_floats(kept.dtype, reader.left // getattr(torch, kept.dtype).itemsize))
-        there = _spoken_of(batch, alignment)
-        states = torch.zeros(*there.shape, len(kept.kept), kept.width, dtype=getattr(torch, kept.dtype))
-        if parts:
-            states[there] = torch.cat(parts).reshape(-1, len(kept.kept), kept.width)
+        dtype = getattr(torch, kept.dtype)
+        stored = _stored_positions(batch, alignment)
+        states = torch.zeros(*stored.shape, len(kept.kept), kept.width, dtype=dtype)
+        readers = [Reader(row) for row in self.cache.layers(rows)]
+        if readers:
+            values = torch.cat([reader.take_floats(kept.dtype, reader.left // dtype.itemsize) for reader in readers])
+            states[stored] = values.reshape(-1, len(kept.kept), kept.width)
         return Activations({layer: states[:, :, kept.kept.index(layer)] for layer in sorted(self._needs.hidden)})
 
     def holds(self, batch: Mapping[str, Tensor], alignment: Alignment) -> bool:
-        """Whether every row of a batch with a counting token is in the cache."""
+        """Whether every row of a batch with a target position is in the cache."""
         return bool((self.cache.find(keys_of_batch(batch, alignment)) >= 0).all())
 
     def covers(self, dataset: Any) -> bool:
         if not isinstance(dataset, Sized):
-            return True  # a stream: what is missing is told when it comes
-        return bool((self.cache.find([key for key, _ in keys_of(dataset)]) >= 0).all())
+            return True  # a stream: a missing row is an error when it comes
+        return bool((self.cache.find([*keys_of(dataset)]) >= 0).all())
 
 
-def keys_of(dataset: Any) -> Iterator[tuple[bytes, int]]:
-    """The key and the number of counting tokens of each row of a dataset, those without one left out."""
+class CachedOrLiveTeacher(Teacher):
+    """Reads a cache for batches that it holds, and runs another teacher on the others: those with on-policy samples.
+
+    A batch comes from one of them as a whole, because their targets may be of different kinds.
+    """
+
+    answers_samples_apart = True
+
+    def __init__(self, cached: CachedTeacher, live: Teacher) -> None:
+        self.cached, self.live = cached, live
+
+    def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
+        teacher = self.cached if self.cached.holds(batch, alignment) else self.live
+        return teacher(batch, alignment)
+
+
+@dataclass(frozen=True)
+class CacheSource(MemberSource):
+    """A cache of teacher signals. With a model beside it, training reads the cache and the report measures the model.
+
+    Args:
+        cache: a directory made by `potstill cache build`
+        model: the teacher itself: a folder, or a name on the hub
+        dtype: the model's precision
+        device: the model's device; by default the student's
+    """
+
+    cache: str
+    model: str | None = None
+    dtype: Precision = "auto"
+    device: str | None = None
+    name = "cache"
+    tasks = frozenset({"causal"})
+
+    @property
+    def title(self) -> str:
+        return self.model or f"the cache {self.cache}"
+
+    @property
+    def live(self) -> ModelSource | None:
+        return None if self.model is None else ModelSource(self.model, self.dtype, self.device)
+
+    def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
+        live = None if self.live is None else self.live.load(student, task, key)
+        teacher = CachedTeacher(self.cache)
+        folder = Path(self.cache) / COMPANIONS
+        from_server = not (folder / "config.json").exists()
+        config = None if from_server else load_config(str(folder), f"{key}.cache")
+        tokenizer = load_tokenizer(str(folder), f"{key}.cache")
+        if live is None:
+            return LoadedTeacher(teacher, tokenizer, config=config)
+        return replace(live, teacher=teacher, tokenizer=tokenizer, config=config, live=live.teacher)
+
+
+def keys_of(dataset: Any) -> Iterator[bytes]:
+    """The key of each row of a dataset, except rows without a target position."""
     for row in dataset:
         counts = target_positions(torch.tensor(row["labels"])[None])[0].numpy()
         if counts.any():
-            yield row_key(np.asarray(row["input_ids"]), counts), int(counts.sum())
+            yield row_key(np.asarray(row["input_ids"]), counts)
 
 
 def keys_of_batch(batch: Mapping[str, Tensor], alignment: Alignment) -> list[bytes]:
-    """The key of each row of a padded batch, those without a counting token left out."""
+    """The key of each row of a padded batch, except rows without a target position."""
     ids, mask = (batch[name].cpu().numpy() for name in ("input_ids", "attention_mask"))
     counts = np.zeros(ids.shape, bool)
     counts.reshape(-1)[alignment.positions.cpu().numpy()] = True
-    kept = mask.astype(bool)
-    return [row_key(ids[i][kept[i]], counts[i][kept[i]][:-1]) for i in np.flatnonzero(counts.any(1))]
+    attended = mask.astype(bool)
+    return [row_key(ids[i][attended[i]], counts[i][attended[i]][:-1]) for i in np.flatnonzero(counts.any(1))]
 
 
 def layers_of_batch(
     batch: Mapping[str, Tensor], alignment: Alignment, inside: Activations, layers: Sequence[int]
 ) -> list[bytes]:
-    """What is kept of the hidden states of each row of a padded batch: [T, layers, H] without padding."""
-    there = _spoken_of(batch, alignment)
-    states = torch.stack([inside.hidden[layer].cpu()[there] for layer in layers], 1)
-    lengths = there.sum(1)
-    return [pack_floats(part) for part in states.split(lengths[lengths > 0].tolist())]
+    """Pack the hidden states of each row of a padded batch: [T, layers, H] without padding."""
+    stored = _stored_positions(batch, alignment)
+    states = torch.stack([inside.hidden[layer].cpu()[stored] for layer in layers], 1)
+    lengths = stored.sum(1)
+    return [pack_floats(row) for row in states.split(lengths[lengths > 0].tolist())]
 
 
-def _spoken_of(batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor:
-    """[B, T] bool: all that is no padding, in rows where something counts; on the CPU."""
+def _stored_positions(batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor:
+    """[B, T] bool, on the CPU: positions without padding, in rows with a target position."""
     mask = batch["attention_mask"].bool().cpu()
-    counts = (alignment.positions.cpu() // alignment.length).bincount(minlength=len(mask))
+    counts = alignment.row.cpu().bincount(minlength=len(mask))
     return mask & (counts > 0).unsqueeze(-1)
 
 
-def _to(said: Targets, device: torch.device) -> Targets:
-    if isinstance(said, SparseTargets):
-        return SparseTargets(said.ids.to(device), said.log_probs.to(device), said.kind, said.temperature)
-    if isinstance(said, DenseTargets):
-        return DenseTargets(said.logits.to(device))
-    assert isinstance(said, HeadTargets)  # no codec keeps a mixture
-    head = said.head
+def _to(targets: Targets, device: torch.device) -> Targets:
+    if isinstance(targets, SparseTargets):
+        return replace(targets, ids=targets.ids.to(device), log_probs=targets.log_probs.to(device))
+    if isinstance(targets, DenseTargets):
+        return DenseTargets(targets.logits.to(device))
+    assert isinstance(targets, HeadTargets)  # no codec stores a mixture
+    head = targets.head
     if head.weight.device != device:
         bias = None if head.bias is None else head.bias.to(device)
-        head = LMHead(head.weight.to(device), bias, head.logit_scale, head.softcap)
-    return HeadTargets(said.hidden.to(device), head)
+        head = replace(head, weight=head.weight.to(device), bias=bias)
+    return HeadTargets(targets.hidden.to(device), head)
 
 
 def _read_head(path: Path) -> LMHead:

@@ -1,4 +1,4 @@
-"""One text in the tokens of two tokenizers: which of them say the same bytes."""
+"""Alignment of two tokenizers by byte offsets: the chunks of a text at whose ends both have a token boundary."""
 
 from __future__ import annotations
 
@@ -9,131 +9,127 @@ from functools import cached_property
 
 import numpy as np
 
-from potstill.teachers.pieces import Pieces
+from potstill.teachers.pieces import TokenBytes
 
-NONE = -1  # a token that belongs to no chunk
+NONE = -1  # the chunk of a token that is in none
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A row of the student's tokens as the teacher reads it, and the chunks in which both meet.
+class AlignedRow:
+    """A row of the student's tokens in the teacher's tokens, with their chunks.
 
-    A chunk is the shortest stretch of bytes at whose start and end both have a boundary, or a special token that both
-    have. Every byte that both can say is in one chunk, and so are the tokens that say it.
+    A chunk is the shortest run of bytes at whose start and end both have a boundary, or a special token of both. Every
+    byte that both can represent is in one chunk.
 
     Args:
-        ids: [teacher's tokens].
-        student: [student's tokens] the chunk of each, or -1.
-        teacher: [teacher's tokens] likewise.
-        goes_on: [chunks] whether the next chunk follows within the same text.
-        sizes: [chunks] how many bytes each has.
+        ids: the teacher's tokens.
+        student: the chunk of each of the student's tokens, or -1; teacher likewise.
+        continues: [chunks] whether the next chunk follows within the same text.
+        spaced: [chunks] whether one of the tokenizers puts a space before it.
+        sizes: [chunks] bytes in each.
     """
 
     ids: list[int]
     student: np.ndarray
     teacher: np.ndarray
-    goes_on: np.ndarray
+    continues: np.ndarray
+    spaced: np.ndarray
     sizes: np.ndarray
 
 
-def meet(student: Sequence[int], teacher: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The chunks of one text of which both say every byte.
+def align_sizes(student: Sequence[int], teacher: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the chunks of one text of which both tokenizers represent every byte.
 
     Args:
-        student: how many bytes each of the student's tokens stands for.
+        student: bytes of each of the student's tokens.
         teacher: likewise; the sums are equal.
 
     Returns:
         The chunk of each of the student's tokens, that of each of the teacher's, and the bytes of each chunk. A token
-        without a byte belongs to what comes after it.
+        without bytes belongs to the chunk after it.
     """
-    mine, theirs = (np.cumsum(np.asarray(sizes, dtype=np.int64)) for sizes in (student, teacher))
-    ends = np.intersect1d(mine, theirs)
+    sizes = [np.asarray(each, dtype=np.int64) for each in (student, teacher)]
+    offsets = [np.cumsum(each) for each in sizes]
+    ends = np.intersect1d(*offsets)
     ends = ends[ends > 0]
-    chunks = []
-    for sizes, after in ((student, mine), (teacher, theirs)):
-        empty = np.asarray(sizes, dtype=np.int64) == 0
-        chunk = np.searchsorted(ends, np.where(empty, after + 1, after), side="left")
-        chunks.append(np.minimum(chunk, len(ends) - 1))  # -1 where there is no byte at all
-    return chunks[0], chunks[1], np.diff(ends, prepend=0)
+    chunks = [np.searchsorted(ends, after + (size == 0)) for size, after in zip(sizes, offsets, strict=True)]
+    # -1 where there is no byte at all
+    return *(np.minimum(chunk, len(ends) - 1) for chunk in chunks), np.diff(ends, prepend=0)  # type: ignore[return-value]
 
 
-class Pair:
-    """Two tokenizers: how the teacher reads what the student has.
+class TokenizerPair:
+    """A student's and a teacher's tokenizer.
 
-    Special tokens stand for no bytes. They meet by role (bos, eos) or by name; one that the teacher does not have is
-    left out of what it reads.
-
-    Args:
-        student: its tokens' bytes; teacher likewise.
+    Special tokens have no bytes. They are matched by role (bos, eos) or by name; one that the teacher does not have is
+    left out of its row.
     """
 
-    def __init__(self, student: Pieces, teacher: Pieces) -> None:
+    def __init__(self, student: TokenBytes, teacher: TokenBytes) -> None:
         self.student, self.teacher = student, teacher
         self._longer: dict[tuple[int, int], np.ndarray] = {}
-        mine, theirs = self.student.tokenizer, self.teacher.tokenizer
-        vocab = theirs.get_vocab()
-        self._counterparts: dict[int, int] = {}
-        for token, id in mine.get_vocab().items():
-            named = token in vocab and self.teacher.of[vocab[token]] is None
-            if self.student.of[id] is None and named and id != mine.unk_token_id:
-                self._counterparts[id] = vocab[token]
+        tokenizer, other = student.tokenizer, teacher.tokenizer
+        vocabulary = other.get_vocab()
+        self._counterparts = {
+            id: vocabulary[token]
+            for token, id in tokenizer.get_vocab().items()
+            if student.bytes_of[id] is None and id != tokenizer.unk_token_id
+            if token in vocabulary and teacher.bytes_of[vocabulary[token]] is None
+        }
         for role in ("bos_token_id", "eos_token_id"):  # eos last: it decides where one token is both
-            ours, other = getattr(mine, role), getattr(theirs, role)
-            if ours is not None and other is not None:
-                self._counterparts[ours] = other
-        self._opening = self.teacher.opening()
-        self._sorted = sorted((piece, id) for piece, id in self.teacher.ids.items())
+            if getattr(tokenizer, role) is not None and getattr(other, role) is not None:
+                self._counterparts[getattr(tokenizer, role)] = getattr(other, role)
+        self._prefix = teacher.prefix()
+        self._sorted = sorted((piece, id) for piece, id in teacher.ids.items())
 
-    def read(self, ids: list[int]) -> Reading:
-        """The student's row as the teacher reads it."""
+    def align(self, ids: list[int]) -> AlignedRow:
+        """Tokenize a row of the student's tokens with the teacher's tokenizer, and find the chunks."""
         first = self._counterparts.get(ids[0]) if ids else None
-        read = [] if self._opening and first == self._opening[0] else [*self._opening]
+        row = [] if self._prefix and first == self._prefix[0] else [*self._prefix]
         student = np.full(len(ids), NONE)
-        teacher: list[int] = [NONE] * len(read)
-        goes_on: list[bool] = []
+        teacher: list[int] = [NONE] * len(row)
+        continues: list[bool] = []
         sizes: list[int] = []
-        for start, end in self._stretches(ids):
-            if self.student.of[ids[start]] is None:
-                other = self._counterparts.get(ids[start])
-                if other is not None:
+        for start, end in self._runs(ids):
+            if self.student.bytes_of[ids[start]] is None:
+                counterpart = self._counterparts.get(ids[start])
+                if counterpart is not None:
                     student[start] = len(sizes)
                     teacher.append(len(sizes))
-                    read.append(other)
-                    goes_on.append(False)
+                    row.append(counterpart)
+                    continues.append(False)
                     sizes.append(0)
                 continue
-            said = self.student.spell(ids[start:end])
-            text = self.student.text(said)
-            spelled = self.teacher.read(text)
-            if spelled is None:  # there is nothing to read it as
+            spans = self.student.spans(ids[start:end])
+            tokens = self.teacher.tokenize(self.student.text(spans))
+            if tokens is None:  # the teacher has no tokens for it
                 continue
-            mine, theirs, found = meet([one.size for one in said], [one.size for one in spelled])
-            read += [one.id for one in spelled]
-            good = np.ones(len(found), bool)
-            good[[chunk for chunk, one in zip(theirs, spelled, strict=True) if not one.exact]] = False
-            number = np.append(np.where(good, np.cumsum(good) - 1 + len(sizes), NONE), NONE)  # the last for NONE
-            student[start:end] = number[mine]
-            teacher += number[theirs].tolist()
-            goes_on += np.append(good, False)[1:][good].tolist()
-            sizes += found[good].tolist()
-        return Reading(read, student, np.array(teacher, dtype=np.int64), np.array(goes_on, bool), np.array(sizes, int))
+            of_student, of_teacher, lengths = align_sizes([x.size for x in spans], [x.size for x in tokens])
+            row += [token.id for token in tokens]
+            good = np.ones(len(lengths), bool)
+            good[[chunk for chunk, token in zip(of_teacher, tokens, strict=True) if not token.exact]] = False
+            number = renumber(good, len(sizes))
+            student[start:end] = number[of_student]
+            teacher += number[of_teacher].tolist()
+            continues += np.append(good, False)[1:][good].tolist()
+            sizes += lengths[good].tolist()
+        follows, lengths = np.array(continues, bool), np.array(sizes, int)
+        opens = ~np.append(False, follows)[:-1] & (lengths > 0)
+        spaced = opens & (self.student.adds_space != self.teacher.adds_space)
+        return AlignedRow(row, student, np.array(teacher, dtype=np.int64), follows, spaced, lengths)
 
-    def _stretches(self, ids: list[int]) -> list[tuple[int, int]]:
-        """Where text is, and each special token by itself."""
+    def _runs(self, ids: list[int]) -> list[tuple[int, int]]:
+        """The start and end of each run of text, and of each special token."""
         bounds: list[tuple[int, int]] = []
         start = 0
         for i, id in enumerate([*ids, None]):
-            if id is None or self.student.of[id] is None:
+            if id is None or self.student.bytes_of[id] is None:
                 bounds += [(start, i)] if i > start else []
                 bounds += [(i, i + 1)] if id is not None else []
                 start = i + 1
         return bounds
 
-    def longer(self, teacher: int, student: int) -> np.ndarray:
-        """The teacher's tokens that begin with a token of its own and go on in a way in which the student cannot.
-
-        What the student too would read as one longer token, it has learnt as the teacher has.
+    def longer_tokens(self, teacher: int, student: int) -> np.ndarray:
+        """The teacher's tokens that extend one of its own in a way in which the student has no longer token.
 
         Args:
             teacher: the teacher's last token of a chunk.
@@ -141,43 +137,46 @@ class Pair:
         """
         key = (teacher, student)
         if key not in self._longer:
-            piece, mine = self.teacher.of[teacher], self.student.of[student]
-            found: list[int] = []
-            if piece and mine:
-                at = bisect_left(self._sorted, (piece, -1))
-                while at < len(self._sorted) and self._sorted[at][0].startswith(piece):
-                    other, id = self._sorted[at]
-                    at += 1
-                    if len(other) > len(piece) and mine + other[len(piece) :] not in self.student.ids:
-                        found.append(id)
-            self._longer[key] = np.array(found, dtype=np.int64)
+            piece, of_student = self.teacher.bytes_of[teacher], self.student.bytes_of[student]
+            longer: list[int] = []
+            if piece and of_student:
+                for i in range(bisect_left(self._sorted, (piece, -1)), len(self._sorted)):
+                    other, id = self._sorted[i]
+                    if not other.startswith(piece):
+                        break
+                    if len(other) > len(piece) and of_student + other[len(piece) :] not in self.student.ids:
+                        longer.append(id)
+            self._longer[key] = np.array(longer, dtype=np.int64)
         return self._longer[key]
 
-    def shared(self) -> int:
-        """How many of the student's tokens say the bytes of one of the teacher's, or are its special token."""
+    @cached_property
+    def num_shared(self) -> int:
+        """Number of the student's tokens that the teacher has too, by their bytes or as special tokens."""
         return len(self.student.ids.keys() & self.teacher.ids.keys()) + len(self._counterparts)
 
     @cached_property
-    def begins(self) -> list[int]:
-        """Teacher's token id -> the token with which the student begins to say it; -1 where there is none.
-
-        It is the same token where the student has it. A special token is its counterpart.
-        """
-        found = [NONE] * (max(self.teacher.of) + 1)
-        for id, piece in self.teacher.of.items():
+    def first_student_token(self) -> list[int]:
+        """For each of the teacher's token ids, the student's first token of its bytes; -1 where there is none."""
+        first = [NONE] * (max(self.teacher.bytes_of) + 1)
+        for id, piece in self.teacher.bytes_of.items():
             if piece:
-                found[id] = self._first(piece)
-        for mine, theirs in self._counterparts.items():
-            found[theirs] = mine
-        return found
+                first[id] = self._first(piece)
+        for of_student, of_teacher in self._counterparts.items():
+            first[of_teacher] = of_student
+        return first
 
     def _first(self, piece: bytes) -> int:
         """The student's first token of some bytes within a text."""
         if piece in self.student.ids:
             return self.student.ids[piece]
-        for first in (self.student.read(piece) or [])[:1]:
-            if first.exact and first.size == len(self.student.of[first.id] or b""):
+        for first in (self.student.tokenize(piece) or [])[:1]:
+            if first.exact and first.size == len(self.student.bytes_of[first.id] or b""):
                 return first.id
-        # It would put a space before them: the longest token then.
+        # The student would put a space before them: the longest token then.
         starts = (piece[:size] for size in range(len(piece) - 1, 0, -1))
         return next((self.student.ids[start] for start in starts if start in self.student.ids), NONE)
+
+
+def renumber(good: np.ndarray, start: int = 0) -> np.ndarray:
+    """New numbers of the good chunks, from `start`; the entry behind the last is for tokens of no chunk."""
+    return np.append(np.where(good, np.cumsum(good) - 1 + start, NONE), NONE)

@@ -1,9 +1,9 @@
-"""A teacher with another tokenizer: it reads the student's text in its own tokens, and both meet in chunks of bytes."""
+"""A teacher with another tokenizer: it reads the student's text in its own tokens, aligned in chunks of bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,62 +17,34 @@ from potstill.losses.cross_tokenizer import chunk_log_probs
 from potstill.losses.fused_linear import linear_cross_entropy
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.losses.token_losses import token_cross_entropy
-from potstill.teachers.byte_alignment import Across
-from potstill.teachers.chunks import NONE, Pair, Reading
+from potstill.teachers.byte_alignment import AlignedChunks, AlignmentStats
+from potstill.teachers.chunks import NONE, AlignedRow, TokenizerPair, renumber
 from potstill.teachers.model import ModelTeacher
-from potstill.teachers.pieces import Pieces
+from potstill.teachers.pieces import TokenBytes
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
-KEPT_ROWS = 1 << 16  # readings that are remembered
-
-
-class AlignmentStats(NamedTuple):
-    """How far two tokenizers meet in some rows.
-
-    Args:
-        bytes: of the student's counting tokens.
-        covered: of them, in chunks that count.
-        tokens: the student's counting tokens.
-        chunks: how many.
-        alike: of them, one token for both.
-    """
-
-    bytes: int
-    covered: int
-    tokens: int
-    chunks: int
-    alike: int
-
-
-class _Row(NamedTuple):
-    """One row of a batch, as it counts."""
-
-    ids: list[int]  # the teacher's
-    student: np.ndarray  # chunk of each of the student's tokens, of those that count in this row, or -1
-    teacher: np.ndarray
-    goes_on: np.ndarray
-    spaced: np.ndarray
-    sizes: np.ndarray
+CACHED_ROWS = 1 << 16  # alignments that are kept in memory
 
 
 class CrossTokenizerTeacher(Teacher):
-    """A teacher that reads what the student reads, in its own tokens.
+    """A teacher that reads the student's text in tokens of its own.
 
-    The student's tokens are spelt in bytes, which the teacher's tokenizer reads; both meet where they have a boundary
-    at the same byte. A chunk counts where all of the student's tokens in it count and the teacher predicts all of its
-    own. For the terms `Chunks`, `MappedLogits` and `ULD`. How rows are read is remembered.
+    The bytes of the student's tokens are tokenized again by the teacher's tokenizer; a chunk ends where both have a
+    token boundary. A chunk is used if all of the student's tokens in it are target tokens and the teacher predicts all
+    of its own. For the terms `Chunks`, `MappedLogits` and `ULD`.
 
     Args:
-        teacher: a model, or a teacher that gives whole distributions over its own vocabulary.
-        teacher_tokenizer: its tokenizer, a fast one.
-        student_tokenizer: the student's.
-        max_length: tokens that the teacher can read in a row; what is behind them does not count. None: any number.
+        teacher: a model, or a teacher with full distributions over its own vocabulary.
+        teacher_tokenizer: a fast tokenizer, as is the student's.
+        max_length: maximum number of the teacher's tokens in a row; later chunks are not used. None: no limit.
 
     Raises:
         VocabularyError: a tokenizer does not keep the bytes of a text.
     """
 
     other_tokenizer = True
+    needs_trial = False
+    without_own_prompts = "one with another tokenizer"
 
     def __init__(
         self,
@@ -82,31 +54,31 @@ class CrossTokenizerTeacher(Teacher):
         *,
         max_length: int | None = None,
     ) -> None:
-        self.through = ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
-        self.pair = Pair(Pieces(student_tokenizer, "student"), Pieces(teacher_tokenizer, "teacher"))
-        self._most = max_length  # of its own tokens: what a row of the student's may have is another matter
-        self._vocabulary = max(self.pair.teacher.of) + 1
-        self._readings: dict[tuple[int, ...], Reading] = {}
+        self.teacher = ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        self.pair = TokenizerPair(TokenBytes(student_tokenizer, "student"), TokenBytes(teacher_tokenizer, "teacher"))
+        self._limit = max_length  # in the teacher's tokens, unlike `max_length` of `Teacher`
+        self._vocabulary = max(self.pair.teacher.bytes_of) + 1
+        self._rows: dict[tuple[int, ...], AlignedRow] = {}
 
-    def reading(self, ids: Sequence[int]) -> Reading:
-        """How the teacher reads a row of the student's tokens."""
+    def align(self, ids: Sequence[int]) -> AlignedRow:
+        """Align a row of the student's tokens."""
         key = tuple(ids)
-        if key not in self._readings:
-            if len(self._readings) >= KEPT_ROWS:
-                self._readings.clear()
-            self._readings[key] = self.pair.read(list(key))
-        return self._readings[key]
+        if key not in self._rows:
+            if len(self._rows) >= CACHED_ROWS:
+                self._rows.clear()
+            self._rows[key] = self.pair.align(list(key))
+        return self._rows[key]
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         home = batch["input_ids"].device
         ids, mask = batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu()
-        counts = torch.zeros_like(mask)
-        positions = alignment.positions.cpu()
-        counts.view(-1)[positions + 1] = True  # the token that is predicted
+        is_target = torch.zeros_like(mask)
+        predicted = alignment.positions.cpu() + 1
+        is_target.view(-1)[predicted] = True
         rows = [
-            self._row(row_ids[there].tolist(), row_counts[there].numpy())
-            for row_ids, there, row_counts in zip(ids, mask, counts, strict=True)
+            self._chunks_of(row_ids[attended].tolist(), row_targets[attended].numpy())
+            for row_ids, attended, row_targets in zip(ids, mask, is_target, strict=True)
         ]
         chunks = 0
         student, teacher = torch.full(ids.shape, NONE), []
@@ -114,87 +86,80 @@ class CrossTokenizerTeacher(Teacher):
             student[i][mask[i]] = torch.from_numpy(np.where(row.student >= 0, row.student + chunks, NONE))
             teacher.append(row.teacher[row.teacher >= 0] + chunks)
             chunks += len(row.sizes)
-        read, its = self._batch(rows, home)
-        said = self.through(read, its).targets
-        if not isinstance(said, HeadTargets | DenseTargets):
+        teacher_batch, teacher_alignment = _batch(rows, home)
+        targets = self.teacher(teacher_batch, teacher_alignment).targets
+        if not isinstance(targets, HeadTargets | DenseTargets):
             raise ShapeError(
-                "CrossTokenizerTeacher: expected one teacher's whole distributions, got a mixture or a few tokens of "
-                "each. What it gives the tokens of the text is not among them. Use a teacher that is a model."
+                "CrossTokenizerTeacher: expected one teacher's full distributions, got a mixture or a few tokens of "
+                "each. Use a teacher that is a model."
             )
-        said = said.slice(min(self._vocabulary, said.vocabulary))
+        targets = targets.slice(min(self._vocabulary, targets.vocabulary))
 
-        def whole(parts: Sequence[np.ndarray]) -> Tensor:
+        def joined(parts: Sequence[np.ndarray]) -> Tensor:
             return torch.from_numpy(np.concatenate(parts)).to(home)
 
-        of_teacher = whole(teacher)
-        across = Across(
-            said=said,
-            student=student.view(-1)[positions + 1].to(home),
+        of_teacher = joined(teacher)
+        aligned = AlignedChunks(
+            targets=targets,
+            student=student.view(-1)[predicted].to(home),
             teacher=of_teacher,
             student_tokens=alignment.labels,
-            teacher_tokens=its.labels,
-            log_probs=chunk_log_probs(-_cross_entropy(said, its.labels), of_teacher, chunks),
-            goes_on=whole([row.goes_on for row in rows]),
-            spaced=whole([row.spaced for row in rows]),
-            sizes=whole([row.sizes for row in rows]),
+            teacher_tokens=teacher_alignment.labels,
+            log_probs=chunk_log_probs(-_cross_entropy(targets, teacher_alignment.labels), of_teacher, chunks),
+            continues=joined([row.continues for row in rows]),
+            spaced=joined([row.spaced for row in rows]),
+            sizes=joined([row.sizes for row in rows]),
             pair=self.pair,
         )
-        return TeacherOutput(said, across=across)
+        return TeacherOutput(targets, chunks=aligned)
 
-    def meeting(self, dataset: Iterable[Any]) -> AlignmentStats:
-        """How far the two tokenizers meet in rows of the student's data."""
-        found = [self._met(row["input_ids"], np.array(row["labels"]) != IGNORE) for row in dataset]
-        return AlignmentStats(*(sum(each) for each in zip(*found, strict=True)))
+    def alignment_stats(self, rows: Iterable[Any]) -> AlignmentStats:
+        stats = [self._row_stats(row["input_ids"], np.array(row["labels"]) != IGNORE) for row in rows]
+        return AlignmentStats(*(sum(column) for column in zip(*stats, strict=True)), shared=self.pair.num_shared)
 
-    def _met(self, ids: list[int], counts: np.ndarray) -> AlignmentStats:
-        counts[:1] = False  # nothing predicts it
-        row, spelled = self._row(ids, counts), self.pair.student.spell(ids)
+    def _row_stats(self, ids: list[int], is_target: np.ndarray) -> tuple[int, ...]:
+        is_target[:1] = False  # nothing predicts it
+        row, spans = self._chunks_of(ids, is_target), self.pair.student.spans(ids)
         single = [np.bincount(x[x >= 0], minlength=len(row.sizes)) == 1 for x in (row.student, row.teacher)]
-        return AlignmentStats(
-            bytes=sum(token.size for token, count in zip(spelled, counts, strict=True) if count),
-            covered=int(row.sizes.sum()),
-            tokens=int(counts.sum()),
-            chunks=len(row.sizes),
-            alike=int((single[0] & single[1]).sum()),
-        )
+        num_bytes = sum(span.size for span, counts in zip(spans, is_target, strict=True) if counts)
+        one_to_one = int((single[0] & single[1]).sum())
+        return num_bytes, int(row.sizes.sum()), int(is_target.sum()), len(row.sizes), one_to_one
 
-    def _row(self, ids: list[int], counts: np.ndarray) -> _Row:
-        """The chunks of a row in which every token counts, numbered anew."""
-        reading = self.reading(ids)
-        most = len(reading.ids) if self._most is None else self._most
-        predicted = np.arange(len(reading.ids)) < most
+    def _chunks_of(self, ids: list[int], is_target: np.ndarray) -> AlignedRow:
+        """The chunks of a row in which both predict every token, numbered anew."""
+        row = self.align(ids)
+        limit = len(row.ids) if self._limit is None else self._limit
+        predicted = np.arange(len(row.ids)) < limit
         predicted[:1] = False
-        good = np.ones(len(reading.sizes), bool)
-        for chunk, count in ((reading.student, counts), (reading.teacher, predicted)):
-            good[chunk[(chunk >= 0) & ~count]] = False
-        number = np.append(np.where(good, np.cumsum(good) - 1, NONE), NONE)  # the last for tokens of no chunk
-        follows = reading.goes_on & np.append(good, False)[1:]
-        opens = ~np.append(False, reading.goes_on)[:-1] & (reading.sizes > 0)
-        spaced = opens & (self.pair.student.adds_space != self.pair.teacher.adds_space)
-        return _Row(
-            reading.ids[:most],
-            number[reading.student],
-            number[reading.teacher][:most],
-            follows[good],
-            spaced[good],
-            reading.sizes[good],
+        good = np.ones(len(row.sizes), bool)
+        for chunk, counts in ((row.student, is_target), (row.teacher, predicted)):
+            good[chunk[(chunk >= 0) & ~counts]] = False
+        number = renumber(good)
+        return AlignedRow(
+            row.ids[:limit],
+            number[row.student],
+            number[row.teacher][:limit],
+            (row.continues & np.append(good, False)[1:])[good],
+            row.spaced[good],
+            row.sizes[good],
         )
 
-    def _batch(self, rows: Sequence[_Row], device: torch.device) -> tuple[dict[str, Tensor], Alignment]:
-        """The teacher's batch, padded on the right, and its positions that predict a token of a chunk."""
-        ids = [torch.tensor(row.ids or [0]) for row in rows]
-        read = pad_sequence(ids, batch_first=True)
-        mask = pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
-        length = read.shape[1]
-        places = [torch.from_numpy(np.flatnonzero(row.teacher >= 0)) for row in rows]
-        positions = torch.cat([i * length + at - 1 for i, at in enumerate(places)])
-        its = Alignment(positions.to(device), read.view(-1)[positions + 1].to(device), length)
-        return {"input_ids": read.to(device), "attention_mask": mask.to(device)}, its
+
+def _batch(rows: Sequence[AlignedRow], device: torch.device) -> tuple[dict[str, Tensor], Alignment]:
+    """The teacher's batch, padded on the right, and its positions that predict a token of a chunk."""
+    ids = [torch.tensor(row.ids or [0]) for row in rows]
+    padded = pad_sequence(ids, batch_first=True)
+    mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+    length = padded.shape[1]
+    columns = [torch.from_numpy(np.flatnonzero(row.teacher >= 0)) for row in rows]
+    positions = torch.cat([i * length + column - 1 for i, column in enumerate(columns)])
+    alignment = Alignment(positions.to(device), padded.view(-1)[positions + 1].to(device), length)
+    return {"input_ids": padded.to(device), "attention_mask": mask.to(device)}, alignment
 
 
-def _cross_entropy(said: HeadTargets | DenseTargets, labels: Tensor) -> Tensor:
-    """What the teacher's tokens cost it, [Nt] nats."""
-    if isinstance(said, HeadTargets):
-        with torch.autocast(said.hidden.device.type, enabled=False):
-            return linear_cross_entropy(said.hidden, said.head, labels, reduction="none").loss
-    return token_cross_entropy(said.logits, labels)
+def _cross_entropy(targets: HeadTargets | DenseTargets, labels: Tensor) -> Tensor:
+    """[Nt] nats."""
+    if isinstance(targets, HeadTargets):
+        with torch.autocast(targets.hidden.device.type, enabled=False):
+            return linear_cross_entropy(targets.hidden, targets.head, labels, reduction="none").loss
+    return token_cross_entropy(targets.logits, labels)

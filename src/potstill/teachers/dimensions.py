@@ -1,4 +1,4 @@
-"""Which dimensions of a teacher's hidden states matter for a task: picked by gradient."""
+"""Dimensions of a teacher's hidden states that matter for a task, selected by gradient."""
 
 from __future__ import annotations
 
@@ -23,49 +23,49 @@ def important_dimensions(
     count: int,
     task: Task = "causal",
 ) -> dict[int, Tensor]:
-    """The dimensions of some layers on which the model's own loss depends most; see `dimension_importance`.
+    """Select the dimensions of some layers on which the model's own loss depends most; see `dimension_importance`.
 
     Args:
-        model: the teacher, with a head; it is left as it was.
+        model: the teacher, with a head; it is left unchanged.
         batches: input_ids, attention_mask and labels of the task, on the model's device.
         layers: from 0; negative ones from the end.
-        count: how many dimensions: the student's width.
-        task: what the model is asked for.
+        count: number of dimensions: the student's width.
+        task: what the model is trained for.
 
     Returns:
-        layer (from 0) -> [count] int64, in rising order: `dimensions` of `potstill.Hidden`.
+        layer (from 0) -> [count] int64, ascending: `dimensions` of `potstill.Hidden`.
 
     Raises:
-        ShapeError: a layer is not there, or the layers are not so wide.
+        ShapeError: a layer does not exist, or has fewer dimensions.
 
     References:
         Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155.
     """
-    taps = ActivationCapture(model)
-    numbers = [layer_index("teacher", layer, taps.shape.layers) for layer in layers]
-    names = {layer: taps.layer(layer) for layer in numbers}
-    sums = {layer: torch.zeros(taps.shape.width) for layer in names}
+    capture = ActivationCapture(model)
+    indices = [layer_index("teacher", layer, capture.shape.layers) for layer in layers]
+    modules = {layer: capture.layer(layer) for layer in indices}
+    sums = {layer: torch.zeros(capture.shape.width) for layer in modules}
     states: dict[int, Tensor] = {}
 
     def watch(layer: int) -> Any:
         def hook(_: nn.Module, inputs: Any, output: Any) -> Any:
             state = output[0] if isinstance(output, tuple) else output
-            # The first of them is where the graph begins, as the model's own weights may be frozen.
+            # The graph begins at the first of them, as the model's own weights may be frozen.
             states[layer] = state if state.requires_grad else state.detach().requires_grad_()
             return (states[layer], *output[1:]) if isinstance(output, tuple) else states[layer]
 
         return hook
 
-    handles = [module.register_forward_hook(watch(layer)) for layer, module in names.items()]
+    handles = [module.register_forward_hook(watch(layer)) for layer, module in modules.items()]
     try:
         with undisturbed(model), torch.enable_grad():
             for batch in batches:
                 alignment = align(batch["labels"], task)
                 loss = label_loss(forward_targets(model, None, batch, alignment).dense(), alignment.labels).sum()
-                gradients = torch.autograd.grad(loss, [states[layer] for layer in names])
-                there = attended_positions(batch, task)
-                for layer, gradient in zip(names, gradients, strict=True):
-                    by_token = gradient[there]
+                gradients = torch.autograd.grad(loss, [states[layer] for layer in modules])
+                positions = attended_positions(batch, task)
+                for layer, gradient in zip(modules, gradients, strict=True):
+                    by_token = gradient[positions]
                     sums[layer] += dimension_importance(by_token).cpu() * len(by_token)
     finally:
         for handle in handles:

@@ -1,289 +1,360 @@
-"""Several teachers that speak as one: mixed by fixed weights, or by weights that are learned."""
+"""Several teachers as one: a mixture with fixed or learned weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from potstill.errors import DataError, ModelError, ShapeError
-from potstill.losses.alignment import Alignment
+from potstill.errors import DataError, ShapeError, VocabularyError
+from potstill.losses.alignment import DISTRIBUTION_TASKS, TOKEN_TASKS, Alignment, Task
 from potstill.losses.target_statistics import token_log_probs
 from potstill.losses.targets import FullTargets, MixtureTargets, SparseTargets, Targets
 from potstill.models.capture import ActivationRequest, Activations
 from potstill.models.structure import ModelShape
-from potstill.teachers.teacher import NOT_COVERED, Teacher, TeacherOutput
+from potstill.teachers.source import LoadedTeacher, MemberSource, TeacherSource
+from potstill.teachers.teacher import MISSING_ROWS, Teacher, TeacherOutput
 
-FORGETTING = 0.6  # the exponent of the step size of online EM, as in Cappe and Moulines 2009, section 5
+STEP_EXPONENT = 0.6  # of the step size of online EM, as in Cappe and Moulines 2009, section 5
+
+MixtureOf = Literal["probabilities", "log_probs"]
 
 
 class EnsembleTeacher(Teacher):
-    """Several teachers that share a vocabulary, as one; see `MixtureTargets` and `mix` for what they say together.
+    """Several teachers of one vocabulary as one; see `MixtureTargets` and `mix` for their joint targets.
 
-    Learned weights are those under which the mixture makes the training data's own tokens likeliest,
+    Learned weights maximise the mixture's likelihood of the training data,
 
         max over w of mean over tokens of log sum_i w_i p_i(y),
 
-    found by EM, one step of it after each optimiser step: w_i moves by step^-0.6 to the mean of w_i p_i(y) / sum_j w_j
-    p_j(y). They need no gradient, no learning rate, and nothing of the student.
+    by online EM, one step after each optimiser step: w_i moves by step^-0.6 to the mean of w_i p_i(y) / sum_j w_j
+    p_j(y). They need no gradient, no learning rate and nothing of the student.
 
     Args:
-        members: the teachers. The first that can be looked into is.
-        weights: one for each, not negative; they are divided by their sum. None for equal ones. Where they are learned,
-            what they begin with.
-        of: "probabilities" or "log_probs".
-        learned: whether the weights are learned, of probabilities alone.
-        names: what the members are called in logs; their numbers where nothing is given.
-        vocabulary: the number of tokens that all share, where heads have padding rows behind them.
+        members: the teachers. Layers are those of the first that has any.
+        weights: one for each, not negative; they are divided by their sum. None for equal ones. The first values where
+            they are learned.
+        learned: whether the weights are learned, of probabilities only.
+        names: the members' names in logs; by default their numbers.
+        vocabulary: the number of tokens that all share, where heads have padding rows.
 
     Raises:
-        ShapeError: there are less than two members, or weights or names do not fit to them.
+        ShapeError: there are fewer than two members, or weights or names do not match them.
 
     References:
         Jelinek and Mercer 1980, "Interpolated estimation of Markov source parameters from sparse data", for EM of
-        the weights of a mixture; Cappe and Moulines 2009, arXiv 0712.4273, for EM step by step.
+        the weights of a mixture; Cappe and Moulines 2009, arXiv 0712.4273, for online EM.
     """
+
+    without_own_prompts = "an ensemble"
 
     def __init__(
         self,
         members: Sequence[Teacher],
         weights: Sequence[float] | None = None,
         *,
-        of: Literal["probabilities", "log_probs"] = "probabilities",
+        of: MixtureOf = "probabilities",
         learned: bool = False,
         names: Sequence[str] | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        if len(members) < 2:
-            raise ShapeError(f"EnsembleTeacher: expected two members or more, got {len(members)}.")
+        weights = [1.0] * len(members) if weights is None else list(weights)
+        _check_weights(len(members), weights, of, learned)
         self.members = list(members)
         self.names = [str(i) for i in range(len(members))] if names is None else list(names)
-        given = torch.ones(len(members)) if weights is None else torch.tensor(list(weights))
-        if len(given) != len(members) or not ((given >= 0) & given.isfinite()).all() or not given.sum():
-            raise ShapeError(
-                f"EnsembleTeacher: expected {len(members)} weights that are not negative nor all 0, got {weights}."
-            )
         if len(set(self.names)) != len(members):
             raise ShapeError(f"EnsembleTeacher: expected {len(members)} different names, got {self.names}.")
-        if learned and of == "log_probs":
-            raise ShapeError(
-                "EnsembleTeacher: expected of probabilities where weights are learned, got log_probs. What each member "
-                "gives to the data's own tokens does not tell what their geometric mean gives to them. Fix the weights."
-            )
-        self.weights = given.double() / given.double().sum()
+        given = torch.tensor(weights).double()
+        self.weights = given / given.sum()
         self.of, self.learned, self.vocabulary = of, learned, vocabulary
-        self.of_student = any(m.of_student for m in members)
+        self.of_student = any(member.of_student for member in members)
         self.max_length = min((m.max_length for m in members if m.max_length is not None), default=None)
         self._shares, self._tokens = torch.zeros(len(members), dtype=torch.float64), 0
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        answers = [member(batch, alignment) for member in self.members]
-        said = [answer.targets for answer in answers]
+        outputs = [member(batch, alignment) for member in self.members]
+        targets = [output.targets for output in outputs]
         if self.vocabulary is not None:
-            said = [targets.slice(self.vocabulary) for targets in said]
-        inside = next((answer.inside for answer in answers if answer.inside != Activations()), Activations())
-        of_members = self._of_members(answers, said, alignment.labels) if self.learned else None
-        targets = mix(said, self.weights, self.of)
-        told = None
-        if isinstance(targets, SparseTargets) or (isinstance(targets, MixtureTargets) and targets.sampled):
-            known = [answer.of_labels(alignment.labels) for answer in answers]
-            if self.of == "probabilities" and all(one is not None for one in known):
-                told = _mixed(torch.stack(cast(list[Tensor], known), -1), self.weights)
-        return TeacherOutput(targets, told, inside, of_members=of_members)
+            targets = [each.slice(self.vocabulary) for each in targets]
+        inside = next((output.inside for output in outputs if output.inside != Activations()), Activations())
+        by_member = self._member_log_probs(outputs, targets, alignment.labels) if self.learned else None
+        mixture = mix(targets, self.weights, self.of)
+        log_probs = None
+        if isinstance(mixture, SparseTargets) or (isinstance(mixture, MixtureTargets) and mixture.sampled):
+            known = [output.log_probs_of(alignment.labels) for output in outputs]
+            if self.of == "probabilities" and all(each is not None for each in known):
+                stacked = torch.stack(cast(list[Tensor], known), -1).double()
+                log_probs = (stacked + _logs(self.weights).to(stacked.device)).logsumexp(-1)
+        return TeacherOutput(mixture, log_probs, inside, member_log_probs=by_member)
 
-    def _of_members(self, answers: Sequence[TeacherOutput], said: Sequence[Targets], labels: Tensor) -> Tensor:
-        """[N, M] what each member gives to the data's own tokens."""
-        known = []
-        for name, answer, targets in zip(self.names, answers, said, strict=True):
-            one = TeacherOutput(targets, answer.label_log_probs).of_labels(labels)
-            if one is None:
+    def _member_log_probs(self, outputs: Sequence[TeacherOutput], targets: Sequence[Targets], labels: Tensor) -> Tensor:
+        """[N, M] log-probabilities of the labels."""
+        columns = []
+        for name, output, sliced in zip(self.names, outputs, targets, strict=True):
+            log_probs = TeacherOutput(sliced, output.label_log_probs).log_probs_of(labels)
+            if log_probs is None:
                 raise DataError(
-                    f"ensemble: expected members that tell the log-probabilities of the data's own tokens, got {name}, "
-                    "which does not. Learned weights come from these. Fix the weights."
+                    f"ensemble: expected members with log-probabilities of the labels for learned weights, got {name}, "
+                    "which does not give them. Fix the weights."
                 )
-            known.append(one.double())
-        return torch.stack(known, -1)
+            columns.append(log_probs.double())
+        return torch.stack(columns, -1)
 
     def attach(self, student: nn.Module) -> None:
-        """See `Teacher`."""
         for member in self.members:
             member.attach(student)
 
-    def learn(self, said: TeacherOutput) -> None:
-        """See `Teacher`."""
-        if said.of_members is not None:
-            joint = said.of_members + _logs(self.weights).to(said.of_members.device)
+    def update(self, output: TeacherOutput) -> None:
+        if output.member_log_probs is not None:
+            joint = output.member_log_probs + _logs(self.weights).to(output.member_log_probs.device)
             self._shares += joint.softmax(-1).sum(0).cpu()
             self._tokens += len(joint)
 
     def after_step(self, step: int) -> None:
-        """See `Teacher`."""
         for member in self.members:
             member.after_step(step)
         if not self.learned:
             return
         counts = torch.cat([self._shares, torch.tensor([self._tokens], dtype=torch.float64)])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            counts = _over_ranks(counts)
+            counts = _sum_over_ranks(counts)
         if counts[-1]:
-            size = step**-FORGETTING
+            size = step**-STEP_EXPONENT
             self.weights = (1 - size) * self.weights + size * counts[:-1] / counts[-1]
         self._shares, self._tokens = torch.zeros_like(self._shares), 0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """See `Teacher`."""
         own = {"weights": self.weights.clone()} if self.learned else {}
         return own | {
-            f"{i}.{key}": value for i, member in enumerate(self.members) for key, value in member.state_dict().items()
+            f"{i}.{k}": value for i, member in enumerate(self.members) for k, value in member.state_dict().items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """See `Teacher`."""
         if self.learned:
             self.weights = state["weights"].clone()
         for i, member in enumerate(self.members):
-            begin = f"{i}."
-            member.load_state_dict({key[len(begin) :]: x for key, x in state.items() if key.startswith(begin)})
+            prefix = f"{i}."
+            member.load_state_dict({k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)})
+
+    @property
+    def member_weights(self) -> dict[str, float]:
+        return dict(zip(self.names, self.weights.tolist(), strict=True))
 
     def logs(self) -> dict[str, float]:
         """The weights, where they are learned."""
-        weights = zip(self.names, self.weights.tolist(), strict=True)
-        return {f"teacher_weight/{name}": weight for name, weight in weights} if self.learned else {}
+        return {f"teacher_weight/{name}": x for name, x in self.member_weights.items()} if self.learned else {}
 
     def covers(self, dataset: object) -> bool:
-        """See `Teacher`."""
         return all(member.covers(dataset) for member in self.members)
 
     def require(self, dataset: object) -> None:
-        """See `Teacher`; says which member cannot."""
         for name, member in zip(self.names, self.members, strict=True):
             if not member.covers(dataset):
-                raise DataError(NOT_COVERED.replace("teacher:", f"teacher.ensemble, {name}:", 1))
+                raise DataError(f"teacher.ensemble, {name}: {MISSING_ROWS}")
 
     @property
     def shape(self) -> ModelShape:
-        """The shape of the member that is looked into."""
-        return self._open.shape
+        return self._member_with_layers.shape
 
     def prepare(self, needs: ActivationRequest) -> None:
-        """See `Teacher`; asked of one member."""
         if needs:
-            self._open.prepare(needs)
+            self._member_with_layers.prepare(needs)
 
     @property
-    def _open(self) -> Teacher:
-        """The first member that can be looked into."""
-        for member in self.members:
-            try:
-                _ = member.shape
-            except ModelError:
-                continue
-            return member
-        raise self._closed()
+    def _member_with_layers(self) -> Teacher:
+        member = next((member for member in self.members if member.has_layers), None)
+        if member is None:
+            raise self._no_layers()
+        return member
 
 
-def mix(said: Sequence[Targets], weights: Tensor, of: Literal["probabilities", "log_probs"]) -> Targets:
-    """What several teachers say together, exactly; nothing is filled in for what a teacher did not say.
-
-    - Whole distributions: `MixtureTargets`.
-    - Samples at one temperature, in a mixture of probabilities: one sample, each member's draws with its weight; beside
-      whole distributions, `MixtureTargets` that are a sample.
-    - Likeliest tokens with a bucket, in a mixture of probabilities: the events that all of them know. These are the
-      tokens that every member kept, with their exact probability in the mixture, and one bucket for all others. A
-      member with whole distributions knows every token, and takes no event away.
+@dataclass(frozen=True)
+class EnsembleSource(TeacherSource):
+    """Several teachers of one vocabulary.
 
     Args:
-        said: over the same positions and vocabulary.
+        ensemble: the members, each with its own model, cache or server
+        of: what the members are averaged by
+        weights: fixed; learned ones maximise the likelihood of the training data
+    """
+
+    ensemble: tuple[MemberSource, ...]
+    of: MixtureOf = "probabilities"
+    weights: Literal["fixed", "learned"] = "fixed"
+    name = "ensemble"
+    tasks = DISTRIBUTION_TASKS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for i, member in enumerate(self.ensemble):
+            if member.prefetch:
+                raise ShapeError(f"expected prefetch beside the ensemble, got it in member {i}.")
+            if member.cache_path is not None and member.model_path is not None:
+                raise ShapeError(f"expected model or cache for a member of an ensemble, got both in member {i}.")
+        weights = self._member_weights
+        if weights and len(weights) < len(self.ensemble):
+            raise ShapeError(f"expected a weight for every member of the ensemble or for none, got {len(weights)}.")
+        _check_weights(len(self.ensemble), weights or [1.0] * len(self.ensemble), self.of, self.weights == "learned")
+
+    @property
+    def _member_weights(self) -> list[float]:
+        return [member.weight for member in self.ensemble if member.weight is not None]
+
+    @property
+    def title(self) -> str:
+        return f"an ensemble of {', '.join(member.title for member in self.ensemble)}"
+
+    def describe(self, teacher: Teacher) -> str:
+        weights = teacher.member_weights
+        if weights is None:
+            return self.title
+        members = zip(self.ensemble, weights.values(), strict=True)
+        described = ", ".join(f"{member.title} ({weight:.3f})" for member, weight in members)
+        return f"an ensemble, {self.weights} weights of {self.of.replace('_', '-')}: {described}"
+
+    def sources(self, key: str = "teacher") -> Iterator[tuple[str, TeacherSource]]:
+        yield key, self
+        for i, member in enumerate(self.ensemble):
+            yield from member.sources(f"{key}.ensemble.{i}")
+
+    @property
+    def live(self) -> TeacherSource | None:
+        return self if all(member.live is not None for member in self.ensemble) else None
+
+    def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
+        loaded = [member.load(student, task, f"{key}.ensemble.{i}") for i, member in enumerate(self.ensemble)]
+        vocabulary = loaded[0].tokenizer.get_vocab()
+        for i, member in enumerate(loaded):
+            if member.tokenizer.get_vocab() != vocabulary:
+                raise VocabularyError(
+                    f"{key}.ensemble.{i}: expected the token -> id map of {self.ensemble[0].title}, got another of "
+                    f"{self.ensemble[i].title}, whose distributions cannot be averaged with it. Leave one out."
+                )
+        teacher = EnsembleTeacher(
+            [member.teacher for member in loaded],
+            self._member_weights or None,
+            of=self.of,
+            learned=self.weights == "learned",
+            names=_log_names([member.title for member in self.ensemble]),
+            vocabulary=max(vocabulary.values()) + 1 if task in TOKEN_TASKS else None,
+        )
+        config = next((member.config for member in loaded if member.config is not None), None)
+        models = {key: model for member in loaded for key, model in member.models.items()}
+        return LoadedTeacher(teacher, loaded[0].tokenizer, config=config, models=models)
+
+
+def mix(targets: Sequence[Targets], weights: Tensor, of: MixtureOf) -> Targets:
+    """Compute the exact mixture of several teachers' targets.
+
+    - Full distributions: `MixtureTargets`.
+    - Samples at one temperature, in a mixture of probabilities: one sample, each member's draws with its weight; beside
+      full distributions, `MixtureTargets` that are a sample.
+    - Top-k with a bucket, in a mixture of probabilities: the tokens that every member kept, with their exact
+      probability in the mixture, and one bucket for all others. A member with full distributions keeps every token.
+
+    Args:
+        targets: over the same positions and vocabulary.
         weights: [M], whose sum is 1.
         of: "probabilities" or "log_probs".
 
     Raises:
-        ShapeError: what they say together is not known.
+        ShapeError: the mixture is not known.
     """
-    sparse = [one for one in said if isinstance(one, SparseTargets)]
+    sparse = [each for each in targets if isinstance(each, SparseTargets)]
     if sparse and of == "log_probs":
         raise ShapeError(
-            f"ensemble: expected whole distributions for a mean of log-probabilities, got {sparse[0].kind} targets. "
-            "Their product needs every token of each. Use of: probabilities, or members that are models, or caches of "
-            "hidden states or whole distributions."
+            f"ensemble: expected full distributions for a mean of log-probabilities, got {sparse[0].kind} targets. "
+            "Use of: probabilities, or members that are models, or caches of hidden states or full distributions."
         )
-    kinds = {one.kind for one in sparse}
+    kinds = {each.kind for each in sparse}
     if "bucket" in kinds and len(kinds) > 1:
         raise ShapeError(
-            f"ensemble: expected members that are samples or likeliest tokens, got {' and '.join(sorted(kinds))}. A "
-            "sample is right on average alone, and is no bucket. Build both caches with one codec."
+            f"ensemble: expected members that are all samples or all top-k, got {' and '.join(sorted(kinds))}. Build "
+            "both caches with one codec."
         )
-    if len({one.temperature for one in sparse}) > 1:
+    if len({each.temperature for each in sparse}) > 1:
         raise ShapeError(
-            "ensemble: expected members that were taken at one temperature, got "
-            f"{' and '.join(f'{one.temperature:g}' for one in sparse)}. Build the caches at one."
+            "ensemble: expected members of one temperature, got "
+            f"{' and '.join(f'{each.temperature:g}' for each in sparse)}. Build the caches at one."
         )
     if "bucket" in kinds:
-        return _common_events(said, weights, sparse)
-    if len(sparse) == len(said):
-        return _joint_sample(sparse, weights)
-    return MixtureTargets(tuple(cast(Sequence[FullTargets | SparseTargets], said)), weights, of)
+        return _mix_top_k(targets, weights, sparse)
+    if len(sparse) == len(targets):
+        return _mix_samples(sparse, weights)
+    return MixtureTargets(tuple(cast(Sequence[FullTargets | SparseTargets], targets)), weights, of)
 
 
-def _joint_sample(said: Sequence[SparseTargets], weights: Tensor) -> SparseTargets:
-    """The mixture of targets that leave nothing to other tokens: the union of their tokens, each of them once."""
-    temperature = said[0].temperature
-    if len({one.kind for one in said}) > 1:
+def _mix_samples(targets: Sequence[SparseTargets], weights: Tensor) -> SparseTargets:
+    """The mixture of targets without mass on other tokens: the union of their tokens, each of them once."""
+    temperature = targets[0].temperature
+    if len({each.kind for each in targets}) > 1:
         raise ShapeError(
             "ensemble: expected members of one kind, got sampled and renormalized. Build both caches with one codec."
         )
-    ids = torch.cat([one.ids.to(torch.int64).masked_fill(~one.used(), -1) for one in said], -1)
-    chances = torch.cat(
-        [one.events(temperature)[..., :-1].exp() * weight for one, weight in zip(said, weights.tolist(), strict=True)],
-        -1,
-    )
+    ids = torch.cat([each.ids.to(torch.int64).masked_fill(~each.used(), -1) for each in targets], -1)
+    weighted = zip(targets, weights.tolist(), strict=True)
+    probs = torch.cat([each.events(temperature)[..., :-1].exp() * weight for each, weight in weighted], -1)
     ids, order = ids.sort(-1)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[..., 1:] = ids[..., 1:] != ids[..., :-1]
-    place = first.cumsum(-1) - 1
-    total = torch.zeros_like(chances).scatter_add_(-1, place, chances.gather(-1, order) * (ids >= 0))
-    kept = torch.zeros_like(ids).scatter_(-1, place, ids.clamp_min(0))
-    return SparseTargets(kept, total.log(), said[0].kind, temperature)
+    slot = first.cumsum(-1) - 1
+    total = torch.zeros_like(probs).scatter_add_(-1, slot, probs.gather(-1, order) * (ids >= 0))
+    unique = torch.zeros_like(ids).scatter_(-1, slot, ids.clamp_min(0))
+    return SparseTargets(unique, total.log(), targets[0].kind, temperature)
 
 
-def _common_events(said: Sequence[Targets], weights: Tensor, sparse: Sequence[SparseTargets]) -> SparseTargets:
+def _mix_top_k(targets: Sequence[Targets], weights: Tensor, sparse: Sequence[SparseTargets]) -> SparseTargets:
     """The mixture over the tokens that every bucket target kept, and one bucket."""
-    fewest = min(sparse, key=lambda one: one.ids.shape[-1])
-    # No other target has the id -2, which slots have here that are not used.
+    fewest = min(sparse, key=lambda each: each.ids.shape[-1])
+    # Unused slots have the id -2 here, which no other target has.
     ids, temperature = fewest.ids.to(torch.int64).masked_fill(~fewest.used(), -2), fewest.temperature
-    known = reduce(torch.logical_and, [_find(one, ids)[1] for one in sparse])
+    known = reduce(torch.logical_and, [_find(each, ids)[1] for each in sparse])
     ids = ids * known
     total = torch.zeros_like(fewest.events(temperature)[..., :-1])
-    for one, weight in zip(said, weights.tolist(), strict=True):
-        log_p = _find(one, ids)[0] if isinstance(one, SparseTargets) else token_log_probs(one, ids, temperature)
+    for each, weight in zip(targets, weights.tolist(), strict=True):
+        log_p = _find(each, ids)[0] if isinstance(each, SparseTargets) else token_log_probs(each, ids, temperature)
         total += weight * log_p.exp()
     return SparseTargets(ids, total.log().masked_fill(~known, -math.inf), "bucket", temperature)
 
 
-def _find(said: SparseTargets, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-probabilities [N, K] that bucket targets give to tokens, and whether they kept them."""
-    theirs, order = said.ids.to(torch.int64).masked_fill(~said.used(), -1).sort(-1)
-    place = torch.searchsorted(theirs, ids).clamp_max(theirs.shape[-1] - 1)
-    return said.events(said.temperature)[..., :-1].gather(-1, order.gather(-1, place)), theirs.gather(-1, place) == ids
+def _find(targets: SparseTargets, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probabilities [N, K] of some tokens in bucket targets, and whether they were kept."""
+    kept, order = targets.ids.to(torch.int64).masked_fill(~targets.used(), -1).sort(-1)
+    slot = torch.searchsorted(kept, ids).clamp_max(kept.shape[-1] - 1)
+    log_probs = targets.events(targets.temperature)[..., :-1].gather(-1, order.gather(-1, slot))
+    return log_probs, kept.gather(-1, slot) == ids
+
+
+def _check_weights(members: int, weights: Sequence[float], of: str, learned: bool) -> None:
+    if members < 2:
+        raise ShapeError(f"ensemble: expected two members or more, got {members}.")
+    if len(weights) != members or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ShapeError(f"ensemble: expected {members} weights that are not negative nor all 0, got {weights}.")
+    if learned and of == "log_probs":
+        raise ShapeError(
+            "ensemble: expected of: probabilities where weights are learned, got log_probs, whose mixture does not "
+            "follow from the members' log-probabilities of the labels. Fix the weights."
+        )
+
+
+def _log_names(titles: Sequence[str]) -> list[str]:
+    """Names for logs: the last part of each title, with its place where that is not unique."""
+    short = [title.rstrip("/").rpartition("/")[2] for title in titles]
+    return [name if short.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(short)]
 
 
 def _logs(weights: Tensor) -> Tensor:
     return weights.log().clamp_min(torch.finfo(weights.dtype).min)
 
 
-def _mixed(log_probs: Tensor, weights: Tensor) -> Tensor:
-    """log sum_i w_i p_i over the last dimension."""
-    return (log_probs.double() + _logs(weights).to(log_probs.device)).logsumexp(-1)
-
-
-def _over_ranks(counts: Tensor) -> Tensor:
-    """The sum over all processes, on the device with which they speak."""
-    speaks = torch.distributed.get_backend() == "nccl"
-    moved = counts.cuda() if speaks else counts
+def _sum_over_ranks(counts: Tensor) -> Tensor:
+    """Sum over all processes, on the device of their communication."""
+    moved = counts.cuda() if torch.distributed.get_backend() == "nccl" else counts
     torch.distributed.all_reduce(moved)
     return moved.cpu()

@@ -1,38 +1,47 @@
-"""A teacher that sits beside the student: a frozen model."""
+"""A frozen model as the teacher."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from potstill.losses.alignment import Alignment
+from potstill.losses.alignment import Alignment, Task
 from potstill.losses.targets import DenseTargets
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
+from potstill.models.loading import load_model, load_tokenizer
 from potstill.models.split import SplitModel, forward_targets, inputs, split_model
 from potstill.models.structure import ModelShape
+from potstill.teachers.source import LoadedTeacher, MemberSource
 from potstill.teachers.teacher import Teacher, TeacherOutput
+
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 
 
 class ModelTeacher(Teacher):
-    """A frozen model: evaluation mode, no gradient, its own precision and, if asked, its own device.
+    """A frozen model in evaluation mode, with its own precision and, if given, its own device.
 
-    It gives hidden states and head where it can be split (`potstill.models.split`) and runs where the batch is, else
+    Gives hidden states and head where it can be split (`potstill.models.split`) and runs on the batch's device; else
     logits.
 
     Args:
-        model: a model of transformers. It is switched to evaluation mode and frozen in place.
+        model: a Hugging Face model. It is switched to evaluation mode and frozen in place.
         device: where it runs; None follows the batch.
         dtype: its precision; None leaves it as it is.
     """
+
+    needs_trial = False
 
     def __init__(
         self, model: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        if dtype is not None:  # a quantised model refuses to be asked at all
+        if dtype is not None:  # a quantized model refuses even to be asked
             self.model.to(dtype)
         if device is not None:
             self.model.to(device)
@@ -45,34 +54,56 @@ class ModelTeacher(Teacher):
         device = self._device or home
         if next(self.model.parameters()).device != device:
             self.model.to(device)
-        there = inputs(batch, device)
-        # The student's autocast must not change what the teacher says.
-        with torch.autocast(device.type, enabled=False):
-            if self._needs:
-                said, inside = self._taps.capture(
-                    self._needs, partial(forward_targets, self.model, self._cut, there, alignment)
-                )
-            else:
-                said, inside = forward_targets(self.model, self._cut, there, alignment), Activations()
-            if isinstance(said, DenseTargets) or said.hidden.device != home:
-                said = DenseTargets(said.dense().to(home))
-        return TeacherOutput(said, inside=inside.last(batch["input_ids"].shape[1]).to(home))
+        forward = partial(forward_targets, self.model, self._split, inputs(batch, device), alignment)
+        with torch.autocast(device.type, enabled=False):  # the student's autocast must not change the targets
+            targets, inside = self._capture.capture(self._needs, forward) if self._needs else (forward(), Activations())
+            if isinstance(targets, DenseTargets) or targets.hidden.device != home:
+                targets = DenseTargets(targets.dense().to(home))
+        return TeacherOutput(targets, inside=inside.last(batch["input_ids"].shape[1]).to(home))
 
     @property
     def shape(self) -> ModelShape:
-        """The model's shape."""
-        return self._taps.shape
+        return self._capture.shape
 
     def prepare(self, needs: ActivationRequest) -> None:
-        """See `Teacher`. Only the layers that are asked for are kept."""
         if needs:
-            self._taps.prepare(needs)
+            self._capture.prepare(needs)
             self._needs |= needs
 
     @cached_property
-    def _taps(self) -> ActivationCapture:
+    def _capture(self) -> ActivationCapture:
         return ActivationCapture(self.model)
 
     @cached_property
-    def _cut(self) -> SplitModel | None:
-        return split_model(self.model)  # at the first batch, where the model is to run
+    def _split(self) -> SplitModel | None:
+        return split_model(self.model)  # at the first batch, on the device where the model runs
+
+
+@dataclass(frozen=True)
+class ModelSource(MemberSource):
+    """A model that runs beside the student.
+
+    Args:
+        model: a folder with a model and its tokenizer, or a name on the hub
+        dtype: its precision; auto is the one it is saved in, int8 and int4 quantize its linear layers
+        device: such as cuda:1; by default the student's
+    """
+
+    model: str
+    dtype: Precision = "auto"
+    device: str | None = None
+    name = "model"
+    other_tokenizer = True
+
+    @property
+    def title(self) -> str:
+        return self.model
+
+    def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
+        bits = {"int8": 8, "int4": 4}.get(self.dtype)
+        model = load_model(self.model, f"{key}.model", "auto" if bits else self.dtype, task, bits=bits)
+        tokenizer = load_tokenizer(self.model, f"{key}.model")
+        config = copy.deepcopy(model.config)
+        if hasattr(config, "quantization_config"):  # students derived from the config have full precision
+            del config.quantization_config
+        return LoadedTeacher(ModelTeacher(model, device=self.device), tokenizer, model, config, {key: model})

@@ -1,4 +1,4 @@
-"""Which bytes each token of a tokenizer stands for, and which tokens it reads in given bytes."""
+"""The bytes of each token of a tokenizer, and the tokens of given bytes."""
 
 from __future__ import annotations
 
@@ -8,180 +8,167 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from potstill.errors import VocabularyError
 
-BLANK = "\u2581"  # what SentencePiece writes for a space
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte token of SentencePiece
 # Ordinary text that a usable tokenizer must give back: two cases, accents, line ends, runs of spaces, other scripts.
 PROBE = "Ab  c\n\tDé 12,345 «x»\n\n    return 'ñ' # 中文 Привет\n"
 
 
-class Spelled(NamedTuple):
-    """A token and how many bytes of a text it stands for; not exact where it only stands in their place."""
+class TokenSpan(NamedTuple):
+    """A token and the number of bytes it covers; not exact if its own bytes are others."""
 
     id: int
     size: int
     exact: bool = True
 
 
-class Pieces:
-    """The bytes of each token: of byte-level BPE, or of pieces with a mark for the space, as SentencePiece has them.
+class TokenBytes:
+    """The bytes of each token, for byte-level BPE and for SentencePiece.
 
     Args:
         tokenizer: a fast one.
-        whose: teacher or student, for errors.
+        owner: teacher or student, for errors.
 
     Attributes:
-        of: token id -> its bytes; None for a special token, which stands for none.
-        ids: bytes -> the token id that says them; where several do, one that is no single byte's fallback.
-        adds_space: it puts a space before every text.
+        bytes_of: token id -> its bytes; None for a special token.
+        ids: bytes -> token id; byte tokens of SentencePiece only where there is no other.
+        adds_space: whether the tokenizer puts a space before every text.
 
     Raises:
         VocabularyError: the tokenizer is slow, or does not keep the bytes of a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, owner: str) -> None:
         self.tokenizer = tokenizer
-        self._whose = whose
+        self._owner = owner
         if not tokenizer.is_fast:
-            raise self._refuse("a slow one", "It does not say which bytes its tokens stand for.")
+            raise self._refuse("a slow one", "Its tokens do not tell their bytes.")
         self._backend: Any = tokenizer.backend_tokenizer
         state = json.loads(self._backend.to_str())
-        kinds = {part["type"] for part in _parts(state["decoder"])}
-        marks = {
-            *(part["replacement"] for part in _parts(state["decoder"]) if part["type"] == "Metaspace"),
-            *(
-                part["pattern"]["String"]
-                for part in _parts(state["decoder"])
-                if part["type"] == "Replace" and part["content"] == " " and "String" in part["pattern"]
-            ),
-        }
+        decoders = [*_components(state["decoder"])]
+        kinds = {part["type"] for part in decoders}
+        marks = {part["replacement"] for part in decoders if part["type"] == "Metaspace"}
+        for part in decoders:
+            if part["type"] == "Replace" and part["content"] == " " and "String" in part["pattern"]:
+                marks.add(part["pattern"]["String"])
         if "ByteLevel" not in kinds and not marks:
             kind = ", ".join(sorted(kinds)) or state["model"]["type"]
             raise self._refuse(f"one that does not keep them ({kind})", "Its tokens leave out spaces.")
-        self._alphabet = _byte_alphabet() if "ByteLevel" in kinds else None
-        self._mark = None if self._alphabet else marks.pop()
+        self._alphabet = {char: byte for byte, char in bytes_to_unicode().items()} if "ByteLevel" in kinds else None
+        self._space = None if self._alphabet else marks.pop()
         added = tokenizer.added_tokens_decoder
         special = {*tokenizer.all_special_ids} | {id for id, token in added.items() if token.special}
         self._content = {id: token.content for id, token in added.items()}
-        self.of: dict[int, bytes | None] = {}
+        self.bytes_of: dict[int, bytes | None] = {}
         self.ids: dict[bytes, int] = {}
-        fallback = {}
+        byte_tokens = {}
         for token, id in tokenizer.get_vocab().items():
-            piece = None if id in special else token.encode() if id in added else self._bytes_of(token)
-            self.of[id] = piece
+            piece = None if id in special else token.encode() if id in added else self._decode(token)
+            self.bytes_of[id] = piece
             self._content.setdefault(id, token)
             if piece and self._alphabet is None and BYTE.fullmatch(token):
-                fallback[piece] = id
+                byte_tokens[piece] = id
             elif piece:
                 self.ids.setdefault(piece, id)
-        self._bytes = {piece: id for piece, id in self.ids.items() if len(piece) == 1} | fallback
-        self.ids = {**fallback, **self.ids}
-        self.adds_space = self._joined(self._encode("a")) == b" a"
-        self._must_give_back()
+        self._single_bytes = {piece: id for piece, id in self.ids.items() if len(piece) == 1} | byte_tokens
+        self.ids = {**byte_tokens, **self.ids}
+        self.adds_space = self._join(self._encode("a")) == b" a"
+        self._check_round_trip()
 
-    def spell(self, ids: list[int]) -> list[Spelled]:
-        """The tokens with the number of bytes that each stands for; a space that is put before texts counts as none."""
-        spelled = [Spelled(id, len(self.of[id] or b"")) for id in ids]
-        if spelled and self.adds_space and (self.of[ids[0]] or b"").startswith(b" "):
-            spelled[0] = Spelled(ids[0], spelled[0].size - 1)
-        return spelled
+    def spans(self, ids: list[int]) -> list[TokenSpan]:
+        """The bytes that each token covers; a space that the tokenizer puts before texts is not counted."""
+        spans = [TokenSpan(id, len(self.bytes_of[id] or b"")) for id in ids]
+        if spans and self.adds_space and (self.bytes_of[ids[0]] or b"").startswith(b" "):
+            spans[0] = TokenSpan(ids[0], spans[0].size - 1)
+        return spans
 
-    def text(self, spelled: list[Spelled]) -> bytes:
-        """The bytes that tokens stand for."""
-        return b"".join((self.of[token.id] or b"")[-token.size :] if token.size else b"" for token in spelled)
+    def text(self, spans: list[TokenSpan]) -> bytes:
+        """The bytes that tokens cover."""
+        return b"".join((self.bytes_of[span.id] or b"")[-span.size :] if span.size else b"" for span in spans)
 
     def content(self, id: int) -> bytes:
-        """The characters of a special token, where it was found in plain text."""
+        """The characters of a special token that occurs in plain text."""
         return self._content[id].encode()
 
-    def read(self, text: bytes) -> list[Spelled] | None:
-        """The tokens of a text, which may begin or end within a character; None where it has none for some of it.
+    def tokenize(self, text: bytes) -> list[TokenSpan] | None:
+        """Tokenize bytes, which may begin or end within a character; None if there is no token for some of them.
 
-        Where the tokens say something else (a normaliser has changed it), the line is not exact.
+        Lines whose tokens have other bytes, because a normaliser has changed the text, are not exact.
         """
-        spelled: list[Spelled] = []
+        spans: list[TokenSpan] = []
         for run in re.findall(r"[\udc80-\udcff]|[^\udc80-\udcff]+", text.decode("utf-8", "surrogateescape")):
             if "\udc80" <= run[0] <= "\udcff":
                 byte = run.encode("utf-8", "surrogateescape")
-                id = self._bytes.get(byte, self.tokenizer.unk_token_id)
-                found = [] if id is None else [Spelled(id, 1, byte in self._bytes)]
+                id = self._single_bytes.get(byte, self.tokenizer.unk_token_id)
+                tokens = [] if id is None else [TokenSpan(id, 1, byte in self._single_bytes)]
             else:
-                found = self._read(run)
-            if not found:
+                tokens = self._tokenize(run)
+            if not tokens:
                 return None
-            spelled += found
-        return spelled
+            spans += tokens
+        return spans
 
-    def _read(self, text: str) -> list[Spelled]:
+    def _tokenize(self, text: str) -> list[TokenSpan]:
         """The tokens of whole characters."""
-        ids, said = self._encode(text), text.encode()
-        pieces = [self.content(id) if self.of[id] is None else self.of[id] or b"" for id in ids]
-        sizes, joined = [len(piece) for piece in pieces], b"".join(pieces)
-        known = self.tokenizer.unk_token_id not in ids
-        if known and joined == said:
-            return [Spelled(*one) for one in zip(ids, sizes, strict=True)]
-        if known and joined == b" " + said:
-            return [Spelled(ids[0], sizes[0] - 1), *(Spelled(*one) for one in zip(ids[1:], sizes[1:], strict=True))]
+        ids, expected = self._encode(text), text.encode()
+        pieces = [self.content(id) if self.bytes_of[id] is None else self.bytes_of[id] or b"" for id in ids]
+        joined = b"".join(pieces)
+        if self.tokenizer.unk_token_id not in ids and joined in (expected, b" " + expected):
+            spans = [TokenSpan(id, len(piece)) for id, piece in zip(ids, pieces, strict=True)]
+            added_space = len(joined) - len(expected)
+            return [TokenSpan(ids[0], spans[0].size - added_space), *spans[1:]]
         lines = text.splitlines(keepends=True)
         if len(lines) > 1:
-            return [token for line in lines for token in self._read(line)]
-        return [Spelled(id, len(said) if i == len(ids) - 1 else 0, False) for i, id in enumerate(ids)]
+            return [token for line in lines for token in self._tokenize(line)]
+        return [TokenSpan(id, len(expected) if i == len(ids) - 1 else 0, False) for i, id in enumerate(ids)]
 
-    def opening(self) -> list[int]:
-        """The special tokens that it puts before every text."""
-        whole: list[int] = self.tokenizer("a")["input_ids"]
+    def prefix(self) -> list[int]:
+        """The special tokens that the tokenizer puts before every text."""
+        ids: list[int] = self.tokenizer("a")["input_ids"]
         bare = self._encode("a")
-        places = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-        return whole[: places[0]] if places else []
+        starts = [i for i in range(len(ids)) if ids[i : i + len(bare)] == bare]
+        return ids[: starts[0]] if starts else []
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _joined(self, ids: list[int]) -> bytes:
-        return b"".join(self.of[id] or b"" for id in ids)
+    def _join(self, ids: list[int]) -> bytes:
+        return b"".join(self.bytes_of[id] or b"" for id in ids)
 
-    def _bytes_of(self, token: str) -> bytes:
+    def _decode(self, token: str) -> bytes:
         if self._alphabet is not None:
             known = [self._alphabet.get(character) for character in token]
             return bytes(b for b in known if b is not None) if None not in known else token.encode()
         if byte := BYTE.fullmatch(token):
             return bytes([int(byte[1], 16)])
-        assert self._mark is not None
-        return token.replace(self._mark, " ").encode()
+        assert self._space is not None
+        return token.replace(self._space, " ").encode()
 
-    def _must_give_back(self) -> None:
-        """Ordinary text comes back byte for byte, as far as there are tokens for it."""
-        unknown = self.tokenizer.unk_token_id
+    def _check_round_trip(self) -> None:
+        """Check that ordinary text comes back byte for byte, as far as there are tokens for it."""
         for text in (PROBE, *PROBE.split()):
             ids = self._encode(text)
-            said = self._joined(ids).decode("utf-8", "replace")
-            if unknown not in ids and said not in (text, f" {text}"):
-                raise self._refuse(f"one that reads {text!r} as {said!r}", "What is lost cannot be compared.")
+            decoded = self._join(ids).decode("utf-8", "replace")
+            if self.tokenizer.unk_token_id not in ids and decoded not in (text, f" {text}"):
+                raise self._refuse(f"one that reads {text!r} as {decoded!r}", "Lost text cannot be compared.")
 
-    def _refuse(self, what: str, why: str) -> VocabularyError:
+    def _refuse(self, got: str, why: str) -> VocabularyError:
         return VocabularyError(
-            f"the {self._whose}'s tokenizer: expected one whose tokens stand for the bytes of a text (byte-level BPE, "
-            f"or SentencePiece), got {what}. {why} Use a {self._whose} with such a tokenizer."
+            f"the {self._owner}'s tokenizer: expected one whose tokens stand for the bytes of a text (byte-level BPE, "
+            f"or SentencePiece), got {got}. {why} Use a {self._owner} with such a tokenizer."
         )
 
 
-def _parts(state: Any) -> Iterator[Any]:
-    """A component of a tokenizer, or the components that it is a sequence of."""
+def _components(state: Any) -> Iterator[Any]:
+    """The decoder of a tokenizer, or the decoders in a sequence."""
     if state is None:
         return
     if state["type"] != "Sequence":
         yield state
         return
-    for key in ("decoders", "pretokenizers", "normalizers"):
-        for part in state.get(key, []):
-            yield from _parts(part)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters with which byte-level BPE writes bytes: printable ones as they are, the others from U+0100 on."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    for part in state["decoders"]:
+        yield from _components(part)

@@ -1,41 +1,52 @@
-"""A student that is its own teacher: an average of its weights, or what it was before its adapter."""
+"""A student that is its own teacher: a moving average of its weights, or its base model without the adapter."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from potstill.errors import ModelError, ShapeError
-from potstill.losses.alignment import Alignment
-from potstill.models.capture import ActivationCapture, ActivationRequest
+from potstill.errors import ModelError, RecipeError
+from potstill.losses.alignment import Alignment, Task
+from potstill.losses.declared import Range
+from potstill.losses.record import Record
+from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
+from potstill.models.loading import load_tokenizer
 from potstill.models.split import SplitModel, forward_targets, split_model, undisturbed
 from potstill.models.structure import ModelShape
 from potstill.teachers.model import ModelTeacher
+from potstill.teachers.source import LoadedTeacher, TeacherSource
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 
+@dataclass(frozen=True)
+class EMASettings(Record):
+    """Settings of the moving average.
+
+    Args:
+        decay: of the average, per step
+        warmup_steps: first steps, whose average is a plain mean
+    """
+
+    decay: Annotated[float, Range(ge=0, lt=1)] = 0.999
+    warmup_steps: Annotated[int, Range(ge=0)] = 0
+
+
 class EMATeacher(Teacher):
-    """An exponential moving average of the student's weights, after each of its steps.
+    """An exponential moving average of the student's weights, updated after each of its steps.
 
         teacher = d teacher + (1 - d) student,   d = decay,   or min(decay, 1 - 1 / t) in the t-th of the warm-up's
         steps
 
-    In the warm-up the teacher is the plain mean of what the student has been, so that its first weights do not weigh
-    on. Frozen weights are shared with the student and not copied: beside an adapter, only the adapter is there twice.
-    The average is kept in float32, in which small steps are not lost.
-
-    Args:
-        decay: in [0, 1).
-        warmup_steps: how many steps the warm-up takes.
-
-    Raises:
-        ShapeError: a number is out of range.
+    In the warm-up the teacher is the plain mean of all students so far, so that the first weights have no lasting
+    influence. Frozen weights are shared with the student: beside an adapter, only the adapter is there twice. The
+    average is kept in float32, in which small steps are not lost.
 
     References:
         Tarvainen and Valpola 2017 (Mean Teacher), arXiv 1703.01780, section 2; the warm-up is that of its code.
@@ -44,18 +55,15 @@ class EMATeacher(Teacher):
     of_student = True
 
     def __init__(self, decay: float = 0.999, warmup_steps: int = 0) -> None:
-        if not 0 <= decay < 1:
-            raise ShapeError(f"EMATeacher: expected a decay in [0, 1), got {decay}.")
-        if warmup_steps < 0:
-            raise ShapeError(f"EMATeacher: expected warmup_steps of at least 0, got {warmup_steps}.")
-        self.decay, self.warmup_steps = decay, warmup_steps
+        settings = EMASettings(decay, warmup_steps)  # which checks them
+        self.decay, self.warmup_steps = settings.decay, settings.warmup_steps
         self._needs = ActivationRequest()
         self._student: nn.Module | None = None
         self._teacher: ModelTeacher | None = None
         self._average: dict[str, Tensor] = {}
 
     def attach(self, student: nn.Module) -> None:
-        """See `Teacher`. The average begins with the student as it is."""
+        """See `Teacher`. The average starts at the student's weights."""
         shared: dict[int, Any] = {id(p): p for p in student.parameters() if not p.requires_grad}
         model = copy.deepcopy(student, shared)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -66,60 +74,51 @@ class EMATeacher(Teacher):
         self._teacher.prepare(self._needs)
 
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        return self._met(batch, alignment)
+        return self._attached(batch, alignment)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """See `Teacher`."""
         decay = min(self.decay, 1 - 1 / step) if step <= self.warmup_steps else self.decay
         assert self._student is not None
-        now = dict(self._student.named_parameters())
-        for name, mine in self._weights():
-            average = self._average[name] = self._average[name].to(mine.device)
-            average.lerp_(now[name].to(average), 1 - decay)
-            mine.copy_(average)
-        for mine, theirs in zip(self._met.model.buffers(), self._student.buffers(), strict=True):
-            mine.copy_(theirs)
+        current = dict(self._student.named_parameters())
+        for name, weight in self._weights():
+            average = self._average[name] = self._average[name].to(weight.device)
+            average.lerp_(current[name].to(average), 1 - decay)
+            weight.copy_(average)
+        for buffer, of_student in zip(self._attached.model.buffers(), self._student.buffers(), strict=True):
+            buffer.copy_(of_student)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """See `Teacher`."""
         return dict(self._average)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """See `Teacher`."""
-        for name, mine in self._weights():
+        for name, weight in self._weights():
             self._average[name].copy_(state[name])
-            mine.copy_(state[name])
+            weight.copy_(state[name])
 
     def _weights(self) -> list[tuple[str, Tensor]]:
-        """The teacher's weights that are averages. Where they are in float32 they are the averages themselves."""
-        return [(name, p) for name, p in self._met.model.named_parameters() if name in self._average]
+        """The teacher's averaged weights. In float32 they are the averages themselves."""
+        return [(name, p) for name, p in self._attached.model.named_parameters() if name in self._average]
 
     @property
-    def _met(self) -> ModelTeacher:
-        if self._teacher is None:
-            raise _alone("EMATeacher")
-        return self._teacher
+    def _attached(self) -> ModelTeacher:
+        return _require_attached(self._teacher, self)
 
     @property
     def shape(self) -> ModelShape:
-        """The student's shape."""
-        return self._met.shape
+        return self._attached.shape
 
     def prepare(self, needs: ActivationRequest) -> None:
-        """See `Teacher`."""
         self._needs |= needs
-        self._met.prepare(needs)
+        self._attached.prepare(needs)
 
 
 class BaseModelTeacher(Teacher):
-    """The student without its adapter, in evaluation mode: the base model teaches, and there is no second copy of it.
+    """The student's base model, without its adapter, in evaluation mode; there is no second copy of it.
 
-    It costs one more forward pass of the base.
-
-    What is trained beside an adapter (`modules_to_save`) is switched off with it; weights of the base that someone else
-    trains would move the teacher.
+    It costs one more forward pass of the base. What is trained beside an adapter (`modules_to_save`) is switched off
+    with it; base weights that someone else trains would change the teacher.
     """
 
     of_student = True
@@ -127,65 +126,56 @@ class BaseModelTeacher(Teacher):
     def __init__(self) -> None:
         self._needs = ActivationRequest()
         self._student: Any = None
-        self._taps: ActivationCapture | None = None
-        self._cut: SplitModel | None = None
+        self._capture: ActivationCapture | None = None
+        self._split: SplitModel | None = None
 
     def attach(self, student: nn.Module) -> None:
         """See `Teacher`.
 
         Raises:
-            ModelError: the student has no adapter, or one beside which biases of its base are trained.
+            ModelError: the student has no adapter, or one with which biases of its base are trained.
         """
         if not hasattr(student, "disable_adapter"):
             raise ModelError(
                 f"BaseModelTeacher: expected a student with an adapter that can be switched off, got a "
-                f"{type(student).__name__}. Its base is the teacher. Give the student an adapter (a PeftModel), or "
-                "name a teacher."
+                f"{type(student).__name__}. Give the student an adapter (a PeftModel), or name a teacher."
             )
         if any(getattr(config, "bias", "none") != "none" for config in getattr(student, "peft_config", {}).values()):
             raise ModelError(
-                "BaseModelTeacher: expected an adapter that leaves its base as it is, got one with which biases are "
-                "trained: the teacher would move with the student. Leave student.adapter.bias out."
+                "BaseModelTeacher: expected an adapter without biases, got one with which biases of the base are "
+                "trained: the teacher would change. Leave student.adapter.bias out."
             )
-        self._student, self._taps = student, None
+        self._student, self._capture = student, None
         with _without_adapter(student):
-            self._cut = split_model(student)
+            self._split = split_model(student)
         self.prepare(self._needs)
 
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        student = self._met
+        student = _require_attached(self._student, self)
         with undisturbed(student), _without_adapter(student):
-            call = partial(forward_targets, student, self._cut, batch, alignment)
-            said, inside = self._open.capture(self._needs, call) if self._needs else (call(), None)
-        return TeacherOutput(said) if inside is None else TeacherOutput(said, inside=inside)
+            forward = partial(forward_targets, student, self._split, batch, alignment)
+            targets, inside = self._layers.capture(self._needs, forward) if self._needs else (forward(), Activations())
+        return TeacherOutput(targets, inside=inside)
 
     @property
-    def _met(self) -> Any:
-        if self._student is None:
-            raise _alone("BaseModelTeacher")
-        return self._student
-
-    @property
-    def _open(self) -> ActivationCapture:
-        if self._taps is None:
-            self._taps = ActivationCapture(self._met)
-        return self._taps
+    def _layers(self) -> ActivationCapture:
+        if self._capture is None:
+            self._capture = ActivationCapture(_require_attached(self._student, self))
+        return self._capture
 
     @property
     def shape(self) -> ModelShape:
-        """The student's shape."""
-        return self._open.shape
+        return self._layers.shape
 
     def prepare(self, needs: ActivationRequest) -> None:
-        """See `Teacher`."""
         if needs:
-            self._open.prepare(needs)
+            self._layers.prepare(needs)
             self._needs |= needs
 
 
 @contextmanager
 def _without_adapter(student: Any) -> Iterator[None]:
-    """The adapter switched off; which weights are trained stays as it was, which peft decides anew."""
+    """Switch the adapter off, and restore which weights are trained, which peft sets anew."""
     trained = [(p, p.requires_grad) for p in student.parameters()]
     try:
         with student.disable_adapter():
@@ -195,5 +185,55 @@ def _without_adapter(student: Any) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def _alone(name: str) -> ModelError:
-    return ModelError(f"{name}: expected a student to be made of, got none yet. Call attach(student) first.")
+def _require_attached(model: Any, teacher: Teacher) -> Any:
+    if model is None:
+        raise ModelError(f"{type(teacher).__name__}: expected a student, got none yet. Call attach(student) first.")
+    return model
+
+
+@dataclass(frozen=True)
+class EMASource(TeacherSource):
+    """A moving average of the student's own weights.
+
+    Args:
+        ema: its settings; {} for the defaults
+    """
+
+    ema: EMASettings
+    name = "ema"
+    copies_student = True
+
+    @property
+    def title(self) -> str:
+        return "the average of the student's weights"
+
+    def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
+        return _load(EMATeacher(self.ema.decay, self.ema.warmup_steps), student, f"{key}.{self.name}")
+
+
+@dataclass(frozen=True)
+class BaseModelSource(TeacherSource):
+    """The student without its adapter.
+
+    Args:
+        adapter_off: true
+    """
+
+    adapter_off: bool = True
+    name = "adapter_off"
+
+    @property
+    def title(self) -> str:
+        return "the student without its adapter"
+
+    def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
+        return _load(BaseModelTeacher(), student, f"{key}.{self.name}")
+
+
+def _load(teacher: Teacher, student: str | None, key: str) -> LoadedTeacher:
+    if student is None:
+        raise RecipeError(
+            f"{key}: expected student.model, got a design, whose config is derived from another teacher's. Name a "
+            "student with student.model instead."
+        )
+    return LoadedTeacher(teacher, load_tokenizer(student, "student.model"))

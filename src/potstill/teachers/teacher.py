@@ -1,9 +1,9 @@
-"""What every teacher is."""
+"""The interface of every teacher, and the signals that it gives."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,128 +15,152 @@ from potstill.losses.target_statistics import token_log_probs
 from potstill.losses.targets import SparseTargets, Targets
 from potstill.models.capture import ActivationRequest, Activations
 from potstill.models.structure import ModelShape
-from potstill.teachers.byte_alignment import Across
+from potstill.teachers.byte_alignment import AlignedChunks, AlignmentStats
 
-NOT_COVERED = (
-    "teacher: expected a cache that holds every row of the data, got one that lacks some. A row is found by its token "
-    "ids and by which of them count: another file, max_length, packing, tokenizer or chat template makes other rows. "
-    "Build the cache from the same data and options."
+MISSING_ROWS = (
+    "expected a cache that holds every row of the data, got one that lacks some. A row is found by its token ids and "
+    "labels: another file, max_length, packing, tokenizer or chat template makes other rows. Build the cache from the "
+    "same data and options."
 )
 
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What a teacher says about a batch.
+    """A teacher's signals for one batch.
 
     Args:
-        targets: over the N counting positions, on the student's device.
-        label_log_probs: [N] what the teacher gives the data's own tokens there, nats, where it is known: the only
-            measure of a teacher that is no model here.
-        inside: what `Teacher.prepare` asked for, over all positions, on the student's device.
-        of_members: [N, M] the same log-probabilities by member, of an ensemble that learns how to weigh them.
-        across: where a teacher with another tokenizer meets the student; its targets are over tokens of its own.
+        targets: over the N target positions, on the student's device.
+        label_log_probs: [N] log-probabilities of the labels in nats, where they are known apart from the targets.
+        inside: what `Teacher.prepare` requested, over all positions, on the student's device.
+        chunks: chunks of bytes, from a teacher with another tokenizer; its targets are over its own tokens.
+        member_log_probs: [N, M] log-probabilities of the labels by member, from an ensemble that learns its weights.
     """
 
     targets: Targets
     label_log_probs: Tensor | None = None
     inside: Activations = field(default_factory=Activations)
-    across: Across | None = None
-    of_members: Tensor | None = None
+    chunks: AlignedChunks | None = None
+    member_log_probs: Tensor | None = None
 
-    def of_labels(self, labels: Tensor) -> Tensor | None:
-        """The log-probabilities [N] of the data's own tokens: as it told, or from whole distributions; None where
-        neither is there.
-        """
+    def log_probs_of(self, labels: Tensor) -> Tensor | None:
+        """The log-probabilities [N] of the labels; None without `label_log_probs` or full distributions."""
         if self.label_log_probs is not None or isinstance(self.targets, SparseTargets):
             return self.label_log_probs
         return token_log_probs(self.targets, labels.unsqueeze(-1)).squeeze(-1)
 
 
-# What most teachers have nothing to do for is an empty method here, and no abstract one.
+# Methods that most teachers need not implement are empty here, and not abstract.
 # ruff: noqa: B027
 class Teacher(ABC):
-    """Anything that can say something at every position of a batch.
+    """Anything that gives targets for every position of a batch.
 
-    All give targets. One that can be looked into also has a `shape` and can `prepare` for it. One that changes while
-    the student trains is told what happens (`attach`, `learn`, `after_step`), and what it has become is kept in
-    checkpoints (`state_dict`).
+    A teacher with hidden layers also has an `anatomy` and can `prepare` to return them. One that changes during
+    training follows it (`attach`, `update`, `after_step`) and is saved in checkpoints (`state_dict`).
 
     Attributes:
-        of_student: whether it is made of the student: there is nothing to measure or to keep before training.
-        max_length: tokens in a row at most, where that is known.
+        of_student: whether it is made from the student: it cannot be measured or cached before training.
+        max_length: maximum number of tokens in a row, where known.
+        other_tokenizer: whether its targets are over its own tokens; see `TeacherOutput.chunks`.
+        needs_trial: whether it may refuse rows or terms of the objective, so that a row is tried before training.
+        answers_samples_apart: whether on-policy samples go to another teacher than rows of data.
+        without_own_prompts: for a teacher that cannot read prompts of its own, what it is.
     """
 
     of_student: bool = False
     max_length: int | None = None
-
-    other_tokenizer: ClassVar[bool] = False  # its targets are over tokens of its own; see `TeacherOutput.across`
+    other_tokenizer: ClassVar[bool] = False
+    needs_trial: ClassVar[bool] = True
+    answers_samples_apart: ClassVar[bool] = False
+    without_own_prompts: ClassVar[str | None] = None
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        """Speak about a batch.
+        """Compute the teacher's signals for a batch.
 
         Args:
             batch: input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
-            alignment: the N positions that are asked for; see `potstill.losses.alignment`.
+            alignment: the N target positions; see `potstill.losses.alignment`.
         """
 
     def covers(self, dataset: Any) -> bool:
-        """Whether the teacher can speak about every row of a dataset with input_ids and labels."""
+        """Whether the teacher has signals for every row of a dataset with input_ids and labels."""
         return True
 
     def require(self, dataset: Any) -> None:
-        """See that the teacher can speak about every row of a dataset.
+        """Check that the teacher covers a dataset.
 
         Raises:
-            DataError: it cannot.
+            DataError: it does not.
         """
         if not self.covers(dataset):
-            raise DataError(NOT_COVERED)
+            raise DataError(f"teacher: {MISSING_ROWS}")
 
     def attach(self, student: nn.Module) -> None:
-        """Meet the student, before the first batch; again for every student that is trained.
+        """Connect to the student before its first batch; again for every student that is trained.
 
         Raises:
-            ModelError: the teacher cannot be made of it.
+            ModelError: the teacher cannot be made from it.
         """
 
-    def learn(self, said: TeacherOutput) -> None:
-        """Take note of an answer that a student learns from, once for each batch of training."""
+    def update(self, output: TeacherOutput) -> None:
+        """Learn from an output of the teacher's own, once for each training batch."""
 
     def after_step(self, step: int) -> None:
-        """Follow the student, after its `step`-th optimiser step, from 1."""
+        """Follow the student after its optimiser step `step`, counted from 1."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What has become of the teacher in training; empty where nothing changes."""
+        """State that changes in training; empty where nothing does."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Become what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
 
     def logs(self) -> dict[str, float]:
-        """What a training should log of it."""
+        """Values to log during training."""
         return {}
 
     @property
+    def changes(self) -> bool:
+        """Whether it changes in training, so that signals for the next batch cannot be computed yet."""
+        return self.of_student or bool(self.state_dict())
+
+    @property
+    def member_weights(self) -> dict[str, float] | None:
+        """Weights of an ensemble's members, by name; None for a single teacher."""
+        return None
+
+    def alignment_stats(self, rows: Iterable[Any]) -> AlignmentStats | None:
+        """Count how much of some rows both tokenizers share; None for a teacher of the student's tokens."""
+        return None
+
+    @property
     def shape(self) -> ModelShape:
-        """The shape of the model that is looked into.
+        """The shape of the model whose layers it gives.
 
         Raises:
-            ModelError: there is none.
+            ModelError: it gives none.
         """
-        raise self._closed()
+        raise self._no_layers()
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether it gives hidden layers."""
+        try:
+            return bool(self.shape)
+        except ModelError:
+            return False
 
     def prepare(self, needs: ActivationRequest) -> None:
-        """From now on every answer holds this too, beside the targets and what was asked for before.
+        """Return these activations with every later output, with those requested before.
 
         Raises:
-            ModelError: the teacher does not give it.
+            ModelError: the teacher does not give them.
         """
         if needs:
-            raise self._closed()
+            raise self._no_layers()
 
-    def _closed(self) -> ModelError:
+    def _no_layers(self) -> ModelError:
         return ModelError(
             f"{type(self).__name__}: expected a teacher with hidden states and attention, which terms of the objective "
-            "ask for, got one that gives targets alone. Use a model as the teacher, or the terms logits and labels."
+            "need, got one with targets alone. Use a model as the teacher, or the terms logits and labels."
         )

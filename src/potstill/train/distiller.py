@@ -184,8 +184,8 @@ class Distiller(nn.Module):
         assert self.teacher is not None
         output = (self._prefetch or self.teacher)(batch, alignment)
         if self.training:
-            self.teacher.learn(output)
-        if self.vocabulary is None or output.across is not None:
+            self.teacher.update(output)
+        if self.vocabulary is None or output.chunks is not None:
             return output
         return replace(output, targets=output.targets.slice(self.vocabulary))
 

@@ -38,7 +38,7 @@ class Prefetch:
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        if teacher.of_student or teacher.state_dict():
+        if teacher.changes:
             raise ModelError(
                 f"prefetch: expected a teacher that does not change in training, got {type(teacher).__name__}, which "
                 "does. What it says of the next batch is known after this step. Leave prefetch out."

@@ -6,12 +6,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from potstill.engines.endpoint import ServerEndpoint
 from potstill.engines.sampling import Sampling
 from potstill.generation.filters import FilterOptions
 from potstill.generation.sandbox import ProgramLimits
 from potstill.generation.tasks import GenerationTask
 from potstill.runs.config.document import Document, Part
-from potstill.runs.config.teacher import ServedPart
 
 
 class GenerationTeacherPart(Part):
@@ -22,7 +22,7 @@ class GenerationTeacherPart(Part):
         "auto", description="its precision; auto is the one it is saved in"
     )
     device: str | None = Field(None, description="such as cuda:1; by default the first accelerator, else the processor")
-    server: ServedPart | None = None
+    server: ServerEndpoint | None = None
     tokenizer: str | None = Field(
         None,
         description="with server: a folder with the model's tokenizer, whose chat template is used; else plain text",

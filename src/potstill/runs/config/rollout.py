@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Self
+from dataclasses import dataclass
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from potstill.engines.endpoint import ServerEndpoint
+from potstill.losses.declared import Range
 from potstill.losses.schedule import Schedule, Share
 from potstill.runs.config.document import Part
-from potstill.runs.config.teacher import ServedPart
 
 
 class ReplayPart(Part):
@@ -26,17 +28,18 @@ class AdaptPart(Part):
     margin: float = Field(0.1, ge=0, description="nats above the held-out loss of the evaluation before")
 
 
-class StudentServerPart(ServedPart):
-    """A vLLM server that writes in the student's place, and takes its weights as it learns."""
+@dataclass(frozen=True)
+class StudentServerPart(ServerEndpoint):
+    """A vLLM server that writes in the student's place, and takes its weights as it learns.
 
-    folder: str | None = Field(
-        None,
-        description="where the weights are put for it, which it sees under the same path; by default `served` in the "
-        "run directory",
-    )
-    max_staleness: int = Field(
-        0, ge=0, description="optimiser steps since the weights that write, at most; 0 has new ones taken at each step"
-    )
+    Args:
+        folder: where the weights are put for it, which it sees under the same path; by default `served` in the run
+            directory
+        max_staleness: optimiser steps since the weights that write, at most; 0 has new ones taken at each step
+    """
+
+    folder: str | None = None
+    max_staleness: Annotated[int, Range(ge=0)] = 0
 
 
 class RolloutPart(Part):

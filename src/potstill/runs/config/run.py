@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 from typing import Self
 
 from pydantic import Field, model_validator
 
-from potstill.losses.alignment import DISTRIBUTION_TASKS, SEQUENCE_TASKS, TOKEN_TASKS, Task
+from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.adapters import adapter_conflicts
 from potstill.runs.config.data import MASKED_SHARE, DataPart
 from potstill.runs.config.document import Document, Part
 from potstill.runs.config.rollout import RolloutPart
 from potstill.runs.config.student import StudentPart
-from potstill.runs.config.teacher import TeacherPart
+from potstill.runs.config.teacher import RecipeTeacher
 from potstill.runs.config.training import TrainPart
 from potstill.train.objective import task_mistakes
 from potstill.train.terms import across, dense, layers, logits, policy, supervision  # noqa: F401  # kinds of terms
@@ -39,7 +38,7 @@ class Recipe(Document):
         description="what both models predict: the next token, a masked token, a class, a number; or nothing, for an "
         "encoder without a head, whose layers are compared",
     )
-    teacher: TeacherPart
+    teacher: RecipeTeacher
     student: StudentPart
     data: DataPart
     objective: list[Term] = Field(min_length=1)
@@ -63,12 +62,10 @@ class Recipe(Document):
     def _task_mistakes(self) -> Iterator[str]:
         """Find what is not defined for the task, each mistake as a line that begins with its key."""
         task = self.task
-        members = {f"teacher.ensemble.{i}": member for i, member in enumerate(self.teacher.ensemble or ())}
-        for (where, teacher), key in product({"teacher": self.teacher, **members}.items(), ("cache", "server")):
-            if task != "causal" and getattr(teacher, key) is not None:
-                yield f"{where}.{key}: expected {where}.model for the task {task}, got {key}, which is for causal models."
-        if self.teacher.ensemble is not None and task not in DISTRIBUTION_TASKS:
-            yield f"teacher.ensemble: expected one teacher for the task {task}, got several. They mix distributions."
+        for key, source in self.teacher.sources():
+            if task not in source.tasks:
+                tasks = ", ".join(sorted(source.tasks))
+                yield f"{key}.{source.name}: expected {key}.model for the task {task}, got {source.name}, for {tasks} only."
         for name in ("train", "eval"):
             source = getattr(self.data, name)
             for key in ("pair", "label"):
@@ -98,8 +95,7 @@ class Recipe(Document):
                         "rollout: {on_policy_fraction: 0.5}."
                     )
             return
-        cached = [part for part in (self.teacher, *(self.teacher.ensemble or ())) if part.cache and not part.model]
-        if cached:
+        if self.teacher.live is None:
             yield (
                 "teacher: expected a teacher that can score samples, got a cache alone, which holds the data. Name "
                 "teacher.model beside it: batches of data are still read from the cache."
@@ -111,7 +107,7 @@ class Recipe(Document):
                     f"objective.{place}: expected sampling_temperature 1, top_p 1 and top_k 0 in the rollout, or "
                     "importance: false, got neither. A server returns the student's log-probabilities, not the sampler's."
                 )
-        if self.rollout.guided and self.teacher.model is None:
+        if self.rollout.guided and self.teacher.model_path is None:
             yield (
                 "rollout: expected a teacher that is a local model for teacher_mix and teacher_top_k, got none. Name it "
                 "with teacher.model."

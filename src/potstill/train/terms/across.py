@@ -13,7 +13,7 @@ from potstill.losses.declared import Range
 from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.schedule import Temperature, Weight, value_at
 from potstill.losses.targets import DenseTargets, HeadTargets
-from potstill.teachers.byte_alignment import Across
+from potstill.teachers.byte_alignment import AlignedChunks
 from potstill.train.signals import Signals
 from potstill.train.terms.policy import student_log_probs
 from potstill.train.terms.term import Term
@@ -63,16 +63,16 @@ class Chunks(AcrossTerm):
         values = chunk_divergence(log_q, log_p.to(log_q.dtype), self.divergence, temperature=temperature)
         return _chunk_mean(signals, values, places, of_token[places])
 
-    def _compared(self, across: Across) -> tuple[Tensor, int]:
+    def _compared(self, across: AlignedChunks) -> tuple[Tensor, int]:
         """Return the index [C] of the compared chunk that each chunk belongs to, or -1, and how many are compared."""
-        biased = across.bias() > self.bias_threshold if self.bias_threshold < 1 else torch.zeros_like(across.goes_on)
+        biased = across.bias() > self.bias_threshold if self.bias_threshold < 1 else torch.zeros_like(across.continues)
         if self.biased == "drop":
             kept = ~biased
             return torch.where(kept, kept.cumsum(0) - 1, -1), int(kept.sum())
-        joined = biased & across.goes_on  # with the next
+        joined = biased & across.continues  # with the next
         begins = torch.cat([joined.new_ones(1), ~joined[:-1]])[: len(joined)]
         group = begins.cumsum(0) - 1
-        good = ~(biased & ~across.goes_on)  # nothing follows
+        good = ~(biased & ~across.continues)  # nothing follows
         last = group.new_zeros(int(begins.sum())).scatter_reduce(0, group, good.long(), "amin", include_self=False)
         kept = last.bool()[group]
         number = torch.where(last.bool(), last.cumsum(0) - 1, -1)
@@ -139,10 +139,10 @@ class ULD(AcrossTerm):
             return signals.mean(sorted_distance(logits, across.logits(teacher), temperature=temperature))
 
 
-def _byte_alignment(signals: Signals) -> Across:
+def _byte_alignment(signals: Signals) -> AlignedChunks:
     assert signals.teacher is not None
-    assert signals.teacher.across is not None  # the Distiller checks it
-    return signals.teacher.across
+    assert signals.teacher.chunks is not None  # the Distiller checks it
+    return signals.teacher.chunks
 
 
 def _at(signals: Signals, places: Tensor) -> Signals:

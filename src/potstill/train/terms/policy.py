@@ -141,7 +141,7 @@ def label_log_probs(teacher: TeacherOutput, labels: Tensor) -> Tensor:
     Raises:
         ShapeError: the teacher gives only some tokens of each distribution.
     """
-    log_probs = teacher.of_labels(labels)
+    log_probs = teacher.log_probs_of(labels)
     if log_probs is None:
         raise ShapeError(
             "policy: expected a teacher that gives the log-probability of every sampled token, got the most likely "
