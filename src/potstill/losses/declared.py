@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +31,39 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from potstill.errors import ShapeError
 
 
-class Declared(ABC):
+class Record:
+    """Base of a plain dataclass that a recipe holds: its annotations are checked, its docstring is its JSON Schema."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "arbitrary_types_allowed": True}
+
+    def __post_init__(self) -> None:
+        """Check each field against its annotation, in Python as in a recipe.
+
+        Raises:
+            ShapeError: a number is out of its range, or a word is none of those allowed.
+        """
+        for name, rules in _rules(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            for rule in rules if value is not None else ():
+                if (wrong := rule.wrong(value)) is not None:
+                    raise ShapeError(f"{type(self).__name__}.{name}: expected {rule}, got {wrong}.")
+
+    def changed(self, but: tuple[str, ...] = ()) -> list[str]:
+        """Return each field that differs from its default, as `field value`."""
+        fields = [field for field in dataclasses.fields(self) if field.name not in but]  # type: ignore[arg-type]
+        values = [(field, getattr(self, field.name)) for field in fields]
+        return [f"{field.name} {in_words(value)}" for field, value in values if value != field.default]
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
+        made = handler(core_schema)
+        schema = handler.resolve_ref_schema(made)
+        if "properties" in schema:
+            describe(cls, schema)
+        return made
+
+
+class Declared(Record, ABC):
     """Base of everything that a recipe can name: by its bare name, or as {key: name, field: value, ...}.
 
     Attributes:
@@ -44,7 +77,6 @@ class Declared(ABC):
     name: ClassVar[str]
     kinds: ClassVar[dict[str, type[Any]]]
     count: ClassVar[int] = 0
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "arbitrary_types_allowed": True}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -56,24 +88,6 @@ class Declared(ABC):
             if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise TypeError(f"{cls.__qualname__}: expected a name of its own, got {cls.name}, which {taken} has.")
             cls.kinds[cls.name] = cls
-
-    def __post_init__(self) -> None:
-        """Check each field against its annotation, in Python as in a recipe.
-
-        Raises:
-            ShapeError: a number is out of its range, or a word is none of those allowed.
-        """
-        for name, rules in _rules(type(self)).items():
-            value = getattr(self, name)
-            for rule in rules if value is not None else ():
-                if (wrong := rule.wrong(value)) is not None:
-                    raise ShapeError(f"{type(self).__name__}.{name}: expected {rule}, got {wrong}.")
-
-    def changed(self, but: tuple[str, ...] = ()) -> list[str]:
-        """Return each field that differs from its default, as `field value`."""
-        fields = [field for field in dataclasses.fields(self) if field.name not in but]  # type: ignore[arg-type]
-        values = [(field, getattr(self, field.name)) for field in fields]
-        return [f"{field.name} {in_words(value)}" for field, value in values if value != field.default]
 
     @classmethod
     def read(cls, value: Any) -> Any:
@@ -112,13 +126,11 @@ class Declared(ABC):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
-        made = handler(core_schema)
+        made = super().__get_pydantic_json_schema__(core_schema, handler)
         schema = handler.resolve_ref_schema(made)
-        if Declared in cls.__bases__ or "properties" not in schema:
-            return made
-        describe(cls, schema)
-        schema["properties"] = {cls.key: {"const": cls.name}, **schema["properties"]}
-        schema["required"] = [cls.key, *schema.get("required", [])]
+        if Declared not in cls.__bases__ and "properties" in schema:
+            schema["properties"] = {cls.key: {"const": cls.name}, **schema["properties"]}
+            schema["required"] = [cls.key, *schema.get("required", [])]
         return made
 
 
@@ -220,7 +232,7 @@ class Range(Rule):
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> Any:
         schema = handler(core_schema)
         names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-        bounds = {names[name]: bound for name, bound in vars(self).items() if bound is not None}
+        bounds = {names[name]: bound for name, bound in vars(self).items() if bound not in (None, math.inf)}
         for part in schema.get("anyOf", schema.get("oneOf", [schema])):
             if part.get("type") in ("number", "integer"):
                 part.update(bounds)
@@ -235,7 +247,7 @@ class NonEmpty(Rule):
 
     def wrong(self, value: Any) -> str | None:
         """See `Rule`."""
-        return None if isinstance(value, str) or len(value) else "none"
+        return None if len(value) else "none"
 
 
 @dataclasses.dataclass(frozen=True)

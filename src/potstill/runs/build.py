@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -12,7 +13,6 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.runs import build_rollout as rollouts
 from potstill.data.batches import Examples, PaddingCollator, pad_token_id
 from potstill.data.vocabulary import own_vocabulary, shared_vocabulary
 from potstill.losses.divergences import ReverseKL
@@ -111,8 +111,7 @@ class Parts:
         """Who puts the student's own text in place of data, where the recipe asks for it."""
         if self.recipe.rollout is None:
             return None
-        return rollouts.build(
-            self.recipe.rollout,
+        return self.recipe.rollout.build(
             self.tokenizer,
             self.teacher_model,
             steps=self.steps,
@@ -233,6 +232,7 @@ def prepare(recipe: Recipe) -> Parts:
     inside = any(term.reads_layers for term in recipe.objective)
     anatomy = ActivationCapture(student).anatomy if inside else None
     start = None if design is None else begin(recipe, speaker.model, design, train.dataset, tokenizer)
+    server = None if recipe.rollout is None else recipe.rollout.server
     parts = Parts(
         recipe,
         teacher,
@@ -249,11 +249,10 @@ def prepare(recipe: Recipe) -> Parts:
         start,
         tuple(speaker.models.values()),
         min((limit for limit in limits.values() if limit), default=None),
-        rollouts.find_writer(recipe, student, tokenizer),
+        None if server is None else server.writer(student, tokenizer, Path(recipe.output)),
     )
-    if (rollout := parts.rollout()) is not None and recipe.rollout is not None:
-        told = rollouts.look_at_prompts(rollout, recipe.rollout, train)
-        parts = replace(parts, notes=(*parts.notes, *told))
+    if (rollout := parts.rollout()) is not None:
+        parts = replace(parts, notes=(*parts.notes, *rollout.check_prompts(train.dataset)))
     if anatomy is not None:
         of_teacher = teacher.anatomy if parts.objective.reads_teacher_layers else None
         teacher.prepare(parts.objective.fit(anatomy, of_teacher)[1])

@@ -23,7 +23,7 @@ from potstill.data.vocabulary import fingerprint
 from potstill.errors import ModelError, UserError
 from potstill.models.layer_map import layer_index
 from potstill.models.loading import suppress_warnings
-from potstill.runs.ray import spread
+from potstill.runs.ray import map_rows
 from potstill.losses.alignment import causal_alignment
 from potstill.runs.config.data import SourcePart
 from potstill.runs.config.teacher import TeacherPart
@@ -177,7 +177,7 @@ def _codec(request: Request, vocabulary: int, teacher: Teacher, batch: dict[str,
 def _with_ray(request: Request, todo: list[int]) -> Iterator[dict[str, Any]]:
     """The shards, built by Ray's processes: each loads one teacher."""
     gpus = 1 if torch.cuda.is_available() else 0
-    return spread("cache build", [{"shard": number} for number in todo], _begin, request, gpus=gpus)
+    return map_rows("cache build", [{"shard": number} for number in todo], _begin, request, gpus=gpus)
 
 
 def _begin(request: Request) -> Callable[[dict[str, Any]], dict[str, Any]]:

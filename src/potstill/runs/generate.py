@@ -29,7 +29,7 @@ from potstill.engines.sampling import Completion, Sampling
 from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
-from potstill.runs.ray import spread
+from potstill.runs.ray import map_rows
 from potstill.runs.config.generate import ChainPart, FilterPart, GenerateRecipe, InstructionsPart, MixedPart, ProgramPart, ResponsesPart
 
 
@@ -236,7 +236,7 @@ def _with_ray(recipe: GenerateRecipe) -> Answer:
     def answer(batches: Sequence[Batch]) -> Iterator[tuple[Batch, list[list[Completion]]]]:
         by_start = {batch.start: batch for batch in batches}
         rows = [{"start": batch.start, "seed": batch.seed, "prompts": json.dumps(batch.prompts)} for batch in batches]
-        for row in spread("generate", rows, _answering, recipe, gpus=gpus):
+        for row in map_rows("generate", rows, _answering, recipe, gpus=gpus):
             said = [[Completion(*text) for text in texts] for texts in json.loads(row["texts"])]
             yield by_start[row["start"]], said
 

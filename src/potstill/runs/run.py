@@ -42,9 +42,9 @@ from potstill.teachers.teacher import Teacher
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 from potstill.train.terms.logits import Labels
 from potstill.train.objective import Objective
-from potstill.train.callbacks import MetricsFile, OwnTextsFile, ProgressBar, logged_lines, seconds_of
+from potstill.train.callbacks import MetricsFile, ProgressBar, SamplesFile, logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
-from potstill.train.samples import collapse
+from potstill.train.samples import collapse_warning
 from potstill.train.rollout import Rollout
 
 EVAL_ROWS = 16  # rows in a batch of the final evaluation
@@ -160,7 +160,7 @@ def _train(
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
     )
     if rollout is not None:
-        trainer.add_callback(OwnTextsFile(directory / "own_texts.jsonl", name, rollout, console))
+        trainer.add_callback(SamplesFile(directory / "own_texts.jsonl", name, rollout, console))
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
@@ -302,7 +302,7 @@ def _spread(lines: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
 
 def _alarms(metrics: list[dict[str, Any]]) -> list[str]:
     """When the student's own text collapsed for the first time, and whether it still has at the end."""
-    found = [(line["step"], said) for line in metrics if (said := collapse(line))]
+    found = [(line["step"], said) for line in metrics if (said := collapse_warning(line))]
     if not found:
         return []
     last = max(line["step"] for line in metrics if "own_share" in line)

@@ -12,11 +12,11 @@ from potstill.losses.alignment import DISTRIBUTION_TASKS, TOKEN_TASKS, SEQUENCE_
 from potstill.runs.config.adapter import adapter_misfits
 from potstill.runs.config.data import MASKED_SHARE, DataPart
 from potstill.runs.config.document import Document, Part
-from potstill.runs.config.rollout import RolloutPart
 from potstill.runs.config.student import StudentPart
 from potstill.runs.config.teacher import TeacherPart
 from potstill.runs.config.training import TrainPart
 from potstill.train.objective import task_mistakes
+from potstill.train.rollout_config import RolloutConfig
 from potstill.train.terms import across, dense, layers, logits, policy, supervision  # noqa: F401  # kinds of terms
 from potstill.train.terms.term import Term
 
@@ -43,7 +43,7 @@ class Recipe(Document):
     student: StudentPart
     data: DataPart
     objective: list[Term] = Field(min_length=1)
-    rollout: RolloutPart | None = Field(None, description="train on samples of the student; by default on data alone")
+    rollout: RolloutConfig | None = Field(None, description="train on samples of the student; by default on data alone")
     train: TrainPart = Field(default_factory=dict, description="any field of transformers.TrainingArguments")
     evaluate: EvaluatePart = Field(default_factory=lambda: EvaluatePart.model_validate({}))
     output: str = Field(min_length=1, description="the run directory")
