@@ -24,7 +24,8 @@ def families() -> dict[str, str]:
 def title_of(name: str, definition: dict[str, Any]) -> str:
     """What a section is called: family and name of a kind in recipes, or the name of a part."""
     value = next(iter(definition["properties"].values()))
-    return f"{families()[name]}: {value['const']}" if "const" in value else name.removesuffix("Part").removesuffix("Config").lower()
+    bare = name.removesuffix("Part").removesuffix("Config").lower()
+    return f"{families()[name]}: {value['const']}" if "const" in value else bare
 
 
 def kind_of(field: dict[str, Any], definitions: dict[str, Any]) -> str:

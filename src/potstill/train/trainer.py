@@ -184,11 +184,11 @@ class DistillationTrainer(StudentTrainer):
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """See transformers.Trainer; every metric is a mean over all held-out tokens."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        teacher, consults = self.distiller.teacher, self.distiller.consults
-        self.distiller.consults = consults and teacher is not None and teacher.covers(dataloader.dataset)
+        teacher, uses_teacher = self.distiller.teacher, self.distiller.uses_teacher
+        self.distiller.uses_teacher = uses_teacher and teacher is not None and teacher.covers(dataloader.dataset)
         self._eval_sums = LogSums()
         result = super().evaluation_loop(dataloader, *args, **kwargs)
-        self.distiller.consults = consults
+        self.distiller.uses_teacher = uses_teacher
         objective = self.distiller.objective
         over = {name: term.over for name, term in zip(objective.names, objective.terms, strict=True)}
         means = self._eval_sums.means(self.accelerator, over)
@@ -224,7 +224,7 @@ class DistillationTrainer(StudentTrainer):
             DataError: the teacher has no output for some of the training data.
         """
         teacher = self.distiller.teacher
-        if teacher is not None and self.distiller.consults:
+        if teacher is not None and self.distiller.uses_teacher:
             teacher.require(self.train_dataset)
         if resume_from_checkpoint is True:
             checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
