@@ -120,7 +120,7 @@ def ours(directory: str, steps: int, spent: dict[str, float]) -> Trainer:
     rows = [{"input_ids": p + p[:1], "labels": [-100] * PROMPT + p[:1]} for p in prompts(steps)]
     student, teacher = llama(256, 4, 1), ModelTeacher(llama(512, 6, 2))
     rollout = Rollout(words(), Sampling(max_new_tokens=NEW), share=1.0)
-    timed(rollout, "_write", spent, "generation")
+    timed(rollout, "_generate", spent, "generation")
     trainer = DistillationTrainer(
         student,
         teacher,

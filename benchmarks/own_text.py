@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from measure import keep, machine, spread, table, train
 from potstill import JSD, ForwardKL, Labels, Logits, ReverseKL, Sampling
 from potstill.data.batches import PaddingCollator
-from potstill.engines.decode import write
+from potstill.engines.decode import generate_tokens
 from potstill.evaluate.quality import compare
 from potstill.train.rollout import Rollout, teacher_mix
 from potstill.train.terms.policy import PolicyGradient
@@ -105,7 +105,9 @@ def answered(asked: list[list[int]], seed: int) -> list[Row]:
 
 def said(model: LlamaForCausalLM, asked: list[list[int]], temperature: float, seed: int = 0) -> list[list[int]]:
     drawn = Sampling(max_new_tokens=NEW, sampling_temperature=temperature, seed=seed)
-    return [text.ids for text in write(model, [[*one, ASK] for one in asked], drawn, ends=ENDS, batch_size=500)]
+    return [
+        text.ids for text in generate_tokens(model, [[*one, ASK] for one in asked], drawn, eos_ids=ENDS, batch_size=500)
+    ]
 
 
 def right(asked: list[list[int]], texts: list[list[int]]) -> float:

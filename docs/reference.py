@@ -27,7 +27,7 @@ def title_of(name: str, definition: dict[str, Any]) -> str:
     key, value = next(iter(definition["properties"].items()))
     if name in families():
         return f"{families()[name]}: {value.get('const', key)}"  # teachers have a key of their kind's name instead
-    return name.removesuffix("Part").lower()
+    return name.removesuffix("Part").removesuffix("Config").lower()
 
 
 def kind_of(field: dict[str, Any], definitions: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import make_llama
-from potstill.engines.decode import Guide, Written, ends_of, write
+from potstill.engines.decode import GeneratedTokens, Guide, eos_token_ids, generate_tokens
 from potstill.engines.sampling import Sampling
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [14, 15, 16, 17, 18, 19, 20], [21, 22]]
@@ -20,7 +20,7 @@ def toy(**changes: Any) -> Any:
     return make_llama(seed=3, vocab_size=50, **changes)
 
 
-def told(model: Any, prompt: list[int], text: Written, sampling: Sampling) -> tuple[list[float], list[float]]:
+def told(model: Any, prompt: list[int], text: GeneratedTokens, sampling: Sampling) -> tuple[list[float], list[float]]:
     """The log-probabilities of a text in one plain forward pass over its row alone, in float64 behind the logits."""
     ids = torch.tensor([prompt + text.ids])
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
@@ -42,7 +42,7 @@ def told(model: Any, prompt: list[int], text: Written, sampling: Sampling) -> tu
 )
 def test_left_padding_and_cache_give_the_log_probs_of_each_row_alone(sampling: Sampling) -> None:
     model = toy()
-    written = write(model, PROMPTS, sampling, ends=ENDS)
+    written = generate_tokens(model, PROMPTS, sampling, eos_ids=ENDS)
     assert len({len(text.ids) for text in written}) > 1  # rows left while others went on
     for prompt, text in zip(PROMPTS, written, strict=True):
         own, sampler = told(model, prompt, text, sampling)
@@ -55,7 +55,7 @@ def test_left_padding_and_cache_give_the_log_probs_of_each_row_alone(sampling: S
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_how_many_rows_are_written_together_changes_nothing(batch_size: int) -> None:
     sampling = Sampling(max_new_tokens=20, seed=1)
-    several, whole = (write(toy(), PROMPTS, sampling, ends=ENDS, batch_size=n) for n in (batch_size, 32))
+    several, whole = (generate_tokens(toy(), PROMPTS, sampling, eos_ids=ENDS, batch_size=n) for n in (batch_size, 32))
     assert [text.ids for text in several] == [text.ids for text in whole]
 
 
@@ -71,8 +71,10 @@ def test_models_without_position_ids_or_without_a_cache_write_the_same() -> None
             return made
 
     sampling = Sampling(max_new_tokens=12, seed=4)
-    plain = write(toy(), PROMPTS, sampling, ends=ENDS)
-    assert [text.ids for text in write(Forgetful(toy()), PROMPTS, sampling, ends=ENDS)] == [t.ids for t in plain]
+    plain = generate_tokens(toy(), PROMPTS, sampling, eos_ids=ENDS)
+    assert [text.ids for text in generate_tokens(Forgetful(toy()), PROMPTS, sampling, eos_ids=ENDS)] == [
+        t.ids for t in plain
+    ]
 
 
 def test_absolute_positions_are_those_of_each_row() -> None:
@@ -80,7 +82,7 @@ def test_absolute_positions_are_those_of_each_row() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=40)).eval()
     model.transformer.wpe.weight.data.mul_(50)  # so that a wrong position is seen
     sampling = Sampling(max_new_tokens=10, seed=5)
-    for prompt, text in zip(PROMPTS, write(model, PROMPTS, sampling, ends=ENDS), strict=True):
+    for prompt, text in zip(PROMPTS, generate_tokens(model, PROMPTS, sampling, eos_ids=ENDS), strict=True):
         assert text.log_probs == pytest.approx(told(model, prompt, text, sampling)[0], abs=1e-5)
 
 
@@ -88,16 +90,16 @@ def test_absolute_positions_are_those_of_each_row() -> None:
 def test_adapters_write_as_the_adapted_model_does() -> None:
     peft = pytest.importorskip("peft")
     lora = peft.get_peft_model(toy(), peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
-    plain = write(toy(), PROMPTS, Sampling(max_new_tokens=8, seed=6), ends=ENDS)
+    plain = generate_tokens(toy(), PROMPTS, Sampling(max_new_tokens=8, seed=6), eos_ids=ENDS)
     merged = peft.get_peft_model(toy(), peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
     merged.load_state_dict(lora.state_dict())
-    written = write(lora, PROMPTS, Sampling(max_new_tokens=8, seed=6), ends=ENDS)
-    alone = write(merged.merge_and_unload(), PROMPTS, Sampling(max_new_tokens=8, seed=6), ends=ENDS)
+    written = generate_tokens(lora, PROMPTS, Sampling(max_new_tokens=8, seed=6), eos_ids=ENDS)
+    alone = generate_tokens(merged.merge_and_unload(), PROMPTS, Sampling(max_new_tokens=8, seed=6), eos_ids=ENDS)
     assert [text.ids for text in written] == [text.ids for text in alone]
     assert [text.log_probs for text in written] != [text.log_probs for text in plain]
     prompts = peft.get_peft_model(toy(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     for prompt, text in zip(
-        PROMPTS, write(prompts, PROMPTS, Sampling(max_new_tokens=5, seed=6), ends=ENDS), strict=True
+        PROMPTS, generate_tokens(prompts, PROMPTS, Sampling(max_new_tokens=5, seed=6), eos_ids=ENDS), strict=True
     ):
         ids = torch.tensor([prompt + text.ids])
         logits = prompts(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 3 + len(prompt) - 1 : -1]
@@ -110,17 +112,22 @@ def test_everybody_elses_state_is_left_alone() -> None:
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    first = write(model, PROMPTS, Sampling(max_new_tokens=6, seed=7), ends=ENDS)
+    first = generate_tokens(model, PROMPTS, Sampling(max_new_tokens=6, seed=7), eos_ids=ENDS)
     assert torch.rand(1) == expected
     assert all(module.training for module in model.modules())
-    assert write(model, PROMPTS, Sampling(max_new_tokens=6, seed=7), ends=ENDS) == first  # dropout is off
+    assert generate_tokens(model, PROMPTS, Sampling(max_new_tokens=6, seed=7), eos_ids=ENDS) == first  # dropout is off
     assert all(p.grad is None for p in model.parameters())
     assert model(input_ids=torch.tensor([[1, 2]])).logits.requires_grad
 
 
 def test_rooms_and_the_vocabulary_bound_a_text() -> None:
-    written = write(
-        toy(), PROMPTS, Sampling(max_new_tokens=6, seed=8), ends=frozenset(), rooms=[1, 2, 9, 3, 6], vocabulary=20
+    written = generate_tokens(
+        toy(),
+        PROMPTS,
+        Sampling(max_new_tokens=6, seed=8),
+        eos_ids=frozenset(),
+        max_tokens=[1, 2, 9, 3, 6],
+        vocabulary=20,
     )
     assert [len(text.ids) for text in written] == [1, 2, 6, 3, 6]
     assert not any(text.ended for text in written)
@@ -137,7 +144,7 @@ def test_draws_follow_the_distribution_and_its_nucleus() -> None:
             kept = order[: int((chances[order].cumsum(0) < top_p).sum()) + 1]
             expected = torch.zeros_like(chances).scatter(0, kept, chances[kept] / chances[kept].sum())
         sampling = Sampling(max_new_tokens=1, seed=9, top_p=top_p)
-        drawn = [t.ids[0] for t in write(model, [prompt] * 4000, sampling, ends=ENDS, batch_size=4000)]
+        drawn = [t.ids[0] for t in generate_tokens(model, [prompt] * 4000, sampling, eos_ids=ENDS, batch_size=4000)]
         share = torch.bincount(torch.tensor(drawn), minlength=50) / 4000
         assert ((share - expected).abs() < 4.5 * (expected / 4000).sqrt() + 1e-9).all()
 
@@ -145,7 +152,9 @@ def test_draws_follow_the_distribution_and_its_nucleus() -> None:
 def test_a_guide_has_its_say_and_the_sampler_is_told() -> None:
     student, teacher = toy(), make_llama(seed=4, vocab_size=50)
     sampling = Sampling(max_new_tokens=8, seed=10)
-    mixed = write(student, PROMPTS, sampling, ends=ENDS, guide=Guide(teacher, lambda q, p: 0.25 * q + 0.75 * p))
+    mixed = generate_tokens(
+        student, PROMPTS, sampling, eos_ids=ENDS, guide=Guide(teacher, lambda q, p: 0.25 * q + 0.75 * p)
+    )
     for prompt, text in zip(PROMPTS, mixed, strict=True):
         q, p = (torch.tensor(told(model, prompt, text, sampling)[0]).exp() for model in (student, teacher))
         assert text.log_probs == pytest.approx(q.log().tolist(), abs=1e-5)
@@ -155,6 +164,6 @@ def test_a_guide_has_its_say_and_the_sampler_is_told() -> None:
 def test_ends_are_those_of_the_tokenizer_and_of_the_model() -> None:
     model = toy()
     model.generation_config.eos_token_id = [3, 4]
-    assert ends_of(model, 5) == {3, 4, 5}
-    assert ends_of(model, None) == {3, 4}
-    assert ends_of(torch.nn.Identity(), None) == frozenset()
+    assert eos_token_ids(model, 5) == {3, 4, 5}
+    assert eos_token_ids(model, None) == {3, 4}
+    assert eos_token_ids(torch.nn.Identity(), None) == frozenset()

@@ -78,13 +78,13 @@ def test_a_mistake_there_is_one_line_here(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     script = (
         "from potstill.errors import PotstillError, UserError\n"
-        "from potstill.runs.ray import spread\n"
+        "from potstill.runs.ray import map_rows\n"
         "def begin(request):\n"
         "    def do(row):\n"
         "        raise UserError(f'{request}: expected this, got that.')\n"
         "    return do\n"
         "try:\n"
-        "    list(spread('work', [{'n': 1}], begin, 'here'))\n"
+        "    list(map_rows('work', [{'n': 1}], begin, 'here'))\n"
         "except PotstillError as error:\n"
         "    print(type(error).__name__, error)\n"
     )

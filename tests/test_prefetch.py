@@ -23,7 +23,7 @@ from potstill.runs.run import run
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 from potstill.train.distiller import Distiller
-from potstill.train.prefetch import Peek, tensors_of
+from potstill.train.prefetch import Peekable, tensors_of
 from potstill.train.terms.logits import Logits
 from test_trainer import losses, trainer, weights
 
@@ -145,10 +145,10 @@ def test_a_recipe_asks_for_it(recipe_values: dict[str, Any]) -> None:
 
 
 def test_peeking_loses_nothing() -> None:
-    peek = Peek(iter("abc"))
-    assert peek.ahead() == ["a"] == peek.ahead()
+    peek = Peekable(iter("abc"))
+    assert peek.peek() == ["a"] == peek.peek()
     assert next(peek) == "a" and next(peek) == "b"
-    assert peek.ahead() == ["c"] and list(peek) == ["c"] and peek.ahead() == []
+    assert peek.peek() == ["c"] and list(peek) == ["c"] and peek.peek() == []
 
 
 def test_all_tensors_of_an_answer_are_found() -> None:

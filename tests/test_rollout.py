@@ -32,8 +32,8 @@ from potstill.runs.run import run
 from potstill.teachers.cached import CachedOrLiveTeacher
 from potstill.train.callbacks import logged_lines
 from potstill.train.distiller import Distiller
-from potstill.train.rollout import Adapt, Replay, Rollout, _example, _rows, teacher_mix, teacher_top_k
-from potstill.train.samples import collapse, repetition
+from potstill.train.rollout import Adapt, Replay, Rollout, example, teacher_mix, teacher_top_k, unpadded_rows
+from potstill.train.samples import collapse_warning, repetition
 from potstill.train.terms.logits import Labels, Logits
 from potstill.train.terms.policy import MiniLLM
 from potstill.train.trainer import DistillationTrainer
@@ -131,7 +131,7 @@ def test_all_end_at_once_or_none_ends() -> None:
     one = rollout()
     (made,) = one([make_batch()], at_once, step=0)
     assert (made["labels"] != -100).sum(1).tolist() == [1] * 4
-    assert "ends at once" in str(collapse(taken(one)))
+    assert "ends at once" in str(collapse_warning(taken(one)))
     (made,) = one([make_batch()], never, step=0)
     assert (made["labels"] != -100).sum(1).tolist() == [6] * 4
     assert taken(one) == {**taken(one, [make_batch()], never), "own_ended": 0.0, "own_length": 6.0, "own_share": 1.0}
@@ -148,15 +148,15 @@ def taken(one: Rollout, batches: Any = None, model: Any = None) -> dict[str, flo
 
     if batches is not None:
         one(batches, model, step=0)
-    return one.sums.take(Alone())
+    return one.stats.take(Alone())
 
 
 def test_loops_raise_the_alarm() -> None:
     assert repetition([7] * 100) > 0.98
     assert repetition([1, 2]) == 0
-    assert "loops" in str(collapse({"own_repetition": 0.9, "own_length": 50.0}))
-    assert collapse({"own_repetition": 0.3, "own_length": 50.0}) is None
-    assert collapse({"loss": 1.0}) is None
+    assert "loops" in str(collapse_warning({"own_repetition": 0.9, "own_length": 50.0}))
+    assert collapse_warning({"own_repetition": 0.3, "own_length": 50.0}) is None
+    assert collapse_warning({"loss": 1.0}) is None
 
 
 # Learning from it.
@@ -257,7 +257,9 @@ def test_a_checkpoint_of_other_ranks_is_told(tmp_path: Path) -> None:
 
 def test_replay_and_the_adapted_share_are_resumed(tmp_path: Path) -> None:
     def make(folder: Path, **arguments: Any) -> DistillationTrainer:
-        one = rollout(0.6, replay=Replay(size=9, fresh=0.5, age=3), adapt=Adapt(by=0.2, margin=-9.0))
+        adapt = Adapt(by=0.2)
+        object.__setattr__(adapt, "margin", -9.0)  # so that every evaluation raises the share
+        one = rollout(0.6, replay=Replay(size=9, fresh=0.5, age=3), adapt=adapt)
         return on_policy(folder, one, eval_strategy="steps", eval_steps=1, **arguments)
 
     whole, resumed = stopped_and_resumed(tmp_path, make)
@@ -273,7 +275,7 @@ def test_replay_bounds_size_and_age(tmp_path: Path) -> None:
         (made,) = one([make_batch()], student(), step=step)
         assert own_rows(made).all()
         assert len(one.latest) == (4 if step == 0 else 2)
-    one.sums = type(one.sums)()
+    one.stats = type(one.stats)()
     one([make_batch()], student(), step=9)
     assert taken(one)["own_age"] == 0  # all that is kept is too old
     one.save(tmp_path, 0)
@@ -311,8 +313,8 @@ def test_a_teacher_with_its_own_prompt_reads_own_text_behind_it() -> None:
     assert own_rows(tight).tolist() == [False, True]  # the teacher's prompt fills it
     weighed = [{**row, "weights": [0.5] * len(row["input_ids"])} for row in rows]
     batch = PaddingCollator(1)(weighed) | {"weights": torch.full((2, 3), 0.5)}
-    assert _rows(batch)[1]["weights"] == [0.5, 0.5]
-    assert _example(one.latest[0], _rows(batch)[0])["weights"] == [1.0] * len(one.latest[0].ids)
+    assert unpadded_rows(batch)[1]["weights"] == [0.5, 0.5]
+    assert example(one.latest[0], unpadded_rows(batch)[0])["weights"] == [1.0] * len(one.latest[0].ids)
 
 
 # Teachers that read along.
@@ -376,7 +378,7 @@ def test_a_recipe_learns_from_its_students_own_text(recipe_values: dict[str, Any
 def test_the_report_tells_of_a_collapse() -> None:
     lines = [{"step": i, "own_share": 1.0, "own_repetition": r} for i, r in enumerate((0.1, 0.9, 0.95))]
     (note,) = collapse_notes(lines)
-    assert note.startswith("From step 1 to the end: rollout: expected own text that goes on, got 95%")
+    assert note.startswith("From step 1 to the end: rollout: expected varied on-policy samples, got 95%")
     (note,) = collapse_notes([*lines, {"step": 3, "own_share": 1.0, "own_repetition": 0.2}])
     assert note.startswith("From step 1 to step 2:")
     assert collapse_notes(lines[:1]) == []

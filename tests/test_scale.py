@@ -22,7 +22,7 @@ from potstill.runs.config.run import Recipe
 from potstill.teachers.self_taught import EMATeacher
 from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import MetricsFile
-from potstill.train.sharding import Sharding
+from potstill.train.sharding import check_sharding
 from potstill.train.trainer import DistillationConfig
 from processes import potstill, shard_on_cpu, two_ranks
 
@@ -157,7 +157,7 @@ def test_what_else_a_recipe_may_say(values: dict[str, Any], toys: Path, tmp_path
         assert built.exitcode == 0, (tmp_path / "said").read_text()
     recipe = written(values, two, ranks=2, **(FSDP if way == "fsdp" else {}))
     if way == "fsdp" and name in REFUSED:
-        with pytest.raises(AssertionError, match="expected a student that is whole on every rank"):
+        with pytest.raises(AssertionError, match="expected a full student on every rank"):
             two_ranks(tmp_path, _run, str(recipe))
         return
     two_ranks(tmp_path, _run, str(recipe))
@@ -166,8 +166,10 @@ def test_what_else_a_recipe_may_say(values: dict[str, Any], toys: Path, tmp_path
 
 def test_fsdp_that_would_not_shard_is_refused(tmp_path: Path) -> None:
     for refused in (
-        lambda: DistillationConfig(output_dir=str(tmp_path), fsdp=True),  # one process
-        lambda: Sharding(False, None).refuse(fsdp_asked=True, teacher=None, rollout=None),  # several, on a CPU
+        lambda: DistillationConfig(output_dir=str(tmp_path), fsdp=True),  # one process; below, several on a CPU
+        lambda: check_sharding(
+            fsdp=False, zero=None, fsdp_requested=True, teacher=None, rollout=False
+        ),  # several, on a CPU
     ):
         with pytest.raises(UserError, match=r"train.fsdp: expected several processes with an accelerator each"):
             refused()
@@ -177,19 +179,24 @@ GATHERED = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
 
 
 @pytest.mark.parametrize(
-    ("sharding", "teacher", "said"),
+    ("fsdp", "zero", "teacher", "said"),
     [
-        (Sharding(False, {"stage": 3}), None, "expected stage3_gather_16bit_weights_on_model_save: true"),
-        (Sharding(False, GATHERED), EMATeacher(), "got one that ZeRO-3 shards"),
-        (Sharding(True, None), EMATeacher(), "got one that FSDP shards"),
-        (Sharding(False, GATHERED), None, None),
-        (Sharding(False, {"stage": 2}), EMATeacher(), None),
-        (Sharding(False, None), EMATeacher(), None),
+        (False, {"stage": 3}, None, "expected stage3_gather_16bit_weights_on_model_save: true"),
+        (False, GATHERED, EMATeacher(), "got one that ZeRO-3 shards"),
+        (True, None, EMATeacher(), "got one that FSDP shards"),
+        (False, GATHERED, None, None),
+        (False, {"stage": 2}, EMATeacher(), None),
+        (False, None, EMATeacher(), None),
     ],
 )
-def test_what_sharding_rules_out(sharding: Sharding, teacher: Teacher | None, said: str | None) -> None:
+def test_what_sharding_rules_out(
+    fsdp: bool, zero: dict[str, Any] | None, teacher: Teacher | None, said: str | None
+) -> None:
+    def check() -> None:
+        check_sharding(fsdp=fsdp, zero=zero, fsdp_requested=False, teacher=teacher, rollout=False)
+
     if said is None:
-        sharding.refuse(fsdp_asked=False, teacher=teacher, rollout=None)
+        check()
     else:
         with pytest.raises(UserError, match=said):
-            sharding.refuse(fsdp_asked=False, teacher=teacher, rollout=None)
+            check()

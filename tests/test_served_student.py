@@ -22,7 +22,6 @@ from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
 from potstill.losses.divergences import ReverseKL
 from potstill.models.adapters import Lora, adapt
 from potstill.runs.build import prepare
-from potstill.runs.build_rollout import find_writer
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
@@ -265,7 +264,7 @@ def test_a_server_that_takes_no_weights(toy: ToyStudentServer, tmp_path: Path) -
 
 def test_a_server_that_says_that_it_took_them(toy: ToyStudentServer, tmp_path: Path) -> None:
     toy.deaf = True
-    with pytest.raises(ServerError, match=r"expected what the student says, with the weights in .*served, got"):
+    with pytest.raises(ServerError, match=r"expected the student's log-probabilities, .*served, got"):
         served(toy, tmp_path)([make_batch()], student(), step=0)
 
 
@@ -283,7 +282,7 @@ def test_another_model_another_vocabulary_another_server(toy: ToyStudentServer, 
     with pytest.raises(VocabularyError, match="expected the student's token ids, got others"):
         writer(toy, tmp_path, tokenizer=make_tokenizer(eos_token="<pad>", pad_token="<end>", unk_token="<?>"))
     toy.detokenizes = False
-    with pytest.raises(RefusedError, match="expected vLLM, which tells max_model_len and has /detokenize"):
+    with pytest.raises(RefusedError, match="expected vLLM, with max_model_len and /detokenize"):
         writer(toy, tmp_path)
 
 
@@ -296,7 +295,7 @@ def test_answers_without_tokens_are_refused(toy: ToyStudentServer, tmp_path: Pat
         return status, answer
 
     toy.write = older  # type: ignore[method-assign]
-    with pytest.raises(RefusedError, match="expected token_ids and logprobs of what it wrote"):
+    with pytest.raises(RefusedError, match="expected token_ids and logprobs of the generated tokens"):
         one([make_batch()], student(), step=0)
 
 
@@ -392,7 +391,7 @@ def test_adapters_that_no_server_takes(
     values = on_policy_recipe(recipe_values, student={"model": str(toys / "student"), "adapter": {"kind": kind}})
     values["data"]["max_length"] = 16
     values["rollout"]["server"] = {"url": toy.url, "model": "toy"}
-    with pytest.raises(RecipeError, match=r"rollout\.server: expected a whole student or a LoRA adapter, got one of"):
+    with pytest.raises(RecipeError, match=r"rollout\.server: expected full weights or a LoRA adapter, got one of"):
         prepare(Recipe.parse(values))
 
 
@@ -401,7 +400,7 @@ def test_biases_that_no_server_takes(toy: ToyStudentServer, recipe_values: dict[
     adapted.active_peft_config.bias = "all"
     wanted = recipe(recipe_values, toy, toys)
     with pytest.raises(RecipeError, match=r"rollout\.server: expected an adapter without biases, got bias: all"):
-        find_writer(wanted, adapted, make_tokenizer())
+        wanted.rollout.server.writer(adapted, make_tokenizer(), Path(wanted.output))
 
 
 def test_what_makes_no_sense_is_told_at_once(toy: ToyStudentServer, recipe_values: dict[str, Any], toys: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from conftest import make_llama
 from potstill.engines import client
-from potstill.engines.client import Window
+from potstill.engines.client import ConcurrencyLimit
 from potstill.engines.sampling import Sampling
 from potstill.engines.server import ModelServer
 from potstill.errors import RefusedError, ServerError, ShapeError, UserError
@@ -80,7 +80,7 @@ def test_nothing_is_lost_and_nothing_doubled_among_many_faults(toy: ToyServer) -
     faults = [fault for fault in FAULTS if fault != "hang"] * 3 + [""] * 21
     random.Random(0).shuffle(faults)
     toy.faults = list(faults)
-    found = connect(toy, attempts=20).score(PROMPTS, 3)
+    found = connect(toy, attempts=20, timeout_s=30.0).score(PROMPTS, 3)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.ids, other.ids)
         assert torch.equal(one.log_probs, other.log_probs)
@@ -117,7 +117,7 @@ def test_a_refusal_is_told_at_once_in_the_servers_words(toy: ToyServer) -> None:
 
 def test_one_refusal_ends_all_waiting(toy: ToyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "FIRST_WAIT_S", 1000.0)
-    monkeypatch.setattr(client, "MOST_WAIT_S", 1000.0)
+    monkeypatch.setattr(client, "MAX_WAIT_S", 1000.0)
     toy.faults = ["500"]  # for whichever comes first: it waits, and the other is refused
     with pytest.raises(RefusedError):
         connect(toy, concurrency=2).score([[3] * 64, [3] * 64], 3)
@@ -137,33 +137,33 @@ def test_retry_after_is_honoured(toy: ToyServer, monkeypatch: pytest.MonkeyPatch
 
     toy.faults = ["429", "date", "500"]
     body = {"model": "toy", "prompt": [3], "max_tokens": 1}
-    connect(toy).client.ask("POST", "/v1/completions", body, Stop())
+    connect(toy).client.request("POST", "/v1/completions", body, Stop())
     assert waited[:2] == [0.01, 0.0]
     assert 0.02 <= waited[2] <= 0.04  # the third wait doubles the first twice, and is random
 
 
 def test_a_server_that_is_overloaded_is_asked_less_at_once() -> None:
-    window = Window(8)
-    with window.place() as one, window.place() as two:
+    window = ConcurrencyLimit(8)
+    with window.slot() as one, window.slot() as two:
         window.shrink(one)
         window.shrink(two)
-    assert window.places == 4  # questions that were under way together halve it once
+    assert window.slots == 4  # questions that were under way together halve it once
     for _ in range(3):
-        with window.place() as again:
+        with window.slot() as again:
             window.shrink(again)
-    assert window.places == 1
+    assert window.slots == 1
     for _ in range(200):
-        with window.place():
+        with window.slot():
             pass
-    assert window.places == 8
+    assert window.slots == 8
 
 
 def test_the_window_is_kept(toy: ToyServer) -> None:
     texts(connect(toy, concurrency=3), PROMPTS)
     assert toy.most_at_once <= 3
     slow = connect(toy, concurrency=8)
-    slow.client._window.places = 1.0
-    slow.client._window._most = 1
+    slow.client._limit.slots = 1.0
+    slow.client._limit._maximum = 1
     toy.most_at_once = 0
     texts(slow, PROMPTS)
     assert toy.most_at_once == 1
@@ -215,7 +215,7 @@ def test_damaged_log_probabilities_are_not_taken(toy: ToyServer, kind: str) -> N
 
 def test_a_server_of_openais_kind_says_why_it_cannot_score(toy: ToyServer) -> None:
     toy.tells_prompts = False
-    with pytest.raises(RefusedError, match=r"only of tokens that it generates.*works for generating data"):
+    with pytest.raises(RefusedError, match=r"of generated tokens alone.*enough to generate data"):
         connect(toy).score([[3, 4]], 3)
     assert texts(connect(toy), ["def"]) == [["def!0"]]
 
@@ -302,5 +302,5 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
 
 @pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"sampling_temperature": -1}, {"top_p": 0}, {"samples": 0}])
 def test_sampling_within_its_range(values: dict[str, Any]) -> None:
-    with pytest.raises(ShapeError, match=f"Sampling: expected {next(iter(values))}"):
+    with pytest.raises(ShapeError, match=f"Sampling.{next(iter(values))}: expected a number"):
         Sampling(**values)

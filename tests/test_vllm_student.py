@@ -16,7 +16,7 @@ import real_vllm
 from conftest import make_batch, make_llama, make_served
 from potstill.engines.sampling import Sampling
 from potstill.engines.server import ModelServer
-from potstill.engines.weight_sync import LentWeights
+from potstill.engines.weight_sync import WeightSync
 from potstill.losses.divergences import ReverseKL
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
@@ -42,7 +42,7 @@ pytestmark = [
 def lendable(vllm: Served) -> Iterator[Served]:
     """The server of all these tests, with its own weights again afterwards."""
     yield vllm
-    LentWeights(ModelServer(vllm.url, "toy")).push(vllm.folder, "its own")
+    WeightSync(ModelServer(vllm.url, "toy")).push(vllm.folder, "its own")
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from conftest import make_llama
-from potstill.engines.decode import write
+from potstill.engines.decode import generate_tokens
 from potstill.engines.sampling import Sampling
-from potstill.train.server_writer import _log_probs
+from potstill.train.server_writer import token_log_probs
 from toy_server import ToyServer
 
 
@@ -69,7 +69,9 @@ class ToyStudentServer(ToyServer):
         never = min(map(int, body["logit_bias"] or {}), default=None)
         ends = frozenset(body["stop_token_ids"])
         with self.lock:
-            (text,) = write(model, [body["prompt"]], sampling, ends=ends, vocabulary=never)
-            log_probs = _log_probs(model, body["prompt"], text.ids).tolist()  # over all rows of its head, as vLLM's are
+            (text,) = generate_tokens(model, [body["prompt"]], sampling, eos_ids=ends, vocabulary=never)
+            log_probs = token_log_probs(
+                model, body["prompt"], text.ids
+            ).tolist()  # over all rows of its head, as vLLM's are
         told = {"token_ids": text.ids, "logprobs": {"token_logprobs": log_probs}}
         return 200, {"choices": [{"index": 0, "text": "", "finish_reason": "stop" if text.ended else "length", **told}]}

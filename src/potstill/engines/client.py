@@ -1,4 +1,4 @@
-"""Many questions to one server over HTTP: several at once, asked again where that may help, told at once where not."""
+"""JSON requests to one HTTP server: several at once, retried where that may help."""
 
 from __future__ import annotations
 
@@ -17,36 +17,42 @@ import httpx2
 
 from potstill.errors import RefusedError, ServerError, UserError
 
-KEYS = ("POTSTILL_API_KEY", "OPENAI_API_KEY")  # where a key is looked for, unless another variable is named
+KEYS = ("POTSTILL_API_KEY", "OPENAI_API_KEY")  # environment variables with a key, unless another is named
 FIRST_WAIT_S = 0.5  # before the second attempt; doubled before each further one
-MOST_WAIT_S = 60.0  # whatever a server's Retry-After says
+MAX_WAIT_S = 60.0  # whatever Retry-After says
 
 
 class JsonClient:
-    """Asks one server and gives what its JSON says. No state is kept between questions but how many go well at once.
+    """HTTP client of one server that answers in JSON.
 
-    What may pass (no connection, time-outs, 408, 429, 5xx, answers that break off) is asked again after growing, random
-    waits or the server's own Retry-After; what the server refuses (other 4xx) is told at once, in its own words.
+    Connection errors, time-outs, 408, 429, 5xx and broken answers are retried after growing random waits or the
+    server's Retry-After. Other 4xx are raised at once, in the server's own words.
 
     Args:
-        url: such as http://127.0.0.1:8000; /v1 at its end may be left out.
-        key_variable: the environment variable that holds the API key; default: POTSTILL_API_KEY, then OPENAI_API_KEY.
-            The key goes to the server and nowhere else.
-        concurrency: questions under way at once, at most.
+        url: such as http://127.0.0.1:8000, with or without /v1.
+        key_variable: environment variable with the API key, which goes to the server alone; default: POTSTILL_API_KEY,
+            then OPENAI_API_KEY.
+        concurrency: maximum number of requests at once.
         timeout_s: how long the server may be silent.
-        attempts: how often one question is asked.
+        attempts: maximum number of attempts of one request.
 
     Raises:
-        UserError: the url is not one, or the variable is not set.
+        UserError: the url is malformed, or the variable is not set.
     """
 
     def __init__(
-        self, url: str, *, key_variable: str | None, concurrency: int, timeout_s: float, attempts: int
+        self,
+        url: str,
+        *,
+        key_variable: str | None = None,
+        concurrency: int = 16,
+        timeout_s: float = 120.0,
+        attempts: int = 6,
     ) -> None:
-        self.url = _root(url)
+        self.url = _base_url(url)
         self._concurrency, self._attempts = concurrency, attempts
-        self._key = _key(key_variable)
-        self._window = Window(concurrency)
+        self._key = _api_key(key_variable)
+        self._limit = ConcurrencyLimit(concurrency)
         self._http = httpx2.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
@@ -55,21 +61,21 @@ class JsonClient:
         weakref.finalize(self, self._http.close)
 
     def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """One POST for each body, several at once; the answers are in the order of the bodies. Raises as `ask`."""
+        """POST each body, several at once; answers are in the order of the bodies. Raises as `request`."""
         stop = threading.Event()
         pool = ThreadPoolExecutor(min(self._concurrency, max(len(bodies), 1)), thread_name_prefix="potstill-server")
         try:
-            asked = [pool.submit(self.ask, "POST", path, body, stop) for body in bodies]
-            wait(asked, return_when=FIRST_EXCEPTION)
-            for one in asked:
-                if one.done() and (error := one.exception()):
+            futures = [pool.submit(self.request, "POST", path, body, stop) for body in bodies]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            for future in futures:
+                if future.done() and (error := future.exception()):
                     raise error
-            return [one.result() for one in asked]
+            return [future.result() for future in futures]
         finally:
-            stop.set()  # whoever waits for another attempt need not any more
+            stop.set()  # ends the waits before further attempts
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def ask(
+    def request(
         self,
         method: str,
         path: str,
@@ -78,118 +84,117 @@ class JsonClient:
         *,
         json: bool = True,
     ) -> Any:
-        """One answer, as its JSON says it.
+        """Send one request and return the answer.
 
         Args:
             method: GET or POST.
             path: below the url.
-            body: what is sent as JSON.
+            body: sent as JSON.
             stop: no further attempt once it is set.
-            json: False gives the answer as text, whatever it is.
+            json: False returns the answer as text.
 
         Raises:
-            RefusedError: the server says that the question is wrong.
-            ServerError: there is no usable answer after all attempts.
+            RefusedError: the server says that the request is wrong.
+            ServerError: no usable answer after all attempts.
         """
         stop = stop or threading.Event()
         attempt = 0
         while True:
             attempt += 1
-            with self._window.place() as place:
+            with self._limit.slot() as epoch:
                 try:
-                    return self._once(method, path, body, json)
-                except _PassingError as found:
-                    trouble = found
-                    if trouble.overloaded:
-                        self._window.shrink(place)
-            pause = trouble.wait_s
+                    return self._send(method, path, body, json)
+                except _TransientError as error:
+                    failure = error
+                    if failure.overloaded:
+                        self._limit.shrink(epoch)
+            pause = failure.wait_s
             if pause is None:
                 pause = FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
-            if attempt == self._attempts or stop.wait(min(pause, MOST_WAIT_S)):
+            if attempt == self._attempts or stop.wait(min(pause, MAX_WAIT_S)):
                 break
         raise ServerError(
-            f"{self.url}{path}: expected an answer, got {trouble} ({attempt} attempts). "
-            "Look whether the server runs and what it logs, then go on."
+            f"{self.url}{path}: expected an answer, got {failure} ({attempt} attempts). "
+            "Check that the server runs and what it logs, then resume."
         )
 
-    def _once(self, method: str, path: str, body: Mapping[str, Any] | None, json: bool) -> Any:
-        # Errors are told in words alone: the exceptions behind them hold the request and its headers.
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None, json: bool) -> Any:
+        # `from None`: the exceptions below hold the request and its headers, with the key.
         try:
             response = self._http.request(method, self.url + path, json=body)
         except httpx2.TimeoutException as error:
-            raise _PassingError(f"no answer in time ({type(error).__name__})", overloaded=True) from None
+            raise _TransientError(f"no answer in time ({type(error).__name__})", overloaded=True) from None
         except httpx2.HTTPError as error:
-            raise _PassingError(self._clean(f"{type(error).__name__}: {error}")) from None
+            raise _TransientError(self._redact(f"{type(error).__name__}: {error}")) from None
         status = response.status_code
         if status in (408, 429) or status >= 500:
-            told = self._clean(f"status {status}: {_reason(response)}")
-            raise _PassingError(told, wait_s=_retry_after(response), overloaded=status in (408, 429, 503))
+            message = self._redact(f"status {status}: {_reason(response)}")
+            raise _TransientError(message, wait_s=_retry_after(response), overloaded=status in (408, 429, 503))
         if not response.is_success:
             hint = f" The API key is taken from {' or '.join(KEYS)}." if status in (401, 403) else ""
-            told = self._clean(_reason(response)).removesuffix(".")
-            raise RefusedError(f"{self.url}{path}: expected an answer, got status {status}: {told}.{hint}", status)
+            reason = self._redact(_reason(response)).removesuffix(".")
+            raise RefusedError(f"{self.url}{path}: expected an answer, got status {status}: {reason}.{hint}", status)
         try:
             return response.json() if json else response.text
         except ValueError:
-            raise _PassingError(self._clean(f"something that is not JSON: {response.text[:60]!r}")) from None
+            raise _TransientError(self._redact(f"something that is not JSON: {response.text[:60]!r}")) from None
 
-    def _clean(self, text: str) -> str:
+    def _redact(self, text: str) -> str:
         """One line without the key, which a server may repeat."""
-        text = text.replace(self._key, "***") if self._key else text
-        text = " ".join(text.split())
+        text = " ".join((text.replace(self._key, "***") if self._key else text).split())
         return text if len(text) <= 500 else text[:500] + "..."
 
 
-class Window:
-    """How many questions may be under way: half as many when a server has too much to do, then slowly more again.
+class ConcurrencyLimit:
+    """Adaptive limit of requests at once: halved when the server is overloaded, then slowly raised again.
 
-    Additive increase, multiplicative decrease: one place more after as many good answers as there are places.
+    Additive increase, multiplicative decrease: one slot more after as many good answers as there are slots.
 
     Args:
-        most: places at the beginning, and at most.
+        maximum: slots at the beginning, and at most.
     """
 
-    def __init__(self, most: int) -> None:
-        self.places = float(most)
-        self._most = most
+    def __init__(self, maximum: int) -> None:
+        self.slots = float(maximum)
+        self._maximum = maximum
         self._busy = 0
-        self._shrunk = 0
+        self._epoch = 0  # how often it was halved
         self._free = threading.Condition()
 
     @contextmanager
-    def place(self) -> Iterator[int]:
-        """Wait for a place and hold it; gives what `shrink` wants to know."""
+    def slot(self) -> Iterator[int]:
+        """Wait for a slot and hold it; yields the epoch for `shrink`."""
         with self._free:
-            self._free.wait_for(lambda: self._busy < int(self.places))
+            self._free.wait_for(lambda: self._busy < int(self.slots))
             self._busy += 1
-            began = self._shrunk
+            epoch = self._epoch
         try:
-            yield began
+            yield epoch
         finally:
             with self._free:
                 self._busy -= 1
-                if self._shrunk == began:
-                    self.places = min(self.places + 1 / self.places, float(self._most))
+                if self._epoch == epoch:
+                    self.slots = min(self.slots + 1 / self.slots, float(self._maximum))
                 self._free.notify_all()
 
-    def shrink(self, began: int) -> None:
-        """Halve the window; questions that were under way together halve it once."""
+    def shrink(self, epoch: int) -> None:
+        """Halve the limit; requests that were sent together halve it once."""
         with self._free:
-            if self._shrunk == began:
-                self.places = max(self.places / 2, 1.0)
-                self._shrunk += 1
+            if self._epoch == epoch:
+                self.slots = max(self.slots / 2, 1.0)
+                self._epoch += 1
 
 
-class _PassingError(Exception):
-    """What may pass by itself."""
+class _TransientError(Exception):
+    """A failure that another attempt may not meet."""
 
-    def __init__(self, what: str, *, wait_s: float | None = None, overloaded: bool = False) -> None:
-        super().__init__(what)
+    def __init__(self, message: str, *, wait_s: float | None = None, overloaded: bool = False) -> None:
+        super().__init__(message)
         self.wait_s, self.overloaded = wait_s, overloaded
 
 
-def _root(url: str) -> str:
-    """The url without /v1 and without a slash at its end."""
+def _base_url(url: str) -> str:
+    """The url without /v1 and without a trailing slash."""
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:
@@ -201,32 +206,31 @@ def _root(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def _key(variable: str | None) -> str | None:
+def _api_key(variable: str | None) -> str | None:
     if variable is not None and not os.environ.get(variable):
         raise UserError(f"server: expected an API key in the environment variable {variable}, got none. Set it.")
-    found = [os.environ[name] for name in ([variable] if variable else KEYS) if os.environ.get(name)]
-    return found[0].strip() if found else None
+    keys = [os.environ[name] for name in ([variable] if variable else KEYS) if os.environ.get(name)]
+    return keys[0].strip() if keys else None
 
 
 def _reason(response: httpx2.Response) -> str:
-    """Why a server refuses: the message in its JSON, or all of its text."""
+    """The error message in the server's JSON, or all of its text."""
     try:
-        said = response.json()
+        content = response.json()
     except ValueError:
         return response.text or response.reason_phrase
-    error = said.get("error", said) if isinstance(said, dict) else said
-    message = error.get("message", error.get("detail", error)) if isinstance(error, dict) else error
-    return str(message)
+    error = content.get("error", content) if isinstance(content, dict) else content
+    return str(error.get("message", error.get("detail", error)) if isinstance(error, dict) else error)
 
 
 def _retry_after(response: httpx2.Response) -> float | None:
-    """Retry-After in seconds, whether it says a number or a date."""
-    said = response.headers.get("Retry-After", "")
+    """Retry-After in seconds, given as a number or as a date."""
+    header = response.headers.get("Retry-After", "")
     try:
-        return max(float(said), 0.0)
+        return max(float(header), 0.0)
     except ValueError:
         pass
     try:
-        return max(parsedate_to_datetime(said).timestamp() - time.time(), 0.0)
+        return max(parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
     except (ValueError, TypeError):
         return None

@@ -1,4 +1,4 @@
-"""What everyone who writes text does."""
+"""The interface of every engine that generates text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Prompt = str | Sequence[int]
 
 
 class Engine(Protocol):
-    """Who continues prompts."""
+    """Generates text after prompts."""
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        """For each prompt, in order, its `sampling.samples` completions.
+        """Generate `sampling.samples` completions of each prompt, in order.
 
         Args:
-            prompts: texts, which get the tokenizer's special tokens; or token ids, which are taken as they are.
-            sampling: how they are drawn.
+            prompts: texts, which get the tokenizer's special tokens; or token ids, which are used as they are.
+            sampling: how tokens are drawn.
         """

@@ -1,4 +1,4 @@
-"""Text from a model of transformers: in batches, with its KV cache."""
+"""Text from a model of transformers in this process."""
 
 from __future__ import annotations
 
@@ -6,54 +6,59 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.engines.decode import Rows, Written, ends_of, write
+from potstill.engines.decode import GeneratedTokens, eos_token_ids, generate_tokens
 from potstill.engines.engine import Prompt
 from potstill.engines.sampling import Completion, Sampling
 from potstill.errors import DataError
 
 
 class LocalEngine:
-    """Continues prompts with a model beside us.
+    """Completes prompts with a model in this process.
 
     Args:
         model: a causal language model, on its device and in its precision.
         tokenizer: the model's.
-        batch_size: continuations that are written together.
+        batch_size: completions generated together.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
         self._model = model.eval()
         self._tokenizer = tokenizer
         self._batch_size = batch_size
-        self._ends = ends_of(model, tokenizer.eos_token_id)
+        self._eos_ids = eos_token_ids(model, tokenizer.eos_token_id)
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        """For each prompt, in order, its `sampling.samples` continuations; see `potstill.engines.decode.write`.
+        """Generate `sampling.samples` completions of each prompt, in order; see `decode.generate_tokens`.
 
         Raises:
             DataError: see `check`.
         """
         ids = [self._ids(prompt) for prompt in prompts]
         self.check(ids, sampling)
-        stopped = self._stopped(sampling.stop) if sampling.stop else None
-        each = [row for row in ids for _ in range(sampling.samples)]
-        written = write(self._model, each, sampling, ends=self._ends, stopped=stopped, batch_size=self._batch_size)
-        texts = [self._completion(one, sampling) for one in written]
+        outputs = generate_tokens(
+            self._model,
+            [row for row in ids for _ in range(sampling.samples)],
+            sampling,
+            eos_ids=self._eos_ids,
+            is_stopped=self._ends_in(sampling.stop) if sampling.stop else None,
+            batch_size=self._batch_size,
+        )
+        texts = [self._completion(output, sampling) for output in outputs]
         return [texts[i * sampling.samples : (i + 1) * sampling.samples] for i in range(len(ids))]
 
-    def _stopped(self, stop: tuple[str, ...]) -> Callable[[Rows], list[bool]]:
-        """Whether texts end in a stop text, seen in their last tokens: a character is at most four of them."""
+    def _ends_in(self, stop: tuple[str, ...]) -> Callable[[list[list[int]]], list[bool]]:
+        """Whether the last tokens of each row hold a stop string: a character is at most four tokens."""
         tail = 4 * max(map(len, stop)) + 1
-        return lambda rows: [any(one in self._text(row[-tail:]) for one in stop) for row in rows]
+        return lambda rows: [any(string in self._text(row[-tail:]) for string in stop) for row in rows]
 
     def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode([i for i in ids if i not in self._ends], skip_special_tokens=True))
+        return str(self._tokenizer.decode([i for i in ids if i not in self._eos_ids], skip_special_tokens=True))
 
     def _ids(self, prompt: Prompt) -> list[int]:
         return list(self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
 
     def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Make sure that the prompts can be continued.
+        """Check that the prompts can be continued.
 
         Raises:
             DataError: a prompt is empty, or leaves no room for max_new_tokens.
@@ -68,7 +73,7 @@ class LocalEngine:
                     f"{number} and {sampling.max_new_tokens} new ones. Lower max_new_tokens, or shorten the prompt."
                 )
 
-    def _completion(self, written: Written, sampling: Sampling) -> Completion:
-        text = self._text(written.ids)
-        stops = [place for place in map(text.find, sampling.stop) if place >= 0]
-        return Completion(text[: min(stops, default=len(text))], written.ended)
+    def _completion(self, output: GeneratedTokens, sampling: Sampling) -> Completion:
+        text = self._text(output.ids)
+        stops = [start for start in map(text.find, sampling.stop) if start >= 0]
+        return Completion(text[: min(stops, default=len(text))], output.ended)

@@ -1,58 +1,61 @@
-"""What is asked of any engine that writes text, and what comes back."""
+"""Sampling settings of text generation, and the text that comes back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from potstill.errors import ShapeError
+from potstill.losses.declared import Range, Record
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How text is sampled.
+class TokenSampling(Record):
+    """How tokens are drawn from a model's distribution.
 
     Args:
-        max_new_tokens: how many tokens at most.
-        sampling_temperature: 0 takes the likeliest token each time.
-        top_p: sample among the likeliest tokens that together have this probability.
-        top_k: sample among so many of the likeliest tokens; 0 for all.
-        samples: how many completions for each prompt.
-        stop: texts that end a completion; they are not part of it.
-        seed: the same seed gives the same text, but for the rounding of an engine that does other work beside it; None
-            for chance.
+        max_new_tokens: maximum number of generated tokens.
+        sampling_temperature: divides the logits; 0 is greedy decoding.
+        top_p: sample among the likeliest tokens with this total probability.
+        top_k: sample among this many of the likeliest tokens; 0 for all.
+    """
+
+    max_new_tokens: Annotated[int, Range(ge=1)] = 256
+    sampling_temperature: Annotated[float, Range(ge=0)] = 1.0
+    top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Range(ge=0)] = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution, unchanged."""
+        return self.sampling_temperature == 1 and self.top_p == 1 and self.top_k == 0
+
+
+@dataclass(frozen=True)
+class Sampling(TokenSampling):
+    """How texts are sampled.
+
+    Args:
+        samples: completions per prompt.
+        stop: strings that end a completion; not part of it.
+        seed: the same seed gives the same text, up to rounding in an engine that serves other requests too; None draws
+            a random one.
 
     Raises:
         ShapeError: a number is outside its range.
     """
 
-    max_new_tokens: int = 256
-    sampling_temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    samples: int = 1
+    samples: Annotated[int, Range(ge=1)] = 1
     stop: tuple[str, ...] = ()
     seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("sampling_temperature", 0), ("top_k", 0), ("samples", 1)):
-            if not getattr(self, name) >= least:
-                raise ShapeError(f"Sampling: expected {name} >= {least}, got {getattr(self, name)}.")
-        if not 0 < self.top_p <= 1:
-            raise ShapeError(f"Sampling: expected top_p in (0, 1], got {self.top_p}.")
-
-    @property
-    def plain(self) -> bool:
-        """Whether tokens are drawn from the very distribution that a model gives."""
-        return self.sampling_temperature == 1 and self.top_p == 1 and self.top_k == 0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One way in which a prompt goes on.
+    """Text generated after one prompt.
 
     Args:
-        text: without the prompt and without what stopped it.
-        ended: the model or a stop text ended it; False where max_new_tokens cut it off.
+        text: without the prompt and without the stop string.
+        ended: whether the model or a stop string ended it; False where max_new_tokens cut it.
     """
 
     text: str

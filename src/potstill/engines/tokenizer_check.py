@@ -1,4 +1,4 @@
-"""Does a server read token ids as a tokenizer does?"""
+"""Check that a server's token ids mean the same tokens as a tokenizer's."""
 
 from __future__ import annotations
 
@@ -10,34 +10,32 @@ from potstill.engines.server import ModelServer
 from potstill.errors import VocabularyError
 from potstill.models.loading import vocabulary_size
 
-STRETCH = 512  # token ids in one question
+IDS_PER_REQUEST = 512
 
 
 def check_tokenizer_matches(server: ModelServer, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Ask how a server reads every token id; False where it does not tell, for it has no /detokenize.
+    """Compare every token id; return False where the server has no /detokenize.
 
     Raises:
-        VocabularyError: it reads one otherwise.
+        VocabularyError: a token id means another token on the server.
     """
-    every = list(range(vocabulary_size(tokenizer)))
-    if server.detokenize(every[:1]) is None:
+    ids = list(range(vocabulary_size(tokenizer)))
+    if server.detokenize(ids[:1]) is None:
         return False
-    for start in range(0, len(every), STRETCH):
-        found = _first_other(server, tokenizer, every[start : start + STRETCH])
-        if found is not None:
-            refuse(server, tokenizer, found, str(server.detokenize([found])))
+    for start in range(0, len(ids), IDS_PER_REQUEST):
+        _compare(server, tokenizer, ids[start : start + IDS_PER_REQUEST])
     return True
 
 
 def refuse(server: ModelServer, tokenizer: PreTrainedTokenizerBase, token: int, word: str) -> None:
-    """Say that a server reads a token otherwise.
+    """Raise the error for a token id that means another token on the server.
 
     Raises:
         VocabularyError: always.
     """
     raise VocabularyError(
         f"{server}: expected the student's token ids, got others: {token} is {read(tokenizer, [token])!r} for the "
-        f"student and {word!r} for the server. What one writes the other reads. Give both one tokenizer."
+        f"student and {word!r} for the server. Serve a model with the student's tokenizer."
     )
 
 
@@ -46,13 +44,13 @@ def read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids)))
 
 
-def _first_other(server: ModelServer, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
-    """A token id that the server reads otherwise, by halves; None where it reads all of them alike."""
-    if server.detokenize(ids) == read(tokenizer, ids):
-        return None
+def _compare(server: ModelServer, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:
+    """Find the token that differs by bisection."""
+    text = server.detokenize(ids)
+    if text == read(tokenizer, ids):
+        return
     if len(ids) == 1:
-        return ids[0]
-    for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :]):
-        if (found := _first_other(server, tokenizer, half)) is not None:
-            return found
-    return None
+        refuse(server, tokenizer, ids[0], str(text))
+    middle = len(ids) // 2
+    _compare(server, tokenizer, ids[:middle])
+    _compare(server, tokenizer, ids[middle:])

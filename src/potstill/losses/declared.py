@@ -249,7 +249,7 @@ class NonEmpty(Rule):
 
     def wrong(self, value: Any) -> str | None:
         """See `Rule`."""
-        return None if isinstance(value, str) or len(value) else "none"
+        return None if len(value) else "none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -27,7 +28,6 @@ from potstill.models.layer_map import LayerMap
 from potstill.models.loading import has_bfloat16, load_tokenizer
 from potstill.models.spacing import evenly_spaced
 from potstill.models.structure import ModelShape
-from potstill.runs import build_rollout as rollouts
 from potstill.runs.build_across import across_tokenizers, measure_alignment
 from potstill.runs.build_across import notes as alignment_notes
 from potstill.runs.build_student import begin, design_of, first_student, with_adapter
@@ -110,8 +110,7 @@ class Parts:
         """Who puts the student's own text in place of data, where the recipe asks for it."""
         if self.recipe.rollout is None:
             return None
-        return rollouts.build(
-            self.recipe.rollout,
+        return self.recipe.rollout.build(
             self.tokenizer,
             self.teacher_model,
             steps=self.steps,
@@ -230,6 +229,7 @@ def prepare(recipe: Recipe) -> Parts:
     inside = any(term.reads_layers for term in recipe.objective)
     shape = ActivationCapture(student).shape if inside else None
     start = None if design is None else begin(recipe, speaker.model, design, train.dataset, tokenizer)
+    server = None if recipe.rollout is None else recipe.rollout.server
     parts = Parts(
         recipe,
         teacher,
@@ -246,11 +246,10 @@ def prepare(recipe: Recipe) -> Parts:
         start,
         tuple(speaker.models.values()),
         min((limit for limit in limits.values() if limit), default=None),
-        rollouts.find_writer(recipe, student, tokenizer),
+        None if server is None else server.writer(student, tokenizer, Path(recipe.output)),
     )
-    if (rollout := parts.rollout()) is not None and recipe.rollout is not None:
-        told = rollouts.look_at_prompts(rollout, recipe.rollout, train)
-        parts = replace(parts, notes=(*parts.notes, *told))
+    if (rollout := parts.rollout()) is not None:
+        parts = replace(parts, notes=(*parts.notes, *rollout.check_prompts(train.dataset)))
     if shape is not None:
         of_teacher = teacher.shape if parts.objective.reads_teacher_layers else None
         teacher.prepare(parts.objective.fit(shape, of_teacher)[1])

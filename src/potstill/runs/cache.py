@@ -25,7 +25,7 @@ from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import layer_index
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.data import SourcePart
-from potstill.runs.ray import spread
+from potstill.runs.ray import map_rows
 from potstill.teachers.cache.build import CacheBuilder
 from potstill.teachers.cache.codec import Codec, codec_of
 from potstill.teachers.cache.store import FORMAT, CachedLayers, CachePlan, Manifest
@@ -174,7 +174,7 @@ def _name(dtype: torch.dtype) -> str:
 def _with_ray(request: CacheRequest, todo: list[int]) -> Iterator[dict[str, Any]]:
     """Build shards in Ray's processes, each with a teacher of its own."""
     gpus = 1 if torch.cuda.is_available() else 0
-    return spread("cache build", [{"shard": number} for number in todo], _begin, request, gpus=gpus)
+    return map_rows("cache build", [{"shard": number} for number in todo], _begin, request, gpus=gpus)
 
 
 def _begin(request: CacheRequest) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -45,7 +45,7 @@ from potstill.models.loading import load_model, load_tokenizer, suppress_warning
 from potstill.runs.config.generate import (
     GenerateRecipe,
 )
-from potstill.runs.ray import spread
+from potstill.runs.ray import map_rows
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _with_ray(recipe: GenerateRecipe) -> BatchCompleter:
     def complete(batches: Sequence[PromptBatch]) -> Iterator[tuple[PromptBatch, list[list[Completion]]]]:
         by_start = {batch.start: batch for batch in batches}
         rows = [{"start": batch.start, "seed": batch.seed, "prompts": json.dumps(batch.prompts)} for batch in batches]
-        for row in spread("generate", rows, _ray_worker, recipe, gpus=gpus):
+        for row in map_rows("generate", rows, _ray_worker, recipe, gpus=gpus):
             completions = [[Completion(*text) for text in texts] for texts in json.loads(row["texts"])]
             yield by_start[row["start"]], completions
 

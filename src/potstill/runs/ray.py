@@ -1,4 +1,4 @@
-"""Work for many processes on any number of machines: Ray starts them, and starts others for those that die."""
+"""Ray: rows processed on any number of machines, restarted where a process dies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, cast
 
 from potstill.errors import PotstillError, UserError
 
+RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
+
 
 def start_ray(command: str) -> Any:
-    """The package ray, for a command that was asked to use it.
+    """Import the package ray for a command.
 
     Raises:
         UserError: it is not installed.
@@ -23,49 +25,47 @@ def start_ray(command: str) -> Any:
     return ray
 
 
-def spread(
+def map_rows(
     command: str,
     rows: Sequence[dict[str, Any]],
-    begin: Callable[..., Callable[[dict[str, Any]], dict[str, Any]]],
+    make_function: Callable[..., RowFunction],
     request: Any,
     *,
     gpus: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """What becomes of each row, in any order, as it comes: by processes of Ray's, as many as there is room for.
+    """Map rows in as many Ray processes as there is room for; results come in any order.
 
     Args:
-        command: who asks, for errors.
+        command: for errors.
         rows: that Arrow can hold.
-        begin: makes of the request what turns a row into another; called once in each process, in the folder of this
-            one.
+        make_function: makes the function of a row from the request; called once in each process, in this process's
+            working directory.
         request: that can be pickled.
         gpus: of each process.
 
     Raises:
-        UserError: Ray is not installed, or the request cannot be met where the processes are.
+        UserError: Ray is not installed, or `make_function` or its function raises one.
     """
     ray = start_ray(command)
     if not rows:
         return
-    made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        cast(Any, _Worker),
-        fn_constructor_args=(Path.cwd(), begin, request),
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        cast(Any, _RowWorker),
+        fn_constructor_args=(Path.cwd(), make_function, request),
         concurrency=(1, len(rows)),
         num_gpus=gpus,
     )
     try:
-        yield from made.iter_rows()
+        yield from results.iter_rows()
     except ray.exceptions.RayError as error:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
         raise cause if isinstance(cause, PotstillError) else error from None
 
 
-class _Worker:
-    """One of Ray's processes."""
-
-    def __init__(self, folder: Path, begin: Callable[..., Any], request: Any) -> None:
-        os.chdir(folder)  # paths in recipes are meant from there
-        self._do = begin(request)
+class _RowWorker:
+    def __init__(self, folder: Path, make_function: Callable[..., RowFunction], request: Any) -> None:
+        os.chdir(folder)  # paths in recipes are relative to it
+        self._function = make_function(request)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return self._do(row)
+        return self._function(row)

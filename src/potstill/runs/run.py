@@ -23,7 +23,7 @@ from potstill.models.modules import copy_modules
 from potstill.runs.build import Parts, prepare
 from potstill.runs.config.run import Recipe
 from potstill.runs.measure import EVAL_ROWS, summarize
-from potstill.train.callbacks import MetricsFile, OwnTextsFile, ProgressBar
+from potstill.train.callbacks import MetricsFile, ProgressBar, SamplesFile
 from potstill.train.checkpoints import last_checkpoint
 from potstill.train.objective import Objective
 from potstill.train.rollout import Rollout
@@ -142,7 +142,7 @@ def train(
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
     )
     if rollout is not None:
-        trainer.add_callback(OwnTextsFile(directory / "own_texts.jsonl", name, rollout, console))
+        trainer.add_callback(SamplesFile(directory / "own_texts.jsonl", name, rollout, console))
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from potstill.errors import ModelError, RecipeError
 from potstill.losses.alignment import Alignment, Task
-from potstill.losses.declared import Range
-from potstill.losses.record import Record
+from potstill.losses.declared import Range, Record
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
 from potstill.models.loading import load_tokenizer
 from potstill.models.split import SplitModel, forward_targets, split_model, undisturbed

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from potstill.engines.endpoint import ServerEndpoint
-from potstill.engines.server import ModelServer
+from potstill.engines.server import ModelServer, ServerConfig
 from potstill.engines.tokenizer_check import check_tokenizer_matches, read, refuse
 from potstill.errors import RecipeError, VocabularyError
 from potstill.losses.alignment import Alignment, Task
@@ -95,7 +94,7 @@ def _same_word(word: str, other: str) -> bool:
 
 
 @dataclass(frozen=True)
-class TeacherEndpoint(ServerEndpoint):
+class TeacherEndpoint(ServerConfig):
     """A model behind a server that scores given tokens, as vLLM does.
 
     Args:

@@ -1,4 +1,4 @@
-"""What is seen and kept of a training: a progress bar and a file of metrics."""
+"""Trainer callbacks: epochs, teacher updates, progress bar, metrics file and on-policy samples file."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
 
 from potstill.data.files import write_text
+from potstill.teachers.teacher import Teacher
 from potstill.train.rollout import Rollout
-from potstill.train.samples import collapse
+from potstill.train.samples import collapse_warning
 
 
-class Epochs(TrainerCallback):
-    """Tells a dataset the epoch: accelerate does not where samplers are wrapped, on several ranks and on resuming."""
+class SetEpoch(TrainerCallback):
+    """Sets a dataset's epoch: accelerate does not where samplers are wrapped, on several ranks and on resuming."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The number is a fraction where an epoch is gone on with."""
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """state.epoch is a fraction where a run resumes within an epoch."""
         self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
+class UpdateTeacher(TrainerCallback):
+    """Updates a teacher after every optimiser step, before checkpoints are written."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.teacher.after_step(state.global_step)
+
+
 class ProgressBar(TrainerCallback):
-    """One line on the terminal: how far, the last loss, how long still."""
+    """One line on the terminal: steps, last loss, time left."""
 
     def __init__(self, title: str, console: Console) -> None:
         self.progress = Progress(
@@ -52,115 +54,81 @@ class ProgressBar(TrainerCallback):
         )
         self.task = self.progress.add_task(title, loss="-", start=False)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.progress.reset(self.task, total=state.max_steps, completed=state.global_step, loss="-")
             self.progress.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.progress.update(self.task, loss=f"{logs['loss']:.3f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()
 
 
-class MetricsFile(TrainerCallback):
-    """Appends every logged line to a JSON Lines file: {"run", "step", "seconds", ...}.
-
-    A resumed training drops the lines past its checkpoint first, so that each step stands there once.
-    """
+class _RunFile(TrainerCallback):
+    """A JSON Lines file of the main process. A resumed run first drops the lines after its checkpoint."""
 
     def __init__(self, path: Path, run: str) -> None:
         self.path, self.run = path, run
-        self._began = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not state.is_world_process_zero:
-            return
-        kept = _forget(self.path, self.run, state.global_step)
-        self._began = time.monotonic() - seconds_of(kept, self.run)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            lines = [
+                line for line in logged_lines(self.path) if line["run"] != self.run or line["step"] <= state.global_step
+            ]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def append(self, step: int, values: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"run": self.run, "step": step, **values}) + "\n")
+
+
+class MetricsFile(_RunFile):
+    """Appends every log line: {"run", "step", "seconds", ...}."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        super().__init__(path, run)
+        self._start = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            self._start = time.monotonic() - seconds_of(logged_lines(self.path), self.run)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            seconds = round(time.monotonic() - self._began, 2)
-            with self.path.open("a") as file:
-                line = {"run": self.run, "step": state.global_step, "seconds": seconds, **logs}
-                file.write(json.dumps(line) + "\n")
+            self.append(state.global_step, {"seconds": round(time.monotonic() - self._start, 2), **logs})
 
 
-class OwnTextsFile(TrainerCallback):
-    """Appends a text of the student's own to a JSON Lines file whenever something is logged, and says it when its texts
-    have collapsed: {"run", "step", "prompt", "text"}.
-    """
+class SamplesFile(_RunFile):
+    """Appends an on-policy sample with every log line, {"run", "step", "prompt", "text"}, and warns of a collapse."""
 
     def __init__(self, path: Path, run: str, rollout: Rollout, console: Console) -> None:
-        self.path, self.run, self.rollout, self.console = path, run, rollout, console
-        self._alarmed = False
+        super().__init__(path, run)
+        self.rollout, self.console = rollout, console
+        self._warned = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            _forget(self.path, self.run, state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "own_share" not in logs:
             return
         if self.rollout.latest:
-            prompt, text = self.rollout.text(self.rollout.latest[0])
-            line = {"run": self.run, "step": state.global_step, "prompt": prompt, "text": text}
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        said = collapse(logs)
-        if said and not self._alarmed:
-            self.console.print(f"step {state.global_step}: {said}", style="yellow", highlight=False, markup=False)
-        self._alarmed = said is not None
-
-
-def _forget(path: Path, run: str, step: int) -> list[dict[str, Any]]:
-    """Drop what a run has logged past its checkpoint; what stays."""
-    kept = [line for line in logged_lines(path) if line["run"] != run or line["step"] <= step]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept
+            prompt, text = self.rollout.decode(self.rollout.latest[0])
+            self.append(state.global_step, {"prompt": prompt, "text": text})
+        warning = collapse_warning(logs)
+        if warning and not self._warned:
+            self.console.print(f"step {state.global_step}: {warning}", style="yellow", highlight=False, markup=False)
+        self._warned = warning is not None
 
 
 def logged_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a kill cut off is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
+    """The lines of a JSON Lines file, without a last line that a kill cut off."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.exists() else ():
         try:
             lines.append(json.loads(text))
         except ValueError:

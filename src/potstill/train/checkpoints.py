@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from, and what has become of its teacher by then."""
+"""Find the checkpoint to resume from, and restore the teacher's state."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from safetensors.torch import load_file
 from potstill.errors import UserError
 from potstill.teachers.teacher import Teacher
 
-TEACHER = "teacher.safetensors"  # likewise: what has become of a teacher that changes
+TEACHER = "teacher.safetensors"  # in a checkpoint: the state of a teacher that changes in training
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, or None.
+    """The newest complete checkpoint, or None.
 
-    The trainer's state is the last file of a checkpoint: where it is whole, so is everything before it.
+    The trainer's state is the last file of a checkpoint: where it is complete, so is everything before it.
     """
-    numbered = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
-    return next((path for path in reversed(found) if _is_complete(path)), None)
+    numbered = {int(path.name[11:]): path for path in directory.glob("checkpoint-*") if path.name[11:].isdigit()}
+    return next((numbered[step] for step in sorted(numbered, reverse=True) if _is_complete(numbered[step])), None)
 
 
 def _is_complete(checkpoint: Path) -> bool:
@@ -32,17 +31,16 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def restore_teacher(teacher: Teacher, checkpoint: Path) -> None:
-    """What has become of a teacher until a checkpoint; nothing, for one that does not change.
+    """Load the teacher's state from a checkpoint; does nothing for a teacher without one.
 
     Raises:
-        UserError: the checkpoint does not know.
+        UserError: the checkpoint has none.
     """
     if not teacher.state_dict():
         return
-    file = checkpoint / TEACHER
-    if not file.exists():
+    if not (checkpoint / TEACHER).exists():
         raise UserError(
-            f"train: expected {TEACHER} in {checkpoint}, got none. The teacher changes in training, and this "
-            "checkpoint is of another one. Begin anew, or resume with the teacher that it is of."
+            f"train: expected {TEACHER} in {checkpoint}, got none: the checkpoint was made with another teacher. "
+            "Start again, or resume with that teacher."
         )
-    teacher.load_state_dict(load_file(file))
+    teacher.load_state_dict(load_file(checkpoint / TEACHER))

@@ -1,4 +1,4 @@
-"""The teacher speaks about the next batch while the student still learns from this one."""
+"""Prefetching of teacher outputs: the teacher reads the next batch while the student trains on this one."""
 
 from __future__ import annotations
 
@@ -14,140 +14,137 @@ from torch import Tensor
 
 from potstill.errors import ModelError
 from potstill.losses.alignment import Alignment
+from potstill.losses.torch_compile import disable_compile
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 T = TypeVar("T")
-Question = tuple[Mapping[str, Tensor], Alignment]
+TeacherInput = tuple[Mapping[str, Tensor], Alignment]
 
 
 class Prefetch:
-    """Asks a teacher in a thread of its own, one batch ahead; on CUDA in a stream of its own.
+    """Runs a teacher one batch ahead, in a thread of its own; on CUDA in a stream of its own. Its outputs are the same.
 
-    What is said is the same. A batch is known by its very tensor of input_ids: one that was foretold has its answer
-    made before it is needed, and any other (held out, or written by the student) is asked on the spot. Never more than
-    one answer waits, and the teacher is never asked twice at once. What goes wrong comes up where the answer is needed.
+    A batch is recognised by the identity of its input_ids: an announced one is computed before it is needed, any other
+    (held out, or on-policy) at once. At most one output waits, the teacher never runs twice at a time, and its errors
+    are raised where the output is needed.
 
-    The first question is asked in the caller's thread, because a teacher may then probe its model, which must not run
-    beside the student's random numbers.
+    The first batch runs in the caller's thread: a teacher may then probe its model, which must not run beside the
+    student's random numbers.
 
     Args:
         teacher: one that does not change while the student trains.
 
     Raises:
-        ModelError: it does: its answers about the next batch would be those of an earlier step.
+        ModelError: the teacher changes, so that outputs for the next batch would be those of an earlier step.
     """
 
     def __init__(self, teacher: Teacher) -> None:
         if teacher.changes:
             raise ModelError(
                 f"prefetch: expected a teacher that does not change in training, got {type(teacher).__name__}, which "
-                "does. What it says of the next batch is known after this step. Leave prefetch out."
+                "does. Leave prefetch out."
             )
         self.teacher = teacher
-        self._coming: deque[Question] = deque()
-        self._begun: tuple[Tensor, Future[TeacherOutput]] | None = None
+        self._announced: deque[TeacherInput] = deque()
+        self._running: tuple[Tensor, Future[TeacherOutput]] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._has_spoken = False
+        self._probed = False
 
-    def prefetch(self, coming: Sequence[Question]) -> None:
-        """Say which batches come, in order. What was foretold before and does not come any more is forgotten."""
-        self._coming = deque(coming)
-        if self._begun is not None and not self._skip_to(self._begun[0]):
-            self._begun[1].cancel()
-            self._begun = None
-        self._go_on()
+    def prefetch(self, batches: Sequence[TeacherInput]) -> None:
+        """Announce the next batches, in order, in place of those announced before."""
+        self._announced = deque(batches)
+        if self._running is not None and not self._skip_to(self._running[0]):
+            self._running[1].cancel()
+            self._running = None
+        self._start_next()
 
-    @torch.compiler.disable
+    @disable_compile
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        """See `Teacher`. The next batch is begun."""
+        """See `Teacher`; starts the next batch."""
         ids = batch["input_ids"]
-        if self._begun is not None and self._begun[0] is ids:
-            answer, self._begun = self._begun[1], None
-            said = self._take(answer, ids.device)
-        elif self._has_spoken:
-            self._skip_to(ids)
-            said = self._take(self._ask(batch, alignment), ids.device)
+        if self._running is not None and self._running[0] is ids:
+            future, self._running = self._running[1], None
+            output = self._receive(future, ids.device)
         else:
             self._skip_to(ids)
-            said = self.teacher(batch, alignment)
-            self._has_spoken = True
-        self._go_on()
-        return said
+            if self._probed:
+                output = self._receive(self._submit(batch, alignment), ids.device)
+            else:
+                output = self.teacher(batch, alignment)
+                self._probed = True
+        self._start_next()
+        return output
 
     def close(self) -> None:
-        """Forget what was foretold, and end the thread when it has said what it is saying."""
+        """Drop all announced batches, and end the thread after its current one."""
         self.prefetch(())
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
     def _skip_to(self, ids: Tensor) -> bool:
-        """Forget what comes before a batch, and that batch itself; whether it was foretold."""
-        place = next((i for i, (batch, _) in enumerate(self._coming) if batch["input_ids"] is ids), None)
-        if place is None:
+        """Drop the announced batches up to the one with these ids; return whether it was announced."""
+        index = next((i for i, (batch, _) in enumerate(self._announced) if batch["input_ids"] is ids), None)
+        if index is None:
             return False
-        for _ in range(place + 1):
-            self._coming.popleft()
+        self._announced = deque(islice(self._announced, index + 1, None))
         return True
 
-    def _go_on(self) -> None:
-        if self._has_spoken and self._begun is None and self._coming:
-            batch, alignment = self._coming.popleft()
-            self._begun = batch["input_ids"], self._ask(batch, alignment)
+    def _start_next(self) -> None:
+        if self._probed and self._running is None and self._announced:
+            batch, alignment = self._announced.popleft()
+            self._running = batch["input_ids"], self._submit(batch, alignment)
 
-    def _ask(self, batch: Mapping[str, Tensor], alignment: Alignment) -> Future[TeacherOutput]:
+    def _submit(self, batch: Mapping[str, Tensor], alignment: Alignment) -> Future[TeacherOutput]:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="teacher")
         device = batch["input_ids"].device
         if device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(device)
-            self._stream.wait_stream(torch.cuda.current_stream(device))  # until the batch is there
-        return self._pool.submit(self._speak, batch, alignment, torch.is_grad_enabled())
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # until the batch is on the device
+        return self._pool.submit(self._run, batch, alignment, torch.is_grad_enabled())
 
-    def _speak(self, batch: Mapping[str, Tensor], alignment: Alignment, graded: bool) -> TeacherOutput:
-        with torch.set_grad_enabled(graded), torch.cuda.stream(self._stream):
+    def _run(self, batch: Mapping[str, Tensor], alignment: Alignment, grad_enabled: bool) -> TeacherOutput:
+        with torch.set_grad_enabled(grad_enabled), torch.cuda.stream(self._stream):
             return self.teacher(batch, alignment)
 
-    def _take(self, answer: Future[TeacherOutput], device: torch.device) -> TeacherOutput:
-        said = answer.result()
+    def _receive(self, future: Future[TeacherOutput], device: torch.device) -> TeacherOutput:
+        output = future.result()
         if self._stream is not None:
-            here = torch.cuda.current_stream(device)
-            here.wait_stream(self._stream)
-            for tensor in tensors_of(said):
-                tensor.record_stream(here)  # else its memory would be free for the teacher's next answer
-        return said
+            stream = torch.cuda.current_stream(device)
+            stream.wait_stream(self._stream)
+            for tensor in tensors_of(output):
+                tensor.record_stream(stream)  # else its memory would be free for the teacher's next output
+        return output
 
 
-class Peek(Generic[T]):
-    """An iterator that can be looked into, one element ahead."""
+class Peekable(Generic[T]):
+    """An iterator that shows its next element."""
 
     def __init__(self, source: Iterator[T]) -> None:
         self.source = source
-        self._seen: list[T] = []
+        self._next: list[T] = []
 
-    def __iter__(self) -> Peek[T]:
+    def __iter__(self) -> Peekable[T]:
         return self
 
     def __next__(self) -> T:
-        return self._seen.pop() if self._seen else next(self.source)
+        return self._next.pop() if self._next else next(self.source)
 
-    def ahead(self) -> list[T]:
+    def peek(self) -> list[T]:
         """The next element; empty at the end."""
-        if not self._seen:
-            self._seen = list(islice(self.source, 1))
-        return self._seen[:]
+        self._next = self._next or list(islice(self.source, 1))
+        return self._next[:]
 
 
-def tensors_of(said: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
     """Every tensor in dataclasses, mappings and sequences."""
-    if isinstance(said, Tensor):
-        yield said
-    elif is_dataclass(said):
-        for one in fields(said):
-            yield from tensors_of(getattr(said, one.name))
-    elif isinstance(said, Mapping):
-        yield from tensors_of([*said.values()])
-    elif isinstance(said, list | tuple):
-        for each in said:
-            yield from tensors_of(each)
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_of(getattr(value, field.name))
+    elif isinstance(value, Mapping | list | tuple):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_of(entry)

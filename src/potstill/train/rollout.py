@@ -1,13 +1,13 @@
-"""The student's own text in place of a share of the data: what on-policy distillation learns from."""
+"""On-policy samples: the student generates a share of its own training rows."""
 
 from __future__ import annotations
 
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,87 +18,88 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.data.files import write_text
-from potstill.engines.decode import Guide, Written, ends_of, write
+from potstill.engines.decode import GeneratedTokens, Guide, eos_token_ids, generate_tokens
 from potstill.engines.sampling import Sampling
-from potstill.errors import ShapeError, UserError
+from potstill.errors import RecipeError, ShapeError, UserError
 from potstill.losses.alignment import IGNORE, SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
-from potstill.losses.schedule import Number, value_at
-from potstill.train.samples import TextSums
+from potstill.losses.declared import Range, Record
+from potstill.losses.schedule import Number, Share, value_at
+from potstill.train.samples import SampleStats
 from potstill.train.server_writer import ServedWriter
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Replay:
-    """Texts of earlier steps are learnt from again: writing is what costs most.
+class Replay(Record):
+    """Train again on samples of earlier steps, for generation is the most expensive part (DistiLLM).
 
     Args:
-        size: how many texts are kept, the latest.
-        fresh: the share of the own rows of a step that is newly written; the others are kept ones.
-        age: none is used that the student of more optimiser steps ago wrote; None for any.
+        size: number of samples that are kept, the latest.
+        fresh: share of a step's on-policy rows that is newly generated; the others are kept ones.
+        age: maximum number of optimiser steps since a sample was generated; none by default.
 
     References:
         Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.3.
     """
 
-    size: int = 1000
-    fresh: Number = 0.5
-    age: int | None = None
+    size: Annotated[int, Range(ge=1)] = 1000
+    fresh: Share = 0.5
+    age: Annotated[int | None, Range(ge=1)] = None
 
 
 @dataclass(frozen=True)
-class Adapt:
-    """The share of own text grows when the student gets worse on held-out text.
+class Adapt(Record):
+    """Raise the on-policy share when the held-out loss gets worse (DistiLLM).
 
     Args:
-        by: how much it grows.
-        margin: by how much the held-out loss must be above that of the evaluation before, in nats.
+        by: how much the share is raised.
+        margin: nats by which the held-out loss must exceed that of the evaluation before.
 
     References:
         Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.3.
     """
 
-    by: float = 0.1
-    margin: float = 0.1
+    by: Annotated[float, Range(gt=0, le=1)] = 0.1
+    margin: Annotated[float, Range(ge=0)] = 0.1
 
 
-class Row(NamedTuple):
-    """A row that the student wrote, and when."""
+class OnPolicySample(NamedTuple):
+    """A row that the student generated. A checkpoint has these names."""
 
     ids: list[int]
-    prompt: int  # how many of them are the prompt
-    text: Written
-    step: int  # whose student wrote it
-    teacher_prompt: Sequence[int] = ()  # where the teacher reads one of its own
+    prompt: int  # number of prompt tokens
+    text: GeneratedTokens
+    step: int  # optimiser step of the weights that generated it
+    teacher_prompt: Sequence[int] = ()  # where the teacher reads a prompt of its own
 
 
 class Rollout:
-    """Replaces a share of the rows of an optimiser step by what the student itself writes behind their prompts.
+    """Replaces a share of an optimiser step's rows by what the student generates from their prompts.
 
-    The rows are replaced before their tokens are counted, so that one normaliser holds over both kinds. A row that the
-    student wrote has -100 in the labels of its prompt, its own tokens behind it, and two more columns of the batch say
-    what the student and the sampler gave them; they are NaN everywhere else.
+    Rows are replaced before target tokens are counted, so that both kinds share one normaliser. An on-policy row has
+    labels on its generated tokens, and two more columns hold the student's and the sampler's log-probabilities of
+    these; they are NaN on all other tokens.
 
-    A prompt is what stands before the first token that counts; of a row that counts from its first token on, such as
-    plain text, it is the first `prompt_tokens`, at most half of it. A row whose prompt leaves no room stays as it is.
+    The prompt is what stands before the first target token; where the first token is a target, as in plain text, it is
+    the first `prompt_tokens`, at most half of the row. Rows whose prompt leaves no room are not replaced.
 
     Args:
         tokenizer: the student's.
-        sampling: max_new_tokens and how tokens are drawn. Its seed is not used.
-        share: of the rows of a step that become own text: 0 is data alone, 1 own text alone. In between it is rounded
-            up or down by chance, so that the mean over steps is exact. The first rows of the step are taken: where a
-            step has several batches, at most one is mixed.
-        prompt_tokens: see above.
-        limit: tokens in a row at most, as both models allow; None for any.
-        vocabulary: the tokens that both models share; no other is ever drawn.
-        guide: a teacher that has a say in what is written; see `teacher_mix` and `teacher_top_k`.
-        replay: see `Replay`.
-        adapt: see `Adapt`; `share` is where it begins.
-        seed: with the optimiser step and the rank it decides all that is drawn.
-        batch_size: rows that are written together, here.
-        server: who writes with the student's weights, behind a server; None where the student itself does, here. Its
-            limit holds beside `limit`, and nobody can guide it.
+        sampling: max_new_tokens and how tokens are drawn; its seed is not used.
+        share: of a step's rows that are generated: 0 is data alone, 1 on-policy alone. The number of rows is rounded up
+            or down at random, so that the mean over steps is exact. A step's first rows are replaced: of its batches at
+            most one is mixed.
+        prompt_tokens: length of the prompt of plain text.
+        limit: maximum number of tokens in a row, as both models allow; None for any.
+        vocabulary: number of tokens that both models share; no other token is drawn.
+        guide: teacher that takes part in sampling; see `teacher_mix` and `teacher_top_k`.
+        replay: train again on earlier samples.
+        adapt: raise the share, beginning with `share`, when the held-out loss gets worse.
+        seed: with the optimiser step and the rank it decides all random numbers.
+        batch_size: rows that are generated together, here.
+        server: generates with the student's weights; None where the student generates here. `limit` is then also the
+            server's, and there is no guide.
 
     References:
         Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1.
@@ -121,163 +122,181 @@ class Rollout:
         server: ServedWriter | None = None,
     ) -> None:
         if guide is not None and server is not None:
-            raise ShapeError(
-                "Rollout: expected a guide or a server, got both. A guide reads along, token by token, here."
-            )
+            raise ShapeError("Rollout: expected a guide or a server, got both. A guide needs the student's logits.")
         if adapt is not None and callable(share):
             raise ShapeError("Rollout: expected a number as the share that adapts, got a schedule. Choose one of them.")
-        self.sampling, self.guide = sampling, guide
-        self.replay, self.adapt = replay, adapt
-        self.sums = TextSums()
-        self.latest: list[Row] = []
-        self._tokenizer = tokenizer
-        self._share = share
-        self._prompt_tokens = prompt_tokens
+        self.sampling, self.guide, self.replay, self.adapt = sampling, guide, replay, adapt
+        self.stats = SampleStats()
+        self.latest: list[OnPolicySample] = []
         self.limit = limit if server is None else min(server.limit, limit or server.limit)
-        self._server = server
-        self._vocabulary = vocabulary
-        self._seed, self._batch_size = seed, batch_size
-        self._kept: deque[Row] = deque(maxlen=replay.size if replay is not None else 0)
+        self._tokenizer, self._server = tokenizer, server
+        self._share, self._prompt_tokens = share, prompt_tokens
+        self._vocabulary, self._seed, self._batch_size = vocabulary, seed, batch_size
+        self._kept: deque[OnPolicySample] = deque(maxlen=replay.size if replay is not None else 0)
         self._raised = 0.0
         self._last_loss: float | None = None
 
     def share_at(self, step: int) -> float:
-        """The share of own text at an optimiser step."""
+        """The on-policy share at an optimiser step."""
         return min(value_at(self._share, step) + self._raised, 1.0)
 
     def __call__(
         self, batches: Sequence[Mapping[str, Tensor]], student: nn.Module, *, step: int, rank: int = 0
     ) -> list[Batch]:
-        """The batches of one optimiser step, with a share of their rows replaced.
+        """Replace a share of the rows of one optimiser step.
 
         Args:
             batches: input_ids, attention_mask and labels, [B, T] each.
-            student: who writes. It is left as it was.
+            student: the model that generates.
             step: the optimiser step, from 0.
             rank: of this process.
         """
         if self._server is not None and self.share_at(step) > 0:
-            self._server.follow(student, step, rank)
-        data = [row for batch in batches for row in _rows(batch)]
-        chance = np.random.default_rng((self._seed, step, rank))
-        wanted = _rounded(self.share_at(step) * len(data), chance)
-        places = [i for i, row in enumerate(data) if self.prompt(row) is not None][:wanted]
-        again = self._again(len(places), step, chance)
-        fresh = places[: len(places) - len(again)]
-        seed = int(chance.integers(2**62))
-        own = dict(zip(fresh, self._write(student, [data[i] for i in fresh], step, seed), strict=True))
-        self._kept.extend(own.values())
-        self.latest = list(own.values())
-        own |= dict(zip(places[len(fresh) :], again, strict=True))
-        self.sums.add(own.values(), step, len(data))
-        collate, first = PaddingCollator(pad_token_id(self._tokenizer)[0]), 0
-        made: list[Batch] = []
+            self._server.update(student, step, rank)
+        data = [row for batch in batches for row in unpadded_rows(batch)]
+        rng = np.random.default_rng((self._seed, step, rank))
+        number = _round_randomly(self.share_at(step) * len(data), rng)
+        replaced = [i for i, row in enumerate(data) if self.prompt(row) is not None][:number]
+        replayed = self._replayed(len(replaced), step, rng)
+        fresh = replaced[: len(replaced) - len(replayed)]
+        seed = int(rng.integers(2**62))
+        self.latest = self._generate(student, [data[i] for i in fresh], step, seed)
+        self._kept.extend(self.latest)
+        samples = dict(zip(replaced, [*self.latest, *replayed], strict=True))
+        self.stats.add(((sample.text, step - sample.step) for sample in samples.values()), len(data))
+        collate, start = PaddingCollator(pad_token_id(self._tokenizer)[0]), 0
+        mixed: list[Batch] = []
         for batch in batches:
-            rows = range(first, first + len(batch["input_ids"]))
-            first = rows.stop
-            mixed: Batch = dict(batch)
-            if not own.keys().isdisjoint(rows):
-                mixed = collate([_example(own[i], data[i]) if i in own else data[i] for i in rows])
-            # The columns are there without own rows too: all ranks must have the same things to log.
-            written = [own.get(i) for i in rows]
-            mixed[STUDENT_LOG_PROBS] = _column(written, "log_probs", mixed["input_ids"])
-            mixed[SAMPLER_LOG_PROBS] = _column(written, "sampler_log_probs", mixed["input_ids"])
+            rows = range(start, start + len(batch["input_ids"]))
+            start = rows.stop
+            made: Batch = dict(batch)
+            if not samples.keys().isdisjoint(rows):
+                made = collate([example(samples[i], data[i]) if i in samples else data[i] for i in rows])
+            # The columns are there without on-policy rows too: all ranks must log the same names.
+            here = [samples.get(i) for i in rows]
+            made[STUDENT_LOG_PROBS] = _column(here, "log_probs", made["input_ids"])
+            made[SAMPLER_LOG_PROBS] = _column(here, "sampler_log_probs", made["input_ids"])
             device = batch["input_ids"].device
-            made.append({name: value.to(device) for name, value in mixed.items()})
-        return made
+            mixed.append({name: value.to(device) for name, value in made.items()})
+        return mixed
 
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[int] | None:
-        """What the student goes on from, of a row of input_ids and labels; None where there is nothing, or no room."""
+        """The prompt of a row of input_ids and labels; None where there is none, or no room behind it."""
         ids = list(row["input_ids"])
-        prompt = _unlearnt(row) or ids[: min(self._prompt_tokens, len(ids) // 2)]
-        longest = max(len(prompt), len(_unlearnt(row, "teacher_")))
+        prompt = _before_targets(row) or ids[: min(self._prompt_tokens, len(ids) // 2)]
+        longest = max(len(prompt), len(_before_targets(row, "teacher_")))
         return prompt if prompt and (self.limit is None or longest < self.limit) else None
 
-    def _write(self, student: nn.Module, rows: list[dict[str, list[int]]], step: int, seed: int) -> list[Row]:
+    def check_prompts(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> list[str]:
+        """Return notes on the prompts of training rows.
+
+        Raises:
+            RecipeError: no row has one.
+        """
+        lengths = [len(prompt) for prompt in map(self.prompt, rows) if prompt is not None]
+        if not lengths:
+            raise RecipeError(
+                f"rollout: expected rows with a prompt, got none in {len(rows)} rows. A row needs two tokens, and its "
+                "prompt must be shorter than the models' positions."
+            )
+        notes = []
+        if len(lengths) < len(rows):
+            notes.append(f"rollout: {len(rows) - len(lengths)} of {len(rows)} rows have no prompt: used as data alone.")
+        new = self.sampling.max_new_tokens
+        short = 0 if self.limit is None else sum(length + new > self.limit for length in lengths)
+        if short:
+            notes.append(
+                f"rollout: {short} of {len(rows)} prompts leave less room than max_new_tokens {new} within "
+                f"{self.limit} positions: samples are cut there."
+            )
+        return notes
+
+    def _generate(
+        self, student: nn.Module, rows: list[dict[str, list[int]]], step: int, seed: int
+    ) -> list[OnPolicySample]:
         prompts = [self.prompt(row) or [] for row in rows]
-        theirs = [_unlearnt(row, "teacher_") for row in rows]
-        sampling = Sampling(**{**vars(self.sampling), "seed": seed})
-        longest = [max(len(mine), len(other)) for mine, other in zip(prompts, theirs, strict=True)]
-        rooms = [sampling.max_new_tokens if self.limit is None else self.limit - one for one in longest]
+        teacher_prompts = [_before_targets(row, "teacher_") for row in rows]
+        sampling = replace(self.sampling, seed=seed)
+        longest = [max(len(own), len(other)) for own, other in zip(prompts, teacher_prompts, strict=True)]
+        max_tokens = [sampling.max_new_tokens if self.limit is None else self.limit - length for length in longest]
         if self._server is not None:
             step = self._server.step
-            written = self._server.write(student, prompts, sampling, rooms=rooms, vocabulary=self._vocabulary)
+            outputs = self._server.generate(
+                student, prompts, sampling, max_tokens=max_tokens, vocabulary=self._vocabulary
+            )
         else:
-            written = write(
+            outputs = generate_tokens(
                 student,
                 prompts,
                 sampling,
-                ends=ends_of(student, self._tokenizer.eos_token_id),
-                rooms=rooms,
+                eos_ids=eos_token_ids(student, self._tokenizer.eos_token_id),
+                max_tokens=max_tokens,
                 vocabulary=self._vocabulary,
                 guide=self.guide,
                 batch_size=self._batch_size,
             )
         return [
-            Row(mine + text.ids, len(mine), text, step, other)
-            for mine, other, text in zip(prompts, theirs, written, strict=True)
+            OnPolicySample(prompt + text.ids, len(prompt), text, step, teacher_prompt)
+            for prompt, teacher_prompt, text in zip(prompts, teacher_prompts, outputs, strict=True)
         ]
 
-    def _again(self, own: int, step: int, chance: np.random.Generator) -> list[Row]:
-        """Texts of earlier steps for the own rows that are not to be written."""
+    def _replayed(self, num_rows: int, step: int, rng: np.random.Generator) -> list[OnPolicySample]:
+        """Samples of earlier steps for the on-policy rows that are not generated anew."""
         if self.replay is None:
             return []
         oldest = -1 if self.replay.age is None else step - self.replay.age
-        usable = [row for row in self._kept if row.step >= oldest]
-        number = min(own - _rounded(value_at(self.replay.fresh, step) * own, chance), len(usable))
-        return [usable[i] for i in chance.choice(len(usable), number, replace=False)] if number else []
+        usable = [sample for sample in self._kept if sample.step >= oldest]
+        number = num_rows - _round_randomly(value_at(self.replay.fresh, step) * num_rows, rng)
+        number = min(number, len(usable))
+        return [usable[i] for i in rng.choice(len(usable), number, replace=False)] if number else []
 
     def update(self, loss: float) -> None:
-        """Take note of a held-out loss, in nats; see `Adapt`."""
+        """Adapt the share to a held-out loss, in nats."""
         if self.adapt is None:
             return
         if self._last_loss is not None and loss > self._last_loss + self.adapt.margin:
             self._raised += self.adapt.by
         self._last_loss = loss
 
-    # What a checkpoint keeps of it.
-
     def save(self, folder: Path, rank: int) -> None:
-        """Keep in a checkpoint what a run that goes on must know: each rank what it wrote.
-
-        The next step takes a server new weights, as that of a run that goes on does.
-        """
-        kept = [{**row._asdict(), "text": vars(row.text)} for row in self._kept]
+        """Save this rank's state in a checkpoint; a server gets new weights at the next step, as on resuming."""
+        kept = [{**sample._asdict(), "text": vars(sample.text)} for sample in self._kept]
         folder.mkdir(parents=True, exist_ok=True)
         state = {"raised": self._raised, "last_loss": self._last_loss, "kept": kept}
-        write_text(folder / _name(rank), json.dumps(state))
+        write_text(folder / _file_name(rank), json.dumps(state))
         if self._server is not None:
-            self._server.renew()
+            self._server.expire()
 
     def load(self, folder: Path, rank: int) -> None:
-        """Go on from what `save` kept.
+        """Load what `save` wrote.
 
         Raises:
             UserError: it is not there.
         """
-        if not (folder / _name(rank)).exists():
+        path = folder / _file_name(rank)
+        if not path.exists():
             raise UserError(
-                f"train: expected {_name(rank)} in {folder}, got none. Each rank keeps the texts that it wrote: go on "
-                "with as many ranks as before, and with a rollout as before."
+                f"train: expected {path.name} in {folder}, got none. Resume with as many ranks as before, and with a "
+                "rollout as before: each rank saves its own samples."
             )
-        state = json.loads((folder / _name(rank)).read_text())
+        state = json.loads(path.read_text())
         self._raised, self._last_loss = state["raised"], state["last_loss"]
         self._kept.clear()
-        self._kept.extend(Row(**{**row, "text": Written(**row["text"])}) for row in state["kept"])
+        self._kept.extend(OnPolicySample(**{**row, "text": GeneratedTokens(**row["text"])}) for row in state["kept"])
 
     def close(self) -> None:
-        """Leave nothing behind on the disk."""
+        """Delete what a server read from the disk."""
         if self._server is not None:
             self._server.close()
 
-    def text(self, row: Row) -> tuple[str, str]:
-        """A row's prompt and what was written behind it, for people."""
+    def decode(self, sample: OnPolicySample) -> tuple[str, str]:
+        """A sample's prompt and generated text."""
         decode = self._tokenizer.decode
-        return str(decode(row.ids[: row.prompt])), str(decode(row.ids[row.prompt :]))
+        return str(decode(sample.ids[: sample.prompt])), str(decode(sample.ids[sample.prompt :]))
 
 
 def teacher_mix(teacher: nn.Module, share: float) -> Guide:
-    """Draw from a mixture of teacher and student, so that early texts are worth learning from.
+    """Sample from a mixture of teacher and student, so that early samples are worth training on.
 
         share * p + (1 - share) * q
 
@@ -288,7 +307,7 @@ def teacher_mix(teacher: nn.Module, share: float) -> Guide:
 
 
 def teacher_top_k(teacher: nn.Module, top_k: int) -> Guide:
-    """The student writes, and a token that is not among the teacher's top_k likeliest is drawn again, by the teacher.
+    """Let the teacher draw again each token that is not among its top_k likeliest.
 
         q_v [v in top_k] + q(others) * p_v
 
@@ -304,59 +323,56 @@ def teacher_top_k(teacher: nn.Module, top_k: int) -> Guide:
     return Guide(teacher, blend)
 
 
-def _rounded(number: float, chance: np.random.Generator) -> int:
-    """Up or down by chance, so that the mean is the number. It takes one random number, whatever it is."""
-    return int(number + chance.random() * (1 - 1e-9))
+def gather_weights(copy: nn.Module, wrapped: nn.Module) -> nn.Module:
+    """Load into a copy of the student the weights of a Distiller whose student is sharded."""
+    weights = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    copy.load_state_dict({name[8:]: value for name, value in weights.items() if name.startswith("student.")})
+    return copy
 
 
-def _rows(batch: Mapping[str, Tensor]) -> list[dict[str, list[Any]]]:
-    """The rows of a batch without their padding: input_ids, labels, weights, and the teacher's own where there are."""
+def _round_randomly(number: float, rng: np.random.Generator) -> int:
+    """Round up or down at random, so that the mean is the number. Takes one random number, whatever it is."""
+    return int(number + rng.random() * (1 - 1e-9))
+
+
+def unpadded_rows(batch: Mapping[str, Tensor]) -> list[dict[str, list[Any]]]:
+    """The rows of a batch without padding: input_ids, labels, weights, and the teacher's own where there are."""
     rows: list[dict[str, list[Any]]] = [{} for _ in batch["input_ids"]]
-    for whose in ("", "teacher_"):
-        for name in (f"{whose}{one}" for one in ("input_ids", "labels", "weights")):
+    for prefix in ("", "teacher_"):
+        for name in (f"{prefix}input_ids", f"{prefix}labels", f"{prefix}weights"):
             if name in batch:
-                kept = zip(batch[name].cpu(), batch[f"{whose}attention_mask"].bool().cpu(), strict=True)
-                for row, (values, mask) in zip(rows, kept, strict=True):
+                columns = zip(batch[name].cpu(), batch[f"{prefix}attention_mask"].bool().cpu(), strict=True)
+                for row, (values, mask) in zip(rows, columns, strict=True):
                     row[name] = values[mask].tolist()
     return rows
 
 
-def _unlearnt(row: Mapping[str, Sequence[int]], whose: str = "") -> list[int]:
-    """What stands before the first token that counts."""
-    labels = row.get(f"{whose}labels", ())
-    first = next((place for place, label in enumerate(labels) if label != IGNORE), 0)
-    return list(row[f"{whose}input_ids"][:first]) if first else []
+def _before_targets(row: Mapping[str, Sequence[int]], prefix: str = "") -> list[int]:
+    """The tokens before the first target token."""
+    labels = row.get(f"{prefix}labels", ())
+    first = next((i for i, label in enumerate(labels) if label != IGNORE), 0)
+    return list(row[f"{prefix}input_ids"][:first]) if first else []
 
 
-def _example(row: Row, replaced: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Own text in place of a row of the data. Weights of that row are not its own: each token counts 1."""
-    made = {}
-    for whose, prompt in (("", row.ids[: row.prompt]), ("teacher_", list(row.teacher_prompt))):
-        if f"{whose}input_ids" in replaced:
-            new = row.ids[row.prompt :]
-            made[f"{whose}input_ids"] = prompt + new
-            made[f"{whose}labels"] = [IGNORE] * len(prompt) + new
-    return made | ({"weights": [1.0] * len(row.ids)} if "weights" in replaced else {})
+def example(sample: OnPolicySample, replaced: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The training row of a sample, with the columns of the row that it replaces; each token has weight 1."""
+    row = {}
+    for prefix, prompt in (("", sample.ids[: sample.prompt]), ("teacher_", list(sample.teacher_prompt))):
+        if f"{prefix}input_ids" in replaced:
+            row[f"{prefix}input_ids"] = prompt + sample.text.ids
+            row[f"{prefix}labels"] = [IGNORE] * len(prompt) + sample.text.ids
+    return row | ({"weights": [1.0] * len(sample.ids)} if "weights" in replaced else {})
 
 
-def _column(rows: Sequence[Row | None], name: str, like: Tensor) -> Tensor:
-    """[B, T]: a number of each own token, NaN on all others."""
-    made = [
-        torch.tensor([] if row is None else [torch.nan] * row.prompt + getattr(row.text, name), dtype=torch.float32)
-        for row in rows
+def _column(samples: Sequence[OnPolicySample | None], name: str, like: Tensor) -> Tensor:
+    """[B, T]: a value of each generated token, NaN on all others."""
+    values = [
+        torch.tensor([] if one is None else [torch.nan] * one.prompt + getattr(one.text, name), dtype=torch.float32)
+        for one in samples
     ]
-    padded = pad_sequence(made, batch_first=True, padding_value=torch.nan)
-    missing = like.shape[1] - padded.shape[1]
-    return torch.nn.functional.pad(padded, (0, missing), value=torch.nan)
+    padded = pad_sequence(values, batch_first=True, padding_value=torch.nan)
+    return torch.nn.functional.pad(padded, (0, like.shape[1] - padded.shape[1]), value=torch.nan)
 
 
-def _name(rank: int) -> str:
+def _file_name(rank: int) -> str:
     return f"rollout-{rank}.json"
-
-
-def with_weights_of(copy: nn.Module, wrapped: nn.Module) -> nn.Module:
-    """A copy of the student with the weights of now, gathered from a Distiller whose student is sharded."""
-    weights = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
-    own = {name.removeprefix("student."): x for name, x in weights.items() if name.startswith("student.")}
-    copy.load_state_dict(own)
-    return copy

@@ -1,4 +1,4 @@
-"""The student's own text from a vLLM server, which takes the student's weights while it learns."""
+"""On-policy samples from a vLLM server that takes the student's weights as it trains."""
 
 from __future__ import annotations
 
@@ -6,42 +6,44 @@ import secrets
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from potstill.engines.decode import Written, ends_of
+from potstill.engines.decode import GeneratedTokens, eos_token_ids
 from potstill.engines.sampling import Sampling
-from potstill.engines.server import ModelServer
+from potstill.engines.server import ModelServer, ServerConfig
 from potstill.engines.tokenizer_check import check_tokenizer_matches
-from potstill.engines.weight_sync import LentWeights
-from potstill.errors import RefusedError, ServerError
-from potstill.models.adapted import save_student
+from potstill.engines.weight_sync import WeightSync
+from potstill.errors import RecipeError, RefusedError, ServerError
+from potstill.losses.declared import Range
+from potstill.models.adapted import is_adapted, save_student
 from potstill.models.split import run, undisturbed
 
-MAX_LOGPROB_DRIFT = 0.25  # nats a token, on average, beyond which it has others: one in bfloat16 is within 0.02
+MAX_LOGPROB_DRIFT = 0.25  # mean nats per token above which the server has other weights; bfloat16 differs by 0.02
 
 
 class ServedWriter:
-    """A vLLM server writes as the student, with weights that are at most so many optimiser steps old.
+    """A vLLM server that generates as the student, with weights that are at most so many optimiser steps old.
 
-    The weights go to a folder that the server reads, and the server is told to take them: all of them, or the adapter
-    alone of a student that is one. What the server then says of a text that it wrote must be what the student says.
+    Weights go through a folder that the server reads: full weights, or the adapter alone. The first sample's
+    log-probabilities after a push are compared with the student's.
 
     Args:
         server: a model of the student's shape, or the base of its adapter.
-        tokenizer: the student's. That the server reads its token ids alike is proven here.
-        folder: where the weights are put; the server sees it under the same path.
+        tokenizer: the student's; the server's token ids are compared with it here.
+        folder: for the weights; the server sees it under the same path.
         adapter: whether the student is a LoRA adapter.
-        max_staleness: optimiser steps since the weights that write, at most; with 0 the server has new ones at each.
+        max_staleness: maximum number of optimiser steps since the last push; 0 pushes at every step.
 
     Attributes:
-        limit: tokens in a row at most.
-        step: of which the weights are that write.
+        limit: maximum number of tokens in a row.
+        step: optimiser step of the weights on the server.
 
     Raises:
         VocabularyError: the server's token ids mean other tokens.
@@ -61,98 +63,122 @@ class ServedWriter:
         self.limit = int(server.card().get("max_model_len", 0))
         if not self.limit or not check_tokenizer_matches(server, tokenizer):
             raise RefusedError(
-                f"{server}: expected vLLM, which tells max_model_len and has /detokenize, got another server. No other "
-                "takes the student's weights. Serve the student with vLLM, 0.32 or later."
+                f"{server}: expected vLLM, with max_model_len and /detokenize, got another server. Serve the student "
+                "with vLLM, 0.32 or later: no other takes its weights."
             )
         self.step = 0
         self._server, self._tokenizer = server, tokenizer
         self._folder, self._max_staleness = folder, max_staleness
-        self._weights: Path | None = None  # in that folder, which may hold other things
-        self._lent = LentWeights(server, adapter=adapter)
-        self._due = True  # whatever the age of those that are there
-        self._new = False  # the weights of this very step have just been taken
+        self._weights: Path | None = None  # within the folder, which may hold other files
+        self._sync = WeightSync(server, adapter=adapter)
+        self._push_due = True  # whatever the age of the weights on the server
+        self._just_pushed = False
 
-    def follow(self, student: nn.Module, step: int, rank: int = 0) -> None:
-        """Have the server take the student's weights where its own are too old; every rank calls this at every step.
+    def update(self, student: nn.Module, step: int, rank: int = 0) -> None:
+        """Push the student's weights if the server's are too old. Every rank calls this at every step.
 
         Raises:
-            RefusedError: the server does not take them.
-            ServerError: it could not.
+            RefusedError, ServerError: see `WeightSync.push`.
         """
-        self._new = self._due or step - self.step > self._max_staleness
-        if not self._new:
+        self._just_pushed = self._push_due or step - self.step > self._max_staleness
+        if not self._just_pushed:
             return
         if rank == 0:
-            self._lend(student, step)
-        version = [self._lent.version]
-        broadcast_object_list(version)  # the others wait here
-        self._lent.version = version[0]
-        self.step, self._due = step, False
+            self.close()  # the server has the last weights in memory
+            name = f"potstill-{step}-{secrets.token_hex(4)}"
+            self._weights = self._folder / name
+            save_student(student, self._weights)
+            self._sync.push(self._weights, name)
+        version = [self._sync.version]
+        broadcast_object_list(version)  # other ranks wait here
+        self._sync.version = version[0]
+        self.step, self._push_due = step, False
 
-    def renew(self) -> None:
-        """Take new weights at the next step, whatever their age: so does a run that goes on from a checkpoint."""
-        self._due = True
+    def expire(self) -> None:
+        """Push at the next step, whatever the weights' age: as a run that resumes from a checkpoint does."""
+        self._push_due = True
 
-    def write(
+    def generate(
         self,
         student: nn.Module,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         *,
-        rooms: Sequence[int],
+        max_tokens: Sequence[int],
         vocabulary: int | None = None,
-    ) -> list[Written]:
-        """One continuation of each prompt; see `LentWeights.write`.
-
-        Args:
-            student: whose weights are there.
-            prompts: token ids.
-            sampling: how tokens are drawn.
-            rooms: how many tokens each may have at most.
-            vocabulary: only the first so many tokens are ever drawn; None for all.
+    ) -> list[GeneratedTokens]:
+        """Generate one continuation of each prompt from the first `vocabulary` tokens; see `WeightSync.generate`.
 
         Raises:
-            ServerError: what it says of them is not what the student says, or see `LentWeights.write`.
-            RefusedError: see `LentWeights.write`.
+            ServerError: the server's log-probabilities are not the student's.
         """
-        rows = student.get_output_embeddings().weight.shape[0]  # type: ignore[operator]  # of any model of transformers
-        never = range(rows if vocabulary is None else vocabulary, rows)
-        ends = ends_of(student, self._tokenizer.eos_token_id)
-        written = self._lent.write(prompts, sampling, ends=ends, rooms=rooms, never=never)
-        if self._new and written:
-            self._must_be_the_student(student, prompts[0], written[0])
-        return written
+        num_rows = student.get_output_embeddings().weight.shape[0]  # type: ignore[operator]  # of any transformers model
+        excluded = range(num_rows if vocabulary is None else vocabulary, num_rows)
+        eos_ids = eos_token_ids(student, self._tokenizer.eos_token_id)
+        outputs = self._sync.generate(prompts, sampling, eos_ids=eos_ids, max_tokens=max_tokens, excluded=excluded)
+        if self._just_pushed and outputs:
+            ids, log_probs = outputs[0].ids, torch.tensor(outputs[0].log_probs)
+            drift = float((token_log_probs(student, prompts[0], ids) - log_probs).abs().mean())
+            if not drift <= MAX_LOGPROB_DRIFT:
+                raise ServerError(
+                    f"{self._server}: expected the student's log-probabilities, with the weights in {self._folder}, "
+                    f"got {drift:.2f} nats per token from them. Check that the server sees that folder and serves a "
+                    "model of the student's shape and config, then resume."
+                )
+        return outputs
 
     def close(self) -> None:
-        """Take the weights off the disk."""
+        """Delete the weights from the disk."""
         if self._weights is not None:
             shutil.rmtree(self._weights)
             self._weights = None
             with suppress(OSError):
-                self._folder.rmdir()  # unless it holds other things
+                self._folder.rmdir()  # unless it holds other files
 
-    def _lend(self, student: nn.Module, step: int) -> None:
-        self.close()  # what was lent is in the server's memory
-        version = f"potstill-{step}-{secrets.token_hex(4)}"
-        self._weights = self._folder / version
-        save_student(student, self._weights)
-        self._lent.push(self._weights, version)
 
-    def _must_be_the_student(self, student: nn.Module, prompt: Sequence[int], text: Written) -> None:
-        apart = float((_log_probs(student, prompt, text.ids) - torch.tensor(text.log_probs)).abs().mean())
-        if not apart <= MAX_LOGPROB_DRIFT:
-            raise ServerError(
-                f"{self._server}: expected what the student says, with the weights in {self._folder}, got {apart:.2f} "
-                "nats a token from it. Does the server see that folder, and serve a model of the student's shape and "
-                "config? Then go on."
+@dataclass(frozen=True)
+class StudentServer(ServerConfig):
+    """A vLLM server that generates in the student's place, and takes its weights as it trains.
+
+    Args:
+        folder: where the weights are put, seen by the server under the same path; by default `served` in the run
+            directory
+        max_staleness: maximum number of optimiser steps since the last push of weights; 0 pushes at each step
+    """
+
+    folder: str | None = None
+    max_staleness: Annotated[int, Range(ge=0)] = 0
+
+    def writer(self, student: Any, tokenizer: PreTrainedTokenizerBase, directory: Path) -> ServedWriter:
+        """Connect to the server, for a student with its adapter and a run directory.
+
+        Raises:
+            RecipeError: vLLM does not take the student's kind of adapter.
+            UserError: the server does not generate for it; see `ServedWriter`.
+        """
+        adapter = student.active_peft_config if is_adapted(student) else None
+        kind = "lora" if adapter is None else str(adapter.peft_type.value).lower()
+        if kind != "lora":
+            raise RecipeError(
+                f"rollout.server: expected full weights or a LoRA adapter, got one of {kind}, which vLLM cannot "
+                "replace while it runs. Leave rollout.server out."
             )
+        if adapter is not None and adapter.bias != "none":
+            raise RecipeError(
+                f"rollout.server: expected an adapter without biases, got bias: {adapter.bias}. vLLM ignores them: "
+                "leave student.adapter.bias out, or rollout.server."
+            )
+        folder = directory / "served" if self.folder is None else Path(self.folder).expanduser()
+        return ServedWriter(
+            self.connect(), tokenizer, folder, adapter=adapter is not None, max_staleness=self.max_staleness
+        )
 
 
 @torch.no_grad()
-def _log_probs(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
-    """What a model gives each token behind a prompt."""
+def token_log_probs(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
+    """A model's log-probabilities [len(ids)] of tokens after a prompt."""
     with undisturbed(model):
         row = torch.tensor([[*prompt, *ids]], device=next(model.parameters()).device)
         logits = run(model, {"input_ids": row, "attention_mask": torch.ones_like(row)}).logits[0].float()
-    told = logits.log_softmax(-1)[:-1].gather(-1, row[0, 1:, None])[:, 0]
-    return told[-len(ids) :].cpu()
+    log_probs = logits.log_softmax(-1)[:-1].gather(-1, row[0, 1:, None])[:, 0]
+    return log_probs[-len(ids) :].cpu()

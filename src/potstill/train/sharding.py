@@ -1,61 +1,42 @@
-"""What shards a student's weights over ranks, and what that rules out."""
+"""What a student whose weights are sharded over ranks cannot do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from potstill.errors import UserError
 from potstill.teachers.teacher import Teacher
-from potstill.train.rollout import Rollout
 
-UNSHARDED = (
+NOT_SHARDED = (
     "train.fsdp: expected several processes with an accelerator each, got a run that accelerate does not shard. Start "
     "it with torchrun on GPUs, or leave train.fsdp out."
 )
 
 
-@dataclass(frozen=True)
-class Sharding:
-    """How a student lies on its ranks.
+def check_sharding(
+    *, fsdp: bool, zero: Mapping[str, Any] | None, fsdp_requested: bool, teacher: Teacher | None, rollout: bool
+) -> None:
+    """Check that a run works with the way its student is sharded: by FSDP, or by deepspeed's zero_optimization.
 
-    Args:
-        fsdp: whether FSDP shards it.
-        zero: what deepspeed was told under zero_optimization; None without deepspeed.
+    Raises:
+        UserError: it does not.
     """
-
-    fsdp: bool
-    zero: Mapping[str, Any] | None
-
-    @classmethod
-    def of(cls, state: Any) -> Sharding:
-        """What accelerate's state says."""
-        deepspeed = getattr(state, "deepspeed_plugin", None)
-        zero = None if deepspeed is None else deepspeed.deepspeed_config.get("zero_optimization", {})
-        return cls(getattr(state, "fsdp_plugin", None) is not None, zero)
-
-    def refuse(self, *, fsdp_asked: bool, teacher: Teacher | None, rollout: Rollout | None) -> None:
-        """See that a training can do what is asked of it.
-
-        Raises:
-            UserError: it cannot.
-        """
-        by = "FSDP" if self.fsdp else "ZeRO-3" if (self.zero or {}).get("stage") == 3 else None
-        if fsdp_asked and not self.fsdp:
-            raise UserError(UNSHARDED)
-        if by and teacher is not None and teacher.of_student:
-            raise UserError(
-                f"{type(teacher).__name__}: expected a student that is whole on every rank, got one that {by} shards. "
-                f"Its teacher is made of its weights. Train without {by}, or name another teacher."
-            )
-        if rollout is not None and self.zero is not None:
-            raise UserError(
-                "rollout: expected fsdp or whole students on each rank, got deepspeed, under which the student cannot "
-                "write. Use train.fsdp, or learn from data alone."
-            )
-        if by == "ZeRO-3" and self.zero and not self.zero.get("stage3_gather_16bit_weights_on_model_save"):
-            raise UserError(
-                "train.deepspeed: expected stage3_gather_16bit_weights_on_model_save: true, got none. Without it no "
-                "whole student is saved. Set it, or zero3_save_16bit_model in accelerate's file."
-            )
+    sharder = "FSDP" if fsdp else "ZeRO-3" if (zero or {}).get("stage") == 3 else None
+    if fsdp_requested and not fsdp:
+        raise UserError(NOT_SHARDED)
+    if sharder and teacher is not None and teacher.of_student:
+        raise UserError(
+            f"{type(teacher).__name__}: expected a full student on every rank, from whose weights the teacher is made, "
+            f"got one that {sharder} shards. Train without {sharder}, or use another teacher."
+        )
+    if rollout and zero is not None:
+        raise UserError(
+            "rollout: expected fsdp or a full student on every rank, got deepspeed, under which the student cannot "
+            "generate. Use train.fsdp, or leave rollout out."
+        )
+    if sharder == "ZeRO-3" and zero and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(
+            "train.deepspeed: expected stage3_gather_16bit_weights_on_model_save: true, got none. Set it, or "
+            "zero3_save_16bit_model in accelerate's file: without it the full student is not saved."
+        )

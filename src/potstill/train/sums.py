@@ -1,4 +1,4 @@
-"""Sums of what is logged, over batches and ranks."""
+"""Sums for the log, over batches and ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from potstill.train.signals import or_one
 
 
-class Sums:
+class LogSums:
     """Named sums over batches, kept on the device until they are read."""
 
     def __init__(self) -> None:
@@ -18,6 +18,7 @@ class Sums:
         self._counts: Tensor | None = None
 
     def add(self, values: Mapping[str, Tensor], counts: Tensor | None = None) -> None:
+        """Add one batch; counts [2] are its target tokens and its attended positions."""
         for name, value in values.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -29,11 +30,9 @@ class Sums:
         return {name: float(accelerator.reduce(value)) for name, value in self._sums.items()}
 
     def means(self, accelerator: Any, over: Mapping[str, str]) -> dict[str, float]:
-        """The sums over all ranks, each divided by the count over all ranks of what it is a mean over."""
+        """The sums over all ranks, each divided by its count over all ranks: tokens, unless `over` says attended."""
         if self._counts is None:
             return {}
         tokens, positions = or_one(accelerator.reduce(self._counts)).tolist()
-        return {
-            name: total / (positions if over.get(name) == "attended" else tokens)
-            for name, total in self.totals(accelerator).items()
-        }
+        totals = self.totals(accelerator)
+        return {name: total / (positions if over.get(name) == "attended" else tokens) for name, total in totals.items()}

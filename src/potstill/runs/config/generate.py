@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from potstill.engines.endpoint import ServerEndpoint
 from potstill.engines.sampling import Sampling
+from potstill.engines.server import ServerConfig
 from potstill.generation.filters import FilterOptions
 from potstill.generation.sandbox import ProgramLimits
 from potstill.generation.tasks import GenerationTask
@@ -22,7 +22,7 @@ class GenerationTeacherPart(Part):
         "auto", description="its precision; auto is the one it is saved in"
     )
     device: str | None = Field(None, description="such as cuda:1; by default the first accelerator, else the processor")
-    server: ServerEndpoint | None = None
+    server: ServerConfig | None = None
     tokenizer: str | None = Field(
         None,
         description="with server: a folder with the model's tokenizer, whose chat template is used; else plain text",

@@ -11,11 +11,11 @@ from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.adapters import adapter_conflicts
 from potstill.runs.config.data import MASKED_SHARE, DataPart
 from potstill.runs.config.document import Document, Part
-from potstill.runs.config.rollout import RolloutPart
 from potstill.runs.config.student import StudentPart
 from potstill.runs.config.teacher import RecipeTeacher
 from potstill.runs.config.training import TrainPart
 from potstill.train.objective import task_mistakes
+from potstill.train.rollout_config import RolloutConfig
 from potstill.train.terms import across, dense, layers, logits, policy, supervision  # noqa: F401  # kinds of terms
 from potstill.train.terms.term import Term
 
@@ -42,7 +42,7 @@ class Recipe(Document):
     student: StudentPart
     data: DataPart
     objective: list[Term] = Field(min_length=1)
-    rollout: RolloutPart | None = Field(None, description="train on samples of the student; by default on data alone")
+    rollout: RolloutConfig | None = Field(None, description="train on samples of the student; by default on data alone")
     train: TrainPart = Field(default_factory=dict, description="any field of transformers.TrainingArguments")
     evaluate: EvaluatePart = Field(default_factory=lambda: EvaluatePart.model_validate({}))
     output: str = Field(min_length=1, description="the run directory")

@@ -1,0 +1,164 @@
+"""Every override of a private part of transformers.Trainer: the batches of a step, and checkpoints.
+
+tests/test_hf_trainer.py compares the overridden methods with those of the installed version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from potstill.errors import DivergedError, UserError
+from potstill.losses.alignment import align, attended_positions, target_positions
+from potstill.models.adapted import is_adapted, load_adapter, save_student
+from potstill.train.checkpoints import TEACHER, last_checkpoint, restore_teacher
+from potstill.train.distiller import Distiller
+from potstill.train.prefetch import Peekable
+from potstill.train.rollout import Rollout, gather_weights
+from potstill.train.signals import or_one
+
+OBJECTIVE = "objective.safetensors"  # in a checkpoint: parameters of the objective
+
+
+def use_one_device(args: TrainingArguments) -> None:
+    """Turn nn.DataParallel off, which would copy the teacher in every step; several GPUs need torchrun."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+
+
+class StudentTrainer(Trainer):
+    """transformers.Trainer whose batches hold on-policy samples and whose checkpoints hold the plain student."""
+
+    distiller: Distiller
+    rollout: Rollout | None = None
+    loss_is_scaled_for_ga = True  # what `compute_loss` returns needs no division by accumulation steps
+
+    _generator: nn.Module | None = None  # a copy of a sharded student, to generate with
+    _upcoming: Peekable[Any] | None = None
+    _attended: Tensor | None = None  # attended positions of the optimiser step
+    _micro_step = 0
+    _steps_since_log = 0
+
+    # The batches of one optimiser step, and what their loss is divided by.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Take the batches of one optimiser step, mix in on-policy samples, announce them for prefetching, count."""
+        prefetches, source = self.distiller.prefetches, epoch_iterator
+        if prefetches:
+            if self._upcoming is None or self._upcoming.source is not epoch_iterator:
+                self._upcoming = Peekable(epoch_iterator)
+            source = self._upcoming
+        batches = list(islice(source, num_batches))
+        if self.rollout is not None and batches:
+            with self.accelerator.autocast():
+                student = self.distiller.student
+                if self._generator is not None:
+                    student = gather_weights(self._generator, self.model_wrapped)
+                batches = self.rollout(batches, student, step=self.state.global_step, rank=self.args.process_index)
+        if prefetches and self._upcoming is not None:
+            # The next step's on-policy samples are not known yet.
+            following = [] if self.rollout is not None else self._upcoming.peek()
+            self.distiller.prefetch([*batches, *following])
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """The target tokens of an optimiser step over all ranks, or the sum of their weights."""
+        self._micro_step = 0
+        self._steps_since_log += 1
+        if not batch_samples:
+            return None
+        count = torch.stack([self.counts(batch) for batch in batch_samples]).sum(0).to(device)
+        if self.args.world_size > 1:
+            count = self.accelerator.reduce(count)
+        tokens, self._attended = or_one(count).unbind()
+        return tokens
+
+    def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[2]: the target tokens of a batch, or the sum of their weights, and its attended positions."""
+        task = self.distiller.task
+        tokens = target_positions(batch["labels"], task).sum()
+        weights = None if "weights" not in batch else align(batch["labels"], task, batch["weights"]).weights
+        if weights is not None:
+            tokens = weights.sum()
+        return torch.stack([tokens, attended_positions(batch, task).sum().to(tokens)])
+
+    def prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch on the trainer's device."""
+        prepared: dict[str, Any] = self._prepare_inputs(inputs)
+        return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that was killed between its last checkpoint and its end would take one step more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def raise_diverged(self, problem: str) -> NoReturn:
+        """Stop the training with the last good checkpoint and advice."""
+        checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
+        raise DivergedError(
+            f"training: expected finite numbers, got {problem} (optimiser step {self.state.global_step + 1}). "
+            f"{f'The last good checkpoint is {checkpoint}. ' if checkpoint else ''}"
+            "Lower train.learning_rate, raise train.warmup_steps, or train in bf16 instead of fp16."
+        )
+
+    # Checkpoints.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        for name, parameter in self.distiller.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                self.raise_diverged(f"a NaN or infinite weight in {name} before checkpoint {self.state.global_step}")
+        teacher = self.distiller.teacher
+        states = {TEACHER: {} if teacher is None else teacher.state_dict()}
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # whose own files hold all that is trained
+            states[OBJECTIVE] = self.distiller.objective.state_dict()
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        for name, state in states.items():
+            if state and self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file({key: value.contiguous() for key, value in state.items()}, folder / name)
+        if self.rollout is not None:
+            self.rollout.save(folder, self.args.process_index)
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = str(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if state_dict is not None:
+            state_dict = {name[8:]: value for name, value in state_dict.items() if name.startswith("student.")}
+        save_student(self.distiller.student, folder, state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if self.distiller.teacher is not None:
+            restore_teacher(self.distiller.teacher, folder)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        student: Any = self.distiller.student
+        if is_adapted(student):
+            load_adapter(student, folder)
+        else:
+            student.load_state_dict(type(student).from_pretrained(folder, dtype=student.dtype).state_dict())
+        objective = self.distiller.objective
+        if objective.state_dict():
+            if not (folder / OBJECTIVE).exists():
+                raise UserError(
+                    f"train: expected {OBJECTIVE} in {folder}, got none. The objective trains projections, which this "
+                    "checkpoint does not have."
+                )
+            objective.load_state_dict(load_file(folder / OBJECTIVE))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
