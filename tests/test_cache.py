@@ -28,7 +28,6 @@ from potstill.losses.divergences import JSD, ForwardKL, SoftCrossEntropy
 from potstill.losses.token_losses import token_divergence
 from potstill.runs import cache as caching
 from potstill.runs.cache import CacheRequest, build
-from potstill.runs.config.data import SourcePart
 from potstill.teachers.cache.store import Cache, read_manifest
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.model import ModelSource, ModelTeacher
@@ -45,7 +44,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def request(toys: Path, out: Path, codec: str = "sampled", **changes: Any) -> CacheRequest:
     values = {
         "teacher": ModelSource(model=str(toys / "teacher")),
-        "sources": [SourcePart(path=str(toys / "train.jsonl"))],
+        "sources": [Source(str(toys / "train.jsonl"))],
         "max_length": 32,
         "packing": False,
         "codec": codec,
@@ -298,10 +297,10 @@ def test_ray_builds_the_same_bytes(toys: Path, tmp_path: Path) -> None:
     alone, many = tmp_path / "alone", tmp_path / "many"
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from potstill.runs import cache as caching; from potstill.runs.config.data import SourcePart\n"
+        "from potstill.runs import cache as caching; from potstill.data.sources import Source\n"
         "from potstill.teachers.model import ModelSource\n"
         "for out, engine in ((sys.argv[3], 'process'), (sys.argv[4], 'ray')):\n"
-        "    caching.build(caching.CacheRequest(ModelSource(sys.argv[1]), [SourcePart(path=sys.argv[2])], 32, False,"
+        "    caching.build(caching.CacheRequest(ModelSource(sys.argv[1]), [Source(sys.argv[2])], 32, False,"
         " 'sampled', {'draws': 50}, Path(out), 4), engine=engine, console=Console(quiet=True))\n"
     )
     arguments = [str(toys / "teacher"), str(toys / "train.jsonl"), str(alone), str(many)]

@@ -26,8 +26,8 @@ def check(recipe: RecipePath, set_: Sets = None, import_: Imports = None) -> Non
     print_facts(_facts(needs))
     if needs.disk_bytes > needs.disk_free_bytes:
         raise UserError(
-            f"output: expected {formatting.size(needs.disk_bytes)} of free disk, got {formatting.size(needs.disk_free_bytes)}. "
-            "Choose another directory with --set output=DIR."
+            f"output: expected {formatting.size(needs.disk_bytes)} of free disk, got "
+            f"{formatting.size(needs.disk_free_bytes)}. Choose another directory with --set output=DIR."
         )
     return None
 

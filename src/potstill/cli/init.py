@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -17,7 +17,7 @@ from potstill.losses.alignment import Task
 Kind = Literal["distillation", "embedding", "generate"]
 BUDGET = ("params", "compression", "memory_gb", "target", "keep", "context")
 COLUMNS = ("field", "prompt", "completion", "messages", "pair", "label")
-Adapter = Literal["lora", "qlora", "ia3", "prompt", "prefix"]
+AdapterName = Literal["lora", "qlora", "ia3", "prompt", "prefix"]  # typer needs them here, where no torch is
 
 
 @app.command()
@@ -36,7 +36,7 @@ def init(
     target: Annotated[str | None, typer.Option(help="kind of device: browser, edge, mobile, server")] = None,
     keep: Annotated[str | None, typer.Option(help="what to keep from the teacher: balanced, depth, width")] = None,
     context: Annotated[int | None, typer.Option(help="tokens in a row, for --memory-gb", min=1)] = None,
-    adapter: Annotated[Adapter | None, typer.Option(help="to train on --student")] = None,
+    adapter: Annotated[AdapterName | None, typer.Option(help="to train on --student")] = None,
     field: Annotated[str | None, typer.Option(help="column of texts, or of questions")] = None,
     prompt: Annotated[str | None, typer.Option(help="column of prompts")] = None,
     completion: Annotated[str | None, typer.Option(help="column of completions")] = None,
@@ -97,7 +97,9 @@ def _ask_for_missing(given: dict[str, Any]) -> None:
         question = "Student: 100M parameters, 4x smaller, 0.5GB, edge, a folder with a model, or half of the layers"
         given |= _ask(question, _size, "half")
     if "student" in given and "adapter" not in given:
-        given["adapter"] = _ask(f"Adapter: {', '.join(Adapter.kinds)}, or all to train all weights", _adapter, "all")
+        given["adapter"] = _ask(
+            f"Adapter: {', '.join(get_args(AdapterName))}, or all to train all weights", _adapter, "all"
+        )
     if "output" not in given:
         given["output"] = _ask("Run directory", str, DraftRequest(given["teacher"], None).directory)
 
@@ -150,6 +152,6 @@ def _size(text: str) -> dict[str, Any]:
 
 
 def _adapter(text: str) -> str | None:
-    if text not in (*Adapter.kinds, "all"):
-        raise UserError(f"adapter: expected {', '.join(Adapter.kinds)} or all, got {text}.")
+    if text not in (*get_args(AdapterName), "all"):
+        raise UserError(f"adapter: expected {', '.join(get_args(AdapterName))} or all, got {text}.")
     return None if text == "all" else text

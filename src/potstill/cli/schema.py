@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,5 +25,5 @@ def schema(
     from potstill.runs.config.generate import GenerateRecipe
     from potstill.runs.config.run import Recipe
 
-    recipe = dict(zip(KINDS, (Recipe, EmbeddingRecipe, GenerateRecipe), strict=True))[kind]
+    recipe: Any = dict(zip(KINDS, (Recipe, EmbeddingRecipe, GenerateRecipe), strict=True))[kind]
     print(json.dumps(recipe.model_json_schema(), indent=2))

@@ -52,8 +52,13 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, split: Split) -> torch.Tens
 
 
 def build_model() -> LlamaForCausalLM:
-    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
-    tokens = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+    shape: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+    }
+    tokens: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
     config = LlamaConfig(max_position_embeddings=2 * CONTEXT, tie_word_embeddings=True, **shape, **tokens)
     # At this size eager attention is faster on a CPU than the fused kernel's backward pass.
     model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, attn_implementation="eager")
@@ -77,7 +82,7 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Make Muon for the hidden matrices, and AdamW for the embedding and the norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or not name.startswith("model.layers.")]
-    muon = {"weight_decay": WEIGHT_DECAY, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    muon: dict[str, Any] = {"weight_decay": WEIGHT_DECAY, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
     return [
         torch.optim.Muon(matrices, lr=LEARNING_RATE, **muon),
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
@@ -141,8 +146,10 @@ def main() -> None:
         loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for item in [*optimizers, *schedulers]:
-            item.step()
+        for optimizer in optimizers:
+            optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
         model.zero_grad()
         total += loss.item()
         if (step + 1) % 250 == 0:

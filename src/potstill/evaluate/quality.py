@@ -92,7 +92,7 @@ def compare(
             expected = None if reference is None else logits_at(reference, batch, alignment, vocabulary)
             for name, model in measured.items():
                 same = expected is not None and model is reference
-                logits = expected if same else logits_at(model, batch, alignment, vocabulary)
+                logits = expected if same and expected is not None else logits_at(model, batch, alignment, vocabulary)
                 _add(sums[name], logits, expected, alignment)
     return {name: _means(model_sums, bins) for name, model_sums in sums.items()}
 

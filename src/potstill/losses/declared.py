@@ -113,7 +113,7 @@ class Declared(Record, ABC):
             return name if name is None else in_tag(name)
 
         tag.__name__ = cls.key
-        choices = {
+        choices: dict[Any, Any] = {
             in_tag(name): cs.no_info_before_validator_function(fields, handler.generate_schema(kind))
             for name, kind in cls.kinds.items()
         }

@@ -331,7 +331,8 @@ class _PerToken(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.call = call
         loss, *parts = _outputs(ctx, call.args, call.run(hidden, weight, bias, None))
-        return loss.clone(), *parts  # .divergence may be the same tensor, and has no gradient
+        divergence, cross_entropy = parts
+        return loss.clone(), divergence, cross_entropy  # divergence may be the same tensor, and has no gradient
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, cast
 
 from potstill.errors import ShapeError
 from potstill.losses.declared import Declared, Either, NonEmpty, Range
@@ -105,7 +105,7 @@ class _FromStartToEnd(Schedule):
         """See `Schedule`."""
         if self._length is not None:
             return self
-        made: Self = replace(self, steps=max(steps - self.warmup, 1))
+        made: Self = replace(cast(Any, self), steps=max(steps - self.warmup, 1))  # no field of this class
         return made
 
     def progress(self, step: int) -> float:
@@ -164,7 +164,7 @@ class Exponential(_FromStartToEnd):
 
     def after_warmup(self, step: int) -> float:
         """See `Schedule`."""
-        return self.start * (self.end / self.start) ** self.progress(step)
+        return float(self.start * (self.end / self.start) ** self.progress(step))
 
 
 @dataclass(frozen=True)

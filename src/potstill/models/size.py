@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -88,7 +88,7 @@ def size_of(config: PretrainedConfig, context: int) -> ModelSize:
     """Compute size and cost of a config's model for rows of `context` tokens; all layers must have one shape."""
     model, shape, encoder = build(config, "meta"), design_shape(config), is_encoder(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    products = sum(module.weight.numel() for module in model.modules() if is_linear(module))
+    products = sum(int(cast(Any, module).weight.numel()) for module in model.modules() if is_linear(module))
     # Two products in attention: with keys and with values. Under a causal mask the average token sees half of the row.
     visible = context if encoder else (context + 1) / 2
     attention = 2 * 2 * visible * shape.layers * shape.heads * shape.head_size

@@ -228,13 +228,21 @@ class LayerMatrices:
 
 FAMILIES = (
     LayerMatrices(  # Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, SmolLM
-        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
         up=("mlp.gate_proj", "mlp.up_proj"),
         down="mlp.down_proj",
     ),
-    LayerMatrices(*["attn.c_attn"] * 3, "attn.c_proj", up=("mlp.c_fc",), down="mlp.c_proj"),  # GPT-2
+    LayerMatrices(
+        "attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj", up=("mlp.c_fc",), down="mlp.c_proj"
+    ),  # GPT-2
     LayerMatrices(  # BERT, RoBERTa
-        *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
         up=("intermediate.dense",),
         down="output.dense",
     ),
@@ -293,7 +301,7 @@ def _fits(layer: nn.Module, matrices: LayerMatrices, shape: DesignShape) -> bool
         **dict.fromkeys(matrices.up, (shape.ffn, shape.hidden)),
     }
     for path, size in sizes.items():
-        module = modules.get(path)
+        module: Any = modules.get(path)
         if not is_linear(module) or tuple(module.weight.shape) != (size[::-1] if is_transposed(module) else size):
             return False
     attention = matrices.query.rpartition(".")[0]

@@ -24,7 +24,6 @@ from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import layer_index
 from potstill.models.loading import suppress_warnings
-from potstill.runs.config.data import SourcePart
 from potstill.runs.ray import map_rows
 from potstill.teachers.cache.build import CacheBuilder
 from potstill.teachers.cache.codec import Codec, codec_of
@@ -52,7 +51,7 @@ class CacheRequest:
     """
 
     teacher: TeacherSource
-    sources: Sequence[SourcePart]
+    sources: Sequence[Source]
     max_length: int
     packing: bool
     codec: str
@@ -100,7 +99,7 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
     tokenizer = loaded.tokenizer
     examples = []
     for part in request.sources:
-        encoded = encode(Source(**part.model_dump()), tokenizer, max_length=request.max_length, packing=request.packing)
+        encoded = encode(part, tokenizer, max_length=request.max_length, packing=request.packing)
         examples.append(encoded)
         for note in encoded.notes:
             console.print(note, style="dim", highlight=False, markup=False)
@@ -109,7 +108,7 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
     collate = PaddingCollator(pad_token_id(tokenizer)[0])
     datasets = [encoded.dataset for encoded in examples]
     batch = {name: value.to(device) for name, value in collate([datasets[0][0]]).items()}
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    vocabulary = vocabulary_size(tokenizer)
     layers = _layers(request, loaded.teacher, batch)
     codec = _codec(request, vocabulary, loaded.teacher, batch)
     tokens, rows = sum(encoded.tokens for encoded in examples), sum(map(len, datasets))
@@ -123,7 +122,7 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
         alignment=ALIGNMENT,
         sources=[
             (
-                part.path,
+                str(part.path),
                 len(encoded.dataset),
                 encoded.tokens,
                 hashlib.sha256(b"".join(keys_of(encoded.dataset))).hexdigest(),

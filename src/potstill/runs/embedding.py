@@ -27,7 +27,7 @@ from potstill.evaluate.versions import versions
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.embedding_sources import EmbeddingData, load_data
-from potstill.runs.run import RunResult, require_free
+from potstill.runs.run import RunResult, check_directory
 from potstill.train.callbacks import ProgressBar
 
 _PICTURE_ROWS = 1000  # held-out rows in the picture of the space
@@ -50,7 +50,7 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
     console = console or Console(stderr=True)
     directory = Path(recipe.output)
     metrics = directory / "metrics.jsonl"
-    require_free(directory, recipe, resume)
+    check_directory(directory, recipe, resume)
     with suppress_warnings():
         with _progress(console, "teacher") as advance:
             data = load_data(recipe, advance)

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from potstill.data.sources import Source, load
+from potstill.data.loading import load
+from potstill.data.sources import Source
 from potstill.embedding.teachers import FileTeacher, encode_texts
 from potstill.embedding.vectors import VectorArray, VectorSlice, check_vectors
 from potstill.errors import DataError

@@ -21,7 +21,7 @@ from potstill.evaluate.sequence import measure
 from potstill.evaluate.speed import speed
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import IGNORE, TOKEN_TASKS, Task
-from potstill.models.adapted import count, virtual_tokens
+from potstill.models.adapted import parameter_count, virtual_tokens
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.build_task import classes_of, match_heads, token_rows
@@ -115,7 +115,7 @@ def evaluate(
         "models": {
             name: {
                 "model": {"student": student, "teacher": teacher}[name],
-                "parameters": count(model).all,
+                "parameters": parameter_count(model).all,
                 "bytes": model.get_memory_footprint(),
                 "bits_per_byte": quality[name].loss * quality[name].tokens / math.log(2) / num_bytes
                 if num_bytes

@@ -29,7 +29,7 @@ from potstill.runs.build import Parts
 from potstill.runs.config.student import BudgetPart, StudentPart
 from potstill.train.callbacks import logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
-from potstill.train.samples import collapse
+from potstill.train.samples import collapse_warning
 
 EVAL_ROWS = 16  # batch size of the final evaluation
 SAMPLES = 4  # on-policy samples in the report
@@ -77,10 +77,10 @@ def summarize(parts: Parts, students: Mapping[str, Path], directory: Path) -> re
         own_texts=[records.Sample(**samples[i]) for i in _evenly_spaced(len(samples), SAMPLES)],
         own_text=None if stats is None else records.SampleStats(**stats),
         data=records.DataFacts(
-            train=recipe.data.train.path,
+            train=str(recipe.data.train.path),
             train_tokens=parts.train.tokens if of_tokens else None,
             train_examples=len(parts.train.dataset),
-            eval=recipe.data.eval.path,
+            eval=str(recipe.data.eval.path),
             eval_tokens=parts.eval.tokens if of_tokens else None,
             eval_examples=len(parts.eval.dataset),
         ),
@@ -142,7 +142,7 @@ def _teacher_loss(parts: Parts, dataset: Dataset) -> float | None:
             log_probs, num_tokens = output.chunks.log_probs, int((output.chunks.student >= 0).sum())
         else:
             shared = replace(output, targets=output.targets.slice(parts.vocabulary))
-            log_probs, num_tokens = shared.of_labels(alignment.labels), len(alignment)
+            log_probs, num_tokens = shared.log_probs_of(alignment.labels), len(alignment)
         if log_probs is None:
             return None
         total -= float(log_probs.double().sum())
@@ -210,7 +210,7 @@ def _evenly_spaced(length: int, number: int) -> list[int]:
 
 def collapse_notes(metrics: list[dict[str, Any]]) -> list[str]:
     """Say when the student's on-policy samples collapsed first, and whether they still did at the end."""
-    collapsed = [(line["step"], reason) for line in metrics if (reason := collapse(line))]
+    collapsed = [(line["step"], reason) for line in metrics if (reason := collapse_warning(line))]
     if not collapsed:
         return []
     last = max(line["step"] for line in metrics if "own_share" in line)
@@ -236,10 +236,10 @@ def describe_student(student: StudentPart) -> str:
     model = student.model
     if model is None:
         design = student.design
-        within, fields = "with", design
+        within, fields = "with", {} if design is None or isinstance(design, BudgetPart) else design
         if isinstance(design, BudgetPart):
             within, fields = "within", design.model_dump(exclude_none=True, exclude_defaults=True)
-        shape = ", ".join(f"{key} {value}" for key, value in (fields or {}).items())
+        shape = ", ".join(f"{key} {value}" for key, value in fields.items())
         method = student.initialize.method
         model = f"the teacher's architecture {within} {shape}"
         model += "" if method == "random" else f"; initialized by {method}"

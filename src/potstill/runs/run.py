@@ -21,6 +21,7 @@ from potstill.models.adapted import merged
 from potstill.models.loading import suppress_warnings
 from potstill.models.modules import copy_modules
 from potstill.runs.build import Parts, prepare
+from potstill.runs.config.document import Document
 from potstill.runs.config.run import Recipe
 from potstill.runs.measure import EVAL_ROWS, summarize
 from potstill.train.callbacks import MetricsFile, ProgressBar, SamplesFile
@@ -84,7 +85,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))
 
 
-def check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:
+def check_directory(directory: Path, recipe: Document, resume: bool) -> None:
     """Check that a run directory holds no training, or one of the same recipe to resume.
 
     Raises:

@@ -50,11 +50,11 @@ def align_sizes(student: Sequence[int], teacher: Sequence[int]) -> tuple[np.ndar
     """
     sizes = [np.asarray(each, dtype=np.int64) for each in (student, teacher)]
     offsets = [np.cumsum(each) for each in sizes]
-    ends = np.intersect1d(*offsets)
+    ends = np.intersect1d(offsets[0], offsets[1])
     ends = ends[ends > 0]
     chunks = [np.searchsorted(ends, after + (size == 0)) for size, after in zip(sizes, offsets, strict=True)]
     # -1 where there is no byte at all
-    return *(np.minimum(chunk, len(ends) - 1) for chunk in chunks), np.diff(ends, prepend=0)  # type: ignore[return-value]
+    return *(np.minimum(chunk, len(ends) - 1) for chunk in chunks), np.diff(ends, prepend=0)
 
 
 class TokenizerPair:

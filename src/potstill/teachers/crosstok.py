@@ -115,7 +115,8 @@ class CrossTokenizerTeacher(Teacher):
 
     def alignment_stats(self, rows: Iterable[Any]) -> AlignmentStats:
         stats = [self._row_stats(row["input_ids"], np.array(row["labels"]) != IGNORE) for row in rows]
-        return AlignmentStats(*(sum(column) for column in zip(*stats, strict=True)), shared=self.pair.num_shared)
+        sums = [sum(column) for column in zip(*stats, strict=True)]
+        return AlignmentStats._make([*sums, self.pair.num_shared])
 
     def _row_stats(self, ids: list[int], is_target: np.ndarray) -> tuple[int, ...]:
         is_target[:1] = False  # nothing predicts it

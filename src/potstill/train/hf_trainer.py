@@ -17,7 +17,8 @@ from transformers import Trainer, TrainingArguments
 
 from potstill.errors import DivergedError, UserError
 from potstill.losses.alignment import align, attended_positions, target_positions
-from potstill.models.adapted import is_adapted, load_adapter, save_student
+from potstill.models.adapted import is_adapted, save_student
+from potstill.models.loading import load_adapter
 from potstill.train.checkpoints import TEACHER, last_checkpoint, restore_teacher
 from potstill.train.distiller import Distiller
 from potstill.train.prefetch import Peekable

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,7 @@ class DistillationTrainer(StudentTrainer):
             missing = -len(rows) % (self.args.world_size * self.args.per_device_eval_batch_size)
             columns = rows[0].items()
             padding: Any = {name: _ignored(value) if name.endswith("labels") else value for name, value in columns}
-            rows = ConcatDataset([rows, [padding] * missing])
+            rows = ConcatDataset([rows, cast(Any, [padding] * missing)])
         return super().get_eval_dataloader(rows)
 
     def prediction_step(

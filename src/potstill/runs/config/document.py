@@ -186,9 +186,8 @@ def _explain(document: type[Part], error: Any) -> list[str]:
     if error["type"] == "union_tag_invalid":
         kinds = [_bare(name) for name in context["expected_tags"].split(", ")]
         name = _bare(context["tag"])
-        return [
-            f"{key}: expected a {_bare(context['discriminator'])} of {', '.join(kinds)}, got {name}.{nearest(name, kinds)}"
-        ]
+        choice = f"a {_bare(context['discriminator'])} of {', '.join(kinds)}"
+        return [f"{key}: expected {choice}, got {name}.{nearest(name, kinds)}"]
     if error["type"] == "value_error":
         message = str(context["error"])
         lines = message.splitlines()

@@ -65,7 +65,7 @@ class Recipe(Document):
         for key, source in self.teacher.sources():
             if task not in source.tasks:
                 tasks = ", ".join(sorted(source.tasks))
-                yield f"{key}.{source.name}: expected {key}.model for the task {task}, got {source.name}, for {tasks} only."
+                yield f"{key}.{source.name}: expected {key}.model for the task {task}, got a teacher for {tasks} alone."
         for name in ("train", "eval"):
             source = getattr(self.data, name)
             for key in ("pair", "label"):
@@ -105,10 +105,10 @@ class Recipe(Document):
             if resampled and term.needs_sampler:
                 yield (
                     f"objective.{place}: expected sampling_temperature 1, top_p 1 and top_k 0 in the rollout, or "
-                    "importance: false, got neither. A server returns the student's log-probabilities, not the sampler's."
+                    "importance: false, got neither. A server does not return the sampler's log-probabilities."
                 )
         if self.rollout.guided and self.teacher.model_path is None:
             yield (
-                "rollout: expected a teacher that is a local model for teacher_mix and teacher_top_k, got none. Name it "
-                "with teacher.model."
+                "rollout: expected a teacher that is a local model for teacher_mix and teacher_top_k, got none. Name "
+                "it with teacher.model."
             )

@@ -16,8 +16,8 @@ from potstill.embedding.vectors import open_vectors
 from potstill.errors import RecipeError, UserError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.models.loading import has_bfloat16, load_config, suppress_warnings
-from potstill.models.shape import shape_of
 from potstill.models.size import count_parameters
+from potstill.models.structure import design_shape
 from potstill.runs.build_student import design_of
 from potstill.runs.config.document import Document
 from potstill.runs.config.embedding import EmbeddingRecipe
@@ -160,7 +160,7 @@ def _student(request: DraftRequest, teacher: ModelInfo) -> tuple[dict[str, Any],
     if request.adapter:
         raise UserError("init: expected --student with --adapter, got none. An adapter needs a trained model.")
     layers = teacher.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")  # the family's own name
-    half = {layers: max(1, shape_of(teacher.config).layers // 2)}
+    half = {layers: max(1, design_shape(teacher.config).layers // 2)}
     student: dict[str, Any] = {"design": dict(request.budget) or half}
     if teacher.can_initialize:
         student["initialize"] = "prune" if request.budget else "copy"
@@ -171,7 +171,7 @@ def _student(request: DraftRequest, teacher: ModelInfo) -> tuple[dict[str, Any],
         raise RecipeError(f"init: expected a budget that a recipe can have, got: {reason}.") from None
     config = design_of(part, teacher.config, teacher.tokenizer)
     assert config is not None
-    shape, parameters = shape_of(config), count_parameters(config)
+    shape, parameters = design_shape(config), count_parameters(config)
     ratio = f"{teacher.parameters / parameters:.1f} times smaller than the teacher"
     return student, f"{shape.layers} layers of width {shape.hidden}, {parameters:,} parameters: {ratio}"
 
@@ -203,7 +203,7 @@ def _embedding(request: DraftRequest) -> dict[str, Any]:
         "columns": columns,
         "teacher_dimensions": dimensions,
         "dimensions": request.dimensions or (64 if dimensions > 128 else max(1, dimensions // 2)),
-        "layers": None if config is None else max(1, shape_of(config).layers // 2),
+        "layers": None if config is None else max(1, design_shape(config).layers // 2),
     }
 
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from potstill.errors import ModelError
 from potstill.losses.alignment import Task
-from potstill.models.loading import ADAPTER_CONFIG, KINDS, is_adapter, load_config, load_tokenizer
+from potstill.models.loading import ADAPTER_CONFIG, AUTO_CLASSES, is_adapter, load_config, load_tokenizer
 from potstill.models.size import build
 from potstill.models.structure import find_structure
 from potstill.runs.build_task import positions_of
@@ -78,7 +78,7 @@ def _task(config: PretrainedConfig, path: str, key: str, requested: Task | None)
     """Find the task that the class in a config's `architectures` is for, and check it against the requested one."""
     architecture = (config.architectures or [""])[0]
     trained: Task | None = None
-    for task, (auto_class, _) in KINDS.items():
+    for task, (auto_class, _) in AUTO_CLASSES.items():
         classes = auto_class._model_mapping.get(type(config), ())
         if architecture in [each.__name__ for each in (classes if isinstance(classes, tuple) else (classes,))]:
             trained = "regression" if task == "classification" and config.num_labels == 1 else task
