@@ -23,7 +23,7 @@ from potstill.losses.alignment import causal_alignment
 from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import layer_index
-from potstill.models.loading import suppress_warnings
+from potstill.models.loading import suppress_warnings, vocabulary_size
 from potstill.runs.ray import map_rows
 from potstill.teachers.cache.build import CacheBuilder
 from potstill.teachers.cache.codec import Codec, codec_of
