@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from potstill.evaluate import formatting as words
 from potstill.evaluate.speed import extra_bytes
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import train as train_student
@@ -77,9 +77,9 @@ def measure(what: str, values: dict[str, Any]) -> dict[str, float]:
         return {"bytes": said.memory_bytes, "seconds": said.seconds / said.steps}
 
     def train() -> None:
-        parts = prepare(recipe)
+        built = build_run(recipe)
         Path(recipe.output).mkdir()
-        train_student(parts, "student", parts.objective, Path(recipe.output), Console(quiet=True))
+        train_student(built, "student", built.objective, Path(recipe.output), Console(quiet=True))
 
     found = extra_bytes(train, torch.device("cpu"))
     lines = [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]

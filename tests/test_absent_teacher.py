@@ -17,7 +17,7 @@ from potstill.losses.target_statistics import top_tokens
 from potstill.losses.targets import DenseTargets
 from potstill.runs import check as preflight
 from potstill.runs import run as pipeline
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
@@ -41,11 +41,11 @@ def knows_labels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Every recipe is prepared with a teacher that is not here."""
 
     def absent(recipe: Recipe) -> Any:
-        parts = prepare(recipe)
-        return replace(parts, teacher=Absent(parts.teacher, request.param), teacher_model=None)
+        built = build_run(recipe)
+        return replace(built, teacher=Absent(built.teacher, request.param), teacher_model=None)
 
     for module in (pipeline, preflight):
-        monkeypatch.setattr(module, "prepare", absent)
+        monkeypatch.setattr(module, "build_run", absent)
     return bool(request.param)
 
 
@@ -65,7 +65,7 @@ def test_a_run_says_what_it_knows(
     assert ("teacher" in rows) == knows_labels
     if knows_labels:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "prepare", prepare)
+            patch.setattr(pipeline, "build_run", build_run)
             live = pipeline.run(Recipe.parse(recipe_values | {"output": recipe_values["output"] + "-live"}))
         expected = live.summary["rows"]["teacher"]["loss"]
         assert rows["teacher"] == dict.fromkeys(rows["student"]) | {"loss": pytest.approx(expected, rel=1e-6)}

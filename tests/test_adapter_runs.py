@@ -25,7 +25,7 @@ from potstill.errors import ModelError, RecipeError, UserError
 from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.adapters import Lora, adapt
 from potstill.models.loading import load_model, suppress_warnings
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.evaluate import EvaluationOptions, evaluate
@@ -153,13 +153,13 @@ def test_an_adapter_is_trained_further(values: dict[str, Any], toys: Path) -> No
     assert second.summary["adapter"]["base"] == first.summary["adapter"]["base"]
     values["student"]["adapter"] = KINDS["lora"]
     with pytest.raises(ModelError, match="expected a plain model to put it on"):
-        prepare(Recipe.parse(values))
+        build_run(Recipe.parse(values))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_equals_uninterrupted(tmp_path: Path, toys: Path, values: dict[str, Any], kind: str) -> None:
     values["student"]["adapter"] = KINDS[kind]
-    parts = prepare(Recipe.parse(values))
+    built = build_run(Recipe.parse(values))
     arguments: dict[str, Any] = {
         "max_steps": 4,
         "save_strategy": "steps",
@@ -171,14 +171,14 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, toys: Path, values: dict[s
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = state.global_step == 3
 
-    whole = trainer(tmp_path / "a", student=parts.new_student(), **arguments)
+    whole = trainer(tmp_path / "a", student=built.new_student(), **arguments)
     whole.train()
-    stopped = trainer(tmp_path / "b", student=parts.new_student(), **arguments)
+    stopped = trainer(tmp_path / "b", student=built.new_student(), **arguments)
     stopped.add_callback(Stop())
     stopped.train()
     for path in (tmp_path / "b").glob("checkpoint-3"):
         (path / "trainer_state.json").unlink()
-    resumed = trainer(tmp_path / "b", student=parts.new_student(), **arguments)
+    resumed = trainer(tmp_path / "b", student=built.new_student(), **arguments)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(adapter_of(resumed), adapter_of(whole))
 
@@ -213,15 +213,15 @@ def test_a_killed_run_ends_in_the_same_adapter(values: dict[str, Any], tmp_path:
 @pytest.mark.parametrize("kind", ["lora", "prompt"])
 def test_training_arguments_work(values: dict[str, Any], tmp_path: Path, changes: dict[str, Any], kind: str) -> None:
     values["student"]["adapter"] = KINDS[kind]
-    parts = prepare(Recipe.parse(values))
+    built = build_run(Recipe.parse(values))
     plain, changed = (
-        trainer(tmp_path / n, student=parts.new_student(), **each) for n, each in (("a", {}), ("b", changes))
+        trainer(tmp_path / n, student=built.new_student(), **each) for n, each in (("a", {}), ("b", changes))
     )
     plain.train()
     changed.train()
     assert losses(changed) == pytest.approx(losses(plain), rel=2e-2 if "bf16" in changes else 1e-5)
     one, two = (adapter_of(each) for each in (plain, changed))
-    assert not torch.equal(one, adapter_of(trainer(tmp_path, student=parts.new_student())))
+    assert not torch.equal(one, adapter_of(trainer(tmp_path, student=built.new_student())))
     if "bf16" not in changes:
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
 
@@ -285,7 +285,7 @@ def test_virtual_tokens_take_positions(values: dict[str, Any]) -> None:
     values["student"]["adapter"] = KINDS["prompt"]
     values["data"]["max_length"] = 62
     with pytest.raises(RecipeError, match="expected at most 61, what 3 virtual tokens leave of the student's"):
-        prepare(Recipe.parse(values))
+        build_run(Recipe.parse(values))
 
 
 def test_quantized_weights_are_not_trained(values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
@@ -293,9 +293,9 @@ def test_quantized_weights_are_not_trained(values: dict[str, Any], toys: Path, t
     AutoTokenizer.from_pretrained(toys / "student").save_pretrained(tmp_path / "rounded")
     values["student"] = {"model": str(tmp_path / "rounded")}
     with pytest.raises(RecipeError, match="expected weights that can be trained"):
-        prepare(Recipe.parse(values))
+        build_run(Recipe.parse(values))
     values["student"]["adapter"] = KINDS["lora"]
-    assert prepare(Recipe.parse(values)).size.trained > 0
+    assert build_run(Recipe.parse(values)).size.trained > 0
 
 
 def test_another_adapters_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from potstill.cli.run import show_result
 from potstill.data.batches import in_batches
 from potstill.errors import RecipeError, VocabularyError
 from potstill.losses.alignment import causal_alignment
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run, training_arguments
@@ -54,15 +54,15 @@ def test_a_run_says_bits_per_byte(values: dict[str, Any], capsys: pytest.Capture
     result = quiet_run(values)
     rows = result.summary["rows"]
     assert list(rows) == ["teacher", "baseline", "student"]
-    parts = prepare(Recipe.parse(values))
+    built = build_run(Recipe.parse(values))
     said, nats, tokens = 0, 0.0, 0
-    for batch in in_batches(parts.eval.dataset, parts.tokenizer, 4):
-        across = parts.teacher(batch, causal_alignment(batch["labels"])).chunks
+    for batch in in_batches(built.eval.dataset, built.tokenizer, 4):
+        across = built.teacher(batch, causal_alignment(batch["labels"])).chunks
         said += int(across.sizes.sum())
         nats -= float(across.log_probs.sum())
         tokens += int((across.student >= 0).sum())
-    whole = parts.teacher.alignment_stats(parts.eval.dataset)
-    assert whole.tokens == parts.eval.tokens
+    whole = built.teacher.alignment_stats(built.eval.dataset)
+    assert whole.tokens == built.eval.tokens
     assert tokens > 0.9 * whole.tokens
     assert rows["teacher"]["loss"] == pytest.approx(nats / tokens, rel=1e-4)
     for row in rows.values():
@@ -96,16 +96,16 @@ def test_a_run_goes_on_where_it_stopped(values: dict[str, Any]) -> None:
     whole = quiet_run(values)
     values["output"] += "-again"
     values["train"]["save_steps"] = 3
-    parts = prepare(Recipe.parse(values))
+    built = build_run(Recipe.parse(values))
     half = DistillationTrainer(
-        parts.new_student(),
-        parts.teacher,
-        parts.objective,
-        training_arguments(parts, Path(values["output"]) / "checkpoints" / "student"),
-        parts.train.dataset,
-        parts.curve,
-        parts.tokenizer,
-        parts.vocabulary,
+        built.new_student(),
+        built.teacher,
+        built.objective,
+        training_arguments(built, Path(values["output"]) / "checkpoints" / "student"),
+        built.train.dataset,
+        built.curve,
+        built.tokenizer,
+        built.vocabulary,
         callbacks=[StopAt(3)],
     )
     half.train()
@@ -127,10 +127,10 @@ def test_a_student_with_a_tokenizer_of_its_own(values: dict[str, Any], tmp_path:
 
 def test_the_same_tokenizer_works_too(values: dict[str, Any]) -> None:
     del values["student"]["tokenizer"]
-    parts = prepare(Recipe.parse(values))
-    assert parts.meeting is not None
-    assert parts.meeting.chunks == parts.meeting.one_to_one
-    assert parts.meeting.covered > 0.9 * parts.meeting.bytes
+    built = build_run(Recipe.parse(values))
+    assert built.alignment_stats is not None
+    assert built.alignment_stats.chunks == built.alignment_stats.one_to_one
+    assert built.alignment_stats.covered > 0.9 * built.alignment_stats.bytes
 
 
 def test_check_says_which_way_a_pair_goes(values: dict[str, Any], tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_it_warns_where_little_aligns(values: dict[str, Any], tmp_path: Path) ->
     make_tokenizer().save_pretrained(tmp_path / "short")
     values["teacher"]["model"] = str(tmp_path / "short")
     values["student"]["design"]["max_position_embeddings"] = 64
-    notes = prepare(Recipe.parse(values)).notes
+    notes = build_run(Recipe.parse(values)).notes
     assert any("the teacher says nothing of" in note and "reads no further" in note for note in notes)
 
 
@@ -191,5 +191,5 @@ def test_what_cannot_be_is_one_clear_line(
     elif what == "threshold":
         values["objective"] = [{"term": "chunks", "bias_threshold": 2}]
     with pytest.raises(kind, match=message) as caught:
-        prepare(Recipe.parse(values))
+        build_run(Recipe.parse(values))
     assert kind is RecipeError or "\n" not in str(caught.value)

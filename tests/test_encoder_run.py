@@ -21,7 +21,7 @@ from transformers import (
 from potstill.data.sources import Source
 from potstill.errors import DataError, ModelError, RecipeError
 from potstill.evaluate.measures import QUALITY
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.evaluate import EvaluationOptions, evaluate
@@ -79,9 +79,9 @@ def test_a_recipe_runs_from_end_to_end(name: str, judged_rows: Path) -> None:
 def test_what_a_student_begins_with_is_its_teachers_head_too(judged_rows: Path) -> None:
     teacher = make_encoder("distilbert", "classification", seed=1)
     save(teacher, judged_rows / "teacher")
-    parts = prepare(Recipe.load(RECIPES["classify"], [*SMALL, "student.design={n_layers: 2}"]))
-    student = parts.new_student()
-    assert not any("random" in note for note in parts.notes)
+    built = build_run(Recipe.load(RECIPES["classify"], [*SMALL, "student.design={n_layers: 2}"]))
+    student = built.new_student()
+    assert not any("random" in note for note in built.notes)
     for name in ("classifier.weight", "pre_classifier.bias", "distilbert.embeddings.word_embeddings.weight"):
         assert torch.equal(student.get_parameter(name), teacher.get_parameter(name))
     layers = [f"distilbert.transformer.layer.{i}.ffn.lin1.weight" for i in (0, 1, 2)]
@@ -92,7 +92,7 @@ def test_a_student_without_a_head_gets_the_teachers_classes(judged_rows: Path) -
     save(make_encoder("bert", "classification", seed=1), judged_rows / "teacher")
     save(make_encoder("distilbert", "encoder", seed=2), judged_rows / "student")
     recipe = Recipe.load(RECIPES["classify"], [*SMALL, "student={model: student}", "objective=[{term: logits}]"])
-    first, second = (prepare(recipe).new_student() for _ in range(2))
+    first, second = (build_run(recipe).new_student() for _ in range(2))
     assert first.config.label2id == CLASSES
     assert torch.equal(first.classifier.weight, second.classifier.weight), "the same at every call"
 
@@ -221,23 +221,23 @@ def test_heads_that_do_not_match_are_refused(judged_rows: Path) -> None:
     save(make_encoder("bert", "regression", seed=1), judged_rows / "student")
     recipe = Recipe.load(RECIPES["classify"], [*SMALL, "student={model: student}"])
     with pytest.raises(RecipeError, match="expected the teacher's 3 classes, got 1"):
-        prepare(recipe)
+        build_run(recipe)
     shutil.rmtree(judged_rows / "student")
     turned = {name: 2 - i for name, i in CLASSES.items()}
     other = make_encoder("bert", "classification")
     other.config.label2id, other.config.id2label = turned, {i: name for name, i in turned.items()}
     save(other, judged_rows / "student")
     with pytest.raises(RecipeError, match="A class must be at the same place in both"):
-        prepare(recipe)
+        build_run(recipe)
     with pytest.raises(RecipeError, match="expected num_labels 1 in its config for the task regression, got 3"):
-        prepare(Recipe.load(RECIPES["regression"], SMALL))
+        build_run(Recipe.load(RECIPES["regression"], SMALL))
 
 
 def test_a_teacher_whose_head_would_be_random_is_refused(judged_rows: Path) -> None:
     save(make_encoder("bert", "encoder", seed=1), judged_rows / "teacher")
     for name in ("masked", "classify"):
         with pytest.raises(ModelError, match=r"teacher\.model: expected .* got a model without weights for c"):
-            prepare(Recipe.load(RECIPES[name], SMALL))
+            build_run(Recipe.load(RECIPES[name], SMALL))
 
 
 def test_an_unknown_label_is_told_with_its_row(judged_rows: Path) -> None:
@@ -246,10 +246,10 @@ def test_an_unknown_label_is_told_with_its_row(judged_rows: Path) -> None:
     with (judged_rows / "train.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     with pytest.raises(DataError, match="expected a label of calm, lively, odd, or its number, got 'wild' in row 33"):
-        prepare(Recipe.load(RECIPES["classify"], SMALL))
+        build_run(Recipe.load(RECIPES["classify"], SMALL))
 
 
 def test_robertas_positions_begin_behind_its_padding(judged_rows: Path) -> None:
     save(make_encoder("roberta", "masked", seed=1), judged_rows / "teacher")
     with pytest.raises(RecipeError, match="expected at most 39, the teacher's number of positions, got 40"):
-        prepare(Recipe.load(RECIPES["masked"], [*SMALL, "data.max_length=40"]))
+        build_run(Recipe.load(RECIPES["masked"], [*SMALL, "data.max_length=40"]))

@@ -1,4 +1,4 @@
-"""Students that begin with their teacher's weights: the same function, layers left out, and the right parts."""
+"""Students that begin with their teacher's weights: the same function, layers left out, and the right built."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from potstill.models.design import student_config
 from potstill.models.initialize import plan_initialization, random_student
 from potstill.models.pruning import choose_layers, measure_importance, select_parts
 from potstill.models.structure import DesignShape, find_structure
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from reference_students import cosine
 
@@ -290,11 +290,11 @@ def recipe(values: dict[str, Any], **student: Any) -> Recipe:
 
 def test_a_recipe_prunes_its_teacher(recipe_values: dict[str, Any]) -> None:
     pruned = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 16, "num_hidden_layers": 1}
-    parts = prepare(recipe(recipe_values, design=pruned, initialize="prune"))
-    assert any("the most active" in note for note in parts.notes)
-    one, two = parts.new_student(), parts.new_student()
-    assert parts.teacher_model is not None
-    embedding = parts.teacher_model.get_input_embeddings().weight
+    built = build_run(recipe(recipe_values, design=pruned, initialize="prune"))
+    assert any("the most active" in note for note in built.notes)
+    one, two = built.new_student(), built.new_student()
+    assert built.loaded.model is not None
+    embedding = built.loaded.model.get_input_embeddings().weight
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert one.get_input_embeddings().weight.shape == (300, 8)
     columns = {tuple(column.tolist()) for column in embedding.T}
@@ -302,10 +302,10 @@ def test_a_recipe_prunes_its_teacher(recipe_values: dict[str, Any]) -> None:
 
 
 def test_a_recipe_designs_by_a_budget(recipe_values: dict[str, Any]) -> None:
-    parts = prepare(recipe(recipe_values, design={"compression": 1.25, "keep": "balanced"}))
-    assert parts.teacher_model is not None
-    whole = parts.teacher_model.num_parameters()
-    assert abs(parts.new_student().num_parameters() * 1.25 / whole - 1) < 0.05
+    built = build_run(recipe(recipe_values, design={"compression": 1.25, "keep": "balanced"}))
+    assert built.loaded.model is not None
+    whole = built.loaded.model.num_parameters()
+    assert abs(built.new_student().num_parameters() * 1.25 / whole - 1) < 0.05
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from conftest import make_batch, make_llama
 from potstill.cli import app
 from potstill.errors import RecipeError, ShapeError, UserError
 from potstill.losses.alignment import attended_positions, target_positions
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
@@ -64,7 +64,7 @@ def test_terms_that_do_not_fit_are_refused_before_training(
     recipe_values: dict[str, Any], term: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((RecipeError, ShapeError), match=message):
-        prepare(recipe(recipe_values, [{"term": "logits"}, term]))
+        build_run(recipe(recipe_values, [{"term": "logits"}, term]))
 
 
 def test_important_dimensions_are_those_of_the_loss() -> None:
@@ -110,6 +110,6 @@ def test_a_cache_says_what_it_does_not_hold(
     built = CliRunner().invoke(app, ["cache", "build", str(tmp_path / "recipe.yaml"), "--codec", "top_k"])
     assert built.exit_code == 0, built.output
     with pytest.raises(UserError, match=message):
-        prepare(recipe(recipe_values, [term]))
+        build_run(recipe(recipe_values, [term]))
     weighed = [{"term": "logits", "tokens": "confident"}, {"term": "labels"}]
     assert run(recipe(recipe_values, weighed), console=Console(file=io.StringIO())).summary["rows"]

@@ -14,7 +14,7 @@ from potstill.data.batches import PaddingCollator, encode
 from potstill.data.sources import Source
 from potstill.errors import DataError, ModelError, RecipeError, VocabularyError
 from potstill.losses.alignment import causal_alignment
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.teachers.ensemble import EnsembleTeacher
 from potstill.teachers.privileged import PrivilegedTeacher
@@ -103,27 +103,27 @@ def test_prompts_that_cannot_be(tmp_path: Path) -> None:
 def test_recipes_find_who_speaks(recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
     model = {"model": str(toys / "teacher")}
     recipe_values |= {"student": {"model": str(toys / "student")}, "teacher": {"ema": {"decay": 0.9}}}
-    assert isinstance(prepare(Recipe.parse(recipe_values)).teacher, EMATeacher)
+    assert isinstance(build_run(Recipe.parse(recipe_values)).teacher, EMATeacher)
     recipe_values["teacher"] = {"ensemble": [model | {"weight": 3}, model | {"weight": 1}], "of": "log_probs"}
-    parts = prepare(Recipe.parse(recipe_values))
-    assert isinstance(parts.teacher, EnsembleTeacher) and parts.teacher.of == "log_probs"
-    assert parts.teacher.weights.tolist() == [0.75, 0.25] and parts.teacher.names == ["teacher_0", "teacher_1"]
-    assert len(parts.teacher_models) == 2 and parts.teacher_model is None
+    built = build_run(Recipe.parse(recipe_values))
+    assert isinstance(built.teacher, EnsembleTeacher) and built.teacher.of == "log_probs"
+    assert built.teacher.weights.tolist() == [0.75, 0.25] and built.teacher.names == ["teacher_0", "teacher_1"]
+    assert len(built.loaded.models.values()) == 2 and built.loaded.model is None
     recipe_values["teacher"] = {"adapter_off": True}
     with pytest.raises(ModelError, match="expected a student with an adapter"):
-        prepare(Recipe.parse(recipe_values))
+        build_run(Recipe.parse(recipe_values))
     hinted = {"path": str(written(tmp_path / "rows.jsonl", completions())), "teacher_prompt": "hint"}
     recipe_values |= {"teacher": model, "data": {"train": hinted, "eval": hinted, "max_length": 32}}
-    assert isinstance(prepare(Recipe.parse(recipe_values)).teacher, PrivilegedTeacher)
+    assert isinstance(build_run(Recipe.parse(recipe_values)).teacher, PrivilegedTeacher)
     recipe_values["teacher"] = {"ensemble": [model, model]}
     with pytest.raises(RecipeError, match="expected a teacher that reads its own prompts, got an ensemble"):
-        prepare(Recipe.parse(recipe_values))
+        build_run(Recipe.parse(recipe_values))
     byte_level(258).save_pretrained(tmp_path / "bytes")
     recipe_values["teacher"] = model
     recipe_values["student"] = {"design": {"hidden_size": 8}, "tokenizer": str(tmp_path / "bytes")}
     recipe_values["objective"] = [{"term": "chunks"}]
     with pytest.raises(RecipeError, match="its own prompts, got one with another tokenizer"):
-        prepare(Recipe.parse(recipe_values))
+        build_run(Recipe.parse(recipe_values))
 
 
 def test_a_member_with_another_tokenizer_is_refused(recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_member_with_another_tokenizer_is_refused(recipe_values: dict[str, Any
     members = [{"model": str(toys / "teacher")}, {"model": str(tmp_path / "other")}]
     recipe_values["teacher"] = {"ensemble": members}
     with pytest.raises(VocabularyError, match=r"^teacher.ensemble.1: expected the token -> id map of "):
-        prepare(Recipe.parse(recipe_values))
+        build_run(Recipe.parse(recipe_values))
 
 
 KINDS = "adapter_off, cache, ema, ensemble, model, server"
@@ -185,4 +185,4 @@ def test_mistakes_in_a_recipe(name: str, recipe_values: dict[str, Any]) -> None:
 def test_a_design_needs_a_teacher_that_is_not_the_student(recipe_values: dict[str, Any]) -> None:
     for key in ({"ema": {}}, {"adapter_off": True}):
         with pytest.raises(RecipeError, match=r"expected student.model, got a design"):
-            prepare(Recipe.parse(recipe_values | {"teacher": key}))
+            build_run(Recipe.parse(recipe_values | {"teacher": key}))

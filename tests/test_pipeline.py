@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import processes
 from conftest import make_llama, make_tokenizer
 from potstill.errors import DataError, ModelError, PotstillError, RecipeError, RunError, VocabularyError
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
@@ -328,10 +328,10 @@ def test_bfloat16_is_left_out_where_a_cpu_has_no_instructions_for_it(
     recipe_values["train"]["bf16"] = True
     for has in (False, True):
         monkeypatch.setattr("potstill.models.loading.multiplies_bfloat16", lambda has=has: has)
-        parts = prepare(Recipe.parse(recipe_values))
-        assert parts.teacher_model.dtype == (torch.bfloat16 if has else torch.float32)
-        assert parts.bf16 is has
-        assert any("train.bf16" in note for note in parts.notes) is not has
+        built = build_run(Recipe.parse(recipe_values))
+        assert built.loaded.model.dtype == (torch.bfloat16 if has else torch.float32)
+        assert built.plan.bf16 is has
+        assert any("train.bf16" in note for note in built.notes) is not has
 
 
 def test_a_full_disk_is_told_as_one(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.losses.token_losses import token_divergence
 from potstill.models.loading import load_model, suppress_warnings
 from potstill.models.split import run, split_model
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run as distil
 from potstill.teachers.model import ModelSource, ModelTeacher
@@ -92,7 +92,7 @@ def test_its_weights_cannot_be_taken_over(folder: Path, recipe_values: dict[str,
     recipe_values["teacher"] = {"model": str(folder), "dtype": "int4"}
     recipe_values["student"]["initialize"] = "truncate"
     with pytest.raises(RecipeError, match="expected a teacher in whole precision for truncate, got one in int4"):
-        prepare(Recipe.parse(recipe_values))
+        build_run(Recipe.parse(recipe_values))
 
 
 def test_without_the_package_the_command_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from potstill.losses.divergences import ForwardKL, ReverseKL, SkewForwardKL, Ske
 from potstill.losses.schedule import linear
 from potstill.losses.targets import DenseTargets
 from potstill.losses.token_losses import token_divergence
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.measure import collapse_notes
@@ -204,11 +204,11 @@ def on_policy(folder: Path, one: Rollout | None = None, **changes: Any) -> Disti
 
 def test_accumulation_equals_one_batch(tmp_path: Path) -> None:
     whole = on_policy(tmp_path / "a")
-    parts = on_policy(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    built = on_policy(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4)
     whole.train()
-    parts.train()
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
-    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-4, atol=1e-5)
+    built.train()
+    assert losses(built) == pytest.approx(losses(whole), rel=1e-4)
+    torch.testing.assert_close(weights(built), weights(whole), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_logged(tmp_path: Path) -> None:
@@ -359,8 +359,8 @@ def on_policy_recipe(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def test_a_recipe_learns_from_its_students_own_text(recipe_values: dict[str, Any]) -> None:
-    parts = [{"replay": {"size": 20, "age": 4}, "teacher_mix": 0.2}, {"adapt": {}, "teacher_top_k": 5}]
-    for i, part in enumerate(parts):
+    built = [{"replay": {"size": 20, "age": 4}, "teacher_mix": 0.2}, {"adapt": {}, "teacher_top_k": 5}]
+    for i, part in enumerate(built):
         values = on_policy_recipe(recipe_values, output=f"{recipe_values['output']}{i}")
         values["rollout"] |= part
         directory = run(Recipe.parse(values), console=Console(quiet=True)).directory
@@ -402,7 +402,7 @@ def test_sampled_tokens_are_enough_of_a_teacher_behind_a_server(recipe_values: d
 def test_minillm_is_a_term_with_switches(recipe_values: dict[str, Any]) -> None:
     off = {"length_normalization": False, "whiten": False, "clip": None, "single_step": False, "importance": False}
     values = on_policy_recipe(recipe_values, objective=[{"term": "minillm"}, {"term": "minillm", **off}])
-    whole, bare = prepare(Recipe.parse(values)).objective.terms
+    whole, bare = build_run(Recipe.parse(values)).objective.terms
     assert whole == MiniLLM(1.0, 1.0, True, True, True, 0.2, True)
     assert bare == MiniLLM(1.0, 1.0, False, False, False, None, False)
 
@@ -435,7 +435,7 @@ def test_prompts_are_looked_at_before_anything_is_trained(recipe_values: dict[st
     values = on_policy_recipe(recipe_values)
     values["rollout"]["max_new_tokens"] = 61
     assert any(
-        "prompts leave less room than max_new_tokens 61 within 64" in n for n in prepare(Recipe.parse(values)).notes
+        "prompts leave less room than max_new_tokens 61 within 64" in n for n in build_run(Recipe.parse(values)).notes
     )
     assert check(Recipe.parse(values)).seconds > 0
 
@@ -447,12 +447,12 @@ def test_a_cache_serves_the_data_and_the_model_the_rest(recipe_values: dict[str,
     done = CliRunner().invoke(app, [*build, "--out", str(cache)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     both = {"model": recipe_values["teacher"]["model"], "cache": str(cache)}
-    parts = prepare(Recipe.parse(on_policy_recipe(recipe_values, teacher=both)))
-    teacher, one = parts.teacher, parts.rollout()
+    built = build_run(Recipe.parse(on_policy_recipe(recipe_values, teacher=both)))
+    teacher, one = built.teacher, built.new_rollout()
     assert isinstance(teacher, CachedOrLiveTeacher)
     assert one is not None
-    batches = [PaddingCollator(1)([parts.train.dataset[i] for i in range(start, start + 2)]) for start in (0, 2)]
-    made = one(batches, parts.new_student(), step=0)
+    batches = [PaddingCollator(1)([built.train.dataset[i] for i in range(start, start + 2)]) for start in (0, 2)]
+    made = one(batches, built.new_student(), step=0)
     held = [teacher.cached.holds(batch, causal_alignment(batch["labels"])) for batch in made]
     assert held == [False, True]
     for batch in made:

@@ -194,7 +194,7 @@ def test_a_run_from_a_server_is_a_run_from_its_top_k(
         "teacher": {"model": str(toys / "teacher")},
         "output": served_values["output"] + "-live",
     }
-    monkeypatch.setattr(pipeline, "prepare", prepared_with_top_k)
+    monkeypatch.setattr(pipeline, "build_run", prepared_with_top_k)
     live = quiet_run(live_values)
     for one, other in zip(*(logged(result.directory) for result in (served, live)), strict=True):
         assert one == pytest.approx(other, rel=1e-4)

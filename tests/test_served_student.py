@@ -21,7 +21,7 @@ from potstill.errors import PotstillError, RecipeError, RefusedError, ServerErro
 from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
 from potstill.losses.divergences import ReverseKL
 from potstill.models.adapters import Lora, adapt
-from potstill.runs.build import prepare
+from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
@@ -372,13 +372,13 @@ def test_check_lends_weights_and_leaves_nothing(
 
 def test_a_folder_of_ones_own(toy: ToyStudentServer, recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
     server = {"url": toy.url, "model": "toy", "folder": str(tmp_path / "shared")}
-    parts = prepare(recipe(recipe_values, toy, toys, rollout={"server": server}))
-    one = parts.rollout()
+    built = build_run(recipe(recipe_values, toy, toys, rollout={"server": server}))
+    one = built.new_rollout()
     assert one is not None
-    one([make_batch()], parts.new_student(), step=0)
+    one([make_batch()], built.new_student(), step=0)
     assert [file.name for file in (tmp_path / "shared").glob("*/model.safetensors")] == ["model.safetensors"]
     (tmp_path / "shared" / "other").touch()
-    one([make_batch()], parts.new_student(), step=9)
+    one([make_batch()], built.new_student(), step=9)
     assert len([*(tmp_path / "shared").glob("*/model.safetensors")]) == 1  # of now alone
     one.close()
     assert [file.name for file in (tmp_path / "shared").iterdir()] == ["other"]
@@ -392,7 +392,7 @@ def test_adapters_that_no_server_takes(
     values["data"]["max_length"] = 16
     values["rollout"]["server"] = {"url": toy.url, "model": "toy"}
     with pytest.raises(RecipeError, match=r"rollout\.server: expected full weights or a LoRA adapter, got one of"):
-        prepare(Recipe.parse(values))
+        build_run(Recipe.parse(values))
 
 
 def test_biases_that_no_server_takes(toy: ToyStudentServer, recipe_values: dict[str, Any], toys: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_run_from_it_is_a_run_from_the_live_model(
         "served": {"server": {"url": vllm.url, "model": "toy", "top_k": 20}},
         "live": {"model": str(vllm.folder)},
     }
-    monkeypatch.setattr(pipeline, "prepare", prepared_with_top_k)
+    monkeypatch.setattr(pipeline, "build_run", prepared_with_top_k)
     results = {
         name: run(
             Recipe.parse(recipe_values | {"teacher": teacher, "output": f"{recipe_values['output']}-{name}"}),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from potstill.losses.alignment import Alignment
 from potstill.losses.targets import SparseTargets
-from potstill.runs.build import Parts, prepare
+from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.run import Recipe
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
@@ -33,10 +33,10 @@ class LiveTopK(Teacher):
         return TeacherOutput(SparseTargets(kept.indices, kept.values))
 
 
-def prepared_with_top_k(recipe: Recipe) -> Parts:
+def prepared_with_top_k(recipe: Recipe) -> BuiltRun:
     """`prepare`, but a model that sits here tells its 20 likeliest tokens alone."""
-    parts = prepare(recipe)
-    return parts if parts.teacher_model is None else replace(parts, teacher=LiveTopK(parts.teacher_model, 20))
+    built = build_run(recipe)
+    return built if built.loaded.model is None else replace(built, teacher=LiveTopK(built.loaded.model, 20))
 
 
 def logged(directory: Path) -> list[dict[str, Any]]:

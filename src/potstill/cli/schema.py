@@ -26,4 +26,5 @@ def schema(
     from potstill.runs.config.run import Recipe
 
     recipe: Any = dict(zip(KINDS, (Recipe, EmbeddingRecipe, GenerateRecipe), strict=True))[kind]
+    recipe.know_all_kinds()
     print(json.dumps(recipe.model_json_schema(), indent=2))

@@ -1,20 +1,22 @@
-"""From a recipe to the objects that it names, checked to fit together; nothing is trained here."""
+"""From a recipe to the objects that it names, built once and checked to fit together. Nothing is trained here."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.data.batches import Examples, PaddingCollator, pad_token_id
+from potstill.data.batches import Examples, PaddingCollator, encode, pad_token_id
+from potstill.data.masking import MaskedRows
+from potstill.data.sources import Source
 from potstill.data.vocabulary import checked_vocabulary, shared_vocabulary
 from potstill.errors import RecipeError
 from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
@@ -23,18 +25,16 @@ from potstill.losses.schedule import for_run, value_at
 from potstill.losses.token_losses import token_divergence
 from potstill.models.adapted import ParameterCount, parameter_count, virtual_tokens
 from potstill.models.capture import ActivationCapture
-from potstill.models.initialize import Initialization
+from potstill.models.heads import class_ids, match_heads, max_positions, token_rows
 from potstill.models.layer_map import LayerMap
 from potstill.models.loading import has_bfloat16, load_tokenizer
 from potstill.models.spacing import evenly_spaced
 from potstill.models.structure import ModelShape
-from potstill.runs.build_across import across_tokenizers, measure_alignment
-from potstill.runs.build_across import notes as alignment_notes
-from potstill.runs.build_student import begin, design_of, first_student, with_adapter
-from potstill.runs.build_task import encode_data, match_heads, positions_of, token_rows
+from potstill.runs.build_student import StudentBuilder, design_of, initialization_of
 from potstill.runs.config.run import Recipe
 from potstill.teachers.byte_alignment import AlignmentStats
 from potstill.teachers.cached import CachedOrLiveTeacher, CachedTeacher
+from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.dimensions import important_dimensions
 from potstill.teachers.privileged import PrivilegedTeacher
 from potstill.teachers.source import LoadedTeacher
@@ -46,264 +46,363 @@ from potstill.train.terms.dense import DenseTerm
 from potstill.train.terms.logits import Logits
 from potstill.train.terms.policy import PolicyGradient, label_log_probs
 
+ALIGNMENT_ROWS = 256  # on which the alignment of two tokenizers is measured
+MIN_COVERAGE = 0.9  # of the bytes in chunks: below it a note says so
+
+
+class TrainingPlan(NamedTuple):
+    """How the recipe's `train` reads the training data.
+
+    Args:
+        batch_rows: rows in one batch of one rank.
+        rows_per_step: rows in one optimiser step, over accumulation and ranks.
+        steps: optimiser steps of the whole training.
+        bf16: whether the student trains in bfloat16: as the recipe says, where the device has instructions for it.
+    """
+
+    batch_rows: int
+    rows_per_step: int
+    steps: int
+    bf16: bool
+
 
 @dataclass(frozen=True)
-class Parts:
+class BuiltRun:
     """The objects that a recipe names.
 
     Args:
-        recipe: the recipe itself.
-        teacher: who speaks.
-        teacher_model: the teacher's model, where it sits here and can be measured.
-        teacher_config: the teacher's config, where it is known.
+        teacher: the teacher as the student learns from it; may wrap `loaded.teacher`.
+        loaded: the recipe's teacher, with its model, config and tokenizer.
         tokenizer: the student's.
-        train: what is learnt from.
-        eval: what is held out.
-        vocabulary: the number of tokens that both models share; 0 where the task is of no tokens.
-        size: the student's parameters: those that are trained, and all.
-        shape: the student's shape, where a term asks for its layers.
-        notes: what the run should say.
-        design: the config of a new student; None where it is a model that is there.
-        start: what a new student takes over from its teacher; None where it begins with random weights.
-        teacher_models: all models that speak, or are measured beside one that does.
-        positions: tokens in a row that both models allow, where they tell.
-        writer: the server that writes for the student, where there is one.
-        meeting: how far both tokenizers meet in the training data, where bytes are compared; the teacher's head and
-            positions are then of tokens of its own.
+        new_student: makes the student with its first weights and its adapter; the same at every call.
+        size: the student's parameters: all, and those that are trained.
+        train: training data.
+        eval: held-out data.
+        plan: batches and steps of the training.
+        objective: with schedules as long as the run.
+        vocabulary: number of tokens that both models share; 0 where the task is not one of tokens.
+        max_positions: longest row that both models allow, in tokens; None for any.
+        writer: the server that generates the student's samples, if there is one.
+        alignment_stats: how well two tokenizers align on the training data; None for one tokenizer.
+        notes: what the run should print.
     """
 
     recipe: Recipe
     teacher: Teacher
-    teacher_model: PreTrainedModel | None
-    teacher_config: PretrainedConfig | None
+    loaded: LoadedTeacher
     tokenizer: PreTrainedTokenizerBase
+    new_student: StudentBuilder
+    size: ParameterCount
     train: Examples
     eval: Examples
+    plan: TrainingPlan
+    objective: Objective
     vocabulary: int
-    size: ParameterCount
-    shape: ModelShape | None
+    max_positions: int | None
+    writer: ServedWriter | None
+    alignment_stats: AlignmentStats | None
     notes: tuple[str, ...]
-    design: PretrainedConfig | None = None
-    start: Initialization | None = None
-    teacher_models: tuple[PreTrainedModel, ...] = ()
-    positions: int | None = None
-    writer: ServedWriter | None = None
-    meeting: AlignmentStats | None = None
 
-    def new_student(self) -> PreTrainedModel:
-        """The student with its first weights, and its adapter: the same at every call."""
-        if self.start is not None:
-            assert self.teacher_model is not None
-            model = self.start.student(self.teacher_model, self.recipe.seed)
-        else:
-            teacher = None if self.teacher_model is None else self.teacher_model.config
-            model = first_student(self.recipe, self.design, teacher)
-        return with_adapter(self.recipe, model, self.tokenizer)
-
-    @cached_property
-    def objective(self) -> Objective:
-        """The recipe's objective, its schedules as long as the run."""
-        terms = [for_run(term, self.steps) for term in self.recipe.objective]
-        return Objective([term.select(self._important_dimensions) for term in terms])
-
-    def rollout(self) -> Rollout | None:
-        """Who puts the student's own text in place of data, where the recipe asks for it."""
+    def new_rollout(self) -> Rollout | None:
+        """Make what replaces rows of data by samples of the student, if the recipe asks for it."""
         if self.recipe.rollout is None:
             return None
         return self.recipe.rollout.build(
             self.tokenizer,
-            self.teacher_model,
-            steps=self.steps,
-            limit=self.positions,
+            self.loaded.model,
+            steps=self.plan.steps,
+            limit=self.max_positions,
             vocabulary=self.vocabulary,
             seed=self.recipe.seed,
             server=self.writer,
         )
 
-    def _important_dimensions(self, layers: LayerMap, batches: int) -> dict[int, Tensor]:
-        """Those of the teacher for the student's width, picked by the first batches."""
-        if self.teacher_model is None or self.shape is None:
-            raise RecipeError("objective: expected a teacher that is a model here for select_batches, got none.")
-        pairs = layers.pairs(self.shape.layers, self.teacher.shape.layers)
-        collate, rows = PaddingCollator(pad_token_id(self.tokenizer)[0]), self.train.dataset
-        several = (
-            collate([rows[i] for i in range(start, min(start + self.batch_rows, len(rows)))])
-            for start in range(0, min(batches * self.batch_rows, len(rows)), self.batch_rows)
-        )
-        on_device = ({name: x.to(self.teacher_model.device) for name, x in batch.items()} for batch in several)
-        return important_dimensions(
-            self.teacher_model, on_device, [t for _, t in pairs], self.shape.width, self.recipe.task
-        )
-
     @property
     def curve(self) -> Dataset:
-        """Held-out rows for the learning curves: evenly spread, the same at every evaluation."""
+        """Held-out rows for the learning curves: evenly spaced, the same at every evaluation."""
         return self.eval.dataset.select(evenly_spaced(self.recipe.evaluate.curve_rows, len(self.eval.dataset)))
 
-    @property
-    def bf16(self) -> bool:
-        """Whether the student trains in bfloat16: as the recipe says, where that is no detour."""
-        return bool(self.recipe.train.get("bf16")) and has_bfloat16()
 
-    @property
-    def batch_rows(self) -> int:
-        """Rows in one batch of one rank."""
-        return int(self.recipe.train.get("per_device_train_batch_size", 8))
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows in one optimiser step, over accumulation and ranks."""
-        accumulated = int(self.recipe.train.get("gradient_accumulation_steps", 1))
-        return self.batch_rows * accumulated * PartialState().num_processes
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the whole training."""
-        if self.recipe.train.get("max_steps", -1) > 0:
-            return int(self.recipe.train["max_steps"])
-        epochs = float(self.recipe.train.get("num_train_epochs", 3.0))
-        return math.ceil(math.ceil(len(self.train.dataset) / self.rows_per_step) * epochs)
-
-
-def prepare(recipe: Recipe) -> Parts:
+def build_run(recipe: Recipe) -> BuiltRun:
     """Load the models and the data, and check that they fit together.
 
     Raises:
         UserError: they do not.
     """
-    speaker = recipe.teacher.load(recipe.student.model, recipe.task)
-    tokenizer = speaker.tokenizer
-    if recipe.student.model is not None:
-        tokenizer = load_tokenizer(recipe.student.model, "student.model")
-    elif recipe.student.tokenizer is not None:
-        tokenizer = load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
-    design = design_of(recipe.student, speaker.config, tokenizer)
-    student = with_adapter(recipe, first_student(recipe, design, speaker.config), tokenizer)
-    models = {**speaker.models, "student": student}
+    loaded = recipe.teacher.load(recipe.student.model, recipe.task)
+    tokenizer = _student_tokenizer(recipe, loaded)
+    new_student = StudentBuilder(recipe, loaded, tokenizer, design_of(recipe.student, loaded.config, tokenizer))
+    student = new_student()
+    models = {**loaded.models, "student": student}
     if any(term.other_tokenizer for term in recipe.objective):
-        speaker = across_tokenizers(recipe, speaker, tokenizer)
-        models = {"student": student}  # the teacher's head and positions are of tokens of its own
-        if recipe.rollout is not None and recipe.rollout.guided:
-            raise RecipeError(
-                "rollout: expected a teacher of the student's tokens for teacher_mix and teacher_top_k, got one that "
-                "is compared by bytes. Leave them out: the student writes alone, and the teacher reads."
-            )
-    of_tokens = recipe.task in TOKEN_TASKS
-    rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
-    if speaker.teacher.other_tokenizer:
+        loaded = _read_own_tokens(recipe, loaded, tokenizer)
+        models = {"student": student}  # the teacher's head and positions are those of its own tokens
+    vocabulary, vocabulary_notes = _vocabulary(recipe, loaded, tokenizer, models)
+    positions = _max_positions(recipe, loaded, models)
+    train, held_out = _encode(recipe, student, tokenizer)
+    teacher = _trained_on(recipe, loaded, train)
+    teacher.attach(student)
+    plan = _training_plan(recipe, train)
+    new_student = replace(new_student, initialization=initialization_of(new_student, train.dataset))
+    shape = ActivationCapture(student).shape if any(term.reads_layers for term in recipe.objective) else None
+    objective = _objective(recipe, teacher, loaded, tokenizer, train.dataset, plan, shape)
+    stats = _alignment_stats(teacher, train.dataset)
+    server = None if recipe.rollout is None else recipe.rollout.server
+    built = BuiltRun(
+        recipe=recipe,
+        teacher=teacher,
+        loaded=loaded,
+        tokenizer=tokenizer,
+        new_student=new_student,
+        size=parameter_count(student),
+        train=train,
+        eval=held_out,
+        plan=plan,
+        objective=objective,
+        vocabulary=vocabulary if recipe.task in TOKEN_TASKS else 0,
+        max_positions=positions,
+        writer=None if server is None else server.writer(student, tokenizer, Path(recipe.output)),
+        alignment_stats=stats,
+        notes=(),
+    )
+    rollout = built.new_rollout()
+    _check_teacher(built)
+    notes = [
+        *train.notes,
+        *held_out.notes,
+        *filter(None, [pad_token_id(tokenizer)[1]]),
+        *_precision_notes(recipe),
+        *vocabulary_notes,
+        *(new_student.initialization.notes if new_student.initialization else ()),
+        *(rollout.check_prompts(train.dataset) if rollout else ()),
+        *(_alignment_notes(stats, vocabulary) if stats else ()),
+    ]
+    if teacher.needs_trial and not teacher.covers(held_out.dataset):
+        notes.append("teacher: it does not cover the held-out rows, which are measured by labels alone.")
+    return replace(built, notes=tuple(notes))
+
+
+def _student_tokenizer(recipe: Recipe, loaded: LoadedTeacher) -> PreTrainedTokenizerBase:
+    if recipe.student.model is not None:
+        return load_tokenizer(recipe.student.model, "student.model")
+    if recipe.student.tokenizer is not None:
+        return load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
+    return loaded.tokenizer
+
+
+def _read_own_tokens(recipe: Recipe, loaded: LoadedTeacher, student: PreTrainedTokenizerBase) -> LoadedTeacher:
+    """Let the teacher read the student's text in tokens of its own, for terms over bytes.
+
+    Raises:
+        RecipeError: other terms compare tokens, or the teacher is not a single model.
+        VocabularyError: a tokenizer does not keep the bytes of a text.
+    """
+    wrong = [term.name for term in recipe.objective if term.needs_teacher and not term.other_tokenizer]
+    if wrong:
+        raise RecipeError(
+            f"objective: expected chunks, mapped_logits and uld without terms over tokens, got {', '.join(wrong)} too. "
+            "Use terms over bytes, for a teacher with another tokenizer, or terms over tokens."
+        )
+    if not recipe.teacher.other_tokenizer:
+        raise RecipeError(
+            f"teacher: expected a model alone for terms that compare bytes, got {recipe.teacher.title}. Name it with "
+            "teacher.model."
+        )
+    if recipe.rollout is not None and recipe.rollout.guided:
+        raise RecipeError(
+            "rollout: expected a teacher of the student's tokens for teacher_mix and teacher_top_k, got one that is "
+            "compared by bytes. Leave them out: the student samples alone."
+        )
+    assert loaded.model is not None
+    checked_vocabulary(loaded.tokenizer, {"teacher": token_rows(loaded.model, "causal")})
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    return replace(loaded, teacher=CrossTokenizerTeacher(loaded.teacher, loaded.tokenizer, student, max_length=limit))
+
+
+def _vocabulary(
+    recipe: Recipe,
+    loaded: LoadedTeacher,
+    tokenizer: PreTrainedTokenizerBase,
+    models: Mapping[str, PreTrainedModel],
+) -> tuple[int, list[str]]:
+    """Check tokens and heads; return the number of shared tokens, and a note where heads have more rows."""
+    rows = {name: token_rows(model, recipe.task) for name, model in models.items()}
+    if loaded.teacher.other_tokenizer:
         vocabulary = checked_vocabulary(tokenizer, rows)
     else:
-        vocabulary = shared_vocabulary(speaker.tokenizer, tokenizer, rows)
-    if not of_tokens:
-        match_heads(recipe.task, models, tokenizer)
+        vocabulary = shared_vocabulary(loaded.tokenizer, tokenizer, rows)
+    if recipe.task not in TOKEN_TASKS:
+        match_heads(recipe.task, models, pad_token_id(tokenizer)[0])
+    padded = [f"{name} {size}" for name, size in rows.items() if size > vocabulary]
+    note = f"vocabulary: {vocabulary} tokens; the heads have more rows ({', '.join(padded)}), which are sliced off."
+    return vocabulary, [note] if padded else []
 
+
+def _max_positions(recipe: Recipe, loaded: LoadedTeacher, models: Mapping[str, PreTrainedModel]) -> int | None:
+    """Check that rows fit into the models' positions, and return the smallest number of positions."""
     max_length = recipe.data.max_length
-    limits = {name: positions_of(model) for name, model in models.items()}
-    if speaker.teacher.max_length is not None:
-        limits["teacher"] = speaker.teacher.max_length
-    taken = virtual_tokens(student)
+    limits = {name: max_positions(model) for name, model in models.items()}
+    if loaded.teacher.max_length is not None:
+        limits["teacher"] = loaded.teacher.max_length
     for name, limit in limits.items():
-        if limit and max_length > limit - taken * (name == "student"):
-            room = (
-                f"{limit - taken}, what {taken} virtual tokens leave of" if taken and name == "student" else f"{limit},"
-            )
+        virtual = virtual_tokens(models["student"]) if name == "student" else 0
+        if limit and max_length > limit - virtual:
+            room = f"{limit - virtual}, what {virtual} virtual tokens leave of" if virtual else f"{limit},"
             raise RecipeError(
                 f"data.max_length: expected at most {room} the {name}'s number of positions, got {max_length}."
             )
-    train, held_out = encode_data(recipe, student, tokenizer)
-    teacher = _who_reads(recipe, speaker, train)
-    if recipe.rollout is not None and speaker.live is not None:
-        teacher = CachedOrLiveTeacher(cast(CachedTeacher, teacher), speaker.live)
-    teacher.attach(student)
-    notes = [*train.notes, *held_out.notes]
-    _, pad_note = pad_token_id(tokenizer)
-    if pad_note:
-        notes.append(pad_note)
-    if recipe.train.get("bf16") and not has_bfloat16():
-        notes.append("train.bf16: this CPU has no instructions for it: float32, which is faster here.")
-    padded = [f"{name} {size}" for name, size in rows.items() if size > vocabulary]
-    if padded:
-        notes.append(
-            f"vocabulary: {vocabulary} tokens are real, the heads have more rows ({', '.join(padded)}): sliced."
+    return min((limit for limit in limits.values() if limit), default=None)
+
+
+def _encode(recipe: Recipe, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples]:
+    """Encode training and held-out data. Masks of training rows change with the epoch, held-out ones do not."""
+
+    def encoded(source: Source) -> Examples:
+        return encode(
+            source,
+            tokenizer,
+            max_length=recipe.data.max_length,
+            packing=recipe.data.packing,
+            task=recipe.task,
+            classes=class_ids(student.config) if recipe.task == "classification" else None,
         )
-    inside = any(term.reads_layers for term in recipe.objective)
-    shape = ActivationCapture(student).shape if inside else None
-    start = None if design is None else begin(recipe, speaker.model, design, train.dataset, tokenizer)
-    server = None if recipe.rollout is None else recipe.rollout.server
-    parts = Parts(
-        recipe,
-        teacher,
-        speaker.model,
-        speaker.config,
-        tokenizer,
-        train,
-        held_out,
-        vocabulary if of_tokens else 0,
-        parameter_count(student),
-        shape,
-        tuple(notes) + (start.notes if start else ()),
-        design,
-        start,
-        tuple(speaker.models.values()),
-        min((limit for limit in limits.values() if limit), default=None),
-        None if server is None else server.writer(student, tokenizer, Path(recipe.output)),
-    )
-    if (rollout := parts.rollout()) is not None:
-        parts = replace(parts, notes=(*parts.notes, *rollout.check_prompts(train.dataset)))
-    if shape is not None:
-        of_teacher = teacher.shape if parts.objective.reads_teacher_layers else None
-        teacher.prepare(parts.objective.fit(shape, of_teacher)[1])
-    if (stats := measure_alignment(teacher, train.dataset)) is not None:
-        parts = replace(parts, meeting=stats, notes=(*parts.notes, *alignment_notes(stats, vocabulary)))
-    if teacher.needs_trial:
-        _try(parts, teacher)
-        if not teacher.covers(held_out.dataset):
-            parts = replace(
-                parts, notes=(*parts.notes, "teacher: it does not know the held-out rows: measured by labels alone.")
-            )
-    return parts
+
+    with PartialState().main_process_first():  # the other ranks then find what it has encoded
+        train, held_out = encoded(recipe.data.train), encoded(recipe.data.eval)
+    if recipe.task == "masked":
+        share, seed = recipe.data.masked_share, recipe.seed
+        train = replace(train, dataset=MaskedRows(train.dataset, tokenizer, share=share, seed=seed))
+        held_out = replace(held_out, dataset=MaskedRows(held_out.dataset, tokenizer, share=share, seed=seed).fixed())
+    return train, held_out
 
 
-def _who_reads(recipe: Recipe, speaker: LoadedTeacher, train: Examples) -> Teacher:
-    """The teacher, with its own prompts where the training data has them.
+def _trained_on(recipe: Recipe, loaded: LoadedTeacher, train: Examples) -> Teacher:
+    """Return the teacher for the training data: with its own prompts, and beside a cache for the student's samples.
 
     Raises:
-        RecipeError: it cannot read them.
+        RecipeError: it cannot read its own prompts.
     """
-    if not train.teacher_longest:
-        return speaker.teacher
-    if (other := speaker.teacher.without_own_prompts) is not None:
-        raise RecipeError(
-            f"data.train: expected a teacher that reads its own prompts, got {other}. Name one with teacher.model, or "
-            "leave teacher_prompt out."
-        )
-    limits = [getattr(model.config, "max_position_embeddings", None) for model in speaker.models.values()]
-    limit = min((each for each in [*limits, speaker.teacher.max_length] if each), default=None)
-    if limit is not None and train.teacher_longest > limit:
-        raise RecipeError(
-            f"data.train: expected rows of at most {limit} tokens for the teacher, its number of positions, got "
-            f"{train.teacher_longest} with its own prompt. Shorten teacher_prompt, or lower data.max_length."
-        )
-    return PrivilegedTeacher(speaker.teacher)
+    teacher = loaded.teacher
+    if train.teacher_longest:
+        if (kind := teacher.without_own_prompts) is not None:
+            raise RecipeError(
+                f"data.train: expected a teacher that reads its own prompts, got {kind}. Name one with teacher.model, "
+                "or leave teacher_prompt out."
+            )
+        limits = [getattr(model.config, "max_position_embeddings", None) for model in loaded.models.values()]
+        limit = min((limit for limit in [*limits, teacher.max_length] if limit), default=None)
+        if limit is not None and train.teacher_longest > limit:
+            raise RecipeError(
+                f"data.train: expected rows of at most {limit} tokens for the teacher, its number of positions, got "
+                f"{train.teacher_longest} with its own prompt. Shorten teacher_prompt, or lower data.max_length."
+            )
+        teacher = PrivilegedTeacher(teacher)
+    if recipe.rollout is not None and loaded.live is not None:
+        teacher = CachedOrLiveTeacher(cast(CachedTeacher, teacher), loaded.live)
+    return teacher
 
 
-def _try(parts: Parts, teacher: Teacher) -> None:
-    """See that the teacher knows every row and that the objective can use what it says, from beginning to end."""
-    teacher.require(parts.train.dataset)
-    batch = PaddingCollator(pad_token_id(parts.tokenizer)[0])([parts.train.dataset[0]])
+def _training_plan(recipe: Recipe, train: Examples) -> TrainingPlan:
+    batch_rows = int(recipe.train.get("per_device_train_batch_size", 8))
+    rows_per_step = batch_rows * int(recipe.train.get("gradient_accumulation_steps", 1)) * PartialState().num_processes
+    steps = int(recipe.train.get("max_steps", -1))
+    if steps <= 0:
+        epochs = float(recipe.train.get("num_train_epochs", 3.0))
+        steps = math.ceil(math.ceil(len(train.dataset) / rows_per_step) * epochs)
+    return TrainingPlan(batch_rows, rows_per_step, steps, bool(recipe.train.get("bf16")) and has_bfloat16())
+
+
+def _objective(
+    recipe: Recipe,
+    teacher: Teacher,
+    loaded: LoadedTeacher,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    plan: TrainingPlan,
+    student: ModelShape | None,
+) -> Objective:
+    """Build the objective, and prepare the teacher for the layers that its terms read of both models."""
+    collate = PaddingCollator(pad_token_id(tokenizer)[0])
+
+    def select(layers: LayerMap, batches: int) -> Mapping[int, Tensor]:
+        """Find the teacher's most important dimensions for the student's width, on the first batches."""
+        model = loaded.model
+        if model is None or student is None:
+            raise RecipeError("objective: expected a teacher that is a local model for select_batches, got none.")
+        of_teacher = [layer for _, layer in layers.pairs(student.layers, teacher.shape.layers)]
+        return important_dimensions(model, on_device(model, batches), of_teacher, student.width, recipe.task)
+
+    def on_device(model: PreTrainedModel, batches: int) -> Iterator[dict[str, Tensor]]:
+        stop = min(batches * plan.batch_rows, len(train))
+        for start in range(0, stop, plan.batch_rows):
+            batch = collate([train[i] for i in range(start, min(start + plan.batch_rows, len(train)))])
+            yield {name: value.to(model.device) for name, value in batch.items()}
+
+    objective = Objective([for_run(term, plan.steps).select(select) for term in recipe.objective])
+    if student is not None:
+        of_teacher = teacher.shape if objective.reads_teacher_layers else None
+        teacher.prepare(objective.fit(student, of_teacher)[1])
+    return objective
+
+
+def _alignment_stats(teacher: Teacher, dataset: Dataset) -> AlignmentStats | None:
+    """Measure the alignment of two tokenizers on evenly spaced rows; None for a teacher of the student's tokens.
+
+    Raises:
+        RecipeError: there is no chunk at all.
+    """
+    rows = evenly_spaced(ALIGNMENT_ROWS, len(dataset))
+    stats = teacher.alignment_stats(dataset[i] for i in rows)
+    if stats is not None and not stats.chunks:
+        raise RecipeError(
+            f"objective: expected text that both tokenizers can read, got none in {len(rows)} rows of the training "
+            "data. Use a teacher whose tokenizer knows these characters."
+        )
+    return stats
+
+
+def _check_teacher(built: BuiltRun) -> None:
+    """Check that the teacher covers the training data, and that the objective can use its targets at any step."""
+    teacher = built.teacher
+    if not teacher.needs_trial:
+        return
+    teacher.require(built.train.dataset)
+    batch = PaddingCollator(pad_token_id(built.tokenizer)[0])([built.train.dataset[0]])
     alignment = causal_alignment(batch["labels"])
     output = teacher(batch, alignment)
-    said = output.targets
-    for term in parts.objective.terms:
+    logits = torch.zeros(len(alignment), built.vocabulary)
+    for term in built.objective.terms:
         if isinstance(term, DenseTerm):
-            term.teacher_logits(said)
+            term.teacher_logits(output.targets)
         if isinstance(term, PolicyGradient) and not teacher.answers_samples_apart:
             label_log_probs(output, alignment.labels)
             if term.single_step:
-                token_divergence(torch.zeros(len(alignment), parts.vocabulary), said, ReverseKL())
+                token_divergence(logits, output.targets, ReverseKL())
         if isinstance(term, Logits):
-            for step in (0, parts.steps // 2, parts.steps):
+            for step in (0, built.plan.steps // 2, built.plan.steps):
                 temperature = value_at(term.temperature, step)
-                token_divergence(
-                    torch.zeros(len(alignment), parts.vocabulary), said, term.divergence, temperature=temperature
-                )
+                token_divergence(logits, output.targets, term.divergence, temperature=temperature)
+
+
+def _precision_notes(recipe: Recipe) -> list[str]:
+    if recipe.train.get("bf16") and not has_bfloat16():
+        return ["train.bf16: this CPU has no bfloat16 instructions; training in float32, which is faster here."]
+    return []
+
+
+def _alignment_notes(stats: AlignmentStats, tokens: int) -> Iterator[str]:
+    """Describe the alignment of two tokenizers, for a student of so many tokens."""
+    yield (
+        f"tokenizers: compared by bytes; {stats.shared:,} of the student's {tokens:,} tokens are the teacher's too. "
+        f"{stats.chunks / stats.tokens:.2f} chunks per token cover {stats.covered / max(stats.bytes, 1):.1%} of the "
+        f"text; {stats.one_to_one / stats.chunks:.0%} of them are one token for both."
+    )
+    if stats.covered < MIN_COVERAGE * stats.bytes:
+        yield (
+            f"tokenizers: the teacher has no targets for {1 - stats.covered / stats.bytes:.0%} of the text: it cannot "
+            "read it, or the row is too long for it. Labels alone are learned there."
+        )
+    yield (
+        "tokenizers: agreement and KL are left out, which compare distributions over the same tokens. The teacher's "
+        "loss is that of the same text, divided by the student's tokens."
+    )

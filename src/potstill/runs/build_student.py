@@ -1,9 +1,10 @@
-"""From a recipe to its student: the shape, and what it begins with."""
+"""The student of a recipe: its config, its first weights and its adapter."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
@@ -22,100 +23,112 @@ from potstill.models.loading import load_model, vocabulary_size
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import BudgetPart, StudentPart
+from potstill.teachers.source import LoadedTeacher
 
-ROWS = 8  # in a batch, where importance is measured
+CALIBRATION_BATCH = 8  # rows
+
+
+@dataclass(frozen=True)
+class StudentBuilder:
+    """Makes the recipe's student, with its first weights and its adapter: the same at every call.
+
+    Args:
+        recipe: the recipe.
+        teacher: its teacher.
+        tokenizer: the student's.
+        design: config of a new student; None for a model that exists.
+        initialization: what a new student takes from its teacher; None for random weights.
+    """
+
+    recipe: Recipe
+    teacher: LoadedTeacher
+    tokenizer: PreTrainedTokenizerBase
+    design: PretrainedConfig | None
+    initialization: Initialization | None = None
+
+    def __call__(self) -> Any:
+        """Make the student.
+
+        Raises:
+            UserError: the adapter does not fit the model, or is missing where the weights cannot be trained.
+        """
+        model = self._model()
+        if self.recipe.student.adapter is not None:
+            return adapt(model, self.recipe.student.adapter, seed=self.recipe.seed, tokenizer=self.tokenizer)
+        if is_quantized(model) and not is_adapted(model):
+            raise RecipeError(
+                "student.model: expected weights that can be trained, got a quantized model. Train an adapter on it "
+                "(student.adapter: qlora), or name the model in full precision."
+            )
+        return model
+
+    def _model(self) -> PreTrainedModel:
+        if self.initialization is not None:
+            assert self.teacher.model is not None
+            return self.initialization.student(self.teacher.model, self.recipe.seed)
+        if self.design is not None:
+            return random_student(self.design, self.recipe.seed)
+        path, adapter = self.recipe.student.model, self.recipe.student.adapter
+        assert path is not None
+        dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, adapter.base_bits)
+        set_seed(self.recipe.seed)  # a head that is missing is random; a classifier has the teacher's classes
+        classes_of = self.teacher.config
+        return load_model(
+            path, "student.model", dtype, self.recipe.task, bits=bits, labels_of=classes_of, trainable=adapter is None
+        )
 
 
 def design_of(
-    part: StudentPart, teacher: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
+    student: StudentPart, teacher: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
 ) -> PretrainedConfig | None:
-    """The config of a new student, which has the tokenizer's tokens and no padding rows; None for one that is there.
+    """Derive the config of a new student, without padding rows in its head; None for a model that exists.
 
     Raises:
-        RecipeError: nothing is known of the teacher's config.
+        RecipeError: the teacher's config is not known.
     """
-    if part.design is None:
+    if student.design is None:
         return None
     if teacher is None:
         raise RecipeError(
-            "student.design: expected a teacher whose config is here, got none: it is changed. "
+            "student.design: expected a teacher with a local config, which the design changes, got none. "
             "Name a student with student.model instead."
         )
     vocabulary = vocabulary_size(tokenizer)
-    if part.tokenizer is not None:  # the teacher's special tokens have other ids, or none
+    if student.tokenizer is not None:  # the teacher's special tokens have other ids, or none
         teacher = copy.deepcopy(teacher)
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(teacher, role, getattr(tokenizer, role))
-    if not isinstance(part.design, BudgetPart):
-        return student_config(teacher, part.design, vocabulary)
-    params = None if part.design.params is None else parse_count(part.design.params)
-    return Budget(**{**part.design.model_dump(), "params": params}).student(teacher, vocabulary=vocabulary)
+    if not isinstance(student.design, BudgetPart):
+        return student_config(teacher, student.design, vocabulary)
+    params = None if student.design.params is None else parse_count(student.design.params)
+    return Budget(**{**student.design.model_dump(), "params": params}).student(teacher, vocabulary=vocabulary)
 
 
-def first_student(
-    recipe: Recipe, design: PretrainedConfig | None, teacher: PretrainedConfig | None = None
-) -> PreTrainedModel:
-    """The recipe's student as it is there, or with random weights. A head that is not there is random, too; a
-    classifier has the teacher's classes. Without the recipe's adapter.
-    """
-    if design is not None:
-        return random_student(design, recipe.seed)
-    where, adapter = recipe.student.model, recipe.student.adapter
-    assert where is not None
-    dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, adapter.base_bits)
-    set_seed(recipe.seed)
-    return load_model(
-        where, "student.model", dtype, recipe.task, bits=bits, labels_of=teacher, trainable=adapter is None
-    )
+def initialization_of(builder: StudentBuilder, train: Dataset) -> Initialization | None:
+    """Plan what a new student takes from its teacher; None for random weights.
 
-
-def with_adapter(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The student that is trained: a model as it is, or frozen under the recipe's adapter.
+    Importance is measured on evenly spaced rows of the training data.
 
     Raises:
-        UserError: the adapter does not go with the model, or none is asked for where one must be.
+        RecipeError: the teacher has no weights to take.
     """
-    if recipe.student.adapter is not None:
-        return adapt(model, recipe.student.adapter, seed=recipe.seed, tokenizer=tokenizer)
-    if is_quantized(model) and not is_adapted(model):
-        raise RecipeError(
-            "student.model: expected weights that can be trained, got a model that is rounded to a few bits. "
-            "Train an adapter on it (student.adapter: qlora), or name the model that it was made of."
-        )
-    return model
-
-
-def begin(
-    recipe: Recipe,
-    teacher: PreTrainedModel | None,
-    design: PretrainedConfig,
-    train: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Initialization | None:
-    """What a new student takes over from its teacher; None where it begins with random weights.
-
-    Importance is measured on rows that are evenly spread over the training data.
-
-    Raises:
-        RecipeError: the teacher has no weights here.
-    """
-    part = recipe.student.initialize
-    if part.method == "random":
+    recipe, teacher, part = builder.recipe, builder.teacher.model, builder.recipe.student.initialize
+    if builder.design is None or part.method == "random":
         return None
     if teacher is None:
         raise RecipeError(
-            f"student.initialize: expected a teacher that is a model here for {part.method}, got none. "
-            "Its weights are taken over. Name it with teacher.model, or begin with random weights."
+            f"student.initialize: expected a teacher that is a local model for {part.method}, got none. Name it with "
+            "teacher.model, or start from random weights."
         )
     if getattr(teacher, "is_quantized", False):
         raise RecipeError(
-            f"student.initialize: expected a teacher in full precision for {part.method}, got one that is "
-            f"quantized. Its weights are taken over. Leave teacher.dtype out, or begin at random."
+            f"student.initialize: expected a teacher in full precision for {part.method}, got a quantized one. Leave "
+            "teacher.dtype out, or start from random weights."
         )
-    chosen = evenly_spaced(part.calibration_rows, len(train))
+    rows = evenly_spaced(part.calibration_rows, len(train))
 
     def calibration() -> Iterator[dict[str, Tensor]]:
         teacher.to(recipe.teacher.model_device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
-        return in_batches((train[i] for i in chosen), tokenizer, ROWS)
+        return in_batches((train[i] for i in rows), builder.tokenizer, CALIBRATION_BATCH)
 
-    return plan_initialization(teacher, design, part.method, layers=part.layers, calibration=calibration)
+    return plan_initialization(teacher, builder.design, part.method, layers=part.layers, calibration=calibration)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.evaluate.speed import extra_bytes
 from potstill.models.loading import suppress_warnings
-from potstill.runs.build import Parts, prepare
+from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.run import Recipe
 from potstill.train.distiller import Distiller
 
@@ -68,62 +68,62 @@ def check(recipe: Recipe) -> Preflight:
         UserError: the run could not start.
     """
     with suppress_warnings():
-        parts = prepare(recipe)
-        student = parts.new_student()
-    trained = parts.size.trained * 4
+        built = build_run(recipe)
+        student = built.new_student()
+    trained = built.size.trained * 4
     held = sum(weight.numel() * weight.element_size() for weight in student.parameters())
-    exported = parts.size.all * 4 if recipe.student.merges else trained
+    exported = built.size.all * 4 if recipe.student.merges else trained
     runs = 2 if recipe.evaluate.baseline else 1
     output = Path(recipe.output).absolute()
-    seconds, beside = _one_step(parts, student)
-    batch_bytes = min(3 * 4 * _batch_tokens(parts) * max(parts.vocabulary, 1), LOSS_BYTES) if beside is None else beside
+    seconds, beside = _one_step(built, student)
+    batch_bytes = min(3 * 4 * _batch_tokens(built) * max(built.vocabulary, 1), LOSS_BYTES) if beside is None else beside
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     return Preflight(
-        teacher_parameters=None if parts.teacher_model is None else parts.teacher_model.num_parameters(),
-        student_parameters=parts.size.all,
-        trained_parameters=parts.size.trained,
-        vocabulary=parts.vocabulary,
-        train_tokens=parts.train.tokens,
-        train_rows=len(parts.train.dataset),
-        eval_tokens=parts.eval.tokens,
-        steps=parts.steps,
+        teacher_parameters=None if built.loaded.model is None else built.loaded.model.num_parameters(),
+        student_parameters=built.size.all,
+        trained_parameters=built.size.trained,
+        vocabulary=built.vocabulary,
+        train_tokens=built.train.tokens,
+        train_rows=len(built.train.dataset),
+        eval_tokens=built.eval.tokens,
+        steps=built.plan.steps,
         # The student's weights, and gradient and two moments of those that are trained; the teachers' weights. The loss
         # goes through the tokens in chunks and needs no more than both models' logits and a gradient would take.
         memory_bytes=held
         + 3 * trained
-        + sum(model.get_memory_footprint() for model in parts.teacher_models)
+        + sum(model.get_memory_footprint() for model in built.loaded.models.values())
         + (trained if recipe.teacher.copies_student else 0)
         + batch_bytes,
         batch_bytes=batch_bytes,
         batch_measured=beside is not None,
         # A checkpoint is what is trained and its two moments; while one is written the one before is still there. A
         # server that writes reads what is trained from a folder.
-        disk_bytes=runs * (2 * 3 * trained + exported) + (0 if parts.writer is None else trained),
+        disk_bytes=runs * (2 * 3 * trained + exported) + (0 if built.writer is None else trained),
         disk_free_bytes=shutil.disk_usage(existing).free,
-        seconds=runs * parts.steps * seconds,
-        notes=parts.notes,
-        by_bytes=parts.meeting is not None,
+        seconds=runs * built.plan.steps * seconds,
+        notes=built.notes,
+        by_bytes=built.alignment_stats is not None,
     )
 
 
-def _batch_tokens(parts: Parts) -> int:
-    return round(parts.batch_rows * parts.train.tokens / len(parts.train.dataset))
+def _batch_tokens(built: BuiltRun) -> int:
+    return round(built.plan.batch_rows * built.train.tokens / len(built.train.dataset))
 
 
-def _one_step(parts: Parts, student: PreTrainedModel) -> tuple[float, int | None]:
+def _one_step(built: BuiltRun, student: PreTrainedModel) -> tuple[float, int | None]:
     """The time of one optimiser step's batches, forward and backward, and the memory that one of them takes beside
     weights and gradients: from the second of two.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     distiller = Distiller(
-        student, parts.teacher, parts.objective, vocabulary=parts.vocabulary or None, task=parts.recipe.task
+        student, built.teacher, built.objective, vocabulary=built.vocabulary or None, task=built.recipe.task
     ).to(device)
-    collate = PaddingCollator(pad_token_id(parts.tokenizer)[0])
-    rows = [parts.train.dataset[i] for i in range(min(parts.batch_rows, len(parts.train.dataset)))]
+    collate = PaddingCollator(pad_token_id(built.tokenizer)[0])
+    rows = [built.train.dataset[i] for i in range(min(built.plan.batch_rows, len(built.train.dataset)))]
     batch = {name: value.to(device) for name, value in collate(rows).items()}
-    dtype = torch.bfloat16 if parts.bf16 else torch.float16
-    mixed = parts.bf16 or bool(parts.recipe.train.get("fp16"))
-    rollout = parts.rollout()
+    dtype = torch.bfloat16 if built.plan.bf16 else torch.float16
+    mixed = built.plan.bf16 or bool(built.recipe.train.get("fp16"))
+    rollout = built.new_rollout()
     seconds = 0.0
 
     def one_batch(step: int) -> None:
@@ -140,4 +140,4 @@ def _one_step(parts: Parts, student: PreTrainedModel) -> tuple[float, int | None
     beside = extra_bytes(partial(one_batch, 1), torch.device(device))
     if rollout is not None:
         rollout.close()
-    return seconds * max(parts.rows_per_step // parts.batch_rows, 1), beside
+    return seconds * max(built.plan.rows_per_step // built.plan.batch_rows, 1), beside

@@ -33,7 +33,7 @@ from potstill.losses.schedule import value_at
 from potstill.losses.targets import SparseTargets
 from potstill.models.loading import load_model, suppress_warnings
 from potstill.models.spacing import evenly_spaced
-from potstill.runs.build import Parts, prepare
+from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.run import Recipe
 from potstill.train.callbacks import logged_lines
 from potstill.train.checkpoints import last_checkpoint
@@ -65,23 +65,23 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
         raise RecipeError(
             f"diagnose: expected a recipe of the task causal, got {recipe.task}. Only next tokens are diagnosed."
         )
-    parts = prepare(recipe)
-    models = _load_models(parts, run)
+    built = build_run(recipe)
+    models = _load_models(built, run)
     device = PartialState().device
-    for model in (*models.values(), *([] if parts.teacher_model is None else [parts.teacher_model])):
+    for model in (*models.values(), *([] if built.loaded.model is None else [built.loaded.model])):
         model.to(device)
-    held_out = parts.teacher.covers(parts.eval.dataset)
-    sample = _evenly_spaced(parts.eval.dataset if held_out else parts.train.dataset, rows)
-    used = _temperatures(parts, run is not None)
+    held_out = built.teacher.covers(built.eval.dataset)
+    sample = _evenly_spaced(built.eval.dataset if held_out else built.train.dataset, rows)
+    used = _temperatures(built, run is not None)
     tokens, softenings = stats.token_stats(
-        _teacher_logits(parts),
+        _teacher_logits(built),
         models,
-        _to(device, in_batches(sample, parts.tokenizer, parts.batch_rows)),
-        vocabulary=parts.vocabulary,
+        _to(device, in_batches(sample, built.tokenizer, built.plan.batch_rows)),
+        vocabulary=built.vocabulary,
         temperatures=sorted({*stats.TEMPERATURES, *used}),
     )
-    student, teacher = models["student"], parts.teacher_model
-    losses = _training_losses(parts, student, parts.steps if run else 0, device)
+    student, teacher = models["student"], built.loaded.model
+    losses = _training_losses(built, student, built.plan.steps if run else 0, device)
     diagnosis = {
         "kind": "diagnosis",
         "name": recipe.name,
@@ -93,7 +93,7 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
         "temperature": _temperature_table(softenings, used),
         "gradients": asdict(stats.gradient_flow(student, losses)),
         "training": None if run is None else _training(run, float(recipe.train.get("max_grad_norm", 1.0))),
-        **_compare_with_teacher(parts, tokens, sample),
+        **_compare_with_teacher(built, tokens, sample),
         "versions": versions(),
     }
     findings = interpret(diagnosis)
@@ -110,10 +110,10 @@ def write_diagnosis(diagnosis: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"--out: expected a file to write to, got {path}: {error.strerror}. Choose another.") from None
 
 
-def _load_models(parts: Parts, run: Path | None) -> dict[str, PreTrainedModel]:
+def _load_models(built: BuiltRun, run: Path | None) -> dict[str, PreTrainedModel]:
     """Load student and baseline of a run, from their last checkpoints if it did not finish."""
     if run is None:
-        return {"student": parts.new_student()}
+        return {"student": built.new_student()}
     models = {}
     for name in ("baseline", "student"):
         folder = run / name if (run / name).exists() else last_checkpoint(run / "checkpoints" / name)
@@ -135,29 +135,29 @@ def _to(device: torch.device, batches: Iterable[Mapping[str, Tensor]]) -> Iterat
     return ({name: value.to(device) for name, value in batch.items()} for batch in batches)
 
 
-def _teacher_logits(parts: Parts) -> TeacherLogits:
+def _teacher_logits(built: BuiltRun) -> TeacherLogits:
     def logits(batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor | None:
-        if parts.meeting is not None:  # its vocabulary is another
+        if built.alignment_stats is not None:  # its vocabulary is another
             return None
-        targets = parts.teacher(batch, alignment).targets.slice(parts.vocabulary)
+        targets = built.teacher(batch, alignment).targets.slice(built.vocabulary)
         return None if isinstance(targets, SparseTargets) else targets.dense()
 
     return logits
 
 
-def _temperatures(parts: Parts, after_run: bool) -> list[float]:
+def _temperatures(built: BuiltRun, after_run: bool) -> list[float]:
     """Temperatures of the objective's logits terms: at the start, and after a run at the end too."""
-    steps = (0, parts.steps) if after_run else (0,)
-    terms = (term for term in parts.objective.terms if isinstance(term, Logits))
+    steps = (0, built.plan.steps) if after_run else (0,)
+    terms = (term for term in built.objective.terms if isinstance(term, Logits))
     return sorted({value_at(term.temperature, step) for term in terms for step in steps})
 
 
-def _training_losses(parts: Parts, student: PreTrainedModel, step: int, device: torch.device) -> Iterator[Tensor]:
+def _training_losses(built: BuiltRun, student: PreTrainedModel, step: int, device: torch.device) -> Iterator[Tensor]:
     """Compute the objective on batches of training data and on-policy samples, as training would at that step."""
-    distiller = Distiller(student, parts.teacher, parts.objective, vocabulary=parts.vocabulary).to(device).train()
-    rows = _evenly_spaced(parts.train.dataset, GRADIENT_BATCHES * parts.batch_rows)
-    rollout = parts.rollout()
-    for batch in _to(device, in_batches(rows, parts.tokenizer, parts.batch_rows)):
+    distiller = Distiller(student, built.teacher, built.objective, vocabulary=built.vocabulary).to(device).train()
+    rows = _evenly_spaced(built.train.dataset, GRADIENT_BATCHES * built.plan.batch_rows)
+    rollout = built.new_rollout()
+    for batch in _to(device, in_batches(rows, built.tokenizer, built.plan.batch_rows)):
         (sampled,) = [batch] if rollout is None else rollout([batch], student, step=step)
         yield distiller(sampled, at=step).loss
 
@@ -187,28 +187,28 @@ def _training(run: Path, max_norm: float) -> dict[str, Any]:
     }
 
 
-def _compare_with_teacher(parts: Parts, tokens: TokenStats, sample: Dataset) -> dict[str, Any]:
+def _compare_with_teacher(built: BuiltRun, tokens: TokenStats, sample: Dataset) -> dict[str, Any]:
     """Compute what needs the teacher's full distributions."""
     if "teacher" not in tokens.models:
         return {"distributions": None, "irreducible": None, "noise": None}
     noise = stats.label_noise(tokens)
     return {
-        "distributions": stats.distributions(tokens, _token_counts(parts)),
+        "distributions": stats.distributions(tokens, _token_counts(built)),
         "irreducible": stats.irreducible(tokens),
-        "noise": {**noise, "examples": [_example(parts, tokens, sample, place) for place in noise["examples"]]},
+        "noise": {**noise, "examples": [_example(built, tokens, sample, place) for place in noise["examples"]]},
     }
 
 
-def _token_counts(parts: Parts) -> Tensor:
+def _token_counts(built: BuiltRun) -> Tensor:
     """[V] how often each token is a target in the training data."""
-    counts = torch.zeros(parts.vocabulary, dtype=torch.long)
-    for row in _evenly_spaced(parts.train.dataset, COUNTED_ROWS):
+    counts = torch.zeros(built.vocabulary, dtype=torch.long)
+    for row in _evenly_spaced(built.train.dataset, COUNTED_ROWS):
         labels = torch.tensor([label for label in row["labels"][1:] if label != IGNORE], dtype=torch.long)
-        counts += torch.bincount(labels, minlength=parts.vocabulary)
+        counts += torch.bincount(labels, minlength=built.vocabulary)
     return counts
 
 
-def _example(parts: Parts, tokens: TokenStats, sample: Dataset, place: int) -> dict[str, Any]:
+def _example(built: BuiltRun, tokens: TokenStats, sample: Dataset, place: int) -> dict[str, Any]:
     """A label that the teacher contradicts, with the text before it."""
     teacher, column = tokens.models["teacher"], int(tokens.column[place])
     ids = sample[int(tokens.row[place])]["input_ids"]
@@ -218,7 +218,7 @@ def _example(parts: Parts, tokens: TokenStats, sample: Dataset, place: int) -> d
         "instead": [int(teacher["prediction"][place])],
     }
     return {
-        **{name: str(parts.tokenizer.decode(ids)) for name, ids in texts.items()},
+        **{name: str(built.tokenizer.decode(ids)) for name, ids in texts.items()},
         "probability": math.exp(float(teacher["label_log_prob"][place])),
         "certainty": float(teacher["confidence"][place]),
     }

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.data.batches import Examples, encode, in_batches
+from potstill.data.batches import Examples, encode, in_batches, pad_token_id
 from potstill.data.masking import MaskedRows
 from potstill.data.sources import Source
 from potstill.data.vocabulary import shared_vocabulary
@@ -22,9 +22,9 @@ from potstill.evaluate.speed import speed
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import IGNORE, TOKEN_TASKS, Task
 from potstill.models.adapted import parameter_count, virtual_tokens
+from potstill.models.heads import class_ids, match_heads, token_rows
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.models.spacing import evenly_spaced
-from potstill.runs.build_task import classes_of, match_heads, token_rows
 
 ROWS = 16  # batch size
 TWO_TOKENIZERS = (
@@ -91,15 +91,15 @@ def evaluate(
     vocabulary = None
     if teacher is not None:
         models = {"teacher": load_model(teacher, "--teacher", task=task), **models}
-        rows = {name: token_rows(model, of_tokens) for name, model in models.items()}
+        rows = {name: token_rows(model, task) for name, model in models.items()}
         common = shared_vocabulary(load_tokenizer(teacher, "--teacher"), tokenizer, rows)
         vocabulary = common if of_tokens else None
     for name, model in models.items():
         model.to(PartialState().device)
         _check_positions(name, model, max_length, options)
     if not of_tokens:
-        match_heads(task, models, tokenizer)
-    classes = classes_of(models["student"].config) if task == "classification" else None
+        match_heads(task, models, pad_token_id(tokenizer)[0])
+    classes = class_ids(models["student"].config) if task == "classification" else None
     examples = encode(source, tokenizer, max_length=max_length, packing=packing, task=task, classes=classes)
     if task == "masked":
         examples = replace(examples, dataset=MaskedRows(examples.dataset, tokenizer).fixed())

@@ -25,7 +25,7 @@ from potstill.evaluate.versions import versions
 from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.loading import load_model
-from potstill.runs.build import Parts
+from potstill.runs.build import BuiltRun
 from potstill.runs.config.student import BudgetPart, StudentPart
 from potstill.train.callbacks import logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
@@ -35,25 +35,25 @@ EVAL_ROWS = 16  # batch size of the final evaluation
 SAMPLES = 4  # on-policy samples in the report
 
 
-def summarize(parts: Parts, students: Mapping[str, Path], directory: Path) -> records.Summary:
+def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) -> records.Summary:
     """Measure teacher, baseline and student on held-out data.
 
     `students` maps "student", and "baseline" if there is one, to the folder of the saved model; `directory` has the
     metrics and checkpoints.
     """
-    recipe, task, of_tokens = parts.recipe, parts.recipe.task, parts.recipe.task in TOKEN_TASKS
-    tokens_per_row = parts.train.tokens / len(parts.train.dataset)
+    recipe, task, of_tokens = built.recipe, built.recipe.task, built.recipe.task in TOKEN_TASKS
+    tokens_per_row = built.train.tokens / len(built.train.dataset)
     checkpoint = last_checkpoint(directory / "checkpoints" / "student")
-    if checkpoint is not None and not parts.teacher.of_student:
-        restore_teacher(parts.teacher, checkpoint)
-    models = _load_models(parts, students)
+    if checkpoint is not None and not built.teacher.of_student:
+        restore_teacher(built.teacher, checkpoint)
+    models = _load_models(built, students)
     teacher, trained = models.get("teacher"), {name: models[name] for name in students}
-    quality: Mapping[str, Any] = _measure(parts, teacher, trained, parts.eval.dataset)
+    quality: Mapping[str, Any] = _measure(built, teacher, trained, built.eval.dataset)
     if teacher is None:
-        teacher_loss, curve_loss = (_teacher_loss(parts, dataset) for dataset in (parts.eval.dataset, parts.curve))
+        teacher_loss, curve_loss = (_teacher_loss(built, dataset) for dataset in (built.eval.dataset, built.curve))
     else:
         teacher_loss = quality["teacher"].loss
-        curve_loss = _measure(parts, teacher, {}, parts.curve)["teacher"].loss
+        curve_loss = _measure(built, teacher, {}, built.curve)["teacher"].loss
     closed = None
     if "baseline" in students and teacher_loss is not None:
         closed = gap_closed(teacher_loss, quality["baseline"].loss, quality["student"].loss)
@@ -69,44 +69,44 @@ def summarize(parts: Parts, students: Mapping[str, Path], directory: Path) -> re
         seed=recipe.seed,
         task=task,
         created=datetime.now(UTC).replace(microsecond=0),
-        rows=_scores(parts, models, students, quality, teacher_loss),
+        rows=_scores(built, models, students, quality, teacher_loss),
         gap_closed=closed,
-        curve=records.CurveFacts(rows=len(parts.curve), teacher_loss=curve_loss),
+        curve=records.CurveFacts(rows=len(built.curve), teacher_loss=curve_loss),
         kl_by_position=positions,
-        continuations=_continuations(parts, models) if task == "causal" else [],
+        continuations=_continuations(built, models) if task == "causal" else [],
         own_texts=[records.Sample(**samples[i]) for i in _evenly_spaced(len(samples), SAMPLES)],
         own_text=None if stats is None else records.SampleStats(**stats),
         data=records.DataFacts(
             train=str(recipe.data.train.path),
-            train_tokens=parts.train.tokens if of_tokens else None,
-            train_examples=len(parts.train.dataset),
+            train_tokens=built.train.tokens if of_tokens else None,
+            train_examples=len(built.train.dataset),
             eval=str(recipe.data.eval.path),
-            eval_tokens=parts.eval.tokens if of_tokens else None,
-            eval_examples=len(parts.eval.dataset),
+            eval_tokens=built.eval.tokens if of_tokens else None,
+            eval_examples=len(built.eval.dataset),
         ),
         training=records.TrainingFacts(
-            steps=parts.steps,
-            tokens_per_step=round(tokens_per_row * parts.rows_per_step) if of_tokens else None,
+            steps=built.plan.steps,
+            tokens_per_step=round(tokens_per_row * built.plan.rows_per_step) if of_tokens else None,
             seconds={name: seconds_of(metrics, name) for name in students},
         ),
         objective="; ".join(term.describe() for term in recipe.objective),
         models={
-            "teacher": recipe.teacher.describe(parts.teacher),
+            "teacher": recipe.teacher.describe(built.teacher),
             "student": describe_student(recipe.student),
         },
-        adapter=_adapter_facts(parts, students["student"], models["student"]),
-        teacher_weights=parts.teacher.member_weights,
-        notes=[*parts.notes, *collapse_notes(metrics)],
+        adapter=_adapter_facts(built, students["student"], models["student"]),
+        teacher_weights=built.teacher.member_weights,
+        notes=[*built.notes, *collapse_notes(metrics)],
         versions=versions(),
     )
 
 
-def _load_models(parts: Parts, students: Mapping[str, Path]) -> dict[str, PreTrainedModel]:
+def _load_models(built: BuiltRun, students: Mapping[str, Path]) -> dict[str, PreTrainedModel]:
     """Load the saved students, after the teacher if it can be measured here: with the student's own tokens."""
-    recipe, device = parts.recipe, PartialState().device
+    recipe, device = built.recipe, PartialState().device
     models = {}
-    if parts.teacher_model is not None and parts.meeting is None:
-        models["teacher"] = parts.teacher_model.to(torch.device(recipe.teacher.model_device or device))  # type: ignore[arg-type]
+    if built.loaded.model is not None and built.alignment_stats is None:
+        models["teacher"] = built.loaded.model.to(torch.device(recipe.teacher.model_device or device))  # type: ignore[arg-type]
     dtype = "auto" if recipe.student.adapter is None else recipe.student.adapter.dtype
     for name in sorted(students):
         models[name] = load_model(str(students[name]), name, dtype, recipe.task).to(device)
@@ -114,34 +114,34 @@ def _load_models(parts: Parts, students: Mapping[str, Path]) -> dict[str, PreTra
 
 
 def _measure(
-    parts: Parts, teacher: PreTrainedModel | None, models: Mapping[str, PreTrainedModel], dataset: Dataset
+    built: BuiltRun, teacher: PreTrainedModel | None, models: Mapping[str, PreTrainedModel], dataset: Dataset
 ) -> Mapping[str, Any]:
-    return measure(parts.recipe.task, teacher, models, _batches(parts, dataset), vocabulary=parts.vocabulary or None)
+    return measure(built.recipe.task, teacher, models, _batches(built, dataset), vocabulary=built.vocabulary or None)
 
 
-def _batches(parts: Parts, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
-    return in_batches(dataset, parts.tokenizer, EVAL_ROWS)
+def _batches(built: BuiltRun, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
+    return in_batches(dataset, built.tokenizer, EVAL_ROWS)
 
 
-def _teacher_loss(parts: Parts, dataset: Dataset) -> float | None:
+def _teacher_loss(built: BuiltRun, dataset: Dataset) -> float | None:
     """Compute the cross-entropy of a teacher without a model here, from its log-probabilities of the data's tokens.
 
     A teacher with another tokenizer is measured on the same text, per token of the student. None if the teacher does
     not know the rows or their probabilities, or is made of the student.
     """
-    if parts.teacher.of_student or not parts.teacher.covers(dataset):
+    if built.teacher.of_student or not built.teacher.covers(dataset):
         return None
     total, tokens = 0.0, 0
     device = PartialState().device
-    for cpu_batch in _batches(parts, dataset):
+    for cpu_batch in _batches(built, dataset):
         batch = {name: value.to(device) for name, value in cpu_batch.items()}
         alignment = causal_alignment(batch["labels"])
-        output = parts.teacher(batch, alignment)
+        output = built.teacher(batch, alignment)
         log_probs: Tensor | None
         if output.chunks is not None:
             log_probs, num_tokens = output.chunks.log_probs, int((output.chunks.student >= 0).sum())
         else:
-            shared = replace(output, targets=output.targets.slice(parts.vocabulary))
+            shared = replace(output, targets=output.targets.slice(built.vocabulary))
             log_probs, num_tokens = shared.log_probs_of(alignment.labels), len(alignment)
         if log_probs is None:
             return None
@@ -151,53 +151,53 @@ def _teacher_loss(parts: Parts, dataset: Dataset) -> float | None:
 
 
 def _scores(
-    parts: Parts,
+    built: BuiltRun,
     models: Mapping[str, PreTrainedModel],
     students: Mapping[str, Path],
     quality: Mapping[str, Any],
     teacher_loss: float | None,
 ) -> records.ScoresByModel:
     """Collect quality and costs of every model."""
-    teacher_folder = Path(str(parts.recipe.teacher.model_path))
+    teacher_folder = Path(str(built.recipe.teacher.model_path))
     folders = {"teacher": teacher_folder, **students}
-    keys = [row.key for row in QUALITY[parts.recipe.task]]
+    keys = [row.key for row in QUALITY[built.recipe.task]]
     rows: dict[str, dict[str, Any]] = {
         name: {
             **{key: getattr(quality[name], key) for key in keys},
             "parameters": parameter_count(model).all,
             "bytes": bytes_on_disk(folders[name], model),
-            "latency_ms": latency_ms(model, parts.recipe.data.max_length),
+            "latency_ms": latency_ms(model, built.recipe.data.max_length),
         }
         for name, model in models.items()
     }
     if "teacher" not in models and teacher_loss is not None:
         rows["teacher"] = dict.fromkeys(rows["student"]) | {"loss": teacher_loss}
-        if (model := parts.teacher_model) is not None:  # its tokenizer differs, its size is known
+        if (model := built.loaded.model) is not None:  # its tokenizer differs, its size is known
             rows["teacher"]["parameters"] = model.num_parameters()
             rows["teacher"]["bytes"] = weight_bytes(teacher_folder) or model.get_memory_footprint()
-    if (text := parts.teacher.alignment_stats(parts.eval.dataset)) is not None:
+    if (text := built.teacher.alignment_stats(built.eval.dataset)) is not None:
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] * text.tokens / text.bytes / math.log(2)
     return records.ScoresByModel(**{name: records.ModelScores(**row) for name, row in rows.items()})
 
 
-def _continuations(parts: Parts, models: Mapping[str, PreTrainedModel]) -> list[records.Continuation]:
+def _continuations(built: BuiltRun, models: Mapping[str, PreTrainedModel]) -> list[records.Continuation]:
     """Continue evenly spaced held-out prompts with each model."""
-    dataset = parts.eval.dataset
-    number = min(parts.recipe.evaluate.continuations, len(dataset))
+    dataset = built.eval.dataset
+    number = min(built.recipe.evaluate.continuations, len(dataset))
     continuations = []
     for i in range(number):
         row = dataset[int((i + 0.5) * len(dataset) / number)]
         ids, labels = row["input_ids"], row["labels"]
         prompt = next((position for position, label in enumerate(labels) if label != -100), 0)
         prompt = prompt or min(64, len(ids) // 2)
-        new = min(64, parts.recipe.data.max_length - prompt)
+        new = min(64, built.recipe.data.max_length - prompt)
         if prompt == 0 or new <= 0:
             continue
         tokens = {name: continuation(model, ids[:prompt], new) for name, model in models.items()}
         tokens |= {"prompt": ids[:prompt], "truth": ids[prompt : prompt + new]}
         continuations.append(
-            records.Continuation(**{name: str(parts.tokenizer.decode(ids)) for name, ids in tokens.items()})
+            records.Continuation(**{name: str(built.tokenizer.decode(ids)) for name, ids in tokens.items()})
         )
     return continuations
 
@@ -218,14 +218,14 @@ def collapse_notes(metrics: list[dict[str, Any]]) -> list[str]:
     return [f"From step {collapsed[0][0]} {until}: {collapsed[-1][1]}"]
 
 
-def _adapter_facts(parts: Parts, folder: Path, student: Any) -> records.AdapterFacts | None:
-    adapter, separate = parts.recipe.student.adapter, is_adapted(student)
+def _adapter_facts(built: BuiltRun, folder: Path, student: Any) -> records.AdapterFacts | None:
+    adapter, separate = built.recipe.student.adapter, is_adapted(student)
     if adapter is None and not separate:
         return None
     return records.AdapterFacts(
         title="its existing adapter" if adapter is None else adapter.title,
-        trained=parts.size.trained,
-        share=parts.size.trained / parts.size.all,
+        trained=built.size.trained,
+        share=built.size.trained / built.size.all,
         bytes=weight_bytes(folder) if separate else None,
         base=student.active_peft_config.base_model_name_or_path if separate else None,
         quantized=getattr(adapter, "bits", None) is not None,

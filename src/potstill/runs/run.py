@@ -20,7 +20,7 @@ from potstill.evaluate.summary import write_summary
 from potstill.models.adapted import merged
 from potstill.models.loading import suppress_warnings
 from potstill.models.modules import copy_modules
-from potstill.runs.build import Parts, prepare
+from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.document import Document
 from potstill.runs.config.run import Recipe
 from potstill.runs.measure import EVAL_ROWS, summarize
@@ -65,19 +65,19 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     directory, main = Path(recipe.output), PartialState().is_main_process
     check_directory(directory, recipe, resume)
     with suppress_warnings():
-        parts = prepare(recipe)
+        built = build_run(recipe)
         if main:
             _write_recipe(recipe, directory)
-            for note in parts.notes:
+            for note in built.notes:
                 console.print(note, style="dim", highlight=False, markup=False)
         PartialState().wait_for_everyone()
-        with explain_disk_full(directory, CHECKPOINT_BYTES * parts.size.trained):
-            students = {"student": train(parts, "student", parts.objective, directory, console, parts.rollout())}
+        with explain_disk_full(directory, CHECKPOINT_BYTES * built.size.trained):
+            students = {"student": train(built, "student", built.objective, directory, console, built.new_rollout())}
             if recipe.evaluate.baseline:
-                students["baseline"] = train(parts, "baseline", Objective([Labels()]), directory, console)
+                students["baseline"] = train(built, "baseline", Objective([Labels()]), directory, console)
         if main:
             with console.status("evaluating on held-out data"):
-                summary = summarize(parts, students, directory)
+                summary = summarize(built, students, directory)
             write_summary(summary, directory)
             write_student_card(directory)
             write_report(directory)
@@ -120,7 +120,7 @@ def _write_recipe(recipe: Recipe, directory: Path) -> None:
 
 
 def train(
-    parts: Parts, name: str, objective: Objective, directory: Path, console: Console, rollout: Rollout | None = None
+    built: BuiltRun, name: str, objective: Objective, directory: Path, console: Console, rollout: Rollout | None = None
 ) -> Path:
     """Train one student, save it in `directory/name` and return that folder; nothing is done if it exists."""
     folder = directory / name
@@ -129,17 +129,17 @@ def train(
     checkpoints = directory / "checkpoints" / name
     bar = ProgressBar(name, console)
     trainer = DistillationTrainer(
-        student=parts.new_student(),
-        teacher=parts.teacher if objective.needs_teacher else None,
+        student=built.new_student(),
+        teacher=built.teacher if objective.needs_teacher else None,
         objective=objective,
-        args=training_arguments(parts, checkpoints),
-        train_dataset=parts.train.dataset,
-        eval_dataset=parts.curve,
-        processing_class=parts.tokenizer,
-        vocabulary=parts.vocabulary or None,
-        task=parts.recipe.task,
+        args=training_arguments(built, checkpoints),
+        train_dataset=built.train.dataset,
+        eval_dataset=built.curve,
+        processing_class=built.tokenizer,
+        vocabulary=built.vocabulary or None,
+        task=built.recipe.task,
         rollout=rollout,
-        prefetch=parts.recipe.teacher.prefetch,
+        prefetch=built.recipe.teacher.prefetch,
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
     )
     if rollout is not None:
@@ -149,41 +149,41 @@ def train(
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
     finally:
         bar.progress.stop()
-    _save(parts, trainer, folder)
+    _save(built, trainer, folder)
     unset_hf_deepspeed_config()  # ZeRO-3 would shard every model that is loaded from here on
     return folder
 
 
-def _save(parts: Parts, trainer: DistillationTrainer, folder: Path) -> None:
+def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
     """Save the student under a temporary name first, so that a folder with the final name is complete."""
-    if parts.recipe.student.merges:
+    if built.recipe.student.merges:
         trainer.distiller.student = merged(trainer.distiller.student)
     partial = folder.with_name(f"{folder.name}.partial")
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)  # left by a kill during an earlier save
     trainer.save_model(str(partial))
     if trainer.is_world_process_zero():
-        teacher, student = parts.teacher_config, trainer.distiller.config
-        if parts.recipe.task == "encoder" and teacher is not None and teacher.hidden_size == student.hidden_size:
-            copy_modules(str(parts.recipe.teacher.model_path), partial)
+        teacher, student = built.loaded.config, trainer.distiller.config
+        if built.recipe.task == "encoder" and teacher is not None and teacher.hidden_size == student.hidden_size:
+            copy_modules(str(built.recipe.teacher.model_path), partial)
         partial.rename(folder)
     trainer.accelerator.wait_for_everyone()
 
 
-def training_arguments(parts: Parts, checkpoints: Path) -> DistillationConfig:
+def training_arguments(built: BuiltRun, checkpoints: Path) -> DistillationConfig:
     """Combine the recipe's `train` with defaults for what it leaves out."""
     values: dict[str, Any] = {
-        "logging_steps": max(1, parts.steps // 60),
+        "logging_steps": max(1, built.plan.steps // 60),
         "eval_strategy": "steps",
-        "eval_steps": max(1, parts.steps // 6),
+        "eval_steps": max(1, built.plan.steps // 6),
         "save_strategy": "steps",
-        "save_steps": max(1, parts.steps // 6),
+        "save_steps": max(1, built.plan.steps // 6),
         "save_total_limit": 1,
         "per_device_eval_batch_size": EVAL_ROWS,
-        **parts.recipe.train,
-        "bf16": parts.bf16,
+        **built.recipe.train,
+        "bf16": built.plan.bf16,
     }
     try:
-        return DistillationConfig(output_dir=str(checkpoints), seed=parts.recipe.seed, disable_tqdm=True, **values)
+        return DistillationConfig(output_dir=str(checkpoints), seed=built.recipe.seed, disable_tqdm=True, **values)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"train: expected arguments that go together, got: {one_line(error)}") from None

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from potstill.errors import UserError, nearest
+from potstill.errors import UserError, nearest, one_line
 
 
 def import_file(path: Path) -> None:
@@ -34,9 +34,6 @@ def import_file(path: Path) -> None:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        message = " ".join(str(error).split())
         raise UserError(
-            f"--import: expected {path} to import without an error, got {type(error).__name__}: {message}."
+            f"--import: expected {path} to import without an error, got {type(error).__name__}: {one_line(error)}."
         ) from error
-    if (loaded := sys.modules.get("potstill.runs.config.run")) is not None:
-        loaded.Recipe.model_rebuild(force=True)  # its schema lists the kinds that it was built with

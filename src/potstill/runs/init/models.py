@@ -10,10 +10,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from potstill.errors import ModelError
 from potstill.losses.alignment import Task
+from potstill.models.heads import max_positions
 from potstill.models.loading import ADAPTER_CONFIG, AUTO_CLASSES, is_adapter, load_config, load_tokenizer
 from potstill.models.size import build
 from potstill.models.structure import find_structure
-from potstill.runs.build_task import positions_of
 
 VECTORS = (".npy", ".safetensors", ".pt")
 
@@ -53,7 +53,7 @@ def inspect_model(path: str, key: str, task: Task | None = None) -> ModelInfo:
         base = adapter.get("base_model_name_or_path") or path
     config, tokenizer = load_config(base, key), load_tokenizer(path, f"{key}: its tokenizer")
     model = build(config, "meta")
-    limits = [positions_of(model), tokenizer.model_max_length]
+    limits = [max_positions(model), tokenizer.model_max_length]
     try:
         find_structure(model)
         can_initialize = True

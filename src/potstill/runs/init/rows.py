@@ -17,7 +17,7 @@ from potstill.data.readers import Table, open_table, reading
 from potstill.data.sources import Source
 from potstill.errors import DataError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
-from potstill.runs.build_task import classes_of
+from potstill.models.heads import class_ids
 from potstill.runs.init.models import ModelInfo
 
 SAMPLE_ROWS = 500
@@ -142,7 +142,7 @@ def sample_rows(
             tokenizer,
             max_length=max_length,
             task=teacher.task,
-            classes=classes_of(teacher.config),
+            classes=class_ids(teacher.config),
         )
     longest = max(len(ids) for ids in examples.dataset["input_ids"])
     return RowSample(columns, len(lines), len(rows) <= SAMPLE_ROWS, longest, examples.tokens)

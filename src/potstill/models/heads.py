@@ -1,0 +1,63 @@
+"""Heads and position limits of loaded models, and whether two heads are for the same classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from potstill.errors import RecipeError
+from potstill.losses.alignment import TOKEN_TASKS, Task
+
+
+def token_rows(model: PreTrainedModel, task: Task) -> int:
+    """Count the tokens for which a model's head has rows, or its embeddings where the task has no head of tokens."""
+    embeddings = model.get_output_embeddings() if task in TOKEN_TASKS else model.get_input_embeddings()
+    rows: int = embeddings.weight.shape[0]  # type: ignore[index, assignment]  # it is an nn.Module of rows
+    return rows
+
+
+def class_ids(config: PretrainedConfig) -> dict[str, int]:
+    """Return the ids of a classifier's classes by their names."""
+    return {str(name): int(number) for name, number in (config.label2id or {}).items()}
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Return the longest row, in tokens, for which a model has positions; RoBERTa's start behind the padding's."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if limit and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return limit - int(module.padding_idx) - 1
+    return limit
+
+
+def match_heads(task: Task, models: Mapping[str, PreTrainedModel], pad_token_id: int) -> None:
+    """Check that sequence-level heads have the same classes, or one number; set the id that pads where there is none.
+
+    Raises:
+        RecipeError: they have not.
+    """
+    sizes = {name: model.config.num_labels for name, model in models.items()}
+    if task == "regression" and set(sizes.values()) != {1}:
+        name, size = next(item for item in sizes.items() if item[1] != 1)
+        raise RecipeError(
+            f"{name}: expected num_labels 1 in its config for the task regression, got {size}. "
+            "Name a model that predicts one number, or use the task classification."
+        )
+    for model in models.values():
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = pad_token_id  # a decoder's head reads the last token before the padding
+    if task != "classification" or "teacher" not in models:
+        return
+    if sizes["teacher"] != sizes["student"]:
+        raise RecipeError(
+            f"student.model: expected the teacher's {sizes['teacher']} classes, got {sizes['student']}. "
+            "Name a model without a classifier, which then gets the teacher's, or one with the same classes."
+        )
+    of_teacher, of_student = (class_ids(models[name].config) for name in ("teacher", "student"))
+    unnamed = any(all(name == f"LABEL_{i}" for name, i in ids.items()) for ids in (of_teacher, of_student))
+    if of_teacher != of_student and not unnamed:
+        raise RecipeError(
+            f"student.model: expected the teacher's classes {of_teacher}, got {of_student}. "
+            "A class needs one id in both. Change label2id in its config.json, with the rows of its head."
+        )
