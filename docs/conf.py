@@ -43,17 +43,17 @@ def setup(app: Any) -> None:
 
 
 def _as_restructured_text(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """The house's docstrings are plain text: an indented paragraph is a formula, and its signs stand for themselves."""
-    told, formula, section = [], False, False
+    """Docstrings are plain text: an indented paragraph is a formula, and its signs stand for themselves."""
+    rewritten, formula, section = [], False, False
     for line in lines:
         indented = line.startswith("    ")
         if line.strip():
             section = (section and indented) or bool(re.fullmatch(r"(Args|Returns|Raises|References|Yields):", line))
-            if indented and not section and not formula and told and not told[-1].strip():
-                told += ["::", ""]
+            if indented and not section and not formula and rewritten and not rewritten[-1].strip():
+                rewritten += ["::", ""]
             formula = indented and not section
-        told.append(line if formula or line.lstrip().startswith(">>>") else _plain(line))
-    lines[:] = told
+        rewritten.append(line if formula or line.lstrip().startswith(">>>") else _plain(line))
+    lines[:] = rewritten
 
 
 def _plain(line: str) -> str:

@@ -54,7 +54,7 @@ class TeacherOutput:
 class Teacher(ABC):
     """Anything that gives targets for every position of a batch.
 
-    A teacher with hidden layers also has an `anatomy` and can `prepare` to return them. One that changes during
+    A teacher with hidden layers also has an `shape` and can `prepare` to return them. One that changes during
     training follows it (`attach`, `update`, `after_step`) and is saved in checkpoints (`state_dict`).
 
     Attributes:
