@@ -55,6 +55,6 @@ def test_the_rules_are_as_the_page_says() -> None:
 
     page = " ".join(text("docs/diagnose.md").split())
     assert f"leaves {findings.SOFT_MASS:.0%} of its probability" in page
-    assert f"100 likeliest keep {findings.TOP_100_MASS:.0%}" in page
+    assert f"100 most likely tokens keep {findings.TOP_100_MASS:.0%}" in page
     assert f"below {diagnose.UNLIKELY:.1%}" in page
     assert f"above {diagnose.CONFIDENT:.0%}" in page
