@@ -36,7 +36,7 @@ HELD_OUT = 0.05  # of the text, its end
 ROW = 2000  # characters
 # What is trained, and the learning rate: adapters want larger ones the fewer their parameters are.
 WAYS: dict[str, tuple[dict[str, Any] | None, float]] = {
-    "all weights": (None, 1e-3),
+    "full training": (None, 1e-3),
     "LoRA, rank 16": ({"kind": "lora"}, 3e-3),
     "QLoRA, 4 bits": ({"kind": "qlora"}, 3e-3),
     "QLoRA, 8 bits": ({"kind": "qlora", "bits": 8}, 3e-3),
@@ -140,7 +140,7 @@ def costs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def show_costs(spent: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    print("| way | trained | memory: weights | beside them | CPU time a step |")
+    print("| method | trained | memory: weights | above weights | CPU time per step |")
     print("|---|---|---|---|---|")
     for name, cost in spent:
         beside = "" if cost["beside"] is None else size(cost["beside"])
@@ -150,7 +150,7 @@ def show_costs(spent: Iterable[tuple[str, dict[str, Any]]]) -> None:
 
 
 def show_qualities(learnt: dict[str, dict[str, Any]]) -> None:
-    print("\n| way | held-out loss | KL to the teacher | trained | file |")
+    print("\n| method | held-out loss | KL to the teacher | trained | file size |")
     print("|---|---|---|---|---|")
     for name, summary in learnt.items():
         row, adapter = summary["rows"]["student"], summary["adapter"]

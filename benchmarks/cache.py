@@ -179,7 +179,7 @@ def step_part(_: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
         of_teacher = sum(p.numel() for p in teacher.model.parameters()) if isinstance(teacher, ModelTeacher) else 0
         size = f"{of_teacher / mine:.1f}" if of_teacher else ""
         cells.append([name, size, f"{times[name]:.2f}", f"{times[name] / times['labels']:.2f}"])
-    return ["teacher", "times the student's size", "s a step", "to labels"], cells
+    return ["teacher", "times the student's size", "s per step", "relative to labels only"], cells
 
 
 def quality_part(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
@@ -211,7 +211,7 @@ def quality_part(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
         ]
         for name, each in found.items()
     ]
-    return ["learnt from", *(f"seed {seed}" for seed in args.seeds), "mean KL", "to live"], cells
+    return ["trained from", *(f"seed {seed}" for seed in args.seeds), "mean KL", "relative to live"], cells
 
 
 def scale_part(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:

@@ -1,28 +1,28 @@
-"""What is worth learning from: answers, chains of thought, verified ones, programs beside them, chains and logits?
+"""Compare training targets: answers, chains of thought, verified chains, chains with programs, and chains with logits.
 
     OMP_NUM_THREADS=1 python benchmarks/chains.py
-    python benchmarks/chains.py --report  # the table of what is there; measures nothing
+    python benchmarks/chains.py --report  # print the table of the saved results; measure nothing
 
-The task is that of word_problems.py. The teacher (3 layers of width 128) learns from worked solutions and programs,
-500 updates at a time, until its chains answer 97% of the dev problems right. It then writes two chains for each of the
-students' questions with `potstill generate`, at the first temperature at which at least 12% of 200 chains are wrong,
-and two programs, which are run in the sandbox; and, wildly, two chains where at least 40% are wrong. Every student
-(2 layers of width 64) begins with the same weights for each seed, and makes the same number of updates, each of 32
-rows, by one of:
+The task is that of word_problems.py. The teacher (3 layers of width 128) is trained on worked solutions and programs,
+500 updates at a time, until its chains answer 97% of the dev problems correctly. It then writes two chains for each of
+the students' questions with `potstill generate`, at the first temperature at which at least 12% of 200 chains are
+wrong; two programs, which run in the sandbox; and two chains at a temperature at which at least 40% are wrong. Every
+student (2 layers of width 64) starts from the same weights for each seed, and makes the same number of updates of 32
+rows, by one of these methods:
 
-    answers          cross-entropy with the known answers alone: no teacher
-    chains           with the chains as the teacher wrote them (choose: all)
-    verified         with those whose answer is right (choose: verified)
-    both             with those, and their answers alone as a second task that weighs about as much (target: both)
-    mixed            with chains and programs that give the answer of most of the four, which nobody checks
-    chains + logits  with the chains, and forward KL with the teacher beside
-    wild chains      with the wild chains as the teacher wrote them
-    wild verified    with those whose answer is right
+    answers                     cross-entropy with the known answers only: no teacher
+    chains                      all chains of the teacher (choose: all)
+    verified                    the chains with a correct answer (choose: verified)
+    both                        the same, with their answers as a second task of about equal weight (target: both)
+    mixed                       chains and programs that agree with the majority of the four; answers are not checked
+    chains + logits             the chains, and forward KL from the teacher
+    high-temperature chains     all chains written at the higher temperature
+    high-temperature verified   those of them with a correct answer
 
-Measured: the share of unseen problems that it answers right, greedily: of known templates by their steps, and of
-templates that are held out. Who has learnt to answer in two ways is asked in both. `--split dev` measures on other
-problems, for trying things. Results are kept as they come (--out, and the folder of that name beside it), and a run
-goes on where it was stopped.
+Measured: the share of unseen problems that the student answers correctly with greedy decoding, by number of steps for
+known templates, and for held-out templates. A student trained on two kinds of output is measured with both. `--split
+dev` measures on other problems, for development. Results are saved as they are computed (--out, and a folder of the
+same name), and an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -52,12 +52,22 @@ from potstill.runs.generate import generate
 from word_problems import ANSWER_PROMPT, PROGRAM_PROMPT, PROMPT, STEPS, Problem, Split, problems, tokenizer
 
 ROWS, ROUND, ROUNDS = 32, 500, 12
-METHODS = ("answers", "chains", "verified", "both", "mixed", "chains + logits", "wild chains", "wild verified")
-WRONG = {"drawn": 0.12, "wildly drawn": 0.4}
+METHODS = (
+    "answers",
+    "chains",
+    "verified",
+    "both",
+    "mixed",
+    "chains + logits",
+    "high-temperature chains",
+    "high-temperature verified",
+)
+WRONG = {"sampled": 0.12, "sampled at high temperature": 0.4}
 WAYS = {"chains": PROMPT, "answers alone": ANSWER_PROMPT, "programs": PROGRAM_PROMPT}
 LEARNT = {"answers": ["answers alone"], "both": ["chains", "answers alone"], "mixed": ["chains", "programs"]}
 TEMPLATES = "held-out templates"
-WRITTEN = {"verified": "chains", "both": "chains", "wild verified": "wild chains"}  # whose texts are judged anew
+# Methods that select from the texts of another method.
+WRITTEN = {"verified": "chains", "both": "chains", "high-temperature verified": "high-temperature chains"}
 
 
 def llama(width: int, layers: int, seed: int, words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -187,9 +197,9 @@ def make_data(
     chain = {"task": "chain_of_thought", "template": PROMPT}
     for name, task in {
         "chains": {**chain, "choose": "all"},
-        "wild chains": {**chain, "choose": "all"},
+        "high-temperature chains": {**chain, "choose": "all"},
         "verified": {**chain, "choose": "verified"},
-        "wild verified": {**chain, "choose": "verified"},
+        "high-temperature verified": {**chain, "choose": "verified"},
         # A chain has about 28 tokens, an answer two, ends included: each task has half of the loss.
         "both": {**chain, "choose": "verified", "target": "both", "task_weights": {"chain": 1, "answer": 14}},
         "mixed": {"task": "mixed", "template": PROMPT, "program_template": PROGRAM_PROMPT, "choose": "majority"},
@@ -202,7 +212,7 @@ def make_data(
             "task": {"questions": {"path": str(file), **known}, **task},
             "sampling": {
                 "samples": 2,
-                "sampling_temperature": wild if name.startswith("wild") else temperature,
+                "sampling_temperature": wild if name.startswith("high-temperature") else temperature,
                 "top_p": 1.0,
                 "max_new_tokens": 48,
             },
@@ -285,7 +295,7 @@ def report(results: dict[str, Any]) -> None:
     print(f"{results['settings']}\nteacher: {results['teacher']['parameters']:,} parameters")
     print("\n".join(f"{name}: {results[name]}" for name in WRONG))
     print("\n".join(f"{key}: {value}" for key, value in results["machine"].items()), end="\n\n")
-    print(table(["", "asked for", "rows", *names, "CPU seconds", "seeds"], cells))
+    print(table(["", "output", "rows", *names, "CPU seconds", "seeds"], cells))
 
 
 def main() -> None:

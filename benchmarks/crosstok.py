@@ -26,8 +26,8 @@ LABELS = {"term": "labels"}
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "chunks + labels": [{"term": "chunks"}, LABELS],  # the run whose baseline is labels alone
     "chunks": [{"term": "chunks"}],
-    "chunks + labels, biased merged": [{"term": "chunks", "biased": "merge"}, LABELS],
-    "chunks + labels, bias kept": [{"term": "chunks", "bias_threshold": 1.0}, LABELS],
+    "chunks + labels, biased chunks merged": [{"term": "chunks", "biased": "merge"}, LABELS],
+    "chunks + labels, biased chunks kept": [{"term": "chunks", "bias_threshold": 1.0}, LABELS],
     "ULD + labels": [{"term": "uld", "weight": 1.5}, LABELS],
     "mapped logits + labels": [{"term": "mapped_logits", "top_k": 1024}, LABELS],
 }
@@ -86,12 +86,12 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=100_000, help="of held-out text")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-crosstok"))
     args = parser.parse_args()
-    print("| student | learnt from | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | mean |")
+    print("| student | trained with | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | mean |")
     print("|---|---|" + "---|" * (len(args.seeds) + 1))
     for student in args.students:
         for objective in args.objectives:
             found = [one_run(student, objective, seed, args)["rows"] for seed in args.seeds]
-            named = {"student": objective, "baseline": "labels", "teacher": "(the teacher itself)"}
+            named = {"student": objective, "baseline": "labels", "teacher": "(the teacher)"}
             for model, words in named.items():
                 if model in found[0] and (model == "student" or "baseline" in found[0]):
                     bits = [rows[model]["bits_per_byte"] for rows in found]

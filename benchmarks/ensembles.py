@@ -137,22 +137,22 @@ def main() -> None:
     for kind in KINDS:
         data = rows(args.out, tokenizer, "teacher", kind, 1_500_000)
         teachers[kind] = train(args.out / f"teacher-{kind}", TEACHER, data, args.teacher_steps, 0, None)
-    of = {f"the teacher of {kind}": ModelTeacher(model) for kind, model in teachers.items()}
+    of = {f"{kind} teacher": ModelTeacher(model) for kind, model in teachers.items()}
     several = {
-        "the mixture of both": {},
-        "the mean of log-probs": {"of": "log_probs"},
-        "the mixture, learned weights": {"learned": True},
+        "mixture of both": {},
+        "mean of log-probs of both": {"of": "log_probs"},
+        "mixture of both, learned weights": {"learned": True},
     }
 
     def ensemble(options: dict[str, Any]) -> EnsembleTeacher:
         return EnsembleTeacher(list(of.values()), names=KINDS, **options)
 
-    said = {f"teacher of {kind}": losses(model, held_out, tokenizer) for kind, model in teachers.items()}
-    said |= {name.removeprefix("the "): told(ensemble(o), held_out, tokenizer) for name, o in list(several.items())[:2]}
+    said = {f"{kind} teacher": losses(model, held_out, tokenizer) for kind, model in teachers.items()}
+    said |= {name: told(ensemble(o), held_out, tokenizer) for name, o in list(several.items())[:2]}
     students: dict[str, list[dict[str, float]]] = {}
     weights = []
     for seed in args.seeds:
-        who = {"labels alone": None, **of, **{name: ensemble(options) for name, options in several.items()}}
+        who = {"labels only": None, **of, **{name: ensemble(options) for name, options in several.items()}}
         for name, teacher in who.items():
             folder = args.out / f"seed{seed}" / name.replace(" ", "-")
             model = train(folder, STUDENT, text, args.student_steps, seed, teacher)
@@ -165,8 +165,8 @@ def main() -> None:
     cells = [[f"*{name}*", *(f"{found[kind]:.3f}" for kind in (*KINDS, "both"))] for name, found in said.items()]
     for name, found in students.items():
         means = [sum(one[kind] for one in found) / len(found) for kind in (*KINDS, "both")]
-        cells.append([f"student of {name}", *(f"{mean:.3f}" for mean in means)])
-    print(table(["held-out loss, nats a token", *KINDS, "both"], cells))
+        cells.append([f"student: {name}", *(f"{mean:.3f}" for mean in means)])
+    print(table(["held-out loss, nats per token", *KINDS, "both"], cells))
     print(f"\nlearned weights: {weights}")
 
 

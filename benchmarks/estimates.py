@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--steps", type=int, default=12)
     given = parser.parse_args()
-    print("| size | memory: said | took | a step: said | took |\n|---|---|---|---|---|")
+    print("| size | memory: estimated | measured | step: estimated | measured |\n|---|---|---|---|---|")
     for size in given.sizes.split(","):
         with tempfile.TemporaryDirectory() as folder, FORK.Pool(1, maxtasksperchild=1) as alone:
             recipe = alone.apply(make, (Path(folder), size, given.steps))

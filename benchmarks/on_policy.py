@@ -2,8 +2,8 @@
 
 A student of 4 layers of width 256, a teacher of 6 layers of width 512, 32,000 tokens, 8 prompts of 64 tokens and 128
 new ones (but for one text in 250, which ends by chance), reverse KL, the same weights, prompts, AdamW and threads. Each
-runs in a process of its own; with OMP_NUM_THREADS=1 the processor's seconds are counted. What own text is worth is
-another question: own_text.py.
+runs in a process of its own; with OMP_NUM_THREADS=1 the processor's seconds are counted. own_text.py
+measures the benefit of on-policy samples.
 """
 
 from __future__ import annotations

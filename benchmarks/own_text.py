@@ -1,19 +1,19 @@
-"""What is own text worth? On-policy distillation beside distillation on data, on a task with an exact check.
+"""Compare on-policy distillation with distillation on data, on a task with an exact check.
 
     OMP_NUM_THREADS=1 python benchmarks/own_text.py
-    python benchmarks/own_text.py --report  # the table of what is there; measures nothing
+    python benchmarks/own_text.py --report  # print the table of the saved results; measure nothing
 
-A prompt is 4 to 8 different letters out of 16; the answer is all of them, each once, in any order. There are up to
-40,320 right answers, and the teacher (2 layers of width 128) has learnt to give each of them as often, until at least
-99% of what it draws is right. Students (2 layers of width 32) are too small for that. Every student begins with the
-same weights for each seed, has learnt from the data by their labels for 250 steps of 64 rows (its beginning), and then
-makes the same number of updates, each of 32 rows, by one of METHODS. The data are 4,000 prompts, each with an answer.
+A prompt is 4 to 8 different letters out of 16; a correct answer has all of them, each once, in any order. There are up
+to 40,320 correct answers. The teacher (2 layers of width 128) is trained to give each with the same frequency, until at
+least 99% of its samples are correct. Students (2 layers of width 32) are too small for that. Every student starts from
+the same weights for each seed, is first trained on the labels of the data for 250 steps of 64 rows, and then makes the
+same number of updates of 32 rows, by one of METHODS. The data are 4,000 prompts with one answer each.
 
-Measured on 500 unseen prompts: the share of right answers, taken greedily and drawn at temperature 1; the length of
-what is drawn, its end included (7 is right on average), and the share of tokens that stood in it before; on answers of
-the teacher's the divergence KL(teacher || student) and the expected calibration error, a token; and the processor's
-seconds. `--split dev` measures on other prompts, for trying things. Results are kept as they come (--out,
-and the folder of that name beside it), and a run goes on where it was stopped.
+Measured on 500 unseen prompts: the share of correct answers, greedy and sampled at temperature 1; the length of the
+samples with their end token (7 is correct on average), and the share of tokens that occurred earlier in the sample; on
+answers of the teacher, KL(teacher || student) and the expected calibration error, per token; and CPU seconds. `--split
+dev` measures on other prompts, for development. Results are saved as they are computed (--out, and a folder of the
+same name), and an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ METHODS = {
     "data, forward KL": Method(Logits(ForwardKL())),
     "data, forward KL, three times as long": Method(Logits(ForwardKL()), times=3),
     "SeqKD": Method(Labels(), texts="teacher"),
-    "data and the teacher's text, forward KL": Method(Logits(ForwardKL()), texts="both"),
-    "GKD: half own text, JSD": Method(Logits(JSD(0.5)), own=0.5),
-    "own text, forward KL": Method(Logits(ForwardKL()), own=1.0),
-    "own text, JSD": Method(Logits(JSD(0.5)), own=1.0),
-    "own text, reverse KL": Method(Logits(ReverseKL()), own=1.0),
-    "own text, policy gradient": Method(PolicyGradient(), own=1.0),
+    "data and teacher samples, forward KL": Method(Logits(ForwardKL()), texts="both"),
+    "GKD: half on-policy samples, JSD": Method(Logits(JSD(0.5)), own=0.5),
+    "on-policy samples, forward KL": Method(Logits(ForwardKL()), own=1.0),
+    "on-policy samples, JSD": Method(Logits(JSD(0.5)), own=1.0),
+    "on-policy samples, reverse KL": Method(Logits(ReverseKL()), own=1.0),
+    "on-policy samples, policy gradient": Method(PolicyGradient(), own=1.0),
     "MiniLLM": Method(MINILLM, own=1.0, guide=0.2),
     "MiniLLM without length normalisation": Method(replace(MINILLM, length_normalization=False), own=1.0, guide=0.2),
-    "MiniLLM without the teacher's part": Method(MINILLM, own=1.0),
+    "MiniLLM without teacher-mixed sampling": Method(MINILLM, own=1.0),
 }
 
 
@@ -243,7 +243,8 @@ def report(results: dict[str, Any], names: list[str]) -> None:
             cells.append([name, *values, f"{seconds:.0f}", str(len(found))])
     print(results["settings"])
     print("\n".join(f"{key}: {value}" for key, value in results["machine"].items()), end="\n\n")
-    print(table(["", *columns[:-1], "CPU seconds", "seeds"], cells))
+    names = ["sampled" if column == "drawn" else column for column in columns[:-1]]
+    print(table(["training", *names, "CPU seconds", "seeds"], cells))
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def main() -> None:
             told = [f"{PROMPTS / clock:.1f}", "" if processor is None else f"{PROMPTS / own:.1f}"]
             rows.append([name, str(at_once), *told])
             print(rows[-1], flush=True)
-    print(table(["engine", "rows at once", "rows a second", "rows a processor's second"], rows))
+    print(table(["engine", "batch size", "rows per second", "rows per CPU second"], rows))
     print(machine("cpu"))
 
 

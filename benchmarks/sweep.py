@@ -34,7 +34,7 @@ def main() -> None:
     write_jsonl(args.out / "demo" / "data" / "eval.jsonl", "heldout", args.held_out)
     found = sweep(values, read_axes(args.vary), args.out, resume=True).summary
 
-    print("| student | parameters | latency | loss | quality | predicted from the others | on the front of |")
+    print("| student | parameters | latency | loss | quality | predicted from the others | on the Pareto front of |")
     print("|---|---|---|---|---|---|---|")
     for place, (row, prediction) in enumerate(zip(found["runs"], found["predictions"], strict=True)):
         fitted = prediction["fitted"]
