@@ -12,10 +12,15 @@ from potstill.runs.config.run import Recipe
 DOCS = Path(__file__).parent
 
 
+def words(name: str) -> str:
+    """LayerMap -> layer map."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+
+
 def families() -> dict[str, str]:
     """The family of each kind of declaration, in plain words, by the kind's class."""
     return {
-        kind.__name__: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", family.__name__).lower()
+        kind.__name__: words(family.__name__)
         for family in Declared.__subclasses__()
         if family.__bases__ == (Declared,)
         for kind in family.kinds.values()
@@ -35,12 +40,14 @@ def kind_of(field: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "$ref" in field:
         name = field["$ref"].rpartition("/")[2]
         return title_of(name, definitions[name]).partition(":")[0]
+    if field.get("title") in {family.__name__ for family in Declared.__subclasses__()}:
+        return words(field["title"])  # bare names of its kinds
     if "enum" in field:
         return ", ".join(map(str, field["enum"]))
     if "const" in field:
         return str(field["const"])
     if "anyOf" in field or "oneOf" in field:
-        arms = [arm for arm in field.get("anyOf", field.get("oneOf")) if arm.get("type") != "null"]
+        arms = [arm for arm in field.get("anyOf", field.get("oneOf")) if arm.get("type") not in ("null", "object")]
         return " or ".join(dict.fromkeys(kind_of(arm, definitions) for arm in arms))
     if "prefixItems" in field:
         return "pair of " + kind_of(field["prefixItems"][0], definitions)

@@ -123,6 +123,12 @@ class Declared(Record, ABC):
         )
 
     @classmethod
+    def shorthands(cls) -> list[dict[str, Any]]:
+        """JSON Schemas of what `read` and bare names add to the mappings of a family."""
+        bare = [name for name, kind in cls.kinds.items() if not _required(kind)]
+        return [{"enum": bare, "title": cls.__name__}] if bare else []
+
+    @classmethod
     def _plain(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
         return {cls.key: value.name, **handler(value)}
 
@@ -130,7 +136,10 @@ class Declared(Record, ABC):
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
         made = super().__get_pydantic_json_schema__(core_schema, handler)
         schema = handler.resolve_ref_schema(made)
-        if Declared not in cls.__bases__ and "properties" in schema:
+        if Declared in cls.__bases__:
+            shorthands = cls.shorthands()
+            return {"anyOf": [*shorthands, made]} if shorthands else made
+        if "properties" in schema:
             schema["properties"] = {cls.key: {"const": cls.name}, **schema["properties"]}
             schema["required"] = [cls.key, *schema.get("required", [])]
         return made
@@ -292,6 +301,12 @@ class Either:
         return cs.tagged_union_schema(
             {in_tag("0"): first, in_tag("1"): second}, lambda value: in_tag("0" if self._first(value) else "1")
         )
+
+
+def _required(kind: type) -> list[str]:
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(kind)
+    return [field.name for field in fields if field.default is missing and field.default_factory is missing]
 
 
 @cache

@@ -60,6 +60,13 @@ class LayerMap(Declared):
         return value
 
     @classmethod
+    def shorthands(cls) -> list[dict[str, Any]]:
+        """See `Declared`."""
+        pairs = {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}
+        numbers = {"last_k": {"type": "integer"}, "skip": {"type": "integer"}, "pairs": pairs}
+        return [{"enum": ["uniform"], "title": "LayerMap"}, {"type": "object", "properties": numbers}, pairs]
+
+    @classmethod
     def _plain(cls, value: Any, handler: Any) -> Any:
         plain = super()._plain(value, handler)
         kind, *numbers = plain.values()

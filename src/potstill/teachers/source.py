@@ -136,6 +136,10 @@ class TeacherSource(Declared):
         return {k: v for k, v in value.items() if k not in others} | {cls.key: name}
 
     @classmethod
+    def shorthands(cls) -> list[dict[str, Any]]:
+        return []
+
+    @classmethod
     def _plain(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
         return _own_keys_first(handler(value))
 
