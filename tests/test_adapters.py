@@ -142,10 +142,10 @@ def test_hidden_states_and_relations_line_up_with_the_teachers(kind: str, tokeni
     batch, terms = make_batch(), [Hidden(LayerMap.uniform()), Relations(LayerMap.uniform())]
     words = tokenizer(WORDS)["input_ids"][:3]
     student = adapt(made(), ADAPTERS[kind], tokenizer=tokenizer)
-    found = Distiller(student, made(), terms)._listen(lambda: student(**inputs(batch)))[1].last(12)
+    found = Distiller(student, made(), terms)._captured(lambda: student(**inputs(batch)))[1].last(12)
     with student.disable_adapter():
         distiller = Distiller(student, made(), terms)
-        expected = distiller._listen(lambda: student(**inputs(behind(words, batch))))[1].last(12)
+        expected = distiller._captured(lambda: student(**inputs(behind(words, batch))))[1].last(12)
     for layer in expected.hidden:
         torch.testing.assert_close(found.hidden[layer], expected.hidden[layer], rtol=1e-4, atol=1e-4)
     for layer, vectors in expected.vectors.items():
@@ -168,8 +168,8 @@ def test_the_head_is_fused_and_frozen(kind: str) -> None:
     batch = make_batch()
     student = stirred(adapt(made(), ADAPTERS[kind]))
     distiller = Distiller(student, made(), [Logits(ForwardKL()), Labels()])
-    assert distiller.cut is not None
-    said = forward_targets(student, distiller.cut, batch, causal_alignment(batch["labels"]))
+    assert distiller.split is not None
+    said = forward_targets(student, distiller.split, batch, causal_alignment(batch["labels"]))
     assert isinstance(said, HeadTargets)
     assert not said.head.weight.requires_grad
     distiller.step(batch).loss.backward()
@@ -228,7 +228,7 @@ def test_a_quantized_base_is_trained_saved_and_merged(base: str, tmp_path: Path,
         assert is_quantized(student)
         assert student.get_memory_footprint() < 0.75 * make_llama(hidden_size=32).get_memory_footprint()
         distiller = Distiller(student, make_llama(seed=1), [Logits(ForwardKL()), Labels()])
-        assert distiller.cut is not None
+        assert distiller.split is not None
         distiller.step(batch).loss.backward()
         assert all((p.grad is not None) == p.requires_grad for p in student.parameters())
         expected = student.eval()(**inputs(batch)).logits
@@ -328,7 +328,7 @@ def test_biases_are_trained_saved_and_merged_with_it(
         assert torch.equal(again(**inputs(batch)).logits, expected)
         assert not trainable or parameter_count(again) == parameter_count(student)
     torch.testing.assert_close(merged(student)(**inputs(batch)).logits, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ModelError, match=r"BaseModelTeacher: expected an adapter that leaves its base as it is"):
+    with pytest.raises(ModelError, match=r"BaseModelTeacher: expected an adapter without biases"):
         BaseModelTeacher().attach(again)
 
 

@@ -261,7 +261,7 @@ def test_a_sample_serves_its_temperature_and_linear_divergences_only(toys: Path,
     student = torch.randn(len(alignment), 300)
     with pytest.raises(ShapeError, match="a sample is biased"):
         token_divergence(student, cached.targets, JSD(0.5))
-    with pytest.raises(ShapeError, match="expected the temperature 1 that"):
+    with pytest.raises(ShapeError, match="expected the temperature 1 of the"):
         token_divergence(student, cached.targets, ForwardKL(), temperature=2.0)
 
 

@@ -92,7 +92,7 @@ def test_a_cache_of_the_training_data_alone(toys: Path, recipe_values: dict[str,
         (
             {"objective": [{"term": "logits", "temperature": {"schedule": "linear", "start": 1.0, "end": 3.0}}]},
             ShapeError,
-            "expected the temperature 1 that the sampled targets were taken at, got",
+            "expected the temperature 1 of the sampled targets, got",
         ),
         ({"data.max_length": 16}, DataError, "a cache that holds every row"),
     ],

@@ -151,7 +151,7 @@ def test_it_warns_where_little_aligns(values: dict[str, Any], tmp_path: Path) ->
     values["teacher"]["model"] = str(tmp_path / "short")
     values["student"]["design"]["max_position_embeddings"] = 64
     notes = build_run(Recipe.parse(values)).notes
-    assert any("the teacher says nothing of" in note and "reads no further" in note for note in notes)
+    assert any("the teacher has no targets for" in note and "too long for it" in note for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,11 @@ def test_the_commands_measure_and_check(name: str, judged_rows: Path) -> None:
         ("classify", ["data.train={path: a.jsonl, messages: chat}"], ["data.train.messages: expected field"]),
         ("masked", ["task=maskd"], ["task: "]),
         ("masked", ["objective=[{term: uld}]"], ["got uld. It is for the task causal"]),
-        ("regression", ["teacher={ensemble: [{model: a}, {model: b}]}"], ["teacher.ensemble: expected one teacher"]),
+        (
+            "regression",
+            ["teacher={ensemble: [{model: a}, {model: b}]}"],
+            ["teacher.ensemble: expected teacher.model for the task regression"],
+        ),
     ],
 )
 def test_what_does_not_go_with_a_task_is_told_at_once(name: str, changes: list[str], messages: list[str]) -> None:

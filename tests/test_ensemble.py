@@ -202,7 +202,7 @@ def test_a_sample_beside_whole_distributions() -> None:
         lambda: linear_divergence(hidden, head, mixed, ReverseKL(), temperature=2.0),
         lambda: linear_divergence(hidden, head, mixed, ForwardKL(), temperature=1.0),
         lambda: top_tokens(mixed, 4, 2.0),
-        lambda: TAID(0.5).whole(mixed, 2.0),
+        lambda: TAID(0.5).teacher_logits(mixed, 2.0),
     ):
         with pytest.raises(ShapeError):
             refused()
@@ -274,7 +274,7 @@ def test_what_is_not_known_is_refused(name: str) -> None:
     make, of, message = REFUSED[name]
     with pytest.raises(ShapeError, match=message):
         mix(make(), torch.tensor([0.5, 0.5]), of)
-    with pytest.raises(ShapeError, match="expected members with whole distributions"):
+    with pytest.raises(ShapeError, match="expected members with full distributions"):
         MixtureTargets((top(numbers(N, V), 5), DenseTargets(numbers(N, V))), torch.tensor([0.5, 0.5]))
 
 

@@ -38,7 +38,7 @@ def workplace(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem if path.parent.name == "recipes" else "demo")
 def test_every_recipe_trains_two_steps(path: Path, workplace: Path) -> None:
     recipe = Recipe.load(path)
-    source = recipe.data.train.model_dump(exclude_none=True)
+    source = {name: value for name, value in vars(recipe.data.train).items() if value is not None}
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT
     for name, seed in (("teacher", 1), ("student", 2)):

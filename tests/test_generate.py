@@ -360,15 +360,15 @@ def test_chats_and_tools_survive_unchanged(values, monkeypatch, tmp_path, form: 
 @pytest.mark.parametrize("words", [None, "student"])
 def test_a_server_writes_too(values, monkeypatch, toys: Path, words: str | None) -> None:
     class Served(Scripted):
-        def __init__(self, **options: Any) -> None:
+        def __init__(self, url: str, model: str, **options: Any) -> None:
             super().__init__(sums)
-            given = {"url": "http://here", "model": "big", "concurrency": 4}
-            assert options == {**given, "key_variable": None, "timeout_s": 120.0}
+            assert (url, model) == ("http://here", "big")
+            assert options == {"concurrency": 4, "key_variable": None, "timeout_s": 120.0}
 
         def card(self) -> None:
             self.say = sums
 
-    monkeypatch.setattr(generation, "ModelServer", Served)
+    monkeypatch.setattr("potstill.engines.server.ModelServer", Served)
     values["teacher"] = {"server": {"url": "http://here", "model": "big", "concurrency": 4}}
     values["teacher"] |= {"tokenizer": str(toys / words)} if words else {}
     rows = lines(generate(GenerateRecipe.parse(values)).rows)

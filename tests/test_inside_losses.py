@@ -252,7 +252,7 @@ def test_dimensions_are_picked_by_their_gradient() -> None:
 def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ShapeError, match=r"hidden_mse.*\[2, 4\] and \[2, 5\].*Project"):
         hidden_mse(vectors(2, 4), vectors(2, 5))
-    with pytest.raises(ShapeError, match=r"linear_cka.*same N tokens"):
+    with pytest.raises(ShapeError, match=r"linear_cka.*same N examples"):
         linear_cka(vectors(2, 4), vectors(3, 4))
     with pytest.raises(ShapeError, match=r"rkd_angle.*same B examples"):
         rkd_angle(vectors(2, 4), vectors(3, 4))

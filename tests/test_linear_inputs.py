@@ -234,10 +234,10 @@ WRONG: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
         {"backend": "cuda"}, ShapeError, r"\"auto\", \"eager\", \"chunked\" or \"triton\", got 'cuda'"),
     "a bucket of another temperature": (
         {"targets": sparse("bucket", 2.0)}, ShapeError,
-        r"temperature 2 that the bucket targets were taken at, got 1\. .*renormalized"),
+        r"temperature 2 of the bucket targets, got 1\. .*renormalized"),
     "a sample of another temperature": (
         {"targets": sparse("sampled", 2.0), "divergence": ForwardKL()}, ShapeError,
-        r"temperature 2 that the sampled targets were taken at, got 1\. .*renormalized"),
+        r"temperature 2 of the sampled targets, got 1\. .*renormalized"),
     "a sample for a divergence that is not linear": (
         {"targets": sparse("sampled")}, ShapeError,
         r"linear in the teacher with sampled targets, got JSD, .*biased\. Use ForwardKL .*bucket"),

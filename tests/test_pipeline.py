@@ -162,7 +162,7 @@ def test_an_interrupted_run_says_how_to_go_on(recipe_values: dict[str, Any], tmp
     os.kill(process.pid, signal.SIGINT)
     assert finish(process, 60) == 130
     said = (tmp_path / "said").read_text()
-    assert "interrupted: what was saved is kept" in said
+    assert "interrupted: saved work is kept" in said
     assert "Traceback" not in said
 
 

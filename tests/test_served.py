@@ -149,7 +149,7 @@ def test_without_detokenize_the_words_of_a_prompt_are_compared(toy: ToyServer, t
     with pytest.raises(VocabularyError, match=r"for the student and '.' for the server"):
         serve(toy, changed(LETTERS[1:] + LETTERS[:1]))
     toy.change = without_words
-    with pytest.raises(VocabularyError, match="expected a server that tells how it reads token ids"):
+    with pytest.raises(VocabularyError, match="expected a server that decodes token ids"):
         serve(toy, tokenizer)
 
 
@@ -164,7 +164,7 @@ def test_what_it_cannot_be_is_told_when_it_is_made(toy: ToyServer, tokenizer: An
     with pytest.raises(RefusedError, match="max allowed: 20"):
         serve(toy, tokenizer, top_k=21)
     toy.tells_prompts = False
-    with pytest.raises(RefusedError, match="works for generating data"):
+    with pytest.raises(RefusedError, match="enough to generate data"):
         serve(toy, tokenizer)
     toy.faults = ["500"] * 9
     with pytest.raises(ServerError, match="status 500"):
@@ -235,30 +235,30 @@ def test_check_asks_the_server(served_values: dict[str, Any], toy: ToyServer) ->
         (
             {"objective": [{"term": "logits", "temperature": 2.0}]},
             ShapeError,
-            "expected the temperature 1 that the bucket targets were taken at, got 2",
+            "expected the temperature 1 of the bucket targets, got 2",
         ),
         (
             {"objective": [{"term": "logits", "temperature": {"schedule": "linear", "start": 2.0, "end": 1.0}}]},
             ShapeError,
-            "expected the temperature 1 that the bucket targets were taken at, got 2",
+            "expected the temperature 1 of the bucket targets, got 2",
         ),
-        ({"student": {"design": {"hidden_size": 8}}}, RecipeError, r"student\.design: expected a teacher whose config"),
+        ({"student": {"design": {"hidden_size": 8}}}, RecipeError, r"student\.design: expected a teacher with a"),
         ({"teacher": {"server": {"url": "x", "model": "toy"}}}, PotstillError, "expected a url such as"),
         ({"teacher": {"server": {"url": "http://x", "model": "toy", "topk": 1}}}, RecipeError, "Did you mean top_k?"),
         (
             {"teacher": {}},
             RecipeError,
-            "teacher: expected model, cache, server, ensemble, ema or adapter_off, got none",
+            "teacher: expected one of adapter_off, cache, ema, ensemble, model, server, got none",
         ),
         (
             {"teacher": {"model": "x", "server": {"url": "http://x", "model": "toy"}}},
             RecipeError,
-            "expected server alone, got it with model",
+            "adapter_off, cache, ema, ensemble, model, server, got model and server",
         ),
         (
             {"teacher": {"device": "cpu", "server": {"url": "http://x", "model": "toy"}}},
             RecipeError,
-            "expected server alone, got it with device",
+            "expected device with cache or model alone, got it with server",
         ),
     ],
 )
@@ -288,5 +288,5 @@ def test_a_cache_built_from_a_server_serves_the_same_run(served_values: dict[str
     rows = [result.summary["rows"] for result in (live, cached)]
     assert rows[1]["teacher"]["loss"] == pytest.approx(rows[0]["teacher"]["loss"], rel=1e-3)
     assert rows[1]["student"]["loss"] == pytest.approx(rows[0]["student"]["loss"], rel=2e-2)
-    with pytest.raises(ShapeError, match=r"sampled: expected a teacher with whole distributions"):
+    with pytest.raises(ShapeError, match=r"sampled: expected a teacher with full distributions"):
         build(replace(request, codec="sampled", parameters={}, out=tmp_path / "s"), console=Console(file=io.StringIO()))

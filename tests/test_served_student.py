@@ -186,7 +186,7 @@ def test_what_it_was_drawn_from_is_not_told_where_that_is_not_the_student(
     must_be_written_by(model, made)
     assert made[SAMPLER_LOG_PROBS].isnan().all()
     distiller = Distiller(student(), make_llama(seed=1), [PolicyGradient()])
-    with pytest.raises(ShapeError, match="policy: expected to know what each token was drawn from"):
+    with pytest.raises(ShapeError, match="policy: expected the log-probability under which each token was sampled"):
         distiller.step(made)
     assert Distiller(student(), make_llama(seed=1), [PolicyGradient(importance=False)]).step(made).loss.isfinite()
 

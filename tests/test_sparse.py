@@ -330,7 +330,7 @@ def test_log_probs_may_be_kept_in_half_precision():
 def test_what_was_taken_at_one_temperature_is_refused_at_another(kind, backend):
     student, targets = logits()[0], said(kind, temperature=2.0)
     over(student, targets, ForwardKL(), backend, temperature=2.0)
-    words = rf"temperature 2 that the {kind} targets were taken at, got 1\. .*at that temperature, or .*renormalized"
+    words = rf"temperature 2 of the {kind} targets, got 1\. .*at that temperature, or .*renormalized"
     with pytest.raises(ShapeError, match=words) as caught:
         over(student, targets, ForwardKL(), backend, temperature=1.0)
     assert "\n" not in str(caught.value)

@@ -170,7 +170,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 def test_what_is_not_plain_is_not_split_and_is_trained(case: str) -> None:
     student, teacher, batch = NOT_PLAIN[case](), make_llama(seed=1), make_batch()
     distiller = Distiller(student, teacher, [Logits(ForwardKL(), temperature=2.0), Labels(weight=0.5)])
-    assert distiller.cut is None
+    assert distiller.split is None
     output = distiller.step(batch)
     output.loss.backward()
     assert all(p.grad is not None for p in distiller.parameters() if p.requires_grad)
@@ -218,10 +218,10 @@ def test_a_model_with_lora_is_split() -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     student, teacher, batch = peft.get_peft_model(make_llama(hidden_size=8), config), make_llama(seed=1), make_batch()
     distiller = Distiller(student, teacher, [Logits(ForwardKL()), Labels()])
-    assert distiller.cut is not None
-    assert distiller.cut.body == "base_model.model.model"
+    assert distiller.split is not None
+    assert distiller.split.body == "base_model.model.model"
     alignment = causal_alignment(batch["labels"])
-    whole, parts = (forward_targets(student, how, batch, alignment).dense() for how in (None, distiller.cut))
+    whole, parts = (forward_targets(student, how, batch, alignment).dense() for how in (None, distiller.split))
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
     distiller.step(batch).loss.backward()
     assert all((p.grad is not None) == ("lora" in name) for name, p in distiller.named_parameters())
@@ -232,8 +232,8 @@ def test_a_head_that_becomes_something_else_gives_full_logits() -> None:
     distiller = Distiller(student, None, [Labels()])
     config = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
     peft.inject_adapter_in_model(config, student)
-    assert distiller.cut is not None
-    assert distiller.cut.head() is None
+    assert distiller.split is not None
+    assert distiller.split.head() is None
     q = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     torch.testing.assert_close(
         distiller.step(batch).loss, nn.functional.cross_entropy(q.flatten(0, 1), batch["labels"][:, 1:].flatten())

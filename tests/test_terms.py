@@ -109,7 +109,7 @@ def test_the_other_terms_are_their_formulas() -> None:
     found = one.step(batch).logs
     assert isinstance(one.teacher, ModelTeacher)
     _, mine = one._capture.capture(one._request, lambda: one.student(**_inputs(batch)))
-    _, theirs = one.teacher._capture.capture(one.teacher._request, lambda: one.teacher.model(**_inputs(batch)))
+    _, theirs = one.teacher._capture.capture(one.teacher._needs, lambda: one.teacher.model(**_inputs(batch)))
     s, t = mine.attentions[1], theirs.attentions[3]
     assert s.shape[1] == t.shape[1] == 2
     torch.testing.assert_close(found["attention"], attention_mse(s, t)[there].mean().detach())
@@ -141,7 +141,7 @@ def test_head_counts_may_differ(mine: int, theirs: int, heads: Any) -> None:
     assert Distiller(student, teacher, [Relations(heads=1)]).step(batch).loss.item() > 0
     if heads == "overlap":
         _, a = one._capture.capture(one._request, lambda: student(**_inputs(batch)))
-        _, b = one.teacher._capture.capture(one.teacher._request, lambda: teacher(**_inputs(batch)))
+        _, b = one.teacher._capture.capture(one.teacher._needs, lambda: teacher(**_inputs(batch)))
         maps, _ = match_heads(b.attentions[3], head_overlap(mine, theirs))
         torch.testing.assert_close(loss, attention_divergence(a.attentions[1], maps)[attended_positions(batch)].mean())
 
@@ -151,7 +151,7 @@ def test_heads_may_be_paired_by_hand() -> None:
     batch = make_batch()
     crossed = Distiller(student, teacher, [Attention(LayerMap.last_k(), heads=[(0, 1), (1, 1)])])
     _, a = crossed._capture.capture(crossed._request, lambda: student(**_inputs(batch)))
-    _, b = crossed.teacher._capture.capture(crossed.teacher._request, lambda: teacher(**_inputs(batch)))
+    _, b = crossed.teacher._capture.capture(crossed.teacher._needs, lambda: teacher(**_inputs(batch)))
     expected = attention_mse(a.attentions[1], b.attentions[3][:, [1, 1]])
     torch.testing.assert_close(crossed.step(batch).loss, expected[attended_positions(batch)].mean())
     straight, overlap = (
@@ -269,7 +269,7 @@ def test_selected_dimensions_are_the_teachers() -> None:
     assert not one.objective.state_dict()
     s, t = hidden_states(one.student.model, batch, 1), None
     _, mine = one._capture.capture(one._request, lambda: one.student(**_inputs(batch)))
-    _, theirs = one.teacher._capture.capture(one.teacher._request, lambda: one.teacher.model(**_inputs(batch)))
+    _, theirs = one.teacher._capture.capture(one.teacher._needs, lambda: one.teacher.model(**_inputs(batch)))
     s, t = mine.hidden[1], theirs.hidden[3][..., picked]
     torch.testing.assert_close(one.step(batch).loss, hidden_mse(s, t)[attended_positions(batch)].mean())
 
