@@ -87,8 +87,8 @@ def page() -> str:
         "Unless they are given, a run logs 60 times, and saves and evaluates 6 times.",
         "",
     ]
-    order = {kind: place for place, kind in enumerate(families())}
-    for name in sorted(definitions, key=lambda name: (order.get(name, -1), name)):
+    # Parts first, then the kinds of each family.
+    for name in sorted(definitions, key=lambda name: (name in families(), title_of(name, definitions[name]))):
         part = definitions[name]
         text = " ".join(part.get("description", "").split("\n\n")[0].split())
         lines += [f"## {title_of(name, part)}", "", text, "", *table(part, definitions)]

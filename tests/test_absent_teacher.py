@@ -42,7 +42,7 @@ def knows_labels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
     def absent(recipe: Recipe) -> Any:
         built = build_run(recipe)
-        return replace(built, teacher=Absent(built.teacher, request.param), teacher_model=None)
+        return replace(built, teacher=Absent(built.teacher, request.param), loaded=replace(built.loaded, model=None))
 
     for module in (pipeline, preflight):
         monkeypatch.setattr(module, "build_run", absent)

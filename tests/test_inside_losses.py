@@ -254,7 +254,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         hidden_mse(vectors(2, 4), vectors(2, 5))
     with pytest.raises(ShapeError, match=r"linear_cka.*same N examples"):
         linear_cka(vectors(2, 4), vectors(3, 4))
-    with pytest.raises(ShapeError, match=r"rkd_angle.*same B examples"):
+    with pytest.raises(ShapeError, match=r"rkd_angle.*same N examples"):
         rkd_angle(vectors(2, 4), vectors(3, 4))
     with pytest.raises(ShapeError, match=r"attention_mse.*match_heads"):
         attention_mse(maps(1, 2, 3, 3), maps(1, 3, 3, 3))

@@ -267,7 +267,7 @@ def test_a_padded_teacher_head_is_sliced_and_said(recipe_values: dict[str, Any],
     make_tokenizer().save_pretrained(tmp_path / "padded")
     recipe_values["teacher"]["model"] = str(tmp_path / "padded")
     result = quiet_run(recipe_values)
-    assert any("300 tokens are real" in note and "teacher 320" in note for note in result.summary["notes"])
+    assert any("vocabulary: 300 tokens" in note and "teacher 320" in note for note in result.summary["notes"])
 
 
 def test_a_tokenizer_without_pad_uses_its_end_and_says_so(recipe_values: dict[str, Any], tmp_path: Path) -> None:

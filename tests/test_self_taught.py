@@ -360,14 +360,14 @@ def test_other_families_are_read_through_their_own_norm(family: str) -> None:
     }[family]()
     distiller = Distiller(student, None, [DeepSupervision([0])])
     name = {"gpt2": "transformer.ln_f", "gemma2": "model.norm", "neox": "gpt_neox.final_layer_norm"}[family]
-    assert distiller._capture._last_norm == name
+    assert distiller._capture._final_norm == name
     assert distiller.step(make_batch()).loss > 0
 
 
 def test_deep_supervision_that_cannot_be() -> None:
     with pytest.raises(ShapeError, match=r"DeepSupervision.layers: expected at least one"):
         DeepSupervision([])
-    for layer, message in ((1, "layers before the last, which is 1"), (2, "2 layers")):
+    for layer, message in ((1, "layers before the last, got 1 too"), (2, "2 layers")):
         with pytest.raises(ShapeError, match=message):
             Distiller(make_llama(), None, [DeepSupervision([layer])])
     with pytest.raises(ModelError, match="plain head"):
