@@ -75,7 +75,7 @@ class FileTeacher(EmbeddingTeacher):
 
 
 @dataclass(frozen=True)
-class ModelTeacher(EmbeddingTeacher):
+class EmbedderTeacher(EmbeddingTeacher):
     """A sentence-transformers model.
 
     Args:

@@ -88,7 +88,7 @@ class Continuation(BaseModel):
         return "…" + (tail.partition(" ")[2] or tail)
 
 
-class SampleStats(BaseModel):
+class SampleFacts(BaseModel):
     """Statistics of the student's on-policy samples when last logged; see `potstill.train.samples`."""
 
     model_config = ConfigDict(extra="allow")
@@ -161,7 +161,7 @@ class Summary(BaseModel):
     kl_by_position: PositionKL | None = None
     continuations: list[Continuation] = []
     own_texts: list[Sample] = []
-    own_text: SampleStats | None = None
+    own_text: SampleFacts | None = None
     data: DataFacts = DataFacts()
     training: TrainingFacts = TrainingFacts()
     objective: str | None = None

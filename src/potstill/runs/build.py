@@ -104,7 +104,7 @@ class BuiltRun:
     notes: tuple[str, ...]
 
     def new_rollout(self) -> Rollout | None:
-        """Make what replaces rows of data by samples of the student, if the recipe asks for it."""
+        """Make what replaces rows of data by samples of the student, if the recipe has a rollout."""
         if self.recipe.rollout is None:
             return None
         return self.recipe.rollout.build(

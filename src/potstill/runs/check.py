@@ -30,7 +30,7 @@ class Preflight:
         student_parameters: of the student.
         trained_parameters: those of them that are trained: all, or an adapter's.
         vocabulary: tokens that both share; 0 where the task is of no tokens.
-        train_tokens: counting tokens; train_rows, eval_tokens likewise.
+        train_tokens: target tokens; eval_tokens likewise.
         steps: optimiser steps.
         memory_bytes: weights, gradients and Adam's two moments of those that are trained, and `batch_bytes`.
         batch_bytes: what one batch takes beside them, forward and backward: measured with it, activations included;

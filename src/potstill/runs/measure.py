@@ -75,7 +75,7 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
         kl_by_position=positions,
         continuations=_continuations(built, models) if task == "causal" else [],
         own_texts=[records.Sample(**samples[i]) for i in _evenly_spaced(len(samples), SAMPLES)],
-        own_text=None if stats is None else records.SampleStats(**stats),
+        own_text=None if stats is None else records.SampleFacts(**stats),
         data=records.DataFacts(
             train=str(recipe.data.train.path),
             train_tokens=built.train.tokens if of_tokens else None,

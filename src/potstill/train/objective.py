@@ -44,7 +44,7 @@ class Objective(nn.Module):
             raise ShapeError("Objective: expected at least one term, got none. Add Logits(...) or Labels().")
         self.terms = list(terms)
         names = [term.name for term in terms]
-        # Two terms of one kind are told apart in the logs by their place.
+        # Terms of one kind are numbered in the logs by their place.
         self.names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
         self.needs_teacher = any(term.needs_teacher for term in terms)
         self.reads_layers = any(term.reads_layers for term in terms)
