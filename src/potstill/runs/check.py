@@ -1,4 +1,4 @@
-"""potstill check: what a run will need, before anything is trained."""
+"""potstill check: find what does not fit, and estimate the needs of a run, before anything is trained."""
 
 from __future__ import annotations
 
@@ -18,29 +18,25 @@ from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.run import Recipe
 from potstill.train.distiller import Distiller
 
-LOSS_BYTES = 2**28  # what the loss takes at most on a CPU, see losses/chunked.py
+LOSS_BYTES = 2**28  # most that the loss takes on a CPU, see losses/fused_chunks.py
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a run will need, estimated on this machine.
+    """Needs of a run, estimated on this machine.
 
     Args:
-        teacher_parameters: of the teacher, where its model is here.
-        student_parameters: of the student.
-        trained_parameters: those of them that are trained: all, or an adapter's.
-        vocabulary: tokens that both share; 0 where the task is of no tokens.
+        teacher_parameters: None for a teacher without a local model.
+        trained_parameters: of the student: all, or an adapter's.
+        vocabulary: tokens that both models share; 0 where the task is not one of tokens.
         train_tokens: target tokens; eval_tokens likewise.
-        steps: optimiser steps.
-        memory_bytes: weights, gradients and Adam's two moments of those that are trained, and `batch_bytes`.
-        batch_bytes: what one batch takes beside them, forward and backward: measured with it, activations included;
-            where that cannot be seen, the loss's buffers alone.
-        batch_measured: whether it was.
+        memory_bytes: weights, gradients and Adam's moments of the trained ones, and `batch_bytes`.
+        batch_bytes: memory of one batch beside them, forward and backward, activations included; the loss's buffers
+            alone where it cannot be measured.
         disk_bytes: checkpoints and exported models.
-        disk_free_bytes: what the output's disk has.
-        seconds: training time, from one timed batch (without the final evaluation).
-        notes: what else the run will say.
-        by_bytes: whether teacher and student are compared by bytes, because they may have other tokens.
+        seconds: training time without the final evaluation, from one timed batch.
+        notes: what the run will print.
+        by_bytes: whether teacher and student are compared by bytes, for two tokenizers.
     """
 
     teacher_parameters: int | None
@@ -71,12 +67,12 @@ def check(recipe: Recipe) -> Preflight:
         built = build_run(recipe)
         student = built.new_student()
     trained = built.size.trained * 4
-    held = sum(weight.numel() * weight.element_size() for weight in student.parameters())
+    weights = sum(weight.numel() * weight.element_size() for weight in student.parameters())
     exported = built.size.all * 4 if recipe.student.merges else trained
     runs = 2 if recipe.evaluate.baseline else 1
     output = Path(recipe.output).absolute()
-    seconds, beside = _one_step(built, student)
-    batch_bytes = min(3 * 4 * _batch_tokens(built) * max(built.vocabulary, 1), LOSS_BYTES) if beside is None else beside
+    seconds, extra = _one_step(built, student)
+    batch_bytes = min(3 * 4 * _batch_tokens(built) * max(built.vocabulary, 1), LOSS_BYTES) if extra is None else extra
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     return Preflight(
         teacher_parameters=None if built.loaded.model is None else built.loaded.model.num_parameters(),
@@ -87,17 +83,17 @@ def check(recipe: Recipe) -> Preflight:
         train_rows=len(built.train.dataset),
         eval_tokens=built.eval.tokens,
         steps=built.plan.steps,
-        # The student's weights, and gradient and two moments of those that are trained; the teachers' weights. The loss
-        # goes through the tokens in chunks and needs no more than both models' logits and a gradient would take.
-        memory_bytes=held
+        # The student's weights, gradient and two moments of the trained ones, and the teachers' weights. The loss reads
+        # the tokens in chunks and needs no more than both models' logits and a gradient.
+        memory_bytes=weights
         + 3 * trained
         + sum(model.get_memory_footprint() for model in built.loaded.models.values())
         + (trained if recipe.teacher.copies_student else 0)
         + batch_bytes,
         batch_bytes=batch_bytes,
-        batch_measured=beside is not None,
-        # A checkpoint is what is trained and its two moments; while one is written the one before is still there. A
-        # server that writes reads what is trained from a folder.
+        batch_measured=extra is not None,
+        # A checkpoint has the trained weights and two moments; while one is written the one before still exists. A
+        # server that samples reads the trained weights from a folder.
         disk_bytes=runs * (2 * 3 * trained + exported) + (0 if built.writer is None else trained),
         disk_free_bytes=shutil.disk_usage(existing).free,
         seconds=runs * built.plan.steps * seconds,
@@ -111,9 +107,7 @@ def _batch_tokens(built: BuiltRun) -> int:
 
 
 def _one_step(built: BuiltRun, student: PreTrainedModel) -> tuple[float, int | None]:
-    """The time of one optimiser step's batches, forward and backward, and the memory that one of them takes beside
-    weights and gradients: from the second of two.
-    """
+    """Measure the seconds of one optimiser step's batches, and the memory of one batch beside weights and gradients."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     distiller = Distiller(
         student, built.teacher, built.objective, vocabulary=built.vocabulary or None, task=built.recipe.task
@@ -129,15 +123,15 @@ def _one_step(built: BuiltRun, student: PreTrainedModel) -> tuple[float, int | N
     def one_batch(step: int) -> None:
         nonlocal seconds
         start = time.perf_counter()
-        there = batch if rollout is None else rollout([batch], student, step=step)[0]
+        samples = batch if rollout is None else rollout([batch], student, step=step)[0]
         with torch.autocast(device, dtype=dtype, enabled=mixed):
-            loss = distiller.step(there).loss
+            loss = distiller.step(samples).loss
         loss.backward()
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start
 
     one_batch(0)
-    beside = extra_bytes(partial(one_batch, 1), torch.device(device))
+    extra = extra_bytes(partial(one_batch, 1), torch.device(device))
     if rollout is not None:
         rollout.close()
-    return seconds * max(built.plan.rows_per_step // built.plan.batch_rows, 1), beside
+    return seconds * max(built.plan.rows_per_step // built.plan.batch_rows, 1), extra
