@@ -8,7 +8,7 @@ import torch
 
 from potstill.errors import ShapeError
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
-from potstill.teachers.cache.codec import Codec, Dense, Hidden, Sampled, TopK, codec_of
+from potstill.teachers.cache.codec import Codec, Dense, HiddenStates, Sampled, TopK, codec_of
 
 VOCABULARIES = [2, 3, 255, 256, 257, 70_000, 300_000]  # one, two and three bytes for an id; beyond 2^18
 
@@ -166,7 +166,7 @@ def test_dense_keeps_everything_in_half_precision() -> None:
 def test_hidden_states_are_kept_as_they_are(dtype: str) -> None:
     hidden = torch.randn(5, 16).to(getattr(torch, dtype))
     head = LMHead(torch.randn(40, 16))
-    found = again(Hidden(40, 16, dtype), HeadTargets(hidden, head), [2, 3], head)
+    found = again(HiddenStates(40, 16, dtype), HeadTargets(hidden, head), [2, 3], head)
     assert found.hidden.dtype == hidden.dtype and torch.equal(found.hidden, hidden) and found.head is head
 
 
@@ -193,7 +193,7 @@ def test_a_row_of_another_length_is_refused(codec: Codec, change: int) -> None:
 
 
 def test_a_codec_is_made_again_from_its_record() -> None:
-    for codec in (Sampled(30, 7, 2.0), TopK(30, 4), Dense(30), Hidden(30, 8, "float16")):
+    for codec in (Sampled(30, 7, 2.0), TopK(30, 4), Dense(30), HiddenStates(30, 8, "float16")):
         assert codec_of(codec.record()) == codec
     assert set(Codec.kinds) == {"sampled", "top_k", "dense", "hidden"}
 
@@ -207,7 +207,7 @@ def test_a_codec_is_made_again_from_its_record() -> None:
         (lambda: TopK(30, k=31), r"k in 1\.\.30, got 31"),
         (lambda: TopK(30, k=3, temperature=0.0), r"temperature: expected a number in \(0, inf\)"),
         (
-            lambda: Hidden(30, 4).encode(DenseTargets(torch.zeros(1, 30)), 0),
+            lambda: HiddenStates(30, 4).encode(DenseTargets(torch.zeros(1, 30)), 0),
             "a teacher with a plain head, got DenseTargets",
         ),
         (
@@ -241,7 +241,7 @@ def test_the_log_probabilities_of_the_datas_own_tokens_are_kept() -> None:
     hidden, head, labels = torch.randn(5, 8), LMHead(torch.randn(30, 8)), torch.arange(5)
     said = HeadTargets(hidden, head)
     told = torch.log_softmax(said.dense(), -1)[range(5), range(5)]
-    codecs = [Dense(30), TopK(30, 4), Sampled(30), TopK(30, 4, 2.0), Sampled(30, temperature=2.0), Hidden(30, 8)]
+    codecs = [Dense(30), TopK(30, 4), Sampled(30), TopK(30, 4, 2.0), Sampled(30, temperature=2.0), HiddenStates(30, 8)]
     for codec in codecs:
         parts = [HeadTargets(hidden[part], head) for part in (slice(0, 2), slice(2, 5))]
         rows = [codec.encode(part, 0, labels=some) for part, some in zip(parts, (labels[:2], labels[2:]), strict=True)]

@@ -19,7 +19,7 @@ from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTar
 from potstill.models.capture import ActivationRequest, Activations
 from potstill.models.loading import load_config, load_tokenizer
 from potstill.models.structure import ModelShape
-from potstill.teachers.cache.codec import Hidden, codec_of
+from potstill.teachers.cache.codec import HiddenStates, codec_of
 from potstill.teachers.cache.planes import Reader, pack_floats
 from potstill.teachers.cache.store import Cache, CachePlan, row_key
 from potstill.teachers.model import ModelSource, Precision
@@ -51,7 +51,7 @@ class CachedTeacher(Teacher):
         self.cache = Cache(directory, verify=verify)
         self.codec = codec_of(self.plan.codec)
         self._needs = ActivationRequest()
-        self._head = _read_head(self.cache.directory / HEAD) if isinstance(self.codec, Hidden) else None
+        self._head = _read_head(self.cache.directory / HEAD) if isinstance(self.codec, HiddenStates) else None
 
     @property
     def plan(self) -> CachePlan:

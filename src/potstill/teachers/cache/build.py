@@ -17,7 +17,7 @@ from potstill.data.files import atomic_path, digest, write_text
 from potstill.errors import DataError, RunError
 from potstill.losses.alignment import Alignment, causal_alignment
 from potstill.losses.targets import DenseTargets, HeadTargets, SparseTargets
-from potstill.teachers.cache.codec import Codec, Hidden, codec_of
+from potstill.teachers.cache.codec import Codec, HiddenStates, codec_of
 from potstill.teachers.cache.store import (
     MANIFEST,
     PLAN,
@@ -105,7 +105,7 @@ class CacheBuilder:
                 return None
             self.write_companions(self.directory)
             files = [path for path in sorted((self.directory / COMPANIONS).rglob("*")) if path.is_file()]
-            if isinstance(self._codec, Hidden):
+            if isinstance(self._codec, HiddenStates):
                 self._write_head(self.directory / HEAD)
                 files.append(self.directory / HEAD)
             checksums = {path.relative_to(self.directory).as_posix(): digest(path) for path in files}
@@ -184,7 +184,7 @@ class CacheBuilder:
                 known = None if output.label_log_probs is None else output.label_log_probs[positions]
                 signal = self._codec.encode(row, seed, label_log_probs=known)
             else:
-                row = row if isinstance(self._codec, Hidden) else DenseTargets(row.dense())
+                row = row if isinstance(self._codec, HiddenStates) else DenseTargets(row.dense())
                 signal = self._codec.encode(row, seed, labels=alignment.labels[positions])
             yield CachedRow(key, count, signal, states)
             start += count

@@ -282,7 +282,7 @@ class Dense(Codec):
 
 
 @dataclass(frozen=True)
-class Hidden(Codec):
+class HiddenStates(Codec):
     """The teacher's last hidden states as they are; the head is stored once. Lossless: any temperature and divergence.
 
     A row: [n * H] in the teacher's dtype.
