@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from potstill.cli import app
-from potstill.embedding.teachers import ModelTeacher, TextEncoder, model_encoder
+from potstill.embedding.teachers import EmbedderTeacher, TextEncoder, model_encoder
 from potstill.errors import RecipeError, UserError
 
 
@@ -76,7 +76,7 @@ def test_a_teacher_that_reads_text_encodes_some_and_is_timed(
         asked.append(len(texts))
         return model_encoder(Said())(texts)
 
-    monkeypatch.setattr(ModelTeacher, "load", lambda self: TextEncoder(encode, "toy", Said()))
+    monkeypatch.setattr(EmbedderTeacher, "load", lambda self: TextEncoder(encode, "toy", Said()))
     Path("train.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(1000)))
     embedding |= {"teacher": {"embedder": "there"}, "data": {"train": {"path": "train.jsonl"}}}
     said = checked(embedding)
