@@ -267,9 +267,12 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str | None]:
 
 
 def in_batches(
-    examples: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, rows: int
+    examples: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    device: torch.device | str | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield padded batches of at most `rows` examples each, in order."""
+    """Yield padded batches of at most `rows` examples each, in order, on a device; default: the processor."""
     collate, remaining = PaddingCollator(pad_token_id(tokenizer)[0]), iter(examples)
     while batch := list(islice(remaining, rows)):
-        yield collate(batch)
+        yield {name: value.to(device) for name, value in collate(batch).items()}

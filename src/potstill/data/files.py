@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from potstill.errors import PotstillError, RunError
 
@@ -46,6 +48,11 @@ def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8; half a surrogate pair, which a model may write, becomes a question mark."""
     with atomic_path(path) as partial:
         partial.write_bytes(text.encode("utf-8", errors="replace"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def digest(path: Path) -> str:

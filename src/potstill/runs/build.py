@@ -1,4 +1,4 @@
-"""From a recipe to the objects that it names, built once and checked to fit together. Nothing is trained here."""
+"""From a recipe to the objects that it names, checked to fit together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import PartialState
@@ -14,9 +14,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.data.batches import Examples, PaddingCollator, encode, pad_token_id
+from potstill.data.batches import Examples, encode, in_batches, pad_token_id
 from potstill.data.masking import MaskedRows
-from potstill.data.sources import Source
 from potstill.data.vocabulary import checked_vocabulary, shared_vocabulary
 from potstill.errors import RecipeError
 from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
@@ -51,71 +50,40 @@ MIN_COVERAGE = 0.9  # of the bytes in chunks: below it a note says so
 
 
 class TrainingPlan(NamedTuple):
-    """How the recipe's `train` reads the training data.
+    """Batches and optimiser steps of the recipe's `train`."""
 
-    Args:
-        batch_rows: rows in one batch of one rank.
-        rows_per_step: rows in one optimiser step, over accumulation and ranks.
-        steps: optimiser steps of the whole training.
-        bf16: whether the student trains in bfloat16: as the recipe says, where the device has instructions for it.
-    """
-
-    batch_rows: int
-    rows_per_step: int
-    steps: int
-    bf16: bool
+    batch_rows: int  # of one batch of one rank
+    rows_per_step: int  # over accumulation and ranks
+    steps: int  # of the whole training
+    bf16: bool  # as the recipe says, where the device has instructions for it
 
 
 @dataclass(frozen=True)
 class BuiltRun:
-    """The objects that a recipe names.
-
-    Args:
-        teacher: the teacher as the student learns from it; may wrap `loaded.teacher`.
-        loaded: the recipe's teacher, with its model, config and tokenizer.
-        tokenizer: the student's.
-        new_student: makes the student with its first weights and its adapter; the same at every call.
-        size: the student's parameters: all, and those that are trained.
-        train: training data.
-        eval: held-out data.
-        plan: batches and steps of the training.
-        objective: with schedules as long as the run.
-        vocabulary: number of tokens that both models share; 0 where the task is not one of tokens.
-        max_positions: longest row that both models allow, in tokens; None for any.
-        writer: the server that generates the student's samples, if there is one.
-        alignment_stats: how well two tokenizers align on the training data; None for one tokenizer.
-        notes: what the run should print.
-    """
+    """The objects that a recipe names."""
 
     recipe: Recipe
-    teacher: Teacher
+    teacher: Teacher  # as the student learns from it; may wrap loaded.teacher
     loaded: LoadedTeacher
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  # the student's
     new_student: StudentBuilder
-    size: ParameterCount
+    size: ParameterCount  # of the student
     train: Examples
     eval: Examples
     plan: TrainingPlan
-    objective: Objective
-    vocabulary: int
-    max_positions: int | None
-    writer: ServedWriter | None
-    alignment_stats: AlignmentStats | None
-    notes: tuple[str, ...]
+    objective: Objective  # with schedules as long as the run
+    vocabulary: int  # tokens that both models share; 0 where the task is not one of tokens
+    max_positions: int | None  # longest row that both models allow, in tokens; None for any
+    writer: ServedWriter | None  # the server that generates the student's samples
+    alignment_stats: AlignmentStats | None  # of two tokenizers on the training data; None for one tokenizer
+    notes: tuple[str, ...] = ()  # to print
 
     def new_rollout(self) -> Rollout | None:
         """Make what replaces rows of data by samples of the student, if the recipe has a rollout."""
-        if self.recipe.rollout is None:
+        if (rollout := self.recipe.rollout) is None:
             return None
-        return self.recipe.rollout.build(
-            self.tokenizer,
-            self.loaded.model,
-            steps=self.plan.steps,
-            limit=self.max_positions,
-            vocabulary=self.vocabulary,
-            seed=self.recipe.seed,
-            server=self.writer,
-        )
+        options = {"limit": self.max_positions, "vocabulary": self.vocabulary, "server": self.writer}
+        return rollout.build(self.tokenizer, self.loaded.model, steps=self.plan.steps, seed=self.recipe.seed, **options)
 
     @property
     def curve(self) -> Dataset:
@@ -130,7 +98,10 @@ def build_run(recipe: Recipe) -> BuiltRun:
         UserError: they do not.
     """
     loaded = recipe.teacher.load(recipe.student.model, recipe.task)
-    tokenizer = _student_tokenizer(recipe, loaded)
+    tokenizer = loaded.tokenizer
+    for key in ("tokenizer", "model"):
+        if (name := getattr(recipe.student, key)) is not None:
+            tokenizer = load_tokenizer(name, f"student.{key}")
     new_student = StudentBuilder(recipe, loaded, tokenizer, design_of(recipe.student, loaded.config, tokenizer))
     student = new_student()
     models = {**loaded.models, "student": student}
@@ -147,13 +118,13 @@ def build_run(recipe: Recipe) -> BuiltRun:
     shape = ActivationCapture(student).shape if any(term.reads_layers for term in recipe.objective) else None
     objective = _objective(recipe, teacher, loaded, tokenizer, train.dataset, plan, shape)
     stats = _alignment_stats(teacher, train.dataset)
-    server = None if recipe.rollout is None else recipe.rollout.server
+    server = recipe.rollout.server if recipe.rollout else None
     built = BuiltRun(
-        recipe=recipe,
-        teacher=teacher,
-        loaded=loaded,
-        tokenizer=tokenizer,
-        new_student=new_student,
+        recipe,
+        teacher,
+        loaded,
+        tokenizer,
+        new_student,
         size=parameter_count(student),
         train=train,
         eval=held_out,
@@ -161,42 +132,25 @@ def build_run(recipe: Recipe) -> BuiltRun:
         objective=objective,
         vocabulary=vocabulary if recipe.task in TOKEN_TASKS else 0,
         max_positions=positions,
-        writer=None if server is None else server.writer(student, tokenizer, Path(recipe.output)),
+        writer=server.writer(student, tokenizer, Path(recipe.output)) if server else None,
         alignment_stats=stats,
-        notes=(),
     )
     rollout = built.new_rollout()
     _check_teacher(built)
-    notes = [
-        *train.notes,
-        *held_out.notes,
-        *filter(None, [pad_token_id(tokenizer)[1]]),
-        *_precision_notes(recipe),
-        *vocabulary_notes,
-        *(new_student.initialization.notes if new_student.initialization else ()),
-        *(rollout.check_prompts(train.dataset) if rollout else ()),
-        *(_alignment_notes(stats, vocabulary) if stats else ()),
-    ]
+    notes = [*train.notes, *held_out.notes, *filter(None, [pad_token_id(tokenizer)[1]])]
+    if recipe.train.get("bf16") and not plan.bf16:
+        notes.append("train.bf16: this CPU has no bfloat16 instructions; training in float32, which is faster here.")
+    notes += vocabulary_notes
+    notes += new_student.initialization.notes if new_student.initialization else ()
+    notes += rollout.check_prompts(train.dataset) if rollout else ()
+    notes += _alignment_notes(stats, vocabulary) if stats else ()
     if teacher.needs_trial and not teacher.covers(held_out.dataset):
         notes.append("teacher: it does not cover the held-out rows, which are measured by labels alone.")
     return replace(built, notes=tuple(notes))
 
 
-def _student_tokenizer(recipe: Recipe, loaded: LoadedTeacher) -> PreTrainedTokenizerBase:
-    if recipe.student.model is not None:
-        return load_tokenizer(recipe.student.model, "student.model")
-    if recipe.student.tokenizer is not None:
-        return load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
-    return loaded.tokenizer
-
-
 def _read_own_tokens(recipe: Recipe, loaded: LoadedTeacher, student: PreTrainedTokenizerBase) -> LoadedTeacher:
-    """Let the teacher read the student's text in tokens of its own, for terms over bytes.
-
-    Raises:
-        RecipeError: other terms compare tokens, or the teacher is not a single model.
-        VocabularyError: a tokenizer does not keep the bytes of a text.
-    """
+    """Let the teacher read the student's text in tokens of its own, for terms over bytes."""
     wrong = [term.name for term in recipe.objective if term.needs_teacher and not term.other_tokenizer]
     if wrong:
         raise RecipeError(
@@ -215,22 +169,19 @@ def _read_own_tokens(recipe: Recipe, loaded: LoadedTeacher, student: PreTrainedT
         )
     assert loaded.model is not None
     checked_vocabulary(loaded.tokenizer, {"teacher": token_rows(loaded.model, "causal")})
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    limit = max_positions(loaded.model)
     return replace(loaded, teacher=CrossTokenizerTeacher(loaded.teacher, loaded.tokenizer, student, max_length=limit))
 
 
 def _vocabulary(
-    recipe: Recipe,
-    loaded: LoadedTeacher,
-    tokenizer: PreTrainedTokenizerBase,
-    models: Mapping[str, PreTrainedModel],
+    recipe: Recipe, loaded: LoadedTeacher, tokenizer: PreTrainedTokenizerBase, models: Mapping[str, PreTrainedModel]
 ) -> tuple[int, list[str]]:
     """Check tokens and heads; return the number of shared tokens, and a note where heads have more rows."""
     rows = {name: token_rows(model, recipe.task) for name, model in models.items()}
-    if loaded.teacher.other_tokenizer:
-        vocabulary = checked_vocabulary(tokenizer, rows)
-    else:
-        vocabulary = shared_vocabulary(loaded.tokenizer, tokenizer, rows)
+    own_tokens = loaded.teacher.other_tokenizer
+    vocabulary = (
+        checked_vocabulary(tokenizer, rows) if own_tokens else shared_vocabulary(loaded.tokenizer, tokenizer, rows)
+    )
     if recipe.task not in TOKEN_TASKS:
         match_heads(recipe.task, models, pad_token_id(tokenizer)[0])
     padded = [f"{name} {size}" for name, size in rows.items() if size > vocabulary]
@@ -256,32 +207,22 @@ def _max_positions(recipe: Recipe, loaded: LoadedTeacher, models: Mapping[str, P
 
 def _encode(recipe: Recipe, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples]:
     """Encode training and held-out data. Masks of training rows change with the epoch, held-out ones do not."""
-
-    def encoded(source: Source) -> Examples:
-        return encode(
-            source,
-            tokenizer,
-            max_length=recipe.data.max_length,
-            packing=recipe.data.packing,
-            task=recipe.task,
-            classes=class_ids(student.config) if recipe.task == "classification" else None,
-        )
-
+    data, task = recipe.data, recipe.task
+    classes = class_ids(student.config) if task == "classification" else None
+    options: dict[str, Any] = {"max_length": data.max_length, "packing": data.packing, "task": task, "classes": classes}
     with PartialState().main_process_first():  # the other ranks then find what it has encoded
-        train, held_out = encoded(recipe.data.train), encoded(recipe.data.eval)
-    if recipe.task == "masked":
-        share, seed = recipe.data.masked_share, recipe.seed
-        train = replace(train, dataset=MaskedRows(train.dataset, tokenizer, share=share, seed=seed))
-        held_out = replace(held_out, dataset=MaskedRows(held_out.dataset, tokenizer, share=share, seed=seed).fixed())
+        train, held_out = (encode(source, tokenizer, **options) for source in (data.train, data.eval))
+    if task == "masked":
+        rows, held_out_rows = (
+            MaskedRows(examples.dataset, tokenizer, share=data.masked_share, seed=recipe.seed)
+            for examples in (train, held_out)
+        )
+        return replace(train, dataset=rows), replace(held_out, dataset=held_out_rows.fixed())
     return train, held_out
 
 
 def _trained_on(recipe: Recipe, loaded: LoadedTeacher, train: Examples) -> Teacher:
-    """Return the teacher for the training data: with its own prompts, and beside a cache for the student's samples.
-
-    Raises:
-        RecipeError: it cannot read its own prompts.
-    """
+    """Return the teacher for the training data: with its own prompts, and beside a cache for the student's samples."""
     teacher = loaded.teacher
     if train.teacher_longest:
         if (kind := teacher.without_own_prompts) is not None:
@@ -322,7 +263,6 @@ def _objective(
     student: ModelShape | None,
 ) -> Objective:
     """Build the objective, and prepare the teacher for the layers that its terms read of both models."""
-    collate = PaddingCollator(pad_token_id(tokenizer)[0])
 
     def select(layers: LayerMap, batches: int) -> Mapping[int, Tensor]:
         """Find the teacher's most important dimensions for the student's width, on the first batches."""
@@ -330,13 +270,9 @@ def _objective(
         if model is None or student is None:
             raise RecipeError("objective: expected a teacher that is a local model for select_batches, got none.")
         of_teacher = [layer for _, layer in layers.pairs(student.layers, teacher.shape.layers)]
-        return important_dimensions(model, on_device(model, batches), of_teacher, student.width, recipe.task)
-
-    def on_device(model: PreTrainedModel, batches: int) -> Iterator[dict[str, Tensor]]:
-        stop = min(batches * plan.batch_rows, len(train))
-        for start in range(0, stop, plan.batch_rows):
-            batch = collate([train[i] for i in range(start, min(start + plan.batch_rows, len(train)))])
-            yield {name: value.to(model.device) for name, value in batch.items()}
+        rows = (train[i] for i in range(min(batches * plan.batch_rows, len(train))))
+        data = in_batches(rows, tokenizer, plan.batch_rows, model.device)
+        return important_dimensions(model, data, of_teacher, student.width, recipe.task)
 
     objective = Objective([for_run(term, plan.steps).select(select) for term in recipe.objective])
     if student is not None:
@@ -346,11 +282,7 @@ def _objective(
 
 
 def _alignment_stats(teacher: Teacher, dataset: Dataset) -> AlignmentStats | None:
-    """Measure the alignment of two tokenizers on evenly spaced rows; None for a teacher of the student's tokens.
-
-    Raises:
-        RecipeError: there is no chunk at all.
-    """
+    """Measure the alignment of two tokenizers on evenly spaced rows; None for a teacher of the student's tokens."""
     rows = evenly_spaced(ALIGNMENT_ROWS, len(dataset))
     stats = teacher.alignment_stats(dataset[i] for i in rows)
     if stats is not None and not stats.chunks:
@@ -367,7 +299,7 @@ def _check_teacher(built: BuiltRun) -> None:
     if not teacher.needs_trial:
         return
     teacher.require(built.train.dataset)
-    batch = PaddingCollator(pad_token_id(built.tokenizer)[0])([built.train.dataset[0]])
+    (batch,) = in_batches([built.train.dataset[0]], built.tokenizer, 1)
     alignment = causal_alignment(batch["labels"])
     output = teacher(batch, alignment)
     logits = torch.zeros(len(alignment), built.vocabulary)
@@ -382,12 +314,6 @@ def _check_teacher(built: BuiltRun) -> None:
             for step in (0, built.plan.steps // 2, built.plan.steps):
                 temperature = value_at(term.temperature, step)
                 token_divergence(logits, output.targets, term.divergence, temperature=temperature)
-
-
-def _precision_notes(recipe: Recipe) -> list[str]:
-    if recipe.train.get("bf16") and not has_bfloat16():
-        return ["train.bf16: this CPU has no bfloat16 instructions; training in float32, which is faster here."]
-    return []
 
 
 def _alignment_notes(stats: AlignmentStats, tokens: int) -> Iterator[str]:

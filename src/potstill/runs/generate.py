@@ -1,4 +1,4 @@
-"""generate(recipe): recipe -> a folder of rows; read it from top to bottom."""
+"""From a recipe of kind generate to a folder of rows."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -20,31 +21,14 @@ from potstill.engines.local import LocalEngine
 from potstill.engines.sampling import Completion
 from potstill.errors import RecipeError
 from potstill.generation.card import write_card, write_rows
-from potstill.generation.filters import (
-    TextPair,
-    apply_filters,
-)
-from potstill.generation.journal import (
-    BatchCompleter,
-    PromptBatch,
-    complete_in_order,
-    complete_requests,
-    render,
-)
-from potstill.generation.judge import (
-    GeneratedText,
-    RowFormat,
-    judge,
-    parse_texts,
-    rows_of,
-)
+from potstill.generation.filters import TextPair, apply_filters
+from potstill.generation.journal import BatchCompleter, PromptBatch, complete_in_order, complete_requests, render
+from potstill.generation.judge import GeneratedText, RowFormat, judge, parse_texts, rows_of
 from potstill.generation.requests import GenerationRequest, UnusableRow
 from potstill.generation.sandbox import require_sandbox
 from potstill.generation.tasks import Responses
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
-from potstill.runs.config.generate import (
-    GenerateRecipe,
-)
+from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.ray import map_rows
 
 
@@ -55,8 +39,8 @@ class Generated:
     Args:
         directory: the recipe's output.
         rows: the file of rows.
-        counts: how many there were at each stage: asked, texts, dropped, texts kept, rows.
-        dropped: how many texts each filter dropped.
+        counts: number at each stage: asked, texts, dropped, texts kept, rows.
+        dropped: number of texts that each filter dropped.
     """
 
     directory: Path
@@ -65,20 +49,11 @@ class Generated:
     dropped: dict[str, int]
 
 
-@dataclass(frozen=True)
-class GenerationPlan:
-    """What a recipe will generate: requests, their rendered prompts, and the engine that completes them.
-
-    Args:
-        requests: one for each prompt.
-        unusable: rows of the source that no request can be made of.
-        row_format: of the rows.
-        prompts: as the engine takes them.
-        engine: of the teacher.
-    """
+class GenerationPlan(NamedTuple):
+    """What a recipe will generate: requests, their rendered prompts, and the engine that completes them."""
 
     requests: list[GenerationRequest]
-    unusable: list[UnusableRow]
+    unusable: list[UnusableRow]  # rows of the source that no request can be made of
     row_format: RowFormat
     prompts: list[Prompt]
     engine: Engine
@@ -90,12 +65,11 @@ def generate(
     """Generate texts with a teacher, and keep those that pass checks and filters as rows.
 
     The texts go to texts.jsonl as they come. Parsing, judging and filtering are repeated each time, so that a folder
-    can be filtered anew without generating again.
+    can be filtered again without generating again.
 
     Args:
-        recipe: teacher, task and filters.
         resume: go on with the texts that are there.
-        engine: "process", or "ray" for processes of Ray's that each load the teacher; this one keeps the journal.
+        engine: "process", or "ray" for processes of Ray that each load the teacher; this one keeps the journal.
         console: for the progress bar.
 
     Raises:
@@ -114,16 +88,17 @@ def generate(
         write_text(directory / "recipe.yaml", recipe.dump())
         complete = _with_ray(recipe) if engine == "ray" else complete_in_order(plan.engine, recipe.engine_sampling)
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        settings = [recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed]
         with Progress(*columns, console=console, disable=console is None) as bar:
-            shown = bar.add_task("", total=len(plan.prompts))
+            update = partial(bar.update, bar.add_task("", total=len(plan.prompts)))
             completions = complete_requests(
                 plan.prompts,
                 complete,
                 recipe.seed,
                 journal,
                 batch_size=recipe.batch_size,
-                settings=[recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed],
-                progress=lambda done: bar.update(shown, completed=done),
+                settings=settings,
+                progress=lambda done: update(completed=done),
             )
     texts = parse_texts(plan.requests, completions, plan.row_format, recipe.programs)
     judged = judge(texts, recipe.task.choose, drop_cut=recipe.filter.cut)
@@ -133,9 +108,7 @@ def generate(
 def check(recipe: GenerateRecipe, *, on_device: bool = False) -> GenerationPlan:
     """Load everything that a recipe names, and check that every prompt fits; nothing is generated or written.
 
-    Args:
-        recipe: teacher, task and filters.
-        on_device: whether a local model goes to its device.
+    A local model goes to its device if `on_device`.
 
     Raises:
         UserError: generate could not start.
@@ -163,10 +136,9 @@ def _row_format(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def _tokenizer(recipe: GenerateRecipe) -> PreTrainedTokenizerBase | None:
-    part = recipe.teacher
-    if part.model is not None:
-        return load_tokenizer(part.model, "teacher.model")
-    return None if part.tokenizer is None else load_tokenizer(part.tokenizer, "teacher.tokenizer")
+    key = "tokenizer" if recipe.teacher.model is None else "model"  # a model brings its own
+    name = getattr(recipe.teacher, key)
+    return name and load_tokenizer(name, f"teacher.{key}")
 
 
 def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None, on_device: bool = True) -> Engine:
@@ -179,8 +151,7 @@ def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None, o
     assert part.model is not None and tokenizer is not None
     model = load_model(part.model, "teacher.model", part.dtype)
     if on_device:
-        device = part.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model.to(device)  # type: ignore[arg-type]  # torch's own stubs do not know a name of a device here
+        model.to(torch.device(part.device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
     return LocalEngine(model, tokenizer, recipe.batch_size * recipe.sampling.samples)
 
 
@@ -233,23 +204,19 @@ def _write_files(
     path = directory / f"train.{recipe.format}"
     write_rows(path, rows)
     write_rows(directory / f"dropped.{recipe.format}", dropped_rows)
-    counts = {
-        "asked": len(plan.requests),
-        "texts": len(judged),
-        "dropped": len(dropped),
-        "texts kept": len(kept),
-        "rows": len(rows),
+    stages = {"asked": plan.requests, "texts": judged, "dropped": dropped, "texts kept": kept, "rows": rows}
+    counts = {name: len(items) for name, items in stages.items()}  # type: ignore[arg-type]  # lists of several types
+    facts = {
+        "teacher": recipe.teacher.name,
+        "task": task.name,
+        "templates": ", ".join(dict.fromkeys(request.template for request in plan.requests)),
+        "sampling": json.dumps(sampling),
+        "seed": str(recipe.seed),
     }
     write_card(
         directory / "README.md",
         name=recipe.name,
-        facts={
-            "teacher": recipe.teacher.name,
-            "task": task.name,
-            "templates": ", ".join(dict.fromkeys(request.template for request in plan.requests)),
-            "sampling": json.dumps(sampling),
-            "seed": str(recipe.seed),
-        },
+        facts=facts,
         counts=counts | {"rows of the source that could not be used": len(plan.unusable)},
         dropped=[(name, reason, text.completion) for text, name, reason in dropped],
         lengths=[len(text.completion) for text in kept],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -83,5 +83,5 @@ class GenerateRecipe(Document):
     @property
     def engine_sampling(self) -> Sampling:
         """The sampling as engines take it."""
-        values: dict[str, Any] = self.sampling.model_dump()
+        values = self.sampling.model_dump()
         return Sampling(**{**values, "stop": tuple(values["stop"])}, seed=self.seed)
