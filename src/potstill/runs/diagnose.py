@@ -1,10 +1,9 @@
-"""diagnose(run or recipe): explain how a run went, or check a recipe before it runs. Read it from top to bottom."""
+"""Explain how a run went, or check a recipe before it runs."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,14 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from potstill.data.batches import in_batches
-from potstill.data.files import write_text
+from potstill.data.files import write_json
 from potstill.errors import RecipeError, UserError
 from potstill.evaluate import diagnosis as stats
-from potstill.evaluate.diagnosis import (
-    Softening,
-    TeacherLogits,
-    TokenStats,
-)
+from potstill.evaluate.diagnosis import Softening, TeacherLogits, TokenStats
 from potstill.evaluate.findings import conclusion, interpret, recommended_temperature
 from potstill.evaluate.summary import read_metrics
 from potstill.evaluate.versions import versions
@@ -51,7 +46,6 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
     """Diagnose a run, or a recipe before it runs.
 
     Args:
-        recipe: recipe of the run, or of a future one.
         run: the run's directory; None diagnoses the recipe with the student's initial weights.
         rows: number of evenly spaced held-out rows.
 
@@ -76,7 +70,7 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
     tokens, softenings = stats.token_stats(
         _teacher_logits(built),
         models,
-        _to(device, in_batches(sample, built.tokenizer, built.plan.batch_rows)),
+        in_batches(sample, built.tokenizer, built.plan.batch_rows, device),
         vocabulary=built.vocabulary,
         temperatures=sorted({*stats.TEMPERATURES, *used}),
     )
@@ -105,7 +99,7 @@ def write_diagnosis(diagnosis: Mapping[str, Any], path: Path) -> None:
     """Write diagnose.json."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(diagnosis, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, diagnosis)
     except OSError as error:
         raise UserError(f"--out: expected a file to write to, got {path}: {error.strerror}. Choose another.") from None
 
@@ -131,10 +125,6 @@ def _evenly_spaced(dataset: Dataset, number: int) -> Dataset:
     return dataset.select(evenly_spaced(number, len(dataset)))
 
 
-def _to(device: torch.device, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    return ({name: value.to(device) for name, value in batch.items()} for batch in batches)
-
-
 def _teacher_logits(built: BuiltRun) -> TeacherLogits:
     def logits(batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor | None:
         if built.alignment_stats is not None:  # its vocabulary is another
@@ -157,7 +147,7 @@ def _training_losses(built: BuiltRun, student: PreTrainedModel, step: int, devic
     distiller = Distiller(student, built.teacher, built.objective, vocabulary=built.vocabulary).to(device).train()
     rows = _evenly_spaced(built.train.dataset, GRADIENT_BATCHES * built.plan.batch_rows)
     rollout = built.new_rollout()
-    for batch in _to(device, in_batches(rows, built.tokenizer, built.plan.batch_rows)):
+    for batch in in_batches(rows, built.tokenizer, built.plan.batch_rows, device):
         (sampled,) = [batch] if rollout is None else rollout([batch], student, step=step)
         yield distiller(sampled, at=step).loss
 

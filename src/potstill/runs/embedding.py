@@ -1,4 +1,4 @@
-"""run_embedding(recipe): from a recipe of kind embedding to a run directory. Read it from top to bottom."""
+"""From a recipe of kind embedding to a run directory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from potstill.data.files import write_text
+from potstill.data.files import write_json, write_text
 from potstill.embedding.encoders import EmbeddingModel
 from potstill.embedding.heads import PCA_ROWS, fit_pca, random_projection
 from potstill.embedding.objective import FOCUSES, Focus, PairObjective
@@ -26,8 +26,9 @@ from potstill.evaluate.space import SpaceEvaluator, cosines
 from potstill.evaluate.versions import versions
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
+from potstill.runs.directory import check_directory, print_notes, start_directory
 from potstill.runs.embedding_sources import EmbeddingData, load_data
-from potstill.runs.run import RunResult, check_directory
+from potstill.runs.run import RunResult
 from potstill.train.callbacks import ProgressBar
 
 _PICTURE_ROWS = 1000  # held-out rows in the picture of the space
@@ -39,7 +40,6 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
     """Train an embedding student as a recipe says, and write the report.
 
     Args:
-        recipe: of the run.
         resume: continue the run in `recipe.output`, if there is one.
         console: where progress is shown; default: standard error.
 
@@ -54,14 +54,13 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
     with suppress_warnings():
         with _progress(console, "teacher") as advance:
             data = load_data(recipe, advance)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / "recipe.yaml", recipe.dump())
-        for note in data.notes:
-            console.print(note, style="dim", highlight=False, markup=False)
+        start_directory(directory, recipe)
+        print_notes(data.notes, console)
         evaluator = SpaceEvaluator(data.held_out, data.pairs)
         other_focuses = [focus for focus in FOCUSES if focus != recipe.focus] if recipe.evaluate.front else []
         students: dict[Focus, EmbeddingModel] = {}
         lines: list[str] = []
+        texts = (data.texts, data.held_out_texts) if recipe.student.reads_text else (None, None)
         for focus in (recipe.focus, *other_focuses):
             name = "student" if focus == recipe.focus else focus
             write_text(metrics, "".join(lines))
@@ -70,8 +69,8 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
                 history = distiller.fit(
                     data.vectors,
                     data.held_out,
-                    texts=data.texts if recipe.student.reads_text else None,
-                    held_out_texts=data.held_out_texts if recipe.student.reads_text else None,
+                    texts=texts[0],
+                    held_out_texts=texts[1],
                     evaluator=evaluator,
                     checkpoints=directory / "checkpoints" / name,
                     on_step=advance,
@@ -81,7 +80,7 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
         write_text(metrics, "".join(lines))
         _save(students[recipe.focus], directory / "student")
         summary = _summarize(recipe, data, evaluator, students)
-        write_text(directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_json(directory / "summary.json", summary)
         write_embedding_report(directory)
     return RunResult(directory, summary)
 
@@ -99,13 +98,7 @@ def _progress(console: Console, title: str) -> Iterator[Callable[..., None]]:
 
 
 def new_distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **changes: Any) -> EmbeddingDistiller:
-    """Make the student on its device, and the distiller that trains it.
-
-    Args:
-        recipe: of the run.
-        focus: of this student.
-        data: see `load_data`.
-        changes: arguments of `EmbeddingDistiller` that replace the recipe's.
+    """Make the student on its device, and the distiller that trains it; `changes` replace the recipe's settings.
 
     Raises:
         UserError: a tokenizer, a model or the device is missing.

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from potstill.data.files import write_text
 from potstill.engines.engine import Engine, Prompt
 from potstill.engines.local import LocalEngine
 from potstill.engines.sampling import Completion
@@ -29,6 +28,7 @@ from potstill.generation.sandbox import require_sandbox
 from potstill.generation.tasks import Responses
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.config.generate import GenerateRecipe
+from potstill.runs.directory import start_directory
 from potstill.runs.ray import map_rows
 
 
@@ -84,8 +84,7 @@ def generate(
         )
     with suppress_warnings():
         plan = check(recipe, on_device=engine == "process")
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / "recipe.yaml", recipe.dump())
+        start_directory(directory, recipe)
         complete = _with_ray(recipe) if engine == "ray" else complete_in_order(plan.engine, recipe.engine_sampling)
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         settings = [recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed]

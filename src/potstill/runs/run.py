@@ -1,4 +1,4 @@
-"""run(recipe): from a recipe to a run directory. Read it from top to bottom: check, build, train, measure, report."""
+"""From a recipe to a run directory: check, build, train, measure, report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from potstill.data.files import explain_disk_full, write_text
+from potstill.data.files import explain_disk_full
 from potstill.errors import RecipeError, one_line
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.evaluate.summary import write_summary
@@ -21,8 +21,8 @@ from potstill.models.adapted import merged
 from potstill.models.loading import suppress_warnings
 from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun, build_run
-from potstill.runs.config.document import Document
 from potstill.runs.config.run import Recipe
+from potstill.runs.directory import check_directory, print_notes, start_directory
 from potstill.runs.measure import EVAL_ROWS, summarize
 from potstill.train.callbacks import MetricsFile, ProgressBar, SamplesFile
 from potstill.train.checkpoints import last_checkpoint
@@ -53,7 +53,6 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     A run that was killed resumes from its last checkpoint and ends in the same weights.
 
     Args:
-        recipe: configuration of the run.
         resume: continue the run in `recipe.output`, if there is one.
         console: where to show progress; default: standard error.
 
@@ -67,9 +66,8 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     with suppress_warnings():
         built = build_run(recipe)
         if main:
-            _write_recipe(recipe, directory)
-            for note in built.notes:
-                console.print(note, style="dim", highlight=False, markup=False)
+            start_directory(directory, recipe)
+            print_notes(built.notes, console)
         PartialState().wait_for_everyone()
         with explain_disk_full(directory, CHECKPOINT_BYTES * built.size.trained):
             students = {"student": train(built, "student", built.objective, directory, console, built.new_rollout())}
@@ -85,40 +83,6 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))
 
 
-def check_directory(directory: Path, recipe: Document, resume: bool) -> None:
-    """Check that a run directory holds no training, or one of the same recipe to resume.
-
-    Raises:
-        RecipeError: it holds another run.
-    """
-    record = directory / "recipe.yaml"
-    if not record.exists() or not (directory / "metrics.jsonl").exists():
-        return
-    if not resume:
-        raise RecipeError(
-            f"output: expected an empty or new directory, got {directory}, which holds a run. "
-            "Resume it with --resume, or choose another with --set output=DIR."
-        )
-    earlier = type(recipe).load(record)
-    changed = [key for key, value in recipe if value != getattr(earlier, key)]
-    if changed:
-        raise RecipeError(
-            f"output: expected the recipe that the run in {directory} began with, got another "
-            f"{', '.join(changed)}. Use {record}, or choose another directory with --set output=DIR."
-        )
-
-
-def _write_recipe(recipe: Recipe, directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / "recipe.yaml", recipe.dump())
-    except OSError as error:
-        raise RecipeError(
-            f"output: expected a directory to write to, got {directory}: {error.strerror}. "
-            "Choose another with --set output=DIR."
-        ) from None
-
-
 def train(
     built: BuiltRun, name: str, objective: Objective, directory: Path, console: Console, rollout: Rollout | None = None
 ) -> Path:
@@ -126,8 +90,7 @@ def train(
     folder = directory / name
     if folder.exists():
         return folder
-    checkpoints = directory / "checkpoints" / name
-    bar = ProgressBar(name, console)
+    recipe, checkpoints, bar = built.recipe, directory / "checkpoints" / name, ProgressBar(name, console)
     trainer = DistillationTrainer(
         student=built.new_student(),
         teacher=built.teacher if objective.needs_teacher else None,
@@ -137,9 +100,9 @@ def train(
         eval_dataset=built.curve,
         processing_class=built.tokenizer,
         vocabulary=built.vocabulary or None,
-        task=built.recipe.task,
+        task=recipe.task,
         rollout=rollout,
-        prefetch=built.recipe.teacher.prefetch,
+        prefetch=recipe.teacher.prefetch,
         callbacks=[MetricsFile(directory / "metrics.jsonl", name), bar],
     )
     if rollout is not None:
@@ -172,12 +135,13 @@ def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
 
 def training_arguments(built: BuiltRun, checkpoints: Path) -> DistillationConfig:
     """Combine the recipe's `train` with defaults for what it leaves out."""
+    sixth = max(1, built.plan.steps // 6)
     values: dict[str, Any] = {
         "logging_steps": max(1, built.plan.steps // 60),
         "eval_strategy": "steps",
-        "eval_steps": max(1, built.plan.steps // 6),
+        "eval_steps": sixth,
         "save_strategy": "steps",
-        "save_steps": max(1, built.plan.steps // 6),
+        "save_steps": sixth,
         "save_total_limit": 1,
         "per_device_eval_batch_size": EVAL_ROWS,
         **built.recipe.train,

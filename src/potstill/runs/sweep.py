@@ -1,4 +1,4 @@
-"""sweep(values, axes): one run for each combination of a recipe's values. Read it from top to bottom."""
+"""One run for each combination of a recipe's values, compared."""
 
 from __future__ import annotations
 
@@ -14,32 +14,25 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from potstill.data.files import write_text
+from potstill.data.files import write_json
 from potstill.errors import PotstillError, RecipeError, RunError, UserError, one_line
+from potstill.evaluate import tradeoff
 from potstill.evaluate.report.sweep import write_sweep_report
 from potstill.evaluate.speed import latency_ms
-from potstill.evaluate.tradeoff import (
-    NO_LIMITS,
-    Candidate,
-    Limits,
-    pareto_front,
-    predict,
-    recommend,
-    relative_quality,
-)
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import DISTRIBUTION_TASKS
 from potstill.models.loading import load_model, suppress_warnings
 from potstill.runs.config.document import read_list
 from potstill.runs.config.run import Recipe
+from potstill.runs.directory import check_directory
 from potstill.runs.ray import start_ray
-from potstill.runs.run import check_directory, run
+from potstill.runs.run import run
 
 Engine = Literal["process", "ray"]
 
@@ -49,19 +42,16 @@ _FIXED = {
     "name": "Each run is named after its values.",
     "data.eval": "Runs are compared on the same held-out text.",
 }
-_NAME = 80  # characters of a directory's name
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """A key of the recipe and its values."""
 
     key: str
     values: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One combination of values, its label, and its recipe with its own output directory."""
 
     values: dict[str, Any]
@@ -122,7 +112,7 @@ def grid(values: dict[str, Any], axes: Sequence[Axis], out: Path, origin: str = 
     points: list[Point] = []
     mistakes: dict[str, str] = {}
     for combination in product(*(axis.values for axis in axes)):
-        pairs = {axis.key: value for axis, value in zip(axes, combination, strict=True)}
+        pairs = dict(zip(short, combination, strict=True))
         words = [f"{short[key]} {_text(value)}" for key, value in pairs.items()]
         label = ", ".join(words)
         own = {"output": str(out / _directory_name("-".join(words))), "name": f"{values.get('name')}: {label}"}
@@ -141,7 +131,7 @@ def sweep(
     axes: Sequence[Axis],
     out: Path,
     *,
-    limits: Limits = NO_LIMITS,
+    limits: tradeoff.Limits = tradeoff.NO_LIMITS,
     resume: bool = False,
     engine: Engine = "process",
     origin: str = "recipe",
@@ -179,7 +169,7 @@ def sweep(
     if PartialState().is_main_process:
         with suppress_warnings(), console.status("timing the students"):
             summary = _summarize(values, axes, points, failures, limits)
-        write_text(out / "sweep.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_json(out / "sweep.json", summary)
         write_sweep_report(out)
     PartialState().wait_for_everyone()
     if failures:
@@ -227,16 +217,14 @@ def _run_with_ray(points: Sequence[Point]) -> dict[str, str]:
     """Run each point in its own process of Ray, with one GPU each if there are any; return label -> reason."""
     ray = start_ray("sweep")
     task = ray.remote(num_gpus=1 if torch.cuda.is_available() else 0, max_retries=0)(_run_in)
-    results = [task.remote(Path.cwd(), point.recipe) for point in points]
-    failures = {}
-    for point, result in zip(points, results, strict=True):
+    results = {point.label: task.remote(Path.cwd(), point.recipe) for point in points}
+    reasons: dict[str, str | None] = {}
+    for label, result in results.items():
         try:
-            reason = ray.get(result)
+            reasons[label] = ray.get(result)
         except ray.exceptions.RayError as error:  # its process was killed or its machine lost: the others continue
-            reason = str(error).strip().splitlines()[-1]
-        if reason:
-            failures[point.label] = reason
-    return failures
+            reasons[label] = str(error).strip().splitlines()[-1]
+    return {label: reason for label, reason in reasons.items() if reason}
 
 
 def _run_in(folder: Path, recipe: Recipe) -> str | None:
@@ -254,7 +242,11 @@ def _run(recipe: Recipe, console: Console) -> str | None:
 
 
 def _summarize(
-    values: dict[str, Any], axes: Sequence[Axis], points: Sequence[Point], failures: dict[str, str], limits: Limits
+    values: dict[str, Any],
+    axes: Sequence[Axis],
+    points: Sequence[Point],
+    failures: dict[str, str],
+    limits: tradeoff.Limits,
 ) -> dict[str, Any]:
     """Build the content of sweep.json."""
     done = [point for point in points if point.label not in failures]
@@ -263,11 +255,11 @@ def _summarize(
     known = [teacher for teacher in teachers if teacher.get("loss") is not None]
     teacher = min(known, key=lambda row: row["loss"], default={})
     rows = [_row(point, summary, teacher.get("loss", 0.0)) for point, summary in zip(done, summaries, strict=True)]
-    names = ("quality", "parameters", "bytes", "latency_ms")
-    candidates = [Candidate(row["label"], *(row[name] for name in names)) for row in rows]
+    costs = ("parameters", "bytes", "latency_ms")
     qualities = [row["quality"] for row in rows]
+    candidates = [tradeoff.Candidate(row["label"], row["quality"], *(row[cost] for cost in costs)) for row in rows]
     sizes = [row.get("parameters") or math.nan for row in teachers]
-    predictions = predict([size / row["parameters"] for size, row in zip(sizes, rows, strict=True)], qualities)
+    compressions = [size / row["parameters"] for size, row in zip(sizes, rows, strict=True)]
     return {
         "kind": "sweep",
         "name": values.get("name", "a sweep"),
@@ -276,12 +268,10 @@ def _summarize(
         "teacher": teacher,
         "runs": rows,
         "failed": failures,
-        "fronts": {
-            key: pareto_front([row[key] for row in rows], qualities) for key in ("parameters", "bytes", "latency_ms")
-        },
-        "predictions": [asdict(prediction) for prediction in predictions],
+        "fronts": {cost: tradeoff.pareto_front([row[cost] for row in rows], qualities) for cost in costs},
+        "predictions": [asdict(prediction) for prediction in tradeoff.predict(compressions, qualities)],
         "limits": asdict(limits),
-        "recommended": asdict(recommend(candidates, limits)),
+        "recommended": asdict(tradeoff.recommend(candidates, limits)),
         "versions": versions(),
     }
 
@@ -296,7 +286,7 @@ def _row(point: Point, summary: dict[str, Any], teacher_loss: float) -> dict[str
         "values": point.values,
         **student,
         "latency_ms": latency_ms(model, point.recipe.data.max_length),
-        "quality": relative_quality(teacher_loss, math.nan if student["loss"] is None else student["loss"]),
+        "quality": tradeoff.relative_quality(teacher_loss, math.nan if student["loss"] is None else student["loss"]),
         "gap_closed": summary["gap_closed"],
         "seconds": summary["training"]["seconds"].get("student"),
     }
@@ -321,9 +311,9 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _directory_name(label: str) -> str:
+def _directory_name(label: str, longest: int = 80) -> str:
     """Turn a label into a directory's name, with a digest if anything was lost."""
     name = re.sub(r"[^\w.]+", "-", label).strip("-.")
-    if len(name) > _NAME or name != re.sub(r"[ -]+", "-", label):
-        name = f"{name[:_NAME]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    if len(name) > longest or name != re.sub(r"[ -]+", "-", label):
+        name = f"{name[:longest]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
     return name
