@@ -30,31 +30,18 @@ CALIBRATION_BATCH = 8  # rows
 
 @dataclass(frozen=True)
 class StudentBuilder:
-    """Makes the recipe's student, with its first weights and its adapter: the same at every call.
-
-    Args:
-        recipe: the recipe.
-        teacher: its teacher.
-        tokenizer: the student's.
-        design: config of a new student; None for a model that exists.
-        initialization: what a new student takes from its teacher; None for random weights.
-    """
+    """Makes the recipe's student, with its first weights and its adapter: the same at every call."""
 
     recipe: Recipe
     teacher: LoadedTeacher
-    tokenizer: PreTrainedTokenizerBase
-    design: PretrainedConfig | None
-    initialization: Initialization | None = None
+    tokenizer: PreTrainedTokenizerBase  # the student's
+    design: PretrainedConfig | None  # of a new student; None for a model that exists
+    initialization: Initialization | None = None  # what a new student takes from its teacher; None for random weights
 
     def __call__(self) -> Any:
-        """Make the student.
-
-        Raises:
-            UserError: the adapter does not fit the model, or is missing where the weights cannot be trained.
-        """
-        model = self._model()
-        if self.recipe.student.adapter is not None:
-            return adapt(model, self.recipe.student.adapter, seed=self.recipe.seed, tokenizer=self.tokenizer)
+        model, adapter = self._model(), self.recipe.student.adapter
+        if adapter is not None:
+            return adapt(model, adapter, seed=self.recipe.seed, tokenizer=self.tokenizer)
         if is_quantized(model) and not is_adapted(model):
             raise RecipeError(
                 "student.model: expected weights that can be trained, got a quantized model. Train an adapter on it "
@@ -72,20 +59,14 @@ class StudentBuilder:
         assert path is not None
         dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, adapter.base_bits)
         set_seed(self.recipe.seed)  # a head that is missing is random; a classifier has the teacher's classes
-        classes_of = self.teacher.config
-        return load_model(
-            path, "student.model", dtype, self.recipe.task, bits=bits, labels_of=classes_of, trainable=adapter is None
-        )
+        options: dict[str, Any] = {"bits": bits, "labels_of": self.teacher.config, "trainable": adapter is None}
+        return load_model(path, "student.model", dtype, self.recipe.task, **options)
 
 
 def design_of(
     student: StudentPart, teacher: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
 ) -> PretrainedConfig | None:
-    """Derive the config of a new student, without padding rows in its head; None for a model that exists.
-
-    Raises:
-        RecipeError: the teacher's config is not known.
-    """
+    """Derive the config of a new student, without padding rows in its head; None for a model that exists."""
     if student.design is None:
         return None
     if teacher is None:
@@ -108,9 +89,6 @@ def initialization_of(builder: StudentBuilder, train: Dataset) -> Initialization
     """Plan what a new student takes from its teacher; None for random weights.
 
     Importance is measured on evenly spaced rows of the training data.
-
-    Raises:
-        RecipeError: the teacher has no weights to take.
     """
     recipe, teacher, part = builder.recipe, builder.teacher.model, builder.recipe.student.initialize
     if builder.design is None or part.method == "random":

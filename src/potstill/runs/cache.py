@@ -1,10 +1,10 @@
-"""potstill cache build: plan a cache and build it. Read it from top to bottom."""
+"""Plan a cache of teacher signals and build it."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.data.batches import PaddingCollator, encode, pad_token_id
+from potstill.data.batches import PaddingCollator, encode, in_batches, pad_token_id
 from potstill.data.sources import Source
 from potstill.data.vocabulary import fingerprint
 from potstill.errors import ModelError, UserError
@@ -24,6 +24,7 @@ from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import layer_index
 from potstill.models.loading import suppress_warnings, vocabulary_size
+from potstill.runs.directory import print_notes
 from potstill.runs.ray import map_rows
 from potstill.teachers.cache.build import CacheBuilder
 from potstill.teachers.cache.codec import Codec, codec_of
@@ -38,43 +39,28 @@ ALIGNMENT = "causal: the signal of position t is about the token at t + 1, where
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """A cache to build. It can be pickled: Ray takes it to other machines.
-
-    Args:
-        packing: see `potstill.encode`.
-        codec: sampled, top_k, dense or hidden.
-        parameters: of the codec: draws, k, temperature.
-        out: the cache's directory.
-        batch_rows: rows in a batch of the teacher, and concurrent requests to a server.
-        tokenizer: folder of the tokenizer for a server.
-        layers: layers whose hidden states are stored too, from 0; negative ones from the end.
-    """
+    """A cache to build. It can be pickled: Ray takes it to other machines."""
 
     teacher: TeacherSource
     sources: Sequence[Source]
     max_length: int
     packing: bool
-    codec: str
-    parameters: dict[str, Any]
+    codec: str  # sampled, top_k, dense or hidden
+    parameters: dict[str, Any]  # of the codec: draws, k, temperature
     out: Path
-    batch_rows: int = 8
-    tokenizer: str | None = None
-    layers: Sequence[int] = ()
+    batch_rows: int = 8  # in a batch of the teacher, and concurrent requests to a server
+    tokenizer: str | None = None  # folder of the tokenizer for a server
+    layers: Sequence[int] = ()  # whose hidden states are stored too, from 0; negative ones from the end
 
 
 def build(
     request: CacheRequest, *, part: tuple[int, int] = (0, 1), engine: str = "process", console: Console
 ) -> Manifest | None:
-    """Build a cache, or continue one.
+    """Build a cache, or continue one; return its manifest, or None while other parts are missing.
 
     Args:
-        request: what to store.
         part: (i, n): only the i-th of n parts, counted from 0; whoever writes the last shard finishes the cache.
         engine: "process", or "ray" for one teacher in each of Ray's actors.
-        console: where progress is shown.
-
-    Returns:
-        The manifest, or None while other parts are missing.
 
     Raises:
         UserError: the request is wrong.
@@ -85,7 +71,11 @@ def build(
         todo = builder.todo(part)
         with Progress(console=console) as progress:
             task = progress.add_task(f"{request.codec} of {request.teacher.title}", total=len(todo))
-            for _ in _with_ray(request, todo) if engine == "ray" else map(builder.build, todo):
+            done: Iterable[Any] = map(builder.build, todo)
+            if engine == "ray":  # each of its processes has a teacher of its own
+                shards = [{"shard": number} for number in todo]
+                done = map_rows("cache build", shards, _begin, request, gpus=int(torch.cuda.is_available()))
+            for _ in done:
                 progress.advance(task)
         return builder.finish()
 
@@ -97,43 +87,36 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
         raise UserError("cache build: expected teacher.model or teacher.server, got neither.")
     loaded = source.load(request.tokenizer)
     tokenizer = loaded.tokenizer
-    examples = []
-    for part in request.sources:
-        encoded = encode(part, tokenizer, max_length=request.max_length, packing=request.packing)
-        examples.append(encoded)
-        for note in encoded.notes:
-            console.print(note, style="dim", highlight=False, markup=False)
+    examples = [
+        encode(part, tokenizer, max_length=request.max_length, packing=request.packing) for part in request.sources
+    ]
+    print_notes([note for encoded in examples for note in encoded.notes], console)
     on_gpu = loaded.model is not None and torch.cuda.is_available()
     device = torch.device(source.model_device or ("cuda" if on_gpu else "cpu"))
-    collate = PaddingCollator(pad_token_id(tokenizer)[0])
     datasets = [encoded.dataset for encoded in examples]
-    batch = {name: value.to(device) for name, value in collate([datasets[0][0]]).items()}
+    (batch,) = in_batches([datasets[0][0]], tokenizer, 1, device)
     vocabulary = vocabulary_size(tokenizer)
     layers = _layers(request, loaded.teacher, batch)
-    codec = _codec(request, vocabulary, loaded.teacher, batch)
     tokens, rows = sum(encoded.tokens for encoded in examples), sum(map(len, datasets))
+    keys = [hashlib.sha256(b"".join(keys_of(dataset))).hexdigest() for dataset in datasets]
     plan = CachePlan(
         format=FORMAT,
         teacher=source.title,
         weights=source.title if loaded.model is None else _weights_digest(loaded.model),
         tokenizer=fingerprint(tokenizer),
         vocabulary=vocabulary,
-        codec=codec.record(),
+        codec=_codec(request, vocabulary, loaded.teacher, batch).record(),
         alignment=ALIGNMENT,
         sources=[
-            (
-                str(part.path),
-                len(encoded.dataset),
-                encoded.tokens,
-                hashlib.sha256(b"".join(keys_of(encoded.dataset))).hexdigest(),
-            )
-            for part, encoded in zip(request.sources, examples, strict=True)
+            (str(part.path), len(encoded.dataset), encoded.tokens, key)
+            for part, encoded, key in zip(request.sources, examples, keys, strict=True)
         ],
         shard_rows=max(1, SHARD_TOKENS * rows // tokens),
         batch_rows=request.batch_rows,
         versions={name: importlib.metadata.version(name) for name in ("potstill", "torch", "transformers")},
         layers=layers,
     )
+    collate = PaddingCollator(pad_token_id(tokenizer)[0])
     companions = partial(_save_companions, loaded.config, tokenizer)
     return CacheBuilder(plan, request.out, loaded.teacher, datasets, collate, device, companions)
 
@@ -168,12 +151,6 @@ def _codec(request: CacheRequest, vocabulary: int, teacher: Teacher, batch: dict
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _with_ray(request: CacheRequest, todo: list[int]) -> Iterator[dict[str, Any]]:
-    """Build shards in Ray's processes, each with a teacher of its own."""
-    gpus = 1 if torch.cuda.is_available() else 0
-    return map_rows("cache build", [{"shard": number} for number in todo], _begin, request, gpus=gpus)
 
 
 def _begin(request: CacheRequest) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""potstill check: find what does not fit, and estimate the needs of a run, before anything is trained."""
+"""Estimate the needs of a run before anything is trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from potstill.data.batches import PaddingCollator, pad_token_id
+from potstill.data.batches import in_batches
 from potstill.evaluate.speed import extra_bytes
 from potstill.models.loading import suppress_warnings
 from potstill.runs.build import BuiltRun, build_run
@@ -23,38 +23,24 @@ LOSS_BYTES = 2**28  # most that the loss takes on a CPU, see losses/fused_chunks
 
 @dataclass(frozen=True)
 class Preflight:
-    """Needs of a run, estimated on this machine.
+    """Needs of a run, estimated on this machine."""
 
-    Args:
-        teacher_parameters: None for a teacher without a local model.
-        trained_parameters: of the student: all, or an adapter's.
-        vocabulary: tokens that both models share; 0 where the task is not one of tokens.
-        train_tokens: target tokens; eval_tokens likewise.
-        memory_bytes: weights, gradients and Adam's moments of the trained ones, and `batch_bytes`.
-        batch_bytes: memory of one batch beside them, forward and backward, activations included; the loss's buffers
-            alone where it cannot be measured.
-        disk_bytes: checkpoints and exported models.
-        seconds: training time without the final evaluation, from one timed batch.
-        notes: what the run will print.
-        by_bytes: whether teacher and student are compared by bytes, for two tokenizers.
-    """
-
-    teacher_parameters: int | None
+    teacher_parameters: int | None  # None for a teacher without a local model
     student_parameters: int
-    trained_parameters: int
-    vocabulary: int
-    train_tokens: int
+    trained_parameters: int  # of the student: all, or an adapter's
+    vocabulary: int  # tokens that both models share; 0 where the task is not one of tokens
+    train_tokens: int  # that are targets
     train_rows: int
     eval_tokens: int
     steps: int
-    memory_bytes: int
-    batch_bytes: int
-    batch_measured: bool
-    disk_bytes: int
+    memory_bytes: int  # weights, gradients and Adam's moments of the trained ones, and batch_bytes
+    batch_bytes: int  # of one batch beside them, forward and backward
+    batch_measured: bool  # with activations; else batch_bytes are the loss's buffers alone
+    disk_bytes: int  # checkpoints and exported models
     disk_free_bytes: int
-    seconds: float
-    notes: tuple[str, ...]
-    by_bytes: bool = False
+    seconds: float  # of training without the final evaluation, from one timed batch
+    notes: tuple[str, ...]  # that the run will print
+    by_bytes: bool = False  # whether teacher and student are compared by bytes, for two tokenizers
 
 
 def check(recipe: Recipe) -> Preflight:
@@ -66,44 +52,39 @@ def check(recipe: Recipe) -> Preflight:
     with suppress_warnings():
         built = build_run(recipe)
         student = built.new_student()
-    trained = built.size.trained * 4
-    weights = sum(weight.numel() * weight.element_size() for weight in student.parameters())
+    trained, train, teacher = built.size.trained * 4, built.train, built.loaded.model
     exported = built.size.all * 4 if recipe.student.merges else trained
     runs = 2 if recipe.evaluate.baseline else 1
     output = Path(recipe.output).absolute()
-    seconds, extra = _one_step(built, student)
-    batch_bytes = min(3 * 4 * _batch_tokens(built) * max(built.vocabulary, 1), LOSS_BYTES) if extra is None else extra
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
+    seconds, extra = _one_step(built, student)
+    batch_tokens = round(built.plan.batch_rows * train.tokens / len(train.dataset))
+    batch_bytes = min(3 * 4 * batch_tokens * max(built.vocabulary, 1), LOSS_BYTES) if extra is None else extra
+    # The student's weights, gradient and two moments of the trained ones, and the teachers' weights. The loss reads the
+    # tokens in chunks and needs no more than both models' logits and a gradient.
+    memory = sum(weight.numel() * weight.element_size() for weight in student.parameters()) + 3 * trained + batch_bytes
+    memory += sum(model.get_memory_footprint() for model in built.loaded.models.values())
+    # A checkpoint has the trained weights and two moments; while one is written the one before still exists. A server
+    # that samples reads the trained weights from a folder.
+    disk = runs * (2 * 3 * trained + exported) + (0 if built.writer is None else trained)
     return Preflight(
-        teacher_parameters=None if built.loaded.model is None else built.loaded.model.num_parameters(),
+        teacher_parameters=None if teacher is None else teacher.num_parameters(),
         student_parameters=built.size.all,
         trained_parameters=built.size.trained,
         vocabulary=built.vocabulary,
-        train_tokens=built.train.tokens,
-        train_rows=len(built.train.dataset),
+        train_tokens=train.tokens,
+        train_rows=len(train.dataset),
         eval_tokens=built.eval.tokens,
         steps=built.plan.steps,
-        # The student's weights, gradient and two moments of the trained ones, and the teachers' weights. The loss reads
-        # the tokens in chunks and needs no more than both models' logits and a gradient.
-        memory_bytes=weights
-        + 3 * trained
-        + sum(model.get_memory_footprint() for model in built.loaded.models.values())
-        + (trained if recipe.teacher.copies_student else 0)
-        + batch_bytes,
+        memory_bytes=memory + (trained if recipe.teacher.copies_student else 0),
         batch_bytes=batch_bytes,
         batch_measured=extra is not None,
-        # A checkpoint has the trained weights and two moments; while one is written the one before still exists. A
-        # server that samples reads the trained weights from a folder.
-        disk_bytes=runs * (2 * 3 * trained + exported) + (0 if built.writer is None else trained),
+        disk_bytes=disk,
         disk_free_bytes=shutil.disk_usage(existing).free,
         seconds=runs * built.plan.steps * seconds,
         notes=built.notes,
         by_bytes=built.alignment_stats is not None,
     )
-
-
-def _batch_tokens(built: BuiltRun) -> int:
-    return round(built.plan.batch_rows * built.train.tokens / len(built.train.dataset))
 
 
 def _one_step(built: BuiltRun, student: PreTrainedModel) -> tuple[float, int | None]:
@@ -112,9 +93,8 @@ def _one_step(built: BuiltRun, student: PreTrainedModel) -> tuple[float, int | N
     distiller = Distiller(
         student, built.teacher, built.objective, vocabulary=built.vocabulary or None, task=built.recipe.task
     ).to(device)
-    collate = PaddingCollator(pad_token_id(built.tokenizer)[0])
-    rows = [built.train.dataset[i] for i in range(min(built.plan.batch_rows, len(built.train.dataset)))]
-    batch = {name: value.to(device) for name, value in collate(rows).items()}
+    rows = (built.train.dataset[i] for i in range(min(built.plan.batch_rows, len(built.train.dataset))))
+    (batch,) = in_batches(rows, built.tokenizer, built.plan.batch_rows, device)
     dtype = torch.bfloat16 if built.plan.bf16 else torch.float16
     mixed = built.plan.bf16 or bool(built.recipe.train.get("fp16"))
     rollout = built.new_rollout()

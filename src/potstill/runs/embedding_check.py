@@ -1,8 +1,9 @@
-"""potstill check for recipes of kind embedding: estimate what a run will need before anything is trained."""
+"""Estimate what a run of kind embedding will need before anything is trained."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -20,8 +21,7 @@ SAMPLE_TEXTS = 128  # that are encoded to time the teacher
 def check(recipe: EmbeddingRecipe) -> list[tuple[str, str]]:
     """Read everything that a recipe names, encode some texts, make the student, and time two steps.
 
-    Returns:
-        What the run will need, as lines of a table; times are of this machine.
+    Returns lines of a table of what the run will need, with times of this machine.
 
     Raises:
         UserError: the run could not start.
@@ -30,22 +30,20 @@ def check(recipe: EmbeddingRecipe) -> list[tuple[str, str]]:
     with suppress_warnings():
         encoder = recipe.teacher.load()
         if encoder is None:
-            data = load_data(recipe)
-            rows, held_out, encoding = data.vectors.rows, len(data.held_out), 0.0
+            data, encoding = load_data(recipe), 0.0
+            rows, held_out = data.vectors.rows, len(data.held_out)
         else:
             data, rows, held_out, encoding = _encode_sample(recipe, encoder)
         sample = VectorSlice(data.vectors, 0, min(data.vectors.rows, 2 * train.batch_size))
         size = max(2, min(train.batch_size, sample.rows // 2))
         times: list[float] = []
         distiller = new_distiller(recipe, recipe.focus, data, heats=(1.0,), epochs=1, batch_size=size)
-        reads_text = recipe.student.reads_text
-        distiller.fit(
-            sample,
-            data.held_out[:SAMPLE_TEXTS],
-            texts=(data.texts or [])[: sample.rows] if reads_text else None,
-            held_out_texts=(data.held_out_texts or [])[:SAMPLE_TEXTS] if reads_text else None,
-            on_step=lambda done, total, loss: times.append(time.perf_counter()),
-        )
+        texts: dict[str, Any] = {}
+        if recipe.student.reads_text:
+            texts = {"texts": (data.texts or [])[: sample.rows]}
+            texts["held_out_texts"] = (data.held_out_texts or [])[:SAMPLE_TEXTS]
+        held_out_sample = data.held_out[:SAMPLE_TEXTS]
+        distiller.fit(sample, held_out_sample, **texts, on_step=lambda *progress: times.append(time.perf_counter()))
     stages = train.temperature.stages if train.temperature else 1
     steps = -(-rows // train.batch_size) * train.epochs * stages * (3 if recipe.evaluate.front else 1)
     step_seconds = (times[-1] - times[0]) / max(len(times) - 1, 1) * train.batch_size / size

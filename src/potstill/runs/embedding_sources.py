@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,35 +21,23 @@ from potstill.runs.config.embedding import EmbeddingRecipe, TextsPart
 ScoredPairs = tuple[list[int], list[int], list[float]]
 
 
-@dataclass(frozen=True)
-class Texts:
+class Texts(NamedTuple):
     """The texts of a file, and the pairs of them that have human scores."""
 
     texts: list[str]
     pairs: ScoredPairs | None = None
 
 
-@dataclass(frozen=True)
-class EmbeddingData:
-    """Everything that a student is trained and measured on.
+class EmbeddingData(NamedTuple):
+    """Everything that a student is trained and measured on."""
 
-    Args:
-        vectors: the teacher's, to learn from.
-        held_out: [M, H], the teacher's, held out.
-        texts: of the vectors, if there are any.
-        held_out_texts: of the held-out vectors.
-        pairs: held-out rows with human scores.
-        teacher: the sentence-transformers model, if the teacher is one.
-        notes: for the user.
-    """
-
-    vectors: VectorArray
-    held_out: Tensor
-    texts: list[str] | None = None
+    vectors: VectorArray  # the teacher's, to learn from
+    held_out: Tensor  # [M, H], the teacher's
+    texts: list[str] | None = None  # of the vectors
     held_out_texts: list[str] | None = None
-    pairs: ScoredPairs | None = None
-    teacher: Any = None
-    notes: tuple[str, ...] = ()
+    pairs: ScoredPairs | None = None  # held-out rows with human scores
+    teacher: Any = None  # the sentence-transformers model, if the teacher is one
+    notes: tuple[str, ...] = ()  # to print
 
 
 def load_data(
@@ -58,9 +45,7 @@ def load_data(
 ) -> EmbeddingData:
     """Read texts and vectors, encode texts where the teacher does, and check that everything fits.
 
-    Args:
-        recipe: of the run.
-        on_progress: called with the number of texts that are encoded, and of all.
+    `on_progress` is called with the number of texts that are encoded, and of all.
 
     Raises:
         UserError: something is missing, or does not fit together.
@@ -70,8 +55,7 @@ def load_data(
     if isinstance(recipe.teacher, FileTeacher):
         vectors, eval_vectors = recipe.teacher.open()
     else:
-        assert encoder is not None
-        assert train is not None
+        assert encoder is not None and train is not None
         encode = partial(encode_texts, encoder=encoder, folder=Path(recipe.output) / "vectors", on_progress=on_progress)
         vectors, eval_vectors = encode(train.texts), encode(held.texts) if held else None
     for key, part, array in (("data.train", train, vectors), ("data.eval", held, eval_vectors)):
@@ -93,24 +77,17 @@ def load_data(
                 "Give more, or name what is held out: teacher.eval_vectors or data.eval."
             )
         cut = vectors.rows - held_out
-        return EmbeddingData(
-            VectorSlice(vectors, 0, cut),
-            vectors.read(cut, vectors.rows),
-            texts and texts[:cut],
-            texts and texts[cut:],
-            teacher=model,
-            notes=tuple(notes),
-        )
+        first, rest = VectorSlice(vectors, 0, cut), vectors.read(cut, vectors.rows)
+        return EmbeddingData(first, rest, texts and texts[:cut], texts and texts[cut:], None, model, tuple(notes))
     if eval_vectors.dimensions != vectors.dimensions:
         raise DataError(
             f"{eval_vectors.name}: expected vectors of {vectors.dimensions} dimensions as in {vectors.name}, got "
             f"{eval_vectors.dimensions}."
         )
     notes += check_vectors(eval_vectors, min(recipe.student.dimensions, eval_vectors.rows - 1))
-    held = held or Texts([])
-    return EmbeddingData(
-        vectors, eval_vectors.read(0, eval_vectors.rows), texts, held.texts or None, held.pairs, model, tuple(notes)
-    )
+    held_out_texts, pairs = held or (None, None)
+    held_vectors = eval_vectors.read(0, eval_vectors.rows)
+    return EmbeddingData(vectors, held_vectors, texts, held_out_texts or None, pairs, model, tuple(notes))
 
 
 def held_out_rows(rows: int) -> int:

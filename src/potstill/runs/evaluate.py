@@ -1,10 +1,11 @@
-"""potstill evaluate: measure a student and its teacher on a file."""
+"""Measure a student and its teacher on a file."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from accelerate import PartialState
@@ -42,7 +43,7 @@ class EvaluationOptions:
     lm_eval: Sequence[str] = ()  # tasks, see `harness_scores`
     lm_eval_limit: int | None = None  # examples of each task; None for all
     batch_sizes: Sequence[int] = (1, 8)  # batch sizes for speed and memory
-    lengths: Sequence[int] = field(default=(128, 512))  # lengths of rows for speed and memory
+    lengths: Sequence[int] = (128, 512)  # lengths of rows for speed and memory
 
 
 @suppress_warnings()
@@ -62,10 +63,7 @@ def evaluate(
         student: folder or Hub name of a model.
         teacher: the same; None leaves out comparisons. A causal teacher may have another tokenizer: then each model is
             measured by itself, in its own tokens.
-        source: the held-out file and its columns.
-        max_length: maximum tokens of a row.
         packing: join plain text into rows of exactly `max_length`.
-        options: what else to measure.
         task: the models' task; masks are drawn with seed 0.
 
     Returns:
@@ -75,11 +73,6 @@ def evaluate(
     Raises:
         UserError: a model, the data or an option cannot be used, or vocabularies differ for a task that is not causal.
     """
-    if teacher is not None and task == "causal" and not _one_vocabulary(student, teacher):
-        shared: dict[str, Any] = {"max_length": max_length, "packing": packing, "options": options}
-        of_student, of_teacher = (evaluate(model, None, source, **shared) for model in (student, teacher))
-        models = {"teacher": of_teacher["models"]["student"], **of_student["models"]}
-        return {**of_student, "models": models, "notes": [*of_student["notes"], TWO_TOKENIZERS]}
     if task != "causal" and (options.generations or options.lm_eval):
         raise UserError(
             f"--generations, --lm-eval: expected neither for the task {task}, got some. Its models do not generate."
@@ -87,12 +80,18 @@ def evaluate(
     if task == "encoder" and teacher is None:
         raise UserError("--teacher: expected a model for the task encoder, got none. Encoders are compared with it.")
     tokenizer, of_tokens = load_tokenizer(student, "student"), task in TOKEN_TASKS
+    teacher_tokenizer = None if teacher is None else load_tokenizer(teacher, "--teacher")
+    if teacher and teacher_tokenizer and task == "causal" and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+        shared: dict[str, Any] = {"max_length": max_length, "packing": packing, "options": options}
+        of_student, of_teacher = (evaluate(model, None, source, **shared) for model in (student, teacher))
+        models = {"teacher": of_teacher["models"]["student"], **of_student["models"]}
+        return {**of_student, "models": models, "notes": [*of_student["notes"], TWO_TOKENIZERS]}
     models = {"student": load_model(student, "student", task=task)}
     vocabulary = None
-    if teacher is not None:
+    if teacher is not None and teacher_tokenizer is not None:
         models = {"teacher": load_model(teacher, "--teacher", task=task), **models}
         rows = {name: token_rows(model, task) for name, model in models.items()}
-        common = shared_vocabulary(load_tokenizer(teacher, "--teacher"), tokenizer, rows)
+        common = shared_vocabulary(teacher_tokenizer, tokenizer, rows)
         vocabulary = common if of_tokens else None
     for name, model in models.items():
         model.to(PartialState().device)
@@ -103,41 +102,29 @@ def evaluate(
     examples = encode(source, tokenizer, max_length=max_length, packing=packing, task=task, classes=classes)
     if task == "masked":
         examples = replace(examples, dataset=MaskedRows(examples.dataset, tokenizer).fixed())
-    quality: Mapping[str, Any] = measure(
-        task,
-        models.get("teacher"),
-        {"student": models["student"]},
-        in_batches(examples.dataset, tokenizer, ROWS),
-        vocabulary=vocabulary,
-    )
+    batches = in_batches(examples.dataset, tokenizer, ROWS)
+    students = {"student": models["student"]}
+    quality: Mapping[str, Any] = measure(task, models.get("teacher"), students, batches, vocabulary=vocabulary)
     num_bytes = text_bytes(examples, tokenizer) if task == "causal" else 0
+    sizes = [*product(options.batch_sizes, options.lengths)]
+    results = {}
+    for name, model in models.items():
+        nats = quality[name].loss * quality[name].tokens if num_bytes else None
+        results[name] = {
+            "model": {"student": student, "teacher": teacher}[name],
+            "parameters": parameter_count(model).all,
+            "bytes": model.get_memory_footprint(),
+            "bits_per_byte": None if nats is None else nats / math.log(2) / num_bytes,
+            "quality": asdict(quality[name]),
+            **_optional(model, tokenizer, examples, options),
+            "speed": [asdict(speed(model, *size, generates=task == "causal")) for size in sizes],
+        }
     return {
-        "models": {
-            name: {
-                "model": {"student": student, "teacher": teacher}[name],
-                "parameters": parameter_count(model).all,
-                "bytes": model.get_memory_footprint(),
-                "bits_per_byte": quality[name].loss * quality[name].tokens / math.log(2) / num_bytes
-                if num_bytes
-                else None,
-                "quality": asdict(quality[name]),
-                **_optional(model, tokenizer, examples, options),
-                "speed": [
-                    asdict(speed(model, rows, length, generates=task == "causal"))
-                    for rows in options.batch_sizes
-                    for length in options.lengths
-                ],
-            }
-            for name, model in models.items()
-        },
+        "models": results,
         "data": {"path": source.path, "rows": len(examples.dataset), "tokens": examples.tokens, "bytes": num_bytes},
         "notes": list(examples.notes),
         "versions": versions(),
     }
-
-
-def _one_vocabulary(student: str, teacher: str) -> bool:
-    return load_tokenizer(student, "student").get_vocab() == load_tokenizer(teacher, "--teacher").get_vocab()
 
 
 def text_bytes(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> int:

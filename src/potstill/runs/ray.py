@@ -13,11 +13,7 @@ RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def start_ray(command: str) -> Any:
-    """Import the package ray for a command.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import the package ray for a command."""
     try:
         import ray
     except ImportError:
@@ -35,13 +31,8 @@ def map_rows(
 ) -> Iterator[dict[str, Any]]:
     """Map rows in as many Ray processes as there is room for; results come in any order.
 
-    Args:
-        command: for errors.
-        rows: that Arrow can hold.
-        make_function: makes the function of a row from the request; called once in each process, in this process's
-            working directory.
-        request: that can be pickled.
-        gpus: of each process.
+    Each process has so many GPUs, works in this process's directory, and calls `make_function` once with the request,
+    which must be picklable, for the function of a row, which Arrow must be able to hold. Errors name `command`.
 
     Raises:
         UserError: Ray is not installed, or `make_function` or its function raises one.

@@ -25,13 +25,7 @@ from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import StudentPart
 from potstill.runs.init.models import VECTORS, ModelInfo, inspect_model, is_embedder
-from potstill.runs.init.rows import (
-    TEXTS,
-    find_columns,
-    first_of,
-    read_table,
-    sample_rows,
-)
+from potstill.runs.init.rows import TEXTS, find_columns, first_of, read_table, sample_rows
 
 Kind = Literal["distillation", "embedding", "generate"]
 MAX_LENGTH = 2048  # default limit for rows with prompts or labels
@@ -93,13 +87,13 @@ def draft(request: DraftRequest) -> str:
         )
     with suppress_warnings():
         values = make(request)
-    environment = Environment(
+    environment = Environment(  # without autoescape: the page is YAML, and the filter `yaml` quotes values
         loader=PackageLoader("potstill.runs.init", "."),
         undefined=StrictUndefined,
+        keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # the page is YAML, and the filter `yaml` quotes values
+        autoescape=False,
     )
     environment.filters["yaml"] = _one_line_yaml
     text = environment.get_template(f"{request.recipe_kind}.yaml.j2").render(request=request, **values)
@@ -130,7 +124,6 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     if rows.is_whole_file:
         num_rows = rows.num_tokens // max_length if packing else rows.num_rows
         batch = max(1, min(batch, num_rows // MIN_STEPS))
-    sequence_level = teacher.task in SEQUENCE_TASKS
     return {
         "teacher": teacher,
         "task": teacher.task,
@@ -140,13 +133,13 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
         "rows": rows,
         "train": {"path": str(request.data), **rows.columns},
         "held_out": {"path": str(request.eval), **rows.columns},
-        "sequence_level": sequence_level,
+        "sequence_level": teacher.task in SEQUENCE_TASKS,
         "packing": packing,
         "max_length": max_length,
         "positions": positions,
         "batch": batch,
         "accumulation": 1 if rows.is_whole_file else math.ceil(8 / batch),
-        "rate": _learning_rate(request, teacher, sequence_level),
+        "rate": _learning_rate(request, teacher),
         "bf16": has_bfloat16(),
     }
 
@@ -176,11 +169,11 @@ def _student(request: DraftRequest, teacher: ModelInfo) -> tuple[dict[str, Any],
     return student, f"{shape.layers} layers of width {shape.hidden}, {parameters:,} parameters: {ratio}"
 
 
-def _learning_rate(request: DraftRequest, teacher: ModelInfo, sequence_level: bool) -> float:
+def _learning_rate(request: DraftRequest, teacher: ModelInfo) -> float:
     """Choose a first learning rate: trained weights take smaller steps than random ones."""
     if request.adapter is not None:
         return ADAPTER_RATES[request.adapter]
-    if sequence_level or request.student is not None:
+    if teacher.task in SEQUENCE_TASKS or request.student is not None:
         return 5e-5
     if teacher.can_initialize:
         return 5e-4 if teacher.parameters < 500_000_000 else 1e-4

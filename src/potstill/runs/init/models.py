@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -18,31 +18,19 @@ from potstill.models.structure import find_structure
 VECTORS = (".npy", ".safetensors", ".pt")
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """A model's properties without its weights.
-
-    Args:
-        config: the model's, or its base model's if it is an adapter.
-        max_length: the most tokens that a row may have.
-        can_initialize: whether a student of the same family can start from its weights.
-    """
+class ModelInfo(NamedTuple):
+    """A model's properties without its weights; the config is its base model's if it is an adapter."""
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     task: Task
-    max_length: int
+    max_length: int  # of a row, in tokens
     parameters: int
-    can_initialize: bool
+    can_initialize: bool  # whether a student of the same family can start from its weights
 
 
 def inspect_model(path: str, key: str, task: Task | None = None) -> ModelInfo:
-    """Read the config and the tokenizer of a model.
-
-    Args:
-        path: a folder, or a name on the hub.
-        key: the model's name in errors.
-        task: the task to use the model for; default: the one it was trained for.
+    """Read the config and the tokenizer of a model, to use for a task; default: the one it was trained for.
 
     Raises:
         ModelError: there is no such model, or it is not for this task.
@@ -53,19 +41,15 @@ def inspect_model(path: str, key: str, task: Task | None = None) -> ModelInfo:
         base = adapter.get("base_model_name_or_path") or path
     config, tokenizer = load_config(base, key), load_tokenizer(path, f"{key}: its tokenizer")
     model = build(config, "meta")
-    limits = [max_positions(model), tokenizer.model_max_length]
     try:
         find_structure(model)
         can_initialize = True
     except ModelError:
         can_initialize = False
+    limits = [limit for limit in (max_positions(model), tokenizer.model_max_length) if limit and limit < 10**9]
+    max_length = min(limits, default=2048)  # 10^30 means no limit
     return ModelInfo(
-        config,
-        tokenizer,
-        _task(config, path, key, task),
-        min((limit for limit in limits if limit and limit < 10**9), default=2048),  # 10^30 means no limit
-        model.num_parameters(),
-        can_initialize,
+        config, tokenizer, _task(config, path, key, task), max_length, model.num_parameters(), can_initialize
     )
 
 

@@ -1,13 +1,13 @@
-"""What the first rows of a data file say about it: which columns to read, and how long the rows are."""
+"""Which columns of a data file to read, and how long its first rows are."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,23 +38,14 @@ PROMPTS_AND_COMPLETIONS = (
 )
 
 
-@dataclass(frozen=True)
-class RowSample:
-    """The first rows of a file.
+class RowSample(NamedTuple):
+    """The first rows of a file."""
 
-    Args:
-        columns: column key of the recipe (field, prompt, ...) -> column.
-        num_rows: how many were read.
-        is_whole_file: whether the file has no more rows.
-        longest: most tokens in a row, after truncation to the model's limit.
-        num_tokens: target tokens of all of them.
-    """
-
-    columns: dict[str, str]
+    columns: dict[str, str]  # column key of the recipe (field, prompt, ...) -> column
     num_rows: int
     is_whole_file: bool
-    longest: int
-    num_tokens: int
+    longest: int  # most tokens in a row, after truncation to the model's limit
+    num_tokens: int  # that are targets
 
 
 def read_table(path: Path) -> Table:
@@ -72,11 +63,7 @@ def read_table(path: Path) -> Table:
 def find_columns(path: Path, names: Sequence[str], task: Task, given: Mapping[str, str]) -> dict[str, str]:
     """Choose the columns that a task reads, by their names.
 
-    Args:
-        path: the file, for errors.
-        names: all columns of the file.
-        task: the task of the recipe.
-        given: column key of the recipe -> column, as the user named them. Only sequence-level tasks add others to them.
+    `given` has the columns that the user named, by column key of the recipe; only sequence-level tasks add others.
 
     Raises:
         DataError: no column has a usual name, or columns of several kinds have.
@@ -90,10 +77,12 @@ def find_columns(path: Path, names: Sequence[str], task: Task, given: Mapping[st
         return columns
     if given:
         return dict(given)
-    text, messages = first_of(TEXTS, names), first_of(MESSAGES, names)
-    kinds: list[dict[str, str]] = [{"field": text}] if text else []
+    kinds: list[dict[str, str]] = []
+    if (text := first_of(TEXTS, names)) is not None:
+        kinds.append({"field": text})
     flags = "--field"
     if task in ("causal", "masked"):
+        messages = first_of(MESSAGES, names)
         pairs = [pair for pair in PROMPTS_AND_COMPLETIONS if {*pair} <= {*names}]
         kinds += [{"messages": messages}] if messages else []
         kinds += [dict(zip(("prompt", "completion"), pair, strict=True)) for pair in pairs[:1]]
@@ -109,14 +98,7 @@ def find_columns(path: Path, names: Sequence[str], task: Task, given: Mapping[st
 def sample_rows(
     path: Path, given: Mapping[str, str], teacher: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> RowSample:
-    """Read and encode the first rows of a file as a run does.
-
-    Args:
-        path: the file.
-        given: as in `find_columns`.
-        teacher: its task and its classes decide how rows are encoded.
-        tokenizer: the student's.
-        max_length: the most tokens that a row may have.
+    """Read and encode the first rows of a file as a run does, with the student's tokenizer.
 
     Raises:
         DataError: the rows cannot be used.
@@ -137,13 +119,9 @@ def sample_rows(
         sample = Path(folder) / f"{path.stem}.jsonl"
         lines = [json.dumps(row, default=str) + "\n" for row in rows[:SAMPLE_ROWS]]
         sample.write_text("".join(lines), encoding="utf-8")
-        examples = encode(
-            Source(sample, **columns),  # type: ignore[arg-type]  # each key is a column
-            tokenizer,
-            max_length=max_length,
-            task=teacher.task,
-            classes=class_ids(teacher.config),
-        )
+        source = Source(sample, **columns)  # type: ignore[arg-type]  # each key is a column
+        task, classes = teacher.task, class_ids(teacher.config)
+        examples = encode(source, tokenizer, max_length=max_length, task=task, classes=classes)
     longest = max(len(ids) for ids in examples.dataset["input_ids"])
     return RowSample(columns, len(lines), len(rows) <= SAMPLE_ROWS, longest, examples.tokens)
 
