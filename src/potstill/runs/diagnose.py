@@ -43,14 +43,11 @@ CONTEXT = 40  # tokens of text before an example
 
 @suppress_warnings()
 def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> dict[str, Any]:
-    """Diagnose a run, or a recipe before it runs.
+    """Diagnose a run, or a recipe before it runs; the content of diagnose.json.
 
     Args:
         run: the run's directory; None diagnoses the recipe with the student's initial weights.
         rows: number of evenly spaced held-out rows.
-
-    Returns:
-        The content of diagnose.json.
 
     Raises:
         UserError: the recipe could not run, or there is no run.
@@ -60,9 +57,9 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
             f"diagnose: expected a recipe of the task causal, got {recipe.task}. Only next tokens are diagnosed."
         )
     built = build_run(recipe)
-    models = _load_models(built, run)
+    models, teacher = _load_models(built, run), built.loaded.model
     device = PartialState().device
-    for model in (*models.values(), *([] if built.loaded.model is None else [built.loaded.model])):
+    for model in (*models.values(), *([] if teacher is None else [teacher])):
         model.to(device)
     held_out = built.teacher.covers(built.eval.dataset)
     sample = _evenly_spaced(built.eval.dataset if held_out else built.train.dataset, rows)
@@ -74,7 +71,7 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
         vocabulary=built.vocabulary,
         temperatures=sorted({*stats.TEMPERATURES, *used}),
     )
-    student, teacher = models["student"], built.loaded.model
+    student = models["student"]
     losses = _training_losses(built, student, built.plan.steps if run else 0, device)
     diagnosis = {
         "kind": "diagnosis",
@@ -200,13 +197,9 @@ def _token_counts(built: BuiltRun) -> Tensor:
 
 def _example(built: BuiltRun, tokens: TokenStats, sample: Dataset, place: int) -> dict[str, Any]:
     """A label that the teacher contradicts, with the text before it."""
-    teacher, column = tokens.models["teacher"], int(tokens.column[place])
-    ids = sample[int(tokens.row[place])]["input_ids"]
-    texts = {
-        "before": ids[max(0, column + 1 - CONTEXT) : column + 1],
-        "label": [int(tokens.label[place])],
-        "instead": [int(teacher["prediction"][place])],
-    }
+    teacher, end = tokens.models["teacher"], int(tokens.column[place]) + 1
+    ids = sample[int(tokens.row[place])]["input_ids"][max(0, end - CONTEXT) : end]
+    texts = {"before": ids, "label": [int(tokens.label[place])], "instead": [int(teacher["prediction"][place])]}
     return {
         **{name: str(built.tokenizer.decode(ids)) for name, ids in texts.items()},
         "probability": math.exp(float(teacher["label_log_prob"][place])),

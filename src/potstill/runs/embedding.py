@@ -103,8 +103,8 @@ def new_distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **
     Raises:
         UserError: a tokenizer, a model or the device is missing.
     """
-    train = recipe.train
-    student = recipe.student.build(data.vectors, data.texts or [], data.teacher, focus=focus, seed=recipe.seed)
+    train, student_part = recipe.train, recipe.student
+    student = student_part.build(data.vectors, data.texts or [], data.teacher, focus=focus, seed=recipe.seed)
     try:
         student.to(train.device)
     except (RuntimeError, AssertionError) as error:  # torch's for an unknown device, or one that is not available
@@ -114,14 +114,11 @@ def new_distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **
         ) from None
     settings: dict[str, Any] = {
         "heats": train.temperature.values() if train.temperature else (1.0,),
-        "epochs": train.epochs,
-        "batch_size": train.batch_size,
-        "learning_rate": train.learning_rate or recipe.student.learning_rate,
-        "reconstruction": train.reconstruction,
-        "patience": train.patience,
+        "learning_rate": train.learning_rate or student_part.learning_rate,
         "seed": recipe.seed,
+        **train.model_dump(include={"epochs", "batch_size", "reconstruction", "patience"}),
     }
-    return EmbeddingDistiller(student, PairObjective(focus, recipe.student.prefixes), **settings | changes)
+    return EmbeddingDistiller(student, PairObjective(focus, student_part.prefixes), **settings | changes)
 
 
 def _save(student: EmbeddingModel, target: Path) -> None:
@@ -138,14 +135,14 @@ def _summarize(
     """Measure the students and the baselines on the held-out rows; the content of summary.json."""
     held_out, dimensions = data.held_out, recipe.student.dimensions
     sample = data.vectors.sample(PCA_ROWS)
-    centred, uncentred = fit_pca(sample, dimensions), fit_pca(sample, dimensions, centred=False)
+    centred = fit_pca(sample, dimensions)
     embedded = {focus: embed(student, held_out, data.held_out_texts) for focus, student in students.items()}
     student = embedded[recipe.focus]
     spaces = {
         "teacher": held_out,
         "student": student,
         "PCA": centred.project(held_out),
-        "PCA uncentred": uncentred.project(held_out),
+        "PCA uncentred": fit_pca(sample, dimensions, centred=False).project(held_out),
         "PCA whitened": centred.project(held_out, whiten=True),
         "random projection": random_projection(held_out, dimensions, recipe.seed),
     }
@@ -194,15 +191,14 @@ def _neighbours(teacher: Tensor, student: Tensor, texts: list[str] | None, numbe
     rows = min(len(teacher), _NEIGHBOUR_ROWS)
     number = min(number, rows)
     similarity = {"teacher": cosines(teacher[:rows]), "student": cosines(student[:rows])}
-
-    def text(row: int) -> str:
-        return (texts[row] if texts else f"row {row + 1}")[:300]
+    names = [text[:300] for text in texts[:rows]] if texts else [f"row {row + 1}" for row in range(rows)]
 
     def nearest(row: int, similar: Tensor) -> list[dict[str, Any]]:
-        order = [other for other in similar[row].argsort(descending=True).tolist() if other != row][:_NEIGHBOURS]
-        return [{"row": i, "text": text(i), "similarity": round(float(similar[row, i]), 3)} for i in order]
+        order = [other for other in similar.argsort(descending=True).tolist() if other != row][:_NEIGHBOURS]
+        return [{"row": i, "text": names[i], "similarity": round(float(similar[i]), 3)} for i in order]
 
-    chosen = [int((i + 0.5) * rows / number) for i in range(number)]
-    return [
-        {"text": text(row), **{model: nearest(row, similar) for model, similar in similarity.items()}} for row in chosen
-    ]
+    neighbours = []
+    for row in (int((i + 0.5) * rows / number) for i in range(number)):
+        lists = {model: nearest(row, similar[row]) for model, similar in similarity.items()}
+        neighbours.append({"text": names[row], **lists})
+    return neighbours

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,16 +41,16 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
     `students` maps "student", and "baseline" if there is one, to the folder of the saved model; `directory` has the
     metrics and checkpoints.
     """
-    recipe, task, of_tokens = built.recipe, built.recipe.task, built.recipe.task in TOKEN_TASKS
-    tokens_per_row = built.train.tokens / len(built.train.dataset)
+    recipe, task, train, held_out = built.recipe, built.recipe.task, built.train, built.eval
+    of_tokens = task in TOKEN_TASKS
     checkpoint = last_checkpoint(directory / "checkpoints" / "student")
     if checkpoint is not None and not built.teacher.of_student:
         restore_teacher(built.teacher, checkpoint)
     models = _load_models(built, students)
     teacher, trained = models.get("teacher"), {name: models[name] for name in students}
-    quality: Mapping[str, Any] = _measure(built, teacher, trained, built.eval.dataset)
+    quality = _measure(built, teacher, trained, held_out.dataset)
     if teacher is None:
-        teacher_loss, curve_loss = (_teacher_loss(built, dataset) for dataset in (built.eval.dataset, built.curve))
+        teacher_loss, curve_loss = (_teacher_loss(built, dataset) for dataset in (held_out.dataset, built.curve))
     else:
         teacher_loss = quality["teacher"].loss
         curve_loss = _measure(built, teacher, {}, built.curve)["teacher"].loss
@@ -64,6 +64,15 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
     metrics = logged_lines(directory / "metrics.jsonl")
     samples = logged_lines(directory / "own_texts.jsonl")
     stats = next((line for line in reversed(metrics) if "own_length" in line), None)
+    data: dict[str, Any] = {}
+    for name, source, examples in (("train", recipe.data.train, train), ("eval", recipe.data.eval, held_out)):
+        data |= {name: str(source.path), f"{name}_examples": len(examples.dataset)}
+        data[f"{name}_tokens"] = examples.tokens if of_tokens else None
+    training = records.TrainingFacts(
+        steps=built.plan.steps,
+        tokens_per_step=round(train.tokens / len(train.dataset) * built.plan.rows_per_step) if of_tokens else None,
+        seconds={name: seconds_of(metrics, name) for name in students},
+    )
     return records.Summary(
         name=recipe.name,
         seed=recipe.seed,
@@ -76,24 +85,10 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
         continuations=_continuations(built, models) if task == "causal" else [],
         own_texts=[records.Sample(**samples[i]) for i in _evenly_spaced(len(samples), SAMPLES)],
         own_text=None if stats is None else records.SampleFacts(**stats),
-        data=records.DataFacts(
-            train=str(recipe.data.train.path),
-            train_tokens=built.train.tokens if of_tokens else None,
-            train_examples=len(built.train.dataset),
-            eval=str(recipe.data.eval.path),
-            eval_tokens=built.eval.tokens if of_tokens else None,
-            eval_examples=len(built.eval.dataset),
-        ),
-        training=records.TrainingFacts(
-            steps=built.plan.steps,
-            tokens_per_step=round(tokens_per_row * built.plan.rows_per_step) if of_tokens else None,
-            seconds={name: seconds_of(metrics, name) for name in students},
-        ),
+        data=records.DataFacts(**data),
+        training=training,
         objective="; ".join(term.describe() for term in recipe.objective),
-        models={
-            "teacher": recipe.teacher.describe(built.teacher),
-            "student": describe_student(recipe.student),
-        },
+        models={"teacher": recipe.teacher.describe(built.teacher), "student": describe_student(recipe.student)},
         adapter=_adapter_facts(built, students["student"], models["student"]),
         teacher_weights=built.teacher.member_weights,
         notes=[*built.notes, *collapse_notes(metrics)],
@@ -116,11 +111,8 @@ def _load_models(built: BuiltRun, students: Mapping[str, Path]) -> dict[str, Pre
 def _measure(
     built: BuiltRun, teacher: PreTrainedModel | None, models: Mapping[str, PreTrainedModel], dataset: Dataset
 ) -> Mapping[str, Any]:
-    return measure(built.recipe.task, teacher, models, _batches(built, dataset), vocabulary=built.vocabulary or None)
-
-
-def _batches(built: BuiltRun, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
-    return in_batches(dataset, built.tokenizer, EVAL_ROWS)
+    batches = in_batches(dataset, built.tokenizer, EVAL_ROWS)
+    return measure(built.recipe.task, teacher, models, batches, vocabulary=built.vocabulary or None)
 
 
 def _teacher_loss(built: BuiltRun, dataset: Dataset) -> float | None:
@@ -132,9 +124,7 @@ def _teacher_loss(built: BuiltRun, dataset: Dataset) -> float | None:
     if built.teacher.of_student or not built.teacher.covers(dataset):
         return None
     total, tokens = 0.0, 0
-    device = PartialState().device
-    for cpu_batch in _batches(built, dataset):
-        batch = {name: value.to(device) for name, value in cpu_batch.items()}
+    for batch in in_batches(dataset, built.tokenizer, EVAL_ROWS, PartialState().device):
         alignment = causal_alignment(batch["labels"])
         output = built.teacher(batch, alignment)
         log_probs: Tensor | None
@@ -183,22 +173,20 @@ def _scores(
 
 def _continuations(built: BuiltRun, models: Mapping[str, PreTrainedModel]) -> list[records.Continuation]:
     """Continue evenly spaced held-out prompts with each model."""
-    dataset = built.eval.dataset
+    dataset, continuations = built.eval.dataset, []
     number = min(built.recipe.evaluate.continuations, len(dataset))
-    continuations = []
     for i in range(number):
         row = dataset[int((i + 0.5) * len(dataset) / number)]
-        ids, labels = row["input_ids"], row["labels"]
-        prompt = next((position for position, label in enumerate(labels) if label != -100), 0)
+        ids = row["input_ids"]
+        prompt = next((position for position, label in enumerate(row["labels"]) if label != -100), 0)
         prompt = prompt or min(64, len(ids) // 2)
         new = min(64, built.recipe.data.max_length - prompt)
         if prompt == 0 or new <= 0:
             continue
         tokens = {name: continuation(model, ids[:prompt], new) for name, model in models.items()}
         tokens |= {"prompt": ids[:prompt], "truth": ids[prompt : prompt + new]}
-        continuations.append(
-            records.Continuation(**{name: str(built.tokenizer.decode(ids)) for name, ids in tokens.items()})
-        )
+        texts = {name: str(built.tokenizer.decode(ids)) for name, ids in tokens.items()}
+        continuations.append(records.Continuation(**texts))
     return continuations
 
 
@@ -235,10 +223,9 @@ def _adapter_facts(built: BuiltRun, folder: Path, student: Any) -> records.Adapt
 def describe_student(student: StudentPart) -> str:
     model = student.model
     if model is None:
-        design = student.design
-        within, fields = "with", {} if design is None or isinstance(design, BudgetPart) else design
-        if isinstance(design, BudgetPart):
-            within, fields = "within", design.model_dump(exclude_none=True, exclude_defaults=True)
+        within, fields = "with", student.design or {}
+        if isinstance(fields, BudgetPart):
+            within, fields = "within", fields.model_dump(exclude_none=True, exclude_defaults=True)
         shape = ", ".join(f"{key} {value}" for key, value in fields.items())
         method = student.initialize.method
         model = f"the teacher's architecture {within} {shape}"

@@ -144,13 +144,11 @@ def sweep(
 
     Args:
         values: the content of the recipe's file, with all `--set` applied.
-        axes: what varies.
         out: the sweep's directory.
         limits: limits on the recommended student.
         resume: continue the sweep in `out`, if there is one; it may have more values.
         engine: "process" runs one after the other in this process, "ray" each in a process of Ray.
         origin: name of the recipe in errors.
-        console: where to show progress; default: standard error.
 
     Raises:
         UserError: the recipe needs a correction; nothing has run.
@@ -160,7 +158,21 @@ def sweep(
     if engine not in get_args(Engine):
         raise UserError(f"--engine: expected {' or '.join(get_args(Engine))}, got {engine}.")
     points = grid(values, axes, out, origin)
-    _check(points, out, resume)
+    for point in points:
+        if point.recipe.task not in DISTRIBUTION_TASKS:
+            raise RecipeError(
+                f"sweep: expected a task of {', '.join(sorted(DISTRIBUTION_TASKS))}, got {point.recipe.task}. "
+                "Runs are compared by their likelihoods."
+            )
+    if (out / "recipe.yaml").exists():
+        raise RecipeError(f"--out: expected a sweep's or a new directory, got {out}, which holds a run.")
+    for point in points:
+        check_directory(point.directory, point.recipe, resume)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        wrong = f"--out: expected a directory to write to, got {out}: {error.strerror}. Choose another."
+        raise RecipeError(wrong) from None
     remaining = [point for point in points if not (point.directory / "report.html").exists()]
     if len(remaining) < len(points):
         done = len(points) - len(remaining)
@@ -179,26 +191,6 @@ def sweep(
             f"are in {out / 'sweep.html'}; --resume tries these again."
         )
     return SweepResult(out, json.loads((out / "sweep.json").read_text(encoding="utf-8")))
-
-
-def _check(points: Sequence[Point], out: Path, resume: bool) -> None:
-    """Check that all runs can be compared, and that their directories are free; create the sweep's."""
-    for point in points:
-        if point.recipe.task not in DISTRIBUTION_TASKS:
-            raise RecipeError(
-                f"sweep: expected a task of {', '.join(sorted(DISTRIBUTION_TASKS))}, got {point.recipe.task}. "
-                "Runs are compared by their likelihoods."
-            )
-    if (out / "recipe.yaml").exists():
-        raise RecipeError(f"--out: expected a sweep's or a new directory, got {out}, which holds a run.")
-    for point in points:
-        check_directory(point.directory, point.recipe, resume)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(
-            f"--out: expected a directory to write to, got {out}: {error.strerror}. Choose another."
-        ) from None
 
 
 def _run_in_turn(points: Sequence[Point], console: Console) -> dict[str, str]:
@@ -280,13 +272,14 @@ def _row(point: Point, summary: dict[str, Any], teacher_loss: float) -> dict[str
     """One run of the table. Its student is timed again, right after the others, in the same conditions."""
     student = summary["rows"]["student"]
     model = load_model(str(point.directory / "student"), "student").to(PartialState().device)
+    loss = math.nan if student["loss"] is None else student["loss"]
     return {
         "label": point.label,
         "directory": point.directory.name,
         "values": point.values,
         **student,
         "latency_ms": latency_ms(model, point.recipe.data.max_length),
-        "quality": tradeoff.relative_quality(teacher_loss, math.nan if student["loss"] is None else student["loss"]),
+        "quality": tradeoff.relative_quality(teacher_loss, loss),
         "gap_closed": summary["gap_closed"],
         "seconds": summary["training"]["seconds"].get("student"),
     }
@@ -294,12 +287,12 @@ def _row(point: Point, summary: dict[str, Any], teacher_loss: float) -> dict[str
 
 def _short_keys(keys: Sequence[str]) -> dict[str, str]:
     """Map each key to its last parts, as many as distinguish it from the others."""
-
-    def shortest(parts: list[str]) -> str:
+    short = {}
+    for key in keys:
+        parts = key.split(".")
         ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        return next(end for end in ends if sum(f".{key}".endswith(f".{end}") for key in keys) == 1)
-
-    return {key: shortest(key.split(".")) for key in keys}
+        short[key] = next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
+    return short
 
 
 def _text(value: Any) -> str:

@@ -34,9 +34,7 @@ class Document(Part):
     def load(cls, path: str | Path, sets: Iterable[str] = ()) -> Self:
         """Read a YAML file.
 
-        Args:
-            path: the file.
-            sets: changes as KEY=VALUE, with dots between keys: `train.max_steps=100`, `objective.0.weight=0.5`.
+        `sets` are changes as KEY=VALUE, with dots between keys: `train.max_steps=100`, `objective.0.weight=0.5`.
 
         Raises:
             RecipeError: all that is wrong with it, a line each.
@@ -93,33 +91,21 @@ _Loader.add_implicit_resolver(
 
 
 def read(path: Path) -> Any:
-    """The values of a YAML file.
-
-    Raises:
-        RecipeError: it is not there or not YAML.
-    """
+    """Read the values of a YAML file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # _Loader is a SafeLoader
     except FileNotFoundError:
-        folder = path.parent
-        names = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
-        raise RecipeError(
-            f"recipe: expected a file, got {path}, which is not there.{nearest(path.name, names)}"
-        ) from None
+        names = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = nearest(path.name, names)
+        raise RecipeError(f"recipe: expected a file, got {path}, which is not there.{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe: expected a readable YAML file, got {path}: {error}.") from None
-    try:
-        return yaml.load(text, _Loader)  # _Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: expected YAML, got: {one_line(error)}") from None
 
 
 def apply(values: Any, sets: Iterable[str], origin: str = "recipe") -> dict[str, Any]:
-    """The values of a file, changed in place as `Document.load` says.
-
-    Raises:
-        RecipeError: they are no mapping, or a change is none.
-    """
+    """Change the values of a file in place as `Document.load` says, and return them."""
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: expected a mapping of keys, got {type(values).__name__}.")
     for change in sets:
@@ -132,17 +118,12 @@ def read_list(text: str) -> list[Any]:
 
     >>> read_list("2, 1e-3, {hidden_size: 8, num_hidden_layers: 1}")
     [2, 0.001, {'hidden_size': 8, 'num_hidden_layers': 1}]
-
-    Raises:
-        RecipeError: they are not YAML.
     """
     try:
-        found: list[Any] = yaml.load(f"[{text}]", _Loader)  # _Loader is a SafeLoader
+        return list(yaml.load(f"[{text}]", _Loader))  # _Loader is a SafeLoader
     except yaml.YAMLError:
-        raise RecipeError(
-            f"expected values with commas between them, got {text}. Brackets and quotes must close."
-        ) from None
-    return found
+        wrong = f"expected values with commas between them, got {text}. Brackets and quotes must close."
+        raise RecipeError(wrong) from None
 
 
 def _set(values: dict[str, Any], change: str) -> None:
@@ -175,20 +156,18 @@ def _index(values: list[Any], name: str, change: str) -> int:
 def _explain(document: type[Part], error: Any) -> list[str]:
     """Turn one error of pydantic into lines `<key>: <what is wrong>`."""
     keys, known = _follow(document, error["loc"])
-    key = ".".join(keys)
-    context = error.get("ctx", {})
-    if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+    key, kind, context = ".".join(keys), error["type"], error.get("ctx", {})
+    if kind in {"extra_forbidden", "unexpected_keyword_argument"}:
         return [f"{key}: unknown key.{nearest(keys[-1], known)}"]
-    if error["type"] == "missing":
+    if kind == "missing":
         return [f"{key}: expected a value, got none."]
-    if error["type"] == "union_tag_not_found":
+    if kind == "union_tag_not_found":
         return [f"{key}: expected a {_bare(context['discriminator'])}, got {error['input']!r}."]
-    if error["type"] == "union_tag_invalid":
-        kinds = [_bare(name) for name in context["expected_tags"].split(", ")]
-        name = _bare(context["tag"])
+    if kind == "union_tag_invalid":
+        kinds, name = [_bare(name) for name in context["expected_tags"].split(", ")], _bare(context["tag"])
         choice = f"a {_bare(context['discriminator'])} of {', '.join(kinds)}"
         return [f"{key}: expected {choice}, got {name}.{nearest(name, kinds)}"]
-    if error["type"] == "value_error":
+    if kind == "value_error":
         message = str(context["error"])
         lines = message.splitlines()
         # A message about how parts go together names their keys itself.
@@ -208,8 +187,10 @@ def _follow(document: type[Part], place: tuple[str | int, ...]) -> tuple[list[st
     known: list[str] = []
     annotation: Any = document
     for step in place:
-        if is_tag(step):
-            annotation = _chosen(annotation, _bare(str(step)))
+        if is_tag(step):  # the kind of a family of declarations by its name, or an arm of a union without names
+            tag = _bare(str(step))
+            kinds = (arm.kinds for arm in _arms(annotation) if hasattr(arm, "kinds"))
+            annotation = next((names[tag] for names in kinds if tag in names), annotation)
             continue
         keys.append(str(step))
         fields: dict[str, Any] = {}
@@ -228,12 +209,6 @@ def _arms(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         return [arm for part in get_args(annotation) for arm in _arms(part)]
     return [annotation]
-
-
-def _chosen(annotation: Any, tag: str) -> Any:
-    """Return the kind of a family of declarations by its name; all arms for the tag of a union without names."""
-    kinds = [arm.kinds[tag] for arm in _arms(annotation) if hasattr(arm, "kinds") and tag in arm.kinds]
-    return kinds[0] if kinds else annotation
 
 
 def _fields(kind: Any) -> dict[str, Any]:

@@ -11,10 +11,7 @@ from potstill.errors import UserError, nearest, one_line
 
 
 def import_file(path: Path) -> None:
-    """Import a Python file. A file that has been imported already is not executed again.
-
-    Args:
-        path: subclasses of `Divergence`, `Term` and the other families that it declares register themselves.
+    """Import a Python file once; subclasses of `Divergence`, `Term` and the other families in it register themselves.
 
     Raises:
         UserError: there is no such file, or importing it raises an exception.

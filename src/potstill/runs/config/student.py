@@ -37,6 +37,9 @@ def _is_budget(value: Any) -> str:
 
 
 Fields = dict[str, bool | int | float | str]
+Design = Annotated[
+    Annotated[Fields, Tag("<fields>")] | Annotated[BudgetPart, Tag("<budget>")], Discriminator(_is_budget)
+]
 
 
 def _named_method(value: Any) -> Any:
@@ -66,12 +69,7 @@ class StudentPart(Part):
     """Who learns: an existing model, or a new one of the teacher's kind."""
 
     model: str | None = Field(None, description="a folder with a model and its tokenizer, or a name on the hub")
-    design: (
-        Annotated[
-            Annotated[Fields, Tag("<fields>")] | Annotated[BudgetPart, Tag("<budget>")], Discriminator(_is_budget)
-        ]
-        | None
-    ) = Field(
+    design: Design | None = Field(
         None,
         description="the shape of a new student: a budget, or fields of the teacher's config to change, such as "
         "hidden_size",
@@ -88,29 +86,26 @@ class StudentPart(Part):
     )
 
     @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if (self.model is None) == (self.design is None):
-            raise ValueError("expected either model or design, got " + ("both" if self.model else "neither"))
-        if self.model is not None and self.initialize.method != "random":
+    def _consistent(self) -> Self:
+        model, adapter, method = self.model, self.adapter, self.initialize.method
+        if (model is None) == (self.design is None):
+            raise ValueError("expected either model or design, got " + ("both" if model else "neither"))
+        if model is not None and method != "random":
             raise ValueError("expected initialize with a design alone, got it beside model, which has its weights")
-        if self.model is not None and self.tokenizer is not None:
+        if model is not None and self.tokenizer is not None:
             raise ValueError("expected tokenizer with a design alone, got it beside model, which has its own")
-        if self.tokenizer is not None and self.initialize.method != "random":
-            raise ValueError(f"expected random weights with a tokenizer of its own, got {self.initialize.method}")
-        return self
-
-    @model_validator(mode="after")
-    def _an_adapter_has_something_to_stand_on(self) -> Self:
-        if self.adapter is None or self.design is None:
+        if self.tokenizer is not None and method != "random":
+            raise ValueError(f"expected random weights with a tokenizer of its own, got {method}")
+        if adapter is None or self.design is None:
             return self
-        if self.initialize.method == "random":
+        if method == "random":
             raise ValueError(
                 "expected an adapter on a model that has learnt something, got one on a design with random weights, "
                 "which would stay frozen. Name a model, begin with the teacher's weights (initialize), or leave it out"
             )
-        if self.adapter.base_bits is not None or not self.adapter.merge:
+        if adapter.base_bits is not None or not adapter.merge:
             raise ValueError(
-                f"expected lora or ia3 with merge: true on a design, got {self.adapter.name}: a design is on no disk, "
+                f"expected lora or ia3 with merge: true on a design, got {adapter.name}: a design is on no disk, "
                 "so that an adapter alone could not be loaded again"
             )
         return self
