@@ -234,12 +234,12 @@ def test_check_counts_what_is_trained(values: dict[str, Any]) -> None:
     rounded = check(Recipe.parse(values))
     del values["student"]["adapter"]
     whole = check(Recipe.parse(values))
-    assert whole.trained_parameters == whole.student_parameters
-    all_, trained = adapter.student_parameters, adapter.trained_parameters
-    assert trained < 0.2 * all_ == pytest.approx(0.2 * (whole.student_parameters + trained))
+    assert whole.built.size.trained == whole.built.size.all
+    all_, trained = adapter.built.size.all, adapter.built.size.trained
+    assert trained < 0.2 * all_ == pytest.approx(0.2 * (whole.built.size.all + trained))
     # Gradients and two moments of what is trained, and of nothing else.
     kept = [found.memory_bytes - found.batch_bytes for found in (whole, adapter, rounded)]
-    assert kept[0] - kept[1] == 12 * (whole.trained_parameters - trained) - 4 * trained
+    assert kept[0] - kept[1] == 12 * (whole.built.size.trained - trained) - 4 * trained
     assert kept[2] < kept[1]
     assert adapter.disk_bytes == 7 * 4 * trained
     assert merged.disk_bytes == 6 * 4 * trained + 4 * all_

@@ -135,8 +135,8 @@ def test_the_same_tokenizer_works_too(values: dict[str, Any]) -> None:
 
 def test_check_says_which_way_a_pair_goes(values: dict[str, Any], tmp_path: Path) -> None:
     found = check(Recipe.parse(values))
-    assert found.by_bytes
-    assert any("compared by bytes; 258 of the student's 258 tokens" in note for note in found.notes)
+    assert found.built.alignment_stats is not None
+    assert any("compared by bytes; 258 of the student's 258 tokens" in note for note in found.built.notes)
     (tmp_path / "recipe.yaml").write_text(Recipe.parse(values).dump())
     said = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
     assert said.exit_code == 0, said.output

@@ -181,8 +181,8 @@ def test_the_commands_measure_and_check(name: str, judged_rows: Path) -> None:
         assert found["models"]["student"]["quality"][measure.key] is not None
     assert found["models"]["student"]["speed"][0]["first_token_ms"] is None
     checked = check(Recipe.load(RECIPES[name], SMALL))
-    assert bool(checked.vocabulary) is (task == "masked")
-    assert checked.train_rows == 32
+    assert bool(checked.built.vocabulary) is (task == "masked")
+    assert len(checked.built.train.dataset) == 32
 
 
 # What does not go together

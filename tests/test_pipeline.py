@@ -168,10 +168,11 @@ def test_an_interrupted_run_says_how_to_go_on(recipe_values: dict[str, Any], tmp
 
 def test_check_trains_nothing(recipe_values: dict[str, Any]) -> None:
     found = check(Recipe.parse(recipe_values))
-    assert found.steps == 6
-    assert found.vocabulary == 300
-    assert found.student_parameters < found.teacher_parameters
-    assert found.memory_bytes > 16 * found.student_parameters
+    assert found.built.plan.steps == 6
+    assert found.built.vocabulary == 300
+    parameters = found.built.size.all
+    assert parameters < found.built.loaded.model.num_parameters()
+    assert found.memory_bytes > 16 * parameters
     assert found.seconds > 0
     assert not Path(recipe_values["output"]).exists()
 

@@ -224,8 +224,8 @@ def test_what_the_page_about_servers_shows_works(
 
 def test_check_asks_the_server(served_values: dict[str, Any], toy: ToyServer) -> None:
     found = check(Recipe.parse(served_values))
-    assert found.teacher_parameters is None
-    assert found.vocabulary == 300
+    assert found.built.loaded.model is None
+    assert found.built.vocabulary == 300
     assert toy.asked
 
 

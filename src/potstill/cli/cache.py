@@ -55,7 +55,7 @@ def build(
     from potstill.runs.cache import CacheRequest
     from potstill.runs.cache import build as build_cache
     from potstill.runs.config.run import Recipe
-    from potstill.runs.config.teacher import ModelSource
+    from potstill.teachers.model import ModelSource
 
     options = CODEC_OPTIONS[codec]
     given = {"draws": draws, "top_k": top_k, "temperature": temperature}

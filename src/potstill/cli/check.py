@@ -35,28 +35,30 @@ def check(recipe: RecipePath, set_: Sets = None, import_: Imports = None) -> Non
 def _facts(needs: Any) -> Iterator[tuple[str, str]]:
     from potstill.evaluate import formatting
 
-    student = f"{needs.student_parameters:,} parameters"
-    if needs.trained_parameters < needs.student_parameters:
-        share = formatting.percent(needs.trained_parameters / needs.student_parameters, 2)
-        student += f", {needs.trained_parameters:,} of them trained ({share})"
-    if needs.teacher_parameters is not None:
-        student += f", {needs.teacher_parameters / needs.student_parameters:.1f} times smaller"
-        yield "teacher", f"{needs.teacher_parameters:,} parameters"
+    built = needs.built
+    size, train_rows = built.size, len(built.train.dataset)
+    student = f"{size.all:,} parameters"
+    if size.trained < size.all:
+        student += f", {size.trained:,} of them trained ({formatting.percent(size.trained / size.all, 2)})"
+    if built.loaded.model is not None:
+        teacher = built.loaded.model.num_parameters()
+        student += f", {teacher / size.all:.1f} times smaller"
+        yield "teacher", f"{teacher:,} parameters"
     yield "student", student
-    if needs.vocabulary:
-        shared = "the student's own: compared by bytes" if needs.by_bytes else "the same for both"
-        yield "vocabulary", f"{needs.vocabulary:,} tokens, {shared}"
-        yield "train", f"{needs.train_tokens:,} target tokens in {needs.train_rows:,} rows"
-        yield "eval", f"{needs.eval_tokens:,} target tokens"
+    if built.vocabulary:
+        shared = "the same for both" if built.alignment_stats is None else "the student's own: compared by bytes"
+        yield "vocabulary", f"{built.vocabulary:,} tokens, {shared}"
+        yield "train", f"{built.train.tokens:,} target tokens in {train_rows:,} rows"
+        yield "eval", f"{built.eval.tokens:,} target tokens"
     else:
-        yield "train", f"{needs.train_rows:,} rows"
-        yield "eval", f"{needs.eval_tokens:,} rows"
-    yield "steps", f"{needs.steps:,}"
+        yield "train", f"{train_rows:,} rows"
+        yield "eval", f"{built.eval.tokens:,} rows"
+    yield "steps", f"{built.plan.steps:,}"
     batch = (
         f"{formatting.size(needs.batch_bytes)} of it for one batch" if needs.batch_measured else "without activations"
     )
     yield "memory", f"about {formatting.size(needs.memory_bytes)}, {batch}"
     yield "disk", f"about {formatting.size(needs.disk_bytes)} of {formatting.size(needs.disk_free_bytes)} free"
     yield "time", f"about {formatting.duration(needs.seconds)} of training on this machine"
-    for note in needs.notes:
+    for note in built.notes:
         yield "note", note

@@ -24,7 +24,6 @@ from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import layer_index
 from potstill.models.loading import suppress_warnings, vocabulary_size
-from potstill.runs.directory import print_notes
 from potstill.runs.ray import map_rows
 from potstill.teachers.cache.build import CacheBuilder
 from potstill.teachers.cache.codec import Codec, codec_of
@@ -90,7 +89,8 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
     examples = [
         encode(part, tokenizer, max_length=request.max_length, packing=request.packing) for part in request.sources
     ]
-    print_notes([note for encoded in examples for note in encoded.notes], console)
+    for note in (note for encoded in examples for note in encoded.notes):
+        console.print(note, style="dim", highlight=False, markup=False)
     on_gpu = loaded.model is not None and torch.cuda.is_available()
     device = torch.device(source.model_device or ("cuda" if on_gpu else "cpu"))
     datasets = [encoded.dataset for encoded in examples]

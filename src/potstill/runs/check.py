@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -21,26 +21,16 @@ from potstill.train.distiller import Distiller
 LOSS_BYTES = 2**28  # most that the loss takes on a CPU, see losses/fused_chunks.py
 
 
-@dataclass(frozen=True)
-class Preflight:
+class Preflight(NamedTuple):
     """Needs of a run, estimated on this machine."""
 
-    teacher_parameters: int | None  # None for a teacher without a local model
-    student_parameters: int
-    trained_parameters: int  # of the student: all, or an adapter's
-    vocabulary: int  # tokens that both models share; 0 where the task is not one of tokens
-    train_tokens: int  # that are targets
-    train_rows: int
-    eval_tokens: int
-    steps: int
+    built: BuiltRun
     memory_bytes: int  # weights, gradients and Adam's moments of the trained ones, and batch_bytes
     batch_bytes: int  # of one batch beside them, forward and backward
     batch_measured: bool  # with activations; else batch_bytes are the loss's buffers alone
     disk_bytes: int  # checkpoints and exported models
     disk_free_bytes: int
     seconds: float  # of training without the final evaluation, from one timed batch
-    notes: tuple[str, ...]  # that the run will print
-    by_bytes: bool = False  # whether teacher and student are compared by bytes, for two tokenizers
 
 
 def check(recipe: Recipe) -> Preflight:
@@ -52,7 +42,7 @@ def check(recipe: Recipe) -> Preflight:
     with suppress_warnings():
         built = build_run(recipe)
         student = built.new_student()
-    trained, train, teacher = built.size.trained * 4, built.train, built.loaded.model
+    trained, train = built.size.trained * 4, built.train
     exported = built.size.all * 4 if recipe.student.merges else trained
     runs = 2 if recipe.evaluate.baseline else 1
     output = Path(recipe.output).absolute()
@@ -64,27 +54,13 @@ def check(recipe: Recipe) -> Preflight:
     # tokens in chunks and needs no more than both models' logits and a gradient.
     memory = sum(weight.numel() * weight.element_size() for weight in student.parameters()) + 3 * trained + batch_bytes
     memory += sum(model.get_memory_footprint() for model in built.loaded.models.values())
+    memory += trained if recipe.teacher.copies_student else 0
     # A checkpoint has the trained weights and two moments; while one is written the one before still exists. A server
     # that samples reads the trained weights from a folder.
     disk = runs * (2 * 3 * trained + exported) + (0 if built.writer is None else trained)
-    return Preflight(
-        teacher_parameters=None if teacher is None else teacher.num_parameters(),
-        student_parameters=built.size.all,
-        trained_parameters=built.size.trained,
-        vocabulary=built.vocabulary,
-        train_tokens=train.tokens,
-        train_rows=len(train.dataset),
-        eval_tokens=built.eval.tokens,
-        steps=built.plan.steps,
-        memory_bytes=memory + (trained if recipe.teacher.copies_student else 0),
-        batch_bytes=batch_bytes,
-        batch_measured=extra is not None,
-        disk_bytes=disk,
-        disk_free_bytes=shutil.disk_usage(existing).free,
-        seconds=runs * built.plan.steps * seconds,
-        notes=built.notes,
-        by_bytes=built.alignment_stats is not None,
-    )
+    free = shutil.disk_usage(existing).free
+    seconds *= runs * built.plan.steps
+    return Preflight(built, memory, batch_bytes, extra is not None, disk, free, seconds)
 
 
 def _one_step(built: BuiltRun, student: PreTrainedModel) -> tuple[float, int | None]:

@@ -26,7 +26,6 @@ from potstill.evaluate.space import SpaceEvaluator, cosines
 from potstill.evaluate.versions import versions
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
-from potstill.runs.directory import check_directory, print_notes, start_directory
 from potstill.runs.embedding_sources import EmbeddingData, load_data
 from potstill.runs.run import RunResult
 from potstill.train.callbacks import ProgressBar
@@ -50,12 +49,13 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
     console = console or Console(stderr=True)
     directory = Path(recipe.output)
     metrics = directory / "metrics.jsonl"
-    check_directory(directory, recipe, resume)
+    recipe.check_directory(directory, resume)
     with suppress_warnings():
         with _progress(console, "teacher") as advance:
             data = load_data(recipe, advance)
-        start_directory(directory, recipe)
-        print_notes(data.notes, console)
+        recipe.start(directory)
+        for note in data.notes:
+            console.print(note, style="dim", highlight=False, markup=False)
         evaluator = SpaceEvaluator(data.held_out, data.pairs)
         other_focuses = [focus for focus in FOCUSES if focus != recipe.focus] if recipe.evaluate.front else []
         students: dict[Focus, EmbeddingModel] = {}

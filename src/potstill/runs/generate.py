@@ -28,7 +28,6 @@ from potstill.generation.sandbox import require_sandbox
 from potstill.generation.tasks import Responses
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.config.generate import GenerateRecipe
-from potstill.runs.directory import start_directory
 from potstill.runs.ray import map_rows
 
 
@@ -84,7 +83,7 @@ def generate(
         )
     with suppress_warnings():
         plan = check(recipe, on_device=engine == "process")
-        start_directory(directory, recipe)
+        recipe.start(directory)
         complete = _with_ray(recipe) if engine == "ray" else complete_in_order(plan.engine, recipe.engine_sampling)
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         settings = [recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed]

@@ -22,7 +22,6 @@ from potstill.models.loading import suppress_warnings
 from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.run import Recipe
-from potstill.runs.directory import check_directory, print_notes, start_directory
 from potstill.runs.measure import EVAL_ROWS, summarize
 from potstill.train.callbacks import MetricsFile, ProgressBar, SamplesFile
 from potstill.train.checkpoints import last_checkpoint
@@ -62,12 +61,13 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     """
     console = console or Console(stderr=True)
     directory, main = Path(recipe.output), PartialState().is_main_process
-    check_directory(directory, recipe, resume)
+    recipe.check_directory(directory, resume)
     with suppress_warnings():
         built = build_run(recipe)
         if main:
-            start_directory(directory, recipe)
-            print_notes(built.notes, console)
+            recipe.start(directory)
+            for note in built.notes:
+                console.print(note, style="dim", highlight=False, markup=False)
         PartialState().wait_for_everyone()
         with explain_disk_full(directory, CHECKPOINT_BYTES * built.size.trained):
             students = {"student": train(built, "student", built.objective, directory, console, built.new_rollout())}

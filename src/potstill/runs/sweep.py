@@ -30,7 +30,6 @@ from potstill.losses.alignment import DISTRIBUTION_TASKS
 from potstill.models.loading import load_model, suppress_warnings
 from potstill.runs.config.document import read_list
 from potstill.runs.config.run import Recipe
-from potstill.runs.directory import check_directory
 from potstill.runs.ray import start_ray
 from potstill.runs.run import run
 
@@ -167,7 +166,7 @@ def sweep(
     if (out / "recipe.yaml").exists():
         raise RecipeError(f"--out: expected a sweep's or a new directory, got {out}, which holds a run.")
     for point in points:
-        check_directory(point.directory, point.recipe, resume)
+        point.recipe.check_directory(point.directory, resume)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

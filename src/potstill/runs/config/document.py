@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from potstill.data.files import write_text
 from potstill.errors import RecipeError, nearest, one_line
 from potstill.losses.declared import Declared, is_tag
 
@@ -68,6 +69,34 @@ class Document(Part):
     def dump(self) -> str:
         """The resolved record as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+    def check_directory(self, directory: Path, resume: bool) -> None:
+        """Check that a run directory holds no training, or one of the same recipe to resume."""
+        record = directory / "recipe.yaml"
+        if not record.exists() or not (directory / "metrics.jsonl").exists():
+            return
+        if not resume:
+            raise RecipeError(
+                f"output: expected an empty or new directory, got {directory}, which holds a run. "
+                "Resume it with --resume, or choose another with --set output=DIR."
+            )
+        earlier = self.load(record)
+        if changed := [key for key, value in self if value != getattr(earlier, key)]:
+            raise RecipeError(
+                f"output: expected the recipe that the run in {directory} began with, got another "
+                f"{', '.join(changed)}. Use {record}, or choose another directory with --set output=DIR."
+            )
+
+    def start(self, directory: Path) -> None:
+        """Create a run directory with the resolved recipe."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_text(directory / "recipe.yaml", self.dump())
+        except OSError as error:
+            raise RecipeError(
+                f"output: expected a directory to write to, got {directory}: {error.strerror}. "
+                "Choose another with --set output=DIR."
+            ) from None
 
 
 def _subclasses(kind: type[Part]) -> list[type[Part]]:

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from potstill.data.masking import MASKED_SHARE
+from potstill.data.sources import Source
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.adapters import adapter_conflicts
-from potstill.runs.config.data import MASKED_SHARE, DataPart
 from potstill.runs.config.document import Document, Part
 from potstill.runs.config.student import StudentPart
-from potstill.runs.config.teacher import RecipeTeacher
 from potstill.runs.config.training import TrainPart
+from potstill.teachers import cached, ensemble, model, self_taught, served  # noqa: F401  # kinds of teachers
+from potstill.teachers.source import TeacherSource
 from potstill.train.objective import task_mistakes
 from potstill.train.rollout_config import RolloutConfig
 from potstill.train.terms import across, dense, layers, logits, policy, supervision  # noqa: F401  # kinds of terms
 from potstill.train.terms.term import Term
+
+
+class DataPart(Part):
+    """Training and held-out data."""
+
+    train: Source
+    eval: Source
+    max_length: int = Field(512, ge=2, description="tokens in a row at most")
+    packing: bool = Field(False, description="concatenate plain text into rows of max_length instead of padding")
+    masked_share: float = Field(MASKED_SHARE, gt=0, lt=1, description="of the tokens, for the task masked")
+
+
+def _without_weight(source: TeacherSource) -> TeacherSource:
+    if getattr(source, "weight", None) is not None:
+        raise ValueError(f"expected weight for members of an ensemble alone, got it with {source.name}")
+    return source
 
 
 class EvaluatePart(Part):
@@ -38,7 +56,7 @@ class Recipe(Document):
         description="what both models predict: the next token, a masked token, a class, a number; or nothing, for an "
         "encoder without a head, whose layers are compared",
     )
-    teacher: RecipeTeacher
+    teacher: Annotated[TeacherSource, AfterValidator(_without_weight)]
     student: StudentPart
     data: DataPart
     objective: list[Term] = Field(min_length=1)
