@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from potstill.data.batches import in_batches
 from potstill.errors import RecipeError
@@ -39,28 +39,27 @@ class StudentBuilder:
     initialization: Initialization | None = None  # what a new student takes from its teacher; None for random weights
 
     def __call__(self) -> Any:
-        model, adapter = self._model(), self.recipe.student.adapter
+        recipe, adapter = self.recipe, self.recipe.student.adapter
+        model: Any
+        if self.initialization is not None:
+            assert self.teacher.model is not None
+            model = self.initialization.student(self.teacher.model, recipe.seed)
+        elif self.design is not None:
+            model = random_student(self.design, recipe.seed)
+        else:
+            assert recipe.student.model is not None
+            set_seed(recipe.seed)  # a head that is missing is random; a classifier has the teacher's classes
+            dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, adapter.base_bits)
+            options: dict[str, Any] = {"bits": bits, "labels_of": self.teacher.config, "trainable": adapter is None}
+            model = load_model(recipe.student.model, "student.model", dtype, recipe.task, **options)
         if adapter is not None:
-            return adapt(model, adapter, seed=self.recipe.seed, tokenizer=self.tokenizer)
+            return adapt(model, adapter, seed=recipe.seed, tokenizer=self.tokenizer)
         if is_quantized(model) and not is_adapted(model):
             raise RecipeError(
                 "student.model: expected weights that can be trained, got a quantized model. Train an adapter on it "
                 "(student.adapter: qlora), or name the model in full precision."
             )
         return model
-
-    def _model(self) -> PreTrainedModel:
-        if self.initialization is not None:
-            assert self.teacher.model is not None
-            return self.initialization.student(self.teacher.model, self.recipe.seed)
-        if self.design is not None:
-            return random_student(self.design, self.recipe.seed)
-        path, adapter = self.recipe.student.model, self.recipe.student.adapter
-        assert path is not None
-        dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, adapter.base_bits)
-        set_seed(self.recipe.seed)  # a head that is missing is random; a classifier has the teacher's classes
-        options: dict[str, Any] = {"bits": bits, "labels_of": self.teacher.config, "trainable": adapter is None}
-        return load_model(path, "student.model", dtype, self.recipe.task, **options)
 
 
 def design_of(
@@ -74,15 +73,15 @@ def design_of(
             "student.design: expected a teacher with a local config, which the design changes, got none. "
             "Name a student with student.model instead."
         )
-    vocabulary = vocabulary_size(tokenizer)
+    vocabulary, design = vocabulary_size(tokenizer), student.design
     if student.tokenizer is not None:  # the teacher's special tokens have other ids, or none
         teacher = copy.deepcopy(teacher)
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(teacher, role, getattr(tokenizer, role))
-    if not isinstance(student.design, BudgetPart):
-        return student_config(teacher, student.design, vocabulary)
-    params = None if student.design.params is None else parse_count(student.design.params)
-    return Budget(**{**student.design.model_dump(), "params": params}).student(teacher, vocabulary=vocabulary)
+    if not isinstance(design, BudgetPart):
+        return student_config(teacher, design, vocabulary)
+    params = None if design.params is None else parse_count(design.params)
+    return Budget(**design.model_dump() | {"params": params}).student(teacher, vocabulary=vocabulary)
 
 
 def initialization_of(builder: StudentBuilder, train: Dataset) -> Initialization | None:

@@ -93,9 +93,13 @@ def evaluate(
         rows = {name: token_rows(model, task) for name, model in models.items()}
         common = shared_vocabulary(teacher_tokenizer, tokenizer, rows)
         vocabulary = common if of_tokens else None
+    longest = {"--max-length": max_length, "--length": max(options.lengths, default=0)}
     for name, model in models.items():
         model.to(PartialState().device)
-        _check_positions(name, model, max_length, options)
+        most = (getattr(model.config, "max_position_embeddings", None) or math.inf) - virtual_tokens(model)
+        for option, length in longest.items():
+            if length > most:
+                raise UserError(f"{option}: expected at most {most}, the {name}'s number of positions, got {length}.")
     if not of_tokens:
         match_heads(task, models, pad_token_id(tokenizer)[0])
     classes = class_ids(models["student"].config) if task == "classification" else None
@@ -144,11 +148,3 @@ def _optional(
     if options.lm_eval:
         results["lm_eval"] = harness_scores(model, tokenizer, options.lm_eval, limit=options.lm_eval_limit)
     return results
-
-
-def _check_positions(name: str, model: PreTrainedModel, max_length: int, options: EvaluationOptions) -> None:
-    """Check that the model has positions for the longest rows."""
-    most = (getattr(model.config, "max_position_embeddings", None) or math.inf) - virtual_tokens(model)
-    for option, length in (("--max-length", max_length), ("--length", max(options.lengths, default=0))):
-        if length > most:
-            raise UserError(f"{option}: expected at most {most}, the {name}'s number of positions, got {length}.")

@@ -155,14 +155,13 @@ def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None, o
 
 def _with_ray(recipe: GenerateRecipe) -> BatchCompleter:
     """Complete batches in Ray's processes. Each goes to the journal of this process once, whatever Ray repeats."""
-    gpus = 1 if recipe.teacher.model is not None and torch.cuda.is_available() else 0
+    gpus = int(recipe.teacher.model is not None and torch.cuda.is_available())
 
     def complete(batches: Sequence[PromptBatch]) -> Iterator[tuple[PromptBatch, list[list[Completion]]]]:
-        by_start = {batch.start: batch for batch in batches}
-        rows = [{"start": batch.start, "seed": batch.seed, "prompts": json.dumps(batch.prompts)} for batch in batches]
+        rows = [{"place": i, "batch": json.dumps(batch)} for i, batch in enumerate(batches)]
         for row in map_rows("generate", rows, _ray_worker, recipe, gpus=gpus):
             completions = [[Completion(*text) for text in texts] for texts in json.loads(row["texts"])]
-            yield by_start[row["start"]], completions
+            yield batches[row["place"]], completions
 
     return complete
 
@@ -173,9 +172,10 @@ def _ray_worker(recipe: GenerateRecipe) -> Callable[[dict[str, Any]], dict[str, 
         engine, sampling = _engine(recipe, _tokenizer(recipe)), recipe.engine_sampling
 
     def complete(row: dict[str, Any]) -> dict[str, Any]:
-        completions = engine.complete(json.loads(row["prompts"]), replace(sampling, seed=int(row["seed"])))
+        batch = PromptBatch(*json.loads(row["batch"]))
+        completions = engine.complete(batch.prompts, replace(sampling, seed=batch.seed))
         texts = [[[text.text, text.ended] for text in texts] for texts in completions]
-        return {"start": row["start"], "texts": json.dumps(texts)}
+        return {"place": row["place"], "texts": json.dumps(texts)}
 
     return complete
 
@@ -189,7 +189,6 @@ def _write_files(
     dropped = [(text, *text.dropped) for text in judged if text.dropped is not None]
     dropped += [(passed[drop.row], drop.filter, drop.reason) for drop in result.dropped]
     kept = [passed[i] for i in result.kept]
-
     task, sampling = recipe.task, recipe.sampling.model_dump()
     # The run's seed is in the card; a row has that of its batch.
     provenance = {"teacher": recipe.teacher.name, "sampling": sampling}

@@ -85,14 +85,14 @@ class Recipe(Document):
                 tasks = ", ".join(sorted(source.tasks))
                 yield f"{key}.{source.name}: expected {key}.model for the task {task}, got a teacher for {tasks} alone."
         for name in ("train", "eval"):
-            source = getattr(self.data, name)
+            given = [key for key, value in vars(getattr(self.data, name)).items() if value is not None]
             for key in ("pair", "label"):
-                if task not in SEQUENCE_TASKS and getattr(source, key) is not None:
+                if task not in SEQUENCE_TASKS and key in given:
                     yield f"data.{name}.{key}: expected the task classification or regression with it, got {task}."
-            if task != "causal" and source.teacher_prompt is not None:
+            if task != "causal" and "teacher_prompt" in given:
                 yield f"data.{name}.teacher_prompt: expected the task causal with it, got {task}."
             for key in ("prompt", "completion", "messages", "input_ids"):
-                if task not in TOKEN_TASKS and getattr(source, key) is not None:
+                if task not in TOKEN_TASKS and key in given:
                     yield f"data.{name}.{key}: expected field for the texts of the task {task}, got {key}."
         if self.data.packing and task not in TOKEN_TASKS:
             yield f"data.packing: expected false for the task {task}, got true. Each row is one example."
