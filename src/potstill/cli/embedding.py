@@ -55,7 +55,7 @@ def run_embedding(path: Path, sets: Sequence[str], resume: bool) -> None:
 def check_embedding(path: Path, sets: Sequence[str]) -> None:
     """Show what a recipe will need."""
     from potstill.runs.config.embedding import EmbeddingRecipe
-    from potstill.runs.embedding_check import check
+    from potstill.runs.embedding import check
 
     table = Table(show_header=False, box=None)
     for row in check(EmbeddingRecipe.load(path, sets)):

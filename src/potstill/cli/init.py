@@ -83,7 +83,7 @@ def _on_a_terminal() -> bool:
 def _ask_for_missing(given: dict[str, Any]) -> None:
     """Ask for missing options and add the answers to those given."""
     from potstill.runs.init.draft import DraftRequest
-    from potstill.runs.init.models import VECTORS
+    from potstill.runs.init.inspection import VECTORS
 
     if "teacher" not in given:
         given["teacher"] = _ask("Teacher: a folder with a model, or a file of vectors", _teacher)
@@ -116,7 +116,7 @@ def _ask(question: str, read: Callable[[str], Any], default: str | None = None) 
 
 def _teacher(text: str) -> str:
     from potstill.models.loading import suppress_warnings
-    from potstill.runs.init.models import inspect_model, is_embedder
+    from potstill.runs.init.inspection import inspect_model, is_embedder
 
     if not is_embedder(text):
         with suppress_warnings():
@@ -125,7 +125,7 @@ def _teacher(text: str) -> str:
 
 
 def _file(text: str) -> Path:
-    from potstill.runs.init.rows import read_table
+    from potstill.runs.init.inspection import read_table
 
     read_table(Path(text))
     return Path(text)

@@ -1,9 +1,10 @@
-"""From a recipe of kind embedding to a run directory."""
+"""From a recipe of kind embedding to a run directory, and what the run will need."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,20 +20,24 @@ from potstill.data.files import write_json, write_text
 from potstill.embedding.encoders import EmbeddingModel
 from potstill.embedding.heads import PCA_ROWS, fit_pca, random_projection
 from potstill.embedding.objective import FOCUSES, Focus, PairObjective
+from potstill.embedding.teachers import TextEncoder
 from potstill.embedding.training import EmbeddingDistiller, embed
+from potstill.embedding.vectors import TensorVectors, VectorSlice
 from potstill.errors import UserError, one_line
+from potstill.evaluate.formatting import duration
 from potstill.evaluate.report.embedding import write_embedding_report
 from potstill.evaluate.space import SpaceEvaluator, cosines
 from potstill.evaluate.versions import versions
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
-from potstill.runs.embedding_sources import EmbeddingData, load_data
+from potstill.runs.embedding_sources import EmbeddingData, held_out_rows, load_data, read_texts
 from potstill.runs.run import RunResult
 from potstill.train.callbacks import ProgressBar
 
 _PICTURE_ROWS = 1000  # held-out rows in the picture of the space
 _NEIGHBOUR_ROWS = 4000  # held-out rows that neighbours are looked for among
 _NEIGHBOURS = 5
+_SAMPLE_TEXTS = 128  # that are encoded to time the teacher
 
 
 def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Console | None = None) -> RunResult:
@@ -60,17 +65,17 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
         other_focuses = [focus for focus in FOCUSES if focus != recipe.focus] if recipe.evaluate.front else []
         students: dict[Focus, EmbeddingModel] = {}
         lines: list[str] = []
-        texts = (data.texts, data.held_out_texts) if recipe.student.reads_text else (None, None)
+        texts, held_out_texts = (data.texts, data.held_out_texts) if recipe.student.reads_text else (None, None)
         for focus in (recipe.focus, *other_focuses):
             name = "student" if focus == recipe.focus else focus
             write_text(metrics, "".join(lines))
-            distiller = new_distiller(recipe, focus, data)
+            distiller = _distiller(recipe, focus, data)
             with _progress(console, name) as advance:
                 history = distiller.fit(
                     data.vectors,
                     data.held_out,
-                    texts=texts[0],
-                    held_out_texts=texts[1],
+                    texts=texts,
+                    held_out_texts=held_out_texts,
                     evaluator=evaluator,
                     checkpoints=directory / "checkpoints" / name,
                     on_step=advance,
@@ -97,7 +102,7 @@ def _progress(console: Console, title: str) -> Iterator[Callable[..., None]]:
         yield advance
 
 
-def new_distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **changes: Any) -> EmbeddingDistiller:
+def _distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **changes: Any) -> EmbeddingDistiller:
     """Make the student on its device, and the distiller that trains it; `changes` replace the recipe's settings.
 
     Raises:
@@ -202,3 +207,62 @@ def _neighbours(teacher: Tensor, student: Tensor, texts: list[str] | None, numbe
         lists = {model: nearest(row, similar[row]) for model, similar in similarity.items()}
         neighbours.append({"text": names[row], **lists})
     return neighbours
+
+
+def check(recipe: EmbeddingRecipe) -> list[tuple[str, str]]:
+    """Read everything that a recipe names, encode some texts, make the student, and time two steps.
+
+    Returns lines of a table of what the run will need, with times of this machine.
+
+    Raises:
+        UserError: the run could not start.
+    """
+    train = recipe.train
+    with suppress_warnings():
+        encoder = recipe.teacher.load()
+        if encoder is None:
+            data, encoding = load_data(recipe), 0.0
+            rows, held_out = data.vectors.rows, len(data.held_out)
+        else:
+            data, rows, held_out, encoding = _encode_sample(recipe, encoder)
+        sample = VectorSlice(data.vectors, 0, min(data.vectors.rows, 2 * train.batch_size))
+        size = max(2, min(train.batch_size, sample.rows // 2))
+        times: list[float] = []
+        distiller = _distiller(recipe, recipe.focus, data, heats=(1.0,), epochs=1, batch_size=size)
+        texts: dict[str, Any] = {}
+        if recipe.student.reads_text:
+            texts["texts"] = (data.texts or [])[: sample.rows]
+            texts["held_out_texts"] = (data.held_out_texts or [])[:_SAMPLE_TEXTS]
+        held_out_sample = data.held_out[:_SAMPLE_TEXTS]
+        distiller.fit(sample, held_out_sample, **texts, on_step=lambda *progress: times.append(time.perf_counter()))
+    stages = train.temperature.stages if train.temperature else 1
+    steps = -(-rows // train.batch_size) * train.epochs * stages * (3 if recipe.evaluate.front else 1)
+    step_seconds = (times[-1] - times[0]) / max(len(times) - 1, 1) * train.batch_size / size
+    parameters = sum(weight.numel() for weight in distiller.student.parameters())
+    return [
+        ("teacher", f"{data.vectors.dimensions:,} dimensions"),
+        ("student", f"{recipe.student.dimensions:,} dimensions, {parameters:,} parameters"),
+        ("train", f"{rows:,} vectors"),
+        ("eval", f"{held_out:,} vectors"),
+        ("steps", f"{steps:,}"),
+        *([("encoding", f"about {duration(encoding)} of the teacher's work, once")] if encoding else []),
+        ("time", f"about {duration(steps * step_seconds)} of training on this machine, at most"),
+        *(("note", note) for note in data.notes),
+    ]
+
+
+def _encode_sample(recipe: EmbeddingRecipe, encoder: TextEncoder) -> tuple[EmbeddingData, int, int, float]:
+    """Encode some texts: their vectors, the rows to learn from, the held-out rows, and the seconds for all texts."""
+    train, held = read_texts(recipe)
+    assert train is not None
+    texts = train.texts[: max(_SAMPLE_TEXTS, 2 * recipe.student.dimensions)]
+    encoder.encode(texts[:2])  # the first call is slower
+    start = time.perf_counter()
+    vectors = torch.as_tensor(encoder.encode(texts), dtype=torch.float32)
+    seconds = (time.perf_counter() - start) / len(texts)
+    data = EmbeddingData(TensorVectors(vectors), vectors, texts, texts, teacher=encoder.model)
+    total = len(train.texts)
+    if held:
+        return data, total, len(held.texts), seconds * (total + len(held.texts))
+    held_out = held_out_rows(total)
+    return data, total - held_out, held_out, seconds * total

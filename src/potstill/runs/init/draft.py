@@ -24,8 +24,17 @@ from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import StudentPart
-from potstill.runs.init.models import VECTORS, ModelInfo, inspect_model, is_embedder
-from potstill.runs.init.rows import TEXTS, find_columns, first_of, read_table, sample_rows
+from potstill.runs.init.inspection import (
+    TEXTS,
+    VECTORS,
+    ModelInfo,
+    find_columns,
+    first_of,
+    inspect_model,
+    is_embedder,
+    read_table,
+    sample_rows,
+)
 
 Kind = Literal["distillation", "embedding", "generate"]
 MAX_LENGTH = 2048  # default limit for rows with prompts or labels
