@@ -133,11 +133,13 @@ def _layers(request: CacheRequest, teacher: Teacher, batch: dict[str, torch.Tens
     kept = sorted({layer_index("teacher", layer, shape.layers) for layer in request.layers})
     teacher.prepare(ActivationRequest(hidden=frozenset(kept)))
     states = teacher(batch, causal_alignment(batch["labels"])).inside.hidden[kept[0]]
-    return CachedLayers(kept, shape.layers, shape.width, shape.heads, shape.narrowest, _name(states.dtype))
+    return CachedLayers(
+        kept, shape.layers, shape.width, shape.heads, shape.narrowest, str(states.dtype).removeprefix("torch.")
+    )
 
 
 def _codec(request: CacheRequest, vocabulary: int, teacher: Teacher, batch: dict[str, torch.Tensor]) -> Codec:
-    parameters = dict(request.parameters)
+    parameters = {"name": request.codec, "vocabulary": vocabulary, **request.parameters}
     if request.codec == "hidden":
         targets = teacher(batch, causal_alignment(batch["labels"])).targets
         if not isinstance(targets, HeadTargets):
@@ -145,12 +147,9 @@ def _codec(request: CacheRequest, vocabulary: int, teacher: Teacher, batch: dict
                 "cache build: expected a teacher with a plain head for the codec hidden, got "
                 f"{request.teacher.title}, which gives no hidden states. Use the codec top_k or sampled."
             )
-        parameters |= {"width": targets.hidden.shape[-1], "dtype": _name(targets.hidden.dtype)}
-    return codec_of({"name": request.codec, "vocabulary": vocabulary, **parameters})
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        hidden = targets.hidden
+        parameters |= {"width": hidden.shape[-1], "dtype": str(hidden.dtype).removeprefix("torch.")}
+    return codec_of(parameters)
 
 
 def _begin(request: CacheRequest) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from potstill.data.batches import in_batches
 from potstill.data.files import write_json
 from potstill.errors import RecipeError, UserError
 from potstill.evaluate import diagnosis as stats
-from potstill.evaluate.diagnosis import Softening, TeacherLogits, TokenStats
+from potstill.evaluate.diagnosis import Softening, TokenStats
 from potstill.evaluate.findings import conclusion, interpret, recommended_temperature
 from potstill.evaluate.summary import read_metrics
 from potstill.evaluate.versions import versions
@@ -65,7 +66,7 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
     sample = _evenly_spaced(built.eval.dataset if held_out else built.train.dataset, rows)
     used = _temperatures(built, run is not None)
     tokens, softenings = stats.token_stats(
-        _teacher_logits(built),
+        partial(_teacher_logits, built),
         models,
         in_batches(sample, built.tokenizer, built.plan.batch_rows, device),
         vocabulary=built.vocabulary,
@@ -122,14 +123,11 @@ def _evenly_spaced(dataset: Dataset, number: int) -> Dataset:
     return dataset.select(evenly_spaced(number, len(dataset)))
 
 
-def _teacher_logits(built: BuiltRun) -> TeacherLogits:
-    def logits(batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor | None:
-        if built.alignment_stats is not None:  # its vocabulary is another
-            return None
-        targets = built.teacher(batch, alignment).targets.slice(built.vocabulary)
-        return None if isinstance(targets, SparseTargets) else targets.dense()
-
-    return logits
+def _teacher_logits(built: BuiltRun, batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor | None:
+    if built.alignment_stats is not None:  # its vocabulary is another
+        return None
+    targets = built.teacher(batch, alignment).targets.slice(built.vocabulary)
+    return None if isinstance(targets, SparseTargets) else targets.dense()
 
 
 def _temperatures(built: BuiltRun, after_run: bool) -> list[float]:
@@ -178,21 +176,16 @@ def _compare_with_teacher(built: BuiltRun, tokens: TokenStats, sample: Dataset) 
     """Compute what needs the teacher's full distributions."""
     if "teacher" not in tokens.models:
         return {"distributions": None, "irreducible": None, "noise": None}
-    noise = stats.label_noise(tokens)
-    return {
-        "distributions": stats.distributions(tokens, _token_counts(built)),
-        "irreducible": stats.irreducible(tokens),
-        "noise": {**noise, "examples": [_example(built, tokens, sample, place) for place in noise["examples"]]},
-    }
-
-
-def _token_counts(built: BuiltRun) -> Tensor:
-    """[V] how often each token is a target in the training data."""
-    counts = torch.zeros(built.vocabulary, dtype=torch.long)
+    counts = torch.zeros(built.vocabulary, dtype=torch.long)  # how often each token is a target in the training data
     for row in _evenly_spaced(built.train.dataset, COUNTED_ROWS):
         labels = torch.tensor([label for label in row["labels"][1:] if label != IGNORE], dtype=torch.long)
         counts += torch.bincount(labels, minlength=built.vocabulary)
-    return counts
+    noise = stats.label_noise(tokens)
+    return {
+        "distributions": stats.distributions(tokens, counts),
+        "irreducible": stats.irreducible(tokens),
+        "noise": {**noise, "examples": [_example(built, tokens, sample, place) for place in noise["examples"]]},
+    }
 
 
 def _example(built: BuiltRun, tokens: TokenStats, sample: Dataset, place: int) -> dict[str, Any]:

@@ -224,6 +224,6 @@ def _write_files(
 
 def _pair(text: GeneratedText) -> TextPair:
     """The prompt and the completion as filters read them; the prompt is all messages before the completion."""
-    contents = [message.get("content") for message in text.request.messages]
-    prompt = "\n".join(part if isinstance(part, str) else json.dumps(part) for part in contents if part)
+    contents = filter(None, (message.get("content") for message in text.request.messages))
+    prompt = "\n".join(part if isinstance(part, str) else json.dumps(part) for part in contents)
     return TextPair(prompt, text.completion)

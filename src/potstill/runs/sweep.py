@@ -31,7 +31,7 @@ from potstill.models.loading import load_model, suppress_warnings
 from potstill.runs.config.document import read_list
 from potstill.runs.config.run import Recipe
 from potstill.runs.ray import start_ray
-from potstill.runs.run import run
+from potstill.runs.run import RunResult, run
 
 Engine = Literal["process", "ray"]
 
@@ -63,16 +63,8 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SweepResult:
-    """A finished sweep.
-
-    Args:
-        directory: with sweep.json, sweep.html and a run directory for each combination.
-        summary: the content of sweep.json.
-    """
-
-    directory: Path
-    summary: dict[str, Any]
+class SweepResult(RunResult):
+    """A finished sweep: a folder with sweep.json, sweep.html and each run's folder, and the content of sweep.json."""
 
 
 def read_axes(texts: Iterable[str]) -> list[Axis]:
