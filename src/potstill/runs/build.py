@@ -178,10 +178,10 @@ def _vocabulary(
 ) -> tuple[int, list[str]]:
     """Check tokens and heads; return the number of shared tokens, and a note where heads have more rows."""
     rows = {name: token_rows(model, recipe.task) for name, model in models.items()}
-    own_tokens = loaded.teacher.other_tokenizer
-    vocabulary = (
-        checked_vocabulary(tokenizer, rows) if own_tokens else shared_vocabulary(loaded.tokenizer, tokenizer, rows)
-    )
+    if loaded.teacher.other_tokenizer:
+        vocabulary = checked_vocabulary(tokenizer, rows)
+    else:
+        vocabulary = shared_vocabulary(loaded.tokenizer, tokenizer, rows)
     if recipe.task not in TOKEN_TASKS:
         match_heads(recipe.task, models, pad_token_id(tokenizer)[0])
     padded = [f"{name} {size}" for name, size in rows.items() if size > vocabulary]

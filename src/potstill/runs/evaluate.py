@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import Examples, encode, in_batches, pad_token_id
 from potstill.data.masking import MaskedRows
@@ -90,8 +90,8 @@ def evaluate(
     vocabulary = None
     if teacher is not None and teacher_tokenizer is not None:
         models = {"teacher": load_model(teacher, "--teacher", task=task), **models}
-        rows = {name: token_rows(model, task) for name, model in models.items()}
-        common = shared_vocabulary(teacher_tokenizer, tokenizer, rows)
+        head_rows = {name: token_rows(model, task) for name, model in models.items()}
+        common = shared_vocabulary(teacher_tokenizer, tokenizer, head_rows)
         vocabulary = common if of_tokens else None
     longest = {"--max-length": max_length, "--length": max(options.lengths, default=0)}
     for name, model in models.items():
@@ -111,18 +111,23 @@ def evaluate(
     quality: Mapping[str, Any] = measure(task, models.get("teacher"), students, batches, vocabulary=vocabulary)
     num_bytes = text_bytes(examples, tokenizer) if task == "causal" else 0
     sizes = [*product(options.batch_sizes, options.lengths)]
+    rows = [examples.dataset[i] for i in evenly_spaced(options.generations, len(examples.dataset))]
     results = {}
     for name, model in models.items():
         nats = quality[name].loss * quality[name].tokens if num_bytes else None
-        results[name] = {
+        results[name] = result = {
             "model": {"student": student, "teacher": teacher}[name],
             "parameters": parameter_count(model).all,
             "bytes": model.get_memory_footprint(),
             "bits_per_byte": None if nats is None else nats / math.log(2) / num_bytes,
             "quality": asdict(quality[name]),
-            **_optional(model, tokenizer, examples, options),
-            "speed": [asdict(speed(model, *size, generates=task == "causal")) for size in sizes],
         }
+        if options.generations:
+            texts = continuations(model, tokenizer, rows, options.new_tokens)
+            result["text"] = asdict(text_quality(*texts))
+        if options.lm_eval:
+            result["lm_eval"] = harness_scores(model, tokenizer, options.lm_eval, limit=options.lm_eval_limit)
+        result["speed"] = [asdict(speed(model, *size, generates=task == "causal")) for size in sizes]
     return {
         "models": results,
         "data": {"path": source.path, "rows": len(examples.dataset), "tokens": examples.tokens, "bytes": num_bytes},
@@ -135,16 +140,3 @@ def text_bytes(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> int:
     """Count the UTF-8 bytes of the target tokens' text, without special tokens."""
     targets = ([label for label in row["labels"][1:] if label != IGNORE] for row in examples.dataset)
     return sum(len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode()) for ids in targets)
-
-
-def _optional(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, options: EvaluationOptions
-) -> dict[str, Any]:
-    """Generated text and lm-eval scores, if requested."""
-    results: dict[str, Any] = {}
-    if options.generations:
-        rows = [examples.dataset[i] for i in evenly_spaced(options.generations, len(examples.dataset))]
-        results["text"] = asdict(text_quality(*continuations(model, tokenizer, rows, options.new_tokens)))
-    if options.lm_eval:
-        results["lm_eval"] = harness_scores(model, tokenizer, options.lm_eval, limit=options.lm_eval_limit)
-    return results

@@ -26,7 +26,6 @@ from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.loading import load_model
 from potstill.runs.build import BuiltRun
-from potstill.runs.config.student import BudgetPart, StudentPart
 from potstill.train.callbacks import logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
 from potstill.train.samples import collapse_warning
@@ -88,7 +87,7 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
         data=records.DataFacts(**data),
         training=training,
         objective="; ".join(term.describe() for term in recipe.objective),
-        models={"teacher": recipe.teacher.describe(built.teacher), "student": describe_student(recipe.student)},
+        models={"teacher": recipe.teacher.describe(built.teacher), "student": recipe.student.describe()},
         adapter=_adapter_facts(built, students["student"], models["student"]),
         teacher_weights=built.teacher.member_weights,
         notes=[*built.notes, *collapse_notes(metrics)],
@@ -218,16 +217,3 @@ def _adapter_facts(built: BuiltRun, folder: Path, student: Any) -> records.Adapt
         base=student.active_peft_config.base_model_name_or_path if separate else None,
         quantized=getattr(adapter, "bits", None) is not None,
     )
-
-
-def describe_student(student: StudentPart) -> str:
-    model = student.model
-    if model is None:
-        within, fields = "with", student.design or {}
-        if isinstance(fields, BudgetPart):
-            within, fields = "within", fields.model_dump(exclude_none=True, exclude_defaults=True)
-        shape = ", ".join(f"{key} {value}" for key, value in fields.items())
-        method = student.initialize.method
-        model = f"the teacher's architecture {within} {shape}"
-        model += "" if method == "random" else f"; initialized by {method}"
-    return model if student.adapter is None else f"{model}, with {student.adapter.title}"

@@ -199,8 +199,8 @@ def _run_in_turn(points: Sequence[Point], console: Console) -> dict[str, str]:
 def _run_with_ray(points: Sequence[Point]) -> dict[str, str]:
     """Run each point in its own process of Ray, with one GPU each if there are any; return label -> reason."""
     ray = start_ray("sweep")
-    task = ray.remote(num_gpus=1 if torch.cuda.is_available() else 0, max_retries=0)(_run_in)
-    results = {point.label: task.remote(Path.cwd(), point.recipe) for point in points}
+    task = ray.remote(num_gpus=1 if torch.cuda.is_available() else 0, max_retries=0)(_run)
+    results = {point.label: task.remote(point.recipe, folder=Path.cwd()) for point in points}
     reasons: dict[str, str | None] = {}
     for label, result in results.items():
         try:
@@ -210,15 +210,11 @@ def _run_with_ray(points: Sequence[Point]) -> dict[str, str]:
     return {label: reason for label, reason in reasons.items() if reason}
 
 
-def _run_in(folder: Path, recipe: Recipe) -> str | None:
+def _run(recipe: Recipe, console: Console | None = None, folder: Path = Path()) -> str | None:
+    """Run or resume a recipe in a folder; return the reason if it fails in a way that other combinations may not."""
     os.chdir(folder)  # recipes' paths are relative to it
-    return _run(recipe, Console(quiet=True))
-
-
-def _run(recipe: Recipe, console: Console) -> str | None:
-    """Run or resume a recipe; return the reason if it fails in a way that other combinations may not."""
     try:
-        run(recipe, resume=True, console=console)
+        run(recipe, resume=True, console=console or Console(quiet=True))
     except (PotstillError, torch.OutOfMemoryError) as error:
         return one_line(error)
     return None

@@ -114,3 +114,15 @@ class StudentPart(Part):
     def merges(self) -> bool:
         """Whether a plain model is made of base and adapter."""
         return self.adapter is not None and self.adapter.merge
+
+    def describe(self) -> str:
+        """The student in a few words, for reports."""
+        model = self.model
+        if model is None:
+            within, fields = "with", self.design or {}
+            if isinstance(fields, BudgetPart):
+                within, fields = "within", fields.model_dump(exclude_none=True, exclude_defaults=True)
+            shape = ", ".join(f"{key} {value}" for key, value in fields.items())
+            model = f"the teacher's architecture {within} {shape}"
+            model += "" if self.initialize.method == "random" else f"; initialized by {self.initialize.method}"
+        return model if self.adapter is None else f"{model}, with {self.adapter.title}"
