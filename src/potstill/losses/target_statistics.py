@@ -12,7 +12,7 @@ from torch import Tensor
 
 from potstill.errors import ShapeError
 from potstill.losses.targets import SparseTargets, Targets
-from potstill.losses.token_losses import compute_dtype, is_sampled, log_softmax_
+from potstill.losses.token_losses import compute_dtype, log_softmax_
 
 ELEMENTS = 2**24  # of logits at a time
 
@@ -49,7 +49,7 @@ def top_tokens(targets: Targets, count: int, temperature: float = 1.0) -> Target
         raise ShapeError(f"top_tokens: expected a count of at least 1, got {count}.")
     if isinstance(targets, SparseTargets):
         return targets
-    if is_sampled(targets):
+    if targets.sampled:
         raise ShapeError(
             "top_tokens: expected full distributions, got a mixture with a sample, whose top tokens are random. "
             "Leave top_k out."
