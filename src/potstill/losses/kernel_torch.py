@@ -24,21 +24,15 @@ CPU_ELEMENTS, ACCELERATOR_ELEMENTS = 2**18, 2**27
 
 
 class TorchKernel:
-    """Several passes over blocks of rows.
-
-    Args:
-        exponentials: a faster `exponentials_`, for sparse targets.
-    """
+    """Several passes over blocks of rows; `exponentials` may be a faster `exponentials_`, for sparse targets."""
 
     def __init__(self, exponentials: Callable[[Tensor], SoftmaxSums] = exponentials_) -> None:
         self._exponentials = exponentials
 
     def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
-        """float32, float64 for float64: the log-probabilities are computed in place."""
         return compute_dtype(products)
 
     def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
-        """See `LossKernel`."""
         C, V = chunk.student.shape
         elements = CPU_ELEMENTS if chunk.student.device.type == "cpu" else ACCELERATOR_ELEMENTS
         rows = max(2, elements // V)
@@ -51,13 +45,13 @@ class TorchKernel:
 
     def _block(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
         z, temperature = chunk.student, inputs.temperature
-        hard = None  # the student's log-probabilities at temperature 1, where the divergence does not compute them
+        hard = value = gradient = cross_entropy = None
+        # The student's log-probabilities at temperature 1, where the divergence does not compute them.
         if chunk.labels is not None and (inputs.divergence is None or chunk.ids is not None or temperature != 1):
             hard = log_softmax_(z.clone())
         if temperature != 1 and inputs.divergence is not None:
             z.div_(temperature)
 
-        value = gradient = None
         if inputs.divergence is not None:
             assert chunk.teacher is not None
             weight = None if chunk.scale is None else (chunk.scale / temperature).unsqueeze(-1).to(z.dtype)
@@ -72,12 +66,10 @@ class TorchKernel:
                 log_p = log_softmax_(chunk.teacher.div_(temperature))
                 terms, slope = inputs.divergence.pointwise(log_q, log_p)
                 value = terms.sum(-1)
-                if hard is None:
-                    hard = log_q
+                hard = log_q if hard is None else hard
                 if weight is not None:
                     gradient = log_q.exp().mul_(-slope.sum(-1, keepdim=True)).add_(slope).mul_(weight)
 
-        cross_entropy = None
         if chunk.labels is not None:
             assert hard is not None
             is_target = (chunk.labels != IGNORE).unsqueeze(-1)

@@ -26,21 +26,14 @@ from potstill.losses.token_losses import SoftmaxSums
 LOWEST = tl.constexpr(LOG_ZERO)
 INTERPRETED: bool = triton.knobs.runtime.interpret  # the kernels run on a CPU, slowly, for tests
 
-OPERATIONS = {
-    **OPERATORS,
-    "exp": "tl.exp({})",
-    "log": "tl.log({})",
-    "log1p": "log_one_plus({})",
-    "expm1": "exp_minus_one({})",
-    "sqrt": "tl.sqrt({})",
-    "abs": "tl.abs({})",
+OPERATIONS = OPERATORS | {
     "sign": "({0} > 0).to(tl.float32) - ({0} < 0).to(tl.float32)",
     "reciprocal": "1.0 / {}",
-    "logaddexp": "log_add_exp({}, {})",
-    "maximum": "tl.maximum({}, {})",
-    "minimum": "tl.minimum({}, {})",
     "where": "tl.where({}, {}, {})",
 }
+OPERATIONS |= {name: f"tl.{name}({{}})" for name in ("exp", "log", "sqrt", "abs")}
+OPERATIONS |= {name: f"tl.{name}({{}}, {{}})" for name in ("maximum", "minimum")}
+OPERATIONS |= {"log1p": "log_one_plus({})", "expm1": "exp_minus_one({})", "logaddexp": "log_add_exp({}, {})"}
 
 
 @triton.jit
@@ -165,8 +158,6 @@ def _exponentials(logits, tops, totals, V, stride, BLOCK: tl.constexpr):
 
 
 class TritonKernel:
-    """The Triton kernel, with one divergence's formula (None: cross-entropy alone)."""
-
     def __init__(self, pointwise: Any) -> None:
         self._pointwise = pointwise
 
@@ -175,7 +166,6 @@ class TritonKernel:
         return products
 
     def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
-        """See `LossKernel`."""
         student = chunk.student
         rows, V = student.shape
         divergence, cross_entropy = student.new_empty(2, rows, dtype=torch.float32).unbind()
@@ -205,10 +195,10 @@ def triton_kernel(divergence: Divergence | None, sparse: bool) -> LossKernel | N
     """Build the kernel for a divergence (None: cross-entropy alone); None if its formula is not elementary."""
     if sparse:
         return TorchKernel(triton_exponentials_)
-    if divergence is None:
-        return TritonKernel(None)
-    formula = trace_formula(divergence)
-    return None if formula is None else TritonKernel(_triton_formula(formula))
+    formula = None if divergence is None else trace_formula(divergence)
+    if formula is None:
+        return TritonKernel(None) if divergence is None else None
+    return TritonKernel(_triton_formula(formula))
 
 
 def _shape(V: int) -> dict[str, int]:
