@@ -21,15 +21,9 @@ def attention_mse(student: Tensor, teacher: Tensor, head_weights: Tensor | None 
 
         sum_i w_i | s_i / |s_i|_2 - t_i / |t_i|_2 |_2^2,   s_i and t_i the token's attention in head i
 
-    In [0, 2]. The paper normalises a whole map; here each row is, so that every token has the same weight.
-
-    Args:
-        student: [B, A, T, T] probabilities, any float dtype; computed in float32 (float64 for float64).
-        teacher: the same shape; see `match_heads`. No gradient flows to it.
-        head_weights: [A], w, with sum 1; default: equal.
-
-    Returns:
-        [B, T], unmasked, unreduced (Zagoruyko and Komodakis 2016, arXiv 1612.03928, equation 2).
+    From probabilities [B, A, T, T] of both (see `match_heads`) and w [A] with sum 1 (default: equal) to [B, T] in
+    [0, 2], unmasked, unreduced. Zagoruyko and Komodakis 2016, arXiv 1612.03928, equation 2, normalise a whole map; here
+    each row is, so that every token has the same weight.
     """
     s, t = _checked("attention_mse", student, teacher)
     return _mean_over_heads((unit(s) - unit(t)).square().sum(-1), head_weights)
@@ -108,16 +102,8 @@ def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor, heads: i
     The queries (or keys, or values) are split into A relation heads x_a, whatever the model's own heads, so that widths
     and head counts may differ. Where the width does not divide, relation heads differ by one dimension.
 
-    Args:
-        student: [B, T, Ds], the queries (keys, values) of all heads side by side, any float dtype; computed in
-            float32 (float64 for float64).
-        teacher: [B, T, Dt]. No gradient flows to it.
-        mask: [B, T], the tokens to relate to.
-        heads: A, the number of relation heads, at most Ds and Dt.
-
-    Returns:
-        [B, T] nats, unreduced; tokens outside the mask are to be ignored.
-        (Wang et al. 2021, MiniLMv2, arXiv 2012.15828, section 3.1.)
+    From [B, T, Ds] and [B, T, Dt], all heads side by side, and the mask [B, T] of the tokens to relate to, to [B, T]
+    nats, unreduced; tokens outside the mask are to be ignored. Wang et al. 2021, arXiv 2012.15828, section 3.1.
     """
     if student.shape[:2] != teacher.shape[:2] or mask.shape != student.shape[:2]:
         raise ShapeError(

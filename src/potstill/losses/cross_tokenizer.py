@@ -99,15 +99,8 @@ def boundary_bias(logits: Tensor, tokens: Tensor, longer: Tensor, position: Tens
         sum of P(t) over the longer t / (that + P(token))
 
     A model has learnt that a token is not followed by what would have made a longer token. Where that share is large,
-    likelihoods of the same bytes do not compare between tokenizers.
-
-    Args:
-        logits: [n, V] of a model, at tokens [n].
-        longer: [L] ids of tokens that begin with the token and go on, of all positions one after another.
-        position: [L] the row of `logits` of each.
-
-    Returns:
-        [n] in [0, 1]; 0 where there is no longer token.
+    likelihoods of the same bytes do not compare between tokenizers. From logits [n, V] and tokens [n] to [n] in [0, 1];
+    `longer` [L] are ids of tokens that begin with a token and go on, and `position` [L] the row of each.
     """
     log_probs = log_softmax_(logits.to(compute_dtype(logits.dtype), copy=True))
     exact = log_probs.gather(-1, tokens[:, None])[:, 0].exp()

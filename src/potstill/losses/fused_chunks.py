@@ -75,23 +75,15 @@ class LossKernel(Protocol):
         """Return the divergence [C] and the cross-entropy [C], None where the inputs have none."""
 
 
-class FusedResult(NamedTuple):
-    """Losses by token [N], and gradients of sum_n scale_n loss_n, all float32 (float64)."""
-
-    divergence: Tensor | None
-    cross_entropy: Tensor | None
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+# Divergence and cross-entropy by token [N], and the gradients of sum_n scale_n loss_n in hidden, weight and bias.
+FusedResult = tuple[Tensor | None, ...]
 
 
-def run_chunks(
-    inputs: FusedInputs, kernel: LossKernel, scale: Tensor | None, needs: tuple[bool, bool, bool]
-) -> FusedResult:
-    """Compute losses and gradients chunk by chunk.
+def run_chunks(inputs: FusedInputs, kernel: LossKernel, scale: Tensor | None, *needs: bool) -> FusedResult:
+    """Compute losses and gradients chunk by chunk; without `chunk_tokens` the chunks follow from the byte budget.
 
     `scale`, [N] float32, weights each token in the gradient; None for no gradient. `needs` is whether hidden, weight
-    and bias need one. Without `chunk_tokens` the chunks follow from the byte budget.
+    and bias need one.
     """
     head, targets, device = inputs.head, inputs.targets, inputs.hidden.device
     (N, H), V = inputs.hidden.shape, head.vocabulary
@@ -107,12 +99,13 @@ def run_chunks(
     student = _empty(rows, width, dtype=buffer, device=device)[:, :V]
     teacher = _empty(rows, width, dtype=buffer, device=device)[:, :V] if has_logits else None
     losses = [torch.zeros(N, dtype=total, device=device) for _ in range(2)]
-    d_hidden = torch.empty(N, H, dtype=total, device=device) if needs[0] else None
+    needs_hidden, needs_weight, needs_bias = needs or (False, False, False)
+    d_hidden = torch.empty(N, H, dtype=total, device=device) if needs_hidden else None
     d_weight = d_bias = None
-    if needs[1]:
+    if needs_weight:
         d_weight = _empty(*head.weight.shape, dtype=total, device=device)
         d_weight[V if N else 0 :].zero_()
-    if needs[2] and head.bias is not None:
+    if needs_bias and head.bias is not None:
         d_bias = torch.zeros_like(head.bias, dtype=total)
 
     events, used = (sparse.events(inputs.temperature), sparse.used()) if sparse else (None, None)
@@ -144,7 +137,7 @@ def run_chunks(
             for tile in _tiles(V, device):
                 _accumulate(d_weight[tile], gradient[:, tile].t(), hidden, first=start == 0)
     divergence = losses[0] if inputs.divergence is not None else None
-    return FusedResult(divergence, losses[1] if inputs.labels is not None else None, d_hidden, d_weight, d_bias)
+    return divergence, losses[1] if inputs.labels is not None else None, d_hidden, d_weight, d_bias
 
 
 def _chunk_tokens(tokens: int, bytes_per_token: int, logits_bytes: int, device: torch.device) -> int:

@@ -58,13 +58,12 @@ def linear_divergence(
 
         loss = sum_n w_n (D_n + label_weight * CE_n) / normalizer
 
-    The same numbers as `token_divergence(head.logits(hidden), ...)`, but [N, V] logits of student or teacher never
-    exist: memory does not grow with N, and each matrix product is done once. The gradient is computed in the forward
-    pass and handed over in the backward pass, which can therefore run only once.
+    The same numbers as `token_divergence(head.logits(hidden), ...)`, but [N, V] logits never exist: memory does not
+    grow with N, and each matrix product is done once. The gradient is computed in the forward pass and handed over in
+    the backward pass, which can therefore run only once.
 
     Args:
         hidden: [N, H] the student's last hidden states at the target positions.
-        head: the student's head.
         targets: the teacher's, for the same N; None for cross-entropy alone. No gradient flows to it.
         divergence: any `Divergence`, including your own subclass; None for cross-entropy alone.
         temperature: softmax temperature of the divergence, > 0. No T^2 factor is applied here.
@@ -221,21 +220,15 @@ def _fused(inputs: FusedInputs, backend: str) -> FusedLoss:
 _Tensors = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight and bias
 
 
-def _run(
-    inputs: FusedInputs,
-    kernel: LossKernel,
-    tensors: _Tensors,
-    scale: Tensor | None,
-    needs: tuple[bool, bool, bool] = (False, False, False),
-) -> FusedResult:
-    """Compute losses and gradients with the tokens' weights `scale`, in the dtype of the products."""
+def _run(inputs: FusedInputs, kernel: LossKernel, tensors: _Tensors, scale: Tensor | None, *needs: bool) -> FusedResult:
+    """Compute losses and gradients with the tokens' weights `scale`, in the dtype of the products; see `run_chunks`."""
     dtype = inputs.products
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         hidden, weight, bias = (None if x is None else x.to(dtype) for x in tensors)
         assert hidden is not None and weight is not None
         head = replace(inputs.head, weight=weight, bias=bias)
         targets = None if inputs.targets is None else _in_one_dtype(inputs.targets)
-        return run_chunks(replace(inputs, hidden=hidden, head=head, targets=targets), kernel, scale, needs)
+        return run_chunks(replace(inputs, hidden=hidden, head=head, targets=targets), kernel, scale, *needs)
 
 
 def _in_one_dtype(targets: Targets) -> Targets:
@@ -276,7 +269,7 @@ class _Fused(torch.autograd.Function):
         normalizer = weights.sum().clamp_min(1) if inputs.normalizer is None else inputs.normalizer
         share = token_mean(weights.new_ones(1), normalizer=normalizer)
         scale, ctx.factor = _scale(weights * share, inputs.products)
-        result = _run(inputs, kernel, (hidden, weight, bias), scale, ctx.needs_input_grad[:3])
+        result = _run(inputs, kernel, (hidden, weight, bias), scale, *ctx.needs_input_grad[:3])
         ctx.gradients = result[2:]
         return _outputs(ctx, inputs, result)
 
@@ -304,8 +297,7 @@ class _PerToken(torch.autograd.Function):
     ) -> _Outputs:
         ctx.save_for_backward(hidden, weight, bias)
         ctx.inputs, ctx.kernel = inputs, kernel
-        loss, *parts = _outputs(ctx, inputs, _run(inputs, kernel, (hidden, weight, bias), None))
-        divergence, cross_entropy = parts
+        loss, divergence, cross_entropy = _outputs(ctx, inputs, _run(inputs, kernel, (hidden, weight, bias), None))
         return loss.clone(), divergence, cross_entropy  # divergence may be the same tensor, and has no gradient
 
     @staticmethod
@@ -314,12 +306,13 @@ class _PerToken(torch.autograd.Function):
         inputs: FusedInputs = ctx.inputs
         scale = grad_outputs[0] if inputs.token_weights is None else grad_outputs[0] * inputs.token_weights
         scale, factor = _scale(scale, inputs.products)
-        return _scaled(_run(inputs, ctx.kernel, ctx.saved_tensors, scale, ctx.needs_input_grad[:3])[2:], factor)
+        return _scaled(_run(inputs, ctx.kernel, ctx.saved_tensors, scale, *ctx.needs_input_grad[:3])[2:], factor)
 
 
 def _outputs(ctx: Any, inputs: FusedInputs, result: FusedResult) -> _Outputs:
-    ctx.mark_non_differentiable(*(x for x in result[:2] if x is not None))
-    return _loss(inputs, *result[:2]), *result[:2]
+    divergence, cross_entropy, *_ = result
+    ctx.mark_non_differentiable(*(x for x in (divergence, cross_entropy) if x is not None))
+    return _loss(inputs, divergence, cross_entropy), divergence, cross_entropy
 
 
 def _scale(scale: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -22,7 +22,6 @@ from potstill.losses.divergences import Divergence
 from potstill.losses.fused_chunks import ChunkBuffers, FusedInputs, LossKernel
 from potstill.losses.kernel_formula import OPERATORS, Formula, trace_formula
 from potstill.losses.kernel_torch import TorchKernel
-from potstill.losses.token_losses import SoftmaxSums
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
@@ -60,10 +59,10 @@ def native_kernel(divergence: Divergence | None, sparse: bool) -> LossKernel | N
         return NativeKernel(library)
     function = _c_function(library, "exponentials", pointers=3, numbers=0)
 
-    def exponentials(logits: Tensor) -> SoftmaxSums:
+    def exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
         top, total = torch.empty(2, len(logits), 1).unbind()
         _call_on_rows(function, (logits, top, total))
-        return SoftmaxSums(top, total)
+        return top, total
 
     return TorchKernel(exponentials)
 

@@ -7,17 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from potstill.losses import token_losses
 from potstill.losses.alignment import IGNORE
 from potstill.losses.fused_chunks import ChunkBuffers, FusedInputs
-from potstill.losses.token_losses import (
-    SoftmaxSums,
-    compute_dtype,
-    event_divergence,
-    exponentials_,
-    log_softmax_,
-    student_events_,
-    token_gradient_,
-)
+from potstill.losses.token_losses import log_softmax_
 
 # Elements of a block. On a CPU a block stays in the cache from pass to pass; elsewhere few launches matter more.
 CPU_ELEMENTS, ACCELERATOR_ELEMENTS = 2**18, 2**27
@@ -26,11 +19,11 @@ CPU_ELEMENTS, ACCELERATOR_ELEMENTS = 2**18, 2**27
 class TorchKernel:
     """Several passes over blocks of rows; `exponentials` may be a faster `exponentials_`, for sparse targets."""
 
-    def __init__(self, exponentials: Callable[[Tensor], SoftmaxSums] = exponentials_) -> None:
+    def __init__(self, exponentials: Callable[[Tensor], tuple[Tensor, Tensor]] = token_losses.exponentials_) -> None:
         self._exponentials = exponentials
 
     def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
-        return compute_dtype(products)
+        return token_losses.compute_dtype(products)
 
     def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
         C, V = chunk.student.shape
@@ -57,10 +50,10 @@ class TorchKernel:
             weight = None if chunk.scale is None else (chunk.scale / temperature).unsqueeze(-1).to(z.dtype)
             if chunk.ids is not None:
                 assert chunk.used is not None
-                events = student_events_(z, chunk.ids, chunk.used, self._exponentials)
-                value, by_event = event_divergence(events, chunk.teacher, inputs.divergence)
+                events = token_losses.student_events_(z, chunk.ids, chunk.used, self._exponentials)
+                value, by_event = token_losses.event_divergence(events, chunk.teacher, inputs.divergence)
                 if weight is not None:
-                    gradient = token_gradient_(z, events, by_event * weight)
+                    gradient = token_losses.token_gradient_(z, events, by_event * weight)
             else:
                 log_q = log_softmax_(z)
                 log_p = log_softmax_(chunk.teacher.div_(temperature))

@@ -21,7 +21,6 @@ from potstill.losses.divergences import LOG_ZERO, Divergence
 from potstill.losses.fused_chunks import ChunkBuffers, FusedInputs, LossKernel
 from potstill.losses.kernel_formula import OPERATORS, Formula, trace_formula
 from potstill.losses.kernel_torch import TorchKernel
-from potstill.losses.token_losses import SoftmaxSums
 
 LOWEST = tl.constexpr(LOG_ZERO)
 INTERPRETED: bool = triton.knobs.runtime.interpret  # the kernels run on a CPU, slowly, for tests
@@ -46,13 +45,9 @@ def log_one_plus(x):
 @triton.jit
 def exp_minus_one(x):
     """Compute exp(x) - 1, by a series where the difference would lose digits."""
-    p = 1.0 + x * (1.0 / 8)
-    p = 1.0 + x * (1.0 / 7) * p
-    p = 1.0 + x * (1.0 / 6) * p
-    p = 1.0 + x * (1.0 / 5) * p
-    p = 1.0 + x * (1.0 / 4) * p
-    p = 1.0 + x * (1.0 / 3) * p
-    p = 1.0 + x * (1.0 / 2) * p
+    p = 1.0
+    for k in tl.static_range(8, 1, -1):
+        p = 1.0 + x * (1.0 / k) * p
     return tl.where(tl.abs(x) < 0.5, x * p, tl.exp(x) - 1.0)
 
 
@@ -181,13 +176,13 @@ class TritonKernel:
         return (None if inputs.divergence is None else divergence, None if labels is None else cross_entropy)
 
 
-def triton_exponentials_(logits: Tensor) -> SoftmaxSums:
+def triton_exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `exponentials_` in two passes over [N, V]."""
     rows, V = logits.shape
     top, total = logits.new_empty(2, rows, 1, dtype=torch.float32).unbind()
     with torch.cuda.device_of(logits):
         _exponentials[(rows,)](logits, top, total, V, logits.stride(0), **_shape(V))
-    return SoftmaxSums(top, total)
+    return top, total
 
 
 @lru_cache(maxsize=256)

@@ -187,9 +187,9 @@ class Piecewise(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.values) != len(self.boundaries) + 1 or list(self.boundaries) != sorted(set(self.boundaries)):
+            got = f"{len(self.values)} values and boundaries {list(self.boundaries)}"
             raise ShapeError(
-                "schedule.piecewise: expected one value more than boundaries and rising boundaries, got "
-                f"{len(self.values)} values and boundaries {list(self.boundaries)}."
+                f"schedule.piecewise: expected one value more than boundaries and rising boundaries, got {got}."
             )
 
     def after_warmup(self, step: int) -> float:
@@ -200,8 +200,7 @@ class Piecewise(Schedule):
 
 
 # In Python a schedule reads as the function that it is: `schedule.linear(4.0, 1.0, steps=500)`.
-constant, linear, cosine, exponential = Constant, Linear, Cosine, Exponential
-stages, piecewise = Stages, Piecewise
+constant, linear, cosine, exponential, stages, piecewise = Constant, Linear, Cosine, Exponential, Stages, Piecewise
 
 
 def warmup(schedule: Schedule, steps: int, start: float = 0.0) -> Schedule:

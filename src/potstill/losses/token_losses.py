@@ -161,22 +161,15 @@ def log_softmax_(logits: Tensor) -> Tensor:
     return logits.sub_(total.masked_fill_(empty, 1.0).log_())
 
 
-class SoftmaxSums(NamedTuple):
-    """The largest logit of each row and the sum of exp(logit - largest), [..., 1] each.
+def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrite logits [..., V] with exp(logit - largest); return the largest and the sum of these, [..., 1] each.
 
     In a row of nothing but -inf the largest logit is `LOG_ZERO` and the sum 1.
     """
-
-    top: Tensor
-    total: Tensor
-
-
-def exponentials_(logits: Tensor) -> SoftmaxSums:
-    """Overwrite logits [..., V] with exp(logit - largest)."""
     top = logits.clamp_min_(LOG_ZERO).amax(-1, keepdim=True)
     empty = top <= LOG_ZERO
     total = logits.sub_(top.masked_fill(empty, 0.0)).exp_().sum(-1, keepdim=True)
-    return SoftmaxSums(top, total.masked_fill_(empty, 1.0))
+    return top, total.masked_fill_(empty, 1.0)
 
 
 class StudentEvents(NamedTuple):
@@ -189,7 +182,7 @@ class StudentEvents(NamedTuple):
 
 
 def student_events_(
-    logits: Tensor, ids: Tensor, used: Tensor, exponentials: Callable[[Tensor], SoftmaxSums] = exponentials_
+    logits: Tensor, ids: Tensor, used: Tensor, exponentials: Callable[[Tensor], tuple[Tensor, Tensor]] = exponentials_
 ) -> StudentEvents:
     """Reduce the student's logits over T, [..., V] float32 or float64, to K + 1 events.
 
