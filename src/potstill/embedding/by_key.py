@@ -9,13 +9,9 @@ from potstill.losses.declared import Declared
 
 
 class ChosenByKey(Declared):
-    """A family in which exactly one of the kinds' names is a key of the recipe. Derive it from `Declared` too.
+    """A family in which exactly one of the kinds' names is a key of the recipe. Derive it from `Declared` too."""
 
-    Attributes:
-        empty_is_default: the key may stand without a value, which means all defaults.
-    """
-
-    empty_is_default: ClassVar[bool] = False
+    empty_is_default: ClassVar[bool] = False  # the key may stand without a value, which means all defaults
 
     @classmethod
     def read(cls, value: Any) -> Any:

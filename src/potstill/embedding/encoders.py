@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 
 # Smooth inverse frequency: tokens more frequent than this weigh less at the start (Arora et al. 2017, section 3).
 FREQUENT = 1e-3
-_TEXTS = 256
 
 
 def require_sentence_transformers(key: str) -> None:
-    """Raise a `UserError` with the pip command if the package is missing."""
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
             f"{key}: expected the package sentence-transformers, got none. Install it with "
@@ -33,39 +31,25 @@ def require_sentence_transformers(key: str) -> None:
 
 
 def load_embedder(path: str, key: str) -> SentenceTransformer:
-    """Load a sentence-transformers model: safetensors only, no remote code.
+    """Load a sentence-transformers model, from a folder or the hub: safetensors only, no remote code.
 
-    Args:
-        path: a folder, or a name on the hub.
-        key: of the recipe, for errors.
-
-    Raises:
-        UserError: the package is missing.
-        ModelError: there is no such model.
+    `key` is that of the recipe, for errors.
     """
     require_sentence_transformers(key)
     from sentence_transformers import SentenceTransformer
 
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise ModelError(f"{key}: expected a folder with a sentence-transformers model, got {path}. Check the path.")
+    source = str(Path(path).expanduser()) if path.startswith("~") else path
     try:
-        return SentenceTransformer(
-            str(Path(path).expanduser()) if path.startswith("~") else path,
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True},
-        )
+        return SentenceTransformer(source, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except Exception as error:
-        raise ModelError(
-            f"{key}: expected a sentence-transformers model in {path}, got: {one_line(error, 200)}"
-        ) from None
+        got = one_line(error, 200)
+        raise ModelError(f"{key}: expected a sentence-transformers model in {path}, got: {got}") from None
 
 
 class TextStudent(nn.Module):
-    """A sentence-transformers model as a student: texts to vectors, with a gradient.
-
-    Args:
-        model: saved as it is: `SentenceTransformer(folder)` loads it.
-    """
+    """A sentence-transformers model as a student: texts to vectors [N, d], with a gradient."""
 
     reads_text: ClassVar[bool] = True
     inputs: ClassVar[None] = None  # it reads no vectors
@@ -76,15 +60,13 @@ class TextStudent(nn.Module):
         self.dimensions = int(model.get_embedding_dimension() or 0)
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """N texts to [N, d]."""
-        device = self.model.device
         features = self.model.preprocess(list(texts))
-        features = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}
+        features = {k: v.to(self.model.device) if isinstance(v, Tensor) else v for k, v in features.items()}
         vectors: Tensor = self.model(features)["sentence_embedding"]
         return vectors
 
     def save(self, folder: str | Path) -> None:
-        """Write a sentence-transformers folder with modules.json."""
+        """Write a sentence-transformers folder, which `SentenceTransformer(folder)` loads."""
         self.model.save_pretrained(str(folder), create_model_card=False)
 
 
@@ -94,13 +76,8 @@ EmbeddingModel = VectorHead | TextStudent
 def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextStudent:
     """Make the fastest student: a vector for each token, whose mean is the vector of a text.
 
-    A token starts as the mean of the vectors of the texts that contain it, smaller if it is frequent. A token that is
-    in no text starts, and stays, at 0.
-
-    Args:
-        tokenizer: a fast tokenizer, of transformers or tokenizers.
-        texts: N texts.
-        start: [N, d], their vectors at first, such as a PCA of the teacher's.
+    A token starts as the mean of `start` [N, d], the first vectors of the N texts, over the texts that contain it,
+    smaller if it is frequent. A token that is in no text starts, and stays, at 0. The tokenizer is a fast one.
     """
     require_sentence_transformers("student.static")
     from sentence_transformers import SentenceTransformer
@@ -108,8 +85,8 @@ def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextS
 
     static = StaticEmbedding(tokenizer, embedding_dim=start.shape[1])
     sums, counts = torch.zeros(static.num_embeddings, start.shape[1]), torch.zeros(static.num_embeddings)
-    for first in range(0, len(texts), _TEXTS):
-        encoded = static.tokenizer.encode_batch(list(texts[first : first + _TEXTS]), add_special_tokens=False)
+    for first in range(0, len(texts), 256):
+        encoded = static.tokenizer.encode_batch(list(texts[first : first + 256]), add_special_tokens=False)
         for row, text in enumerate(encoded, first):
             ids = torch.tensor(text.ids, dtype=torch.long)
             sums.index_add_(0, ids, start[row].expand(len(ids), -1))
@@ -121,16 +98,9 @@ def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextS
 
 
 def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str], start: Tensor) -> TextStudent:
-    """Make a student of some layers of a transformer, mean pooling, and a linear map fitted to `start`.
+    """Make a student of some evenly spaced layers of a transformer, mean pooling, and a linear map.
 
-    Args:
-        model: a sentence-transformers model, whose embeddings and evenly spaced layers are copied.
-        layers: how many.
-        texts: N texts.
-        start: [N, d], the vectors of the texts that the map is fitted to by ridge regression.
-
-    Raises:
-        ModelError: the model has no such list of layers.
+    The map is fitted by ridge regression to `start` [N, d], the vectors of the N texts.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling
@@ -145,13 +115,9 @@ def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str
     x = hidden - hidden_mean
     ridge = 1e-3 * x.square().sum() / x.shape[1] * torch.eye(x.shape[1], dtype=x.dtype)
     weight = torch.linalg.solve(x.T @ x + ridge, x.T @ (target - target_mean))
-    dense = Dense(
-        x.shape[1],
-        start.shape[1],
-        activation_function=nn.Identity(),
-        init_weight=weight.T.float(),
-        init_bias=(target_mean - hidden_mean @ weight).float(),
-    )
+    bias = (target_mean - hidden_mean @ weight).float()
+    width, dimensions = weight.shape
+    dense = Dense(width, dimensions, activation_function=nn.Identity(), init_weight=weight.T.float(), init_bias=bias)
     return TextStudent(SentenceTransformer(modules=[transformer, pooling, dense], device="cpu"))
 
 

@@ -20,17 +20,11 @@ PCA_ROWS = 2**16  # that principal components are computed from
 
 
 class PCA(NamedTuple):
-    """Principal components of unit vectors.
+    """Principal components of unit vectors."""
 
-    Args:
-        mean: [H], zeros without centring.
-        components: [H, d], orthonormal, by falling variance.
-        variance: [d].
-    """
-
-    mean: Tensor
-    components: Tensor
-    variance: Tensor
+    mean: Tensor  # [H], zeros without centring
+    components: Tensor  # [H, d], orthonormal, by falling variance
+    variance: Tensor  # [d]
 
     @property
     def deviation(self) -> Tensor:
@@ -54,15 +48,12 @@ def fit_pca(vectors: Tensor, dimensions: int, *, centred: bool = True) -> PCA:
 
 
 class VectorHead(nn.Module):
-    """A student over the teacher's own vectors.
+    """A student over the teacher's own vectors, [N, H] to [N, d].
 
         y = W x / |x| + b                                   linear
         y = W x / |x| + b + W2 gelu(W1 x / |x| + b1) + b2   with hidden > 0
 
-    Args:
-        inputs: H, the teacher's dimensions.
-        dimensions: the student's.
-        hidden: width of the MLP beside the map; 0 for none.
+    `inputs` is H, `dimensions` is d, and `hidden` the width of the MLP beside the map; 0 for none.
     """
 
     reads_text: ClassVar[bool] = False
@@ -71,22 +62,16 @@ class VectorHead(nn.Module):
         super().__init__()
         self.inputs, self.dimensions = inputs, dimensions
         self.map = nn.Linear(inputs, dimensions)
-        self.beside = (
-            nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, dimensions)) if hidden else None
-        )
+        layers = (nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, dimensions)) if hidden else ()
+        self.beside = nn.Sequential(*layers) if hidden else None
 
     @classmethod
     def from_pca(
         cls, sample: Tensor, dimensions: int, *, hidden: int = 0, start: PCAKind = "centred", seed: int = 0
     ) -> Self:
-        """Make a head that starts as a PCA of some vectors; the MLP beside it adds nothing at first.
+        """Make a head that starts as a PCA of vectors [N, H]; the MLP beside it, by `seed`, adds nothing at first.
 
-        Args:
-            sample: [N, H].
-            dimensions: d.
-            hidden: see the class.
-            start: `centred` and `whitened` keep close pairs, `uncentred` the order of all pairs.
-            seed: of the MLP's first layer.
+        A `centred` and a `whitened` start keep close pairs, `uncentred` the order of all pairs.
         """
         torch.manual_seed(seed)
         head = cls(sample.shape[1], dimensions, hidden)
@@ -105,20 +90,13 @@ class VectorHead(nn.Module):
         return head
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """[N, H] to [N, d], not normalized."""
+        """Compute the student's vectors, not normalized."""
         x = normalize(vectors, dim=-1)
         return self.map(x) if self.beside is None else self.map(x) + self.beside(x)
 
     @torch.no_grad()
     def transform(self, vectors: Any) -> np.ndarray:
-        """Compute the student's unit vectors, [N, d] float32.
-
-        Args:
-            vectors: [N, H], in memory, or a `VectorArray` on disk, which is read in blocks.
-
-        Raises:
-            ShapeError: they have another number of dimensions.
-        """
+        """Compute unit vectors [N, d] float32 from [N, H]; a `VectorArray` on disk is read in blocks."""
         array = as_vector_array(vectors)
         if array.dimensions != self.inputs:
             raise ShapeError(f"transform: expected vectors of {self.inputs} dimensions, got {array.dimensions}.")
@@ -134,11 +112,6 @@ class VectorHead(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Load a saved head.
-
-        Raises:
-            ModelError: there is none in the folder.
-        """
         path = Path(folder) / "head.safetensors"
         if not path.is_file():
             raise ModelError(f"VectorHead.load: expected head.safetensors in {folder}, got none. Check the path.")
@@ -148,9 +121,8 @@ class VectorHead(nn.Module):
             head = cls(inputs, dimensions, len(state.get("beside.0.bias", ())))
             head.load_state_dict(state)
         except Exception as error:
-            raise ModelError(
-                f"VectorHead.load: expected a head in {path}, got: {one_line(error, 200)}. Save it again."
-            ) from None
+            got = one_line(error, 200)
+            raise ModelError(f"VectorHead.load: expected a head in {path}, got: {got}. Save it again.") from None
         return head.eval()
 
 

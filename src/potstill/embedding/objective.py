@@ -50,36 +50,19 @@ class PairObjective:
 
     def __post_init__(self) -> None:
         if self.focus not in FOCUSES:
-            raise ShapeError(
-                f"focus: expected one of {', '.join(FOCUSES)}, got {self.focus}.{nearest(self.focus, FOCUSES)}"
-            )
+            hint = nearest(self.focus, FOCUSES)
+            raise ShapeError(f"focus: expected one of {', '.join(FOCUSES)}, got {self.focus}.{hint}")
 
     def __call__(self, student: Tensor, teacher: Tensor, heat: float = 1.0) -> Tensor:
-        """Compute the loss of a batch.
-
-        Args:
-            student: [B, d].
-            teacher: [B, H].
-            heat: factor of both temperatures.
-        """
+        """Compute the loss of a batch [B, d] and [B, H]; `heat` is a factor of both temperatures."""
 
         def loss(student: Tensor, teacher: Tensor) -> Tensor:
-            temperature = TEMPERATURE * heat
-            divergence = heat**2 * embedding_divergence(
-                student,
-                teacher,
-                temperature=temperature,
-                student_temperature=temperature * temperature_ratio(student.shape[1]),
+            # Cosines vary more in few dimensions, as 1 / sqrt(d): the ratio is 2 for 5 dimensions and 1.3 for 64.
+            ratio, temperature = 1 + math.sqrt(5 / student.shape[1]), TEMPERATURE * heat
+            divergence = embedding_divergence(
+                student, teacher, temperature=temperature, student_temperature=temperature * ratio
             )
-            weight = RANK_WEIGHT[self.focus]
+            weight, divergence = RANK_WEIGHT[self.focus], heat**2 * divergence
             return divergence + weight * rank_error(student, teacher) if weight else divergence
 
         return loss(student, teacher) if self.prefixes is None else matryoshka(loss, student, teacher, self.prefixes)
-
-
-def temperature_ratio(dimensions: int) -> float:
-    """The student's temperature over the teacher's: cosines vary more in few dimensions, as 1 / sqrt(d).
-
-    It is 2 for 5 dimensions and 1.3 for 64.
-    """
-    return 1 + math.sqrt(5 / dimensions)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from potstill.embedding.by_key import ChosenByKey
 from potstill.embedding.encoders import EmbeddingModel, TextStudent, encoder_student, load_embedder, static_student
@@ -46,20 +47,15 @@ class EmbeddingStudent(ChosenByKey, Declared):
     def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> EmbeddingModel:
         """Make the student with its first weights, the same at every call.
 
-        Args:
-            vectors: the teacher's, to learn from.
-            texts: of the vectors; empty if there are none.
-            teacher: a sentence-transformers model, or None.
-            focus: see `PairObjective`.
-            seed: of random weights.
-
-        Raises:
-            UserError: there is no tokenizer or model.
+        The texts of the teacher's vectors may be empty; the teacher is a sentence-transformers model, or None.
         """
 
     def _pca_head(self, vectors: VectorArray, focus: Focus, seed: int, hidden: int = 0) -> VectorHead:
         sample, start = vectors.sample(PCA_ROWS), self.start or START[focus]
         return VectorHead.from_pca(sample, self.dimensions, hidden=hidden, start=start, seed=seed)
+
+    def _first_vectors(self, vectors: VectorArray, focus: Focus, seed: int) -> Tensor:
+        return torch.from_numpy(self._pca_head(vectors, focus, seed).transform(vectors))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +100,8 @@ class EncoderStudent(EmbeddingStudent):
     def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> TextStudent:
         if self.encoder.model is None and teacher is None:
             raise UserError("student.encoder.model: expected a sentence-transformers model, got none. Name one.")
-        start = torch.from_numpy(self._pca_head(vectors, focus, seed).transform(vectors))
-        model = load_embedder(self.encoder.model, "student.encoder.model") if self.encoder.model else teacher
+        start, path = self._first_vectors(vectors, focus, seed), self.encoder.model
+        model = load_embedder(path, "student.encoder.model") if path else teacher
         return encoder_student(model, self.encoder.layers, texts, start)
 
 
@@ -133,6 +129,6 @@ class StaticStudent(EmbeddingStudent):
         path = self.static.tokenizer
         if path is None and teacher is None:
             raise UserError("student.static.tokenizer: expected a folder with a tokenizer, got none. Name one.")
-        start = torch.from_numpy(self._pca_head(vectors, focus, seed).transform(vectors))
+        start = self._first_vectors(vectors, focus, seed)
         tokenizer: Any = load_tokenizer(path, "student.static.tokenizer") if path else teacher.tokenizer
         return static_student(tokenizer, texts, start)

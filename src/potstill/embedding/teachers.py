@@ -26,17 +26,11 @@ Encode = Callable[[Sequence[str]], Any]  # N texts to [N, H]
 
 
 class TextEncoder(NamedTuple):
-    """A loaded teacher that encodes text.
-
-    Args:
-        encode: N texts to [N, H].
-        identity: what the vectors depend on besides the texts.
-        model: the sentence-transformers model, if it is one.
-    """
+    """A loaded teacher that encodes text."""
 
     encode: Encode
-    identity: str
-    model: Any = None
+    identity: str  # what the vectors depend on besides the texts
+    model: Any = None  # the sentence-transformers model, if it is one
 
 
 class EmbeddingTeacher(ChosenByKey, Declared):
@@ -116,17 +110,11 @@ class ServerTeacher(EmbeddingTeacher):
 
 
 def model_encoder(model: Any) -> Encode:
-    """Encode texts by a sentence-transformers model."""
     return lambda texts: model.encode(list(texts), batch_size=BATCH, show_progress_bar=False)
 
 
 def server_encoder(url: str, model: str) -> Encode:
-    """Encode texts by an OpenAI-style server: POST <url>/v1/embeddings.
-
-    Raises:
-        UserError: the address is not http(s), or the server refuses.
-        ServerError: it does not answer, or not with a vector for each text.
-    """
+    """Encode texts by an OpenAI-style server: POST <url>/v1/embeddings."""
     client = JsonClient(url, key_variable=None, concurrency=4, timeout_s=120.0, attempts=4)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
@@ -158,14 +146,7 @@ def encode_texts(
 ) -> VectorArray:
     """Encode texts into a .npy file, which is named after the texts and the teacher and reused if it exists.
 
-    Args:
-        texts: N texts.
-        encoder: the teacher.
-        folder: of the file.
-        on_progress: called with the number of texts that are encoded, and of all.
-
-    Raises:
-        DataError: two batches have vectors of different widths.
+    `on_progress` is called with the number of texts that are encoded, and of all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(json.dumps([encoder.identity, *texts]).encode()).hexdigest()[:24]}.npy"
@@ -180,9 +161,8 @@ def encode_texts(
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(texts), width)}
                 np.lib.format.write_array_header_1_0(file, header)
             if batch.shape[1] != width:
-                raise DataError(
-                    f"teacher: expected vectors of {width} dimensions, got {batch.shape[1]} in a later batch."
-                )
+                got = batch.shape[1]
+                raise DataError(f"teacher: expected vectors of {width} dimensions, got {got} in a later batch.")
             file.write(batch.tobytes())
             on_progress(min(start + 4 * BATCH, len(texts)), len(texts))
     return open_vectors(path)

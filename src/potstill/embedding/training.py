@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -36,15 +36,13 @@ class Epoch:
 
     def as_dict(self) -> dict[str, Any]:
         """One flat line of metrics.jsonl."""
-        line = asdict(self)
-        metrics = line.pop("metrics")
-        return line | metrics
+        return {name: value for name, value in vars(self).items() if name != "metrics"} | asdict(self.metrics)
 
     @classmethod
     def from_dict(cls, line: dict[str, Any]) -> Self:
         """Read what `as_dict` returns."""
-        metrics = SpaceScores(line["all_pairs"], line["recall"], line["scores"])
-        return cls(line["epoch"], line["stage"], line["heat"], line["loss"], metrics)
+        metrics = {field.name: line.pop(field.name) for field in fields(SpaceScores)}
+        return cls(**line, metrics=SpaceScores(**metrics))
 
 
 @dataclass
@@ -98,19 +96,12 @@ class EmbeddingDistiller(Record):
         Args:
             teacher: [N, H], in memory or on disk.
             held_out: [M, H], at least 3 rows, for selecting the best epoch.
-            texts: the N texts, for a student that reads text.
-            held_out_texts: the M held-out ones.
+            texts: the N texts, for a student that reads text; held_out_texts are the M held-out ones.
             evaluator: of the held-out vectors, if human scores are measured too.
             checkpoints: a folder for stage-1.pt, stage-2.pt, ...; training resumes from the last one in it.
             on_step: called with the steps done, the steps in all, and the loss.
-            on_epoch: called after each epoch.
 
-        Returns:
-            All epochs, the start first.
-
-        Raises:
-            DataError: there are not as many texts as vectors.
-            DivergedError: the loss is NaN or infinite.
+        Returns all epochs, the start first. Raises `DivergedError` if the loss is NaN or infinite.
         """
         vectors = as_vector_array(teacher)
         self._check_inputs(vectors, held_out, texts, held_out_texts)
@@ -155,12 +146,10 @@ class EmbeddingDistiller(Record):
     def _check_inputs(
         self, vectors: VectorArray, held_out: Tensor, texts: Sequence[str] | None, held_out_texts: Sequence[str] | None
     ) -> None:
-        reads_text = self.student.reads_text
+        rule = "with" if self.student.reads_text else "only with"
         for name, given, rows in (("texts", texts, vectors.rows), ("held_out_texts", held_out_texts, len(held_out))):
-            if reads_text != (given is not None):
-                raise DataError(
-                    f"EmbeddingDistiller: expected {name} {'with' if reads_text else 'only with'} a TextStudent."
-                )
+            if self.student.reads_text != (given is not None):
+                raise DataError(f"EmbeddingDistiller: expected {name} {rule} a TextStudent.")
             if given is not None and len(given) != rows:
                 raise DataError(
                     f"EmbeddingDistiller: expected as many {name} as the teacher has vectors, got {len(given)} texts "
@@ -208,31 +197,25 @@ class _Training:
     def add(self, epoch: Epoch) -> None:
         """Add an epoch to the history; copy the weights if they are the best so far."""
         self.history.append(epoch)
-        if (score := self._score(epoch.metrics)) > self.best_score:
+        if (score := self._score(epoch)) > self.best_score:
             self.best_score, self.best = score, copy.deepcopy(self.student.state_dict())
 
-    def _score(self, metrics: SpaceScores) -> float:
-        both = (metrics.close + metrics.all_pairs) / 2
-        return {"local": metrics.close, "global": metrics.all_pairs, "balanced": both}[self.plan.objective.focus]
+    def _score(self, epoch: Epoch) -> float:
+        close, all_pairs = epoch.metrics.close, epoch.metrics.all_pairs
+        scores = {"local": close, "global": all_pairs, "balanced": (close + all_pairs) / 2}
+        return scores[self.plan.objective.focus]
 
     def epochs_without_gain(self, stage: int) -> int:
         """Count the epochs of a stage after its best one."""
-        scores = [self._score(epoch.metrics) for epoch in self.history if epoch.stage == stage]
+        scores = [self._score(epoch) for epoch in self.history if epoch.stage == stage]
         return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "student": self.student.state_dict(),
-            "decoder": self.decoder.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best": self.best,
-            "best_score": self.best_score,
-            "history": [epoch.as_dict() for epoch in self.history],
-        }
+        state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in ("student", "decoder", "optimizer")}
+        state |= {"best": self.best, "best_score": self.best_score}
         with atomic_path(path) as partial:
-            torch.save(state, partial)
+            torch.save({**state, "history": [epoch.as_dict() for epoch in self.history]}, partial)
 
     def load_last(self, folder: Path) -> None:
         """Load the checkpoint of the last stage, if there is one."""
@@ -246,9 +229,9 @@ class _Training:
             self.best, self.best_score = state["best"], state["best_score"]
             self.history = [Epoch.from_dict(line) for line in state["history"]]
         except Exception as error:
+            got = one_line(error, 200)
             raise RunError(
-                f"checkpoints: expected {path} to be of this training, got: {one_line(error, 200)} "
-                "Choose another folder."
+                f"checkpoints: expected {path} to be of this training, got: {got} Choose another folder."
             ) from None
 
 
@@ -261,5 +244,4 @@ def embed(student: EmbeddingModel, vectors: Tensor, texts: Sequence[str] | None)
 
 
 def device_of(student: EmbeddingModel) -> torch.device:
-    """The device that a student is on."""
     return next(student.parameters()).device

@@ -18,17 +18,10 @@ from potstill.errors import DataError, nearest, one_line
 BLOCK_ROWS = 8192
 _POOL_NUMBERS = 2**26  # size of the pool that batches are drawn from: 256 MB
 _PIECES = 64  # from all over the file, that a pool or a sample is made of
-_USUAL_KEYS = ("embeddings", "vectors", "X")
 
 
 class VectorArray(ABC):
-    """N vectors of H dimensions, of which some rows are read at a time.
-
-    Attributes:
-        name: for errors, such as the file's name.
-        rows: N.
-        dimensions: H.
-    """
+    """N `rows` of H `dimensions`, of which some are read at a time; `name` is for errors, such as the file's name."""
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
         if len(shape) != 2 or not dtype.is_floating_point or not shape[1]:
@@ -121,20 +114,15 @@ class VectorSlice(VectorArray):
 
 
 def as_vector_array(vectors: Any) -> VectorArray:
-    """Wrap a tensor or an array; a `VectorArray` is returned unchanged."""
     return vectors if isinstance(vectors, VectorArray) else TensorVectors(vectors)
 
 
 def open_vectors(path: str | Path, key: str | None = None) -> VectorArray:
-    """Open a file of vectors.
+    """Open a file of vectors: .npy, .safetensors or .pt; `key` is which tensor, if there are several.
 
-    Args:
-        path: .npy, .safetensors, or .pt: a matrix, or a checkpoint with `embeddings` (or with a matrix in its
-            `model_state`). A checkpoint is read by `torch.load(weights_only=True)`: code in it is refused.
-        key: which tensor, if there are several.
-
-    Raises:
-        DataError: the file is missing, has another format, or holds no matrix of floating-point numbers.
+    A .pt holds a matrix, or is a checkpoint with `embeddings` (or with a matrix in its `model_state`), which is read by
+    `torch.load(weights_only=True)`: code in it is refused. Raises `DataError` if the file is missing, has another
+    format, or holds no matrix of floating-point numbers.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -152,10 +140,9 @@ def open_vectors(path: str | Path, key: str | None = None) -> VectorArray:
     except DataError:
         raise
     except Exception as error:  # each format has its own exceptions for a broken file
-        raise DataError(
-            f"vectors: expected {path.name} to be readable as {suffix} without running code, got: "
-            f"{one_line(error, 200) or type(error).__name__} Write it again, as plain tensors."
-        ) from None
+        expected = f"{path.name} to be readable as {suffix} without running code"
+        got = one_line(error, 200) or type(error).__name__
+        raise DataError(f"vectors: expected {expected}, got: {got} Write it again, as plain tensors.") from None
 
 
 def _open_npy(path: Path, key: str | None) -> VectorArray:
@@ -169,9 +156,6 @@ def _open_npy(path: Path, key: str | None) -> VectorArray:
     return FileVectors(path, path.name, array.shape, dtype, array.offset)
 
 
-_SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 def _open_safetensors(path: Path, key: str | None) -> VectorArray:
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -179,9 +163,9 @@ def _open_safetensors(path: Path, key: str | None) -> VectorArray:
     header.pop("__metadata__", None)
     chosen = _choose(list(header), key, path)
     entry = header[chosen]
-    dtype = _SAFETENSORS.get(entry["dtype"], torch.int64)
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     offset = 8 + header_bytes + entry["data_offsets"][0]
-    return FileVectors(path, f"{path.name}[{chosen}]", entry["shape"], dtype, offset)
+    return FileVectors(path, f"{path.name}[{chosen}]", entry["shape"], dtypes.get(entry["dtype"], torch.int64), offset)
 
 
 def _open_torch(path: Path, key: str | None) -> VectorArray:
@@ -190,7 +174,7 @@ def _open_torch(path: Path, key: str | None) -> VectorArray:
         return TensorVectors(content, path.name)
     content = content if isinstance(content, dict) else {}
     state = content.get("model_state")
-    named = {**(state if isinstance(state, dict) else {}), **content}
+    named = (state if isinstance(state, dict) else {}) | content
     matrices = {str(name): value for name, value in named.items() if isinstance(value, Tensor) and value.ndim == 2}
     chosen = _choose(list(matrices), key, path)
     return TensorVectors(matrices[chosen], f"{path.name}[{chosen}]")
@@ -198,27 +182,19 @@ def _open_torch(path: Path, key: str | None) -> VectorArray:
 
 def _choose(names: list[str], key: str | None, path: Path) -> str:
     """Choose one of the matrices of a file: `key`, one with a usual name, or the only one."""
-    candidates = [name for name in (_USUAL_KEYS if key is None else (key,)) if name in names]
-    if not candidates and key is None and len(names) == 1:
-        candidates = names
-    if not candidates:
-        hint = " Name one with `key`." if key is None else nearest(key, names)
-        raise DataError(
-            f"vectors: expected a matrix {key or 'called embeddings'} in {path.name}, got "
-            f"{', '.join(names[:12]) or 'none'}.{hint}"
-        )
-    return candidates[0]
+    usual = ("embeddings", "vectors", "X", *(names if len(names) == 1 else ()))
+    for name in usual if key is None else (key,):
+        if name in names:
+            return name
+    hint = " Name one with `key`." if key is None else nearest(key, names)
+    got = ", ".join(names[:12]) or "none"
+    raise DataError(f"vectors: expected a matrix {key or 'called embeddings'} in {path.name}, got {got}.{hint}")
 
 
 def check_vectors(vectors: VectorArray, dimensions: int) -> list[str]:
     """Read all rows once and refuse vectors that a student of so many dimensions cannot be trained on.
 
-    Returns:
-        Notes: repeated rows, fewer rows than dimensions.
-
-    Raises:
-        DataError: one row, fewer than the student has dimensions, NaN or infinite values, a row of zeros, all rows the
-            same, or a student that is not smaller.
+    Returns notes about repeated rows and fewer rows than dimensions.
     """
     name, rows = vectors.name, vectors.rows
     if rows < 2:
@@ -247,12 +223,9 @@ def check_vectors(vectors: VectorArray, dimensions: int) -> list[str]:
     distinct = len(np.unique(np.concatenate(hashes)))
     if distinct == 1:
         raise DataError(f"{name}: expected different rows, got the same {rows} times. There is nothing to learn.")
-    notes = []
+    notes, counts = [], f"rows ({rows:,}) than dimensions ({vectors.dimensions:,})"
     if distinct < rows:
         notes.append(f"{name}: {rows - distinct:,} of {rows:,} rows repeat an earlier one; each copy is used.")
     if rows < vectors.dimensions:
-        notes.append(
-            f"{name}: fewer rows ({rows:,}) than dimensions ({vectors.dimensions:,}): directions that no row has "
-            "cannot be learnt."
-        )
+        notes.append(f"{name}: fewer {counts}: directions that no row has cannot be learnt.")
     return notes

@@ -1,7 +1,4 @@
-"""Tasks of a model, and the positions of a batch that have a target.
-
-A target position is one whose prediction is trained: its label is not -100 (not NaN for regression).
-"""
+"""Tasks of a model, and target positions of a batch: those whose label is not -100 (NaN for regression)."""
 
 from __future__ import annotations
 
@@ -49,19 +46,12 @@ SAMPLER_LOG_PROBS = "sampler_log_probs"
 
 @dataclass(frozen=True)
 class Alignment:
-    """Target positions of a batch, with their labels.
+    """Target positions of a batch, with their labels."""
 
-    Args:
-        positions: [N] indices into the flattened [B * T].
-        labels: [N] token ids; for sequence-level tasks classes or numbers.
-        length: T; 1 where a row is one position.
-        weights: [N] weight of each in means over tokens; None for equal weights.
-    """
-
-    positions: Tensor
-    labels: Tensor
-    length: int
-    weights: Tensor | None = None
+    positions: Tensor  # [N] indices into the flattened [B * T]
+    labels: Tensor  # [N] token ids; for sequence-level tasks classes or numbers
+    length: int  # T; 1 where a row is one position
+    weights: Tensor | None = None  # [N] weight of each in means over tokens; None for equal weights
 
     def __len__(self) -> int:
         return self.positions.shape[0]
@@ -86,17 +76,10 @@ class Alignment:
 
 
 def target_positions(labels: Tensor, task: Task = "causal") -> Tensor:
-    """Find the positions whose prediction has a target.
+    """Find the positions whose prediction has a target, from labels [B, T], not shifted, or [B] (see `Task`).
 
-    causal: position t if labels[t + 1] != -100. masked: if labels[t] != -100. All others: the row if it has a label.
-    Only this function and `align` know the causal shift.
-
-    Args:
-        labels: [B, T], not shifted, or [B]; see `Task`.
-        task: one of `TASKS`.
-
-    Returns:
-        causal: [B, T - 1] bool, for positions 0 to T - 2; masked: [B, T]; others: [B, 1].
+    causal: position t if labels[t + 1] != -100: [B, T - 1] bool. masked: if labels[t] != -100: [B, T]. All others: the
+    row if it has a label: [B, 1]. Only this function and `align` know the causal shift.
     """
     if task == "causal":
         return labels[:, 1:] != IGNORE
@@ -109,10 +92,7 @@ def target_positions(labels: Tensor, task: Task = "causal") -> Tensor:
 def align(labels: Tensor, task: Task = "causal", weights: Tensor | None = None) -> Alignment:
     """Find a batch's `target_positions` and what each should predict.
 
-    Args:
-        labels: [B, T], not shifted, or [B]; see `Task`.
-        task: one of `TASKS`.
-        weights: like labels, not shifted either: the weight of each target in means over tokens.
+    `weights`, of the shape of the labels and not shifted either, are those of each target in means over tokens.
     """
     rows, columns = target_positions(labels, task).nonzero(as_tuple=True)
     if labels.ndim == 1:
@@ -123,17 +103,12 @@ def align(labels: Tensor, task: Task = "causal", weights: Tensor | None = None) 
 
 
 def causal_alignment(labels: Tensor) -> Alignment:
-    """Align the labels of a causal model."""
     return align(labels)
 
 
 def attended_positions(batch: Mapping[str, Tensor], task: Task = "causal") -> Tensor:
-    """Find the positions whose hidden states and attention are compared: [B, T] bool.
+    """Find the positions whose hidden states and attention are compared: [B, T] bool, by attention_mask and labels.
 
     These are all but padding, prompts included. Rows without a target are left out: they only fill up batches.
-
-    Args:
-        batch: attention_mask [B, T] and labels.
-        task: one of `TASKS`.
     """
     return batch["attention_mask"].bool() & target_positions(batch["labels"], task).any(1, keepdim=True)

@@ -1,7 +1,4 @@
-"""Losses between attention maps, and between relations of queries, keys and values.
-
-All give a value per query token, averaged over heads. Student and teacher may have any numbers of heads.
-"""
+"""Losses between attention maps, and between relations of queries, keys and values: by query token, over all heads."""
 
 from __future__ import annotations
 
@@ -24,21 +21,9 @@ def attention_mse(student: Tensor, teacher: Tensor, head_weights: Tensor | None 
 
         sum_i w_i | s_i / |s_i|_2 - t_i / |t_i|_2 |_2^2,   s_i and t_i the token's attention in head i
 
-    In [0, 2]. The paper normalises a whole map; here each row is, so that every token has the same weight.
-
-    Args:
-        student: [B, A, T, T] probabilities, any float dtype; computed in float32 (float64 for float64).
-        teacher: the same shape; see `match_heads`. No gradient flows to it.
-        head_weights: [A], w, with sum 1; default: equal.
-
-    Returns:
-        [B, T], unmasked, unreduced.
-
-    Raises:
-        ShapeError: the shapes differ.
-
-    References:
-        Zagoruyko and Komodakis 2016, arXiv 1612.03928, equation 2.
+    From probabilities [B, A, T, T] of both (see `match_heads`) and w [A] with sum 1 (default: equal) to [B, T] in
+    [0, 2], unmasked, unreduced. Zagoruyko and Komodakis 2016, arXiv 1612.03928, equation 2, normalise a whole map; here
+    each row is, so that every token has the same weight.
     """
     s, t = _checked("attention_mse", student, teacher)
     return _mean_over_heads((unit(s) - unit(t)).square().sum(-1), head_weights)
@@ -51,11 +36,8 @@ def attention_divergence(
 
         sum_i w_i D(t_i, s_i),   i over heads
 
-    The student's attention is clamped to the smallest normal number, below which no gradient flows. Arguments, result
-    (in nats) and errors are those of `attention_mse`.
-
-    References:
-        Wang et al. 2020 (MiniLM), arXiv 2002.10957, equation 3.
+    The student's attention is clamped to the smallest normal number, below which no gradient flows. Arguments and
+    result (in nats) are those of `attention_mse`. Wang et al. 2020 (MiniLM), arXiv 2002.10957, equation 3.
     """
     s, t = _checked("attention_divergence", student, teacher)
     least = torch.finfo(s.dtype).tiny
@@ -84,14 +66,8 @@ def match_heads(teacher: Tensor, shares: Tensor, importance: Tensor | None = Non
 
         map_i = sum_j m_ij t_j,   m_ij = shares_ij c_j / sum_j shares_ij c_j,   w_i = sum_j shares_ij c_j / sum_ij
 
-    Args:
-        teacher: [B, Ht, T, T].
-        shares: [Hs, Ht]; see `head_overlap`.
-        importance: [Ht], c >= 0; default: equal.
-
-    Returns:
-        maps: [B, Hs, T, T].
-        head_weights: [Hs], with sum 1.
+    From maps [B, Ht, T, T], shares [Hs, Ht] (see `head_overlap`) and importance c [Ht] >= 0 (default: equal) to maps
+    [B, Hs, T, T] and head weights [Hs], with sum 1.
     """
     shares = shares.to(teacher)
     weighted = shares if importance is None else shares * importance.to(teacher)
@@ -102,18 +78,12 @@ def match_heads(teacher: Tensor, shares: Tensor, importance: Tensor | None = Non
 
 
 def head_importance(maps: Tensor, mask: Tensor, kind: Importance) -> Tensor:
-    """Measure how focused each head is.
+    """Measure how focused each head of maps [B, A, T, T] is: [A], with sum 1.
 
         entropy:   1 / (1 + mean over tokens of -sum_k a_k log a_k)
         variance:  mean over tokens of the variance of a_k over k
 
-    Args:
-        maps: [B, A, T, T] probabilities.
-        mask: [B, T], the tokens of the mean.
-        kind: see above.
-
-    Returns:
-        [A], with sum 1; equal if the mask is empty or all variances are 0.
+    The tokens are those of the mask [B, T]. Equal if it is empty or all variances are 0.
     """
     a = maps.detach().to(compute_dtype(maps.dtype))
     by_token = torch.special.entr(a).sum(-1) if kind == "entropy" else a.var(-1, correction=0)
@@ -132,21 +102,8 @@ def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor, heads: i
     The queries (or keys, or values) are split into A relation heads x_a, whatever the model's own heads, so that widths
     and head counts may differ. Where the width does not divide, relation heads differ by one dimension.
 
-    Args:
-        student: [B, T, Ds], the queries (keys, values) of all heads side by side, any float dtype; computed in
-            float32 (float64 for float64).
-        teacher: [B, T, Dt]. No gradient flows to it.
-        mask: [B, T], the tokens to relate to.
-        heads: A, the number of relation heads.
-
-    Returns:
-        [B, T] nats, unreduced; tokens outside the mask are to be ignored.
-
-    Raises:
-        ShapeError: the shapes do not fit, or there are fewer dimensions than relation heads.
-
-    References:
-        Wang et al. 2021 (MiniLMv2), arXiv 2012.15828, section 3.1.
+    From [B, T, Ds] and [B, T, Dt], all heads side by side, and the mask [B, T] of the tokens to relate to, to [B, T]
+    nats, unreduced; tokens outside the mask are to be ignored. Wang et al. 2021, arXiv 2012.15828, section 3.1.
     """
     if student.shape[:2] != teacher.shape[:2] or mask.shape != student.shape[:2]:
         raise ShapeError(

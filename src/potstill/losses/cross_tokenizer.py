@@ -9,7 +9,7 @@ from torch import Tensor
 
 from potstill.errors import ShapeError
 from potstill.losses.divergences import LOG_ZERO, Divergence
-from potstill.losses.token_losses import compute_dtype, in_compute_dtype, log_softmax_, with_gradient
+from potstill.losses.token_losses import check_temperature, compute_dtype, in_compute_dtype, log_softmax_, with_gradient
 
 
 def chunk_log_probs(log_probs: Tensor, chunk: Tensor, chunks: int) -> Tensor:
@@ -17,13 +17,7 @@ def chunk_log_probs(log_probs: Tensor, chunk: Tensor, chunks: int) -> Tensor:
 
         log P(chunk c) = sum of log_probs_n over tokens n with chunk_n = c
 
-    Args:
-        log_probs: [N] of the tokens, nats, with gradient.
-        chunk: [N] the chunk of each token, 0 to chunks - 1; -1 for none.
-        chunks: number of chunks.
-
-    Returns:
-        [chunks] nats.
+    From log-probabilities [N], nats, and the chunk of each token [N], 0 to chunks - 1 or -1 for none, to [chunks].
     """
     in_chunk = chunk >= 0
     return log_probs.new_zeros(chunks).index_add(0, chunk[in_chunk], log_probs[in_chunk])
@@ -45,19 +39,13 @@ def chunk_divergence(log_q: Tensor, log_p: Tensor, divergence: Divergence, *, te
 
     Returns:
         [C] nats, unreduced. Finite where the teacher gives probability 0 or 1, and where the student gives 1, which is
-        computed as 1 minus the rounding of a number near 1.
-
-    Raises:
-        ShapeError: the shapes differ, or the temperature is not positive.
-
-    References:
-        Minixhofer et al. 2025 (ALM), arXiv 2503.20083.
+        computed as 1 minus the rounding of a number near 1 (Minixhofer et al. 2025, ALM, arXiv 2503.20083).
     """
     if log_q.shape != log_p.shape:
         raise ShapeError(
             f"chunk_divergence: expected one shape, got {list(log_q.shape)} for the student and {list(log_p.shape)}."
         )
-    _check_temperature("chunk_divergence", temperature)
+    check_temperature("chunk_divergence", temperature)
     with torch.no_grad():
         q, p = (_events(x.to(compute_dtype(log_q.dtype)), temperature) for x in (log_q, log_p))
         value, slope = divergence.pointwise(q, p)
@@ -89,30 +77,19 @@ def sorted_distance(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
         temperature: softmax temperature of both, > 0.
 
     Returns:
-        [...], in [0, 2], unreduced.
-
-    Raises:
-        ShapeError: the leading shapes differ, or the temperature is not positive.
-
-    References:
-        Boizard et al. 2024 (ULD), arXiv 2402.12030, section 3.
+        [...], in [0, 2], unreduced (Boizard et al. 2024, ULD, arXiv 2402.12030, section 3).
     """
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise ShapeError(
             f"sorted_distance: expected logits for the same positions, got {list(student_logits.shape)} and "
             f"{list(teacher_logits.shape)}."
         )
-    _check_temperature("sorted_distance", temperature)
+    check_temperature("sorted_distance", temperature)
     scaled = (z.clamp_min(LOG_ZERO) / temperature for z in in_compute_dtype(student_logits, teacher_logits))
     q, p = (z.softmax(-1).sort(-1, descending=True).values for z in scaled)
     size = max(q.shape[-1], p.shape[-1])
     q, p = (torch.nn.functional.pad(x, (0, size - x.shape[-1])) for x in (q, p))
     return (q - p).abs().sum(-1)
-
-
-def _check_temperature(caller: str, temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise ShapeError(f"{caller}: expected temperature > 0, got {temperature}.")
 
 
 @torch.no_grad()
@@ -122,16 +99,8 @@ def boundary_bias(logits: Tensor, tokens: Tensor, longer: Tensor, position: Tens
         sum of P(t) over the longer t / (that + P(token))
 
     A model has learnt that a token is not followed by what would have made a longer token. Where that share is large,
-    likelihoods of the same bytes do not compare between tokenizers.
-
-    Args:
-        logits: [n, V] of a model.
-        tokens: [n] the token at each position.
-        longer: [L] ids of tokens that begin with the token and go on, of all positions one after another.
-        position: [L] the row of `logits` of each.
-
-    Returns:
-        [n] in [0, 1]; 0 where there is no longer token.
+    likelihoods of the same bytes do not compare between tokenizers. From logits [n, V] and tokens [n] to [n] in [0, 1];
+    `longer` [L] are ids of tokens that begin with a token and go on, and `position` [L] the row of each.
     """
     log_probs = log_softmax_(logits.to(compute_dtype(logits.dtype), copy=True))
     exact = log_probs.gather(-1, tokens[:, None])[:, 0].exp()

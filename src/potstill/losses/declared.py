@@ -1,18 +1,13 @@
-"""Declarations: everything that a recipe can name is one frozen dataclass.
+"""Declarations: everything that a recipe can name is one frozen dataclass; docs/architecture.md says how.
 
-Its fields are the recipe's keys, its docstring is the page of keys and the JSON Schema, and an instance made in Python
-equals one that was read from YAML. A family (divergences, terms, schedules, ...) derives from `Declared`; each of its
-kinds derives from the family, has a `name` and needs no other entry anywhere:
-
-    class Divergence(Declared): ...
+    class Divergence(Declared): ...  # a family
 
     @dataclass(frozen=True)
-    class JSD(Divergence):
+    class JSD(Divergence):  # one of its kinds, which needs no other entry anywhere
         beta: Annotated[float, Range(gt=0, lt=1)] = 0.5
         name = "jsd"
 
-    TypeAdapter(Divergence).validate_python("jsd")                        # JSD()
-    TypeAdapter(Divergence).validate_python({"kind": "jsd", "beta": 0.3})  # JSD(0.3)
+    TypeAdapter(Divergence).validate_python({"kind": "jsd", "beta": 0.3})  # JSD(0.3); "jsd" is JSD()
 
 pydantic finds the hooks below by their names. It is not imported here, so that the losses need torch alone.
 """
@@ -22,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import operator
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -37,11 +33,7 @@ class Record:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "arbitrary_types_allowed": True}
 
     def __post_init__(self) -> None:
-        """Check each field against its annotation, in Python as in a recipe.
-
-        Raises:
-            ShapeError: a number is out of its range, or a word is none of those allowed.
-        """
+        """Check each field against its annotation, in Python as in a recipe."""
         for name, rules in _rules(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
             value = getattr(self, name)
             for rule in rules if value is not None else ():
@@ -52,25 +44,29 @@ class Record:
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
         made = handler(core_schema)
         schema = handler.resolve_ref_schema(made)
-        if "properties" in schema:
-            describe(cls, schema)
+        properties = schema.get("properties")
+        if properties is None:
+            return made
+        schema["title"] = cls.__name__
+        schema["description"] = re.split(r"\n(?:Args|Raises|References):\n", inspect.getdoc(cls) or "")[0].strip()
+        for name, line in field_descriptions(cls).items():
+            if name in properties:
+                properties[name].setdefault("description", line)
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # its subclasses are dataclasses
+            if isinstance(field.default, Declared):
+                properties[field.name]["default"] = in_words(field.default)
+        for name in [name for name, field in properties.items() if field.get("type") == "null"]:
+            del properties[name]  # `PythonOnly`
         return made
 
 
 class Declared(Record, ABC):
-    """Base of everything that a recipe can name: by its bare name, or as {key: name, field: value, ...}.
+    """Base of everything that a recipe can name: by its bare name, or as {key: name, field: value, ...}."""
 
-    Attributes:
-        key: what a recipe calls the choice among the kinds of a family.
-        name: of a kind, in recipes.
-        kinds: all kinds of the family, by name.
-        count: how many kinds all families have, by which a schema knows that it is out of date.
-    """
-
-    key: ClassVar[str] = "kind"
-    name: ClassVar[str]
-    kinds: ClassVar[dict[str, type[Any]]]
-    count: ClassVar[int] = 0
+    key: ClassVar[str] = "kind"  # what a recipe calls the choice among the kinds of a family
+    name: ClassVar[str]  # of a kind, in recipes
+    kinds: ClassVar[dict[str, type[Any]]]  # of the family, by name
+    count: ClassVar[int] = 0  # of the kinds of all families, by which a schema knows that it is out of date
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -125,7 +121,7 @@ class Declared(Record, ABC):
     @classmethod
     def shorthands(cls) -> list[dict[str, Any]]:
         """JSON Schemas of what `read` and bare names add to the mappings of a family."""
-        bare = [name for name, kind in cls.kinds.items() if not _required(kind)]
+        bare = [name for name, kind in cls.kinds.items() if not _has_required(kind)]
         return [{"enum": bare, "title": cls.__name__}] if bare else []
 
     @classmethod
@@ -165,29 +161,14 @@ def is_tag(step: object) -> bool:
     return isinstance(step, str) and step.startswith("<") and step.endswith(">")
 
 
-def describe(kind: type, schema: dict[str, Any]) -> None:
-    """Write a dataclass's docstring and its declared defaults into its JSON Schema."""
-    text = inspect.getdoc(kind) or ""
-    schema["title"] = kind.__name__
-    schema["description"] = re.split(r"\n(?:Args|Raises|References):\n", text)[0].strip()
-    for name, line in field_descriptions(kind).items():
-        if name in schema["properties"]:
-            schema["properties"][name].setdefault("description", line)
-    for field in dataclasses.fields(kind):
-        if isinstance(field.default, Declared):
-            schema["properties"][field.name]["default"] = in_words(field.default)
-    for name in [name for name, field in schema["properties"].items() if field.get("type") == "null"]:
-        del schema["properties"][name]  # `PythonOnly`
-
-
 def field_descriptions(kind: type) -> dict[str, str]:
     """What the `Args:` of a class's docstring, or of its bases', say of each field, in one line each."""
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         arguments = re.search(r"\nArgs:\n((?: {4}.*\n?|\n)+)", inspect.cleandoc(base.__doc__ or "") + "\n")
         for match in re.finditer(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", arguments[1] if arguments else "", re.MULTILINE):
-            found[match[1]] = " ".join(match[2].split())
-    return found
+            descriptions[match[1]] = " ".join(match[2].split())
+    return descriptions
 
 
 class Rule(ABC):
@@ -226,19 +207,14 @@ class Range(Rule):
         return f"a number <{'=' if self.lt is None else ''} {high:g}"
 
     def wrong(self, value: Any) -> str | None:
-        """See `Rule`. A schedule names its `extremes`; what another function of the step returns is not known."""
+        """A schedule names its `extremes`; what another function of the step returns is not known."""
         if isinstance(value, int | float):
             return None if self._holds(value) else f"{value}"
         extremes = getattr(value, "extremes", {})
         return next((f"{number}{where}" for where, number in extremes.items() if not self._holds(number)), None)
 
     def _holds(self, number: float) -> bool:  # a NaN is within no bounds
-        return (
-            (self.ge is None or number >= self.ge)
-            and (self.gt is None or number > self.gt)
-            and (self.le is None or number <= self.le)
-            and (self.lt is None or number < self.lt)
-        )
+        return all(bound is None or getattr(operator, name)(number, bound) for name, bound in vars(self).items())
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> Any:
         schema = handler(core_schema)
@@ -257,7 +233,6 @@ class NonEmpty(Rule):
         return "at least one"
 
     def wrong(self, value: Any) -> str | None:
-        """See `Rule`."""
         return None if len(value) else "none"
 
 
@@ -271,7 +246,7 @@ class OneOf(Rule):
         return f"one of {', '.join(map(str, self.words))}"
 
     def wrong(self, value: Any) -> str | None:
-        """See `Rule`. What is no text is another arm of a union; of a sequence, each entry is checked."""
+        """What is no text is another arm of a union; of a sequence, each entry is checked."""
         texts = [value] if isinstance(value, str) else value if isinstance(value, tuple | list) else []
         return next((repr(text) for text in texts if isinstance(text, str) and text not in self.words), None)
 
@@ -286,10 +261,7 @@ class PythonOnly:
 
 
 class Either:
-    """Chooses the arm of a union of two by a test, so that only that arm reports a mistake.
-
-    `Annotated[A | B, Either(test)]` reads A where the test holds.
-    """
+    """`Annotated[A | B, Either(test)]` reads A where the test holds, so that only that arm reports a mistake."""
 
     def __init__(self, first: Callable[[Any], bool]) -> None:
         self._first = first
@@ -297,24 +269,20 @@ class Either:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema as cs
 
-        first, second = (handler.generate_schema(arm) for arm in get_args(source))
-        return cs.tagged_union_schema(
-            {in_tag("0"): first, in_tag("1"): second}, lambda value: in_tag("0" if self._first(value) else "1")
-        )
+        arms = {in_tag(str(i)): handler.generate_schema(arm) for i, arm in enumerate(get_args(source))}
+        return cs.tagged_union_schema(arms, lambda value: in_tag("0" if self._first(value) else "1"))
 
 
-def _required(kind: type) -> list[str]:
+def _has_required(kind: type) -> bool:
     missing = dataclasses.MISSING
-    fields = dataclasses.fields(kind)
-    return [field.name for field in fields if field.default is missing and field.default_factory is missing]
+    return any(field.default is field.default_factory is missing for field in dataclasses.fields(kind))
 
 
 @cache
 def _rules(kind: type) -> dict[str, list[Rule]]:
     """The rules of each field of a dataclass, from its annotations."""
     hints = get_type_hints(kind, include_extras=True)
-    found = {field.name: [*_rules_in(hints[field.name])] for field in dataclasses.fields(kind)}
-    return {name: rules for name, rules in found.items() if rules}
+    return {field.name: [*_rules_in(hints[field.name])] for field in dataclasses.fields(kind)}
 
 
 def _rules_in(annotation: Any) -> Iterator[Rule]:

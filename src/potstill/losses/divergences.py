@@ -1,17 +1,4 @@
-"""Divergences between the teacher's and the student's distribution at one position.
-
-A divergence is one frozen dataclass with one method. For q = softmax(z / T) of the student and p of the teacher,
-
-    D(p, q) = sum_v value_v            slope_v = q_v * dD/dq_v
-    dD/dz_v = (slope_v - q_v * sum_u slope_u) / T
-
-so `pointwise` alone gives the loss and its gradient, in every backend. A constant times q may be added to the
-slope: it cancels. To add a divergence of your own, subclass `Divergence` and return the two tensors; see
-docs/architecture.md.
-
-The logarithm of a probability of 0 is `LOG_ZERO` instead of -inf: its exponential is 0, and 0 times it is 0, so that no
-formula has to handle 0 * inf.
-"""
+"""Divergences between the teacher's and the student's distribution at one position; docs/architecture.md adds one."""
 
 from __future__ import annotations
 
@@ -26,7 +13,7 @@ from torch import Tensor
 from potstill.errors import ShapeError
 from potstill.losses.declared import Declared
 
-LOG_ZERO = -1e37
+LOG_ZERO = -1e37  # the log of a probability of 0: its exponential is 0, and 0 times it is 0, where 0 * -inf is NaN
 
 
 class Divergence(Declared):
@@ -39,15 +26,12 @@ class Divergence(Declared):
 
     @abstractmethod
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the terms of the divergence and of its gradient.
+        """Compute (value, slope), which give the divergence in nats and its gradient in logits z, q = softmax(z / T).
 
-        Args:
-            log_q: [..., V] the student's log-probabilities, float32 or float64.
-            log_p: [..., V] the teacher's, same shape. Both are finite, and `LOG_ZERO` where a token is ruled out.
+            D(p, q) = sum_v value_v,   slope_v = q_v * dD/dq_v,   dD/dz_v = (slope_v - q_v * sum_u slope_u) / T
 
-        Returns:
-            value: [..., V], whose sum over V is the divergence in nats.
-            slope: [..., V], q * dD/dq, up to a constant times q.
+        All are [..., V], float32 or float64. The log-probabilities are finite, and `LOG_ZERO` where a token is ruled
+        out. A constant times q may be added to the slope: it cancels.
         """
 
 
@@ -229,12 +213,10 @@ class AlphaBeta(Divergence):
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         # Both forms are the definition, with 1 = alpha/s + beta/s moved inside the bracket. Each is used where it
         # divides by the larger of alpha and beta, so that neither loses digits near its limit.
-        if self.alpha >= self.beta:
-            gap = _power_mean_gap(log_p, log_q, self.beta, self.alpha + self.beta)
-        else:
-            gap = _power_mean_gap(log_q, log_p, self.alpha, self.alpha + self.beta)
-        value = gap / max(self.alpha, self.beta)
-        return value, -_power_gap(log_q, log_p, self.alpha, self.alpha + self.beta)
+        total = self.alpha + self.beta
+        x, y, share = (log_p, log_q, self.beta) if self.alpha >= self.beta else (log_q, log_p, self.alpha)
+        gap = _power_difference(x, y, total, total) / total - _power_gap(x, y, share, total)
+        return gap / max(self.alpha, self.beta), -_power_gap(log_q, log_p, self.alpha, total)
 
 
 def _power_difference(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
@@ -253,8 +235,3 @@ def _power_gap(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tens
     if share == 0:
         return (total * log_x).exp() * (log_y - log_x)
     return _power_difference(log_x, log_y, share, total) / share
-
-
-def _power_mean_gap(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
-    """Compute (y^total - x^total) / total minus `_power_gap`."""
-    return _power_difference(log_x, log_y, total, total) / total - _power_gap(log_x, log_y, share, total)

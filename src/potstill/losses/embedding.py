@@ -1,7 +1,6 @@
-"""Losses between embedding spaces of different width, which compare the similarities within each.
+"""Losses between embedding spaces of different width: vectors [B, Hs] and [B, Ht] of the same examples to a scalar.
 
-A loss takes the student's and the teacher's vectors of the same B examples, [B, Hs] and [B, Ht], compares the cosine
-similarities of all pairs, and returns a scalar. No gradient flows to the teacher.
+They compare the cosine similarities of all pairs. No gradient flows to the teacher.
 
 >>> student, teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.eye(3)
 >>> bool(embedding_divergence(student, teacher, temperature=0.5) > 0)
@@ -19,13 +18,11 @@ from potstill.errors import ShapeError
 from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.hidden import unit
 from potstill.losses.targets import DenseTargets
-from potstill.losses.token_losses import compute_dtype, token_divergence
+from potstill.losses.token_losses import in_compute_dtype, token_divergence
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 
 _MAX_RANKED = 2**15  # pairs of a batch whose order is compared: more are slower and no more accurate
-_MAX_SAMPLE = 4096  # of these, the ones that quantiles are computed from
-_QUANTILES = 64
 
 
 def embedding_divergence(
@@ -52,9 +49,6 @@ def embedding_divergence(
     Returns:
         A scalar in nats, without a T^2 factor.
 
-    Raises:
-        ShapeError: the shapes do not fit, there is one row, or a temperature is not positive.
-
     References:
         Tung and Mori 2019 (similarity-preserving), arXiv 1907.09682; Fang et al. 2021 (SEED), arXiv 2101.04731,
         section 3.2, for the distributions, here with two temperatures.
@@ -69,12 +63,9 @@ def embedding_divergence(
 
 
 def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the mean squared difference of the similarities of all pairs.
+    """Compute the mean squared difference of the similarities of all pairs: mean (cos(s_i, s_j) - cos(t_i, t_j))^2.
 
-        mean (cos(s_i, s_j) - cos(t_i, t_j))^2
-
-    References:
-        Reimers and Gurevych 2020, arXiv 2004.09813, in a form that needs no equal width.
+    Reimers and Gurevych 2020, arXiv 2004.09813, in a form that needs no equal width.
     """
     s, t = _similarities("similarity_error", student, teacher)
     return (_off_diagonal(s) - _off_diagonal(t)).square().mean()
@@ -104,19 +95,8 @@ def matryoshka(loss: PairLoss, student: Tensor, teacher: Tensor, weights: Mappin
 
         sum_d weights[d] * loss(student[:, :d], teacher) / sum_d weights[d]
 
-    With {5: 0.7, 25: 0.3} the first five dimensions are a coarse level and all 25 the fine one.
-
-    Args:
-        loss: of (student, teacher), such as `embedding_divergence`.
-        student: [B, Hs].
-        teacher: [B, Ht].
-        weights: prefix length, at most Hs -> weight > 0.
-
-    Raises:
-        ShapeError: there is no prefix, one is longer than the vectors, or a weight is not positive.
-
-    References:
-        Kusupati et al. 2022, arXiv 2205.13147.
+    `weights` is prefix length, at most Hs -> weight > 0: with {5: 0.7, 25: 0.3} the first five dimensions are a coarse
+    level and all 25 the fine one. Kusupati et al. 2022, arXiv 2205.13147.
     """
     if not weights or not all(0 < d <= student.shape[-1] and w > 0 for d, w in weights.items()):
         raise ShapeError(
@@ -130,11 +110,7 @@ def matryoshka(loss: PairLoss, student: Tensor, teacher: Tensor, weights: Mappin
 def reconstruction_error(decoded: Tensor, teacher: Tensor) -> Tensor:
     """Compute the squared error of vectors decoded into the teacher's space, divided by the teacher's variance.
 
-        sum |decoded - t|^2 / sum |t - mean t|^2
-
-    Args:
-        decoded: [B, Ht].
-        teacher: [B, Ht], for B >= 2.
+    sum |decoded - t|^2 / sum |t - mean t|^2, of decoded and teacher, [B, Ht] for B >= 2.
     """
     t = teacher.detach().to(decoded.dtype)
     variance = (t - t.mean(0)).square().sum()
@@ -150,8 +126,7 @@ def _similarities(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor
         )
     if len(student) < 2:
         raise ShapeError(f"{caller}: expected at least two rows, got {len(student)}. One row has no pair.")
-    dtype = compute_dtype(student.dtype)
-    s, t = unit(student.to(dtype)), unit(teacher.detach().to(dtype))
+    s, t = map(unit, in_compute_dtype(student, teacher))
     return s @ s.T, t @ t.T
 
 
@@ -176,8 +151,8 @@ def _pearson(x: Tensor, y: Tensor) -> Tensor:
 def _quantile(values: Tensor) -> Tensor:
     """The share of the batch's values below each value, in [0, 1]: differentiable between fixed quantiles."""
     fixed = values.detach()
-    sample = fixed[:: max(1, len(fixed) // _MAX_SAMPLE)].sort().values
-    knots = sample[torch.linspace(0, len(sample) - 1, min(_QUANTILES, len(sample)), device=sample.device).long()]
+    sample = fixed[:: max(1, len(fixed) // 4096)].sort().values
+    knots = sample[torch.linspace(0, len(sample) - 1, min(64, len(sample)), device=sample.device).long()]
     if len(knots) == 1:
         return values * 0
     upper = torch.searchsorted(knots, fixed.contiguous()).clamp(1, len(knots) - 1)

@@ -12,7 +12,7 @@ import mmap
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,51 +26,38 @@ from potstill.losses.token_losses import compute_dtype
 CPU_BYTES, CPU_SHARE, CPU_LEAST = 208 * 2**20, 1 / 3, 16 * 2**20
 ACCELERATOR_BYTES = 2 * 2**30
 MIXING = 3  # additional buffers of a chunk's logits while teachers are mixed
-# Rows of a head's weight in one product on a CPU, which then stay in the cache.
-CPU_ROWS = 1024
-# Rows of a buffer begin at multiples of this many elements, so that they are aligned and hold whole vectors.
-ROUND = 64
+CPU_ROWS = 1024  # of a head's weight in one product on a CPU, which then stay in the cache
+ROUND = 64  # rows of a buffer begin at multiples of this many elements, so that they are aligned and hold whole vectors
+
+Reduction = Literal["mean", "none"]
 
 
 @dataclass(frozen=True)
 class FusedInputs:
-    """Inputs of the algorithm, checked and in the right dtype.
+    """Arguments of `linear_divergence`; in `run_chunks` hidden states and heads are in the dtype of the products."""
 
-    Args:
-        hidden: [N, H] in the dtype of the products.
-        head: the student's; its tensors in the dtype of the products.
-        targets: the teacher's, of N tokens; None for cross-entropy alone.
-        divergence: None for cross-entropy alone.
-        temperature: of the divergence.
-        labels: [N] int64, -100 = ignored; None without cross-entropy.
-        label_weight: weight of the cross-entropy in the gradient.
-    """
-
-    hidden: Tensor
+    hidden: Tensor  # [N, H]
     head: LMHead
     targets: Targets | None
     divergence: Divergence | None
     temperature: float
     labels: Tensor | None
     label_weight: float
+    token_weights: Tensor | None = None
+    normalizer: Tensor | float | None = None
+    reduction: Reduction = "mean"
+    chunk_tokens: int | None = None
+    products: torch.dtype = torch.float32  # of the matrix products
 
 
 class ChunkBuffers(NamedTuple):
-    """What a kernel reads and overwrites for one chunk of C tokens.
+    """What a kernel reads and overwrites for one chunk of C tokens."""
 
-    Args:
-        student: [C, V] logits of the student; overwritten with d(sum_n scale_n loss_n) / d logits.
-        teacher: [C, V] logits of the teacher, to be overwritten; for sparse targets their events [C, K + 1].
-        scale: [C] float32, or None if no gradient is needed.
-        labels: [C] or None.
-        ids, used: [C, K] of sparse targets.
-    """
-
-    student: Tensor
-    teacher: Tensor | None
-    scale: Tensor | None
-    labels: Tensor | None
-    ids: Tensor | None = None
+    student: Tensor  # [C, V] logits; overwritten with d(sum_n scale_n loss_n) / d logits
+    teacher: Tensor | None  # [C, V] logits, to be overwritten; for sparse targets their events [C, K + 1]
+    scale: Tensor | None  # [C] float32, or None if no gradient is needed
+    labels: Tensor | None  # [C]
+    ids: Tensor | None = None  # [C, K] of sparse targets, and which of them are used
     used: Tensor | None = None
 
     def rows(self, part: slice) -> ChunkBuffers:
@@ -88,31 +75,15 @@ class LossKernel(Protocol):
         """Return the divergence [C] and the cross-entropy [C], None where the inputs have none."""
 
 
-class NeedsGradient(NamedTuple):
-    """Which tensors need a gradient."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
+# Divergence and cross-entropy by token [N], and the gradients of sum_n scale_n loss_n in hidden, weight and bias.
+FusedResult = tuple[Tensor | None, ...]
 
 
-class FusedResult(NamedTuple):
-    """Losses by token [N], and gradients of sum_n scale_n loss_n, all float32 (float64)."""
+def run_chunks(inputs: FusedInputs, kernel: LossKernel, scale: Tensor | None, *needs: bool) -> FusedResult:
+    """Compute losses and gradients chunk by chunk; without `chunk_tokens` the chunks follow from the byte budget.
 
-    divergence: Tensor | None
-    cross_entropy: Tensor | None
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-def run_chunks(
-    inputs: FusedInputs, kernel: LossKernel, scale: Tensor | None, needs: NeedsGradient, chunk_tokens: int | None
-) -> FusedResult:
-    """Compute losses and gradients chunk by chunk.
-
-    `scale`, [N] float32, weights each token in the gradient; None for no gradient. Without `chunk_tokens` the chunks
-    follow from the byte budget.
+    `scale`, [N] float32, weights each token in the gradient; None for no gradient. `needs` is whether hidden, weight
+    and bias need one.
     """
     head, targets, device = inputs.head, inputs.targets, inputs.hidden.device
     (N, H), V = inputs.hidden.shape, head.vocabulary
@@ -121,37 +92,33 @@ def run_chunks(
     sparse = targets if isinstance(targets, SparseTargets) else None
     has_logits = targets is not None and sparse is None
     buffers = 1 + has_logits + (MIXING if isinstance(targets, MixtureTargets) else 0)
-    rows = chunk_tokens or _chunk_tokens(N, V * buffer.itemsize * buffers, N * V * buffer.itemsize, device)
+    rows = inputs.chunk_tokens or _chunk_tokens(N, V * buffer.itemsize * buffers, N * V * buffer.itemsize, device)
     rows = max(1, min(rows, N))
 
     width = -(-V // ROUND) * ROUND
     student = _empty(rows, width, dtype=buffer, device=device)[:, :V]
     teacher = _empty(rows, width, dtype=buffer, device=device)[:, :V] if has_logits else None
     losses = [torch.zeros(N, dtype=total, device=device) for _ in range(2)]
-    d_hidden = torch.empty(N, H, dtype=total, device=device) if needs.hidden else None
-    d_weight = _empty_like(head.weight, V, total) if needs.weight else None
-    d_bias = _empty_like(head.bias, 0, total) if needs.bias and head.bias is not None else None
-    if N == 0 and d_weight is not None:
-        d_weight.zero_()
+    needs_hidden, needs_weight, needs_bias = needs or (False, False, False)
+    d_hidden = torch.empty(N, H, dtype=total, device=device) if needs_hidden else None
+    d_weight = d_bias = None
+    if needs_weight:
+        d_weight = _empty(*head.weight.shape, dtype=total, device=device)
+        d_weight[V if N else 0 :].zero_()
+    if needs_bias and head.bias is not None:
+        d_bias = torch.zeros_like(head.bias, dtype=total)
 
     events, used = (sparse.events(inputs.temperature), sparse.used()) if sparse else (None, None)
+    by_token = (events, scale, inputs.labels, sparse.ids if sparse else None, used)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         hidden = inputs.hidden[part]
-        logits = student[: hidden.shape[0]]
+        logits = student[: len(hidden)]
         _project(hidden, head, logits)
         cap_slope = _soft_cap_(logits, head.softcap, scale is not None)
-        signals = events[part] if events is not None else None
+        chunk = ChunkBuffers(logits, *(None if x is None else x[part] for x in by_token))
         if teacher is not None:
-            signals = _teacher_logits(targets, part, teacher[: hidden.shape[0]], inputs.temperature)
-        chunk = ChunkBuffers(
-            logits,
-            signals,
-            None if scale is None else scale[part],
-            None if inputs.labels is None else inputs.labels[part],
-            sparse.ids[part] if sparse else None,
-            used[part] if used is not None else None,
-        )
+            chunk = chunk._replace(teacher=_teacher_logits(targets, part, teacher[: len(hidden)], inputs.temperature))
         for loss, values in zip(losses, kernel(chunk, inputs), strict=True):
             if values is not None:
                 loss[part] = values
@@ -170,7 +137,7 @@ def run_chunks(
             for tile in _tiles(V, device):
                 _accumulate(d_weight[tile], gradient[:, tile].t(), hidden, first=start == 0)
     divergence = losses[0] if inputs.divergence is not None else None
-    return FusedResult(divergence, losses[1] if inputs.labels is not None else None, d_hidden, d_weight, d_bias)
+    return divergence, losses[1] if inputs.labels is not None else None, d_hidden, d_weight, d_bias
 
 
 def _chunk_tokens(tokens: int, bytes_per_token: int, logits_bytes: int, device: torch.device) -> int:
@@ -191,13 +158,6 @@ def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         # The result is ignored: this is advice, and only time is lost where it is not taken.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
     return tensor
-
-
-def _empty_like(tensor: Tensor, real: int, dtype: torch.dtype) -> Tensor:
-    """Allocate a gradient whose rows from `real` on are 0."""
-    gradient = _empty(*tensor.shape, dtype=dtype, device=tensor.device)
-    gradient[real:].zero_()
-    return gradient
 
 
 def _tiles(vocabulary: int, device: torch.device) -> Iterator[slice]:

@@ -13,7 +13,7 @@ from potstill.errors import ShapeError, UserError
 from potstill.losses.alignment import IGNORE
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.losses.divergences import Divergence
-from potstill.losses.fused_chunks import FusedInputs, FusedResult, LossKernel, NeedsGradient, run_chunks
+from potstill.losses.fused_chunks import FusedInputs, FusedResult, LossKernel, Reduction, run_chunks
 from potstill.losses.kernel_native import native_kernel
 from potstill.losses.kernel_torch import TorchKernel
 from potstill.losses.targets import FullTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
@@ -29,21 +29,14 @@ from potstill.losses.token_losses import (
 from potstill.losses.torch_compile import disable_compile
 
 Backend = Literal["auto", "eager", "chunked", "triton"]
-Reduction = Literal["mean", "none"]
 
 
 class FusedLoss(NamedTuple):
-    """Result of `linear_divergence`.
+    """Result of `linear_divergence`."""
 
-    Args:
-        loss: a scalar, or [N] with reduction "none"; with gradient to hidden, head.weight and head.bias.
-        divergence: [N] nats, detached; None without targets.
-        cross_entropy: [N] nats, detached; None without labels.
-    """
-
-    loss: Tensor
-    divergence: Tensor | None
-    cross_entropy: Tensor | None
+    loss: Tensor  # a scalar, or [N] with reduction "none"; with gradient to hidden, head.weight and head.bias
+    divergence: Tensor | None  # [N] nats, detached; None without targets
+    cross_entropy: Tensor | None  # [N] nats, detached; None without labels
 
 
 def linear_divergence(
@@ -65,13 +58,12 @@ def linear_divergence(
 
         loss = sum_n w_n (D_n + label_weight * CE_n) / normalizer
 
-    The same numbers as `token_divergence(head.logits(hidden), ...)`, but [N, V] logits of student or teacher never
-    exist: memory does not grow with N, and each matrix product is done once. The gradient is computed in the forward
-    pass and handed over in the backward pass, which can therefore run only once.
+    The same numbers as `token_divergence(head.logits(hidden), ...)`, but [N, V] logits never exist: memory does not
+    grow with N, and each matrix product is done once. The gradient is computed in the forward pass and handed over in
+    the backward pass, which can therefore run only once.
 
     Args:
         hidden: [N, H] the student's last hidden states at the target positions.
-        head: the student's head.
         targets: the teacher's, for the same N; None for cross-entropy alone. No gradient flows to it.
         divergence: any `Divergence`, including your own subclass; None for cross-entropy alone.
         temperature: softmax temperature of the divergence, > 0. No T^2 factor is applied here.
@@ -99,12 +91,10 @@ def linear_divergence(
     """
     weights = None if token_weights is None else token_weights.detach()
     total = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
-    dtype = _products_dtype(hidden, head.weight)
-    args = _Arguments(
-        head, targets, divergence, temperature, weights, total, labels, label_weight, reduction, chunk_tokens, dtype
-    )
-    _check(hidden, args)
-    result = _eager(hidden, args) if backend == "eager" else _fused(hidden, args, backend)
+    reducing = (weights, total, reduction, chunk_tokens, _products_dtype(hidden, head.weight))
+    inputs = FusedInputs(hidden, head, targets, divergence, temperature, labels, label_weight, *reducing)
+    _check(inputs)
+    result = _eager(inputs) if backend == "eager" else _fused(inputs, backend)
     if result.divergence is not None:
         assert divergence is not None
         weighted = result.divergence if weights is None else result.divergence * (weights != 0)
@@ -115,61 +105,25 @@ def linear_divergence(
 def linear_cross_entropy(hidden: Tensor, head: LMHead, labels: Tensor, **options: Any) -> FusedLoss:
     """Compute the cross-entropy of hard labels without the logits: `linear_divergence` without a teacher.
 
-    Args:
-        hidden: [N, H].
-        head: the student's.
-        labels: [N] token ids; -100 = ignored.
-        **options: token_weights, normalizer, reduction, backend and chunk_tokens of `linear_divergence`.
+    The options are token_weights, normalizer, reduction, backend and chunk_tokens of `linear_divergence`.
     """
     return linear_divergence(hidden, head, None, None, labels=labels, label_weight=1.0, **options)
 
 
-class _Arguments(NamedTuple):
-    """Arguments of `linear_divergence` without gradient."""
-
-    head: LMHead
-    targets: Targets | None
-    divergence: Divergence | None
-    temperature: float
-    token_weights: Tensor | None
-    normalizer: Tensor | float | None
-    labels: Tensor | None
-    label_weight: float
-    reduction: Reduction
-    chunk_tokens: int | None
-    products: torch.dtype  # of the matrix products
-
-    def loss(self, divergence: Tensor | None, cross_entropy: Tensor | None) -> Tensor:
-        """Reduce D_n + label_weight * CE_n, [N], to the scalar; with reduction "none" to the weighted values."""
-        if divergence is None:
-            assert cross_entropy is not None
-            values = self.label_weight * cross_entropy
-        elif cross_entropy is None or self.label_weight == 0:
-            values = divergence
-        else:
-            values = divergence + self.label_weight * cross_entropy
-        weights = self.token_weights
-        if weights is not None:
-            values = values.masked_fill(weights == 0, 0.0)  # they may be infinite
-        if self.reduction == "mean":
-            return token_mean(values, weights, self.normalizer)
-        return values if weights is None else values * weights
-
-
-def _check(hidden: Tensor, args: _Arguments) -> None:
-    width, V = args.head.weight.shape[1], args.head.vocabulary
+def _check(inputs: FusedInputs) -> None:
+    hidden, labels, width, V = inputs.hidden, inputs.labels, inputs.head.weight.shape[1], inputs.head.vocabulary
     if hidden.ndim != 2 or hidden.shape[1] != width:
         raise ShapeError(
             f"linear_divergence: expected hidden of shape [N, {width}], the head's width, got {list(hidden.shape)}."
         )
-    N, labels = hidden.shape[0], args.labels
-    if (args.targets is None) != (args.divergence is None) or (args.targets is None and labels is None):
+    N, targets, divergence = len(hidden), inputs.targets, inputs.divergence
+    if (targets is None) != (divergence is None) or (targets is None and labels is None):
         raise ShapeError("linear_divergence: expected targets and a divergence, or neither of them and labels.")
-    if args.label_weight and labels is None:
-        raise ShapeError(f"linear_divergence: expected labels for label_weight={args.label_weight}, got None.")
-    if args.targets is not None and args.divergence is not None:
-        check_targets("linear_divergence", torch.Size([N, V]), args.targets, args.divergence, args.temperature)
-    for name, values in (("token_weights", args.token_weights), ("labels", labels)):
+    if inputs.label_weight and labels is None:
+        raise ShapeError(f"linear_divergence: expected labels for label_weight={inputs.label_weight}, got None.")
+    if targets is not None and divergence is not None:
+        check_targets("linear_divergence", torch.Size([N, V]), targets, divergence, inputs.temperature)
+    for name, values in (("token_weights", inputs.token_weights), ("labels", labels)):
         if values is not None and values.shape != (N,):
             raise ShapeError(f"linear_divergence: expected {name} of shape [{N}], got {list(values.shape)}.")
     if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
@@ -179,31 +133,45 @@ def _check(hidden: Tensor, args: _Arguments) -> None:
         raise ShapeError(
             f"linear_divergence: expected labels in 0..{V - 1} or -100, got {int(ids.min())}..{int(ids.max())}."
         )
-    if args.reduction not in ("mean", "none"):
-        raise ShapeError(f'linear_divergence: expected reduction "mean" or "none", got {args.reduction!r}.')
-    if args.chunk_tokens is not None and args.chunk_tokens < 1:
-        raise ShapeError(f"linear_divergence: expected chunk_tokens of at least 1, got {args.chunk_tokens}.")
+    if inputs.reduction not in ("mean", "none"):
+        raise ShapeError(f'linear_divergence: expected reduction "mean" or "none", got {inputs.reduction!r}.')
+    if inputs.chunk_tokens is not None and inputs.chunk_tokens < 1:
+        raise ShapeError(f"linear_divergence: expected chunk_tokens of at least 1, got {inputs.chunk_tokens}.")
 
 
-def _kernel(backend: str, args: _Arguments, device: torch.device) -> LossKernel:
+def _loss(inputs: FusedInputs, divergence: Tensor | None, cross_entropy: Tensor | None) -> Tensor:
+    """Reduce D_n + label_weight * CE_n, [N], to the scalar; with reduction "none" to the weighted values."""
+    if divergence is None:
+        assert cross_entropy is not None
+        values = inputs.label_weight * cross_entropy
+    elif cross_entropy is None or inputs.label_weight == 0:
+        values = divergence
+    else:
+        values = divergence + inputs.label_weight * cross_entropy
+    weights = inputs.token_weights
+    if weights is not None:
+        values = values.masked_fill(weights == 0, 0.0)  # they may be infinite
+    if inputs.reduction == "mean":
+        return token_mean(values, weights, inputs.normalizer)
+    return values if weights is None else values * weights
+
+
+def _kernel(backend: str, inputs: FusedInputs) -> LossKernel:
     """Choose the fastest kernel that the backend allows."""
     if backend not in ("auto", "chunked", "triton"):
         raise ShapeError(
             f'linear_divergence: expected backend "auto", "eager", "chunked" or "triton", got {backend!r}.'
         )
-    sparse = isinstance(args.targets, SparseTargets)
-    single = compute_dtype(args.products) == torch.float32
+    device, single = inputs.hidden.device.type, compute_dtype(inputs.products) == torch.float32
     kernel: LossKernel | None = None
-    if backend == "triton" or (backend == "auto" and device.type == "cuda" and single):
-        kernel = _triton_kernel(args.divergence, sparse, single, device, required=backend == "triton")
-    elif device.type == "cpu" and single:
-        kernel = native_kernel(args.divergence, sparse)
+    if backend == "triton" or (backend == "auto" and device == "cuda" and single):
+        kernel = _triton_kernel(inputs, single, device, required=backend == "triton")
+    elif device == "cpu" and single:
+        kernel = native_kernel(inputs.divergence, isinstance(inputs.targets, SparseTargets))
     return kernel or TorchKernel()
 
 
-def _triton_kernel(
-    divergence: Divergence | None, sparse: bool, single: bool, device: torch.device, required: bool
-) -> LossKernel | None:
+def _triton_kernel(inputs: FusedInputs, single: bool, device: str, required: bool) -> LossKernel | None:
     try:
         from potstill.losses import kernel_triton
     except ImportError:
@@ -213,10 +181,11 @@ def _triton_kernel(
                 'Install it (pip install triton), or use backend "chunked".'
             ) from None
         return None
-    if device.type != "cuda" and not kernel_triton.INTERPRETED:
+    if device != "cuda" and not kernel_triton.INTERPRETED:
         raise ShapeError(
-            f'linear_divergence: expected CUDA tensors for backend "triton", got {device.type}. Use backend "chunked".'
+            f'linear_divergence: expected CUDA tensors for backend "triton", got {device}. Use backend "chunked".'
         )
+    divergence, sparse = inputs.divergence, isinstance(inputs.targets, SparseTargets)
     kernel = kernel_triton.triton_kernel(divergence, sparse) if single else None
     if kernel is None:
         name = type(divergence).__name__ if single else "float64"
@@ -226,45 +195,40 @@ def _triton_kernel(
     return kernel
 
 
-def _eager(hidden: Tensor, args: _Arguments) -> FusedLoss:
-    logits = args.head.logits(hidden)
+def _eager(inputs: FusedInputs) -> FusedLoss:
+    logits = inputs.head.logits(inputs.hidden)
     divergence = cross_entropy = None
-    if args.targets is not None and args.divergence is not None:
-        divergence = unchecked_divergence(logits, args.targets, args.divergence, args.temperature)
-    if args.labels is not None:
-        cross_entropy = token_cross_entropy(logits, args.labels)
-    loss = args.loss(divergence, cross_entropy)
+    if inputs.targets is not None and inputs.divergence is not None:
+        divergence = unchecked_divergence(logits, inputs.targets, inputs.divergence, inputs.temperature)
+    if inputs.labels is not None:
+        cross_entropy = token_cross_entropy(logits, inputs.labels)
+    loss = _loss(inputs, divergence, cross_entropy)
     return FusedLoss(loss, *(None if x is None else x.detach() for x in (divergence, cross_entropy)))
 
 
 # Compiling would gain nothing, and a graph cannot hold buffers that are written in place.
 @disable_compile
-def _fused(hidden: Tensor, args: _Arguments, backend: str) -> FusedLoss:
-    tensors = (hidden, args.head.weight, args.head.bias)
-    needs = NeedsGradient(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors))
-    call = _FusedCall(args, _kernel(backend, args, hidden.device), needs)
-    if not any(needs):
-        result = call.run(*tensors, None)
-        return FusedLoss(args.loss(*result[:2]), *result[:2])
-    function = _Fused if args.reduction == "mean" else _PerToken
-    return FusedLoss(*function.apply(*tensors, call))  # type: ignore[no-untyped-call]
+def _fused(inputs: FusedInputs, backend: str) -> FusedLoss:
+    tensors, kernel = (inputs.hidden, inputs.head.weight, inputs.head.bias), _kernel(backend, inputs)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        function = _Fused if inputs.reduction == "mean" else _PerToken
+        return FusedLoss(*function.apply(*tensors, inputs, kernel))  # type: ignore[no-untyped-call]
+    result = _run(inputs, kernel, tensors, None)
+    return FusedLoss(_loss(inputs, *result[:2]), *result[:2])
 
 
-class _FusedCall(NamedTuple):
-    args: _Arguments
-    kernel: LossKernel
-    needs: NeedsGradient
+_Tensors = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight and bias
 
-    def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> FusedResult:
-        """Compute losses and gradients with the tokens' weights `scale`, in the dtype of the products."""
-        args, dtype = self.args, self.args.products
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            head = replace(args.head, weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
-            targets = None if args.targets is None else _in_one_dtype(args.targets)
-            inputs = FusedInputs(
-                hidden.to(dtype), head, targets, args.divergence, args.temperature, args.labels, args.label_weight
-            )
-            return run_chunks(inputs, self.kernel, scale, self.needs, args.chunk_tokens)
+
+def _run(inputs: FusedInputs, kernel: LossKernel, tensors: _Tensors, scale: Tensor | None, *needs: bool) -> FusedResult:
+    """Compute losses and gradients with the tokens' weights `scale`, in the dtype of the products; see `run_chunks`."""
+    dtype = inputs.products
+    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        hidden, weight, bias = (None if x is None else x.to(dtype) for x in tensors)
+        assert hidden is not None and weight is not None
+        head = replace(inputs.head, weight=weight, bias=bias)
+        targets = None if inputs.targets is None else _in_one_dtype(inputs.targets)
+        return run_chunks(replace(inputs, hidden=hidden, head=head, targets=targets), kernel, scale, *needs)
 
 
 def _in_one_dtype(targets: Targets) -> Targets:
@@ -295,18 +259,19 @@ class _Fused(torch.autograd.Function):
     """One pass: the gradient is computed with the loss."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _FusedCall) -> _Outputs:
-        args = call.args
-        weights = args.token_weights
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: FusedInputs, kernel: LossKernel
+    ) -> _Outputs:
+        weights = inputs.token_weights
         if weights is None:
             weights = torch.ones(hidden.shape[0], device=hidden.device)
-        weights = weights.to(compute_dtype(args.products))
-        normalizer = weights.sum().clamp_min(1) if args.normalizer is None else args.normalizer
+        weights = weights.to(compute_dtype(inputs.products))
+        normalizer = weights.sum().clamp_min(1) if inputs.normalizer is None else inputs.normalizer
         share = token_mean(weights.new_ones(1), normalizer=normalizer)
-        scale, ctx.factor = _scale(weights * share, args.products)
-        result = call.run(hidden, weight, bias, scale)
-        ctx.gradients, ctx.dtypes = result[2:], _dtypes(hidden, weight, bias)
-        return _outputs(ctx, args, result)
+        scale, ctx.factor = _scale(weights * share, inputs.products)
+        result = _run(inputs, kernel, (hidden, weight, bias), scale, *ctx.needs_input_grad[:3])
+        ctx.gradients = result[2:]
+        return _outputs(ctx, inputs, result)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -320,34 +285,34 @@ class _Fused(torch.autograd.Function):
         factor = grad_outputs[0] if ctx.factor is None else grad_outputs[0] * ctx.factor
         if factor.device.type == "cpu" and factor == 1:  # elsewhere the comparison would wait for the device
             factor = None
-        return (*_scaled(gradients, factor, ctx.dtypes), None)
+        return _scaled(gradients, factor)
 
 
 class _PerToken(torch.autograd.Function):
     """Two passes: the gradient needs the weight of each token."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _FusedCall) -> _Outputs:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: FusedInputs, kernel: LossKernel
+    ) -> _Outputs:
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.call = call
-        loss, *parts = _outputs(ctx, call.args, call.run(hidden, weight, bias, None))
-        divergence, cross_entropy = parts
+        ctx.inputs, ctx.kernel = inputs, kernel
+        loss, divergence, cross_entropy = _outputs(ctx, inputs, _run(inputs, kernel, (hidden, weight, bias), None))
         return loss.clone(), divergence, cross_entropy  # divergence may be the same tensor, and has no gradient
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_divergence")
-        args, tensors = ctx.call.args, ctx.saved_tensors
-        scale = grad_outputs[0] if args.token_weights is None else grad_outputs[0] * args.token_weights
-        scale, factor = _scale(scale, args.products)
-        gradients = ctx.call.run(*tensors, scale)[2:]
-        return (*_scaled(gradients, factor, _dtypes(*tensors)), None)
+        inputs: FusedInputs = ctx.inputs
+        scale = grad_outputs[0] if inputs.token_weights is None else grad_outputs[0] * inputs.token_weights
+        scale, factor = _scale(scale, inputs.products)
+        return _scaled(_run(inputs, ctx.kernel, ctx.saved_tensors, scale, *ctx.needs_input_grad[:3])[2:], factor)
 
 
-def _outputs(ctx: Any, args: _Arguments, result: FusedResult) -> _Outputs:
-    parts = (result.divergence, result.cross_entropy)
-    ctx.mark_non_differentiable(*(x for x in parts if x is not None))
-    return args.loss(*parts), *parts
+def _outputs(ctx: Any, inputs: FusedInputs, result: FusedResult) -> _Outputs:
+    divergence, cross_entropy, *_ = result
+    ctx.mark_non_differentiable(*(x for x in (divergence, cross_entropy) if x is not None))
+    return _loss(inputs, divergence, cross_entropy), divergence, cross_entropy
 
 
 def _scale(scale: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -363,15 +328,9 @@ def _scale(scale: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | None]
     return scale / largest, largest
 
 
-def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
-    return [None if x is None else x.dtype for x in tensors]
-
-
-def _scaled(
-    gradients: tuple[Tensor | None, ...], factor: Tensor | None, dtypes: list[torch.dtype | None]
-) -> list[Tensor | None]:
-    """Multiply gradients by a factor in place, and cast them."""
+def _scaled(gradients: tuple[Tensor | None, ...], factor: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Multiply gradients by a factor in place; autograd casts them. The inputs that are no tensors have none."""
     for gradient in gradients:
         if gradient is not None and factor is not None:
             gradient.mul_(factor)
-    return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+    return *gradients, None, None

@@ -1,9 +1,4 @@
-"""Losses between hidden states of student and teacher.
-
-`hidden_mse`, `hidden_cosine` and `hidden_l1` give a value per token and need one width: project the student's
-(`potstill.Projection`) or select some of the teacher's dimensions. `linear_cka` is a quantity of the whole batch and
-takes any two widths.
-"""
+"""Losses between hidden states of student and teacher: by token for equal widths, `linear_cka` for any two widths."""
 
 from __future__ import annotations
 
@@ -15,22 +10,13 @@ from potstill.losses.token_losses import compute_dtype, in_compute_dtype
 
 
 def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the mean squared difference over the dimensions, per token.
+    """Compute the mean squared difference over the dimensions, per token: [..., H] each to [...], unreduced.
 
         1/H sum_h (s_h - t_h)^2
 
-    Args:
-        student: [..., H], any float dtype; computed in float32 (float64 for float64).
-        teacher: [..., H]. No gradient flows to it.
-
-    Returns:
-        [...], unreduced.
-
-    Raises:
-        ShapeError: the shapes differ.
-
-    References:
-        Romero et al. 2014 (FitNets), arXiv 1412.6550, equation 3.
+    Any float dtype; computed in float32 (float64 for float64). No gradient flows to the teacher. It is a `ShapeError`
+    if the shapes differ: project the student's (`potstill.Projection`) or select some of the teacher's dimensions.
+    Romero et al. 2014 (FitNets), arXiv 1412.6550, equation 3.
     """
     s, t = _checked("hidden_mse", student, teacher)
     return (s - t).square().mean(-1)
@@ -45,8 +31,7 @@ def hidden_l1(student: Tensor, teacher: Tensor) -> Tensor:
 def hidden_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute one minus the cosine per token: 1 - s.t / (|s| |t|), and 1 where either is zero. See `hidden_mse`.
 
-    References:
-        Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, section 3.
+    Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, section 3.
     """
     s, t = _checked("hidden_cosine", student, teacher)
     return 1 - (unit(s) * unit(t)).sum(-1)
@@ -57,21 +42,10 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
 
         |T'S|_F^2 / (|S'S|_F |T'T|_F),   the columns of S and T centred
 
-    In this form the largest matrix is Hs x Ht, whatever the number of tokens. With fewer tokens than dimensions it is
-    biased towards 1.
-
-    Args:
-        student: [N, Hs], any float dtype; computed in float32 (float64 for float64).
-        teacher: [N, Ht]. No gradient flows to it.
-
-    Returns:
-        A scalar in [0, 1] for the batch; 0 with a gradient of 0 if either side is constant.
-
-    Raises:
-        ShapeError: they are not matrices with the same number of rows.
-
-    References:
-        Kornblith et al. 2019, arXiv 1905.00414, section 3 and appendix A.
+    [N, Hs] and [N, Ht], computed in float32 (float64 for float64) without a gradient to the teacher, give a scalar in
+    [0, 1]; 0 with a gradient of 0 if either side is constant. In this form the largest matrix is Hs x Ht, whatever the
+    number of tokens. With fewer tokens than dimensions it is biased towards 1. Raises `ShapeError` if they are not
+    matrices of as many rows. Kornblith et al. 2019, arXiv 1905.00414, section 3 and appendix A.
     """
     check_same_rows("linear_cka", student, teacher)
     s, t = (_standardize(features) for features in in_compute_dtype(student, teacher))
@@ -86,28 +60,15 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def dimension_importance(gradients: Tensor) -> Tensor:
-    """Estimate how much a task's loss depends on each dimension of a hidden state.
+    """Estimate [H], how much a task's loss depends on each dimension of hidden states, from its gradients [N, H].
 
-        1/N sum_n abs(dL/dh_n)
-
-    Args:
-        gradients: [N, H] of the loss with respect to the hidden states.
-
-    Returns:
-        [H] float32 (float64).
-
-    References:
-        Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155.
+    1/N sum_n abs(dL/dh_n); Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155.
     """
     return gradients.to(compute_dtype(gradients.dtype)).abs().sum(0) / max(len(gradients), 1)
 
 
 def select_dimensions(importance: Tensor, count: int) -> Tensor:
-    """Select the `count` most important dimensions, in rising order: [count] int64.
-
-    Raises:
-        ShapeError: there are fewer than that.
-    """
+    """Select the `count` most important dimensions, in rising order: [count] int64."""
     if not 0 < count <= importance.numel():
         raise ShapeError(
             f"select_dimensions: expected a count in 1..{importance.numel()}, the teacher's width, got {count}. "
@@ -136,8 +97,6 @@ def _checked(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Ten
 
 def _standardize(features: Tensor) -> Tensor:
     """Centre the columns and divide by the norm of the whole: the fourth powers that follow must stay in range."""
-    if not len(features):
-        return features
     centred = features - features.mean(0)
     # What remains of a constant column is rounding, not variation.
     least = 4 * torch.finfo(features.dtype).eps * features.detach().norm()

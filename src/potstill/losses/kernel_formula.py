@@ -1,7 +1,4 @@
-"""A divergence's `pointwise` as a list of elementary operations, for the compiled kernels.
-
-So a formula is written once, in torch, and your own divergence is compiled like the built-in ones.
-"""
+"""A divergence's `pointwise` as a list of elementary operations, so that compiled kernels need no formula of it."""
 
 from __future__ import annotations
 
@@ -15,21 +12,14 @@ from potstill.losses.divergences import Divergence
 # The operations of the compiled kernels, by the names of torch's functions and methods and of Python's operators.
 UNARY = ("neg", "exp", "log", "log1p", "expm1", "sqrt", "abs", "sign", "square", "reciprocal")
 BINARY = ("add", "sub", "mul", "div", "logaddexp", "maximum", "minimum", "lt", "gt")
+NUM_ARGUMENTS = dict.fromkeys(UNARY, 1) | dict.fromkeys(BINARY, 2) | {"where": 3}
 SYNONYMS = {"truediv": "div", "clamp_min": "maximum", "clamp_max": "minimum"}
 # Those that C and Triton write alike.
-OPERATORS = {
-    op: f"{{}} {sign} {{}}" for op, sign in zip(("add", "sub", "mul", "div", "lt", "gt"), "+-*/<>", strict=True)
-}
+OPERATORS = {"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "lt": "{} < {}", "gt": "{} > {}"}
 OPERATORS |= {"neg": "-{}", "square": "{0} * {0}"}
-NUM_ARGUMENTS = {**dict.fromkeys(UNARY, 1), **dict.fromkeys(BINARY, 2), "where": 3}
 
-
-class Operation(NamedTuple):
-    """name = function(arguments); an argument is the name of an earlier operation, log_q, log_p, or a number."""
-
-    name: str
-    function: str
-    arguments: tuple[str | float, ...]
+# (name, function, arguments); an argument is the name of an earlier operation, log_q, log_p, or a number.
+Operation = tuple[str, str, tuple[str | float, ...]]
 
 
 class Formula(NamedTuple):
@@ -74,7 +64,7 @@ def _operation(node: fx.Node, names: dict[fx.Node, str]) -> Operation:
     function = SYNONYMS.get(function, function)
     if node.kwargs or len(arguments) != NUM_ARGUMENTS.get(function):
         raise TypeError(f"{function} is no elementary operation.")
-    return Operation(names[node], function, arguments)
+    return names[node], function, arguments
 
 
 def _argument(value: object, names: dict[fx.Node, str]) -> str | float:

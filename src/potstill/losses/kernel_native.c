@@ -23,12 +23,13 @@ typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vf splat(float x) { return x - (vf){0}; }
-INLINE vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
-INLINE vf larger(vf a, vf b) { return pick(a > b, a, b); }
-INLINE vf smaller(vf a, vf b) { return pick(a < b, a, b); }
-INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
-INLINE vf signum(vf x) { return pick(x > 0.0f, splat(1.0f), pick(x < 0.0f, splat(-1.0f), x)); }
-INLINE vf root(vf x) {
+INLINE vf op_where(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+INLINE vf op_maximum(vf a, vf b) { return op_where(a > b, a, b); }
+INLINE vf op_minimum(vf a, vf b) { return op_where(a < b, a, b); }
+INLINE vf op_abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
+INLINE vf op_sign(vf x) { return op_where(x > 0.0f, splat(1.0f), op_where(x < 0.0f, splat(-1.0f), x)); }
+INLINE vf op_reciprocal(vf x) { return 1.0f / x; }
+INLINE vf op_sqrt(vf x) {
     for (int k = 0; k < LANES; k++) x[k] = sqrtf(x[k]);
     return x;
 }
@@ -45,11 +46,11 @@ INLINE vf exponential_below_88(vf x) {
     p = p * r + 5.0000001201e-1f;
     p = (p * (r * r) + r) + 1.0f;
     vi power = (__builtin_convertvector(n, vi) + 127) << 23; /* wrong for x < -87, and not used there */
-    return pick(x < -87.33f, splat(0.0f), p * (vf)power);
+    return op_where(x < -87.33f, splat(0.0f), p * (vf)power);
 }
-INLINE vf exponential(vf x) {
-    vf result = exponential_below_88(smaller(x, splat(88.0f)));
-    return pick(x == x, pick(x > 88.0f, splat(INFINITY), result), x);
+INLINE vf op_exp(vf x) {
+    vf result = exponential_below_88(op_minimum(x, splat(88.0f)));
+    return op_where(x == x, op_where(x > 88.0f, splat(INFINITY), result), x);
 }
 
 /* log(1 + x) for 0 <= x <= 1, as 2 artanh(x / (2 + x)). */
@@ -62,10 +63,10 @@ INLINE vf log_one_plus(vf x) {
     p = p * y + 1.0f / 3;
     return 2.0f * (s + s * y * p);
 }
-INLINE vf log_add_exp(vf a, vf b) { return larger(a, b) + log_one_plus(exponential_below_88(-absolute(a - b))); }
+INLINE vf op_logaddexp(vf a, vf b) { return op_maximum(a, b) + log_one_plus(exponential_below_88(-op_abs(a - b))); }
 
 /* x = 2^n * m with m in [2/3, 4/3), log m = 2 artanh((m - 1) / (m + 1)). */
-INLINE vf logarithm(vf x) {
+INLINE vf op_log(vf x) {
     vi bits = (vi)x - 0x3f2aaaab;
     vf n = __builtin_convertvector(bits >> 23, vf);
     vf m = (vf)((bits & 0x007fffff) + 0x3f2aaaab);
@@ -75,21 +76,21 @@ INLINE vf logarithm(vf x) {
     p = p * y + 1.0f / 5;
     p = p * y + 1.0f / 3;
     vf result = 2.0f * (s + s * y * p) + n * -2.12194440e-4f + n * 0.693359375f;
-    result = pick(x > 1.17e-38f, result, pick(x < 0.0f, splat(NAN), splat(-INFINITY)));
-    return pick((x == x) & (x < INFINITY), result, x);
+    result = op_where(x > 1.17e-38f, result, op_where(x < 0.0f, splat(NAN), splat(-INFINITY)));
+    return op_where((x == x) & (x < INFINITY), result, x);
 }
-INLINE vf log1p_any(vf x) { /* Goldberg's correction for what 1 + x rounds away */
-    vf u = x + 1.0f, exact = logarithm(u) * (x / (u - 1.0f));
-    return pick(u == 1.0f, x, pick(absolute(x) < INFINITY, exact, logarithm(u)));
+INLINE vf op_log1p(vf x) { /* Goldberg's correction for what 1 + x rounds away */
+    vf u = x + 1.0f, exact = op_log(u) * (x / (u - 1.0f));
+    return op_where(u == 1.0f, x, op_where(op_abs(x) < INFINITY, exact, op_log(u)));
 }
-INLINE vf expm1_any(vf x) {
+INLINE vf op_expm1(vf x) {
     vf p = x * (1.0f / 40320) + 1.0f / 5040;
     p = p * x + 1.0f / 720;
     p = p * x + 1.0f / 120;
     p = p * x + 1.0f / 24;
     p = p * x + 1.0f / 6;
     p = p * x + 0.5f;
-    return pick(absolute(x) < 0.5f, p * x * x + x, exponential(x) - 1.0f);
+    return op_where(op_abs(x) < 0.5f, p * x * x + x, op_exp(x) - 1.0f);
 }
 
 INLINE void pointwise(vf log_q, vf log_p, vf *value, vf *slope) {
@@ -126,7 +127,7 @@ static sums softmax_sums(const float *row, long V, float inverse) {
         for (long v = start; v < end; v += LANES) {
             vf z = load(row + v);
             unordered |= z != z;
-            most = larger(z * inverse, most);
+            most = op_maximum(z * inverse, most);
         }
         float block_top = top;
         for (int k = 0; k < LANES; k++) {
@@ -138,7 +139,7 @@ static sums softmax_sums(const float *row, long V, float inverse) {
             top = block_top;
         }
         for (long v = start; v < end; v += LANES)
-            part += exponential_below_88(larger(load(row + v) * inverse, splat(LOG_ZERO)) - top);
+            part += exponential_below_88(op_maximum(load(row + v) * inverse, splat(LOG_ZERO)) - top);
         total += top > LOG_ZERO ? sum(part) : 0;
     }
     return top > LOG_ZERO ? (sums){top, total} : (sums){LOG_ZERO, 1};
@@ -148,7 +149,7 @@ static sums softmax_sums(const float *row, long V, float inverse) {
 typedef struct { float inverse, top, log_total; } normaliser;
 
 INLINE float base(sums row) { return row.top == LOG_ZERO ? 0 : row.top; }
-INLINE vf log_softmax(vf z, normaliser n) { return (larger(z * n.inverse, splat(LOG_ZERO)) - n.top) - n.log_total; }
+INLINE vf log_softmax(vf z, normaliser n) { return (op_maximum(z * n.inverse, splat(LOG_ZERO)) - n.top) - n.log_total; }
 
 static normaliser normalise(const float *row, long V, float inverse) {
     sums s = softmax_sums(row, V, inverse);
@@ -214,7 +215,7 @@ void exponentials(float *logits, float *tops, float *totals, long rows, long V, 
         fill(z, V);
         sums s = softmax_sums(z, V, 1);
         for (long v = 0; v < V; v += LANES)
-            store(z + v, exponential_below_88(larger(load(z + v), splat(LOG_ZERO)) - base(s)));
+            store(z + v, exponential_below_88(op_maximum(load(z + v), splat(LOG_ZERO)) - base(s)));
         tops[row] = s.top;
         totals[row] = (float)s.total;
     }

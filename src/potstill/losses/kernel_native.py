@@ -22,39 +22,18 @@ from potstill.losses.divergences import Divergence
 from potstill.losses.fused_chunks import ChunkBuffers, FusedInputs, LossKernel
 from potstill.losses.kernel_formula import OPERATORS, Formula, trace_formula
 from potstill.losses.kernel_torch import TorchKernel
-from potstill.losses.token_losses import SoftmaxSums
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
-OPERATIONS = {
-    **OPERATORS,
-    "exp": "exponential({})",
-    "log": "logarithm({})",
-    "log1p": "log1p_any({})",
-    "expm1": "expm1_any({})",
-    "sqrt": "root({})",
-    "abs": "absolute({})",
-    "sign": "signum({})",
-    "reciprocal": "1.0f / {}",
-    "logaddexp": "log_add_exp({}, {})",
-    "maximum": "larger({}, {})",
-    "minimum": "smaller({}, {})",
-    "where": "pick({}, {}, {})",
-}
-
 
 class NativeKernel:
-    """kernel_native.c, compiled for one divergence."""
-
     def __init__(self, library: ctypes.CDLL) -> None:
         self._function = _c_function(library, "loss_and_gradient", pointers=6, numbers=2)
 
     def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
-        """float32."""
         return torch.float32
 
     def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
-        """See `LossKernel`."""
         divergence, cross_entropy = torch.empty(2, len(chunk.student)).unbind()
         labels = None if chunk.labels is None else chunk.labels.to(torch.int64).contiguous()
         scale = None if chunk.scale is None else chunk.scale.float().contiguous()
@@ -65,14 +44,14 @@ class NativeKernel:
 
 @lru_cache(maxsize=256)
 def native_kernel(divergence: Divergence | None, sparse: bool) -> LossKernel | None:
-    """Compile the kernel for a divergence (None: cross-entropy alone) and dense or sparse targets.
+    """Compile kernel_native.c for a divergence (None: cross-entropy alone) and dense or sparse targets.
 
     Returns None if there is no C compiler, or the formula is more than elementary arithmetic.
     """
-    formula = None if divergence is None or sparse else trace_formula(divergence)
-    if formula is None and divergence is not None and not sparse:
-        return None
-    path = _build((Path(__file__).parent / "kernel_native.c").read_text().replace("    POINTWISE", _c_formula(formula)))
+    traced = divergence is not None and not sparse
+    formula = trace_formula(divergence) if divergence is not None and traced else None
+    source = Path(__file__).with_suffix(".c").read_text().replace("    POINTWISE", _c_formula(formula))
+    path = None if traced and formula is None else _build(source)
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
@@ -80,10 +59,10 @@ def native_kernel(divergence: Divergence | None, sparse: bool) -> LossKernel | N
         return NativeKernel(library)
     function = _c_function(library, "exponentials", pointers=3, numbers=0)
 
-    def exponentials(logits: Tensor) -> SoftmaxSums:
+    def exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
         top, total = torch.empty(2, len(logits), 1).unbind()
         _call_on_rows(function, (logits, top, total))
-        return SoftmaxSums(top, total)
+        return top, total
 
     return TorchKernel(exponentials)
 
@@ -108,10 +87,7 @@ def _call_on_rows(function: Any, tensors: Sequence[Tensor | None], *numbers: flo
         function(*pointers, min(step, C - start), V, stride, *numbers)
 
     starts = range(0, C, step)
-    if len(starts) > 1:
-        list(_pool(threads).map(rows, starts))
-    else:
-        rows(0)
+    list((_pool(threads).map if len(starts) > 1 else map)(rows, starts))
 
 
 @cache
@@ -129,14 +105,15 @@ def _c_formula(formula: Formula | None) -> str:
         return "    *value = *slope = splat(0);"
     lines = []
     for name, function, arguments in formula.operations:
-        template = OPERATIONS[function]
-        if function == "exp" and arguments[0] in ("log_q", "log_p"):
-            template = "exponential_below_88({})"
-        # A C function takes vectors; an operator takes a number too.
-        literal = "splat({!r}f)" if "(" in template else "({!r}f)"
+        # A function of kernel_native.c takes vectors; an operator takes a number too.
+        literal = "({!r}f)" if function in OPERATORS else "splat({!r}f)"
         operands = [literal.format(x) if isinstance(x, float) else x for x in arguments]
+        called = (
+            "exponential_below_88" if function == "exp" and arguments[0] in ("log_q", "log_p") else f"op_{function}"
+        )
+        expression = OPERATORS.get(function, f"{called}({', '.join(operands)})").format(*operands)
         kind = "vi" if function in ("lt", "gt") else "vf"
-        lines.append(f"    const {kind} {name} = {template.format(*operands)};")
+        lines.append(f"    const {kind} {name} = {expression};")
     return "\n".join([*lines, f"    *value = {formula.value};", f"    *slope = {formula.slope};"])
 
 
@@ -155,9 +132,8 @@ def _build(source: str) -> Path | None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             code, built = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
             code.write_text(source)
-            subprocess.run(
-                [*compiler.split(), *FLAGS, str(code), "-o", str(built), "-lm"], check=True, capture_output=True
-            )
+            command = [*compiler.split(), *FLAGS, str(code), "-o", str(built), "-lm"]
+            subprocess.run(command, check=True, capture_output=True)
             built.replace(target)  # atomic, whatever other process builds it too
     except (OSError, subprocess.CalledProcessError):
         return None

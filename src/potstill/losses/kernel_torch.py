@@ -7,38 +7,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from potstill.losses import token_losses
 from potstill.losses.alignment import IGNORE
 from potstill.losses.fused_chunks import ChunkBuffers, FusedInputs
-from potstill.losses.token_losses import (
-    SoftmaxSums,
-    compute_dtype,
-    event_divergence,
-    exponentials_,
-    log_softmax_,
-    student_events_,
-    token_gradient_,
-)
+from potstill.losses.token_losses import log_softmax_
 
 # Elements of a block. On a CPU a block stays in the cache from pass to pass; elsewhere few launches matter more.
 CPU_ELEMENTS, ACCELERATOR_ELEMENTS = 2**18, 2**27
 
 
 class TorchKernel:
-    """Several passes over blocks of rows.
+    """Several passes over blocks of rows; `exponentials` may be a faster `exponentials_`, for sparse targets."""
 
-    Args:
-        exponentials: a faster `exponentials_`, for sparse targets.
-    """
-
-    def __init__(self, exponentials: Callable[[Tensor], SoftmaxSums] = exponentials_) -> None:
+    def __init__(self, exponentials: Callable[[Tensor], tuple[Tensor, Tensor]] = token_losses.exponentials_) -> None:
         self._exponentials = exponentials
 
     def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
-        """float32, float64 for float64: the log-probabilities are computed in place."""
-        return compute_dtype(products)
+        return token_losses.compute_dtype(products)
 
     def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
-        """See `LossKernel`."""
         C, V = chunk.student.shape
         elements = CPU_ELEMENTS if chunk.student.device.type == "cpu" else ACCELERATOR_ELEMENTS
         rows = max(2, elements // V)
@@ -51,33 +38,31 @@ class TorchKernel:
 
     def _block(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
         z, temperature = chunk.student, inputs.temperature
-        hard = None  # the student's log-probabilities at temperature 1, where the divergence does not compute them
+        hard = value = gradient = cross_entropy = None
+        # The student's log-probabilities at temperature 1, where the divergence does not compute them.
         if chunk.labels is not None and (inputs.divergence is None or chunk.ids is not None or temperature != 1):
             hard = log_softmax_(z.clone())
         if temperature != 1 and inputs.divergence is not None:
             z.div_(temperature)
 
-        value = gradient = None
         if inputs.divergence is not None:
             assert chunk.teacher is not None
             weight = None if chunk.scale is None else (chunk.scale / temperature).unsqueeze(-1).to(z.dtype)
             if chunk.ids is not None:
                 assert chunk.used is not None
-                events = student_events_(z, chunk.ids, chunk.used, self._exponentials)
-                value, by_event = event_divergence(events, chunk.teacher, inputs.divergence)
+                events = token_losses.student_events_(z, chunk.ids, chunk.used, self._exponentials)
+                value, by_event = token_losses.event_divergence(events, chunk.teacher, inputs.divergence)
                 if weight is not None:
-                    gradient = token_gradient_(z, events, by_event * weight)
+                    gradient = token_losses.token_gradient_(z, events, by_event * weight)
             else:
                 log_q = log_softmax_(z)
                 log_p = log_softmax_(chunk.teacher.div_(temperature))
                 terms, slope = inputs.divergence.pointwise(log_q, log_p)
                 value = terms.sum(-1)
-                if hard is None:
-                    hard = log_q
+                hard = log_q if hard is None else hard
                 if weight is not None:
                     gradient = log_q.exp().mul_(-slope.sum(-1, keepdim=True)).add_(slope).mul_(weight)
 
-        cross_entropy = None
         if chunk.labels is not None:
             assert hard is not None
             is_target = (chunk.labels != IGNORE).unsqueeze(-1)

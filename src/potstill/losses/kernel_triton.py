@@ -21,26 +21,18 @@ from potstill.losses.divergences import LOG_ZERO, Divergence
 from potstill.losses.fused_chunks import ChunkBuffers, FusedInputs, LossKernel
 from potstill.losses.kernel_formula import OPERATORS, Formula, trace_formula
 from potstill.losses.kernel_torch import TorchKernel
-from potstill.losses.token_losses import SoftmaxSums
 
 LOWEST = tl.constexpr(LOG_ZERO)
 INTERPRETED: bool = triton.knobs.runtime.interpret  # the kernels run on a CPU, slowly, for tests
 
-OPERATIONS = {
-    **OPERATORS,
-    "exp": "tl.exp({})",
-    "log": "tl.log({})",
-    "log1p": "log_one_plus({})",
-    "expm1": "exp_minus_one({})",
-    "sqrt": "tl.sqrt({})",
-    "abs": "tl.abs({})",
+OPERATIONS = OPERATORS | {
     "sign": "({0} > 0).to(tl.float32) - ({0} < 0).to(tl.float32)",
     "reciprocal": "1.0 / {}",
-    "logaddexp": "log_add_exp({}, {})",
-    "maximum": "tl.maximum({}, {})",
-    "minimum": "tl.minimum({}, {})",
     "where": "tl.where({}, {}, {})",
 }
+OPERATIONS |= {name: f"tl.{name}({{}})" for name in ("exp", "log", "sqrt", "abs")}
+OPERATIONS |= {name: f"tl.{name}({{}}, {{}})" for name in ("maximum", "minimum")}
+OPERATIONS |= {"log1p": "log_one_plus({})", "expm1": "exp_minus_one({})", "logaddexp": "log_add_exp({}, {})"}
 
 
 @triton.jit
@@ -53,13 +45,9 @@ def log_one_plus(x):
 @triton.jit
 def exp_minus_one(x):
     """Compute exp(x) - 1, by a series where the difference would lose digits."""
-    p = 1.0 + x * (1.0 / 8)
-    p = 1.0 + x * (1.0 / 7) * p
-    p = 1.0 + x * (1.0 / 6) * p
-    p = 1.0 + x * (1.0 / 5) * p
-    p = 1.0 + x * (1.0 / 4) * p
-    p = 1.0 + x * (1.0 / 3) * p
-    p = 1.0 + x * (1.0 / 2) * p
+    p = 1.0
+    for k in tl.static_range(8, 1, -1):
+        p = 1.0 + x * (1.0 / k) * p
     return tl.where(tl.abs(x) < 0.5, x * p, tl.exp(x) - 1.0)
 
 
@@ -165,8 +153,6 @@ def _exponentials(logits, tops, totals, V, stride, BLOCK: tl.constexpr):
 
 
 class TritonKernel:
-    """The Triton kernel, with one divergence's formula (None: cross-entropy alone)."""
-
     def __init__(self, pointwise: Any) -> None:
         self._pointwise = pointwise
 
@@ -175,7 +161,6 @@ class TritonKernel:
         return products
 
     def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
-        """See `LossKernel`."""
         student = chunk.student
         rows, V = student.shape
         divergence, cross_entropy = student.new_empty(2, rows, dtype=torch.float32).unbind()
@@ -191,13 +176,13 @@ class TritonKernel:
         return (None if inputs.divergence is None else divergence, None if labels is None else cross_entropy)
 
 
-def triton_exponentials_(logits: Tensor) -> SoftmaxSums:
+def triton_exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `exponentials_` in two passes over [N, V]."""
     rows, V = logits.shape
     top, total = logits.new_empty(2, rows, 1, dtype=torch.float32).unbind()
     with torch.cuda.device_of(logits):
         _exponentials[(rows,)](logits, top, total, V, logits.stride(0), **_shape(V))
-    return SoftmaxSums(top, total)
+    return top, total
 
 
 @lru_cache(maxsize=256)
@@ -205,10 +190,10 @@ def triton_kernel(divergence: Divergence | None, sparse: bool) -> LossKernel | N
     """Build the kernel for a divergence (None: cross-entropy alone); None if its formula is not elementary."""
     if sparse:
         return TorchKernel(triton_exponentials_)
-    if divergence is None:
-        return TritonKernel(None)
-    formula = trace_formula(divergence)
-    return None if formula is None else TritonKernel(_triton_formula(formula))
+    formula = None if divergence is None else trace_formula(divergence)
+    if formula is None:
+        return TritonKernel(None) if divergence is None else None
+    return TritonKernel(_triton_formula(formula))
 
 
 def _shape(V: int) -> dict[str, int]:

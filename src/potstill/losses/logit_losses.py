@@ -20,22 +20,9 @@ def bild(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 8, tempera
         sum over leaders of KL(softmax(d_t / T) || softmax(d_s / T)),   d = (z_i - z_j) for i < j
 
     over the leader's k largest logits in falling order; the leader is once the teacher, once the student. Tokens among
-    neither's k largest are ignored.
-
-    Args:
-        student_logits: [..., V], any float dtype; computed in float32 (float64 for float64).
-        teacher_logits: [..., V]. No gradient flows to it.
-        top_k: k, at least 2.
-        temperature: T, > 0. No T^2 factor is applied.
-
-    Returns:
-        [...] nats, unreduced.
-
-    Raises:
-        ShapeError: the shapes differ, or k or T is out of range.
-
-    References:
-        Li et al. 2024 (BiLD), arXiv 2406.13555, section 3.
+    neither's k largest are ignored. From logits [..., V], computed in float32 (float64 for float64) without a gradient
+    to the teacher, k = top_k >= 2 and T > 0 to [...] nats, unreduced, without a T^2 factor.
+    Li et al. 2024 (BiLD), arXiv 2406.13555, section 3.
     """
     V = student_logits.shape[-1]
     if student_logits.shape != teacher_logits.shape:
@@ -63,23 +50,10 @@ def adaptive_kl(
 
         (g_head KL(p || q) + g_tail KL(q || p)) / (g_head + g_tail),   g = sum of abs(p - q) over the head or the tail
 
-    The head is the fewest of the teacher's top tokens that have `head_mass` together. The weights carry no gradient;
-    where p = q they are one half each.
-
-    Args:
-        student_logits: [..., V], any float dtype; computed in float32 (float64 for float64).
-        teacher_logits: [..., V]. No gradient flows to it.
-        head_mass: in (0, 1).
-        temperature: softmax temperature of both, > 0. No T^2 factor is applied.
-
-    Returns:
-        [...] nats, unreduced.
-
-    Raises:
-        ShapeError: head_mass is out of range, or reverse KL is infinite.
-
-    References:
-        Wu et al. 2024 (AKL), arXiv 2404.02657, section 4.
+    The head is the fewest of the teacher's top tokens that have `head_mass`, in (0, 1), together. The weights carry no
+    gradient; where p = q they are one half each. From logits [..., V], computed in float32 (float64 for float64)
+    without a gradient to the teacher, and T > 0 to [...] nats, unreduced, without a T^2 factor. Raises `ShapeError` if
+    reverse KL is infinite. Wu et al. 2024 (AKL), arXiv 2404.02657, section 4.
     """
     if not 0 < head_mass < 1:
         raise ShapeError(f"adaptive_kl: expected head_mass in (0, 1), got {head_mass}.")
@@ -105,21 +79,10 @@ def _head_sum(values: Tensor, probs: Tensor, mass: float) -> Tensor:
 
 
 def interpolated_logits(student_logits: Tensor, teacher_logits: Tensor, share: float) -> Tensor:
-    """Compute TAID's target, (1 - share) z_s + share z_t, without gradient.
+    """Compute TAID's target, (1 - share) z_s + share z_t for a share in [0, 1], without gradient.
 
-    Args:
-        student_logits: [..., V].
-        teacher_logits: [..., V]; tokens at -inf stay ruled out.
-        share: of the teacher, in [0, 1].
-
-    Returns:
-        [..., V] float32 (float64).
-
-    Raises:
-        ShapeError: the share is out of range.
-
-    References:
-        Shing et al. 2025 (TAID), arXiv 2501.16937, section 3.
+    Gives [..., V] float32 (float64). Tokens at -inf of the teacher stay ruled out.
+    Shing et al. 2025 (TAID), arXiv 2501.16937, section 3.
     """
     if not 0 <= share <= 1:
         raise ShapeError(f"interpolated_logits: expected a share in [0, 1], got {share}.")

@@ -1,13 +1,10 @@
-"""Relational knowledge distillation (RKD): distances and angles between examples of a batch.
-
-Functions of [B, Hs] and [B, Ht] to a scalar, the mean over the batch's pairs or triples. The value depends on which
-examples are in one batch.
-"""
+"""Relational knowledge distillation (RKD): distances and angles between the examples of one batch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import huber_loss
 
 from potstill.losses.hidden import check_same_rows, unit
 from potstill.losses.token_losses import in_compute_dtype
@@ -18,24 +15,15 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
         mean over i != j of huber(|s_i - s_j| / mu_s - |t_i - t_j| / mu_t)
 
-    Args:
-        student: [B, Hs], any float dtype; computed in float32 (float64 for float64).
-        teacher: [B, Ht]. No gradient flows to it.
-
-    Returns:
-        A scalar; 0 for fewer than two examples.
-
-    Raises:
-        ShapeError: they are not matrices with the same number of rows.
-
-    References:
-        Park et al. 2019 (RKD), arXiv 1904.05068, section 3.2.1.
+    [B, Hs] and [B, Ht], computed in float32 (float64 for float64) without a gradient to the teacher, give a scalar; 0
+    for fewer than two examples. Raises `ShapeError` if they are not matrices of as many rows.
+    Park et al. 2019 (RKD), arXiv 1904.05068, section 3.2.1.
     """
     check_same_rows("rkd_distance", student, teacher)
     s, t = in_compute_dtype(student, teacher)
     if len(s) < 2:
         return s[:0].sum()
-    return _huber(_distances(s) - _distances(t)).mean()
+    return huber_loss(_distances(s), _distances(t), reduction="none").mean()
 
 
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
@@ -43,10 +31,8 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
 
         mean over i, j, k, all different, of huber(cos(s_i s_j s_k) - cos(t_i t_j t_k)),   the angle being at s_j
 
-    Args, Returns, Raises: see `rkd_distance`; 0 for fewer than three examples.
-
-    References:
-        Park et al. 2019 (RKD), arXiv 1904.05068, section 3.2.2.
+    Shapes, dtypes and errors are those of `rkd_distance`; 0 for fewer than three examples.
+    Park et al. 2019 (RKD), arXiv 1904.05068, section 3.2.2.
     """
     check_same_rows("rkd_angle", student, teacher)
     s, t = in_compute_dtype(student, teacher)
@@ -54,7 +40,7 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     if B < 3:
         return s[:0].sum()
     # Where two of the three are the same example both cosines are equal, and add 0.
-    return _huber(_angles(s) - _angles(t)).sum() / (B * (B - 1) * (B - 2))
+    return huber_loss(_angles(s), _angles(t), reduction="none").sum() / (B * (B - 1) * (B - 2))
 
 
 def _distances(vectors: Tensor) -> Tensor:
@@ -75,9 +61,3 @@ def _angles(vectors: Tensor) -> Tensor:
     """Compute at each example the cosines [B, B - 1, B - 1] between the directions to the others."""
     directions = unit(_differences(vectors))
     return directions @ directions.transpose(1, 2)
-
-
-def _huber(difference: Tensor) -> Tensor:
-    """Compute x^2 / 2 up to abs(x) = 1, abs(x) - 1/2 beyond."""
-    size = difference.abs()
-    return torch.where(size <= 1, size.square() / 2, size - 0.5)

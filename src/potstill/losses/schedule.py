@@ -57,9 +57,8 @@ class Schedule(Declared):
     def extremes(self) -> dict[str, float]:
         """Values between which all others lie, by where they come from, for errors."""
         line = {" from its warm-up: give warmup_start": self.warmup_start or 0.0} if self.warmup else {}
-        return {**{" " * i: value for i, value in enumerate(self._values)}, **line}
+        return {" " * i: value for i, value in enumerate(self._values())} | line
 
-    @property
     @abstractmethod
     def _values(self) -> tuple[float, ...]: ...
 
@@ -72,10 +71,8 @@ class Constant(Schedule):
     name = "constant"
 
     def after_warmup(self, step: int) -> float:
-        """See `Schedule`."""
         return self.value
 
-    @property
     def _values(self) -> tuple[float, ...]:
         return (self.value,)
 
@@ -96,32 +93,21 @@ class _FromStartToEnd(Schedule):
     start: float
     end: float
 
-    @property
-    def _length(self) -> int | None:
-        length: int | None = vars(self)["steps"]  # a field of each kind, behind its others
-        return length
+    steps = cast("int | None", None)  # a field of each kind, behind its others
 
     def over(self, steps: int) -> Self:
-        """See `Schedule`."""
-        if self._length is not None:
-            return self
-        made: Self = replace(cast(Any, self), steps=max(steps - self.warmup, 1))  # no field of this class
-        return made
+        long: Self = replace(cast(Any, self), steps=self.steps or max(steps - self.warmup, 1))
+        return long
 
     def progress(self, step: int) -> float:
-        """The part of the way that is behind a step, in [0, 1].
-
-        Raises:
-            ShapeError: the schedule has no length.
-        """
-        if self._length is None:
+        """The part of the way that is behind a step, in [0, 1]."""
+        if self.steps is None:
             raise ShapeError(
                 f"schedule.{self.name}: expected steps, got none. Give the number of steps; in a recipe it is the "
                 "length of the run."
             )
-        return _progress(step, self._length)
+        return _progress(step, self.steps)
 
-    @property
     def _values(self) -> tuple[float, ...]:
         return self.start, self.end
 
@@ -134,7 +120,6 @@ class Linear(_FromStartToEnd):
     name = "linear"
 
     def after_warmup(self, step: int) -> float:
-        """See `Schedule`."""
         return self.start + (self.end - self.start) * self.progress(step)
 
 
@@ -146,7 +131,6 @@ class Cosine(_FromStartToEnd):
     name = "cosine"
 
     def after_warmup(self, step: int) -> float:
-        """See `Schedule`."""
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * self.progress(step))) / 2
 
 
@@ -163,7 +147,6 @@ class Exponential(_FromStartToEnd):
             raise ShapeError(f"schedule.exponential: expected start * end > 0, got {self.start * self.end}.")
 
     def after_warmup(self, step: int) -> float:
-        """See `Schedule`."""
         return float(self.start * (self.end / self.start) ** self.progress(step))
 
 
@@ -180,7 +163,6 @@ class Stages(_FromStartToEnd):
     name = "stages"
 
     def after_warmup(self, step: int) -> float:
-        """See `Schedule`."""
         self.progress(step)  # it must have a length
         stage = min(max(step, 0) * self.stages // (self.steps or 1), self.stages - 1)
         return self.start + (self.end - self.start) * stage / (self.stages - 1)
@@ -205,23 +187,20 @@ class Piecewise(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.values) != len(self.boundaries) + 1 or list(self.boundaries) != sorted(set(self.boundaries)):
+            got = f"{len(self.values)} values and boundaries {list(self.boundaries)}"
             raise ShapeError(
-                "schedule.piecewise: expected one value more than boundaries and rising boundaries, got "
-                f"{len(self.values)} values and boundaries {list(self.boundaries)}."
+                f"schedule.piecewise: expected one value more than boundaries and rising boundaries, got {got}."
             )
 
     def after_warmup(self, step: int) -> float:
-        """See `Schedule`."""
         return self.values[bisect_right(self.boundaries, step)]
 
-    @property
     def _values(self) -> tuple[float, ...]:
-        return tuple(self.values)
+        return self.values
 
 
 # In Python a schedule reads as the function that it is: `schedule.linear(4.0, 1.0, steps=500)`.
-constant, linear, cosine, exponential = Constant, Linear, Cosine, Exponential
-stages, piecewise = Stages, Piecewise
+constant, linear, cosine, exponential, stages, piecewise = Constant, Linear, Cosine, Exponential, Stages, Piecewise
 
 
 def warmup(schedule: Schedule, steps: int, start: float = 0.0) -> Schedule:

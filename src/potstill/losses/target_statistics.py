@@ -1,7 +1,4 @@
-"""Statistics of a teacher's distributions: entropy, confidence, top tokens.
-
-Heads are multiplied a few tokens at a time: the logits of all positions never exist together.
-"""
+"""Statistics of a teacher's distributions, a few tokens at a time: entropy, confidence, top tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from torch import Tensor
 
 from potstill.errors import ShapeError
 from potstill.losses.targets import SparseTargets, Targets
-from potstill.losses.token_losses import compute_dtype, is_sampled, log_softmax_
+from potstill.losses.token_losses import compute_dtype, log_softmax_
 
 ELEMENTS = 2**24  # of logits at a time
 
@@ -28,11 +25,7 @@ def teacher_confidence(targets: Targets, temperature: float = 1.0) -> Tensor:
 
 
 def top_share(values: Tensor, share: float) -> Tensor:
-    """Return 1 for the largest share of values [N], 0 for the others; at least one for any share > 0.
-
-    Raises:
-        ShapeError: the share is not in [0, 1].
-    """
+    """Return 1 for the largest share of values [N], 0 for the others; at least one for any share > 0."""
     if not 0 <= share <= 1:
         raise ShapeError(f"top_share: expected a share in [0, 1], got {share}.")
     count = min(len(values), -int(-share * len(values) // 1))
@@ -40,16 +33,12 @@ def top_share(values: Tensor, share: float) -> Tensor:
 
 
 def top_tokens(targets: Targets, count: int, temperature: float = 1.0) -> Targets:
-    """Keep the top `count` tokens, and all others as one event; sparse targets stay as they are.
-
-    Raises:
-        ShapeError: the count is not positive, or a member of a mixture is a sample, whose top tokens are random.
-    """
+    """Keep the top `count` tokens, and all others as one event; sparse targets stay as they are."""
     if count < 1:
         raise ShapeError(f"top_tokens: expected a count of at least 1, got {count}.")
     if isinstance(targets, SparseTargets):
         return targets
-    if is_sampled(targets):
+    if targets.sampled:
         raise ShapeError(
             "top_tokens: expected full distributions, got a mixture with a sample, whose top tokens are random. "
             "Leave top_k out."
@@ -60,11 +49,7 @@ def top_tokens(targets: Targets, count: int, temperature: float = 1.0) -> Target
 
 
 def token_log_probs(targets: Targets, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """Look up the log-probabilities [N, K] of tokens [N, K]; `LOG_ZERO` for probability 0.
-
-    Raises:
-        ShapeError: the targets are sparse.
-    """
+    """Look up the log-probabilities [N, K] of tokens [N, K]; `LOG_ZERO` for probability 0."""
     if isinstance(targets, SparseTargets):
         raise ShapeError("token_log_probs: expected full distributions, got sparse targets.")
     rows, start = [], 0

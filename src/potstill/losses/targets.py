@@ -1,14 +1,10 @@
-"""Targets: a teacher's distributions over the vocabulary at N positions.
-
-They are the only interface between teacher and student: every teacher gives Targets, every loss takes them.
-"""
+"""Targets: a teacher's distributions over the vocabulary at N positions, the only interface to the student."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,12 +23,9 @@ class LMHead:
         weight: [V, H].
         bias: [V] or None.
         logit_scale: a factor on the logits (Cohere, Granite: 1 / logits_scaling).
-        softcap: bound of the final soft cap (Gemma 2), or None.
+        softcap: > 0, bound of the final soft cap (Gemma 2), or None.
         size: number of leading rows that are real tokens, if padding follows them. Padding rows are not multiplied,
             and their gradient is 0.
-
-    Raises:
-        ShapeError: weight and bias do not fit together, or softcap is not positive.
     """
 
     weight: Tensor
@@ -56,11 +49,7 @@ class LMHead:
         return self.weight.shape[0] if self.size is None else self.size
 
     def slice(self, size: int) -> LMHead:
-        """Restrict the head to the first `size` tokens, without a copy: for vocabularies padded with unused rows.
-
-        Raises:
-            VocabularyError: the size is not in 1..V.
-        """
+        """Restrict the head to the first `size` tokens, 1 to V, without a copy: for vocabularies with unused rows."""
         _check_size("LMHead", size, self.vocabulary)
         return replace(self, size=size)
 
@@ -68,15 +57,12 @@ class LMHead:
         """Compute the logits [..., V] of hidden states [..., H]."""
         if hidden.shape[-1] != self.weight.shape[1]:
             raise ShapeError(f"LMHead: expected hidden of width {self.weight.shape[1]}, got {hidden.shape[-1]}.")
-        dtype = torch.promote_types(hidden.dtype, self.weight.dtype)
-        weight = self.weight[: self.vocabulary].to(dtype)
-        bias = None if self.bias is None else self.bias[: self.vocabulary].to(dtype)
-        logits = torch.nn.functional.linear(hidden.to(dtype), weight, bias)
+        dtype, V = torch.promote_types(hidden.dtype, self.weight.dtype), self.vocabulary
+        bias = None if self.bias is None else self.bias[:V].to(dtype)
+        logits = torch.nn.functional.linear(hidden.to(dtype), self.weight[:V].to(dtype), bias)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def _check_size(owner: str, size: int, vocabulary: int) -> None:
@@ -84,53 +70,51 @@ def _check_size(owner: str, size: int, vocabulary: int) -> None:
         raise VocabularyError(f"{owner}.slice: expected a size in 1..{vocabulary}, got {size}.")
 
 
-class _PositionTargets(ABC):
-    """Properties that all targets derive from one of their tensors, [..., X]."""
+class _PositionTargets:
+    """Base of all targets. Each has `rows`, some of the positions, and `slice`, the first `size` tokens.
+
+    Full distributions have `vocabulary`, V, and `dense`, logits [..., V] whose softmax at a temperature they are.
+    """
 
     @property
-    @abstractmethod
-    def _values(self) -> Tensor: ...
+    def _values(self) -> Any:
+        """The first field, a tensor [..., X]; of a mixture, that of its first member."""
+        first = next(iter(vars(self).values()))
+        return first if isinstance(first, Tensor) else first[0]._values
 
     @property
     def device(self) -> torch.device:
-        """Device of the tensors."""
-        return self._values.device
+        device: torch.device = self._values.device
+        return device
 
     @property
     def leading(self) -> torch.Size:
         """Shape of the positions, without V."""
-        return self._values.shape[:-1]
+        return torch.Size(self._values.shape[:-1])
+
+    @property
+    def sampled(self) -> bool:
+        """Whether these are a sample of the teacher's distribution, or a mixture with one."""
+        return False
 
 
 @dataclass(frozen=True)
 class DenseTargets(_PositionTargets):
-    """The teacher's logits over the whole vocabulary.
-
-    Args:
-        logits: [..., V], any float dtype; -inf rules a token out.
-    """
+    """The teacher's logits over the whole vocabulary: [..., V], any float dtype; -inf rules a token out."""
 
     logits: Tensor
 
     @property
-    def _values(self) -> Tensor:
-        return self.logits
-
-    @property
     def vocabulary(self) -> int:
-        """V."""
         return self.logits.shape[-1]
 
     def dense(self, temperature: float = 1.0) -> Tensor:
-        """Return the logits [..., V], which do not depend on the temperature."""
         return self.logits
 
     def rows(self, part: slice) -> DenseTargets:
-        """Select some of the positions."""
         return DenseTargets(self.logits[part])
 
     def slice(self, size: int) -> DenseTargets:
-        """Restrict the targets to the first `size` tokens; see `LMHead.slice`."""
         _check_size("DenseTargets", size, self.vocabulary)
         return DenseTargets(self.logits[..., :size])
 
@@ -148,24 +132,16 @@ class HeadTargets(_PositionTargets):
     head: LMHead
 
     @property
-    def _values(self) -> Tensor:
-        return self.hidden
-
-    @property
     def vocabulary(self) -> int:
-        """V."""
         return self.head.vocabulary
 
     def dense(self, temperature: float = 1.0) -> Tensor:
-        """Compute the logits [..., V], which do not depend on the temperature."""
         return self.head.logits(self.hidden)
 
     def rows(self, part: slice) -> HeadTargets:
-        """Select some of the positions."""
         return HeadTargets(self.hidden[part], self.head)
 
     def slice(self, size: int) -> HeadTargets:
-        """Restrict the targets to the first `size` tokens; see `LMHead.slice`."""
         return HeadTargets(self.hidden, self.head.slice(size))
 
 
@@ -177,7 +153,8 @@ class SparseTargets(_PositionTargets):
         bucket: the teacher's probabilities of its top K tokens; the others keep the rest. The divergence equals the
             dense one at K = V and is at most that for a smaller K (alpha-beta divergences may exceed it).
         sampled: log(count / draws) of draws from the teacher; the others keep 0. Unbiased for divergences that are
-            linear in the teacher (forward KL, soft cross-entropy), refused for all else.
+            linear in the teacher (forward KL, soft cross-entropy), refused for all else (Anshumann et al. 2025,
+            random sampling distillation, arXiv 2503.16870).
         renormalized: any probabilities; they are divided by their sum, the others keep 0. Biased: the student is
             trained to give the others nothing.
 
@@ -185,14 +162,8 @@ class SparseTargets(_PositionTargets):
         ids: [..., K] token ids, all different within a position.
         log_probs: [..., K] at `temperature`, nats; -inf in unused slots, whose id does not matter.
         kind: see above.
-        temperature: the softmax temperature of log_probs. "bucket" and "sampled" are valid at that temperature only;
-            "renormalized" can be re-tempered.
-
-    Raises:
-        ShapeError: the shapes differ, or kind or temperature is invalid.
-
-    References:
-        Anshumann et al. 2025 (random sampling distillation), arXiv 2503.16870, for "sampled".
+        temperature: the softmax temperature of log_probs, > 0. "bucket" and "sampled" are valid at that temperature
+            only; "renormalized" can be re-tempered.
     """
 
     ids: Tensor
@@ -212,8 +183,8 @@ class SparseTargets(_PositionTargets):
             raise ShapeError(f"SparseTargets: expected temperature > 0, got {self.temperature}.")
 
     @property
-    def _values(self) -> Tensor:
-        return self.ids
+    def sampled(self) -> bool:
+        return self.kind == "sampled"
 
     def used(self) -> Tensor:
         """Return which slots hold a token: [..., K] bool."""
@@ -225,21 +196,18 @@ class SparseTargets(_PositionTargets):
         Raises:
             ShapeError: log_probs hold for another temperature and cannot be re-tempered.
         """
-        log_probs = self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32))
+        kept = self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32))
+        others = torch.full_like(kept[..., :1], LOG_ZERO)
         if self.kind == "renormalized":
-            scaled = log_probs.clamp_min(LOG_ZERO) * (self.temperature / temperature)
-            kept, others = torch.log_softmax(scaled, -1), torch.full_like(scaled[..., :1], LOG_ZERO)
+            kept = torch.log_softmax(kept.clamp_min(LOG_ZERO) * (self.temperature / temperature), -1)
         elif temperature != self.temperature:
             raise ShapeError(
                 f"SparseTargets: expected the temperature {self.temperature:g} of the {self.kind} targets, got "
                 f'{temperature:g}. Compute the targets at that temperature, or use kind="renormalized".'
             )
-        elif self.kind == "sampled":
-            kept, others = log_probs, torch.full_like(log_probs[..., :1], LOG_ZERO)
-        else:
+        elif self.kind == "bucket":
             # The rest is only known up to the rounding of a sum near 1; 0 would make reverse KL infinite.
-            missing = 1 - log_probs.exp().sum(-1, keepdim=True)
-            kept, others = log_probs, missing.clamp_min(torch.finfo(log_probs.dtype).eps).log()
+            others = (1 - kept.exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(kept.dtype).eps).log()
         return torch.cat([kept, others], -1).clamp_min(LOG_ZERO)
 
     def dense_log_probs(self, vocabulary: int, temperature: float) -> Tensor:
@@ -252,15 +220,10 @@ class SparseTargets(_PositionTargets):
         return probs.log_().clamp_min_(LOG_ZERO)
 
     def rows(self, part: slice) -> SparseTargets:
-        """Select some of the positions."""
         return replace(self, ids=self.ids[part], log_probs=self.log_probs[part])
 
     def slice(self, size: int) -> SparseTargets:
-        """Return the same targets after checking that all ids are among the first `size` tokens.
-
-        Raises:
-            VocabularyError: they are not.
-        """
+        """Return the same targets after checking that all ids are among the first `size` tokens."""
         ids = self.ids[self.used()]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             raise VocabularyError(
@@ -308,7 +271,8 @@ class MixtureTargets(_PositionTargets):
                 f"{list(self.weights.shape)}."
             )
         sparse = {member.kind for member in self.members if isinstance(member, SparseTargets)}
-        if not self._full or "bucket" in sparse or (sparse and self.of == "log_probs"):
+        sizes = [member.vocabulary for member in self.members if not isinstance(member, SparseTargets)]
+        if not sizes or "bucket" in sparse or (sparse and self.of == "log_probs"):
             raise ShapeError(
                 f"MixtureTargets: expected members with full distributions for a mixture of {self.of}, got "
                 f"{' and '.join(sorted(sparse)) or 'none'}. Use potstill.teachers.ensemble.mix, which knows what can "
@@ -317,7 +281,6 @@ class MixtureTargets(_PositionTargets):
         positions = [list(member.leading) for member in self.members]
         if any(shape != positions[0] for shape in positions):
             raise ShapeError(f"MixtureTargets: expected members of the same positions, got {positions}.")
-        sizes = [member.vocabulary for member in self._full]
         if len(set(sizes)) > 1:
             raise VocabularyError(
                 f"MixtureTargets: expected members of one vocabulary, got {sizes}. "
@@ -325,30 +288,17 @@ class MixtureTargets(_PositionTargets):
             )
 
     @property
-    def _values(self) -> Tensor:
-        return self.members[0]._values
-
-    @property
-    def _full(self) -> list[FullTargets]:
-        return [member for member in self.members if not isinstance(member, SparseTargets)]
-
-    @property
     def vocabulary(self) -> int:
-        """V."""
-        return self._full[0].vocabulary
+        return next(member.vocabulary for member in self.members if not isinstance(member, SparseTargets))
 
     @property
     def sampled(self) -> bool:
-        """Whether a member is a sample."""
-        return any(isinstance(member, SparseTargets) and member.kind == "sampled" for member in self.members)
+        return any(member.sampled for member in self.members)
 
     def dense(self, temperature: float = 1.0) -> Tensor:
         """Compute logits [..., V] whose softmax at this temperature is the mixture.
 
         No more than three [..., V] exist at a time, whatever the number of members.
-
-        Raises:
-            ShapeError: a sample was taken at another temperature.
         """
         total: Tensor | None = None
         for member, weight in zip(self.members, self.weights.tolist(), strict=True):
@@ -370,11 +320,9 @@ class MixtureTargets(_PositionTargets):
         return total.clamp_min(LOG_ZERO) * temperature
 
     def rows(self, part: slice) -> MixtureTargets:
-        """Select some of the positions."""
         return replace(self, members=tuple(member.rows(part) for member in self.members))
 
     def slice(self, size: int) -> MixtureTargets:
-        """Restrict the targets to the first `size` tokens; see `LMHead.slice`."""
         return replace(self, members=tuple(member.slice(size) for member in self.members))
 
 

@@ -1,7 +1,4 @@
-"""Per-token losses from full logits, and the formulas they share with the fused losses.
-
-This is the readable reference that every faster path is compared with.
-"""
+"""Per-token losses from full logits: the readable reference, and the formulas it shares with the fused losses."""
 
 from __future__ import annotations
 
@@ -15,10 +12,7 @@ from torch import Tensor
 from potstill.errors import ShapeError, UserError, VocabularyError
 from potstill.losses.alignment import IGNORE
 from potstill.losses.divergences import LOG_ZERO, Divergence
-from potstill.losses.targets import MixtureTargets, SparseTargets, Targets
-
-# A sum of q (log q - log p) with log p = LOG_ZERO exceeds this; no divergence of finite logits comes near it.
-INFINITE = 1e9
+from potstill.losses.targets import SparseTargets, Targets
 
 
 def token_divergence(
@@ -65,18 +59,17 @@ def unchecked_divergence(
     dtype, gradient = compute_dtype(student_logits.dtype), None
     # The gradient comes from `slope`, in the forward pass: only one [..., V] buffer is kept, and 0 * inf cannot arise
     # in a chain of elementary operations. The teacher's head keeps its own precision under autocast.
-    with torch.no_grad(), torch.autocast(student_logits.device.type, enabled=False):
-        teacher = None if isinstance(targets, SparseTargets) else targets.dense(temperature)
     with torch.no_grad():
-        scaled = _scaled_copy(student_logits, dtype, temperature)
+        scaled = student_logits.to(dtype, copy=True).div_(temperature)
         if isinstance(targets, SparseTargets):
             events = student_events_(scaled, targets.ids, targets.used())
             value, by_event = event_divergence(events, targets.events(temperature), divergence)
             if needs_gradient:
                 gradient = token_gradient_(scaled, events, by_event).div_(temperature)
         else:
-            assert teacher is not None
-            log_q, log_p = log_softmax_(scaled), log_softmax_(_scaled_copy(teacher, dtype, temperature))
+            with torch.autocast(student_logits.device.type, enabled=False):
+                teacher = targets.dense(temperature)
+            log_q, log_p = log_softmax_(scaled), log_softmax_(teacher.to(dtype, copy=True).div_(temperature))
             terms, slope = divergence.pointwise(log_q, log_p)
             value = terms.sum(-1)
             if needs_gradient:
@@ -85,13 +78,9 @@ def unchecked_divergence(
 
 
 def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor, caller: str) -> Tensor:
-    """Return `value` with a precomputed derivative: d(value) / d(inputs) = gradient.
+    """Return `value` [...] with the precomputed derivative `gradient` in `inputs`, [...] or [..., V] both.
 
-    Args:
-        inputs: [...] like value, or [..., V].
-        value: [...], computed without autograd.
-        gradient: of the shape of inputs.
-        caller: named in the error of a second derivative.
+    `caller` is named in the error of a second derivative.
     """
     result: Tensor = _PrecomputedGradient.apply(inputs, value, gradient, caller)  # type: ignore[no-untyped-call]
     return result
@@ -113,11 +102,19 @@ class _PrecomputedGradient(torch.autograd.Function):
         return (outer * gradient).to(ctx.dtype), None, None, None
 
 
+def refuse_second_derivative(caller: str) -> None:
+    """Raise an error under create_graph, whose graph would silently miss the student."""
+    if torch.is_grad_enabled():
+        raise UserError(
+            f"{caller}: expected a first derivative, got create_graph=True. The gradient is computed in "
+            "the forward pass; for a second derivative differentiate the sum of divergence.pointwise itself."
+        )
+
+
 def check_targets(caller: str, shape: torch.Size, targets: Targets, divergence: Divergence, temperature: float) -> None:
     """Check that targets fit student logits of `shape` [..., V]; raises the errors of `token_divergence`."""
-    if not 0 < temperature < math.inf:
-        raise ShapeError(f"{caller}: expected temperature > 0, got {temperature}.")
-    if is_sampled(targets) and not divergence.linear_in_teacher:
+    check_temperature(caller, temperature)
+    if targets.sampled and not divergence.linear_in_teacher:
         raise ShapeError(
             f"{caller}: expected a divergence that is linear in the teacher with sampled targets, got "
             f"{type(divergence).__name__}, for which a sample is biased. Use ForwardKL or SoftCrossEntropy, or "
@@ -136,16 +133,15 @@ def check_targets(caller: str, shape: torch.Size, targets: Targets, divergence: 
         raise ShapeError(f"{caller}: expected targets for positions {list(shape[:-1])}, got {list(targets.leading)}.")
 
 
-def is_sampled(targets: Targets) -> bool:
-    """Tell whether targets are a sample of the teacher's distribution, or a mixture with one."""
-    if isinstance(targets, SparseTargets):
-        return targets.kind == "sampled"
-    return isinstance(targets, MixtureTargets) and targets.sampled
+def check_temperature(caller: str, temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ShapeError(f"{caller}: expected temperature > 0, got {temperature}.")
 
 
 def check_finite(caller: str, values: Tensor, divergence: Divergence) -> None:
     """Raise an error if a divergence is infinite by definition."""
-    if (values.detach() > INFINITE).any():
+    # q (log q - log p) with log p = LOG_ZERO exceeds 1e9, and no divergence of finite logits comes near it.
+    if (values.detach() > 1e9).any():
         raise ShapeError(
             f"{caller}: expected a finite {type(divergence).__name__}, got inf: teacher and student rule "
             "out (-inf) different tokens. Use a bounded divergence (JSD, SkewForwardKL, SkewReverseKL), or slice "
@@ -158,50 +154,35 @@ def log_softmax_(logits: Tensor) -> Tensor:
 
     -inf becomes `LOG_ZERO`. In a row of nothing but -inf all probabilities are 0.
     """
-    logits.clamp_min_(LOG_ZERO)
-    top = logits.amax(-1, keepdim=True)
+    top = logits.clamp_min_(LOG_ZERO).amax(-1, keepdim=True)
     empty = top <= LOG_ZERO
     logits.sub_(top.masked_fill_(empty, 0.0))
     total = torch.exp(logits).sum(-1, keepdim=True)
     return logits.sub_(total.masked_fill_(empty, 1.0).log_())
 
 
-class SoftmaxSums(NamedTuple):
-    """The largest logit of each row and the sum of exp(logit - largest), [..., 1] each.
+def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrite logits [..., V] with exp(logit - largest); return the largest and the sum of these, [..., 1] each.
 
     In a row of nothing but -inf the largest logit is `LOG_ZERO` and the sum 1.
     """
-
-    top: Tensor
-    total: Tensor
-
-
-def exponentials_(logits: Tensor) -> SoftmaxSums:
-    """Overwrite logits [..., V] with exp(logit - largest)."""
     top = logits.clamp_min_(LOG_ZERO).amax(-1, keepdim=True)
     empty = top <= LOG_ZERO
     total = logits.sub_(top.masked_fill(empty, 0.0)).exp_().sum(-1, keepdim=True)
-    return SoftmaxSums(top, total.masked_fill_(empty, 1.0))
+    return top, total.masked_fill_(empty, 1.0)
 
 
 class StudentEvents(NamedTuple):
-    """The student's probabilities of K tokens and of all others together.
+    """The student's probabilities of K tokens and of all others together."""
 
-    Args:
-        log_q: [..., K + 1].
-        total: [..., 1], the sum over the others in the buffer that `student_events_` overwrote.
-        tokens: [..., K] int64 ids; 0 in unused slots.
-        used: [..., K + 1] bool; the last is False where no other token is left.
-    """
-
-    log_q: Tensor
-    total: Tensor
-    tokens: Tensor
-    used: Tensor
+    log_q: Tensor  # [..., K + 1]
+    total: Tensor  # [..., 1], the sum over the others in the buffer that `student_events_` overwrote
+    tokens: Tensor  # [..., K] int64 ids; 0 in unused slots
+    used: Tensor  # [..., K + 1] bool; the last is False where no other token is left
 
 
 def student_events_(
-    logits: Tensor, ids: Tensor, used: Tensor, exponentials: Callable[[Tensor], SoftmaxSums] = exponentials_
+    logits: Tensor, ids: Tensor, used: Tensor, exponentials: Callable[[Tensor], tuple[Tensor, Tensor]] = exponentials_
 ) -> StudentEvents:
     """Reduce the student's logits over T, [..., V] float32 or float64, to K + 1 events.
 
@@ -227,8 +208,7 @@ def event_divergence(events: StudentEvents, log_p: Tensor, divergence: Divergenc
     An unused slot is an event of probability 0 on both sides, which adds nothing.
     """
     log_p = log_p.to(events.log_q.dtype).masked_fill(~events.used, LOG_ZERO)
-    value, slope = divergence.pointwise(events.log_q, log_p)
-    value, slope = value * events.used, slope * events.used
+    value, slope = (terms * events.used for terms in divergence.pointwise(events.log_q, log_p))
     return value.sum(-1), slope - events.log_q.exp() * slope.sum(-1, keepdim=True)
 
 
@@ -239,15 +219,6 @@ def token_gradient_(shares: Tensor, events: StudentEvents, gradient: Tensor) -> 
     """
     shares.mul_(gradient[..., -1:] / events.total)
     return shares.scatter_add_(-1, events.tokens, gradient[..., :-1] * events.used[..., :-1])
-
-
-def refuse_second_derivative(caller: str) -> None:
-    """Raise an error under create_graph, whose graph would silently miss the student."""
-    if torch.is_grad_enabled():
-        raise UserError(
-            f"{caller}: expected a first derivative, got create_graph=True. The gradient is computed in "
-            "the forward pass; for a second derivative differentiate the sum of divergence.pointwise itself."
-        )
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -261,20 +232,8 @@ def in_compute_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.to(dtype), teacher.detach().to(dtype)
 
 
-def _scaled_copy(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
-    return logits.to(dtype, copy=True).div_(temperature)
-
-
 def label_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the cross-entropy of class or token labels, or the squared error of floating-point labels.
-
-    Args:
-        student_logits: [N, V]; [N, 1] for floating-point labels.
-        labels: [N], integers (`token_cross_entropy`) or floating point.
-
-    Returns:
-        [N] float32 (float64).
-    """
+    """Compute `token_cross_entropy` of integer labels [N], or the squared error of logits [N, 1] to other labels."""
     if not labels.is_floating_point():
         return token_cross_entropy(student_logits, labels)
     predictions = student_logits.to(compute_dtype(student_logits.dtype)).squeeze(-1)
@@ -282,23 +241,20 @@ def label_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def token_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the cross-entropy with hard labels, per token.
+    """Compute the cross-entropy with hard labels, per token: [N] float32 (float64), nats.
 
         -log softmax(student_logits)[label]
 
     Args:
         student_logits: [N, V], any float dtype; computed in float32 (float64 for float64).
         labels: [N] token ids; the loss of -100 is 0, without a gradient.
-
-    Returns:
-        [N] float32 (float64), nats.
     """
     logits = student_logits.to(compute_dtype(student_logits.dtype))
     return torch.nn.functional.cross_entropy(logits, labels.long(), reduction="none", ignore_index=IGNORE)
 
 
 def token_mean(values: Tensor, weights: Tensor | None = None, normalizer: Tensor | float | None = None) -> Tensor:
-    """Compute the weighted mean over tokens. No other place divides by a number of tokens.
+    """Compute the weighted mean over tokens, 0 with a gradient of 0 for N = 0. No other place divides by their number.
 
         sum_n w_n x_n / normalizer
 
@@ -307,9 +263,6 @@ def token_mean(values: Tensor, weights: Tensor | None = None, normalizer: Tensor
         weights: [N], or None for ones.
         normalizer: the divisor: the number (or weight) of all target tokens in the optimiser step, over ranks and
             accumulation steps. Default: the sum of the weights here, at least 1.
-
-    Returns:
-        A scalar; 0 with a gradient of 0 for N = 0.
     """
     total = (values if weights is None else values * weights).sum()
     if normalizer is None:

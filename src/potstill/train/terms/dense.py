@@ -17,7 +17,7 @@ from potstill.losses.divergences import ForwardKL
 from potstill.losses.logit_losses import adaptive_kl, bild, interpolated_logits
 from potstill.losses.schedule import Linear, Number, Share, Temperature, Weight, value_at
 from potstill.losses.targets import DenseTargets, HeadTargets, SparseTargets, Targets
-from potstill.losses.token_losses import is_sampled, token_divergence
+from potstill.losses.token_losses import token_divergence
 from potstill.train.signals import Signals
 from potstill.train.terms.term import Term
 
@@ -70,7 +70,7 @@ class DenseTerm(Term):
         Raises:
             ShapeError: the targets hold only some tokens of each distribution.
         """
-        if isinstance(targets, SparseTargets) or is_sampled(targets):
+        if isinstance(targets, SparseTargets) or targets.sampled:
             raise ShapeError(
                 f"{self.name}: expected the teacher's whole distributions, got a few tokens of each. "
                 "Use the term logits, or a teacher that is a model or a dense cache."
