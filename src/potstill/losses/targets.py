@@ -125,7 +125,7 @@ class DenseTargets(_PositionTargets):
         """Return the logits [..., V], which do not depend on the temperature."""
         return self.logits
 
-    def rows(self, part: slice) -> DenseTargets:
+    def rows(self, part: slice | Tensor) -> DenseTargets:
         """Select some of the positions."""
         return DenseTargets(self.logits[part])
 
@@ -160,7 +160,7 @@ class HeadTargets(_PositionTargets):
         """Compute the logits [..., V], which do not depend on the temperature."""
         return self.head.logits(self.hidden)
 
-    def rows(self, part: slice) -> HeadTargets:
+    def rows(self, part: slice | Tensor) -> HeadTargets:
         """Select some of the positions."""
         return HeadTargets(self.hidden[part], self.head)
 

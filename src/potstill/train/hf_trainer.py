@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer, TrainingArguments
 
-from potstill.errors import DivergedError, UserError
+from potstill.errors import DivergedError
 from potstill.losses.alignment import align, attended_positions, target_positions
 from potstill.models.adapted import is_adapted, save_student
 from potstill.models.loading import load_adapter
-from potstill.train.checkpoints import TEACHER, last_checkpoint, restore_teacher
+from potstill.train.checkpoints import TEACHER, last_checkpoint, restore, restore_teacher
 from potstill.train.distiller import Distiller
-from potstill.train.prefetch import Peekable
-from potstill.train.rollout import Rollout, gather_weights
+from potstill.train.rollout import Rollout
 from potstill.train.signals import or_one
 
 OBJECTIVE = "objective.safetensors"  # in a checkpoint: parameters of the objective
@@ -42,7 +42,7 @@ class StudentTrainer(Trainer):
     loss_is_scaled_for_ga = True  # what `compute_loss` returns needs no division by accumulation steps
 
     _generator: nn.Module | None = None  # a copy of a sharded student, to generate with
-    _upcoming: Peekable[Any] | None = None
+    _following: tuple[Iterator[Any] | None, list[Any]] = (None, [])  # the next batch, and the iterator that gave it
     _attended: Tensor | None = None  # attended positions of the optimiser step
     _micro_step = 0
     _steps_since_log = 0
@@ -53,21 +53,21 @@ class StudentTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Take the batches of one optimiser step, mix in on-policy samples, announce them for prefetching, count."""
-        prefetches, source = self.distiller.prefetches, epoch_iterator
-        if prefetches:
-            if self._upcoming is None or self._upcoming.source is not epoch_iterator:
-                self._upcoming = Peekable(epoch_iterator)
-            source = self._upcoming
-        batches = list(islice(source, num_batches))
+        source, following = self._following
+        batches = following if source is epoch_iterator else []
+        batches = [*batches, *islice(epoch_iterator, num_batches - len(batches))]
+        following = []
+        if self.rollout is None and self.distiller.prefetches:  # on-policy samples of the next step are not known yet
+            following = [*islice(epoch_iterator, 1)]
+        self._following = epoch_iterator, following
         if self.rollout is not None and batches:
             with self.accelerator.autocast():
                 student = self.distiller.student
                 if self._generator is not None:
-                    student = gather_weights(self._generator, self.model_wrapped)
+                    student, options = self._generator, StateDictOptions(full_state_dict=True)
+                    student.load_state_dict(_of_student(get_model_state_dict(self.model_wrapped, options=options)))
                 batches = self.rollout(batches, student, step=self.state.global_step, rank=self.args.process_index)
-        if prefetches and self._upcoming is not None:
-            # The next step's on-policy samples are not known yet.
-            following = [] if self.rollout is not None else self._upcoming.peek()
+        if self.distiller.prefetches:
             self.distiller.prefetch([*batches, *following])
         return batches, self._get_num_items_in_batch(batches, device)
 
@@ -86,15 +86,12 @@ class StudentTrainer(Trainer):
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """[2]: the target tokens of a batch, or the sum of their weights, and its attended positions."""
         task = self.distiller.task
-        tokens = target_positions(batch["labels"], task).sum()
-        weights = None if "weights" not in batch else align(batch["labels"], task, batch["weights"]).weights
-        if weights is not None:
-            tokens = weights.sum()
+        weights = align(batch["labels"], task, batch["weights"]).weights if "weights" in batch else None
+        tokens = target_positions(batch["labels"], task).sum() if weights is None else weights.sum()
         return torch.stack([tokens, attended_positions(batch, task).sum().to(tokens)])
 
     def prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch on the trainer's device."""
-        prepared: dict[str, Any] = self._prepare_inputs(inputs)
+        prepared: dict[str, Any] = self._prepare_inputs(inputs)  # on the trainer's device
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -135,7 +132,7 @@ class StudentTrainer(Trainer):
         if not self.args.should_save:
             return
         if state_dict is not None:
-            state_dict = {name[8:]: value for name, value in state_dict.items() if name.startswith("student.")}
+            state_dict = _of_student(state_dict)
         save_student(self.distiller.student, folder, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -152,14 +149,13 @@ class StudentTrainer(Trainer):
             load_adapter(student, folder)
         else:
             student.load_state_dict(type(student).from_pretrained(folder, dtype=student.dtype).state_dict())
-        objective = self.distiller.objective
-        if objective.state_dict():
-            if not (folder / OBJECTIVE).exists():
-                raise UserError(
-                    f"train: expected {OBJECTIVE} in {folder}, got none. The objective trains projections, which this "
-                    "checkpoint does not have."
-                )
-            objective.load_state_dict(load_file(folder / OBJECTIVE))
+        advice = ". The objective trains projections, which this checkpoint does not have."
+        restore(self.distiller.objective, folder / OBJECTIVE, advice)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _of_student(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The student's part of a Distiller's state."""
+    return {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}

@@ -64,27 +64,18 @@ class RolloutConfig(TokenSampling):
     def build(
         self, tokenizer: PreTrainedTokenizerBase, teacher: nn.Module | None, *, steps: int, **options: Any
     ) -> Rollout:
-        """Build the rollout of a run.
-
-        Args:
-            tokenizer: the student's.
-            teacher: the teacher's model, which a guide needs.
-            steps: length of the run, for schedules.
-            **options: limit, vocabulary, seed and server of `Rollout`.
-        """
+        """Build the rollout of a run; options are limit, vocabulary, seed and server of `Rollout`."""
         guide = None
         if self.guided:
             assert teacher is not None
             top_k, share = self.teacher_top_k, self.teacher_mix
             guide = teacher_mix(teacher, share) if top_k is None else teacher_top_k(teacher, top_k)
+        options |= {"guide": guide, "adapt": self.adapt, "batch_size": self.batch_size}
         return Rollout(
             tokenizer,
             Sampling(self.max_new_tokens, self.sampling_temperature, self.top_p, self.top_k),
             share=for_run(self, steps).on_policy_fraction,
             prompt_tokens=self.prompt_tokens,
-            guide=guide,
             replay=None if self.replay is None else for_run(self.replay, steps),
-            adapt=self.adapt,
-            batch_size=self.batch_size,
             **options,
         )

@@ -26,7 +26,6 @@ class LogSums:
             self._counts = counts if self._counts is None else self._counts + counts
 
     def totals(self, accelerator: Any) -> dict[str, float]:
-        """The sums over all ranks."""
         return {name: float(accelerator.reduce(value)) for name, value in self._sums.items()}
 
     def means(self, accelerator: Any, over: Mapping[str, str]) -> dict[str, float]:

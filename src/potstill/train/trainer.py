@@ -66,15 +66,11 @@ class DistillationTrainer(StudentTrainer):
     loads; of a PeftModel the adapter alone. What terms train beside it (projections) is in checkpoints alone.
 
     Args:
-        student: the model to train.
         teacher: a `Teacher` or a model; None where no term needs one.
         objective: an `Objective` or a list of its terms.
-        args: a `DistillationConfig`.
         train_dataset: examples with input_ids and labels; see `potstill.data`.
-        eval_dataset: the same, held out.
         processing_class: the tokenizer.
-        vocabulary: see `Distiller`.
-        task: see `Distiller`.
+        vocabulary: see `Distiller`, as for task.
         rollout: replaces a share of the training rows by on-policy samples; None for data alone.
         prefetch: run the teacher on the next batch while the student trains on this one.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
@@ -103,14 +99,8 @@ class DistillationTrainer(StudentTrainer):
         self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
         if all(term.reads_layers for term in self.distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers do not use the head
-        super().__init__(
-            model=self.distiller,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        kwargs |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
+        super().__init__(model=self.distiller, args=args, **kwargs)
         self.rollout = rollout
         plugins = self.accelerator.state
         deepspeed = getattr(plugins, "deepspeed_plugin", None)
@@ -137,11 +127,7 @@ class DistillationTrainer(StudentTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the objective's loss of one batch, divided by the tokens of the whole optimiser step.
-
-        Raises:
-            DivergedError: the loss is NaN or infinite.
-        """
+        """Compute the objective's loss, divided by the tokens of the whole step, or raise DivergedError."""
         step = self.state.global_step
         output: StepOutput = model(inputs, normalizer=num_items_in_batch, at=step, attended_normalizer=self._attended)
         self._micro_step += 1
@@ -152,8 +138,6 @@ class DistillationTrainer(StudentTrainer):
         # Gradients are averaged over ranks; the division above is by the sum over ranks.
         loss = output.loss * self.args.world_size if model.training else output.loss
         return (loss, output) if return_outputs else loss
-
-    # Evaluation: means over tokens, not over batches.
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """See transformers.Trainer; with several ranks, rows without targets fill up the last batches.
@@ -184,12 +168,12 @@ class DistillationTrainer(StudentTrainer):
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """See transformers.Trainer; every metric is a mean over all held-out tokens."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        teacher, uses_teacher = self.distiller.teacher, self.distiller.uses_teacher
-        self.distiller.uses_teacher = uses_teacher and teacher is not None and teacher.covers(dataloader.dataset)
+        distiller, objective = self.distiller, self.distiller.objective
+        teacher, uses_teacher = distiller.teacher, distiller.uses_teacher
+        distiller.uses_teacher = uses_teacher and teacher is not None and teacher.covers(dataloader.dataset)
         self._eval_sums = LogSums()
         result = super().evaluation_loop(dataloader, *args, **kwargs)
-        self.distiller.uses_teacher = uses_teacher
-        objective = self.distiller.objective
+        distiller.uses_teacher = uses_teacher
         over = {name: term.over for name, term in zip(objective.names, objective.terms, strict=True)}
         means = self._eval_sums.means(self.accelerator, over)
         if means:
@@ -203,17 +187,16 @@ class DistillationTrainer(StudentTrainer):
         """See transformers.Trainer; adds every term's mean since the last line."""
         if "loss" in logs:
             totals = self._train_sums.totals(self.accelerator)
-            for name, total in totals.items():
-                logs[name] = total / max(self._steps_since_log, 1)
+            logs |= {name: total / max(self._steps_since_log, 1) for name, total in totals.items()}
             for part, tokens in OF_TEXT.items():  # means over on-policy tokens alone, and over the data's
                 for name in [name for name in totals if name.endswith(part)]:
                     logs[name] = totals[name] / totals[tokens] if totals[tokens] else 0.0
                 logs.pop(tokens, None)
+            self._train_sums, self._steps_since_log = LogSums(), 0
             if self.rollout is not None:
                 logs |= self.rollout.stats.take(self.accelerator)
-            self._train_sums = LogSums()
-            self._steps_since_log = 0
-            logs |= {} if self.distiller.teacher is None else self.distiller.teacher.logs()
+            if self.distiller.teacher is not None:
+                logs |= self.distiller.teacher.logs()
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
+from potstill.losses import target_statistics as statistics
 from potstill.losses.alignment import DISTRIBUTION_TASKS, HEAD_TASKS
 from potstill.losses.declared import Range, in_words
 from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.fused_linear import FusedLoss
 from potstill.losses.schedule import Share, Temperature, Weight, value_at
-from potstill.losses.target_statistics import teacher_confidence, teacher_entropy, top_share, top_tokens
 from potstill.losses.targets import Targets
 from potstill.train.signals import Signals, Text, weighted
 from potstill.train.terms.term import Term
@@ -28,7 +28,6 @@ class Logits(Term):
 
     Args:
         divergence: any divergence.
-        weight: >= 0.
         temperature: softmax temperature, > 0.
         tokens: weight of each token: all equal; only the `share` of a batch where the teacher's entropy is highest
             (entropy) or its top probability highest (confident); or the teacher's top probability (confidence). The
@@ -50,16 +49,9 @@ class Logits(Term):
 
     @property
     def needs_samples(self) -> bool:
-        """See `Term`."""
         return self.text == "own"
 
-    @property
-    def weighs_tokens(self) -> bool:
-        """Whether tokens have different weights."""
-        return self.tokens != "all" or self.text != "all"
-
     def describe(self) -> str:
-        """See `Term`."""
         name = f"{in_words(self.divergence)} at temperature {in_words(self.temperature)}"
         others = self.changed(but=("divergence", "temperature", "weight"))
         return ", ".join([name, *others, f"weight {in_words(self.weight)}"])
@@ -76,13 +68,10 @@ class Logits(Term):
         weights, only = self._token_weights(targets, signals.step), signals.only(self.text)
         weights = only if weights is None else weighted(weights, only)
         if self.top_k is not None:
-            targets = top_tokens(targets, self.top_k, temperature)
+            targets = statistics.top_tokens(targets, self.top_k, temperature)
+        label_weight = None if label_weight is None else label_weight / factor
         loss = signals.compare(
-            self.divergence,
-            temperature=temperature,
-            label_weight=None if label_weight is None else label_weight / factor,
-            targets=targets,
-            token_weights=weights,
+            self.divergence, temperature=temperature, label_weight=label_weight, targets=targets, token_weights=weights
         )
         assert loss.divergence is not None
         return FusedLoss(factor * loss.loss, factor * weighted(loss.divergence, weights), loss.cross_entropy)
@@ -91,9 +80,11 @@ class Logits(Term):
         if self.tokens == "all":
             return None
         if self.tokens == "entropy":
-            return top_share(teacher_entropy(targets), value_at(self.share, step))
-        confidence = teacher_confidence(targets)
-        return confidence if self.tokens == "confidence" else top_share(confidence, value_at(self.share, step))
+            return statistics.top_share(statistics.teacher_entropy(targets), value_at(self.share, step))
+        confidence = statistics.teacher_confidence(targets)
+        return (
+            confidence if self.tokens == "confidence" else statistics.top_share(confidence, value_at(self.share, step))
+        )
 
 
 @dataclass(frozen=True)
@@ -101,9 +92,6 @@ class Labels(Term):
     """Cross-entropy with the data's tokens or classes; the squared error for regression.
 
     On-policy samples contribute nothing.
-
-    Args:
-        weight: >= 0.
     """
 
     weight: Weight = 1.0
