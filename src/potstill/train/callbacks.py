@@ -18,24 +18,22 @@ from potstill.train.rollout import Rollout
 from potstill.train.samples import collapse_warning
 
 
-class SetEpoch(TrainerCallback):
-    """Sets a dataset's epoch: accelerate does not where samplers are wrapped, on several ranks and on resuming."""
+class FollowTraining(TrainerCallback):
+    """Updates a teacher after every optimiser step, before checkpoints are written, and sets a dataset's epoch.
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    accelerate does not set it where samplers are wrapped, on several ranks and on resuming.
+    """
+
+    def __init__(self, teacher: Teacher | None, dataset: Any) -> None:
+        self.teacher, self.dataset = teacher, dataset
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))  # a fraction where a run resumes within an epoch
-
-
-class UpdateTeacher(TrainerCallback):
-    """Updates a teacher after every optimiser step, before checkpoints are written."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))  # a fraction where a run resumes within an epoch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.teacher.after_step(state.global_step)
+        if self.teacher is not None:
+            self.teacher.after_step(state.global_step)
 
 
 class ProgressBar(TrainerCallback):

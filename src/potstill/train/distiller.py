@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +19,9 @@ from potstill.train.objective import Objective, task_mistakes
 from potstill.train.prefetch import Prefetch
 from potstill.train.signals import SampledTokens, Signals
 from potstill.train.terms.term import Term
+
+Batch = Mapping[str, Tensor]
+Normalizer = Tensor | float | None
 
 
 class StepOutput(NamedTuple):
@@ -72,8 +75,7 @@ class Distiller(nn.Module):
         self.objective = objective if isinstance(objective, Objective) else Objective(objective)
         for mistake in task_mistakes(self.objective.terms, task):
             raise ShapeError(mistake)
-        # In a tuple, so that torch does not register the teacher as a submodule.
-        self._teacher = (ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher,)
+        self.teacher = ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher  # not a submodule
         self._steps = 0
         # The trainer switches the teacher off for held-out rows that it does not cover.
         self.uses_teacher = self.objective.needs_teacher
@@ -92,11 +94,7 @@ class Distiller(nn.Module):
                 self.teacher.prepare(of_teacher)
         self.split = split_model(student)  # here, before wrappers of the Distiller shard the weights
 
-    @property
-    def teacher(self) -> Teacher | None:
-        return self._teacher[0]
-
-    def step(self, batch: Mapping[str, Tensor], *, normalizer: Tensor | float | None = None) -> StepOutput:
+    def step(self, batch: Batch, *, normalizer: Normalizer = None) -> StepOutput:
         """Compute the loss of a batch in your own training loop: call `loss.backward()` on it.
 
         In training mode each call counts as one optimiser step for schedules and for teachers that follow the student.
@@ -108,7 +106,6 @@ class Distiller(nn.Module):
             batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 is ignored. For
                 sequence-level tasks labels are [B]. `weights`, if present, has the shape of labels and weighs each
                 target in every mean over tokens.
-            normalizer: see `forward`.
         """
         if self.training and self._steps and self.teacher is not None:
             self.teacher.after_step(self._steps)
@@ -117,11 +114,7 @@ class Distiller(nn.Module):
         return output
 
     def forward(
-        self,
-        batch: Mapping[str, Tensor],
-        normalizer: Tensor | float | None = None,
-        at: int = 0,
-        attended_normalizer: Tensor | float | None = None,
+        self, batch: Batch, normalizer: Normalizer = None, at: int = 0, attended_normalizer: Normalizer = None
     ) -> StepOutput:
         """Compute the loss of a batch; see `step`.
 
@@ -132,7 +125,8 @@ class Distiller(nn.Module):
             attended_normalizer: number of attended positions in the whole optimiser step, for terms over layers.
         """
         alignment = align(batch["labels"], self.task, batch.get("weights"))
-        student, inside = self._captured(partial(forward_targets, self.student, self.split, batch, alignment))
+        run = partial(forward_targets, self.student, self.split, batch, alignment)
+        student, inside = self._capture.capture(self._request, run) if self._request else (run(), Activations())
         inside = inside.last(batch["input_ids"].shape[1])
         teacher = None
         if self.uses_teacher and self.teacher is not None:
@@ -157,18 +151,13 @@ class Distiller(nn.Module):
         """Whether the teacher runs one batch ahead."""
         return self._prefetch is not None and self.uses_teacher
 
-    def prefetch(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def prefetch(self, batches: Sequence[Batch]) -> None:
         """Announce the next batches in order, so that the teacher runs on them ahead; an empty sequence ends it.
 
         A batch is recognised by its own input_ids tensor. The teacher runs at once on any other batch.
         """
-        if self._prefetch is not None and batches:
+        if self._prefetch is not None:
             self._prefetch.prefetch([(batch, align(batch["labels"], self.task)) for batch in batches])
-        elif self._prefetch is not None:
-            self._prefetch.close()
-
-    def _captured(self, call: Callable[[], Any]) -> tuple[Any, Activations]:
-        return self._capture.capture(self._request, call) if self._request else (call(), Activations())
 
     def _check_teacher(self) -> None:
         """Check that each term has its teacher: of the same tokenizer, or of another where it compares bytes."""

@@ -21,42 +21,65 @@ from potstill.losses.alignment import align, attended_positions, target_position
 from potstill.models.adapted import is_adapted, save_student
 from potstill.models.loading import load_adapter
 from potstill.train.checkpoints import TEACHER, last_checkpoint, restore, restore_teacher
-from potstill.train.distiller import Distiller
+from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.rollout import Rollout
 from potstill.train.signals import or_one
 
 OBJECTIVE = "objective.safetensors"  # in a checkpoint: parameters of the objective
 
 
-def use_one_device(args: TrainingArguments) -> None:
-    """Turn nn.DataParallel off, which would copy the teacher in every step; several GPUs need torchrun."""
-    if args.n_gpu > 1:
-        args._n_gpu = 1
+class LogSums:
+    """Named sums over batches, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: Tensor | None = None
+
+    def add(self, values: Mapping[str, Tensor], counts: Tensor | None = None) -> None:
+        """Add one batch; counts [2] are its target tokens and its attended positions."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if counts is not None:
+            self._counts = counts if self._counts is None else self._counts + counts
+
+    def totals(self, accelerator: Any) -> dict[str, float]:
+        return {name: float(accelerator.reduce(value)) for name, value in self._sums.items()}
+
+    def means(self, accelerator: Any, over: Mapping[str, str]) -> dict[str, float]:
+        """The sums over all ranks, each divided by its count over all ranks: tokens, unless `over` says attended."""
+        if self._counts is None:
+            return {}
+        tokens, positions = or_one(accelerator.reduce(self._counts)).tolist()
+        totals = self.totals(accelerator)
+        return {name: total / (positions if over.get(name) == "attended" else tokens) for name, total in totals.items()}
 
 
 class StudentTrainer(Trainer):
     """transformers.Trainer whose batches hold on-policy samples and whose checkpoints hold the plain student."""
 
-    distiller: Distiller
     rollout: Rollout | None = None
     loss_is_scaled_for_ga = True  # what `compute_loss` returns needs no division by accumulation steps
 
     _generator: nn.Module | None = None  # a copy of a sharded student, to generate with
     _following: tuple[Iterator[Any] | None, list[Any]] = (None, [])  # the next batch, and the iterator that gave it
     _attended: Tensor | None = None  # attended positions of the optimiser step
-    _micro_step = 0
-    _steps_since_log = 0
+    _micro_step = _steps_since_log = 0
+
+    def __init__(self, distiller: Distiller, args: TrainingArguments, **kwargs: Any) -> None:
+        self.distiller = distiller
+        self._train_sums, self._eval_sums = LogSums(), LogSums()
+        if args.n_gpu > 1:  # several GPUs need torchrun: nn.DataParallel would copy the teacher in every step
+            args._n_gpu = 1
+        super().__init__(model=distiller, args=args, **kwargs)
 
     # The batches of one optimiser step, and what their loss is divided by.
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Take the batches of one optimiser step, mix in on-policy samples, announce them for prefetching, count."""
         source, following = self._following
         batches = following if source is epoch_iterator else []
-        batches = [*batches, *islice(epoch_iterator, num_batches - len(batches))]
-        following = []
+        batches, following = [*batches, *islice(epoch_iterator, num_batches - len(batches))], []
         if self.rollout is None and self.distiller.prefetches:  # on-policy samples of the next step are not known yet
             following = [*islice(epoch_iterator, 1)]
         self._following = epoch_iterator, following
@@ -90,9 +113,14 @@ class StudentTrainer(Trainer):
         tokens = target_positions(batch["labels"], task).sum() if weights is None else weights.sum()
         return torch.stack([tokens, attended_positions(batch, task).sum().to(tokens)])
 
-    def prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        prepared: dict[str, Any] = self._prepare_inputs(inputs)  # on the trainer's device
-        return prepared
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """Compute the loss of a held-out batch; its sums are kept for `evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output: StepOutput = model(inputs, normalizer=1.0, at=self.state.global_step, attended_normalizer=1.0)
+        counts = self.counts(inputs)
+        self._eval_sums.add(output.logs, counts)
+        return output.loss.detach() / counts.max().clamp_min(1), None, None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that was killed between its last checkpoint and its end would take one step more.
@@ -115,7 +143,7 @@ class StudentTrainer(Trainer):
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 self.raise_diverged(f"a NaN or infinite weight in {name} before checkpoint {self.state.global_step}")
         teacher = self.distiller.teacher
-        states = {TEACHER: {} if teacher is None else teacher.state_dict()}
+        states = {} if teacher is None else {TEACHER: teacher.state_dict()}
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # whose own files hold all that is trained
             states[OBJECTIVE] = self.distiller.objective.state_dict()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"

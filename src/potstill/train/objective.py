@@ -48,10 +48,7 @@ class Objective(nn.Module):
         self.trained = nn.ModuleList()
 
     def fit(self, student: ModelShape, teacher: ModelShape | None) -> tuple[ActivationRequest, ActivationRequest]:
-        """Choose layers and widths for two models, make what is trained, and return what all terms read of each.
-
-        Args:
-            teacher: None where no term reads its layers.
+        """Choose layers and widths, make what is trained, and return the activations that all terms read of each model.
 
         Raises:
             UserError: a term cannot be computed for these models; the message begins with its place.
@@ -75,10 +72,9 @@ class Objective(nn.Module):
         return sum(value_at(term.weight, step) * means[name] for term, name in zip(self.terms, self.names, strict=True))
 
     def forward(self, signals: Signals) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the scalar loss, and every term's value without its weight, detached, for the logs.
+        """Compute the loss, and every term's value without its weight, detached; in evaluation also that of the labels.
 
-        In evaluation mode the logs hold the loss on the labels too, as cross_entropy or squared_error. The first Logits
-        and the first Labels share one pass through the student's head, whose products are most of the work.
+        The first Logits and the first Labels share one pass through the student's head, which is most of the work.
         """
         if self.needs_teacher and signals.teacher is None:  # held-out rows that the teacher does not cover
             held_out = Labels()(signals).detach()

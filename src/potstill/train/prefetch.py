@@ -41,11 +41,14 @@ class Prefetch:
         self._probed = False
 
     def prefetch(self, batches: Sequence[TeacherInput]) -> None:
-        """Announce the next batches, in order, in place of those announced before."""
+        """Announce the next batches, in place of those before; no batch ends the thread after its current one."""
         self._announced = [*batches]
         if self._running is not None and not self._skip_to(self._running[0]):
             self._running[1].cancel()
             self._running = None
+        if not batches and self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
         self._start_next()
 
     @disable_compile
@@ -63,13 +66,6 @@ class Prefetch:
                 output = self._receive(self._submit(batch, alignment), ids.device)
         self._start_next()
         return output
-
-    def close(self) -> None:
-        """Drop all announced batches, and end the thread after its current one."""
-        self.prefetch(())
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
 
     def _skip_to(self, ids: Tensor) -> bool:
         """Drop the announced batches up to the one with these ids; return whether it was announced."""

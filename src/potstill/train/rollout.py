@@ -1,4 +1,4 @@
-"""On-policy samples: the student generates a share of its own training rows."""
+"""On-policy samples: the student generates a share of its own training rows. The `rollout` part of a recipe."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.data.files import write_text
 from potstill.engines.decode import GeneratedTokens, Guide, eos_token_ids, generate_tokens
-from potstill.engines.sampling import Sampling
+from potstill.engines.sampling import Sampling, TokenSampling
 from potstill.errors import RecipeError, ShapeError, UserError
 from potstill.losses.alignment import IGNORE, SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
 from potstill.losses.declared import Range, Record
-from potstill.losses.schedule import Number, Share, value_at
+from potstill.losses.schedule import Number, Schedule, Share, for_run, value_at
 from potstill.train.samples import SampleStats
-from potstill.train.server_writer import ServedWriter
+from potstill.train.server_writer import ServedWriter, StudentServer
 
-Batch = dict[str, Tensor]
+Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,6 @@ class Replay(Record):
         size: number of samples that are kept, the latest.
         fresh: share of a step's on-policy rows that is newly generated; the others are kept ones.
         age: maximum number of optimiser steps since a sample was generated; none by default.
-
-    References:
-        Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.3.
     """
 
     size: Annotated[int, Range(ge=1)] = 1000
@@ -55,9 +52,6 @@ class Adapt(Record):
     Args:
         by: how much the share is raised.
         margin: nats by which the held-out loss must exceed that of the evaluation before.
-
-    References:
-        Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.3.
     """
 
     by: Annotated[float, Range(gt=0, le=1)] = 0.1
@@ -89,18 +83,16 @@ class Rollout:
         share: of a step's rows that are generated: 0 is data alone, 1 on-policy alone. The number of rows is rounded up
             or down at random, so that the mean over steps is exact. A step's first rows are replaced: of its batches at
             most one is mixed.
-        prompt_tokens: length of the prompt of plain text.
         limit: maximum number of tokens in a row, as both models allow; None for any.
         vocabulary: number of tokens that both models share; no other token is drawn.
         guide: teacher that takes part in sampling; see `teacher_mix` and `teacher_top_k`.
-        adapt: raise the share, beginning with `share`, when the held-out loss gets worse.
         seed: with the optimiser step and the rank it decides all random numbers.
-        batch_size: rows that are generated together, here.
         server: generates with the student's weights; None where the student generates here. `limit` is then also the
             server's, and there is no guide.
 
     References:
-        Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1.
+        Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1; Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section
+        3.3, for `replay` and `adapt`.
     """
 
     def __init__(
@@ -136,9 +128,7 @@ class Rollout:
     def share_at(self, step: int) -> float:
         return min(value_at(self._share, step) + self._raised, 1.0)
 
-    def __call__(
-        self, batches: Sequence[Mapping[str, Tensor]], student: nn.Module, *, step: int, rank: int = 0
-    ) -> list[Batch]:
+    def __call__(self, batches: Sequence[Batch], student: nn.Module, *, step: int, rank: int = 0) -> list[Batch]:
         """Replace a share of the rows of one optimiser step, counted from 0: input_ids, attention_mask and labels."""
         if self._server is not None and self.share_at(step) > 0:
             self._server.update(student, step, rank)
@@ -158,7 +148,7 @@ class Rollout:
         mixed: list[Batch] = []
         for batch in batches:
             rows = [*islice(numbers, len(batch["input_ids"]))]
-            made: Batch = dict(batch)
+            made = dict(batch)
             if not samples.keys().isdisjoint(rows):
                 made = collate([example(samples[i], data[i]) if i in samples else data[i] for i in rows])
             # The columns are there without on-policy rows too: all ranks must log the same names.
@@ -239,7 +229,7 @@ class Rollout:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"rollout-{rank}.json", json.dumps(state))
         if self._server is not None:
-            self._server.expire()
+            self._server.push_due = True
 
     def load(self, folder: Path, rank: int) -> None:
         """Load what `save` wrote, or raise UserError without it."""
@@ -332,3 +322,68 @@ def _column(samples: Sequence[OnPolicySample | None], name: str, like: Tensor) -
     values = [torch.tensor(column, dtype=torch.float32) for column in columns]
     padded = pad_sequence(values, batch_first=True, padding_value=torch.nan)
     return torch.nn.functional.pad(padded, (0, like.shape[1] - padded.shape[1]), value=torch.nan)
+
+
+@dataclass(frozen=True)
+class RolloutConfig(TokenSampling):
+    """The student generates a share of its training rows from their prompts, and the teacher scores them (GKD).
+
+    Args:
+        on_policy_fraction: of the rows of a step: 0 is data alone, 1 on-policy samples alone
+        max_new_tokens: maximum number of tokens that the student generates after a prompt
+        sampling_temperature: divides the logits for sampling; not the objective's temperature
+        prompt_tokens: the prompt of plain text: a row's first tokens, at most half
+        batch_size: samples that are generated together, without a server
+        teacher_mix: the teacher's share in the distribution that is sampled (MiniLLM: 0.2)
+        teacher_top_k: the teacher draws again what is not among its likeliest tokens (Speculative KD)
+        server: generates the samples; by default the student itself, in this process, between its steps
+        replay: train again on samples of earlier steps
+        adapt: raise the share when the held-out loss gets worse
+    """
+
+    on_policy_fraction: Share = 0.5
+    max_new_tokens: Annotated[int, Range(ge=1)] = 128
+    sampling_temperature: Annotated[float, Range(gt=0)] = 1.0
+    prompt_tokens: Annotated[int, Range(ge=1)] = 32
+    batch_size: Annotated[int, Range(ge=1)] = 64
+    teacher_mix: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    teacher_top_k: Annotated[int | None, Range(ge=1)] = None
+    server: StudentServer | None = None
+    replay: Replay | None = None
+    adapt: Adapt | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_mix and self.teacher_top_k is not None:
+            raise ShapeError("expected teacher_mix or teacher_top_k, got both")
+        if self.server is not None and self.guided:
+            key = "teacher_mix" if self.teacher_mix else "teacher_top_k"
+            raise ShapeError(f"expected {key} without server, got both. It needs the student's logits in this process")
+        if self.server is not None and self.batch_size != type(self).batch_size:
+            raise ShapeError("expected batch_size without server, got both. Set server.concurrency instead")
+        if self.adapt is not None and isinstance(self.on_policy_fraction, Schedule):
+            raise ShapeError("expected a number as the on_policy_fraction that adapts, got a schedule")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher takes part in sampling."""
+        return self.teacher_mix > 0 or self.teacher_top_k is not None
+
+    def build(
+        self, tokenizer: PreTrainedTokenizerBase, teacher: nn.Module | None, *, steps: int, **options: Any
+    ) -> Rollout:
+        """Build the rollout of a run; options are limit, vocabulary, seed and server of `Rollout`."""
+        guide = None
+        if self.guided:
+            assert teacher is not None
+            top_k, share = self.teacher_top_k, self.teacher_mix
+            guide = teacher_mix(teacher, share) if top_k is None else teacher_top_k(teacher, top_k)
+        options |= {"guide": guide, "adapt": self.adapt, "batch_size": self.batch_size}
+        return Rollout(
+            tokenizer,
+            Sampling(self.max_new_tokens, self.sampling_temperature, self.top_p, self.top_k),
+            share=for_run(self, steps).on_policy_fraction,
+            prompt_tokens=self.prompt_tokens,
+            replay=None if self.replay is None else for_run(self.replay, steps),
+            **options,
+        )

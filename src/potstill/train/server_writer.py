@@ -66,12 +66,12 @@ class ServedWriter:
         self._server, self._tokenizer, self._folder, self._max_staleness = server, tokenizer, folder, max_staleness
         self._weights: Path | None = None  # within the folder, which may hold other files
         self._sync = WeightSync(server, adapter=adapter)
-        self._push_due = True  # whatever the age of the weights on the server
+        self.push_due = True  # at the next step, whatever the age of the weights on the server
         self._just_pushed = False
 
     def update(self, student: nn.Module, step: int, rank: int = 0) -> None:
         """Push the student's weights if the server's are too old. Every rank calls this at every step."""
-        self._just_pushed = self._push_due or step - self.step > self._max_staleness
+        self._just_pushed = self.push_due or step - self.step > self._max_staleness
         if not self._just_pushed:
             return
         if rank == 0:
@@ -83,23 +83,19 @@ class ServedWriter:
         version = [self._sync.version]
         broadcast_object_list(version)  # other ranks wait here
         self._sync.version = version[0]
-        self.step, self._push_due = step, False
-
-    def expire(self) -> None:
-        """Push at the next step, whatever the weights' age: as a run that resumes from a checkpoint does."""
-        self._push_due = True
+        self.step, self.push_due = step, False
 
     def generate(
         self,
-        student: nn.Module,
-        prompts: Sequence[Sequence[int]],
+        student: Any,
+        prompts: list[list[int]],
         sampling: Sampling,
         *,
-        max_tokens: Sequence[int],
-        vocabulary: int | None = None,
+        max_tokens: list[int],
+        vocabulary: int | None,
     ) -> list[GeneratedTokens]:
         """Generate one continuation of each prompt from the first `vocabulary` tokens, as the student alone would."""
-        num_rows = student.get_output_embeddings().weight.shape[0]  # type: ignore[operator]  # of any transformers model
+        num_rows = student.get_output_embeddings().weight.shape[0]
         excluded = range(num_rows if vocabulary is None else vocabulary, num_rows)
         eos_ids = eos_token_ids(student, self._tokenizer.eos_token_id)
         outputs = self._sync.generate(prompts, sampling, eos_ids=eos_ids, max_tokens=max_tokens, excluded=excluded)

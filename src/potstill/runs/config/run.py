@@ -15,7 +15,7 @@ from potstill.runs.config.student import StudentPart
 from potstill.runs.config.teacher import RecipeTeacher
 from potstill.runs.config.training import TrainPart
 from potstill.train.objective import task_mistakes
-from potstill.train.rollout_config import RolloutConfig
+from potstill.train.rollout import RolloutConfig
 from potstill.train.terms import across, dense, layers, logits, policy, supervision  # noqa: F401  # kinds of terms
 from potstill.train.terms.term import Term
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -25,6 +26,15 @@ class AcrossTerm(Term):
 
     other_tokenizer = True
     tasks = frozenset({"causal"})  # chunks are of text that is read from left to right
+
+    def __call__(self, signals: Signals) -> Tensor:
+        assert signals.teacher is not None
+        assert signals.teacher.chunks is not None  # the Distiller checks it
+        return self.compare(signals, signals.teacher.chunks)
+
+    @abstractmethod
+    def compare(self, signals: Signals, across: AlignedChunks) -> Tensor:
+        """Compute the term's scalar."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,8 @@ class Chunks(AcrossTerm):
     biased: Literal["drop", "merge"] = "drop"
     name = "chunks"
 
-    def __call__(self, signals: Signals) -> Tensor:
+    def compare(self, signals: Signals, across: AlignedChunks) -> Tensor:
         """Sum over chunks, each with the mean weight of its tokens; divide by the target tokens."""
-        across = _byte_alignment(signals)
         chunk, num_chunks = self._compared(across)
         log_p = chunk_log_probs(across.log_probs, chunk, num_chunks)
         of_token = torch.cat([chunk, chunk.new_tensor([-1])])[across.student]  # -1 stays -1
@@ -107,8 +116,7 @@ class MappedLogits(AcrossTerm):
     top_k: Annotated[int, Range(ge=1)] = 256
     name = "mapped_logits"
 
-    def __call__(self, signals: Signals) -> Tensor:
-        across = _byte_alignment(signals)
+    def compare(self, signals: Signals, across: AlignedChunks) -> Tensor:
         student, teacher = (places[~across.spaced] for places in across.first())
         temperature = value_at(self.temperature, signals.step)
         targets = across.mapped(teacher, self.top_k, temperature)
@@ -133,20 +141,13 @@ class ULD(AcrossTerm):
     temperature: Temperature = 1.0
     name = "uld"
 
-    def __call__(self, signals: Signals) -> Tensor:
-        across = _byte_alignment(signals)
+    def compare(self, signals: Signals, across: AlignedChunks) -> Tensor:
         student, teacher = across.first()
         signals = _at(signals, student)
         logits = signals.student.dense()
         with torch.autocast(logits.device.type, enabled=False):
             temperature = value_at(self.temperature, signals.step)
             return signals.mean(sorted_distance(logits, across.logits(teacher), temperature=temperature))
-
-
-def _byte_alignment(signals: Signals) -> AlignedChunks:
-    assert signals.teacher is not None
-    assert signals.teacher.chunks is not None  # the Distiller checks it
-    return signals.teacher.chunks
 
 
 def _at(signals: Signals, places: Tensor) -> Signals:

@@ -1,8 +1,4 @@
-"""Terms over layers of student and teacher: hidden states, attention maps, relations.
-
-Each pairs layers by a `LayerMap`; only those layers are computed and kept. All are computed in float32, outside of the
-student's autocast.
-"""
+"""Terms over layers, in float32, outside of the student's autocast: hidden states, attention maps, relations."""
 
 from __future__ import annotations
 

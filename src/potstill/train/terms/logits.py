@@ -7,13 +7,12 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from potstill.losses import target_statistics as statistics
 from potstill.losses.alignment import DISTRIBUTION_TASKS, HEAD_TASKS
 from potstill.losses.declared import Range, in_words
 from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.fused_linear import FusedLoss
 from potstill.losses.schedule import Share, Temperature, Weight, value_at
-from potstill.losses.targets import Targets
+from potstill.losses.target_statistics import teacher_confidence, teacher_entropy, top_share, top_tokens
 from potstill.train.signals import Signals, Text, weighted
 from potstill.train.terms.term import Term
 
@@ -64,11 +63,14 @@ class Logits(Term):
         temperature = value_at(self.temperature, signals.step)
         factor = temperature**2
         assert signals.teacher is not None
-        targets = signals.teacher.targets
-        weights, only = self._token_weights(targets, signals.step), signals.only(self.text)
-        weights = only if weights is None else weighted(weights, only)
+        targets, weights = signals.teacher.targets, signals.only(self.text)
+        if self.tokens != "all":
+            values = teacher_entropy(targets) if self.tokens == "entropy" else teacher_confidence(targets)
+            if self.tokens != "confidence":
+                values = top_share(values, value_at(self.share, signals.step))
+            weights = weighted(values, weights)
         if self.top_k is not None:
-            targets = statistics.top_tokens(targets, self.top_k, temperature)
+            targets = top_tokens(targets, self.top_k, temperature)
         label_weight = None if label_weight is None else label_weight / factor
         loss = signals.compare(
             self.divergence, temperature=temperature, label_weight=label_weight, targets=targets, token_weights=weights
@@ -76,22 +78,15 @@ class Logits(Term):
         assert loss.divergence is not None
         return FusedLoss(factor * loss.loss, factor * weighted(loss.divergence, weights), loss.cross_entropy)
 
-    def _token_weights(self, targets: Targets, step: int) -> Tensor | None:
-        if self.tokens == "all":
-            return None
-        if self.tokens == "entropy":
-            return statistics.top_share(statistics.teacher_entropy(targets), value_at(self.share, step))
-        confidence = statistics.teacher_confidence(targets)
-        return (
-            confidence if self.tokens == "confidence" else statistics.top_share(confidence, value_at(self.share, step))
-        )
-
 
 @dataclass(frozen=True)
 class Labels(Term):
     """Cross-entropy with the data's tokens or classes; the squared error for regression.
 
     On-policy samples contribute nothing.
+
+    Args:
+        weight: >= 0.
     """
 
     weight: Weight = 1.0

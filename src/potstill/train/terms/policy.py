@@ -92,17 +92,20 @@ class PolicyGradient(Term):
 
     def _advantages(self, rewards: Tensor, sampled: SampledTokens) -> Tensor:
         """Compute A_t [N], from the last token of each row to its first."""
-        grid, places = _by_row(rewards, sampled.rows)
-        present, _ = _by_row(sampled.tokens.to(rewards.dtype), sampled.rows)
-        values = torch.stack([grid, present])  # sums of rewards, and the weights that they have in them
-        sums, total = torch.zeros_like(values), torch.zeros_like(values[..., 0])
-        for t in reversed(range(grid.shape[1])):
+        _, row, counts = torch.unique_consecutive(sampled.rows, return_inverse=True, return_counts=True)
+        length = int(counts.max())
+        column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        places = row * length + column  # in the grid of rows and their tokens, padded with zeros
+        values = torch.stack([rewards, sampled.tokens.to(rewards.dtype)])  # the rewards, and their weights in each sum
+        grid = values.new_zeros(2, len(counts) * length).index_copy(1, places, values).view(2, -1, length)
+        sums, total = torch.zeros_like(grid), torch.zeros_like(grid[..., 0])
+        for t in reversed(range(length)):
             later = self.discount * total
-            total = values[..., t] + later
+            total = grid[..., t] + later
             sums[..., t] = later if self.single_step else total
-        returns, counts = sums
+        returns, lengths = sums
         if self.length_normalization:
-            returns = returns / counts.clamp_min(torch.finfo(counts.dtype).tiny)
+            returns = returns / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
         advantages = returns.flatten()[places]
         if not self.whiten or int(sampled.tokens.sum()) < 2:
             return advantages
@@ -143,12 +146,3 @@ def student_log_probs(student: HeadTargets | DenseTargets, labels: Tensor) -> Te
         return -linear_cross_entropy(student.hidden, student.head, labels, reduction="none").loss
     with torch.autocast(student.logits.device.type, enabled=False):
         return -token_cross_entropy(student.logits, labels)
-
-
-def _by_row(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Arrange values [N] as [R, L], padded with zeros, and return the index [N] of each in the flattened grid."""
-    _, row, counts = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
-    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[row]
-    length = int(counts.max())
-    where = row * length + place
-    return values.new_zeros(len(counts) * length).index_copy(0, where, values).view(-1, length), where
