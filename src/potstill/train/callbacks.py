@@ -72,6 +72,7 @@ class _RunFile(TrainerCallback):
             lines, step = logged_lines(self.path), state.global_step
             kept = [line for line in lines if line["run"] != self.run or line["step"] <= step]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._start = time.monotonic() - seconds_of(kept, self.run)  # without the time between two processes
 
     def append(self, step: int, values: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -80,13 +81,6 @@ class _RunFile(TrainerCallback):
 
 class MetricsFile(_RunFile):
     """Appends every log line: {"run", "step", "seconds", ...}."""
-
-    _start = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if state.is_world_process_zero:
-            self._start = time.monotonic() - seconds_of(logged_lines(self.path), self.run)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
@@ -123,4 +117,4 @@ def logged_lines(path: Path) -> list[dict[str, Any]]:
 
 def seconds_of(lines: list[dict[str, Any]], run: str) -> float:
     """How long a run has trained, by its last line."""
-    return max((line["seconds"] for line in lines if line["run"] == run), default=0.0)
+    return max((line.get("seconds", 0.0) for line in lines if line["run"] == run), default=0.0)

@@ -40,12 +40,9 @@ class LayerTerm(Term):
     _: KW_ONLY
     weight: Weight = 1.0
     reads_layers = True
+    over: ClassVar[Literal["target", "attended"]] = "attended"
     activations: ClassVar[Literal["hidden", "attentions", "vectors"]] = "hidden"  # what is read of each layer
     trained_as: ClassVar[str] = "trained"  # the name in checkpoints of what `make_trained` returns
-
-    @property
-    def over(self) -> Literal["target", "attended"]:
-        return "attended"
 
     def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
         pairs = self.layers.pairs(student.layers, teacher.layers)
@@ -112,7 +109,7 @@ class Hidden(LayerTerm):
             raise ShapeError(f"Hidden: expected no projection with {other}, got {self.projection!r}.")
 
     @property
-    def over(self) -> Literal["target", "attended"]:
+    def over(self) -> Literal["target", "attended"]:  # type: ignore[override]
         return "target" if self.distance == "cka" else "attended"
 
     def task_mistake(self, task: Task) -> str | None:

@@ -47,7 +47,7 @@ class Logits(Term):
     tasks = DISTRIBUTION_TASKS
 
     @property
-    def needs_samples(self) -> bool:
+    def needs_samples(self) -> bool:  # type: ignore[override]
         return self.text == "own"
 
     def describe(self) -> str:

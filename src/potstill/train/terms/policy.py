@@ -61,7 +61,7 @@ class PolicyGradient(Term):
     tasks = frozenset({"causal"})
 
     @property
-    def needs_sampler(self) -> bool:
+    def needs_sampler(self) -> bool:  # type: ignore[override]
         return self.importance
 
     def __call__(self, signals: Signals) -> Tensor:

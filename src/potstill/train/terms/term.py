@@ -43,22 +43,10 @@ class Term(Declared):
     reads_layers: ClassVar[bool] = False  # whether it reads activations of layers; see `fit`
     other_tokenizer: ClassVar[bool] = False  # whether it takes a teacher with another tokenizer, and no other teacher
     tasks: ClassVar[frozenset[Task]] = TASKS  # for which it is defined
+    over: ClassVar[Literal["target", "attended"]] = "target"  # positions that its mean is over
+    needs_samples: ClassVar[bool] = False  # whether it is defined on on-policy samples alone
+    needs_sampler: ClassVar[bool] = False  # whether it needs the log-probabilities under which samples were drawn
     weight: Weight
-
-    @property
-    def over(self) -> Literal["target", "attended"]:
-        """Positions that its mean is over: target positions, or all attended ones."""
-        return "target"
-
-    @property
-    def needs_samples(self) -> bool:
-        """Whether it is defined on on-policy samples alone."""
-        return False
-
-    @property
-    def needs_sampler(self) -> bool:
-        """Whether it needs the log-probabilities under which samples were drawn."""
-        return False
 
     def task_mistake(self, task: Task) -> str | None:
         """Explain why the term is not defined for a task, behind its key; None where it is."""
