@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,12 @@ def test_hidden_states_and_relations_line_up_with_the_teachers(kind: str, tokeni
     batch, terms = make_batch(), [Hidden(LayerMap.uniform()), Relations(LayerMap.uniform())]
     words = tokenizer(WORDS)["input_ids"][:3]
     student = adapt(made(), ADAPTERS[kind], tokenizer=tokenizer)
-    found = Distiller(student, made(), terms)._captured(lambda: student(**inputs(batch)))[1].last(12)
+    distiller = Distiller(student, made(), terms)
+    found = distiller._capture.capture(distiller._request, lambda: student(**inputs(batch)))[1].last(12)
     with student.disable_adapter():
         distiller = Distiller(student, made(), terms)
-        expected = distiller._captured(lambda: student(**inputs(behind(words, batch))))[1].last(12)
+        read = partial(student, **inputs(behind(words, batch)))
+        expected = distiller._capture.capture(distiller._request, read)[1].last(12)
     for layer in expected.hidden:
         torch.testing.assert_close(found.hidden[layer], expected.hidden[layer], rtol=1e-4, atol=1e-4)
     for layer, vectors in expected.vectors.items():

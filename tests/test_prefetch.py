@@ -23,7 +23,7 @@ from potstill.runs.run import run
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
 from potstill.train.distiller import Distiller
-from potstill.train.prefetch import Peekable, tensors_of
+from potstill.train.prefetch import tensors_of
 from potstill.train.terms.logits import Logits
 from test_trainer import losses, trainer, weights
 
@@ -142,13 +142,6 @@ def test_a_recipe_asks_for_it(recipe_values: dict[str, Any]) -> None:
         results.append(run(Recipe.parse(values), console=Console(quiet=True)).summary["rows"]["student"])
     measured = ("loss", "kl", "agreement")
     assert [results[0][name] for name in measured] == [results[1][name] for name in measured]
-
-
-def test_peeking_loses_nothing() -> None:
-    peek = Peekable(iter("abc"))
-    assert peek.peek() == ["a"] == peek.peek()
-    assert next(peek) == "a" and next(peek) == "b"
-    assert peek.peek() == ["c"] and list(peek) == ["c"] and peek.peek() == []
 
 
 def test_all_tensors_of_an_answer_are_found() -> None:

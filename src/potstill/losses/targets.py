@@ -111,7 +111,7 @@ class DenseTargets(_PositionTargets):
     def dense(self, temperature: float = 1.0) -> Tensor:
         return self.logits
 
-    def rows(self, part: slice) -> DenseTargets:
+    def rows(self, part: slice | Tensor) -> DenseTargets:
         return DenseTargets(self.logits[part])
 
     def slice(self, size: int) -> DenseTargets:
@@ -138,7 +138,7 @@ class HeadTargets(_PositionTargets):
     def dense(self, temperature: float = 1.0) -> Tensor:
         return self.head.logits(self.hidden)
 
-    def rows(self, part: slice) -> HeadTargets:
+    def rows(self, part: slice | Tensor) -> HeadTargets:
         return HeadTargets(self.hidden[part], self.head)
 
     def slice(self, size: int) -> HeadTargets:

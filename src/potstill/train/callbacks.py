@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +18,31 @@ from potstill.train.rollout import Rollout
 from potstill.train.samples import collapse_warning
 
 
-class SetEpoch(TrainerCallback):
-    """Sets a dataset's epoch: accelerate does not where samplers are wrapped, on several ranks and on resuming."""
+class FollowTraining(TrainerCallback):
+    """Updates a teacher after every optimiser step, before checkpoints are written, and sets a dataset's epoch.
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    accelerate does not set it where samplers are wrapped, on several ranks and on resuming.
+    """
+
+    def __init__(self, teacher: Teacher | None, dataset: Any) -> None:
+        self.teacher, self.dataset = teacher, dataset
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """state.epoch is a fraction where a run resumes within an epoch."""
-        self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
-
-
-class UpdateTeacher(TrainerCallback):
-    """Updates a teacher after every optimiser step, before checkpoints are written."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))  # a fraction where a run resumes within an epoch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.teacher.after_step(state.global_step)
+        if self.teacher is not None:
+            self.teacher.after_step(state.global_step)
 
 
 class ProgressBar(TrainerCallback):
     """One line on the terminal: steps, last loss, time left."""
 
     def __init__(self, title: str, console: Console) -> None:
-        self.progress = Progress(
-            TextColumn("[bold]{task.description:<9}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        description, loss = TextColumn("[bold]{task.description:<9}"), TextColumn("loss {task.fields[loss]}")
+        times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        self.progress = Progress(description, BarColumn(), MofNCompleteColumn(), loss, *times, console=console)
         self.task = self.progress.add_task(title, loss="-", start=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,10 +69,10 @@ class _RunFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            lines = [
-                line for line in logged_lines(self.path) if line["run"] != self.run or line["step"] <= state.global_step
-            ]
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            lines, step = logged_lines(self.path), state.global_step
+            kept = [line for line in lines if line["run"] != self.run or line["step"] <= step]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._start = time.monotonic() - seconds_of(kept, self.run)  # without the time between two processes
 
     def append(self, step: int, values: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -90,15 +81,6 @@ class _RunFile(TrainerCallback):
 
 class MetricsFile(_RunFile):
     """Appends every log line: {"run", "step", "seconds", ...}."""
-
-    def __init__(self, path: Path, run: str) -> None:
-        super().__init__(path, run)
-        self._start = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if state.is_world_process_zero:
-            self._start = time.monotonic() - seconds_of(logged_lines(self.path), self.run)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
@@ -110,8 +92,7 @@ class SamplesFile(_RunFile):
 
     def __init__(self, path: Path, run: str, rollout: Rollout, console: Console) -> None:
         super().__init__(path, run)
-        self.rollout, self.console = rollout, console
-        self._warned = False
+        self.rollout, self.console, self._warned = rollout, console, False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "own_share" not in logs:
@@ -128,14 +109,12 @@ class SamplesFile(_RunFile):
 def logged_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON Lines file, without a last line that a kill cut off."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
+    with suppress(ValueError):
+        for text in path.read_text().splitlines() if path.exists() else ():
             lines.append(json.loads(text))
-        except ValueError:
-            break
     return lines
 
 
 def seconds_of(lines: list[dict[str, Any]], run: str) -> float:
     """How long a run has trained, by its last line."""
-    return max((line["seconds"] for line in lines if line["run"] == run), default=0.0)
+    return max((line.get("seconds", 0.0) for line in lines if line["run"] == run), default=0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,27 +10,25 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from potstill.errors import ShapeError, VocabularyError
-from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS, Alignment, Task, align, attended_positions
+from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS, Task, align, attended_positions
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
 from potstill.models.split import forward_targets, split_model
 from potstill.teachers.model import ModelTeacher
-from potstill.teachers.teacher import Teacher, TeacherOutput
+from potstill.teachers.teacher import Teacher
 from potstill.train.objective import Objective, task_mistakes
 from potstill.train.prefetch import Prefetch
 from potstill.train.signals import SampledTokens, Signals
 from potstill.train.terms.term import Term
 
+Batch = Mapping[str, Tensor]
+Normalizer = Tensor | float | None
+
 
 class StepOutput(NamedTuple):
-    """Result of one step.
+    """Result of one step. In evaluation mode the logs also have cross_entropy or squared_error."""
 
-    Args:
-        loss: scalar with gradient.
-        logs: every term's value without its weight, detached; in evaluation mode also cross_entropy or squared_error.
-    """
-
-    loss: Tensor
-    logs: dict[str, Tensor]
+    loss: Tensor  # scalar with gradient
+    logs: dict[str, Tensor]  # every term's value without its weight, detached
 
 
 class Distiller(nn.Module):
@@ -41,9 +39,7 @@ class Distiller(nn.Module):
     gives whole logits.
 
     Args:
-        student: a transformers model for the task.
         teacher: a `Teacher`, or a model, which becomes a `ModelTeacher`; None where no term needs one.
-        objective: an `Objective`, or a list of its terms.
         vocabulary: number of tokens that teacher and student share. Both heads are sliced to it before the softmax, so
             that rows of padding do not count.
         task: what both models predict, which defines the labels; see `potstill.losses.alignment.Task`.
@@ -75,43 +71,30 @@ class Distiller(nn.Module):
         prefetch: bool = False,
     ) -> None:
         super().__init__()
-        self.student = student
-        self.task = task
+        self.student, self.vocabulary, self.task = student, vocabulary, task
         self.objective = objective if isinstance(objective, Objective) else Objective(objective)
         for mistake in task_mistakes(self.objective.terms, task):
             raise ShapeError(mistake)
-        self.vocabulary = vocabulary
-        # In a tuple, so that torch does not register the teacher as a submodule.
-        self._teacher = (ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher,)
+        self.teacher = ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher  # not a submodule
         self._steps = 0
         # The trainer switches the teacher off for held-out rows that it does not cover.
         self.uses_teacher = self.objective.needs_teacher
-        if self.objective.needs_teacher and self.teacher is None:
-            name = next(term.name for term in self.objective.terms if term.needs_teacher)
-            raise ShapeError(f"Distiller: expected a teacher for the term {name}, got None.")
-        self._check_tokenizers()
+        self._check_teacher()
+        self._prefetch: Prefetch | None = None
         if self.teacher is not None:
             self.teacher.attach(student)
-        self._prefetch = Prefetch(self.teacher) if prefetch and self.teacher is not None else None
+            self._prefetch = Prefetch(self.teacher) if prefetch else None
         self._request = ActivationRequest()
         if self.objective.reads_layers:
             self._capture = ActivationCapture(student)
-            teacher_shape = None
-            if self.objective.reads_teacher_layers:
-                assert self.teacher is not None
-                teacher_shape = self.teacher.shape
-            self._request, of_teacher = self.objective.fit(self._capture.shape, teacher_shape)
+            shape = self.teacher.shape if self.teacher is not None and self.objective.reads_teacher_layers else None
+            self._request, of_teacher = self.objective.fit(self._capture.shape, shape)
             self._capture.prepare(self._request)
             if self.teacher is not None:
                 self.teacher.prepare(of_teacher)
         self.split = split_model(student)  # here, before wrappers of the Distiller shard the weights
 
-    @property
-    def teacher(self) -> Teacher | None:
-        """The teacher, if there is one."""
-        return self._teacher[0]
-
-    def step(self, batch: Mapping[str, Tensor], *, normalizer: Tensor | float | None = None) -> StepOutput:
+    def step(self, batch: Batch, *, normalizer: Normalizer = None) -> StepOutput:
         """Compute the loss of a batch in your own training loop: call `loss.backward()` on it.
 
         In training mode each call counts as one optimiser step for schedules and for teachers that follow the student.
@@ -123,7 +106,6 @@ class Distiller(nn.Module):
             batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 is ignored. For
                 sequence-level tasks labels are [B]. `weights`, if present, has the shape of labels and weighs each
                 target in every mean over tokens.
-            normalizer: see `forward`.
         """
         if self.training and self._steps and self.teacher is not None:
             self.teacher.after_step(self._steps)
@@ -132,32 +114,36 @@ class Distiller(nn.Module):
         return output
 
     def forward(
-        self,
-        batch: Mapping[str, Tensor],
-        normalizer: Tensor | float | None = None,
-        at: int = 0,
-        attended_normalizer: Tensor | float | None = None,
+        self, batch: Batch, normalizer: Normalizer = None, at: int = 0, attended_normalizer: Normalizer = None
     ) -> StepOutput:
-        """Compute the loss of a batch.
+        """Compute the loss of a batch; see `step`.
 
         Args:
-            batch: see `step`.
             normalizer: number of target tokens in the whole optimiser step, or the sum of their weights; by default of
                 this batch.
             at: optimiser step, for the schedules.
             attended_normalizer: number of attended positions in the whole optimiser step, for terms over layers.
         """
         alignment = align(batch["labels"], self.task, batch.get("weights"))
-        student, inside = self._captured(partial(forward_targets, self.student, self.split, batch, alignment))
+        run = partial(forward_targets, self.student, self.split, batch, alignment)
+        student, inside = self._capture.capture(self._request, run) if self._request else (run(), Activations())
         inside = inside.last(batch["input_ids"].shape[1])
-        teacher = self._teacher_output(batch, alignment) if self.uses_teacher else None
+        teacher = None
+        if self.uses_teacher and self.teacher is not None:
+            teacher = (self._prefetch or self.teacher)(batch, alignment)
+            if self.training:
+                self.teacher.update(teacher)
         if self.vocabulary is not None:
             student = student.slice(self.vocabulary)
+            if teacher is not None and teacher.chunks is None:
+                teacher = replace(teacher, targets=teacher.targets.slice(self.vocabulary))
         positions = attended_positions(batch, self.task) if self._request else None
-        signals = Signals(
-            *(student, alignment.labels, teacher, normalizer, at, inside, positions, attended_normalizer, alignment),
-            sampled=_sampled(batch, alignment),
-        )
+        sampled = None
+        if STUDENT_LOG_PROBS in batch:
+            log_probs, of_sampler = (alignment.select_labels(batch[x]) for x in (STUDENT_LOG_PROBS, SAMPLER_LOG_PROBS))
+            sampled = SampledTokens(~log_probs.isnan(), alignment.row, log_probs, of_sampler)
+        layers = (inside, positions, attended_normalizer)
+        signals = Signals(student, alignment.labels, teacher, normalizer, at, *layers, alignment, sampled)
         return StepOutput(*self.objective(signals))
 
     @property
@@ -165,42 +151,26 @@ class Distiller(nn.Module):
         """Whether the teacher runs one batch ahead."""
         return self._prefetch is not None and self.uses_teacher
 
-    def prefetch(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def prefetch(self, batches: Sequence[Batch]) -> None:
         """Announce the next batches in order, so that the teacher runs on them ahead; an empty sequence ends it.
 
         A batch is recognised by its own input_ids tensor. The teacher runs at once on any other batch.
         """
-        if self._prefetch is None:
-            return
-        if batches:
+        if self._prefetch is not None:
             self._prefetch.prefetch([(batch, align(batch["labels"], self.task)) for batch in batches])
-        else:
-            self._prefetch.close()
 
-    def _captured(self, call: Callable[[], Any]) -> tuple[Any, Activations]:
-        return self._capture.capture(self._request, call) if self._request else (call(), Activations())
-
-    def _teacher_output(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        assert self.teacher is not None
-        output = (self._prefetch or self.teacher)(batch, alignment)
-        if self.training:
-            self.teacher.update(output)
-        if self.vocabulary is None or output.chunks is not None:
-            return output
-        return replace(output, targets=output.targets.slice(self.vocabulary))
-
-    def _check_tokenizers(self) -> None:
-        """Check that every term compares tokens with a teacher of the same tokenizer, or bytes with one of another."""
-        if self.teacher is None:
-            return
-        for term in self.objective.terms:
-            if term.needs_teacher and term.other_tokenizer != self.teacher.other_tokenizer:
-                kind = type(self.teacher).__name__
-                if term.other_tokenizer:
-                    raise VocabularyError(
-                        f"Distiller: expected a CrossTokenizerTeacher for the term {term.name}, got {kind}. "
-                        "Wrap the teacher in one; the tokenizers may be the same."
-                    )
+    def _check_teacher(self) -> None:
+        """Check that each term has its teacher: of the same tokenizer, or of another where it compares bytes."""
+        for term in (term for term in self.objective.terms if term.needs_teacher):
+            if self.teacher is None:
+                raise ShapeError(f"Distiller: expected a teacher for the term {term.name}, got None.")
+            kind = type(self.teacher).__name__
+            if term.other_tokenizer and not self.teacher.other_tokenizer:
+                raise VocabularyError(
+                    f"Distiller: expected a CrossTokenizerTeacher for the term {term.name}, got {kind}. "
+                    "Wrap the teacher in one; the tokenizers may be the same."
+                )
+            if self.teacher.other_tokenizer and not term.other_tokenizer:
                 raise VocabularyError(
                     f"Distiller: expected terms over bytes with {kind}, got {term.name}. Use chunks, mapped_logits or "
                     "uld, and labels."
@@ -210,11 +180,9 @@ class Distiller(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The student's config."""
         return self.student.config
 
     def get_input_embeddings(self) -> nn.Module:
-        """The student's input embeddings."""
         return self.student.get_input_embeddings()  # type: ignore[operator]
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -222,12 +190,10 @@ class Distiller(nn.Module):
         return self.student.get_output_embeddings()  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute the student's activations in the backward pass."""
         self._let_gradients_through()
         self.student.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
 
-    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute the student's activations in the backward pass (the newer name)."""
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:  # the newer name
         self._let_gradients_through()
         self.student.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
 
@@ -235,11 +201,3 @@ class Distiller(nn.Module):
         """Give inputs a gradient: reentrant checkpointing needs one, and under an adapter embeddings have none."""
         if not any(parameter.requires_grad for parameter in self.get_input_embeddings().parameters()):
             self.student.enable_input_require_grads()  # type: ignore[operator]
-
-
-def _sampled(batch: Mapping[str, Tensor], alignment: Alignment) -> SampledTokens | None:
-    """Find the target tokens that a `Rollout` sampled."""
-    if STUDENT_LOG_PROBS not in batch:
-        return None
-    log_probs, sampler = (alignment.select_labels(batch[name]) for name in (STUDENT_LOG_PROBS, SAMPLER_LOG_PROBS))
-    return SampledTokens(~log_probs.isnan(), alignment.row, log_probs, sampler)

@@ -11,63 +11,86 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer, TrainingArguments
 
-from potstill.errors import DivergedError, UserError
+from potstill.errors import DivergedError
 from potstill.losses.alignment import align, attended_positions, target_positions
 from potstill.models.adapted import is_adapted, save_student
 from potstill.models.loading import load_adapter
-from potstill.train.checkpoints import TEACHER, last_checkpoint, restore_teacher
-from potstill.train.distiller import Distiller
-from potstill.train.prefetch import Peekable
-from potstill.train.rollout import Rollout, gather_weights
+from potstill.train.checkpoints import TEACHER, last_checkpoint, restore, restore_teacher
+from potstill.train.distiller import Distiller, StepOutput
+from potstill.train.rollout import Rollout
 from potstill.train.signals import or_one
 
 OBJECTIVE = "objective.safetensors"  # in a checkpoint: parameters of the objective
 
 
-def use_one_device(args: TrainingArguments) -> None:
-    """Turn nn.DataParallel off, which would copy the teacher in every step; several GPUs need torchrun."""
-    if args.n_gpu > 1:
-        args._n_gpu = 1
+class LogSums:
+    """Named sums over batches, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: Tensor | None = None
+
+    def add(self, values: Mapping[str, Tensor], counts: Tensor | None = None) -> None:
+        """Add one batch; counts [2] are its target tokens and its attended positions."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if counts is not None:
+            self._counts = counts if self._counts is None else self._counts + counts
+
+    def totals(self, accelerator: Any) -> dict[str, float]:
+        return {name: float(accelerator.reduce(value)) for name, value in self._sums.items()}
+
+    def means(self, accelerator: Any, over: Mapping[str, str]) -> dict[str, float]:
+        """The sums over all ranks, each divided by its count over all ranks: tokens, unless `over` says attended."""
+        if self._counts is None:
+            return {}
+        tokens, positions = or_one(accelerator.reduce(self._counts)).tolist()
+        totals = self.totals(accelerator)
+        return {name: total / (positions if over.get(name) == "attended" else tokens) for name, total in totals.items()}
 
 
 class StudentTrainer(Trainer):
     """transformers.Trainer whose batches hold on-policy samples and whose checkpoints hold the plain student."""
 
-    distiller: Distiller
     rollout: Rollout | None = None
     loss_is_scaled_for_ga = True  # what `compute_loss` returns needs no division by accumulation steps
 
     _generator: nn.Module | None = None  # a copy of a sharded student, to generate with
-    _upcoming: Peekable[Any] | None = None
+    _following: tuple[Iterator[Any] | None, list[Any]] = (None, [])  # the next batch, and the iterator that gave it
     _attended: Tensor | None = None  # attended positions of the optimiser step
-    _micro_step = 0
-    _steps_since_log = 0
+    _micro_step = _steps_since_log = 0
+
+    def __init__(self, distiller: Distiller, args: TrainingArguments, **kwargs: Any) -> None:
+        self.distiller = distiller
+        self._train_sums, self._eval_sums = LogSums(), LogSums()
+        if args.n_gpu > 1:  # several GPUs need torchrun: nn.DataParallel would copy the teacher in every step
+            args._n_gpu = 1
+        super().__init__(model=distiller, args=args, **kwargs)
 
     # The batches of one optimiser step, and what their loss is divided by.
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Take the batches of one optimiser step, mix in on-policy samples, announce them for prefetching, count."""
-        prefetches, source = self.distiller.prefetches, epoch_iterator
-        if prefetches:
-            if self._upcoming is None or self._upcoming.source is not epoch_iterator:
-                self._upcoming = Peekable(epoch_iterator)
-            source = self._upcoming
-        batches = list(islice(source, num_batches))
+        source, following = self._following
+        batches = following if source is epoch_iterator else []
+        batches, following = [*batches, *islice(epoch_iterator, num_batches - len(batches))], []
+        if self.rollout is None and self.distiller.prefetches:  # on-policy samples of the next step are not known yet
+            following = [*islice(epoch_iterator, 1)]
+        self._following = epoch_iterator, following
         if self.rollout is not None and batches:
             with self.accelerator.autocast():
                 student = self.distiller.student
                 if self._generator is not None:
-                    student = gather_weights(self._generator, self.model_wrapped)
+                    student, options = self._generator, StateDictOptions(full_state_dict=True)
+                    student.load_state_dict(_of_student(get_model_state_dict(self.model_wrapped, options=options)))
                 batches = self.rollout(batches, student, step=self.state.global_step, rank=self.args.process_index)
-        if prefetches and self._upcoming is not None:
-            # The next step's on-policy samples are not known yet.
-            following = [] if self.rollout is not None else self._upcoming.peek()
+        if self.distiller.prefetches:
             self.distiller.prefetch([*batches, *following])
         return batches, self._get_num_items_in_batch(batches, device)
 
@@ -86,16 +109,18 @@ class StudentTrainer(Trainer):
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """[2]: the target tokens of a batch, or the sum of their weights, and its attended positions."""
         task = self.distiller.task
-        tokens = target_positions(batch["labels"], task).sum()
-        weights = None if "weights" not in batch else align(batch["labels"], task, batch["weights"]).weights
-        if weights is not None:
-            tokens = weights.sum()
+        weights = align(batch["labels"], task, batch["weights"]).weights if "weights" in batch else None
+        tokens = target_positions(batch["labels"], task).sum() if weights is None else weights.sum()
         return torch.stack([tokens, attended_positions(batch, task).sum().to(tokens)])
 
-    def prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch on the trainer's device."""
-        prepared: dict[str, Any] = self._prepare_inputs(inputs)
-        return prepared
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """Compute the loss of a held-out batch; its sums are kept for `evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output: StepOutput = model(inputs, normalizer=1.0, at=self.state.global_step, attended_normalizer=1.0)
+        counts = self.counts(inputs)
+        self._eval_sums.add(output.logs, counts)
+        return output.loss.detach() / counts.max().clamp_min(1), None, None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that was killed between its last checkpoint and its end would take one step more.
@@ -118,7 +143,7 @@ class StudentTrainer(Trainer):
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 self.raise_diverged(f"a NaN or infinite weight in {name} before checkpoint {self.state.global_step}")
         teacher = self.distiller.teacher
-        states = {TEACHER: {} if teacher is None else teacher.state_dict()}
+        states = {} if teacher is None else {TEACHER: teacher.state_dict()}
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # whose own files hold all that is trained
             states[OBJECTIVE] = self.distiller.objective.state_dict()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -135,7 +160,7 @@ class StudentTrainer(Trainer):
         if not self.args.should_save:
             return
         if state_dict is not None:
-            state_dict = {name[8:]: value for name, value in state_dict.items() if name.startswith("student.")}
+            state_dict = _of_student(state_dict)
         save_student(self.distiller.student, folder, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -152,14 +177,13 @@ class StudentTrainer(Trainer):
             load_adapter(student, folder)
         else:
             student.load_state_dict(type(student).from_pretrained(folder, dtype=student.dtype).state_dict())
-        objective = self.distiller.objective
-        if objective.state_dict():
-            if not (folder / OBJECTIVE).exists():
-                raise UserError(
-                    f"train: expected {OBJECTIVE} in {folder}, got none. The objective trains projections, which this "
-                    "checkpoint does not have."
-                )
-            objective.load_state_dict(load_file(folder / OBJECTIVE))
+        advice = ". The objective trains projections, which this checkpoint does not have."
+        restore(self.distiller.objective, folder / OBJECTIVE, advice)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _of_student(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The student's part of a Distiller's state."""
+    return {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}

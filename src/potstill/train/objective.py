@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -15,24 +15,19 @@ from potstill.models.capture import ActivationRequest
 from potstill.models.structure import ModelShape
 from potstill.train.signals import Signals
 from potstill.train.terms.logits import Labels, Logits
-from potstill.train.terms.term import FittedTerm, Term
+from potstill.train.terms.term import Term
 
-# Limit on the labels' weight over the logits' where both go through the head together: their gradient may be in half
-# precision before it is weighted, and must stay within its range.
+# Of the labels' weight to the logits' where both go through the head together: their gradient may be in half precision
+# before it is weighted, and must stay within its range.
 MAX_LABEL_WEIGHT_RATIO = 10.0
-
 # Logs of on-policy samples and of data: sums over such tokens, and their number, both divided by all target tokens.
-OWN_TOKENS, DATA_TOKENS = "own_tokens", "data_tokens"
-OF_TEXT = {"_own": OWN_TOKENS, "_data": DATA_TOKENS}
+OF_TEXT = {"_own": "own_tokens", "_data": "data_tokens"}
 
 
 class Objective(nn.Module):
     """Weighted sum of terms.
 
     A module, so that what a term trains beside the student is optimised, moved and saved with it.
-
-    Args:
-        terms: at least one.
 
     Raises:
         ShapeError: there is no term.
@@ -49,33 +44,25 @@ class Objective(nn.Module):
         self.needs_teacher = any(term.needs_teacher for term in terms)
         self.reads_layers = any(term.reads_layers for term in terms)
         self.reads_teacher_layers = any(term.reads_layers and term.needs_teacher for term in terms)
-        self.fitted = [FittedTerm(term) for term in terms]
+        self.computations: list[Callable[[Signals], Tensor]] = list(terms)
         self.trained = nn.ModuleList()
 
     def fit(self, student: ModelShape, teacher: ModelShape | None) -> tuple[ActivationRequest, ActivationRequest]:
-        """Choose layers and widths for two models, and make what is trained with the student.
-
-        Args:
-            student: the student's shape.
-            teacher: the teacher's; None where no term reads its layers.
-
-        Returns:
-            The activations that all terms together read of the student, and of the teacher.
+        """Choose layers and widths, make what is trained, and return the activations that all terms read of each model.
 
         Raises:
             UserError: a term cannot be computed for these models; the message begins with its place.
         """
         of_student, of_teacher = ActivationRequest(), ActivationRequest()
-        self.fitted = []
+        self.computations = []
         for place, term in enumerate(self.terms):
             try:
                 fitted = term.fit(student, teacher if term.needs_teacher and teacher else student)
             except UserError as error:
                 raise type(error)(f"objective.{place}: {error}") from None
-            self.fitted.append(fitted)
+            self.computations.append(fitted.compute)
             of_student, of_teacher = of_student | fitted.student, of_teacher | fitted.teacher
-        computations = (fitted.compute for fitted in self.fitted)
-        self.trained = nn.ModuleList(compute for compute in computations if isinstance(compute, nn.Module))
+        self.trained = nn.ModuleList(compute for compute in self.computations if isinstance(compute, nn.Module))
         return of_student, of_teacher
 
     def total(self, means: Mapping[str, float], step: int) -> float:
@@ -85,10 +72,9 @@ class Objective(nn.Module):
         return sum(value_at(term.weight, step) * means[name] for term, name in zip(self.terms, self.names, strict=True))
 
     def forward(self, signals: Signals) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the scalar loss, and every term's value without its weight, detached, for the logs.
+        """Compute the loss, and every term's value without its weight, detached; in evaluation also that of the labels.
 
-        In evaluation mode the logs hold the loss on the labels too, as cross_entropy or squared_error. The first Logits
-        and the first Labels share one pass through the student's head, whose products are most of the work.
+        The first Logits and the first Labels share one pass through the student's head, which is most of the work.
         """
         if self.needs_teacher and signals.teacher is None:  # held-out rows that the teacher does not cover
             held_out = Labels()(signals).detach()
@@ -99,29 +85,24 @@ class Objective(nn.Module):
         entropy: Tensor | None = None
         by_text: dict[str, Tensor] = {}
         logits, labels = self._first(Logits), self._first(Labels)
-        joined = labels
-        if (
-            logits is None
-            or labels is None
-            or weights[logits] <= 0
-            or weights[labels] > MAX_LABEL_WEIGHT_RATIO * weights[logits]
-            or cast(Logits, self.terms[logits]).weighs_tokens  # the labels would share its token weights
-        ):
-            joined = None
+        joined = None  # labels that go through the head together with the logits
         if logits is not None:
-            ratio = 0.0 if joined is None else weights[joined] / weights[logits]
-            with_labels = joined is not None or not self.training
-            loss = cast(Logits, self.terms[logits]).with_labels(signals, ratio if with_labels else None)
-            summands.append(weights[logits] * loss.loss)
-            values[logits] = signals.mean(cast(Tensor, loss.divergence))
-            if signals.sampled is not None:
-                by_text = _by_text(self.names[logits], cast(Tensor, loss.divergence), signals)
-            if loss.cross_entropy is not None:
-                entropy = signals.mean(loss.cross_entropy)
-                values |= {} if joined is None else {joined: entropy}
-        for i, fitted in enumerate(self.fitted):
+            term, weight = cast(Logits, self.terms[logits]), weights[logits]
+            joinable = weight > 0 and term.tokens == term.text == "all"  # else the labels would share its token weights
+            if joinable and labels is not None and weights[labels] <= MAX_LABEL_WEIGHT_RATIO * weight:
+                joined = labels
+            ratio = (None if self.training else 0.0) if joined is None else weights[joined] / weight
+            loss = term.with_labels(signals, ratio)
+            divergence = cast(Tensor, loss.divergence)
+            summands.append(weight * loss.loss)
+            values[logits] = signals.mean(divergence)
+            by_text = _by_text(self.names[logits], divergence, signals)
+            entropy = None if loss.cross_entropy is None else signals.mean(loss.cross_entropy)
+            if joined is not None:
+                values[joined] = cast(Tensor, entropy)
+        for i, compute in enumerate(self.computations):
             if i not in values:
-                value = fitted.compute(signals)
+                value = compute(signals)
                 summands.append(weights[i] * value)
                 values[i] = value.detach()
         logs = {name: values[i] for i, name in enumerate(self.names)} | by_text
@@ -144,9 +125,10 @@ def task_mistakes(terms: Sequence[Term], task: Task) -> Iterator[str]:
 
 def _by_text(name: str, values: Tensor, signals: Signals) -> dict[str, Tensor]:
     """Split a term's mean into on-policy samples and data, beside the fraction of target tokens that each is."""
-    assert signals.sampled is not None
+    if signals.sampled is None:
+        return {}
+    logs: dict[str, Tensor] = {}
     sampled = signals.sampled.tokens.to(values.dtype)
-    parts = {"_own": sampled, "_data": 1 - sampled}
-    return {name + part: signals.mean(values * of) for part, of in parts.items()} | {
-        OF_TEXT[part]: signals.mean(of) for part, of in parts.items()
-    }
+    for part, tokens in (("_own", sampled), ("_data", 1 - sampled)):
+        logs |= {name + part: signals.mean(values * tokens), OF_TEXT[part]: signals.mean(tokens)}
+    return logs

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
-from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,6 @@ from potstill.losses.alignment import Alignment
 from potstill.losses.torch_compile import disable_compile
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
-T = TypeVar("T")
 TeacherInput = tuple[Mapping[str, Tensor], Alignment]
 
 
@@ -26,16 +23,8 @@ class Prefetch:
 
     A batch is recognised by the identity of its input_ids: an announced one is computed before it is needed, any other
     (held out, or on-policy) at once. At most one output waits, the teacher never runs twice at a time, and its errors
-    are raised where the output is needed.
-
-    The first batch runs in the caller's thread: a teacher may then probe its model, which must not run beside the
-    student's random numbers.
-
-    Args:
-        teacher: one that does not change while the student trains.
-
-    Raises:
-        ModelError: the teacher changes, so that outputs for the next batch would be those of an earlier step.
+    are raised where the output is needed. The first batch runs in the caller's thread: a teacher may then probe its
+    model, which must not run beside the student's random numbers.
     """
 
     def __init__(self, teacher: Teacher) -> None:
@@ -45,18 +34,21 @@ class Prefetch:
                 "does. Leave prefetch out."
             )
         self.teacher = teacher
-        self._announced: deque[TeacherInput] = deque()
+        self._announced: list[TeacherInput] = []
         self._running: tuple[Tensor, Future[TeacherOutput]] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
         self._probed = False
 
     def prefetch(self, batches: Sequence[TeacherInput]) -> None:
-        """Announce the next batches, in order, in place of those announced before."""
-        self._announced = deque(batches)
+        """Announce the next batches, in place of those before; no batch ends the thread after its current one."""
+        self._announced = [*batches]
         if self._running is not None and not self._skip_to(self._running[0]):
             self._running[1].cancel()
             self._running = None
+        if not batches and self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
         self._start_next()
 
     @disable_compile
@@ -68,32 +60,24 @@ class Prefetch:
             output = self._receive(future, ids.device)
         else:
             self._skip_to(ids)
-            if self._probed:
-                output = self._receive(self._submit(batch, alignment), ids.device)
+            if not self._probed:
+                output, self._probed = self.teacher(batch, alignment), True
             else:
-                output = self.teacher(batch, alignment)
-                self._probed = True
+                output = self._receive(self._submit(batch, alignment), ids.device)
         self._start_next()
         return output
 
-    def close(self) -> None:
-        """Drop all announced batches, and end the thread after its current one."""
-        self.prefetch(())
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-
     def _skip_to(self, ids: Tensor) -> bool:
         """Drop the announced batches up to the one with these ids; return whether it was announced."""
-        index = next((i for i, (batch, _) in enumerate(self._announced) if batch["input_ids"] is ids), None)
-        if index is None:
-            return False
-        self._announced = deque(islice(self._announced, index + 1, None))
-        return True
+        for i, (batch, _) in enumerate(self._announced):
+            if batch["input_ids"] is ids:
+                self._announced = self._announced[i + 1 :]
+                return True
+        return False
 
     def _start_next(self) -> None:
         if self._probed and self._running is None and self._announced:
-            batch, alignment = self._announced.popleft()
+            batch, alignment = self._announced.pop(0)
             self._running = batch["input_ids"], self._submit(batch, alignment)
 
     def _submit(self, batch: Mapping[str, Tensor], alignment: Alignment) -> Future[TeacherOutput]:
@@ -117,25 +101,6 @@ class Prefetch:
             for tensor in tensors_of(output):
                 tensor.record_stream(stream)  # else its memory would be free for the teacher's next output
         return output
-
-
-class Peekable(Generic[T]):
-    """An iterator that shows its next element."""
-
-    def __init__(self, source: Iterator[T]) -> None:
-        self.source = source
-        self._next: list[T] = []
-
-    def __iter__(self) -> Peekable[T]:
-        return self
-
-    def __next__(self) -> T:
-        return self._next.pop() if self._next else next(self.source)
-
-    def peek(self) -> list[T]:
-        """The next element; empty at the end."""
-        self._next = self._next or list(islice(self.source, 1))
-        return self._next[:]
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

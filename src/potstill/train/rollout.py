@@ -1,4 +1,4 @@
-"""On-policy samples: the student generates a share of its own training rows."""
+"""On-policy samples: the student generates a share of its own training rows. The `rollout` part of a recipe."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.data.files import write_text
 from potstill.engines.decode import GeneratedTokens, Guide, eos_token_ids, generate_tokens
-from potstill.engines.sampling import Sampling
+from potstill.engines.sampling import Sampling, TokenSampling
 from potstill.errors import RecipeError, ShapeError, UserError
 from potstill.losses.alignment import IGNORE, SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
 from potstill.losses.declared import Range, Record
-from potstill.losses.schedule import Number, Share, value_at
+from potstill.losses.schedule import Number, Schedule, Share, for_run, value_at
 from potstill.train.samples import SampleStats
-from potstill.train.server_writer import ServedWriter
+from potstill.train.server_writer import ServedWriter, StudentServer
 
-Batch = dict[str, Tensor]
+Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,6 @@ class Replay(Record):
         size: number of samples that are kept, the latest.
         fresh: share of a step's on-policy rows that is newly generated; the others are kept ones.
         age: maximum number of optimiser steps since a sample was generated; none by default.
-
-    References:
-        Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.3.
     """
 
     size: Annotated[int, Range(ge=1)] = 1000
@@ -55,9 +52,6 @@ class Adapt(Record):
     Args:
         by: how much the share is raised.
         margin: nats by which the held-out loss must exceed that of the evaluation before.
-
-    References:
-        Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.3.
     """
 
     by: Annotated[float, Range(gt=0, le=1)] = 0.1
@@ -85,24 +79,20 @@ class Rollout:
     the first `prompt_tokens`, at most half of the row. Rows whose prompt leaves no room are not replaced.
 
     Args:
-        tokenizer: the student's.
         sampling: max_new_tokens and how tokens are drawn; its seed is not used.
         share: of a step's rows that are generated: 0 is data alone, 1 on-policy alone. The number of rows is rounded up
             or down at random, so that the mean over steps is exact. A step's first rows are replaced: of its batches at
             most one is mixed.
-        prompt_tokens: length of the prompt of plain text.
         limit: maximum number of tokens in a row, as both models allow; None for any.
         vocabulary: number of tokens that both models share; no other token is drawn.
         guide: teacher that takes part in sampling; see `teacher_mix` and `teacher_top_k`.
-        replay: train again on earlier samples.
-        adapt: raise the share, beginning with `share`, when the held-out loss gets worse.
         seed: with the optimiser step and the rank it decides all random numbers.
-        batch_size: rows that are generated together, here.
         server: generates with the student's weights; None where the student generates here. `limit` is then also the
             server's, and there is no guide.
 
     References:
-        Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1.
+        Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1; Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section
+        3.3, for `replay` and `adapt`.
     """
 
     def __init__(
@@ -129,28 +119,17 @@ class Rollout:
         self.stats = SampleStats()
         self.latest: list[OnPolicySample] = []
         self.limit = limit if server is None else min(server.limit, limit or server.limit)
-        self._tokenizer, self._server = tokenizer, server
-        self._share, self._prompt_tokens = share, prompt_tokens
+        self._tokenizer, self._server, self._share, self._prompt_tokens = tokenizer, server, share, prompt_tokens
         self._vocabulary, self._seed, self._batch_size = vocabulary, seed, batch_size
-        self._kept: deque[OnPolicySample] = deque(maxlen=replay.size if replay is not None else 0)
+        self._kept: deque[OnPolicySample] = deque(maxlen=0 if replay is None else replay.size)
         self._raised = 0.0
         self._last_loss: float | None = None
 
     def share_at(self, step: int) -> float:
-        """The on-policy share at an optimiser step."""
         return min(value_at(self._share, step) + self._raised, 1.0)
 
-    def __call__(
-        self, batches: Sequence[Mapping[str, Tensor]], student: nn.Module, *, step: int, rank: int = 0
-    ) -> list[Batch]:
-        """Replace a share of the rows of one optimiser step.
-
-        Args:
-            batches: input_ids, attention_mask and labels, [B, T] each.
-            student: the model that generates.
-            step: the optimiser step, from 0.
-            rank: of this process.
-        """
+    def __call__(self, batches: Sequence[Batch], student: nn.Module, *, step: int, rank: int = 0) -> list[Batch]:
+        """Replace a share of the rows of one optimiser step, counted from 0: input_ids, attention_mask and labels."""
         if self._server is not None and self.share_at(step) > 0:
             self._server.update(student, step, rank)
         data = [row for batch in batches for row in unpadded_rows(batch)]
@@ -164,20 +143,18 @@ class Rollout:
         self._kept.extend(self.latest)
         samples = dict(zip(replaced, [*self.latest, *replayed], strict=True))
         self.stats.add(((sample.text, step - sample.step) for sample in samples.values()), len(data))
-        collate, start = PaddingCollator(pad_token_id(self._tokenizer)[0]), 0
+        collate = PaddingCollator(pad_token_id(self._tokenizer)[0])
+        numbers = iter(range(len(data)))
         mixed: list[Batch] = []
         for batch in batches:
-            rows = range(start, start + len(batch["input_ids"]))
-            start = rows.stop
-            made: Batch = dict(batch)
+            rows = [*islice(numbers, len(batch["input_ids"]))]
+            made = dict(batch)
             if not samples.keys().isdisjoint(rows):
                 made = collate([example(samples[i], data[i]) if i in samples else data[i] for i in rows])
             # The columns are there without on-policy rows too: all ranks must log the same names.
-            here = [samples.get(i) for i in rows]
-            made[STUDENT_LOG_PROBS] = _column(here, "log_probs", made["input_ids"])
-            made[SAMPLER_LOG_PROBS] = _column(here, "sampler_log_probs", made["input_ids"])
-            device = batch["input_ids"].device
-            mixed.append({name: value.to(device) for name, value in made.items()})
+            for name, column in ((STUDENT_LOG_PROBS, "log_probs"), (SAMPLER_LOG_PROBS, "sampler_log_probs")):
+                made[name] = _column([samples.get(i) for i in rows], column, made["input_ids"])
+            mixed.append({name: value.to(batch["input_ids"].device) for name, value in made.items()})
         return mixed
 
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[int] | None:
@@ -188,11 +165,7 @@ class Rollout:
         return prompt if prompt and (self.limit is None or longest < self.limit) else None
 
     def check_prompts(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> list[str]:
-        """Return notes on the prompts of training rows.
-
-        Raises:
-            RecipeError: no row has one.
-        """
+        """Return notes on the prompts of training rows, or raise RecipeError where no row has one."""
         lengths = [len(prompt) for prompt in map(self.prompt, rows) if prompt is not None]
         if not lengths:
             raise RecipeError(
@@ -219,25 +192,17 @@ class Rollout:
         sampling = replace(self.sampling, seed=seed)
         longest = [max(len(own), len(other)) for own, other in zip(prompts, teacher_prompts, strict=True)]
         max_tokens = [sampling.max_new_tokens if self.limit is None else self.limit - length for length in longest]
+        options: dict[str, Any] = {"max_tokens": max_tokens, "vocabulary": self._vocabulary}
         if self._server is not None:
             step = self._server.step
-            outputs = self._server.generate(
-                student, prompts, sampling, max_tokens=max_tokens, vocabulary=self._vocabulary
-            )
+            texts = self._server.generate(student, prompts, sampling, **options)
         else:
-            outputs = generate_tokens(
-                student,
-                prompts,
-                sampling,
-                eos_ids=eos_token_ids(student, self._tokenizer.eos_token_id),
-                max_tokens=max_tokens,
-                vocabulary=self._vocabulary,
-                guide=self.guide,
-                batch_size=self._batch_size,
-            )
+            eos_ids = eos_token_ids(student, self._tokenizer.eos_token_id)
+            options |= {"eos_ids": eos_ids, "guide": self.guide, "batch_size": self._batch_size}
+            texts = generate_tokens(student, prompts, sampling, **options)
         return [
             OnPolicySample(prompt + text.ids, len(prompt), text, step, teacher_prompt)
-            for prompt, teacher_prompt, text in zip(prompts, teacher_prompts, outputs, strict=True)
+            for prompt, teacher_prompt, text in zip(prompts, teacher_prompts, texts, strict=True)
         ]
 
     def _replayed(self, num_rows: int, step: int, rng: np.random.Generator) -> list[OnPolicySample]:
@@ -246,8 +211,7 @@ class Rollout:
             return []
         oldest = -1 if self.replay.age is None else step - self.replay.age
         usable = [sample for sample in self._kept if sample.step >= oldest]
-        number = num_rows - _round_randomly(value_at(self.replay.fresh, step) * num_rows, rng)
-        number = min(number, len(usable))
+        number = min(num_rows - _round_randomly(value_at(self.replay.fresh, step) * num_rows, rng), len(usable))
         return [usable[i] for i in rng.choice(len(usable), number, replace=False)] if number else []
 
     def update(self, loss: float) -> None:
@@ -261,19 +225,15 @@ class Rollout:
     def save(self, folder: Path, rank: int) -> None:
         """Save this rank's state in a checkpoint; a server gets new weights at the next step, as on resuming."""
         kept = [{**sample._asdict(), "text": vars(sample.text)} for sample in self._kept]
-        folder.mkdir(parents=True, exist_ok=True)
         state = {"raised": self._raised, "last_loss": self._last_loss, "kept": kept}
-        write_text(folder / _file_name(rank), json.dumps(state))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / f"rollout-{rank}.json", json.dumps(state))
         if self._server is not None:
-            self._server.expire()
+            self._server.push_due = True
 
     def load(self, folder: Path, rank: int) -> None:
-        """Load what `save` wrote.
-
-        Raises:
-            UserError: it is not there.
-        """
-        path = folder / _file_name(rank)
+        """Load what `save` wrote, or raise UserError without it."""
+        path = folder / f"rollout-{rank}.json"
         if not path.exists():
             raise UserError(
                 f"train: expected {path.name} in {folder}, got none. Resume with as many ranks as before, and with a "
@@ -323,13 +283,6 @@ def teacher_top_k(teacher: nn.Module, top_k: int) -> Guide:
     return Guide(teacher, blend)
 
 
-def gather_weights(copy: nn.Module, wrapped: nn.Module) -> nn.Module:
-    """Load into a copy of the student the weights of a Distiller whose student is sharded."""
-    weights = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
-    copy.load_state_dict({name[8:]: value for name, value in weights.items() if name.startswith("student.")})
-    return copy
-
-
 def _round_randomly(number: float, rng: np.random.Generator) -> int:
     """Round up or down at random, so that the mean is the number. Takes one random number, whatever it is."""
     return int(number + rng.random() * (1 - 1e-9))
@@ -338,12 +291,11 @@ def _round_randomly(number: float, rng: np.random.Generator) -> int:
 def unpadded_rows(batch: Mapping[str, Tensor]) -> list[dict[str, list[Any]]]:
     """The rows of a batch without padding: input_ids, labels, weights, and the teacher's own where there are."""
     rows: list[dict[str, list[Any]]] = [{} for _ in batch["input_ids"]]
-    for prefix in ("", "teacher_"):
-        for name in (f"{prefix}input_ids", f"{prefix}labels", f"{prefix}weights"):
-            if name in batch:
-                columns = zip(batch[name].cpu(), batch[f"{prefix}attention_mask"].bool().cpu(), strict=True)
-                for row, (values, mask) in zip(rows, columns, strict=True):
-                    row[name] = values[mask].tolist()
+    for prefix, name in product(("", "teacher_"), ("input_ids", "labels", "weights")):
+        if prefix + name in batch:
+            masks = batch[f"{prefix}attention_mask"].bool().cpu()
+            for row, values, mask in zip(rows, batch[prefix + name].cpu(), masks, strict=True):
+                row[prefix + name] = values[mask].tolist()
     return rows
 
 
@@ -366,13 +318,72 @@ def example(sample: OnPolicySample, replaced: Mapping[str, Any]) -> dict[str, li
 
 def _column(samples: Sequence[OnPolicySample | None], name: str, like: Tensor) -> Tensor:
     """[B, T]: a value of each generated token, NaN on all others."""
-    values = [
-        torch.tensor([] if one is None else [torch.nan] * one.prompt + getattr(one.text, name), dtype=torch.float32)
-        for one in samples
-    ]
+    columns = [[] if sample is None else [torch.nan] * sample.prompt + getattr(sample.text, name) for sample in samples]
+    values = [torch.tensor(column, dtype=torch.float32) for column in columns]
     padded = pad_sequence(values, batch_first=True, padding_value=torch.nan)
     return torch.nn.functional.pad(padded, (0, like.shape[1] - padded.shape[1]), value=torch.nan)
 
 
-def _file_name(rank: int) -> str:
-    return f"rollout-{rank}.json"
+@dataclass(frozen=True)
+class RolloutConfig(TokenSampling):
+    """The student generates a share of its training rows from their prompts, and the teacher scores them (GKD).
+
+    Args:
+        on_policy_fraction: of the rows of a step: 0 is data alone, 1 on-policy samples alone
+        max_new_tokens: maximum number of tokens that the student generates after a prompt
+        sampling_temperature: divides the logits for sampling; not the objective's temperature
+        prompt_tokens: the prompt of plain text: a row's first tokens, at most half
+        batch_size: samples that are generated together, without a server
+        teacher_mix: the teacher's share in the distribution that is sampled (MiniLLM: 0.2)
+        teacher_top_k: the teacher draws again what is not among its likeliest tokens (Speculative KD)
+        server: generates the samples; by default the student itself, in this process, between its steps
+        replay: train again on samples of earlier steps
+        adapt: raise the share when the held-out loss gets worse
+    """
+
+    on_policy_fraction: Share = 0.5
+    max_new_tokens: Annotated[int, Range(ge=1)] = 128
+    sampling_temperature: Annotated[float, Range(gt=0)] = 1.0
+    prompt_tokens: Annotated[int, Range(ge=1)] = 32
+    batch_size: Annotated[int, Range(ge=1)] = 64
+    teacher_mix: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    teacher_top_k: Annotated[int | None, Range(ge=1)] = None
+    server: StudentServer | None = None
+    replay: Replay | None = None
+    adapt: Adapt | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_mix and self.teacher_top_k is not None:
+            raise ShapeError("expected teacher_mix or teacher_top_k, got both")
+        if self.server is not None and self.guided:
+            key = "teacher_mix" if self.teacher_mix else "teacher_top_k"
+            raise ShapeError(f"expected {key} without server, got both. It needs the student's logits in this process")
+        if self.server is not None and self.batch_size != type(self).batch_size:
+            raise ShapeError("expected batch_size without server, got both. Set server.concurrency instead")
+        if self.adapt is not None and isinstance(self.on_policy_fraction, Schedule):
+            raise ShapeError("expected a number as the on_policy_fraction that adapts, got a schedule")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher takes part in sampling."""
+        return self.teacher_mix > 0 or self.teacher_top_k is not None
+
+    def build(
+        self, tokenizer: PreTrainedTokenizerBase, teacher: nn.Module | None, *, steps: int, **options: Any
+    ) -> Rollout:
+        """Build the rollout of a run; options are limit, vocabulary, seed and server of `Rollout`."""
+        guide = None
+        if self.guided:
+            assert teacher is not None
+            top_k, share = self.teacher_top_k, self.teacher_mix
+            guide = teacher_mix(teacher, share) if top_k is None else teacher_top_k(teacher, top_k)
+        options |= {"guide": guide, "adapt": self.adapt, "batch_size": self.batch_size}
+        return Rollout(
+            tokenizer,
+            Sampling(self.max_new_tokens, self.sampling_temperature, self.top_p, self.top_k),
+            share=for_run(self, steps).on_policy_fraction,
+            prompt_tokens=self.prompt_tokens,
+            replay=None if self.replay is None else for_run(self.replay, steps),
+            **options,
+        )

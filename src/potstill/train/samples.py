@@ -13,8 +13,6 @@ NGRAM = 3  # tokens, for repetition
 MAX_REPETITION = 0.8  # share of repeated n-grams above which samples carry nothing new
 MIN_LENGTH = 1.5  # tokens with EOS, below which samples are all but empty
 
-COUNTS = ("rows", "texts", "tokens", "ended", "repetition", "surprise", "age")
-
 
 def repetition(ids: list[int]) -> float:
     """The share of 3-grams that occurred in the text before; 0 for a shorter text.
@@ -30,15 +28,14 @@ class SampleStats:
     """Sums over the on-policy samples since the last log line."""
 
     def __init__(self) -> None:
-        self._sums = dict.fromkeys(COUNTS, 0.0)
+        self._sums = [0.0] * 7  # rows, texts, tokens, ended, repetition, -log q, age
 
     def add(self, samples: Iterable[tuple[GeneratedTokens, int]], num_rows: int) -> None:
         """Add the samples of an optimiser step of so many rows, each with its age in steps."""
-        self._sums["rows"] += num_rows
+        self._sums[0] += num_rows
         for text, age in samples:
             values = (0, 1, len(text.ids), text.ended, repetition(text.ids), -sum(text.log_probs), age)
-            for name, value in zip(COUNTS, values, strict=True):
-                self._sums[name] += value
+            self._sums = [total + value for total, value in zip(self._sums, values, strict=True)]
 
     def take(self, accelerator: Any) -> dict[str, float]:
         """Return means over all ranks for the log, and start again.
@@ -47,19 +44,13 @@ class SampleStats:
         `repetition`; own_entropy: mean of -log q over tokens, the student's entropy when sampled at temperature 1
         without a guide; own_age: optimiser steps since the weights that generated them.
         """
-        total = accelerator.reduce(torch.tensor([*self._sums.values()], device=accelerator.device))
-        self._sums = dict.fromkeys(COUNTS, 0.0)
-        sums = dict(zip(COUNTS, total.tolist(), strict=True))
-        if not sums["texts"]:
+        total = accelerator.reduce(torch.tensor(self._sums, device=accelerator.device))
+        self._sums = [0.0] * 7
+        rows, texts, tokens, ended, repeated, surprise, age = total.tolist()
+        if not texts:
             return {"own_share": 0.0}
-        return {
-            "own_share": sums["texts"] / sums["rows"],
-            "own_length": sums["tokens"] / sums["texts"],
-            "own_ended": sums["ended"] / sums["texts"],
-            "own_repetition": sums["repetition"] / sums["texts"],
-            "own_entropy": sums["surprise"] / sums["tokens"],
-            "own_age": sums["age"] / sums["texts"],
-        }
+        logs = {"own_share": texts / rows, "own_length": tokens / texts, "own_ended": ended / texts}
+        return logs | {"own_repetition": repeated / texts, "own_entropy": surprise / tokens, "own_age": age / texts}
 
 
 def collapse_warning(logs: Mapping[str, Any]) -> str | None:

@@ -41,10 +41,6 @@ class ServedWriter:
         adapter: whether the student is a LoRA adapter.
         max_staleness: maximum number of optimiser steps since the last push; 0 pushes at every step.
 
-    Attributes:
-        limit: maximum number of tokens in a row.
-        step: optimiser step of the weights on the server.
-
     Raises:
         VocabularyError: the server's token ids mean other tokens.
         RefusedError: the model is not served there, or not by vLLM.
@@ -60,27 +56,22 @@ class ServedWriter:
         adapter: bool = False,
         max_staleness: int = 0,
     ) -> None:
-        self.limit = int(server.card().get("max_model_len", 0))
+        self.limit = int(server.card().get("max_model_len", 0))  # maximum number of tokens in a row
         if not self.limit or not check_tokenizer_matches(server, tokenizer):
             raise RefusedError(
                 f"{server}: expected vLLM, with max_model_len and /detokenize, got another server. Serve the student "
                 "with vLLM, 0.32 or later: no other takes its weights."
             )
-        self.step = 0
-        self._server, self._tokenizer = server, tokenizer
-        self._folder, self._max_staleness = folder, max_staleness
+        self.step = 0  # optimiser step of the weights on the server
+        self._server, self._tokenizer, self._folder, self._max_staleness = server, tokenizer, folder, max_staleness
         self._weights: Path | None = None  # within the folder, which may hold other files
         self._sync = WeightSync(server, adapter=adapter)
-        self._push_due = True  # whatever the age of the weights on the server
+        self.push_due = True  # at the next step, whatever the age of the weights on the server
         self._just_pushed = False
 
     def update(self, student: nn.Module, step: int, rank: int = 0) -> None:
-        """Push the student's weights if the server's are too old. Every rank calls this at every step.
-
-        Raises:
-            RefusedError, ServerError: see `WeightSync.push`.
-        """
-        self._just_pushed = self._push_due or step - self.step > self._max_staleness
+        """Push the student's weights if the server's are too old. Every rank calls this at every step."""
+        self._just_pushed = self.push_due or step - self.step > self._max_staleness
         if not self._just_pushed:
             return
         if rank == 0:
@@ -92,27 +83,19 @@ class ServedWriter:
         version = [self._sync.version]
         broadcast_object_list(version)  # other ranks wait here
         self._sync.version = version[0]
-        self.step, self._push_due = step, False
-
-    def expire(self) -> None:
-        """Push at the next step, whatever the weights' age: as a run that resumes from a checkpoint does."""
-        self._push_due = True
+        self.step, self.push_due = step, False
 
     def generate(
         self,
-        student: nn.Module,
-        prompts: Sequence[Sequence[int]],
+        student: Any,
+        prompts: list[list[int]],
         sampling: Sampling,
         *,
-        max_tokens: Sequence[int],
-        vocabulary: int | None = None,
+        max_tokens: list[int],
+        vocabulary: int | None,
     ) -> list[GeneratedTokens]:
-        """Generate one continuation of each prompt from the first `vocabulary` tokens; see `WeightSync.generate`.
-
-        Raises:
-            ServerError: the server's log-probabilities are not the student's.
-        """
-        num_rows = student.get_output_embeddings().weight.shape[0]  # type: ignore[operator]  # of any transformers model
+        """Generate one continuation of each prompt from the first `vocabulary` tokens, as the student alone would."""
+        num_rows = student.get_output_embeddings().weight.shape[0]
         excluded = range(num_rows if vocabulary is None else vocabulary, num_rows)
         eos_ids = eos_token_ids(student, self._tokenizer.eos_token_id)
         outputs = self._sync.generate(prompts, sampling, eos_ids=eos_ids, max_tokens=max_tokens, excluded=excluded)
@@ -150,12 +133,7 @@ class StudentServer(ServerConfig):
     max_staleness: Annotated[int, Range(ge=0)] = 0
 
     def writer(self, student: Any, tokenizer: PreTrainedTokenizerBase, directory: Path) -> ServedWriter:
-        """Connect to the server, for a student with its adapter and a run directory.
-
-        Raises:
-            RecipeError: vLLM does not take the student's kind of adapter.
-            UserError: the server does not generate for it; see `ServedWriter`.
-        """
+        """Connect to the server, for a student with its adapter and a run directory."""
         adapter = student.active_peft_config if is_adapted(student) else None
         kind = "lora" if adapter is None else str(adapter.peft_type.value).lower()
         if kind != "lora":
@@ -169,9 +147,8 @@ class StudentServer(ServerConfig):
                 "leave student.adapter.bias out, or rollout.server."
             )
         folder = directory / "served" if self.folder is None else Path(self.folder).expanduser()
-        return ServedWriter(
-            self.connect(), tokenizer, folder, adapter=adapter is not None, max_staleness=self.max_staleness
-        )
+        options: dict[str, Any] = {"adapter": adapter is not None, "max_staleness": self.max_staleness}
+        return ServedWriter(self.connect(), tokenizer, folder, **options)
 
 
 @torch.no_grad()

@@ -17,11 +17,7 @@ NOT_SHARDED = (
 def check_sharding(
     *, fsdp: bool, zero: Mapping[str, Any] | None, fsdp_requested: bool, teacher: Teacher | None, rollout: bool
 ) -> None:
-    """Check that a run works with the way its student is sharded: by FSDP, or by deepspeed's zero_optimization.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raise UserError where a run does not work with its sharding, by FSDP or by deepspeed's zero_optimization."""
     sharder = "FSDP" if fsdp else "ZeRO-3" if (zero or {}).get("stage") == 3 else None
     if fsdp_requested and not fsdp:
         raise UserError(NOT_SHARDED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,49 +21,28 @@ Text = Literal["all", "data", "own"]  # tokens of both, of the data, or of on-po
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """Target tokens that the student sampled itself.
+    """Target tokens that the student sampled itself. Log-probabilities are in nats, and NaN on other tokens."""
 
-    Args:
-        tokens: [N] bool, True on sampled tokens.
-        rows: [N] row of each token.
-        log_probs: [N] the student's log-probability when it sampled the token, nats; NaN on other tokens.
-        sampler_log_probs: [N] log-probability under the distribution that the token was drawn from; NaN on others.
-    """
-
-    tokens: Tensor
-    rows: Tensor
-    log_probs: Tensor
-    sampler_log_probs: Tensor
+    tokens: Tensor  # [N] bool, True on sampled tokens
+    rows: Tensor  # [N] row of each token
+    log_probs: Tensor  # [N] under the student when it sampled the token
+    sampler_log_probs: Tensor  # [N] under the distribution that the token was drawn from
 
 
 @dataclass(frozen=True)
 class Signals:
-    """Everything that a term may read of one batch with N target positions.
+    """Everything that a term may read of one batch with N target positions."""
 
-    Args:
-        student: last hidden states [N, H] with the head, or logits [N, V] where the head is not a plain linear layer.
-            With gradient. `student.dense()` gives logits of both.
-        labels: [N] token ids or classes; floating point for regression.
-        teacher: the teacher's output, or None where no term needs a teacher.
-        normalizer: what every mean over tokens divides by; None: N, or the sum of the weights.
-        step: optimiser step, from 0.
-        inside: activations of the student that terms requested, at all positions. With gradient.
-        attended: [B, T] bool, the positions that terms over layers average over; see `losses.alignment.attended`.
-        attended_normalizer: what means over attended positions divide by; None: their number.
-        alignment: target positions and their weights.
-        sampled: target tokens that the student sampled; None where there are none.
-    """
-
-    student: HeadTargets | DenseTargets
-    labels: Tensor
-    teacher: TeacherOutput | None
-    normalizer: Tensor | float | None
-    step: int
-    inside: Activations = field(default_factory=Activations)
-    attended: Tensor | None = None
-    attended_normalizer: Tensor | float | None = None
-    alignment: Alignment | None = None
-    sampled: SampledTokens | None = None
+    student: HeadTargets | DenseTargets  # with gradient; logits [N, V] where the head is not a plain linear layer
+    labels: Tensor  # [N] token ids or classes; floating point for regression
+    teacher: TeacherOutput | None  # None where no term needs a teacher
+    normalizer: Tensor | float | None  # what every mean over tokens divides by; None: N, or the sum of the weights
+    step: int  # optimiser step, from 0
+    inside: Activations = field(default_factory=Activations)  # of the student, as requested; with gradient
+    attended: Tensor | None = None  # [B, T] bool; see `losses.alignment.attended_positions`
+    attended_normalizer: Tensor | float | None = None  # of means over attended positions; None: their number
+    alignment: Alignment | None = None  # target positions and their weights
+    sampled: SampledTokens | None = None  # None where the student sampled no token
 
     def only(self, text: Text) -> Tensor | None:
         """Return [N] with 1 on tokens of such text and 0 on others; None for all ones."""
@@ -115,15 +94,10 @@ class Signals:
     ) -> FusedLoss:
         """Compute the loss against the teacher, the labels, or both in one pass through the student's head.
 
-            mean over tokens of w * (D + label_weight * CE)
+            mean over tokens of w * (D + label_weight * CE),   w = token_weights, on top of the data's weights
 
-        Args:
-            divergence: D, from the teacher; None leaves it out.
-            temperature: softmax temperature of the divergence.
-            label_weight: weight of the cross-entropy; 0 reports it only, None leaves it out.
-            targets: teacher targets; None: those of its output.
-            token_weights: [N], w, without gradient, on top of the data's weights; None: ones. The mean does not divide
-                by them.
+        The mean does not divide by w. A divergence or label_weight of None leaves that part out; a label_weight of 0
+        only reports the cross-entropy. Targets are those of the teacher's output, unless others are given.
         """
         if targets is None and divergence is not None and self.teacher is not None:
             targets = self.teacher.targets
@@ -131,32 +105,22 @@ class Signals:
         if labels is not None and self.sampled is not None:
             labels = labels.masked_fill(self.sampled.tokens, IGNORE)  # the student's own samples are no ground truth
         if isinstance(self.student, HeadTargets):
-            return linear_divergence(
-                self.student.hidden,
-                self.student.head,
-                targets,
-                divergence,
-                temperature=temperature,
-                token_weights=self.weights if token_weights is None else weighted(token_weights, self.weights),
-                normalizer=self.divisor,
-                labels=labels,
-                label_weight=label_weight or 0.0,
-            )
-        logits = self.student.logits
+            weights = self.weights if token_weights is None else weighted(token_weights, self.weights)
+            options: dict[str, Any] = {"temperature": temperature, "token_weights": weights, "normalizer": self.divisor}
+            options |= {"labels": labels, "label_weight": label_weight or 0.0}
+            return linear_divergence(self.student.hidden, self.student.head, targets, divergence, **options)
+        logits, parts = self.student.logits, []
         divergences = entropy = None
-        parts = []
         with torch.autocast(logits.device.type, enabled=False):  # a teacher's head keeps its own precision
             if targets is not None and divergence is not None:
                 divergences = token_divergence(logits, targets, divergence, temperature=temperature)
                 parts.append(self.mean(weighted(divergences, token_weights)))
+                divergences = divergences.detach()
             if labels is not None:
                 entropy = label_loss(logits, labels)
                 parts += [label_weight * self.mean(weighted(entropy, token_weights))] if label_weight else []
-        return FusedLoss(
-            torch.stack(parts).sum(),
-            None if divergences is None else divergences.detach(),
-            None if entropy is None else entropy.detach(),
-        )
+                entropy = entropy.detach()
+        return FusedLoss(torch.stack(parts).sum(), divergences, entropy)
 
 
 def weighted(values: Tensor, weights: Tensor | None) -> Tensor:

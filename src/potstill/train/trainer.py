@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
@@ -19,14 +19,13 @@ from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.errors import UserError
 from potstill.losses.alignment import IGNORE, Task
 from potstill.teachers.teacher import Teacher
-from potstill.train.callbacks import SetEpoch, UpdateTeacher
+from potstill.train.callbacks import FollowTraining
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
 from potstill.train.distiller import Distiller, StepOutput
-from potstill.train.hf_trainer import StudentTrainer, use_one_device
+from potstill.train.hf_trainer import LogSums, StudentTrainer
 from potstill.train.objective import OF_TEXT, Objective
 from potstill.train.rollout import Rollout
 from potstill.train.sharding import NOT_SHARDED, check_sharding
-from potstill.train.sums import LogSums
 from potstill.train.terms.term import Term
 
 
@@ -66,15 +65,9 @@ class DistillationTrainer(StudentTrainer):
     loads; of a PeftModel the adapter alone. What terms train beside it (projections) is in checkpoints alone.
 
     Args:
-        student: the model to train.
-        teacher: a `Teacher` or a model; None where no term needs one.
-        objective: an `Objective` or a list of its terms.
-        args: a `DistillationConfig`.
+        teacher: see `Distiller`, as for objective, vocabulary and task.
         train_dataset: examples with input_ids and labels; see `potstill.data`.
-        eval_dataset: the same, held out.
         processing_class: the tokenizer.
-        vocabulary: see `Distiller`.
-        task: see `Distiller`.
         rollout: replaces a share of the training rows by on-policy samples; None for data alone.
         prefetch: run the teacher on the next batch while the student trains on this one.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
@@ -96,21 +89,14 @@ class DistillationTrainer(StudentTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or DistillationConfig(output_dir="runs/student")
-        use_one_device(args)
         if "data_collator" not in kwargs and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
-        self.distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
-        if all(term.reads_layers for term in self.distiller.objective.terms):
+        distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
+        if all(term.reads_layers for term in distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers do not use the head
-        super().__init__(
-            model=self.distiller,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        kwargs |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
+        super().__init__(distiller, args, **kwargs)
         self.rollout = rollout
         plugins = self.accelerator.state
         deepspeed = getattr(plugins, "deepspeed_plugin", None)
@@ -118,30 +104,18 @@ class DistillationTrainer(StudentTrainer):
             fsdp=getattr(plugins, "fsdp_plugin", None) is not None,
             zero=None if deepspeed is None else deepspeed.deepspeed_config.get("zero_optimization", {}),
             fsdp_requested=bool(args.fsdp),
-            teacher=self.distiller.teacher,
+            teacher=distiller.teacher,
             rollout=rollout is not None,
         )
         # Under FSDP each rank generates with a copy of its own, so that none waits for the samples of another.
         if rollout is not None and self.is_fsdp_enabled:
             self._generator = nn.Module.to(deepcopy(student), args.device)
-        if self.distiller.teacher is not None:
-            self.add_callback(UpdateTeacher(self.distiller.teacher))
-        if hasattr(train_dataset, "set_epoch"):
-            self.add_callback(SetEpoch(train_dataset))
-        self._train_sums, self._eval_sums = LogSums(), LogSums()
+        self.add_callback(FollowTraining(distiller.teacher, train_dataset))
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the objective's loss of one batch, divided by the tokens of the whole optimiser step.
-
-        Raises:
-            DivergedError: the loss is NaN or infinite.
-        """
+        """Compute the objective's loss, divided by the tokens of the whole step, or raise DivergedError."""
         step = self.state.global_step
         output: StepOutput = model(inputs, normalizer=num_items_in_batch, at=step, attended_normalizer=self._attended)
         self._micro_step += 1
@@ -152,8 +126,6 @@ class DistillationTrainer(StudentTrainer):
         # Gradients are averaged over ranks; the division above is by the sum over ranks.
         loss = output.loss * self.args.world_size if model.training else output.loss
         return (loss, output) if return_outputs else loss
-
-    # Evaluation: means over tokens, not over batches.
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """See transformers.Trainer; with several ranks, rows without targets fill up the last batches.
@@ -170,32 +142,21 @@ class DistillationTrainer(StudentTrainer):
             rows = ConcatDataset([rows, cast(Any, [padding] * missing)])
         return super().get_eval_dataloader(rows)
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
-        """Compute the loss of a held-out batch; its sums are kept for `evaluation_loop`."""
-        inputs = self.prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            output: StepOutput = model(inputs, normalizer=1.0, at=self.state.global_step, attended_normalizer=1.0)
-        counts = self.counts(inputs)
-        self._eval_sums.add(output.logs, counts)
-        return output.loss.detach() / counts.max().clamp_min(1), None, None
-
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """See transformers.Trainer; every metric is a mean over all held-out tokens."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        teacher, uses_teacher = self.distiller.teacher, self.distiller.uses_teacher
-        self.distiller.uses_teacher = uses_teacher and teacher is not None and teacher.covers(dataloader.dataset)
+        distiller, objective = self.distiller, self.distiller.objective
+        teacher, uses_teacher = distiller.teacher, distiller.uses_teacher
+        distiller.uses_teacher = uses_teacher and teacher is not None and teacher.covers(dataloader.dataset)
         self._eval_sums = LogSums()
         result = super().evaluation_loop(dataloader, *args, **kwargs)
-        self.distiller.uses_teacher = uses_teacher
-        objective = self.distiller.objective
+        distiller.uses_teacher = uses_teacher
         over = {name: term.over for name, term in zip(objective.names, objective.terms, strict=True)}
         means = self._eval_sums.means(self.accelerator, over)
         if means:
             means["loss"] = objective.total(means, self.state.global_step)
-        if self.rollout is not None and means:
-            self.rollout.update(means["loss"])
+            if self.rollout is not None:
+                self.rollout.update(means["loss"])
         metrics = {f"{prefix}_{name}": mean for name, mean in means.items()}
         return result._replace(metrics={**(result.metrics or {}), **metrics})
 
@@ -203,17 +164,16 @@ class DistillationTrainer(StudentTrainer):
         """See transformers.Trainer; adds every term's mean since the last line."""
         if "loss" in logs:
             totals = self._train_sums.totals(self.accelerator)
-            for name, total in totals.items():
-                logs[name] = total / max(self._steps_since_log, 1)
+            logs |= {name: total / max(self._steps_since_log, 1) for name, total in totals.items()}
             for part, tokens in OF_TEXT.items():  # means over on-policy tokens alone, and over the data's
                 for name in [name for name in totals if name.endswith(part)]:
                     logs[name] = totals[name] / totals[tokens] if totals[tokens] else 0.0
                 logs.pop(tokens, None)
+            self._train_sums, self._steps_since_log = LogSums(), 0
             if self.rollout is not None:
                 logs |= self.rollout.stats.take(self.accelerator)
-            self._train_sums = LogSums()
-            self._steps_since_log = 0
-            logs |= {} if self.distiller.teacher is None else self.distiller.teacher.logs()
+            if self.distiller.teacher is not None:
+                logs |= self.distiller.teacher.logs()
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

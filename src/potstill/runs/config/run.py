@@ -17,7 +17,7 @@ from potstill.runs.config.training import TrainPart
 from potstill.teachers import cached, ensemble, model, self_taught, served  # noqa: F401  # kinds of teachers
 from potstill.teachers.source import TeacherSource
 from potstill.train.objective import task_mistakes
-from potstill.train.rollout_config import RolloutConfig
+from potstill.train.rollout import RolloutConfig
 from potstill.train.terms import across, dense, layers, logits, policy, supervision  # noqa: F401  # kinds of terms
 from potstill.train.terms.term import Term
 

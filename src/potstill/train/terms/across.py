@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from potstill.losses.alignment import Alignment
 from potstill.losses.cross_tokenizer import chunk_divergence, chunk_log_probs, sorted_distance
 from potstill.losses.declared import Range
 from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.schedule import Temperature, Weight, value_at
-from potstill.losses.targets import DenseTargets, HeadTargets
+from potstill.losses.token_losses import token_mean
 from potstill.teachers.byte_alignment import AlignedChunks
 from potstill.train.signals import Signals
 from potstill.train.terms.policy import student_log_probs
@@ -25,6 +27,15 @@ class AcrossTerm(Term):
     other_tokenizer = True
     tasks = frozenset({"causal"})  # chunks are of text that is read from left to right
 
+    def __call__(self, signals: Signals) -> Tensor:
+        assert signals.teacher is not None
+        assert signals.teacher.chunks is not None  # the Distiller checks it
+        return self.compare(signals, signals.teacher.chunks)
+
+    @abstractmethod
+    def compare(self, signals: Signals, across: AlignedChunks) -> Tensor:
+        """Compute the term's scalar."""
+
 
 @dataclass(frozen=True)
 class Chunks(AcrossTerm):
@@ -35,7 +46,6 @@ class Chunks(AcrossTerm):
     the likelihoods are not comparable: such a chunk is dropped, or merged with the next one.
 
     Args:
-        weight: >= 0.
         temperature: of a chunk's probability, > 0; see `potstill.chunk_divergence`. The loss keeps its size.
         divergence: over the two events that the chunk follows, or does not.
         bias_threshold: probability in [0, 1] that the teacher may give to longer tokens; 1 keeps every chunk.
@@ -52,31 +62,36 @@ class Chunks(AcrossTerm):
     biased: Literal["drop", "merge"] = "drop"
     name = "chunks"
 
-    def __call__(self, signals: Signals) -> Tensor:
-        across = _byte_alignment(signals)
-        chunk, chunks = self._compared(across)
-        log_p = chunk_log_probs(across.log_probs, chunk, chunks)
+    def compare(self, signals: Signals, across: AlignedChunks) -> Tensor:
+        """Sum over chunks, each with the mean weight of its tokens; divide by the target tokens."""
+        chunk, num_chunks = self._compared(across)
+        log_p = chunk_log_probs(across.log_probs, chunk, num_chunks)
         of_token = torch.cat([chunk, chunk.new_tensor([-1])])[across.student]  # -1 stays -1
         places = (of_token >= 0).nonzero()[:, 0]
-        log_q = chunk_log_probs(_label_log_probs(signals, places), of_token[places], chunks)
+        of_place = of_token[places]
+        log_q = student_log_probs(signals.student.rows(places), signals.labels[places])
+        log_q = chunk_log_probs(log_q, of_place, num_chunks)
         temperature = value_at(self.temperature, signals.step)
         values = chunk_divergence(log_q, log_p.to(log_q.dtype), self.divergence, temperature=temperature)
-        return _chunk_mean(signals, values, places, of_token[places])
+        if signals.weights is not None:
+            weights, zeros = signals.weights[places], signals.weights.new_zeros(num_chunks)
+            total = zeros.index_add(0, of_place, weights)
+            values = values * (total / zeros.index_add(0, of_place, torch.ones_like(weights)))
+        return token_mean(values, normalizer=signals.divisor)
 
     def _compared(self, across: AlignedChunks) -> tuple[Tensor, int]:
         """Return the index [C] of the compared chunk that each chunk belongs to, or -1, and how many are compared."""
         biased = across.bias() > self.bias_threshold if self.bias_threshold < 1 else torch.zeros_like(across.continues)
         if self.biased == "drop":
-            kept = ~biased
-            return torch.where(kept, kept.cumsum(0) - 1, -1), int(kept.sum())
-        joined = biased & across.continues  # with the next
-        begins = torch.cat([joined.new_ones(1), ~joined[:-1]])[: len(joined)]
-        group = begins.cumsum(0) - 1
-        good = ~(biased & ~across.continues)  # nothing follows
-        last = group.new_zeros(int(begins.sum())).scatter_reduce(0, group, good.long(), "amin", include_self=False)
-        kept = last.bool()[group]
-        number = torch.where(last.bool(), last.cumsum(0) - 1, -1)
-        return torch.where(kept, number[group], -1), int(last.sum())
+            group, kept = torch.arange(len(biased), device=biased.device), ~biased
+        else:
+            joined = biased & across.continues  # with the next
+            begins = torch.cat([joined.new_ones(1), ~joined[:-1]])[: len(joined)]
+            group = begins.cumsum(0) - 1
+            good = ~(biased & ~across.continues)  # nothing follows
+            last = group.new_zeros(int(begins.sum())).scatter_reduce(0, group, good.long(), "amin", include_self=False)
+            kept = last.bool()
+        return torch.where(kept, kept.cumsum(0) - 1, -1)[group], int(kept.sum())
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,6 @@ class MappedLogits(AcrossTerm):
 
     Args:
         divergence: any divergence.
-        weight: >= 0.
         temperature: softmax temperature, > 0.
         top_k: the student's tokens that the teacher finds most likely; all others are one event.
     """
@@ -102,8 +116,7 @@ class MappedLogits(AcrossTerm):
     top_k: Annotated[int, Range(ge=1)] = 256
     name = "mapped_logits"
 
-    def __call__(self, signals: Signals) -> Tensor:
-        across = _byte_alignment(signals)
+    def compare(self, signals: Signals, across: AlignedChunks) -> Tensor:
         student, teacher = (places[~across.spaced] for places in across.first())
         temperature = value_at(self.temperature, signals.step)
         targets = across.mapped(teacher, self.top_k, temperature)
@@ -118,7 +131,6 @@ class ULD(AcrossTerm):
     Builds the logits of both models. A baseline: it is 0 for the right probabilities on the wrong tokens.
 
     Args:
-        weight: >= 0.
         temperature: softmax temperature, > 0.
 
     References:
@@ -129,8 +141,7 @@ class ULD(AcrossTerm):
     temperature: Temperature = 1.0
     name = "uld"
 
-    def __call__(self, signals: Signals) -> Tensor:
-        across = _byte_alignment(signals)
+    def compare(self, signals: Signals, across: AlignedChunks) -> Tensor:
         student, teacher = across.first()
         signals = _at(signals, student)
         logits = signals.student.dense()
@@ -139,43 +150,12 @@ class ULD(AcrossTerm):
             return signals.mean(sorted_distance(logits, across.logits(teacher), temperature=temperature))
 
 
-def _byte_alignment(signals: Signals) -> AlignedChunks:
-    assert signals.teacher is not None
-    assert signals.teacher.chunks is not None  # the Distiller checks it
-    return signals.teacher.chunks
-
-
 def _at(signals: Signals, places: Tensor) -> Signals:
     """Select some target positions; means are still over all of them."""
     alignment = signals.alignment
     if alignment is not None:
         weights = None if alignment.weights is None else alignment.weights[places]
-        alignment = replace(
-            alignment, positions=alignment.positions[places], labels=alignment.labels[places], weights=weights
-        )
-    student, labels = _some(signals.student, places), signals.labels[places]
+        positions, labels = alignment.positions[places], alignment.labels[places]
+        alignment = Alignment(positions, labels, alignment.length, weights)
+    student, labels = signals.student.rows(places), signals.labels[places]
     return replace(signals, student=student, labels=labels, normalizer=signals.divisor, alignment=alignment)
-
-
-def _chunk_mean(signals: Signals, values: Tensor, places: Tensor, chunk: Tensor) -> Tensor:
-    """Sum values of chunks, divided by the target tokens of the optimiser step.
-
-    A chunk's weight is the mean weight of its tokens.
-    """
-    if signals.weights is not None:
-        zeros = signals.weights.new_zeros(len(values))
-        total = zeros.index_add(0, chunk, signals.weights[places])
-        values = values * (total / zeros.index_add(0, chunk, torch.ones_like(signals.weights[places])))
-    return replace(signals, normalizer=signals.divisor, alignment=None).mean(values)
-
-
-def _some(student: HeadTargets | DenseTargets, places: Tensor) -> HeadTargets | DenseTargets:
-    """Select the student's output at some target positions."""
-    if isinstance(student, HeadTargets):
-        return HeadTargets(student.hidden[places], student.head)
-    return DenseTargets(student.logits[places])
-
-
-def _label_log_probs(signals: Signals, places: Tensor) -> Tensor:
-    """Compute the student's log-probabilities of the labels at some target positions, with gradient."""
-    return student_log_probs(_some(signals.student, places), signals.labels[places])

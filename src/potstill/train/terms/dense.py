@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -40,23 +41,13 @@ class DenseTerm(Term):
 
     def __call__(self, signals: Signals) -> Tensor:
         assert signals.teacher is not None
-        student, teacher = signals.student, signals.teacher.targets
-        num_tokens = len(signals.labels)
+        student, teacher, num_tokens = signals.student, signals.teacher.targets, len(signals.labels)
         chunk = max(1, LOGITS_BYTES // (4 * student.vocabulary))
         if num_tokens <= chunk or not isinstance(student, HeadTargets):
             return signals.mean(self._values(student, teacher, signals.step))
+        recomputed = partial(checkpoint, self._values, use_reentrant=False, preserve_rng_state=False)
         parts = (slice(first, first + chunk) for first in range(0, num_tokens, chunk))
-        values = [
-            checkpoint(
-                self._values,
-                student.rows(part),
-                teacher.rows(part),
-                signals.step,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for part in parts
-        ]
+        values = [recomputed(student.rows(part), teacher.rows(part), signals.step) for part in parts]
         return signals.mean(torch.cat(values))
 
     def _values(self, student: HeadTargets | DenseTargets, teacher: Targets, step: int) -> Tensor:
@@ -65,11 +56,7 @@ class DenseTerm(Term):
             return self.compare(logits, self.teacher_logits(teacher, value_at(self.temperature, step)), step)
 
     def teacher_logits(self, targets: Targets, temperature: float = 1.0) -> Tensor:
-        """Return the teacher's logits [N, V] for a temperature.
-
-        Raises:
-            ShapeError: the targets hold only some tokens of each distribution.
-        """
+        """Return the teacher's logits [N, V] for a temperature; raises ShapeError for targets of only some tokens."""
         if isinstance(targets, SparseTargets) or targets.sampled:
             raise ShapeError(
                 f"{self.name}: expected the teacher's whole distributions, got a few tokens of each. "
@@ -84,9 +71,6 @@ class Values(DenseTerm):
 
         mean over tokens of mean_v (z_v - t_v)^2
 
-    Args:
-        weight: >= 0.
-
     References:
         Ba and Caruana 2014, arXiv 1312.6184, section 2.
     """
@@ -96,7 +80,6 @@ class Values(DenseTerm):
     tasks = HEAD_TASKS
 
     def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
-        """See `DenseTerm`."""
         dtype = torch.promote_types(student.dtype, torch.float32)
         return (student.to(dtype) - teacher.to(dtype)).square().mean(-1)
 
@@ -106,7 +89,6 @@ class BiLD(DenseTerm):
     """Match differences between the largest logits of both models (BiLD); see `potstill.losses.logit_losses`.
 
     Args:
-        weight: >= 0.
         top_k: logits of each model that are compared.
         temperature: > 0. No T^2 factor is applied, as in the paper.
     """
@@ -117,7 +99,6 @@ class BiLD(DenseTerm):
     name = "bild"
 
     def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
-        """See `DenseTerm`."""
         return bild(student, teacher, min(self.top_k, student.shape[-1]), value_at(self.temperature, step))
 
 
@@ -126,7 +107,6 @@ class AdaptiveKL(DenseTerm):
     """T^2 times forward and reverse KL, weighted by where the models differ (AKL); see `potstill.losses.logit_losses`.
 
     Args:
-        weight: >= 0.
         head_mass: probability of the teacher's most likely tokens that form its head, in (0, 1).
         temperature: > 0.
     """
@@ -137,7 +117,6 @@ class AdaptiveKL(DenseTerm):
     name = "adaptive_kl"
 
     def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
-        """See `DenseTerm`."""
         temperature = value_at(self.temperature, step)
         return temperature**2 * adaptive_kl(student, teacher, self.head_mass, temperature)
 
@@ -151,7 +130,6 @@ class TAID(DenseTerm):
     Args:
         share: of the teacher, in [0, 1]; by default linear from 0.4 to 1 over the run. The paper also speeds it up as
             the loss falls.
-        weight: >= 0.
         temperature: > 0.
 
     References:
@@ -164,7 +142,6 @@ class TAID(DenseTerm):
     name = "taid"
 
     def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
-        """See `DenseTerm`."""
         temperature = value_at(self.temperature, step)
         target = interpolated_logits(student, teacher, value_at(self.share, step))
         return temperature**2 * token_divergence(student, DenseTargets(target), ForwardKL(), temperature=temperature)

@@ -1,9 +1,4 @@
-"""Terms over layers of student and teacher: hidden states, attention maps, relations.
-
-Each pairs layers by a `LayerMap`; only those layers are computed and kept. What a term trains (projections, a mixture
-of heads) is optimised, saved and resumed with the student, and is no part of it. All are computed in float32, outside
-of the student's autocast.
-"""
+"""Terms over layers, in float32, outside of the student's autocast: hidden states, attention maps, relations."""
 
 from __future__ import annotations
 
@@ -16,22 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError, ShapeError
+from potstill.losses import attention
 from potstill.losses.alignment import Task
-from potstill.losses.attention import (
-    attention_divergence,
-    attention_mse,
-    head_importance,
-    head_overlap,
-    match_heads,
-    relation_divergence,
-)
 from potstill.losses.declared import Either, NonEmpty, PythonOnly, Range
 from potstill.losses.divergences import Divergence
 from potstill.losses.embedding import embedding_divergence
 from potstill.losses.hidden import hidden_cosine, hidden_l1, hidden_mse, linear_cka
 from potstill.losses.rkd import rkd_angle, rkd_distance
 from potstill.losses.schedule import Temperature, Weight, value_at
-from potstill.models.capture import ActivationRequest
+from potstill.models.capture import ActivationRequest, Activations
 from potstill.models.layer_map import LastK, LayerMap, Pairs, Projection, ProjectionKind, Uniform
 from potstill.models.structure import ModelShape
 from potstill.train.signals import Signals
@@ -46,38 +34,24 @@ class LayerTerm(Term):
 
     Args:
         layers: which teacher layer each student layer learns from.
-        weight: >= 0.
     """
 
     layers: LayerMap = Uniform()
     _: KW_ONLY
     weight: Weight = 1.0
     reads_layers = True
+    over: ClassVar[Literal["target", "attended"]] = "attended"
     activations: ClassVar[Literal["hidden", "attentions", "vectors"]] = "hidden"  # what is read of each layer
     trained_as: ClassVar[str] = "trained"  # the name in checkpoints of what `make_trained` returns
 
-    @property
-    def over(self) -> Literal["target", "attended"]:
-        """See `Term`."""
-        return "attended"
-
     def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
-        """See `Term`."""
         pairs = self.layers.pairs(student.layers, teacher.layers)
         compute = PairedLayers(self, pairs, self.make_trained(student, teacher, pairs))
-        of_student, of_teacher = (frozenset(side) for side in zip(*pairs, strict=True))
-        return FittedTerm(
-            compute,
-            ActivationRequest(**{self.activations: of_student}),
-            ActivationRequest(**{self.activations: of_teacher}),
-        )
+        requests = (ActivationRequest(**{self.activations: frozenset(side)}) for side in zip(*pairs, strict=True))
+        return FittedTerm(compute, *requests)
 
     def make_trained(self, student: ModelShape, teacher: ModelShape, pairs: Pairs) -> nn.Module | None:
-        """Make what is trained: a list with an entry for each pair; None for nothing.
-
-        Raises:
-            UserError: the term cannot be computed for these models.
-        """
+        """Make what is trained, a list with an entry for each pair; raises UserError for models that do not fit."""
         return None
 
     @abstractmethod
@@ -94,7 +68,6 @@ class PairedLayers(nn.Module):
         self.register_module(term.trained_as, trained)
 
     def forward(self, signals: Signals) -> Tensor:
-        """Average the comparison over the pairs."""
         trained: Any = getattr(self, self.term.trained_as) or [None] * len(self.pairs)
         with torch.autocast(signals.labels.device.type, enabled=False):
             values = [self.term.compare(signals, s, t, trained[n]) for n, (s, t) in enumerate(self.pairs)]
@@ -109,14 +82,12 @@ class Hidden(LayerTerm):
     target tokens.
 
     Args:
-        layers: which teacher layer each student layer learns from.
         distance: mse, l1 or cosine (see `potstill.losses.hidden`), or cka: 1 - `linear_cka`.
         projection: trained map of the student's states to the teacher's width, one for each pair: linear, mlp or none.
             By default linear where widths differ. cka takes any widths and no projection.
         select_batches: instead of a projection, compare with as many of the teacher's dimensions as the student has:
             the most important ones, by the gradient of its loss on so many batches (Flex-KD).
         dimensions: those dimensions, if they are known: teacher layer -> ids; see `important_dimensions`.
-        weight: >= 0.
 
     References:
         Jiao et al. 2019 (TinyBERT), arXiv 1909.10351, section 3.1; Sanh et al. 2019 (DistilBERT), arXiv 1910.01108.
@@ -138,12 +109,10 @@ class Hidden(LayerTerm):
             raise ShapeError(f"Hidden: expected no projection with {other}, got {self.projection!r}.")
 
     @property
-    def over(self) -> Literal["target", "attended"]:
-        """See `Term`."""
+    def over(self) -> Literal["target", "attended"]:  # type: ignore[override]
         return "target" if self.distance == "cka" else "attended"
 
     def task_mistake(self, task: Task) -> str | None:
-        """See `Term`."""
         if task == "encoder" and self.select_batches is not None:
             return (
                 f".select_batches: expected none for the task encoder, got {self.select_batches}. Dimensions are "
@@ -152,41 +121,38 @@ class Hidden(LayerTerm):
         return super().task_mistake(task)
 
     def select(self, dimensions: SelectDimensions) -> Self:
-        """See `Term`."""
         if self.select_batches is None:
             return self
         return replace(self, dimensions=dimensions(self.layers, self.select_batches))
 
     def make_trained(self, student: ModelShape, teacher: ModelShape, pairs: Pairs) -> nn.Module | None:
-        """See `LayerTerm`."""
         if self.distance == "cka":
             return None
-        if self.dimensions is not None:
-            for _, layer in pairs:
-                ids = self.dimensions.get(layer)
-                if ids is None or ids.shape != (student.width,):
-                    got = f"layers {sorted(self.dimensions)}" if ids is None else list(ids.shape)
-                    raise ShapeError(
-                        f"Hidden: expected {student.width} dimensions (the student's width) of teacher layer {layer}, "
-                        f"got {got}."
-                    )
-            return None
-        kind = self.projection or ("none" if student.width == teacher.width else "linear")
-        return nn.ModuleList(Projection(kind, student.width, teacher.width) for _ in pairs)
+        if self.dimensions is None:
+            kind = self.projection or ("none" if student.width == teacher.width else "linear")
+            return nn.ModuleList(Projection(kind, student.width, teacher.width) for _ in pairs)
+        for _, layer in pairs:
+            ids = self.dimensions.get(layer)
+            if ids is None or ids.shape != (student.width,):
+                got = f"layers {sorted(self.dimensions)}" if ids is None else list(ids.shape)
+                raise ShapeError(
+                    f"Hidden: expected {student.width} dimensions (the student's width) of teacher layer {layer}, "
+                    f"got {got}."
+                )
+        return None
 
     def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
-        """See `LayerTerm`."""
-        s, t = _attended(signals, student, teacher)
+        of_student, of_teacher, attended = _activations(signals)
+        s, t = of_student.hidden[student][attended].float(), of_teacher.hidden[teacher][attended].float()
         if self.distance == "cka":
             return signals.batch_mean(1 - linear_cka(s, t))
-        if self.dimensions is not None:
-            t = t[:, self.dimensions[teacher].to(t.device)]
-        else:
-            s = trained(s)
-        return signals.attended_mean(DISTANCES[self.distance](s, t))
+        if self.dimensions is None:
+            return signals.attended_mean(DISTANCES[self.distance](trained(s), t))
+        return signals.attended_mean(DISTANCES[self.distance](s, t[:, self.dimensions[teacher].to(t.device)]))
 
 
 HeadPairs = Annotated[tuple[tuple[int, int], ...], NonEmpty()]
+Heads = Literal["overlap", "entropy", "variance", "learned"] | HeadPairs
 
 
 @dataclass(frozen=True)
@@ -196,13 +162,11 @@ class Attention(LayerTerm):
     Both models compute eager attention, because no other implementation returns the maps.
 
     Args:
-        layers: which teacher layer each student layer learns from.
         divergence: between a query's attention weights as distributions; by default the squared distance of their
             directions, see `attention_mse`.
         heads: overlap (`head_overlap`: equal counts pair up, others share), entropy or variance (the same, weighted by
             how focused the teacher's heads are, `head_importance`), learned (a trained mixture of the student's heads
             for each of the teacher's), or pairs [student head, teacher head], from 0, for all layers.
-        weight: >= 0.
 
     References:
         Zagoruyko and Komodakis 2016, arXiv 1612.03928; Jiao et al. 2019 (TinyBERT), arXiv 1909.10351.
@@ -210,23 +174,22 @@ class Attention(LayerTerm):
 
     divergence: Divergence | None = None
     _: KW_ONLY
-    heads: Annotated[
-        Literal["overlap", "entropy", "variance", "learned"] | HeadPairs, Either(lambda value: isinstance(value, str))
-    ] = "overlap"
+    heads: Annotated[Heads, Either(lambda value: isinstance(value, str))] = "overlap"
     name = "attention"
     activations = "attentions"
     trained_as = "mixtures"
 
     def make_trained(self, student: ModelShape, teacher: ModelShape, pairs: Pairs) -> nn.Module | None:
-        """See `LayerTerm`."""
         if self.divergence is not None and student.attention_dropout:
             raise ModelError(
                 f"Attention: expected a student without attention dropout, got {student.attention_dropout}. A dropped "
                 "weight makes the divergence infinite. Set the dropout to 0, or leave out the divergence."
             )
         if not isinstance(self.heads, str):
-            for place, (who, model) in enumerate((("student", student), ("teacher", teacher))):
-                strange = [pair[place] for pair in self.heads if not 0 <= pair[place] < model.heads]
+            for who, model, heads in zip(
+                ("student", "teacher"), (student, teacher), zip(*self.heads, strict=True), strict=True
+            ):
+                strange = [head for head in heads if not 0 <= head < model.heads]
                 if strange:
                     raise ShapeError(
                         f"Attention: expected {who} heads in 0..{model.heads - 1}, as the {who} has {model.heads}, "
@@ -235,28 +198,26 @@ class Attention(LayerTerm):
         if self.heads != "learned":
             return None
         # Near the overlap, and nowhere so far from it that a head could not be chosen any more.
-        start = (head_overlap(teacher.heads, student.heads) + 0.1).log()
+        start = (attention.head_overlap(teacher.heads, student.heads) + 0.1).log()
         return nn.ParameterList(nn.Parameter(start.clone()) for _ in pairs)
 
     def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
-        """See `LayerTerm`."""
-        assert signals.teacher is not None
-        assert signals.attended is not None
-        s, t = signals.inside.attentions[student].float(), signals.teacher.inside.attentions[teacher].float()
+        of_student, of_teacher, attended = _activations(signals)
+        s, t = of_student.attentions[student].float(), of_teacher.attentions[teacher].float()
         weights = None
         if self.heads == "learned":
-            s, _ = match_heads(s, trained.softmax(-1))
+            s, _ = attention.match_heads(s, trained.softmax(-1))
         elif not isinstance(self.heads, str):
-            of_student, of_teacher = zip(*self.heads, strict=True)
-            s, t = s[:, of_student], t[:, of_teacher]
+            student_heads, teacher_heads = zip(*self.heads, strict=True)
+            s, t = s[:, student_heads], t[:, teacher_heads]
         else:
-            importance = None if self.heads == "overlap" else head_importance(t, signals.attended, self.heads)
-            t, weights = match_heads(t, head_overlap(s.shape[1], t.shape[1]), importance)
+            importance = None if self.heads == "overlap" else attention.head_importance(t, attended, self.heads)
+            t, weights = attention.match_heads(t, attention.head_overlap(s.shape[1], t.shape[1]), importance)
         if self.divergence is None:
-            values = attention_mse(s, t, weights)
+            values = attention.attention_mse(s, t, weights)
         else:
-            values = attention_divergence(s, t, weights, self.divergence)
-        return signals.attended_mean(values[signals.attended])
+            values = attention.attention_divergence(s, t, weights, self.divergence)
+        return signals.attended_mean(values[attended])
 
 
 @dataclass(frozen=True)
@@ -270,7 +231,6 @@ class Relations(LayerTerm):
             teacher's last or one in its upper half.
         of: which relations; their mean is taken.
         heads: the number of relation heads; by default the teacher's number of heads.
-        weight: >= 0.
 
     References:
         Wang et al. 2021 (MiniLMv2), arXiv 2012.15828, section 3.
@@ -284,7 +244,6 @@ class Relations(LayerTerm):
     activations = "vectors"
 
     def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
-        """See `Term`."""
         heads = teacher.heads if self.heads is None else self.heads
         narrowest = min(student.narrowest, teacher.narrowest)
         if heads > narrowest:
@@ -292,14 +251,13 @@ class Relations(LayerTerm):
         return LayerTerm.fit(replace(self, heads=heads), student, teacher)
 
     def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
-        """See `LayerTerm`."""
-        assert signals.teacher is not None
-        assert signals.attended is not None
+        of_student, of_teacher, attended = _activations(signals)
         assert self.heads is not None
-        s, t = signals.inside.vectors[student], signals.teacher.inside.vectors[teacher]
-        mask = signals.attended
-        values = [relation_divergence(getattr(s, kind).float(), getattr(t, kind), mask, self.heads) for kind in self.of]
-        return signals.attended_mean(torch.stack(values).mean(0)[mask])
+        values = []
+        for kind in self.of:
+            s, t = (getattr(vectors, kind) for vectors in (of_student.vectors[student], of_teacher.vectors[teacher]))
+            values.append(attention.relation_divergence(s.float(), t, attended, self.heads))
+        return signals.attended_mean(torch.stack(values).mean(0)[attended])
 
 
 @dataclass(frozen=True)
@@ -310,11 +268,9 @@ class Similarity(LayerTerm):
     accumulation does not make them larger.
 
     Args:
-        layers: which teacher layer each student layer learns from.
         kind: distance or angle (RKD), or distribution: `embedding_divergence`.
         temperature: of the distributions, > 0. No T^2 factor is applied.
         divergence: between the distributions; by default forward KL.
-        weight: >= 0.
 
     References:
         Park et al. 2019 (RKD), arXiv 1904.05068; Fang et al. 2021 (SEED), arXiv 2101.04731.
@@ -326,40 +282,24 @@ class Similarity(LayerTerm):
     temperature: Temperature = 0.1
     divergence: Divergence | None = None
     name = "similarity"
-
-    @property
-    def over(self) -> Literal["target", "attended"]:
-        """See `Term`."""
-        return "target"
+    over = "target"
 
     def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
-        """See `LayerTerm`."""
-        s, t = _pooled(signals, student, teacher)
-        if self.kind == "distribution":
-            if len(s) < 2:
-                return signals.batch_mean(s[:0].sum())
-            temperature = value_at(self.temperature, signals.step)
-            divergence = embedding_divergence(s, t, temperature=temperature, divergence=self.divergence)
-            return signals.batch_mean(divergence)
-        return signals.batch_mean((rkd_distance if self.kind == "distance" else rkd_angle)(s, t))
+        of_student, of_teacher, attended = _activations(signals)
+        rows = attended.any(1)  # examples with an attended position
+        mask = attended[rows].unsqueeze(-1)
+        states = of_student.hidden[student], of_teacher.hidden[teacher]
+        s, t = ((hidden[rows].float() * mask).sum(1) / mask.sum(1) for hidden in states)
+        if self.kind != "distribution":
+            return signals.batch_mean((rkd_distance if self.kind == "distance" else rkd_angle)(s, t))
+        if len(s) < 2:
+            return signals.batch_mean(s[:0].sum())
+        temperature = value_at(self.temperature, signals.step)
+        return signals.batch_mean(embedding_divergence(s, t, temperature=temperature, divergence=self.divergence))
 
 
-def _attended(signals: Signals, student: int, teacher: int) -> tuple[Tensor, Tensor]:
-    """Return the hidden states [A, Hs] and [A, Ht] of two layers at the attended positions."""
+def _activations(signals: Signals) -> tuple[Activations, Activations, Tensor]:
+    """Return what was captured of the student and of the teacher, and the mask [B, T] of the attended positions."""
     assert signals.teacher is not None
     assert signals.attended is not None
-    s, t = signals.inside.hidden[student], signals.teacher.inside.hidden[teacher]
-    return s[signals.attended].float(), t[signals.attended].float()
-
-
-def _pooled(signals: Signals, student: int, teacher: int) -> tuple[Tensor, Tensor]:
-    """Return the mean hidden state of each example with an attended position: [E, Hs] and [E, Ht]."""
-    assert signals.teacher is not None
-    assert signals.attended is not None
-    rows = signals.attended.any(1)
-    mask = signals.attended[rows].unsqueeze(-1)
-
-    def mean(states: Tensor) -> Tensor:
-        return (states[rows].float() * mask).sum(1) / mask.sum(1)
-
-    return mean(signals.inside.hidden[student]), mean(signals.teacher.inside.hidden[teacher])
+    return signals.inside, signals.teacher.inside, signals.attended

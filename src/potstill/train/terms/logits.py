@@ -13,7 +13,6 @@ from potstill.losses.divergences import Divergence, ForwardKL
 from potstill.losses.fused_linear import FusedLoss
 from potstill.losses.schedule import Share, Temperature, Weight, value_at
 from potstill.losses.target_statistics import teacher_confidence, teacher_entropy, top_share, top_tokens
-from potstill.losses.targets import Targets
 from potstill.train.signals import Signals, Text, weighted
 from potstill.train.terms.term import Term
 
@@ -28,7 +27,6 @@ class Logits(Term):
 
     Args:
         divergence: any divergence.
-        weight: >= 0.
         temperature: softmax temperature, > 0.
         tokens: weight of each token: all equal; only the `share` of a batch where the teacher's entropy is highest
             (entropy) or its top probability highest (confident); or the teacher's top probability (confidence). The
@@ -49,17 +47,10 @@ class Logits(Term):
     tasks = DISTRIBUTION_TASKS
 
     @property
-    def needs_samples(self) -> bool:
-        """See `Term`."""
+    def needs_samples(self) -> bool:  # type: ignore[override]
         return self.text == "own"
 
-    @property
-    def weighs_tokens(self) -> bool:
-        """Whether tokens have different weights."""
-        return self.tokens != "all" or self.text != "all"
-
     def describe(self) -> str:
-        """See `Term`."""
         name = f"{in_words(self.divergence)} at temperature {in_words(self.temperature)}"
         others = self.changed(but=("divergence", "temperature", "weight"))
         return ", ".join([name, *others, f"weight {in_words(self.weight)}"])
@@ -72,28 +63,20 @@ class Logits(Term):
         temperature = value_at(self.temperature, signals.step)
         factor = temperature**2
         assert signals.teacher is not None
-        targets = signals.teacher.targets
-        weights, only = self._token_weights(targets, signals.step), signals.only(self.text)
-        weights = only if weights is None else weighted(weights, only)
+        targets, weights = signals.teacher.targets, signals.only(self.text)
+        if self.tokens != "all":
+            values = teacher_entropy(targets) if self.tokens == "entropy" else teacher_confidence(targets)
+            if self.tokens != "confidence":
+                values = top_share(values, value_at(self.share, signals.step))
+            weights = weighted(values, weights)
         if self.top_k is not None:
             targets = top_tokens(targets, self.top_k, temperature)
+        label_weight = None if label_weight is None else label_weight / factor
         loss = signals.compare(
-            self.divergence,
-            temperature=temperature,
-            label_weight=None if label_weight is None else label_weight / factor,
-            targets=targets,
-            token_weights=weights,
+            self.divergence, temperature=temperature, label_weight=label_weight, targets=targets, token_weights=weights
         )
         assert loss.divergence is not None
         return FusedLoss(factor * loss.loss, factor * weighted(loss.divergence, weights), loss.cross_entropy)
-
-    def _token_weights(self, targets: Targets, step: int) -> Tensor | None:
-        if self.tokens == "all":
-            return None
-        if self.tokens == "entropy":
-            return top_share(teacher_entropy(targets), value_at(self.share, step))
-        confidence = teacher_confidence(targets)
-        return confidence if self.tokens == "confidence" else top_share(confidence, value_at(self.share, step))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ class PolicyGradient(Term):
     KL(q || p) over texts.
 
     Args:
-        weight: >= 0.
         discount: of later rewards, in [0, 1].
         single_step: compute the reward of the token itself as a sum over the vocabulary, not from the sample: the
             gradient of KL(q || p) at that position. A_t then holds later rewards alone. Needs the teacher's
@@ -58,16 +57,11 @@ class PolicyGradient(Term):
     clip: Annotated[float | None, Range(gt=0)] = None
     importance: bool = True
     name = "policy"
+    needs_samples = True
     tasks = frozenset({"causal"})
 
     @property
-    def needs_samples(self) -> bool:
-        """See `Term`."""
-        return True
-
-    @property
-    def needs_sampler(self) -> bool:
-        """See `Term`."""
+    def needs_sampler(self) -> bool:  # type: ignore[override]
         return self.importance
 
     def __call__(self, signals: Signals) -> Tensor:
@@ -78,7 +72,7 @@ class PolicyGradient(Term):
         log_probs = student_log_probs(signals.student, signals.labels)
         rewards = label_log_probs(signals.teacher, signals.labels) - log_probs.detach()
         rewards = rewards.clamp(-MAX_REWARD_NATS, MAX_REWARD_NATS).masked_fill(~sampled.tokens, 0.0)
-        advantages = self._whitened(self._returns(rewards, sampled), sampled.tokens)
+        advantages = self._advantages(rewards, sampled)
         if self.importance and sampled.sampler_log_probs[sampled.tokens].isnan().any():
             raise ShapeError(
                 "policy: expected the log-probability under which each token was sampled, got samples of a server at "
@@ -96,27 +90,27 @@ class PolicyGradient(Term):
             loss = loss + signals.compare(ReverseKL(), token_weights=weights).loss
         return loss
 
-    def _returns(self, rewards: Tensor, sampled: SampledTokens) -> Tensor:
-        """Compute A_t [N] before whitening, from the last token of each row to its first."""
-        grid, places = _by_row(rewards, sampled.rows)
-        present, _ = _by_row(sampled.tokens.to(rewards.dtype), sampled.rows)
-        sums, counts = torch.zeros_like(grid), torch.zeros_like(grid)
-        total, count = torch.zeros_like(grid[:, 0]), torch.zeros_like(grid[:, 0])
-        for t in reversed(range(grid.shape[1])):
-            if self.single_step:  # later rewards alone
-                sums[:, t], counts[:, t] = self.discount * total, self.discount * count
-            total = grid[:, t] + self.discount * total
-            count = present[:, t] + self.discount * count
-            if not self.single_step:
-                sums[:, t], counts[:, t] = total, count
-        returns = sums / counts.clamp_min(torch.finfo(counts.dtype).tiny) if self.length_normalization else sums
-        return returns.flatten()[places]
-
-    def _whitened(self, advantages: Tensor, tokens: Tensor) -> Tensor:
-        if not self.whiten or int(tokens.sum()) < 2:
+    def _advantages(self, rewards: Tensor, sampled: SampledTokens) -> Tensor:
+        """Compute A_t [N], from the last token of each row to its first."""
+        _, row, counts = torch.unique_consecutive(sampled.rows, return_inverse=True, return_counts=True)
+        length = int(counts.max())
+        column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        places = row * length + column  # in the grid of rows and their tokens, padded with zeros
+        values = torch.stack([rewards, sampled.tokens.to(rewards.dtype)])  # the rewards, and their weights in each sum
+        grid = values.new_zeros(2, len(counts) * length).index_copy(1, places, values).view(2, -1, length)
+        sums, total = torch.zeros_like(grid), torch.zeros_like(grid[..., 0])
+        for t in reversed(range(length)):
+            later = self.discount * total
+            total = grid[..., t] + later
+            sums[..., t] = later if self.single_step else total
+        returns, lengths = sums
+        if self.length_normalization:
+            returns = returns / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
+        advantages = returns.flatten()[places]
+        if not self.whiten or int(sampled.tokens.sum()) < 2:
             return advantages
-        sampled = advantages[tokens]
-        return (advantages - sampled.mean()) / sampled.std().clamp_min(1e-8)
+        mean, deviation = advantages[sampled.tokens].mean(), advantages[sampled.tokens].std()
+        return (advantages - mean) / deviation.clamp_min(1e-8)
 
 
 @dataclass(frozen=True)
@@ -136,11 +130,7 @@ class MiniLLM(PolicyGradient):
 
 
 def label_log_probs(teacher: TeacherOutput, labels: Tensor) -> Tensor:
-    """Return the teacher's log-probabilities of the labels, [N] nats, without gradient.
-
-    Raises:
-        ShapeError: the teacher gives only some tokens of each distribution.
-    """
+    """Return the teacher's log-probabilities of the labels, [N] nats, without gradient, or raise ShapeError."""
     log_probs = teacher.log_probs_of(labels)
     if log_probs is None:
         raise ShapeError(
@@ -156,12 +146,3 @@ def student_log_probs(student: HeadTargets | DenseTargets, labels: Tensor) -> Te
         return -linear_cross_entropy(student.hidden, student.head, labels, reduction="none").loss
     with torch.autocast(student.logits.device.type, enabled=False):
         return -token_cross_entropy(student.logits, labels)
-
-
-def _by_row(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Arrange values [N] as [R, L], padded with zeros, and return the index [N] of each in the flattened grid."""
-    _, row, counts = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
-    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[row]
-    length = int(counts.max())
-    where = row * length + place
-    return values.new_zeros(len(counts) * length).index_copy(0, where, values).view(-1, length), where

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Annotated
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from potstill.errors import ModelError, ShapeError
 from potstill.losses.declared import NonEmpty
 from potstill.losses.divergences import Divergence, ForwardKL
-from potstill.losses.fused_linear import linear_divergence
 from potstill.losses.schedule import Temperature, Weight, value_at
 from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
@@ -36,7 +35,6 @@ class DeepSupervision(Term):
     Args:
         layers: of the student, before its last; from 0, or -2 and so on.
         divergence: any divergence.
-        weight: >= 0.
         temperature: softmax temperature, > 0.
 
     References:
@@ -60,7 +58,6 @@ class DeepSupervision(Term):
         )
 
     def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
-        """See `Term`."""
         exits = [layer_index("student", layer, student.layers) for layer in self.layers]
         if student.layers - 1 in exits:
             raise ShapeError(
@@ -79,16 +76,9 @@ class DeepSupervision(Term):
         assert alignment is not None
         temperature = value_at(self.temperature, signals.step)
         target = HeadTargets(last.hidden.detach(), last.head)
-        losses = [
-            linear_divergence(
-                alignment.select(signals.inside.exits[layer]).to(last.hidden.dtype),
-                last.head,
-                target,
-                self.divergence,
-                temperature=temperature,
-                token_weights=signals.weights,
-                normalizer=signals.divisor,
-            ).loss
-            for layer in exits
-        ]
+        losses = []
+        for layer in exits:
+            hidden = alignment.select(signals.inside.exits[layer]).to(last.hidden.dtype)
+            exit_signals = replace(signals, student=HeadTargets(hidden, last.head))
+            losses.append(exit_signals.compare(self.divergence, temperature=temperature, targets=target).loss)
         return temperature**2 * torch.stack(losses).mean()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor
 
@@ -21,18 +20,11 @@ from potstill.train.signals import Signals
 SelectDimensions = Callable[[LayerMap, int], Mapping[int, Tensor]]
 
 
-@dataclass(frozen=True)
-class FittedTerm:
-    """A term for two models.
+class FittedTerm(NamedTuple):
+    """A term for two models."""
 
-    Args:
-        compute: its value on a batch, without its weight; an nn.Module where it trains parameters of its own.
-        student: activations that it reads of the student.
-        teacher: activations that it reads of the teacher.
-    """
-
-    compute: Callable[[Signals], Tensor]
-    student: ActivationRequest = ActivationRequest()
+    compute: Callable[[Signals], Tensor]  # its value without its weight; an nn.Module where it trains parameters
+    student: ActivationRequest = ActivationRequest()  # what it reads of the student
     teacher: ActivationRequest = ActivationRequest()
 
 
@@ -42,37 +34,19 @@ class Term(Declared):
     A subclass is a frozen dataclass with a `name` and a `weight`. It implements `__call__`, or `fit` where it reads
     layers or trains parameters.
 
-    Attributes:
-        needs_teacher: whether it compares with the teacher's output.
-        reads_layers: whether it reads activations of layers; see `fit`.
-        other_tokenizer: whether it takes a teacher with another tokenizer, and only such a teacher.
-        tasks: tasks for which it is defined.
-        over: positions that its mean is over: target positions, or all attended ones.
-        needs_samples: whether it is defined on on-policy samples alone.
-        needs_sampler: whether it needs the log-probabilities under which samples were drawn.
+    Args:
+        weight: >= 0.
     """
 
     key = "term"
-    needs_teacher: ClassVar[bool] = True
-    reads_layers: ClassVar[bool] = False
-    other_tokenizer: ClassVar[bool] = False
-    tasks: ClassVar[frozenset[Task]] = TASKS
+    needs_teacher: ClassVar[bool] = True  # whether it compares with the teacher's output
+    reads_layers: ClassVar[bool] = False  # whether it reads activations of layers; see `fit`
+    other_tokenizer: ClassVar[bool] = False  # whether it takes a teacher with another tokenizer, and no other teacher
+    tasks: ClassVar[frozenset[Task]] = TASKS  # for which it is defined
+    over: ClassVar[Literal["target", "attended"]] = "target"  # positions that its mean is over
+    needs_samples: ClassVar[bool] = False  # whether it is defined on on-policy samples alone
+    needs_sampler: ClassVar[bool] = False  # whether it needs the log-probabilities under which samples were drawn
     weight: Weight
-
-    @property
-    def over(self) -> Literal["target", "attended"]:
-        """See the class."""
-        return "target"
-
-    @property
-    def needs_samples(self) -> bool:
-        """See the class."""
-        return False
-
-    @property
-    def needs_sampler(self) -> bool:
-        """See the class."""
-        return False
 
     def task_mistake(self, task: Task) -> str | None:
         """Explain why the term is not defined for a task, behind its key; None where it is."""
@@ -89,11 +63,7 @@ class Term(Declared):
         raise ShapeError(f"{self.name}: expected a term fitted to two models, got its declaration. Call fit.")
 
     def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
-        """Choose layers and widths for two models, and make what is trained with the student.
-
-        Raises:
-            UserError: the term cannot be computed for these models.
-        """
+        """Choose layers and widths for two models, and make what is trained; raises UserError where that fails."""
         return FittedTerm(self)
 
     def select(self, dimensions: SelectDimensions) -> Self:
