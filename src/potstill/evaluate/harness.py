@@ -13,16 +13,9 @@ from potstill.errors import UserError
 def harness_scores(
     model: Any, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Score a model on tasks of lm-eval.
+    """Score a causal model on tasks of lm-eval: task -> {metric: score}.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        tasks: names that lm-eval knows, which may download their data, or YAML files of local tasks.
-        limit: examples of each task; all by default.
-
-    Returns:
-        task -> {metric: score}.
+    Tasks are names that lm-eval knows, which may download their data, or YAML files; `limit` is examples of each.
     """
     try:
         with warnings.catch_warnings():

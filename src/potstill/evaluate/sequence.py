@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.evaluate.correlation import pearson, ranks
 from potstill.evaluate.quality import Quality, compare, overconfidence, teacher_distances
-from potstill.evaluate.space import SpaceEvaluator
+from potstill.evaluate.space import SpaceEvaluator, pearson, ranks
 from potstill.losses.alignment import TOKEN_TASKS, Alignment, Task, align
 from potstill.losses.embedding import similarity_error
 from potstill.losses.token_losses import label_loss
