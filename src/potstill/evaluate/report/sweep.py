@@ -182,7 +182,7 @@ def _expectations(measured: canvas.Curve, published: Mapping[str, canvas.Curve],
         ends.append(("student", fitted[-1][1], "their law"))
     canvas.dots(axes, "student", measured)
     canvas.shares(axes)
-    canvas.label_ends(axes, ends, named=False)
+    canvas.label_ends(axes, ends)
     _logarithmic(axes, lambda value: f"{value:g}×")
     axes.set_xlabel("times fewer parameters than the teacher")
     values = "; ".join(f"{quality:.1%} at {compression:.1f} times smaller" for compression, quality in measured)
