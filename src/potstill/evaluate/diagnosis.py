@@ -23,8 +23,8 @@ UNLIKELY = 0.001  # label probability under the teacher
 CONFIDENT = 0.9  # probability of the teacher's top token
 ELEMENTS = 2**24  # of logits at a time
 EXAMPLES = 5
-_STARTS = {"never": 0, "1 to 9 times": 1, "10 to 99": 10, "100 to 999": 100, "1,000 or more": 1000}
-FREQUENCIES = tuple(zip(_STARTS, _STARTS.values(), [*_STARTS.values(), math.inf][1:], strict=True))
+# Groups of tokens, and how often each occurs at least in the training data.
+FREQUENCIES = {"never": 0, "1 to 9 times": 1, "10 to 99": 10, "100 to 999": 100, "1,000 or more": 1000}
 
 # Logits [N, V] of the teacher at the target positions, or None if it has no full distributions.
 TeacherLogits = Callable[[Mapping[str, Tensor], Alignment], Tensor | None]
@@ -149,8 +149,8 @@ def distributions(tokens: TokenStats, frequency: Tensor) -> dict[str, dict[str, 
     positions = int(tokens.column.max()) + 1 if len(tokens) else 1
     bins = min(8, positions)
     edges = [round(i * positions / bins) for i in range(bins + 1)]
-    seen = frequency[tokens.label]
-    groups = {title: (seen >= least) & (seen < most) for title, least, most in FREQUENCIES}
+    group_of = torch.bucketize(frequency[tokens.label], torch.tensor(list(FREQUENCIES.values())), right=True) - 1
+    groups = {title: group_of == i for i, title in enumerate(FREQUENCIES)}
     expected = tokens.models["teacher"]["label_log_prob"]
     by_model = {}
     for name, stats in tokens.students.items():

@@ -60,10 +60,10 @@ def text_quality(written: Sequence[str], truths: Sequence[str | Sequence[str]]) 
     names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names)
     scores = [scorer.score_multi(several, text) for text, several in zip(written, references, strict=True)]
-    rouge = (sum(score[name].fmeasure for score in scores) / len(scores) for name in names)
+    rouge1, rouge2, rouge_l = (sum(score[name].fmeasure for score in scores) / len(scores) for name in names)
     bleu = sacrebleu.corpus_bleu(list(written), [list(column) for column in zip_longest(*references)])
     length_ratio = bleu.sys_len / max(bleu.ref_len, 1)
-    return TextQuality(*rouge, bleu.score, bleu.precisions, bleu.bp, length_ratio, texts=len(scores))
+    return TextQuality(rouge1, rouge2, rouge_l, bleu.score, bleu.precisions, bleu.bp, length_ratio, len(scores))
 
 
 def continuations(

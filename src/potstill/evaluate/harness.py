@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from potstill.errors import UserError
 
 
@@ -29,10 +31,15 @@ def harness_scores(
             "Install it: pip install 'potstill[lm-eval]'."
         ) from None
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    named, local = [task for task in tasks if Path(task) not in files], []
     for file in files:
         if not file.is_file():
             raise UserError(f"evaluate --lm-eval: expected a file, got {file}, which does not exist.")
-    named = [task for task in tasks if Path(task) not in files]
+        # Only the one line is parsed: others may have tags that need lm-eval's loader.
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("task:")]
+        if not lines:
+            raise UserError(f"evaluate --lm-eval: expected a key task in {file}, got none.")
+        local.append(str(yaml.safe_load(lines[0])["task"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         manager = TaskManager(include_path=[file.parent for file in files] or None, include_defaults=bool(named))
@@ -44,7 +51,7 @@ def harness_scores(
             )
         results = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
-            tasks=[*named, *(_task_name(file) for file in files)],
+            tasks=[*named, *local],
             task_manager=manager,
             limit=limit,
             log_samples=False,
@@ -56,13 +63,3 @@ def harness_scores(
         task: {metric: value for metric, value in scores.items() if isinstance(value, float | int) and "," in metric}
         for task, scores in results["results"].items()
     }
-
-
-def _task_name(file: Path) -> str:
-    """Parse only the one line: other lines may have tags that need lm-eval's loader."""
-    import yaml
-
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("task:")]
-    if not lines:
-        raise UserError(f"evaluate --lm-eval: expected a key task in {file}, got none.")
-    return str(yaml.safe_load(lines[0])["task"])

@@ -55,15 +55,8 @@ def speed(model: Any, rows: int, length: int, repeats: int = 5, *, generates: bo
     if generates:
         first_ms = generation_ms(1)
         next_ms = max(generation_ms(1 + NEW_TOKENS) - first_ms, 0.0) / NEW_TOKENS
-    return Speed(
-        rows=rows,
-        length=length,
-        latency_ms=latency,
-        tokens_per_second=1000 * rows * length / latency,
-        first_token_ms=first_ms,
-        next_token_ms=next_ms,
-        peak_bytes=None if extra is None else model.get_memory_footprint() + extra,
-    )
+    peak = None if extra is None else model.get_memory_footprint() + extra
+    return Speed(rows, length, latency, 1000 * rows * length / latency, first_ms, next_ms, peak)
 
 
 def extra_bytes(action: Callable[[], Any], device: torch.device) -> int | None:

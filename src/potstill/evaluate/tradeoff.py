@@ -157,19 +157,19 @@ def predict(compressions: Sequence[float], qualities: Sequence[float]) -> list[P
     Compressions are the teacher's parameters over each student's.
     """
     tasks = list(dict.fromkeys(point.task for point in PUBLISHED))
-    exponents = {
-        i: -math.log(quality) / math.log(compression)
-        for i, (compression, quality) in enumerate(zip(compressions, qualities, strict=True))
+    pairs = list(zip(compressions, qualities, strict=True))
+    exponents = [
+        (i, compression, -math.log(quality) / math.log(compression))
+        for i, (compression, quality) in enumerate(pairs)
         if compression > 1 and 0 < quality < math.inf
-    }
+    ]
     predictions = []
-    for i, (compression, quality) in enumerate(zip(compressions, qualities, strict=True)):
-        others = {j: a for j, a in exponents.items() if j != i}
+    for i, (compression, quality) in enumerate(pairs):
+        others = [a for j, _, a in exponents if j != i]
         fitted = None
         if compression > 1 and len(others) > 1:
-            mean = sum(others.values()) / len(others)
-            value, low, high = (compression**-a for a in (mean, max(others.values()), min(others.values())))
-            extrapolated = compression > max(compressions[j] for j in others)
+            value, low, high = (compression**-a for a in (sum(others) / len(others), max(others), min(others)))
+            extrapolated = compression > max(other for j, other, _ in exponents if j != i)
             fitted = CapacityEstimate(value, low, high, f"{len(others)} other students", extrapolated)
         published = {task: expected_share(compression, task) for task in tasks} if compression >= 1 else {}
         predictions.append(Prediction(compression, quality, published, fitted))

@@ -12,6 +12,7 @@ from potstill.evaluate import summary as records
 from potstill.evaluate.formatting import count, milliseconds, minus, nats, percent, size
 from potstill.evaluate.measures import TASK_LABELS, of_run
 from potstill.evaluate.report import pictures
+from potstill.evaluate.report.canvas import thin
 from potstill.evaluate.report.diagnosis import read_diagnosis
 from potstill.evaluate.report.render import Headline, ratio_headline, render
 from potstill.evaluate.summary import MODELS, RUNS, Summary
@@ -33,9 +34,12 @@ def write_report(run_directory: Path) -> Path:
         floor = summary.rows.teacher.loss
     if floor is not None and not math.isfinite(floor):
         floor = None
-    curves = {"held_out": pictures.held_out_curves(held_out, floor)} if held_out else {}
+    curves = {}
+    if held_out:
+        curves["held_out"] = pictures.curves("held-out", "Held-out cross-entropy in nats", held_out, floor)
     if training:
-        curves["training"] = pictures.training_curves(training)
+        thinned = {run: thin(curve) for run, curve in training.items()}
+        curves["training"] = pictures.curves("training", "Training loss", thinned, markers=1)
     return render(
         "report.html.j2",
         run_directory / "report.html",
@@ -88,14 +92,9 @@ def _table(summary: Summary) -> Iterator[dict[str, Any]]:
         values = {model: getattr(scores, measure.key) for model, scores in present.items()}
         trained = [values[run] for run in RUNS if values.get(run) is not None]
         best = measure.better(*trained) if measure.better and len(set(trained)) == 2 else None
-        cells = [
-            {
-                "model": model,
-                "text": "–" if value is None else measure.write(value),
-                "best": best is not None and model in RUNS and value == best,
-            }
-            for model, value in values.items()
-        ]
+        texts = {model: "–" if value is None else measure.write(value) for model, value in values.items()}
+        winners = [run for run in RUNS if best is not None and values.get(run) == best]
+        cells = [{"model": model, "text": text, "best": model in winners} for model, text in texts.items()]
         if any(value is not None for value in values.values()):
             yield {"name": measure.name, "meaning": measure.meaning, "cells": cells}
 

@@ -44,17 +44,6 @@ def curves(
     return canvas.svg(figure, name, f"{title} over {unit}s: {', '.join(ranges)}.")
 
 
-def held_out_curves(losses: Mapping[str, canvas.Curve], teacher_loss: float | None) -> Markup:
-    """Held-out cross-entropy of "baseline" and "student" over steps, with the teacher's as the floor; nats."""
-    return curves("held-out", "Held-out cross-entropy in nats", losses, teacher_loss)
-
-
-def training_curves(losses: Mapping[str, canvas.Curve]) -> Markup:
-    """Training loss over steps; each run has its own objective."""
-    thinned = {model: canvas.thin(curve) for model, curve in losses.items()}
-    return curves("training", "Training loss", thinned, markers=1)
-
-
 def kl_by_position(edges: Sequence[float], values: Mapping[str, Sequence[float]]) -> Markup:
     """Mean KL to the teacher, nats, in bins of positions between `edges`; nan for an empty bin."""
     figure, axes = canvas.create()
