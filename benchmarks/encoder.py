@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from measure import train
 from potstill import Attention, Hidden, LayerMap, Relations, Similarity, Source
 from potstill.data.batches import encode, in_batches
-from potstill.evaluate.correlation import pearson, ranks
+from potstill.evaluate.space import pearson, ranks
 from potstill.models.initialize import plan_initialization
 from potstill.models.loading import load_model, suppress_warnings
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from potstill.errors import DataError
-from potstill.evaluate.report import pictures
+from potstill.evaluate.report import canvas, pictures
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.evaluate.verdict import verdict
 
@@ -179,8 +179,8 @@ def test_pictures_are_labelled_and_share_no_ids(run_directory, summary):
 
 def test_pictures_take_the_colours_and_the_typeface_of_the_page():
     curves = {"baseline": [(100, 4.5), (200, 3.3)], "student": [(100, 4.2), (200, 2.86)]}
-    picture = pictures.held_out_curves(curves, 2.31)
-    assert picture == pictures.held_out_curves(curves, 2.31)
+    picture = pictures.curves("held-out", "Held-out cross-entropy", curves, 2.31)
+    assert picture == pictures.curves("held-out", "Held-out cross-entropy", curves, 2.31)
     assert set(re.findall(r"var\(--(\w+)\)", picture)) == {"muted", "rule", "paper", "teacher", "baseline", "student"}
     assert not re.findall(r"#[0-9a-f]{6}\b", picture)
     assert "DejaVu" not in picture and "<style" not in picture and "http" not in picture
@@ -189,7 +189,7 @@ def test_pictures_take_the_colours_and_the_typeface_of_the_page():
 
 def test_labels_of_lines_that_end_together_do_not_touch():
     curves = {"baseline": [(1, 5.0), (2, 3.0)], "student": [(1, 5.0), (2, 3.0)]}
-    picture = pictures.held_out_curves(curves, 3.0)
+    picture = pictures.curves("held-out", "Held-out cross-entropy", curves, 3.0)
     heights = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>(?:teacher|baseline|student) 3\.00<', picture)]
     assert len(heights) == 3
     first, second, third = sorted(heights)
@@ -198,7 +198,8 @@ def test_labels_of_lines_that_end_together_do_not_touch():
 
 def test_a_long_run_is_thinned():
     curve = [(step, 3.0 + 0.01 * (step % 7)) for step in range(10_000)]
-    assert len(pictures.training_curves({"student": curve})) < 40_000
+    picture = pictures.curves("training", "Training loss", {"student": canvas.thin(curve)}, markers=1)
+    assert len(picture) < 40_000
 
 
 def test_no_baseline(run_directory, summary):

@@ -1,8 +1,4 @@
-"""Measurements that explain how a run went; `findings.py` interprets them.
-
-Statistics are collected for each token of a sample of rows, so that tokens can be grouped by position, by frequency and
-by the teacher's confidence.
-"""
+"""Measurements of a sample's tokens and of gradients that explain how a run went; `findings.py` interprets them."""
 
 from __future__ import annotations
 
@@ -16,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.evaluate.quality import evaluation_mode, logits_at, teacher_distances
+from potstill.evaluate.quality import logits_at, teacher_distances
 from potstill.losses.alignment import Alignment, causal_alignment
 from potstill.losses.divergences import LOG_ZERO
+from potstill.models.split import evaluation_mode
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 TOP_COUNTS = (1, 10, 100)  # numbers of most likely tokens whose total probability is reported
@@ -26,13 +23,8 @@ UNLIKELY = 0.001  # label probability under the teacher
 CONFIDENT = 0.9  # probability of the teacher's top token
 ELEMENTS = 2**24  # of logits at a time
 EXAMPLES = 5
-FREQUENCIES = (
-    ("never", 0, 1),
-    ("1 to 9 times", 1, 10),
-    ("10 to 99", 10, 100),
-    ("100 to 999", 100, 1000),
-    ("1,000 or more", 1000, math.inf),
-)
+# Groups of tokens, and how often each occurs at least in the training data.
+FREQUENCIES = {"never": 0, "1 to 9 times": 1, "10 to 99": 10, "100 to 999": 100, "1,000 or more": 1000}
 
 # Logits [N, V] of the teacher at the target positions, or None if it has no full distributions.
 TeacherLogits = Callable[[Mapping[str, Tensor], Alignment], Tensor | None]
@@ -56,9 +48,9 @@ class TokenStats:
     label: Tensor  # [N] token ids of the data
     column: Tensor  # [N] positions in the row
     row: Tensor  # [N] rows of the sample
-    # name -> entropy and label_log_prob; for students also kl, js, overlap and agreement (see `TeacherDistances`),
-    # for "teacher" also confidence (probability of its top token) and prediction (its id). Without full distributions
-    # there is no teacher, and nothing that compares with it
+    # name -> entropy and label_log_prob; for students also those of `teacher_distances`, for "teacher" also confidence
+    # (probability of its top token) and prediction (its id). Without full distributions there is no teacher, and
+    # nothing that compares with it
     models: dict[str, Stats]
 
     def __len__(self) -> int:
@@ -70,28 +62,23 @@ class TokenStats:
         return {name: stats for name, stats in self.models.items() if "kl" in stats}
 
 
-class _TemperatureSums:
-    """Running sums over tokens: entropy and top masses at each temperature."""
+def _softening_sums(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """[temperatures, 1 + TOP_COUNTS] sums over tokens: entropy, and probability of the most likely tokens."""
+    sums = []
+    for temperature in temperatures:
+        log_probs = (logits / temperature).log_softmax(-1).clamp_min(LOG_ZERO)
+        top = log_probs.topk(min(max(TOP_COUNTS), logits.shape[-1]), -1).values.exp().double()
+        entropy = -(log_probs.exp() * log_probs).sum(-1).double().sum()
+        sums.append(torch.stack([entropy, *(top[:, :k].sum() for k in TOP_COUNTS)]))
+    return torch.stack(sums)
 
-    def __init__(self, temperatures: Sequence[float]) -> None:
-        self.sums = {t: torch.zeros(1 + len(TOP_COUNTS), dtype=torch.float64) for t in sorted(temperatures)}
-        self.tokens = 0
 
-    def add(self, logits: Tensor) -> None:
-        self.tokens += len(logits)
-        for temperature, sums in self.sums.items():
-            log_probs = (logits / temperature).log_softmax(-1).clamp_min(LOG_ZERO)
-            top = log_probs.topk(min(max(TOP_COUNTS), logits.shape[-1]), -1).values.exp().double()
-            sums[0] -= (log_probs.exp() * log_probs).sum(-1).double().sum()
-            for i, k in enumerate(TOP_COUNTS, 1):
-                sums[i] += top[:, :k].sum()
-
-    def means(self) -> list[Softening]:
-        rows = {t: (sums / self.tokens).tolist() for t, sums in self.sums.items()} if self.tokens else {}
-        return [
-            Softening(t, entropy, math.exp(entropy), dict(zip(TOP_COUNTS, mass, strict=True)))
-            for t, (entropy, *mass) in rows.items()
-        ]
+def _softenings(sums: Tensor, temperatures: Sequence[float], tokens: int) -> list[Softening]:
+    rows = zip(temperatures, (sums / tokens).tolist(), strict=True) if tokens else ()
+    return [
+        Softening(temperature, entropy, math.exp(entropy), dict(zip(TOP_COUNTS, mass, strict=True)))
+        for temperature, (entropy, *mass) in rows
+    ]
 
 
 def soften(logits: Tensor, temperatures: Sequence[float] = TEMPERATURES) -> list[Softening]:
@@ -101,9 +88,8 @@ def soften(logits: Tensor, temperatures: Sequence[float] = TEMPERATURES) -> list
     >>> [round(at.support, 2) for at in broad]
     [2.3, 2.94]
     """
-    sums = _TemperatureSums(temperatures)
-    sums.add(logits.float().cpu())
-    return sums.means()
+    temperatures = sorted(temperatures)
+    return _softenings(_softening_sums(logits.float().cpu(), temperatures), temperatures, len(logits))
 
 
 @torch.no_grad()
@@ -115,34 +101,22 @@ def token_stats(
     vocabulary: int | None = None,
     temperatures: Sequence[float] = TEMPERATURES,
 ) -> tuple[TokenStats, list[Softening]]:
-    """Collect statistics of the teacher and the models on the same batches.
+    """Collect statistics of the teacher and the models on the same batches; `vocabulary` as in `compare`.
 
-    Args:
-        teacher_logits: computes the teacher's logits at the target positions.
-        models: name -> student.
-        batches: input_ids, attention_mask and labels, [B, T] each.
-        vocabulary: compare over the first tokens only; see `LMHead.slice`.
-        temperatures: temperatures at which to describe the teacher.
-
-    Returns:
-        Statistics of each token, and the teacher at each temperature (empty without full distributions).
+    The teacher is described at each temperature too, if it has full distributions.
     """
-    collected: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    softened = _TemperatureSums(temperatures)
-    rows = 0
-
-    def add(model: str, stats: Stats) -> None:
-        for quantity, values in stats.items():
-            collected[model][quantity].append(values.cpu())
-
-    with evaluation_mode(models.values()):
+    temperatures = sorted(temperatures)
+    sums, softened, rows = torch.zeros(len(temperatures), 1 + len(TOP_COUNTS), dtype=torch.float64), 0, 0
+    collected: dict[str, list[Stats]] = defaultdict(list)
+    with evaluation_mode(*models.values()):
         for batch in batches:
             alignment = causal_alignment(batch["labels"])
             expected = teacher_logits(batch, alignment)
             logits = {name: logits_at(model, batch, alignment, vocabulary) for name, model in models.items()}
             row = rows + alignment.positions // alignment.length
-            add("", {"label": alignment.labels, "column": alignment.column, "row": row})
             rows += len(batch["labels"])
+            places = {"label": alignment.labels, "column": alignment.column, "row": row}
+            collected[""].append({name: values.cpu() for name, values in places.items()})
             widths = [x.shape[-1] for x in (expected, *logits.values()) if x is not None]
             step = max(1, ELEMENTS // (vocabulary or max(widths, default=1)))
             for part in (slice(start, start + step) for start in range(0, len(alignment), step)):
@@ -150,40 +124,39 @@ def token_stats(
                 teacher = None if expected is None else expected[part].float().cpu()
                 if teacher is not None:
                     best = teacher.log_softmax(-1).clamp_min(LOG_ZERO).max(-1)
-                    add("teacher", _own_stats(teacher, labels))
-                    add("teacher", {"confidence": best.values.exp(), "prediction": best.indices})
-                    softened.add(teacher)
+                    top = {"confidence": best.values.exp(), "prediction": best.indices}
+                    collected["teacher"].append(_own_stats(teacher, labels) | top)
+                    sums += _softening_sums(teacher, temperatures)
+                    softened += len(teacher)
                 for name in models:
                     student = logits[name][part].cpu()
-                    add(name, _own_stats(student, labels))
-                    if teacher is not None:
-                        add(name, teacher_distances(student, teacher)._asdict())
-    tables = {name: {q: torch.cat(parts) for q, parts in stats.items()} for name, stats in collected.items()}
-    return TokenStats(**tables.pop(""), models=tables), softened.means()
+                    distances = {} if teacher is None else teacher_distances(student, teacher)
+                    collected[name].append(_own_stats(student, labels) | distances)
+    tables = {name: {key: torch.cat([p[key] for p in parts]) for key in parts[0]} for name, parts in collected.items()}
+    return TokenStats(**tables.pop(""), models=tables), _softenings(sums, temperatures, softened)
 
 
 def _own_stats(logits: Tensor, labels: Tensor) -> Stats:
     log_probs = logits.log_softmax(-1).clamp_min(LOG_ZERO)
-    return {
-        "entropy": -(log_probs.exp() * log_probs).sum(-1),
-        "label_log_prob": log_probs.gather(-1, labels[:, None])[:, 0],
-    }
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return {"entropy": entropy, "label_log_prob": log_probs.gather(-1, labels[:, None])[:, 0]}
 
 
 def distributions(tokens: TokenStats, frequency: Tensor) -> dict[str, dict[str, Any]]:
     """Summarize each model's distance from the teacher: overall, by position, and by frequency [V] of the token in the
     training data.
     """
-    seen = frequency[tokens.label]
     positions = int(tokens.column.max()) + 1 if len(tokens) else 1
     bins = min(8, positions)
     edges = [round(i * positions / bins) for i in range(bins + 1)]
-    teacher_log_prob = tokens.models["teacher"]["label_log_prob"]
+    group_of = torch.bucketize(frequency[tokens.label], torch.tensor(list(FREQUENCIES.values())), right=True) - 1
+    groups = {title: group_of == i for i, title in enumerate(FREQUENCIES)}
+    expected = tokens.models["teacher"]["label_log_prob"]
     by_model = {}
     for name, stats in tokens.students.items():
         kl, log_prob = stats["kl"], stats["label_log_prob"]
-        excess = (teacher_log_prob - log_prob).double()
-        groups = [(title, (seen >= least) & (seen < most)) for title, least, most in FREQUENCIES]
+        excess = (expected - log_prob).double()
+        by_position = [_mean(kl[(tokens.column >= a) & (tokens.column < b)]) for a, b in pairwise(edges)]
         by_model[name] = {
             "kl": _mean(kl),
             "js": _mean(stats["js"]),
@@ -191,20 +164,17 @@ def distributions(tokens: TokenStats, frequency: Tensor) -> dict[str, dict[str, 
             "top_k_agreement": _mean(stats["overlap"]),
             "loss": -_mean(log_prob),
             "entropy": _mean(stats["entropy"]),
-            "by_position": {
-                "edges": edges,
-                "kl": [_mean(kl[(tokens.column >= a) & (tokens.column < b)]) for a, b in pairwise(edges)],
-            },
+            "by_position": {"edges": edges, "kl": by_position},
             "by_frequency": [
                 {
                     "name": title,
                     "tokens": int(group.sum()),
                     "kl": _mean(kl[group]),
                     "loss": -_mean(log_prob[group]),
-                    "teacher_loss": -_mean(teacher_log_prob[group]),
+                    "teacher_loss": -_mean(expected[group]),
                     "share_of_excess": float(excess[group].sum() / excess.sum()),
                 }
-                for title, group in groups
+                for title, group in groups.items()
                 if group.any()
             ],
         }
@@ -220,8 +190,7 @@ def irreducible(tokens: TokenStats) -> dict[str, Any]:
 
         -sum p log q = H(p) + KL(p || q)
 
-    Returns:
-        teacher_entropy and teacher_loss (on labels), nats; for each model the cross-entropy and the entropy's share.
+    All in nats, beside the teacher's loss on labels and, for each model, the entropy's share.
     """
     entropy = _mean(tokens.models["teacher"]["entropy"])
     soft = {name: entropy + _mean(stats["kl"]) for name, stats in tokens.students.items()}
@@ -233,12 +202,7 @@ def irreducible(tokens: TokenStats) -> dict[str, Any]:
 
 
 def label_noise(tokens: TokenStats) -> dict[str, Any]:
-    """Find labels that the teacher considers very unlikely.
-
-    Returns:
-        unlikely: share of labels with a probability below `UNLIKELY`; contradicted: share of labels that are unlikely
-        while the teacher is `CONFIDENT` in another token; examples: indices of the worst of these.
-    """
+    """Compute the shares of labels `UNLIKELY` to the teacher, and of those where it is `CONFIDENT` in another token."""
     teacher = tokens.models["teacher"]
     probability, confidence = teacher["label_log_prob"].exp(), teacher["confidence"]
     unlikely = probability < UNLIKELY
@@ -279,18 +243,19 @@ def gradient_flow(student: nn.Module, losses: Iterable[Tensor]) -> GradientFlow:
     for loss in losses:
         loss.backward()
         values.append(float(loss.detach()))
-    parts: dict[str, list[float]] = {}
+    parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0])
     none, bad = [], []
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
-        gradient = parameter.grad
-        if gradient is None or not gradient.count_nonzero():
+        gradient = torch.zeros(()) if parameter.grad is None else parameter.grad
+        if not gradient.count_nonzero():
             none.append(name)
         elif not gradient.isfinite().all():
             bad.append(name)
-        sums = parts.setdefault(_part(name), [0.0, 0.0, 0])
-        sums[0] += 0.0 if gradient is None else float(gradient.double().square().sum())
+        numbers = [piece for piece in name.split(".") if piece.isdigit()]
+        sums = parts[f"layer {numbers[0]}" if numbers else name.split(".")[-2]]
+        sums[0] += float(gradient.double().square().sum())
         sums[1] += float(parameter.detach().double().square().sum())
         sums[2] += parameter.numel()
     student.zero_grad(set_to_none=True)
@@ -299,9 +264,3 @@ def gradient_flow(student: nn.Module, losses: Iterable[Tensor]) -> GradientFlow:
         for part, (g, w, n) in parts.items()
     ]
     return GradientFlow(sum(values) / max(len(values), 1), flow, none, bad)
-
-
-def _part(name: str) -> str:
-    """The number of a parameter's layer, or the name of its module."""
-    numbers = [piece for piece in name.split(".") if piece.isdigit()]
-    return f"layer {numbers[0]}" if numbers else name.split(".")[-2]

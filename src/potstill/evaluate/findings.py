@@ -36,51 +36,44 @@ def recommended_temperature(softenings: Sequence[Mapping[str, Any]]) -> tuple[fl
 
     There the teacher leaves `SOFT_MASS` of its probability to tokens other than its top one, on average, while its 100
     most likely tokens keep `TOP_100_MASS`: softened further it teaches its noise. A rule of thumb after Hinton et al.
-    2015, arXiv 1503.02531; a sweep over objective.0.temperature decides.
-
-    Args:
-        softenings: `Softening`s as dictionaries, by rising temperature; mass by number of tokens, as text.
+    2015, arXiv 1503.02531; a sweep over objective.0.temperature decides. Softenings are dictionaries, by rising
+    temperature, with `mass` by number of tokens as text.
     """
     first = softenings[0]
     usable = [row for row in softenings if row["mass"]["100"] >= TOP_100_MASS] or [first]
     soft = [row for row in usable if 1 - row["mass"]["1"] >= SOFT_MASS]
     chosen = soft[0] if soft else usable[-1]
-    rest = percent(1 - chosen["mass"]["1"])
+    at, rest = f"At temperature {first['temperature']:g} the teacher", percent(1 - chosen["mass"]["1"])
+    others = "tokens other than the most likely one"
     if chosen is first:
-        return chosen["temperature"], (
-            f"At temperature {first['temperature']:g} the teacher already leaves {rest} of its probability to tokens "
-            f"other than the most likely one (effective support {first['support']:.1f} tokens), so it needs no "
-            "softening."
+        support = f"effective support {first['support']:.1f} tokens"
+        why = f"{at} already leaves {rest} of its probability to {others} ({support}), so it needs no softening."
+    elif soft:
+        why = (
+            f"{at} leaves {percent(1 - first['mass']['1'])} to {others}, little more than a label contains; at "
+            f"{chosen['temperature']:g} it is {rest}, and the 100 most likely tokens still have "
+            f"{percent(chosen['mass']['100'])}."
         )
-    if soft:
-        return chosen["temperature"], (
-            f"At temperature {first['temperature']:g} the teacher leaves {percent(1 - first['mass']['1'])} to tokens "
-            f"other than the most likely one, little more than a label contains; at {chosen['temperature']:g} it is "
-            f"{rest}, and the 100 most likely tokens still have {percent(chosen['mass']['100'])}."
-        )
-    return chosen["temperature"], (
-        f"The highest temperature at which the teacher's 100 most likely tokens keep {percent(TOP_100_MASS)}; it "
-        f"leaves {rest} to tokens other than the most likely one."
-    )
+    else:
+        keep = f"the teacher's 100 most likely tokens keep {percent(TOP_100_MASS)}"
+        why = f"The highest temperature at which {keep}; it leaves {rest} to {others}."
+    return chosen["temperature"], why
 
 
 def interpret(diagnosis: Mapping[str, Any]) -> list[Finding]:
     """List all findings from the content of diagnose.json, most severe first."""
-    checks = (_gradients, _temperature, _teacher, _training, _label_noise, _student, _entropy_floor)
+    checks = (_gradients, _temperature, _teacher, _training, _label_noise, _student)
     order = ("alarm", "warning", "note")
     return sorted((f for check in checks for f in check(diagnosis)), key=lambda finding: order.index(finding.level))
 
 
 def conclusion(diagnosis: Mapping[str, Any], findings: Sequence[Finding]) -> str:
     """Say why the student is better or worse than the baseline, or what to change before a run."""
-    reasons = [finding.clause for finding in findings if finding.clause]
-    because = "; ".join(reasons[:4])
+    because = "; ".join([finding.clause for finding in findings if finding.clause][:4])
+    nothing = "No measurement here shows a problem"
     if diagnosis["of"] == "recipe":
-        return (
-            f"Before this runs, check: {because}." if reasons else "No measurement here shows a problem with this run."
-        )
-    losses = diagnosis["losses"]
-    student, baseline, teacher = losses["student"], losses.get("baseline"), losses.get("teacher")
+        return f"Before this runs, check: {because}." if because else f"{nothing} with this run."
+    student, baseline, teacher = (diagnosis["losses"].get(name) for name in ("student", "baseline", "teacher"))
     if baseline is None:
         obstacle = f"possible reasons: {because}" if because else "no measurement here explains the gap"
         if teacher is None:
@@ -92,89 +85,85 @@ def conclusion(diagnosis: Mapping[str, Any], findings: Sequence[Finding]) -> str
         return f"The student is worse than the baseline, {pair}, {why}."
     kls = [(diagnosis["distributions"] or {}).get(name, {}).get("kl") for name in ("student", "baseline")]
     closer = "" if None in kls else f", and closer to the teacher (KL {nats(kls[0])} against {nats(kls[1])})"
-    rest = f"What keeps it from the teacher: {because}." if because else "No measurement here shows a problem."
+    rest = f"What keeps it from the teacher: {because}." if because else f"{nothing}."
     return f"The student is better than the baseline, {pair}{closer}. {rest}"
 
 
-def _warning(clause: str, more: str = "") -> Finding:
-    return Finding("warning", f"{_capitalized(clause)}{more}.", clause)
-
-
-def _alarm(clause: str, more: str = "") -> Finding:
-    return Finding("alarm", f"{_capitalized(clause)}{more}.", clause)
-
-
-def _capitalized(clause: str) -> str:
-    return f"The student {clause[3:]}" if clause.startswith("it ") else clause[0].upper() + clause[1:]
+def _problem(clause: str, more: str = "", level: Literal["alarm", "warning"] = "warning") -> Finding:
+    text = f"The student {clause[3:]}" if clause.startswith("it ") else clause[0].upper() + clause[1:]
+    return Finding(level, f"{text}{more}.", clause)
 
 
 def _gradients(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     gradients = diagnosis["gradients"]
-    if bad := gradients["bad"]:
-        clause = f"{len(bad)} of the student's weights have a NaN or infinite gradient"
-        yield _alarm(clause, f": {_first(bad)}. Train in bf16 or float32, not fp16")
-    if none := gradients["none"]:
-        yield _alarm(f"{len(none)} of the student's weights get no gradient", f": {_first(none)}. They do not change")
+    for key, problem, advice in (
+        ("bad", "have a NaN or infinite gradient", "Train in bf16 or float32, not fp16"),
+        ("none", "get no gradient", "They do not change"),
+    ):
+        if names := gradients[key]:
+            first = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            yield _problem(f"{len(names)} of the student's weights {problem}", f": {first}. {advice}", "alarm")
     layers = [part for part in gradients["flow"] if part["part"].startswith("layer ")]
-    if len(layers) > 1 and not bad:
-        least, most = (pick(layers, key=lambda part: part["gradient"]) for pick in (min, max))
-        ratio = least["gradient"] / most["gradient"] if most["gradient"] else 0.0
-        if ratio < VANISHING_RATIO:
-            clause = f"hardly any gradient reaches {least['part']}"
-            yield _warning(clause, f": {ratio:.1g} of the gradient in {most['part']}")
-        else:
-            yield Finding(
-                "note",
-                f"Gradients reach every layer: the smallest, in {least['part']}, is {times(1 / ratio)} times smaller "
-                f"than the largest, in {most['part']}.",
-            )
+    if len(layers) < 2 or gradients["bad"]:
+        return
+    least, most = (pick(layers, key=lambda part: part["gradient"]) for pick in (min, max))
+    ratio = least["gradient"] / most["gradient"] if most["gradient"] else 0.0
+    if ratio < VANISHING_RATIO:
+        more = f": {ratio:.1g} of the gradient in {most['part']}"
+        yield _problem(f"hardly any gradient reaches {least['part']}", more)
+    else:
+        text = (
+            f"Gradients reach every layer: the smallest, in {least['part']}, is {times(1 / ratio)} times smaller than "
+            f"the largest, in {most['part']}."
+        )
+        yield Finding("note", text)
 
 
 def _temperature(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     temperature = diagnosis["temperature"]
     if temperature is None:
         return
-    best = temperature["recommended"]
+    best, rows = temperature["recommended"], {row["temperature"]: row for row in temperature["rows"]}
     yield Finding("note", f"Recommended temperature: {best:g}. {temperature['why']}")
-    at = {row["temperature"]: row for row in temperature["rows"]}
     for used in temperature["used"]:
-        if used > best and at[used]["support"] > FLAT_RATIO * at[best]["support"]:
-            yield _warning(
-                f"at temperature {used:g} the teacher is so flat that its effective support is "
-                f"{at[used]['support']:,.0f} tokens instead of {at[best]['support']:,.1f}, so the student learns "
-                f"mostly about unlikely tokens (try {best:g})"
+        support, best_support, top = rows[used]["support"], rows[best]["support"], rows[used]["mass"]["1"]
+        if used > best and support > FLAT_RATIO * best_support:
+            yield _problem(
+                f"at temperature {used:g} the teacher is so flat that its effective support is {support:,.0f} tokens "
+                f"instead of {best_support:,.1f}, so the student learns mostly about unlikely tokens (try {best:g})"
             )
-        elif used < best and 1 - at[used]["mass"]["1"] < SOFT_MASS:
-            yield _warning(
-                f"at temperature {used:g} the teacher gives its most likely token {percent(at[used]['mass']['1'])}, "
-                f"little more information than a label (try {best:g})"
+        elif used < best and 1 - top < SOFT_MASS:
+            yield _problem(
+                f"at temperature {used:g} the teacher gives its most likely token {percent(top)}, little more "
+                f"information than a label (try {best:g})"
             )
 
 
 def _teacher(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     teacher, baseline = (diagnosis["losses"].get(name) for name in ("teacher", "baseline"))
     if teacher is not None and baseline is not None and teacher >= baseline:
-        yield _alarm(
+        clause = (
             f"the teacher itself ({nats(teacher)} nats) is no better on this text than training on labels alone "
             f"({nats(baseline)}), so there is little to learn from it"
         )
+        yield _problem(clause, level="alarm")
     ratio = diagnosis["compression"]
     if ratio and ratio > LARGE_COMPRESSION:
         clause = f"the student is {times(ratio)} times smaller than its teacher, too small to follow it closely"
-        yield _warning(clause, ": a teacher of intermediate size may help")
+        yield _problem(clause, ": a teacher of intermediate size may help")
 
 
 def _training(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     training = diagnosis["training"] or {}
     gain, past_best, clipped = (training.get(key) or 0.0 for key in ("gain_at_end", "past_best", "clipped"))
     if gain > MOVING_NATS:
-        yield _warning(
+        yield _problem(
             f"it was still improving when training ended, by {nats(gain)} nats in the last sixth (train longer)"
         )
     if past_best > MOVING_NATS:
-        yield _warning(f"it was better by {nats(past_best)} nats at step {training['best_step']:,} (it overfits)")
+        yield _problem(f"it was better by {nats(past_best)} nats at step {training['best_step']:,} (it overfits)")
     if clipped > CLIPPED_SHARE:
-        yield _warning(
+        yield _problem(
             f"its gradients were clipped in {percent(clipped)} of the logged steps, so the effective learning rate is "
             "lower than the one set"
         )
@@ -197,37 +186,29 @@ def _label_noise(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _student(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
-    student = (diagnosis["distributions"] or {}).get("student")
+    floor, student = diagnosis["irreducible"], (diagnosis["distributions"] or {}).get("student")
+    if floor is not None and (soft := floor["models"].get("student")) is not None:
+        text = (
+            f"Of the student's cross-entropy with the teacher's distributions, {nats(soft['soft_cross_entropy'])} "
+            f"nats, {percent(soft['share'])} is the teacher's own entropy ({nats(floor['teacher_entropy'])}), which no "
+            "student can remove."
+        )
+        yield Finding("note", text)
     if student is None or diagnosis["of"] != "run":
         return
-    teacher = diagnosis["irreducible"]["teacher_entropy"]
+    teacher = floor["teacher_entropy"]
     ratio = student["entropy"] / teacher if teacher > 0.01 else 1.0
     pair = f"{nats(student['entropy'])} nats of entropy against {nats(teacher)}"
     if ratio < ENTROPY_RATIO:
         more = ", which may come from reverse KL, few tokens seen often, or a temperature above 1 without labels"
-        yield _warning(f"it is more confident than its teacher ({pair})", more)
+        yield _problem(f"it is more confident than its teacher ({pair})", more)
     elif ratio > 1 / ENTROPY_RATIO:
-        yield _warning(f"it is less confident than its teacher ({pair})", ", which suggests too little training")
+        yield _problem(f"it is less confident than its teacher ({pair})", ", which suggests too little training")
     rare = [group for group in student["by_frequency"] if group["name"] in ("never", "1 to 9 times")]
     share = sum(group["share_of_excess"] for group in rare)
     tokens = sum(group["tokens"] for group in rare) / diagnosis["data"]["tokens"]
     if share > RARE_SHARE:
-        yield _warning(
+        yield _problem(
             f"{percent(share)} of its loss above the teacher's is at the {percent(tokens)} of tokens that occur fewer "
             "than 10 times in the training data (use more or other text)"
         )
-
-
-def _entropy_floor(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
-    floor = diagnosis["irreducible"]
-    if floor is not None and (student := floor["models"].get("student")) is not None:
-        yield Finding(
-            "note",
-            f"Of the student's cross-entropy with the teacher's distributions, {nats(student['soft_cross_entropy'])} "
-            f"nats, {percent(student['share'])} is the teacher's own entropy ({nats(floor['teacher_entropy'])}), which "
-            "no student can remove.",
-        )
-
-
-def _first(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -41,11 +41,7 @@ class TextQuality:
 
 
 def text_quality(written: Sequence[str], truths: Sequence[str | Sequence[str]]) -> TextQuality:
-    """Compute ROUGE and BLEU of texts against their references.
-
-    Args:
-        written: generated texts.
-        truths: one or several references of each: ROUGE uses the closest, BLEU all.
+    """Compute ROUGE and BLEU of texts; of several references of a text, ROUGE uses the closest and BLEU all.
 
     Raises:
         UserError: the libraries are not installed, or there is no text.
@@ -61,22 +57,13 @@ def text_quality(written: Sequence[str], truths: Sequence[str | Sequence[str]]) 
     references = [[truth] if isinstance(truth, str) else list(truth) for truth in truths]
     if not written or not all(references):
         raise UserError("evaluate --generations: expected rows with a prompt and text after it, got none.")
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(names)
     scores = [scorer.score_multi(several, text) for text, several in zip(written, references, strict=True)]
-    rouge1, rouge2, rouge_l = (
-        sum(score[name].fmeasure for score in scores) / len(scores) for name in ("rouge1", "rouge2", "rougeL")
-    )
+    rouge1, rouge2, rouge_l = (sum(score[name].fmeasure for score in scores) / len(scores) for name in names)
     bleu = sacrebleu.corpus_bleu(list(written), [list(column) for column in zip_longest(*references)])
-    return TextQuality(
-        rouge1=rouge1,
-        rouge2=rouge2,
-        rouge_l=rouge_l,
-        bleu=bleu.score,
-        bleu_precisions=bleu.precisions,
-        brevity_penalty=bleu.bp,
-        length_ratio=bleu.sys_len / max(bleu.ref_len, 1),
-        texts=len(scores),
-    )
+    length_ratio = bleu.sys_len / max(bleu.ref_len, 1)
+    return TextQuality(rouge1, rouge2, rouge_l, bleu.score, bleu.precisions, bleu.bp, length_ratio, len(scores))
 
 
 def continuations(
@@ -92,10 +79,9 @@ def continuations(
         prompt = next((i for i, label in enumerate(labels) if label != IGNORE), 0) or len(ids) // 2
         new = min(new_tokens, len(ids) - prompt)
         if prompt and new > 0:
-            written.append(_text(tokenizer, continuation(model, ids[:prompt], new)))
-            truths.append(_text(tokenizer, ids[prompt : prompt + new]))
-    return written, truths
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+            written.append(continuation(model, ids[:prompt], new))
+            truths.append(ids[prompt : prompt + new])
+    generated, expected = (
+        [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows] for rows in (written, truths)
+    )
+    return generated, expected

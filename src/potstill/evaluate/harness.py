@@ -7,22 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from potstill.errors import UserError
 
 
 def harness_scores(
     model: Any, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Score a model on tasks of lm-eval.
+    """Score a causal model on tasks of lm-eval: task -> {metric: score}.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        tasks: names that lm-eval knows, which may download their data, or YAML files of local tasks.
-        limit: examples of each task; all by default.
-
-    Returns:
-        task -> {metric: score}.
+    Tasks are names that lm-eval knows, which may download their data, or YAML files; `limit` is examples of each.
     """
     try:
         with warnings.catch_warnings():
@@ -36,10 +31,15 @@ def harness_scores(
             "Install it: pip install 'potstill[lm-eval]'."
         ) from None
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    named, local = [task for task in tasks if Path(task) not in files], []
     for file in files:
         if not file.is_file():
             raise UserError(f"evaluate --lm-eval: expected a file, got {file}, which does not exist.")
-    named = [task for task in tasks if Path(task) not in files]
+        # Only the one line is parsed: others may have tags that need lm-eval's loader.
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("task:")]
+        if not lines:
+            raise UserError(f"evaluate --lm-eval: expected a key task in {file}, got none.")
+        local.append(str(yaml.safe_load(lines[0])["task"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         manager = TaskManager(include_path=[file.parent for file in files] or None, include_defaults=bool(named))
@@ -51,7 +51,7 @@ def harness_scores(
             )
         results = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
-            tasks=[*named, *(_task_name(file) for file in files)],
+            tasks=[*named, *local],
             task_manager=manager,
             limit=limit,
             log_samples=False,
@@ -63,13 +63,3 @@ def harness_scores(
         task: {metric: value for metric, value in scores.items() if isinstance(value, float | int) and "," in metric}
         for task, scores in results["results"].items()
     }
-
-
-def _task_name(file: Path) -> str:
-    """Parse only the one line: other lines may have tags that need lm-eval's loader."""
-    import yaml
-
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("task:")]
-    if not lines:
-        raise UserError(f"evaluate --lm-eval: expected a key task in {file}, got none.")
-    return str(yaml.safe_load(lines[0])["task"])

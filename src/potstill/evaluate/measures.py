@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from potstill.evaluate.formatting import count, milliseconds, nats, percent, perplexity, size
 from potstill.losses.alignment import Task
 
 _correlation = "{:.3f}".format
+_percent = partial(percent, digits=1)
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,11 @@ class Measure:
     better: Callable[[Any, Any], Any] | None = None
 
 
-def _percent(share: float) -> str:
-    return percent(share, 1)
+Measures = dict[Task, tuple[Measure, ...]]
 
 
-def _loss(unit: str, name: str = "Held-out loss") -> Measure:
-    return Measure("loss", name, f"Mean cross-entropy per {unit}, in nats; lower is better.", nats, min)
+def _loss(unit: str) -> Measure:
+    return Measure("loss", "Held-out loss", f"Mean cross-entropy per {unit}, in nats; lower is better.", nats, min)
 
 
 def _agreement(output: str, name: str = "Top-1 agreement") -> Measure:
@@ -46,7 +47,7 @@ _JS = Measure("js", "Jensen-Shannon divergence", "Between both distributions, at
 _TOP_10 = Measure("top_k_agreement", "Top-10 agreement", "Share of the teacher's top ten among its own ten.", _percent)
 
 # The main measures of each task; keys are fields of `potstill.evaluate.sequence.AnyQuality`.
-QUALITY: dict[Task, tuple[Measure, ...]] = {
+QUALITY: Measures = {
     "causal": (
         _loss("held-out token"),
         Measure("perplexity", "Perplexity", "exp(loss): 1 is certainty.", perplexity, min),
@@ -81,13 +82,8 @@ QUALITY: dict[Task, tuple[Measure, ...]] = {
 }
 
 # Further measures of `potstill evaluate`, left out of a run's report.
-FURTHER: dict[Task, tuple[Measure, ...]] = {
-    "causal": (_TOP_10, _JS, _ECE),
-    "masked": (_TOP_10, _JS, _ECE),
-    "classification": (_JS,),
-    "regression": (),
-    "encoder": (),
-}
+_TOKENS = (_TOP_10, _JS, _ECE)
+FURTHER: Measures = {"causal": _TOKENS, "masked": _TOKENS, "classification": (_JS,), "regression": (), "encoder": ()}
 
 COSTS = (
     Measure("parameters", "Parameters", "Number of weights.", count),

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from potstill.losses.alignment import Alignment, Task, align
 from potstill.losses.divergences import JSD, ForwardKL
 from potstill.losses.targets import DenseTargets
 from potstill.losses.token_losses import token_cross_entropy, token_divergence
-from potstill.models.split import forward_targets, inputs
+from potstill.models.split import evaluation_mode, forward_targets, inputs
 
 TOP_K = 10
 BINS = 15  # of confidence, as in Guo et al. 2017, arXiv 1706.04599
@@ -52,13 +52,46 @@ class Quality:
 
 
 class _Sums:
-    """Running sums of one model, in float64; kl_at and count_at by position."""
+    """Running sums of one model over target tokens, in float64."""
 
     def __init__(self) -> None:
-        self.loss = self.agreement = self.kl = self.js = self.overlap = 0.0
-        self.tokens = 0
-        self.overconfidence = torch.zeros(BINS, dtype=torch.float64)
-        self.kl_at, self.count_at = (torch.zeros(0, dtype=torch.float64) for _ in range(2))
+        self.tokens, self.loss = 0, 0.0
+        self.overconfidence, self.distances, self.kl_at, self.count_at = (
+            torch.zeros(length, dtype=torch.float64) for length in (BINS, 4, 0, 0)
+        )
+
+    def add(self, logits: Tensor, expected: Tensor | None, alignment: Alignment) -> None:
+        self.tokens += len(alignment)
+        self.loss += float(token_cross_entropy(logits, alignment.labels).double().sum())
+        self.overconfidence += overconfidence(logits, alignment.labels)
+        if expected is None:
+            return
+        distances = {name: values.double().cpu() for name, values in teacher_distances(logits, expected).items()}
+        self.distances += torch.stack([values.sum() for values in distances.values()])
+        column, longer = alignment.column.cpu(), (0, max(alignment.length - len(self.kl_at), 0))
+        self.kl_at = pad(self.kl_at, longer).index_add(0, column, distances["kl"])
+        self.count_at = pad(self.count_at, longer).index_add(0, column, torch.ones_like(distances["kl"]))
+
+    def means(self, bins: int) -> Quality:
+        count = max(self.tokens, 1)
+        positions = max(len(self.kl_at) - 1, 0)  # the last position of a row predicts nothing
+        bins = min(bins, max(positions, 1))
+        edges = [round(i * positions / bins) for i in range(bins + 1)]
+        parts = [(float(self.kl_at[a:b].sum()), float(self.count_at[a:b].sum())) for a, b in pairwise(edges)]
+        kl, js, overlap, agreement = (self.distances / count).tolist() if len(self.kl_at) else [None] * 4
+        loss = self.loss / count
+        return Quality(
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            agreement=agreement,
+            kl=None if kl is None else max(kl, 0.0),
+            js=js,
+            top_k_agreement=overlap,
+            ece=float(self.overconfidence.abs().sum()) / count,
+            kl_by_position=[total / tokens if tokens else None for total, tokens in parts],
+            position_edges=edges,
+            tokens=self.tokens,
+        )
 
 
 @torch.no_grad()
@@ -75,7 +108,6 @@ def compare(
 
     Args:
         reference: model that the others are compared with; None if it cannot run here.
-        models: name -> model.
         batches: input_ids, attention_mask, labels, [B, T] each.
         vocabulary: compare over the first tokens only; see `LMHead.slice`.
         bins: number of bins for positions.
@@ -86,26 +118,15 @@ def compare(
     """
     measured = dict(models) if reference is None else {"teacher": reference, **models}
     sums = {name: _Sums() for name in measured}
-    with evaluation_mode(measured.values()):
+    with evaluation_mode(*measured.values()):
         for batch in batches:
             alignment = align(batch["labels"], task)
-            expected = None if reference is None else logits_at(reference, batch, alignment, vocabulary)
-            for name, model in measured.items():
-                same = expected is not None and model is reference
-                logits = expected if same and expected is not None else logits_at(model, batch, alignment, vocabulary)
-                _add(sums[name], logits, expected, alignment)
-    return {name: _means(model_sums, bins) for name, model_sums in sums.items()}
-
-
-@contextmanager
-def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Put models in evaluation mode, and restore their modes at the end."""
-    was_training = [(model, model.training) for model in models]
-    for model, _ in was_training:
-        model.eval()
-    yield
-    for model, training in was_training:
-        model.train(training)
+            expected = None
+            for name, model in measured.items():  # the reference is the first
+                logits = logits_at(model, batch, alignment, vocabulary)
+                expected = logits if model is reference else expected
+                sums[name].add(logits, expected, alignment)
+    return {name: model_sums.means(bins) for name, model_sums in sums.items()}
 
 
 def logits_at(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, vocabulary: int | None) -> Tensor:
@@ -114,44 +135,16 @@ def logits_at(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, voc
     return targets.dense()[:, :vocabulary].float().to(batch["labels"].device)
 
 
-class TeacherDistances(NamedTuple):
-    """[N] distances of a model from the teacher at each token; see `Quality`."""
-
-    kl: Tensor
-    js: Tensor
-    overlap: Tensor
-    agreement: Tensor
-
-
-def teacher_distances(logits: Tensor, expected: Tensor) -> TeacherDistances:
-    """Compare a model's logits [N, V] with the teacher's."""
-    targets = DenseTargets(expected)
-    k = min(TOP_K, logits.shape[-1])
+def teacher_distances(logits: Tensor, expected: Tensor) -> dict[str, Tensor]:
+    """Compare logits [N, V] with the teacher's: [N] kl, js, overlap (of the most likely tokens) and agreement."""
+    targets, k = DenseTargets(expected), min(TOP_K, logits.shape[-1])
     top, expected_top = (values.topk(k, -1).indices for values in (logits, expected))
-    return TeacherDistances(
-        kl=token_divergence(logits, targets, ForwardKL()),
-        js=token_divergence(logits, targets, JSD(0.5)),
-        overlap=(top[:, :, None] == expected_top[:, None, :]).any(1).double().mean(-1),
-        agreement=logits.argmax(-1) == expected.argmax(-1),
-    )
-
-
-def _add(sums: _Sums, logits: Tensor, expected: Tensor | None, alignment: Alignment) -> None:
-    sums.loss += float(token_cross_entropy(logits, alignment.labels).double().sum())
-    sums.tokens += len(alignment)
-    sums.overconfidence += overconfidence(logits, alignment.labels)
-    if expected is None:
-        return
-    distances = teacher_distances(logits, expected)
-    kl = distances.kl.double().cpu()
-    sums.kl += float(kl.sum())
-    sums.js += float(distances.js.double().sum())
-    sums.overlap += float(distances.overlap.sum())
-    sums.agreement += int(distances.agreement.sum())
-    positions = max(len(sums.kl_at), alignment.length)
-    column = alignment.column.cpu()
-    sums.kl_at = _padded(sums.kl_at, positions).index_add(0, column, kl)
-    sums.count_at = _padded(sums.count_at, positions).index_add(0, column, torch.ones_like(kl))
+    return {
+        "kl": token_divergence(logits, targets, ForwardKL()),
+        "js": token_divergence(logits, targets, JSD(0.5)),
+        "overlap": (top[:, :, None] == expected_top[:, None, :]).any(1).double().mean(-1),
+        "agreement": logits.argmax(-1) == expected.argmax(-1),
+    }
 
 
 def overconfidence(logits: Tensor, labels: Tensor) -> Tensor:
@@ -163,35 +156,6 @@ def overconfidence(logits: Tensor, labels: Tensor) -> Tensor:
     excess = confidence.double() - (predicted == labels.to(predicted.device)).double()
     bins = (confidence * BINS).long().clamp_max(BINS - 1)
     return torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins.cpu(), excess.cpu())
-
-
-def _padded(values: Tensor, size: int) -> Tensor:
-    return torch.cat([values, values.new_zeros(size - len(values))])
-
-
-def _means(sums: _Sums, bins: int) -> Quality:
-    count = max(sums.tokens, 1)
-    compared = len(sums.kl_at) > 0
-    positions = max(len(sums.kl_at) - 1, 0)  # the last position of a row predicts nothing
-    bins = min(bins, max(positions, 1))
-    edges = [round(i * positions / bins) for i in range(bins + 1)]
-    by_position = []
-    for start, end in pairwise(edges):
-        tokens = float(sums.count_at[start:end].sum())
-        by_position.append(float(sums.kl_at[start:end].sum()) / tokens if tokens else None)
-    loss = sums.loss / count
-    return Quality(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        agreement=sums.agreement / count if compared else None,
-        kl=max(sums.kl / count, 0.0) if compared else None,
-        js=max(sums.js / count, 0.0) if compared else None,
-        top_k_agreement=sums.overlap / count if compared else None,
-        ece=float(sums.overconfidence.abs().sum()) / count,
-        kl_by_position=by_position,
-        position_edges=edges,
-        tokens=sums.tokens,
-    )
 
 
 def gap_closed(teacher: float, baseline: float, student: float) -> float | None:
@@ -209,12 +173,9 @@ def gap_closed(teacher: float, baseline: float, student: float) -> float | None:
 def continuation(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
     """Continue a prompt of token ids greedily by at most `new_tokens`, and return only the new ones."""
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
-    pad = model.generation_config.pad_token_id
-    end = model.generation_config.eos_token_id
-    if pad is None:  # generate() warns about it, though one row needs no padding
-        pad = end[0] if isinstance(end, list) else end
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
-    )
-    new: list[int] = output[0, len(prompt) :].tolist()
+    padding, end = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    if padding is None:  # generate() warns about it, though one row needs no padding
+        padding = end[0] if isinstance(end, list) else end
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": padding}
+    new: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
     return new

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.evaluate.correlation import pearson, ranks
-from potstill.evaluate.quality import Quality, compare, evaluation_mode, overconfidence, teacher_distances
-from potstill.evaluate.space import SpaceEvaluator
+from potstill.evaluate.quality import Quality, compare, overconfidence, teacher_distances
+from potstill.evaluate.space import SpaceEvaluator, pearson, ranks
 from potstill.losses.alignment import TOKEN_TASKS, Alignment, Task, align
 from potstill.losses.embedding import similarity_error
 from potstill.losses.token_losses import label_loss
-from potstill.models.split import forward_targets, inputs, run
+from potstill.models.split import evaluation_mode, forward_targets, inputs, run
 
 
 @dataclass(frozen=True)
@@ -68,15 +67,15 @@ def measure(
     if task in TOKEN_TASKS:
         return compare(reference, models, batches, vocabulary=vocabulary, task=task)
     measured = dict(models) if reference is None else {"teacher": reference, **models}
-    output_parts: dict[str, list[Tensor]] = {name: [] for name in measured}
-    label_parts: list[Tensor] = []
-    with torch.no_grad(), evaluation_mode(measured.values()):
+    parts: dict[str, list[Tensor]] = {name: [] for name in measured}
+    label_parts = []
+    with torch.no_grad(), evaluation_mode(*measured.values()):
         for batch in batches:
             alignment = align(batch["labels"], task)
             label_parts.append(alignment.labels)
             for name, model in measured.items():
-                output_parts[name].append(_outputs(model, batch, alignment, task).float().cpu())
-    outputs, labels = {name: torch.cat(parts) for name, parts in output_parts.items()}, torch.cat(label_parts)
+                parts[name].append(_outputs(model, batch, alignment, task).float().cpu())
+    outputs, labels = {name: torch.cat(tensors) for name, tensors in parts.items()}, torch.cat(label_parts)
     expected = outputs.get("teacher") if reference is not None else None
     if task == "encoder":
         assert expected is not None, "an encoder's teacher is a model"
@@ -97,21 +96,20 @@ def _outputs(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, task
 
 
 def _classification(logits: Tensor, expected: Tensor | None, labels: Tensor) -> ClassificationQuality:
-    predicted, classes = logits.argmax(-1), logits.shape[-1]
-    hits = torch.bincount(labels[predicted == labels], minlength=classes)
-    either = torch.bincount(labels, minlength=classes) + torch.bincount(predicted, minlength=classes)
+    predicted = logits.argmax(-1)
+    right, true, chosen = (
+        torch.bincount(classes, minlength=logits.shape[-1])
+        for classes in (labels[predicted == labels], labels, predicted)
+    )
+    either = true + chosen
     present = either > 0
-    kl = js = agreement = None
-    if expected is not None:
-        distances = teacher_distances(logits, expected)
-        kl, js, agreement = (float(x.double().mean()) for x in (distances.kl, distances.js, distances.agreement))
+    distances = {} if expected is None else teacher_distances(logits, expected)
+    compared = {key: float(distances[key].double().mean()) if distances else None for key in ("agreement", "kl", "js")}
     return ClassificationQuality(
         loss=float(label_loss(logits, labels).double().mean()),
         accuracy=float((predicted == labels).double().mean()),
-        f1_macro=float((2 * hits[present].double() / either[present]).mean()),
-        agreement=agreement,
-        kl=kl,
-        js=js,
+        f1_macro=float((2 * right[present].double() / either[present]).mean()),
+        **compared,
         ece=float(overconfidence(logits, labels).abs().sum()) / max(len(labels), 1),
         rows=len(labels),
     )

@@ -1,16 +1,15 @@
-"""Comparison of a student's embedding space with the teacher's, on held-out vectors."""
+"""Correlations, and comparison of a student's embedding space with the teacher's, on held-out vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from potstill.errors import ShapeError
-from potstill.evaluate.correlation import pearson, ranks
 
 MOST_ROWS = 1000  # half a million pairs
 _NEIGHBOURS = 10
@@ -29,15 +28,11 @@ class SpaceScores:
         """Quality on close pairs: by human scores if there are any, else by recall."""
         return self.recall if self.scores is None else self.scores
 
-    def as_dict(self) -> dict[str, float | None]:
-        return asdict(self)
-
 
 class SpaceEvaluator:
-    """Evaluate students against one set of the teacher's vectors.
+    """Evaluate students against one set of the teacher's vectors [N, H].
 
     Args:
-        teacher: [N, H].
         pairs: row indices of two texts each and human scores of their similarity, if known; all are used.
         most: number of evenly spaced rows to compare pairwise.
 
@@ -51,11 +46,10 @@ class SpaceEvaluator:
         pairs: tuple[Sequence[int], Sequence[int], Sequence[float]] | None = None,
         most: int = MOST_ROWS,
     ) -> None:
-        if len(teacher) < 3:
-            raise ShapeError(f"held-out vectors: expected at least 3 rows, got {len(teacher)}. Hold out more.")
-        self.chosen = torch.arange(len(teacher))
-        if len(teacher) > most:
-            self.chosen = (torch.arange(most) * len(teacher)) // most
+        rows = len(teacher)
+        if rows < 3:
+            raise ShapeError(f"held-out vectors: expected at least 3 rows, got {rows}. Hold out more.")
+        self.chosen = torch.arange(rows) if rows <= most else (torch.arange(most) * rows) // most
         self.pairs = pairs
         self.upper = torch.triu_indices(len(self.chosen), len(self.chosen), 1)
         self.order, self.nearest = self._structure(teacher)
@@ -85,3 +79,17 @@ def cosines(vectors: Tensor) -> Tensor:
     """Compute pairwise cosines: [N, d] to [N, N]."""
     unit = normalize(vectors.float(), dim=-1)
     return unit @ unit.T
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Compute the ranks of [N] values from 0, float64; ties share their mean rank."""
+    _, index, count = torch.unique(values, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count.double() + 1) / 2)[index]
+
+
+def pearson(x: Tensor, y: Tensor) -> float:
+    """Compute Pearson's correlation (of ranks: Spearman's); 0 if x or y is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    norms = x.norm() * y.norm()
+    return float(x @ y / norms) if norms > 0 else 0.0

@@ -34,23 +34,14 @@ class Speed:
 
 @torch.no_grad()
 def latency_ms(model: Any, length: int, repeats: int = 15, rows: int = 1) -> float:
-    """Measure the median time of one forward pass, in milliseconds.
-
-    Args:
-        model: a language model, in its present precision and on its device.
-        length: tokens in each row.
-        repeats: timed passes, after 3 warm-up passes.
-        rows: batch size.
-    """
+    """Measure the median time of one forward pass over `rows` of `length` tokens, after 3 warm-up passes."""
     ids = _ids(model, rows, length)
-    model.eval()
     return _median_ms(lambda: model(input_ids=ids, use_cache=False), ids.device, repeats)
 
 
 def speed(model: Any, rows: int, length: int, repeats: int = 5, *, generates: bool = True) -> Speed:
     """Time a model on one batch; arguments as `latency_ms`, and whether it is a causal model that generates text."""
     ids = _ids(model, rows, length)
-    model.eval()
     with torch.no_grad():
         extra = extra_bytes(lambda: model(input_ids=ids, use_cache=False), ids.device)
     latency = latency_ms(model, length, repeats, rows)
@@ -64,15 +55,8 @@ def speed(model: Any, rows: int, length: int, repeats: int = 5, *, generates: bo
     if generates:
         first_ms = generation_ms(1)
         next_ms = max(generation_ms(1 + NEW_TOKENS) - first_ms, 0.0) / NEW_TOKENS
-    return Speed(
-        rows=rows,
-        length=length,
-        latency_ms=latency,
-        tokens_per_second=1000 * rows * length / latency,
-        first_token_ms=first_ms,
-        next_token_ms=next_ms,
-        peak_bytes=None if extra is None else model.get_memory_footprint() + extra,
-    )
+    peak = None if extra is None else model.get_memory_footprint() + extra
+    return Speed(rows, length, latency, 1000 * rows * length / latency, first_ms, next_ms, peak)
 
 
 def extra_bytes(action: Callable[[], Any], device: torch.device) -> int | None:
@@ -103,7 +87,8 @@ def _kernel_bytes(name: str) -> int:
 
 
 def _ids(model: Any, rows: int, length: int) -> Tensor:
-    device = next(model.parameters()).device
+    """Arbitrary tokens for a model, which is put into evaluation mode."""
+    device = next(model.eval().parameters()).device
     return (torch.arange(rows * length, device=device) % model.config.vocab_size).view(rows, length)
 
 

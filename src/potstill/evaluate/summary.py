@@ -1,4 +1,4 @@
-"""Records of a run, typed and checked: summary.json, metrics.jsonl, and other JSON files that reports read."""
+"""Records of a run, typed and checked; an optional field that is missing leaves its part out of the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from potstill.losses.alignment import Task
 MODELS = ("teacher", "baseline", "student")
 RUNS = ("baseline", "student")
 
-# Optional fields that are missing leave their part out of the report.
+Curves = dict[str, list[tuple[float, float]]]
 
 
 class ModelScores(BaseModel):
@@ -60,7 +60,7 @@ class PositionKL(BaseModel):
     student: list[float | None]
 
     @model_validator(mode="after")
-    def _one_edge_more(self) -> PositionKL:
+    def _check_edges(self) -> PositionKL:
         for values in (self.student, self.baseline):
             if values is not None and len(self.edges) != len(values) + 1:
                 raise ValueError(f"one edge more than values, got {len(self.edges)} and {len(values)}")
@@ -82,10 +82,8 @@ class Continuation(BaseModel):
     def last_line(self, limit: int = 44) -> str:
         """The end of the prompt, as context for a continuation that starts in the middle of a line."""
         line = self.prompt.rsplit("\n", 1)[-1]
-        if len(line) <= limit:
-            return line
         tail = line[-limit:]
-        return "…" + (tail.partition(" ")[2] or tail)
+        return line if len(line) <= limit else "…" + (tail.partition(" ")[2] or tail)
 
 
 class SampleFacts(BaseModel):
@@ -208,36 +206,28 @@ def check_summary(summary: object, source: str) -> Summary:
         return Summary.model_validate(summary)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "an object"
+        key = ".".join(map(str, first["loc"])) or "an object"
         raise DataError(
             f"report: expected a usable {key} in {source}, got {first['input']!r:.60}. {first['msg']}. "
             "Write the summary with this version of potstill."
         ) from None
 
 
-def read_record(path: Path, kind: str, expected: str, advice: str) -> dict[str, Any]:
-    """Read a JSON object whose key `kind` has this value.
-
-    Raises:
-        DataError: the file is missing or something else; the error names what was expected, and the advice.
-    """
+def read_record(path: Path, kind: str, expected: str, advice: str, got: str = "something else") -> dict[str, Any]:
+    """Read a JSON object whose key `kind` has this value; the DataError for any other file has the remaining words."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = None
     if not isinstance(record, dict) or record.get("kind") != kind:
-        raise DataError(f"report: expected {expected} in {path}, got something else. {advice}")
+        raise DataError(f"report: expected {expected} in {path}, got {got}. {advice}")
     return record
-
-
-Curves = dict[str, list[tuple[float, float]]]
 
 
 def read_metrics(path: Path) -> tuple[Curves, Curves]:
     """Read the held-out and training loss of each run: finite (step, loss) pairs with rising steps."""
     lines = read_text(path).split("\n")
-    held_out: dict[str, dict[float, float]] = {run: {} for run in RUNS}
-    training: dict[str, dict[float, float]] = {run: {} for run in RUNS}
+    held_out, training = ({run: dict[float, float]() for run in RUNS} for _ in range(2))
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -251,14 +241,10 @@ def read_metrics(path: Path) -> tuple[Curves, Curves]:
                 f"report: expected a JSON object with run and step in {path}, line {number}, got {line!r:.60}. "
                 "Remove the line, or run again."
             ) from None
-        if run in RUNS:
-            # A resumed run logs some steps again: the last value counts.
-            for losses, value in (
-                (held_out, record.get("eval_cross_entropy", record.get("eval_squared_error"))),
-                (training, record.get("loss")),
-            ):
-                if isinstance(value, int | float) and math.isfinite(value):
-                    losses[run][step] = value
+        evaluated = record.get("eval_cross_entropy", record.get("eval_squared_error"))
+        for losses, value in ((held_out, evaluated), (training, record.get("loss"))):
+            if run in RUNS and isinstance(value, int | float) and math.isfinite(value):
+                losses[run][step] = value  # a resumed run logs some steps again: the last value counts
     return _curves(held_out), _curves(training)
 
 

@@ -37,16 +37,13 @@ class Limits:
     min_quality: float | None = None
 
     def __str__(self) -> str:
-        texts = []
-        if self.max_parameters is not None:
-            texts.append(f"at most {count(self.max_parameters)} parameters")
-        if self.max_bytes is not None:
-            texts.append(f"at most {size(self.max_bytes)}")
-        if self.max_latency_ms is not None:
-            texts.append(f"at most {milliseconds(self.max_latency_ms)}")
-        if self.min_quality is not None:
-            texts.append(f"at least {percent(self.min_quality)} of the teacher's quality")
-        return ", ".join(texts)
+        texts = (
+            (self.max_parameters, count, "at most {} parameters"),
+            (self.max_bytes, size, "at most {}"),
+            (self.max_latency_ms, milliseconds, "at most {}"),
+            (self.min_quality, percent, "at least {} of the teacher's quality"),
+        )
+        return ", ".join(text.format(write(limit)) for limit, write, text in texts if limit is not None)
 
     def allow(self, candidate: Candidate) -> bool:
         """Whether the candidate's cost, not its quality, is within the limits."""
@@ -83,12 +80,7 @@ def relative_quality(teacher_loss: float, loss: float) -> float:
 def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
     """Find the Pareto front: the places that no other one beats in cost without losing quality, or the reverse.
 
-    Args:
-        costs: lower is better.
-        qualities: higher is better; of the same length.
-
-    Returns:
-        Indices by rising cost, the first of equals; those with a number that is NaN or infinite are left out.
+    Returns indices by rising cost, the first of equals; those with a number that is NaN or infinite are left out.
 
     >>> pareto_front([3, 1, 2, 2], [0.9, 0.5, 0.4, 0.7])
     [1, 3, 0]
@@ -115,33 +107,33 @@ def recommend(candidates: Sequence[Candidate], limits: Limits) -> Recommendation
     if not within:
         smallest = min(measured, key=lambda i: candidates[i].parameters)
         return Recommendation(None, f"No student has {limits}; the smallest is {candidates[smallest]}.")
-    best = max(within, key=lambda i: (candidates[i].quality, -candidates[i].parameters))
+    place = best = max(within, key=lambda i: (candidates[i].quality, -candidates[i].parameters))
+    why = f"The best with {limits}"
     if limits.min_quality is not None:
         good = [i for i in within if candidates[i].quality >= limits.min_quality]
         if not good:
             return Recommendation(None, f"No student has {limits}; the nearest is {candidates[best]}.")
         place = min(good, key=lambda i: (candidates[i].parameters, -candidates[i].quality))
-        return Recommendation(place, f"The smallest with {limits}: {candidates[place]}.")
-    if limits != NO_LIMITS:
-        return Recommendation(best, f"The best with {limits}: {candidates[best]}.")
-    place = measured[_knee([candidates[i] for i in measured])]
-    if candidates[place].quality == candidates[best].quality:
-        return Recommendation(place, f"The best, as quality still rises with size: {candidates[place]}.")
-    return Recommendation(place, f"The knee, after which more quality costs more parameters: {candidates[place]}.")
+        why = f"The smallest with {limits}"
+    elif limits == NO_LIMITS:
+        place = measured[_knee([candidates[i] for i in measured])]
+        why = "The knee, after which more quality costs more parameters"
+        if candidates[place].quality == candidates[best].quality:
+            why = "The best, as quality still rises with size"
+    return Recommendation(place, f"{why}: {candidates[place]}.")
 
 
 def _knee(candidates: Sequence[Candidate]) -> int:
     costs = [math.log(candidate.parameters) for candidate in candidates]
-    front = pareto_front(costs, [candidate.quality for candidate in candidates])
+    qualities = [candidate.quality for candidate in candidates]
+    front = pareto_front(costs, qualities)
     first, last = front[0], front[-1]
-    width, height = costs[last] - costs[first], candidates[last].quality - candidates[first].quality
+    width, height = costs[last] - costs[first] or 1.0, qualities[last] - qualities[first]
 
     def above_line(place: int) -> float:
-        if first == last:
-            return 0.0
-        return candidates[place].quality - candidates[first].quality - height * (costs[place] - costs[first]) / width
+        return qualities[place] - qualities[first] - height * (costs[place] - costs[first]) / width
 
-    return max(front, key=lambda place: (above_line(place), candidates[place].quality))
+    return max(front, key=lambda place: (above_line(place), qualities[place]))
 
 
 @dataclass(frozen=True)
@@ -150,9 +142,7 @@ class Prediction:
 
     compression: float  # the teacher's parameters over the student's
     measured: float  # measured quality
-    published: dict[
-        Capability, CapacityEstimate
-    ]  # task -> share of the teacher's score that published students of that size keep
+    published: dict[Capability, CapacityEstimate]  # share of the teacher's score that published students keep
     # quality by the law of `published`, with the exponent of the other students here; None with fewer than two
     # others, or if the student is no smaller than its teacher
     fitted: CapacityEstimate | None
@@ -167,19 +157,19 @@ def predict(compressions: Sequence[float], qualities: Sequence[float]) -> list[P
     Compressions are the teacher's parameters over each student's.
     """
     tasks = list(dict.fromkeys(point.task for point in PUBLISHED))
-    exponents = {
-        i: -math.log(quality) / math.log(compression)
-        for i, (compression, quality) in enumerate(zip(compressions, qualities, strict=True))
+    pairs = list(zip(compressions, qualities, strict=True))
+    exponents = [
+        (i, compression, -math.log(quality) / math.log(compression))
+        for i, (compression, quality) in enumerate(pairs)
         if compression > 1 and 0 < quality < math.inf
-    }
+    ]
     predictions = []
-    for i, (compression, quality) in enumerate(zip(compressions, qualities, strict=True)):
-        others = {j: a for j, a in exponents.items() if j != i}
+    for i, (compression, quality) in enumerate(pairs):
+        others = [a for j, _, a in exponents if j != i]
         fitted = None
         if compression > 1 and len(others) > 1:
-            mean = sum(others.values()) / len(others)
-            value, low, high = (compression**-a for a in (mean, max(others.values()), min(others.values())))
-            extrapolated = compression > max(compressions[j] for j in others)
+            value, low, high = (compression**-a for a in (sum(others) / len(others), max(others), min(others)))
+            extrapolated = compression > max(other for j, other, _ in exponents if j != i)
             fitted = CapacityEstimate(value, low, high, f"{len(others)} other students", extrapolated)
         published = {task: expected_share(compression, task) for task in tasks} if compression >= 1 else {}
         predictions.append(Prediction(compression, quality, published, fitted))

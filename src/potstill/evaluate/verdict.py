@@ -9,18 +9,12 @@ from typing import Any
 from potstill.evaluate.formatting import nats, percent, times
 from potstill.evaluate.summary import ScoresByModel, Summary, check_summary
 
-# A gain below either is called slight; a loss below the second.
-_SMALL_SHARE = 0.1
-_SMALL_NATS = 0.01
-# A gain below this may come from the seed alone.
-_SEED_NOISE_NATS = 0.05
+_SMALL_SHARE, _SMALL_NATS = 0.1, 0.01  # a gain below either is called slight, and a loss below the second
+_SEED_NOISE_NATS = 0.05  # a gain below this may come from the seed alone
 
 
 def verdict(summary: Summary | Mapping[str, Any]) -> str:
-    """Summarize what a run shows, good or bad.
-
-    Args:
-        summary: the content of summary.json; rows.student.loss is enough.
+    """Summarize what a run shows, good or bad; of the content of summary.json, rows.student.loss is enough.
 
     Raises:
         DataError: the summary lacks required values.
@@ -31,17 +25,29 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
         return _encoder_verdict(summary.rows)
     rows, unit = summary.rows, "squared error" if summary.task == "regression" else "nats"
     student = rows.student.loss
-    teacher = rows.teacher.loss if rows.teacher else math.nan
-    baseline = rows.baseline.loss if rows.baseline else math.nan
+    teacher, baseline = (row.loss if row else math.nan for row in (rows.teacher, rows.baseline))
     if not math.isfinite(student):
         return (
             "The student's held-out loss is not a number: training diverged. Try a smaller learning rate, a longer "
             "warm-up or gradient clipping."
         )
+    surpassed = f"The student is better than its own teacher, {nats(student)} against {nats(teacher)} {unit} held out"
     if not math.isfinite(baseline):
-        return _without_baseline(rows, student, teacher, unit)
+        why = "the baseline diverged" if rows.baseline else "no baseline was run"
+        unknown = f"{why}, so the teacher's contribution cannot be measured"
+        if not rows.baseline:
+            unknown += ' (set "baseline: true" under "evaluate" in the recipe)'
+        if not math.isfinite(teacher):
+            return f"The student reaches {nats(student)} {unit} held out; {unknown}."
+        if student < teacher:
+            return f"{surpassed}; {unknown}."
+        return (
+            f"The student comes within {nats(student - teacher)} {unit} of the teacher{_smaller(rows)}, "
+            f"{nats(student)} against {nats(teacher)} held out; {unknown}."
+        )
     gain = baseline - student
     losses = f"{nats(student)} against {nats(baseline)} {unit} held out"
+    slightly = "slightly " if abs(gain) < _SMALL_NATS else ""
     if abs(gain) < 0.0005:
         return (
             f"The teacher made no difference: student and baseline both reach {nats(student)} {unit} held out. "
@@ -49,12 +55,12 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
         )
     if gain < 0:
         return (
-            f"The student is {'slightly ' if -gain < _SMALL_NATS else ''}worse than the baseline, {losses}: the "
-            "teacher did not help in this run. Instead try temperature 1, an additional labels term, more steps, or a "
-            "teacher closer to the student in size."
+            f"The student is {slightly}worse than the baseline, {losses}: the teacher did not help in this run. "
+            "Instead try temperature 1, an additional labels term, more steps, or a teacher closer to the student in "
+            "size."
         )
     if not math.isfinite(teacher):
-        return f"The student is {'slightly ' if gain < _SMALL_NATS else ''}better than the baseline, {losses}."
+        return f"The student is {slightly}better than the baseline, {losses}."
     if teacher >= baseline:
         return (
             f"The student is better than the baseline, {losses}, but the teacher ({nats(teacher)} {unit}) is not, so "
@@ -62,17 +68,14 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
         )
     if student < teacher:
         return (
-            f"The student is better than its own teacher, {nats(student)} against {nats(teacher)} {unit} held out "
-            f"(baseline {nats(baseline)}). Check that the held-out text is not in the training data; if it is not, a "
-            "stronger teacher can help further."
+            f"{surpassed} (baseline {nats(baseline)}). Check that the held-out text is not in the training data; if it "
+            "is not, a stronger teacher can help further."
         )
     share = summary.gap_closed if summary.gap_closed is not None else gain / (baseline - teacher)
     if share < _SMALL_SHARE or gain < _SMALL_NATS:
-        advice = (
-            "a difference this small may be chance, so repeat the run with other seeds"
-            if gain < _SEED_NOISE_NATS
-            else "there is room for more steps, another divergence or a larger student"
-        )
+        advice = "there is room for more steps, another divergence or a larger student"
+        if gain < _SEED_NOISE_NATS:
+            advice = "a difference this small may be chance, so repeat the run with other seeds"
         return (
             f"The student is only slightly better than the baseline, {losses}, or {percent(share)} of the gap to the "
             f"teacher: {advice}."
@@ -91,24 +94,6 @@ def _encoder_verdict(rows: ScoresByModel) -> str:
     return (
         f"The student's similarities of held-out rows correlate with the teacher's at {correlation:.3f}"
         f"{_smaller(rows)}, and it keeps {percent(recall)} of the ten nearest rows of each."
-    )
-
-
-def _without_baseline(rows: ScoresByModel, student: float, teacher: float, unit: str) -> str:
-    why = "the baseline diverged" if rows.baseline else "no baseline was run"
-    unknown = f"{why}, so the teacher's contribution cannot be measured"
-    if not rows.baseline:
-        unknown += ' (set "baseline: true" under "evaluate" in the recipe)'
-    if not math.isfinite(teacher):
-        return f"The student reaches {nats(student)} {unit} held out; {unknown}."
-    if student < teacher:
-        return (
-            f"The student is better than its own teacher, {nats(student)} against {nats(teacher)} {unit} held out; "
-            f"{unknown}."
-        )
-    return (
-        f"The student comes within {nats(student - teacher)} {unit} of the teacher{_smaller(rows)}, "
-        f"{nats(student)} against {nats(teacher)} held out; {unknown}."
     )
 
 

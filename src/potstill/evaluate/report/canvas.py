@@ -20,40 +20,31 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter, St
 Curve = Sequence[tuple[float, float]]
 
 # Colours stand for CSS variables, so that the page can be light, dark or printed.
-_INK, MUTED, _RULE, _PAPER = "#010101", "#010102", "#010103", "#010104"
-MODEL = {"teacher": "#010105", "baseline": "#010106", "student": "#010107"}
-_VARIABLES = {_INK: "ink", MUTED: "muted", _RULE: "rule", _PAPER: "paper"} | {
-    colour: model for model, colour in MODEL.items()
-}
+_VARIABLES = ("ink", "muted", "rule", "paper", "teacher", "baseline", "student")
+COLOUR = {variable: f"#01010{i}" for i, variable in enumerate(_VARIABLES, 1)}
 # Lines differ in more than colour.
 LINE: dict[str, dict[str, Any]] = {
     "teacher": {"linestyle": (0, (4, 2.5)), "linewidth": 1.4},
     "baseline": {"linestyle": "solid", "linewidth": 1.4},
     "student": {"linestyle": "solid", "linewidth": 2.3},
 }
-_MARKER: dict[str, dict[str, Any]] = {
-    "teacher": {"marker": "D", "markersize": 5},
-    "baseline": {"marker": "s", "markersize": 3.6},
-    "student": {"marker": "o", "markersize": 4.6},
-}
+_MARKER = {"teacher": ("D", 5), "baseline": ("s", 3.6), "student": ("o", 4.6)}  # shape and size
 _MOST_POINTS = 240
 
 
 def create(left: float = 0.078, width: float = 0.735, height: float = 0.82) -> tuple[Figure, Axes]:
     """Create a figure with axes in the style of the pages."""
     figure = Figure(figsize=(6.0, 3.7))
-    figure.patch.set_alpha(0)
     axes = figure.add_axes((left, 0.145, width, height))
+    figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.spines["bottom"].set_linewidth(0.8)
-    axes.grid(axis="y", color=_RULE, linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set(color=COLOUR["muted"], linewidth=0.8)
+    axes.grid(axis="y", color=COLOUR["rule"], linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(axis="both", colors=MUTED, labelsize=11, length=0, pad=5)
+    axes.tick_params(axis="both", colors=COLOUR["muted"], labelsize=11, length=0, pad=5)
     axes.tick_params(axis="x", length=3.5, width=0.8)
-    axes.xaxis.label.set(color=MUTED, fontsize=11)
+    axes.xaxis.label.set(color=COLOUR["muted"], fontsize=11)
     axes.margins(x=0.015, y=0.06)
     ticks(axes.xaxis, 5, integer=True)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -67,27 +58,25 @@ def ticks(axis: Axis, number: int, **options: Any) -> None:
     axis.set_major_locator(MaxNLocator(number, steps=[1, 2, 2.5, 5, 10], **options))
 
 
-def shares(axes: Axes, top: float = 1.02) -> None:
+def shares(axes: Axes) -> None:
     """Make the vertical axis one of percentages from 0 to 100%."""
-    axes.set_ylim(0, top)
+    axes.set_ylim(0, 1.02)
     ticks(axes.yaxis, 5)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def line(axes: Axes, model: str, curve: Iterable[tuple[float, float]], **style: Any) -> None:
-    """Plot a curve in a model's colour, without markers."""
-    axes.plot(*zip(*curve, strict=True), color=MODEL[model], **LINE[model] | style)
-
-
-def marked_line(axes: Axes, model: str, curve: Iterable[tuple[float, float]], *, edge: float = 1.0) -> None:
-    """Plot a curve with a marker at each point."""
-    line(axes, model, curve, markeredgecolor=_PAPER, markeredgewidth=edge, **_MARKER[model])
+def line(axes: Axes, model: str, curve: Iterable[tuple[float, float]], *, marked: bool = False, **style: Any) -> None:
+    """Plot a curve in a model's colour and style, with a marker at each point if `marked`."""
+    if marked:
+        marker, markersize = _MARKER[model]
+        edge = {"markeredgecolor": COLOUR["paper"], "markeredgewidth": 1.0}
+        style = {"marker": marker, "markersize": markersize, **edge, **style}
+    axes.plot(*zip(*curve, strict=True), color=COLOUR[model], **LINE[model] | style)
 
 
 def dots(axes: Axes, model: str, points: Iterable[tuple[float, float]], **style: Any) -> None:
     """Plot markers alone."""
-    style = {"markeredgecolor": _PAPER, "markeredgewidth": 1.0, "linestyle": "none", **_MARKER[model], **style}
-    axes.plot(*zip(*points, strict=True), color=MODEL[model], **style)
+    line(axes, model, points, marked=True, linestyle="none", **style)
 
 
 def annotate(
@@ -95,17 +84,11 @@ def annotate(
 ) -> None:
     """Write a text in a model's colour, `offset` points from a place."""
     style = {"textcoords": "offset points", "fontsize": 11, "annotation_clip": False, **style}
-    axes.annotate(text, at, xytext=offset, color=MODEL[model], **style)
+    axes.annotate(text, at, xytext=offset, color=COLOUR[model], **style)
 
 
-def label_ends(axes: Axes, ends: Iterable[tuple[str, float, str]], *, named: bool = True) -> None:
-    """Label each line at its right end, at least a line of text apart.
-
-    Args:
-        axes: axes with the lines.
-        ends: the model for the colour, the height, and a text.
-        named: put the model's name before the text.
-    """
+def label_ends(axes: Axes, ends: Iterable[tuple[str, float, str]]) -> None:
+    """Write texts at the right ends of lines (model for the colour, height, text), at least a line of text apart."""
     low, high = axes.get_ylim()
     distance = 0.075 * (high - low)
     ends = sorted(ends, key=lambda end: end[1])
@@ -113,17 +96,10 @@ def label_ends(axes: Axes, ends: Iterable[tuple[str, float, str]], *, named: boo
     for _, value, _ in ends:
         heights.append(max(value, heights[-1] + distance) if heights else value)
     pushed = sum(height - value for height, (_, value, _) in zip(heights, ends, strict=True))
+    style = {"xycoords": axes.get_yaxis_transform(), "va": "center"}
     for height, (model, _, text) in zip(heights, ends, strict=True):
-        annotate(
-            axes,
-            f"{model} {text}" if named else text,
-            (1, height - pushed / len(ends)),
-            model,
-            (6, 0),
-            xycoords=axes.get_yaxis_transform(),
-            va="center",
-            fontweight="bold" if model == "student" else "normal",
-        )
+        weight = "bold" if model == "student" else "normal"
+        annotate(axes, text, (1, height - pushed / len(ends)), model, (6, 0), fontweight=weight, **style)
 
 
 def thin(curve: Curve) -> Curve:
@@ -136,9 +112,9 @@ def thin(curve: Curve) -> Curve:
 def svg(figure: Figure, name: str, label: str) -> Markup:
     """Convert a figure to an <svg> element with unique ids, to stand in a page beside others."""
     buffer = io.StringIO()
-    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "potstill"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # A style sheet inside an inlined SVG would apply to the page around it.
@@ -149,7 +125,7 @@ def svg(figure: Figure, name: str, label: str) -> Markup:
     text = re.sub(r'font-family: [^;"]*(; )?', "", text)
     text = re.sub(r'font: (?:bold|700) ([\d.]+px) [^;"]*', r"font-size: \1; font-weight: bold", text)
     text = re.sub(r'font: ([\d.]+px) [^;"]*', r"font-size: \1", text)
-    for colour, variable in _VARIABLES.items():
+    for variable, colour in COLOUR.items():
         text = text.replace(colour, f"var(--{variable})")
     view_box = re.search(r'viewBox="[^"]*"', text)
     assert view_box is not None

@@ -27,13 +27,12 @@ def read_diagnosis(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     diagnosis = read_record(path, "diagnosis", "what potstill diagnose writes", "Diagnose again.")
-    temperature, distributions, floor = (diagnosis[key] for key in ("temperature", "distributions", "irreducible"))
+    temperature, models, floor = (diagnosis[key] for key in ("temperature", "distributions", "irreducible"))
     pictures: dict[str, Markup | None] = {
         "temperature": temperature and _temperature(temperature["rows"], temperature["recommended"]),
         "gradients": _gradients(diagnosis["gradients"]["flow"]),
-        "floor": distributions
-        and _floor(floor["teacher_entropy"], {name: model["kl"] for name, model in distributions.items()}),
-        "rarity": distributions and _rarity({name: model["by_frequency"] for name, model in distributions.items()}),
+        "floor": models and _floor(floor["teacher_entropy"], {name: model["kl"] for name, model in models.items()}),
+        "rarity": models and _rarity({name: model["by_frequency"] for name, model in models.items()}),
     }
     return {**diagnosis, "pictures": pictures}
 
@@ -47,7 +46,7 @@ def write_diagnosis_page(folder: Path) -> Path:
 def _temperature(rows: Sequence[Mapping[str, Any]], recommended: float) -> Markup:
     """Total probability of the teacher's most likely tokens over temperature, the recommended one marked."""
     figure, axes = canvas.create(height=0.76)
-    axes.axvline(recommended, color=canvas.MODEL["student"], linewidth=1.2, linestyle=(0, (2, 2)))
+    axes.axvline(recommended, color=canvas.COLOUR["student"], linewidth=1.2, linestyle=(0, (2, 2)))
     canvas.annotate(axes, f"recommended {recommended:g}", (recommended, 1.02), "student", (0, 4))
     ends = []
     for k in rows[0]["mass"]:
@@ -55,7 +54,7 @@ def _temperature(rows: Sequence[Mapping[str, Any]], recommended: float) -> Marku
         canvas.line(axes, "teacher", curve, marker="o", markersize=3.6, linewidth=1.6, linestyle="solid")
         ends.append(("teacher", curve[-1][1], "1 token" if k == "1" else f"{k} tokens"))
     canvas.shares(axes)
-    canvas.label_ends(axes, ends, named=False)
+    canvas.label_ends(axes, ends)
     axes.set_xlabel("temperature")
     values = "; ".join(f"at {row['temperature']:g} the top token has {row['mass']['1']:.0%}" for row in rows)
     return canvas.svg(figure, "temperature", f"Probability of the most likely tokens over temperature: {values}.")
@@ -65,7 +64,7 @@ def _gradients(flow: Sequence[Mapping[str, Any]]) -> Markup:
     """Root mean square of the gradient in each part of the student, from input to output."""
     figure, axes = canvas.create(0.1, 0.87)
     sizes = [part["gradient"] if math.isfinite(part["gradient"]) else 0.0 for part in flow]
-    canvas.marked_line(axes, "student", enumerate(sizes))
+    canvas.line(axes, "student", enumerate(sizes), marked=True)
     if min(sizes) > 0 and max(sizes) > _LOG_RATIO * min(sizes):
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
@@ -84,8 +83,8 @@ def _floor(entropy: float, divergences: Mapping[str, float]) -> Markup:
     """Cross-entropy with the teacher's distributions: its entropy plus each model's KL, nats."""
     figure, axes = canvas.create(0.16, 0.78)
     for place, (model, kl) in enumerate(divergences.items()):
-        axes.barh(place, entropy, color=canvas.MODEL["teacher"], height=0.5)
-        axes.barh(place, kl, left=entropy, color=canvas.MODEL[model], height=0.5, alpha=0.75)
+        axes.barh(place, entropy, color=canvas.COLOUR["teacher"], height=0.5)
+        axes.barh(place, kl, left=entropy, color=canvas.COLOUR[model], height=0.5, alpha=0.75)
         canvas.annotate(axes, f"{entropy + kl:.2f}", (entropy + kl, place), model, (5, 0), va="center")
     axes.set_yticks(range(len(divergences)), list(divergences))
     axes.set_ylim(max(len(divergences), 2) - 0.4, -0.6)
@@ -103,11 +102,12 @@ def _rarity(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
     figure, axes = canvas.create()
     names = [group["name"] for group in next(iter(groups.values()))]
     for model, rows in groups.items():
-        canvas.marked_line(axes, model, enumerate(row["kl"] for row in rows))
+        canvas.line(axes, model, enumerate(row["kl"] for row in rows), marked=True)
     axes.set_ylim(bottom=0)
     axes.set_xlim(-0.3, len(names) - 0.9)
-    canvas.label_ends(axes, [(model, rows[-1]["kl"], f"{rows[-1]['kl']:.2f}") for model, rows in groups.items()])
+    last = {model: rows[-1]["kl"] for model, rows in groups.items()}
+    canvas.label_ends(axes, [(model, kl, f"{model} {kl:.2f}") for model, kl in last.items()])
     axes.set_xticks(range(len(names)), [name.replace(" times", "").replace(" or more", "+") for name in names])
     axes.set_xlabel("times in the training data")
-    values = "; ".join(f"{model} {rows[0]['kl']:.2f} to {rows[-1]['kl']:.2f}" for model, rows in groups.items())
+    values = "; ".join(f"{model} {rows[0]['kl']:.2f} to {last[model]:.2f}" for model, rows in groups.items())
     return canvas.svg(figure, "rarity", f"KL to the teacher in nats by frequency of the token: {values}.")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import DataError
 from potstill.evaluate.formatting import times
 from potstill.evaluate.report import pictures
-from potstill.evaluate.report.render import render
+from potstill.evaluate.report.render import Headline, render
+from potstill.evaluate.summary import read_record
 
 _METRICS = {
     "scores": ("Human scores", "Spearman's correlation of the similarity of pairs with human scores."),
@@ -20,23 +20,21 @@ _METRICS = {
 
 
 def write_embedding_report(run_directory: Path) -> Path:
-    """Write report.html, one self-contained page, and student/README.md.
-
-    Returns:
-        The page's path.
+    """Write report.html, one self-contained page, and student/README.md; return the page's path.
 
     Raises:
         DataError: the records are missing or not those of an embedding run.
     """
-    summary = _read(run_directory / "summary.json")
-    rows = summary["rows"]
+    path, expected = run_directory / "summary.json", "the summary of an embedding run"
+    summary = read_record(path, "embedding", expected, "Finish the run first.", "none")
+    rows, space = summary["rows"], summary["space"]
     facts = {"summary": summary, "verdict": embedding_verdict(summary), "table": embedding_table(rows)}
     front = {f"focus: {name}": row for name, row in summary["front"].items()}
     front |= {name: rows[name] for name in ("PCA", "PCA uncentred")}
     close = "recall" if rows["student"]["scores"] is None else "scores"
-    space, hues = summary["space"], summary["space"]["hues"]
+    points = {name: (row["all_pairs"], row[close]) for name, row in front.items()}
     lines = map(json.loads, (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    curve = [(line["epoch"], line["all_pairs"]) for line in lines if line["run"] == "student"]
+    curve = {"student": [(line["epoch"], line["all_pairs"]) for line in lines if line["run"] == "student"]}
     student = run_directory / "student"
     if student.is_dir():
         reads_text = (student / "modules.json").exists()
@@ -45,16 +43,12 @@ def write_embedding_report(run_directory: Path) -> Path:
         "embedding.html.j2",
         run_directory / "report.html",
         **facts,
-        headlines=_headlines(rows),
+        headlines=list(_headlines(rows)),
         models=list(rows),
-        space={name: pictures.space(f"{name} space", space[name], hues) for name in ("teacher", "student")},
-        front=pictures.front(
-            {name: (row["all_pairs"], row[close]) for name, row in front.items()},
-            "all pairs, rank correlation with the teacher",
-            _METRICS[close][0],
-        ),
+        space={name: pictures.space(f"{name} space", space[name], space["hues"]) for name in ("teacher", "student")},
+        front=pictures.front(points, "all pairs, rank correlation with the teacher", _METRICS[close][0]),
         close=_METRICS[close][0],
-        curve=pictures.correlation_curve(curve),
+        curve=pictures.curves("correlation", "Held-out rank correlation", curve, unit="epoch", digits=3),
         recipe=(run_directory / "recipe.yaml").read_text(encoding="utf-8"),
     )
 
@@ -67,8 +61,8 @@ def embedding_verdict(summary: Mapping[str, Any]) -> str:
     opening = "better than" if all(better) else "in some ways better than" if any(better) else "not better than"
     figures = ", ".join(f"{name.lower()} {student[key]:.3f} (PCA {pca[key]:.3f})" for key, name in measured.items())
     return (
-        f"With {student['dimensions']} of the teacher's {teacher['dimensions']} dimensions, held "
-        f"out, the student is {opening} PCA: {figures}."
+        f"With {student['dimensions']} of the teacher's {teacher['dimensions']} dimensions, held out, the student is "
+        f"{opening} PCA: {figures}."
     )
 
 
@@ -82,27 +76,10 @@ def embedding_table(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
     return table
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        summary = None
-    if not isinstance(summary, dict) or summary.get("kind") != "embedding":
-        raise DataError(f"report: expected the summary of an embedding run in {path}, got none. Finish the run first.")
-    return summary
-
-
-def _headlines(rows: Mapping[str, Any]) -> list[dict[str, str]]:
+def _headlines(rows: Mapping[str, Any]) -> Iterator[Headline]:
     student, pca, teacher = (rows[name] for name in ("student", "PCA", "teacher"))
-    headlines = [
-        {
-            "name": "fewer numbers",
-            "value": f"{times(teacher['dimensions'] / student['dimensions'])}×",
-            "detail": f"{student['dimensions']} against {teacher['dimensions']} a vector",
-        }
-    ]
+    ratio = f"{times(teacher['dimensions'] / student['dimensions'])}×"
+    yield Headline(ratio, "fewer numbers", f"{student['dimensions']} against {teacher['dimensions']} a vector")
     for key, (name, _) in _METRICS.items():
         if student[key] is not None:
-            value, detail = f"{student[key]:.2f}", f"PCA has {pca[key]:.2f}"
-            headlines.append({"name": name.lower(), "value": value, "detail": detail})
-    return headlines
+            yield Headline(f"{student[key]:.2f}", name.lower(), f"PCA has {pca[key]:.2f}")

@@ -7,20 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from potstill.errors import DataError
 from potstill.evaluate import summary as records
 from potstill.evaluate.formatting import count, milliseconds, minus, nats, percent, size
 from potstill.evaluate.measures import TASK_LABELS, of_run
 from potstill.evaluate.report import pictures
+from potstill.evaluate.report.canvas import thin
 from potstill.evaluate.report.diagnosis import read_diagnosis
 from potstill.evaluate.report.render import Headline, ratio_headline, render
-from potstill.evaluate.summary import MODELS, RUNS, Curves, Summary
+from potstill.evaluate.summary import MODELS, RUNS, Summary
 from potstill.evaluate.verdict import verdict
 
-# Least distance of two labels on a phone, in percent of the line.
-_LABEL_DISTANCE = 25
+_LABEL_DISTANCE = 25  # least distance of two labels on a phone, in percent of the line
 
 
 def write_report(run_directory: Path) -> Path:
@@ -31,13 +29,24 @@ def write_report(run_directory: Path) -> Path:
     """
     summary = records.read_summary(run_directory)
     held_out, training = records.read_metrics(run_directory / "metrics.jsonl")
+    floor = summary.curve.teacher_loss
+    if floor is None and summary.rows.teacher:
+        floor = summary.rows.teacher.loss
+    if floor is not None and not math.isfinite(floor):
+        floor = None
+    curves = {}
+    if held_out:
+        curves["held_out"] = pictures.curves("held-out", "Held-out cross-entropy in nats", held_out, floor)
+    if training:
+        thinned = {run: thin(curve) for run, curve in training.items()}
+        curves["training"] = pictures.curves("training", "Training loss", thinned, markers=1)
     return render(
         "report.html.j2",
         run_directory / "report.html",
         **_facts(summary),
         headlines=list(_headlines(summary)),
         gap=_gap(summary.rows),
-        curves=_learning_curves(summary, held_out, training),
+        curves=curves,
         positions=_positions(summary.kl_by_position),
         diagnosis=read_diagnosis(run_directory / "diagnose.json"),
         recipe=records.read_text(run_directory / "recipe.yaml"),
@@ -59,38 +68,35 @@ def write_student_card(run_directory: Path) -> Path:
 
 def _facts(summary: Summary) -> dict[str, Any]:
     """Data of both the page and the card."""
-    training, train_tokens = summary.training, summary.data.train_tokens
-    passes = None
+    training, train_tokens, rows = summary.training, summary.data.train_tokens, summary.rows
+    passes = gap_formula = None
     if training.steps and training.tokens_per_step and train_tokens:
         passes = f"{training.steps * training.tokens_per_step / train_tokens:.1f}"
+    if summary.gap_closed is not None and rows.teacher and rows.baseline:
+        baseline, student, teacher = (nats(scores.loss) for scores in (rows.baseline, rows.student, rows.teacher))
+        gap_formula = f"({baseline} - {student}) / ({baseline} - {teacher}) = {percent(summary.gap_closed)}"
     return {
         "summary": summary,
         "verdict": verdict(summary),
-        "models": list(summary.rows.present()),
+        "models": list(rows.present()),
         "table": list(_table(summary)),
         "labels": TASK_LABELS[summary.task],
-        "gap_formula": _gap_formula(summary),
+        "gap_formula": gap_formula and minus(gap_formula),
         "passes": passes,
     }
 
 
 def _table(summary: Summary) -> Iterator[dict[str, Any]]:
-    by_bytes = summary.rows.student.bits_per_byte is not None
-    for measure in of_run(summary.task, by_bytes):
-        values = {model: getattr(scores, measure.key) for model, scores in summary.rows.present().items()}
-        if all(value is None for value in values.values()):
-            continue
+    present = summary.rows.present()
+    for measure in of_run(summary.task, summary.rows.student.bits_per_byte is not None):
+        values = {model: getattr(scores, measure.key) for model, scores in present.items()}
         trained = [values[run] for run in RUNS if values.get(run) is not None]
         best = measure.better(*trained) if measure.better and len(set(trained)) == 2 else None
-        cells = [
-            {
-                "model": model,
-                "text": "–" if value is None else measure.write(value),
-                "best": best is not None and model in RUNS and value == best,
-            }
-            for model, value in values.items()
-        ]
-        yield {"name": measure.name, "meaning": measure.meaning, "cells": cells}
+        texts = {model: "–" if value is None else measure.write(value) for model, value in values.items()}
+        winners = [run for run in RUNS if best is not None and values.get(run) == best]
+        cells = [{"model": model, "text": text, "best": model in winners} for model, text in texts.items()]
+        if any(value is not None for value in values.values()):
+            yield {"name": measure.name, "meaning": measure.meaning, "cells": cells}
 
 
 def _headlines(summary: Summary) -> Iterator[Headline]:
@@ -131,42 +137,12 @@ def _gap(rows: records.ScoresByModel) -> dict[str, Any] | None:
     }
 
 
-def _gap_formula(summary: Summary) -> str | None:
-    rows = summary.rows
-    if summary.gap_closed is None or not rows.teacher or not rows.baseline:
-        return None
-    baseline, student, teacher = (nats(scores.loss) for scores in (rows.baseline, rows.student, rows.teacher))
-    return minus(f"({baseline} - {student}) / ({baseline} - {teacher}) = {percent(summary.gap_closed)}")
-
-
-def _learning_curves(summary: Summary, held_out: Curves, training: Curves) -> dict[str, Markup]:
-    floor = summary.curve.teacher_loss
-    if floor is None and summary.rows.teacher:
-        floor = summary.rows.teacher.loss
-    if floor is not None and not math.isfinite(floor):
-        floor = None
-    curves = {}
-    if held_out:
-        curves["held_out"] = pictures.held_out_curves(held_out, floor)
-    if training:
-        curves["training"] = pictures.training_curves(training)
-    return curves
-
-
 def _positions(positions: records.PositionKL | None) -> dict[str, Any] | None:
-    if positions is None:
+    kl = {} if positions is None else {run: getattr(positions, run) for run in RUNS}
+    values = {run: [math.nan if x is None else x for x in by_bin] for run, by_bin in kl.items() if by_bin is not None}
+    if positions is None or not any(math.isfinite(value) for by_bin in values.values() for value in by_bin):
         return None
-    values = {
-        run: [math.nan if value is None else value for value in by_position]
-        for run in RUNS
-        if (by_position := getattr(positions, run)) is not None
-    }
-    if not any(math.isfinite(value) for by_position in values.values() for value in by_position):
-        return None
-    pairs = list(zip(values.get("baseline", []), values["student"], strict=False))
-    both = [(baseline, student) for baseline, student in pairs if math.isfinite(baseline + student)]
-    return {
-        "picture": pictures.kl_by_position(positions.edges, values),
-        "closer": sum(student < baseline for baseline, student in both),
-        "bins": len(both),
-    }
+    pairs = zip(values.get("baseline", []), values["student"], strict=False)
+    closer = [student < baseline for baseline, student in pairs if math.isfinite(baseline + student)]
+    picture = pictures.kl_by_position(positions.edges, values)
+    return {"picture": picture, "closer": sum(closer), "bins": len(closer)}

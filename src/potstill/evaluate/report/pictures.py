@@ -12,7 +12,7 @@ from matplotlib.ticker import ScalarFormatter
 from potstill.evaluate.report import canvas
 
 
-def _curves(
+def curves(
     name: str,
     title: str,
     curves: Mapping[str, canvas.Curve],
@@ -22,17 +22,19 @@ def _curves(
     markers: int = 24,
     digits: int = 2,
 ) -> Markup:
-    """Curves over steps or epochs, labelled with their last values; `floor` is the teacher's value."""
+    """Curves over steps or epochs, labelled with their last values; `floor` is the teacher's value.
+
+    Curves of at most `markers` points have markers.
+    """
     figure, axes = canvas.create()
     ends, ranges = [], []
-    if floor is not None and math.isfinite(floor):
-        axes.axhline(floor, color=canvas.MODEL["teacher"], **canvas.LINE["teacher"])
-        ends.append(("teacher", floor, f"{floor:.{digits}f}"))
+    if floor is not None:
+        axes.axhline(floor, color=canvas.COLOUR["teacher"], **canvas.LINE["teacher"])
+        ends.append(("teacher", floor, f"teacher {floor:.{digits}f}"))
     for model, curve in curves.items():
-        draw = canvas.marked_line if len(curve) <= markers else canvas.line
-        draw(axes, model, curve)
+        canvas.line(axes, model, curve, marked=len(curve) <= markers)
         first, last = (f"{curve[i][1]:.{digits}f}" for i in (0, -1))
-        ends.append((model, curve[-1][1], last))
+        ends.append((model, curve[-1][1], f"{model} {last}"))
         ranges.append(f"{model} from {first} to {last}")
     canvas.label_ends(axes, ends)
     axes.set_xlim(left=0)
@@ -42,39 +44,22 @@ def _curves(
     return canvas.svg(figure, name, f"{title} over {unit}s: {', '.join(ranges)}.")
 
 
-def held_out_curves(curves: Mapping[str, canvas.Curve], teacher_loss: float | None) -> Markup:
-    """Held-out cross-entropy of "baseline" and "student" over steps, with the teacher's as the floor; nats."""
-    return _curves("held-out", "Held-out cross-entropy in nats", curves, teacher_loss)
-
-
-def training_curves(curves: Mapping[str, canvas.Curve]) -> Markup:
-    """Training loss over steps; each run has its own objective."""
-    thinned = {model: canvas.thin(curve) for model, curve in curves.items()}
-    return _curves("training", "Training loss", thinned, markers=1)
-
-
-def correlation_curve(curve: canvas.Curve) -> Markup:
-    """Held-out rank correlation with the teacher over epochs."""
-    return _curves("correlation", "Held-out rank correlation", {"student": curve}, unit="epoch", digits=3)
-
-
 def kl_by_position(edges: Sequence[float], values: Mapping[str, Sequence[float]]) -> Markup:
     """Mean KL to the teacher, nats, in bins of positions between `edges`; nan for an empty bin."""
     figure, axes = canvas.create()
     ends = []
     for model, heights in values.items():
-        style = {**canvas.LINE[model], "linewidth": 2.3 if model == "student" else 1.6}
-        axes.stairs(heights, edges, baseline=None, color=canvas.MODEL[model], **style)
-        measured = [height for height in heights if math.isfinite(height)]
-        if measured:
-            ends.append((model, measured[-1], f"{measured[-1]:.2f}"))
+        style = canvas.LINE[model] | {"linewidth": 2.3 if model == "student" else 1.6}
+        axes.stairs(heights, edges, baseline=None, color=canvas.COLOUR[model], **style)
+        if measured := [height for height in heights if math.isfinite(height)]:
+            ends.append((model, measured[-1], f"{model} {measured[-1]:.2f}"))
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(bottom=0)
     canvas.label_ends(axes, ends)
     axes.set_xlabel("position in the window")
     if (edges[-1] - edges[0]) % 4 == 0:  # windows are powers of two
         axes.set_xticks([edges[0] + quarter * (edges[-1] - edges[0]) / 4 for quarter in range(5)])
-    label = ", ".join(f"{model} {height} at the end" for model, _, height in ends)
+    label = ", ".join(f"{text} at the end" for _, _, text in ends)
     return canvas.svg(figure, "positions", f"KL to the teacher in nats by position in the window: {label}.")
 
 

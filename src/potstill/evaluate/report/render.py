@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +16,9 @@ from potstill.evaluate.formatting import times
 
 
 def render(template: str, path: Path, **data: Any) -> Path:
-    """Render a template of this package to a file; HTML templates escape their data.
+    """Render a template of this package to a file and return its path; HTML templates escape their data.
 
     A page extends page.html.j2 and sets `title`, `kind`, `date`, `version` and `source`.
-
-    Returns:
-        The path.
     """
     write_text(path, _environment().get_template(template).render(data))
     return path
@@ -39,23 +36,15 @@ def _environment() -> Environment:
     )
     names = ("count", "duration", "nats", "percent", "size")
     environment.filters |= {name: getattr(formatting, name) for name in names}
-    environment.filters |= {"quoted": _quoted, "visible": _visible, "cell": _cell}
-    environment.filters |= {"number": lambda value: f"{value:g}", "thousands": lambda value: f"{value:,}"}
+    environment.filters |= {"number": "{:g}".format, "thousands": "{:,}".format, "visible": _visible, "cell": _cell}
+    environment.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # shows spaces and line ends
     return environment
-
-
-def _quoted(text: str) -> str:
-    """Show spaces and line ends."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _visible(text: str) -> str:
     """Replace control characters, which HTML forbids or which reverse the text around them, with a visible mark."""
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
-        "\N{REPLACEMENT CHARACTER}",
-        text.replace("\r\n", "\n"),
-    )
+    control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(control, "\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 def _cell(text: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -28,10 +28,10 @@ _TICKS = (_HALVES, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 3.0, 5.0), (1.0, 2
 
 
 def write_sweep_report(run_directory: Path) -> Path:
-    """Write sweep.html, one self-contained page, from sweep.json of a sweep's directory; return its path.
+    """Write sweep.html, one self-contained page, from sweep.json; return its path.
 
     Raises:
-        DataError: there is no sweep in it.
+        DataError: there is no sweep in the directory.
     """
     summary = read_sweep(run_directory)
     return render(
@@ -71,26 +71,18 @@ def _headlines(summary: Mapping[str, Any]) -> Iterator[Headline]:
 
 def _table(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for place, (row, prediction) in enumerate(zip(summary["runs"], summary["predictions"], strict=True)):
+        values = [row["values"][key] for key in summary["vary"]]
+        costs = [count(row["parameters"]), size(row["bytes"]), milliseconds(row["latency_ms"])]
         yield {
             "number": place + 1,
             "chosen": place == summary["recommended"]["place"],
-            "values": [_text(row["values"][key]) for key in summary["vary"]],
-            "cells": [
-                percent(row["quality"], 1),
-                nats(row["loss"]),
-                count(row["parameters"]),
-                size(row["bytes"]),
-                milliseconds(row["latency_ms"]),
-            ],
+            "values": [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values],
+            "cells": [percent(row["quality"], 1), nats(row["loss"]), *costs],
             "fronts": ", ".join(COSTS[key] for key, places in summary["fronts"].items() if place in places),
             "directory": row["directory"],
             "fitted": prediction["fitted"],
             "published": [percent(estimate["value"]) for estimate in prediction["published"].values()],
         }
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _expected(summary: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -99,74 +91,49 @@ def _expected(summary: Mapping[str, Any]) -> dict[str, Any] | None:
     if not known:
         return None
     tasks = list(known[0]["published"])
-    least, most = (pick(row["compression"] for row in known) for pick in (min, max))
+    measured = [(row["compression"], row["measured"]) for row in known]
+    least, most = (pick(compression for compression, _ in measured) for pick in (min, max))
     compressions = [least * (most / least) ** (i / 24) for i in range(25)]
     published = {task: [(c, expected_share(c, task).value) for c in compressions] for task in tasks}
-    smaller = [row for row in known if row["compression"] > 1 and row["measured"] > 0]
-    exponents = [-math.log(row["measured"]) / math.log(row["compression"]) for row in smaller]
+    exponents = [-math.log(quality) / math.log(c) for c, quality in measured if c > 1 and quality > 0]
     mean = sum(exponents) / len(exponents) if exponents else None
     fitted = [(row["measured"], row["fitted"]) for row in known if row["fitted"]]
-    error = sum(abs(fit["value"] - measured) for measured, fit in fitted) / len(fitted) if fitted else None
-    measured = [(row["compression"], row["measured"]) for row in known]
     return {
         "picture": _expectations(measured, published, [] if mean is None else [(c, c**-mean) for c in compressions]),
         "tasks": tasks,
         "sources": list(dict.fromkeys(known[0]["published"][task]["source"] for task in tasks)),
         "exponent": mean,
-        "error": error,
-        "within": sum(fit["low"] <= measured <= fit["high"] for measured, fit in fitted),
+        "error": sum(abs(fit["value"] - quality) for quality, fit in fitted) / len(fitted) if fitted else None,
+        "within": sum(fit["low"] <= quality <= fit["high"] for quality, fit in fitted),
         "fitted": len(fitted),
     }
 
 
-class _Dot(NamedTuple):
-    """A student in the picture of the front."""
-
-    name: str
-    cost: float
-    quality: float
-    on_front: bool
-    chosen: bool
-
-
 def _pareto(summary: Mapping[str, Any], cost: str) -> Markup:
     """Quality over "parameters" or "latency_ms" on a logarithmic axis, with the Pareto front as a line."""
-    place, on_front = summary["recommended"]["place"], summary["fronts"][cost]
-    students = [
-        _Dot(str(i + 1), row[cost], row["quality"], i in on_front, i == place)
-        for i, row in enumerate(summary["runs"])
-        if math.isfinite(row["quality"])
-    ]
-    if not students:
+    chosen, front, teacher_cost = summary["recommended"]["place"], summary["fronts"][cost], summary["teacher"].get(cost)
+    runs = enumerate(summary["runs"])
+    dots = {i: (row[cost], row["quality"]) for i, row in runs if math.isfinite(row["quality"])}
+    if not dots:
         return Markup("")
     figure, axes = canvas.create(0.1, 0.86)
-    front = sorted((dot.cost, dot.quality) for dot in students if dot.on_front)
-    if front:
-        canvas.line(axes, "student", front, drawstyle="steps-post", linewidth=1.4, zorder=1)
-    for dot in sorted(students, key=lambda dot: (dot.chosen, dot.on_front)):
-        model = "student" if dot.on_front else "baseline"
-        canvas.dots(axes, model, [dot[1:3]], markersize=9.5 if dot.chosen else 6 if dot.on_front else 5, zorder=2)
-        canvas.annotate(
-            axes,
-            dot.name,
-            dot[1:3],
-            model,
-            (0, 8 if dot.on_front else -8),
-            ha="center",
-            va="bottom" if dot.on_front else "top",
-            fontweight="bold" if dot.chosen else "normal",
-        )
-    teacher_cost = summary["teacher"].get(cost)
-    if teacher_cost is not None and max(dot.quality for dot in students) > _SHOW_TEACHER:
+    if line := sorted(dots[i] for i in dots if i in front):
+        canvas.line(axes, "student", line, drawstyle="steps-post", linewidth=1.4, zorder=1)
+    for i in sorted(dots, key=lambda i: (i == chosen, i in front)):
+        model, above, edge, dot_size = ("student", 8, "bottom", 6) if i in front else ("baseline", -8, "top", 5)
+        canvas.dots(axes, model, [dots[i]], markersize=9.5 if i == chosen else dot_size, zorder=2)
+        style = {"ha": "center", "va": edge, "fontweight": "bold" if i == chosen else "normal"}
+        canvas.annotate(axes, str(i + 1), dots[i], model, (0, above), **style)
+    if teacher_cost is not None and max(quality for _, quality in dots.values()) > _SHOW_TEACHER:
         canvas.dots(axes, "teacher", [(teacher_cost, 1.0)], markeredgewidth=0)
         canvas.annotate(axes, "teacher", (teacher_cost, 1.0), "teacher", (-7, 0), ha="right", va="center")
     axes.margins(x=0.08, y=0.14)
-    write = count if cost == "parameters" else milliseconds
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+    write = count if cost == "parameters" else milliseconds
     _logarithmic(axes, write)
     axes.set_xlabel("parameters" if cost == "parameters" else "one row, one forward pass")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    values = "; ".join(f"{dot.name}: {write(dot.cost)}, {dot.quality:.1%}" for dot in students)
+    values = "; ".join(f"{i + 1}: {write(x)}, {quality:.1%}" for i, (x, quality) in dots.items())
     return canvas.svg(figure, f"pareto-{cost}", f"Share of the teacher's quality over {COSTS[cost]}: {values}.")
 
 
@@ -182,7 +149,7 @@ def _expectations(measured: canvas.Curve, published: Mapping[str, canvas.Curve],
         ends.append(("student", fitted[-1][1], "their law"))
     canvas.dots(axes, "student", measured)
     canvas.shares(axes)
-    canvas.label_ends(axes, ends, named=False)
+    canvas.label_ends(axes, ends)
     _logarithmic(axes, lambda value: f"{value:g}×")
     axes.set_xlabel("times fewer parameters than the teacher")
     values = "; ".join(f"{quality:.1%} at {compression:.1f} times smaller" for compression, quality in measured)
@@ -194,11 +161,9 @@ def _logarithmic(axes: Axes, write: Callable[[float], str]) -> None:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-
-    def visible(multiples: Sequence[float]) -> int:
-        return sum(low <= multiple * 10**decade <= high for decade in decades for multiple in multiples)
-
-    multiples = next((multiples for multiples in _TICKS if visible(multiples) <= 5), _TICKS[-1])
+    for multiples in _TICKS:
+        if sum(low <= multiple * 10**decade <= high for decade in decades for multiple in multiples) <= 5:
+            break
     axes.xaxis.set_major_locator(LogLocator(subs=multiples, numticks=30))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
