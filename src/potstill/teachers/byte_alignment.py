@@ -19,50 +19,29 @@ ELEMENTS = 1 << 24  # of the teacher's logits at a time
 
 
 class AlignmentStats(NamedTuple):
-    """How much of some rows is in chunks.
+    """How much of some rows is in chunks."""
 
-    Args:
-        bytes: bytes of the student's target tokens.
-        covered: those of them in chunks without an ignored token.
-        tokens: the student's target tokens.
-        chunks: number of chunks.
-        one_to_one: chunks that are one token for both.
-        shared: tokens that both vocabularies have.
-    """
-
-    bytes: int
-    covered: int
-    tokens: int
+    bytes: int  # of the student's target tokens
+    covered: int  # those of them in chunks without an ignored token
+    tokens: int  # the student's target tokens
     chunks: int
-    one_to_one: int
-    shared: int
+    one_to_one: int  # chunks that are one token for both
+    shared: int  # tokens that both vocabularies have
 
 
 @dataclass(frozen=True)
 class AlignedChunks:
-    """C chunks of bytes in a batch: each is some target tokens of the student and some tokens of the teacher.
+    """C chunks of bytes in a batch: each is some target tokens of the student and some tokens of the teacher."""
 
-    Args:
-        targets: the teacher's, at its own Nt positions.
-        student: [N] the chunk of each of the student's target tokens, or -1.
-        teacher: [Nt] the chunk of each of the teacher's tokens.
-        student_tokens: [N] token ids; teacher_tokens [Nt] likewise.
-        log_probs: [C] the teacher's log-probability of each chunk, nats.
-        continues: [C] whether the next chunk follows within the same text.
-        spaced: [C] whether one of the tokenizers puts a space before the chunk.
-        sizes: [C] bytes in each chunk.
-        pair: the two tokenizers.
-    """
-
-    targets: HeadTargets | DenseTargets
-    student: Tensor
-    teacher: Tensor
-    student_tokens: Tensor
-    teacher_tokens: Tensor
-    log_probs: Tensor
-    continues: Tensor
-    spaced: Tensor
-    sizes: Tensor
+    targets: HeadTargets | DenseTargets  # the teacher's, at its own Nt positions
+    student: Tensor  # [N] the chunk of each of the student's target tokens, or -1
+    teacher: Tensor  # [Nt] the chunk of each of the teacher's tokens
+    student_tokens: Tensor  # [N] ids
+    teacher_tokens: Tensor  # [Nt] ids
+    log_probs: Tensor  # [C] the teacher's log-probability of each chunk, nats
+    continues: Tensor  # [C] whether the next chunk follows within the same text
+    spaced: Tensor  # [C] whether one of the tokenizers puts a space before the chunk
+    sizes: Tensor  # [C] bytes
     pair: TokenizerPair
 
     def __len__(self) -> int:
@@ -86,21 +65,16 @@ class AlignedChunks:
         bias = torch.zeros(len(self), device=self.log_probs.device)
         for chunks in self._batches([i for i, ids in enumerate(longer) if len(ids)]):
             ids = [longer[i] for i in chunks]
-            position = np.repeat(np.arange(len(chunks)), [len(each) for each in ids])
-            tensors = (torch.from_numpy(x).to(bias.device) for x in (np.concatenate(ids), position))
+            rows = np.repeat(np.arange(len(chunks)), [len(tokens) for tokens in ids])
+            tensors = (torch.from_numpy(x).to(bias.device) for x in (np.concatenate(ids), rows))
             ends_of = teacher[chunks]
             bias[chunks] = boundary_bias(self.logits(ends_of), self.teacher_tokens[ends_of], *tensors).to(bias.dtype)
         return bias
 
     def mapped(self, positions: Tensor, top_k: int, temperature: float) -> SparseTargets:
-        """Map the teacher's next-token distributions to the student's tokens: the `top_k` likeliest, and all others.
+        """Map next-token distributions at positions [n] of Nt to the student's tokens: the likeliest, and all others.
 
-            P(student's token s) = sum of P(t) over the teacher's tokens t that begin with s
-
-        Args:
-            positions: [n] indices into Nt.
-            top_k: number of tokens to keep.
-            temperature: the softmax temperature of the teacher's distribution.
+        P(student's token s) = sum of P(t) over the teacher's tokens t that begin with s
         """
         first = torch.tensor(self.pair.first_student_token[: self.targets.vocabulary], device=positions.device)
         known = first >= 0
