@@ -85,8 +85,8 @@ class CachedTeacher(Teacher):
         self._needs |= needs
 
     def _no_layers(self, layers: Sequence[int] = ()) -> ModelError:
-        needed = f"layers {', '.join(map(str, layers))}" if layers else "the layers that terms of the objective need"
         kept = self.plan.layers
+        needed = f"layers {', '.join(map(str, layers))}" if layers else "the layers that terms of the objective need"
         held = "targets alone" if kept is None else f"layers {', '.join(map(str, kept.kept))}"
         return ModelError(
             f"cache: expected one with the hidden states of {needed}, got one with {held}. Attention is never kept. "

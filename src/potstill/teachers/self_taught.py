@@ -106,11 +106,7 @@ class BaseModelTeacher(ModelTeacher):
         """Wait for `attach`."""
 
     def attach(self, student: nn.Module) -> None:
-        """See `Teacher`.
-
-        Raises:
-            ModelError: the student has no adapter, or one with which biases of its base are trained.
-        """
+        """See `Teacher`. A ModelError where the student has no adapter, or one that trains biases of the base."""
         if not hasattr(student, "disable_adapter"):
             raise ModelError(
                 f"BaseModelTeacher: expected a student with an adapter that can be switched off, got a "
