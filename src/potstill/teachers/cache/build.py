@@ -86,7 +86,8 @@ class CacheBuilder:
                 self._write_head(self.directory / HEAD)
                 files.append(self.directory / HEAD)
             checksums = {path.relative_to(self.directory).as_posix(): digest(path) for path in files}
-            store.write_manifest(self.directory, Manifest(self._begun_plan() or self.plan, shards, checksums))
+            manifest = Manifest(self._begun_plan() or self.plan, shards, checksums)
+            write_text(self.directory / store.MANIFEST, store.manifest_text(asdict(manifest)))
         for number in range(len(self._shards)):
             self._shard_path(number).with_suffix(".json").unlink(missing_ok=True)
         (self.directory / store.PLAN).unlink(missing_ok=True)

@@ -28,9 +28,6 @@ from potstill.teachers.cache.planes import Reader, pack, pack_floats
 BLOCK = 64  # tokens of the vocabulary that are sampled from together
 SCALE = 56.0  # the code of a log-probability of -x nats is round(SCALE * sqrt(x)): fine for large mass, to 20.6 nats
 UNUSED = 255  # the code of a slot without a token
-# Elements of [n, V] at a time while encoding: what fits a CPU's cache, or keeps an accelerator busy.
-CHUNK = 2**20
-LARGE_CHUNK = 2**24
 
 Temperature = Annotated[float, Range(gt=0, lt=math.inf)]
 
@@ -50,10 +47,8 @@ class Codec(Declared):
     ) -> bytes:
         """Pack the targets of one row at its n target positions; the seed is of all random numbers of this row.
 
-        Full distributions come with labels [n], other targets with log-probabilities of the labels [n] where known.
-
-        Raises:
-            ShapeError: the codec cannot pack these targets, or they are NaN.
+        Full distributions come with labels [n], other targets with log-probabilities of the labels [n] where known. A
+        ShapeError where the codec cannot pack these targets, or they are NaN.
         """
         arrays, normalizer = self._encode(targets, seed)
         if labels is not None:
@@ -66,15 +61,10 @@ class Codec(Declared):
     def decode(
         self, rows: Sequence[bytes], tokens: Sequence[int], head: LMHead | None = None
     ) -> tuple[Targets, Tensor | None]:
-        """Unpack rows to targets over all their tokens, and log-probabilities [N] of the labels or None, on the CPU.
+        """Unpack one row or more, with n tokens each, on the CPU; codecs of hidden states need the teacher's head.
 
-        Args:
-            rows: at least one.
-            tokens: n of each row.
-            head: the teacher's, for codecs of hidden states.
-
-        Raises:
-            ShapeError: the bytes have another number of tokens.
+        Returns the targets over all their tokens, and the log-probabilities [N] of the labels or None. A ShapeError
+        where the bytes have another number of tokens.
         """
         reader = Reader(rows)
         log_probs = reader.take("<f2", tokens)
@@ -87,8 +77,7 @@ class Codec(Declared):
         """The arrays of this codec; and log(sum(exp(logits))) [n] at temperature 1, if it is a by-product."""
 
     @abstractmethod
-    def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> Targets:
-        """The targets of its arrays."""
+    def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> Targets: ...
 
     def record(self) -> dict[str, Any]:
         """Name and parameters, for `codec_of`."""
@@ -117,10 +106,9 @@ class Sampled(Codec):
 
         the i-th draw of a token of text is the v with F(v - 1) <= (i + u) / N < F(v),   F(v) = p_0 + ... + p_v
 
-    One number u in [0, 1) moves all N points (systematic resampling), so that v is drawn floor(N p_v) or ceil(N p_v)
-    times. The expectation of count / N over u is p_v, as with independent draws, in whatever order the vocabulary is,
-    and its variance is never larger: r (1 - r) / N^2, where r is the fraction of N p_v, against p_v (1 - p_v) / N.
-    Unbiased for divergences that are linear in the teacher (forward KL, soft cross-entropy).
+    One number u in [0, 1) moves all N points (systematic resampling): v is drawn floor(N p_v) or ceil(N p_v) times, in
+    expectation N p_v, with variance r (1 - r), where r is the fraction of N p_v, against N p_v (1 - p_v) of independent
+    draws. Unbiased for divergences that are linear in the teacher (forward KL, soft cross-entropy).
 
     A row: the number of different tokens u1[n]; their ids, ascending within a token, each as the difference to the one
     before it [E]; their counts less one, u1[E].
@@ -131,8 +119,7 @@ class Sampled(Codec):
 
     References:
         Anshumann et al. 2025 (random sampling distillation, with independent draws), arXiv 2503.16870; Kitagawa 1996,
-        Monte Carlo filter and smoother, J. Comput. Graph. Stat. 5(1), appendix; Douc and Cappe 2005, Comparison of
-        resampling schemes for particle filtering, arXiv cs/0507025.
+        J. Comput. Graph. Stat. 5(1), appendix; Douc and Cappe 2005 (resampling schemes), arXiv cs/0507025.
     """
 
     draws: Annotated[int, Range(ge=1, le=255)] = 50
@@ -347,6 +334,5 @@ def _check_nan(values: Tensor) -> Tensor:
 
 
 def _chunks(rows: Tensor, width: int) -> tuple[Tensor, ...]:
-    """Split rows into chunks of a limited number of elements, for rows of that width."""
-    chunk = CHUNK if rows.device.type == "cpu" else LARGE_CHUNK
-    return rows.split(max(1, chunk // width))
+    """Split rows of a width into chunks that fit a CPU's cache, or keep an accelerator busy."""
+    return rows.split(max(1, (2**20 if rows.device.type == "cpu" else 2**24) // width))

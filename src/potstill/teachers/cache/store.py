@@ -25,7 +25,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from potstill.data.files import atomic_path, digest, write_text
+from potstill.data.files import atomic_path, digest
 from potstill.errors import DataError
 from potstill.losses.declared import Record
 
@@ -34,16 +34,9 @@ MANIFEST = "manifest.json"
 PLAN = "plan.json"
 KEY_BYTES = 16
 COMPRESSION = pa.Codec("zstd", compression_level=3)
-SCHEMA = pa.schema(
-    {
-        "key": pa.binary(KEY_BYTES),
-        "tokens": pa.uint32(),
-        "size": pa.uint32(),
-        "signal": pa.large_binary(),
-        "layers_size": pa.uint32(),
-        "layers": pa.large_binary(),
-    }
-)
+COUNT, BYTES = pa.uint32(), pa.large_binary()
+FIELDS = ("key", "tokens", "size", "signal", "layers_size", "layers")
+SCHEMA = pa.schema(zip(FIELDS, (pa.binary(KEY_BYTES), COUNT, COUNT, BYTES, COUNT, BYTES), strict=True))
 
 
 @dataclass(frozen=True)
@@ -138,9 +131,10 @@ def write_shard(path: Path, rows: Iterable[CachedRow]) -> Shard:
     return Shard(path.name, len(keys), sum(tokens), digest(path))
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest with a checksum of its own: from then on the cache is finished."""
-    write_text(directory / MANIFEST, _with_checksum(asdict(manifest)))
+def manifest_text(body: dict[str, Any]) -> str:
+    """The text of a manifest, with a checksum of its own."""
+    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": checksum}, indent=1) + "\n"
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -149,31 +143,33 @@ def read_manifest(directory: Path) -> Manifest:
         text = (directory / MANIFEST).read_text(encoding="utf-8")
         body = json.loads(text)
         version = body["plan"]["format"]
+        body.pop("sha256", None)
+        if version == FORMAT and text == manifest_text(body):
+            return TypeAdapter(Manifest).validate_python(body)
     except FileNotFoundError:
-        raise _missing(directory) from None
+        if (directory / PLAN).exists():
+            raise DataError(
+                f"cache: expected a finished cache in {directory}, got one that is being built. "
+                "Continue with the same `potstill cache build` command."
+            ) from None
+        raise DataError(
+            f"cache: expected a cache in {directory}, got no {MANIFEST} there. "
+            "Check the path, or build it with `potstill cache build`."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError):
         raise _damaged(directory, MANIFEST) from None
-    if version != FORMAT:
-        raise DataError(
-            f"cache: expected format {FORMAT} in {directory}, got {version!r:.20}. Another version of potstill wrote "
-            "it. Install that version, or build the cache again."
-        )
-    body.pop("sha256", None)
-    try:
-        if text == _with_checksum(body):
-            return TypeAdapter(Manifest).validate_python(body)
-    except ValueError:
-        pass
-    raise _damaged(directory, MANIFEST)
+    if version == FORMAT:
+        raise _damaged(directory, MANIFEST)
+    raise DataError(
+        f"cache: expected format {FORMAT} in {directory}, got {version!r:.20}. Another version of potstill wrote "
+        "it. Install that version, or build the cache again."
+    )
 
 
 class Cache:
     """A finished cache, memory-mapped: opening it reads the keys, and signals only when they are needed.
 
-    `verify` reads every byte first and compares it with the checksums.
-
-    Raises:
-        DataError: it is not finished, or a file has changed since it was written.
+    A DataError where it is not finished, or where `verify`, which reads every byte, finds a file that has changed.
     """
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
@@ -201,7 +197,7 @@ class Cache:
     def signals(self, rows: NDArray[np.int64]) -> tuple[list[bytes], list[int]]:
         """The packed targets of some rows, and their numbers of tokens."""
         tokens = self._table["tokens"]
-        return self._unpack(rows, "signal", "size"), [tokens[row].as_py() for row in rows.tolist()]
+        return self._unpack(rows, "signal", "size"), [tokens[row].as_py() for row in rows]
 
     def layers(self, rows: NDArray[np.int64]) -> list[bytes]:
         """The packed hidden states of some rows."""
@@ -209,8 +205,7 @@ class Cache:
 
     def _unpack(self, rows: NDArray[np.int64], column: str, size: str) -> list[bytes]:
         packed, sizes = self._table[column], self._table[size]
-        places = rows.tolist()
-        return [COMPRESSION.decompress(packed[i].as_buffer(), sizes[i].as_py(), asbytes=True) for i in places]
+        return [COMPRESSION.decompress(packed[i].as_buffer(), sizes[i].as_py(), asbytes=True) for i in rows]
 
     def _verify(self) -> None:
         checksums = {f"shards/{shard.name}": shard.sha256 for shard in self.manifest.shards} | self.manifest.files
@@ -228,29 +223,11 @@ class Cache:
         name = f"shards/{shard.name}"
         try:
             batch = pa.ipc.open_file(pa.memory_map(str(self.directory / name))).get_batch(0)
+            if batch.schema == SCHEMA and len(batch) == shard.rows:
+                return batch
         except (pa.ArrowException, OSError):
-            raise _damaged(self.directory, name) from None
-        if batch.schema != SCHEMA or len(batch) != shard.rows:
-            raise _damaged(self.directory, name)
-        return batch
-
-
-def _with_checksum(body: dict[str, Any]) -> str:
-    """A manifest's text, with a checksum of itself."""
-    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**body, "sha256": checksum}, indent=1) + "\n"
-
-
-def _missing(directory: Path) -> DataError:
-    if (directory / PLAN).exists():
-        return DataError(
-            f"cache: expected a finished cache in {directory}, got one that is being built. "
-            "Continue with the same `potstill cache build` command."
-        )
-    return DataError(
-        f"cache: expected a cache in {directory}, got no {MANIFEST} there. "
-        "Check the path, or build it with `potstill cache build`."
-    )
+            pass
+        raise _damaged(self.directory, name)
 
 
 def _damaged(directory: Path, file: str) -> DataError:
