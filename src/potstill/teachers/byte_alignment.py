@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,7 +62,9 @@ class AlignedChunks:
         ends = zip(self.teacher_tokens[teacher].tolist(), self.student_tokens[student].tolist(), strict=True)
         longer = [self.pair.longer_tokens(*end) for end in ends]
         bias = torch.zeros(len(self), device=self.log_probs.device)
-        for chunks in self._batches([i for i, ids in enumerate(longer) if len(ids)]):
+        crossed = [i for i, ids in enumerate(longer) if len(ids)]
+        for start in range(0, len(crossed), self._batch_rows):
+            chunks = crossed[start : start + self._batch_rows]
             ids = [longer[i] for i in chunks]
             rows = np.repeat(np.arange(len(chunks)), [len(tokens) for tokens in ids])
             tensors = (torch.from_numpy(x).to(bias.device) for x in (np.concatenate(ids), rows))
@@ -79,17 +80,14 @@ class AlignedChunks:
         first = torch.tensor(self.pair.first_student_token[: self.targets.vocabulary], device=positions.device)
         known = first >= 0
         size = max(self.pair.student.bytes_of) + 1
-        top_k = min(top_k, size)
-        ids = [torch.empty(0, top_k, dtype=torch.long, device=positions.device)]
-        log_probs = [torch.empty(0, top_k, dtype=self.log_probs.dtype, device=positions.device)]
-        for chosen in self._batches(range(len(positions))):
-            logits = self.logits(positions[chosen])
+        kept = []
+        for chosen in positions.split(self._batch_rows):
+            logits = self.logits(chosen)
             probs = log_softmax_(logits.to(compute_dtype(logits.dtype), copy=True).div_(temperature)).exp_()
             mapped = probs.new_zeros(len(chosen), size).index_add_(1, first[known], probs[:, known])
-            best = mapped.div_(mapped.sum(-1, keepdim=True)).topk(top_k)
-            ids.append(best.indices)
-            log_probs.append(best.values.log())
-        return SparseTargets(torch.cat(ids), torch.cat(log_probs), "bucket", temperature)
+            kept.append(mapped.div_(mapped.sum(-1, keepdim=True)).topk(min(top_k, size)))
+        ids, probs = torch.cat([best.indices for best in kept]), torch.cat([best.values for best in kept])
+        return SparseTargets(ids, probs.log(), "bucket", temperature)
 
     def logits(self, positions: Tensor) -> Tensor:
         """The teacher's logits [n, V] at some of its positions, without gradient."""
@@ -98,10 +96,10 @@ class AlignedChunks:
                 return self.targets.logits[positions]
             return HeadTargets(self.targets.hidden[positions], self.targets.head).dense()
 
-    def _batches(self, items: Sequence[int]) -> Iterator[list[int]]:
-        """Split items so that the teacher's logits for a batch of them are small."""
-        rows = max(1, ELEMENTS // self.targets.vocabulary)
-        return (list(items[start : start + rows]) for start in range(0, len(items), rows))
+    @property
+    def _batch_rows(self) -> int:
+        """Number of positions whose logits are small."""
+        return max(1, ELEMENTS // self.targets.vocabulary)
 
 
 def _edge(chunk: Tensor, chunks: int, reduce: str) -> Tensor:

@@ -81,9 +81,12 @@ class CrossTokenizerTeacher(Teacher):
             rows.append(self._chunks_of(row_ids[attended].tolist(), row_targets[attended].numpy(), chunks))
             chunks += len(rows[-1].sizes)
         names = ("student", "teacher", "continues", "spaced", "sizes")
-        joined = {name: torch.from_numpy(np.concatenate([getattr(row, name) for row in rows])) for name in names}
-        student = torch.full(ids.shape, NONE).masked_scatter_(mask, joined["student"])
-        teacher = joined["teacher"][joined["teacher"] >= 0].to(home)
+        joined = {
+            name: torch.from_numpy(np.concatenate([getattr(row, name) for row in rows])).to(home) for name in names
+        }
+        student = torch.full(ids.shape, NONE, device=home).masked_scatter_(mask.to(home), joined.pop("student"))
+        in_chunk = joined.pop("teacher")
+        teacher = in_chunk[in_chunk >= 0]
         teacher_batch, teacher_alignment = _batch(rows, home)
         targets = self.teacher(teacher_batch, teacher_alignment).targets
         if not isinstance(targets, HeadTargets | DenseTargets):
@@ -92,18 +95,15 @@ class CrossTokenizerTeacher(Teacher):
                 "each. Use a teacher that is a model."
             )
         targets = targets.slice(min(self._vocabulary, targets.vocabulary))
-
         aligned = AlignedChunks(
             targets=targets,
-            student=student.view(-1)[predicted].to(home),
+            student=student.view(-1)[predicted.to(home)],
             teacher=teacher,
             student_tokens=alignment.labels,
             teacher_tokens=teacher_alignment.labels,
             log_probs=chunk_log_probs(-_cross_entropy(targets, teacher_alignment.labels), teacher, chunks),
-            continues=joined["continues"].to(home),
-            spaced=joined["spaced"].to(home),
-            sizes=joined["sizes"].to(home),
             pair=self.pair,
+            **joined,
         )
         return TeacherOutput(targets, chunks=aligned)
 

@@ -100,12 +100,8 @@ class CacheBuilder:
     @cached_property
     def _shards(self) -> list[tuple[int, range]]:
         """The source and the rows of each shard."""
-        step = self.plan.shard_rows
-        return [
-            (source, range(start, min(start + step, rows)))
-            for source, (_, rows, _, _) in enumerate(self.plan.sources)
-            for start in range(0, rows, step)
-        ]
+        step, sizes = self.plan.shard_rows, enumerate(rows for _, rows, _, _ in self.plan.sources)
+        return [(source, range(rows)[start : start + step]) for source, rows in sizes for start in range(0, rows, step)]
 
     @cached_property
     def _codec(self) -> Codec:
