@@ -21,7 +21,7 @@ from potstill.models.loading import load_config, load_tokenizer
 from potstill.models.structure import ModelShape
 from potstill.teachers.cache.codec import HiddenStates, codec_of
 from potstill.teachers.cache.planes import Reader, pack_floats
-from potstill.teachers.cache.store import Cache, CachePlan, row_key
+from potstill.teachers.cache.store import Cache, row_key
 from potstill.teachers.model import ModelSource, Precision
 from potstill.teachers.source import LoadedTeacher, MemberSource
 from potstill.teachers.teacher import MISSING_ROWS, Teacher, TeacherOutput
@@ -33,15 +33,11 @@ T = TypeVar("T")
 
 
 class CachedTeacher(Teacher):
-    """Teacher signals precomputed on disk; nothing is computed.
+    """Teacher signals precomputed on disk, by a finished `potstill cache build`; nothing is computed.
 
     A row is found by its token ids and target positions, whatever the order, the batch or the epoch. Targets are what
     the codec stored: samples, top-k with a bucket, full distributions, or hidden states and a head. Hidden states of
-    layers are there for the layers that the cache was built with.
-
-    Args:
-        directory: a finished cache of `potstill cache build`.
-        verify: compare every byte with the checksums first.
+    layers are there for the layers that the cache was built with. `verify` compares every byte with the checksums.
 
     Raises:
         DataError: there is no finished cache, or it has changed since it was written.
@@ -51,13 +47,10 @@ class CachedTeacher(Teacher):
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.cache = Cache(directory, verify=verify)
+        self.plan = self.cache.manifest.plan
         self.codec = codec_of(self.plan.codec)
         self._needs = ActivationRequest()
         self._head = _read_head(self.cache.directory / HEAD) if isinstance(self.codec, HiddenStates) else None
-
-    @property
-    def plan(self) -> CachePlan:
-        return self.cache.manifest.plan
 
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         rows = self.cache.find(keys_of_batch(batch, alignment))

@@ -108,17 +108,18 @@ class CrossTokenizerTeacher(Teacher):
         return TeacherOutput(targets, chunks=aligned)
 
     def alignment_stats(self, rows: Iterable[Any]) -> AlignmentStats:
-        stats = [self._row_stats(row["input_ids"], np.array(row["labels"]) != IGNORE) for row in rows]
-        sums = [sum(column) for column in zip(*stats, strict=True)]
-        return AlignmentStats._make([*sums, self.pair.num_shared])
-
-    def _row_stats(self, ids: list[int], is_target: np.ndarray) -> tuple[int, ...]:
-        is_target[:1] = False  # nothing predicts it
-        row, spans = self._chunks_of(ids, is_target), self.pair.student.spans(ids)
-        single = [np.bincount(x[x >= 0], minlength=len(row.sizes)) == 1 for x in (row.student, row.teacher)]
-        num_bytes = sum(span.size for span, counts in zip(spans, is_target, strict=True) if counts)
-        one_to_one = int((single[0] & single[1]).sum())
-        return num_bytes, int(row.sizes.sum()), int(is_target.sum()), len(row.sizes), one_to_one
+        sums = np.zeros(5, int)
+        for row in rows:
+            ids, is_target = row["input_ids"], np.array(row["labels"]) != IGNORE
+            is_target[:1] = False  # nothing predicts it
+            chunks = self._chunks_of(ids, is_target)
+            single = [
+                np.bincount(x[x >= 0], minlength=len(chunks.sizes)) == 1 for x in (chunks.student, chunks.teacher)
+            ]
+            sizes = np.array([span.size for span in self.pair.student.spans(ids)], int)
+            tokens, one_to_one = is_target.sum(), (single[0] & single[1]).sum()
+            sums += [sizes[is_target].sum(), chunks.sizes.sum(), tokens, len(chunks.sizes), one_to_one]
+        return AlignmentStats._make([*sums.tolist(), self.pair.num_shared])
 
     def _chunks_of(self, ids: list[int], is_target: np.ndarray, start: int = 0) -> AlignedRow:
         """The chunks of a row in which both predict every token, numbered anew from `start`."""

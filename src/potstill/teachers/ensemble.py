@@ -62,18 +62,16 @@ class EnsembleTeacher(Teacher):
         names: Sequence[str] | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        weights = [1.0] * len(members) if weights is None else list(weights)
-        _check_weights(len(members), weights, of, learned)
+        given = torch.tensor(_checked_weights(len(members), weights, of, learned)).double()
+        self.weights = given / given.sum()
         self.members = list(members)
         self.names = [str(i) for i in range(len(members))] if names is None else list(names)
         if len(set(self.names)) != len(members):
             raise ShapeError(f"EnsembleTeacher: expected {len(members)} different names, got {self.names}.")
-        given = torch.tensor(weights).double()
-        self.weights = given / given.sum()
         self.of, self.learned, self.vocabulary = of, learned, vocabulary
         self.of_student = any(member.of_student for member in members)
         self.max_length = min((m.max_length for m in members if m.max_length is not None), default=None)
-        self._shares, self._tokens = torch.zeros(len(members), dtype=torch.float64), 0
+        self._counts = torch.zeros(len(members) + 1, dtype=torch.float64)  # tokens of each member's share, and of all
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
@@ -112,15 +110,15 @@ class EnsembleTeacher(Teacher):
     def update(self, output: TeacherOutput) -> None:
         if output.member_log_probs is not None:
             joint = output.member_log_probs + _logs(self.weights).to(output.member_log_probs.device)
-            self._shares += joint.softmax(-1).sum(0).cpu()
-            self._tokens += len(joint)
+            self._counts[:-1] += joint.softmax(-1).sum(0).cpu()
+            self._counts[-1] += len(joint)
 
     def after_step(self, step: int) -> None:
         for member in self.members:
             member.after_step(step)
         if not self.learned:
             return
-        counts = torch.cat([self._shares, torch.tensor([self._tokens], dtype=torch.float64)])
+        counts = self._counts
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             counts = counts.cuda() if torch.distributed.get_backend() == "nccl" else counts
             torch.distributed.all_reduce(counts)
@@ -128,7 +126,7 @@ class EnsembleTeacher(Teacher):
         if counts[-1]:
             size = step**-STEP_EXPONENT
             self.weights = (1 - size) * self.weights + size * counts[:-1] / counts[-1]
-        self._shares, self._tokens = torch.zeros_like(self._shares), 0
+        self._counts = torch.zeros_like(self._counts)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"weights": self.weights.clone()} if self.learned else {}
@@ -200,7 +198,7 @@ class EnsembleSource(TeacherSource):
         weights = self._member_weights
         if weights and len(weights) < len(self.ensemble):
             raise ShapeError(f"expected a weight for every member of the ensemble or for none, got {len(weights)}.")
-        _check_weights(len(self.ensemble), weights or [1.0] * len(self.ensemble), self.of, self.weights == "learned")
+        _checked_weights(len(self.ensemble), weights or None, self.of, self.weights == "learned")
 
     @property
     def _member_weights(self) -> list[float]:
@@ -331,9 +329,11 @@ def _used_ids(targets: SparseTargets, unused: int = -1) -> Tensor:
     return targets.ids.to(torch.int64).masked_fill(~targets.used(), unused)
 
 
-def _check_weights(members: int, weights: Sequence[float], of: str, learned: bool) -> None:
+def _checked_weights(members: int, weights: Sequence[float] | None, of: str, learned: bool) -> list[float]:
+    """Check the weights of an ensemble's members; None for equal ones."""
     if members < 2:
         raise ShapeError(f"ensemble: expected two members or more, got {members}.")
+    weights = [1.0] * members if weights is None else list(weights)
     if len(weights) != members or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise ShapeError(f"ensemble: expected {members} weights that are not negative nor all 0, got {weights}.")
     if learned and of == "log_probs":
@@ -341,6 +341,7 @@ def _check_weights(members: int, weights: Sequence[float], of: str, learned: boo
             "ensemble: expected of: probabilities where weights are learned, got log_probs, whose mixture does not "
             "follow from the members' log-probabilities of the labels. Fix the weights."
         )
+    return weights
 
 
 def _log_names(titles: Sequence[str]) -> list[str]:

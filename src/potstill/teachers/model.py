@@ -25,13 +25,12 @@ Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 
 
 class ModelTeacher(Teacher):
-    """A frozen model in evaluation mode, with its own precision and, if given, its own device.
+    """A Hugging Face model, frozen and switched to evaluation mode in place.
 
     Gives hidden states and head where it can be split (`potstill.models.split`) and runs on the batch's device; else
     logits.
 
     Args:
-        model: a Hugging Face model. It is switched to evaluation mode and frozen in place.
         device: where it runs; None follows the batch.
         dtype: its precision; None leaves it as it is.
     """

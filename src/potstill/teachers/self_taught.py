@@ -37,8 +37,7 @@ class EMASettings(Record):
 class EMATeacher(ModelTeacher):
     """An exponential moving average of the student's weights, updated after each of its steps.
 
-        teacher = d teacher + (1 - d) student,   d = decay,   or min(decay, 1 - 1 / t) in the t-th of the warm-up's
-        steps
+        teacher = d teacher + (1 - d) student,   d = decay,   or min(decay, 1 - 1 / t) in the t-th warm-up step
 
     In the warm-up the teacher is the plain mean of all students so far, so that the first weights have no lasting
     influence. Frozen weights are shared with the student: beside an adapter, only the adapter is there twice. The

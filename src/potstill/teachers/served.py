@@ -26,11 +26,7 @@ class ServedTeacher(Teacher):
     """The top_k likeliest tokens at every position, from a server, and a bucket for all others; at temperature 1.
 
     Token ids are sent, not text, so that nothing is tokenized twice. Whether the server's tokenizer is the student's
-    is checked at once.
-
-    Args:
-        tokenizer: the student's.
-        top_k: number of tokens; vLLM allows 20 unless it is started with --max-logprobs.
+    is checked at once. vLLM allows a top_k of 20 unless it is started with --max-logprobs.
 
     Raises:
         VocabularyError: the server's token ids mean other tokens.

@@ -296,9 +296,7 @@ def codec_of(record: dict[str, Any]) -> Codec:
 
 
 def _relative(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The largest of logits [n, V] as [n, 1], and (logits - largest) / temperature in blocks [n, V / BLOCK, BLOCK],
-    padded with -inf.
-    """
+    """The largest logit [n, 1], and (logits - largest) / temperature in blocks [n, V / BLOCK, BLOCK], with -inf behind."""
     n, V = logits.shape
     top = logits.amax(-1, keepdim=True).float()
     buffer = torch.empty(n, -(-V // BLOCK) * BLOCK, dtype=torch.float32, device=logits.device)
@@ -310,10 +308,7 @@ def _relative(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _tokens_at(points: Tensor, blocks: Tensor, ends: Tensor) -> Tensor:
-    """The tokens at points [n, N] in [0, 1) of the cumulative distribution, searched by block, then within one.
-
-    `blocks` are unnormalised probabilities [n, V / BLOCK, BLOCK], and `ends` their sums to the end of each block.
-    """
+    """The tokens at points [n, N] of the cumulative distribution of blocks, whose sums to their ends are `ends`."""
     target = points * ends[:, -1:]
     block = _first_above(ends, target).clamp_max(ends.shape[-1] - 1)  # NaN is above nothing
     rest = target - pad(ends, (1, 0)).gather(-1, block)
