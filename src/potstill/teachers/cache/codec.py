@@ -296,7 +296,7 @@ def codec_of(record: dict[str, Any]) -> Codec:
 
 
 def _relative(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The largest logit [n, 1], and (logits - largest) / temperature in blocks [n, V / BLOCK, BLOCK], with -inf behind."""
+    """The largest logit [n, 1], and (logits - largest) / temperature in blocks [n, V / BLOCK, BLOCK], then -inf."""
     n, V = logits.shape
     top = logits.amax(-1, keepdim=True).float()
     buffer = torch.empty(n, -(-V // BLOCK) * BLOCK, dtype=torch.float32, device=logits.device)
