@@ -72,7 +72,7 @@ def test_the_average_is_its_formula(tmp_path: Path, warmup: int) -> None:
         for step in range(4, 7):
             mean = 0.9 * mean + 0.1 * seen[step]
         torch.testing.assert_close(expected, mean)
-    found = torch.cat([p.flatten() for p in teacher._attached.model.parameters()]).double()
+    found = torch.cat([p.flatten() for p in teacher.model.parameters()]).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(found, weights(one).double())
 
@@ -87,7 +87,7 @@ def test_the_student_learns_from_its_average_and_not_the_average_from_it() -> No
     optimizer.step()
     assert distiller.step(batch).logs["logits"] > 1e-4
     assert isinstance(distiller.teacher, EMATeacher)
-    assert all(p.grad is None and not p.requires_grad for p in distiller.teacher._attached.model.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in distiller.teacher.model.parameters())
     assert all(name.startswith(("student.", "objective.")) for name in distiller.state_dict())
 
 
@@ -116,7 +116,7 @@ def test_the_average_is_resumed_bit_for_bit(tmp_path: Path) -> None:
 def test_beside_an_adapter_only_the_adapter_is_there_twice(tmp_path: Path) -> None:
     student, teacher = lora(), EMATeacher(0.5)
     one = trainer(tmp_path, student=student, teacher=teacher)
-    mine, theirs = dict(student.named_parameters()), dict(teacher._attached.model.named_parameters())
+    mine, theirs = dict(student.named_parameters()), dict(teacher.model.named_parameters())
     for name, p in mine.items():
         assert (theirs[name] is p) == (not p.requires_grad)
     assert set(teacher.state_dict()) == {name for name in mine if "lora" in name}
@@ -136,7 +136,7 @@ def test_an_average_of_half_precision_keeps_small_steps() -> None:
     for step in range(1, 4):
         teacher.after_step(step)
     assert all((value - before[name]).min() > 1e-3 for name, value in teacher.state_dict().items())
-    assert all(p.dtype == torch.bfloat16 for p in teacher._attached.model.parameters())
+    assert all(p.dtype == torch.bfloat16 for p in teacher.model.parameters())
 
 
 def test_averages_that_cannot_be() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,50 +18,29 @@ ELEMENTS = 1 << 24  # of the teacher's logits at a time
 
 
 class AlignmentStats(NamedTuple):
-    """How much of some rows is in chunks.
+    """How much of some rows is in chunks."""
 
-    Args:
-        bytes: bytes of the student's target tokens.
-        covered: those of them in chunks without an ignored token.
-        tokens: the student's target tokens.
-        chunks: number of chunks.
-        one_to_one: chunks that are one token for both.
-        shared: tokens that both vocabularies have.
-    """
-
-    bytes: int
-    covered: int
-    tokens: int
+    bytes: int  # of the student's target tokens
+    covered: int  # those of them in chunks without an ignored token
+    tokens: int  # the student's target tokens
     chunks: int
-    one_to_one: int
-    shared: int
+    one_to_one: int  # chunks that are one token for both
+    shared: int  # tokens that both vocabularies have
 
 
 @dataclass(frozen=True)
 class AlignedChunks:
-    """C chunks of bytes in a batch: each is some target tokens of the student and some tokens of the teacher.
+    """C chunks of bytes in a batch: each is some target tokens of the student and some tokens of the teacher."""
 
-    Args:
-        targets: the teacher's, at its own Nt positions.
-        student: [N] the chunk of each of the student's target tokens, or -1.
-        teacher: [Nt] the chunk of each of the teacher's tokens.
-        student_tokens: [N] token ids; teacher_tokens [Nt] likewise.
-        log_probs: [C] the teacher's log-probability of each chunk, nats.
-        continues: [C] whether the next chunk follows within the same text.
-        spaced: [C] whether one of the tokenizers puts a space before the chunk.
-        sizes: [C] bytes in each chunk.
-        pair: the two tokenizers.
-    """
-
-    targets: HeadTargets | DenseTargets
-    student: Tensor
-    teacher: Tensor
-    student_tokens: Tensor
-    teacher_tokens: Tensor
-    log_probs: Tensor
-    continues: Tensor
-    spaced: Tensor
-    sizes: Tensor
+    targets: HeadTargets | DenseTargets  # the teacher's, at its own Nt positions
+    student: Tensor  # [N] the chunk of each of the student's target tokens, or -1
+    teacher: Tensor  # [Nt] the chunk of each of the teacher's tokens
+    student_tokens: Tensor  # [N] ids
+    teacher_tokens: Tensor  # [Nt] ids
+    log_probs: Tensor  # [C] the teacher's log-probability of each chunk, nats
+    continues: Tensor  # [C] whether the next chunk follows within the same text
+    spaced: Tensor  # [C] whether one of the tokenizers puts a space before the chunk
+    sizes: Tensor  # [C] bytes
     pair: TokenizerPair
 
     def __len__(self) -> int:
@@ -84,38 +62,32 @@ class AlignedChunks:
         ends = zip(self.teacher_tokens[teacher].tolist(), self.student_tokens[student].tolist(), strict=True)
         longer = [self.pair.longer_tokens(*end) for end in ends]
         bias = torch.zeros(len(self), device=self.log_probs.device)
-        for chunks in self._batches([i for i, ids in enumerate(longer) if len(ids)]):
+        crossed = [i for i, ids in enumerate(longer) if len(ids)]
+        for start in range(0, len(crossed), self._batch_rows):
+            chunks = crossed[start : start + self._batch_rows]
             ids = [longer[i] for i in chunks]
-            position = np.repeat(np.arange(len(chunks)), [len(each) for each in ids])
-            tensors = (torch.from_numpy(x).to(bias.device) for x in (np.concatenate(ids), position))
+            rows = np.repeat(np.arange(len(chunks)), [len(tokens) for tokens in ids])
+            tensors = (torch.from_numpy(x).to(bias.device) for x in (np.concatenate(ids), rows))
             ends_of = teacher[chunks]
             bias[chunks] = boundary_bias(self.logits(ends_of), self.teacher_tokens[ends_of], *tensors).to(bias.dtype)
         return bias
 
     def mapped(self, positions: Tensor, top_k: int, temperature: float) -> SparseTargets:
-        """Map the teacher's next-token distributions to the student's tokens: the `top_k` likeliest, and all others.
+        """Map next-token distributions at positions [n] of Nt to the student's tokens: the likeliest, and all others.
 
-            P(student's token s) = sum of P(t) over the teacher's tokens t that begin with s
-
-        Args:
-            positions: [n] indices into Nt.
-            top_k: number of tokens to keep.
-            temperature: the softmax temperature of the teacher's distribution.
+        P(student's token s) = sum of P(t) over the teacher's tokens t that begin with s
         """
         first = torch.tensor(self.pair.first_student_token[: self.targets.vocabulary], device=positions.device)
         known = first >= 0
         size = max(self.pair.student.bytes_of) + 1
-        top_k = min(top_k, size)
-        ids = [torch.empty(0, top_k, dtype=torch.long, device=positions.device)]
-        log_probs = [torch.empty(0, top_k, dtype=self.log_probs.dtype, device=positions.device)]
-        for chosen in self._batches(range(len(positions))):
-            logits = self.logits(positions[chosen])
+        kept = []
+        for chosen in positions.split(self._batch_rows):
+            logits = self.logits(chosen)
             probs = log_softmax_(logits.to(compute_dtype(logits.dtype), copy=True).div_(temperature)).exp_()
             mapped = probs.new_zeros(len(chosen), size).index_add_(1, first[known], probs[:, known])
-            best = mapped.div_(mapped.sum(-1, keepdim=True)).topk(top_k)
-            ids.append(best.indices)
-            log_probs.append(best.values.log())
-        return SparseTargets(torch.cat(ids), torch.cat(log_probs), "bucket", temperature)
+            kept.append(mapped.div_(mapped.sum(-1, keepdim=True)).topk(min(top_k, size)))
+        ids, probs = torch.cat([best.indices for best in kept]), torch.cat([best.values for best in kept])
+        return SparseTargets(ids, probs.log(), "bucket", temperature)
 
     def logits(self, positions: Tensor) -> Tensor:
         """The teacher's logits [n, V] at some of its positions, without gradient."""
@@ -124,10 +96,10 @@ class AlignedChunks:
                 return self.targets.logits[positions]
             return HeadTargets(self.targets.hidden[positions], self.targets.head).dense()
 
-    def _batches(self, items: Sequence[int]) -> Iterator[list[int]]:
-        """Split items so that the teacher's logits for a batch of them are small."""
-        rows = max(1, ELEMENTS // self.targets.vocabulary)
-        return (list(items[start : start + rows]) for start in range(0, len(items), rows))
+    @property
+    def _batch_rows(self) -> int:
+        """Number of positions whose logits are small."""
+        return max(1, ELEMENTS // self.targets.vocabulary)
 
 
 def _edge(chunk: Tensor, chunks: int, reduce: str) -> Tensor:

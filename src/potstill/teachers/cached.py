@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from potstill.errors import DataError, ModelError
 from potstill.losses.alignment import Alignment, Task, target_positions
-from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets, Targets
+from potstill.losses.targets import DenseTargets, LMHead
 from potstill.models.capture import ActivationRequest, Activations
 from potstill.models.loading import load_config, load_tokenizer
 from potstill.models.structure import ModelShape
 from potstill.teachers.cache.codec import HiddenStates, codec_of
 from potstill.teachers.cache.planes import Reader, pack_floats
-from potstill.teachers.cache.store import Cache, CachePlan, row_key
+from potstill.teachers.cache.store import Cache, row_key
 from potstill.teachers.model import ModelSource, Precision
 from potstill.teachers.source import LoadedTeacher, MemberSource
 from potstill.teachers.teacher import MISSING_ROWS, Teacher, TeacherOutput
@@ -29,17 +29,15 @@ from potstill.teachers.teacher import MISSING_ROWS, Teacher, TeacherOutput
 HEAD = "head.safetensors"  # beside the manifest
 COMPANIONS = "teacher"  # the folder of config and tokenizer
 
+T = TypeVar("T")
+
 
 class CachedTeacher(Teacher):
-    """Teacher signals precomputed on disk; nothing is computed.
+    """Teacher signals precomputed on disk, by a finished `potstill cache build`; nothing is computed.
 
     A row is found by its token ids and target positions, whatever the order, the batch or the epoch. Targets are what
     the codec stored: samples, top-k with a bucket, full distributions, or hidden states and a head. Hidden states of
-    layers are there for the layers that the cache was built with.
-
-    Args:
-        directory: a finished cache of `potstill cache build`.
-        verify: compare every byte with the checksums first.
+    layers are there for the layers that the cache was built with. `verify` compares every byte with the checksums.
 
     Raises:
         DataError: there is no finished cache, or it has changed since it was written.
@@ -49,24 +47,20 @@ class CachedTeacher(Teacher):
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.cache = Cache(directory, verify=verify)
+        self.plan = self.cache.manifest.plan
         self.codec = codec_of(self.plan.codec)
         self._needs = ActivationRequest()
         self._head = _read_head(self.cache.directory / HEAD) if isinstance(self.codec, HiddenStates) else None
 
-    @property
-    def plan(self) -> CachePlan:
-        """What the cache was made from."""
-        return self.cache.manifest.plan
-
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        keys = keys_of_batch(batch, alignment)
-        rows = self.cache.find(keys)
+        rows = self.cache.find(keys_of_batch(batch, alignment))
         if (rows < 0).any():
             raise DataError(f"teacher: {MISSING_ROWS}")
         device = batch["input_ids"].device
         inside = self._layers(batch, alignment, rows).to(device) if self._needs else Activations()
-        if not keys:
+        if not len(rows):
             return TeacherOutput(DenseTargets(torch.zeros(0, self.plan.vocabulary, device=device)), inside=inside)
+        self._head = None if self._head is None else _to(self._head, device)
         targets, log_probs = self.codec.decode(*self.cache.signals(rows), self._head)
         return TeacherOutput(_to(targets, device), None if log_probs is None else log_probs.to(device), inside)
 
@@ -84,8 +78,8 @@ class CachedTeacher(Teacher):
         self._needs |= needs
 
     def _no_layers(self, layers: Sequence[int] = ()) -> ModelError:
-        needed = f"layers {', '.join(map(str, layers))}" if layers else "the layers that terms of the objective need"
         kept = self.plan.layers
+        needed = f"layers {', '.join(map(str, layers))}" if layers else "the layers that terms of the objective need"
         held = "targets alone" if kept is None else f"layers {', '.join(map(str, kept.kept))}"
         return ModelError(
             f"cache: expected one with the hidden states of {needed}, got one with {held}. Attention is never kept. "
@@ -99,10 +93,10 @@ class CachedTeacher(Teacher):
         dtype = getattr(torch, kept.dtype)
         stored = _stored_positions(batch, alignment)
         states = torch.zeros(*stored.shape, len(kept.kept), kept.width, dtype=dtype)
-        readers = [Reader(row) for row in self.cache.layers(rows)]
-        if readers:
-            values = torch.cat([reader.take_floats(kept.dtype, reader.left // dtype.itemsize) for reader in readers])
-            states[stored] = values.reshape(-1, len(kept.kept), kept.width)
+        if len(rows):
+            packed = self.cache.layers(rows)
+            counts = [len(row) // dtype.itemsize for row in packed]
+            states[stored] = Reader(packed).take_floats(kept.dtype, counts).reshape(-1, len(kept.kept), kept.width)
         return Activations({layer: states[:, :, kept.kept.index(layer)] for layer in sorted(self._needs.hidden)})
 
     def holds(self, batch: Mapping[str, Tensor], alignment: Alignment) -> bool:
@@ -159,8 +153,7 @@ class CacheSource(MemberSource):
 
     def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
         live = None if self.live is None else self.live.load(student, task, key)
-        teacher = CachedTeacher(self.cache)
-        folder = Path(self.cache) / COMPANIONS
+        teacher, folder = CachedTeacher(self.cache), Path(self.cache) / COMPANIONS
         from_server = not (folder / "config.json").exists()
         config = None if from_server else load_config(str(folder), f"{key}.cache")
         tokenizer = load_tokenizer(str(folder), f"{key}.cache")
@@ -203,17 +196,10 @@ def _stored_positions(batch: Mapping[str, Tensor], alignment: Alignment) -> Tens
     return mask & (counts > 0).unsqueeze(-1)
 
 
-def _to(targets: Targets, device: torch.device) -> Targets:
-    if isinstance(targets, SparseTargets):
-        return replace(targets, ids=targets.ids.to(device), log_probs=targets.log_probs.to(device))
-    if isinstance(targets, DenseTargets):
-        return DenseTargets(targets.logits.to(device))
-    assert isinstance(targets, HeadTargets)  # no codec stores a mixture
-    head = targets.head
-    if head.weight.device != device:
-        bias = None if head.bias is None else head.bias.to(device)
-        head = replace(head, weight=head.weight.to(device), bias=bias)
-    return HeadTargets(targets.hidden.to(device), head)
+def _to(record: T, device: torch.device) -> T:
+    """Move a dataclass's own tensors to a device."""
+    tensors = {name: value.to(device) for name, value in vars(record).items() if isinstance(value, Tensor)}
+    return replace(record, **tensors)  # type: ignore[type-var]
 
 
 def _read_head(path: Path) -> LMHead:

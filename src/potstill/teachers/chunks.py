@@ -6,10 +6,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 
-from potstill.teachers.pieces import TokenBytes
+from potstill.teachers.pieces import TokenBytes, TokenSpan
 
 NONE = -1  # the chunk of a token that is in none
 
@@ -20,36 +21,24 @@ class AlignedRow:
 
     A chunk is the shortest run of bytes at whose start and end both have a boundary, or a special token of both. Every
     byte that both can represent is in one chunk.
-
-    Args:
-        ids: the teacher's tokens.
-        student: the chunk of each of the student's tokens, or -1; teacher likewise.
-        continues: [chunks] whether the next chunk follows within the same text.
-        spaced: [chunks] whether one of the tokenizers puts a space before it.
-        sizes: [chunks] bytes in each.
     """
 
-    ids: list[int]
-    student: np.ndarray
+    ids: list[int]  # the teacher's tokens
+    student: np.ndarray  # the chunk of each of the student's tokens, or -1
     teacher: np.ndarray
-    continues: np.ndarray
-    spaced: np.ndarray
-    sizes: np.ndarray
+    continues: np.ndarray  # [chunks] whether the next chunk follows within the same text
+    spaced: np.ndarray  # [chunks] whether one of the tokenizers puts a space before it
+    sizes: np.ndarray  # [chunks] bytes
 
 
 def align_sizes(student: Sequence[int], teacher: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the chunks of one text of which both tokenizers represent every byte.
+    """Find the chunks of one text, from the bytes of each of the student's and of the teacher's tokens of it.
 
-    Args:
-        student: bytes of each of the student's tokens.
-        teacher: likewise; the sums are equal.
-
-    Returns:
-        The chunk of each of the student's tokens, that of each of the teacher's, and the bytes of each chunk. A token
-        without bytes belongs to the chunk after it.
+    Returns the chunk of each of the student's tokens, that of each of the teacher's, and the bytes of each chunk. A
+    token without bytes belongs to the chunk after it.
     """
-    sizes = [np.asarray(each, dtype=np.int64) for each in (student, teacher)]
-    offsets = [np.cumsum(each) for each in sizes]
+    sizes = [np.asarray(tokens, dtype=np.int64) for tokens in (student, teacher)]
+    offsets = [np.cumsum(tokens) for tokens in sizes]
     ends = np.intersect1d(offsets[0], offsets[1])
     ends = ends[ends > 0]
     chunks = [np.searchsorted(ends, after + (size == 0)) for size, after in zip(sizes, offsets, strict=True)]
@@ -60,8 +49,7 @@ def align_sizes(student: Sequence[int], teacher: Sequence[int]) -> tuple[np.ndar
 class TokenizerPair:
     """A student's and a teacher's tokenizer.
 
-    Special tokens have no bytes. They are matched by role (bos, eos) or by name; one that the teacher does not have is
-    left out of its row.
+    Special tokens have no bytes. They are matched by role (bos, eos) or by name, or left out of the teacher's row.
     """
 
     def __init__(self, student: TokenBytes, teacher: TokenBytes) -> None:
@@ -85,56 +73,39 @@ class TokenizerPair:
         """Tokenize a row of the student's tokens with the teacher's tokenizer, and find the chunks."""
         first = self._counterparts.get(ids[0]) if ids else None
         row = [] if self._prefix and first == self._prefix[0] else [*self._prefix]
-        student = np.full(len(ids), NONE)
+        student: list[int] = []
         teacher: list[int] = [NONE] * len(row)
         continues: list[bool] = []
         sizes: list[int] = []
-        for start, end in self._runs(ids):
-            if self.student.bytes_of[ids[start]] is None:
-                counterpart = self._counterparts.get(ids[start])
-                if counterpart is not None:
-                    student[start] = len(sizes)
-                    teacher.append(len(sizes))
-                    row.append(counterpart)
-                    continues.append(False)
-                    sizes.append(0)
-                continue
-            spans = self.student.spans(ids[start:end])
-            tokens = self.teacher.tokenize(self.student.text(spans))
-            if tokens is None:  # the teacher has no tokens for it
-                continue
-            of_student, of_teacher, lengths = align_sizes([x.size for x in spans], [x.size for x in tokens])
+        for _, run in groupby(ids, key=lambda id: self.student.bytes_of[id] is None):
+            tokens, of_student, of_teacher, lengths = self._align_run([*run])
             row += [token.id for token in tokens]
             good = np.ones(len(lengths), bool)
-            good[[chunk for chunk, token in zip(of_teacher, tokens, strict=True) if not token.exact]] = False
+            good[of_teacher[np.array([not token.exact for token in tokens], bool)]] = False
             number = renumber(good, len(sizes))
-            student[start:end] = number[of_student]
+            student += number[of_student].tolist()
             teacher += number[of_teacher].tolist()
-            continues += np.append(good, False)[1:][good].tolist()
+            continues += (np.append(good, False)[1:] & (lengths > 0))[good].tolist()
             sizes += lengths[good].tolist()
         follows, lengths = np.array(continues, bool), np.array(sizes, int)
         opens = ~np.append(False, follows)[:-1] & (lengths > 0)
         spaced = opens & (self.student.adds_space != self.teacher.adds_space)
-        return AlignedRow(row, student, np.array(teacher, dtype=np.int64), follows, spaced, lengths)
+        return AlignedRow(row, np.array(student, int), np.array(teacher, int), follows, spaced, lengths)
 
-    def _runs(self, ids: list[int]) -> list[tuple[int, int]]:
-        """The start and end of each run of text, and of each special token."""
-        bounds: list[tuple[int, int]] = []
-        start = 0
-        for i, id in enumerate([*ids, None]):
-            if id is None or self.student.bytes_of[id] is None:
-                bounds += [(start, i)] if i > start else []
-                bounds += [(i, i + 1)] if id is not None else []
-                start = i + 1
-        return bounds
+    def _align_run(self, ids: list[int]) -> tuple[list[TokenSpan], np.ndarray, np.ndarray, np.ndarray]:
+        """The teacher's tokens for a run of text or of special tokens, and the chunks as in `align_sizes`."""
+        if self.student.bytes_of[ids[0]] is None:
+            tokens = [TokenSpan(self._counterparts[id], 0) for id in ids if id in self._counterparts]
+            matched = np.array([id in self._counterparts for id in ids])
+            return tokens, renumber(matched)[:-1], np.arange(len(tokens)), np.zeros(len(tokens), int)
+        spans = self.student.spans(ids)
+        text = self.teacher.tokenize(self.student.text(spans))
+        if text is None:  # the teacher has no tokens for it
+            return [], np.full(len(ids), NONE), np.empty(0, int), np.empty(0, int)
+        return text, *align_sizes([span.size for span in spans], [token.size for token in text])
 
     def longer_tokens(self, teacher: int, student: int) -> np.ndarray:
-        """The teacher's tokens that extend one of its own in a way in which the student has no longer token.
-
-        Args:
-            teacher: the teacher's last token of a chunk.
-            student: the student's.
-        """
+        """Tokens that extend the teacher's last token of a chunk as no longer token extends the student's last one."""
         key = (teacher, student)
         if key not in self._longer:
             piece, of_student = self.teacher.bytes_of[teacher], self.student.bytes_of[student]

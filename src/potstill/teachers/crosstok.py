@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import ShapeError
-from potstill.losses.alignment import IGNORE, Alignment
+from potstill.losses.alignment import IGNORE, Alignment, causal_alignment
 from potstill.losses.cross_tokenizer import chunk_log_probs
 from potstill.losses.fused_linear import linear_cross_entropy
 from potstill.losses.targets import DenseTargets, HeadTargets
@@ -34,8 +34,7 @@ class CrossTokenizerTeacher(Teacher):
     of its own. For the terms `Chunks`, `MappedLogits` and `ULD`.
 
     Args:
-        teacher: a model, or a teacher with full distributions over its own vocabulary.
-        teacher_tokenizer: a fast tokenizer, as is the student's.
+        teacher: a model, or a teacher with full distributions over its own vocabulary. Both tokenizers are fast.
         max_length: maximum number of the teacher's tokens in a row; later chunks are not used. None: no limit.
 
     Raises:
@@ -76,16 +75,18 @@ class CrossTokenizerTeacher(Teacher):
         is_target = torch.zeros_like(mask)
         predicted = alignment.positions.cpu() + 1
         is_target.view(-1)[predicted] = True
-        rows = [
-            self._chunks_of(row_ids[attended].tolist(), row_targets[attended].numpy())
-            for row_ids, attended, row_targets in zip(ids, mask, is_target, strict=True)
-        ]
+        rows: list[AlignedRow] = []
         chunks = 0
-        student, teacher = torch.full(ids.shape, NONE), []
-        for i, row in enumerate(rows):
-            student[i][mask[i]] = torch.from_numpy(np.where(row.student >= 0, row.student + chunks, NONE))
-            teacher.append(row.teacher[row.teacher >= 0] + chunks)
-            chunks += len(row.sizes)
+        for row_ids, attended, row_targets in zip(ids, mask, is_target, strict=True):
+            rows.append(self._chunks_of(row_ids[attended].tolist(), row_targets[attended].numpy(), chunks))
+            chunks += len(rows[-1].sizes)
+        names = ("student", "teacher", "continues", "spaced", "sizes")
+        joined = {
+            name: torch.from_numpy(np.concatenate([getattr(row, name) for row in rows])).to(home) for name in names
+        }
+        student = torch.full(ids.shape, NONE, device=home).masked_scatter_(mask.to(home), joined.pop("student"))
+        in_chunk = joined.pop("teacher")
+        teacher = in_chunk[in_chunk >= 0]
         teacher_batch, teacher_alignment = _batch(rows, home)
         targets = self.teacher(teacher_batch, teacher_alignment).targets
         if not isinstance(targets, HeadTargets | DenseTargets):
@@ -94,40 +95,34 @@ class CrossTokenizerTeacher(Teacher):
                 "each. Use a teacher that is a model."
             )
         targets = targets.slice(min(self._vocabulary, targets.vocabulary))
-
-        def joined(parts: Sequence[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.concatenate(parts)).to(home)
-
-        of_teacher = joined(teacher)
         aligned = AlignedChunks(
             targets=targets,
-            student=student.view(-1)[predicted].to(home),
-            teacher=of_teacher,
+            student=student.view(-1)[predicted.to(home)],
+            teacher=teacher,
             student_tokens=alignment.labels,
             teacher_tokens=teacher_alignment.labels,
-            log_probs=chunk_log_probs(-_cross_entropy(targets, teacher_alignment.labels), of_teacher, chunks),
-            continues=joined([row.continues for row in rows]),
-            spaced=joined([row.spaced for row in rows]),
-            sizes=joined([row.sizes for row in rows]),
+            log_probs=chunk_log_probs(-_cross_entropy(targets, teacher_alignment.labels), teacher, chunks),
             pair=self.pair,
+            **joined,
         )
         return TeacherOutput(targets, chunks=aligned)
 
     def alignment_stats(self, rows: Iterable[Any]) -> AlignmentStats:
-        stats = [self._row_stats(row["input_ids"], np.array(row["labels"]) != IGNORE) for row in rows]
-        sums = [sum(column) for column in zip(*stats, strict=True)]
-        return AlignmentStats._make([*sums, self.pair.num_shared])
+        sums = np.zeros(5, int)
+        for row in rows:
+            ids, is_target = row["input_ids"], np.array(row["labels"]) != IGNORE
+            is_target[:1] = False  # nothing predicts it
+            chunks = self._chunks_of(ids, is_target)
+            single = [
+                np.bincount(x[x >= 0], minlength=len(chunks.sizes)) == 1 for x in (chunks.student, chunks.teacher)
+            ]
+            sizes = np.array([span.size for span in self.pair.student.spans(ids)], int)
+            tokens, one_to_one = is_target.sum(), (single[0] & single[1]).sum()
+            sums += [sizes[is_target].sum(), chunks.sizes.sum(), tokens, len(chunks.sizes), one_to_one]
+        return AlignmentStats._make([*sums.tolist(), self.pair.num_shared])
 
-    def _row_stats(self, ids: list[int], is_target: np.ndarray) -> tuple[int, ...]:
-        is_target[:1] = False  # nothing predicts it
-        row, spans = self._chunks_of(ids, is_target), self.pair.student.spans(ids)
-        single = [np.bincount(x[x >= 0], minlength=len(row.sizes)) == 1 for x in (row.student, row.teacher)]
-        num_bytes = sum(span.size for span, counts in zip(spans, is_target, strict=True) if counts)
-        one_to_one = int((single[0] & single[1]).sum())
-        return num_bytes, int(row.sizes.sum()), int(is_target.sum()), len(row.sizes), one_to_one
-
-    def _chunks_of(self, ids: list[int], is_target: np.ndarray) -> AlignedRow:
-        """The chunks of a row in which both predict every token, numbered anew."""
+    def _chunks_of(self, ids: list[int], is_target: np.ndarray, start: int = 0) -> AlignedRow:
+        """The chunks of a row in which both predict every token, numbered anew from `start`."""
         row = self.align(ids)
         limit = len(row.ids) if self._limit is None else self._limit
         predicted = np.arange(len(row.ids)) < limit
@@ -135,7 +130,7 @@ class CrossTokenizerTeacher(Teacher):
         good = np.ones(len(row.sizes), bool)
         for chunk, counts in ((row.student, is_target), (row.teacher, predicted)):
             good[chunk[(chunk >= 0) & ~counts]] = False
-        number = renumber(good)
+        number = renumber(good, start)
         return AlignedRow(
             row.ids[:limit],
             number[row.student],
@@ -149,13 +144,10 @@ class CrossTokenizerTeacher(Teacher):
 def _batch(rows: Sequence[AlignedRow], device: torch.device) -> tuple[dict[str, Tensor], Alignment]:
     """The teacher's batch, padded on the right, and its positions that predict a token of a chunk."""
     ids = [torch.tensor(row.ids or [0]) for row in rows]
-    padded = pad_sequence(ids, batch_first=True)
-    mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
-    length = padded.shape[1]
-    columns = [torch.from_numpy(np.flatnonzero(row.teacher >= 0)) for row in rows]
-    positions = torch.cat([i * length + column - 1 for i, column in enumerate(columns)])
-    alignment = Alignment(positions.to(device), padded.view(-1)[positions + 1].to(device), length)
-    return {"input_ids": padded.to(device), "attention_mask": mask.to(device)}, alignment
+    chunks = [torch.tensor(row.teacher.tolist() or [NONE]) for row in rows]
+    padded, mask = (pad_sequence(parts, True).to(device) for parts in (ids, [torch.ones_like(row) for row in ids]))
+    in_chunk = pad_sequence(chunks, True, NONE).to(device) >= 0
+    return {"input_ids": padded, "attention_mask": mask}, causal_alignment(padded.masked_fill(~in_chunk, IGNORE))
 
 
 def _cross_entropy(targets: HeadTargets | DenseTargets, labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 from potstill.losses.alignment import Task, align, attended_positions
 from potstill.losses.hidden import dimension_importance, select_dimensions
 from potstill.losses.token_losses import label_loss
-from potstill.models.capture import ActivationCapture
+from potstill.models.capture import ActivationCapture, ActivationRequest
 from potstill.models.layer_map import layer_index
 from potstill.models.split import forward_targets, undisturbed
 
 
 def important_dimensions(
-    model: nn.Module,
+    model: Any,
     batches: Iterable[Mapping[str, Tensor]],
     layers: Sequence[int],
     count: int,
@@ -30,7 +31,6 @@ def important_dimensions(
         batches: input_ids, attention_mask and labels of the task, on the model's device.
         layers: from 0; negative ones from the end.
         count: number of dimensions: the student's width.
-        task: what the model is trained for.
 
     Returns:
         layer (from 0) -> [count] int64, ascending: `dimensions` of `potstill.Hidden`.
@@ -43,31 +43,25 @@ def important_dimensions(
     """
     capture = ActivationCapture(model)
     indices = [layer_index("teacher", layer, capture.shape.layers) for layer in layers]
-    modules = {layer: capture.layer(layer) for layer in indices}
-    sums = {layer: torch.zeros(capture.shape.width) for layer in modules}
-    states: dict[int, Tensor] = {}
+    request = ActivationRequest(hidden=frozenset(indices))
+    sums = {layer: torch.zeros(capture.shape.width) for layer in indices}
 
-    def watch(layer: int) -> Any:
-        def hook(_: nn.Module, inputs: Any, output: Any) -> Any:
-            state = output[0] if isinstance(output, tuple) else output
-            # The graph begins at the first of them, as the model's own weights may be frozen.
-            states[layer] = state if state.requires_grad else state.detach().requires_grad_()
-            return (states[layer], *output[1:]) if isinstance(output, tuple) else states[layer]
+    def begin_graph(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """Let gradients reach the layers, as the model's own weights may be frozen."""
+        return output.requires_grad_()
 
-        return hook
-
-    handles = [module.register_forward_hook(watch(layer)) for layer, module in modules.items()]
+    handle = model.get_input_embeddings().register_forward_hook(begin_graph)
     try:
         with undisturbed(model), torch.enable_grad():
             for batch in batches:
                 alignment = align(batch["labels"], task)
-                loss = label_loss(forward_targets(model, None, batch, alignment).dense(), alignment.labels).sum()
-                gradients = torch.autograd.grad(loss, [states[layer] for layer in modules])
-                positions = attended_positions(batch, task)
-                for layer, gradient in zip(modules, gradients, strict=True):
-                    by_token = gradient[positions]
+                forward = partial(forward_targets, model, None, batch, alignment)
+                targets, activations = capture.capture(request, forward)
+                loss = label_loss(targets.dense(), alignment.labels).sum()
+                gradients = torch.autograd.grad(loss, list(activations.hidden.values()))
+                for layer, gradient in zip(activations.hidden, gradients, strict=True):
+                    by_token = gradient[attended_positions(batch, task)]
                     sums[layer] += dimension_importance(by_token).cpu() * len(by_token)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     return {layer: select_dimensions(total, count) for layer, total in sums.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Literal, cast
 
@@ -37,8 +37,7 @@ class EnsembleTeacher(Teacher):
 
     Args:
         members: the teachers. Layers are those of the first that has any.
-        weights: one for each, not negative; they are divided by their sum. None for equal ones. The first values where
-            they are learned.
+        weights: not negative, divided by their sum; None for equal ones. Where they are learned, the first values.
         learned: whether the weights are learned, of probabilities only.
         names: the members' names in logs; by default their numbers.
         vocabulary: the number of tokens that all share, where heads have padding rows.
@@ -63,41 +62,39 @@ class EnsembleTeacher(Teacher):
         names: Sequence[str] | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        weights = [1.0] * len(members) if weights is None else list(weights)
-        _check_weights(len(members), weights, of, learned)
+        given = torch.tensor(_checked_weights(len(members), weights, of, learned)).double()
+        self.weights = given / given.sum()
         self.members = list(members)
         self.names = [str(i) for i in range(len(members))] if names is None else list(names)
         if len(set(self.names)) != len(members):
             raise ShapeError(f"EnsembleTeacher: expected {len(members)} different names, got {self.names}.")
-        given = torch.tensor(weights).double()
-        self.weights = given / given.sum()
         self.of, self.learned, self.vocabulary = of, learned, vocabulary
         self.of_student = any(member.of_student for member in members)
         self.max_length = min((m.max_length for m in members if m.max_length is not None), default=None)
-        self._shares, self._tokens = torch.zeros(len(members), dtype=torch.float64), 0
+        self._counts = torch.zeros(len(members) + 1, dtype=torch.float64)  # tokens of each member's share, and of all
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         outputs = [member(batch, alignment) for member in self.members]
         targets = [output.targets for output in outputs]
         if self.vocabulary is not None:
-            targets = [each.slice(self.vocabulary) for each in targets]
+            targets = [member.slice(self.vocabulary) for member in targets]
         inside = next((output.inside for output in outputs if output.inside != Activations()), Activations())
         by_member = self._member_log_probs(outputs, targets, alignment.labels) if self.learned else None
         mixture = mix(targets, self.weights, self.of)
         log_probs = None
         if isinstance(mixture, SparseTargets) or (isinstance(mixture, MixtureTargets) and mixture.sampled):
-            known = [output.log_probs_of(alignment.labels) for output in outputs]
-            if self.of == "probabilities" and all(each is not None for each in known):
-                stacked = torch.stack(cast(list[Tensor], known), -1).double()
-                log_probs = (stacked + _logs(self.weights).to(stacked.device)).logsumexp(-1)
+            known = [x for output in outputs if (x := output.log_probs_of(alignment.labels)) is not None]
+            if len(known) == len(outputs):
+                joint = torch.stack(known, -1).double()
+                log_probs = (joint + _logs(self.weights).to(joint.device)).logsumexp(-1)
         return TeacherOutput(mixture, log_probs, inside, member_log_probs=by_member)
 
     def _member_log_probs(self, outputs: Sequence[TeacherOutput], targets: Sequence[Targets], labels: Tensor) -> Tensor:
         """[N, M] log-probabilities of the labels."""
         columns = []
         for name, output, sliced in zip(self.names, outputs, targets, strict=True):
-            log_probs = TeacherOutput(sliced, output.label_log_probs).log_probs_of(labels)
+            log_probs = replace(output, targets=sliced).log_probs_of(labels)
             if log_probs is None:
                 raise DataError(
                     f"ensemble: expected members with log-probabilities of the labels for learned weights, got {name}, "
@@ -113,27 +110,29 @@ class EnsembleTeacher(Teacher):
     def update(self, output: TeacherOutput) -> None:
         if output.member_log_probs is not None:
             joint = output.member_log_probs + _logs(self.weights).to(output.member_log_probs.device)
-            self._shares += joint.softmax(-1).sum(0).cpu()
-            self._tokens += len(joint)
+            self._counts[:-1] += joint.softmax(-1).sum(0).cpu()
+            self._counts[-1] += len(joint)
 
     def after_step(self, step: int) -> None:
         for member in self.members:
             member.after_step(step)
         if not self.learned:
             return
-        counts = torch.cat([self._shares, torch.tensor([self._tokens], dtype=torch.float64)])
+        counts = self._counts
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            counts = _sum_over_ranks(counts)
+            counts = counts.cuda() if torch.distributed.get_backend() == "nccl" else counts
+            torch.distributed.all_reduce(counts)
+            counts = counts.cpu()
         if counts[-1]:
             size = step**-STEP_EXPONENT
             self.weights = (1 - size) * self.weights + size * counts[:-1] / counts[-1]
-        self._shares, self._tokens = torch.zeros_like(self._shares), 0
+        self._counts = torch.zeros_like(self._counts)
 
     def state_dict(self) -> dict[str, Tensor]:
-        own = {"weights": self.weights.clone()} if self.learned else {}
-        return own | {
-            f"{i}.{k}": value for i, member in enumerate(self.members) for k, value in member.state_dict().items()
-        }
+        state = {"weights": self.weights.clone()} if self.learned else {}
+        for i, member in enumerate(self.members):
+            state |= {f"{i}.{name}": value for name, value in member.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if self.learned:
@@ -147,7 +146,6 @@ class EnsembleTeacher(Teacher):
         return dict(zip(self.names, self.weights.tolist(), strict=True))
 
     def logs(self) -> dict[str, float]:
-        """The weights, where they are learned."""
         return {f"teacher_weight/{name}": x for name, x in self.member_weights.items()} if self.learned else {}
 
     def covers(self, dataset: object) -> bool:
@@ -200,7 +198,7 @@ class EnsembleSource(TeacherSource):
         weights = self._member_weights
         if weights and len(weights) < len(self.ensemble):
             raise ShapeError(f"expected a weight for every member of the ensemble or for none, got {len(weights)}.")
-        _check_weights(len(self.ensemble), weights or [1.0] * len(self.ensemble), self.of, self.weights == "learned")
+        _checked_weights(len(self.ensemble), weights or None, self.of, self.weights == "learned")
 
     @property
     def _member_weights(self) -> list[float]:
@@ -250,7 +248,7 @@ class EnsembleSource(TeacherSource):
 
 
 def mix(targets: Sequence[Targets], weights: Tensor, of: MixtureOf) -> Targets:
-    """Compute the exact mixture of several teachers' targets.
+    """Compute the exact mixture of several teachers' targets, with weights [M] whose sum is 1.
 
     - Full distributions: `MixtureTargets`.
     - Samples at one temperature, in a mixture of probabilities: one sample, each member's draws with its weight; beside
@@ -258,30 +256,26 @@ def mix(targets: Sequence[Targets], weights: Tensor, of: MixtureOf) -> Targets:
     - Top-k with a bucket, in a mixture of probabilities: the tokens that every member kept, with their exact
       probability in the mixture, and one bucket for all others. A member with full distributions keeps every token.
 
-    Args:
-        targets: over the same positions and vocabulary.
-        weights: [M], whose sum is 1.
-        of: "probabilities" or "log_probs".
-
     Raises:
         ShapeError: the mixture is not known.
     """
-    sparse = [each for each in targets if isinstance(each, SparseTargets)]
+    sparse = [member for member in targets if isinstance(member, SparseTargets)]
     if sparse and of == "log_probs":
         raise ShapeError(
             f"ensemble: expected full distributions for a mean of log-probabilities, got {sparse[0].kind} targets. "
             "Use of: probabilities, or members that are models, or caches of hidden states or full distributions."
         )
-    kinds = {each.kind for each in sparse}
+    kinds = {member.kind for member in sparse}
     if "bucket" in kinds and len(kinds) > 1:
         raise ShapeError(
             f"ensemble: expected members that are all samples or all top-k, got {' and '.join(sorted(kinds))}. Build "
             "both caches with one codec."
         )
-    if len({each.temperature for each in sparse}) > 1:
+    temperatures = [member.temperature for member in sparse]
+    if len(set(temperatures)) > 1:
         raise ShapeError(
             "ensemble: expected members of one temperature, got "
-            f"{' and '.join(f'{each.temperature:g}' for each in sparse)}. Build the caches at one."
+            f"{' and '.join(f'{temperature:g}' for temperature in temperatures)}. Build the caches at one."
         )
     if "bucket" in kinds:
         return _mix_top_k(targets, weights, sparse)
@@ -292,48 +286,54 @@ def mix(targets: Sequence[Targets], weights: Tensor, of: MixtureOf) -> Targets:
 
 def _mix_samples(targets: Sequence[SparseTargets], weights: Tensor) -> SparseTargets:
     """The mixture of targets without mass on other tokens: the union of their tokens, each of them once."""
-    temperature = targets[0].temperature
-    if len({each.kind for each in targets}) > 1:
+    kind, temperature = targets[0].kind, targets[0].temperature
+    if any(member.kind != kind for member in targets):
         raise ShapeError(
             "ensemble: expected members of one kind, got sampled and renormalized. Build both caches with one codec."
         )
-    ids = torch.cat([each.ids.to(torch.int64).masked_fill(~each.used(), -1) for each in targets], -1)
+    ids, order = torch.cat([_used_ids(member) for member in targets], -1).sort(-1)
     weighted = zip(targets, weights.tolist(), strict=True)
-    probs = torch.cat([each.events(temperature)[..., :-1].exp() * weight for each, weight in weighted], -1)
-    ids, order = ids.sort(-1)
+    probs = torch.cat([member.events(temperature)[..., :-1].exp() * weight for member, weight in weighted], -1)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[..., 1:] = ids[..., 1:] != ids[..., :-1]
     slot = first.cumsum(-1) - 1
     total = torch.zeros_like(probs).scatter_add_(-1, slot, probs.gather(-1, order) * (ids >= 0))
     unique = torch.zeros_like(ids).scatter_(-1, slot, ids.clamp_min(0))
-    return SparseTargets(unique, total.log(), targets[0].kind, temperature)
+    return SparseTargets(unique, total.log(), kind, temperature)
 
 
 def _mix_top_k(targets: Sequence[Targets], weights: Tensor, sparse: Sequence[SparseTargets]) -> SparseTargets:
     """The mixture over the tokens that every bucket target kept, and one bucket."""
-    fewest = min(sparse, key=lambda each: each.ids.shape[-1])
-    # Unused slots have the id -2 here, which no other target has.
-    ids, temperature = fewest.ids.to(torch.int64).masked_fill(~fewest.used(), -2), fewest.temperature
-    known = reduce(torch.logical_and, [_find(each, ids)[1] for each in sparse])
+    fewest = min(sparse, key=lambda member: member.ids.shape[-1])
+    ids, temperature = _used_ids(fewest, -2), fewest.temperature  # an id that no other target has
+    known = reduce(torch.logical_and, [_find(member, ids)[1] for member in sparse])
     ids = ids * known
     total = torch.zeros_like(fewest.events(temperature)[..., :-1])
-    for each, weight in zip(targets, weights.tolist(), strict=True):
-        log_p = _find(each, ids)[0] if isinstance(each, SparseTargets) else token_log_probs(each, ids, temperature)
+    for member, weight in zip(targets, weights.tolist(), strict=True):
+        log_p = (
+            _find(member, ids)[0] if isinstance(member, SparseTargets) else token_log_probs(member, ids, temperature)
+        )
         total += weight * log_p.exp()
     return SparseTargets(ids, total.log().masked_fill(~known, -math.inf), "bucket", temperature)
 
 
 def _find(targets: SparseTargets, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The log-probabilities [N, K] of some tokens in bucket targets, and whether they were kept."""
-    kept, order = targets.ids.to(torch.int64).masked_fill(~targets.used(), -1).sort(-1)
+    kept, order = _used_ids(targets).sort(-1)
     slot = torch.searchsorted(kept, ids).clamp_max(kept.shape[-1] - 1)
     log_probs = targets.events(targets.temperature)[..., :-1].gather(-1, order.gather(-1, slot))
     return log_probs, kept.gather(-1, slot) == ids
 
 
-def _check_weights(members: int, weights: Sequence[float], of: str, learned: bool) -> None:
+def _used_ids(targets: SparseTargets, unused: int = -1) -> Tensor:
+    return targets.ids.to(torch.int64).masked_fill(~targets.used(), unused)
+
+
+def _checked_weights(members: int, weights: Sequence[float] | None, of: str, learned: bool) -> list[float]:
+    """Check the weights of an ensemble's members; None for equal ones."""
     if members < 2:
         raise ShapeError(f"ensemble: expected two members or more, got {members}.")
+    weights = [1.0] * members if weights is None else list(weights)
     if len(weights) != members or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise ShapeError(f"ensemble: expected {members} weights that are not negative nor all 0, got {weights}.")
     if learned and of == "log_probs":
@@ -341,6 +341,7 @@ def _check_weights(members: int, weights: Sequence[float], of: str, learned: boo
             "ensemble: expected of: probabilities where weights are learned, got log_probs, whose mixture does not "
             "follow from the members' log-probabilities of the labels. Fix the weights."
         )
+    return weights
 
 
 def _log_names(titles: Sequence[str]) -> list[str]:
@@ -351,10 +352,3 @@ def _log_names(titles: Sequence[str]) -> list[str]:
 
 def _logs(weights: Tensor) -> Tensor:
     return weights.log().clamp_min(torch.finfo(weights.dtype).min)
-
-
-def _sum_over_ranks(counts: Tensor) -> Tensor:
-    """Sum over all processes, on the device of their communication."""
-    moved = counts.cuda() if torch.distributed.get_backend() == "nccl" else counts
-    torch.distributed.all_reduce(moved)
-    return moved.cpu()

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from potstill.errors import ModelError
 from potstill.losses.alignment import Alignment, Task
-from potstill.losses.targets import DenseTargets
+from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
 from potstill.models.loading import load_model, load_tokenizer
 from potstill.models.split import SplitModel, forward_targets, inputs, split_model
@@ -24,29 +25,30 @@ Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 
 
 class ModelTeacher(Teacher):
-    """A frozen model in evaluation mode, with its own precision and, if given, its own device.
+    """A Hugging Face model, frozen and switched to evaluation mode in place.
 
     Gives hidden states and head where it can be split (`potstill.models.split`) and runs on the batch's device; else
     logits.
 
     Args:
-        model: a Hugging Face model. It is switched to evaluation mode and frozen in place.
         device: where it runs; None follows the batch.
         dtype: its precision; None leaves it as it is.
     """
 
     needs_trial = False
+    _model: nn.Module | None = None
+    _device: torch.device | None = None
+    _needs = ActivationRequest()
 
     def __init__(
         self, model: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self._use(model.eval().requires_grad_(False))
         if dtype is not None:  # a quantized model refuses even to be asked
-            self.model.to(dtype)
+            model.to(dtype)
         if device is not None:
-            self.model.to(device)
-        self._device = None if device is None else torch.device(device)
-        self._needs = ActivationRequest()
+            self._device = torch.device(device)
+            model.to(self._device)
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
@@ -54,12 +56,18 @@ class ModelTeacher(Teacher):
         device = self._device or home
         if next(self.model.parameters()).device != device:
             self.model.to(device)
-        forward = partial(forward_targets, self.model, self._split, inputs(batch, device), alignment)
         with torch.autocast(device.type, enabled=False):  # the student's autocast must not change the targets
-            targets, inside = self._capture.capture(self._needs, forward) if self._needs else (forward(), Activations())
+            targets, inside = self._run(inputs(batch, device), alignment)
             if isinstance(targets, DenseTargets) or targets.hidden.device != home:
                 targets = DenseTargets(targets.dense().to(home))
         return TeacherOutput(targets, inside=inside.last(batch["input_ids"].shape[1]).to(home))
+
+    @property
+    def model(self) -> Any:
+        """The model; a teacher that is made from the student has none before `attach`."""
+        if self._model is None:
+            raise ModelError(f"{type(self).__name__}: expected a student, got none yet. Call attach(student) first.")
+        return self._model
 
     @property
     def shape(self) -> ModelShape:
@@ -69,6 +77,17 @@ class ModelTeacher(Teacher):
         if needs:
             self._capture.prepare(needs)
             self._needs |= needs
+
+    def _use(self, model: nn.Module) -> None:
+        """Run a model from now on, prepared for what has been requested before."""
+        self._model = model
+        for cached in ("_capture", "_split"):
+            vars(self).pop(cached, None)
+        self.prepare(self._needs)
+
+    def _run(self, batch: Mapping[str, Tensor], alignment: Alignment) -> tuple[DenseTargets | HeadTargets, Activations]:
+        forward = partial(forward_targets, self.model, self._split, batch, alignment)
+        return self._capture.capture(self._needs, forward) if self._needs else (forward(), Activations())
 
     @cached_property
     def _capture(self) -> ActivationCapture:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -26,16 +25,7 @@ class TokenSpan(NamedTuple):
 
 
 class TokenBytes:
-    """The bytes of each token, for byte-level BPE and for SentencePiece.
-
-    Args:
-        tokenizer: a fast one.
-        owner: teacher or student, for errors.
-
-    Attributes:
-        bytes_of: token id -> its bytes; None for a special token.
-        ids: bytes -> token id; byte tokens of SentencePiece only where there is no other.
-        adds_space: whether the tokenizer puts a space before every text.
+    """The bytes of each token, for byte-level BPE and for SentencePiece; `owner` is teacher or student, for errors.
 
     Raises:
         VocabularyError: the tokenizer is slow, or does not keep the bytes of a text.
@@ -48,12 +38,11 @@ class TokenBytes:
             raise self._refuse("a slow one", "Its tokens do not tell their bytes.")
         self._backend: Any = tokenizer.backend_tokenizer
         state = json.loads(self._backend.to_str())
-        decoders = [*_components(state["decoder"])]
+        decoders = _components(state["decoder"])
         kinds = {part["type"] for part in decoders}
         marks = {part["replacement"] for part in decoders if part["type"] == "Metaspace"}
-        for part in decoders:
-            if part["type"] == "Replace" and part["content"] == " " and "String" in part["pattern"]:
-                marks.add(part["pattern"]["String"])
+        replaced = [part for part in decoders if part["type"] == "Replace" and part["content"] == " "]
+        marks |= {part["pattern"]["String"] for part in replaced if "String" in part["pattern"]}
         if "ByteLevel" not in kinds and not marks:
             kind = ", ".join(sorted(kinds)) or state["model"]["type"]
             raise self._refuse(f"one that does not keep them ({kind})", "Its tokens leave out spaces.")
@@ -62,8 +51,8 @@ class TokenBytes:
         added = tokenizer.added_tokens_decoder
         special = {*tokenizer.all_special_ids} | {id for id, token in added.items() if token.special}
         self._content = {id: token.content for id, token in added.items()}
-        self.bytes_of: dict[int, bytes | None] = {}
-        self.ids: dict[bytes, int] = {}
+        self.bytes_of: dict[int, bytes | None] = {}  # None for a special token
+        self.ids: dict[bytes, int] = {}  # byte tokens of SentencePiece only where there is no other
         byte_tokens = {}
         for token, id in tokenizer.get_vocab().items():
             piece = None if id in special else token.encode() if id in added else self._decode(token)
@@ -75,8 +64,14 @@ class TokenBytes:
                 self.ids.setdefault(piece, id)
         self._single_bytes = {piece: id for piece, id in self.ids.items() if len(piece) == 1} | byte_tokens
         self.ids = {**byte_tokens, **self.ids}
+        # Whether the tokenizer puts a space before every text.
         self.adds_space = self._join(self._encode("a")) == b" a"
-        self._check_round_trip()
+        # Ordinary text must come back byte for byte, as far as there are tokens for it.
+        for text in (PROBE, *PROBE.split()):
+            ids = self._encode(text)
+            decoded = self._join(ids).decode("utf-8", "replace")
+            if tokenizer.unk_token_id not in ids and decoded not in (text, f" {text}"):
+                raise self._refuse(f"one that reads {text!r} as {decoded!r}", "Lost text cannot be compared.")
 
     def spans(self, ids: list[int]) -> list[TokenSpan]:
         """The bytes that each token covers; a space that the tokenizer puts before texts is not counted."""
@@ -148,14 +143,6 @@ class TokenBytes:
         assert self._space is not None
         return token.replace(self._space, " ").encode()
 
-    def _check_round_trip(self) -> None:
-        """Check that ordinary text comes back byte for byte, as far as there are tokens for it."""
-        for text in (PROBE, *PROBE.split()):
-            ids = self._encode(text)
-            decoded = self._join(ids).decode("utf-8", "replace")
-            if self.tokenizer.unk_token_id not in ids and decoded not in (text, f" {text}"):
-                raise self._refuse(f"one that reads {text!r} as {decoded!r}", "Lost text cannot be compared.")
-
     def _refuse(self, got: str, why: str) -> VocabularyError:
         return VocabularyError(
             f"the {self._owner}'s tokenizer: expected one whose tokens stand for the bytes of a text (byte-level BPE, "
@@ -163,12 +150,8 @@ class TokenBytes:
         )
 
 
-def _components(state: Any) -> Iterator[Any]:
+def _components(state: Any) -> list[Any]:
     """The decoder of a tokenizer, or the decoders in a sequence."""
-    if state is None:
-        return
-    if state["type"] != "Sequence":
-        yield state
-        return
-    for part in state["decoders"]:
-        yield from _components(part)
+    if state is not None and state["type"] == "Sequence":
+        return [part for inner in state["decoders"] for part in _components(inner)]
+    return [] if state is None else [state]

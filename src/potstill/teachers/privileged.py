@@ -20,10 +20,7 @@ class PrivilegedTeacher(Teacher):
     """A teacher whose prompt has privileged information: a solution, an instruction.
 
     Its target positions match the student's in order, because they predict the same answer. Its layers cannot be used:
-    their positions differ from the student's.
-
-    Args:
-        teacher: a model, or a teacher made from the student.
+    their positions differ from the student's. The teacher is a model, or made from the student.
 
     References:
         Snell et al. 2022 (context distillation), arXiv 2209.15189; "Self-Distilled Reasoner" 2026 (OPSD), arXiv

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -15,10 +14,8 @@ from torch import Tensor, nn
 from potstill.errors import ModelError, RecipeError
 from potstill.losses.alignment import Alignment, Task
 from potstill.losses.declared import Range, Record
-from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
 from potstill.models.loading import load_tokenizer
-from potstill.models.split import SplitModel, forward_targets, split_model, undisturbed
-from potstill.models.structure import ModelShape
+from potstill.models.split import split_model, undisturbed
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.source import LoadedTeacher, TeacherSource
 from potstill.teachers.teacher import Teacher, TeacherOutput
@@ -37,11 +34,10 @@ class EMASettings(Record):
     warmup_steps: Annotated[int, Range(ge=0)] = 0
 
 
-class EMATeacher(Teacher):
+class EMATeacher(ModelTeacher):
     """An exponential moving average of the student's weights, updated after each of its steps.
 
-        teacher = d teacher + (1 - d) student,   d = decay,   or min(decay, 1 - 1 / t) in the t-th of the warm-up's
-        steps
+        teacher = d teacher + (1 - d) student,   d = decay,   or min(decay, 1 - 1 / t) in the t-th warm-up step
 
     In the warm-up the teacher is the plain mean of all students so far, so that the first weights have no lasting
     influence. Frozen weights are shared with the student: beside an adapter, only the adapter is there twice. The
@@ -52,13 +48,11 @@ class EMATeacher(Teacher):
     """
 
     of_student = True
+    needs_trial = True
 
     def __init__(self, decay: float = 0.999, warmup_steps: int = 0) -> None:
         settings = EMASettings(decay, warmup_steps)  # which checks them
         self.decay, self.warmup_steps = settings.decay, settings.warmup_steps
-        self._needs = ActivationRequest()
-        self._student: nn.Module | None = None
-        self._teacher: ModelTeacher | None = None
         self._average: dict[str, Tensor] = {}
 
     def attach(self, student: nn.Module) -> None:
@@ -69,22 +63,18 @@ class EMATeacher(Teacher):
         if not trained:
             raise ModelError("EMATeacher: expected a student with weights that are trained, got none.")
         self._average = {name: p.detach().float() for name, p in trained.items()}  # the weights themselves in float32
-        self._student, self._teacher = student, ModelTeacher(model)
-        self._teacher.prepare(self._needs)
-
-    def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        return self._attached(batch, alignment)
+        self._student = student
+        self._use(model.eval().requires_grad_(False))
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         decay = min(self.decay, 1 - 1 / step) if step <= self.warmup_steps else self.decay
-        assert self._student is not None
         current = dict(self._student.named_parameters())
         for name, weight in self._weights():
             average = self._average[name] = self._average[name].to(weight.device)
             average.lerp_(current[name].to(average), 1 - decay)
             weight.copy_(average)
-        for buffer, of_student in zip(self._attached.model.buffers(), self._student.buffers(), strict=True):
+        for buffer, of_student in zip(self.model.buffers(), self._student.buffers(), strict=True):
             buffer.copy_(of_student)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -98,22 +88,10 @@ class EMATeacher(Teacher):
 
     def _weights(self) -> list[tuple[str, Tensor]]:
         """The teacher's averaged weights. In float32 they are the averages themselves."""
-        return [(name, p) for name, p in self._attached.model.named_parameters() if name in self._average]
-
-    @property
-    def _attached(self) -> ModelTeacher:
-        return _require_attached(self._teacher, self)
-
-    @property
-    def shape(self) -> ModelShape:
-        return self._attached.shape
-
-    def prepare(self, needs: ActivationRequest) -> None:
-        self._needs |= needs
-        self._attached.prepare(needs)
+        return [(name, p) for name, p in self.model.named_parameters() if name in self._average]
 
 
-class BaseModelTeacher(Teacher):
+class BaseModelTeacher(ModelTeacher):
     """The student's base model, without its adapter, in evaluation mode; there is no second copy of it.
 
     It costs one more forward pass of the base. What is trained beside an adapter (`modules_to_save`) is switched off
@@ -121,19 +99,13 @@ class BaseModelTeacher(Teacher):
     """
 
     of_student = True
+    needs_trial = True
 
     def __init__(self) -> None:
-        self._needs = ActivationRequest()
-        self._student: Any = None
-        self._capture: ActivationCapture | None = None
-        self._split: SplitModel | None = None
+        """Wait for `attach`."""
 
     def attach(self, student: nn.Module) -> None:
-        """See `Teacher`.
-
-        Raises:
-            ModelError: the student has no adapter, or one with which biases of its base are trained.
-        """
+        """See `Teacher`. A ModelError where the student has no adapter, or one that trains biases of the base."""
         if not hasattr(student, "disable_adapter"):
             raise ModelError(
                 f"BaseModelTeacher: expected a student with an adapter that can be switched off, got a "
@@ -144,32 +116,15 @@ class BaseModelTeacher(Teacher):
                 "BaseModelTeacher: expected an adapter without biases, got one with which biases of the base are "
                 "trained: the teacher would change. Leave student.adapter.bias out."
             )
-        self._student, self._capture = student, None
         with _without_adapter(student):
-            self._split = split_model(student)
-        self.prepare(self._needs)
+            split = split_model(student)
+        self._use(student)
+        self._split = split
 
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        student = _require_attached(self._student, self)
-        with undisturbed(student), _without_adapter(student):
-            forward = partial(forward_targets, student, self._split, batch, alignment)
-            targets, inside = self._layers.capture(self._needs, forward) if self._needs else (forward(), Activations())
+        with undisturbed(self.model), _without_adapter(self.model):
+            targets, inside = self._run(batch, alignment)
         return TeacherOutput(targets, inside=inside)
-
-    @property
-    def _layers(self) -> ActivationCapture:
-        if self._capture is None:
-            self._capture = ActivationCapture(_require_attached(self._student, self))
-        return self._capture
-
-    @property
-    def shape(self) -> ModelShape:
-        return self._layers.shape
-
-    def prepare(self, needs: ActivationRequest) -> None:
-        if needs:
-            self._layers.prepare(needs)
-            self._needs |= needs
 
 
 @contextmanager
@@ -184,12 +139,6 @@ def _without_adapter(student: Any) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def _require_attached(model: Any, teacher: Teacher) -> Any:
-    if model is None:
-        raise ModelError(f"{type(teacher).__name__}: expected a student, got none yet. Call attach(student) first.")
-    return model
-
-
 @dataclass(frozen=True)
 class EMASource(TeacherSource):
     """A moving average of the student's own weights.
@@ -201,10 +150,7 @@ class EMASource(TeacherSource):
     ema: EMASettings
     name = "ema"
     copies_student = True
-
-    @property
-    def title(self) -> str:
-        return "the average of the student's weights"
+    title = "the average of the student's weights"
 
     def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
         return _load(EMATeacher(self.ema.decay, self.ema.warmup_steps), student, f"{key}.{self.name}")
@@ -220,10 +166,7 @@ class BaseModelSource(TeacherSource):
 
     adapter_off: bool = True
     name = "adapter_off"
-
-    @property
-    def title(self) -> str:
-        return "the student without its adapter"
+    title = "the student without its adapter"
 
     def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
         return _load(BaseModelTeacher(), student, f"{key}.{self.name}")

@@ -26,11 +26,7 @@ class ServedTeacher(Teacher):
     """The top_k likeliest tokens at every position, from a server, and a bucket for all others; at temperature 1.
 
     Token ids are sent, not text, so that nothing is tokenized twice. Whether the server's tokenizer is the student's
-    is checked at once.
-
-    Args:
-        tokenizer: the student's.
-        top_k: number of tokens; vLLM allows 20 unless it is started with --max-logprobs.
+    is checked at once. vLLM allows a top_k of 20 unless it is started with --max-logprobs.
 
     Raises:
         VocabularyError: the server's token ids mean other tokens.
@@ -39,8 +35,7 @@ class ServedTeacher(Teacher):
     """
 
     def __init__(self, server: ModelServer, tokenizer: PreTrainedTokenizerBase, *, top_k: int = 20) -> None:
-        self.server = server
-        self.top_k = top_k
+        self.server, self.top_k = server, top_k
         self.vocabulary = max(tokenizer.get_vocab().values()) + 1
         limit = server.card().get("max_model_len")
         self.max_length = None if limit is None else int(limit) - 1  # the server always generates a token
@@ -56,22 +51,16 @@ class ServedTeacher(Teacher):
         last = column.new_zeros(len(rows)).scatter_reduce(0, row, column, "amax")
         prompts = [ids[i][mask[i]][: end + 2].tolist() for i, end in zip(rows, last.tolist(), strict=True)]
         scores = self.server.score(prompts, self.top_k)
-        starts = torch.cumsum(last + 1, 0) - (last + 1)
-        places = starts[row] + column
-
-        def select(parts: list[Tensor], empty: Tensor) -> Tensor:
-            return torch.cat([empty, *parts])[places]
-
-        kept = select([score.ids for score in scores], torch.empty(0, self.top_k, dtype=torch.long))
-        log_probs = select([score.log_probs for score in scores], torch.empty(0, self.top_k))
+        places = (torch.cumsum(last + 1, 0) - (last + 1))[row] + column
+        kept = torch.cat([torch.empty(0, self.top_k, dtype=torch.long), *(score.ids for score in scores)])[places]
+        log_probs = torch.cat([torch.empty(0, self.top_k), *(score.log_probs for score in scores)])[places]
+        actual = torch.cat([torch.empty(0), *(score.actual for score in scores)])[places]
         # Padding rows of the teacher's head are no tokens: their mass goes to the bucket.
         log_probs = log_probs.masked_fill(kept >= self.vocabulary, -math.inf)
-        targets = SparseTargets(kept.to(home), log_probs.to(home), kind="bucket", temperature=1.0)
-        return TeacherOutput(targets, select([score.actual for score in scores], torch.empty(0)).to(home))
+        return TeacherOutput(SparseTargets(kept.to(home), log_probs.to(home)), actual.to(home))
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Check that every token id is the same token on the server, as far as it lets that be seen."""
-        # This also shows whether the server scores prompts, and gives so many tokens.
+        """Check that token ids are the same tokens on the server, and that it scores prompts with so many tokens."""
         sample = min(64, self.max_length or 64, self.vocabulary)
         probe = [i * self.vocabulary // sample for i in range(sample)]
         (scores,) = self.server.score([probe], self.top_k)
@@ -84,13 +73,10 @@ class ServedTeacher(Teacher):
                 "tokenizer cannot be compared with the student's. Start it with its tokenizer."
             )
         for token, word in words.items():
-            if not _same_word(word, read(tokenizer, [token])):
+            expected = read(tokenizer, [token])
+            # Servers decode a token with or without its space; half a character cannot be compared.
+            if word.strip() != expected.strip() and "\N{REPLACEMENT CHARACTER}" not in word + expected:
                 refuse(self.server, tokenizer, token, word)
-
-
-def _same_word(word: str, other: str) -> bool:
-    """Servers decode a token with or without its space; half a character cannot be compared."""
-    return word.strip() == other.strip() or "\N{REPLACEMENT CHARACTER}" in word + other
 
 
 @dataclass(frozen=True)

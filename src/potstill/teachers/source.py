@@ -17,21 +17,14 @@ from potstill.teachers.teacher import Teacher
 
 @dataclass(frozen=True)
 class LoadedTeacher:
-    """A teacher and what belongs to it.
-
-    Args:
-        model: the teacher's model, where it runs here and can be measured.
-        config: its config, where it is known: a designed student's is derived from it.
-        models: all models that run here, by their key in the recipe.
-        live: beside a cache, the teacher for what the cache does not hold.
-    """
+    """A teacher and what belongs to it."""
 
     teacher: Teacher
     tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel | None = None
-    config: PretrainedConfig | None = None
-    models: Mapping[str, PreTrainedModel] = field(default_factory=dict)
-    live: Teacher | None = None
+    model: PreTrainedModel | None = None  # where it runs here and can be measured
+    config: PretrainedConfig | None = None  # where known: a designed student's is derived from it
+    models: Mapping[str, PreTrainedModel] = field(default_factory=dict)  # all that run here, by their key in the recipe
+    live: Teacher | None = None  # beside a cache, the teacher for what the cache does not hold
 
 
 @dataclass(frozen=True)
@@ -40,20 +33,15 @@ class TeacherSource(Declared):
 
     Args:
         prefetch: run the teacher on the next batch while the student learns from this one
-
-    Attributes:
-        tasks: tasks that this kind of teacher can be used for.
-        other_tokenizer: whether it can read text in tokens of its own.
-        copies_student: whether it keeps a copy of the student's trained weights in memory.
     """
 
     key = "<kind>"  # never written in a recipe
     _: KW_ONLY
     prefetch: bool = False
 
-    tasks: ClassVar[frozenset[Task]] = TASKS
-    other_tokenizer: ClassVar[bool] = False
-    copies_student: ClassVar[bool] = False
+    tasks: ClassVar[frozenset[Task]] = TASKS  # that this kind of teacher can be used for
+    other_tokenizer: ClassVar[bool] = False  # whether it can read text in tokens of its own
+    copies_student: ClassVar[bool] = False  # whether it keeps a copy of the student's trained weights in memory
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -74,11 +62,8 @@ class TeacherSource(Declared):
 
         Args:
             student: the student's model, whose tokenizer a server is queried with; None for a designed student.
-            task: the task of both models.
+            task: of both models.
             key: the source's place in the recipe, for errors.
-
-        Raises:
-            UserError: it cannot be loaded.
         """
 
     def describe(self, teacher: Teacher) -> str:
@@ -91,17 +76,15 @@ class TeacherSource(Declared):
 
     @property
     def model_path(self) -> str | None:
-        """Folder or hub name of the model that runs here, if there is one."""
+        """Folder or hub name of the model that runs here."""
         return vars(self).get("model")
 
     @property
     def model_device(self) -> str | None:
-        """The model's device; None for the student's."""
         return vars(self).get("device")
 
     @property
     def cache_path(self) -> str | None:
-        """Directory of the cache that is read, if there is one."""
         return vars(self).get("cache")
 
     @property

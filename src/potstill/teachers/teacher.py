@@ -54,8 +54,8 @@ class TeacherOutput:
 class Teacher(ABC):
     """Anything that gives targets for every position of a batch.
 
-    A teacher with hidden layers also has an `shape` and can `prepare` to return them. One that changes during
-    training follows it (`attach`, `update`, `after_step`) and is saved in checkpoints (`state_dict`).
+    A teacher with hidden layers also has a `shape` and can `prepare` to return them. One that changes during training
+    follows it (`attach`, `update`, `after_step`) and is saved in checkpoints (`state_dict`).
 
     Attributes:
         of_student: whether it is made from the student: it cannot be measured or cached before training.
@@ -75,11 +75,9 @@ class Teacher(ABC):
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        """Compute the teacher's signals for a batch.
+        """Compute the teacher's signals for a batch at the N target positions of an alignment.
 
-        Args:
-            batch: input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
-            alignment: the N target positions; see `potstill.losses.alignment`.
+        The batch has input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
         """
 
     def covers(self, dataset: Any) -> bool:
@@ -87,11 +85,7 @@ class Teacher(ABC):
         return True
 
     def require(self, dataset: Any) -> None:
-        """Check that the teacher covers a dataset.
-
-        Raises:
-            DataError: it does not.
-        """
+        """Raise a DataError unless the teacher covers a dataset."""
         if not self.covers(dataset):
             raise DataError(f"teacher: {MISSING_ROWS}")
 
@@ -135,11 +129,7 @@ class Teacher(ABC):
 
     @property
     def shape(self) -> ModelShape:
-        """The shape of the model whose layers it gives.
-
-        Raises:
-            ModelError: it gives none.
-        """
+        """The shape of the model whose layers it gives; a ModelError where it gives none."""
         raise self._no_layers()
 
     @property
@@ -151,11 +141,7 @@ class Teacher(ABC):
             return False
 
     def prepare(self, needs: ActivationRequest) -> None:
-        """Return these activations with every later output, with those requested before.
-
-        Raises:
-            ModelError: the teacher does not give them.
-        """
+        """Return these activations with every later output; a ModelError where the teacher does not give them."""
         if needs:
             raise self._no_layers()
 

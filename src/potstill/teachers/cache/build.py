@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,19 +18,9 @@ from potstill.data.files import atomic_path, digest, write_text
 from potstill.errors import DataError, RunError
 from potstill.losses.alignment import Alignment, causal_alignment
 from potstill.losses.targets import DenseTargets, HeadTargets, SparseTargets
+from potstill.teachers.cache import store
 from potstill.teachers.cache.codec import Codec, HiddenStates, codec_of
-from potstill.teachers.cache.store import (
-    MANIFEST,
-    PLAN,
-    CachedRow,
-    CachePlan,
-    Manifest,
-    Shard,
-    parse_record,
-    read_manifest,
-    write_manifest,
-    write_shard,
-)
+from potstill.teachers.cache.store import CachedRow, CachePlan, Manifest, Shard
 from potstill.teachers.cached import COMPANIONS, HEAD, keys_of_batch, layers_of_batch
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
@@ -40,36 +31,23 @@ class CacheBuilder:
 
     A shard does not depend on who writes it, in which order or after how many kills: the finished cache is the same
     bytes.
-
-    Args:
-        plan: what the cache is made from.
-        directory: the cache's directory.
-        teacher: prepared for the layers of the plan.
-        datasets: the rows of each source, with input_ids and labels.
-        collate: makes a padded batch of rows.
-        device: where batches go.
-        write_companions: writes the folder teacher/ (config, tokenizer) into the cache's directory.
     """
 
     plan: CachePlan
     directory: Path
-    teacher: Teacher
-    datasets: Sequence[Any]
+    teacher: Teacher  # prepared for the layers of the plan
+    datasets: Sequence[Any]  # the rows of each source, with input_ids and labels
     collate: Callable[[Sequence[Any]], Mapping[str, Tensor]]
     device: torch.device
-    write_companions: Callable[[Path], None]
+    write_companions: Callable[[Path], None]  # writes teacher/ (config, tokenizer) into the cache's directory
 
     def begin(self) -> None:
-        """Write the plan, or check that it is the one that the cache was begun with.
-
-        Raises:
-            DataError: the directory holds another cache.
-        """
+        """Write the plan, or check that it is the one that the cache was begun with."""
         begun = self._begun_plan()
         if begun is None:
             self.directory.mkdir(parents=True, exist_ok=True)
             text = json.dumps(asdict(self.plan), indent=1, ensure_ascii=False)
-            write_text(self.directory / PLAN, text + "\n")
+            write_text(self.directory / store.PLAN, text + "\n")
         elif changed := self.plan.differs(begun):
             raise DataError(
                 f"cache: expected the plan that the cache in {self.directory} was begun with, got another "
@@ -92,16 +70,15 @@ class CacheBuilder:
             chosen = by_length[start : start + self.plan.batch_rows]
             cached |= zip(chosen, self._encode([dataset[row] for row in chosen]), strict=True)
         path = self._shard_path(number)
-        shard = write_shard(path, (cached[row] for row in rows))
+        shard = store.write_shard(path, (cached[row] for row in rows))
         write_text(path.with_suffix(".json"), json.dumps(asdict(shard), separators=(",", ":")))  # marks it as complete
         return shard
 
     def finish(self) -> Manifest | None:
         """Write the manifest once all shards are there, whoever wrote them; None while some are missing."""
         if not self._finished:
-            shards = [self._completed(number) for number in range(len(self._shards))]
-            complete = [shard for shard in shards if shard is not None]
-            if len(complete) < len(shards):
+            shards = [shard for number in range(len(self._shards)) if (shard := self._completed(number)) is not None]
+            if len(shards) < len(self._shards):
                 return None
             self.write_companions(self.directory)
             files = [path for path in sorted((self.directory / COMPANIONS).rglob("*")) if path.is_file()]
@@ -109,25 +86,22 @@ class CacheBuilder:
                 self._write_head(self.directory / HEAD)
                 files.append(self.directory / HEAD)
             checksums = {path.relative_to(self.directory).as_posix(): digest(path) for path in files}
-            write_manifest(self.directory, Manifest(self._begun_plan() or self.plan, complete, checksums))
+            manifest = Manifest(self._begun_plan() or self.plan, shards, checksums)
+            write_text(self.directory / store.MANIFEST, store.manifest_text(asdict(manifest)))
         for number in range(len(self._shards)):
             self._shard_path(number).with_suffix(".json").unlink(missing_ok=True)
-        (self.directory / PLAN).unlink(missing_ok=True)
-        return read_manifest(self.directory)
+        (self.directory / store.PLAN).unlink(missing_ok=True)
+        return store.read_manifest(self.directory)
 
     @property
     def _finished(self) -> bool:
-        return (self.directory / MANIFEST).exists()
+        return (self.directory / store.MANIFEST).exists()
 
     @cached_property
     def _shards(self) -> list[tuple[int, range]]:
         """The source and the rows of each shard."""
-        step = self.plan.shard_rows
-        return [
-            (source, range(start, min(start + step, rows)))
-            for source, (_, rows, _, _) in enumerate(self.plan.sources)
-            for start in range(0, rows, step)
-        ]
+        step, sizes = self.plan.shard_rows, enumerate(rows for _, rows, _, _ in self.plan.sources)
+        return [(source, range(rows)[start : start + step]) for source, rows in sizes for start in range(0, rows, step)]
 
     @cached_property
     def _codec(self) -> Codec:
@@ -139,17 +113,17 @@ class CacheBuilder:
     def _completed(self, number: int) -> Shard | None:
         path = self._shard_path(number)
         try:
-            shard = parse_record(Shard, json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+            shard = TypeAdapter(Shard).validate_json(path.with_suffix(".json").read_bytes())
         except (OSError, ValueError):
             return None
         return shard if path.exists() and digest(path) == shard.sha256 else None
 
     def _begun_plan(self) -> CachePlan | None:
         if self._finished:
-            return read_manifest(self.directory).plan
-        path = self.directory / PLAN
+            return store.read_manifest(self.directory).plan
+        path = self.directory / store.PLAN
         try:
-            return parse_record(CachePlan, json.loads(path.read_text(encoding="utf-8")))
+            return TypeAdapter(CachePlan).validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
@@ -168,7 +142,6 @@ class CacheBuilder:
         """Run the teacher on a batch and pack each row."""
         batch, alignment, output = self._run_teacher(examples)
         targets = output.targets.slice(self.plan.vocabulary)
-        tokens = alignment.row.bincount(minlength=len(examples)).tolist()
         keys = keys_of_batch(batch, alignment)
         if len(keys) < len(examples):
             raise RunError("cache: expected a target token in every row, got a row without one.")
@@ -176,10 +149,10 @@ class CacheBuilder:
         if self.plan.layers is not None:
             layers = layers_of_batch(batch, alignment, output.inside, self.plan.layers.kept)
         start = 0
-        for key, count, states in zip(keys, tokens, layers, strict=True):
+        for key, count, states in zip(keys, alignment.row.bincount().tolist(), layers, strict=True):
             positions = slice(start, start + count)
-            row = targets.rows(positions)
-            seed = int.from_bytes(key[:8], "little")
+            start += count
+            row, seed = targets.rows(positions), int.from_bytes(key[:8], "little")
             if isinstance(row, SparseTargets):
                 known = None if output.label_log_probs is None else output.label_log_probs[positions]
                 signal = self._codec.encode(row, seed, label_log_probs=known)
@@ -187,7 +160,6 @@ class CacheBuilder:
                 row = row if isinstance(self._codec, HiddenStates) else DenseTargets(row.dense())
                 signal = self._codec.encode(row, seed, labels=alignment.labels[positions])
             yield CachedRow(key, count, signal, states)
-            start += count
 
     def _write_head(self, path: Path) -> None:
         targets = self._run_teacher([self.datasets[0][0]])[2].targets

@@ -16,7 +16,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from potstill.errors import ShapeError, nearest
 from potstill.losses.declared import Declared, Range
@@ -26,9 +28,6 @@ from potstill.teachers.cache.planes import Reader, pack, pack_floats
 BLOCK = 64  # tokens of the vocabulary that are sampled from together
 SCALE = 56.0  # the code of a log-probability of -x nats is round(SCALE * sqrt(x)): fine for large mass, to 20.6 nats
 UNUSED = 255  # the code of a slot without a token
-# Elements of [n, V] at a time while encoding: what fits a CPU's cache, or keeps an accelerator busy.
-CHUNK = 2**20
-LARGE_CHUNK = 2**24
 
 Temperature = Annotated[float, Range(gt=0, lt=math.inf)]
 
@@ -46,59 +45,55 @@ class Codec(Declared):
     def encode(
         self, targets: Targets, seed: int, *, labels: Tensor | None = None, label_log_probs: Tensor | None = None
     ) -> bytes:
-        """Pack one row.
+        """Pack the targets of one row at its n target positions; the seed is of all random numbers of this row.
 
-        Args:
-            targets: over its n target positions.
-            seed: of all random numbers of this row.
-            labels: [n] the labels, for full distributions.
-            label_log_probs: [n] their log-probabilities, for other targets, where known.
-
-        Raises:
-            ShapeError: the codec cannot pack these targets, or they are NaN.
+        Full distributions come with labels [n], other targets with log-probabilities of the labels [n] where known. A
+        ShapeError where the codec cannot pack these targets, or they are NaN.
         """
-        packed, normalizer = self._encode(targets, seed)
+        arrays, normalizer = self._encode(targets, seed)
         if labels is not None:
-            logits = targets.dense() if not isinstance(targets, SparseTargets) else _logits(targets, self.name)
+            logits = self._logits(targets)
             normalizer = logits.float().logsumexp(-1) if normalizer is None else normalizer
             label_log_probs = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1).float() - normalizer
         log_probs = torch.full(targets.leading, math.nan) if label_log_probs is None else label_log_probs.cpu()
-        return pack(log_probs.half().numpy()) + packed
+        return b"".join([pack(log_probs.half().numpy()), *arrays])
 
     def decode(
         self, rows: Sequence[bytes], tokens: Sequence[int], head: LMHead | None = None
     ) -> tuple[Targets, Tensor | None]:
-        """Unpack rows, in this order, to targets over all their tokens, on the CPU.
+        """Unpack one row or more, with n tokens each, on the CPU; codecs of hidden states need the teacher's head.
 
-        Args:
-            rows: from `encode`; at least one.
-            tokens: n of each row.
-            head: the teacher's, for codecs of hidden states.
-
-        Returns:
-            The targets, and the log-probabilities [N] of the labels or None.
-
-        Raises:
-            ShapeError: the bytes have another number of tokens.
+        Returns the targets over all their tokens, and the log-probabilities [N] of the labels or None. A ShapeError
+        where the bytes have another number of tokens.
         """
-        readers = [Reader(row) for row in rows]
-        log_probs = np.concatenate([reader.take("<f2", n) for reader, n in zip(readers, tokens, strict=True)])
-        targets = self._decode(readers, tokens, head)
-        for reader in readers:
-            reader.close()
+        reader = Reader(rows)
+        log_probs = reader.take("<f2", tokens)
+        targets = self._decode(reader, np.asarray(tokens), head)
+        reader.close()
         return targets, None if np.isnan(log_probs).any() else torch.from_numpy(log_probs.astype("f4"))
 
     @abstractmethod
-    def _encode(self, targets: Targets, seed: int) -> tuple[bytes, Tensor | None]:
+    def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
         """The arrays of this codec; and log(sum(exp(logits))) [n] at temperature 1, if it is a by-product."""
 
     @abstractmethod
-    def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> Targets:
-        """The targets of its arrays."""
+    def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> Targets: ...
 
     def record(self) -> dict[str, Any]:
         """Name and parameters, for `codec_of`."""
         return {"name": self.name, **asdict(self)}
+
+    def _logits(self, targets: Targets) -> Tensor:
+        if isinstance(targets, SparseTargets):
+            raise ShapeError(
+                f"{self.name}: expected a teacher with full distributions, got sparse targets. Use the codec top_k."
+            )
+        if isinstance(targets, MixtureTargets):
+            raise ShapeError(
+                f"{self.name}: expected one teacher, got a mixture, which is not known at another temperature. Cache "
+                "each member, and mix the caches."
+            )
+        return targets.dense()
 
     @property
     def _id_bytes(self) -> int:
@@ -111,12 +106,9 @@ class Sampled(Codec):
 
         the i-th draw of a token of text is the v with F(v - 1) <= (i + u) / N < F(v),   F(v) = p_0 + ... + p_v
 
-    One number u in [0, 1) moves all N points (systematic resampling), so that v is drawn floor(N p_v) or ceil(N p_v)
-    times. The expectation of count / N over u is p_v, as with independent draws, in whatever order the vocabulary is,
-    and its variance is never larger: r (1 - r) / N^2, where r is the fraction of N p_v, against p_v (1 - p_v) / N.
-    Counts of different tokens are correlated in other ways than those of independent draws.
-
-    Unbiased for divergences that are linear in the teacher (forward KL, soft cross-entropy).
+    One number u in [0, 1) moves all N points (systematic resampling): v is drawn floor(N p_v) or ceil(N p_v) times, in
+    expectation N p_v, with variance r (1 - r), where r is the fraction of N p_v, against N p_v (1 - p_v) of independent
+    draws. Unbiased for divergences that are linear in the teacher (forward KL, soft cross-entropy).
 
     A row: the number of different tokens u1[n]; their ids, ascending within a token, each as the difference to the one
     before it [E]; their counts less one, u1[E].
@@ -127,16 +119,15 @@ class Sampled(Codec):
 
     References:
         Anshumann et al. 2025 (random sampling distillation, with independent draws), arXiv 2503.16870; Kitagawa 1996,
-        Monte Carlo filter and smoother, J. Comput. Graph. Stat. 5(1), appendix; Douc and Cappe 2005, Comparison of
-        resampling schemes for particle filtering, arXiv cs/0507025.
+        J. Comput. Graph. Stat. 5(1), appendix; Douc and Cappe 2005 (resampling schemes), arXiv cs/0507025.
     """
 
     draws: Annotated[int, Range(ge=1, le=255)] = 50
     temperature: Temperature = 1.0
     name = "sampled"
 
-    def _encode(self, targets: Targets, seed: int) -> tuple[bytes, Tensor | None]:
-        logits = _logits(targets, self.name)
+    def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
+        logits = self._logits(targets)
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
         offsets = torch.rand((len(logits), 1), generator=generator, dtype=torch.float64).to(logits.device)
         drawn, normalizers = [], []
@@ -148,34 +139,26 @@ class Sampled(Codec):
             drawn.append(_tokens_at(points, blocks, ends).cpu())
             normalizers.append(top.squeeze(-1) + ends[:, -1].log())
         ids, normalizer = torch.cat(drawn), _check_nan(torch.cat(normalizers))
-        first = torch.ones_like(ids, dtype=torch.bool)
-        first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        places = first.flatten().nonzero().squeeze(-1)
-        counts = torch.diff(places, append=torch.tensor([ids.numel()]))  # each token of the row begins with a first
-        unique = ids[first]
-        steps = torch.diff(unique, prepend=unique[:1])
-        begins = first.sum(-1).cumsum(0)[:-1]  # where the ids of each later token begin
-        steps[begins], steps[:1] = unique[begins], unique[:1]
-        arrays = (
+        steps = torch.diff(ids, prepend=torch.zeros_like(ids[:, :1]))
+        first = steps != 0
+        first[:, 0] = True
+        counts = torch.diff(first.flatten().nonzero().squeeze(-1), append=torch.tensor([ids.numel()]))
+        arrays = [
             pack(first.sum(-1).numpy().astype("u1")),
-            pack(steps.numpy().astype("<u4"), self._id_bytes),
+            pack(steps[first].numpy().astype("<u4"), self._id_bytes),
             pack((counts - 1).numpy().astype("u1")),
-        )
-        return b"".join(arrays), normalizer if self.temperature == 1 else None
+        ]
+        return arrays, normalizer if self.temperature == 1 else None
 
-    def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> SparseTargets:
-        arrays = []
-        for reader, n in zip(readers, tokens, strict=True):
-            unique = reader.take("u1", n)
-            entries = int(unique.sum(dtype=np.int64))
-            arrays.append((unique, reader.take("<u4", entries, self._id_bytes), reader.take("u1", entries)))
-        unique, steps, counts = map(np.concatenate, zip(*arrays, strict=True))
+    def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> SparseTargets:
+        unique = reader.take("u1", tokens)
+        entries = [int(row.sum(dtype=np.int64)) for row in np.split(unique, np.cumsum(tokens)[:-1])]
         slots = np.arange(int(unique.max(initial=1)), dtype="u1") < unique[:, None]
         ids = np.zeros(slots.shape, np.int64)
-        ids[slots] = steps
+        ids[slots] = reader.take("<u4", entries, self._id_bytes)
         np.cumsum(ids, axis=1, out=ids)
         log_probs = np.full(slots.shape, -np.inf, np.float32)
-        log_probs[slots] = np.log(np.arange(1, 257, dtype=np.float32) / self.draws)[counts]
+        log_probs[slots] = np.log(np.arange(1, 257, dtype=np.float32) / self.draws)[reader.take("u1", entries)]
         return SparseTargets(torch.from_numpy(ids), torch.from_numpy(log_probs), "sampled", self.temperature)
 
 
@@ -201,22 +184,23 @@ class TopK(Codec):
         if not 1 <= self.k <= self.vocabulary:
             raise ShapeError(f"TopK: expected k in 1..{self.vocabulary}, got {self.k}.")
 
-    def _encode(self, targets: Targets, seed: int) -> tuple[bytes, Tensor | None]:
+    def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
+        sparse = isinstance(targets, SparseTargets)
         if isinstance(targets, SparseTargets):
             kept = [self._of_sparse(targets)]
         else:
-            kept = [self._of_logits(part) for part in _chunks(_logits(targets, self.name), self.vocabulary)]
-        ids, log_probs, others, normalizer = map(torch.cat, zip(*kept, strict=True))
-        codes = (SCALE * (-_check_nan(log_probs).cpu()).clamp_min(0).sqrt()).round().clamp_max(UNUSED - 1)
-        codes = codes.masked_fill(log_probs.cpu() == -math.inf, UNUSED)
+            kept = [self._of_logits(part) for part in _chunks(self._logits(targets), self.vocabulary)]
+        ids, log_probs, others, normalizer = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        log_probs = _check_nan(log_probs).cpu()
+        codes = (SCALE * (-log_probs).clamp_min(0).sqrt()).round().clamp_max(UNUSED - 1)
+        codes = codes.masked_fill(log_probs == -math.inf, UNUSED)
         steps = torch.diff(codes, prepend=torch.zeros_like(codes[:, :1]))
-        arrays = (
+        arrays = [
             pack(ids.cpu().numpy().astype("<u4").ravel(), self._id_bytes),
             pack(steps.numpy().astype("u1").ravel()),
             pack(others.cpu().numpy().astype("<f4")),
-        )
-        exact = self.temperature == 1 and not isinstance(targets, SparseTargets)
-        return b"".join(arrays), normalizer if exact else None
+        ]
+        return arrays, normalizer if self.temperature == 1 and not sparse else None
 
     def _of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         top, blocks = _relative(logits, self.temperature)
@@ -243,49 +227,39 @@ class TopK(Codec):
         rest = events[..., :-1].exp().sum(-1) - kept.exp().sum(-1) + events[..., -1].exp()
         rest = rest.clamp_min(0.0)
         missing = (0, self.k - width)
-        kept = torch.nn.functional.pad(kept, missing, value=-math.inf)
-        return torch.nn.functional.pad(targets.ids.gather(-1, places), missing), kept, rest, rest
+        return pad(targets.ids.gather(-1, places), missing), pad(kept, missing, value=-math.inf), rest, rest
 
-    def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> SparseTargets:
-        arrays = []
-        for reader, n in zip(readers, tokens, strict=True):
-            ids = reader.take("<u4", n * self.k, self._id_bytes)
-            arrays.append((ids, reader.take("u1", n * self.k), reader.take("<f4", n)))
-        ids, steps, others = map(np.concatenate, zip(*arrays, strict=True))
-        codes = np.cumsum(steps.reshape(-1, self.k), axis=1, dtype="u1")
+    def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> SparseTargets:
+        ids = reader.take("<u4", tokens * self.k, self._id_bytes).reshape(-1, self.k)
+        codes = np.cumsum(reader.take("u1", tokens * self.k).reshape(-1, self.k), axis=1, dtype="u1")
+        others = torch.from_numpy(reader.take("<f4", tokens)).double()
         levels = -np.square(np.arange(256, dtype="f4") / np.float32(SCALE))
         levels[UNUSED] = -np.inf
-        log_probs = torch.from_numpy(levels[codes])
-        shift = torch.log1p(-torch.from_numpy(others).double()) - log_probs.double().logsumexp(-1)
+        log_probs = torch.from_numpy(levels[codes]).double()
+        shift = torch.log1p(-others) - log_probs.logsumexp(-1)
         log_probs = (log_probs + shift.unsqueeze(-1)).float()
-        kept = torch.from_numpy(ids.reshape(-1, self.k).astype(np.int64))
-        return SparseTargets(kept, log_probs, "bucket", self.temperature)
+        return SparseTargets(torch.from_numpy(ids.astype(np.int64)), log_probs, "bucket", self.temperature)
 
 
 @dataclass(frozen=True)
 class Dense(Codec):
-    """All log-probabilities in half precision: for small vocabularies. Any temperature, any divergence.
-
-    A row: f2[n * V].
-    """
+    """All log-probabilities in half precision, f2[n * V]: for small vocabularies, at any temperature and divergence."""
 
     name = "dense"
 
-    def _encode(self, targets: Targets, seed: int) -> tuple[bytes, Tensor | None]:
-        logits = _logits(targets, self.name).float()
+    def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
+        logits = self._logits(targets).float()
         normalizer = _check_nan(logits.logsumexp(-1, keepdim=True))
-        return pack((logits - normalizer).half().cpu().numpy().ravel()), normalizer.squeeze(-1)
+        return [pack((logits - normalizer).half().cpu().numpy().ravel())], normalizer.squeeze(-1)
 
-    def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> DenseTargets:
-        arrays = [reader.take("<f2", n * self.vocabulary) for reader, n in zip(readers, tokens, strict=True)]
-        return DenseTargets(torch.from_numpy(np.concatenate(arrays)).reshape(-1, self.vocabulary))
+    def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> DenseTargets:
+        values = torch.from_numpy(reader.take("<f2", tokens * self.vocabulary))
+        return DenseTargets(values.reshape(-1, self.vocabulary))
 
 
 @dataclass(frozen=True)
 class HiddenStates(Codec):
-    """The teacher's last hidden states as they are; the head is stored once. Lossless: any temperature and divergence.
-
-    A row: [n * H] in the teacher's dtype.
+    """The teacher's last hidden states, [n * H] as they are; the head is stored once. Any temperature and divergence.
 
     Args:
         width: H.
@@ -296,26 +270,21 @@ class HiddenStates(Codec):
     dtype: str = "float32"
     name = "hidden"
 
-    def _encode(self, targets: Targets, seed: int) -> tuple[bytes, Tensor | None]:
+    def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
         if not isinstance(targets, HeadTargets):
             raise ShapeError(
                 f"hidden: expected a teacher with a plain head, got {type(targets).__name__}. "
                 "Use the codec top_k or sampled."
             )
-        return pack_floats(_check_nan(targets.hidden).to(getattr(torch, self.dtype))), None
+        return [pack_floats(_check_nan(targets.hidden).to(getattr(torch, self.dtype)))], None
 
-    def _decode(self, readers: Sequence[Reader], tokens: Sequence[int], head: LMHead | None) -> HeadTargets:
+    def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> HeadTargets:
         assert head is not None
-        arrays = [reader.take_floats(self.dtype, n * self.width) for reader, n in zip(readers, tokens, strict=True)]
-        return HeadTargets(torch.cat(arrays).reshape(-1, self.width), head)
+        return HeadTargets(reader.take_floats(self.dtype, tokens * self.width).reshape(-1, self.width), head)
 
 
 def codec_of(record: dict[str, Any]) -> Codec:
-    """The codec of a record that `Codec.record` made.
-
-    Raises:
-        ShapeError: there is no such codec or parameter.
-    """
+    """Make the codec that `Codec.record` describes."""
     parameters = dict(record)
     name = str(parameters.pop("name", None))
     if name not in Codec.kinds:
@@ -327,9 +296,7 @@ def codec_of(record: dict[str, Any]) -> Codec:
 
 
 def _relative(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The largest of logits [n, V] as [n, 1], and (logits - largest) / temperature in blocks [n, V / BLOCK, BLOCK],
-    padded with -inf.
-    """
+    """The largest logit [n, 1], and (logits - largest) / temperature in blocks [n, V / BLOCK, BLOCK], then -inf."""
     n, V = logits.shape
     top = logits.amax(-1, keepdim=True).float()
     buffer = torch.empty(n, -(-V // BLOCK) * BLOCK, dtype=torch.float32, device=logits.device)
@@ -341,16 +308,10 @@ def _relative(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _tokens_at(points: Tensor, blocks: Tensor, ends: Tensor) -> Tensor:
-    """The tokens at points of the cumulative distribution, searched by block, then within one.
-
-    Args:
-        points: [n, N] float64 in [0, 1), as shares of the total.
-        blocks: [n, V / BLOCK, BLOCK] unnormalised probabilities.
-        ends: [n, V / BLOCK] float64, the sums to the end of each block.
-    """
+    """The tokens at points [n, N] of the cumulative distribution of blocks, whose sums to their ends are `ends`."""
     target = points * ends[:, -1:]
     block = _first_above(ends, target).clamp_max(ends.shape[-1] - 1)  # NaN is above nothing
-    rest = target - torch.nn.functional.pad(ends, (1, 0)).gather(-1, block)
+    rest = target - pad(ends, (1, 0)).gather(-1, block)
     inner = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).double().cumsum(-1)
     return block * BLOCK + _first_above(inner, rest.unsqueeze(-1)).squeeze(-1)
 
@@ -361,19 +322,6 @@ def _first_above(ends: Tensor, target: Tensor) -> Tensor:
     return torch.minimum(torch.searchsorted(ends, target, right=True), last)
 
 
-def _logits(targets: Targets, codec: str) -> Tensor:
-    if isinstance(targets, SparseTargets):
-        raise ShapeError(
-            f"{codec}: expected a teacher with full distributions, got sparse targets. Use the codec top_k."
-        )
-    if isinstance(targets, MixtureTargets):
-        raise ShapeError(
-            f"{codec}: expected one teacher, got a mixture, which is not known at another temperature. Cache each "
-            "member, and mix the caches."
-        )
-    return targets.dense()
-
-
 def _check_nan(values: Tensor) -> Tensor:
     if values.isnan().any():
         raise ShapeError("teacher: expected numbers, got NaN. Check its weights, or run it in float32 or bfloat16.")
@@ -381,6 +329,5 @@ def _check_nan(values: Tensor) -> Tensor:
 
 
 def _chunks(rows: Tensor, width: int) -> tuple[Tensor, ...]:
-    """Split rows into chunks of a limited number of elements, for rows of that width."""
-    chunk = CHUNK if rows.device.type == "cpu" else LARGE_CHUNK
-    return rows.split(max(1, chunk // width))
+    """Split rows of a width into chunks that fit a CPU's cache, or keep an accelerator busy."""
+    return rows.split(max(1, (2**20 if rows.device.type == "cpu" else 2**24) // width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,34 +26,34 @@ def pack_floats(values: Tensor) -> bytes:
 
 
 class Reader:
-    """Reads arrays from a row of bytes, one after the other."""
+    """Reads the arrays of several rows of bytes, one after the other."""
 
-    def __init__(self, row: bytes) -> None:
-        self._bytes = np.frombuffer(row, "u1")
-        self._offset = 0
+    def __init__(self, rows: Sequence[bytes]) -> None:
+        self._rows = rows
+        self._offsets = [0] * len(rows)
 
-    def take(self, dtype: str, count: int, planes: int | None = None) -> NDArray[Any]:
+    def take(self, dtype: str, counts: Iterable[int], planes: int | None = None) -> NDArray[Any]:
+        """Read the next array of each row, of as many elements as its count, and join them."""
         kind = np.dtype(dtype)
         planes = planes or kind.itemsize
-        end = self._offset + planes * count
-        if end > len(self._bytes):
-            raise ShapeError(f"codec: expected a row of at least {end} bytes, got {len(self._bytes)}.")
-        split = self._bytes[self._offset : end].reshape(planes, count)
-        self._offset = end
-        elements = np.zeros((count, kind.itemsize), "u1")
-        elements[:, :planes] = split.T
-        return elements.view(kind).reshape(count)
+        arrays = []
+        for i, (row, count) in enumerate(zip(self._rows, counts, strict=True)):
+            start, end = self._offsets[i], self._offsets[i] + planes * count
+            if end > len(row):
+                raise ShapeError(f"codec: expected a row of at least {end} bytes, got {len(row)}.")
+            elements = np.zeros((count, kind.itemsize), "u1")
+            elements[:, :planes] = np.frombuffer(row, "u1")[start:end].reshape(planes, count).T
+            arrays.append(elements.view(kind).reshape(count))
+            self._offsets[i] = end
+        return np.concatenate(arrays)
 
-    def take_floats(self, dtype: str, count: int) -> Tensor:
-        """Read floats of a torch dtype that `pack_floats` packed: [count]."""
-        bits = self.take("<i4" if dtype == "float32" else "<i2", count)
+    def take_floats(self, dtype: str, counts: Iterable[int]) -> Tensor:
+        """Read floats of a torch dtype that `pack_floats` packed."""
+        bits = self.take("<i4" if dtype == "float32" else "<i2", counts)
         return torch.from_numpy(bits).view(getattr(torch, dtype))
 
-    @property
-    def left(self) -> int:
-        """Number of unread bytes."""
-        return len(self._bytes) - self._offset
-
     def close(self) -> None:
-        if self.left:
-            raise ShapeError(f"codec: expected a row of {self._offset} bytes, got {len(self._bytes)}.")
+        """Check that every row is read to its end."""
+        for row, offset in zip(self._rows, self._offsets, strict=True):
+            if offset < len(row):
+                raise ShapeError(f"codec: expected a row of {offset} bytes, got {len(row)}.")
