@@ -83,12 +83,19 @@ def main() -> None:
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 
-def print_facts(rows: Iterable[tuple[str, str]]) -> None:
+def show(*parts: object) -> None:
+    """Print tables and lines to stdout."""
+    out = Console()
+    for part in parts:
+        out.print(part, highlight=False)
+
+
+def print_facts(rows: Iterable[tuple[str, ...]]) -> None:
     """Print names and values in two columns."""
     table = Table(show_header=False, box=None)
-    for name, value in rows:
-        table.add_row(name, value)
-    Console().print(table, highlight=False)
+    for row in rows:
+        table.add_row(*row)
+    show(table)
 
 
 def comparison_table(columns: Iterable[str], title: str | None = None) -> Table:

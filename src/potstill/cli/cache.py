@@ -116,7 +116,7 @@ def _facts(directory: Path) -> dict[str, Any]:
     from potstill.teachers.cache.store import Cache
 
     manifest = Cache(directory, verify=False).manifest
-    plan = manifest.plan
+    plan, shown = manifest.plan, ("codec", "sources", "shard_rows", "batch_rows", "layers")
     size = sum(path.stat().st_size for path in (directory / "shards").iterdir())
     return {
         "codec": plan.codec["name"],
@@ -128,11 +128,7 @@ def _facts(directory: Path) -> dict[str, Any]:
         "layers": None if plan.layers is None else asdict(plan.layers),
         "shards": len(manifest.shards),
         "sources": [{"path": path, "rows": rows, "tokens": tokens} for path, rows, tokens, _ in plan.sources],
-        **{
-            name: value
-            for name, value in asdict(plan).items()
-            if name not in ("codec", "sources", "shard_rows", "batch_rows", "layers")
-        },
+        **{name: value for name, value in asdict(plan).items() if name not in shown},
     }
 
 

@@ -54,11 +54,9 @@ def _facts(needs: Any) -> Iterator[tuple[str, str]]:
         yield "train", f"{train_rows:,} rows"
         yield "eval", f"{built.eval.tokens:,} rows"
     yield "steps", f"{built.plan.steps:,}"
-    batch = (
-        f"{formatting.size(needs.batch_bytes)} of it for one batch" if needs.batch_measured else "without activations"
-    )
+    one_batch = f"{formatting.size(needs.batch_bytes)} of it for one batch"
+    batch = one_batch if needs.batch_measured else "without activations"
     yield "memory", f"about {formatting.size(needs.memory_bytes)}, {batch}"
     yield "disk", f"about {formatting.size(needs.disk_bytes)} of {formatting.size(needs.disk_free_bytes)} free"
     yield "time", f"about {formatting.duration(needs.seconds)} of training on this machine"
-    for note in built.notes:
-        yield "note", note
+    yield from (("note", note) for note in built.notes)

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from potstill.cli.app import app, comparison_table, console
+from potstill.cli.app import app, comparison_table, console, show
 from potstill.errors import UserError
 
 CONTEXT = 2048  # default number of tokens in a row
@@ -96,17 +96,13 @@ def _compare(teacher: Any, student: Any, context: int) -> None:
     table.add_row("KV cache a token", *(formatting.size(size.kv_cache_bytes_per_token) for size in sizes))
     table.add_row(f"memory to serve {context:,} tokens", *(formatting.size(size.serve_bytes) for size in sizes))
     table.add_row("memory to train, without activations", *(formatting.size(size.train_bytes) for size in sizes))
-    out = Console()
-    out.print(table, highlight=False)
     ratio = sizes[0].parameters / sizes[1].parameters
-    out.print(
-        f"{ratio:.2f} times smaller. Estimated share of the teacher's score, by published results:", highlight=False
-    )
+    show(table, f"{ratio:.2f} times smaller. Estimated share of the teacher's score, by published results:")
     for task in get_args(Capability):
         share = expected_share(ratio, task)
         caveat = ", beyond published sizes" if share.extrapolated else ""
-        out.print(f"  {task}: {share.value:.0%}, from {share.low:.0%} to {share.high:.0%}{caveat}", highlight=False)
-        out.print(f"    [dim]{share.source}[/]", highlight=False, soft_wrap=True)
+        show(f"  {task}: {share.value:.0%}, from {share.low:.0%} to {share.high:.0%}{caveat}")
+        Console().print(f"    [dim]{share.source}[/]", highlight=False, soft_wrap=True)
 
 
 def _list(context: int) -> None:
@@ -127,4 +123,4 @@ def _list(context: int) -> None:
         sizes = (f"{size.parameters:,}", str(shape.layers), str(shape.hidden), heads, str(shape.ffn))
         cache = formatting.size(size.kv_cache_bytes_per_token)
         table.add_row(reference.name, reference.family, *sizes, cache, reference.origin)
-    Console().print(table, highlight=False)
+    show(table)

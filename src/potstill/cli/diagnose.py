@@ -47,7 +47,6 @@ def diagnose(
 
 
 def _show(diagnosis: dict[str, Any], page: Path) -> None:
-    """Print the teacher at several temperatures, all findings, the conclusion and the path of the report."""
     from potstill.evaluate import formatting
 
     out = Console()

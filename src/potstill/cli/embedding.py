@@ -5,22 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from potstill.cli.app import console
+from potstill.cli.app import comparison_table, console, print_facts, show
 from potstill.errors import RecipeError, nearest
 
 _KINDS = ("distillation", "embedding")
 
 
 def kind_of(path: Path, kinds: Sequence[str] = _KINDS) -> str:
-    """Read the kind of a recipe; distillation if it has none, or if there is no such file.
-
-    Raises:
-        RecipeError: it is none of `kinds`.
-    """
+    """Read the kind of a recipe, one of `kinds`; distillation if it has none, or if there is no such file."""
     from potstill.runs.config.document import read
 
     values = read(path) if path.exists() else None
@@ -41,15 +33,11 @@ def run_embedding(path: Path, sets: Sequence[str], resume: bool) -> None:
     result = run_embedding(EmbeddingRecipe.load(path, sets), resume=resume, console=console)
     rows = result.summary["rows"]
     lines = embedding_table(rows)
-    table = Table(title=result.summary["name"], title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("", *(line["name"].lower() for line in lines)):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table = comparison_table((line["name"].lower() for line in lines), title=result.summary["name"])
     for model, cells in zip(rows, zip(*(line["cells"] for line in lines), strict=True), strict=True):
         table.add_row(model, *cells)
-    out = Console()
-    out.print(table, highlight=False)
-    out.print(embedding_verdict(result.summary), highlight=False)
-    out.print(f"student {result.directory / 'student'}\nreport  {result.directory / 'report.html'}", highlight=False)
+    paths = f"student {result.directory / 'student'}\nreport  {result.directory / 'report.html'}"
+    show(table, embedding_verdict(result.summary), paths)
 
 
 def check_embedding(path: Path, sets: Sequence[str]) -> None:
@@ -57,7 +45,4 @@ def check_embedding(path: Path, sets: Sequence[str]) -> None:
     from potstill.runs.config.embedding import EmbeddingRecipe
     from potstill.runs.embedding import check
 
-    table = Table(show_header=False, box=None)
-    for row in check(EmbeddingRecipe.load(path, sets)):
-        table.add_row(*row)
-    Console().print(table, highlight=False)
+    print_facts(check(EmbeddingRecipe.load(path, sets)))

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from potstill.cli.app import app, comparison_table, console
+from potstill.cli.app import app, comparison_table, console, show
 from potstill.errors import UserError, nearest
 from potstill.losses.alignment import TASKS, Task
 
@@ -53,9 +52,8 @@ def evaluate(
     if task not in TASKS:
         raise UserError(f"--task: expected one of {', '.join(sorted(TASKS))}, got {task}.{nearest(task, TASKS)}")
     source = Source(data, field=field, pair=pair, label=label)
-    results = evaluate_models(
-        student, teacher, source, max_length=max_length, packing=packing, options=options, task=task
-    )
+    rows: dict[str, Any] = {"max_length": max_length, "packing": packing}
+    results = evaluate_models(student, teacher, source, **rows, options=options, task=task)
     write_text(out, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     _show(results, task)
     console.print(f"results {out}", highlight=False)
@@ -69,7 +67,6 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _show(results: dict[str, Any], task: Task) -> None:
-    """Print a table with a column for each model."""
     from potstill.evaluate import formatting
     from potstill.evaluate.measures import FURTHER, QUALITY
 
@@ -103,6 +100,6 @@ def _show(results: dict[str, Any], task: Task) -> None:
         ):
             name = f"{name}, {timings[0]['rows']} x {timings[0]['length']}"
             add_row(name, (timing[key] for timing in timings), write)
-    Console().print(table, highlight=False)
+    show(table)
     for note in results["notes"]:
         console.print(note, highlight=False)

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from potstill.cli.app import RecipePath, Sets, app, console
+from potstill.cli.app import RecipePath, Sets, app, console, print_facts, show
 
 
 @app.command()
@@ -27,15 +25,12 @@ def generate(
     from potstill.runs.generate import generate as generate_rows
 
     result = generate_rows(GenerateRecipe.load(recipe, set_ or ()), resume=resume, engine=engine, console=console)
-    table = Table(show_header=False, box=None)
+    rows = []
     for name, count in result.counts.items():
-        table.add_row(name, f"{count:,}")
-        if name == "dropped":
-            for filter_name, dropped in result.dropped.items():
-                table.add_row(f"  {filter_name}", f"{dropped:,}")
-    out = Console()
-    out.print(table, highlight=False)
-    out.print(f"rows    {result.rows}\ncard    {result.directory / 'README.md'}", highlight=False)
+        dropped = result.dropped if name == "dropped" else {}
+        rows += [(name, f"{count:,}"), *((f"  {filter_name}", f"{x:,}") for filter_name, x in dropped.items())]
+    print_facts(rows)
+    show(f"rows    {result.rows}\ncard    {result.directory / 'README.md'}")
 
 
 def check_generate(path: Path, sets: Sequence[str]) -> None:
@@ -45,14 +40,14 @@ def check_generate(path: Path, sets: Sequence[str]) -> None:
 
     recipe = GenerateRecipe.load(path, sets)
     plan = check(recipe)
-    table = Table(show_header=False, box=None)
-    table.add_row("teacher", recipe.teacher.name)
-    table.add_row("prompts", f"{len(plan.prompts):,}")
-    table.add_row(
-        "texts",
-        f"{len(plan.prompts) * recipe.sampling.samples:,} of at most {recipe.sampling.max_new_tokens:,} new tokens",
+    texts, sampling = len(plan.prompts) * recipe.sampling.samples, recipe.sampling
+    unusable = f"{len(plan.unusable):,} rows that cannot be used"
+    print_facts(
+        [
+            ("teacher", recipe.teacher.name),
+            ("prompts", f"{len(plan.prompts):,}"),
+            ("texts", f"{texts:,} of at most {sampling.max_new_tokens:,} new tokens"),
+            *([("left out", unusable)] if plan.unusable else []),
+            ("rows", f"as {plan.row_format}, to {recipe.output}"),
+        ]
     )
-    if plan.unusable:
-        table.add_row("left out", f"{len(plan.unusable):,} rows that cannot be used")
-    table.add_row("rows", f"as {plan.row_format}, to {recipe.output}")
-    Console().print(table, highlight=False)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from potstill.cli.app import Imports, RecipePath, Sets, app, comparison_table, console
+from potstill.cli.app import Imports, RecipePath, Sets, app, comparison_table, console, show
 from potstill.cli.embedding import kind_of, run_embedding
 
 
@@ -45,11 +44,9 @@ def show_result(result: Any) -> None:
     for measure in of_run(summary["task"], "bits_per_byte" in rows["student"]):
         values = [row[measure.key] for row in rows.values()]
         table.add_row(measure.name, *("–" if value is None else measure.write(value) for value in values))
-    out = Console()
-    out.print(table, highlight=False)
-    out.print(verdict(summary), highlight=False)
+    show(table, verdict(summary))
     if adapter := summary["adapter"]:
         trained = f"{adapter['trained']:,} parameters trained, {formatting.percent(adapter['share'], 2)} of all"
         saved = "merged" if adapter["bytes"] is None else f"{formatting.size(adapter['bytes'])} beside its base model"
-        out.print(f"adapter {adapter['title']}: {trained}; {saved}", highlight=False)
-    out.print(f"student {directory / 'student'}\nreport  {directory / 'report.html'}", highlight=False)
+        show(f"adapter {adapter['title']}: {trained}; {saved}")
+    show(f"student {directory / 'student'}\nreport  {directory / 'report.html'}")

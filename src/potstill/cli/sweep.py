@@ -48,18 +48,14 @@ def sweep(
     from potstill.runs.sweep import read_axes
     from potstill.runs.sweep import sweep as sweep_recipe
 
-    limits = Limits(
-        max_parameters=None if max_parameters is None else parse_count(max_parameters),
-        max_bytes=None if max_megabytes is None else round(max_megabytes * 1e6),
-        max_latency_ms=max_latency_ms,
-        min_quality=min_quality,
-    )
+    most = None if max_parameters is None else parse_count(max_parameters)
+    max_bytes = None if max_megabytes is None else round(max_megabytes * 1e6)
+    limits = Limits(most, max_bytes, max_latency_ms, min_quality)
     directory = out or Path(f"{values['output']}-sweep")
     axes = read_axes([*(vary or ()), *(more or ())])
+    options: dict[str, Any] = {"limits": limits, "resume": resume, "engine": engine, "origin": str(recipe)}
     try:
-        sweep_recipe(
-            values, axes, directory, limits=limits, resume=resume, engine=engine, origin=str(recipe), console=console
-        )
+        sweep_recipe(values, axes, directory, **options, console=console)
     except RunError:  # some runs failed; the others have results
         _show_results(directory)
         raise

@@ -29,8 +29,6 @@ def virtual_tokens(model: Any) -> int:
 
 
 class ParameterCount(NamedTuple):
-    """Numbers of parameters of a model."""
-
     trained: int
     all: int
 
@@ -58,7 +56,6 @@ def save_adapter(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor
 
 
 def save_student(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Save a model, of a PeftModel the adapter alone."""
     if is_adapted(model):
         save_adapter(model, folder, state_dict)
     else:

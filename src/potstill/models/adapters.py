@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -49,11 +50,7 @@ class Adapter(Declared):
 
     @abstractmethod
     def peft_config(self, model: PreTrainedModel) -> Any:
-        """Make the peft.PeftConfig for a model.
-
-        Raises:
-            UserError: the adapter does not go with the model.
-        """
+        """Make the peft.PeftConfig for a model; a UserError says why the adapter does not go with it."""
 
     def initialize(self, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:  # most need none
         """Set the first weights of a PeftModel, where peft's own are not the best."""
@@ -91,12 +88,12 @@ class Lora(Adapter):
     def peft_config(self, model: PreTrainedModel) -> Any:
         layers = linear_layers(model)
         chosen = [*layers] if self.target_modules is None else _choose(layers, self.target_modules, "target_modules")
-        smaller_side = {name: min(_sides(layers[name])) for name in chosen}
-        narrowest = min(smaller_side, key=lambda name: smaller_side[name])
-        if self.rank > smaller_side[narrowest]:
+        smaller_side = {name: _smaller_side(layers[name]) for name in chosen}
+        narrowest, most = min(smaller_side.items(), key=itemgetter(1))
+        if self.rank > most:
             raise ModelError(
-                f"student.adapter.rank: expected 1..{smaller_side[narrowest]}, the smaller side of {narrowest}, got "
-                f"{self.rank}. Lower it, or leave that layer out of target_modules."
+                f"student.adapter.rank: expected 1..{most}, the smaller side of {narrowest}, got {self.rank}. Lower "
+                "it, or leave that layer out of target_modules."
             )
         biased = model.modules() if self.bias == "all" else (layers[name] for name in chosen)
         if self.bias != "none" and all(getattr(layer, "bias", None) is None for layer in biased):
@@ -104,13 +101,8 @@ class Lora(Adapter):
                 f"student.adapter.bias: expected none for {type(model).__name__}, got {self.bias}. There are no biases "
                 "to train: leave it out."
             )
-        return _peft().LoraConfig(
-            **_common(model, layers, chosen),
-            r=self.rank,
-            bias=self.bias,
-            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
-            lora_dropout=self.dropout,
-        )
+        common, alpha = _common(model, layers, chosen), 2 * self.rank if self.alpha is None else self.alpha
+        return _peft().LoraConfig(**common, r=self.rank, bias=self.bias, lora_alpha=alpha, lora_dropout=self.dropout)
 
 
 @dataclass(frozen=True)
@@ -162,11 +154,9 @@ class Ia3(Adapter):
         layers = linear_layers(model)
         names, scaled_inputs = (self.target_modules, ()) if self.target_modules else _keys_values_units(model)
         chosen = _choose(layers, names, "target_modules")
-        scaled_inputs = self.feedforward_modules or scaled_inputs
-        return _peft().IA3Config(
-            **_common(model, layers, chosen),
-            feedforward_modules=_choose({n: layers[n] for n in chosen}, scaled_inputs, "feedforward_modules"),
-        )
+        among = {name: layers[name] for name in chosen}
+        scaled = _choose(among, self.feedforward_modules or scaled_inputs, "feedforward_modules")
+        return _peft().IA3Config(**_common(model, layers, chosen), feedforward_modules=scaled)
 
 
 @dataclass(frozen=True)
@@ -224,8 +214,7 @@ class Prompt(Adapter):
 class Prefix(Prompt):
     """Trained keys and values, in every layer, of virtual tokens in front of every row.
 
-    They start from the model's own keys and values of a text, or of random tokens, and are trained themselves: no
-    network makes them.
+    They start from the model's own keys and values of a text, or of random tokens; no network makes them.
 
     References:
         Li and Liang 2021, arXiv 2101.00190; section 7.4 for the start.
@@ -249,7 +238,7 @@ class Prefix(Prompt):
 
 
 def adapter_conflicts(adapter: Adapter | None, task: Task, train: Mapping[str, Any]) -> Iterator[str]:
-    """Check an adapter against a recipe's task and training arguments: one line for each mistake."""
+    """Check an adapter against a recipe's task and training arguments: a line for each mistake."""
     if adapter is None:
         return
     fitting = [name for name, kind in Adapter.kinds.items() if kind.tasks is None or task in kind.tasks]
@@ -267,14 +256,8 @@ def adapt(
 ) -> Any:
     """Freeze a model and add an adapter, which alone is trained; a sequence-level head is trained too.
 
-    Args:
-        model: a model of transformers; it is changed in place.
-        adapter: `Lora`, `Ia3`, `Prompt` or `Prefix`.
-        seed: of its first weights.
-        tokenizer: for the text that a prompt or prefix starts from.
-
-    Returns:
-        A peft.PeftModel: `disable_adapter()` gives the model as it was.
+    The model is changed in place, `seed` is of the first weights, and the tokenizer reads the text that a prompt or
+    prefix starts from. The result is a peft.PeftModel: `disable_adapter()` gives the model as it was.
 
     Raises:
         UserError: peft is not installed, or the adapter does not go with the model.
@@ -301,12 +284,12 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     body, head = {*model.base_model.modules()}, model.get_output_embeddings()
     for name in sequence_head_names(model):
         body -= {*model.get_submodule(name).modules()}
-    named = model.named_modules()
-    return {name: module for name, module in named if module in body and module is not head and is_linear(module)}
+    body.discard(head)
+    return {name: module for name, module in model.named_modules() if module in body and is_linear(module)}
 
 
 def _common(model: PreTrainedModel, layers: Mapping[str, nn.Module], chosen: Iterable[str]) -> dict[str, Any]:
-    """What peft's configs for chosen linear layers have in common."""
+    """The fields that peft's configs for chosen linear layers share."""
     heads = sequence_head_names(model)
     return {
         "task_type": "CAUSAL_LM" if model.can_generate() else "SEQ_CLS" if heads else None,
@@ -343,9 +326,9 @@ def _choose(layers: Mapping[str, nn.Module], ends: Sequence[str], key: str) -> l
     return sorted(chosen)
 
 
-def _sides(layer: Any) -> tuple[int, int]:
-    """Numbers of inputs and outputs; the shape of a quantized weight does not tell."""
-    return (layer.nx, layer.nf) if is_transposed(layer) else (layer.in_features, layer.out_features)
+def _smaller_side(layer: Any) -> int:
+    """The smaller number of inputs and outputs; the shape of a quantized weight does not tell."""
+    return min((layer.nx, layer.nf) if is_transposed(layer) else (layer.in_features, layer.out_features))
 
 
 def _peft() -> Any:

@@ -14,6 +14,7 @@ from potstill.errors import ModelError, nearest
 from potstill.models.design import KEEP_WORDS, TOLERANCE, Keep, ShapeSearch, design
 from potstill.models.size import count_parameters, size_of
 
+Measure = Callable[[PretrainedConfig], float]
 # The most parameters on each kind of device: rules of thumb for models in 4 to 16 bits.
 TARGETS = {"browser": 200_000_000, "edge": 500_000_000, "mobile": 1_000_000_000, "server": 3_000_000_000}
 
@@ -44,11 +45,11 @@ class Budget:
     context: int = 2048
 
     def __post_init__(self) -> None:
-        limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:5]}
-        given = {name: limit for name, limit in limits.items() if limit is not None}
+        limits = [field.name for field in dataclasses.fields(self)[:5]]
+        given = [name for name in limits if getattr(self, name) is not None]
         if len(given) != 1:
             raise ModelError(f"design: expected one of {', '.join(limits)}, got {' and '.join(given) or 'none'}.")
-        ((name, limit),) = given.items()
+        name, limit = given[0], getattr(self, given[0])
         if name == "target" and limit not in TARGETS:
             raise ModelError(f"design: expected target {', '.join(TARGETS)}, got {limit}.{nearest(limit, TARGETS)}")
         least = 1 if name == "compression" else 0
@@ -56,19 +57,12 @@ class Budget:
             raise ModelError(f"design: expected {name} above {least}, got {limit:g}.")
 
     def student(
-        self,
-        teacher: PretrainedConfig,
-        *,
-        vocabulary: int | None = None,
-        seconds: Callable[[PretrainedConfig], float] | None = None,
+        self, teacher: PretrainedConfig, *, vocabulary: int | None = None, seconds: Measure | None = None
     ) -> PretrainedConfig:
         """Design the largest student within the budget.
 
         `vocabulary` is the number of token ids, the teacher's by default. `seconds` times a forward pass of a config's
         model, for `latency_ms`.
-
-        Raises:
-            ModelError: nothing fits, or everything does.
         """
         params = self.params if self.target is None else TARGETS[self.target]
         if self.compression is not None:
@@ -83,9 +77,7 @@ class Budget:
         return _largest(search, lambda c: 1000 * seconds(c), self.latency_ms, f"at most {self.latency_ms:g} ms")
 
 
-def _largest(
-    search: ShapeSearch, measure: Callable[[PretrainedConfig], float], most: float, limit: str
-) -> PretrainedConfig:
+def _largest(search: ShapeSearch, measure: Measure, most: float, limit: str) -> PretrainedConfig:
     """Bisect for the largest student whose measure, which grows with its parameters, is within the limit."""
     smallest = search.smallest()
     fitting = search.config(smallest.shape)
@@ -109,9 +101,6 @@ def _largest(
 
 def parse_count(text: str | float) -> int:
     """Parse a number of parameters.
-
-    Raises:
-        ModelError: it is not one.
 
     >>> parse_count("1.5B"), parse_count("100M"), parse_count("250_000")
     (1500000000, 100000000, 250000)

@@ -20,11 +20,6 @@ class PublishedResult:
     share: float  # the student's score over the teacher's
     source: str
 
-    @property
-    def exponent(self) -> float:
-        """The a of share = compression^-a through this point."""
-        return -math.log(self.share) / math.log(self.compression)
-
 
 PUBLISHED = (
     PublishedResult("understanding", 1 / 0.6, 0.97, "DistilBERT on GLUE, arXiv 1910.01108"),
@@ -65,13 +60,7 @@ def expected_share(compression: float, task: Capability) -> CapacityEstimate:
 
 
 def smallest_student(teacher_parameters: int, share: float, task: Capability) -> CapacityEstimate:
-    """Estimate the parameters that a student needs to keep a share of the teacher's score.
-
-    It is the inverse of `expected_share`; `low` is the fewest parameters.
-
-    Raises:
-        ShapeError: the task is not known, or the share is not in (0, 1).
-    """
+    """Estimate the parameters that a student needs for a share of the teacher's score: `expected_share` inverted."""
     if not 0 < share < 1:
         raise ShapeError(f"smallest_student: expected a share of the teacher's score in (0, 1), got {share}.")
     least, mean, most, largest, source = _published(task)
@@ -84,7 +73,7 @@ def _published(task: str) -> tuple[float, float, float, float, str]:
     results = [result for result in PUBLISHED if result.task == task]
     if not results:
         raise ShapeError(f"capacity: expected a task of {', '.join(get_args(Capability))}, got {task}.")
-    exponents = [result.exponent for result in results]
+    exponents = [-math.log(result.share) / math.log(result.compression) for result in results]
     largest, source = max(result.compression for result in results), "; ".join(result.source for result in results)
     return min(exponents), sum(exponents) / len(exponents), max(exponents), largest, source
 
@@ -104,7 +93,6 @@ class SupervisedLaw:
     gamma: float
 
     def loss(self, parameters: float, tokens: float) -> float:
-        """Compute the loss, in nats per token."""
         return self.irreducible + (self.size / parameters**self.alpha + self.data / tokens**self.beta) ** self.gamma
 
 

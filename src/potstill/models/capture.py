@@ -1,12 +1,10 @@
-"""Capture hidden states, attention maps, queries, keys and values of chosen layers during a forward pass.
-
-Forward hooks are set for one call and removed after it, so that nothing else is kept.
-"""
+"""Capture hidden states, attention maps, queries, keys and values of chosen layers by hooks for one pass."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -41,10 +39,7 @@ class ActivationRequest:
 
 
 class Vectors(NamedTuple):
-    """Outputs of a layer's attention projections, all heads side by side.
-
-    They are taken before any norm and rotary embedding, and before keys and values are repeated for grouped queries.
-    """
+    """Outputs of a layer's attention projections, heads side by side, before any norm, rotation and repetition."""
 
     queries: Tensor  # [B, T, Dq]
     keys: Tensor  # [B, T, Dk]
@@ -69,7 +64,6 @@ class Activations:
         )
 
     def to(self, device: torch.device) -> Activations:
-        """Move all tensors to a device."""
         hidden, attentions, exits = (
             {i: x.to(device) for i, x in tensors.items()} for tensors in (self.hidden, self.attentions, self.exits)
         )
@@ -78,15 +72,9 @@ class Activations:
 
 
 class ActivationCapture:
-    """Captures activations of a model.
+    """Captures activations of a decoder or encoder of transformers.
 
     Modules are looked up by name at each call, because wrappers (FSDP, activation checkpointing) replace them.
-
-    Args:
-        model: a model of transformers, decoder or encoder.
-
-    Raises:
-        ModelError: its list of layers is not found.
     """
 
     def __init__(self, model: Any) -> None:
@@ -101,21 +89,12 @@ class ActivationCapture:
         return structure.model_shape(self._config)
 
     def prepare(self, request: ActivationRequest) -> None:
-        """Set the model up for a request and check it on a few tokens.
-
-        Attention maps exist only in the eager implementation of attention: the model is switched to it.
-
-        Raises:
-            ModelError: the model does not give what is requested.
-        """
+        """Switch the model to eager attention if a request needs attention maps, and check it on a few tokens."""
         if not request:
             return
         if request.attentions and self.model.config._attn_implementation != "eager":
-            logger.warning(
-                "%s: switched to eager attention, which gives attention maps. It is slower, and its memory grows with "
-                "the square of the length.",
-                self._name,
-            )
+            effect = "It is slower, and its memory grows with the square of the length."
+            logger.warning("%s: switched to eager attention, which gives attention maps. %s", self._name, effect)
             self.model.set_attn_implementation("eager")
             if self.model.config._attn_implementation != "eager":
                 raise ModelError(
@@ -126,8 +105,10 @@ class ActivationCapture:
             self._final_norm = structure.find_final_norm(self.model, self._layers)
         with undisturbed(self.model):
             _, activations = self.capture(request, partial(run, self.model, probe_batch(self.model)))
-        activations = activations.last(3)
-        for kind, tensors in (("attention maps", activations.attentions), ("hidden states", activations.hidden)):
+        for kind, tensors in (
+            ("attention maps", activations.attentions),
+            ("hidden states", activations.last(3).hidden),
+        ):
             for layer, tensor in tensors.items():
                 expected = (2, tensor.shape[1], 3, 3) if kind == "attention maps" else (2, 3, self.shape.width)
                 if tensor.shape != expected:
@@ -138,11 +119,7 @@ class ActivationCapture:
                     )
 
     def capture(self, request: ActivationRequest, call: Callable[[], T]) -> tuple[T, Activations]:
-        """Capture activations during a call that runs the model once; return its result too.
-
-        Raises:
-            ModelError: a module did not run, or its output is not known.
-        """
+        """Capture activations during a call that runs the model once; return its result too."""
         if not request:
             return call(), Activations()
         outputs: dict[tuple[str, int], Any] = {}
@@ -157,24 +134,19 @@ class ActivationCapture:
             outputs[key] = output
 
         def tensor(name: str, layer: int, place: int = 0) -> Tensor:
-            output = outputs.get((name, layer))
-            if isinstance(output, tuple | list):
-                output = output[place] if len(output) > place else None
-            elif place:
-                output = None
-            if not isinstance(output, Tensor):
+            output: Any = outputs.get((name, layer))
+            parts = output if isinstance(output, tuple | list) else [output]
+            if len(parts) <= place or not isinstance(parts[place], Tensor):
                 raise ModelError(
                     f"{self._name}: expected {name} from layer {layer}, got none. "
                     "The layer did not run, or this architecture does not give it."
                 )
-            return output
+            return parts[place]
 
-        handles = [module.register_forward_hook(partial(hook, key)) for key, module in self._modules(request)]
-        try:
+        with ExitStack() as hooks:
+            for key, module in self._modules(request):
+                hooks.enter_context(module.register_forward_hook(partial(hook, key)))
             result = call()
-        finally:
-            for handle in handles:
-                handle.remove()
         final_norm = self.model.get_submodule(self._final_norm) if self._final_norm else nn.Identity()
         return result, Activations(
             {i: tensor("hidden", i) for i in sorted(request.hidden)},
@@ -184,11 +156,9 @@ class ActivationCapture:
         )
 
     def layer(self, i: int) -> nn.Module:
-        """Return a layer by its number, from 0."""
         return self.model.get_submodule(f"{self._layers}.{i}")
 
     def _modules(self, request: ActivationRequest) -> Iterator[tuple[tuple[str, int], nn.Module]]:
-        """The modules to hook, with a key for the output of each."""
         for i in request.hidden | request.exits:
             yield ("hidden", i), self.layer(i)
         for i in request.attentions:

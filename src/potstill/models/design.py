@@ -27,9 +27,6 @@ FFN_RANGE = 1.5  # the feed-forward width may differ by this factor from the tea
 def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabulary: int) -> PretrainedConfig:
     """Change fields of the teacher's config; `vocabulary` is the number of token ids, without padding rows.
 
-    Raises:
-        ModelError: the teacher's config has no such field, or the fields do not fit together.
-
     >>> from transformers import LlamaConfig
     >>> student_config(LlamaConfig(), {"num_hidden_layers": 2}, 1000).vocab_size
     1000
@@ -70,9 +67,6 @@ def design(
         parameters: the budget.
         keep: the teacher's depth, its width (of hidden states and heads), or neither: both shrink in proportion.
         vocabulary: number of token ids; the teacher's by default.
-
-    Raises:
-        ModelError: no shape comes within 5% of the budget.
     """
     if keep not in get_args(Keep):
         raise ModelError(f"design: expected keep {', '.join(get_args(Keep))}, got {keep}.")
@@ -109,29 +103,12 @@ class SizedShape:
     parameters: int
 
     def __str__(self) -> str:
-        shape = self.shape
-        layers = "1 layer" if shape.layers == 1 else f"{shape.layers} layers"
-        return f"{layers} of width {shape.hidden}, feed-forward {shape.ffn}"
-
-
-@dataclass(frozen=True)
-class _LinearCount:
-    """Parameters as outside + layers * (layer + unit * ffn), for shapes that differ in depth and ffn alone."""
-
-    outside: int
-    layer: int
-    unit: int
-
-    def __call__(self, shape: DesignShape) -> int:
-        return self.outside + shape.layers * (self.layer + self.unit * shape.ffn)
+        layers = "1 layer" if self.shape.layers == 1 else f"{self.shape.layers} layers"
+        return f"{layers} of width {self.shape.hidden}, feed-forward {self.shape.ffn}"
 
 
 class ShapeSearch:
-    """Search of the shapes that a student of a teacher's family may have.
-
-    Raises:
-        ModelError: the teacher's layers do not all have one shape.
-    """
+    """Search of the shapes that a student of a teacher's family may have."""
 
     def __init__(self, teacher: PretrainedConfig, keep: Keep, vocabulary: int) -> None:
         self.teacher, self.keep, self.vocabulary = teacher, keep, vocabulary
@@ -139,9 +116,7 @@ class ShapeSearch:
         self._widths = [(shape, self._count(shape)) for shape in self._all_widths()]
 
     def best(self, parameters: int) -> SizedShape:
-        """Return the shape nearest to the teacher's proportions among those within half of the tolerance, else the one
-        nearest to the budget.
-        """
+        """Return the shape nearest to the teacher's proportions within half of the tolerance, else to the budget."""
 
         def cost(candidate: SizedShape) -> tuple[float, float]:
             error = abs(math.log(candidate.parameters / parameters))
@@ -150,11 +125,9 @@ class ShapeSearch:
         return min(self._candidates(parameters), key=cost)
 
     def smallest(self) -> SizedShape:
-        """Return the shape with the fewest parameters."""
         return min(self._candidates(0), key=lambda candidate: candidate.parameters)
 
     def config(self, shape: DesignShape) -> PretrainedConfig:
-        """Return the config of a shape."""
         return student_config(self.teacher, config_fields(shape, self.teacher), self.vocabulary)
 
     def advice(self, parameters: int) -> str:
@@ -168,12 +141,12 @@ class ShapeSearch:
     def _candidates(self, parameters: int) -> Iterator[SizedShape]:
         """All widths and depths, each with the feed-forward width that brings it nearest to the budget."""
         depths = [self.shape.layers] if self.keep == "depth" else range(1, self.shape.layers + 1)
-        for width, count in self._widths:
+        for width, (outside, layer, unit) in self._widths:
             least, most = width.ffn / FFN_RANGE, min(width.ffn * FFN_RANGE, self.shape.ffn)
             for layers in depths:
-                ffn = ((parameters - count.outside) / layers - count.layer) / count.unit
+                ffn = ((parameters - outside) / layers - layer) / unit
                 shape = replace(width, layers=layers, ffn=_rounded(min(max(ffn, least), most), self.shape.ffn))
-                yield SizedShape(shape, count(shape))
+                yield SizedShape(shape, outside + layers * (layer + unit * shape.ffn))
 
     def _all_widths(self) -> Iterator[DesignShape]:
         """The teacher's shape in all widths, its feed-forward network in proportion."""
@@ -182,7 +155,7 @@ class ShapeSearch:
             if hidden != teacher.hidden and hidden % _multiple(hidden, teacher.hidden):
                 continue
             ratio = hidden / teacher.hidden
-            if teacher.heads_fill_hidden:
+            if teacher.heads * teacher.head_size == teacher.hidden:
                 if hidden % teacher.head_size:
                     continue
                 heads = hidden // teacher.head_size
@@ -194,28 +167,24 @@ class ShapeSearch:
                 ffn = _rounded(teacher.ffn * ratio, teacher.ffn)
                 yield replace(teacher, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn)
 
-    def _count(self, shape: DesignShape) -> _LinearCount:
-        """Fit the linear count to three small models."""
+    def _count(self, shape: DesignShape) -> tuple[int, int, int]:
+        """Fit parameters = outside + layers * (layer + unit * ffn) to three small models of a width."""
         variants = [replace(shape, layers=1), replace(shape, layers=2), replace(shape, layers=1, ffn=2 * shape.ffn)]
         one, two, wide = (count_parameters(self.config(variant)) for variant in variants)
         unit = (wide - one) // shape.ffn
-        return _LinearCount(outside=one - (two - one), layer=(two - one) - unit * shape.ffn, unit=unit)
+        return one - (two - one), (two - one) - unit * shape.ffn, unit
 
     def _distance(self, shape: DesignShape) -> float:
         """The distance of a shape's proportions from the teacher's.
 
         Depth over width is one of them: public families (Llama 3, Qwen 2.5) keep it over their sizes.
         """
-        teacher = self.shape
-        distance = abs(math.log((shape.ffn / shape.hidden) / (teacher.ffn / teacher.hidden)))
-        distance += abs(math.log((shape.heads / shape.kv_heads) / (teacher.heads / teacher.kv_heads)))
-        if self.keep == "balanced":
-            distance += abs(math.log((shape.layers / shape.hidden) / (teacher.layers / teacher.hidden)))
-        return distance
+        proportions = [(x.ffn / x.hidden, x.heads / x.kv_heads, x.layers / x.hidden) for x in (shape, self.shape)]
+        distances = [abs(math.log(own / teacher)) for own, teacher in zip(*proportions, strict=True)]
+        return sum(distances if self.keep == "balanced" else distances[:2])
 
 
 def _multiple(width: int, teacher_width: int) -> int:
-    """The number that a width should be a multiple of."""
     return 8 if teacher_width < 256 else 64 if width < 1024 else 128
 
 

@@ -18,7 +18,7 @@ def token_rows(model: PreTrainedModel, task: Task) -> int:
 
 
 def class_ids(config: PretrainedConfig) -> dict[str, int]:
-    """Return the ids of a classifier's classes by their names."""
+    """The ids of a classifier's classes by their names."""
     return {str(name): int(number) for name, number in (config.label2id or {}).items()}
 
 
@@ -32,11 +32,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def match_heads(task: Task, models: Mapping[str, PreTrainedModel], pad_token_id: int) -> None:
-    """Check that sequence-level heads have the same classes, or one number; set the id that pads where there is none.
-
-    Raises:
-        RecipeError: they have not.
-    """
+    """Check that sequence-level heads have the same classes, or one number; set a missing id that pads."""
     sizes = {name: model.config.num_labels for name, model in models.items()}
     if task == "regression" and set(sizes.values()) != {1}:
         name, size = next(item for item in sizes.items() if item[1] != 1)

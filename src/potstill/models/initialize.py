@@ -52,19 +52,9 @@ def plan_initialization(
 ) -> Initialization:
     """Select the part of its teacher's weights that a student starts from.
 
-    A student of the teacher's shape equals the teacher; one with fewer layers computes what the teacher computes
-    without the others.
-
-    Args:
-        teacher: of the same family as the student.
-        config: the student's; nowhere larger than the teacher's.
-        method: copy (complete layers; all widths are the teacher's), truncate (the first heads, units and channels), or
-            prune (the most important ones, by activations).
-        layers: see `choose_layers`; by default importance for prune, else uniform.
-        calibration: gives batches of training data, on which importance is measured.
-
-    Raises:
-        ModelError: the student does not fit into the teacher, or the architecture is not known.
+    The method is copy (complete layers; all widths are the teacher's), truncate (the first heads, units and channels),
+    or prune (the most important ones, by activations). `layers` is a choice of `choose_layers`, by default importance
+    for prune, else uniform. `calibration` gives batches of training data, on which importance is measured.
 
     References:
         Muralidharan et al. 2024 (Minitron), arXiv 2407.14679; Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, for
@@ -90,25 +80,21 @@ def plan_initialization(
     for name in LAYER_FIELDS:
         if isinstance(values := getattr(teacher.config, name, None), list):
             setattr(config, name, [values[layer] for layer in chosen])
-    return Initialization(config, parts, _notes(teacher, structure, config, method, choice, parts))
+    sizes = {name: (getattr(shape, field), getattr(structure.shape, field)) for name, field in WIDTHS.items()}
+    widths = ", ".join(f"{kept} of {total} {name}" for name, (kept, total) in sizes.items() if kept != total)
+    if widths:
+        widths += " (the most active)" if method == "prune" else " (the first)"
+    by = choice if isinstance(choice, str) else "as given"
+    of_layers = f"layers {', '.join(map(str, chosen))} of {structure.shape.layers} ({by})"
+    notes = (f"student: the teacher's {of_layers}, {widths or 'complete'}.", *_notes(teacher, structure, config, parts))
+    return Initialization(config, parts, notes)
 
 
 def _notes(
-    teacher: PreTrainedModel,
-    structure: LayerStructure,
-    config: PretrainedConfig,
-    method: str,
-    choice: LayerChoice | Sequence[int],
-    parts: SelectedParts,
-) -> tuple[str, ...]:
-    """What was selected, in words."""
-    full, shape = structure.shape, design_shape(config)
-    sizes = {name: (getattr(shape, field), getattr(full, field)) for name, field in WIDTHS.items()}
-    widths = [f"{kept} of {total} {name}" for name, (kept, total) in sizes.items() if kept != total]
-    by = choice if isinstance(choice, str) else "as given"
-    of_widths = f"{', '.join(widths)} ({'the most active' if method == 'prune' else 'the first'})"
-    layers = ", ".join(map(str, parts.layers))
-    notes = [f"student: the teacher's layers {layers} of {full.layers} ({by}), {of_widths if widths else 'complete'}."]
+    teacher: PreTrainedModel, structure: LayerStructure, config: PretrainedConfig, parts: SelectedParts
+) -> list[str]:
+    """What becomes of single weights, in words."""
+    notes = []
     if parts.kv_heads and parts.kv_heads[0].shape[1] > 1:
         notes.append(f"student: each key and value head is the mean of {parts.kv_heads[0].shape[1]} of the teacher's.")
     if config.vocab_size != teacher.config.vocab_size:
@@ -119,13 +105,12 @@ def _notes(
         notes.append(f"student: not in the teacher, and random: {', '.join(random)}.")
     if config.tie_word_embeddings and not teacher.config.tie_word_embeddings:
         notes.append("student: its head is its embedding (tied); the teacher's own head is not copied.")
-    return tuple(notes)
+    return notes
 
 
 def _source(teacher: PreTrainedModel, structure: LayerStructure, name: str, parts: SelectedParts) -> Tensor | None:
     """The teacher's parameter that a student's comes from."""
-    place = structure.locate(name)
-    if place is not None:
+    if place := structure.locate(name):
         rest = name.removeprefix(f"{structure.path}.{place[0]}")
         name = f"{structure.path}.{parts.layers[place[0]]}{rest}"
     try:

@@ -42,14 +42,11 @@ class LayerMap(Declared):
         Raises:
             ShapeError: a layer does not exist.
         """
-        return tuple(
-            (layer_index("student", s, student), layer_index("teacher", t, teacher))
-            for s, t in self.choose(student, teacher)
-        )
+        pairs = self.choose(student, teacher)
+        return tuple((layer_index("student", s, student), layer_index("teacher", t, teacher)) for s, t in pairs)
 
     @classmethod
     def read(cls, value: Any) -> Any:
-        """See `Declared`."""
         if isinstance(value, list):
             return {"kind": "pairs", "layers": value}
         if isinstance(value, Mapping) and "kind" not in value:
@@ -61,7 +58,6 @@ class LayerMap(Declared):
 
     @classmethod
     def shorthands(cls) -> list[dict[str, Any]]:
-        """See `Declared`."""
         pairs = {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}
         numbers = {"last_k": {"type": "integer"}, "skip": {"type": "integer"}, "pairs": pairs}
         return [{"enum": ["uniform"], "title": "LayerMap"}, {"type": "object", "properties": numbers}, pairs]
@@ -74,22 +70,18 @@ class LayerMap(Declared):
 
     @classmethod
     def uniform(cls) -> LayerMap:
-        """Return `Uniform()`."""
         return Uniform()
 
     @classmethod
     def last_k(cls, k: int = 1) -> LayerMap:
-        """Return `LastK(k)`."""
         return LastK(k)
 
     @classmethod
     def skip(cls, every: int = 2) -> LayerMap:
-        """Return `Skip(every)`."""
         return Skip(every)
 
     @classmethod
     def explicit(cls, pairs: Sequence[tuple[int, int]]) -> LayerMap:
-        """Return `Explicit(pairs)`."""
         return Explicit(tuple((int(s), int(t)) for s, t in pairs))
 
 
@@ -100,7 +92,6 @@ class Uniform(LayerMap):
     name = "uniform"
 
     def choose(self, student: int, teacher: int) -> Sequence[tuple[int, int]]:
-        """See `LayerMap`."""
         return [(i, -(-(i + 1) * teacher // student) - 1) for i in range(student)]
 
 
@@ -112,7 +103,6 @@ class LastK(LayerMap):
     name = "last_k"
 
     def choose(self, student: int, teacher: int) -> Sequence[tuple[int, int]]:
-        """See `LayerMap`."""
         return [(i, i) for i in range(-self.k, 0)]
 
 
@@ -124,7 +114,6 @@ class Skip(LayerMap):
     name = "skip"
 
     def choose(self, student: int, teacher: int) -> Sequence[tuple[int, int]]:
-        """See `LayerMap`."""
         return [(i, (i + 1) * self.every - 1) for i in range(student)]
 
 
@@ -136,16 +125,11 @@ class Explicit(LayerMap):
     name = "pairs"
 
     def choose(self, student: int, teacher: int) -> Sequence[tuple[int, int]]:
-        """See `LayerMap`."""
         return self.layers
 
 
 def layer_index(model: str, layer: int, layers: int) -> int:
-    """Return a layer's index from 0, for one that may count from the end.
-
-    Raises:
-        ShapeError: the layer does not exist.
-    """
+    """Return a layer's index from 0, for one that may count from the end."""
     if not -layers <= layer < layers:
         raise ShapeError(
             f"LayerMap: expected {model} layers in {-layers}..{layers - 1}, as the {model} has {layers} layers, "
@@ -160,10 +144,7 @@ ProjectionKind = Literal["linear", "mlp", "none"]
 class Projection(nn.Module):
     """Map from the student's width to the teacher's. Trained with the student, and no part of the exported model.
 
-    Args:
-        kind: linear (W x + b), mlp (linear, GELU, linear), or none for equal widths.
-        student: the student's width.
-        teacher: the teacher's width.
+    The kind is linear (W x + b), mlp (linear, GELU, linear), or none for equal widths.
 
     Raises:
         ShapeError: the kind is none, and the widths differ.
@@ -184,6 +165,5 @@ class Projection(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Project [..., student's width] to [..., teacher's width], in the precision of the weights."""
-        first = next(self.layers.parameters(), hidden)
-        projected: Tensor = self.layers(hidden.to(first.dtype))
+        projected: Tensor = self.layers(hidden.to(next(self.layers.parameters(), hidden).dtype))
         return projected

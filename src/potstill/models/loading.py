@@ -15,18 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models import auto
 from transformers.utils import logging
 
 from potstill.errors import ModelError, UserError, one_line
@@ -39,12 +29,17 @@ QUANTIZATION = "quantization_config.json"  # of the adapter's base, beside both
 
 # The class that loads a task's model, and its name in errors.
 AUTO_CLASSES: dict[Task, tuple[Any, str]] = {
-    "causal": (AutoModelForCausalLM, "a causal language model"),
-    "masked": (AutoModelForMaskedLM, "a masked language model"),
-    "classification": (AutoModelForSequenceClassification, "a sequence classifier"),
-    "regression": (AutoModelForSequenceClassification, "a sequence classifier of one number"),
-    "encoder": (AutoModel, "a model of transformers"),
+    "causal": (auto.AutoModelForCausalLM, "a causal language model"),
+    "masked": (auto.AutoModelForMaskedLM, "a masked language model"),
+    "classification": (auto.AutoModelForSequenceClassification, "a sequence classifier"),
+    "regression": (auto.AutoModelForSequenceClassification, "a sequence classifier of one number"),
+    "encoder": (auto.AutoModel, "a model of transformers"),
 }
+
+MINOR_WARNINGS = (
+    ".is_gradient_checkpointing. is deprecated",  # peft reads it
+    *("Position ids are not supported", "Merge lora module to [48]-bit", "MatMul8bitLt"),
+)
 
 
 @contextmanager
@@ -58,12 +53,7 @@ def suppress_warnings() -> Iterator[None]:
     bitsandbytes.setLevel(stdlib_logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for message in (
-                ".is_gradient_checkpointing. is deprecated",  # peft reads it
-                "Position ids are not supported",  # prompt tuning in generate()
-                "Merge lora module to [48]-bit",
-                "MatMul8bitLt",
-            ):
+            for message in MINOR_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
@@ -74,11 +64,7 @@ def suppress_warnings() -> Iterator[None]:
 
 
 def require_package(package: str, extra: str, key: str) -> Any:
-    """Import an optional package.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import an optional package; a UserError says how to install it."""
     try:
         return import_module(package)
     except ImportError:
@@ -107,10 +93,6 @@ def load_model(
         bits: quantize linear layers but the head to 4 (nf4 with double quantization) or 8 bits (int8).
         labels_of: take over these classes where the saved model has no classifier; without it that is an error.
         trainable: whether a saved adapter is to be trained further.
-
-    Raises:
-        ModelError: there is no such model in safetensors, or it is not one for the task.
-        UserError: a package is missing.
     """
     _check_exists(name, key)
     if dtype == "auto" and not has_bfloat16():
@@ -124,9 +106,8 @@ def load_model(
 def _load_base(
     name: str, key: str, dtype: str, task: Task, quantization: Any, labels_of: PretrainedConfig | None
 ) -> PreTrainedModel:
-    auto, kind = AUTO_CLASSES[task]
-    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
-    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    auto_class, kind = AUTO_CLASSES[task]
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype}
     if labels_of is not None and task in SEQUENCE_TASKS:
         saved = load_config(name, key)
         if not any("SequenceClassification" in architecture for architecture in saved.architectures or ()):
@@ -134,10 +115,10 @@ def _load_base(
     if quantization is not None:
         if task in SEQUENCE_TASKS:
             with torch.device("meta"):
-                quantization.llm_int8_skip_modules = sequence_head_names(auto.from_config(load_config(name, key)))
+                quantization.llm_int8_skip_modules = sequence_head_names(auto_class.from_config(load_config(name, key)))
         options["quantization_config"] = quantization
     try:
-        model, info = auto.from_pretrained(name, output_loading_info=True, **options)
+        model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:
         raise _unreadable(key, f"{kind} with weights in safetensors", name, error) from error
     missing = sorted(weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight)
@@ -165,7 +146,7 @@ def _quantization(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
 def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable: bool) -> PreTrainedModel:
     """Load the base of an adapter, quantized as it was in training, and the adapter with the head trained beside it."""
     peft = require_package("peft", "adapters", key)
-    load_adapter_weights(folder, key)  # peft would also read pickles
+    _adapter_weights(folder, key)  # peft would also read pickles
     saved = folder / QUANTIZATION
     if saved.exists():
         require_package("bitsandbytes", "quantized", key)
@@ -194,19 +175,14 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a path is a folder with an adapter."""
     return (Path(name).expanduser() / ADAPTER_CONFIG).exists()
 
 
 def load_adapter(model: Any, folder: str | Path) -> None:
-    """Load saved weights into the adapter of a model.
-
-    Raises:
-        ModelError: there are none, or they are those of another adapter.
-    """
+    """Load saved weights into the adapter of a model; those of another adapter are refused."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    saved, own = load_adapter_weights(folder, "train"), get_peft_model_state_dict(model)
+    saved, own = _adapter_weights(folder, "train"), get_peft_model_state_dict(model)
     if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in own.items()}:
         raise ModelError(
             f"train: expected the weights of this adapter in {folder}, got those of another. Resume with the recipe "
@@ -215,8 +191,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     set_peft_model_state_dict(model, saved)
 
 
-def load_adapter_weights(folder: str | Path, key: str) -> dict[str, Tensor]:
-    """Read the weights of a saved adapter from safetensors alone."""
+def _adapter_weights(folder: str | Path, key: str) -> dict[str, Tensor]:
     path = Path(folder) / ADAPTER_WEIGHTS
     if not path.exists():
         raise ModelError(f"{key}: expected an adapter with {ADAPTER_WEIGHTS} in {folder}, got none.")
@@ -239,13 +214,11 @@ def has_bfloat16() -> bool:
 
 
 def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; arguments and errors as `load_model`."""
-    return _load(AutoTokenizer, "a tokenizer", name, key)
+    return _load(auto.AutoTokenizer, "a tokenizer", name, key)
 
 
 def load_config(name: str, key: str) -> PretrainedConfig:
-    """Load the config of a model, without its weights; arguments and errors as `load_model`."""
-    return _load(AutoConfig, "a model's config.json", name, key)
+    return _load(auto.AutoConfig, "a model's config.json", name, key)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -253,10 +226,10 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def _load(auto: Any, kind: str, name: str, key: str) -> Any:
+def _load(auto_class: Any, kind: str, name: str, key: str) -> Any:
     _check_exists(name, key)
     try:
-        return auto.from_pretrained(name, trust_remote_code=False)
+        return auto_class.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise _unreadable(key, kind, name, error) from error
 
@@ -266,7 +239,7 @@ def _check_exists(name: str, key: str) -> None:
     path = Path(name).expanduser()
     if path.is_dir():
         return
-    folders = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    folders = [p.name for p in path.parent.glob("*") if p.is_dir()]
     near = difflib.get_close_matches(path.name, folders, n=1, cutoff=0.8)
     may_be_on_the_hub = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not path.exists()
     if may_be_on_the_hub and not near and not ("/" in name and path.parent.is_dir()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -43,7 +44,7 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
         2403.03853, for block influence.
     """
     structure = find_structure(model)
-    shape, matrices, handles = structure.shape, structure.matrices, []
+    shape, matrices = structure.shape, structure.matrices
     squares: dict[Any, Any] = {}  # by activation: the sum over rows of squared means over tokens
     distances = dict.fromkeys(range(shape.layers), 0.0)
     tokens, mask = 0.0, torch.ones(0)
@@ -66,29 +67,23 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
 
         return hook
 
-    for number, layer in enumerate(structure.layers):
-        handles.append(layer.register_forward_hook(add_distance(number), with_kwargs=True))
-        for path, key, size in (
-            (
-                matrices.output,
-                ("heads", number),
-                lambda x: x.unflatten(-1, (shape.heads, shape.head_size)).norm(dim=-1),
-            ),
-            (matrices.down, ("units", number), torch.abs),
-            (matrices.query, "channels", torch.abs),
-            (matrices.up[0], "channels", torch.abs),
-        ):
-            handles.append(layer.get_submodule(path).register_forward_pre_hook(add_inputs(key, size)))
-    device = next(model.parameters()).device
-    try:
-        with evaluation_mode(model):
-            for batch in batches:
-                mask = batch["attention_mask"].double()
-                tokens += float(mask.sum())
-                model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    def head_norms(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (shape.heads, shape.head_size)).norm(dim=-1)
+
+    with ExitStack() as hooks, evaluation_mode(model):
+        for number, layer in enumerate(structure.layers):
+            hooks.enter_context(layer.register_forward_hook(add_distance(number), with_kwargs=True))
+            for path, key, size in (
+                (matrices.output, ("heads", number), head_norms),
+                (matrices.down, ("units", number), torch.abs),
+                (matrices.query, "channels", torch.abs),
+                (matrices.up[0], "channels", torch.abs),
+            ):
+                hooks.enter_context(layer.get_submodule(path).register_forward_pre_hook(add_inputs(key, size)))
+        for batch in batches:
+            mask = batch["attention_mask"].double()
+            tokens += float(mask.sum())
+            model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")})
     return Importance(
         layers=torch.tensor([distance / tokens for distance in distances.values()], dtype=torch.float64),
         heads=torch.stack([squares["heads", number].sqrt() for number in distances]),
@@ -114,50 +109,38 @@ def select_parts(
     """Select the parts that a student is made of: the most important ones, or without scores the first ones.
 
     `layers` is the teacher's layer for each of the student's.
-
-    Raises:
-        ModelError: the student is larger somewhere, its heads have another width, or its groups cannot be formed.
     """
     for name in ("layers", "hidden", "heads", "kv_heads", "ffn"):
-        if getattr(student, name) > getattr(teacher, name):
+        if (size := getattr(student, name)) > (most := getattr(teacher, name)):
             raise ModelError(
-                f"student.initialize: expected a student no larger than its teacher, got {name} "
-                f"{getattr(student, name)} above {getattr(teacher, name)}. Change student.design."
+                f"student.initialize: expected a student no larger than its teacher, got {name} {size} above {most}. "
+                "Change student.design."
             )
     if student.head_size != teacher.head_size:
         raise ModelError(
             f"student.initialize: expected heads as wide as the teacher's, {teacher.head_size}, got "
             f"{student.head_size}. Set head_dim or the number of heads: rotary embeddings rotate a head as a unit."
         )
-
-    def scores(name: str, layer: int, count: int) -> Tensor:
-        return -torch.arange(count) if importance is None else getattr(importance, name)[layer]
-
-    channels = -torch.arange(teacher.hidden) if importance is None else importance.channels
-    heads = [_select_heads(scores("heads", layer, teacher.heads), teacher, student) for layer in layers]
+    if importance is None:
+        heads, units = (-torch.arange(x).expand(teacher.layers, -1) for x in (teacher.heads, teacher.ffn))
+        importance = Importance(-torch.arange(teacher.layers), heads, units, -torch.arange(teacher.hidden))
+    selected = [_select_heads(importance.heads[layer], teacher, student) for layer in layers]
     return SelectedParts(
         layers=tuple(layers),
-        channels=_top(channels, student.hidden),
-        heads=tuple(query for query, _ in heads),
-        kv_heads=tuple(kv for _, kv in heads),
-        units=tuple(_top(scores("units", layer, teacher.ffn), student.ffn) for layer in layers),
+        channels=_top(importance.channels, student.hidden),
+        heads=tuple(query for query, _ in selected),
+        kv_heads=tuple(kv for _, kv in selected),
+        units=tuple(_top(importance.units[layer], student.ffn) for layer in layers),
     )
 
 
 def choose_layers(
     choice: LayerChoice | Sequence[int], teacher: int, student: int, importance: Importance | None
 ) -> list[int]:
-    """Choose the teacher's layer for each of the student's.
+    """Choose the teacher's layer for each of the student's, of two numbers of layers.
 
-    Args:
-        choice: uniform (evenly spaced, with the first and the last), skip (every n-th from the first on), first_last
-            (the first half and the last half), importance (those with the most block influence), or the layers.
-        teacher: number of layers.
-        student: number of layers.
-        importance: scores for `importance`.
-
-    Raises:
-        ModelError: the student has more layers, or the given layers are not rising layers of the teacher, one for each.
+    The choice is uniform (evenly spaced, with the first and the last), skip (every n-th from the first on), first_last
+    (the first half and the last half), importance (those with the most block influence), or the layers themselves.
 
     >>> choose_layers("uniform", 12, 4, None), choose_layers("skip", 12, 4, None)
     ([0, 4, 7, 11], [0, 3, 6, 9])

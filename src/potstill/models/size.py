@@ -6,19 +6,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_MAPPING,
-)
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
 
 from potstill.errors import ModelError
 from potstill.models.structure import design_shape, is_linear
@@ -48,21 +37,18 @@ def build(config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
 
     A sequence classifier or a model without a head where `architectures` names one; else a masked language model for
     encoders, and a causal one for all others.
-
-    Raises:
-        ModelError: no model can be built from the config.
     """
-    auto: Any = AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
-    for kind, classes in (
-        (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-        (AutoModel, MODEL_MAPPING),
+    auto_class: Any = auto.AutoModelForMaskedLM if is_encoder(config) else auto.AutoModelForCausalLM
+    for other, classes in (
+        (auto.AutoModelForSequenceClassification, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+        (auto.AutoModel, auto.MODEL_MAPPING),
     ):
         model_class = classes.get(type(config), None)
         if isinstance(model_class, type) and model_class.__name__ in (config.architectures or [])[:1]:
-            auto = kind
+            auto_class = other
     try:
         with torch.device(device):
-            return auto.from_config(config, dtype=torch.float32)
+            return auto_class.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise invalid_config(error) from None
 
@@ -76,7 +62,7 @@ def invalid_config(error: Exception) -> ModelError:
 
 def is_encoder(config: PretrainedConfig) -> bool:
     """Whether every token of the model attends to all others."""
-    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return type(config) in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def count_parameters(config: PretrainedConfig) -> int:
@@ -93,11 +79,5 @@ def size_of(config: PretrainedConfig, context: int) -> ModelSize:
     visible = context if encoder else (context + 1) / 2
     attention = 2 * 2 * visible * shape.layers * shape.heads * shape.head_size
     cache = 0 if encoder else 2 * HALF_BYTES * shape.layers * shape.kv_heads * shape.head_size
-    return ModelSize(
-        parameters=parameters,
-        flops_per_token=round(2 * products + attention),
-        kv_cache_bytes_per_token=cache,
-        train_bytes=TRAIN_BYTES * parameters,
-        serve_bytes=HALF_BYTES * parameters + cache * context,
-        context=context,
-    )
+    train, serve = TRAIN_BYTES * parameters, HALF_BYTES * parameters + cache * context
+    return ModelSize(parameters, round(2 * products + attention), cache, train, serve, context)

@@ -1,8 +1,4 @@
-"""Split a language model into the body that gives hidden states and the head that turns them into logits.
-
-A split is verified: the model runs once on a few tokens, and where body and head do not give the model's own logits, it
-is not split and gives full logits.
-"""
+"""Split a language model into body and head, verified on a few tokens: where they differ, it gives full logits."""
 
 from __future__ import annotations
 
@@ -57,15 +53,12 @@ class SplitModel:
     softcap: float | None
 
     def head(self) -> LMHead | None:
-        """The head with its present weight, for use within the forward pass.
-
-        None where it has been replaced or its weight is not on this rank: sharded on its own, or under an adapter.
-        """
+        """The head with its present weight; None where it is replaced, under an adapter or sharded on its own."""
         output = self.model.get_submodule(self.output)
         return LMHead(output.weight, output.bias, self.logit_scale, self.softcap) if _is_plain(output) else None
 
     def hidden(self, batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor:
-        """Compute the head's input at the target positions: [N, H]."""
+        """The head's input at the target positions: [N, H]."""
         states: Tensor = run(self.model.get_submodule(self.body), batch).last_hidden_state
         return _through(self.model, self.between, alignment.select(states))
 
@@ -73,13 +66,9 @@ class SplitModel:
 def forward_targets(
     model: nn.Module, split: SplitModel | None, batch: Mapping[str, Tensor], alignment: Alignment
 ) -> HeadTargets | DenseTargets:
-    """Run a model and return its output at the target positions: hidden states and head if it is split, else logits.
+    """Run a model and return its output at the N target positions: hidden states and head if it is split, else logits.
 
-    Args:
-        model: a model of transformers; one without a head gives logits [N, 0].
-        split: of the model; None for full logits.
-        batch: input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
-        alignment: the N positions; see `potstill.losses.alignment`.
+    A model without a head gives logits [N, 0].
     """
     head = None if split is None else split.head()
     if split is None or head is None:
@@ -100,10 +89,6 @@ def split_model(model: nn.Module) -> SplitModel | None:
     Plain is exactly nn.Linear, followed by at most a factor and a soft cap. A wrapped, hooked or quantized head is not,
     nor is a model with an unknown module between body and head, one that trains parameters beside them, one that is
     compiled by itself (the compiled code would not be run), or one on the meta device.
-
-    Args:
-        model: a language model of transformers, or one within a PeftModel, on the device where it is to run. Its
-            training flags and the random state are restored.
     """
     try:
         return _verified_split(model)
@@ -145,11 +130,8 @@ def _verified_split(model: Any) -> SplitModel:
 
     with undisturbed(model):
         states = run(body, batch).last_hidden_state
-        handle = output.register_forward_hook(replace_logits)
-        try:
+        with output.register_forward_hook(replace_logits):
             final_logits = run(model, batch).logits
-        finally:
-            handle.remove()
         if len(calls) != 1:
             raise _NotPlainError(f"its head ran {len(calls)} times for one batch")
         hidden, logits = calls[0]
@@ -170,7 +152,6 @@ def _verified_split(model: Any) -> SplitModel:
 
 
 def _through(model: nn.Module, between: tuple[str, ...], states: Tensor) -> Tensor:
-    """Apply the modules between body and head."""
     for name in between:
         states = nn.functional.gelu(states) if name == GELU else model.get_submodule(name)(states)
     return states
@@ -187,13 +168,12 @@ def _scale_and_softcap(config: Any, before: Tensor, after: Tensor) -> tuple[floa
 
 
 def _positive(config: Any, names: tuple[str, ...]) -> list[float]:
-    """The positive numbers in fields of a config or of its text model's."""
     values = [getattr(x, name, None) for x in (config, config.get_text_config()) for name in names]
     return [value for value in values if isinstance(value, int | float) and value > 0]
 
 
 def _is_plain(output: Any) -> TypeGuard[nn.Linear]:
-    """Whether a head is exactly an nn.Linear with its full weight, without hooks, which may change weight or logits."""
+    """Whether a head is exactly an nn.Linear with its full weight and without hooks."""
     if type(output) is not nn.Linear or output._forward_hooks or output._forward_pre_hooks:
         return False
     weight = output.weight
@@ -220,8 +200,7 @@ def probe_batch(model: Any) -> dict[str, Tensor]:
 
 def run(module: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     """Run a model or its body on a batch, with token_type_ids only where it has more than one type."""
-    typed = getattr(getattr(module, "config", None), "type_vocab_size", 0) > 1
-    names = INPUTS if typed else INPUTS[:2]
+    names = INPUTS if getattr(getattr(module, "config", None), "type_vocab_size", 0) > 1 else INPUTS[:2]
     return module(**{name: batch[name] for name in names if name in batch}, use_cache=False)
 
 

@@ -1,12 +1,9 @@
-"""Find the layers, attention, feed-forward networks, norms and sizes of a transformers model.
-
-Modules are found by name and checked against the config. Nothing but torch is imported.
-"""
+"""Find the layers, attention, norms and sizes of a transformers model, by names checked against its config."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +54,6 @@ class DesignShape:
     head_size: int
     ffn: int  # width of the feed-forward network
 
-    @property
-    def heads_fill_hidden(self) -> bool:
-        """Whether the heads together are as wide as the hidden states."""
-        return self.heads * self.head_size == self.hidden
-
 
 def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -83,18 +75,13 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
 
 
 def design_shape(config: PretrainedConfig) -> DesignShape:
-    """Read the sizes of a design from a config of any family.
-
-    Raises:
-        ModelError: the config is not that of a transformer whose layers all have one shape.
-    """
+    """Read the sizes of a design from a config of any family whose layers all have one shape."""
     fields = config.to_dict()
-    ffn = next((fields[name] for name in FFN_FIELDS if name in fields), None)
-    hidden = getattr(config, "hidden_size", None)
-    if ffn is None and "n_inner" in fields and isinstance(hidden, int):
-        ffn = 4 * hidden  # GPT-2's default
-    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
-    sizes: dict[str, Any] = {"layers": layers, "hidden": hidden, "heads": heads, "ffn": ffn}
+    names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
+    sizes: dict[str, Any] = {size: getattr(config, name, None) for size, name in names.items()}
+    sizes["ffn"] = next((fields[name] for name in FFN_FIELDS if name in fields), None)
+    if sizes["ffn"] is None and "n_inner" in fields and isinstance(sizes["hidden"], int):
+        sizes["ffn"] = 4 * sizes["hidden"]  # GPT-2's default
     unusable = [f"{name} {size}" for name, size in sizes.items() if not isinstance(size, int)]
     if unusable or config.is_encoder_decoder:
         raise ModelError(
@@ -127,11 +114,7 @@ def layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def find_layers(model: nn.Module) -> str:
-    """Find the path of a model's list of layers.
-
-    Raises:
-        ModelError: the model is not a decoder or an encoder of transformers, or has no such list.
-    """
+    """Find the path of the list of layers of a decoder or encoder of transformers."""
     name, config = type(model).__name__, getattr(model, "config", None)
     if config is None or config.is_encoder_decoder:
         raise ModelError(f"{name}: expected a decoder or an encoder of transformers to look into, got none.")
@@ -166,13 +149,7 @@ def split_projection(fused: Tensor, config: Any, grouped: bool) -> tuple[Tensor,
 
 
 def find_final_norm(model: Any, layers: str) -> str:
-    """Find the path of the one module between the last of `layers` and the head, by its input and output on a batch.
-
-    It is "" where there is none.
-
-    Raises:
-        ModelError: there is more than one module, or the head is not plain.
-    """
+    """Find the path of the one module between the last of `layers` and a plain head by a probe; "" for none."""
     name, split = type(model).__name__, split_model(model)
     if split is None or split.between:
         raise ModelError(
@@ -185,18 +162,11 @@ def find_final_norm(model: Any, layers: str) -> str:
         calls.append((path, inputs[0] if inputs else None, output[0] if isinstance(output, tuple) else output))
 
     last = f"{layers}.{len(model.get_submodule(layers)) - 1}"
-    watched = [
-        (path, module)
-        for path, module in model.named_modules()
-        if path == last or (path.startswith(f"{split.body}.") and not path.startswith(f"{layers}."))
-    ]
-    handles = [module.register_forward_hook(partial(hook, path)) for path, module in watched]
-    try:
-        with undisturbed(model):
-            final = run(model.get_submodule(split.body), probe_batch(model)).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, undisturbed(model):
+        for path, module in model.named_modules():
+            if path == last or (path.startswith(f"{split.body}.") and not path.startswith(f"{layers}.")):
+                hooks.enter_context(module.register_forward_hook(partial(hook, path)))
+        final = run(model.get_submodule(split.body), probe_batch(model)).last_hidden_state
     state = next(output for path, _, output in calls if path == last)
     if torch.equal(state, final):
         return ""
@@ -217,6 +187,7 @@ class LayerMatrices:
     key: str
     value: str
     output: str  # of the attention
+    _: KW_ONLY
     up: tuple[str, ...]  # two where the feed-forward network has a gate
     down: str
 
@@ -227,30 +198,18 @@ class LayerMatrices:
 
 
 FAMILIES = (
-    LayerMatrices(  # Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, SmolLM
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        up=("mlp.gate_proj", "mlp.up_proj"),
-        down="mlp.down_proj",
-    ),
+    # Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, SmolLM
+    LayerMatrices(*(f"self_attn.{x}_proj" for x in "qkvo"), up=("mlp.gate_proj", "mlp.up_proj"), down="mlp.down_proj"),
+    # GPT-2
+    LayerMatrices(*["attn.c_attn"] * 3, *["attn.c_proj"], up=("mlp.c_fc",), down="mlp.c_proj"),
+    # BERT, RoBERTa
     LayerMatrices(
-        "attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj", up=("mlp.c_fc",), down="mlp.c_proj"
-    ),  # GPT-2
-    LayerMatrices(  # BERT, RoBERTa
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-        "attention.output.dense",
+        *(f"attention.{x}" for x in ("self.query", "self.key", "self.value", "output.dense")),
         up=("intermediate.dense",),
         down="output.dense",
     ),
-    LayerMatrices(  # DistilBERT
-        *("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
-        up=("ffn.lin1",),
-        down="ffn.lin2",
-    ),
+    # DistilBERT
+    LayerMatrices(*(f"attention.{x}_lin" for x in ("q", "k", "v", "out")), up=("ffn.lin1",), down="ffn.lin2"),
 )
 
 
@@ -272,11 +231,7 @@ class LayerStructure:
 
 
 def find_structure(model: Any) -> LayerStructure:
-    """Find where the weight matrices of a model's layers are.
-
-    Raises:
-        ModelError: the layers are not those of a known family, as in mixtures of experts or with fused gates.
-    """
+    """Find where the weight matrices of a model's layers are; mixtures of experts and fused gates are not known."""
     shape = design_shape(model.config)
     for path, layers in layer_lists(model):
         for matrices in FAMILIES:
@@ -291,7 +246,7 @@ def find_structure(model: Any) -> LayerStructure:
 
 def _fits(layer: nn.Module, matrices: LayerMatrices, shape: DesignShape) -> bool:
     """Whether a layer has exactly these matrices, in the sizes of the config."""
-    modules: Mapping[str, Any] = dict(layer.named_modules())
+    modules: dict[str, Any] = dict(layer.named_modules())
     heads, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     sizes = {
         **({} if matrices.fused else dict.fromkeys((matrices.key, matrices.value), (kv, shape.hidden))),
