@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.disk_cache import BATCH, cache_path, write_arrow
 from potstill.data.files import write_text
-from potstill.data.labelled import labelled_rows, unlabelled_rows
+from potstill.data.labelled import has_token_types, sequence_rows
 from potstill.data.loading import load
 from potstill.data.rows import EncodedRow, RowEncoder
 from potstill.data.sources import TEACHER_ID_COLUMNS, TEACHER_PROMPT_COLUMNS, Source, SourceKind
 from potstill.data.token_weights import WEIGHT_COLUMNS
 from potstill.errors import DataError
-from potstill.losses.alignment import IGNORE, Task, target_positions
+from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, Task, target_positions
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,14 @@ def encode(
     document has the special tokens around it; see `MaskedRows`. For classification and regression a row is a text, or a
     pair of texts, and its label; for encoder it is a text. They are truncated on the right.
 
-    Tokens of weight 0 are no targets; see `Source` for weights.
-
-    Empty rows are skipped and examples without a target token left out; the notes give their numbers. The encoded
-    examples are cached on disk under a name made of the content, the tokenizer and the options.
+    Tokens of weight 0 are no targets; see `Source` for weights. Empty rows are skipped and examples without a target
+    token left out; the notes give their numbers. The encoded examples are cached on disk under a name made of the
+    content, the tokenizer and the options.
 
     Args:
-        source: the file and its columns.
         tokenizer: of the student.
         max_length: tokens of the longest example, >= 2.
         packing: for text only, because the examples in a row see one another.
-        task: of the model.
         classes: for classification, the numbers of classes by their names: label2id of the model's config.
 
     Raises:
@@ -101,28 +98,20 @@ def encode(
             "Raise max_length."
         )
     dataset, kind = load(source, task)
-    columns, file = set(dataset.column_names), Path(source.path).name
+    columns, file, span_weights = set(dataset.column_names), Path(source.path).name, source.span_weights
     _check_suitable(source, kind, columns, tokenizer, packing, task)
-    class_ids, span_weights = dict(classes or {}), source.span_weights
-    options = [
-        max_length,
-        packing,
-        task,
-        sorted(class_ids.items()),
-        sorted(vars(span_weights).items() if span_weights else []),
-    ]
+    options = [max_length, packing, task, sorted((classes or {}).items()), str(span_weights)]
     loaded = Path(dataset.cache_files[0]["filename"]).stem
     path = cache_path(["encoded", loaded, tokenizer, transformers.__version__, tokenizers.__version__, *options])
     counts_path = path.with_suffix(".json")  # written last: while it is there the other is whole
     if not (path.exists() and counts_path.exists()):
         counts: Counter[str] = Counter()
-        encoder = RowEncoder(tokenizer, max_length, packing, file, counts, task, class_ids, span_weights)
-        types = {"input_ids": _IDS, "labels": _LABELS.get(task, _IDS)}
-        if not columns.isdisjoint({*TEACHER_PROMPT_COLUMNS.values(), *TEACHER_ID_COLUMNS}):
-            types |= dict.fromkeys(TEACHER_ID_COLUMNS, _IDS)
-        if not columns.isdisjoint(WEIGHT_COLUMNS):
-            types["weights"] = pa.list_(pa.float32())
-        write_arrow(path, *_batches_with_targets(_encoded_rows(dataset, kind, encoder), counts, task, types))
+        encoder = RowEncoder(tokenizer, max_length, packing, file, counts, task, classes or {}, span_weights)
+        whole_texts = task in SEQUENCE_TASKS or task == "encoder"
+        rows = sequence_rows(dataset, encoder) if whole_texts else encoder.rows(dataset, kind)
+        rows = encoder.maskable(rows) if task == "masked" else rows
+        schema = _schema(columns, tokenizer, task)
+        write_arrow(path, schema, _batches_with_targets(rows, counts, task, schema))
         write_text(counts_path, json.dumps(counts))
     counts = Counter(json.loads(counts_path.read_text()))
     if not counts["tokens"]:
@@ -141,10 +130,6 @@ def encode(
         if counts[name]:
             notes.append(f"{file}: {_plural(counts[name], singular)} {rest}.")
     return Examples(Dataset.from_file(str(path)), counts["tokens"], tuple(notes), counts["teacher_longest"])
-
-
-_IDS = pa.list_(pa.int32())
-_LABELS = {"classification": pa.int32(), "regression": pa.float64(), "encoder": pa.int32()}
 
 
 def _plural(count: int, noun: str) -> str:
@@ -176,35 +161,30 @@ def _check_suitable(
         )
 
 
-def _encoded_rows(dataset: Dataset, kind: SourceKind, encoder: RowEncoder) -> Iterator[EncodedRow]:
-    if kind == "labelled":
-        return labelled_rows(dataset, encoder)
-    if encoder.task == "encoder":
-        return unlabelled_rows(dataset, encoder)
-    rows = encoder.rows(dataset, kind)
-    return encoder.maskable(rows) if encoder.task == "masked" else rows
+def _schema(columns: set[str], tokenizer: PreTrainedTokenizerBase, task: Task) -> pa.Schema:
+    ids = pa.list_(pa.int32())
+    labels = {"classification": pa.int32(), "regression": pa.float64(), "encoder": pa.int32()}
+    types = {"input_ids": ids, "labels": labels.get(task, ids)}
+    if not columns.isdisjoint({*TEACHER_PROMPT_COLUMNS.values(), *TEACHER_ID_COLUMNS}):
+        types |= dict.fromkeys(TEACHER_ID_COLUMNS, ids)
+    if not columns.isdisjoint(WEIGHT_COLUMNS):
+        types["weights"] = pa.list_(pa.float32())
+    if has_token_types(columns, tokenizer):
+        types["token_type_ids"] = ids
+    return pa.schema(types)
 
 
 def _batches_with_targets(
-    rows: Iterator[EncodedRow], counts: Counter[str], task: Task, types: dict[str, pa.DataType]
-) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    rows: Iterator[EncodedRow], counts: Counter[str], task: Task, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
     """The rows that have a target token, in batches; adds `tokens` and `left_out` to the counts."""
-    first = list(islice(rows, 1))
-    if first and first[0].token_type_ids is not None:
-        types = types | {"token_type_ids": _IDS}
-    schema = pa.schema(types)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        remaining = chain(first, rows)
-        while chunk := list(islice(remaining, BATCH)):
-            tokens = target_positions(_stack_labels([row.labels for row in chunk]), task).sum(dim=1).tolist()
-            kept = [row for row, count in zip(chunk, tokens, strict=True) if count]
-            counts["tokens"] += sum(tokens)
-            counts["left_out"] += len(chunk) - len(kept)
-            arrays = [pa.array([getattr(row, name) for row in kept], type) for name, type in types.items()]
-            yield pa.record_batch(arrays, schema=schema)
-
-    return schema, batches()
+    while chunk := list(islice(rows, BATCH)):
+        tokens = target_positions(_stack_labels([row.labels for row in chunk]), task).sum(dim=1).tolist()
+        kept = [row for row, count in zip(chunk, tokens, strict=True) if count]
+        counts["tokens"] += sum(tokens)
+        counts["left_out"] += len(chunk) - len(kept)
+        arrays = [pa.array([getattr(row, field.name) for row in kept], field.type) for field in schema]
+        yield pa.record_batch(arrays, schema=schema)
 
 
 def _stack_labels(labels: Sequence[Any]) -> Tensor:
@@ -223,9 +203,6 @@ class PaddingCollator:
     """Collate examples into one batch, padded on the right to the longest.
 
     Labels come from the examples and are never compared with the pad id: EOS may pad, and still be a target.
-
-    Args:
-        pad_token_id: see `pad_token_id`.
     """
 
     pad_token_id: int
@@ -250,11 +227,7 @@ class PaddingCollator:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str | None]:
-    """Find the id to pad with, and a note to print when the tokenizer has no pad token.
-
-    Raises:
-        DataError: the tokenizer has neither a pad nor an EOS token.
-    """
+    """Find the id to pad with, and a note to print when the tokenizer has no pad token, but an EOS token."""
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id, None
     if tokenizer.eos_token_id is not None:

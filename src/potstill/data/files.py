@@ -18,8 +18,7 @@ from potstill.errors import PotstillError, RunError
 def explain_disk_full(folder: Path, needed: int) -> Iterator[None]:
     """Raise a RunError for any failure in writing to a folder whose disk has less than `needed` bytes free.
 
-    Raises:
-        RunError: the disk is full. torch's own message is "unexpected pos 1659136 vs 1659028".
+    torch's own message is "unexpected pos 1659136 vs 1659028".
     """
     try:
         yield

@@ -3,57 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from potstill.data.rows import EncodedRow, RowEncoder
+from potstill.data.sources import listed
 from potstill.errors import DataError
 
 
-def labelled_rows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]:
-    """Encode texts or pairs with the class or the number of their label; truncated to max_length."""
-    for numbers, batch in encoder.nonempty(dataset, "text"):
-        rows = zip(numbers, batch["label"], strict=True)
-        labels = [_label(text, encoder.where(number), encoder) for number, text in rows]
-        yield from _rows(batch["text"], batch.get("text_pair"), labels, encoder)
+def sequence_rows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]:
+    """Encode texts or pairs, truncated to max_length, with their class or number; for encoders all have the label 0."""
+    has_types = has_token_types(dataset.column_names, encoder.tokenizer)
 
-
-def unlabelled_rows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]:
-    """Encode texts with the label 0, so that each is a target; truncated to max_length."""
-    for _, batch in encoder.nonempty(dataset, "text"):
-        yield from _rows(batch["text"], None, [0] * len(batch["text"]), encoder)
-
-
-def _rows(
-    texts: list[str], pairs: list[str] | None, labels: list[int] | list[float], encoder: RowEncoder
-) -> Iterator[EncodedRow]:
-    has_types = pairs is not None and "token_type_ids" in encoder.tokenizer.model_input_names
-
-    def tokenize(chosen: list[int], **options: Any) -> list[tuple[list[int], list[int] | None]]:
-        encoded = encoder.tokenizer(
-            [texts[i] for i in chosen],
-            None if pairs is None else [pairs[i] for i in chosen],
-            return_attention_mask=False,
-            return_token_type_ids=has_types,
-            verbose=False,
-            **options,
-        )
-        types: Any = encoded["token_type_ids"] if has_types else [None] * len(chosen)
+    def tokenize(rows: list[dict[str, Any]], **options: Any) -> list[tuple[list[int], list[int] | None]]:
+        pairs = [row["text_pair"] for row in rows] if "text_pair" in dataset.column_names else None
+        options |= {"return_attention_mask": False, "return_token_type_ids": has_types, "verbose": False}
+        encoded = encoder.tokenizer([row["text"] for row in rows], pairs, **options)
+        types: Any = encoded["token_type_ids"] if has_types else [None] * len(rows)
         return list(zip(encoded["input_ids"], types, strict=True))
 
-    encoded = tokenize([*range(len(texts))])
-    long = [i for i, (ids, _) in enumerate(encoded) if len(ids) > encoder.max_length]
-    encoder.counts["cut"] += len(long)
-    if long:  # tokenized again, because a pair is truncated on both sides
-        for i, row in zip(long, tokenize(long, truncation=True, max_length=encoder.max_length), strict=True):
-            encoded[i] = row
-    return (EncodedRow(ids, label, types) for (ids, types), label in zip(encoded, labels, strict=True))
+    for batch in encoder.nonempty(dataset, "text"):
+        labels = [_label(row, encoder.where(number), encoder) for number, row in batch.items()]
+        rows = list(batch.values())
+        encoded = tokenize(rows)
+        long = [i for i, (ids, _) in enumerate(encoded) if len(ids) > encoder.max_length]
+        encoder.counts["cut"] += len(long)
+        if long:  # tokenized again, because a pair is truncated on both sides
+            cut = tokenize([rows[i] for i in long], truncation=True, max_length=encoder.max_length)
+            for i, row in zip(long, cut, strict=True):
+                encoded[i] = row
+        yield from (EncodedRow(ids, label, types) for (ids, types), label in zip(encoded, labels, strict=True))
 
 
-def _label(text: str, where: str, encoder: RowEncoder) -> int | float:
+def has_token_types(columns: Collection[str], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the rows are pairs whose texts the tokenizer tells apart by token_type_ids."""
+    return "text_pair" in columns and "token_type_ids" in tokenizer.model_input_names
+
+
+def _label(row: dict[str, Any], where: str, encoder: RowEncoder) -> int | float:
     """Read the class of a name or a number, or the number of a regression."""
+    if encoder.task == "encoder":
+        return 0
+    text, classes = row["label"], encoder.classes
     if encoder.task == "regression":
         try:
             value = float(text)
@@ -64,13 +58,11 @@ def _label(text: str, where: str, encoder: RowEncoder) -> int | float:
                 f"data: expected a number as the label, got {text!r} in {where}. Correct or remove the row."
             )
         return value
-    classes = encoder.classes
     if text in classes:
         return classes[text]
     if text.isdigit() and int(text) in classes.values():
         return int(text)
-    known = ", ".join(list(classes)[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
     raise DataError(
-        f"data: expected a label of {known}, or its number, got {text!r} in {where}. "
+        f"data: expected a label of {listed(list(classes), 8)}, or its number, got {text!r} in {where}. "
         "Correct the row, or name the classes in label2id of the model's config.json."
     )

@@ -26,9 +26,6 @@ def load(source: Source, task: Task = "causal") -> tuple[Dataset, SourceKind]:
     Row i of the dataset is row i + 1 of the file, empty rows included. Conversations are JSON text, because Arrow would
     give every message the keys of all others; labels are text.
 
-    Returns:
-        The dataset and its kind.
-
     Raises:
         DataError: the file is missing, empty or not of its format, a column is missing, the kind is ambiguous, or
             a row does not hold what its kind needs.
@@ -49,11 +46,7 @@ def load(source: Source, task: Task = "causal") -> tuple[Dataset, SourceKind]:
 
 
 def require_file(path: Path) -> None:
-    """Check that there is a folder, or a file of a known format that is not empty.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Check that there is a folder, or a file of a known format that is not empty."""
     if not path.exists():
         siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(
@@ -107,30 +100,37 @@ def _convert(values: list[Any], standard: str, name: str, first_row: int, path: 
         raise
 
 
+def _require(holds: bool) -> None:
+    if not holds:
+        raise TypeError
+
+
+def _without_null(array: pa.Array) -> pa.Array:
+    _require(not array.null_count)
+    return array
+
+
 def _texts(values: list[Any]) -> pa.Array:
     return _without_null(pa.array(values, type=pa.large_string()))
 
 
 def _labels(values: list[Any]) -> pa.Array:
-    if any(isinstance(value, bool) or not isinstance(value, str | int | float) for value in values):
-        raise TypeError("neither text nor numbers")
+    _require(all(isinstance(value, str | int | float) and not isinstance(value, bool) for value in values))
     return _texts([str(value).strip() for value in values])
 
 
 def _id_lists(values: list[Any]) -> pa.Array:
     # The type is inferred first, because Arrow that is asked for integers cuts 1.5 to 1.
     array = pa.array(values)
-    if not pa.types.is_list(array.type) or not (
-        pa.types.is_integer(array.type.value_type) or pa.types.is_null(array.type.value_type)
-    ):
-        raise TypeError("not lists of whole numbers")
+    _require(pa.types.is_list(array.type))
+    items = array.type.value_type
+    _require(pa.types.is_integer(items) or pa.types.is_null(items))
     _without_null(array.flatten())
     return _without_null(array).cast(pa.list_(pa.int64()))
 
 
 def _weights(values: list[Any]) -> pa.Array:
-    if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in values):
-        raise TypeError("not weights")
+    _require(all(isinstance(value, int | float) and 0 <= value < math.inf for value in values))
     return pa.array(values, type=pa.float32())
 
 
@@ -141,38 +141,21 @@ def _weight_lists(values: list[Any]) -> pa.Array:
 
 
 def _spans(values: list[Any]) -> pa.Array:
-    for value in values:
-        if value is not None and not _is_span(value):
-            raise TypeError("not a span")
+    for span in values:
+        if span is not None:
+            _require(isinstance(span, list) and [type(place) for place in span] == [int, int])
+            _require(0 <= span[0] <= span[1])
     return pa.array(values, type=pa.list_(pa.int64()))
 
 
-def _is_span(value: Any) -> bool:
-    whole = isinstance(value, list) and [type(place) for place in value] == [int, int]
-    return whole and 0 <= value[0] <= value[1]
-
-
-def _without_null(array: pa.Array) -> pa.Array:
-    if array.null_count:
-        raise TypeError("null")
-    return array
-
-
 def _conversations(values: list[Any]) -> pa.Array:
-    return _texts([_conversation(value) for value in values])
-
-
-def _conversation(value: Any) -> str:
-    messages = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise TypeError("not a list of messages")
-    return json.dumps(messages, ensure_ascii=False)
-
-
-def _is_message(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        return False
-    return isinstance(value.get("content"), str | list | None)
+    conversations = [json.loads(value) if isinstance(value, str) else value for value in values]
+    for messages in conversations:
+        _require(isinstance(messages, list))
+        for message in messages:
+            _require(isinstance(message, dict) and isinstance(message.get("role"), str))
+            _require(isinstance(message.get("content"), str | list | None))
+    return _texts([json.dumps(messages, ensure_ascii=False) for messages in conversations])
 
 
 class _Type(NamedTuple):

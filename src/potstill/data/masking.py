@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,7 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     Args:
         rows: [i] is {"input_ids": [T], "labels": [T], ...}, as `encode` gives them for the task masked.
-        tokenizer: has a mask token.
         share: of the tokens that may be chosen, in (0, 1).
-        seed: of the choice.
 
     Raises:
         DataError: the tokenizer has no mask token.
@@ -64,21 +62,17 @@ class MaskedRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         row: Mapping[str, Any] = self.rows[i]
-        ids, labels = self._masked(row["input_ids"], row["labels"], [self.seed, int(self._epoch), i])
-        return {**row, "input_ids": ids, "labels": labels}
-
-    def _masked(self, ids: Sequence[int], labels: Sequence[int], seed: list[int]) -> tuple[list[int], list[int]]:
-        generator = np.random.default_rng(seed)
-        masked_ids, all_labels = np.array(ids), np.array(labels)
-        free = np.flatnonzero(all_labels != IGNORE)
+        generator = np.random.default_rng([self.seed, int(self._epoch), i])
+        ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
+        free = np.flatnonzero(labels != IGNORE)
         chosen = generator.permutation(free)[: max(1, round(self.share * len(free)))]
         draw = generator.random(len(chosen))
-        masked_ids[chosen[draw < MASKED]] = self.mask_token_id
+        ids[chosen[draw < MASKED]] = self.mask_token_id
         randomized = chosen[(draw >= MASKED) & (draw < MASKED + RANDOM)]
-        masked_ids[randomized] = generator.integers(self.vocabulary, size=len(randomized))
-        masked_labels = np.full_like(all_labels, IGNORE)
-        masked_labels[chosen] = all_labels[chosen]
-        return masked_ids.tolist(), masked_labels.tolist()
+        ids[randomized] = generator.integers(self.vocabulary, size=len(randomized))
+        masked_labels = np.full_like(labels, IGNORE)
+        masked_labels[chosen] = labels[chosen]
+        return {**row, "input_ids": ids.tolist(), "labels": masked_labels.tolist()}
 
     def fixed(self) -> Dataset:
         """Return the rows with the current masks, so that held-out rows are the same at every evaluation."""

@@ -27,12 +27,7 @@ Columns = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a file.
-
-    Args:
-        columns: their names.
-        read: yields batches of some of these columns; a row without a column has None there.
-    """
+    """The names of a file's columns, and what yields batches of some of them; a row without a column has None there."""
 
     columns: list[str]
     read: Callable[[list[str]], Iterator[Columns]]
@@ -201,8 +196,13 @@ def _open_saved(path: Path) -> Table:
         raise DataError(
             f"data: expected a file, or a folder written by save_to_disk, got the folder {path}. Name a file in it."
         )
-    with _no_progress_bars():
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
         dataset = Dataset.load_from_disk(str(path)).with_format(None)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
     def read(names: list[str]) -> Iterator[Columns]:
         for batch in dataset.select_columns(names).iter(BATCH):
@@ -211,28 +211,16 @@ def _open_saved(path: Path) -> Table:
     return Table(dataset.column_names, read)
 
 
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = not datasets.are_progress_bars_disabled()
-    if shown:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
 def _without_filled_keys(columns: Columns) -> Columns:
     """Remove the nulls that Arrow puts in an object for keys that only other objects have."""
+
+    def is_list_of_objects(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
     return {
-        name: [_without_nulls(value) if _is_list_of_objects(value) else value for value in values]
+        name: [_without_nulls(value) if is_list_of_objects(value) else value for value in values]
         for name, values in columns.items()
     }
-
-
-def _is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _without_nulls(value: Any) -> Any:

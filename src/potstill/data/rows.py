@@ -6,8 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
 
 import jinja2
 from datasets import Dataset
@@ -25,29 +25,16 @@ class EncodedRow(NamedTuple):
     """One example. Labels and weights are not shifted. A prompt of the teacher's own adds its ids and labels."""
 
     input_ids: list[int]
-    labels: list[int] | int | float
+    labels: Any  # a list of int; one number for classification and regression
     token_type_ids: list[int] | None = None
     teacher_input_ids: list[int] | None = None
     teacher_labels: list[int] | None = None
     weights: list[float] | None = None
 
 
-class _AnswerRow(NamedTuple):
-    """A row before truncation whose answer begins at a known token.
-
-    Args:
-        number: of the row in the file, from 1.
-        prompt_length: tokens before the first target token.
-        ids: all tokens.
-        labels: their labels.
-        weights: their loss weights, where the file gives some.
-    """
-
-    number: int
-    prompt_length: int
-    ids: list[int]
-    labels: list[int]
-    weights: list[float] | None = None
+# Before truncation: the row's number in the file, from 1; tokens before its first target token; all of it.
+AnswerRow = tuple[int, int, EncodedRow]
+AnswerRows = Iterator[AnswerRow]
 
 
 @dataclass(frozen=True)
@@ -61,9 +48,7 @@ class RowEncoder:
         file: its name, for messages.
         counts: `empty` rows that were skipped, rows `cut` at max_length, and `teacher_longest`, the tokens of the
             longest row of the teacher's own.
-        task: of the model.
         classes: the numbers of classes by their names, for classification.
-        span_weights: see `Source`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -76,11 +61,7 @@ class RowEncoder:
     span_weights: SpanWeights | None = None
 
     def rows(self, dataset: Dataset, kind: SourceKind) -> Iterator[EncodedRow]:
-        """Encode a dataset of `load` for a language model.
-
-        Raises:
-            DataError: while iterating, when a row cannot be encoded.
-        """
+        """Encode a dataset of `load` for a language model; raises DataError while iterating."""
         if kind == "text":
             return _text_rows(dataset, self)
         encode, prompt, teacher_prompt = _ANSWER_ENCODERS[kind]
@@ -92,19 +73,9 @@ class RowEncoder:
 
     def tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """Tokenize texts, with or without the special tokens that the tokenizer adds."""
-        ids: list[list[int]] = []
-        for group in in_groups(texts):
-            encoded = self.tokenizer(
-                group,
-                add_special_tokens=special,
-                padding=False,
-                truncation=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-            ids += cast(list[list[int]], encoded["input_ids"])
-        return ids
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        groups = (self.tokenizer(group, add_special_tokens=special, **options) for group in in_groups(texts))
+        return [ids for encoded in groups for ids in encoded["input_ids"]]
 
     def with_eos(self, ids: list[int]) -> list[int]:
         """Append EOS, unless the ids end with it."""
@@ -116,10 +87,10 @@ class RowEncoder:
         return [[] for _ in texts] if self.span_weights is None else token_offsets(self.tokenizer, texts)
 
     def weighted(
-        self, row: _AnswerRow, columns: Mapping[str, Any], completion: CompletionOffsets | None = None
-    ) -> _AnswerRow:
+        self, row: EncodedRow, columns: Mapping[str, Any], number: int, completion: CompletionOffsets | None = None
+    ) -> EncodedRow:
         """Add the weights of the row's tokens, where the file gives some. A weight of 0 is a label of -100."""
-        weights = token_weights(columns, len(row.ids), self.span_weights, completion, self.where(row.number))
+        weights = token_weights(columns, len(row.input_ids), self.span_weights, completion, self.where(number))
         if weights is None:
             return row
         labels = [label if weight else IGNORE for label, weight in zip(row.labels, weights, strict=True)]
@@ -133,9 +104,8 @@ class RowEncoder:
         """Remove the labels of special tokens, which are never masked."""
         special = {*self.tokenizer.all_special_ids}
         for row in rows:
-            assert isinstance(row.labels, list)
             pairs = zip(row.input_ids, row.labels, strict=True)
-            yield EncodedRow(row.input_ids, [IGNORE if i in special else label for i, label in pairs])
+            yield row._replace(labels=[IGNORE if i in special else label for i, label in pairs])
 
     def special_tokens(self) -> tuple[list[int], list[int]]:
         """Find what the tokenizer itself puts before and after a text: [CLS] and [SEP], BOS, EOS."""
@@ -145,16 +115,16 @@ class RowEncoder:
                 return whole[:start], whole[start + len(bare) :]
         return [], []
 
-    def nonempty(self, dataset: Dataset, column: str) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
-        """Yield batches without the rows whose `column` is empty, with the rows' numbers in the file, from 1."""
-        for number, batch in enumerate(dataset.iter(BATCH)):
-            empty = "[]" if column == "messages" else ""
-            places = [i for i, value in enumerate(batch[column]) if value and value != empty]
-            self.counts["empty"] += len(batch[column]) - len(places)
-            yield (
-                [number * BATCH + i + 1 for i in places],
-                {name: [values[i] for i in places] for name, values in batch.items()},
-            )
+    def nonempty(self, dataset: Dataset, column: str) -> Iterator[dict[int, dict[str, Any]]]:
+        """Yield batches of rows by their numbers in the file, from 1, without those whose `column` is empty."""
+        empty = "[]" if column == "messages" else ""
+        for batch_number, batch in enumerate(dataset.iter(BATCH)):
+            values = enumerate(zip(*batch.values(), strict=True), batch_number * BATCH + 1)
+            rows = {number: dict(zip(batch, row, strict=True)) for number, row in values}
+            filled = {number: row for number, row in rows.items() if row[column] and row[column] != empty}
+            self.counts["empty"] += len(rows) - len(filled)
+            if filled:
+                yield filled
 
 
 def in_groups(texts: list[str], characters: int = 1 << 22) -> Iterator[list[str]]:
@@ -175,18 +145,19 @@ def in_groups(texts: list[str], characters: int = 1 << 22) -> Iterator[list[str]
 
 
 def _text_rows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]:
-    if encoder.task == "masked" and not encoder.packing:
-        return _framed_windows(dataset, encoder)
-    split = packed if encoder.packing else windows
+    framed = encoder.task == "masked" and not encoder.packing
     documents = (
-        encoder.with_eos(ids)
-        for _, batch in encoder.nonempty(dataset, "text")
-        for ids in encoder.tokens(batch["text"], special=True)
+        ids
+        for rows in encoder.nonempty(dataset, "text")
+        for ids in encoder.tokens([row["text"] for row in rows.values()], special=not framed)
     )
-    return (EncodedRow(ids, ids) for ids in split(documents, encoder.max_length))
+    if framed:
+        return _framed_windows(documents, encoder)
+    split = packed if encoder.packing else windows
+    return (EncodedRow(ids, ids) for ids in split(map(encoder.with_eos, documents), encoder.max_length))
 
 
-def _framed_windows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]:
+def _framed_windows(documents: Iterator[list[int]], encoder: RowEncoder) -> Iterator[EncodedRow]:
     """Windows of each document that all have the special tokens around them, as masked language models know them."""
     before, after = encoder.special_tokens()
     room = encoder.max_length - len(before) - len(after)
@@ -195,11 +166,10 @@ def _framed_windows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRo
             f"data: expected max_length above {len(before) + len(after)}, the special tokens of a row, got "
             f"{encoder.max_length}. Raise max_length."
         )
-    for _, batch in encoder.nonempty(dataset, "text"):
-        for ids in encoder.tokens(batch["text"], special=False):
-            for start in range(0, len(ids), room):
-                row = [*before, *ids[start : start + room], *after]
-                yield EncodedRow(row, row)
+    for ids in documents:
+        for start in range(0, len(ids), room):
+            row = [*before, *ids[start : start + room], *after]
+            yield EncodedRow(row, row)
 
 
 def packed(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
@@ -227,15 +197,15 @@ def windows(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
 # Rows with an answer
 
 
-def _truncated(rows: Iterator[_AnswerRow], encoder: RowEncoder) -> Iterator[EncodedRow]:
+def _truncated(rows: AnswerRows, encoder: RowEncoder) -> Iterator[EncodedRow]:
     """Truncate rows, each of which must keep a token of its answer."""
     limit = encoder.max_length
     full: list[tuple[int, int]] = []
-    for row in rows:
-        if row.prompt_length >= limit:
-            full.append((row.number, row.prompt_length))
-        encoder.counts["cut"] += len(row.ids) > limit
-        yield EncodedRow(row.ids[:limit], row.labels[:limit], weights=row.weights and row.weights[:limit])
+    for number, prompt_length, row in rows:
+        if prompt_length >= limit:
+            full.append((number, prompt_length))
+        encoder.counts["cut"] += len(row.input_ids) > limit
+        yield EncodedRow(row.input_ids[:limit], row.labels[:limit], weights=row.weights and row.weights[:limit])
     if full:
         number, length = full[0]
         raise DataError(
@@ -245,40 +215,35 @@ def _truncated(rows: Iterator[_AnswerRow], encoder: RowEncoder) -> Iterator[Enco
 
 
 def _with_teacher_rows(
-    rows: Iterator[EncodedRow], teacher_rows: Iterator[_AnswerRow], encoder: RowEncoder
+    rows: Iterator[EncodedRow], teacher_rows: AnswerRows, encoder: RowEncoder
 ) -> Iterator[EncodedRow]:
     """Add what the teacher reads, up to the last token of the answer that the student's row holds."""
-    for row, teacher in zip(rows, teacher_rows, strict=True):
-        assert isinstance(row.labels, list)
+    for row, (number, _, teacher) in zip(rows, teacher_rows, strict=True):
         answer = [label for label in row.labels[1:] if label != IGNORE]
         places = [i for i, label in enumerate(teacher.labels) if label != IGNORE and i][: len(answer)]
         if [teacher.labels[i] for i in places] != answer:
             raise DataError(
                 f"data: expected the same answer tokens behind the student's and the teacher's prompt, got others in "
-                f"{encoder.where(teacher.number)}. End both prompts with the same word or line."
+                f"{encoder.where(number)}. End both prompts with the same word or line."
             )
         end = places[-1] + 1 if places else 0
         encoder.counts["teacher_longest"] = max(encoder.counts["teacher_longest"], end)
-        yield row._replace(teacher_input_ids=teacher.ids[:end], teacher_labels=teacher.labels[:end])
+        yield row._replace(teacher_input_ids=teacher.input_ids[:end], teacher_labels=teacher.labels[:end])
 
 
-# Prompt and completion
-
-
-def _completions(dataset: Dataset, encoder: RowEncoder, prompt_column: str) -> Iterator[_AnswerRow]:
+def _completions(dataset: Dataset, encoder: RowEncoder, prompt_column: str) -> AnswerRows:
     _, closing = encoder.special_tokens()
-    for numbers, batch in encoder.nonempty(dataset, "completion"):
-        prompts = encoder.tokens(batch[prompt_column], special=True)
-        completions = encoder.tokens(batch["completion"], special=False)
-        offsets = encoder.offsets(batch["completion"])
-        for i, (number, prompt, completion) in enumerate(zip(numbers, prompts, completions, strict=True)):
+    for rows in encoder.nonempty(dataset, "completion"):
+        texts = [row["completion"] for row in rows.values()]
+        prompts = encoder.tokens([row[prompt_column] for row in rows.values()], special=True)
+        encoded = zip(prompts, encoder.tokens(texts, special=False), encoder.offsets(texts), strict=True)
+        for (number, columns), (prompt, completion, offsets) in zip(rows.items(), encoded, strict=True):
             if closing and prompt[-len(closing) :] == closing:
                 prompt = prompt[: -len(closing)]
             completion = encoder.with_eos(completion)
-            columns = {name: values[i] for name, values in batch.items()}
-            row = _AnswerRow(number, len(prompt), prompt + completion, [IGNORE] * len(prompt) + completion)
-            place = CompletionOffsets(len(columns["completion"]), offsets[i], first=len(prompt))
-            yield encoder.weighted(row, columns, place)
+            row = EncodedRow(prompt + completion, [IGNORE] * len(prompt) + completion)
+            place = CompletionOffsets(len(columns["completion"]), offsets, first=len(prompt))
+            yield number, len(prompt), encoder.weighted(row, columns, number, place)
 
 
 # Conversations
@@ -292,33 +257,29 @@ class _Conversation(NamedTuple):
     turns: list[tuple[str, str]]
 
 
-def _conversations(dataset: Dataset, encoder: RowEncoder, column: str) -> Iterator[_AnswerRow]:
+def _conversations(dataset: Dataset, encoder: RowEncoder, column: str) -> AnswerRows:
     """Conversations; what stands before the assistant's first turn comes from `column`."""
-    for numbers, batch in encoder.nonempty(dataset, "messages"):
+    for rows in encoder.nonempty(dataset, "messages"):
         conversations = []
-        for number, text, begin in zip(numbers, batch["messages"], batch[column], strict=True):
-            messages = json.loads(text)
+        for number, columns in rows.items():
+            messages = json.loads(columns["messages"])
             if column != "messages":
                 first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
-                messages = json.loads(begin) + messages[first:]
-            conversations.append(_render_turns(messages, encoder.where(number), encoder))
-        texts = {
-            text for talk in conversations for text in (talk.text, *(part for turn in talk.turns for part in turn))
-        }
-        ordered = sorted(texts)
-        ids_of = dict(zip(ordered, encoder.tokens(ordered, special=False), strict=True))
-        offsets = encoder.offsets([talk.text for talk in conversations])
-        for i, (number, talk) in enumerate(zip(numbers, conversations, strict=True)):
+                messages = json.loads(columns[column]) + messages[first:]
+            conversations.append(_render_turns(messages, encoder.where(number), encoder.tokenizer))
+        texts = sorted({text for talk in conversations for text in (talk.text, *chain(*talk.turns))})
+        ids_of = dict(zip(texts, encoder.tokens(texts, special=False), strict=True))
+        rendered = zip(conversations, encoder.offsets([talk.text for talk in conversations]), strict=True)
+        for (number, columns), (talk, offsets) in zip(rows.items(), rendered, strict=True):
             ids = ids_of[talk.text]
             spans = [[_common_prefix(ids_of[text], ids) for text in turn] for turn in talk.turns]
             labels = [IGNORE] * len(ids)
             for start, end in spans:
                 labels[start:end] = ids[start:end]
-            columns = {name: values[i] for name, values in batch.items()}
             place = None
             if any(columns.get(name) is not None for name in SPAN_COLUMNS):
-                place = _last_message(talk, offsets[i], encoder.where(number))
-            yield encoder.weighted(_AnswerRow(number, spans[0][0], ids, labels), columns, place)
+                place = _last_message(talk, offsets, encoder.where(number))
+            yield number, spans[0][0], encoder.weighted(EncodedRow(ids, labels), columns, number, place)
 
 
 def _last_message(talk: _Conversation, offsets: list[Span], where: str) -> CompletionOffsets:
@@ -336,7 +297,7 @@ def _last_message(talk: _Conversation, offsets: list[Span], where: str) -> Compl
     return CompletionOffsets(len(content), offsets, start - content.index(bare))
 
 
-def _render_turns(messages: list[dict[str, Any]], where: str, encoder: RowEncoder) -> _Conversation:
+def _render_turns(messages: list[dict[str, Any]], where: str, tokenizer: PreTrainedTokenizerBase) -> _Conversation:
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise DataError(
@@ -348,11 +309,11 @@ def _render_turns(messages: list[dict[str, Any]], where: str, encoder: RowEncode
             f"data: expected a message before the assistant's first turn, got none in {where}. "
             "Begin the conversation with the user or the system."
         )
-    whole = _render(messages, False, where, encoder)
+    whole = render_chat(tokenizer, messages, where)
     texts = []
     for turn in turns:
-        before = _render(messages[:turn], True, where, encoder)
-        after = whole if turn == len(messages) - 1 else _render(messages[: turn + 1], False, where, encoder)
+        before = render_chat(tokenizer, messages[:turn], where, add_generation_prompt=True)
+        after = whole if turn == len(messages) - 1 else render_chat(tokenizer, messages[: turn + 1], where)
         if not (after.startswith(before) and whole.startswith(after)):
             raise DataError(
                 f"data: expected a chat template that only appends, got one that changes earlier turns, at message "
@@ -363,15 +324,20 @@ def _render_turns(messages: list[dict[str, Any]], where: str, encoder: RowEncode
     return _Conversation(messages, whole, texts)
 
 
-def _render(messages: list[dict[str, Any]], open_turn: bool, where: str, encoder: RowEncoder) -> str:
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    where: str,
+    expected: str = "data: expected messages that the chat template takes",
+    **options: Any,
+) -> str:
+    """Render messages by the chat template; a DataError that begins with `expected` where it fails."""
     try:
-        text = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
         raise DataError(
-            f"data: expected messages that the chat template takes, got {one_line(error, 200)!r} in {where}. "
-            "Correct the row, or use another chat template."
+            f"{expected}, got {one_line(error, 200)!r} in {where}. Correct the row, or use another chat template."
         ) from None
-    return cast(str, text)
 
 
 def _common_prefix(ids: list[int], whole: list[int]) -> int:
@@ -384,25 +350,24 @@ def _common_prefix(ids: list[int], whole: list[int]) -> int:
 # Token ids
 
 
-def _given_ids(dataset: Dataset, encoder: RowEncoder, column: str) -> Iterator[_AnswerRow]:
+def _given_ids(dataset: Dataset, encoder: RowEncoder, column: str) -> AnswerRows:
     owner = column.removesuffix("input_ids")
     vocabulary = vocabulary_size(encoder.tokenizer)
-    for numbers, batch in encoder.nonempty(dataset, "input_ids"):
-        for i, number in enumerate(numbers):
-            columns = {name: values[i] for name, values in batch.items()}
-            ids = columns[column]
-            row = _AnswerRow(number, 0, ids, columns.get(f"{owner}labels", ids))
+    for rows in encoder.nonempty(dataset, "input_ids"):
+        for number, columns in rows.items():
+            row = EncodedRow(columns[column], columns.get(f"{owner}labels", columns[column]))
             if owner:
                 columns = {"attention_mask": columns.get("attention_mask", [])}
             _check_ids(row, columns, vocabulary, encoder.where(number))
-            yield encoder.weighted(row, columns)
+            yield number, 0, encoder.weighted(row, columns, number)
 
 
-def _check_ids(row: _AnswerRow, columns: Mapping[str, Any], vocabulary: int, where: str) -> None:
-    for name, values in (("label", row.labels), ("weight", columns.get("weights", row.ids))):
-        if len(values) != len(row.ids):
+def _check_ids(row: EncodedRow, columns: Mapping[str, Any], vocabulary: int, where: str) -> None:
+    ids = row.input_ids
+    for name, values in (("label", row.labels), ("weight", columns.get("weights", ids))):
+        if len(values) != len(ids):
             raise DataError(
-                f"data: expected as many {name}s as input_ids, got {len(values)} and {len(row.ids)} in {where}. "
+                f"data: expected as many {name}s as input_ids, got {len(values)} and {len(ids)} in {where}. "
                 f"{name.capitalize()} t belongs to token t. Correct the row."
             )
     if 0 in columns.get("attention_mask", []):
@@ -410,7 +375,7 @@ def _check_ids(row: _AnswerRow, columns: Mapping[str, Any], vocabulary: int, whe
             f"data: expected input_ids without padding, got an attention_mask with 0 in {where}. "
             "Batches are padded later. Remove the padding."
         )
-    unknown = [i for i in (set(row.labels) - {IGNORE}) | set(row.ids) if not 0 <= i < vocabulary]
+    unknown = [i for i in (set(row.labels) - {IGNORE}) | set(ids) if not 0 <= i < vocabulary]
     if unknown:
         raise DataError(
             f"data: expected ids from 0 to {vocabulary - 1}, got {unknown[0]} in {where}. "
@@ -419,7 +384,7 @@ def _check_ids(row: _AnswerRow, columns: Mapping[str, Any], vocabulary: int, whe
 
 
 # For each kind with an answer: its encoder, and the columns of the student's and of the teacher's prompt.
-_ANSWER_ENCODERS: dict[SourceKind, tuple[Callable[[Dataset, RowEncoder, str], Iterator[_AnswerRow]], str, str]] = {
+_ANSWER_ENCODERS: dict[SourceKind, tuple[Callable[[Dataset, RowEncoder, str], AnswerRows], str, str]] = {
     "completion": (_completions, "prompt", "teacher_prompt"),
     "messages": (_conversations, "messages", "teacher_messages"),
     "input_ids": (_given_ids, "input_ids", "teacher_input_ids"),

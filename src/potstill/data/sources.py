@@ -68,29 +68,18 @@ class Source(Record):
 
 
 def choose_columns(source: Source, columns: list[str], task: Task) -> tuple[SourceKind, dict[str, str]]:
-    """Choose what to read of a file.
-
-    Args:
-        source: the file and what is named of its columns.
-        columns: all columns of the file.
-        task: of the model.
-
-    Returns:
-        The kind of source, and for each standard column of that kind the name in the file.
-
-    Raises:
-        DataError: a column is missing, or the kind is ambiguous or not suitable.
-    """
+    """Choose the kind of source, and for each standard column of that kind the file's own, of all its columns."""
     file = Path(source.path).name
     if task in SEQUENCE_TASKS:
-        return "labelled", _require_columns(_labelled_columns(source, columns), columns, file)
-    given: dict[SourceKind, dict[str, str | None]] = {
-        "text": {"text": source.field},
-        "completion": {"prompt": source.prompt, "completion": source.completion},
-        "messages": {"messages": source.messages},
-        "input_ids": {"input_ids": source.input_ids},
+        names = {"text": source.field or "text", "label": source.label or "label"}
+        if source.pair or "text_pair" in columns:
+            names["text_pair"] = source.pair or "text_pair"
+        return "labelled", _require_columns(names, columns, file)
+    given = {
+        kind: {name: getattr(source, "field" if name == "text" else name) for name in names}
+        for kind, names in COLUMNS.items()
     }
-    kinds = [kind for kind, names in given.items() if any(name is not None for name in names.values())]
+    kinds = [kind for kind, chosen in given.items() if any(name is not None for name in chosen.values())]
     if len(kinds) > 1:
         raise DataError(
             f"data: expected columns of one kind for {file}, got "
@@ -98,12 +87,12 @@ def choose_columns(source: Source, columns: list[str], task: Task) -> tuple[Sour
             "completion, messages or input_ids."
         )
     kind = kinds[0] if kinds else _find_kind(columns, file)
-    names: dict[str, str | None] = {name: name for name in COLUMNS[kind]}
-    if kinds:
-        names = given[kind]
-    if None in names.values():
-        absent = next(standard for standard, name in names.items() if name is None)
-        raise DataError(f"data: expected both prompt and completion for {file}, got no {absent}. Name its column too.")
+    names = given[kind] if kinds else {name: name for name in COLUMNS[kind]}
+    absent = [standard for standard, name in names.items() if name is None]
+    if absent:
+        raise DataError(
+            f"data: expected both prompt and completion for {file}, got no {absent[0]}. Name its column too."
+        )
     if kind == "input_ids":
         names |= {name: name for name in OPTIONAL_ID_COLUMNS if name in columns}
         names |= {name: name for name in TEACHER_ID_COLUMNS if set(TEACHER_ID_COLUMNS) <= set(columns)}
@@ -131,13 +120,6 @@ def choose_columns(source: Source, columns: list[str], task: Task) -> tuple[Sour
     return kind, _require_columns(names, columns, file)
 
 
-def _labelled_columns(source: Source, columns: list[str]) -> dict[str, str | None]:
-    names: dict[str, str | None] = {"text": source.field or "text", "label": source.label or "label"}
-    if source.pair or "text_pair" in columns:
-        names["text_pair"] = source.pair or "text_pair"
-    return names
-
-
 def _find_kind(columns: list[str], file: str) -> SourceKind:
     kinds = [kind for kind, names in COLUMNS.items() if set(names) <= set(columns)]
     if not kinds:
@@ -154,14 +136,14 @@ def _find_kind(columns: list[str], file: str) -> SourceKind:
     return kinds[0]
 
 
-def _require_columns(names: dict[str, str | None], columns: list[str], file: str) -> dict[str, str]:
+def _require_columns(names: dict[str, str], columns: list[str], file: str) -> dict[str, str]:
     for name in names.values():
-        if name is not None and name not in columns:
+        if name not in columns:
             raise DataError(
                 f"data: expected a column {name!r} in {file}, got {listed(columns)}.{nearest(name, columns)} "
                 "Name one of these."
             )
-    return {standard: name for standard, name in names.items() if name is not None}
+    return names
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:

@@ -67,63 +67,36 @@ def token_weights(
 
     A token that overlaps a span has the span's weight. All others have that of the answer, if there is none for them:
     the words before an answer and the end after it are learnt with it.
-
-    Args:
-        columns: weight, weights, reasoning_span, answer_span of the row, as far as the file has them.
-        num_tokens: of the row.
-        span_weights: see `Source`.
-        completion: the text that the spans are places in, where there are any.
-        where: the row, for messages.
-
-    Raises:
-        DataError: a span is not within the completion.
     """
     weights: list[float] | None = columns.get("weights")
     if span_weights is not None:
         weights = [span_weights.answer if span_weights.other is None else span_weights.other] * num_tokens
         for name, weight in zip(SPAN_COLUMNS, (span_weights.reasoning, span_weights.answer), strict=True):
-            if columns[name] is not None:
+            if (span := columns[name]) is not None:
                 assert completion is not None
-                start, end = _tokens_of_span(name, columns[name], completion, where)
-                weights[start:end] = [weight] * (end - start)
+                length, offsets, shift, first = completion
+                if span[1] > length:
+                    raise DataError(
+                        f"data: expected {name} within the {length} characters of its completion, got {span[0]} to "
+                        f"{span[1]} in {where}. Correct or remove the row."
+                    )
+                start, end = _tokens_within(offsets, (span[0] + shift, span[1] + shift))
+                weights[first + start : first + end] = [weight] * (end - start)
     if "weight" not in columns:
         return weights
     return [weight * columns["weight"] for weight in weights or [1.0] * num_tokens]
 
 
-def _tokens_of_span(name: str, span: Span, completion: CompletionOffsets, where: str) -> Span:
-    length, offsets, shift, first = completion
-    if span[1] > length:
-        raise DataError(
-            f"data: expected {name} within the {length} characters of its completion, got {span[0]} to {span[1]} in "
-            f"{where}. Correct or remove the row."
-        )
-    start, end = _tokens_within(offsets, (span[0] + shift, span[1] + shift))
-    return first + start, first + end
-
-
 def span_tokens(tokenizer: PreTrainedTokenizerBase, text: str, span: Span) -> Span:
-    """Find the tokens of a text that overlap a span, as start and end among the tokens; (0, 0) for none.
+    """Find the tokens of a text that overlap a span of characters, as start and end among the tokens; (0, 0) for none.
 
     The text is encoded as completions are: alone, without special tokens.
-
-    Args:
-        tokenizer: a fast one.
-        text: the completion.
-        span: start and end in characters, as `Solution` has them.
-
-    Raises:
-        DataError: the tokenizer has no offsets.
     """
     return _tokens_within(token_offsets(tokenizer, [text])[0], span)
 
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[Span]]:
-    """Find where the tokens of texts stand in them, in characters; without special tokens.
-
-    Raises:
-        DataError: the tokenizer has no offsets.
-    """
+    """Find where the tokens of texts stand in them, in characters; without special tokens."""
     if not tokenizer.is_fast:
         raise DataError("spans: expected a fast tokenizer, got a slow one, which has no offsets.")
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -15,21 +15,7 @@ from potstill.models.loading import vocabulary_size
 def shared_vocabulary(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, rows: Mapping[str, int]
 ) -> int:
-    """Check that the token -> id maps are equal, and return the size of the vocabulary.
-
-    Heads may have more rows than there are tokens (padding): they are sliced to this size.
-
-    Args:
-        teacher: the teacher's tokenizer.
-        student: the student's.
-        rows: rows of each model's head, by the name of the model in errors.
-
-    Returns:
-        The highest token id + 1.
-
-    Raises:
-        VocabularyError: the maps differ (an equal size is not an equal vocabulary), or a head is too small.
-    """
+    """Check that the token -> id maps are equal, for an equal size is no equal vocabulary; see `checked_vocabulary`."""
     teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
     if teacher_ids != student_ids:
         raise VocabularyError(
@@ -44,12 +30,8 @@ def shared_vocabulary(
 def checked_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, int]) -> int:
     """Check that heads have a row for each token, and return the highest token id + 1.
 
-    Args:
-        tokenizer: of the models.
-        rows: rows of each model's head, by the name of the model in errors.
-
-    Raises:
-        VocabularyError: a head is too small.
+    Heads may have more rows than there are tokens (padding): they are sliced to this size. `rows` are those of each
+    model's head, by the name of the model in errors.
     """
     size = vocabulary_size(tokenizer)
     for name, count in rows.items():
@@ -68,16 +50,11 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _difference(teacher: dict[str, int], student: dict[str, int]) -> str:
-    """Describe what differs."""
-    only_teacher = [token for token in teacher if token not in student]
-    only_student = [token for token in student if token not in teacher]
-    moved = [token for token in teacher if token in student and teacher[token] != student[token]]
     parts = [f"{len(teacher)} and {len(student)} tokens"]
-    if only_teacher:
-        parts.append(f"{len(only_teacher)} only the teacher has (such as {only_teacher[0]!r})")
-    if only_student:
-        parts.append(f"{len(only_student)} only the student has (such as {only_student[0]!r})")
-    if moved:
+    for owner, ids, others in (("teacher", teacher, student), ("student", student, teacher)):
+        if only := [token for token in ids if token not in others]:
+            parts.append(f"{len(only)} only the {owner} has (such as {only[0]!r})")
+    if moved := [token for token in teacher if token in student and teacher[token] != student[token]]:
         token = moved[0]
         parts.append(f"{len(moved)} under another id (such as {token!r}: {teacher[token]} and {student[token]})")
     return ", ".join(parts)
