@@ -35,12 +35,8 @@ def _column(name: str, values: list[Any]) -> pa.Array:
         return pa.array(values, pa.list_(pa.int64()))
     if any(isinstance(value, dict | list) for value in values) and name != "provenance":
         values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
-    return pa.array([_encodable(value) for value in values])
-
-
-def _encodable(value: Any) -> Any:
-    """Replace halves of surrogate pairs, which no file of text can hold."""
-    return value.encode("utf-8", errors="replace").decode() if isinstance(value, str) else value
+    # Halves of surrogate pairs are replaced: no file of text can hold them.
+    return pa.array([value.encode(errors="replace").decode() if isinstance(value, str) else value for value in values])
 
 
 def write_card(
@@ -56,13 +52,10 @@ def write_card(
     """Write the data card. It has no YAML header, so that `datasets.load_dataset` finds the files by their names.
 
     Args:
-        path: README.md.
-        name: of the data.
         facts: teacher, task, sampling and so on.
         counts: how many there were at each stage, from requests to rows.
         dropped: the filter, the reason and the text of each dropped text.
         lengths: characters of each completion.
-        bad: rows of the source that could not be used.
     """
     lines = [f"# {_escape(name)}", "", "Written by a teacher model, for a student to learn from.", ""]
     lines += [*_table(("", ""), facts.items()), ""]
@@ -70,7 +63,7 @@ def write_card(
     lines += ["## Dropped", "", *_dropped(dropped), "", "## Lengths", "", *_histogram(lengths)]
     if bad:
         lines += ["", "## Rows of the source that could not be used", ""]
-        lines += [f"- {row.number}: {_escape(row.reason)}" for row in bad[:100]]
+        lines += [f"- {number}: {_escape(reason)}" for number, reason in bad[:100]]
         lines += [f"- and {len(bad) - 100:,} more"] if len(bad) > 100 else []
     write_text(path, "\n".join(lines) + "\n")
 
@@ -78,11 +71,9 @@ def write_card(
 def _dropped(dropped: Sequence[tuple[str, str, str]]) -> list[str]:
     if not dropped:
         return ["Nothing."]
+    examples = {name: (text[:80], reason) for name, reason, text in reversed(dropped)}  # the first of each filter
     counts = Counter(name for name, _, _ in dropped)
-    rows = []
-    for name, count in counts.most_common():
-        _, reason, text = next(example for example in dropped if example[0] == name)
-        rows.append((name, f"{count:,}", text[:80], reason))
+    rows = [(name, f"{count:,}", *examples[name]) for name, count in counts.most_common()]
     lines = ["They are in the file `dropped`, with the reason. An example of each:", ""]
     return [*lines, *_table(("filter", "texts", "such as", "why"), rows)]
 

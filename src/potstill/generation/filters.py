@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -44,7 +45,7 @@ class Filter(Record):
 
 
 class DroppedText(NamedTuple):
-    """The index of a dropped pair, the name of the filter that dropped it, and its reason."""
+    """The index of a dropped pair, the name of its filter, and the reason."""
 
     row: int
     filter: str
@@ -106,9 +107,8 @@ class Charset(Filter):
             return f"holds U+{ord(broken):04X}, which no text has"
         if not self.scripts:
             return None
-        counts = Counter(
-            unicodedata.name(sign, "UNKNOWN").partition(" ")[0] for sign in pair.completion if sign.isalpha()
-        )
+        letters = filter(str.isalpha, pair.completion)
+        counts = Counter(unicodedata.name(letter, "UNKNOWN").partition(" ")[0] for letter in letters)
         total = counts.total()
         foreign = counts - Counter({script.upper(): total for script in self.scripts})
         if foreign.total() <= self.max_other * total:
@@ -201,11 +201,7 @@ class NearDuplicates(Filter):
     name = "near-duplicate"
 
     def reasons(self, pairs: Sequence[TextPair]) -> Iterator[str | None]:
-        """Give for each row the earlier one that it repeats, counted from 1 among those that this filter reads.
-
-        Raises:
-            DataError: datasketch is not installed.
-        """
+        """Give for each row the earlier one that it repeats, counted from 1 among those that this filter reads."""
         if not pairs:
             return
         try:
@@ -223,9 +219,9 @@ class NearDuplicates(Filter):
             shingles = (_shingles(pair.prompt) | _shingles(pair.completion)) - template or _shingles(pair.prompt)
             sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
             sketch.update_batch(["\0".join(shingle).encode(errors="replace") for shingle in sorted(shingles)])
-            matches = ((_similarity(pair, pairs[other], template), other) for other in sorted(index.query(sketch)))
-            similarity, match = max(matches, key=lambda found: found[0], default=(0.0, 0))
-            if similarity >= self.threshold:
+            similarities = {other: _similarity(pair, pairs[other], template) for other in sorted(index.query(sketch))}
+            match = max(similarities, key=similarities.__getitem__, default=0)
+            if (similarity := similarities.get(match, 0.0)) >= self.threshold:
                 yield f"{similarity:.2f} like row {match + 1}"
             else:
                 index.insert(row, sketch)
@@ -243,17 +239,11 @@ def _template(pairs: Sequence[TextPair]) -> set[tuple[str, ...]]:
 
 def _similarity(pair: TextPair, other: TextPair, template: set[tuple[str, ...]]) -> float:
     """The smaller J of prompt and completion; 0 where the numbers differ."""
-    if _numbers(pair) != _numbers(other):
+    numbers = [sorted(word for text in texts for word in words(text) if word[0].isdigit()) for texts in (pair, other)]
+    if numbers[0] != numbers[1]:
         return 0.0
-    return min(_jaccard(_shingles(a) - template, _shingles(b) - template) for a, b in zip(pair, other, strict=True))
-
-
-def _numbers(pair: TextPair) -> list[str]:
-    return sorted(word for text in pair for word in words(text) if word[0].isdigit())
-
-
-def _jaccard(a: set[Any], b: set[Any]) -> float:
-    return len(a & b) / len(a | b) if a | b else 1.0
+    shingles = [(_shingles(a) - template, _shingles(b) - template) for a, b in zip(pair, other, strict=True)]
+    return min(len(a & b) / len(a | b) if a | b else 1.0 for a, b in shingles)
 
 
 @dataclass(frozen=True)
@@ -274,19 +264,13 @@ class Contamination(Filter):
     name = "contamination"
 
     def reasons(self, pairs: Sequence[TextPair]) -> Iterator[str | None]:
-        """Give for each row the test file and row that it shares words with.
-
-        Raises:
-            DataError: a test file cannot be read.
-        """
+        """Give for each row the test file and row that it shares words with."""
         index: dict[tuple[str, ...], str] = {}
-        for file in self.files:
-            for where, text in _test_texts(Path(file).expanduser()):
-                tokens = words(text)
-                if len(tokens) >= SHINGLE:
-                    index |= {
-                        run: where for run in _word_runs(tokens, min(self.words, len(tokens))) if run not in index
-                    }
+        for where, text in chain.from_iterable(map(_test_texts, self.files)):
+            tokens = words(text)
+            if len(tokens) >= SHINGLE:
+                for shared in _word_runs(tokens, min(self.words, len(tokens))):
+                    index.setdefault(shared, where)
         lengths = sorted({len(run) for run in index})
         for pair in pairs:
             runs = (run for text in pair for length in lengths for run in _word_runs(words(text), length))
@@ -294,13 +278,13 @@ class Contamination(Filter):
             yield None if run is None else f"{len(run)} words of {index[run]}: {' '.join(run)!r}"
 
 
-def _test_texts(path: Path) -> Iterator[tuple[str, str]]:
+def _test_texts(file: str) -> Iterator[tuple[str, str]]:
+    path = Path(file).expanduser()
     if not path.exists():
         raise DataError(f"filter: expected a test file, got {path}, which does not exist. Correct the path.")
     with reading(path):
         for number, row in enumerate(open_table(path).rows(), 1):
-            for text in _strings(row):
-                yield f"row {number} of {path.name}", text
+            yield from ((f"row {number} of {path.name}", text) for text in _strings(row))
 
 
 def _strings(value: Any) -> Iterable[str]:

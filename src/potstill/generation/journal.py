@@ -7,22 +7,20 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from potstill.data.rows import render_chat
 from potstill.engines.engine import Engine, Prompt
 from potstill.engines.sampling import Completion, Sampling
-from potstill.errors import DataError, one_line
+from potstill.errors import DataError
 from potstill.generation.requests import GenerationRequest
 
 
-@dataclass(frozen=True)
-class RequestCompletions:
+class RequestCompletions(NamedTuple):
     """The teacher's texts for one request, and the seed of the batch that they were sampled in."""
 
     texts: list[Completion]
@@ -32,8 +30,7 @@ class RequestCompletions:
 def render(request: GenerationRequest, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
     """Render a request by the chat template, as token ids; without a template, as plain text.
 
-    Raises:
-        DataError: there is no chat template and the request is a conversation or has tools, or the template fails.
+    Without one, a conversation and tools are a DataError.
     """
     tools = request.source.get("tools") if request.task == "responses" else None
     content = request.messages[0]["content"]
@@ -44,29 +41,14 @@ def render(request: GenerationRequest, tokenizer: PreTrainedTokenizerBase | None
                 "none. Set tokenizer.chat_template, or use plain prompts."
             )
         return content
-    try:
-        text = tokenizer.apply_chat_template(
-            request.messages,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-        raise DataError(
-            f"generate: expected messages that the teacher's chat template takes, got {one_line(error, 200)!r} in row "
-            f"{request.number}. Correct the row, or use another chat template."
-        ) from None
+    expected, where = "generate: expected messages that the teacher's chat template takes", f"row {request.number}"
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "add_generation_prompt": True}
+    text = render_chat(tokenizer, request.messages, where, expected, **options)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class PromptBatch(NamedTuple):
-    """Prompts that are completed together.
-
-    Args:
-        start: index of the first among all prompts.
-        prompts: as the engine takes them.
-        seed: of the batch.
-    """
+    """Prompts that are completed together, the index of the first among all prompts, and the seed of the batch."""
 
     start: int
     prompts: list[Prompt]
@@ -97,53 +79,17 @@ def complete_requests(
     settings: Any,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[RequestCompletions]:
-    """Complete every prompt, and return the completions in order.
+    """Complete every prompt that is not in the journal, and return all completions in order.
 
-    The journal is a file of JSON lines: a hash of all that decides the texts, then a line for each prompt, in the order
-    of completion. A batch is appended and synced as a whole; a line that a kill cut in two is removed. The seed of a
-    batch depends on `seed` and the batch's place alone, so that a run that was killed, or that many processes share,
-    writes what it would have written.
-
-    Args:
-        prompts: as the engine takes them.
-        complete: such as `complete_in_order(engine, sampling)`.
-        seed: of the whole run.
-        journal: the file; what is in it is not completed again.
-        batch_size: prompts in a batch.
-        settings: all that decides the texts beside the prompts, as JSON.
-        progress: called with the number of completed prompts.
+    The journal is a file of JSON lines: a hash of all that decides the texts (`settings`, as JSON, and the prompts),
+    then a line for each prompt, in the order of completion. A batch is appended and synced as a whole; a line that a
+    kill cut in two is removed. The seed of a batch depends on `seed` and the batch's place alone, so that a run that
+    was killed, or that many processes share, writes what it would have written.
 
     Raises:
         DataError: the journal was written with other settings, or another process is writing it.
     """
     head = {"made_of": hashlib.sha256(json.dumps([settings, list(prompts)]).encode()).hexdigest()}
-    with _locked(journal) as file:
-        done = _read(file, head, journal)
-        progress(len(done))
-        missing = [
-            PromptBatch(start, list(prompts[start : start + batch_size]), _batch_seed(seed, start))
-            for start in range(0, len(prompts), batch_size)
-            if not done.keys() >= {*range(start, min(start + batch_size, len(prompts)))}
-        ]
-        for batch, completions in complete(missing):
-            new = {i: RequestCompletions(texts, batch.seed) for i, texts in enumerate(completions, batch.start)}
-            new = {i: texts for i, texts in new.items() if i not in done}
-            lines = [
-                {"ask": i, "seed": batch.seed, "texts": [[text.text, text.ended] for text in one.texts]}
-                for i, one in new.items()
-            ]
-            _append(file, lines)
-            done |= new
-            progress(len(done))
-    return [done[i] for i in range(len(prompts))]
-
-
-def _batch_seed(seed: int, start: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {start}".encode()).digest()[:4])
-
-
-@contextmanager
-def _locked(journal: Path) -> Iterator[IO[bytes]]:
     with journal.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,7 +97,24 @@ def _locked(journal: Path) -> Iterator[IO[bytes]]:
             raise DataError(
                 f"generate: expected to be the only one who writes {journal}, got another process. Wait for it."
             ) from None
-        yield file
+        done = _read(file, head, journal)
+        progress(len(done))
+        missing = []
+        for start in range(0, len(prompts), batch_size):
+            batch_prompts = list(prompts[start : start + batch_size])
+            if not done.keys() >= {*range(start, start + len(batch_prompts))}:
+                batch_seed = int.from_bytes(hashlib.sha256(f"{seed} {start}".encode()).digest()[:4])
+                missing.append(PromptBatch(start, batch_prompts, batch_seed))
+        for batch, completions in complete(missing):
+            new = {i: texts for i, texts in enumerate(completions, batch.start) if i not in done}
+            lines = [
+                {"ask": i, "seed": batch.seed, "texts": [[text.text, text.ended] for text in texts]}
+                for i, texts in new.items()
+            ]
+            _append(file, lines)
+            done |= {i: RequestCompletions(texts, batch.seed) for i, texts in new.items()}
+            progress(len(done))
+    return [done[i] for i in range(len(prompts))]
 
 
 def _read(file: IO[bytes], head: dict[str, str], journal: Path) -> dict[int, RequestCompletions]:
@@ -172,10 +135,8 @@ def _read(file: IO[bytes], head: dict[str, str], journal: Path) -> dict[int, Req
     file.truncate(len(whole))
     if not lines:
         _append(file, [head])
-    return {
-        line["ask"]: RequestCompletions([Completion(*text) for text in line["texts"]], line["seed"])
-        for line in lines[1:]
-    }
+    entries = ((line["ask"], [Completion(*text) for text in line["texts"]], line["seed"]) for line in lines[1:])
+    return {i: RequestCompletions(texts, seed) for i, texts, seed in entries}
 
 
 def _append(file: IO[bytes], lines: Sequence[dict[str, Any]]) -> None:

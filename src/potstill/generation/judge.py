@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal
 
 from potstill.data.token_weights import Span
@@ -17,9 +17,11 @@ from potstill.generation.reasoning import parse
 from potstill.generation.requests import GenerationRequest
 from potstill.generation.sandbox import ProgramLimits, require_sandbox, run_program
 from potstill.generation.tasks import Choice, Target, TaskWeights
-from potstill.generation.verify import same_answer, vote
+from potstill.generation.verify import Vote, same_answer, vote
 
 RowFormat = Literal["completion", "messages"]
+# The spans of reasoning and answer, the answer, and why there is none; see `GeneratedText`.
+ParsedText = tuple[Span | None, Span | None, str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -59,64 +61,46 @@ def parse_texts(
     row_format: RowFormat,
     limits: ProgramLimits,
 ) -> list[GeneratedText]:
-    """Parse chains and run programs, in the order of the requests.
-
-    Raises:
-        DataError: there are programs and no sandbox.
-    """
+    """Parse chains and run programs, in the order of the requests; a DataError without a sandbox for the programs."""
     if any(request.task == "program_of_thought" for request in requests):
         require_sandbox()
 
-    def read(work: tuple[GenerationRequest, int, Completion, int]) -> GeneratedText:
-        request, sample, text, seed = work
+    def read(request: GenerationRequest, sample: int, text: Completion, seed: int) -> GeneratedText:
         completion = text.text.strip() if row_format == "messages" else text.text.rstrip()
-        return _PARSERS[request.task](GeneratedText(request, sample, seed, completion, text.ended), limits)
+        parsed: ParsedText = (None, None, None, None)
+        if request.task == "chain_of_thought":
+            parsed = _chain(completion)
+        elif request.task == "program_of_thought":
+            parsed = _program(completion, text.ended, limits)
+        return GeneratedText(request, sample, seed, completion, text.ended, *parsed)
 
-    work = [
-        (request, sample, text, completed.seed)
-        for request, completed in zip(requests, completions, strict=True)
-        for sample, text in enumerate(completed.texts)
-    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each program runs in its own process
-        return list(pool.map(read, work))
+        futures = [
+            pool.submit(read, request, sample, text, completed.seed)
+            for request, completed in zip(requests, completions, strict=True)
+            for sample, text in enumerate(completed.texts)
+        ]
+    return [future.result() for future in futures]
 
 
-def _chain(text: GeneratedText, limits: ProgramLimits) -> GeneratedText:
-    solution = parse(text.completion)
-    return replace(
-        text,
-        reasoning_span=solution.reasoning_span,
-        answer_span=solution.answer_span,
-        answer=solution.answer,
-        problem="no answer" if solution.answer is None else None,
-    )
+def _chain(text: str) -> ParsedText:
+    solution = parse(text)
+    problem = "no answer" if solution.answer is None else None
+    return solution.reasoning_span, solution.answer_span, solution.answer, problem
 
 
-def _program(text: GeneratedText, limits: ProgramLimits) -> GeneratedText:
-    span = code_span(text.completion)
-    text = replace(text, reasoning_span=span)
-    if not text.ended:  # half a program is not run
-        return replace(text, problem="not run, because it was cut")
-    outcome = run_program(text.completion[slice(*span)], limits)
-    printed = outcome.output.strip().splitlines()
+def _program(text: str, ended: bool, limits: ProgramLimits) -> ParsedText:
+    span = code_span(text)
+    if not ended:  # half a program is not run
+        return span, None, None, "not run, because it was cut"
+    outcome = run_program(text[slice(*span)], limits)
     if outcome.ending != "done":
-        last_line = (outcome.errors.strip().splitlines() or [""])[-1]
-        return replace(text, problem=f"program: {outcome.ending}{f' ({last_line[:200]})' if last_line else ''}")
-    if not printed:
-        return replace(text, problem="program: printed nothing")
-    return replace(text, answer=printed[-1].strip())
+        errors = outcome.errors.strip().splitlines()
+        return span, None, None, f"program: {outcome.ending}{f' ({errors[-1][:200]})' if errors else ''}"
+    printed = outcome.output.strip().splitlines()
+    return (span, None, printed[-1].strip(), None) if printed else (span, None, None, "program: printed nothing")
 
 
-def _unparsed(text: GeneratedText, limits: ProgramLimits) -> GeneratedText:
-    return text
-
-
-_PARSERS: dict[str, Callable[[GeneratedText, ProgramLimits], GeneratedText]] = {
-    "chain_of_thought": _chain,
-    "program_of_thought": _program,
-    "instructions": _unparsed,
-    "responses": _unparsed,
-}
 _FENCE = re.compile(
     r"^[ \t]*```[ \t]*(?:python|py)?[ \t]*\n(?P<code>.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE
 )
@@ -129,44 +113,40 @@ def code_span(text: str) -> Span:
 
 
 def judge(texts: Iterable[GeneratedText], choose: Choice, *, drop_cut: bool) -> list[GeneratedText]:
-    """Set verdict and `dropped` of each text; texts of one question stand together in the result.
-
-    Args:
-        texts: of one or more tasks; the answers to one question vote together.
-        choose: all with an answer, those with the majority's answer, or those with the known answer.
-        drop_cut: drop texts that max_new_tokens cut off.
+    """Set verdict and `dropped` of each text; texts of one question, of all tasks, vote and stand together.
 
     References:
         Majority: Wang et al. 2022, arXiv 2203.11171. Verified: Zelikman et al. 2022, arXiv 2203.14465.
     """
-    groups: dict[int, list[GeneratedText]] = defaultdict(list)
-    for text in texts:
-        groups[text.request.number].append(text)
-    return [text for group in groups.values() for text in _judge_group(group, choose, drop_cut)]
 
+    def question(text: GeneratedText) -> int:
+        return text.request.number
 
-def _judge_group(group: list[GeneratedText], choose: Choice, drop_cut: bool) -> list[GeneratedText]:
-    majority = vote([text.answer for text in group])
     judged = []
-    for text in group:
-        answer, gold = text.answer, text.request.gold
-        is_right, is_common = same_answer(answer, gold), same_answer(answer, majority.answer)
-        verdict = "unchecked"
-        if gold is not None:
-            verdict = "right" if is_right else "wrong"
-        elif choose == "majority":
-            verdict = "majority" if is_common else "minority"
-        dropped = None
-        if drop_cut and not text.ended:
-            dropped = ("cut", "max_new_tokens came before the end")
-        elif text.problem is not None:
-            dropped = ("answer", text.problem)
-        elif choose == "majority" and answer is not None and not is_common:
-            dropped = ("answer", f"{answer!r}, where {majority.share:.0%} say {majority.answer!r}")
-        elif choose == "verified" and not is_right:
-            dropped = ("answer", f"{answer!r}, not {gold!r}")
-        judged.append(replace(text, verdict=verdict, dropped=dropped))
+    for _, group in groupby(sorted(texts, key=question), question):
+        answers = list(group)
+        majority = vote([text.answer for text in answers])
+        judged += [_judged(text, majority, choose, drop_cut) for text in answers]
     return judged
+
+
+def _judged(text: GeneratedText, majority: Vote, choose: Choice, drop_cut: bool) -> GeneratedText:
+    answer, gold = text.answer, text.request.gold
+    is_right, is_common = same_answer(answer, gold), same_answer(answer, majority.answer)
+    verdict, dropped = "unchecked", None
+    if gold is not None:
+        verdict = "right" if is_right else "wrong"
+    elif choose == "majority":
+        verdict = "majority" if is_common else "minority"
+    if drop_cut and not text.ended:
+        dropped = ("cut", "max_new_tokens came before the end")
+    elif text.problem is not None:
+        dropped = ("answer", text.problem)
+    elif choose == "majority" and answer is not None and not is_common:
+        dropped = ("answer", f"{answer!r}, where {majority.share:.0%} say {majority.answer!r}")
+    elif choose == "verified" and not is_right:
+        dropped = ("answer", f"{answer!r}, not {gold!r}")
+    return replace(text, verdict=verdict, dropped=dropped)
 
 
 def rows_of(
@@ -176,7 +156,7 @@ def rows_of(
     provenance: dict[str, Any],
     weights: TaskWeights | None = None,
 ) -> list[dict[str, Any]]:
-    """Make the rows of a text, ready for `potstill run`.
+    """Make the rows of a text, ready for `potstill run`. Without a chain or a program it is one row for all targets.
 
     - chain: the prompt of the teacher, and its completion.
     - answer: the question alone, and the answer alone.
@@ -184,30 +164,21 @@ def rows_of(
 
     Conversations keep their messages and all columns of their row.
 
-    Args:
-        text: parsed and judged.
-        row_format: prompt and completion, or messages.
-        target: for chains and programs; any other text is one row.
-        provenance: of the whole run.
-        weights: of the two tasks; 1 each by default.
-
     References:
         Hsieh et al. 2023, arXiv 2305.02301.
     """
-    request, rows = text.request, []
-    if text.reasoning_span is None or target != "answer":
+    request, reasoning, rows = text.request, text.reasoning_span, []
+    if reasoning is None or target != "answer":
         row = dict(request.source) if request.task in ("responses", "instructions") else {}
         row |= _dialogue(request.messages, text.completion, row_format)
-        if text.reasoning_span is not None:
-            row |= _solution(text, text.reasoning_span, text.answer_span)
-        rows.append(row | {"provenance": _origin(text, request.task, provenance)})
-    if text.reasoning_span is not None and target != "chain" and text.answer is not None:
+        rows.append(row | _description(text, request.task, reasoning, text.answer_span, provenance))
+    if reasoning is not None and target != "chain" and text.answer is not None:
         question, answer = f"{request.question}\nAnswer:", f" {text.answer}"
         if row_format == "messages":
             question, answer = str(request.question), text.answer
         row = _dialogue([{"role": "user", "content": question}], answer, row_format)
-        row |= _solution(text, None, (len(answer) - len(answer.lstrip()), len(answer)))
-        rows.append(row | {"provenance": _origin(text, "answer", provenance)})
+        span = (len(answer) - len(answer.lstrip()), len(answer))
+        rows.append(row | _description(text, "answer", None, span, provenance))
     if target == "both":
         both = weights or TaskWeights(chain=1.0, answer=1.0)
         rows = [row | {"weight": weight} for row, weight in zip(rows, (both.chain, both.answer), strict=False)]
@@ -220,17 +191,15 @@ def _dialogue(messages: list[dict[str, Any]], completion: str, row_format: RowFo
     return {"prompt": messages[0]["content"], "completion": completion}
 
 
-def _solution(text: GeneratedText, reasoning_span: Span | None, answer_span: Span | None) -> dict[str, Any]:
-    return {
-        "question": text.request.question,
-        "answer": text.answer,
-        "gold": text.request.gold,
-        "reasoning_span": reasoning_span and list(reasoning_span),
-        "answer_span": answer_span and list(answer_span),
-    }
-
-
-def _origin(text: GeneratedText, task: str, provenance: dict[str, Any]) -> dict[str, Any]:
+def _description(
+    text: GeneratedText, task: str, reasoning: Span | None, answer: Span | None, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """What a row says of its text beside the dialogue."""
     request = text.request
-    place = {"row": request.number, "sample": text.sample, "seed": text.seed, "template": request.template}
-    return {"task": task, **place, "verdict": text.verdict, **provenance}
+    row: dict[str, Any] = {}
+    if text.reasoning_span is not None:
+        row = {"question": request.question, "answer": text.answer, "gold": request.gold}
+        row |= {"reasoning_span": reasoning and list(reasoning), "answer_span": answer and list(answer)}
+    origin: dict[str, Any] = {"task": task, "row": request.number, "sample": text.sample, "seed": text.seed}
+    origin |= {"template": request.template, "verdict": text.verdict}
+    return row | {"provenance": origin | provenance}

@@ -31,11 +31,7 @@ TEMPLATES = {
 
 
 def template(name_or_text: str, known: dict[str, str] = TEMPLATES) -> str:
-    """Find the template of this name; a text with {question} in it is a template itself.
-
-    Raises:
-        DataError: it is neither.
-    """
+    """Find the template of this name; a text with {question} in it is a template itself."""
     if name_or_text in known:
         return known[name_or_text]
     if "{question}" in name_or_text:
@@ -77,17 +73,12 @@ def parse(text: str) -> Solution:
     "the answer is". Without them, what the last sentence with "therefore", "thus", "hence", "finally" or
     "conclusion" at its beginning ends in. Steps begin at "Step 1:", numbers, bullets; else each line is one, and where
     there is one line, each sentence.
-
-    Args:
-        text: a solution in prose, with or without Markdown and LaTeX.
     """
-    found = _marked(text) or _concluded(text)
-    if found is None:
-        return Solution(text, tuple(_steps(text)), None, _trimmed(text, 0, len(text)), None)
-    start, span = found
+    marked = max(_marked(text), key=lambda mark: mark[1][0], default=None) or _concluded(text)
+    start, span = (len(text), None) if marked is None else marked
     reasoning = _trimmed(text, 0, start)
-    answer = text[slice(*span)]
-    return Solution(text, tuple(_steps(text[slice(*reasoning)])), answer, reasoning, span)
+    steps = tuple(_steps(text[slice(*reasoning)]))
+    return Solution(text, steps, None if span is None else text[slice(*span)], reasoning, span)
 
 
 # The answer. Each function gives the place where its mark begins, and the span of the answer itself.
@@ -115,18 +106,10 @@ _CONCLUSION = re.compile(
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
-def _marked(text: str) -> _MarkedAnswer | None:
-    """The last answer that has a mark."""
-    marks = [*_set_apart(text), *_named(text), *_boxed(text)]
-    return max(marks, key=lambda found: found[1][0], default=None)
-
-
-def _set_apart(text: str) -> Iterator[_MarkedAnswer]:
+def _marked(text: str) -> Iterator[_MarkedAnswer]:
+    """Each answer that has a mark."""
     for match in (*_HASHES.finditer(text), *_HEADING.finditer(text)):
         yield match.start(), _bare(text, *match.span("answer"))
-
-
-def _named(text: str) -> Iterator[_MarkedAnswer]:
     for match in _NAMED.finditer(text):
         start, end = match.span("answer")
         if not match["colon"]:  # a sentence: it ends where sentences do
@@ -134,13 +117,10 @@ def _named(text: str) -> Iterator[_MarkedAnswer]:
         span = _bare(text, start, end)
         if span[0] < span[1]:
             yield match.start(), span
-
-
-def _boxed(text: str) -> Iterator[_MarkedAnswer]:
     for match in _BOXED.finditer(text):
-        end = _closing_brace(text, match.end())
-        if end is not None:
-            yield _line_of_box(text, match.start()), _trimmed(text, match.end(), end)
+        closing = _closing_brace(text, match.end())
+        if closing is not None:
+            yield _line_of_box(text, match.start()), _trimmed(text, match.end(), closing)
 
 
 def _closing_brace(text: str, start: int) -> int | None:
@@ -166,9 +146,10 @@ def _line_of_box(text: str, box: int) -> int:
 
 def _concluded(text: str) -> _MarkedAnswer | None:
     """The last number of the last sentence with a word of conclusion, or else the whole sentence."""
-    match = max(_CONCLUSION.finditer(text), key=lambda match: match.start(), default=None)
-    if match is None:
+    matches = [*_CONCLUSION.finditer(text)]
+    if not matches:
         return None
+    match = matches[-1]
     start, end = match.span("answer")
     end = _sentence_end(text, start, end)
     numbers = [*_NUMBER.finditer(text, start, end)]
@@ -180,8 +161,8 @@ _NUMBER = re.compile(r"(?:(?<!\w)[-−])?[$€£]?\d[\d,]*(?:\.\d+)?(?:\s?/\s?\d
 
 
 def _sentence_end(text: str, start: int, end: int) -> int:
-    found = _SENTENCE_END.search(text, start, end)
-    return found.start() if found else end
+    match = _SENTENCE_END.search(text, start, end)
+    return match.start() if match else end
 
 
 def _bare(text: str, start: int, end: int) -> Span:

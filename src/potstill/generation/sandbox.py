@@ -18,7 +18,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Literal
+from typing import Annotated, Literal
 
 from potstill.errors import DataError, one_line
 from potstill.losses.declared import Range, Record
@@ -46,36 +46,22 @@ Ending = Literal["done", "failed", "time", "output"]
 
 @dataclass(frozen=True)
 class ProgramOutcome:
-    """How a program ended.
-
-    Args:
-        ending: done (exit status 0), failed (any other, or killed), time, or output (more than it may print).
-        output: what it printed.
-        errors: the end of its stderr.
-    """
+    """How a program ended: done (exit status 0), failed (any other, or killed), time, or output (too much of it)."""
 
     ending: Ending
     output: str
-    errors: str
+    errors: str  # the end of its stderr
 
 
 def run_program(source: str, limits: ProgramLimits = ProgramLimits()) -> ProgramOutcome:
-    """Run a Python program in the sandbox.
-
-    Raises:
-        DataError: there is no sandbox on this machine (see `require_sandbox`).
-    """
+    """Run a Python program in the sandbox; see `require_sandbox`."""
     require_sandbox()
     return _run(source, limits)
 
 
 @functools.cache
 def require_sandbox() -> None:
-    """Check, once, that the sandbox is installed and works.
-
-    Raises:
-        DataError: what is missing, and what to install.
-    """
+    """Check, once, that the sandbox is installed and works; the DataError says what is missing and what to install."""
     missing = [name for name in ("bwrap", "prlimit") if shutil.which(name) is None]
     if not sys.platform.startswith("linux"):
         raise _no_sandbox(f"the system {sys.platform}", "Run it on Linux")
@@ -107,7 +93,7 @@ def _run(source: str, limits: ProgramLimits) -> ProgramOutcome:
         seccomp.write(_compiled_filter())
         seccomp.seek(0)
         try:
-            ended = subprocess.run(
+            status = subprocess.run(
                 _command(limits, seccomp.fileno()),
                 # No program can hold half a surrogate pair: the interpreter refuses it.
                 input=source.encode("utf-8", errors="surrogatepass"),
@@ -119,21 +105,18 @@ def _run(source: str, limits: ProgramLimits) -> ProgramOutcome:
                 cwd="/",
                 start_new_session=True,
                 check=False,
-            )
-            ending: Ending = "done" if ended.returncode == 0 else "failed"
-            if ended.returncode in (128 + 9, 128 + 24, -9, -24):  # the kernel's answer to cpu_seconds
+            ).returncode
+            ending: Ending = "done" if status == 0 else "failed"
+            if status in (128 + 9, 128 + 24, -9, -24):  # the kernel's answer to cpu_seconds
                 ending = "time"
         except subprocess.TimeoutExpired:
             ending = "time"
-        output, errors = _read(out), _read(err)
+        out.seek(0)
+        err.seek(0)
+        output, errors = out.read(), err.read()
     if len(output) >= limits.output_kib * 2**10:
         ending = "output"
     return ProgramOutcome(ending, output.decode(errors="replace"), errors[-2000:].decode(errors="replace"))
-
-
-def _read(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read()
 
 
 # Seeded hashes make the order of sets, and with it what is printed, the same at every run.
@@ -212,9 +195,8 @@ def _seccomp() -> ctypes.CDLL | None:
         return None
     library.seccomp_init.restype = ctypes.c_void_p
     library.seccomp_init.argtypes = [ctypes.c_uint32]
-    library.seccomp_rule_add_array.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p),
-    ]
+    types = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p
+    library.seccomp_rule_add_array.argtypes = types
     library.seccomp_export_bpf.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.seccomp_release.argtypes = [ctypes.c_void_p]
     return library

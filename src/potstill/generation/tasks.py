@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
+from itertools import product
 from typing import Annotated, Any, Literal
 
 from potstill.errors import ShapeError
 from potstill.generation.reasoning import TEMPLATES, fill, parse, template
-from potstill.generation.requests import (
-    GenerationRequest,
-    NumberedRow,
-    UnusableRow,
-    answer_problem,
-    conversation,
-    read_rows,
-    text_problem,
-    turn_problem,
-)
+from potstill.generation.requests import GenerationRequest, Message, UnusableRow, read_rows
 from potstill.losses.declared import Declared, NonEmpty, Range, Record
 
 PROGRAM_TEMPLATES = {
@@ -65,14 +57,6 @@ class Questions(Record):
     field: str = "question"
     answer: str | None = None
 
-    def read(self, skip_bad: bool) -> tuple[list[NumberedRow], list[UnusableRow]]:
-        """See `read_rows`."""
-
-        def problem(row: dict[str, Any]) -> str | None:
-            return text_problem(row, self.field) or (answer_problem(row, self.answer) if self.answer else None)
-
-        return read_rows(Path(self.path), problem, skip_bad)
-
 
 @dataclass(frozen=True)
 class Prompts(Record):
@@ -95,13 +79,7 @@ class Prompts(Record):
 
 
 class GenerationTask(Declared):
-    """A task of the teacher.
-
-    Attributes:
-        choose: which texts become rows: all (of questions, all with an answer), majority or verified.
-        target: what the rows of questions teach.
-        task_weights: weights of tokens in the rows of both targets.
-    """
+    """A task of the teacher; without questions, all texts become rows as they are."""
 
     key = "task"
     choose: Choice = "all"
@@ -110,14 +88,7 @@ class GenerationTask(Declared):
 
     @abstractmethod
     def requests(self, skip_bad: bool) -> tuple[list[GenerationRequest], list[UnusableRow]]:
-        """Make the requests, and list the rows that none can be made of.
-
-        Args:
-            skip_bad: go on without unusable rows.
-
-        Raises:
-            DataError: a file cannot be read or has unusable rows, or a template is not known.
-        """
+        """Make the requests, and list the rows that none can be made of: an error, unless they are skipped."""
 
 
 @dataclass(frozen=True)
@@ -151,17 +122,20 @@ class _QuestionTask(GenerationTask):
         return {self.name: self.template}
 
     def requests(self, skip_bad: bool) -> tuple[list[GenerationRequest], list[UnusableRow]]:
-        """See `GenerationTask`."""
-        rows, bad = self.questions.read(skip_bad)
+        field, answer = self.questions.field, self.questions.answer
+
+        def problem(row: dict[str, Any]) -> str | None:
+            return _text_problem(row, field) or (_answer_problem(row, answer) if answer else None)
+
+        rows, bad = read_rows(self.questions.path, problem, skip_bad)
         requests = []
         for task, name in self._templates.items():
             text = template(name, PROGRAM_TEMPLATES if task == "program_of_thought" else TEMPLATES)
             for number, row in rows:
-                question = row[self.questions.field]
-                known = None if self.questions.answer is None else str(row[self.questions.answer])
+                known = None if answer is None else str(row[answer])
                 gold = known if known is None else parse(known).answer or known.strip()
-                messages = [{"role": "user", "content": fill(text, question)}]
-                requests.append(GenerationRequest(number, task, name, messages, row, question, gold))
+                messages = [{"role": "user", "content": fill(text, row[field])}]
+                requests.append(GenerationRequest(number, task, name, messages, row, row[field], gold))
         return requests, bad
 
 
@@ -221,19 +195,12 @@ class Instructions(GenerationTask):
     name = "instructions"
 
     def requests(self, skip_bad: bool) -> tuple[list[GenerationRequest], list[UnusableRow]]:
-        """See `GenerationTask`."""
-        pairs = [(topic, kind) for topic in self.topics for kind in self.kinds]
-        return [
-            GenerationRequest(
-                number,
-                self.name,
-                kind,
-                [{"role": "user", "content": fill(template(kind, INSTRUCTIONS), topic)}],
-                {"topic": topic, "kind": kind},
-                topic,
-            )
-            for number, (topic, kind) in enumerate(pairs, 1)
-        ], []
+        requests = []
+        for number, (topic, kind) in enumerate(product(self.topics, self.kinds), 1):
+            messages = [{"role": "user", "content": fill(template(kind, INSTRUCTIONS), topic)}]
+            source = {"topic": topic, "kind": kind}
+            requests.append(GenerationRequest(number, self.name, kind, messages, source, topic))
+        return requests, []
 
 
 @dataclass(frozen=True)
@@ -248,14 +215,47 @@ class Responses(GenerationTask):
     name = "responses"
 
     def requests(self, skip_bad: bool) -> tuple[list[GenerationRequest], list[UnusableRow]]:
-        """See `GenerationTask`."""
         field, column = self.prompts.field or "", self.prompts.messages
 
         def problem(row: dict[str, Any]) -> str | None:
-            return turn_problem(row, column) if column else text_problem(row, field)
+            return _turn_problem(row, column) if column else _text_problem(row, field)
 
         def messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-            return conversation(row[column]) if column else [{"role": "user", "content": row[field]}]
+            return _conversation(row[column]) if column else [{"role": "user", "content": row[field]}]
 
-        rows, bad = read_rows(Path(self.prompts.path), problem, skip_bad)
+        rows, bad = read_rows(self.prompts.path, problem, skip_bad)
         return [GenerationRequest(number, self.name, "none", messages(row), row) for number, row in rows], bad
+
+
+def _conversation(value: Any) -> list[Message]:
+    """The messages of a list, or of that list as JSON text."""
+    return list(json.loads(value) if isinstance(value, str) else value)
+
+
+# Each check gives what is wrong with a row, or None.
+
+
+def _text_problem(row: dict[str, Any], field: str) -> str | None:
+    if field not in row:
+        return f"expected a field {field!r}, got {', '.join(row) or 'none'}"
+    if not isinstance(row[field], str) or not row[field].strip():
+        return f"expected a text in {field!r}, got {str(row[field])[:40]!r}"
+    return None
+
+
+def _answer_problem(row: dict[str, Any], field: str) -> str | None:
+    value = row.get(field)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        return f"expected an answer in {field!r}, got {str(value)[:40]!r}"
+    return None
+
+
+def _turn_problem(row: dict[str, Any], field: str) -> str | None:
+    """Check that a field holds a conversation in which it is the assistant's turn."""
+    try:
+        roles = [message["role"] for message in _conversation(row[field])]
+    except (KeyError, TypeError, ValueError):
+        return f"expected a list of messages in {field!r}, got {str(row.get(field))[:40]!r}"
+    if not roles or roles[-1] in ("assistant", "system"):
+        return f"expected a conversation that ends with the user or a tool, got {roles[-1] if roles else 'none'}"
+    return None

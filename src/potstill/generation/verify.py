@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -46,33 +45,22 @@ def vote(answers: Sequence[str | None]) -> Vote:
         Wang et al. 2022, arXiv 2203.11171.
     """
     groups: list[list[str]] = []
-    for answer in answers:
-        if answer is None:
-            continue
-        group = next((group for group in groups if same_answer(group[0], answer)), None)
-        if group is None:
-            groups.append([answer])
-        else:
-            group.append(answer)
+    for answer in (answer for answer in answers if answer is not None):
+        group = next((group for group in groups if same_answer(group[0], answer)), [])
+        group.append(answer)
+        if len(group) == 1:
+            groups.append(group)
     best = max(groups, key=len, default=None)
     return Vote(best[0], len(best) / len(answers)) if best else Vote(None, 0.0)
 
 
-@dataclass(frozen=True)
-class ParsedNumber:
-    """A number as it was written.
+class ParsedNumber(NamedTuple):
+    """A number as it was written."""
 
-    Args:
-        value: in the base unit of its kind.
-        places: digits after the point that were written, or None for a fraction.
-        percent: it was written with a percent sign; `value` is the number before it.
-        kind: what its unit measures, or None.
-    """
-
-    value: Fraction
-    places: int | None
-    percent: bool
-    kind: str | None
+    value: Fraction  # in the base unit of its kind
+    places: int | None  # digits after the point that were written; None for a fraction
+    percent: bool  # whether a percent sign follows; `value` is the number before it
+    kind: str | None  # what its unit measures
 
     def readings(self) -> list[ParsedNumber]:
         """All values that it may have: 50% is 50 and 1/2."""
@@ -84,22 +72,18 @@ class ParsedNumber:
 
 def number(text: str) -> ParsedNumber | None:
     """Read the number of an answer; None where it holds none, several, or a formula."""
-    text = _unformatted(text)
-    if "=" in text:  # "x = 5", "24 + 48 = 72 clips": the result stands last
-        text = text.rpartition("=")[2]
-    found = [*_NUMBER.finditer(text)]
-    if len(found) != 1:
+    text = _unformatted(text).rpartition("=")[2]  # "x = 5", "24 + 48 = 72 clips": the result stands last
+    matches = [*_NUMBER.finditer(text)]
+    if len(matches) != 1:
         return None
-    match = found[0]
+    match = matches[0]
     before, after = text[: match.start()], text[match.end() :]
-    if _OPERATORS.search(before + after) or (_GLUED.match(after) and _unit(after) is None):
-        return None
-    value = _value(match)
-    if value is None:
+    unit, value = _unit(after), _value(match)
+    if value is None or _OPERATORS.search(before + after) or (_GLUED.match(after) and unit is None):
         return None
     places = None if match["denominator"] else len((match["decimals"] or "").lstrip("."))
     scale = _SCALES.get((re.findall(r"[a-z]+", after.lower()) or [""])[0], 1)
-    factor, kind = _unit(after) or (Fraction(1), _SIGNS.get(match["currency"]))
+    factor, kind = unit or (Fraction(1), _SIGNS.get(match["currency"]))
     percent = bool(re.match(r"\s*(%|percent\b|per cent\b)", after, re.IGNORECASE))
     exact = places if scale == 1 and factor == 1 else None
     return ParsedNumber(value * scale * factor, exact, percent, kind)
@@ -150,25 +134,28 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 # What a unit measures, its spellings, and its factor to a base unit.
-_UNITS = {
-    spelling: (Fraction(factor), kind)
-    for kind, units in {
-        "length": {
-            "mm millimeter millimetre": "1/1000",
-            "cm centimeter centimetre": "1/100",
-            "m meter metre": "1",
-            "km kilometer kilometre": "1000",
-        },
-        "mass": {"mg milligram": "1/1000", "g gram": "1", "kg kilogram kilo": "1000"},
-        "time": {"second s sec": "1", "minute min": "60", "hour h hr": "3600", "day": "86400"},
-        "volume": {"ml milliliter millilitre": "1/1000", "l liter litre": "1"},
-        "money": {"cent ¢": "1/100", "dollar usd": "1"},
-        "euros": {"euro eur": "1"},
-        "imperial": {"inch inches": "1/12", "foot ft feet": "1", "yard": "3"},
-    }.items()
-    for spellings, factor in units.items()
-    for spelling in spellings.split()
-}
+_UNIT_TABLE = (
+    ("length", "mm millimeter millimetre", "1/1000"),
+    ("length", "cm centimeter centimetre", "1/100"),
+    ("length", "m meter metre", "1"),
+    ("length", "km kilometer kilometre", "1000"),
+    ("mass", "mg milligram", "1/1000"),
+    ("mass", "g gram", "1"),
+    ("mass", "kg kilogram kilo", "1000"),
+    ("time", "second s sec", "1"),
+    ("time", "minute min", "60"),
+    ("time", "hour h hr", "3600"),
+    ("time", "day", "86400"),
+    ("volume", "ml milliliter millilitre", "1/1000"),
+    ("volume", "l liter litre", "1"),
+    ("money", "cent ¢", "1/100"),
+    ("money", "dollar usd", "1"),
+    ("euros", "euro eur", "1"),
+    ("imperial", "inch inches", "1/12"),
+    ("imperial", "foot ft feet", "1"),
+    ("imperial", "yard", "3"),
+)
+_UNITS = {word: (Fraction(factor), kind) for kind, words, factor in _UNIT_TABLE for word in words.split()}
 _SIGNS = {"$": "money", "€": "euros", "£": "pounds", "¥": "yen"}
 
 
