@@ -18,8 +18,7 @@ from conftest import make_tokenizer
 from potstill.cli import app
 from potstill.data.batches import encode
 from potstill.data.sources import Source
-from potstill.engines.engine import Prompt
-from potstill.engines.sampling import Completion, Sampling
+from potstill.engines.sampling import Completion, Prompt, Sampling
 from potstill.errors import DataError, RecipeError, UserError
 from potstill.generation import sandbox
 from potstill.generation.journal import complete_in_order, complete_requests, render

@@ -15,8 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from potstill.cli import app
-from potstill.engines.engine import Prompt
-from potstill.engines.sampling import Completion, Sampling
+from potstill.engines.sampling import Completion, Prompt, Sampling
 from potstill.errors import UserError
 from potstill.generation import sandbox
 from potstill.runs import generate as generation

@@ -37,12 +37,7 @@ def split_of(name: str) -> Split:
 def documents(split: Split, root: Path | None = None) -> Iterator[tuple[str, str]]:
     """Yield (path inside the library, text) of each file of a split, in the order of a hash of its path.
 
-    Args:
-        split: which part of the files.
-        root: a library other than the running Python's.
-
-    Raises:
-        DataError: the library's source is not on this machine.
+    `root` is a library other than the running Python's.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     paths = [path.relative_to(root) for path in root.rglob("*.py")]
@@ -60,17 +55,7 @@ def documents(split: Split, root: Path | None = None) -> Iterator[tuple[str, str
 
 
 def write_jsonl(path: Path, split: Split, max_characters: int | None = None, root: Path | None = None) -> int:
-    """Write a split as JSON Lines with the fields `name` and `text`.
-
-    Args:
-        path: the file to write.
-        split: which part of the files.
-        max_characters: truncate the split to this many characters.
-        root: a library other than the running Python's.
-
-    Returns:
-        The number of characters.
-    """
+    """Write a split, of at most so many characters, as JSON Lines with name and text; return how many it has."""
     num_characters = 0
     with path.open("w", encoding="utf-8") as file:
         for name, text in documents(split, root):

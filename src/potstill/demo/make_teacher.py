@@ -52,14 +52,10 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, split: Split) -> torch.Tens
 
 
 def build_model() -> LlamaForCausalLM:
-    shape: dict[str, Any] = {
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-    }
+    layers: dict[str, Any] = {"num_hidden_layers": 6, "num_attention_heads": 4}
+    widths: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688}
     tokens: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
-    config = LlamaConfig(max_position_embeddings=2 * CONTEXT, tie_word_embeddings=True, **shape, **tokens)
+    config = LlamaConfig(max_position_embeddings=2 * CONTEXT, tie_word_embeddings=True, **layers, **widths, **tokens)
     # At this size eager attention is faster on a CPU than the fused kernel's backward pass.
     model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, attn_implementation="eager")
     return model
@@ -74,8 +70,8 @@ def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
         return nn.functional.dropout(output, rate, module.training)
 
     for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(drop)
-        layer.mlp.register_forward_hook(drop)
+        for part in (layer.self_attn, layer.mlp):
+            part.register_forward_hook(drop)
 
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
@@ -146,10 +142,8 @@ def main() -> None:
         loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        for scheduler in schedulers:
-            scheduler.step()
+        for item in stateful[1:]:
+            item.step()
         model.zero_grad()
         total += loss.item()
         if (step + 1) % 250 == 0:

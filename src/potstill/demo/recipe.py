@@ -23,12 +23,9 @@ FAST = (
 
 
 def demo_recipe(out: Path, sets: Iterable[str] = (), *, fast: bool = False) -> Recipe:
-    """Write the demo's data into the run directory and load its recipe.
+    """Write the demo's data into the run directory `out` and load its recipe with the overrides `sets`.
 
-    Args:
-        out: the run directory.
-        sets: overrides of the recipe's keys, as `Recipe.load` takes them.
-        fast: one minute in place of a quarter of an hour; the name of the run, and so its report, says so.
+    Fast is one minute in place of a quarter of an hour; the name of the run, and so its report, says so.
     """
     package, data = Path(str(files("potstill.demo"))), out / "data"
     data.mkdir(parents=True, exist_ok=True)

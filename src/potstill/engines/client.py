@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -34,7 +34,6 @@ class JsonClient:
             then OPENAI_API_KEY.
         concurrency: maximum number of requests at once.
         timeout_s: how long the server may be silent.
-        attempts: maximum number of attempts of one request.
 
     Raises:
         UserError: the url is malformed, or the variable is not set.
@@ -49,9 +48,8 @@ class JsonClient:
         timeout_s: float = 120.0,
         attempts: int = 6,
     ) -> None:
-        self.url = _base_url(url)
+        self.url, self._key = _base_url(url), _api_key(key_variable)
         self._concurrency, self._attempts = concurrency, attempts
-        self._key = _api_key(key_variable)
         self._limit = ConcurrencyLimit(concurrency)
         self._http = httpx2.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -84,23 +82,14 @@ class JsonClient:
         *,
         json: bool = True,
     ) -> Any:
-        """Send one request and return the answer.
-
-        Args:
-            method: GET or POST.
-            path: below the url.
-            body: sent as JSON.
-            stop: no further attempt once it is set.
-            json: False returns the answer as text.
+        """Send one request and return the answer, as text without `json`; no further attempt once `stop` is set.
 
         Raises:
             RefusedError: the server says that the request is wrong.
             ServerError: no usable answer after all attempts.
         """
         stop = stop or threading.Event()
-        attempt = 0
-        while True:
-            attempt += 1
+        for attempt in range(1, self._attempts + 1):
             with self._limit.slot() as epoch:
                 try:
                     return self._send(method, path, body, json)
@@ -108,10 +97,10 @@ class JsonClient:
                     failure = error
                     if failure.overloaded:
                         self._limit.shrink(epoch)
-            pause = failure.wait_s
-            if pause is None:
-                pause = FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
-            if attempt == self._attempts or stop.wait(min(pause, MAX_WAIT_S)):
+            pause_s = failure.wait_s
+            if pause_s is None:
+                pause_s = FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
+            if attempt == self._attempts or stop.wait(min(pause_s, MAX_WAIT_S)):
                 break
         raise ServerError(
             f"{self.url}{path}: expected an answer, got {failure} ({attempt} attempts). "
@@ -148,16 +137,13 @@ class JsonClient:
 class ConcurrencyLimit:
     """Adaptive limit of requests at once: halved when the server is overloaded, then slowly raised again.
 
-    Additive increase, multiplicative decrease: one slot more after as many good answers as there are slots.
-
-    Args:
-        maximum: slots at the beginning, and at most.
+    Additive increase, multiplicative decrease: one slot more after as many good answers as there are slots, up to the
+    maximum, with which it begins.
     """
 
     def __init__(self, maximum: int) -> None:
         self.slots = float(maximum)
-        self._maximum = maximum
-        self._busy = 0
+        self._maximum, self._busy = maximum, 0
         self._epoch = 0  # how often it was halved
         self._free = threading.Condition()
 
@@ -226,11 +212,8 @@ def _reason(response: httpx2.Response) -> str:
 def _retry_after(response: httpx2.Response) -> float | None:
     """Retry-After in seconds, given as a number or as a date."""
     header = response.headers.get("Retry-After", "")
-    try:
+    with suppress(ValueError):
         return max(float(header), 0.0)
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError, TypeError):
         return max(parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError):
-        return None
+    return None

@@ -18,10 +18,9 @@ from potstill.models.split import run, undisturbed
 
 @dataclass
 class GeneratedTokens:
-    """Tokens that a model generated after one prompt.
+    """Tokens that a model generated after one prompt, with the end-of-text token where there is one.
 
     Args:
-        ids: new tokens, with the end-of-text token where there is one.
         log_probs: the model's own log-probabilities, at temperature 1 over the full vocabulary, nats.
         sampler_log_probs: log-probabilities under the distribution that was sampled, nats; 0 for greedy decoding, NaN
             where unknown.
@@ -36,15 +35,12 @@ class GeneratedTokens:
 
 @dataclass(frozen=True)
 class Guide:
-    """A teacher that changes the distribution from which the student's tokens are drawn.
-
-    Args:
-        model: a causal language model over the same tokens.
-        blend: probabilities [R, V] to draw from, given the student's and the teacher's.
-    """
+    """A teacher over the same tokens that changes the distribution from which the student's tokens are drawn."""
 
     model: nn.Module
-    blend: Callable[[Tensor, Tensor], Tensor]
+    blend: Callable[
+        [Tensor, Tensor], Tensor
+    ]  # probabilities [R, V] to draw from, given the student's and the teacher's
 
 
 def generate_tokens(
@@ -68,18 +64,13 @@ def generate_tokens(
         model: a causal language model of transformers, with or without an adapter.
         prompts: token ids, at least one in each.
         sampling: how tokens are drawn; `samples` and `stop` are not used.
-        eos_ids: tokens that end a text.
         max_tokens: limit of each row, >= 1, besides sampling.max_new_tokens.
         vocabulary: only the first so many tokens are drawn; None for all.
-        guide: teacher that changes the distribution.
         is_stopped: whether rows of new tokens end there, for stop strings.
         batch_size: rows in one batch; rows of similar length share one.
     """
     generator = torch.Generator()
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
+    generator.manual_seed(generator.seed() if sampling.seed is None else sampling.seed)
     limit = sampling.max_new_tokens
     uniform = torch.rand(len(prompts), limit, dtype=torch.float64, generator=generator)
     limits = [limit] * len(prompts) if max_tokens is None else [min(number, limit) for number in max_tokens]
@@ -220,13 +211,11 @@ class _UncachedDecoder:
         self._run()
 
     def append(self, tokens: list[int]) -> None:
-        """See `_CachedDecoder`."""
         for row, token in zip(self._rows, tokens, strict=True):
             row.append(token)
         self._run()
 
     def keep(self, rows: list[int]) -> None:
-        """See `_CachedDecoder`."""
         self._rows = [self._rows[k] for k in rows]
 
     def _run(self) -> None:

@@ -7,32 +7,19 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.engines.decode import GeneratedTokens, eos_token_ids, generate_tokens
-from potstill.engines.engine import Prompt
-from potstill.engines.sampling import Completion, Sampling
+from potstill.engines.sampling import Completion, Prompt, Sampling
 from potstill.errors import DataError
 
 
 class LocalEngine:
-    """Completes prompts with a model in this process.
-
-    Args:
-        model: a causal language model, on its device and in its precision.
-        tokenizer: the model's.
-        batch_size: completions generated together.
-    """
+    """Completes prompts with a model in this process, on its device and in its precision, in batches of texts."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
-        self._model = model.eval()
-        self._tokenizer = tokenizer
-        self._batch_size = batch_size
+        self._model, self._tokenizer, self._batch_size = model.eval(), tokenizer, batch_size
         self._eos_ids = eos_token_ids(model, tokenizer.eos_token_id)
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        """Generate `sampling.samples` completions of each prompt, in order; see `decode.generate_tokens`.
-
-        Raises:
-            DataError: see `check`.
-        """
+        """Generate `sampling.samples` completions of each prompt, in order; see `check` and `generate_tokens`."""
         ids = [self._ids(prompt) for prompt in prompts]
         self.check(ids, sampling)
         outputs = generate_tokens(
@@ -44,7 +31,7 @@ class LocalEngine:
             batch_size=self._batch_size,
         )
         texts = [self._completion(output, sampling) for output in outputs]
-        return [texts[i * sampling.samples : (i + 1) * sampling.samples] for i in range(len(ids))]
+        return [texts[start : start + sampling.samples] for start in range(0, len(texts), sampling.samples)]
 
     def _ends_in(self, stop: tuple[str, ...]) -> Callable[[list[list[int]]], list[bool]]:
         """Whether the last tokens of each row hold a stop string: a character is at most four tokens."""
@@ -58,11 +45,7 @@ class LocalEngine:
         return list(self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
 
     def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Check that the prompts can be continued.
-
-        Raises:
-            DataError: a prompt is empty, or leaves no room for max_new_tokens.
-        """
+        """Check that no prompt is empty, and that each leaves room for max_new_tokens."""
         positions = getattr(self._model.config, "max_position_embeddings", None)
         for number, ids in enumerate(map(self._ids, prompts), 1):
             if not ids:

@@ -1,9 +1,10 @@
-"""Sampling settings of text generation, and the text that comes back."""
+"""What generates text, its sampling settings, and the text that comes back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from potstill.losses.declared import Range, Record
 
@@ -39,9 +40,6 @@ class Sampling(TokenSampling):
         stop: strings that end a completion; not part of it.
         seed: the same seed gives the same text, up to rounding in an engine that serves other requests too; None draws
             a random one.
-
-    Raises:
-        ShapeError: a number is outside its range.
     """
 
     samples: Annotated[int, Range(ge=1)] = 1
@@ -51,12 +49,18 @@ class Sampling(TokenSampling):
 
 @dataclass(frozen=True)
 class Completion:
-    """Text generated after one prompt.
-
-    Args:
-        text: without the prompt and without the stop string.
-        ended: whether the model or a stop string ended it; False where max_new_tokens cut it.
-    """
+    """Text generated after one prompt, without the prompt and without the stop string."""
 
     text: str
-    ended: bool
+    ended: bool  # by the model or a stop string; False where max_new_tokens cut it
+
+
+# A text, which gets the tokenizer's special tokens; or token ids, which are used as they are.
+Prompt = str | Sequence[int]
+
+
+class Engine(Protocol):
+    """Generates text after prompts."""
+
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """Generate `sampling.samples` completions of each prompt, in order."""

@@ -37,7 +37,6 @@ class ServerConfig(Record):
     timeout_s: Annotated[float, Range(gt=0)] = 120.0
 
     def connect(self) -> ModelServer:
-        """The server; raises as `JsonClient`."""
         options = {"key_variable": self.key_variable, "concurrency": self.concurrency, "timeout_s": self.timeout_s}
         return ModelServer(self.url, self.model, **options)
 
@@ -46,17 +45,13 @@ class ServerConfig(Record):
 class Scores:
     """A model's log-probabilities for one prompt of T tokens. Row t is about token t + 1, given tokens 0 to t.
 
-    Args:
-        ids: [T - 1, K] the likeliest tokens.
-        log_probs: [T - 1, K] their log-probabilities, nats, float32; -inf in unused slots.
-        actual: [T - 1] the log-probability of the prompt's own token.
-        words: token id -> its text on the server, for all tokens in the answer.
+    `log_probs` are float32 nats; -inf in unused slots.
     """
 
-    ids: Tensor
-    log_probs: Tensor
-    actual: Tensor
-    words: dict[int, str | None]
+    ids: Tensor  # [T - 1, K] the likeliest tokens
+    log_probs: Tensor  # [T - 1, K] theirs
+    actual: Tensor  # [T - 1] that of the prompt's own token
+    words: dict[int, str | None]  # token id -> its text on the server, for all tokens in the answer
 
 
 class ModelServer:
@@ -65,10 +60,7 @@ class ModelServer:
     Args:
         url: such as http://127.0.0.1:8000.
         model: the name under which it is served.
-        **options: key_variable, concurrency, timeout_s and attempts of `JsonClient`.
-
-    Raises:
-        UserError: see `JsonClient`.
+        **options: of `JsonClient`, which raises the errors: key_variable, concurrency, timeout_s and attempts.
     """
 
     def __init__(self, url: str, model: str, **options: Any) -> None:
@@ -79,12 +71,7 @@ class ModelServer:
         return f"{self.model} at {self.client.url}"
 
     def card(self) -> dict[str, Any]:
-        """The model's entry in /v1/models; vLLM's has max_model_len.
-
-        Raises:
-            RefusedError: the model is not served.
-            ServerError: see `JsonClient.request`.
-        """
+        """The model's entry in /v1/models, if the model is served; vLLM's has max_model_len."""
         answer = self.client.request("GET", "/v1/models")
         try:
             cards = {str(card["id"]): dict(card) for card in answer["data"]}
@@ -98,21 +85,13 @@ class ModelServer:
         return cards[self.model]
 
     def complete(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-        """Generate the completions of each prompt, in order.
-
-        Args:
-            prompts: texts, or token ids.
-            sampling: how tokens are drawn; OpenAI's own servers refuse a top_k.
+        """Generate the completions of each prompt, a text or token ids, in order; OpenAI's own servers refuse a top_k.
 
         Raises:
             RefusedError, ServerError: see `JsonClient.request`.
         """
-        options: dict[str, Any] = {
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.sampling_temperature,
-            "top_p": sampling.top_p,
-            "n": sampling.samples,
-        }
+        options: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.sampling_temperature}
+        options |= {"top_p": sampling.top_p, "n": sampling.samples}
         # Defaults are left out, for servers that do not know the key.
         options |= {"top_k": sampling.top_k} if sampling.top_k else {}
         options |= {"stop": list(sampling.stop)} if sampling.stop else {}
@@ -120,26 +99,24 @@ class ModelServer:
         completions = []
         for answer in self._post_prompts(prompts, options):
             choices = self.choices(answer)
-            if set(choices) != set(range(sampling.samples)):
+            indices = sorted(choices)
+            if indices != [*range(sampling.samples)]:
                 raise ServerError(
-                    f"{self}: expected {sampling.samples} choices in an answer, got those of index {sorted(choices)}."
+                    f"{self}: expected {sampling.samples} choices in an answer, got those of index {indices}."
                 )
-            ordered = [choices[i] for i in range(sampling.samples)]
-            completions.append([Completion(one["text"], one.get("finish_reason") == "stop") for one in ordered])
+            ordered = [choices[i] for i in indices]
+            completions.append(
+                [Completion(choice["text"], choice.get("finish_reason") == "stop") for choice in ordered]
+            )
         return completions
 
     def score(self, prompts: Sequence[Sequence[int]], top_k: int) -> list[Scores]:
-        """Compute log-probabilities for the tokens of each prompt, in order.
+        """Compute log-probabilities for the tokens of each prompt, and for the `top_k` likeliest at each position.
 
         One token is generated and dropped, for no server does without: a prompt must be shorter than its limit.
 
-        Args:
-            prompts: token ids, at least one in each.
-            top_k: number of likeliest tokens at each position.
-
         Raises:
-            RefusedError: the server gives no log-probabilities of prompts, or see `JsonClient.request`.
-            ServerError: see `JsonClient.request`.
+            RefusedError, ServerError: the server gives no log-probabilities of prompts, or see `JsonClient.request`.
         """
         answers = self._post_prompts(prompts, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k})
         return [self._scores(answer, prompt, top_k) for answer, prompt in zip(answers, prompts, strict=True)]
@@ -156,9 +133,8 @@ class ModelServer:
 
     def _post_prompts(self, prompts: Sequence[str | Sequence[int]], options: dict[str, Any]) -> list[Any]:
         plain = [prompt if isinstance(prompt, str) else [int(token) for token in prompt] for prompt in prompts]
-        return self.client.post_all(
-            "/v1/completions", [{"model": self.model, "prompt": prompt, **options} for prompt in plain]
-        )
+        bodies = [{"model": self.model, "prompt": prompt, **options} for prompt in plain]
+        return self.client.post_all("/v1/completions", bodies)
 
     def _scores(self, answer: Any, prompt: Sequence[int], top_k: int) -> Scores:
         entries = self.choices(answer).get(0, {}).get("prompt_logprobs")

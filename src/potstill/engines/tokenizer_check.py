@@ -14,12 +14,8 @@ IDS_PER_REQUEST = 512
 
 
 def check_tokenizer_matches(server: ModelServer, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Compare every token id; return False where the server has no /detokenize.
-
-    Raises:
-        VocabularyError: a token id means another token on the server.
-    """
-    ids = list(range(vocabulary_size(tokenizer)))
+    """Compare every token id; return False where the server has no /detokenize."""
+    ids = range(vocabulary_size(tokenizer))
     if server.detokenize(ids[:1]) is None:
         return False
     for start in range(0, len(ids), IDS_PER_REQUEST):
@@ -28,11 +24,7 @@ def check_tokenizer_matches(server: ModelServer, tokenizer: PreTrainedTokenizerB
 
 
 def refuse(server: ModelServer, tokenizer: PreTrainedTokenizerBase, token: int, word: str) -> None:
-    """Raise the error for a token id that means another token on the server.
-
-    Raises:
-        VocabularyError: always.
-    """
+    """Raise the error for a token id that means another token on the server."""
     raise VocabularyError(
         f"{server}: expected the student's token ids, got others: {token} is {read(tokenizer, [token])!r} for the "
         f"student and {word!r} for the server. Serve a model with the student's tokenizer."
@@ -40,7 +32,6 @@ def refuse(server: ModelServer, tokenizer: PreTrainedTokenizerBase, token: int, 
 
 
 def read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of token ids."""
     return str(tokenizer.decode(list(ids)))
 
 
@@ -51,6 +42,5 @@ def _compare(server: ModelServer, tokenizer: PreTrainedTokenizerBase, ids: Seque
         return
     if len(ids) == 1:
         refuse(server, tokenizer, ids[0], str(text))
-    middle = len(ids) // 2
-    _compare(server, tokenizer, ids[:middle])
-    _compare(server, tokenizer, ids[middle:])
+    for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :]):
+        _compare(server, tokenizer, half)

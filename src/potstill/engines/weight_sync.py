@@ -23,24 +23,15 @@ class WeightSync:
     set on the server, to notice weights of another run. An adapter goes through /v1/load_lora_adapter, under a new name
     each time.
 
-    Args:
-        server: a model of the student's shape; for adapters, their base.
-        adapter: whether the weights are an adapter's.
-
-    Attributes:
-        version: name of the weights that were pushed last; None before.
+    The server has a model of the student's shape; for adapters, their base.
     """
 
     def __init__(self, server: ModelServer, *, adapter: bool = False) -> None:
-        self.version: str | None = None
+        self.version: str | None = None  # name of the weights that were pushed last
         self._server, self._adapter = server, adapter
 
     def push(self, folder: Path, version: str) -> None:
-        """Load the weights in a folder, which the server sees under the same path.
-
-        Args:
-            folder: written by `save_pretrained`.
-            version: a new name for these weights.
+        """Load the weights that `save_pretrained` wrote to a folder, which the server sees under the same path.
 
         Raises:
             RefusedError: the server does not take weights.
@@ -58,12 +49,12 @@ class WeightSync:
             if error.status not in (404, 405):
                 raise
             lora_flags = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"
-            raise RefusedError(
+            message = (
                 f"{self._server}: expected a server that takes the student's weights, got one that does not (status "
                 f"{error.status}). Start vLLM, 0.32 or later, with "
-                f"{lora_flags if self._adapter else 'VLLM_SERVER_DEV_MODE=1'}.",
-                error.status,
-            ) from None
+                f"{lora_flags if self._adapter else 'VLLM_SERVER_DEV_MODE=1'}."
+            )
+            raise RefusedError(message, error.status) from None
         if self._adapter and self.version is not None:
             with suppress(RefusedError):  # it may be gone
                 request("POST", "/v1/unload_lora_adapter", {"lora_name": self.version}, json=False)
@@ -81,14 +72,8 @@ class WeightSync:
         """Generate one continuation of each prompt, in order, as `decode.generate_tokens` does.
 
         `sampler_log_probs` are known for the model's own distribution (`Sampling.plain`), NaN for any other.
-        `log_probs` are over all rows of the model's head, padding rows too.
-
-        Args:
-            prompts: token ids, at least one in each.
-            sampling: how tokens are drawn; a row's seed is `sampling.seed` plus the row's index.
-            eos_ids: tokens that end a text.
-            max_tokens: limit of each row, >= 1.
-            excluded: tokens that are never drawn.
+        `log_probs` are over all rows of the model's head, padding rows too. A row's seed is `sampling.seed` plus the
+        row's index; `excluded` tokens are never drawn.
 
         Raises:
             RefusedError: the answer has no token ids, or see `JsonClient.request`.
@@ -115,17 +100,14 @@ class WeightSync:
         ]
         answers = self._server.client.post_all("/v1/completions", [options | row for row in rows])
         if rows and not self._adapter:
-            self._check_version()
+            info = self._server.client.request("GET", "/weight_info")
+            version = info.get("weight_version") if isinstance(info, dict) else info
+            if version != self.version:
+                raise ServerError(
+                    f"{self._server}: expected the weights {self.version}, got {version}. The server was started "
+                    "again, or another run pushes weights to it: give each run a server of its own, then resume."
+                )
         return [self._parse(answer, sampling) for answer in answers]
-
-    def _check_version(self) -> None:
-        answer = self._server.client.request("GET", "/weight_info")
-        version = answer.get("weight_version") if isinstance(answer, dict) else answer
-        if version != self.version:
-            raise ServerError(
-                f"{self._server}: expected the weights {self.version}, got {version}. The server was started again, or "
-                "another run pushes weights to it: give each run a server of its own, then resume."
-            )
 
     def _parse(self, answer: Any, sampling: Sampling) -> GeneratedTokens:
         choice = self._server.choices(answer).get(0, {})

@@ -14,8 +14,7 @@ from typing import IO, Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.rows import render_chat
-from potstill.engines.engine import Engine, Prompt
-from potstill.engines.sampling import Completion, Sampling
+from potstill.engines.sampling import Completion, Engine, Prompt, Sampling
 from potstill.errors import DataError
 from potstill.generation.requests import GenerationRequest
 

@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from potstill.engines.engine import Engine, Prompt
 from potstill.engines.local import LocalEngine
-from potstill.engines.sampling import Completion
+from potstill.engines.sampling import Completion, Engine, Prompt
 from potstill.errors import RecipeError
 from potstill.generation.card import write_card, write_rows
 from potstill.generation.filters import TextPair, apply_filters
