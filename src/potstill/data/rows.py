@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.disk_cache import BATCH
 from potstill.data.sources import SourceKind
-from potstill.data.token_weights import SPAN_COLUMNS, CompletionOffsets, Span, SpanWeights, token_offsets, token_weights
+from potstill.data.token_weights import SPAN_COLUMNS, Span, SpanWeights, token_offsets, token_weights
 from potstill.errors import DataError, one_line
 from potstill.losses.alignment import IGNORE, Task
 from potstill.models.loading import vocabulary_size
@@ -41,24 +41,18 @@ AnswerRows = Iterator[AnswerRow]
 class RowEncoder:
     """Encodes rows of one source, and counts those that it skips or truncates.
 
-    Args:
-        tokenizer: of the student.
-        max_length: tokens of the longest row.
-        packing: whether documents are concatenated.
-        file: its name, for messages.
-        counts: `empty` rows that were skipped, rows `cut` at max_length, and `teacher_longest`, the tokens of the
-            longest row of the teacher's own.
-        classes: the numbers of classes by their names, for classification.
+    The counts are `empty` rows that were skipped, rows `cut` at max_length, and `teacher_longest`, the tokens of the
+    longest row of the teacher's own.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  # of the student
     max_length: int
     packing: bool
-    file: str
+    file: str  # its name, for messages
     counts: Counter[str]
-    task: Task = "causal"
-    classes: Mapping[str, int] = field(default_factory=dict)
-    span_weights: SpanWeights | None = None
+    task: Task
+    classes: Mapping[str, int]  # their numbers by their names, for classification
+    span_weights: SpanWeights | None
 
     def rows(self, dataset: Dataset, kind: SourceKind) -> Iterator[EncodedRow]:
         """Encode a dataset of `load` for a language model; raises DataError while iterating."""
@@ -87,7 +81,7 @@ class RowEncoder:
         return [[] for _ in texts] if self.span_weights is None else token_offsets(self.tokenizer, texts)
 
     def weighted(
-        self, row: EncodedRow, columns: Mapping[str, Any], number: int, completion: CompletionOffsets | None = None
+        self, row: EncodedRow, columns: Mapping[str, Any], number: int, completion: tuple[int, list[Span]] = (0, [])
     ) -> EncodedRow:
         """Add the weights of the row's tokens, where the file gives some. A weight of 0 is a label of -100."""
         weights = token_weights(columns, len(row.input_ids), self.span_weights, completion, self.where(number))
@@ -242,7 +236,7 @@ def _completions(dataset: Dataset, encoder: RowEncoder, prompt_column: str) -> A
                 prompt = prompt[: -len(closing)]
             completion = encoder.with_eos(completion)
             row = EncodedRow(prompt + completion, [IGNORE] * len(prompt) + completion)
-            place = CompletionOffsets(len(columns["completion"]), offsets, first=len(prompt))
+            place = len(columns["completion"]), [(0, 0)] * len(prompt) + offsets
             yield number, len(prompt), encoder.weighted(row, columns, number, place)
 
 
@@ -276,14 +270,14 @@ def _conversations(dataset: Dataset, encoder: RowEncoder, column: str) -> Answer
             labels = [IGNORE] * len(ids)
             for start, end in spans:
                 labels[start:end] = ids[start:end]
-            place = None
+            place: tuple[int, list[Span]] = (0, [])
             if any(columns.get(name) is not None for name in SPAN_COLUMNS):
                 place = _last_message(talk, offsets, encoder.where(number))
             yield number, spans[0][0], encoder.weighted(EncodedRow(ids, labels), columns, number, place)
 
 
-def _last_message(talk: _Conversation, offsets: list[Span], where: str) -> CompletionOffsets:
-    """Where the text of the last message stands, in which spans are places."""
+def _last_message(talk: _Conversation, offsets: list[Span], where: str) -> tuple[int, list[Span]]:
+    """The length of the last message, in which spans are places, and where in it each token stands."""
     last = talk.messages[-1]
     content: str = last["content"] if last["role"] == "assistant" and isinstance(last.get("content"), str) else ""
     before, after = talk.turns[-1]
@@ -294,7 +288,8 @@ def _last_message(talk: _Conversation, offsets: list[Span], where: str) -> Compl
             f"data: expected a last message of the assistant that the chat template does not change, got another in "
             f"{where}. Remove the row, use another template, or leave out span_weights."
         )
-    return CompletionOffsets(len(content), offsets, start - content.index(bare))
+    shift = start - content.index(bare)
+    return len(content), [(first - shift, last - shift) for first, last in offsets]
 
 
 def _render_turns(messages: list[dict[str, Any]], where: str, tokenizer: PreTrainedTokenizerBase) -> _Conversation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 from potstill.errors import DataError, ShapeError
 from potstill.losses.declared import Range, Record
@@ -40,48 +40,32 @@ class SpanWeights(Record):
             raise ShapeError("expected a weight above 0, got 0 for all tokens")
 
 
-class CompletionOffsets(NamedTuple):
-    """Where the text of a completion stands among the tokens of its row.
-
-    Args:
-        length: of the text, in characters.
-        offsets: of tokens, in characters.
-        shift: where the text begins, in the same characters.
-        first: the row's first token that has an offset.
-    """
-
-    length: int
-    offsets: Sequence[Span]
-    shift: int = 0
-    first: int = 0
-
-
 def token_weights(
     columns: Mapping[str, Any],
     num_tokens: int,
     span_weights: SpanWeights | None,
-    completion: CompletionOffsets | None,
+    completion: tuple[int, Sequence[Span]],
     where: str,
 ) -> list[float] | None:
     """Compute the weight of each token of a row; None where the file gives no weights.
 
     A token that overlaps a span has the span's weight. All others have that of the answer, if there is none for them:
-    the words before an answer and the end after it are learnt with it.
+    the words before an answer and the end after it are learnt with it. `completion` has the length of its text, and
+    where in that text each token stands.
     """
     weights: list[float] | None = columns.get("weights")
     if span_weights is not None:
+        length, offsets = completion
         weights = [span_weights.answer if span_weights.other is None else span_weights.other] * num_tokens
         for name, weight in zip(SPAN_COLUMNS, (span_weights.reasoning, span_weights.answer), strict=True):
             if (span := columns[name]) is not None:
-                assert completion is not None
-                length, offsets, shift, first = completion
                 if span[1] > length:
                     raise DataError(
                         f"data: expected {name} within the {length} characters of its completion, got {span[0]} to "
                         f"{span[1]} in {where}. Correct or remove the row."
                     )
-                start, end = _tokens_within(offsets, (span[0] + shift, span[1] + shift))
-                weights[first + start : first + end] = [weight] * (end - start)
+                start, end = _tokens_within(offsets, span)
+                weights[start:end] = [weight] * (end - start)
     if "weight" not in columns:
         return weights
     return [weight * columns["weight"] for weight in weights or [1.0] * num_tokens]

@@ -19,14 +19,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from potstill.data.files import atomic_path
 from potstill.demo.corpus import Split, documents
 
 VOCABULARY = 2048
 CONTEXT = 256
 END, PAD = "<|endoftext|>", "<|pad|>"
 LEARNING_RATE = 5e-3
-WEIGHT_DECAY = 0.1
-DROPOUT = 0.1  # on both residual branches, for seven epochs over the corpus
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -62,7 +61,7 @@ def build_model() -> LlamaForCausalLM:
 
 
 def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
-    """Apply dropout to the outputs of attention and feed-forward layers."""
+    """Apply dropout on both residual branches: to the outputs of attention and feed-forward layers."""
 
     def drop(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -78,7 +77,7 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Make Muon for the hidden matrices, and AdamW for the embedding and the norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or not name.startswith("model.layers.")]
-    muon: dict[str, Any] = {"weight_decay": WEIGHT_DECAY, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    muon: dict[str, Any] = {"weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
     return [
         torch.optim.Muon(matrices, lr=LEARNING_RATE, **muon),
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
@@ -105,9 +104,8 @@ def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
+    for flag, default in (("--steps", 4500), ("--rows", 16), ("--seed", 0)):
+        parser.add_argument(flag, type=int, default=default)
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -115,7 +113,7 @@ def main() -> None:
     tokenizer = train_tokenizer()
     stream, dev = token_stream(tokenizer, "teacher"), token_stream(tokenizer, "dev")
     model = build_model()
-    add_dropout(model, DROPOUT)
+    add_dropout(model, 0.1)  # for seven epochs over the corpus
     optimizers = make_optimizers(model)
 
     def scale(step: int) -> float:
@@ -152,9 +150,8 @@ def main() -> None:
             print(line, file=log, flush=True)
             print(line, flush=True)
             total = 0.0
-            partial = snapshot.with_suffix(".partial")
-            torch.save({"step": step + 1, "states": [item.state_dict() for item in stateful]}, partial)
-            partial.rename(snapshot)
+            with atomic_path(snapshot) as partial:
+                torch.save({"step": step + 1, "states": [item.state_dict() for item in stateful]}, partial)
 
     facts = {
         "seed": args.seed,

@@ -20,17 +20,14 @@ from potstill.models.split import run, undisturbed
 class GeneratedTokens:
     """Tokens that a model generated after one prompt, with the end-of-text token where there is one.
 
-    Args:
-        log_probs: the model's own log-probabilities, at temperature 1 over the full vocabulary, nats.
-        sampler_log_probs: log-probabilities under the distribution that was sampled, nats; 0 for greedy decoding, NaN
-            where unknown.
-        ended: whether the model ended the text; False where the token limit cut it.
+    Log-probabilities are in nats: the model's own at temperature 1 over the full vocabulary, and those under the
+    distribution that was sampled, which are 0 for greedy decoding and NaN where unknown.
     """
 
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     sampler_log_probs: list[float] = field(default_factory=list)
-    ended: bool = False
+    ended: bool = False  # by the model; False where the token limit cut it
 
 
 @dataclass(frozen=True)

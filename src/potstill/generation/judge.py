@@ -28,31 +28,20 @@ ParsedText = tuple[Span | None, Span | None, str | None, str | None]
 class GeneratedText:
     """One text of the teacher, parsed and judged.
 
-    Args:
-        request: what it completes.
-        sample: its index among the texts of that request.
-        seed: of the batch.
-        completion: the text without the space around it (before it, only where a chat template puts its own).
-        ended: False where max_new_tokens cut it off.
-        reasoning_span: the chain or the program, in characters of the completion; None where there is neither.
-        answer_span: the answer, where it stands in the completion.
-        answer: as written, or what its program printed.
-        problem: why a chain or a program has no answer.
-        verdict: right or wrong, where the answer is known; else majority or minority, where texts vote; else unchecked.
-        dropped: the name of what dropped it, and the reason; None where it may become a row.
+    The verdict is right or wrong where the answer is known, else majority or minority where texts vote, or unchecked.
     """
 
     request: GenerationRequest
-    sample: int
-    seed: int
-    completion: str
-    ended: bool
-    reasoning_span: Span | None = None
-    answer_span: Span | None = None
-    answer: str | None = None
-    problem: str | None = None
+    sample: int  # its index among the texts of that request
+    seed: int  # of the batch
+    completion: str  # without the space around it (before it, only where a chat template puts its own)
+    ended: bool  # False where max_new_tokens cut it off
+    reasoning_span: Span | None = None  # the chain or the program, in characters of the completion
+    answer_span: Span | None = None  # the answer, where it stands in the completion
+    answer: str | None = None  # as written, or what its program printed
+    problem: str | None = None  # why a chain or a program has no answer
     verdict: str = "unchecked"
-    dropped: tuple[str, str] | None = None
+    dropped: tuple[str, str] | None = None  # the name of what dropped it, and the reason
 
 
 def parse_texts(

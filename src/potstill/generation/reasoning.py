@@ -49,19 +49,11 @@ def fill(text: str, question: str) -> str:
 
 @dataclass(frozen=True)
 class Solution:
-    """The parts of a worked solution.
-
-    Args:
-        text: all of it.
-        steps: the reasoning, split into steps without their marks.
-        answer: without its mark, or None where the text names none. A number that merely comes last is no answer.
-        reasoning_span: start and end of the reasoning in the text, in characters.
-        answer_span: the same of the answer.
-    """
+    """The parts of a worked solution. A number that merely comes last is no answer. Spans are in characters."""
 
     text: str
-    steps: tuple[str, ...]
-    answer: str | None
+    steps: tuple[str, ...]  # the reasoning, split into steps without their marks
+    answer: str | None  # without its mark
     reasoning_span: Span
     answer_span: Span | None
 

@@ -18,25 +18,15 @@ UnusableRow = tuple[int, str]  # a row that no request can be made of, and the r
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt for the teacher.
+    """One prompt for the teacher. Without a chat template it is the content of its one message."""
 
-    Args:
-        number: of the row in its file (in JSON Lines, its line), or its place in a list.
-        task: chain_of_thought, program_of_thought, instructions or responses.
-        template: its name, or the template itself.
-        messages: the conversation; without a chat template there is one message, and its content is the prompt.
-        source: the columns of the row, unchanged.
-        question: without the template.
-        gold: the known answer, if there is one.
-    """
-
-    number: int
-    task: str
-    template: str
+    number: int  # of the row in its file (in JSON Lines, its line), or its place in a list
+    task: str  # chain_of_thought, program_of_thought, instructions or responses
+    template: str  # its name, or the template itself
     messages: list[Message]
-    source: dict[str, Any]
-    question: str | None = None
-    gold: str | None = None
+    source: dict[str, Any]  # the columns of the row, unchanged
+    question: str | None = None  # without the template
+    gold: str | None = None  # the known answer
 
 
 def read_rows(
