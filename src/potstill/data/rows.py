@@ -139,31 +139,25 @@ def in_groups(texts: list[str], characters: int = 1 << 22) -> Iterator[list[str]
 
 
 def _text_rows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]:
-    framed = encoder.task == "masked" and not encoder.packing
+    length, framed = encoder.max_length, encoder.task == "masked" and not encoder.packing
     documents = (
         ids
         for rows in encoder.nonempty(dataset, "text")
         for ids in encoder.tokens([row["text"] for row in rows.values()], special=not framed)
     )
-    if framed:
-        return _framed_windows(documents, encoder)
-    split = packed if encoder.packing else windows
-    return (EncodedRow(ids, ids) for ids in split(map(encoder.with_eos, documents), encoder.max_length))
-
-
-def _framed_windows(documents: Iterator[list[int]], encoder: RowEncoder) -> Iterator[EncodedRow]:
-    """Windows of each document that all have the special tokens around them, as masked language models know them."""
+    if not framed:
+        split = packed if encoder.packing else windows
+        return (EncodedRow(ids, ids) for ids in split(map(encoder.with_eos, documents), length))
+    # Each window has the special tokens around it, as masked language models know them.
     before, after = encoder.special_tokens()
-    room = encoder.max_length - len(before) - len(after)
+    room = length - len(before) - len(after)
     if room < 1:
         raise DataError(
-            f"data: expected max_length above {len(before) + len(after)}, the special tokens of a row, got "
-            f"{encoder.max_length}. Raise max_length."
+            f"data: expected max_length above {length - room}, the special tokens of a row, got {length}. "
+            "Raise max_length."
         )
-    for ids in documents:
-        for start in range(0, len(ids), room):
-            row = [*before, *ids[start : start + room], *after]
-            yield EncodedRow(row, row)
+    parts = (ids[start : start + room] for ids in documents for start in range(0, len(ids), room))
+    return (EncodedRow(ids, ids) for ids in ([*before, *part, *after] for part in parts))
 
 
 def packed(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
@@ -243,56 +237,52 @@ def _completions(dataset: Dataset, encoder: RowEncoder, prompt_column: str) -> A
 # Conversations
 
 
-class _Conversation(NamedTuple):
-    """A rendered conversation, and for each turn of the assistant the text before it and the text up to its end."""
-
-    messages: list[dict[str, Any]]
-    text: str
-    turns: list[tuple[str, str]]
-
-
 def _conversations(dataset: Dataset, encoder: RowEncoder, column: str) -> AnswerRows:
     """Conversations; what stands before the assistant's first turn comes from `column`."""
     for rows in encoder.nonempty(dataset, "messages"):
-        conversations = []
+        conversations = {}
         for number, columns in rows.items():
             messages = json.loads(columns["messages"])
             if column != "messages":
                 first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
                 messages = json.loads(columns[column]) + messages[first:]
-            conversations.append(_render_turns(messages, encoder.where(number), encoder.tokenizer))
-        texts = sorted({text for talk in conversations for text in (talk.text, *chain(*talk.turns))})
+            conversations[number] = messages, *_render_turns(messages, encoder.where(number), encoder.tokenizer)
+        wholes = [text for _, text, _ in conversations.values()]
+        texts = sorted({*wholes, *(text for *_, turns in conversations.values() for text in chain(*turns))})
         ids_of = dict(zip(texts, encoder.tokens(texts, special=False), strict=True))
-        rendered = zip(conversations, encoder.offsets([talk.text for talk in conversations]), strict=True)
-        for (number, columns), (talk, offsets) in zip(rows.items(), rendered, strict=True):
-            ids = ids_of[talk.text]
-            spans = [[_common_prefix(ids_of[text], ids) for text in turn] for turn in talk.turns]
+        for (number, talk), offsets in zip(conversations.items(), encoder.offsets(wholes), strict=True):
+            messages, whole, turns = talk
+            ids, columns = ids_of[whole], rows[number]
+            spans = [[_common_prefix(ids_of[text], ids) for text in turn] for turn in turns]
             labels = [IGNORE] * len(ids)
             for start, end in spans:
                 labels[start:end] = ids[start:end]
             place: tuple[int, list[Span]] = (0, [])
             if any(columns.get(name) is not None for name in SPAN_COLUMNS):
-                place = _last_message(talk, offsets, encoder.where(number))
+                place = _last_message(messages[-1], turns[-1], offsets, encoder.where(number))
             yield number, spans[0][0], encoder.weighted(EncodedRow(ids, labels), columns, number, place)
 
 
-def _last_message(talk: _Conversation, offsets: list[Span], where: str) -> tuple[int, list[Span]]:
+def _last_message(
+    last: dict[str, Any], turn: tuple[str, str], offsets: list[Span], where: str
+) -> tuple[int, list[Span]]:
     """The length of the last message, in which spans are places, and where in it each token stands."""
-    last = talk.messages[-1]
     content: str = last["content"] if last["role"] == "assistant" and isinstance(last.get("content"), str) else ""
-    before, after = talk.turns[-1]
     bare = content.strip()
-    start = after.find(bare, len(before)) if bare else -1
+    start = turn[1].find(bare, len(turn[0])) if bare else -1
     if start < 0:
         raise DataError(
             f"data: expected a last message of the assistant that the chat template does not change, got another in "
             f"{where}. Remove the row, use another template, or leave out span_weights."
         )
     shift = start - content.index(bare)
-    return len(content), [(first - shift, last - shift) for first, last in offsets]
+    return len(content), [(begin - shift, end - shift) for begin, end in offsets]
 
 
-def _render_turns(messages: list[dict[str, Any]], where: str, tokenizer: PreTrainedTokenizerBase) -> _Conversation:
+def _render_turns(
+    messages: list[dict[str, Any]], where: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[tuple[str, str]]]:
+    """Render a conversation, and for each turn of the assistant the text before it and the text up to its end."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise DataError(
@@ -316,7 +306,7 @@ def _render_turns(messages: list[dict[str, Any]], where: str, tokenizer: PreTrai
                 "assistant."
             )
         texts.append((before, after))
-    return _Conversation(messages, whole, texts)
+    return whole, texts
 
 
 def render_chat(

@@ -26,17 +26,11 @@ class JsonClient:
     """HTTP client of one server that answers in JSON.
 
     Connection errors, time-outs, 408, 429, 5xx and broken answers are retried after growing random waits or the
-    server's Retry-After. Other 4xx are raised at once, in the server's own words.
-
-    Args:
-        url: such as http://127.0.0.1:8000, with or without /v1.
-        key_variable: environment variable with the API key, which goes to the server alone; default: POTSTILL_API_KEY,
-            then OPENAI_API_KEY.
-        concurrency: maximum number of requests at once.
-        timeout_s: how long the server may be silent.
+    server's Retry-After. Other 4xx are raised at once, in the server's own words. The options are those of
+    `ServerConfig`; the API key goes to the server alone.
 
     Raises:
-        UserError: the url is malformed, or the variable is not set.
+        UserError: the url is malformed, or the variable with the key is not set.
     """
 
     def __init__(

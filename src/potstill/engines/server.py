@@ -55,7 +55,7 @@ class Scores:
 
 
 class ModelServer:
-    """One model behind a server.
+    """One model behind a server. All methods raise RefusedError and ServerError, as `JsonClient.request`.
 
     Args:
         url: such as http://127.0.0.1:8000.
@@ -85,11 +85,7 @@ class ModelServer:
         return cards[self.model]
 
     def complete(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-        """Generate the completions of each prompt, a text or token ids, in order; OpenAI's own servers refuse a top_k.
-
-        Raises:
-            RefusedError, ServerError: see `JsonClient.request`.
-        """
+        """Generate the completions of each prompt, text or token ids, in order; OpenAI's own servers refuse a top_k."""
         options: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.sampling_temperature}
         options |= {"top_p": sampling.top_p, "n": sampling.samples}
         # Defaults are left out, for servers that do not know the key.
@@ -114,9 +110,6 @@ class ModelServer:
         """Compute log-probabilities for the tokens of each prompt, and for the `top_k` likeliest at each position.
 
         One token is generated and dropped, for no server does without: a prompt must be shorter than its limit.
-
-        Raises:
-            RefusedError, ServerError: the server gives no log-probabilities of prompts, or see `JsonClient.request`.
         """
         answers = self._post_prompts(prompts, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k})
         return [self._scores(answer, prompt, top_k) for answer, prompt in zip(answers, prompts, strict=True)]

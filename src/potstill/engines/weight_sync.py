@@ -31,12 +31,7 @@ class WeightSync:
         self._server, self._adapter = server, adapter
 
     def push(self, folder: Path, version: str) -> None:
-        """Load the weights that `save_pretrained` wrote to a folder, which the server sees under the same path.
-
-        Raises:
-            RefusedError: the server does not take weights.
-            ServerError: it could not.
-        """
+        """Load the weights that `save_pretrained` wrote to a folder, which the server sees under the same path."""
         request, path = self._server.client.request, str(folder.absolute())
         try:
             if self._adapter:
@@ -74,10 +69,6 @@ class WeightSync:
         `sampler_log_probs` are known for the model's own distribution (`Sampling.plain`), NaN for any other.
         `log_probs` are over all rows of the model's head, padding rows too. A row's seed is `sampling.seed` plus the
         row's index; `excluded` tokens are never drawn.
-
-        Raises:
-            RefusedError: the answer has no token ids, or see `JsonClient.request`.
-            ServerError: the server had other weights, or see `JsonClient.request`.
         """
         assert sampling.seed is not None
         # Every option is given: vLLM takes missing ones from the model's generation_config.json.
