@@ -97,12 +97,12 @@ def _problem(clause: str, more: str = "", level: Literal["alarm", "warning"] = "
 def _gradients(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     gradients = diagnosis["gradients"]
     for key, problem, advice in (
-        ("bad", "have a NaN or infinite gradient", "Train in bf16 or float32, not fp16"),
-        ("none", "get no gradient", "They do not change"),
+        ("bad", "of the student's weights have a NaN or infinite gradient", "Train in bf16 or float32, not fp16"),
+        ("none", "of the student's weights get no gradient", "They do not change"),
     ):
         if names := gradients[key]:
             first = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            yield _problem(f"{len(names)} of the student's weights {problem}", f": {first}. {advice}", "alarm")
+            yield _problem(f"{len(names)} {problem}", f": {first}. {advice}", "alarm")
     layers = [part for part in gradients["flow"] if part["part"].startswith("layer ")]
     if len(layers) < 2 or gradients["bad"]:
         return
