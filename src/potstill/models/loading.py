@@ -22,9 +22,11 @@ from transformers.utils import logging
 from potstill.errors import ModelError, UserError, one_line
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
+from potstill.models.integrity import check_causal, check_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+NOTES = "_potstill_notes"  # an attribute of loaded models, see `loading_notes`
 QUANTIZATION = "quantization_config.json"  # of the adapter's base, beside both
 
 # The class that loads a task's model, and its name in errors.
@@ -81,6 +83,7 @@ def load_model(
     bits: int | None = None,
     labels_of: PretrainedConfig | None = None,
     trainable: bool = False,
+    may_miss: bool = False,
 ) -> PreTrainedModel:
     """Load a model for a task from a folder or the Hub; a PeftModel where the folder holds an adapter alone.
 
@@ -91,8 +94,9 @@ def load_model(
             bfloat16 instructions, which would be several times slower otherwise.
         task: the model's task.
         bits: quantize linear layers but the head to 4 (nf4 with double quantization) or 8 bits (int8).
-        labels_of: take over these classes where the saved model has no classifier; without it that is an error.
+        labels_of: take over these classes where the saved model has no classifier.
         trainable: whether a saved adapter is to be trained further.
+        may_miss: whether weights that are not in the checkpoint may start at random, which `loading_notes` reports.
     """
     _check_exists(name, key)
     if dtype == "auto" and not has_bfloat16():
@@ -100,11 +104,23 @@ def load_model(
     if is_adapter(name):
         return _load_with_adapter(Path(name).expanduser(), key, dtype, task, trainable)
     quantization = None if bits is None else _quantization(bits, dtype, key)
-    return _load_base(name, key, dtype, task, quantization, labels_of)
+    return _load_base(name, key, dtype, task, quantization, labels_of, may_miss)
+
+
+def loading_notes(model: Any) -> tuple[str, ...]:
+    """What a user should know of a model that `load_model` loaded: weights that are random, or not used."""
+    notes: tuple[str, ...] = getattr(model, NOTES, ())
+    return notes
 
 
 def _load_base(
-    name: str, key: str, dtype: str, task: Task, quantization: Any, labels_of: PretrainedConfig | None
+    name: str,
+    key: str,
+    dtype: str,
+    task: Task,
+    quantization: Any,
+    labels_of: PretrainedConfig | None,
+    may_miss: bool = False,
 ) -> PreTrainedModel:
     auto_class, kind = AUTO_CLASSES[task]
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype}
@@ -118,15 +134,16 @@ def _load_base(
                 quantization.llm_int8_skip_modules = sequence_head_names(auto_class.from_config(load_config(name, key)))
         options["quantization_config"] = quantization
     try:
-        model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+        with suppress_warnings():  # of missing weights, which are checked below
+            model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:
         raise _unreadable(key, f"{kind} with weights in safetensors", name, error) from error
-    missing = sorted(weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight)
-    if missing and labels_of is None and task != "causal":
-        raise ModelError(
-            f"{key}: expected {kind} in {name}, got a model without weights for {', '.join(missing[:3])}"
-            f"{' and others' if len(missing) > 3 else ''}. They would be random: name a model that was trained for it."
-        )
+    missing = [weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight]
+    names = {"key": key, "name": name, "kind": kind}
+    may_miss = may_miss or labels_of is not None
+    setattr(model, NOTES, check_weights(model, missing, info["unexpected_keys"], **names, may_miss=may_miss))
+    if task == "causal":
+        check_causal(model, key)
     model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
     if task in SEQUENCE_TASKS:
         model.config.problem_type = "regression" if task == "regression" else "single_label_classification"

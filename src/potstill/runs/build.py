@@ -18,15 +18,16 @@ from potstill.data.batches import Examples, encode, in_batches, pad_token_id
 from potstill.data.masking import MaskedRows
 from potstill.data.vocabulary import checked_vocabulary, shared_vocabulary
 from potstill.errors import RecipeError
-from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
+from potstill.losses.alignment import TOKEN_TASKS, align, causal_alignment
 from potstill.losses.divergences import ReverseKL
 from potstill.losses.schedule import for_run, value_at
+from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.losses.token_losses import token_divergence
 from potstill.models.adapted import ParameterCount, parameter_count, virtual_tokens
 from potstill.models.capture import ActivationCapture
 from potstill.models.heads import class_ids, match_heads, max_positions, token_rows
 from potstill.models.layer_map import LayerMap
-from potstill.models.loading import has_bfloat16, load_tokenizer
+from potstill.models.loading import has_bfloat16, load_tokenizer, loading_notes
 from potstill.models.spacing import evenly_spaced
 from potstill.models.structure import ModelShape
 from potstill.runs.build_student import StudentBuilder, design_of, initialization_of
@@ -46,6 +47,8 @@ from potstill.train.terms.logits import Logits
 from potstill.train.terms.policy import PolicyGradient, label_log_probs
 
 ALIGNMENT_ROWS = 256  # on which the alignment of two tokenizers is measured
+PROBE_ROWS, PROBE_TOKENS, PROBE_TARGETS = 4, 128, 16  # on which the teacher's loss is compared with a uniform guess
+SAME_OUTPUT = 1e-4  # nats between predictions that count as the same
 MIN_COVERAGE = 0.9  # of the bytes in chunks: below it a note says so
 
 
@@ -137,7 +140,8 @@ def build_run(recipe: Recipe) -> BuiltRun:
     )
     rollout = built.new_rollout()
     _check_teacher(built)
-    notes = [*train.notes, *held_out.notes, *filter(None, [pad_token_id(tokenizer)[1]])]
+    notes = [note for model in models.values() for note in loading_notes(model)]
+    notes += [*_teacher_notes(built), *train.notes, *held_out.notes, *filter(None, [pad_token_id(tokenizer)[1]])]
     if recipe.train.get("bf16") and not plan.bf16:
         notes.append("train.bf16: this CPU has no bfloat16 instructions; training in float32, which is faster here.")
     notes += vocabulary_notes
@@ -314,6 +318,34 @@ def _check_teacher(built: BuiltRun) -> None:
             for step in (0, built.plan.steps // 2, built.plan.steps):
                 temperature = value_at(term.temperature, step)
                 token_divergence(logits, output.targets, term.divergence, temperature=temperature)
+
+
+def _teacher_notes(built: BuiltRun) -> Iterator[str]:
+    """Report a teacher that is no better than a guess on the first rows, or whose output is the same everywhere."""
+    teacher = built.teacher
+    if teacher.other_tokenizer or teacher.changes or built.recipe.task not in TOKEN_TASKS:
+        return
+    rows = [built.train.dataset[i] for i in evenly_spaced(PROBE_ROWS, len(built.train.dataset))]
+    if not teacher.needs_trial and not built.train.teacher_longest:  # others know complete rows alone
+        rows = [{name: values[:PROBE_TOKENS] for name, values in row.items()} for row in rows]
+    batch = next(in_batches(rows, built.tokenizer, PROBE_ROWS, PartialState().device))
+    alignment = align(batch["labels"], built.recipe.task)
+    if len(alignment) < PROBE_TARGETS:
+        return
+    output = teacher(batch, alignment)
+    if isinstance(output.targets, HeadTargets | DenseTargets):
+        dense = output.targets.dense().log_softmax(-1)
+        if float((dense - dense[:1]).abs().max()) < SAME_OUTPUT:
+            yield (
+                "teacher: its predictions are the same whatever it reads. Check that its weights are those of a "
+                "trained model."
+            )
+    log_probs, uniform = output.log_probs_of(alignment.labels), math.log(built.vocabulary)
+    if log_probs is not None and -float(log_probs.mean()) > uniform:
+        yield (
+            f"teacher: its loss on {len(log_probs)} tokens of the training data is {-float(log_probs.mean()):.2f} "
+            f"nats, that of a uniform guess {uniform:.2f}. Check that it is trained, and on this kind of text."
+        )
 
 
 def _alignment_notes(stats: AlignmentStats, tokens: int) -> Iterator[str]:

@@ -51,6 +51,7 @@ class StudentBuilder:
             set_seed(recipe.seed)  # a head that is missing is random; a classifier has the teacher's classes
             dtype, bits = ("float32", None) if adapter is None else (adapter.dtype, adapter.base_bits)
             options: dict[str, Any] = {"bits": bits, "labels_of": self.teacher.config, "trainable": adapter is None}
+            options["may_miss"] = True
             model = load_model(recipe.student.model, "student.model", dtype, recipe.task, **options)
         if adapter is not None:
             return adapt(model, adapter, seed=recipe.seed, tokenizer=self.tokenizer)

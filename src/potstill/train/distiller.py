@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from potstill.errors import ShapeError, VocabularyError
 from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS, Task, align, attended_positions
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
+from potstill.models.integrity import check_causal
 from potstill.models.split import forward_targets, split_model
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher
@@ -84,6 +85,9 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             self.teacher.attach(student)
             self._prefetch = Prefetch(self.teacher) if prefetch else None
+        if task == "causal":
+            for role, model in {"student": student, "teacher": getattr(self.teacher, "model", None)}.items():
+                check_causal(model, f"Distiller {role}")
         self._request = ActivationRequest()
         if self.objective.reads_layers:
             self._capture = ActivationCapture(student)

@@ -1,0 +1,99 @@
+"""Check that a loaded model is the model that was saved, and that it is causal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from potstill.errors import ModelError
+from potstill.models.split import run, undisturbed
+
+# What wrappers add to the names of weights, and how to save without it.
+WRAPPERS = {
+    "_orig_mod.": "It was saved compiled: save model._orig_mod",
+    "_fsdp_wrapped_module.": "It was saved within FSDP: gather its state dict first",
+    "_checkpoint_wrapped_module.": "It was saved with wrapped layers: gather its plain state dict first",
+    "base_model.model.": "It was saved within PEFT: save model.merge_and_unload()",
+    "module.": "It was saved within DataParallel or DeepSpeed: save model.module",
+}
+HEADS = ("lm_head", "cls.predictions", "embed_out", "score", "classifier")
+PROBE_TOKENS = 8
+SHOWN = 3  # names in a message
+
+
+def check_weights(
+    model: Any, missing: Iterable[str], unexpected: Iterable[str], *, key: str, name: str, kind: str, may_miss: bool
+) -> tuple[str, ...]:
+    """Compare the weights of a checkpoint with those of the model.
+
+    Args:
+        model: the loaded model; tied weights are not missing.
+        missing: names of weights that the checkpoint does not have, and that are random.
+        unexpected: names of weights in the checkpoint that the model does not have.
+        key: the recipe's key, for messages.
+        name: of the checkpoint.
+        kind: of the model, in words.
+        may_miss: whether missing weights are a note, not an error.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        ModelError: weights are missing, or have the names of a wrapper.
+    """
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    if not missing:
+        return (_unused(key, name, model, unexpected),) if unexpected else ()
+    wrapped = [x for x in unexpected if x.endswith(missing[0]) or any(part in x for part in WRAPPERS)]
+    if wrapped:
+        hint = next((hint for part, hint in WRAPPERS.items() if part in wrapped[0]), "Rename them")
+        raise ModelError(
+            f"{key}: expected weights named like {missing[0]} in {name}, got names like {wrapped[0]}. {hint}, with "
+            "save_pretrained."
+        )
+    if not may_miss:
+        only_head = all(weight.startswith(HEADS) for weight in missing)
+        hint = "They would be random: name a model that was trained for it."
+        if only_head:
+            hint = f"It was saved without its head: save it as {type(model).__name__}, or name a model with one."
+        raise ModelError(f"{key}: expected {kind} in {name}, got a model without weights for {_some(missing)}. {hint}")
+    note = f"{key}: {name} has no weights for {_some(missing)}: they start at random."
+    return (note, _unused(key, name, model, unexpected)) if unexpected else (note,)
+
+
+def check_causal(model: Any, key: str) -> None:
+    """Check that later tokens do not change earlier logits, on two rows of a few tokens.
+
+    Raises:
+        ModelError: they do, as in an encoder.
+    """
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        return  # it would be compiled for the probe's shapes
+    rows = torch.arange(11, 11 + 7 * PROBE_TOKENS, 7).repeat(2, 1)
+    rows[1, PROBE_TOKENS // 2 :] += 3
+    try:
+        embeddings = model.get_input_embeddings().weight
+        rows = (rows % len(embeddings)).to(embeddings.device)
+        with undisturbed(model):
+            logits = run(model, {"input_ids": rows, "attention_mask": torch.ones_like(rows)}).logits
+    except Exception:
+        return  # what fails on these tokens is reported where the model reads its data
+    first, second = logits[:, -PROBE_TOKENS:][:, : PROBE_TOKENS // 2].double()
+    allowed = 4 * torch.finfo(logits.dtype).eps * first.abs().max()
+    if (first - second).abs().max() > allowed:
+        raise ModelError(
+            f"{key}: expected a causal language model, got {type(model).__name__}, whose logits depend on later "
+            "tokens. Use the task masked for an encoder, or name a decoder."
+        )
+
+
+def _unused(key: str, name: str, model: Any, unexpected: Sequence[str]) -> str:
+    return f"{key}: {name} has weights that {type(model).__name__} does not read: {_some(unexpected)}."
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names."""
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} others" if more > 0 else "")

@@ -1,0 +1,125 @@
+"""A loaded model is the model that was saved, and a causal one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, LlamaForCausalLM, PreTrainedModel
+
+import families
+from potstill import Distiller, ForwardKL, Logits
+from potstill.errors import ModelError
+from potstill.models.integrity import check_causal
+from potstill.models.loading import load_model, loading_notes
+
+NOT_CAUSAL = {  # encoders without is_decoder, and models that read the whole text by design
+    *("bert", "bert-generation", "big_bird", "camembert", "cpmant", "data2vec-text", "electra", "ernie"),
+    *("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm"),
+    *("xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"),
+}
+
+
+def saved(folder: Path, rename: Any = lambda name: name, **fields: Any) -> str:
+    """Save a small Llama whose weights have other names, or None for those that are left out."""
+    config = families.small("llama")
+    for name, value in fields.items():
+        setattr(config, name, value)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    renamed = {rename(name): weight for name, weight in weights.items() if rename(name)}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def without_head(name: str) -> str | None:
+    return None if name.startswith("lm_head") else name
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (without_head, "saved without its head: save it as LlamaForCausalLM"),
+        (lambda name: f"_orig_mod.{name}", "saved compiled"),
+        (lambda name: f"module.{name}", "saved within DataParallel"),
+        (lambda name: f"base_model.model.{name}", "saved within PEFT"),
+        (lambda name: f"backbone.{name}", "got names like backbone.lm_head.weight. Rename them"),
+        (lambda name: name.replace("mlp.", "_checkpoint_wrapped_module.mlp."), "saved with wrapped layers"),
+        (lambda name: None if "layers.1.mlp" in name else name, "layers.1.mlp.down_proj.weight"),
+    ],
+)
+def test_missing_weights_are_refused(tmp_path: Path, rename: Any, message: str) -> None:
+    name = saved(tmp_path, rename)
+    with pytest.raises(ModelError, match=message) as error:
+        load_model(name, "teacher.model")
+    assert "\n" not in str(error.value)
+
+
+def test_a_student_may_miss_weights_with_a_note(tmp_path: Path) -> None:
+    model = load_model(saved(tmp_path, without_head), "student.model", may_miss=True)
+    (note,) = loading_notes(model)
+    assert "no weights for lm_head.weight: they start at random" in note
+    with pytest.raises(ModelError, match="compiled"):  # names of a wrapper are a mistake there too
+        load_model(saved(tmp_path / "b", lambda name: f"_orig_mod.{name}"), "student.model", may_miss=True)
+
+
+def test_weights_that_are_not_read_are_noted(tmp_path: Path) -> None:
+    name = saved(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "v_head.weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (note,) = loading_notes(load_model(name, "teacher.model"))
+    assert "does not read: v_head.weight" in note
+
+
+def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
+    name = saved(tmp_path, without_head, tie_word_embeddings=True)
+    assert loading_notes(load_model(name, "teacher.model")) == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted({*families.CAUSAL} - {*families.NOT_SMALL}))
+def test_every_family_is_probed(family: str) -> None:
+    model = families.model(family)
+    if family in NOT_CAUSAL:
+        with pytest.raises(ModelError, match="depend on later tokens"):
+            check_causal(model, "teacher.model")
+    else:
+        check_causal(model, "teacher.model")
+
+
+def bert(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    config = BertConfig(
+        vocab_size=128,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.3,
+    )
+    return BertLMHeadModel(config).to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_encoder_is_no_causal_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=r"teacher.model: expected a causal language model, got BertLMHeadModel"):
+        check_causal(bert(dtype), "teacher.model")
+    bert().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="depend on later tokens"):
+        load_model(str(tmp_path), "teacher.model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mamba", "gpt2", "gemma3_text", "qwen3_next", "rwkv"])
+def test_decoders_are_causal_in_any_precision(family: str, dtype: torch.dtype) -> None:
+    check_causal(families.model(family).to(dtype), "student")
+
+
+def test_the_distiller_refuses_an_encoder() -> None:
+    torch.manual_seed(0)
+    student = AutoModelForCausalLM.from_config(families.small("llama"))
+    with pytest.raises(ModelError, match="Distiller teacher: expected a causal language model"):
+        Distiller(student, bert(), [Logits(ForwardKL())])
