@@ -24,7 +24,7 @@ from potstill.teachers.cache.planes import Reader, pack_floats
 from potstill.teachers.cache.store import Cache, row_key
 from potstill.teachers.model import ModelSource, Precision
 from potstill.teachers.source import LoadedTeacher, MemberSource
-from potstill.teachers.teacher import MISSING_ROWS, Teacher, TeacherOutput
+from potstill.teachers.teacher import Teacher, TeacherOutput
 
 HEAD = "head.safetensors"  # beside the manifest
 COMPANIONS = "teacher"  # the folder of config and tokenizer
@@ -55,7 +55,7 @@ class CachedTeacher(Teacher):
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         rows = self.cache.find(keys_of_batch(batch, alignment))
         if (rows < 0).any():
-            raise DataError(f"teacher: {MISSING_ROWS}")
+            raise DataError(self.missing_rows)
         device = batch["input_ids"].device
         inside = self._layers(batch, alignment, rows).to(device) if self._needs else Activations()
         if not len(rows):

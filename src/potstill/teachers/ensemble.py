@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Literal, cast
 
 import torch
@@ -38,8 +37,6 @@ class EnsembleTeacher(Teacher):
     Args:
         members: the teachers. Layers are those of the first that has any.
         weights: not negative, divided by their sum; None for equal ones. Where they are learned, the first values.
-        learned: whether the weights are learned, of probabilities only.
-        names: the members' names in logs; by default their numbers.
         vocabulary: the number of tokens that all share, where heads have padding rows.
 
     Raises:
@@ -166,10 +163,10 @@ class EnsembleTeacher(Teacher):
 
     @property
     def _member_with_layers(self) -> Teacher:
-        member = next((member for member in self.members if member.has_layers), None)
-        if member is None:
-            raise self._no_layers()
-        return member
+        for member in self.members:
+            if member.has_layers:
+                return member
+        raise self._no_layers()
 
 
 @dataclass(frozen=True)
@@ -234,12 +231,13 @@ class EnsembleSource(TeacherSource):
                     f"{key}.ensemble.{i}: expected the token -> id map of {self.ensemble[0].title}, got another of "
                     f"{self.ensemble[i].title}, whose distributions cannot be averaged with it. Leave one out."
                 )
+        short = [member.title.rstrip("/").rpartition("/")[2] for member in self.ensemble]
         teacher = EnsembleTeacher(
             [member.teacher for member in loaded],
             self._member_weights or None,
             of=self.of,
             learned=self.weights == "learned",
-            names=_log_names([member.title for member in self.ensemble]),
+            names=[name if short.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(short)],
             vocabulary=max(vocabulary.values()) + 1 if task in TOKEN_TASKS else None,
         )
         config = next((member.config for member in loaded if member.config is not None), None)
@@ -306,23 +304,18 @@ def _mix_top_k(targets: Sequence[Targets], weights: Tensor, sparse: Sequence[Spa
     """The mixture over the tokens that every bucket target kept, and one bucket."""
     fewest = min(sparse, key=lambda member: member.ids.shape[-1])
     ids, temperature = _used_ids(fewest, -2), fewest.temperature  # an id that no other target has
-    known = reduce(torch.logical_and, [_find(member, ids)[1] for member in sparse])
-    ids = ids * known
+    known = torch.ones_like(ids, dtype=torch.bool)
     total = torch.zeros_like(fewest.events(temperature)[..., :-1])
     for member, weight in zip(targets, weights.tolist(), strict=True):
-        log_p = (
-            _find(member, ids)[0] if isinstance(member, SparseTargets) else token_log_probs(member, ids, temperature)
-        )
-        total += weight * log_p.exp()
-    return SparseTargets(ids, total.log().masked_fill(~known, -math.inf), "bucket", temperature)
-
-
-def _find(targets: SparseTargets, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-probabilities [N, K] of some tokens in bucket targets, and whether they were kept."""
-    kept, order = _used_ids(targets).sort(-1)
-    slot = torch.searchsorted(kept, ids).clamp_max(kept.shape[-1] - 1)
-    log_probs = targets.events(targets.temperature)[..., :-1].gather(-1, order.gather(-1, slot))
-    return log_probs, kept.gather(-1, slot) == ids
+        if isinstance(member, SparseTargets):
+            kept, order = _used_ids(member).sort(-1)
+            slot = torch.searchsorted(kept, ids).clamp_max(kept.shape[-1] - 1)
+            log_probs = member.events(temperature)[..., :-1].gather(-1, order.gather(-1, slot))
+            known &= kept.gather(-1, slot) == ids
+        else:
+            log_probs = token_log_probs(member, ids.clamp_min(0), temperature)
+        total += weight * log_probs.exp()
+    return SparseTargets(ids * known, total.log().masked_fill(~known, -math.inf), "bucket", temperature)
 
 
 def _used_ids(targets: SparseTargets, unused: int = -1) -> Tensor:
@@ -342,12 +335,6 @@ def _checked_weights(members: int, weights: Sequence[float] | None, of: str, lea
             "follow from the members' log-probabilities of the labels. Fix the weights."
         )
     return weights
-
-
-def _log_names(titles: Sequence[str]) -> list[str]:
-    """Names for logs: the last part of each title, with its place where that is not unique."""
-    short = [title.rstrip("/").rpartition("/")[2] for title in titles]
-    return [name if short.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(short)]
 
 
 def _logs(weights: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class Teacher(ABC):
     needs_trial: ClassVar[bool] = True
     answers_samples_apart: ClassVar[bool] = False
     without_own_prompts: ClassVar[str | None] = None
+    missing_rows: ClassVar[str] = f"teacher: {MISSING_ROWS}"  # the error of `require`
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
@@ -87,7 +88,7 @@ class Teacher(ABC):
     def require(self, dataset: Any) -> None:
         """Raise a DataError unless the teacher covers a dataset."""
         if not self.covers(dataset):
-            raise DataError(f"teacher: {MISSING_ROWS}")
+            raise DataError(self.missing_rows)
 
     def attach(self, student: nn.Module) -> None:
         """Connect to the student before its first batch; again for every student that is trained.
