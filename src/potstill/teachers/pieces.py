@@ -81,7 +81,6 @@ class TokenBytes:
         return spans
 
     def text(self, spans: list[TokenSpan]) -> bytes:
-        """The bytes that tokens cover."""
         return b"".join((self.bytes_of[span.id] or b"")[-span.size :] if span.size else b"" for span in spans)
 
     def content(self, id: int) -> bytes:
@@ -107,14 +106,13 @@ class TokenBytes:
         return spans
 
     def _tokenize(self, text: str) -> list[TokenSpan]:
-        """The tokens of whole characters."""
         ids, expected = self._encode(text), text.encode()
         pieces = [self.content(id) if self.bytes_of[id] is None else self.bytes_of[id] or b"" for id in ids]
         joined = b"".join(pieces)
         if self.tokenizer.unk_token_id not in ids and joined in (expected, b" " + expected):
-            spans = [TokenSpan(id, len(piece)) for id, piece in zip(ids, pieces, strict=True)]
-            added_space = len(joined) - len(expected)
-            return [TokenSpan(ids[0], spans[0].size - added_space), *spans[1:]]
+            sizes = [len(piece) for piece in pieces]
+            sizes[0] -= len(joined) - len(expected)  # a space that the tokenizer has added
+            return [TokenSpan(id, size) for id, size in zip(ids, sizes, strict=True)]
         lines = text.splitlines(keepends=True)
         if len(lines) > 1:
             return [token for line in lines for token in self._tokenize(line)]

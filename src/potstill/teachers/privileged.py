@@ -54,6 +54,5 @@ class PrivilegedTeacher(Teacher):
         return self.teacher(inner_batch, inner)
 
     def covers(self, dataset: Any) -> bool:
-        if not hasattr(dataset, "__len__"):
-            return True  # a stream: a missing prompt is an error when it comes
-        return not len(dataset) or OWN[0] in dataset[0]
+        # In a stream, a missing prompt is an error when it comes.
+        return not hasattr(dataset, "__len__") or not len(dataset) or OWN[0] in dataset[0]
