@@ -83,13 +83,11 @@ class EnsembleTeacher(Teacher):
         if isinstance(mixture, SparseTargets) or (isinstance(mixture, MixtureTargets) and mixture.sampled):
             known = [x for output in outputs if (x := output.log_probs_of(alignment.labels)) is not None]
             if len(known) == len(outputs):
-                joint = torch.stack(known, -1).double()
-                log_probs = (joint + _logs(self.weights).to(joint.device)).logsumexp(-1)
+                log_probs = self._joint(torch.stack(known, -1)).logsumexp(-1)
         return TeacherOutput(mixture, log_probs, inside, member_log_probs=by_member)
 
     def _member_log_probs(self, outputs: Sequence[TeacherOutput], targets: Sequence[Targets], labels: Tensor) -> Tensor:
-        """[N, M] log-probabilities of the labels."""
-        columns = []
+        columns = []  # [N] of each member
         for name, output, sliced in zip(self.names, outputs, targets, strict=True):
             log_probs = replace(output, targets=sliced).log_probs_of(labels)
             if log_probs is None:
@@ -100,15 +98,19 @@ class EnsembleTeacher(Teacher):
             columns.append(log_probs.double())
         return torch.stack(columns, -1)
 
+    def _joint(self, log_probs: Tensor) -> Tensor:
+        """[N, M] log-probabilities of each member and of a token."""
+        log_weights = self.weights.log().clamp_min(torch.finfo(torch.float64).min)
+        return log_probs.double() + log_weights.to(log_probs.device)
+
     def attach(self, student: nn.Module) -> None:
         for member in self.members:
             member.attach(student)
 
     def update(self, output: TeacherOutput) -> None:
         if output.member_log_probs is not None:
-            joint = output.member_log_probs + _logs(self.weights).to(output.member_log_probs.device)
-            self._counts[:-1] += joint.softmax(-1).sum(0).cpu()
-            self._counts[-1] += len(joint)
+            self._counts[:-1] += self._joint(output.member_log_probs).softmax(-1).sum(0).cpu()
+            self._counts[-1] += len(output.member_log_probs)
 
     def after_step(self, step: int) -> None:
         for member in self.members:
@@ -206,10 +208,9 @@ class EnsembleSource(TeacherSource):
         return f"an ensemble of {', '.join(member.title for member in self.ensemble)}"
 
     def describe(self, teacher: Teacher) -> str:
-        weights = teacher.member_weights
-        if weights is None:
+        if teacher.member_weights is None:
             return self.title
-        members = zip(self.ensemble, weights.values(), strict=True)
+        members = zip(self.ensemble, teacher.member_weights.values(), strict=True)
         described = ", ".join(f"{member.title} ({weight:.3f})" for member, weight in members)
         return f"an ensemble, {self.weights} weights of {self.of.replace('_', '-')}: {described}"
 
@@ -283,7 +284,7 @@ def mix(targets: Sequence[Targets], weights: Tensor, of: MixtureOf) -> Targets:
 
 
 def _mix_samples(targets: Sequence[SparseTargets], weights: Tensor) -> SparseTargets:
-    """The mixture of targets without mass on other tokens: the union of their tokens, each of them once."""
+    """The union of their tokens, each of them once."""
     kind, temperature = targets[0].kind, targets[0].temperature
     if any(member.kind != kind for member in targets):
         raise ShapeError(
@@ -301,7 +302,6 @@ def _mix_samples(targets: Sequence[SparseTargets], weights: Tensor) -> SparseTar
 
 
 def _mix_top_k(targets: Sequence[Targets], weights: Tensor, sparse: Sequence[SparseTargets]) -> SparseTargets:
-    """The mixture over the tokens that every bucket target kept, and one bucket."""
     fewest = min(sparse, key=lambda member: member.ids.shape[-1])
     ids, temperature = _used_ids(fewest, -2), fewest.temperature  # an id that no other target has
     known = torch.ones_like(ids, dtype=torch.bool)
@@ -323,7 +323,6 @@ def _used_ids(targets: SparseTargets, unused: int = -1) -> Tensor:
 
 
 def _checked_weights(members: int, weights: Sequence[float] | None, of: str, learned: bool) -> list[float]:
-    """Check the weights of an ensemble's members; None for equal ones."""
     if members < 2:
         raise ShapeError(f"ensemble: expected two members or more, got {members}.")
     weights = [1.0] * members if weights is None else list(weights)
@@ -335,7 +334,3 @@ def _checked_weights(members: int, weights: Sequence[float] | None, of: str, lea
             "follow from the members' log-probabilities of the labels. Fix the weights."
         )
     return weights
-
-
-def _logs(weights: Tensor) -> Tensor:
-    return weights.log().clamp_min(torch.finfo(weights.dtype).min)
