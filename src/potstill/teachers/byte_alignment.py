@@ -194,9 +194,7 @@ class AlignedChunks:
         return _edge(self.student, len(self), "amax"), _edge(self.teacher, len(self), "amax")
 
     def bias(self) -> Tensor:
-        """[C] the teacher's share of each chunk's probability on longer tokens that cross the chunk's end and that the
-        student does not have; see `boundary_bias`.
-        """
+        """[C] the teacher's share on longer tokens across each chunk's end, unknown to the student: `boundary_bias`."""
         student, teacher = self.last()
         ends = zip(self.teacher_tokens[teacher].tolist(), self.student_tokens[student].tolist(), strict=True)
         longer = [self.pair.longer_tokens(*end) for end in ends]
@@ -237,7 +235,6 @@ class AlignedChunks:
 
     @property
     def _batch_rows(self) -> int:
-        """Number of positions whose logits are small."""
         return max(1, ELEMENTS // self.targets.vocabulary)
 
 

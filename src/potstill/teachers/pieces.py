@@ -17,11 +17,9 @@ PROBE = "Ab  c\n\tDé 12,345 «x»\n\n    return 'ñ' # 中文 Привет\n"
 
 
 class TokenSpan(NamedTuple):
-    """A token and the number of bytes it covers; not exact if its own bytes are others."""
-
     id: int
-    size: int
-    exact: bool = True
+    size: int  # bytes that it covers
+    exact: bool = True  # whether they are its own
 
 
 class TokenBytes:
@@ -84,7 +82,6 @@ class TokenBytes:
         return b"".join((self.bytes_of[span.id] or b"")[-span.size :] if span.size else b"" for span in spans)
 
     def content(self, id: int) -> bytes:
-        """The characters of a special token that occurs in plain text."""
         return self._content[id].encode()
 
     def tokenize(self, text: bytes) -> list[TokenSpan] | None:
