@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import TEXT, make_tokenizer
 from potstill.errors import VocabularyError
-from potstill.teachers.chunks import TokenizerPair, align_sizes
+from potstill.teachers.byte_alignment import TokenizerPair, align_sizes
 from potstill.teachers.pieces import TokenBytes
 from reference_across import byte_level, llama_like, lower_case, normalizing, unigram, word_piece
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +19,14 @@ from potstill.losses.targets import DenseTargets, LMHead
 from potstill.models.capture import ActivationRequest, Activations
 from potstill.models.loading import load_config, load_tokenizer
 from potstill.models.structure import ModelShape
-from potstill.teachers.cache.codec import HiddenStates, codec_of
-from potstill.teachers.cache.planes import Reader, pack_floats
+from potstill.teachers.cache.codec import HiddenStates, Reader, codec_of, pack_floats
 from potstill.teachers.cache.store import Cache, row_key
 from potstill.teachers.model import ModelSource, Precision
 from potstill.teachers.source import LoadedTeacher, MemberSource
-from potstill.teachers.teacher import MISSING_ROWS, Teacher, TeacherOutput
+from potstill.teachers.teacher import Teacher, TeacherOutput
 
 HEAD = "head.safetensors"  # beside the manifest
 COMPANIONS = "teacher"  # the folder of config and tokenizer
-
-T = TypeVar("T")
 
 
 class CachedTeacher(Teacher):
@@ -55,7 +52,7 @@ class CachedTeacher(Teacher):
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         rows = self.cache.find(keys_of_batch(batch, alignment))
         if (rows < 0).any():
-            raise DataError(f"teacher: {MISSING_ROWS}")
+            raise DataError(self.missing_rows)
         device = batch["input_ids"].device
         inside = self._layers(batch, alignment, rows).to(device) if self._needs else Activations()
         if not len(rows):
@@ -90,13 +87,12 @@ class CachedTeacher(Teacher):
         """Hidden states [B, T, H], 0 at padding and in rows without a target position."""
         kept = self.plan.layers
         assert kept is not None
-        dtype = getattr(torch, kept.dtype)
         stored = _stored_positions(batch, alignment)
-        states = torch.zeros(*stored.shape, len(kept.kept), kept.width, dtype=dtype)
+        states = torch.zeros(*stored.shape, len(kept.kept), kept.width, dtype=getattr(torch, kept.dtype))
         if len(rows):
             packed = self.cache.layers(rows)
-            counts = [len(row) // dtype.itemsize for row in packed]
-            states[stored] = Reader(packed).take_floats(kept.dtype, counts).reshape(-1, len(kept.kept), kept.width)
+            counts = [len(row) // states.itemsize for row in packed]
+            states[stored] = Reader(packed).take_floats(kept.dtype, counts).view(-1, *states.shape[2:])
         return Activations({layer: states[:, :, kept.kept.index(layer)] for layer in sorted(self._needs.hidden)})
 
     def holds(self, batch: Mapping[str, Tensor], alignment: Alignment) -> bool:
@@ -104,9 +100,8 @@ class CachedTeacher(Teacher):
         return bool((self.cache.find(keys_of_batch(batch, alignment)) >= 0).all())
 
     def covers(self, dataset: Any) -> bool:
-        if not isinstance(dataset, Sized):
-            return True  # a stream: a missing row is an error when it comes
-        return bool((self.cache.find([*keys_of(dataset)]) >= 0).all())
+        # In a stream, a missing row is an error when it comes.
+        return not isinstance(dataset, Sized) or bool((self.cache.find([*keys_of(dataset)]) >= 0).all())
 
 
 class CachedOrLiveTeacher(Teacher):
@@ -163,7 +158,7 @@ class CacheSource(MemberSource):
 
 
 def keys_of(dataset: Any) -> Iterator[bytes]:
-    """The key of each row of a dataset, except rows without a target position."""
+    """The key of each row with a target position."""
     for row in dataset:
         counts = target_positions(torch.tensor(row["labels"])[None])[0].numpy()
         if counts.any():
@@ -196,10 +191,10 @@ def _stored_positions(batch: Mapping[str, Tensor], alignment: Alignment) -> Tens
     return mask & (counts > 0).unsqueeze(-1)
 
 
-def _to(record: T, device: torch.device) -> T:
+def _to(record: Any, device: torch.device) -> Any:
     """Move a dataclass's own tensors to a device."""
     tensors = {name: value.to(device) for name, value in vars(record).items() if isinstance(value, Tensor)}
-    return replace(record, **tensors)  # type: ignore[type-var]
+    return replace(record, **tensors)
 
 
 def _read_head(path: Path) -> LMHead:

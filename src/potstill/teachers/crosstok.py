@@ -17,8 +17,7 @@ from potstill.losses.cross_tokenizer import chunk_log_probs
 from potstill.losses.fused_linear import linear_cross_entropy
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.losses.token_losses import token_cross_entropy
-from potstill.teachers.byte_alignment import AlignedChunks, AlignmentStats
-from potstill.teachers.chunks import NONE, AlignedRow, TokenizerPair, renumber
+from potstill.teachers.byte_alignment import NONE, AlignedChunks, AlignedRow, AlignmentStats, TokenizerPair, renumber
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.pieces import TokenBytes
 from potstill.teachers.teacher import Teacher, TeacherOutput
@@ -60,7 +59,6 @@ class CrossTokenizerTeacher(Teacher):
         self._rows: dict[tuple[int, ...], AlignedRow] = {}
 
     def align(self, ids: Sequence[int]) -> AlignedRow:
-        """Align a row of the student's tokens."""
         key = tuple(ids)
         if key not in self._rows:
             if len(self._rows) >= CACHED_ROWS:
@@ -95,16 +93,10 @@ class CrossTokenizerTeacher(Teacher):
                 "each. Use a teacher that is a model."
             )
         targets = targets.slice(min(self._vocabulary, targets.vocabulary))
-        aligned = AlignedChunks(
-            targets=targets,
-            student=student.view(-1)[predicted.to(home)],
-            teacher=teacher,
-            student_tokens=alignment.labels,
-            teacher_tokens=teacher_alignment.labels,
-            log_probs=chunk_log_probs(-_cross_entropy(targets, teacher_alignment.labels), teacher, chunks),
-            pair=self.pair,
-            **joined,
-        )
+        student, labels = student.view(-1)[predicted.to(home)], teacher_alignment.labels
+        log_probs = chunk_log_probs(-_cross_entropy(targets, labels), teacher, chunks)
+        tokens = {"student_tokens": alignment.labels, "teacher_tokens": labels}
+        aligned = AlignedChunks(targets, student, teacher, **tokens, log_probs=log_probs, pair=self.pair, **joined)
         return TeacherOutput(targets, chunks=aligned)
 
     def alignment_stats(self, rows: Iterable[Any]) -> AlignmentStats:
@@ -113,12 +105,11 @@ class CrossTokenizerTeacher(Teacher):
             ids, is_target = row["input_ids"], np.array(row["labels"]) != IGNORE
             is_target[:1] = False  # nothing predicts it
             chunks = self._chunks_of(ids, is_target)
-            single = [
-                np.bincount(x[x >= 0], minlength=len(chunks.sizes)) == 1 for x in (chunks.student, chunks.teacher)
-            ]
+            count = len(chunks.sizes)
+            counts = [np.bincount(x[x >= 0], minlength=count) for x in (chunks.student, chunks.teacher)]
+            one_to_one = ((counts[0] == 1) & (counts[1] == 1)).sum()
             sizes = np.array([span.size for span in self.pair.student.spans(ids)], int)
-            tokens, one_to_one = is_target.sum(), (single[0] & single[1]).sum()
-            sums += [sizes[is_target].sum(), chunks.sizes.sum(), tokens, len(chunks.sizes), one_to_one]
+            sums += [sizes[is_target].sum(), chunks.sizes.sum(), is_target.sum(), count, one_to_one]
         return AlignmentStats._make([*sums.tolist(), self.pair.num_shared])
 
     def _chunks_of(self, ids: list[int], is_target: np.ndarray, start: int = 0) -> AlignedRow:
@@ -131,14 +122,9 @@ class CrossTokenizerTeacher(Teacher):
         for chunk, counts in ((row.student, is_target), (row.teacher, predicted)):
             good[chunk[(chunk >= 0) & ~counts]] = False
         number = renumber(good, start)
-        return AlignedRow(
-            row.ids[:limit],
-            number[row.student],
-            number[row.teacher][:limit],
-            (row.continues & np.append(good, False)[1:])[good],
-            row.spaced[good],
-            row.sizes[good],
-        )
+        student, teacher = number[row.student], number[row.teacher][:limit]
+        continues = (row.continues & np.append(good, False)[1:])[good]
+        return AlignedRow(row.ids[:limit], student, teacher, continues, row.spaced[good], row.sizes[good])
 
 
 def _batch(rows: Sequence[AlignedRow], device: torch.device) -> tuple[dict[str, Tensor], Alignment]:
@@ -151,7 +137,6 @@ def _batch(rows: Sequence[AlignedRow], device: torch.device) -> tuple[dict[str, 
 
 
 def _cross_entropy(targets: HeadTargets | DenseTargets, labels: Tensor) -> Tensor:
-    """[Nt] nats."""
     if isinstance(targets, HeadTargets):
         with torch.autocast(targets.hidden.device.type, enabled=False):
             return linear_cross_entropy(targets.hidden, targets.head, labels, reduction="none").loss

@@ -30,7 +30,7 @@ def important_dimensions(
         model: the teacher, with a head; it is left unchanged.
         batches: input_ids, attention_mask and labels of the task, on the model's device.
         layers: from 0; negative ones from the end.
-        count: number of dimensions: the student's width.
+        count: the student's width.
 
     Returns:
         layer (from 0) -> [count] int64, ascending: `dimensions` of `potstill.Hidden`.
@@ -46,8 +46,7 @@ def important_dimensions(
     request = ActivationRequest(hidden=frozenset(indices))
     sums = {layer: torch.zeros(capture.shape.width) for layer in indices}
 
-    def begin_graph(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """Let gradients reach the layers, as the model's own weights may be frozen."""
+    def begin_graph(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # the model's own weights may be frozen
         return output.requires_grad_()
 
     handle = model.get_input_embeddings().register_forward_hook(begin_graph)

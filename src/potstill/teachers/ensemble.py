@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Literal, cast
 
 import torch
@@ -38,8 +37,6 @@ class EnsembleTeacher(Teacher):
     Args:
         members: the teachers. Layers are those of the first that has any.
         weights: not negative, divided by their sum; None for equal ones. Where they are learned, the first values.
-        learned: whether the weights are learned, of probabilities only.
-        names: the members' names in logs; by default their numbers.
         vocabulary: the number of tokens that all share, where heads have padding rows.
 
     Raises:
@@ -86,13 +83,11 @@ class EnsembleTeacher(Teacher):
         if isinstance(mixture, SparseTargets) or (isinstance(mixture, MixtureTargets) and mixture.sampled):
             known = [x for output in outputs if (x := output.log_probs_of(alignment.labels)) is not None]
             if len(known) == len(outputs):
-                joint = torch.stack(known, -1).double()
-                log_probs = (joint + _logs(self.weights).to(joint.device)).logsumexp(-1)
+                log_probs = self._joint(torch.stack(known, -1)).logsumexp(-1)
         return TeacherOutput(mixture, log_probs, inside, member_log_probs=by_member)
 
     def _member_log_probs(self, outputs: Sequence[TeacherOutput], targets: Sequence[Targets], labels: Tensor) -> Tensor:
-        """[N, M] log-probabilities of the labels."""
-        columns = []
+        columns = []  # [N] of each member
         for name, output, sliced in zip(self.names, outputs, targets, strict=True):
             log_probs = replace(output, targets=sliced).log_probs_of(labels)
             if log_probs is None:
@@ -103,15 +98,19 @@ class EnsembleTeacher(Teacher):
             columns.append(log_probs.double())
         return torch.stack(columns, -1)
 
+    def _joint(self, log_probs: Tensor) -> Tensor:
+        """[N, M] log-probabilities of each member and of a token."""
+        log_weights = self.weights.log().clamp_min(torch.finfo(torch.float64).min)
+        return log_probs.double() + log_weights.to(log_probs.device)
+
     def attach(self, student: nn.Module) -> None:
         for member in self.members:
             member.attach(student)
 
     def update(self, output: TeacherOutput) -> None:
         if output.member_log_probs is not None:
-            joint = output.member_log_probs + _logs(self.weights).to(output.member_log_probs.device)
-            self._counts[:-1] += joint.softmax(-1).sum(0).cpu()
-            self._counts[-1] += len(joint)
+            self._counts[:-1] += self._joint(output.member_log_probs).softmax(-1).sum(0).cpu()
+            self._counts[-1] += len(output.member_log_probs)
 
     def after_step(self, step: int) -> None:
         for member in self.members:
@@ -166,10 +165,10 @@ class EnsembleTeacher(Teacher):
 
     @property
     def _member_with_layers(self) -> Teacher:
-        member = next((member for member in self.members if member.has_layers), None)
-        if member is None:
-            raise self._no_layers()
-        return member
+        for member in self.members:
+            if member.has_layers:
+                return member
+        raise self._no_layers()
 
 
 @dataclass(frozen=True)
@@ -209,10 +208,9 @@ class EnsembleSource(TeacherSource):
         return f"an ensemble of {', '.join(member.title for member in self.ensemble)}"
 
     def describe(self, teacher: Teacher) -> str:
-        weights = teacher.member_weights
-        if weights is None:
+        if teacher.member_weights is None:
             return self.title
-        members = zip(self.ensemble, weights.values(), strict=True)
+        members = zip(self.ensemble, teacher.member_weights.values(), strict=True)
         described = ", ".join(f"{member.title} ({weight:.3f})" for member, weight in members)
         return f"an ensemble, {self.weights} weights of {self.of.replace('_', '-')}: {described}"
 
@@ -234,12 +232,13 @@ class EnsembleSource(TeacherSource):
                     f"{key}.ensemble.{i}: expected the token -> id map of {self.ensemble[0].title}, got another of "
                     f"{self.ensemble[i].title}, whose distributions cannot be averaged with it. Leave one out."
                 )
+        short = [member.title.rstrip("/").rpartition("/")[2] for member in self.ensemble]
         teacher = EnsembleTeacher(
             [member.teacher for member in loaded],
             self._member_weights or None,
             of=self.of,
             learned=self.weights == "learned",
-            names=_log_names([member.title for member in self.ensemble]),
+            names=[name if short.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(short)],
             vocabulary=max(vocabulary.values()) + 1 if task in TOKEN_TASKS else None,
         )
         config = next((member.config for member in loaded if member.config is not None), None)
@@ -285,7 +284,7 @@ def mix(targets: Sequence[Targets], weights: Tensor, of: MixtureOf) -> Targets:
 
 
 def _mix_samples(targets: Sequence[SparseTargets], weights: Tensor) -> SparseTargets:
-    """The mixture of targets without mass on other tokens: the union of their tokens, each of them once."""
+    """The union of their tokens, each of them once."""
     kind, temperature = targets[0].kind, targets[0].temperature
     if any(member.kind != kind for member in targets):
         raise ShapeError(
@@ -303,26 +302,20 @@ def _mix_samples(targets: Sequence[SparseTargets], weights: Tensor) -> SparseTar
 
 
 def _mix_top_k(targets: Sequence[Targets], weights: Tensor, sparse: Sequence[SparseTargets]) -> SparseTargets:
-    """The mixture over the tokens that every bucket target kept, and one bucket."""
     fewest = min(sparse, key=lambda member: member.ids.shape[-1])
     ids, temperature = _used_ids(fewest, -2), fewest.temperature  # an id that no other target has
-    known = reduce(torch.logical_and, [_find(member, ids)[1] for member in sparse])
-    ids = ids * known
+    known = torch.ones_like(ids, dtype=torch.bool)
     total = torch.zeros_like(fewest.events(temperature)[..., :-1])
     for member, weight in zip(targets, weights.tolist(), strict=True):
-        log_p = (
-            _find(member, ids)[0] if isinstance(member, SparseTargets) else token_log_probs(member, ids, temperature)
-        )
-        total += weight * log_p.exp()
-    return SparseTargets(ids, total.log().masked_fill(~known, -math.inf), "bucket", temperature)
-
-
-def _find(targets: SparseTargets, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-probabilities [N, K] of some tokens in bucket targets, and whether they were kept."""
-    kept, order = _used_ids(targets).sort(-1)
-    slot = torch.searchsorted(kept, ids).clamp_max(kept.shape[-1] - 1)
-    log_probs = targets.events(targets.temperature)[..., :-1].gather(-1, order.gather(-1, slot))
-    return log_probs, kept.gather(-1, slot) == ids
+        if isinstance(member, SparseTargets):
+            kept, order = _used_ids(member).sort(-1)
+            slot = torch.searchsorted(kept, ids).clamp_max(kept.shape[-1] - 1)
+            log_probs = member.events(temperature)[..., :-1].gather(-1, order.gather(-1, slot))
+            known &= kept.gather(-1, slot) == ids
+        else:
+            log_probs = token_log_probs(member, ids.clamp_min(0), temperature)
+        total += weight * log_probs.exp()
+    return SparseTargets(ids * known, total.log().masked_fill(~known, -math.inf), "bucket", temperature)
 
 
 def _used_ids(targets: SparseTargets, unused: int = -1) -> Tensor:
@@ -330,7 +323,6 @@ def _used_ids(targets: SparseTargets, unused: int = -1) -> Tensor:
 
 
 def _checked_weights(members: int, weights: Sequence[float] | None, of: str, learned: bool) -> list[float]:
-    """Check the weights of an ensemble's members; None for equal ones."""
     if members < 2:
         raise ShapeError(f"ensemble: expected two members or more, got {members}.")
     weights = [1.0] * members if weights is None else list(weights)
@@ -342,13 +334,3 @@ def _checked_weights(members: int, weights: Sequence[float] | None, of: str, lea
             "follow from the members' log-probabilities of the labels. Fix the weights."
         )
     return weights
-
-
-def _log_names(titles: Sequence[str]) -> list[str]:
-    """Names for logs: the last part of each title, with its place where that is not unique."""
-    short = [title.rstrip("/").rpartition("/")[2] for title in titles]
-    return [name if short.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(short)]
-
-
-def _logs(weights: Tensor) -> Tensor:
-    return weights.log().clamp_min(torch.finfo(weights.dtype).min)

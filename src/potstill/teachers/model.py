@@ -25,14 +25,10 @@ Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 
 
 class ModelTeacher(Teacher):
-    """A Hugging Face model, frozen and switched to evaluation mode in place.
+    """A Hugging Face model, frozen and switched to evaluation mode in place; without a device, it follows the batch.
 
     Gives hidden states and head where it can be split (`potstill.models.split`) and runs on the batch's device; else
     logits.
-
-    Args:
-        device: where it runs; None follows the batch.
-        dtype: its precision; None leaves it as it is.
     """
 
     needs_trial = False

@@ -17,11 +17,9 @@ PROBE = "Ab  c\n\tDé 12,345 «x»\n\n    return 'ñ' # 中文 Привет\n"
 
 
 class TokenSpan(NamedTuple):
-    """A token and the number of bytes it covers; not exact if its own bytes are others."""
-
     id: int
-    size: int
-    exact: bool = True
+    size: int  # bytes that it covers
+    exact: bool = True  # whether they are its own
 
 
 class TokenBytes:
@@ -81,11 +79,9 @@ class TokenBytes:
         return spans
 
     def text(self, spans: list[TokenSpan]) -> bytes:
-        """The bytes that tokens cover."""
         return b"".join((self.bytes_of[span.id] or b"")[-span.size :] if span.size else b"" for span in spans)
 
     def content(self, id: int) -> bytes:
-        """The characters of a special token that occurs in plain text."""
         return self._content[id].encode()
 
     def tokenize(self, text: bytes) -> list[TokenSpan] | None:
@@ -107,14 +103,13 @@ class TokenBytes:
         return spans
 
     def _tokenize(self, text: str) -> list[TokenSpan]:
-        """The tokens of whole characters."""
         ids, expected = self._encode(text), text.encode()
         pieces = [self.content(id) if self.bytes_of[id] is None else self.bytes_of[id] or b"" for id in ids]
         joined = b"".join(pieces)
         if self.tokenizer.unk_token_id not in ids and joined in (expected, b" " + expected):
-            spans = [TokenSpan(id, len(piece)) for id, piece in zip(ids, pieces, strict=True)]
-            added_space = len(joined) - len(expected)
-            return [TokenSpan(ids[0], spans[0].size - added_space), *spans[1:]]
+            sizes = [len(piece) for piece in pieces]
+            sizes[0] -= len(joined) - len(expected)  # a space that the tokenizer has added
+            return [TokenSpan(id, size) for id, size in zip(ids, sizes, strict=True)]
         lines = text.splitlines(keepends=True)
         if len(lines) > 1:
             return [token for line in lines for token in self._tokenize(line)]

@@ -27,6 +27,11 @@ class PrivilegedTeacher(Teacher):
         2601.18734, for a student that teaches itself with the solution in its prompt.
     """
 
+    missing_rows = (
+        "PrivilegedTeacher: expected rows with a prompt for the teacher, got rows without. Name its column: "
+        "teacher_prompt beside the data's path."
+    )
+
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
         self.of_student, self.max_length = teacher.of_student, teacher.max_length
@@ -49,13 +54,5 @@ class PrivilegedTeacher(Teacher):
         return self.teacher(inner_batch, inner)
 
     def covers(self, dataset: Any) -> bool:
-        if not hasattr(dataset, "__len__"):
-            return True  # a stream: a missing prompt is an error when it comes
-        return not len(dataset) or OWN[0] in dataset[0]
-
-    def require(self, dataset: Any) -> None:
-        if not self.covers(dataset):
-            raise DataError(
-                "PrivilegedTeacher: expected rows with a prompt for the teacher, got rows without. Name its column: "
-                "teacher_prompt beside the data's path."
-            )
+        # In a stream, a missing prompt is an error when it comes.
+        return not hasattr(dataset, "__len__") or not len(dataset) or OWN[0] in dataset[0]

@@ -56,13 +56,12 @@ class EMATeacher(ModelTeacher):
         self._average: dict[str, Tensor] = {}
 
     def attach(self, student: nn.Module) -> None:
-        """See `Teacher`. The average starts at the student's weights."""
+        """Start the average at the student's weights."""
         shared: dict[int, Any] = {id(p): p for p in student.parameters() if not p.requires_grad}
         model = copy.deepcopy(student, shared)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not trained:
+        self._average = {name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad}
+        if not self._average:
             raise ModelError("EMATeacher: expected a student with weights that are trained, got none.")
-        self._average = {name: p.detach().float() for name, p in trained.items()}  # the weights themselves in float32
         self._student = student
         self._use(model.eval().requires_grad_(False))
 
@@ -86,8 +85,7 @@ class EMATeacher(ModelTeacher):
             self._average[name].copy_(state[name])
             weight.copy_(state[name])
 
-    def _weights(self) -> list[tuple[str, Tensor]]:
-        """The teacher's averaged weights. In float32 they are the averages themselves."""
+    def _weights(self) -> list[tuple[str, Tensor]]:  # in float32 they are the averages themselves
         return [(name, p) for name, p in self.model.named_parameters() if name in self._average]
 
 

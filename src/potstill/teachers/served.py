@@ -60,7 +60,6 @@ class ServedTeacher(Teacher):
         return TeacherOutput(SparseTargets(kept.to(home), log_probs.to(home)), actual.to(home))
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Check that token ids are the same tokens on the server, and that it scores prompts with so many tokens."""
         sample = min(64, self.max_length or 64, self.vocabulary)
         probe = [i * self.vocabulary // sample for i in range(sample)]
         (scores,) = self.server.score([probe], self.top_k)

@@ -58,12 +58,9 @@ class TeacherSource(Declared):
 
     @abstractmethod
     def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
-        """Load the teacher.
+        """Load the teacher; errors name the source by its key in the recipe.
 
-        Args:
-            student: the student's model, whose tokenizer a server is queried with; None for a designed student.
-            task: of both models.
-            key: the source's place in the recipe, for errors.
+        A server is queried with the tokenizer of the student's model, which is None for a designed student.
         """
 
     def describe(self, teacher: Teacher) -> str:
@@ -76,7 +73,6 @@ class TeacherSource(Declared):
 
     @property
     def model_path(self) -> str | None:
-        """Folder or hub name of the model that runs here."""
         return vars(self).get("model")
 
     @property
@@ -89,8 +85,7 @@ class TeacherSource(Declared):
 
     @property
     def max_top_k(self) -> int | None:
-        """Number of likeliest tokens it gives at each position; None for all."""
-        return None
+        return None  # it gives all tokens
 
     @property
     def live(self) -> TeacherSource | None:
@@ -150,5 +145,4 @@ class MemberSource(TeacherSource, Declared):  # a family of its own, for the mem
 
 
 def _own_keys_first(values: dict[str, Any]) -> dict[str, Any]:
-    """Put the keys that all kinds share behind the others."""
     return values | {name: values.pop(name) for name in ("weight", "prefetch") if name in values}

@@ -26,21 +26,13 @@ MISSING_ROWS = (
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """A teacher's signals for one batch.
+    """A teacher's signals for one batch, on the student's device."""
 
-    Args:
-        targets: over the N target positions, on the student's device.
-        label_log_probs: [N] log-probabilities of the labels in nats, where they are known apart from the targets.
-        inside: what `Teacher.prepare` requested, over all positions, on the student's device.
-        chunks: chunks of bytes, from a teacher with another tokenizer; its targets are over its own tokens.
-        member_log_probs: [N, M] log-probabilities of the labels by member, from an ensemble that learns its weights.
-    """
-
-    targets: Targets
-    label_log_probs: Tensor | None = None
-    inside: Activations = field(default_factory=Activations)
-    chunks: AlignedChunks | None = None
-    member_log_probs: Tensor | None = None
+    targets: Targets  # over the N target positions
+    label_log_probs: Tensor | None = None  # [N] of the labels in nats, where they are known apart from the targets
+    inside: Activations = field(default_factory=Activations)  # what `Teacher.prepare` requested, over all positions
+    chunks: AlignedChunks | None = None  # of bytes, from a teacher whose targets are over tokens of its own
+    member_log_probs: Tensor | None = None  # [N, M] of the labels by member, from an ensemble that learns its weights
 
     def log_probs_of(self, labels: Tensor) -> Tensor | None:
         """The log-probabilities [N] of the labels; None without `label_log_probs` or full distributions."""
@@ -56,22 +48,15 @@ class Teacher(ABC):
 
     A teacher with hidden layers also has a `shape` and can `prepare` to return them. One that changes during training
     follows it (`attach`, `update`, `after_step`) and is saved in checkpoints (`state_dict`).
-
-    Attributes:
-        of_student: whether it is made from the student: it cannot be measured or cached before training.
-        max_length: maximum number of tokens in a row, where known.
-        other_tokenizer: whether its targets are over its own tokens; see `TeacherOutput.chunks`.
-        needs_trial: whether it may refuse rows or terms of the objective, so that a row is tried before training.
-        answers_samples_apart: whether on-policy samples go to another teacher than rows of data.
-        without_own_prompts: for a teacher that cannot read prompts of its own, what it is.
     """
 
-    of_student: bool = False
-    max_length: int | None = None
-    other_tokenizer: ClassVar[bool] = False
-    needs_trial: ClassVar[bool] = True
-    answers_samples_apart: ClassVar[bool] = False
-    without_own_prompts: ClassVar[str | None] = None
+    of_student: bool = False  # whether it is made from the student: it cannot be measured or cached before training
+    max_length: int | None = None  # maximum number of tokens in a row, where known
+    other_tokenizer: ClassVar[bool] = False  # whether its targets are over its own tokens: `TeacherOutput.chunks`
+    needs_trial: ClassVar[bool] = True  # whether it may refuse rows or terms, so that a row is tried before training
+    answers_samples_apart: ClassVar[bool] = False  # whether on-policy samples go to another teacher than rows of data
+    without_own_prompts: ClassVar[str | None] = None  # what it is, where it cannot read prompts of its own
+    missing_rows: ClassVar[str] = f"teacher: {MISSING_ROWS}"  # the error of `require`
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
@@ -87,14 +72,10 @@ class Teacher(ABC):
     def require(self, dataset: Any) -> None:
         """Raise a DataError unless the teacher covers a dataset."""
         if not self.covers(dataset):
-            raise DataError(f"teacher: {MISSING_ROWS}")
+            raise DataError(self.missing_rows)
 
     def attach(self, student: nn.Module) -> None:
-        """Connect to the student before its first batch; again for every student that is trained.
-
-        Raises:
-            ModelError: the teacher cannot be made from it.
-        """
+        """Connect to each student before its first batch; a ModelError where the teacher cannot be made from it."""
 
     def update(self, output: TeacherOutput) -> None:
         """Learn from an output of the teacher's own, once for each training batch."""

@@ -61,7 +61,6 @@ class CacheBuilder:
         return [n for n in range(len(self._shards)) if n % part[1] == part[0] and self._completed(n) is None]
 
     def build(self, number: int) -> Shard:
-        """Write one shard."""
         source, rows = self._shards[number]
         dataset = self.datasets[source]
         cached: dict[int, CachedRow] = {}
@@ -77,7 +76,7 @@ class CacheBuilder:
     def finish(self) -> Manifest | None:
         """Write the manifest once all shards are there, whoever wrote them; None while some are missing."""
         if not self._finished:
-            shards = [shard for number in range(len(self._shards)) if (shard := self._completed(number)) is not None]
+            shards = [shard for n in range(len(self._shards)) if (shard := self._completed(n)) is not None]
             if len(shards) < len(self._shards):
                 return None
             self.write_companions(self.directory)
@@ -139,15 +138,13 @@ class CacheBuilder:
         return batch, alignment, self.teacher(batch, alignment)
 
     def _encode(self, examples: Sequence[Any]) -> Iterator[CachedRow]:
-        """Run the teacher on a batch and pack each row."""
         batch, alignment, output = self._run_teacher(examples)
         targets = output.targets.slice(self.plan.vocabulary)
         keys = keys_of_batch(batch, alignment)
         if len(keys) < len(examples):
             raise RunError("cache: expected a target token in every row, got a row without one.")
-        layers = [b""] * len(keys)
-        if self.plan.layers is not None:
-            layers = layers_of_batch(batch, alignment, output.inside, self.plan.layers.kept)
+        kept = [] if self.plan.layers is None else self.plan.layers.kept
+        layers = layers_of_batch(batch, alignment, output.inside, kept) if kept else [b""] * len(keys)
         start = 0
         for key, count, states in zip(keys, alignment.row.bincount().tolist(), layers, strict=True):
             positions = slice(start, start + count)
@@ -165,10 +162,9 @@ class CacheBuilder:
         targets = self._run_teacher([self.datasets[0][0]])[2].targets
         assert isinstance(targets, HeadTargets)
         head = targets.head
-        tensors = {"weight": head.weight[: self.plan.vocabulary]}
-        if head.bias is not None:
-            tensors["bias"] = head.bias[: self.plan.vocabulary]
-        tensors["logit_scale"] = torch.tensor(head.logit_scale, dtype=torch.float64)
-        tensors["softcap"] = torch.tensor(head.softcap or 0.0, dtype=torch.float64)
+        rows = {"weight": head.weight, "bias": head.bias}
+        tensors = {name: x[: self.plan.vocabulary] for name, x in rows.items() if x is not None}
+        for name, number in (("logit_scale", head.logit_scale), ("softcap", head.softcap or 0.0)):
+            tensors[name] = torch.tensor(number, dtype=torch.float64)
         with atomic_path(path) as partial:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial)

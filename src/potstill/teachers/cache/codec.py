@@ -1,16 +1,10 @@
-"""Codecs: a teacher's targets for one row of data as bytes, and many rows of bytes as targets. Pure functions.
-
-A row of n tokens is several arrays in sequence: first the log-probabilities of the labels, f2[n] (NaN where they are
-not known), then those of its codec. Each array is split into planes: the lowest byte of every element, then the second
-byte of every element, and so on (little-endian), because such bytes compress well together. Bytes that are 0 for every
-token id of the vocabulary are left out.
-"""
+"""Codecs, pure functions: a teacher's targets for one row of data as bytes, and back; docs/cache.md has the formats."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
@@ -23,11 +17,10 @@ from torch.nn.functional import pad
 from potstill.errors import ShapeError, nearest
 from potstill.losses.declared import Declared, Range
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
-from potstill.teachers.cache.planes import Reader, pack, pack_floats
 
 BLOCK = 64  # tokens of the vocabulary that are sampled from together
 SCALE = 56.0  # the code of a log-probability of -x nats is round(SCALE * sqrt(x)): fine for large mass, to 20.6 nats
-UNUSED = 255  # the code of a slot without a token
+UNUSED = 255  # the code of a slot without a token; that before it stands for everything less likely
 
 Temperature = Annotated[float, Range(gt=0, lt=math.inf)]
 
@@ -110,9 +103,6 @@ class Sampled(Codec):
     expectation N p_v, with variance r (1 - r), where r is the fraction of N p_v, against N p_v (1 - p_v) of independent
     draws. Unbiased for divergences that are linear in the teacher (forward KL, soft cross-entropy).
 
-    A row: the number of different tokens u1[n]; their ids, ascending within a token, each as the difference to the one
-    before it [E]; their counts less one, u1[E].
-
     Args:
         draws: N, 1 to 255.
         temperature: of the distribution that is sampled; training must use the same.
@@ -164,11 +154,7 @@ class Sampled(Codec):
 
 @dataclass(frozen=True)
 class TopK(Codec):
-    """The K likeliest tokens and the exact mass of all others.
-
-    A row: ids [n * K], the likeliest first; codes of their log-probabilities, each as the difference to the one before
-    it, u1[n * K]: -(code / 56)^2 nats, 254 also for everything below, 255 for no token; the mass of the others, f4[n].
-    When read, the kept probabilities are scaled so that they and the others' mass add up to 1.
+    """The K likeliest tokens and the exact mass of all others; read, they add up to 1.
 
     Args:
         k: K, at most V.
@@ -185,7 +171,6 @@ class TopK(Codec):
             raise ShapeError(f"TopK: expected k in 1..{self.vocabulary}, got {self.k}.")
 
     def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
-        sparse = isinstance(targets, SparseTargets)
         if isinstance(targets, SparseTargets):
             kept = [self._of_sparse(targets)]
         else:
@@ -200,7 +185,7 @@ class TopK(Codec):
             pack(steps.numpy().astype("u1").ravel()),
             pack(others.cpu().numpy().astype("<f4")),
         ]
-        return arrays, normalizer if self.temperature == 1 and not sparse else None
+        return arrays, normalizer if self.temperature == 1 else None  # of sparse targets nobody reads it
 
     def _of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         top, blocks = _relative(logits, self.temperature)
@@ -281,6 +266,52 @@ class HiddenStates(Codec):
     def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> HeadTargets:
         assert head is not None
         return HeadTargets(reader.take_floats(self.dtype, tokens * self.width).reshape(-1, self.width), head)
+
+
+def pack(values: NDArray[Any], planes: int | None = None) -> bytes:
+    """Pack elements as planes of bytes, the lowest first, because such bytes compress well together."""
+    split = values.view("u1").reshape(len(values), values.itemsize)[:, :planes]
+    return np.ascontiguousarray(split.T).tobytes()
+
+
+def pack_floats(values: Tensor) -> bytes:
+    """Pack floats of any shape by their bits, because NumPy has no bfloat16."""
+    kind = torch.int32 if values.dtype == torch.float32 else torch.int16
+    return pack(values.detach().cpu().contiguous().view(kind).numpy().ravel())
+
+
+class Reader:
+    """Reads the arrays of several rows of bytes, one after the other."""
+
+    def __init__(self, rows: Sequence[bytes]) -> None:
+        self._rows = rows
+        self._offsets = [0] * len(rows)
+
+    def take(self, dtype: str, counts: Iterable[int], planes: int | None = None) -> NDArray[Any]:
+        """Read the next array of each row, of as many elements as its count, and join them."""
+        kind = np.dtype(dtype)
+        planes = planes or kind.itemsize
+        arrays = []
+        for i, (row, count) in enumerate(zip(self._rows, counts, strict=True)):
+            start, end = self._offsets[i], self._offsets[i] + planes * count
+            if end > len(row):
+                raise ShapeError(f"codec: expected a row of at least {end} bytes, got {len(row)}.")
+            elements = np.zeros((count, kind.itemsize), "u1")
+            elements[:, :planes] = np.frombuffer(row, "u1")[start:end].reshape(planes, count).T
+            arrays.append(elements.view(kind).reshape(count))
+            self._offsets[i] = end
+        return np.concatenate(arrays)
+
+    def take_floats(self, dtype: str, counts: Iterable[int]) -> Tensor:
+        """Read floats of a torch dtype that `pack_floats` packed."""
+        bits = self.take("<i4" if dtype == "float32" else "<i2", counts)
+        return torch.from_numpy(bits).view(getattr(torch, dtype))
+
+    def close(self) -> None:
+        """Check that every row is read to its end."""
+        for row, offset in zip(self._rows, self._offsets, strict=True):
+            if offset < len(row):
+                raise ShapeError(f"codec: expected a row of {offset} bytes, got {len(row)}.")
 
 
 def codec_of(record: dict[str, Any]) -> Codec:

@@ -1,14 +1,4 @@
-"""A cache on disk: shards of packed rows, a manifest with checksums, random access by content.
-
-    manifest.json          contents and origin; written last, when everything else is there
-    teacher/               the teacher's config and tokenizer, to check the student against
-    head.safetensors       the teacher's head, where hidden states are stored
-    shards/00000.arrow     Arrow IPC files: key (16 bytes), tokens (uint32), signal (binary), layers (binary)
-
-A signal is packed by a codec (`teachers/cache/codec.py`) and compressed with Zstandard; layers are the hidden states of
-chosen layers, compressed likewise. A row's key is a hash of its token ids and target positions, so that a row is found
-in whatever order and file it comes.
-"""
+"""A cache on disk: shards of packed rows, a manifest with checksums, random access by content; see docs/cache.md."""
 
 from __future__ import annotations
 
@@ -41,11 +31,9 @@ SCHEMA = pa.schema(zip(FIELDS, (pa.binary(KEY_BYTES), COUNT, COUNT, BYTES, COUNT
 
 @dataclass(frozen=True)
 class Shard(Record):
-    """One file of a cache: its name in shards/, its rows and target tokens, and its checksum."""
-
-    name: str
+    name: str  # in shards/
     rows: int
-    tokens: int
+    tokens: int  # target tokens
     sha256: str
 
 
@@ -88,11 +76,11 @@ class CachePlan(Record):
 
 @dataclass(frozen=True)
 class Manifest(Record):
-    """A finished cache: its plan, its files and their checksums."""
+    """What a finished cache holds."""
 
     plan: CachePlan
     shards: list[Shard]
-    files: dict[str, str]
+    files: dict[str, str]  # checksums of the others
 
     @property
     def tokens(self) -> int:
@@ -104,8 +92,6 @@ class Manifest(Record):
 
 
 class CachedRow(NamedTuple):
-    """One row of data as it is stored."""
-
     key: bytes
     tokens: int
     signal: bytes
@@ -119,7 +105,6 @@ def row_key(input_ids: NDArray[np.integer[Any]], counts: NDArray[np.bool_]) -> b
 
 
 def write_shard(path: Path, rows: Iterable[CachedRow]) -> Shard:
-    """Write a shard atomically."""
     keys, tokens, signals, layers = map(list, zip(*rows, strict=True))
     columns = {"key": keys, "tokens": tokens}
     for name, size, values in (("signal", "size", signals), ("layers", "layers_size", layers)):
@@ -132,7 +117,6 @@ def write_shard(path: Path, rows: Iterable[CachedRow]) -> Shard:
 
 
 def manifest_text(body: dict[str, Any]) -> str:
-    """The text of a manifest, with a checksum of its own."""
     checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": checksum}, indent=1) + "\n"
 
@@ -157,7 +141,7 @@ def read_manifest(directory: Path) -> Manifest:
             "Check the path, or build it with `potstill cache build`."
         ) from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise _damaged(directory, MANIFEST) from None
+        version = FORMAT
     if version == FORMAT:
         raise _damaged(directory, MANIFEST)
     raise DataError(
