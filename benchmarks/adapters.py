@@ -25,7 +25,6 @@ from potstill.evaluate.speed import extra_bytes
 from potstill.models.adapted import parameter_count
 from potstill.models.adapters import adapt
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
-from potstill.runs.build_student import adapter_of
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import StudentPart
 from potstill.runs.run import run
@@ -103,7 +102,7 @@ def measure(name: str, out: Path) -> dict[str, Any]:
         part = StudentPart.model_validate({"model": str(out), "adapter": adapter})
         model = load_model(str(out), "large", "float32", bits=getattr(part.adapter, "bits", None))
         if part.adapter is not None:
-            model = adapt(model, adapter_of(part.adapter), tokenizer=load_tokenizer(str(out), "large"))
+            model = adapt(model, part.adapter, tokenizer=load_tokenizer(str(out), "large"))
         ids = torch.randint(2048, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         distiller = Distiller(model, None, [Labels()]).train()

@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,17 @@ from potstill.runs.cache import Request, build
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 from potstill.teachers.cache.codec import Codec, Dense, Sampled, TopK
-from potstill.teachers.cache.store import COMPRESSION, FORMAT, Cache, Manifest, Plan, Row, write_manifest, write_shard
+from potstill.teachers.cache.store import (
+    COMPRESSION,
+    FORMAT,
+    MANIFEST,
+    Cache,
+    CachedRow,
+    CachePlan,
+    Manifest,
+    manifest_text,
+    write_shard,
+)
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 QUIET = Console(quiet=True)
@@ -220,7 +231,7 @@ def scale_part(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     codec = Sampled(32_000)
     signals = [codec.encode(DenseTargets(speech(512, 32_000, seed)), seed) for seed in range(8)]
     keys = np.random.default_rng(0).bytes(16 * rows)
-    plan = Plan(
+    plan = CachePlan(
         format=FORMAT,
         teacher="synthetic",
         weights="",
@@ -238,9 +249,10 @@ def scale_part(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
         shards = []
         for start in range(0, rows, per_shard):
             mine = range(start, min(start + per_shard, rows))
-            content = (Row(keys[16 * row : 16 * row + 16], 512, signals[row % 8]) for row in mine)
+            content = (CachedRow(keys[16 * row : 16 * row + 16], 512, signals[row % 8]) for row in mine)
             shards.append(write_shard(directory / "shards" / f"{start:08d}.arrow", content))
-        write_manifest(directory, Manifest(plan=plan, shards=shards, files={}))
+        manifest = Manifest(plan=plan, shards=shards, files={})
+        (directory / MANIFEST).write_text(manifest_text(asdict(manifest)), encoding="utf-8")
         size = sum(path.stat().st_size for path in (directory / "shards").iterdir())
         opening = timed(lambda: Cache(directory, verify=False), 3)
         verifying = timed(lambda: Cache(directory), 1)
