@@ -32,23 +32,16 @@ from potstill.runs.ray import map_rows
 
 @dataclass(frozen=True)
 class Generated:
-    """The result of `generate`.
-
-    Args:
-        directory: the recipe's output.
-        rows: the file of rows.
-        counts: number at each stage: asked, texts, dropped, texts kept, rows.
-        dropped: number of texts that each filter dropped.
-    """
+    """The result of `generate`."""
 
     directory: Path
-    rows: Path
-    counts: dict[str, int]
-    dropped: dict[str, int]
+    rows: Path  # the file of them
+    counts: dict[str, int]  # at each stage: asked, texts, dropped, texts kept, rows
+    dropped: dict[str, int]  # texts by the filter that dropped them
 
 
 class GenerationPlan(NamedTuple):
-    """What a recipe will generate: requests, their rendered prompts, and the engine that completes them."""
+    """What a recipe will generate, and the engine that completes the prompts."""
 
     requests: list[GenerationRequest]
     unusable: list[UnusableRow]  # rows of the source that no request can be made of
@@ -68,7 +61,6 @@ def generate(
     Args:
         resume: go on with the texts that are there.
         engine: "process", or "ray" for processes of Ray that each load the teacher; this one keeps the journal.
-        console: for the progress bar.
 
     Raises:
         UserError: something in the recipe or the data is to be corrected.
@@ -86,17 +78,11 @@ def generate(
         complete = _with_ray(recipe) if engine == "ray" else complete_in_order(plan.engine, recipe.engine_sampling)
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         settings = [recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed]
+        options: dict[str, Any] = {"batch_size": recipe.batch_size, "settings": settings}
         with Progress(*columns, console=console, disable=console is None) as bar:
             update = partial(bar.update, bar.add_task("", total=len(plan.prompts)))
-            completions = complete_requests(
-                plan.prompts,
-                complete,
-                recipe.seed,
-                journal,
-                batch_size=recipe.batch_size,
-                settings=settings,
-                progress=lambda done: update(completed=done),
-            )
+            options["progress"] = lambda done: update(completed=done)
+            completions = complete_requests(plan.prompts, complete, recipe.seed, journal, **options)
     texts = parse_texts(plan.requests, completions, plan.row_format, recipe.programs)
     judged = judge(texts, recipe.task.choose, drop_cut=recipe.filter.cut)
     return _write_files(recipe, directory, plan, judged)
@@ -106,9 +92,6 @@ def check(recipe: GenerateRecipe, *, on_device: bool = False) -> GenerationPlan:
     """Load everything that a recipe names, and check that every prompt fits; nothing is generated or written.
 
     A local model goes to its device if `on_device`.
-
-    Raises:
-        UserError: generate could not start.
     """
     with suppress_warnings():
         requests, unusable = recipe.task.requests(recipe.skip_bad_rows)
