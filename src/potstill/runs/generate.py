@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from potstill.generation.sandbox import require_sandbox
 from potstill.generation.tasks import Responses
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.config.generate import GenerateRecipe
-from potstill.runs.ray import map_rows
+from potstill.runs.ray import RowFunction, map_rows
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _with_ray(recipe: GenerateRecipe) -> BatchCompleter:
     return complete
 
 
-def _ray_worker(recipe: GenerateRecipe) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _ray_worker(recipe: GenerateRecipe) -> RowFunction:
     """Load a teacher in one of Ray's processes."""
     with suppress_warnings():
         engine, sampling = _engine(recipe, _tokenizer(recipe)), recipe.engine_sampling
@@ -185,17 +185,12 @@ def _write_files(
     write_rows(directory / f"dropped.{recipe.format}", dropped_rows)
     stages = {"asked": plan.requests, "texts": judged, "dropped": dropped, "texts kept": kept, "rows": rows}
     counts = {name: len(items) for name, items in stages.items()}  # type: ignore[arg-type]  # lists of several types
-    facts = {
-        "teacher": recipe.teacher.name,
-        "task": task.name,
-        "templates": ", ".join(dict.fromkeys(request.template for request in plan.requests)),
-        "sampling": json.dumps(sampling),
-        "seed": str(recipe.seed),
-    }
+    templates = ", ".join(dict.fromkeys(request.template for request in plan.requests))
+    facts = {"teacher": recipe.teacher.name, "task": task.name, "templates": templates}
     write_card(
         directory / "README.md",
         name=recipe.name,
-        facts=facts,
+        facts={**facts, "sampling": json.dumps(sampling), "seed": str(recipe.seed)},
         counts=counts | {"rows of the source that could not be used": len(plan.unusable)},
         dropped=[(name, reason, text.completion) for text, name, reason in dropped],
         lengths=[len(text.completion) for text in kept],
