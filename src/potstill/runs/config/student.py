@@ -43,7 +43,6 @@ Design = Annotated[
 
 
 def _named_method(value: Any) -> Any:
-    """`prune` is short for `{method: prune}`."""
     return {"method": value} if isinstance(value, str) else value
 
 
