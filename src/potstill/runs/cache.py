@@ -24,7 +24,7 @@ from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import layer_index
 from potstill.models.loading import suppress_warnings, vocabulary_size
-from potstill.runs.ray import RowFunction, map_rows
+from potstill.runs.ray import Row, RowFunction, map_rows
 from potstill.teachers.cache.build import CacheBuilder
 from potstill.teachers.cache.codec import Codec, codec_of
 from potstill.teachers.cache.store import FORMAT, CachedLayers, CachePlan, Manifest
@@ -149,7 +149,7 @@ def _begin(request: CacheRequest) -> RowFunction:
     with suppress_warnings():
         builder = prepare(request, Console(quiet=True))
 
-    def build(row: dict[str, Any]) -> dict[str, Any]:
+    def build(row: Row) -> Row:
         builder.build(int(row["shard"]))
         return row
 

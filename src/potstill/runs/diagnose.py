@@ -150,7 +150,6 @@ def _temperature_table(softenings: list[Softening], used: list[float]) -> dict[s
 
 
 def _training(run: Path, max_norm: float) -> dict[str, Any]:
-    """Summarize the metrics of the student's training."""
     curve = read_metrics(run / "metrics.jsonl")[0].get("student", [])
     lines = [line for line in logged_lines(run / "metrics.jsonl") if line["run"] == "student"]
     norms = [float(line["grad_norm"]) for line in lines if line.get("grad_norm") is not None]
@@ -166,7 +165,6 @@ def _training(run: Path, max_norm: float) -> dict[str, Any]:
 
 
 def _compare_with_teacher(built: BuiltRun, tokens: TokenStats, sample: Dataset) -> dict[str, Any]:
-    """Compute what needs the teacher's full distributions."""
     if "teacher" not in tokens.models:
         return {"distributions": None, "irreducible": None, "noise": None}
     counts = torch.zeros(built.vocabulary, dtype=torch.long)  # how often each token is a target in the training data

@@ -64,13 +64,11 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
             options |= {"texts": data.texts, "held_out_texts": data.held_out_texts}
         for focus in dict.fromkeys((recipe.focus, *(FOCUSES if recipe.evaluate.front else ()))):
             name = "student" if focus == recipe.focus else focus
-            checkpoints = directory / "checkpoints" / name
+            options["checkpoints"] = directory / "checkpoints" / name
             write_text(metrics, "".join(lines))
             distiller = _distiller(recipe, focus, data)
             with _progress(console, name) as advance:
-                history = distiller.fit(
-                    data.vectors, data.held_out, **options, checkpoints=checkpoints, on_step=advance
-                )
+                history = distiller.fit(data.vectors, data.held_out, **options, on_step=advance)
             students[focus] = distiller.student
             lines += [json.dumps({"run": name, **epoch.as_dict()}) + "\n" for epoch in history]
         write_text(metrics, "".join(lines))

@@ -27,7 +27,7 @@ from potstill.generation.sandbox import require_sandbox
 from potstill.generation.tasks import Responses
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.config.generate import GenerateRecipe
-from potstill.runs.ray import RowFunction, map_rows
+from potstill.runs.ray import Row, RowFunction, map_rows
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,10 @@ def _with_ray(recipe: GenerateRecipe) -> BatchCompleter:
 
 
 def _ray_worker(recipe: GenerateRecipe) -> RowFunction:
-    """Load a teacher in one of Ray's processes."""
     with suppress_warnings():
         engine, sampling = _engine(recipe, _tokenizer(recipe)), recipe.engine_sampling
 
-    def complete(row: dict[str, Any]) -> dict[str, Any]:
+    def complete(row: Row) -> Row:
         batch = PromptBatch(*json.loads(row["batch"]))
         completions = engine.complete(batch.prompts, replace(sampling, seed=batch.seed))
         texts = [[[text.text, text.ended] for text in texts] for texts in completions]
@@ -165,7 +164,6 @@ def _ray_worker(recipe: GenerateRecipe) -> RowFunction:
 def _write_files(
     recipe: GenerateRecipe, directory: Path, plan: GenerationPlan, judged: list[GeneratedText]
 ) -> Generated:
-    """Filter, and write rows, dropped rows and the card."""
     passed = [text for text in judged if text.dropped is None]
     result = apply_filters([_pair(text) for text in passed], recipe.filter.filters())
     dropped = [(text, *text.dropped) for text in judged if text.dropped is not None]

@@ -137,7 +137,6 @@ def _scores(
     quality: Mapping[str, Any],
     teacher_loss: float | None,
 ) -> records.ScoresByModel:
-    """Collect quality and costs of every model."""
     folders = {"teacher": Path(str(built.recipe.teacher.model_path)), **students}
     rows: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
@@ -156,7 +155,6 @@ def _scores(
 
 
 def _continuations(built: BuiltRun, models: Models) -> list[records.Continuation]:
-    """Continue evenly spaced held-out prompts with each model."""
     dataset, continuations = built.eval.dataset, []
     number = min(built.recipe.evaluate.continuations, len(dataset))
     for i in range(number):

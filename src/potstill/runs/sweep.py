@@ -262,7 +262,6 @@ def _short_keys(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    """Write a recipe's value in one line without brackets."""
     if isinstance(value, dict):
         return " ".join(f"{key} {_text(item)}" for key, item in value.items())
     if isinstance(value, list):

@@ -64,7 +64,6 @@ class Document(Part):
         cls.kinds_known = Declared.count
 
     def dump(self) -> str:
-        """The resolved record as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
     def check_directory(self, directory: Path, resume: bool) -> None:
@@ -85,7 +84,6 @@ class Document(Part):
             )
 
     def start(self, directory: Path) -> None:
-        """Create a run directory with the resolved recipe."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             write_text(directory / "recipe.yaml", self.dump())
@@ -115,7 +113,6 @@ _Loader.add_implicit_resolver(
 
 
 def read(path: Path) -> Any:
-    """Read the values of a YAML file."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # _Loader is a SafeLoader
     except FileNotFoundError:
@@ -231,7 +228,6 @@ def _arms(annotation: Any) -> list[Any]:
 
 
 def _fields(kind: Any) -> dict[str, Any]:
-    """Return the annotations of a part's or a declaration's fields, by name."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {name: field.annotation for name, field in kind.model_fields.items()}
     return get_type_hints(kind, include_extras=True) if dataclasses.is_dataclass(kind) else {}

@@ -111,7 +111,6 @@ class StudentPart(Part):
 
     @property
     def merges(self) -> bool:
-        """Whether a plain model is made of base and adapter."""
         return self.adapter is not None and self.adapter.merge
 
     def describe(self) -> str:

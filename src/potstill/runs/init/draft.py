@@ -114,28 +114,17 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     if rows.is_whole_file:
         num_rows = rows.num_tokens // max_length if packing else rows.num_rows
         batch = max(1, min(batch, num_rows // MIN_STEPS))
-    return {
-        "teacher": teacher,
-        "task": teacher.task,
-        "student": student,
-        "design": design,
-        "other_tokenizer": existing and existing.tokenizer.get_vocab() != teacher.tokenizer.get_vocab(),
-        "rows": rows,
-        "train": {"path": str(request.data), **rows.columns},
-        "held_out": {"path": str(request.eval), **rows.columns},
-        "sequence_level": teacher.task in SEQUENCE_TASKS,
-        "packing": packing,
-        "max_length": max_length,
-        "positions": positions,
-        "batch": batch,
-        "accumulation": 1 if rows.is_whole_file else math.ceil(8 / batch),
-        "rate": _learning_rate(request, teacher),
-        "bf16": has_bfloat16(),
-    }
+    other = existing is not None and existing.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
+    train, held_out = ({"path": str(path), **rows.columns} for path in (request.data, request.eval))
+    accumulation = 1 if rows.is_whole_file else math.ceil(8 / batch)
+    models = {"teacher": teacher, "student": student, "design": design, "other_tokenizer": other}
+    tasks = {"task": teacher.task, "sequence_level": teacher.task in SEQUENCE_TASKS}
+    data = {"rows": rows, "train": train, "held_out": held_out, "packing": packing, "positions": positions}
+    training = {"batch": batch, "accumulation": accumulation, "rate": _learning_rate(request, teacher)}
+    return {**models, **tasks, **data, **training, "max_length": max_length, "bf16": has_bfloat16()}
 
 
 def _student(request: DraftRequest, teacher: inspection.ModelInfo) -> tuple[dict[str, Any], str | None]:
-    """Draft the recipe's student, and describe the shape of a new one."""
     if request.student is not None:
         if request.budget:
             raise UserError("init: expected --student or a budget, got both. An existing model has its size.")
