@@ -95,11 +95,7 @@ class BuiltRun:
 
 
 def build_run(recipe: Recipe) -> BuiltRun:
-    """Load the models and the data, and check that they fit together.
-
-    Raises:
-        UserError: they do not.
-    """
+    """Load the models and the data, and check that they fit together."""
     loaded = recipe.teacher.load(recipe.student.model, recipe.task)
     tokenizer = loaded.tokenizer
     for key in ("tokenizer", "model"):
@@ -116,28 +112,16 @@ def build_run(recipe: Recipe) -> BuiltRun:
     train, held_out = _encode(recipe, student, tokenizer)
     teacher = _trained_on(recipe, loaded, train)
     teacher.attach(student)
-    plan = _training_plan(recipe, train)
+    plan = _training_plan(recipe.train, len(train.dataset))
     new_student = replace(new_student, initialization=initialization_of(new_student, train.dataset))
     shape = ActivationCapture(student).shape if any(term.reads_layers for term in recipe.objective) else None
-    objective = _objective(recipe, teacher, loaded, tokenizer, train.dataset, plan, shape)
+    objective = _objective(new_student, teacher, train.dataset, plan, shape)
     stats = _alignment_stats(teacher, train.dataset)
     server = recipe.rollout.server if recipe.rollout else None
-    built = BuiltRun(
-        recipe,
-        teacher,
-        loaded,
-        tokenizer,
-        new_student,
-        size=parameter_count(student),
-        train=train,
-        eval=held_out,
-        plan=plan,
-        objective=objective,
-        vocabulary=vocabulary if recipe.task in TOKEN_TASKS else 0,
-        max_positions=positions,
-        writer=server.writer(student, tokenizer, Path(recipe.output)) if server else None,
-        alignment_stats=stats,
-    )
+    writer = server.writer(student, tokenizer, Path(recipe.output)) if server else None
+    shared, size = vocabulary if recipe.task in TOKEN_TASKS else 0, parameter_count(student)
+    models_and_data = (teacher, loaded, tokenizer, new_student, size, train, held_out)
+    built = BuiltRun(recipe, *models_and_data, plan, objective, shared, positions, writer, stats)
     rollout = built.new_rollout()
     _check_teacher(built)
     notes = [note for model in models.values() for note in loading_notes(model)]
@@ -182,10 +166,8 @@ def _vocabulary(
 ) -> tuple[int, list[str]]:
     """Check tokens and heads; return the number of shared tokens, and a note where heads have more rows."""
     rows = {name: token_rows(model, recipe.task) for name, model in models.items()}
-    if loaded.teacher.other_tokenizer:
-        vocabulary = checked_vocabulary(tokenizer, rows)
-    else:
-        vocabulary = shared_vocabulary(loaded.tokenizer, tokenizer, rows)
+    own_tokens = loaded.teacher.other_tokenizer
+    vocabulary = shared_vocabulary(tokenizer if own_tokens else loaded.tokenizer, tokenizer, rows)
     if recipe.task not in TOKEN_TASKS:
         match_heads(recipe.task, models, pad_token_id(tokenizer)[0])
     padded = [f"{name} {size}" for name, size in rows.items() if size > vocabulary]
@@ -217,11 +199,9 @@ def _encode(recipe: Recipe, student: PreTrainedModel, tokenizer: PreTrainedToken
     with PartialState().main_process_first():  # the other ranks then find what it has encoded
         train, held_out = (encode(source, tokenizer, **options) for source in (data.train, data.eval))
     if task == "masked":
-        rows, held_out_rows = (
-            MaskedRows(examples.dataset, tokenizer, share=data.masked_share, seed=recipe.seed)
-            for examples in (train, held_out)
-        )
-        return replace(train, dataset=rows), replace(held_out, dataset=held_out_rows.fixed())
+        masks: dict[str, Any] = {"share": data.masked_share, "seed": recipe.seed}
+        train = replace(train, dataset=MaskedRows(train.dataset, tokenizer, **masks))
+        held_out = replace(held_out, dataset=MaskedRows(held_out.dataset, tokenizer, **masks).fixed())
     return train, held_out
 
 
@@ -247,41 +227,33 @@ def _trained_on(recipe: Recipe, loaded: LoadedTeacher, train: Examples) -> Teach
     return teacher
 
 
-def _training_plan(recipe: Recipe, train: Examples) -> TrainingPlan:
-    batch_rows = int(recipe.train.get("per_device_train_batch_size", 8))
-    rows_per_step = batch_rows * int(recipe.train.get("gradient_accumulation_steps", 1)) * PartialState().num_processes
-    steps = int(recipe.train.get("max_steps", -1))
+def _training_plan(values: Mapping[str, Any], num_rows: int) -> TrainingPlan:
+    batch_rows = int(values.get("per_device_train_batch_size", 8))
+    rows_per_step = batch_rows * int(values.get("gradient_accumulation_steps", 1)) * PartialState().num_processes
+    steps = int(values.get("max_steps", -1))
     if steps <= 0:
-        epochs = float(recipe.train.get("num_train_epochs", 3.0))
-        steps = math.ceil(math.ceil(len(train.dataset) / rows_per_step) * epochs)
-    return TrainingPlan(batch_rows, rows_per_step, steps, bool(recipe.train.get("bf16")) and has_bfloat16())
+        steps = math.ceil(math.ceil(num_rows / rows_per_step) * float(values.get("num_train_epochs", 3.0)))
+    return TrainingPlan(batch_rows, rows_per_step, steps, bool(values.get("bf16")) and has_bfloat16())
 
 
 def _objective(
-    recipe: Recipe,
-    teacher: Teacher,
-    loaded: LoadedTeacher,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    plan: TrainingPlan,
-    student: ModelShape | None,
+    builder: StudentBuilder, teacher: Teacher, train: Dataset, plan: TrainingPlan, student: ModelShape | None
 ) -> Objective:
     """Build the objective, and prepare the teacher for the layers that its terms read of both models."""
+    recipe, model = builder.recipe, builder.teacher.model
 
     def select(layers: LayerMap, batches: int) -> Mapping[int, Tensor]:
         """Find the teacher's most important dimensions for the student's width, on the first batches."""
-        model = loaded.model
         if model is None or student is None:
             raise RecipeError("objective: expected a teacher that is a local model for select_batches, got none.")
         of_teacher = [layer for _, layer in layers.pairs(student.layers, teacher.shape.layers)]
         rows = (train[i] for i in range(min(batches * plan.batch_rows, len(train))))
-        data = in_batches(rows, tokenizer, plan.batch_rows, model.device)
+        data = in_batches(rows, builder.tokenizer, plan.batch_rows, model.device)
         return important_dimensions(model, data, of_teacher, student.width, recipe.task)
 
     objective = Objective([for_run(term, plan.steps).select(select) for term in recipe.objective])
     if student is not None:
-        of_teacher = teacher.shape if objective.reads_teacher_layers else None
-        teacher.prepare(objective.fit(student, of_teacher)[1])
+        teacher.prepare(objective.fit(student, teacher.shape if objective.reads_teacher_layers else None)[1])
     return objective
 
 

@@ -86,10 +86,7 @@ def design_of(
 
 
 def initialization_of(builder: StudentBuilder, train: Dataset) -> Initialization | None:
-    """Plan what a new student takes from its teacher; None for random weights.
-
-    Importance is measured on evenly spaced rows of the training data.
-    """
+    """Plan what a new student takes from its teacher, by evenly spaced rows of data; None for random weights."""
     recipe, teacher, part = builder.recipe, builder.teacher.model, builder.recipe.student.initialize
     if builder.design is None or part.method == "random":
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import layer_index
 from potstill.models.loading import suppress_warnings, vocabulary_size
-from potstill.runs.ray import map_rows
+from potstill.runs.ray import Row, RowFunction, map_rows
 from potstill.teachers.cache.build import CacheBuilder
 from potstill.teachers.cache.codec import Codec, codec_of
 from potstill.teachers.cache.store import FORMAT, CachedLayers, CachePlan, Manifest
@@ -57,12 +57,7 @@ def build(
 ) -> Manifest | None:
     """Build a cache, or continue one; return its manifest, or None while other parts are missing.
 
-    Args:
-        part: (i, n): only the i-th of n parts, counted from 0; whoever writes the last shard finishes the cache.
-        engine: "process", or "ray" for one teacher in each of Ray's actors.
-
-    Raises:
-        UserError: the request is wrong.
+    `part` (i, n) is the i-th of n parts, counted from 0; whoever writes the last shard finishes the cache.
     """
     with suppress_warnings():
         builder = prepare(request, console)
@@ -86,9 +81,8 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
         raise UserError("cache build: expected teacher.model or teacher.server, got neither.")
     loaded = source.load(request.tokenizer)
     tokenizer = loaded.tokenizer
-    examples = [
-        encode(part, tokenizer, max_length=request.max_length, packing=request.packing) for part in request.sources
-    ]
+    options: dict[str, Any] = {"max_length": request.max_length, "packing": request.packing}
+    examples = [encode(part, tokenizer, **options) for part in request.sources]
     for note in (note for encoded in examples for note in encoded.notes):
         console.print(note, style="dim", highlight=False, markup=False)
     on_gpu = loaded.model is not None and torch.cuda.is_available()
@@ -98,7 +92,10 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
     vocabulary = vocabulary_size(tokenizer)
     layers = _layers(request, loaded.teacher, batch)
     tokens, rows = sum(encoded.tokens for encoded in examples), sum(map(len, datasets))
-    keys = [hashlib.sha256(b"".join(keys_of(dataset))).hexdigest() for dataset in datasets]
+    sources = []
+    for part, encoded in zip(request.sources, examples, strict=True):
+        key = hashlib.sha256(b"".join(keys_of(encoded.dataset))).hexdigest()
+        sources.append((str(part.path), len(encoded.dataset), encoded.tokens, key))
     plan = CachePlan(
         format=FORMAT,
         teacher=source.title,
@@ -107,10 +104,7 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
         vocabulary=vocabulary,
         codec=_codec(request, vocabulary, loaded.teacher, batch).record(),
         alignment=ALIGNMENT,
-        sources=[
-            (str(part.path), len(encoded.dataset), encoded.tokens, key)
-            for part, encoded, key in zip(request.sources, examples, keys, strict=True)
-        ],
+        sources=sources,
         shard_rows=max(1, SHARD_TOKENS * rows // tokens),
         batch_rows=request.batch_rows,
         versions={name: importlib.metadata.version(name) for name in ("potstill", "torch", "transformers")},
@@ -133,9 +127,8 @@ def _layers(request: CacheRequest, teacher: Teacher, batch: dict[str, torch.Tens
     kept = sorted({layer_index("teacher", layer, shape.layers) for layer in request.layers})
     teacher.prepare(ActivationRequest(hidden=frozenset(kept)))
     states = teacher(batch, causal_alignment(batch["labels"])).inside.hidden[kept[0]]
-    return CachedLayers(
-        kept, shape.layers, shape.width, shape.heads, shape.narrowest, str(states.dtype).removeprefix("torch.")
-    )
+    dtype = str(states.dtype).removeprefix("torch.")
+    return CachedLayers(kept, shape.layers, shape.width, shape.heads, shape.narrowest, dtype)
 
 
 def _codec(request: CacheRequest, vocabulary: int, teacher: Teacher, batch: dict[str, torch.Tensor]) -> Codec:
@@ -152,11 +145,11 @@ def _codec(request: CacheRequest, vocabulary: int, teacher: Teacher, batch: dict
     return codec_of(parameters)
 
 
-def _begin(request: CacheRequest) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _begin(request: CacheRequest) -> RowFunction:
     with suppress_warnings():
         builder = prepare(request, Console(quiet=True))
 
-    def build(row: dict[str, Any]) -> dict[str, Any]:
+    def build(row: Row) -> Row:
         builder.build(int(row["shard"]))
         return row
 

@@ -6,7 +6,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -34,11 +34,7 @@ class Preflight(NamedTuple):
 
 
 def check(recipe: Recipe) -> Preflight:
-    """Load everything that a recipe names and estimate what the run needs.
-
-    Raises:
-        UserError: the run could not start.
-    """
+    """Load everything that a recipe names and estimate what the run needs."""
     with suppress_warnings():
         built = build_run(recipe)
         student = built.new_student()
@@ -66,14 +62,12 @@ def check(recipe: Recipe) -> Preflight:
 def _one_step(built: BuiltRun, student: PreTrainedModel) -> tuple[float, int | None]:
     """Measure the seconds of one optimiser step's batches, and the memory of one batch beside weights and gradients."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    distiller = Distiller(
-        student, built.teacher, built.objective, vocabulary=built.vocabulary or None, task=built.recipe.task
-    ).to(device)
-    rows = (built.train.dataset[i] for i in range(min(built.plan.batch_rows, len(built.train.dataset))))
-    (batch,) = in_batches(rows, built.tokenizer, built.plan.batch_rows, device)
-    dtype = torch.bfloat16 if built.plan.bf16 else torch.float16
-    mixed = built.plan.bf16 or bool(built.recipe.train.get("fp16"))
-    rollout = built.new_rollout()
+    recipe, plan, dataset, rollout = built.recipe, built.plan, built.train.dataset, built.new_rollout()
+    options: dict[str, Any] = {"vocabulary": built.vocabulary or None, "task": recipe.task}
+    distiller = Distiller(student, built.teacher, built.objective, **options).to(device)
+    rows = (dataset[i] for i in range(min(plan.batch_rows, len(dataset))))
+    (batch,) = in_batches(rows, built.tokenizer, plan.batch_rows, device)
+    dtype, mixed = torch.bfloat16 if plan.bf16 else torch.float16, plan.bf16 or bool(recipe.train.get("fp16"))
     seconds = 0.0
 
     def one_batch(step: int) -> None:
@@ -90,4 +84,4 @@ def _one_step(built: BuiltRun, student: PreTrainedModel) -> tuple[float, int | N
     extra = extra_bytes(partial(one_batch, 1), torch.device(device))
     if rollout is not None:
         rollout.close()
-    return seconds * max(built.plan.rows_per_step // built.plan.batch_rows, 1), extra
+    return seconds * max(plan.rows_per_step // plan.batch_rows, 1), extra

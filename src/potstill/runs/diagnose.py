@@ -58,22 +58,16 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
             f"diagnose: expected a recipe of the task causal, got {recipe.task}. Only next tokens are diagnosed."
         )
     built = build_run(recipe)
-    models, teacher = _load_models(built, run), built.loaded.model
-    device = PartialState().device
+    models, teacher, device = _load_models(built, run), built.loaded.model, PartialState().device
     for model in (*models.values(), *([] if teacher is None else [teacher])):
         model.to(device)
     held_out = built.teacher.covers(built.eval.dataset)
     sample = _evenly_spaced(built.eval.dataset if held_out else built.train.dataset, rows)
     used = _temperatures(built, run is not None)
-    tokens, softenings = stats.token_stats(
-        partial(_teacher_logits, built),
-        models,
-        in_batches(sample, built.tokenizer, built.plan.batch_rows, device),
-        vocabulary=built.vocabulary,
-        temperatures=sorted({*stats.TEMPERATURES, *used}),
-    )
-    student = models["student"]
-    losses = _training_losses(built, student, built.plan.steps if run else 0, device)
+    batches = in_batches(sample, built.tokenizer, built.plan.batch_rows, device)
+    options: dict[str, Any] = {"vocabulary": built.vocabulary, "temperatures": sorted({*stats.TEMPERATURES, *used})}
+    tokens, softenings = stats.token_stats(partial(_teacher_logits, built), models, batches, **options)
+    student, step = models["student"], built.plan.steps if run else 0
     diagnosis = {
         "kind": "diagnosis",
         "name": recipe.name,
@@ -83,7 +77,7 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
         "compression": None if teacher is None else teacher.num_parameters() / student.num_parameters(),
         "losses": {name: -float(x["label_log_prob"].double().mean()) for name, x in tokens.models.items()},
         "temperature": _temperature_table(softenings, used),
-        "gradients": asdict(stats.gradient_flow(student, losses)),
+        "gradients": asdict(stats.gradient_flow(student, _training_losses(built, student, step, device))),
         "training": None if run is None else _training(run, float(recipe.train.get("max_grad_norm", 1.0))),
         **_compare_with_teacher(built, tokens, sample),
         "versions": versions(),
@@ -94,7 +88,6 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
 
 
 def write_diagnosis(diagnosis: Mapping[str, Any], path: Path) -> None:
-    """Write diagnose.json."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, diagnosis)
@@ -157,7 +150,6 @@ def _temperature_table(softenings: list[Softening], used: list[float]) -> dict[s
 
 
 def _training(run: Path, max_norm: float) -> dict[str, Any]:
-    """Summarize the metrics of the student's training."""
     curve = read_metrics(run / "metrics.jsonl")[0].get("student", [])
     lines = [line for line in logged_lines(run / "metrics.jsonl") if line["run"] == "student"]
     norms = [float(line["grad_norm"]) for line in lines if line.get("grad_norm") is not None]
@@ -173,7 +165,6 @@ def _training(run: Path, max_norm: float) -> dict[str, Any]:
 
 
 def _compare_with_teacher(built: BuiltRun, tokens: TokenStats, sample: Dataset) -> dict[str, Any]:
-    """Compute what needs the teacher's full distributions."""
     if "teacher" not in tokens.models:
         return {"distributions": None, "irreducible": None, "noise": None}
     counts = torch.zeros(built.vocabulary, dtype=torch.long)  # how often each token is a target in the training data

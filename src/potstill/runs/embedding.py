@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.nn.functional import pad
 
 from potstill.data.files import write_json, write_text
 from potstill.embedding.encoders import EmbeddingModel
 from potstill.embedding.heads import PCA_ROWS, fit_pca, random_projection
 from potstill.embedding.objective import FOCUSES, Focus, PairObjective
-from potstill.embedding.teachers import TextEncoder
 from potstill.embedding.training import EmbeddingDistiller, embed
 from potstill.embedding.vectors import TensorVectors, VectorSlice
 from potstill.errors import UserError, one_line
@@ -41,19 +41,14 @@ _SAMPLE_TEXTS = 128  # that are encoded to time the teacher
 
 
 def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Console | None = None) -> RunResult:
-    """Train an embedding student as a recipe says, and write the report.
-
-    Args:
-        resume: continue the run in `recipe.output`, if there is one.
-        console: where progress is shown; default: standard error.
+    """Train an embedding student as a recipe says, and write the report; `resume` and `console` as for `run`.
 
     Raises:
         UserError: something in the recipe, the data or the models is to be corrected.
         RunError: the loss is NaN or infinite, or a server does not answer.
     """
     console = console or Console(stderr=True)
-    directory = Path(recipe.output)
-    metrics = directory / "metrics.jsonl"
+    directory, metrics = Path(recipe.output), Path(recipe.output) / "metrics.jsonl"
     recipe.check_directory(directory, resume)
     with suppress_warnings():
         with _progress(console, "teacher") as advance:
@@ -62,24 +57,18 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
         for note in data.notes:
             console.print(note, style="dim", highlight=False, markup=False)
         evaluator = SpaceEvaluator(data.held_out, data.pairs)
-        other_focuses = [focus for focus in FOCUSES if focus != recipe.focus] if recipe.evaluate.front else []
         students: dict[Focus, EmbeddingModel] = {}
         lines: list[str] = []
-        texts, held_out_texts = (data.texts, data.held_out_texts) if recipe.student.reads_text else (None, None)
-        for focus in (recipe.focus, *other_focuses):
+        options: dict[str, Any] = {"evaluator": evaluator}
+        if recipe.student.reads_text:
+            options |= {"texts": data.texts, "held_out_texts": data.held_out_texts}
+        for focus in dict.fromkeys((recipe.focus, *(FOCUSES if recipe.evaluate.front else ()))):
             name = "student" if focus == recipe.focus else focus
+            options["checkpoints"] = directory / "checkpoints" / name
             write_text(metrics, "".join(lines))
             distiller = _distiller(recipe, focus, data)
             with _progress(console, name) as advance:
-                history = distiller.fit(
-                    data.vectors,
-                    data.held_out,
-                    texts=texts,
-                    held_out_texts=held_out_texts,
-                    evaluator=evaluator,
-                    checkpoints=directory / "checkpoints" / name,
-                    on_step=advance,
-                )
+                history = distiller.fit(data.vectors, data.held_out, **options, on_step=advance)
             students[focus] = distiller.student
             lines += [json.dumps({"run": name, **epoch.as_dict()}) + "\n" for epoch in history]
         write_text(metrics, "".join(lines))
@@ -103,20 +92,14 @@ def _progress(console: Console, title: str) -> Iterator[Callable[..., None]]:
 
 
 def _distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **changes: Any) -> EmbeddingDistiller:
-    """Make the student on its device, and the distiller that trains it; `changes` replace the recipe's settings.
-
-    Raises:
-        UserError: a tokenizer, a model or the device is missing.
-    """
+    """Make the student on its device, and the distiller that trains it; `changes` replace the recipe's settings."""
     train, student_part = recipe.train, recipe.student
     student = student_part.build(data.vectors, data.texts or [], data.teacher, focus=focus, seed=recipe.seed)
     try:
         student.to(train.device)
     except (RuntimeError, AssertionError) as error:  # torch's for an unknown device, or one that is not available
-        raise UserError(
-            f"train.device: expected an available device, such as cpu or cuda, got {train.device}: "
-            f"{one_line(error, 200)}"
-        ) from None
+        wrong = f"an available device, such as cpu or cuda, got {train.device}: {one_line(error, 200)}"
+        raise UserError(f"train.device: expected {wrong}") from None
     settings: dict[str, Any] = {
         "heats": train.temperature.values() if train.temperature else (1.0,),
         "learning_rate": train.learning_rate or student_part.learning_rate,
@@ -177,18 +160,15 @@ def _summarize(
 def _picture(teacher: Tensor, student: Tensor) -> dict[str, Any]:
     """The same rows in the plane of the two strongest components of both spaces, and a hue for each row."""
     every = max(1, len(teacher) // _PICTURE_ROWS)
-    teacher_plane, student_plane = (_plane(vectors[::every]) for vectors in (teacher, student))
+    samples = [vectors[::every] for vectors in (teacher, student)]
+    planes = [fit_pca(vectors, min(2, vectors.shape[1])).project(vectors) for vectors in samples]
+    teacher_plane, student_plane = (pad(plane, (0, 2 - plane.shape[1])) for plane in planes)
     hues = torch.atan2(teacher_plane[:, 1], teacher_plane[:, 0]) / (2 * torch.pi) % 1
     # The signs and the order of components mean nothing: turn and mirror the student's plane onto the teacher's.
     u, _, v = torch.linalg.svd(student_plane.T @ teacher_plane)
-    planes = {"teacher": teacher_plane, "student": student_plane @ (u @ v)}
-    points = {name: [[round(x, 4) for x in row] for row in plane.tolist()] for name, plane in planes.items()}
+    turned = {"teacher": teacher_plane, "student": student_plane @ (u @ v)}
+    points = {name: [[round(x, 4) for x in row] for row in plane.tolist()] for name, plane in turned.items()}
     return {**points, "hues": hues.tolist()}
-
-
-def _plane(vectors: Tensor) -> Tensor:
-    plane = fit_pca(vectors, min(2, vectors.shape[1])).project(vectors)
-    return plane if plane.shape[1] == 2 else torch.cat([plane, torch.zeros_like(plane)], 1)
 
 
 def _neighbours(teacher: Tensor, student: Tensor, texts: list[str] | None, number: int) -> list[dict[str, Any]]:
@@ -202,11 +182,9 @@ def _neighbours(teacher: Tensor, student: Tensor, texts: list[str] | None, numbe
         order = [other for other in similar.argsort(descending=True).tolist() if other != row][:_NEIGHBOURS]
         return [{"row": i, "text": names[i], "similarity": round(float(similar[i]), 3)} for i in order]
 
-    neighbours = []
-    for row in (int((i + 0.5) * rows / number) for i in range(number)):
-        lists = {model: nearest(row, similar[row]) for model, similar in similarity.items()}
-        neighbours.append({"text": names[row], **lists})
-    return neighbours
+    chosen = [int((i + 0.5) * rows / number) for i in range(number)]
+    lists = [{model: nearest(row, similar[row]) for model, similar in similarity.items()} for row in chosen]
+    return [{"text": names[row], **nearby} for row, nearby in zip(chosen, lists, strict=True)]
 
 
 def check(recipe: EmbeddingRecipe) -> list[tuple[str, str]]:
@@ -219,16 +197,11 @@ def check(recipe: EmbeddingRecipe) -> list[tuple[str, str]]:
     """
     train = recipe.train
     with suppress_warnings():
-        encoder = recipe.teacher.load()
-        if encoder is None:
-            data, encoding = load_data(recipe), 0.0
-            rows, held_out = data.vectors.rows, len(data.held_out)
-        else:
-            data, rows, held_out, encoding = _encode_sample(recipe, encoder)
+        data, rows, held_out, encoding = _sample(recipe)
         sample = VectorSlice(data.vectors, 0, min(data.vectors.rows, 2 * train.batch_size))
         size = max(2, min(train.batch_size, sample.rows // 2))
-        times: list[float] = []
         distiller = _distiller(recipe, recipe.focus, data, heats=(1.0,), epochs=1, batch_size=size)
+        times: list[float] = []
         texts: dict[str, Any] = {}
         if recipe.student.reads_text:
             texts["texts"] = (data.texts or [])[: sample.rows]
@@ -251,8 +224,12 @@ def check(recipe: EmbeddingRecipe) -> list[tuple[str, str]]:
     ]
 
 
-def _encode_sample(recipe: EmbeddingRecipe, encoder: TextEncoder) -> tuple[EmbeddingData, int, int, float]:
-    """Encode some texts: their vectors, the rows to learn from, the held-out rows, and the seconds for all texts."""
+def _sample(recipe: EmbeddingRecipe) -> tuple[EmbeddingData, int, int, float]:
+    """Read the vectors, or encode some texts; count the rows of both sets, and estimate the seconds for all texts."""
+    encoder = recipe.teacher.load()
+    if encoder is None:
+        data = load_data(recipe)
+        return data, data.vectors.rows, len(data.held_out), 0.0
     train, held = read_texts(recipe)
     assert train is not None
     texts = train.texts[: max(_SAMPLE_TEXTS, 2 * recipe.student.dimensions)]
@@ -261,8 +238,6 @@ def _encode_sample(recipe: EmbeddingRecipe, encoder: TextEncoder) -> tuple[Embed
     vectors = torch.as_tensor(encoder.encode(texts), dtype=torch.float32)
     seconds = (time.perf_counter() - start) / len(texts)
     data = EmbeddingData(TensorVectors(vectors), vectors, texts, texts, teacher=encoder.model)
-    total = len(train.texts)
-    if held:
-        return data, total, len(held.texts), seconds * (total + len(held.texts))
-    held_out = held_out_rows(total)
+    total = len(train.texts) + (len(held.texts) if held else 0)
+    held_out = len(held.texts) if held else held_out_rows(total)
     return data, total - held_out, held_out, seconds * total

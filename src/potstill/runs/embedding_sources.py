@@ -46,9 +46,6 @@ def load_data(
     """Read texts and vectors, encode texts where the teacher does, and check that everything fits.
 
     `on_progress` is called with the number of texts that are encoded, and of all.
-
-    Raises:
-        UserError: something is missing, or does not fit together.
     """
     train, held = read_texts(recipe)
     encoder = recipe.teacher.load()
@@ -86,22 +83,22 @@ def load_data(
         )
     notes += check_vectors(eval_vectors, min(recipe.student.dimensions, eval_vectors.rows - 1))
     held_out_texts, pairs = held or (None, None)
-    held_vectors = eval_vectors.read(0, eval_vectors.rows)
-    return EmbeddingData(vectors, held_vectors, texts, held_out_texts or None, pairs, model, tuple(notes))
+    rest = eval_vectors.read(0, eval_vectors.rows)
+    return EmbeddingData(vectors, rest, texts, held_out_texts or None, pairs, model, tuple(notes))
 
 
 def held_out_rows(rows: int) -> int:
-    """How many rows are held out if no others are named."""
     return min(rows // 10, 2 * MOST_ROWS)
 
 
 def read_texts(recipe: EmbeddingRecipe) -> tuple[Texts | None, Texts | None]:
     """Read the texts to learn from and the held-out ones, if the recipe names any."""
-    data = recipe.data
-    return (_read(data.train) if data.train else None), (_read(data.eval) if data.eval else None)
+    return _read(recipe.data.train), _read(recipe.data.eval)
 
 
-def _read(part: TextsPart) -> Texts:
+def _read(part: TextsPart | None) -> Texts | None:
+    if part is None:
+        return None
     file = Path(part.path).name
     columns = [list(load(Source(part.path, field=name))[0]["text"]) for name in part.fields]
     for name, column in zip(part.fields, columns, strict=True):

@@ -57,21 +57,9 @@ def evaluate(
     options: EvaluationOptions = EvaluationOptions(),  # frozen
     task: Task = "causal",
 ) -> dict[str, Any]:
-    """Measure a student on held-out data, and its teacher too if one is given.
+    """Measure a student, and its teacher if one is given, for the JSON file of potstill evaluate.
 
-    Args:
-        student: folder or Hub name of a model.
-        teacher: the same; None leaves out comparisons. A causal teacher may have another tokenizer: then each model is
-            measured by itself, in its own tokens.
-        packing: join plain text into rows of exactly `max_length`.
-        task: the models' task; masks are drawn with seed 0.
-
-    Returns:
-        The content of the JSON file of potstill evaluate: models -> {parameters, bytes, quality, speed, ...}, data and
-        versions.
-
-    Raises:
-        UserError: a model, the data or an option cannot be used, or vocabularies differ for a task that is not causal.
+    A causal teacher may have another tokenizer: then each model is measured by itself, in its own tokens.
     """
     if task != "causal" and (options.generations or options.lm_eval):
         raise UserError(
@@ -123,8 +111,7 @@ def evaluate(
             "quality": asdict(quality[name]),
         }
         if options.generations:
-            texts = continuations(model, tokenizer, rows, options.new_tokens)
-            result["text"] = asdict(text_quality(*texts))
+            result["text"] = asdict(text_quality(*continuations(model, tokenizer, rows, options.new_tokens)))
         if options.lm_eval:
             result["lm_eval"] = harness_scores(model, tokenizer, options.lm_eval, limit=options.lm_eval_limit)
         result["speed"] = [asdict(speed(model, *size, generates=task == "causal")) for size in sizes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,28 +27,21 @@ from potstill.generation.sandbox import require_sandbox
 from potstill.generation.tasks import Responses
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.config.generate import GenerateRecipe
-from potstill.runs.ray import map_rows
+from potstill.runs.ray import Row, RowFunction, map_rows
 
 
 @dataclass(frozen=True)
 class Generated:
-    """The result of `generate`.
-
-    Args:
-        directory: the recipe's output.
-        rows: the file of rows.
-        counts: number at each stage: asked, texts, dropped, texts kept, rows.
-        dropped: number of texts that each filter dropped.
-    """
+    """The result of `generate`."""
 
     directory: Path
-    rows: Path
-    counts: dict[str, int]
-    dropped: dict[str, int]
+    rows: Path  # the file of them
+    counts: dict[str, int]  # at each stage: asked, texts, dropped, texts kept, rows
+    dropped: dict[str, int]  # texts by the filter that dropped them
 
 
 class GenerationPlan(NamedTuple):
-    """What a recipe will generate: requests, their rendered prompts, and the engine that completes them."""
+    """What a recipe will generate, and the engine that completes the prompts."""
 
     requests: list[GenerationRequest]
     unusable: list[UnusableRow]  # rows of the source that no request can be made of
@@ -68,7 +61,6 @@ def generate(
     Args:
         resume: go on with the texts that are there.
         engine: "process", or "ray" for processes of Ray that each load the teacher; this one keeps the journal.
-        console: for the progress bar.
 
     Raises:
         UserError: something in the recipe or the data is to be corrected.
@@ -86,17 +78,11 @@ def generate(
         complete = _with_ray(recipe) if engine == "ray" else complete_in_order(plan.engine, recipe.engine_sampling)
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         settings = [recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed]
+        options: dict[str, Any] = {"batch_size": recipe.batch_size, "settings": settings}
         with Progress(*columns, console=console, disable=console is None) as bar:
             update = partial(bar.update, bar.add_task("", total=len(plan.prompts)))
-            completions = complete_requests(
-                plan.prompts,
-                complete,
-                recipe.seed,
-                journal,
-                batch_size=recipe.batch_size,
-                settings=settings,
-                progress=lambda done: update(completed=done),
-            )
+            options["progress"] = lambda done: update(completed=done)
+            completions = complete_requests(plan.prompts, complete, recipe.seed, journal, **options)
     texts = parse_texts(plan.requests, completions, plan.row_format, recipe.programs)
     judged = judge(texts, recipe.task.choose, drop_cut=recipe.filter.cut)
     return _write_files(recipe, directory, plan, judged)
@@ -106,9 +92,6 @@ def check(recipe: GenerateRecipe, *, on_device: bool = False) -> GenerationPlan:
     """Load everything that a recipe names, and check that every prompt fits; nothing is generated or written.
 
     A local model goes to its device if `on_device`.
-
-    Raises:
-        UserError: generate could not start.
     """
     with suppress_warnings():
         requests, unusable = recipe.task.requests(recipe.skip_bad_rows)
@@ -165,12 +148,11 @@ def _with_ray(recipe: GenerateRecipe) -> BatchCompleter:
     return complete
 
 
-def _ray_worker(recipe: GenerateRecipe) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Load a teacher in one of Ray's processes."""
+def _ray_worker(recipe: GenerateRecipe) -> RowFunction:
     with suppress_warnings():
         engine, sampling = _engine(recipe, _tokenizer(recipe)), recipe.engine_sampling
 
-    def complete(row: dict[str, Any]) -> dict[str, Any]:
+    def complete(row: Row) -> Row:
         batch = PromptBatch(*json.loads(row["batch"]))
         completions = engine.complete(batch.prompts, replace(sampling, seed=batch.seed))
         texts = [[[text.text, text.ended] for text in texts] for texts in completions]
@@ -182,7 +164,6 @@ def _ray_worker(recipe: GenerateRecipe) -> Callable[[dict[str, Any]], dict[str, 
 def _write_files(
     recipe: GenerateRecipe, directory: Path, plan: GenerationPlan, judged: list[GeneratedText]
 ) -> Generated:
-    """Filter, and write rows, dropped rows and the card."""
     passed = [text for text in judged if text.dropped is None]
     result = apply_filters([_pair(text) for text in passed], recipe.filter.filters())
     dropped = [(text, *text.dropped) for text in judged if text.dropped is not None]
@@ -202,17 +183,12 @@ def _write_files(
     write_rows(directory / f"dropped.{recipe.format}", dropped_rows)
     stages = {"asked": plan.requests, "texts": judged, "dropped": dropped, "texts kept": kept, "rows": rows}
     counts = {name: len(items) for name, items in stages.items()}  # type: ignore[arg-type]  # lists of several types
-    facts = {
-        "teacher": recipe.teacher.name,
-        "task": task.name,
-        "templates": ", ".join(dict.fromkeys(request.template for request in plan.requests)),
-        "sampling": json.dumps(sampling),
-        "seed": str(recipe.seed),
-    }
+    templates = ", ".join(dict.fromkeys(request.template for request in plan.requests))
+    facts = {"teacher": recipe.teacher.name, "task": task.name, "templates": templates}
     write_card(
         directory / "README.md",
         name=recipe.name,
-        facts=facts,
+        facts={**facts, "sampling": json.dumps(sampling), "seed": str(recipe.seed)},
         counts=counts | {"rows of the source that could not be used": len(plan.unusable)},
         dropped=[(name, reason, text.completion) for text, name, reason in dropped],
         lengths=[len(text.completion) for text in kept],

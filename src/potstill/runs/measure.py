@@ -32,14 +32,11 @@ from potstill.train.samples import collapse_warning
 
 EVAL_ROWS = 16  # batch size of the final evaluation
 SAMPLES = 4  # on-policy samples in the report
+Models = Mapping[str, PreTrainedModel]  # by teacher, baseline and student
 
 
 def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) -> records.Summary:
-    """Measure teacher, baseline and student on held-out data.
-
-    `students` maps "student", and "baseline" if there is one, to the folder of the saved model; `directory` has the
-    metrics and checkpoints.
-    """
+    """Measure teacher, baseline and student on held-out data; `students` maps their names to their folders."""
     recipe, task, train, held_out = built.recipe, built.recipe.task, built.train, built.eval
     of_tokens = task in TOKEN_TASKS
     checkpoint = last_checkpoint(directory / "checkpoints" / "student")
@@ -61,17 +58,13 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
         kl = {name: quality[name].kl_by_position for name in students}
         positions = records.PositionKL(edges=quality["student"].position_edges, **kl)
     metrics = logged_lines(directory / "metrics.jsonl")
-    samples = logged_lines(directory / "own_texts.jsonl")
     stats = next((line for line in reversed(metrics) if "own_length" in line), None)
     data: dict[str, Any] = {}
     for name, source, examples in (("train", recipe.data.train, train), ("eval", recipe.data.eval, held_out)):
         data |= {name: str(source.path), f"{name}_examples": len(examples.dataset)}
         data[f"{name}_tokens"] = examples.tokens if of_tokens else None
-    training = records.TrainingFacts(
-        steps=built.plan.steps,
-        tokens_per_step=round(train.tokens / len(train.dataset) * built.plan.rows_per_step) if of_tokens else None,
-        seconds={name: seconds_of(metrics, name) for name in students},
-    )
+    steps, seconds = built.plan.steps, {name: seconds_of(metrics, name) for name in students}
+    step_tokens = round(train.tokens / len(train.dataset) * built.plan.rows_per_step) if of_tokens else None
     return records.Summary(
         name=recipe.name,
         seed=recipe.seed,
@@ -82,10 +75,10 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
         curve=records.CurveFacts(rows=len(built.curve), teacher_loss=curve_loss),
         kl_by_position=positions,
         continuations=_continuations(built, models) if task == "causal" else [],
-        own_texts=[records.Sample(**samples[i]) for i in _evenly_spaced(len(samples), SAMPLES)],
+        own_texts=[records.Sample(**sample) for sample in _spread(logged_lines(directory / "own_texts.jsonl"))],
         own_text=None if stats is None else records.SampleFacts(**stats),
         data=records.DataFacts(**data),
-        training=training,
+        training=records.TrainingFacts(steps=steps, tokens_per_step=step_tokens, seconds=seconds),
         objective="; ".join(term.describe() for term in recipe.objective),
         models={"teacher": recipe.teacher.describe(built.teacher), "student": recipe.student.describe()},
         adapter=_adapter_facts(built, students["student"], models["student"]),
@@ -107,9 +100,7 @@ def _load_models(built: BuiltRun, students: Mapping[str, Path]) -> dict[str, Pre
     return models
 
 
-def _measure(
-    built: BuiltRun, teacher: PreTrainedModel | None, models: Mapping[str, PreTrainedModel], dataset: Dataset
-) -> Mapping[str, Any]:
+def _measure(built: BuiltRun, teacher: Any, models: Models, dataset: Dataset) -> Mapping[str, Any]:
     batches = in_batches(dataset, built.tokenizer, EVAL_ROWS)
     return measure(built.recipe.task, teacher, models, batches, vocabulary=built.vocabulary or None)
 
@@ -141,37 +132,29 @@ def _teacher_loss(built: BuiltRun, dataset: Dataset) -> float | None:
 
 def _scores(
     built: BuiltRun,
-    models: Mapping[str, PreTrainedModel],
+    models: Models,
     students: Mapping[str, Path],
     quality: Mapping[str, Any],
     teacher_loss: float | None,
 ) -> records.ScoresByModel:
-    """Collect quality and costs of every model."""
-    teacher_folder = Path(str(built.recipe.teacher.model_path))
-    folders = {"teacher": teacher_folder, **students}
-    keys = [row.key for row in QUALITY[built.recipe.task]]
-    rows: dict[str, dict[str, Any]] = {
-        name: {
-            **{key: getattr(quality[name], key) for key in keys},
-            "parameters": parameter_count(model).all,
-            "bytes": bytes_on_disk(folders[name], model),
-            "latency_ms": latency_ms(model, built.recipe.data.max_length),
-        }
-        for name, model in models.items()
-    }
+    folders = {"teacher": Path(str(built.recipe.teacher.model_path)), **students}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        rows[name] = {row.key: getattr(quality[name], row.key) for row in QUALITY[built.recipe.task]}
+        rows[name] |= {"parameters": parameter_count(model).all, "bytes": bytes_on_disk(folders[name], model)}
+        rows[name]["latency_ms"] = latency_ms(model, built.recipe.data.max_length)
     if "teacher" not in models and teacher_loss is not None:
         rows["teacher"] = dict.fromkeys(rows["student"]) | {"loss": teacher_loss}
-        if (model := built.loaded.model) is not None:  # its tokenizer differs, its size is known
-            rows["teacher"]["parameters"] = model.num_parameters()
-            rows["teacher"]["bytes"] = weight_bytes(teacher_folder) or model.get_memory_footprint()
+        if (teacher := built.loaded.model) is not None:  # its tokenizer differs, its size is known
+            rows["teacher"]["parameters"] = teacher.num_parameters()
+            rows["teacher"]["bytes"] = weight_bytes(folders["teacher"]) or teacher.get_memory_footprint()
     if (text := built.teacher.alignment_stats(built.eval.dataset)) is not None:
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] * text.tokens / text.bytes / math.log(2)
     return records.ScoresByModel(**{name: records.ModelScores(**row) for name, row in rows.items()})
 
 
-def _continuations(built: BuiltRun, models: Mapping[str, PreTrainedModel]) -> list[records.Continuation]:
-    """Continue evenly spaced held-out prompts with each model."""
+def _continuations(built: BuiltRun, models: Models) -> list[records.Continuation]:
     dataset, continuations = built.eval.dataset, []
     number = min(built.recipe.evaluate.continuations, len(dataset))
     for i in range(number):
@@ -189,10 +172,10 @@ def _continuations(built: BuiltRun, models: Mapping[str, PreTrainedModel]) -> li
     return continuations
 
 
-def _evenly_spaced(length: int, number: int) -> list[int]:
-    """At most `number` indices of a list, with the first and the last."""
-    number = min(number, length)
-    return [round(i * (length - 1) / max(number - 1, 1)) for i in range(number)]
+def _spread(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most SAMPLES of them, with the first and the last."""
+    number = min(SAMPLES, len(samples))
+    return [samples[round(i * (len(samples) - 1) / max(number - 1, 1))] for i in range(number)]
 
 
 def collapse_notes(metrics: list[dict[str, Any]]) -> list[str]:

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 from potstill.errors import PotstillError, UserError
 
-RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
+Row = dict[str, Any]
+RowFunction = Callable[[Row], Row]
 
 
 def start_ray(command: str) -> Any:
-    """Import the package ray for a command."""
     try:
         import ray
     except ImportError:
@@ -22,20 +22,12 @@ def start_ray(command: str) -> Any:
 
 
 def map_rows(
-    command: str,
-    rows: Sequence[dict[str, Any]],
-    make_function: Callable[..., RowFunction],
-    request: Any,
-    *,
-    gpus: int = 0,
-) -> Iterator[dict[str, Any]]:
+    command: str, rows: Sequence[Row], make_function: Callable[..., RowFunction], request: Any, *, gpus: int = 0
+) -> Iterator[Row]:
     """Map rows in as many Ray processes as there is room for; results come in any order.
 
     Each process has so many GPUs, works in this process's directory, and calls `make_function` once with the request,
     which must be picklable, for the function of a row, which Arrow must be able to hold. Errors name `command`.
-
-    Raises:
-        UserError: Ray is not installed, or `make_function` or its function raises one.
     """
     ray = start_ray(command)
     if not rows:
@@ -58,5 +50,5 @@ class _RowWorker:
         os.chdir(folder)  # paths in recipes are relative to it
         self._function = make_function(request)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: Row) -> Row:
         return self._function(row)

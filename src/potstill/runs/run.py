@@ -35,12 +35,7 @@ CHECKPOINT_BYTES = 3 * 4  # of a trained parameter: itself and Adam's two moment
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run.
-
-    Args:
-        directory: the run directory, with `student/` and `report.html`.
-        summary: the content of summary.json.
-    """
+    """A finished run: its directory, with `student/` and `report.html`, and the content of summary.json."""
 
     directory: Path
     summary: dict[str, Any]
@@ -49,11 +44,8 @@ class RunResult:
 def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> RunResult:
     """Distill as a recipe says, and write a report.
 
-    A run that was killed resumes from its last checkpoint and ends in the same weights.
-
-    Args:
-        resume: continue the run in `recipe.output`, if there is one.
-        console: where to show progress; default: standard error.
+    With `resume`, a run in `recipe.output` that was killed continues from its last checkpoint and ends in the same
+    weights. Progress is shown on the console, by default standard error.
 
     Raises:
         UserError: the recipe, the data or the models need a correction; nothing is lost.
@@ -135,18 +127,11 @@ def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
 
 def training_arguments(built: BuiltRun, checkpoints: Path) -> DistillationConfig:
     """Combine the recipe's `train` with defaults for what it leaves out."""
-    sixth = max(1, built.plan.steps // 6)
-    values: dict[str, Any] = {
-        "logging_steps": max(1, built.plan.steps // 60),
-        "eval_strategy": "steps",
-        "eval_steps": sixth,
-        "save_strategy": "steps",
-        "save_steps": sixth,
-        "save_total_limit": 1,
-        "per_device_eval_batch_size": EVAL_ROWS,
-        **built.recipe.train,
-        "bf16": built.plan.bf16,
-    }
+    steps = built.plan.steps
+    sixth = max(1, steps // 6)
+    defaults = {"logging_steps": max(1, steps // 60), "save_total_limit": 1, "per_device_eval_batch_size": EVAL_ROWS}
+    intervals = {"eval_strategy": "steps", "eval_steps": sixth, "save_strategy": "steps", "save_steps": sixth}
+    values: dict[str, Any] = {**defaults, **intervals, **built.recipe.train, "bf16": built.plan.bf16}
     try:
         return DistillationConfig(output_dir=str(checkpoints), seed=built.recipe.seed, disable_tqdm=True, **values)
     except (ValueError, TypeError, ImportError) as error:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import product
@@ -43,13 +43,6 @@ _FIXED = {
 }
 
 
-class Axis(NamedTuple):
-    """A key of the recipe and its values."""
-
-    key: str
-    values: tuple[Any, ...]
-
-
 class Point(NamedTuple):
     """One combination of values, its label, and its recipe with its own output directory."""
 
@@ -67,16 +60,16 @@ class SweepResult(RunResult):
     """A finished sweep: a folder with sweep.json, sweep.html and each run's folder, and the content of sweep.json."""
 
 
-def read_axes(texts: Iterable[str]) -> list[Axis]:
+def read_axes(texts: Iterable[str]) -> dict[str, list[Any]]:
     """Parse `KEY=VALUE,VALUE,...`; values are YAML, so lists and mappings may contain commas.
 
     >>> read_axes(["train.learning_rate=1e-3,3e-3"])
-    [Axis(key='train.learning_rate', values=(0.001, 0.003))]
+    {'train.learning_rate': [0.001, 0.003]}
 
     Raises:
         RecipeError: a text has no key or no value, or a key that may not vary.
     """
-    axes: list[Axis] = []
+    axes: dict[str, list[Any]] = {}
     for text in texts:
         key, _, value_list = text.partition("=")
         values = read_list(value_list)
@@ -85,24 +78,24 @@ def read_axes(texts: Iterable[str]) -> list[Axis]:
         for fixed, why in _FIXED.items():
             if f"{key}.".startswith(f"{fixed}."):
                 raise RecipeError(f"--vary {key}: expected another key, got one that may not vary. {why}")
-        if key in [axis.key for axis in axes]:
+        if key in axes:
             raise RecipeError(f"--vary {key}: expected each key once, got it twice. Give all its values together.")
-        axes.append(Axis(key, tuple({json.dumps(value, default=str): value for value in values}.values())))
+        axes[key] = [*{json.dumps(value, default=str): value for value in values}.values()]
     if not axes:
         raise RecipeError("sweep: expected --vary KEY=VALUE,VALUE, got none. For a single run use potstill run.")
     return axes
 
 
-def grid(values: dict[str, Any], axes: Sequence[Axis], out: Path, origin: str = "recipe") -> list[Point]:
+def grid(values: dict[str, Any], axes: Mapping[str, Sequence[Any]], out: Path, origin: str = "recipe") -> list[Point]:
     """Make a recipe for each combination of values; the last axis varies fastest.
 
     Raises:
         RecipeError: a combination is not a valid recipe; all mistakes are listed, each once, for the recipe `origin`.
     """
-    short = _short_keys([axis.key for axis in axes])
+    short = _short_keys([*axes])
     points: list[Point] = []
     mistakes: dict[str, str] = {}
-    for combination in product(*(axis.values for axis in axes)):
+    for combination in product(*axes.values()):
         pairs = dict(zip(short, combination, strict=True))
         words = [f"{short[key]} {_text(value)}" for key, value in pairs.items()]
         label = ", ".join(words)
@@ -119,7 +112,7 @@ def grid(values: dict[str, Any], axes: Sequence[Axis], out: Path, origin: str = 
 
 def sweep(
     values: dict[str, Any],
-    axes: Sequence[Axis],
+    axes: Mapping[str, Sequence[Any]],
     out: Path,
     *,
     limits: tradeoff.Limits = tradeoff.NO_LIMITS,
@@ -128,7 +121,7 @@ def sweep(
     origin: str = "recipe",
     console: Console | None = None,
 ) -> SweepResult:
-    """Run every combination, compare the students and recommend one.
+    """Run every combination, compare the students and recommend one within the limits.
 
     Finished runs are not repeated, and stopped ones resume. If a run fails, its error is recorded and the others
     continue.
@@ -136,7 +129,6 @@ def sweep(
     Args:
         values: the content of the recipe's file, with all `--set` applied.
         out: the sweep's directory.
-        limits: limits on the recommended student.
         resume: continue the sweep in `out`, if there is one; it may have more values.
         engine: "process" runs one after the other in this process, "ray" each in a process of Ray.
         origin: name of the recipe in errors.
@@ -149,12 +141,10 @@ def sweep(
     if engine not in get_args(Engine):
         raise UserError(f"--engine: expected {' or '.join(get_args(Engine))}, got {engine}.")
     points = grid(values, axes, out, origin)
-    for point in points:
-        if point.recipe.task not in DISTRIBUTION_TASKS:
-            raise RecipeError(
-                f"sweep: expected a task of {', '.join(sorted(DISTRIBUTION_TASKS))}, got {point.recipe.task}. "
-                "Runs are compared by their likelihoods."
-            )
+    tasks = ", ".join(sorted(DISTRIBUTION_TASKS))
+    wrong = [point.recipe.task for point in points if point.recipe.task not in DISTRIBUTION_TASKS]
+    if wrong:
+        raise RecipeError(f"sweep: expected a task of {tasks}, got {wrong[0]}. Runs are compared by their likelihoods.")
     if (out / "recipe.yaml").exists():
         raise RecipeError(f"--out: expected a sweep's or a new directory, got {out}, which holds a run.")
     for point in points:
@@ -162,8 +152,8 @@ def sweep(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        wrong = f"--out: expected a directory to write to, got {out}: {error.strerror}. Choose another."
-        raise RecipeError(wrong) from None
+        reason = f"got {out}: {error.strerror}. Choose another."
+        raise RecipeError(f"--out: expected a directory to write to, {reason}") from None
     remaining = [point for point in points if not (point.directory / "report.html").exists()]
     if len(remaining) < len(points):
         done = len(points) - len(remaining)
@@ -171,8 +161,10 @@ def sweep(
     failures = _run_with_ray(remaining) if engine == "ray" else _run_in_turn(remaining, console)
     if PartialState().is_main_process:
         with suppress_warnings(), console.status("timing the students"):
-            summary = _summarize(values, axes, points, failures, limits)
-        write_json(out / "sweep.json", summary)
+            compared = _summarize([point for point in points if point.label not in failures], limits)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        facts = {"kind": "sweep", "name": values.get("name", "a sweep"), "created": created, "vary": dict(axes)}
+        write_json(out / "sweep.json", {**facts, "failed": failures, **compared, "versions": versions()})
         write_sweep_report(out)
     PartialState().wait_for_everyone()
     if failures:
@@ -220,15 +212,8 @@ def _run(recipe: Recipe, console: Console | None = None, folder: Path = Path()) 
     return None
 
 
-def _summarize(
-    values: dict[str, Any],
-    axes: Sequence[Axis],
-    points: Sequence[Point],
-    failures: dict[str, str],
-    limits: tradeoff.Limits,
-) -> dict[str, Any]:
-    """Build the content of sweep.json."""
-    done = [point for point in points if point.label not in failures]
+def _summarize(done: Sequence[Point], limits: tradeoff.Limits) -> dict[str, Any]:
+    """Compare the finished runs for sweep.json."""
     summaries = [json.loads((point.directory / "summary.json").read_text(encoding="utf-8")) for point in done]
     teachers = [summary["rows"].get("teacher") or {} for summary in summaries]
     known = [teacher for teacher in teachers if teacher.get("loss") is not None]
@@ -240,18 +225,12 @@ def _summarize(
     sizes = [row.get("parameters") or math.nan for row in teachers]
     compressions = [size / row["parameters"] for size, row in zip(sizes, rows, strict=True)]
     return {
-        "kind": "sweep",
-        "name": values.get("name", "a sweep"),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "vary": {axis.key: list(axis.values) for axis in axes},
         "teacher": teacher,
         "runs": rows,
-        "failed": failures,
         "fronts": {cost: tradeoff.pareto_front([row[cost] for row in rows], qualities) for cost in costs},
         "predictions": [asdict(prediction) for prediction in tradeoff.predict(compressions, qualities)],
         "limits": asdict(limits),
         "recommended": asdict(tradeoff.recommend(candidates, limits)),
-        "versions": versions(),
     }
 
 
@@ -283,7 +262,6 @@ def _short_keys(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    """Write a recipe's value in one line without brackets."""
     if isinstance(value, dict):
         return " ".join(f"{key} {_text(item)}" for key, item in value.items())
     if isinstance(value, list):

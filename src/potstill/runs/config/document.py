@@ -33,12 +33,9 @@ class Document(Part):
 
     @classmethod
     def load(cls, path: str | Path, sets: Iterable[str] = ()) -> Self:
-        """Read a YAML file.
+        """Read a YAML file; a RecipeError has all that is wrong with it, a line each.
 
         `sets` are changes as KEY=VALUE, with dots between keys: `train.max_steps=100`, `objective.0.weight=0.5`.
-
-        Raises:
-            RecipeError: all that is wrong with it, a line each.
         """
         return cls.parse(read(Path(path)), str(path), sets)
 
@@ -67,7 +64,6 @@ class Document(Part):
         cls.kinds_known = Declared.count
 
     def dump(self) -> str:
-        """The resolved record as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
     def check_directory(self, directory: Path, resume: bool) -> None:
@@ -88,15 +84,12 @@ class Document(Part):
             )
 
     def start(self, directory: Path) -> None:
-        """Create a run directory with the resolved recipe."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             write_text(directory / "recipe.yaml", self.dump())
         except OSError as error:
-            raise RecipeError(
-                f"output: expected a directory to write to, got {directory}: {error.strerror}. "
-                "Choose another with --set output=DIR."
-            ) from None
+            reason = f"got {directory}: {error.strerror}. Choose another with --set output=DIR."
+            raise RecipeError(f"output: expected a directory to write to, {reason}") from None
 
 
 def _subclasses(kind: type[Part]) -> list[type[Part]]:
@@ -120,7 +113,6 @@ _Loader.add_implicit_resolver(
 
 
 def read(path: Path) -> Any:
-    """Read the values of a YAML file."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # _Loader is a SafeLoader
     except FileNotFoundError:
@@ -170,15 +162,14 @@ def _set(values: dict[str, Any], change: str) -> None:
         value = yaml.load(text, _Loader)  # _Loader is a SafeLoader
     except yaml.YAMLError:
         value = text
-    if isinstance(here, list):
-        here[_index(here, last, change)] = value
-    else:
-        here[last] = value
+    here[_index(here, last, change)] = value
 
 
-def _index(values: list[Any], name: str, change: str) -> int:
-    if not name.isdigit() or int(name) >= len(values):
-        raise RecipeError(f"--set {change}: expected an index in 0..{len(values) - 1}, got {name}.")
+def _index(holder: dict[str, Any] | list[Any], name: str, change: str) -> Any:
+    if isinstance(holder, dict):
+        return name
+    if not name.isdigit() or int(name) >= len(holder):
+        raise RecipeError(f"--set {change}: expected an index in 0..{len(holder) - 1}, got {name}.")
     return int(name)
 
 
@@ -190,18 +181,16 @@ def _explain(document: type[Part], error: Any) -> list[str]:
         return [f"{key}: unknown key.{nearest(keys[-1], known)}"]
     if kind == "missing":
         return [f"{key}: expected a value, got none."]
+    family = _bare(context.get("discriminator", ""))
     if kind == "union_tag_not_found":
-        return [f"{key}: expected a {_bare(context['discriminator'])}, got {error['input']!r}."]
+        return [f"{key}: expected a {family}, got {error['input']!r}."]
     if kind == "union_tag_invalid":
         kinds, name = [_bare(name) for name in context["expected_tags"].split(", ")], _bare(context["tag"])
-        choice = f"a {_bare(context['discriminator'])} of {', '.join(kinds)}"
-        return [f"{key}: expected {choice}, got {name}.{nearest(name, kinds)}"]
+        return [f"{key}: expected a {family} of {', '.join(kinds)}, got {name}.{nearest(name, kinds)}"]
     if kind == "value_error":
         message = str(context["error"])
-        lines = message.splitlines()
-        # A message about how parts go together names their keys itself.
-        names_keys = not key or all(line.startswith(f"{key}.") for line in lines)
-        return lines if names_keys else [f"{key}: {message.removesuffix('.')}."]
+        names_keys = not key or all(line.startswith(f"{key}.") for line in message.splitlines())  # of several parts
+        return message.splitlines() if names_keys else [f"{key}: {message.removesuffix('.')}."]
     return [f"{key}: {error['msg'].lower()}, got {error['input']!r}."]
 
 
@@ -222,26 +211,23 @@ def _follow(document: type[Part], place: tuple[str | int, ...]) -> tuple[list[st
             annotation = next((names[tag] for names in kinds if tag in names), annotation)
             continue
         keys.append(str(step))
-        fields: dict[str, Any] = {}
-        for arm in _arms(annotation):
-            fields |= _fields(arm)
+        arms = _arms(annotation)
+        fields = dict(field for arm in arms for field in _fields(arm).items())
         known = list(fields)
-        entries = [get_args(arm)[0] for arm in _arms(annotation) if get_origin(arm) in (list, tuple)]
-        annotation = fields.get(str(step)) if isinstance(step, str) else next(iter(entries), None)
+        entries = (get_args(arm)[0] for arm in arms if get_origin(arm) in (list, tuple))
+        annotation = fields.get(step) if isinstance(step, str) else next(entries, None)
     return keys, known
 
 
 def _arms(annotation: Any) -> list[Any]:
     """Return the types of a union, or the one type that an annotation is."""
-    if get_origin(annotation) is Annotated:
-        return _arms(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [arm for part in get_args(annotation) for arm in _arms(part)]
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (Annotated, Union, types.UnionType):
+        return [arm for part in (parts[:1] if origin is Annotated else parts) for arm in _arms(part)]
     return [annotation]
 
 
 def _fields(kind: Any) -> dict[str, Any]:
-    """Return the annotations of a part's or a declaration's fields, by name."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {name: field.annotation for name, field in kind.model_fields.items()}
     return get_type_hints(kind, include_extras=True) if dataclasses.is_dataclass(kind) else {}

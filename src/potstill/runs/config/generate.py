@@ -82,6 +82,5 @@ class GenerateRecipe(Document):
 
     @property
     def engine_sampling(self) -> Sampling:
-        """The sampling as engines take it."""
         values = self.sampling.model_dump()
         return Sampling(**{**values, "stop": tuple(values["stop"])}, seed=self.seed)

@@ -106,12 +106,10 @@ class Recipe(Document):
     def _rollout_mistakes(self) -> Iterator[str]:
         """Find terms without the samples that they need, and teachers that cannot score or guide them."""
         if self.rollout is None:
+            add = "Add rollout: {on_policy_fraction: 0.5}."
             for place, term in enumerate(self.objective):
                 if term.needs_samples:
-                    yield (
-                        f"objective.{place}: expected a rollout for a term on on-policy samples, got none. Add "
-                        "rollout: {on_policy_fraction: 0.5}."
-                    )
+                    yield f"objective.{place}: expected a rollout for a term on on-policy samples, got none. {add}"
             return
         if self.teacher.live is None:
             yield (

@@ -43,7 +43,6 @@ Design = Annotated[
 
 
 def _named_method(value: Any) -> Any:
-    """`prune` is short for `{method: prune}`."""
     return {"method": value} if isinstance(value, str) else value
 
 
@@ -112,7 +111,6 @@ class StudentPart(Part):
 
     @property
     def merges(self) -> bool:
-        """Whether a plain model is made of base and adapter."""
         return self.adapter is not None and self.adapter.merge
 
     def describe(self) -> str:

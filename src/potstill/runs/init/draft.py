@@ -24,17 +24,7 @@ from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import StudentPart
-from potstill.runs.init.inspection import (
-    TEXTS,
-    VECTORS,
-    ModelInfo,
-    find_columns,
-    first_of,
-    inspect_model,
-    is_embedder,
-    read_table,
-    sample_rows,
-)
+from potstill.runs.init import inspection
 
 Kind = Literal["distillation", "embedding", "generate"]
 MAX_LENGTH = 2048  # default limit for rows with prompts or labels
@@ -70,7 +60,7 @@ class DraftRequest:
 
     @property
     def recipe_kind(self) -> Kind:
-        return self.kind or ("embedding" if is_embedder(self.teacher) else "distillation")
+        return self.kind or ("embedding" if inspection.is_embedder(self.teacher) else "distillation")
 
     @property
     def run_name(self) -> str:
@@ -82,13 +72,9 @@ class DraftRequest:
 
 
 def draft(request: DraftRequest) -> str:
-    """Write a recipe as commented YAML. Nothing is trained, and no weights are read.
-
-    Raises:
-        UserError: the options do not go together or with the models and data.
-    """
-    make, document, options = KINDS[request.recipe_kind]
-    wrong = [name for name in sorted(OPTIONS - options) if getattr(request, name)]
+    """Write a recipe as commented YAML. Nothing is trained, and no weights are read."""
+    make, document, allowed = KINDS[request.recipe_kind]
+    wrong = [name for name in sorted(OPTIONS - allowed) if getattr(request, name)]
     if wrong:
         raise UserError(
             f"init: expected no {' and '.join(wrong)} for a recipe of kind {request.recipe_kind}, got it. "
@@ -96,14 +82,9 @@ def draft(request: DraftRequest) -> str:
         )
     with suppress_warnings():
         values = make(request)
-    environment = Environment(  # without autoescape: the page is YAML, and the filter `yaml` quotes values
-        loader=PackageLoader("potstill.runs.init", "."),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
+    lines: Any = dict.fromkeys(("keep_trailing_newline", "trim_blocks", "lstrip_blocks"), True)
+    loader = PackageLoader("potstill.runs.init", ".")  # without autoescape: the filter `yaml` quotes values
+    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=False, **lines)
     environment.filters["yaml"] = _one_line_yaml
     text = environment.get_template(f"{request.recipe_kind}.yaml.j2").render(request=request, **values)
     document.parse(yaml.safe_load(text), "init")
@@ -111,8 +92,8 @@ def draft(request: DraftRequest) -> str:
 
 
 def _distillation(request: DraftRequest) -> dict[str, Any]:
-    teacher = inspect_model(request.teacher, "teacher", request.task)
-    existing = None if request.student is None else inspect_model(request.student, "student")
+    teacher = inspection.inspect_model(request.teacher, "teacher", request.task)
+    existing = None if request.student is None else inspection.inspect_model(request.student, "student")
     if request.data is None or request.eval is None:
         raise UserError(
             f"init: expected --data FILE and --eval FILE, got no {'--eval' if request.data else '--data'}. "
@@ -122,8 +103,8 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     reader = existing or teacher
     positions = min(teacher.max_length, reader.max_length)
     positions -= VIRTUAL_TOKENS if request.adapter in ("prompt", "prefix") else 0
-    rows = sample_rows(request.data, request.columns, teacher, reader.tokenizer, positions)
-    sample_rows(request.eval, rows.columns, teacher, reader.tokenizer, positions)
+    rows = inspection.sample_rows(request.data, request.columns, teacher, reader.tokenizer, positions)
+    inspection.sample_rows(request.eval, rows.columns, teacher, reader.tokenizer, positions)
     packing = teacher.task == "causal" and "field" in rows.columns
     needed = PACKED_LENGTH if packing else min(MAX_LENGTH, 32 * math.ceil(rows.longest / 32))
     max_length = request.max_length or min(positions, needed)
@@ -133,28 +114,17 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     if rows.is_whole_file:
         num_rows = rows.num_tokens // max_length if packing else rows.num_rows
         batch = max(1, min(batch, num_rows // MIN_STEPS))
-    return {
-        "teacher": teacher,
-        "task": teacher.task,
-        "student": student,
-        "design": design,
-        "other_tokenizer": existing and existing.tokenizer.get_vocab() != teacher.tokenizer.get_vocab(),
-        "rows": rows,
-        "train": {"path": str(request.data), **rows.columns},
-        "held_out": {"path": str(request.eval), **rows.columns},
-        "sequence_level": teacher.task in SEQUENCE_TASKS,
-        "packing": packing,
-        "max_length": max_length,
-        "positions": positions,
-        "batch": batch,
-        "accumulation": 1 if rows.is_whole_file else math.ceil(8 / batch),
-        "rate": _learning_rate(request, teacher),
-        "bf16": has_bfloat16(),
-    }
+    other = existing is not None and existing.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
+    train, held_out = ({"path": str(path), **rows.columns} for path in (request.data, request.eval))
+    accumulation = 1 if rows.is_whole_file else math.ceil(8 / batch)
+    models = {"teacher": teacher, "student": student, "design": design, "other_tokenizer": other}
+    tasks = {"task": teacher.task, "sequence_level": teacher.task in SEQUENCE_TASKS}
+    data = {"rows": rows, "train": train, "held_out": held_out, "packing": packing, "positions": positions}
+    training = {"batch": batch, "accumulation": accumulation, "rate": _learning_rate(request, teacher)}
+    return {**models, **tasks, **data, **training, "max_length": max_length, "bf16": has_bfloat16()}
 
 
-def _student(request: DraftRequest, teacher: ModelInfo) -> tuple[dict[str, Any], str | None]:
-    """Draft the recipe's student, and describe the shape of a new one."""
+def _student(request: DraftRequest, teacher: inspection.ModelInfo) -> tuple[dict[str, Any], str | None]:
     if request.student is not None:
         if request.budget:
             raise UserError("init: expected --student or a budget, got both. An existing model has its size.")
@@ -178,7 +148,7 @@ def _student(request: DraftRequest, teacher: ModelInfo) -> tuple[dict[str, Any],
     return student, f"{shape.layers} layers of width {shape.hidden}, {parameters:,} parameters: {ratio}"
 
 
-def _learning_rate(request: DraftRequest, teacher: ModelInfo) -> float:
+def _learning_rate(request: DraftRequest, teacher: inspection.ModelInfo) -> float:
     """Choose a first learning rate: trained weights take smaller steps than random ones."""
     if request.adapter is not None:
         return ADAPTER_RATES[request.adapter]
@@ -190,7 +160,7 @@ def _learning_rate(request: DraftRequest, teacher: ModelInfo) -> float:
 
 
 def _embedding(request: DraftRequest) -> dict[str, Any]:
-    vectors = request.teacher.endswith(VECTORS)
+    vectors = request.teacher.endswith(inspection.VECTORS)
     if vectors and request.eval is not None:
         raise UserError("init: expected no --eval with vectors, got one. Name teacher.eval_vectors in the recipe.")
     if not vectors and request.data is None:
@@ -199,7 +169,9 @@ def _embedding(request: DraftRequest) -> dict[str, Any]:
     dimensions = open_vectors(request.teacher).dimensions if config is None else config.hidden_size
     columns = None
     if request.data is not None:
-        columns = find_columns(request.data, read_table(request.data).columns, "encoder", request.columns)
+        columns = inspection.find_columns(
+            request.data, inspection.read_table(request.data).columns, "encoder", request.columns
+        )
     return {
         "vectors": vectors,
         "columns": columns,
@@ -210,17 +182,17 @@ def _embedding(request: DraftRequest) -> dict[str, Any]:
 
 
 def _generate(request: DraftRequest) -> dict[str, Any]:
-    teacher = inspect_model(request.teacher, "teacher", "causal")
+    teacher = inspection.inspect_model(request.teacher, "teacher", "causal")
     if request.data is None:
         raise UserError("init: expected --data FILE with questions, got none.")
-    names = read_table(request.data).columns
-    question = request.columns.get("field") or first_of(("question", "prompt", *TEXTS), names)
+    names = inspection.read_table(request.data).columns
+    question = request.columns.get("field") or inspection.first_of(("question", "prompt", *inspection.TEXTS), names)
     if question not in names:
         raise UserError(
             f"init: expected a column of questions in {request.data.name}, got {', '.join(names)}. "
             "Say which with --field."
         )
-    answer = request.columns.get("completion") or first_of(["answer"], names)
+    answer = request.columns.get("completion") or inspection.first_of(["answer"], names)
     questions = {"path": str(request.data), "field": question, **({"answer": answer} if answer else {})}
     return {"questions": questions, "answer": answer, "max_new_tokens": min(256, teacher.max_length // 2)}
 

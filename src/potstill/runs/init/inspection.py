@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -33,31 +34,24 @@ class ModelInfo(NamedTuple):
     task: Task
     max_length: int  # of a row, in tokens
     parameters: int
-    can_initialize: bool  # whether a student of the same family can start from its weights
+    can_initialize: bool = False  # whether a student of the same family can start from its weights
 
 
 def inspect_model(path: str, key: str, task: Task | None = None) -> ModelInfo:
-    """Read the config and the tokenizer of a model, to use for a task; default: the one it was trained for.
-
-    Raises:
-        ModelError: there is no such model, or it is not for this task.
-    """
+    """Read the config and the tokenizer of a model, to use for a task; default: the one it was trained for."""
     base = path
     if is_adapter(path):
         adapter = json.loads((Path(path).expanduser() / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base = adapter.get("base_model_name_or_path") or path
     config, tokenizer = load_config(base, key), load_tokenizer(path, f"{key}: its tokenizer")
     model = build(config, "meta")
-    try:
-        find_structure(model)
-        can_initialize = True
-    except ModelError:
-        can_initialize = False
     limits = [limit for limit in (max_positions(model), tokenizer.model_max_length) if limit and limit < 10**9]
     max_length = min(limits, default=2048)  # 10^30 means no limit
-    return ModelInfo(
-        config, tokenizer, _task(config, path, key, task), max_length, model.num_parameters(), can_initialize
-    )
+    info = ModelInfo(config, tokenizer, _task(config, path, key, task), max_length, model.num_parameters())
+    with suppress(ModelError):
+        find_structure(model)
+        info = info._replace(can_initialize=True)
+    return info
 
 
 def is_embedder(path: str) -> bool:
@@ -94,14 +88,8 @@ TEXTS = ("text", "content", "document", "body", "sentence", "sentence1", "text1"
 PAIRS = ("text_pair", "sentence2", "text2", "hypothesis")
 LABELS = ("label", "labels", "class", "score", "target")
 MESSAGES = ("messages", "conversations", "conversation")
-PROMPTS_AND_COMPLETIONS = (
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("input", "output"),
-)
+INSTRUCTIONS = [("instruction", "output"), ("instruction", "response"), ("input", "output")]
+PROMPTS_AND_COMPLETIONS = [("prompt", "completion"), ("prompt", "response"), ("question", "answer"), *INSTRUCTIONS]
 
 
 class RowSample(NamedTuple):
@@ -115,11 +103,6 @@ class RowSample(NamedTuple):
 
 
 def read_table(path: Path) -> Table:
-    """Open a data file.
-
-    Raises:
-        DataError: the file is missing, empty or malformed.
-    """
     path = path.expanduser()
     require_file(path)
     with reading(path):
@@ -130,9 +113,6 @@ def find_columns(path: Path, names: Sequence[str], task: Task, given: Mapping[st
     """Choose the columns that a task reads, by their names.
 
     `given` has the columns that the user named, by column key of the recipe; only sequence-level tasks add others.
-
-    Raises:
-        DataError: no column has a usual name, or columns of several kinds have.
     """
     if task in SEQUENCE_TASKS:
         usual = {"field": TEXTS, "pair": PAIRS, "label": LABELS}
@@ -143,10 +123,8 @@ def find_columns(path: Path, names: Sequence[str], task: Task, given: Mapping[st
         return columns
     if given:
         return dict(given)
-    kinds: list[dict[str, str]] = []
-    if (text := first_of(TEXTS, names)) is not None:
-        kinds.append({"field": text})
-    flags = "--field"
+    text, flags = first_of(TEXTS, names), "--field"
+    kinds: list[dict[str, str]] = [] if text is None else [{"field": text}]
     if task in ("causal", "masked"):
         messages = first_of(MESSAGES, names)
         pairs = [pair for pair in PROMPTS_AND_COMPLETIONS if {*pair} <= {*names}]
@@ -164,11 +142,7 @@ def find_columns(path: Path, names: Sequence[str], task: Task, given: Mapping[st
 def sample_rows(
     path: Path, given: Mapping[str, str], teacher: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> RowSample:
-    """Read and encode the first rows of a file as a run does, with the student's tokenizer.
-
-    Raises:
-        DataError: the rows cannot be used.
-    """
+    """Read and encode the first rows of a file as a run does, with the student's tokenizer."""
     table = read_table(path)
     columns = find_columns(path, table.columns, teacher.task, given)
     names = [*columns.values()]
@@ -193,7 +167,6 @@ def sample_rows(
 
 
 def first_of(candidates: Sequence[str], names: Sequence[str]) -> str | None:
-    """Return the first candidate that is among the names."""
     return next((name for name in candidates if name in names), None)
 
 
