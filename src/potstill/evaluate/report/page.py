@@ -9,12 +9,12 @@ from typing import Any
 
 from potstill.errors import DataError
 from potstill.evaluate import summary as records
-from potstill.evaluate.formatting import count, milliseconds, minus, nats, percent, size
+from potstill.evaluate.formatting import count, minus, nats, percent, size
 from potstill.evaluate.measures import TASK_LABELS, of_run
 from potstill.evaluate.report import pictures
 from potstill.evaluate.report.canvas import thin
 from potstill.evaluate.report.diagnosis import read_diagnosis
-from potstill.evaluate.report.render import Headline, ratio_headline, render
+from potstill.evaluate.report.render import FASTER, SMALLER, Headline, ratio_headline, render
 from potstill.evaluate.summary import MODELS, RUNS, Summary
 from potstill.evaluate.verdict import verdict
 
@@ -102,8 +102,7 @@ def _table(summary: Summary) -> Iterator[dict[str, Any]]:
 def _headlines(summary: Summary) -> Iterator[Headline]:
     teacher, baseline, student = summary.rows.teacher, summary.rows.baseline, summary.rows.student
     if teacher and teacher.parameters and student.parameters:
-        detail = f"{count(student.parameters)} against {count(teacher.parameters)} parameters"
-        yield ratio_headline(teacher.parameters / student.parameters, "smaller", "larger", "the same size", detail)
+        yield ratio_headline(teacher.parameters, student.parameters, SMALLER)
     if (adapter := summary.adapter) is not None:
         saved = f", {size(adapter.bytes)} on disk" if adapter.bytes is not None else ", merged"
         detail = f"{adapter.title}: {count(adapter.trained)}{saved}"
@@ -116,8 +115,7 @@ def _headlines(summary: Summary) -> Iterator[Headline]:
             detail = f"the baseline has {percent(baseline.agreement, 1)}"
         yield Headline(percent(student.agreement, 1), "agreement with the teacher", detail)
     if teacher and teacher.latency_ms and student.latency_ms:
-        detail = f"{milliseconds(student.latency_ms)} against {milliseconds(teacher.latency_ms)}"
-        yield ratio_headline(teacher.latency_ms / student.latency_ms, "faster", "slower", "as fast", detail)
+        yield ratio_headline(teacher.latency_ms, student.latency_ms, FASTER)
 
 
 def _gap(rows: records.ScoresByModel) -> dict[str, Any] | None:
