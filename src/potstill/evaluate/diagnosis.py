@@ -115,8 +115,7 @@ def token_stats(
             logits = {name: logits_at(model, batch, alignment, vocabulary) for name, model in models.items()}
             row = rows + alignment.positions // alignment.length
             rows += len(batch["labels"])
-            places = {"label": alignment.labels, "column": alignment.column, "row": row}
-            collected[""].append({name: values.cpu() for name, values in places.items()})
+            collected[""].append({"label": alignment.labels.cpu(), "column": alignment.column.cpu(), "row": row.cpu()})
             widths = [x.shape[-1] for x in (expected, *logits.values()) if x is not None]
             step = max(1, ELEMENTS // (vocabulary or max(widths, default=1)))
             for part in (slice(start, start + step) for start in range(0, len(alignment), step)):

@@ -23,9 +23,8 @@ LARGE_COMPRESSION = 20.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One result of a diagnosis."""
+    """One result of a diagnosis: alarm (the run cannot go well), warning (worth a change) or note (information)."""
 
-    # alarm (the run cannot go well), warning (worth a change) or note (information)
     level: Literal["alarm", "warning", "note"]
     text: str  # a full sentence
     clause: str | None = None  # the same as a reason, to follow "because"; None for a note
@@ -112,11 +111,8 @@ def _gradients(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
         more = f": {ratio:.1g} of the gradient in {most['part']}"
         yield _problem(f"hardly any gradient reaches {least['part']}", more)
     else:
-        text = (
-            f"Gradients reach every layer: the smallest, in {least['part']}, is {times(1 / ratio)} times smaller than "
-            f"the largest, in {most['part']}."
-        )
-        yield Finding("note", text)
+        smaller = f"the smallest, in {least['part']}, is {times(1 / ratio)} times smaller"
+        yield Finding("note", f"Gradients reach every layer: {smaller} than the largest, in {most['part']}.")
 
 
 def _temperature(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
@@ -157,16 +153,13 @@ def _training(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     training = diagnosis["training"] or {}
     gain, past_best, clipped = (training.get(key) or 0.0 for key in ("gain_at_end", "past_best", "clipped"))
     if gain > MOVING_NATS:
-        yield _problem(
-            f"it was still improving when training ended, by {nats(gain)} nats in the last sixth (train longer)"
-        )
+        at_end = f"by {nats(gain)} nats in the last sixth (train longer)"
+        yield _problem(f"it was still improving when training ended, {at_end}")
     if past_best > MOVING_NATS:
         yield _problem(f"it was better by {nats(past_best)} nats at step {training['best_step']:,} (it overfits)")
     if clipped > CLIPPED_SHARE:
-        yield _problem(
-            f"its gradients were clipped in {percent(clipped)} of the logged steps, so the effective learning rate is "
-            "lower than the one set"
-        )
+        so = "so the effective learning rate is lower than the one set"
+        yield _problem(f"its gradients were clipped in {percent(clipped)} of the logged steps, {so}")
 
 
 def _label_noise(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
@@ -178,11 +171,9 @@ def _label_noise(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
         f"The teacher gives {percent(noise['unlikely'], 1)} of the labels less than 0.1%, and for {contradicted} of "
         "all labels it is confident in another token."
     )
-    if noise["contradicted"] > NOISY_SHARE:
-        clause = f"a confident teacher contradicts {contradicted} of the labels"
-        yield Finding("warning", f"{text} These labels may be wrong.", clause)
-    else:
-        yield Finding("note", text)
+    clause = f"a confident teacher contradicts {contradicted} of the labels"
+    noisy = noise["contradicted"] > NOISY_SHARE
+    yield Finding("warning", f"{text} These labels may be wrong.", clause) if noisy else Finding("note", text)
 
 
 def _student(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:

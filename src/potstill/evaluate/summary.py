@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -245,8 +244,7 @@ def read_metrics(path: Path) -> tuple[Curves, Curves]:
         for losses, value in ((held_out, evaluated), (training, record.get("loss"))):
             if run in RUNS and isinstance(value, int | float) and math.isfinite(value):
                 losses[run][step] = value  # a resumed run logs some steps again: the last value counts
-    return _curves(held_out), _curves(training)
-
-
-def _curves(losses: Mapping[str, Mapping[float, float]]) -> Curves:
-    return {run: sorted(by_step.items()) for run, by_step in losses.items() if by_step}
+    held_out_curves, training_curves = (
+        {run: sorted(by_step.items()) for run, by_step in losses.items() if by_step} for losses in (held_out, training)
+    )
+    return held_out_curves, training_curves

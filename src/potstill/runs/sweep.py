@@ -250,7 +250,7 @@ def _summarize(
         "fronts": {cost: tradeoff.pareto_front([row[cost] for row in rows], qualities) for cost in costs},
         "predictions": [asdict(prediction) for prediction in tradeoff.predict(compressions, qualities)],
         "limits": asdict(limits),
-        "recommended": asdict(tradeoff.recommend(candidates, limits)),
+        "recommended": tradeoff.recommend(candidates, limits)._asdict(),
         "versions": versions(),
     }
 
