@@ -99,8 +99,6 @@ class SampleFacts(BaseModel):
 
 
 class Sample(BaseModel):
-    """An on-policy sample of the student during training."""
-
     model_config = ConfigDict(extra="allow")
     step: int
     prompt: str
@@ -123,9 +121,7 @@ class TrainingFacts(BaseModel):
 
 
 class CurveFacts(BaseModel):
-    """The held-out rows behind the learning curves: fewer than those behind the table."""
-
-    rows: int | None = None
+    rows: int | None = None  # held-out rows behind the learning curves: fewer than those behind the table
     teacher_loss: float | None = None
 
 
@@ -146,8 +142,6 @@ class AdapterFacts(BaseModel):
 
 
 class Summary(BaseModel):
-    """The content of summary.json."""
-
     name: str = "a run"
     seed: int | None = None
     task: Task = "causal"

@@ -22,10 +22,8 @@ class Candidate:
     latency_ms: float  # one forward pass over one row
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}, {count(self.parameters)} parameters, {milliseconds(self.latency_ms)} a row, "
-            f"{percent(self.quality)} of the teacher's quality"
-        )
+        cost = f"{count(self.parameters)} parameters, {milliseconds(self.latency_ms)} a row"
+        return f"{self.name}, {cost}, {percent(self.quality)} of the teacher's quality"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ _MOST_POINTS = 240
 
 
 def create(x_label: str = "", left: float = 0.078, width: float = 0.735, height: float = 0.82) -> tuple[Figure, Axes]:
-    """Create a figure with axes in the style of the pages."""
     figure = Figure(figsize=(6.0, 3.7))
     axes = figure.add_axes((left, 0.145, width, height))
     figure.patch.set_alpha(0)
@@ -59,7 +58,6 @@ def ticks(axis: Axis, number: int, **options: Any) -> None:
 
 
 def shares(axes: Axes) -> None:
-    """Make the vertical axis one of percentages from 0 to 100%."""
     axes.set_ylim(0, 1.02)
     ticks(axes.yaxis, 5)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -75,7 +73,6 @@ def line(axes: Axes, model: str, curve: Iterable[tuple[float, float]], *, marked
 
 
 def dots(axes: Axes, model: str, points: Iterable[tuple[float, float]], **style: Any) -> None:
-    """Plot markers alone."""
     line(axes, model, points, marked=True, linestyle="none", **style)
 
 

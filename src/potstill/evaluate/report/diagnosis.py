@@ -19,16 +19,12 @@ _LOG_RATIO = 30  # largest over smallest value, above which an axis is logarithm
 
 
 def read_diagnosis(path: Path) -> dict[str, Any] | None:
-    """Read diagnose.json and draw its pictures; None if there is no such file.
-
-    Raises:
-        DataError: it is not the record of a diagnosis.
-    """
+    """Read diagnose.json and draw its pictures; None if there is no such file."""
     if not path.exists():
         return None
     diagnosis = read_record(path, "diagnosis", "what potstill diagnose writes", "Diagnose again.")
     temperature, models, floor = (diagnosis[key] for key in ("temperature", "distributions", "irreducible"))
-    pictures: dict[str, Markup | None] = {
+    pictures = {
         "temperature": temperature and _temperature(temperature["rows"], temperature["recommended"]),
         "gradients": _gradients(diagnosis["gradients"]["flow"]),
         "floor": models and _floor(floor["teacher_entropy"], {name: model["kl"] for name, model in models.items()}),
@@ -48,13 +44,12 @@ def _temperature(rows: Sequence[Mapping[str, Any]], recommended: float) -> Marku
     figure, axes = canvas.create("temperature", height=0.76)
     axes.axvline(recommended, color=canvas.COLOUR["student"], linewidth=1.2, linestyle=(0, (2, 2)))
     canvas.annotate(axes, f"recommended {recommended:g}", (recommended, 1.02), "student", (0, 4))
-    ends = []
     for k in rows[0]["mass"]:
         curve = [(row["temperature"], row["mass"][k]) for row in rows]
         canvas.line(axes, "teacher", curve, marker="o", markersize=3.6, linewidth=1.6, linestyle="solid")
-        ends.append(("teacher", curve[-1][1], "1 token" if k == "1" else f"{k} tokens"))
     canvas.shares(axes)
-    canvas.label_ends(axes, ends)
+    last = rows[-1]["mass"].items()
+    canvas.label_ends(axes, [("teacher", mass, "1 token" if k == "1" else f"{k} tokens") for k, mass in last])
     values = "; ".join(f"at {row['temperature']:g} the top token has {row['mass']['1']:.0%}" for row in rows)
     return canvas.svg(figure, "temperature", f"Probability of the most likely tokens over temperature: {values}.")
 

@@ -22,21 +22,16 @@ _LABEL_DISTANCE = 25  # least distance of two labels on a phone, in percent of t
 
 
 def write_report(run_directory: Path) -> Path:
-    """Write report.html, one self-contained page, from summary.json, metrics.jsonl and recipe.yaml; return its path.
-
-    Raises:
-        DataError: a file is missing or malformed, or summary.json lacks required values.
-    """
+    """Write report.html, one self-contained page, from summary.json, metrics.jsonl and recipe.yaml; return its path."""
     summary = records.read_summary(run_directory)
     held_out, training = records.read_metrics(run_directory / "metrics.jsonl")
-    floor = summary.curve.teacher_loss
-    if floor is None and summary.rows.teacher:
-        floor = summary.rows.teacher.loss
-    if floor is not None and not math.isfinite(floor):
-        floor = None
+    losses = (summary.curve.teacher_loss, summary.rows.teacher.loss if summary.rows.teacher else None)
+    floor = next((loss for loss in losses if loss is not None), math.nan)
     curves = {}
     if held_out:
-        curves["held_out"] = pictures.curves("held-out", "Held-out cross-entropy in nats", held_out, floor)
+        curves["held_out"] = pictures.curves(
+            "held-out", "Held-out cross-entropy in nats", held_out, floor if math.isfinite(floor) else None
+        )
     if training:
         thinned = {run: thin(curve) for run, curve in training.items()}
         curves["training"] = pictures.curves("training", "Training loss", thinned, markers=1)
@@ -54,11 +49,7 @@ def write_report(run_directory: Path) -> Path:
 
 
 def write_student_card(run_directory: Path) -> Path:
-    """Write student/README.md, a Hugging Face model card, from summary.json; return its path.
-
-    Raises:
-        DataError: the summary cannot be read, or there is no saved student.
-    """
+    """Write student/README.md, a Hugging Face model card, from summary.json; return its path."""
     summary = records.read_summary(run_directory)
     folder = run_directory / "student"
     if not folder.is_dir():

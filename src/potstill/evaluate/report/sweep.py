@@ -27,11 +27,7 @@ _TICKS = (_HALVES, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 3.0, 5.0), (1.0, 2
 
 
 def write_sweep_report(run_directory: Path) -> Path:
-    """Write sweep.html, one self-contained page, from sweep.json; return its path.
-
-    Raises:
-        DataError: there is no sweep in the directory.
-    """
+    """Write sweep.html, one self-contained page, from sweep.json; return its path."""
     summary = read_sweep(run_directory)
     return render(
         "sweep.html.j2",
@@ -47,7 +43,6 @@ def write_sweep_report(run_directory: Path) -> Path:
 
 
 def read_sweep(directory: Path) -> dict[str, Any]:
-    """Read sweep.json."""
     advice = "Finish it with --resume first."
     return read_record(directory / "sweep.json", "sweep", "the summary of a sweep", advice)
 
