@@ -101,10 +101,7 @@ def token_stats(
     vocabulary: int | None = None,
     temperatures: Sequence[float] = TEMPERATURES,
 ) -> tuple[TokenStats, list[Softening]]:
-    """Collect statistics of the teacher and the models on the same batches; `vocabulary` as in `compare`.
-
-    The teacher is described at each temperature too, if it has full distributions.
-    """
+    """Describe teacher and models on the same batches, the teacher at each temperature; see `compare`."""
     temperatures = sorted(temperatures)
     sums, softened, rows = torch.zeros(len(temperatures), 1 + len(TOP_COUNTS), dtype=torch.float64), 0, 0
     collected: dict[str, list[Stats]] = defaultdict(list)
@@ -115,8 +112,7 @@ def token_stats(
             logits = {name: logits_at(model, batch, alignment, vocabulary) for name, model in models.items()}
             row = rows + alignment.positions // alignment.length
             rows += len(batch["labels"])
-            places = {"label": alignment.labels, "column": alignment.column, "row": row}
-            collected[""].append({name: values.cpu() for name, values in places.items()})
+            collected[""].append({"label": alignment.labels.cpu(), "column": alignment.column.cpu(), "row": row.cpu()})
             widths = [x.shape[-1] for x in (expected, *logits.values()) if x is not None]
             step = max(1, ELEMENTS // (vocabulary or max(widths, default=1)))
             for part in (slice(start, start + step) for start in range(0, len(alignment), step)):
@@ -143,9 +139,7 @@ def _own_stats(logits: Tensor, labels: Tensor) -> Stats:
 
 
 def distributions(tokens: TokenStats, frequency: Tensor) -> dict[str, dict[str, Any]]:
-    """Summarize each model's distance from the teacher: overall, by position, and by frequency [V] of the token in the
-    training data.
-    """
+    """Summarize each model's distance from the teacher: overall, by position, and by `frequency` [V] in training."""
     positions = int(tokens.column.max()) + 1 if len(tokens) else 1
     bins = min(8, positions)
     edges = [round(i * positions / bins) for i in range(bins + 1)]
@@ -158,9 +152,7 @@ def distributions(tokens: TokenStats, frequency: Tensor) -> dict[str, dict[str, 
         excess = (expected - log_prob).double()
         by_position = [_mean(kl[(tokens.column >= a) & (tokens.column < b)]) for a, b in pairwise(edges)]
         by_model[name] = {
-            "kl": _mean(kl),
-            "js": _mean(stats["js"]),
-            "agreement": _mean(stats["agreement"]),
+            **{key: _mean(stats[key]) for key in ("kl", "js", "agreement")},
             "top_k_agreement": _mean(stats["overlap"]),
             "loss": -_mean(log_prob),
             "entropy": _mean(stats["entropy"]),
@@ -186,12 +178,7 @@ def _mean(values: Tensor) -> float:
 
 
 def irreducible(tokens: TokenStats) -> dict[str, Any]:
-    """Split the cross-entropy with the teacher's distributions into the teacher's entropy and the student's KL.
-
-        -sum p log q = H(p) + KL(p || q)
-
-    All in nats, beside the teacher's loss on labels and, for each model, the entropy's share.
-    """
+    """Split each student's cross-entropy with the teacher in nats: -sum p log q = H(p) + KL(p || q)."""
     entropy = _mean(tokens.models["teacher"]["entropy"])
     soft = {name: entropy + _mean(stats["kl"]) for name, stats in tokens.students.items()}
     return {

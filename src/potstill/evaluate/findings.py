@@ -23,9 +23,8 @@ LARGE_COMPRESSION = 20.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One result of a diagnosis."""
+    """One result of a diagnosis: alarm (the run cannot go well), warning (worth a change) or note (information)."""
 
-    # alarm (the run cannot go well), warning (worth a change) or note (information)
     level: Literal["alarm", "warning", "note"]
     text: str  # a full sentence
     clause: str | None = None  # the same as a reason, to follow "because"; None for a note
@@ -43,21 +42,17 @@ def recommended_temperature(softenings: Sequence[Mapping[str, Any]]) -> tuple[fl
     usable = [row for row in softenings if row["mass"]["100"] >= TOP_100_MASS] or [first]
     soft = [row for row in usable if 1 - row["mass"]["1"] >= SOFT_MASS]
     chosen = soft[0] if soft else usable[-1]
-    at, rest = f"At temperature {first['temperature']:g} the teacher", percent(1 - chosen["mass"]["1"])
-    others = "tokens other than the most likely one"
+    best, rest = chosen["temperature"], percent(1 - chosen["mass"]["1"])
+    at, others = f"At temperature {first['temperature']:g} the teacher", "tokens other than the most likely one"
     if chosen is first:
         support = f"effective support {first['support']:.1f} tokens"
-        why = f"{at} already leaves {rest} of its probability to {others} ({support}), so it needs no softening."
-    elif soft:
-        why = (
-            f"{at} leaves {percent(1 - first['mass']['1'])} to {others}, little more than a label contains; at "
-            f"{chosen['temperature']:g} it is {rest}, and the 100 most likely tokens still have "
-            f"{percent(chosen['mass']['100'])}."
-        )
-    else:
-        keep = f"the teacher's 100 most likely tokens keep {percent(TOP_100_MASS)}"
-        why = f"The highest temperature at which {keep}; it leaves {rest} to {others}."
-    return chosen["temperature"], why
+        return best, f"{at} already leaves {rest} of its probability to {others} ({support}), so it needs no softening."
+    if soft:
+        little = f"{percent(1 - first['mass']['1'])} to {others}, little more than a label contains"
+        top = f"the 100 most likely tokens still have {percent(chosen['mass']['100'])}"
+        return best, f"{at} leaves {little}; at {best:g} it is {rest}, and {top}."
+    keep = f"the teacher's 100 most likely tokens keep {percent(TOP_100_MASS)}"
+    return best, f"The highest temperature at which {keep}; it leaves {rest} to {others}."
 
 
 def interpret(diagnosis: Mapping[str, Any]) -> list[Finding]:
@@ -112,11 +107,8 @@ def _gradients(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
         more = f": {ratio:.1g} of the gradient in {most['part']}"
         yield _problem(f"hardly any gradient reaches {least['part']}", more)
     else:
-        text = (
-            f"Gradients reach every layer: the smallest, in {least['part']}, is {times(1 / ratio)} times smaller than "
-            f"the largest, in {most['part']}."
-        )
-        yield Finding("note", text)
+        smaller = f"the smallest, in {least['part']}, is {times(1 / ratio)} times smaller"
+        yield Finding("note", f"Gradients reach every layer: {smaller} than the largest, in {most['part']}.")
 
 
 def _temperature(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
@@ -128,25 +120,19 @@ def _temperature(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     for used in temperature["used"]:
         support, best_support, top = rows[used]["support"], rows[best]["support"], rows[used]["mass"]["1"]
         if used > best and support > FLAT_RATIO * best_support:
-            yield _problem(
-                f"at temperature {used:g} the teacher is so flat that its effective support is {support:,.0f} tokens "
-                f"instead of {best_support:,.1f}, so the student learns mostly about unlikely tokens (try {best:g})"
-            )
+            flat = f"its effective support is {support:,.0f} tokens instead of {best_support:,.1f}"
+            effect = f"so the student learns mostly about unlikely tokens (try {best:g})"
+            yield _problem(f"at temperature {used:g} the teacher is so flat that {flat}, {effect}")
         elif used < best and 1 - top < SOFT_MASS:
-            yield _problem(
-                f"at temperature {used:g} the teacher gives its most likely token {percent(top)}, little more "
-                f"information than a label (try {best:g})"
-            )
+            sharp = f"{percent(top)}, little more information than a label (try {best:g})"
+            yield _problem(f"at temperature {used:g} the teacher gives its most likely token {sharp}")
 
 
 def _teacher(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     teacher, baseline = (diagnosis["losses"].get(name) for name in ("teacher", "baseline"))
     if teacher is not None and baseline is not None and teacher >= baseline:
-        clause = (
-            f"the teacher itself ({nats(teacher)} nats) is no better on this text than training on labels alone "
-            f"({nats(baseline)}), so there is little to learn from it"
-        )
-        yield _problem(clause, level="alarm")
+        worse = f"({nats(teacher)} nats) is no better on this text than training on labels alone ({nats(baseline)})"
+        yield _problem(f"the teacher itself {worse}, so there is little to learn from it", level="alarm")
     ratio = diagnosis["compression"]
     if ratio and ratio > LARGE_COMPRESSION:
         clause = f"the student is {times(ratio)} times smaller than its teacher, too small to follow it closely"
@@ -157,16 +143,13 @@ def _training(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     training = diagnosis["training"] or {}
     gain, past_best, clipped = (training.get(key) or 0.0 for key in ("gain_at_end", "past_best", "clipped"))
     if gain > MOVING_NATS:
-        yield _problem(
-            f"it was still improving when training ended, by {nats(gain)} nats in the last sixth (train longer)"
-        )
+        at_end = f"by {nats(gain)} nats in the last sixth (train longer)"
+        yield _problem(f"it was still improving when training ended, {at_end}")
     if past_best > MOVING_NATS:
         yield _problem(f"it was better by {nats(past_best)} nats at step {training['best_step']:,} (it overfits)")
     if clipped > CLIPPED_SHARE:
-        yield _problem(
-            f"its gradients were clipped in {percent(clipped)} of the logged steps, so the effective learning rate is "
-            "lower than the one set"
-        )
+        so = "so the effective learning rate is lower than the one set"
+        yield _problem(f"its gradients were clipped in {percent(clipped)} of the logged steps, {so}")
 
 
 def _label_noise(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
@@ -174,26 +157,19 @@ def _label_noise(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     if noise is None:
         return
     contradicted = percent(noise["contradicted"], 1)
-    text = (
-        f"The teacher gives {percent(noise['unlikely'], 1)} of the labels less than 0.1%, and for {contradicted} of "
-        "all labels it is confident in another token."
-    )
-    if noise["contradicted"] > NOISY_SHARE:
-        clause = f"a confident teacher contradicts {contradicted} of the labels"
-        yield Finding("warning", f"{text} These labels may be wrong.", clause)
-    else:
-        yield Finding("note", text)
+    unlikely = f"{percent(noise['unlikely'], 1)} of the labels less than 0.1%"
+    text = f"The teacher gives {unlikely}, and for {contradicted} of all labels it is confident in another token."
+    clause = f"a confident teacher contradicts {contradicted} of the labels"
+    noisy = noise["contradicted"] > NOISY_SHARE
+    yield Finding("warning", f"{text} These labels may be wrong.", clause) if noisy else Finding("note", text)
 
 
 def _student(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     floor, student = diagnosis["irreducible"], (diagnosis["distributions"] or {}).get("student")
     if floor is not None and (soft := floor["models"].get("student")) is not None:
-        text = (
-            f"Of the student's cross-entropy with the teacher's distributions, {nats(soft['soft_cross_entropy'])} "
-            f"nats, {percent(soft['share'])} is the teacher's own entropy ({nats(floor['teacher_entropy'])}), which no "
-            "student can remove."
-        )
-        yield Finding("note", text)
+        total = f"the student's cross-entropy with the teacher's distributions, {nats(soft['soft_cross_entropy'])} nats"
+        own = f"the teacher's own entropy ({nats(floor['teacher_entropy'])}), which no student can remove"
+        yield Finding("note", f"Of {total}, {percent(soft['share'])} is {own}.")
     if student is None or diagnosis["of"] != "run":
         return
     teacher = floor["teacher_entropy"]
@@ -208,7 +184,5 @@ def _student(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     share = sum(group["share_of_excess"] for group in rare)
     tokens = sum(group["tokens"] for group in rare) / diagnosis["data"]["tokens"]
     if share > RARE_SHARE:
-        yield _problem(
-            f"{percent(share)} of its loss above the teacher's is at the {percent(tokens)} of tokens that occur fewer "
-            "than 10 times in the training data (use more or other text)"
-        )
+        where = f"the {percent(tokens)} of tokens that occur fewer than 10 times in the training data"
+        yield _problem(f"{percent(share)} of its loss above the teacher's is at {where} (use more or other text)")

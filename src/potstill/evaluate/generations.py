@@ -23,11 +23,9 @@ class TextQuality:
         rouge2: F1 of shared pairs of words.
         rouge_l: F1 of the longest common subsequence.
         bleu: corpus BLEU, in [0, 100], with sacrebleu's defaults.
-        bleu_precisions: n-gram precisions for n = 1 to 4, in [0, 100]; BLEU is their geometric mean times
-            `brevity_penalty`.
+        bleu_precisions: for n-grams, n = 1 to 4, in [0, 100]; BLEU is their geometric mean times `brevity_penalty`.
         brevity_penalty: below 1 if texts are shorter than their references.
         length_ratio: words of the texts over those of their references.
-        texts: number of texts.
     """
 
     rouge1: float

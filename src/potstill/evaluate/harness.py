@@ -49,14 +49,9 @@ def harness_scores(
                 f"evaluate --lm-eval: expected tasks that lm-eval knows, got {unknown[0]}. "
                 "List them with lm-eval ls tasks, or give the YAML file of your own task."
             )
-        results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
-            tasks=[*named, *local],
-            task_manager=manager,
-            limit=limit,
-            log_samples=False,
-            bootstrap_iters=0,
-        )
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        options = {"task_manager": manager, "limit": limit, "log_samples": False, "bootstrap_iters": 0}
+        results = lm_eval.simple_evaluate(model=wrapped, tasks=[*named, *local], **options)
     assert results is not None
     # A metric's name ends in its filter, as in acc,none; other entries are no scores.
     return {

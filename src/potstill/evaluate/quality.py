@@ -28,15 +28,13 @@ class Quality:
 
     Args:
         loss: cross-entropy with the data, nats per token.
-        perplexity: exp(loss).
         agreement: share of tokens where the most likely token is the reference's.
         kl: KL(reference || model), nats per token.
         js: Jensen-Shannon divergence from the reference, nats per token, at most log 2.
         top_k_agreement: share of the reference's 10 most likely tokens among the model's own 10.
-        ece: expected calibration error: mean gap between confidence and accuracy over 15 bins of confidence.
+        ece: expected calibration error: mean gap between confidence and accuracy over 15 bins.
         kl_by_position: mean KL in each bin of `position_edges`; None for an empty bin.
         position_edges: [bins + 1] the first position of each bin, and the end.
-        tokens: number of target tokens.
     """
 
     loss: float
@@ -78,20 +76,11 @@ class _Sums:
         bins = min(bins, max(positions, 1))
         edges = [round(i * positions / bins) for i in range(bins + 1)]
         parts = [(float(self.kl_at[a:b].sum()), float(self.count_at[a:b].sum())) for a, b in pairwise(edges)]
+        kl_by_position = [total / tokens if tokens else None for total, tokens in parts]
         kl, js, overlap, agreement = (self.distances / count).tolist() if len(self.kl_at) else [None] * 4
-        loss = self.loss / count
-        return Quality(
-            loss=loss,
-            perplexity=math.exp(min(loss, 700.0)),
-            agreement=agreement,
-            kl=None if kl is None else max(kl, 0.0),
-            js=js,
-            top_k_agreement=overlap,
-            ece=float(self.overconfidence.abs().sum()) / count,
-            kl_by_position=[total / tokens if tokens else None for total, tokens in parts],
-            position_edges=edges,
-            tokens=self.tokens,
-        )
+        compared = (agreement, None if kl is None else max(kl, 0.0), js, overlap)
+        loss, ece = self.loss / count, float(self.overconfidence.abs().sum()) / count
+        return Quality(loss, math.exp(min(loss, 700.0)), *compared, ece, kl_by_position, edges, self.tokens)
 
 
 @torch.no_grad()
@@ -106,15 +95,13 @@ def compare(
 ) -> dict[str, Quality]:
     """Measure models and the reference (the teacher) on the same held-out batches.
 
+    The result is name -> Quality, with the reference itself as "teacher"; without one (None), nothing is compared.
+
     Args:
-        reference: model that the others are compared with; None if it cannot run here.
         batches: input_ids, attention_mask, labels, [B, T] each.
         vocabulary: compare over the first tokens only; see `LMHead.slice`.
         bins: number of bins for positions.
         task: causal, or masked: then perplexity is the pseudo-perplexity of masked tokens.
-
-    Returns:
-        name -> Quality, with the reference itself as "teacher".
     """
     measured = dict(models) if reference is None else {"teacher": reference, **models}
     sums = {name: _Sums() for name in measured}

@@ -104,26 +104,22 @@ def _classification(logits: Tensor, expected: Tensor | None, labels: Tensor) -> 
     either = true + chosen
     present = either > 0
     distances = {} if expected is None else teacher_distances(logits, expected)
-    compared = {key: float(distances[key].double().mean()) if distances else None for key in ("agreement", "kl", "js")}
-    return ClassificationQuality(
-        loss=float(label_loss(logits, labels).double().mean()),
-        accuracy=float((predicted == labels).double().mean()),
-        f1_macro=float((2 * right[present].double() / either[present]).mean()),
-        **compared,
-        ece=float(overconfidence(logits, labels).abs().sum()) / max(len(labels), 1),
-        rows=len(labels),
+    agreement, kl, js = (
+        float(distances[key].double().mean()) if distances else None for key in ("agreement", "kl", "js")
     )
+    f1_by_class = 2 * right[present].double() / either[present]
+    means = (values.double().mean() for values in (label_loss(logits, labels), predicted == labels, f1_by_class))
+    ece = float(overconfidence(logits, labels).abs().sum()) / max(len(labels), 1)
+    loss, accuracy, f1_macro = map(float, means)
+    return ClassificationQuality(loss, accuracy, f1_macro, agreement, kl, js, ece, len(labels))
 
 
 def _regression(values: Tensor, expected: Tensor | None, labels: Tensor) -> RegressionQuality:
     predicted, labels = values.squeeze(-1).double(), labels.double()
-    return RegressionQuality(
-        loss=float((predicted - labels).square().mean()),
-        pearson=pearson(predicted, labels),
-        spearman=pearson(ranks(predicted), ranks(labels)),
-        to_teacher=None if expected is None else float((predicted - expected.squeeze(-1).double()).square().mean()),
-        rows=len(labels),
-    )
+    loss = float((predicted - labels).square().mean())
+    to_teacher = None if expected is None else float((predicted - expected.squeeze(-1).double()).square().mean())
+    correlations = pearson(predicted, labels), pearson(ranks(predicted), ranks(labels))
+    return RegressionQuality(loss, *correlations, to_teacher, len(labels))
 
 
 def _encoder(vectors: Tensor, expected: Tensor, evaluator: SpaceEvaluator) -> EncoderQuality:

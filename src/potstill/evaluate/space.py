@@ -13,6 +13,7 @@ from potstill.errors import ShapeError
 
 MOST_ROWS = 1000  # half a million pairs
 _NEIGHBOURS = 10
+Pairs = tuple[Sequence[int], Sequence[int], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,12 @@ class SpaceScores:
 
 
 class SpaceEvaluator:
-    """Evaluate students against one set of the teacher's vectors [N, H].
+    """Evaluate students against one set of the teacher's vectors [N, H], of which `most` are compared pairwise.
 
-    Args:
-        pairs: row indices of two texts each and human scores of their similarity, if known; all are used.
-        most: number of evenly spaced rows to compare pairwise.
-
-    Raises:
-        ShapeError: there are fewer than three rows.
+    `pairs` are row indices of two texts each and human scores of their similarity; all are used.
     """
 
-    def __init__(
-        self,
-        teacher: Tensor,
-        pairs: tuple[Sequence[int], Sequence[int], Sequence[float]] | None = None,
-        most: int = MOST_ROWS,
-    ) -> None:
+    def __init__(self, teacher: Tensor, pairs: Pairs | None = None, most: int = MOST_ROWS) -> None:
         rows = len(teacher)
         if rows < 3:
             raise ShapeError(f"held-out vectors: expected at least 3 rows, got {rows}. Hold out more.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,8 +99,6 @@ class SampleFacts(BaseModel):
 
 
 class Sample(BaseModel):
-    """An on-policy sample of the student during training."""
-
     model_config = ConfigDict(extra="allow")
     step: int
     prompt: str
@@ -124,9 +121,7 @@ class TrainingFacts(BaseModel):
 
 
 class CurveFacts(BaseModel):
-    """The held-out rows behind the learning curves: fewer than those behind the table."""
-
-    rows: int | None = None
+    rows: int | None = None  # held-out rows behind the learning curves: fewer than those behind the table
     teacher_loss: float | None = None
 
 
@@ -147,8 +142,6 @@ class AdapterFacts(BaseModel):
 
 
 class Summary(BaseModel):
-    """The content of summary.json."""
-
     name: str = "a run"
     seed: int | None = None
     task: Task = "causal"
@@ -245,8 +238,7 @@ def read_metrics(path: Path) -> tuple[Curves, Curves]:
         for losses, value in ((held_out, evaluated), (training, record.get("loss"))):
             if run in RUNS and isinstance(value, int | float) and math.isfinite(value):
                 losses[run][step] = value  # a resumed run logs some steps again: the last value counts
-    return _curves(held_out), _curves(training)
-
-
-def _curves(losses: Mapping[str, Mapping[float, float]]) -> Curves:
-    return {run: sorted(by_step.items()) for run, by_step in losses.items() if by_step}
+    held_out_curves, training_curves = (
+        {run: sorted(by_step.items()) for run, by_step in losses.items() if by_step} for losses in (held_out, training)
+    )
+    return held_out_curves, training_curves

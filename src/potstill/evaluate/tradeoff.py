@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from potstill.evaluate.formatting import count, milliseconds, percent, size
 from potstill.models.capacity import PUBLISHED, Capability, CapacityEstimate, expected_share
@@ -14,17 +15,15 @@ from potstill.models.capacity import PUBLISHED, Capability, CapacityEstimate, ex
 class Candidate:
     """A measured student."""
 
-    name: str  # display name
+    name: str
     quality: float  # see `relative_quality`; higher is better, nan if training diverged
-    parameters: int  # number of parameters
+    parameters: int
     bytes: int  # its weights on disk
     latency_ms: float  # one forward pass over one row
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}, {count(self.parameters)} parameters, {milliseconds(self.latency_ms)} a row, "
-            f"{percent(self.quality)} of the teacher's quality"
-        )
+        cost = f"{count(self.parameters)} parameters, {milliseconds(self.latency_ms)} a row"
+        return f"{self.name}, {cost}, {percent(self.quality)} of the teacher's quality"
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,11 @@ class Limits:
 NO_LIMITS = Limits()
 
 
-@dataclass(frozen=True)
-class Recommendation:
-    """The recommended student."""
+class Recommendation(NamedTuple):
+    """The recommended student: its index in the list of candidates, None if none qualifies, and why, in a sentence."""
 
-    place: int | None  # index in the list of candidates; None if none qualifies
-    why: str  # the reason, in one sentence
+    place: int | None
+    why: str
 
 
 def relative_quality(teacher_loss: float, loss: float) -> float:
@@ -141,7 +139,7 @@ class Prediction:
     """Predicted beside measured quality of a student."""
 
     compression: float  # the teacher's parameters over the student's
-    measured: float  # measured quality
+    measured: float  # quality
     published: dict[Capability, CapacityEstimate]  # share of the teacher's score that published students keep
     # quality by the law of `published`, with the exponent of the other students here; None with fewer than two
     # others, or if the student is no smaller than its teacher

@@ -14,11 +14,7 @@ _SEED_NOISE_NATS = 0.05  # a gain below this may come from the seed alone
 
 
 def verdict(summary: Summary | Mapping[str, Any]) -> str:
-    """Summarize what a run shows, good or bad; of the content of summary.json, rows.student.loss is enough.
-
-    Raises:
-        DataError: the summary lacks required values.
-    """
+    """Summarize what a run shows, good or bad; of the content of summary.json, rows.student.loss is enough."""
     if not isinstance(summary, Summary):
         summary = check_summary(summary, "the summary")
     if summary.task == "encoder":
@@ -41,24 +37,18 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
             return f"The student reaches {nats(student)} {unit} held out; {unknown}."
         if student < teacher:
             return f"{surpassed}; {unknown}."
-        return (
-            f"The student comes within {nats(student - teacher)} {unit} of the teacher{_smaller(rows)}, "
-            f"{nats(student)} against {nats(teacher)} held out; {unknown}."
-        )
+        within = f"within {nats(student - teacher)} {unit} of the teacher{_smaller(rows)}"
+        return f"The student comes {within}, {nats(student)} against {nats(teacher)} held out; {unknown}."
     gain = baseline - student
     losses = f"{nats(student)} against {nats(baseline)} {unit} held out"
     slightly = "slightly " if abs(gain) < _SMALL_NATS else ""
     if abs(gain) < 0.0005:
-        return (
-            f"The teacher made no difference: student and baseline both reach {nats(student)} {unit} held out. "
-            "Try more steps, another temperature or another divergence."
-        )
+        same = f"student and baseline both reach {nats(student)} {unit} held out"
+        return f"The teacher made no difference: {same}. Try more steps, another temperature or another divergence."
     if gain < 0:
-        return (
-            f"The student is {slightly}worse than the baseline, {losses}: the teacher did not help in this run. "
-            "Instead try temperature 1, an additional labels term, more steps, or a teacher closer to the student in "
-            "size."
-        )
+        advice = "temperature 1, an additional labels term, more steps, or a teacher closer to the student in size"
+        unhelpful = f"worse than the baseline, {losses}: the teacher did not help in this run"
+        return f"The student is {slightly}{unhelpful}. Instead try {advice}."
     if not math.isfinite(teacher):
         return f"The student is {slightly}better than the baseline, {losses}."
     if teacher >= baseline:
@@ -76,15 +66,11 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
         advice = "there is room for more steps, another divergence or a larger student"
         if gain < _SEED_NOISE_NATS:
             advice = "a difference this small may be chance, so repeat the run with other seeds"
-        return (
-            f"The student is only slightly better than the baseline, {losses}, or {percent(share)} of the gap to the "
-            f"teacher: {advice}."
-        )
-    return (
-        f"The student closes {percent(share)} of the gap between training without a teacher and the teacher itself"
-        f"{_smaller(rows)}: {nats(student)} {unit} held out, against {nats(baseline)} for the baseline and "
-        f"{nats(teacher)} for the teacher."
-    )
+        better = f"only slightly better than the baseline, {losses}, or {percent(share)} of the gap to the teacher"
+        return f"The student is {better}: {advice}."
+    gap = f"the gap between training without a teacher and the teacher itself{_smaller(rows)}"
+    others = f"against {nats(baseline)} for the baseline and {nats(teacher)} for the teacher"
+    return f"The student closes {percent(share)} of {gap}: {nats(student)} {unit} held out, {others}."
 
 
 def _encoder_verdict(rows: ScoresByModel) -> str:

@@ -230,7 +230,7 @@ def _summarize(done: Sequence[Point], limits: tradeoff.Limits) -> dict[str, Any]
         "fronts": {cost: tradeoff.pareto_front([row[cost] for row in rows], qualities) for cost in costs},
         "predictions": [asdict(prediction) for prediction in tradeoff.predict(compressions, qualities)],
         "limits": asdict(limits),
-        "recommended": asdict(tradeoff.recommend(candidates, limits)),
+        "recommended": tradeoff.recommend(candidates, limits)._asdict(),
     }
 
 

@@ -32,8 +32,7 @@ _MARKER = {"teacher": ("D", 5), "baseline": ("s", 3.6), "student": ("o", 4.6)}  
 _MOST_POINTS = 240
 
 
-def create(left: float = 0.078, width: float = 0.735, height: float = 0.82) -> tuple[Figure, Axes]:
-    """Create a figure with axes in the style of the pages."""
+def create(x_label: str = "", left: float = 0.078, width: float = 0.735, height: float = 0.82) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.0, 3.7))
     axes = figure.add_axes((left, 0.145, width, height))
     figure.patch.set_alpha(0)
@@ -44,7 +43,7 @@ def create(left: float = 0.078, width: float = 0.735, height: float = 0.82) -> t
     axes.set_axisbelow(True)
     axes.tick_params(axis="both", colors=COLOUR["muted"], labelsize=11, length=0, pad=5)
     axes.tick_params(axis="x", length=3.5, width=0.8)
-    axes.xaxis.label.set(color=COLOUR["muted"], fontsize=11)
+    axes.set_xlabel(x_label, color=COLOUR["muted"], fontsize=11)
     axes.margins(x=0.015, y=0.06)
     ticks(axes.xaxis, 5, integer=True)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -59,7 +58,6 @@ def ticks(axis: Axis, number: int, **options: Any) -> None:
 
 
 def shares(axes: Axes) -> None:
-    """Make the vertical axis one of percentages from 0 to 100%."""
     axes.set_ylim(0, 1.02)
     ticks(axes.yaxis, 5)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -75,7 +73,6 @@ def line(axes: Axes, model: str, curve: Iterable[tuple[float, float]], *, marked
 
 
 def dots(axes: Axes, model: str, points: Iterable[tuple[float, float]], **style: Any) -> None:
-    """Plot markers alone."""
     line(axes, model, points, marked=True, linestyle="none", **style)
 
 

@@ -20,11 +20,7 @@ _METRICS = {
 
 
 def write_embedding_report(run_directory: Path) -> Path:
-    """Write report.html, one self-contained page, and student/README.md; return the page's path.
-
-    Raises:
-        DataError: the records are missing or not those of an embedding run.
-    """
+    """Write report.html, one self-contained page, and student/README.md; return the page's path."""
     path, expected = run_directory / "summary.json", "the summary of an embedding run"
     summary = read_record(path, "embedding", expected, "Finish the run first.", "none")
     rows, space = summary["rows"], summary["space"]
@@ -60,10 +56,8 @@ def embedding_verdict(summary: Mapping[str, Any]) -> str:
     better = [student[key] > pca[key] for key in measured]
     opening = "better than" if all(better) else "in some ways better than" if any(better) else "not better than"
     figures = ", ".join(f"{name.lower()} {student[key]:.3f} (PCA {pca[key]:.3f})" for key, name in measured.items())
-    return (
-        f"With {student['dimensions']} of the teacher's {teacher['dimensions']} dimensions, held out, the student is "
-        f"{opening} PCA: {figures}."
-    )
+    dimensions = f"{student['dimensions']} of the teacher's {teacher['dimensions']} dimensions"
+    return f"With {dimensions}, held out, the student is {opening} PCA: {figures}."
 
 
 def embedding_table(rows: Mapping[str, Any]) -> list[dict[str, Any]]:

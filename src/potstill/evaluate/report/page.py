@@ -9,12 +9,12 @@ from typing import Any
 
 from potstill.errors import DataError
 from potstill.evaluate import summary as records
-from potstill.evaluate.formatting import count, milliseconds, minus, nats, percent, size
+from potstill.evaluate.formatting import count, minus, nats, percent, size
 from potstill.evaluate.measures import TASK_LABELS, of_run
 from potstill.evaluate.report import pictures
 from potstill.evaluate.report.canvas import thin
 from potstill.evaluate.report.diagnosis import read_diagnosis
-from potstill.evaluate.report.render import Headline, ratio_headline, render
+from potstill.evaluate.report.render import FASTER, SMALLER, Headline, ratio_headline, render
 from potstill.evaluate.summary import MODELS, RUNS, Summary
 from potstill.evaluate.verdict import verdict
 
@@ -22,21 +22,16 @@ _LABEL_DISTANCE = 25  # least distance of two labels on a phone, in percent of t
 
 
 def write_report(run_directory: Path) -> Path:
-    """Write report.html, one self-contained page, from summary.json, metrics.jsonl and recipe.yaml; return its path.
-
-    Raises:
-        DataError: a file is missing or malformed, or summary.json lacks required values.
-    """
+    """Write report.html, one self-contained page, from summary.json, metrics.jsonl and recipe.yaml; return its path."""
     summary = records.read_summary(run_directory)
     held_out, training = records.read_metrics(run_directory / "metrics.jsonl")
-    floor = summary.curve.teacher_loss
-    if floor is None and summary.rows.teacher:
-        floor = summary.rows.teacher.loss
-    if floor is not None and not math.isfinite(floor):
-        floor = None
+    losses = (summary.curve.teacher_loss, summary.rows.teacher.loss if summary.rows.teacher else None)
+    floor = next((loss for loss in losses if loss is not None), math.nan)
     curves = {}
     if held_out:
-        curves["held_out"] = pictures.curves("held-out", "Held-out cross-entropy in nats", held_out, floor)
+        curves["held_out"] = pictures.curves(
+            "held-out", "Held-out cross-entropy in nats", held_out, floor if math.isfinite(floor) else None
+        )
     if training:
         thinned = {run: thin(curve) for run, curve in training.items()}
         curves["training"] = pictures.curves("training", "Training loss", thinned, markers=1)
@@ -54,11 +49,7 @@ def write_report(run_directory: Path) -> Path:
 
 
 def write_student_card(run_directory: Path) -> Path:
-    """Write student/README.md, a Hugging Face model card, from summary.json; return its path.
-
-    Raises:
-        DataError: the summary cannot be read, or there is no saved student.
-    """
+    """Write student/README.md, a Hugging Face model card, from summary.json; return its path."""
     summary = records.read_summary(run_directory)
     folder = run_directory / "student"
     if not folder.is_dir():
@@ -102,8 +93,7 @@ def _table(summary: Summary) -> Iterator[dict[str, Any]]:
 def _headlines(summary: Summary) -> Iterator[Headline]:
     teacher, baseline, student = summary.rows.teacher, summary.rows.baseline, summary.rows.student
     if teacher and teacher.parameters and student.parameters:
-        detail = f"{count(student.parameters)} against {count(teacher.parameters)} parameters"
-        yield ratio_headline(teacher.parameters / student.parameters, "smaller", "larger", "the same size", detail)
+        yield ratio_headline(teacher.parameters, student.parameters, SMALLER)
     if (adapter := summary.adapter) is not None:
         saved = f", {size(adapter.bytes)} on disk" if adapter.bytes is not None else ", merged"
         detail = f"{adapter.title}: {count(adapter.trained)}{saved}"
@@ -116,8 +106,7 @@ def _headlines(summary: Summary) -> Iterator[Headline]:
             detail = f"the baseline has {percent(baseline.agreement, 1)}"
         yield Headline(percent(student.agreement, 1), "agreement with the teacher", detail)
     if teacher and teacher.latency_ms and student.latency_ms:
-        detail = f"{milliseconds(student.latency_ms)} against {milliseconds(teacher.latency_ms)}"
-        yield ratio_headline(teacher.latency_ms / student.latency_ms, "faster", "slower", "as fast", detail)
+        yield ratio_headline(teacher.latency_ms, student.latency_ms, FASTER)
 
 
 def _gap(rows: records.ScoresByModel) -> dict[str, Any] | None:

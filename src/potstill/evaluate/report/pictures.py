@@ -26,7 +26,7 @@ def curves(
 
     Curves of at most `markers` points have markers.
     """
-    figure, axes = canvas.create()
+    figure, axes = canvas.create(unit)
     ends, ranges = [], []
     if floor is not None:
         axes.axhline(floor, color=canvas.COLOUR["teacher"], **canvas.LINE["teacher"])
@@ -38,7 +38,6 @@ def curves(
         ranges.append(f"{model} from {first} to {last}")
     canvas.label_ends(axes, ends)
     axes.set_xlim(left=0)
-    axes.set_xlabel(unit)
     if floor is not None:
         ranges.append(f"teacher at {floor:.2f}")
     return canvas.svg(figure, name, f"{title} over {unit}s: {', '.join(ranges)}.")
@@ -46,7 +45,7 @@ def curves(
 
 def kl_by_position(edges: Sequence[float], values: Mapping[str, Sequence[float]]) -> Markup:
     """Mean KL to the teacher, nats, in bins of positions between `edges`; nan for an empty bin."""
-    figure, axes = canvas.create()
+    figure, axes = canvas.create("position in the window")
     ends = []
     for model, heights in values.items():
         style = canvas.LINE[model] | {"linewidth": 2.3 if model == "student" else 1.6}
@@ -56,7 +55,6 @@ def kl_by_position(edges: Sequence[float], values: Mapping[str, Sequence[float]]
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(bottom=0)
     canvas.label_ends(axes, ends)
-    axes.set_xlabel("position in the window")
     if (edges[-1] - edges[0]) % 4 == 0:  # windows are powers of two
         axes.set_xticks([edges[0] + quarter * (edges[-1] - edges[0]) / 4 for quarter in range(5)])
     label = ", ".join(f"{text} at the end" for _, _, text in ends)
@@ -78,7 +76,7 @@ def space(title: str, points: Sequence[tuple[float, float]], hues: Sequence[floa
 
 def front(points: Mapping[str, tuple[float, float]], x_label: str, y_label: str) -> Markup:
     """The trade-off between two measures of points name -> (x, y); those named "focus..." are students, and joined."""
-    figure, axes = canvas.create()
+    figure, axes = canvas.create(x_label)
     students = sorted(point for name, point in points.items() if name.startswith("focus"))
     if len(students) > 1:
         canvas.line(axes, "student", students, linewidth=1.2)
@@ -87,7 +85,6 @@ def front(points: Mapping[str, tuple[float, float]], x_label: str, y_label: str)
         canvas.dots(axes, model, [point])
         canvas.annotate(axes, name, point, model, (6, 4))
     axes.margins(x=0.2, y=0.12)
-    axes.set_xlabel(x_label)
     canvas.ticks(axes.xaxis, 5)
     axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
     label = "; ".join(f"{name} {x:.3f}, {y:.3f}" for name, (x, y) in points.items())

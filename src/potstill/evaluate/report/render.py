@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from potstill.data.files import write_text
 from potstill.evaluate import formatting
-from potstill.evaluate.formatting import times
 
 
 def render(template: str, path: Path, **data: Any) -> Path:
@@ -34,7 +34,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    names = ("count", "duration", "nats", "percent", "size")
+    names = ("count", "duration", "milliseconds", "nats", "percent", "size")
     environment.filters |= {name: getattr(formatting, name) for name in names}
     environment.filters |= {"number": "{:g}".format, "thousands": "{:,}".format, "visible": _visible, "cell": _cell}
     environment.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # shows spaces and line ends
@@ -60,8 +60,16 @@ class Headline(NamedTuple):
     detail: str
 
 
-def ratio_headline(ratio: float, more: str, less: str, same: str, detail: str) -> Headline:
-    """Format a ratio as "4.1× smaller": `more` above 1, `less` below, `same` near 1."""
+SMALLER = ("smaller", "larger", "the same size", formatting.count, " parameters")
+FASTER = ("faster", "slower", "as fast", formatting.milliseconds, "")
+
+
+def ratio_headline(
+    teacher: float, student: float, words: tuple[str, str, str, Callable[[float], str], str]
+) -> Headline:
+    """Compare costs, as in "4.1× smaller"; `words` for a ratio above, below and near 1, format and unit of a cost."""
+    more, less, same, write, unit = words
+    ratio, detail = teacher / student, f"{write(student)} against {write(teacher)}{unit}"
     if 0.95 < ratio < 1.05:
         return Headline("1×", same, detail)
-    return Headline(f"{times(max(ratio, 1 / ratio))}×", more if ratio > 1 else less, detail)
+    return Headline(f"{formatting.times(max(ratio, 1 / ratio))}×", more if ratio > 1 else less, detail)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,9 +11,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
-from potstill.evaluate.formatting import count, milliseconds, nats, percent, size
+from potstill.evaluate.formatting import count, milliseconds, percent
 from potstill.evaluate.report import canvas
-from potstill.evaluate.report.render import Headline, ratio_headline, render
+from potstill.evaluate.report.render import SMALLER, Headline, ratio_headline, render
 from potstill.evaluate.summary import read_record
 from potstill.evaluate.tradeoff import Limits
 from potstill.models.capacity import expected_share
@@ -28,11 +27,7 @@ _TICKS = (_HALVES, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 3.0, 5.0), (1.0, 2
 
 
 def write_sweep_report(run_directory: Path) -> Path:
-    """Write sweep.html, one self-contained page, from sweep.json; return its path.
-
-    Raises:
-        DataError: there is no sweep in the directory.
-    """
+    """Write sweep.html, one self-contained page, from sweep.json; return its path."""
     summary = read_sweep(run_directory)
     return render(
         "sweep.html.j2",
@@ -40,8 +35,7 @@ def write_sweep_report(run_directory: Path) -> Path:
         summary=summary,
         verdict=summary["recommended"]["why"],
         headlines=list(_headlines(summary)),
-        columns=list(summary["vary"]),
-        table=list(_table(summary)),
+        costs=COSTS,
         pictures={key: _pareto(summary, key) for key in ("parameters", "latency_ms")} if summary["runs"] else {},
         expected=_expected(summary),
         limits=str(Limits(**summary["limits"])),
@@ -49,7 +43,6 @@ def write_sweep_report(run_directory: Path) -> Path:
 
 
 def read_sweep(directory: Path) -> dict[str, Any]:
-    """Read sweep.json."""
     advice = "Finish it with --resume first."
     return read_record(directory / "sweep.json", "sweep", "the summary of a sweep", advice)
 
@@ -63,26 +56,8 @@ def _headlines(summary: Mapping[str, Any]) -> Iterator[Headline]:
     chosen = summary["runs"][place]
     yield Headline(percent(chosen["quality"]), "of the teacher's quality", f"by number {place + 1}")
     if teacher.get("parameters"):
-        detail = f"{count(chosen['parameters'])} against {count(teacher['parameters'])} parameters"
-        ratio = teacher["parameters"] / chosen["parameters"]
-        yield ratio_headline(ratio, "smaller", "larger", "the same size", detail)
+        yield ratio_headline(teacher["parameters"], chosen["parameters"], SMALLER)
     yield Headline(milliseconds(chosen["latency_ms"]), "for one row", "one forward pass")
-
-
-def _table(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for place, (row, prediction) in enumerate(zip(summary["runs"], summary["predictions"], strict=True)):
-        values = [row["values"][key] for key in summary["vary"]]
-        costs = [count(row["parameters"]), size(row["bytes"]), milliseconds(row["latency_ms"])]
-        yield {
-            "number": place + 1,
-            "chosen": place == summary["recommended"]["place"],
-            "values": [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values],
-            "cells": [percent(row["quality"], 1), nats(row["loss"]), *costs],
-            "fronts": ", ".join(COSTS[key] for key, places in summary["fronts"].items() if place in places),
-            "directory": row["directory"],
-            "fitted": prediction["fitted"],
-            "published": [percent(estimate["value"]) for estimate in prediction["published"].values()],
-        }
 
 
 def _expected(summary: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -116,7 +91,7 @@ def _pareto(summary: Mapping[str, Any], cost: str) -> Markup:
     dots = {i: (row[cost], row["quality"]) for i, row in runs if math.isfinite(row["quality"])}
     if not dots:
         return Markup("")
-    figure, axes = canvas.create(0.1, 0.86)
+    figure, axes = canvas.create("parameters" if cost == "parameters" else "one row, one forward pass", 0.1, 0.86)
     if line := sorted(dots[i] for i in dots if i in front):
         canvas.line(axes, "student", line, drawstyle="steps-post", linewidth=1.4, zorder=1)
     for i in sorted(dots, key=lambda i: (i == chosen, i in front)):
@@ -131,7 +106,6 @@ def _pareto(summary: Mapping[str, Any], cost: str) -> Markup:
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     write = count if cost == "parameters" else milliseconds
     _logarithmic(axes, write)
-    axes.set_xlabel("parameters" if cost == "parameters" else "one row, one forward pass")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     values = "; ".join(f"{i + 1}: {write(x)}, {quality:.1%}" for i, (x, quality) in dots.items())
     return canvas.svg(figure, f"pareto-{cost}", f"Share of the teacher's quality over {COSTS[cost]}: {values}.")
@@ -139,7 +113,7 @@ def _pareto(summary: Mapping[str, Any], cost: str) -> Markup:
 
 def _expectations(measured: canvas.Curve, published: Mapping[str, canvas.Curve], fitted: canvas.Curve) -> Markup:
     """Measured quality over compression, beside published students by task and the sweep's own law (may be empty)."""
-    figure, axes = canvas.create(0.09, 0.66)
+    figure, axes = canvas.create("times fewer parameters than the teacher", 0.09, 0.66)
     ends = []
     for task, curve in published.items():
         canvas.line(axes, "teacher", curve)
@@ -151,7 +125,6 @@ def _expectations(measured: canvas.Curve, published: Mapping[str, canvas.Curve],
     canvas.shares(axes)
     canvas.label_ends(axes, ends)
     _logarithmic(axes, lambda value: f"{value:g}×")
-    axes.set_xlabel("times fewer parameters than the teacher")
     values = "; ".join(f"{quality:.1%} at {compression:.1f} times smaller" for compression, quality in measured)
     return canvas.svg(figure, "expected", f"Share of the teacher's quality over compression, measured: {values}.")
 
