@@ -163,36 +163,29 @@ def _kernel(backend: str, inputs: FusedInputs) -> LossKernel:
             f'linear_divergence: expected backend "auto", "eager", "chunked" or "triton", got {backend!r}.'
         )
     device, single = inputs.hidden.device.type, compute_dtype(inputs.products) == torch.float32
-    kernel: LossKernel | None = None
-    if backend == "triton" or (backend == "auto" and device == "cuda" and single):
-        kernel = _triton_kernel(inputs, single, device, required=backend == "triton")
-    elif device == "cpu" and single:
-        kernel = native_kernel(inputs.divergence, isinstance(inputs.targets, SparseTargets))
-    return kernel or TorchKernel()
-
-
-def _triton_kernel(inputs: FusedInputs, single: bool, device: str, required: bool) -> LossKernel | None:
+    divergence, sparse = inputs.divergence, isinstance(inputs.targets, SparseTargets)
+    if backend != "triton" and not (backend == "auto" and device == "cuda" and single):
+        return (native_kernel(divergence, sparse) if device == "cpu" and single else None) or TorchKernel()
     try:
         from potstill.losses import kernel_triton
     except ImportError:
-        if required:
-            raise UserError(
-                'linear_divergence: expected Triton for backend "triton", got an ImportError. '
-                'Install it (pip install triton), or use backend "chunked".'
-            ) from None
-        return None
+        if backend == "auto":
+            return TorchKernel()
+        raise UserError(
+            'linear_divergence: expected Triton for backend "triton", got an ImportError. '
+            'Install it (pip install triton), or use backend "chunked".'
+        ) from None
     if device != "cuda" and not kernel_triton.INTERPRETED:
         raise ShapeError(
             f'linear_divergence: expected CUDA tensors for backend "triton", got {device}. Use backend "chunked".'
         )
-    divergence, sparse = inputs.divergence, isinstance(inputs.targets, SparseTargets)
-    kernel = kernel_triton.triton_kernel(divergence, sparse) if single else None
-    if kernel is None:
-        name = type(divergence).__name__ if single else "float64"
-        warnings.warn(
-            f"linear_divergence: {name} has no Triton kernel; the chunked backend is used.", UserWarning, stacklevel=4
-        )
-    return kernel
+    if single and (kernel := kernel_triton.triton_kernel(divergence, sparse)) is not None:
+        return kernel
+    name = type(divergence).__name__ if single else "float64"
+    warnings.warn(
+        f"linear_divergence: {name} has no Triton kernel; the chunked backend is used.", UserWarning, stacklevel=3
+    )
+    return TorchKernel()
 
 
 def _eager(inputs: FusedInputs) -> FusedLoss:
@@ -211,10 +204,9 @@ def _eager(inputs: FusedInputs) -> FusedLoss:
 def _fused(inputs: FusedInputs, backend: str) -> FusedLoss:
     tensors, kernel = (inputs.hidden, inputs.head.weight, inputs.head.bias), _kernel(backend, inputs)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        function = _Fused if inputs.reduction == "mean" else _PerToken
-        return FusedLoss(*function.apply(*tensors, inputs, kernel))  # type: ignore[no-untyped-call]
-    result = _run(inputs, kernel, tensors, None)
-    return FusedLoss(_loss(inputs, *result[:2]), *result[:2])
+        return FusedLoss(*_Fused.apply(*tensors, inputs, kernel))  # type: ignore[no-untyped-call]
+    losses = _run(inputs, kernel, tensors, None)[:2]
+    return FusedLoss(_loss(inputs, *losses), *losses)
 
 
 _Tensors = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight and bias
@@ -252,67 +244,53 @@ def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return dtype
 
 
-_Outputs = tuple[Tensor, Tensor | None, Tensor | None]
-
-
 class _Fused(torch.autograd.Function):
-    """One pass: the gradient is computed with the loss."""
+    """Reduction "mean" computes the gradient with the loss; "none" in a second pass, by the weight of each token."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: FusedInputs, kernel: LossKernel
-    ) -> _Outputs:
-        weights = inputs.token_weights
-        if weights is None:
-            weights = torch.ones(hidden.shape[0], device=hidden.device)
-        weights = weights.to(compute_dtype(inputs.products))
-        normalizer = weights.sum().clamp_min(1) if inputs.normalizer is None else inputs.normalizer
-        share = token_mean(weights.new_ones(1), normalizer=normalizer)
-        scale, ctx.factor = _scale(weights * share, inputs.products)
-        result = _run(inputs, kernel, (hidden, weight, bias), scale, *ctx.needs_input_grad[:3])
-        ctx.gradients = result[2:]
-        return _outputs(ctx, inputs, result)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        tensors = (hidden, weight, bias)
+        if inputs.reduction == "mean":
+            ctx.inputs, weights = None, inputs.token_weights
+            if weights is None:
+                weights = torch.ones(hidden.shape[0], device=hidden.device)
+            weights = weights.to(compute_dtype(inputs.products))
+            normalizer = weights.sum().clamp_min(1) if inputs.normalizer is None else inputs.normalizer
+            share = token_mean(weights.new_ones(1), normalizer=normalizer)
+            scale, ctx.factor = _scale(weights * share, inputs.products)
+            result = _run(inputs, kernel, tensors, scale, *ctx.needs_input_grad[:3])
+        else:
+            ctx.save_for_backward(*tensors)
+            ctx.inputs, ctx.kernel = inputs, kernel
+            result = _run(inputs, kernel, tensors, None)
+        divergence, cross_entropy, *ctx.gradients = result
+        ctx.mark_non_differentiable(*(x for x in (divergence, cross_entropy) if x is not None))
+        # The loss by token may be the same tensor as the divergence, which has no gradient.
+        return _loss(inputs, divergence, cross_entropy).clone(), divergence, cross_entropy
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_divergence")
-        if ctx.gradients is None:
+        if ctx.inputs is not None:
+            weights, products = ctx.inputs.token_weights, ctx.inputs.products
+            scale, factor = _scale(grad_outputs[0] if weights is None else grad_outputs[0] * weights, products)
+            gradients = _run(ctx.inputs, ctx.kernel, ctx.saved_tensors, scale, *ctx.needs_input_grad[:3])[2:]
+        elif ctx.gradients is None:
             raise UserError(
                 "linear_divergence: expected one backward pass, got a second. "
                 'Call linear_divergence again, or use reduction="none", which recomputes its gradients.'
             )
-        gradients, ctx.gradients = ctx.gradients, None  # autograd gets the only reference, and copies nothing
-        factor = grad_outputs[0] if ctx.factor is None else grad_outputs[0] * ctx.factor
-        if factor.device.type == "cpu" and factor == 1:  # elsewhere the comparison would wait for the device
-            factor = None
-        return _scaled(gradients, factor)
-
-
-class _PerToken(torch.autograd.Function):
-    """Two passes: the gradient needs the weight of each token."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: FusedInputs, kernel: LossKernel
-    ) -> _Outputs:
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.inputs, ctx.kernel = inputs, kernel
-        loss, divergence, cross_entropy = _outputs(ctx, inputs, _run(inputs, kernel, (hidden, weight, bias), None))
-        return loss.clone(), divergence, cross_entropy  # divergence may be the same tensor, and has no gradient
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("linear_divergence")
-        inputs: FusedInputs = ctx.inputs
-        scale = grad_outputs[0] if inputs.token_weights is None else grad_outputs[0] * inputs.token_weights
-        scale, factor = _scale(scale, inputs.products)
-        return _scaled(_run(inputs, ctx.kernel, ctx.saved_tensors, scale, *ctx.needs_input_grad[:3])[2:], factor)
-
-
-def _outputs(ctx: Any, inputs: FusedInputs, result: FusedResult) -> _Outputs:
-    divergence, cross_entropy, *_ = result
-    ctx.mark_non_differentiable(*(x for x in (divergence, cross_entropy) if x is not None))
-    return _loss(inputs, divergence, cross_entropy), divergence, cross_entropy
+        else:
+            gradients, ctx.gradients = ctx.gradients, None  # autograd gets the only reference, and copies nothing
+            factor = grad_outputs[0] if ctx.factor is None else grad_outputs[0] * ctx.factor
+            if factor.device.type == "cpu" and factor == 1:  # elsewhere the comparison would wait for the device
+                factor = None
+        for gradient in gradients:
+            if gradient is not None and factor is not None:
+                gradient.mul_(factor)
+        return *gradients, None, None  # autograd casts them
 
 
 def _scale(scale: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -326,11 +304,3 @@ def _scale(scale: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | None]
     room = 16 if products == torch.float16 else 1
     largest = room * scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     return scale / largest, largest
-
-
-def _scaled(gradients: tuple[Tensor | None, ...], factor: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Multiply gradients by a factor in place; autograd casts them. The inputs that are no tensors have none."""
-    for gradient in gradients:
-        if gradient is not None and factor is not None:
-            gradient.mul_(factor)
-    return *gradients, None, None

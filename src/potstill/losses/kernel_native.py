@@ -26,20 +26,12 @@ from potstill.losses.kernel_torch import TorchKernel
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
-class NativeKernel:
+class NativeKernel(LossKernel):
     def __init__(self, library: ctypes.CDLL) -> None:
         self._function = _c_function(library, "loss_and_gradient", pointers=6, numbers=2)
 
-    def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
-        return torch.float32
-
-    def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
-        divergence, cross_entropy = torch.empty(2, len(chunk.student)).unbind()
-        labels = None if chunk.labels is None else chunk.labels.to(torch.int64).contiguous()
-        scale = None if chunk.scale is None else chunk.scale.float().contiguous()
-        rows = (chunk.student, chunk.teacher, scale, labels, divergence, cross_entropy)
-        _call_on_rows(self._function, rows, inputs.temperature, inputs.label_weight)
-        return (None if inputs.divergence is None else divergence, None if labels is None else cross_entropy)
+    def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> None:
+        _call_on_rows(self._function, chunk[:6], inputs.temperature, inputs.label_weight)
 
 
 @lru_cache(maxsize=256)

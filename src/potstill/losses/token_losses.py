@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,25 +56,24 @@ def unchecked_divergence(
 ) -> Tensor:
     """Compute `token_divergence` without checking arguments and result."""
     needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
-    dtype, gradient = compute_dtype(student_logits.dtype), None
+    dtype = compute_dtype(student_logits.dtype)
     # The gradient comes from `slope`, in the forward pass: only one [..., V] buffer is kept, and 0 * inf cannot arise
     # in a chain of elementary operations. The teacher's head keeps its own precision under autocast.
     with torch.no_grad():
         scaled = student_logits.to(dtype, copy=True).div_(temperature)
+        gradient: Tensor | None = scaled
         if isinstance(targets, SparseTargets):
-            events = student_events_(scaled, targets.ids, targets.used())
-            value, by_event = event_divergence(events, targets.events(temperature), divergence)
-            if needs_gradient:
-                gradient = token_gradient_(scaled, events, by_event).div_(temperature)
+            events = (targets.events(temperature), targets.ids, targets.used())
+            value = event_divergence_(scaled, *events, divergence, 1.0 if needs_gradient else None)
         else:
             with torch.autocast(student_logits.device.type, enabled=False):
                 teacher = targets.dense(temperature)
-            log_q, log_p = log_softmax_(scaled), log_softmax_(teacher.to(dtype, copy=True).div_(temperature))
-            terms, slope = divergence.pointwise(log_q, log_p)
-            value = terms.sum(-1)
-            if needs_gradient:
-                gradient = log_q.exp().mul_(-slope.sum(-1, keepdim=True)).add_(slope).div_(temperature)
-    return value if gradient is None else with_gradient(student_logits, value, gradient, "token_divergence")
+            teacher = teacher.to(dtype, copy=True).div_(temperature)
+            value, gradient = dense_divergence_(scaled, teacher, divergence, needs_gradient)
+        if not needs_gradient or gradient is None:
+            return value
+        gradient.div_(temperature)
+    return with_gradient(student_logits, value, gradient, "token_divergence")
 
 
 def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor, caller: str) -> Tensor:
@@ -161,6 +160,9 @@ def log_softmax_(logits: Tensor) -> Tensor:
     return logits.sub_(total.masked_fill_(empty, 1.0).log_())
 
 
+Exponentials = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Overwrite logits [..., V] with exp(logit - largest); return the largest and the sum of these, [..., 1] each.
 
@@ -172,22 +174,35 @@ def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top, total.masked_fill_(empty, 1.0)
 
 
-class StudentEvents(NamedTuple):
-    """The student's probabilities of K tokens and of all others together."""
+def dense_divergence_(
+    student: Tensor, teacher: Tensor, divergence: Divergence, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the divergence [...] of logits over T [..., V], and its gradient in the student's.
 
-    log_q: Tensor  # [..., K + 1]
-    total: Tensor  # [..., 1], the sum over the others in the buffer that `student_events_` overwrote
-    tokens: Tensor  # [..., K] int64 ids; 0 in unused slots
-    used: Tensor  # [..., K + 1] bool; the last is False where no other token is left
+    Both become log-probabilities.
+    """
+    log_q, log_p = log_softmax_(student), log_softmax_(teacher)
+    terms, slope = divergence.pointwise(log_q, log_p)
+    gradient = log_q.exp().mul_(-slope.sum(-1, keepdim=True)).add_(slope) if needs_gradient else None
+    return terms.sum(-1), gradient
 
 
-def student_events_(
-    logits: Tensor, ids: Tensor, used: Tensor, exponentials: Callable[[Tensor], tuple[Tensor, Tensor]] = exponentials_
-) -> StudentEvents:
-    """Reduce the student's logits over T, [..., V] float32 or float64, to K + 1 events.
+def event_divergence_(
+    logits: Tensor,
+    log_p: Tensor,
+    ids: Tensor,
+    used: Tensor,
+    divergence: Divergence,
+    weight: Tensor | float | None,
+    exponentials: Exponentials = exponentials_,
+) -> Tensor:
+    """Compute the divergence [...] over K + 1 events from the student's logits over T, [..., V] float32 or float64.
 
-    The logits are overwritten: divided by `total`, with each other token's share of the others' probability; with 0 for
-    the K tokens.
+    The logits become `weight` times the gradient in them, or what does not matter if it is None:
+
+        dD/dz_v = gradient_v for the K tokens,   share_v * gradient_rest for all others
+
+    An unused slot is an event of probability 0 on both sides, which adds nothing.
     """
     tokens = ids.to(torch.int64) * used
     kept = logits.gather(-1, tokens).clamp_min_(LOG_ZERO).masked_fill_(~used, LOG_ZERO)
@@ -199,26 +214,13 @@ def student_events_(
     largest = torch.maximum(top, kept.amax(-1, keepdim=True))
     others = (top - largest + total.log()).masked_fill_(empty, LOG_ZERO)
     log_q = log_softmax_(torch.cat([(kept - largest).clamp_min_(LOG_ZERO), others], -1))
-    return StudentEvents(log_q, total, tokens, torch.cat([used, ~empty], -1))
-
-
-def event_divergence(events: StudentEvents, log_p: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """Compute the divergence [...] over K + 1 events, and its gradient [..., K + 1] in the student's log-probabilities.
-
-    An unused slot is an event of probability 0 on both sides, which adds nothing.
-    """
-    log_p = log_p.to(events.log_q.dtype).masked_fill(~events.used, LOG_ZERO)
-    value, slope = (terms * events.used for terms in divergence.pointwise(events.log_q, log_p))
-    return value.sum(-1), slope - events.log_q.exp() * slope.sum(-1, keepdim=True)
-
-
-def token_gradient_(shares: Tensor, events: StudentEvents, gradient: Tensor) -> Tensor:
-    """Turn the gradient by event into one by token [..., V], in the buffer that `student_events_` overwrote.
-
-    dD/dz_v = gradient_v for the K tokens,   share_v * gradient_rest for all others
-    """
-    shares.mul_(gradient[..., -1:] / events.total)
-    return shares.scatter_add_(-1, events.tokens, gradient[..., :-1] * events.used[..., :-1])
+    present = torch.cat([used, ~empty], -1)
+    log_p = log_p.to(log_q.dtype).masked_fill(~present, LOG_ZERO)
+    value, slope = (terms * present for terms in divergence.pointwise(log_q, log_p))
+    if weight is not None:
+        gradient = (slope - log_q.exp() * slope.sum(-1, keepdim=True)) * weight
+        logits.mul_(gradient[..., -1:] / total).scatter_add_(-1, tokens, gradient[..., :-1] * used)
+    return value.sum(-1)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
