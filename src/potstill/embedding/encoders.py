@@ -24,17 +24,12 @@ FREQUENT = 1e-3
 
 def require_sentence_transformers(key: str) -> None:
     if importlib.util.find_spec("sentence_transformers") is None:
-        raise UserError(
-            f"{key}: expected the package sentence-transformers, got none. Install it with "
-            "pip install 'potstill[embeddings]'."
-        )
+        hint = "Install it with pip install 'potstill[embeddings]'."
+        raise UserError(f"{key}: expected the package sentence-transformers, got none. {hint}")
 
 
 def load_embedder(path: str, key: str) -> SentenceTransformer:
-    """Load a sentence-transformers model, from a folder or the hub: safetensors only, no remote code.
-
-    `key` is that of the recipe, for errors.
-    """
+    """Load a sentence-transformers model, from a folder or the hub: safetensors only, no remote code."""
     require_sentence_transformers(key)
     from sentence_transformers import SentenceTransformer
 
@@ -66,7 +61,6 @@ class TextStudent(nn.Module):
         return vectors
 
     def save(self, folder: str | Path) -> None:
-        """Write a sentence-transformers folder, which `SentenceTransformer(folder)` loads."""
         self.model.save_pretrained(str(folder), create_model_card=False)
 
 
@@ -98,10 +92,7 @@ def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextS
 
 
 def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str], start: Tensor) -> TextStudent:
-    """Make a student of some evenly spaced layers of a transformer, mean pooling, and a linear map.
-
-    The map is fitted by ridge regression to `start` [N, d], the vectors of the N texts.
-    """
+    """Make a student of some layers, mean pooling, and a linear map: ridge regression to `start` [N, d], of N texts."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 

@@ -32,8 +32,6 @@ Backend = Literal["auto", "eager", "chunked", "triton"]
 
 
 class FusedLoss(NamedTuple):
-    """Result of `linear_divergence`."""
-
     loss: Tensor  # a scalar, or [N] with reduction "none"; with gradient to hidden, head.weight and head.bias
     divergence: Tensor | None  # [N] nats, detached; None without targets
     cross_entropy: Tensor | None  # [N] nats, detached; None without labels
@@ -63,14 +61,13 @@ def linear_divergence(
     the backward pass, which can therefore run only once.
 
     Args:
-        hidden: [N, H] the student's last hidden states at the target positions.
-        targets: the teacher's, for the same N; None for cross-entropy alone. No gradient flows to it.
-        divergence: any `Divergence`, including your own subclass; None for cross-entropy alone.
-        temperature: softmax temperature of the divergence, > 0. No T^2 factor is applied here.
+        hidden: [N, H], at the target positions.
+        targets: for the same N, without a gradient to them; None, as the divergence, for cross-entropy alone.
+        temperature: of the divergence, > 0. No T^2 factor is applied here.
         token_weights: [N], w_n, without gradient; None for ones.
-        normalizer: the divisor, without gradient; default: the sum of w_n, at least 1.
+        normalizer: without gradient; default: the sum of w_n, at least 1.
         labels: [N] token ids for the cross-entropy (at temperature 1); -100 = ignored.
-        label_weight: weight of the cross-entropy; with 0 it is only reported.
+        label_weight: with 0 the cross-entropy is only reported.
         reduction: "none" gives w_n (D_n + label_weight * CE_n) by token, for weights that are only known afterwards
             (policy gradients). The backward pass then recomputes the logits: about 1.6 times the cost, but it can run
             more than once. `normalizer` does not apply.
@@ -80,8 +77,7 @@ def linear_divergence(
 
     Raises:
         VocabularyError: the vocabularies differ.
-        ShapeError: shapes, temperature, labels or backend do not fit; sparse targets do not fit the temperature or the
-            divergence; or the divergence is infinite.
+        ShapeError: arguments do not fit together, or the divergence is infinite.
 
     >>> from potstill.losses.divergences import JSD
     >>> from potstill.losses.targets import HeadTargets
@@ -213,7 +209,7 @@ _Tensors = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight and bias
 
 
 def _run(inputs: FusedInputs, kernel: LossKernel, tensors: _Tensors, scale: Tensor | None, *needs: bool) -> FusedResult:
-    """Compute losses and gradients with the tokens' weights `scale`, in the dtype of the products; see `run_chunks`."""
+    """Call `run_chunks` in the dtype of the products."""
     dtype = inputs.products
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         hidden, weight, bias = (None if x is None else x.to(dtype) for x in tensors)

@@ -78,12 +78,9 @@ def select_dimensions(importance: Tensor, count: int) -> Tensor:
 
 
 def check_same_rows(caller: str, student: Tensor, teacher: Tensor) -> None:
-    """Check that both are matrices with one row for each of the same examples or tokens."""
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
-        raise ShapeError(
-            f"{caller}: expected matrices [N, Hs] and [N, Ht] of the same N examples, got {list(student.shape)} and "
-            f"{list(teacher.shape)}."
-        )
+        got = f"{list(student.shape)} and {list(teacher.shape)}"
+        raise ShapeError(f"{caller}: expected matrices [N, Hs] and [N, Ht] of the same N examples, got {got}.")
 
 
 def _checked(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,22 +22,14 @@ def token_divergence(
 
         sum_v value_v(log q, log p),   q = softmax(student_logits / T),   p = softmax(teacher_logits / T)
 
-    With `SparseTargets` the sum runs over K + 1 events: the K tokens, and all others together.
-
-    Args:
-        student_logits: [..., V], any float dtype; computed in float32 (float64 for float64).
-        targets: the teacher's, over the same V and leading shape. No gradient flows to it.
-        divergence: any `Divergence`, including your own subclass.
-        temperature: softmax temperature, > 0. No T^2 factor is applied here.
-
-    Returns:
-        [...] float32 (float64), nats, unmasked, unreduced.
+    With `SparseTargets` the sum runs over K + 1 events: the K tokens, and all others together. From logits [..., V],
+    any float dtype, and targets over the same V and positions, without a gradient to them, to [...] float32 (float64
+    for float64), nats, unmasked, unreduced, without a T^2 factor.
 
     Raises:
         VocabularyError: the vocabularies differ.
-        ShapeError: the leading shapes differ; the temperature is not positive, or not that of sparse targets; sampled
-            targets with a divergence that they would bias; or the divergence is infinite because the teacher rules out
-            (-inf) a token that the student does not.
+        ShapeError: the positions differ; T is not positive, or not that of sparse targets; sampled targets with a
+            divergence that they would bias; or the teacher rules out (-inf) a token and the divergence is infinite.
 
     >>> from potstill.losses.divergences import ReverseKL
     >>> from potstill.losses.targets import DenseTargets
@@ -77,10 +69,7 @@ def unchecked_divergence(
 
 
 def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor, caller: str) -> Tensor:
-    """Return `value` [...] with the precomputed derivative `gradient` in `inputs`, [...] or [..., V] both.
-
-    `caller` is named in the error of a second derivative.
-    """
+    """Return `value` [...] with the precomputed derivative `gradient` in `inputs`, [...] or [..., V] both."""
     result: Tensor = _PrecomputedGradient.apply(inputs, value, gradient, caller)  # type: ignore[no-untyped-call]
     return result
 
@@ -177,10 +166,7 @@ def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
 def dense_divergence_(
     student: Tensor, teacher: Tensor, divergence: Divergence, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the divergence [...] of logits over T [..., V], and its gradient in the student's.
-
-    Both become log-probabilities.
-    """
+    """Compute the divergence [...] of logits over T [..., V], which become log-probabilities, and its gradient."""
     log_q, log_p = log_softmax_(student), log_softmax_(teacher)
     terms, slope = divergence.pointwise(log_q, log_p)
     gradient = log_q.exp().mul_(-slope.sum(-1, keepdim=True)).add_(slope) if needs_gradient else None
@@ -198,7 +184,7 @@ def event_divergence_(
 ) -> Tensor:
     """Compute the divergence [...] over K + 1 events from the student's logits over T, [..., V] float32 or float64.
 
-    The logits become `weight` times the gradient in them, or what does not matter if it is None:
+    The logits are overwritten, with `weight` times the gradient in them unless it is None:
 
         dD/dz_v = gradient_v for the K tokens,   share_v * gradient_rest for all others
 
@@ -245,11 +231,7 @@ def label_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
 def token_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the cross-entropy with hard labels, per token: [N] float32 (float64), nats.
 
-        -log softmax(student_logits)[label]
-
-    Args:
-        student_logits: [N, V], any float dtype; computed in float32 (float64 for float64).
-        labels: [N] token ids; the loss of -100 is 0, without a gradient.
+    -log softmax(student_logits)[label], from logits [N, V] of any float dtype; 0 without a gradient for the label -100.
     """
     logits = student_logits.to(compute_dtype(student_logits.dtype))
     return torch.nn.functional.cross_entropy(logits, labels.long(), reduction="none", ignore_index=IGNORE)
@@ -258,13 +240,10 @@ def token_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
 def token_mean(values: Tensor, weights: Tensor | None = None, normalizer: Tensor | float | None = None) -> Tensor:
     """Compute the weighted mean over tokens, 0 with a gradient of 0 for N = 0. No other place divides by their number.
 
-        sum_n w_n x_n / normalizer
+        sum_n w_n x_n / normalizer,   values x [N], weights w [N] or None for ones
 
-    Args:
-        values: [N], at the target positions.
-        weights: [N], or None for ones.
-        normalizer: the divisor: the number (or weight) of all target tokens in the optimiser step, over ranks and
-            accumulation steps. Default: the sum of the weights here, at least 1.
+    The normalizer is the number (or weight) of all target tokens in the optimiser step, over ranks and accumulation
+    steps; by default the sum of the weights here, at least 1.
     """
     total = (values if weights is None else values * weights).sum()
     if normalizer is None:
