@@ -18,8 +18,7 @@ from potstill.models.structure import layer_lists
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# Smooth inverse frequency: tokens more frequent than this weigh less at the start (Arora et al. 2017, section 3).
-FREQUENT = 1e-3
+FREQUENT = 1e-3  # smooth inverse frequency: more frequent tokens weigh less at first (Arora et al. 2017, section 3)
 
 
 def require_sentence_transformers(key: str) -> None:
@@ -117,10 +116,8 @@ def _keep_layers(body: Any, number: int) -> None:
     total = getattr(getattr(body, "config", None), "num_hidden_layers", 0)
     lists = layer_lists(body)
     if len(lists) != 1 or not 1 <= number <= total:
-        raise ModelError(
-            f"student.encoder.layers: expected 1 to {total} layers of a transformer, got {number}. "
-            "Start from a sentence-transformers model whose first module is a transformer."
-        )
+        hint = "Start from a sentence-transformers model whose first module is a transformer."
+        raise ModelError(f"student.encoder.layers: expected 1 to {total} layers of a transformer, got {number}. {hint}")
     ((path, layers),) = lists
     kept = torch.linspace(0, total - 1, number).round().long().tolist() if number > 1 else [0]
     parent, _, name = path.rpartition(".")

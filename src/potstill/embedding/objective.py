@@ -17,7 +17,7 @@ Focus = Literal["local", "balanced", "global"]
 FOCUSES: tuple[Focus, ...] = get_args(Focus)
 
 TEMPERATURE = 0.05
-# Weight of the rank error beside the divergence of near neighbours; chosen on STS-B's dev split.
+# Weight of the rank error; chosen on STS-B's dev split.
 RANK_WEIGHT: dict[Focus, float] = {"local": 0.0, "balanced": 3.0, "global": 30.0}
 # The PCA that is best for each focus before any training.
 START: dict[Focus, PCAKind] = {"local": "whitened", "balanced": "centred", "global": "uncentred"}

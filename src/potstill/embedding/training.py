@@ -147,16 +147,12 @@ class EmbeddingDistiller(Record):
             if self.student.reads_text != (given is not None):
                 raise DataError(f"EmbeddingDistiller: expected {name} {rule} a TextStudent.")
             if given is not None and len(given) != rows:
-                raise DataError(
-                    f"EmbeddingDistiller: expected as many {name} as the teacher has vectors, got {len(given)} texts "
-                    f"and {rows} vectors. Row i of both must be the same text."
-                )
+                got = f"{len(given)} texts and {rows} vectors. Row i of both must be the same text."
+                raise DataError(f"EmbeddingDistiller: expected as many {name} as the teacher has vectors, got {got}")
         width = self.student.inputs or vectors.dimensions
         if vectors.dimensions != width or held_out.shape[1] != width:
-            raise ShapeError(
-                f"EmbeddingDistiller: expected vectors of {width} dimensions, got {vectors.dimensions} to learn from "
-                f"and {held_out.shape[1]} held out."
-            )
+            got = f"{vectors.dimensions} to learn from and {held_out.shape[1]} held out"
+            raise ShapeError(f"EmbeddingDistiller: expected vectors of {width} dimensions, got {got}.")
 
 
 STATEFUL = ("student", "decoder", "optimizer")

@@ -31,7 +31,7 @@ class VectorArray(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int) -> Tensor:
-        """Copy rows into a [stop - start, H] float32 tensor."""
+        """Copy rows into a tensor [stop - start, H], float32."""
 
     def sample(self, max_rows: int) -> Tensor:
         """Read at most `max_rows` rows, in up to 64 evenly spaced pieces."""
@@ -122,10 +122,8 @@ def open_vectors(path: str | Path, key: str | None = None) -> VectorArray:
     openers = {".npy": _open_npy, ".safetensors": _open_safetensors, ".pt": _open_torch, ".pth": _open_torch}
     suffix = path.suffix.lower()
     if suffix not in openers:
-        raise DataError(
-            f"vectors: expected a file that ends in {', '.join(openers)}, got {path.name}. "
-            "Save the matrix with numpy.save, or as safetensors."
-        )
+        hint = "Save the matrix with numpy.save, or as safetensors."
+        raise DataError(f"vectors: expected a file that ends in {', '.join(openers)}, got {path.name}. {hint}")
     try:
         return openers[suffix](path, key)
     except DataError:
@@ -172,7 +170,6 @@ def _open_torch(path: Path, key: str | None) -> VectorArray:
 
 
 def _choose(names: list[str], key: str | None, path: Path) -> str:
-    """Choose one of the matrices of a file: `key`, one with a usual name, or the only one."""
     usual = ("embeddings", "vectors", "X", *(names if len(names) == 1 else ()))
     for name in usual if key is None else (key,):
         if name in names:

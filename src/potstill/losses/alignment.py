@@ -90,10 +90,7 @@ def target_positions(labels: Tensor, task: Task = "causal") -> Tensor:
 
 
 def align(labels: Tensor, task: Task = "causal", weights: Tensor | None = None) -> Alignment:
-    """Find a batch's `target_positions` and what each should predict.
-
-    `weights`, of the shape of the labels and not shifted either, are those of each target in means over tokens.
-    """
+    """Find a batch's `target_positions` and what each should predict; `weights` are not shifted either."""
     rows, columns = target_positions(labels, task).nonzero(as_tuple=True)
     if labels.ndim == 1:
         return Alignment(rows, labels[rows], 1, None if weights is None else weights[rows])

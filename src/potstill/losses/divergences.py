@@ -205,10 +205,9 @@ class AlphaBeta(Divergence):
 
     def __post_init__(self) -> None:
         if not (self.alpha >= 0 and self.beta >= 0 and 0 < self.alpha + self.beta < math.inf):
-            raise ShapeError(
-                f"AlphaBeta: expected alpha >= 0, beta >= 0 and not both 0, got alpha={self.alpha}, "
-                f"beta={self.beta}. Negative powers are infinite where a token has no probability."
-            )
+            got = f"alpha={self.alpha}, beta={self.beta}"
+            hint = "Negative powers are infinite where a token has no probability."
+            raise ShapeError(f"AlphaBeta: expected alpha >= 0, beta >= 0 and not both 0, got {got}. {hint}")
 
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         # Both forms are the definition, with 1 = alpha/s + beta/s moved inside the bracket. Each is used where it

@@ -109,9 +109,8 @@ def linear_cross_entropy(hidden: Tensor, head: LMHead, labels: Tensor, **options
 def _check(inputs: FusedInputs) -> None:
     hidden, labels, width, V = inputs.hidden, inputs.labels, inputs.head.weight.shape[1], inputs.head.vocabulary
     if hidden.ndim != 2 or hidden.shape[1] != width:
-        raise ShapeError(
-            f"linear_divergence: expected hidden of shape [N, {width}], the head's width, got {list(hidden.shape)}."
-        )
+        expected = f"hidden of shape [N, {width}], the head's width"
+        raise ShapeError(f"linear_divergence: expected {expected}, got {list(hidden.shape)}.")
     N, targets, divergence = len(hidden), inputs.targets, inputs.divergence
     if (targets is None) != (divergence is None) or (targets is None and labels is None):
         raise ShapeError("linear_divergence: expected targets and a divergence, or neither of them and labels.")
@@ -125,10 +124,8 @@ def _check(inputs: FusedInputs) -> None:
     if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise ShapeError(f"linear_divergence: expected labels of an integer dtype, got {labels.dtype}.")
     if labels is not None and ((labels < 0) & (labels != IGNORE) | (labels >= V)).any():
-        ids = labels[labels != IGNORE]
-        raise ShapeError(
-            f"linear_divergence: expected labels in 0..{V - 1} or -100, got {int(ids.min())}..{int(ids.max())}."
-        )
+        low, high = labels[labels != IGNORE].aminmax()
+        raise ShapeError(f"linear_divergence: expected labels in 0..{V - 1} or -100, got {int(low)}..{int(high)}.")
     if inputs.reduction not in ("mean", "none"):
         raise ShapeError(f'linear_divergence: expected reduction "mean" or "none", got {inputs.reduction!r}.')
     if inputs.chunk_tokens is not None and inputs.chunk_tokens < 1:
@@ -155,9 +152,8 @@ def _loss(inputs: FusedInputs, divergence: Tensor | None, cross_entropy: Tensor 
 def _kernel(backend: str, inputs: FusedInputs) -> LossKernel:
     """Choose the fastest kernel that the backend allows."""
     if backend not in ("auto", "chunked", "triton"):
-        raise ShapeError(
-            f'linear_divergence: expected backend "auto", "eager", "chunked" or "triton", got {backend!r}.'
-        )
+        expected = '"auto", "eager", "chunked" or "triton"'
+        raise ShapeError(f"linear_divergence: expected backend {expected}, got {backend!r}.")
     device, single = inputs.hidden.device.type, compute_dtype(inputs.products) == torch.float32
     divergence, sparse = inputs.divergence, isinstance(inputs.targets, SparseTargets)
     if backend != "triton" and not (backend == "auto" and device == "cuda" and single):
@@ -172,15 +168,12 @@ def _kernel(backend: str, inputs: FusedInputs) -> LossKernel:
             'Install it (pip install triton), or use backend "chunked".'
         ) from None
     if device != "cuda" and not kernel_triton.INTERPRETED:
-        raise ShapeError(
-            f'linear_divergence: expected CUDA tensors for backend "triton", got {device}. Use backend "chunked".'
-        )
+        got = f'{device}. Use backend "chunked".'
+        raise ShapeError(f'linear_divergence: expected CUDA tensors for backend "triton", got {got}')
     if single and (kernel := kernel_triton.triton_kernel(divergence, sparse)) is not None:
         return kernel
-    name = type(divergence).__name__ if single else "float64"
-    warnings.warn(
-        f"linear_divergence: {name} has no Triton kernel; the chunked backend is used.", UserWarning, stacklevel=3
-    )
+    without = f"{type(divergence).__name__ if single else 'float64'} has no Triton kernel"
+    warnings.warn(f"linear_divergence: {without}; the chunked backend is used.", UserWarning, stacklevel=3)
     return TorchKernel()
 
 

@@ -70,10 +70,8 @@ def dimension_importance(gradients: Tensor) -> Tensor:
 def select_dimensions(importance: Tensor, count: int) -> Tensor:
     """Select the `count` most important dimensions, in rising order: [count] int64."""
     if not 0 < count <= importance.numel():
-        raise ShapeError(
-            f"select_dimensions: expected a count in 1..{importance.numel()}, the teacher's width, got {count}. "
-            "A wider student needs a projection."
-        )
+        expected = f"a count in 1..{importance.numel()}, the teacher's width"
+        raise ShapeError(f"select_dimensions: expected {expected}, got {count}. A wider student needs a projection.")
     return importance.topk(count).indices.sort().values
 
 
@@ -85,10 +83,9 @@ def check_same_rows(caller: str, student: Tensor, teacher: Tensor) -> None:
 
 def _checked(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.shape != teacher.shape:
-        raise ShapeError(
-            f"{caller}: expected hidden states of one shape, got {list(student.shape)} and {list(teacher.shape)}. "
-            "Project the student's, select dimensions of the teacher's, or use linear_cka."
-        )
+        got = f"{list(student.shape)} and {list(teacher.shape)}"
+        hint = "Project the student's, select dimensions of the teacher's, or use linear_cka."
+        raise ShapeError(f"{caller}: expected hidden states of one shape, got {got}. {hint}")
     return in_compute_dtype(student, teacher)
 
 

@@ -266,7 +266,7 @@ class MixtureTargets(_PositionTargets):
                 f"MixtureTargets: expected members with full distributions for {expected}, got {got}. {hint}"
             )
         positions = [list(member.leading) for member in self.members]
-        if any(shape != positions[0] for shape in positions):
+        if positions != positions[:1] * len(positions):
             raise ShapeError(f"MixtureTargets: expected members of the same positions, got {positions}.")
         if len(set(sizes)) > 1:
             hint = "If heads are only padded, slice each to the shared real size with slice(n) first."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,8 +70,7 @@ def unchecked_divergence(
 
 def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor, caller: str) -> Tensor:
     """Return `value` [...] with the precomputed derivative `gradient` in `inputs`, [...] or [..., V] both."""
-    result: Tensor = _PrecomputedGradient.apply(inputs, value, gradient, caller)  # type: ignore[no-untyped-call]
-    return result
+    return cast(Tensor, _PrecomputedGradient.apply(inputs, value, gradient, caller))  # type: ignore[no-untyped-call]
 
 
 class _PrecomputedGradient(torch.autograd.Function):
@@ -130,11 +129,9 @@ def check_finite(caller: str, values: Tensor, divergence: Divergence) -> None:
     """Raise an error if a divergence is infinite by definition."""
     # q (log q - log p) with log p = LOG_ZERO exceeds 1e9, and no divergence of finite logits comes near it.
     if (values.detach() > 1e9).any():
-        raise ShapeError(
-            f"{caller}: expected a finite {type(divergence).__name__}, got inf: teacher and student rule "
-            "out (-inf) different tokens. Use a bounded divergence (JSD, SkewForwardKL, SkewReverseKL), or slice "
-            "those tokens off."
-        )
+        expected = f"{caller}: expected a finite {type(divergence).__name__}, got inf"
+        hint = "Use a bounded divergence (JSD, SkewForwardKL, SkewReverseKL), or slice those tokens off."
+        raise ShapeError(f"{expected}: teacher and student rule out (-inf) different tokens. {hint}")
 
 
 def log_softmax_(logits: Tensor) -> Tensor:
