@@ -104,8 +104,5 @@ def causal_alignment(labels: Tensor) -> Alignment:
 
 
 def attended_positions(batch: Mapping[str, Tensor], task: Task = "causal") -> Tensor:
-    """Find the positions whose hidden states and attention are compared: [B, T] bool, by attention_mask and labels.
-
-    These are all but padding, prompts included. Rows without a target are left out: they only fill up batches.
-    """
+    """Find the tokens whose layers are compared, [B, T] bool: all but padding and rows without a target."""
     return batch["attention_mask"].bool() & target_positions(batch["labels"], task).any(1, keepdim=True)

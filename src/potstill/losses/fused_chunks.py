@@ -1,9 +1,4 @@
-"""Algorithm of `linear_divergence`: chunks of tokens times the whole vocabulary, gradient in the forward pass.
-
-For each chunk of tokens the logits of student and teacher go into two buffers. A kernel computes normalisers, loss and
-gradient in place, from which those of hidden states, weight and bias follow. Nothing is computed twice, and nothing
-of size [N, V] exists.
-"""
+"""Algorithm of `linear_divergence`: a kernel turns logits of a chunk of tokens into losses and gradient in place."""
 
 from __future__ import annotations
 

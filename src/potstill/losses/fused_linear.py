@@ -99,10 +99,7 @@ def linear_divergence(
 
 
 def linear_cross_entropy(hidden: Tensor, head: LMHead, labels: Tensor, **options: Any) -> FusedLoss:
-    """Compute the cross-entropy of hard labels without the logits: `linear_divergence` without a teacher.
-
-    The options are token_weights, normalizer, reduction, backend and chunk_tokens of `linear_divergence`.
-    """
+    """Compute the cross-entropy of hard labels without the logits, with the options of `linear_divergence`."""
     return linear_divergence(hidden, head, None, None, labels=labels, label_weight=1.0, **options)
 
 
@@ -283,13 +280,12 @@ class _Fused(torch.autograd.Function):
 
 
 def _scale(scale: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Split the tokens' weights in the logits' gradient into weights of order 1 and a factor applied to the sums.
+    """Split the tokens' weights into weights of order 1 and a factor of the sums.
 
-    In half precision a weight as small as 1 / normalizer would underflow the gradients, so the factor is applied in
-    float32 at the end. float16 keeps room for the sum over a chunk of tokens. In float32 there is no factor.
+    In half precision a weight as small as 1 / normalizer would underflow the gradients.
     """
     if products.itemsize >= 4 or not len(scale):
         return scale, None
-    room = 16 if products == torch.float16 else 1
+    room = 16 if products == torch.float16 else 1  # for the sum over a chunk of tokens
     largest = room * scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     return scale / largest, largest

@@ -36,10 +36,7 @@ class NativeKernel(LossKernel):
 
 @lru_cache(maxsize=256)
 def native_kernel(divergence: Divergence | None, sparse: bool) -> LossKernel | None:
-    """Compile kernel_native.c for a divergence (None: cross-entropy alone) and dense or sparse targets.
-
-    Returns None if there is no C compiler, or the formula is more than elementary arithmetic.
-    """
+    """Compile kernel_native.c; None without a C compiler, or for a formula that is more than elementary arithmetic."""
     formula = None if divergence is None or sparse else trace_formula(divergence)
     if formula is None and divergence is not None and not sparse:
         return None

@@ -1,8 +1,4 @@
-"""Loss kernel for CUDA: one Triton program per row, in place, in the dtype of the logits.
-
-A row of logits is read three times: for both normalisers, for the loss and the sum of its slope, and for the gradient.
-All arithmetic is float32. The formula is traced from `Divergence.pointwise`.
-"""
+"""Loss kernel for CUDA: one Triton program per row, in float32, which reads a row three times."""
 
 # Triton decides the types of a kernel's arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

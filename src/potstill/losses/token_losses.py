@@ -135,10 +135,7 @@ def check_finite(caller: str, values: Tensor, divergence: Divergence) -> None:
 
 
 def log_softmax_(logits: Tensor) -> Tensor:
-    """Compute log_softmax in place, of logits [..., V] in float32 or float64.
-
-    -inf becomes `LOG_ZERO`. In a row of nothing but -inf all probabilities are 0.
-    """
+    """Compute log_softmax in place; -inf becomes `LOG_ZERO`, and a row of nothing but -inf has probabilities of 0."""
     top = logits.clamp_min_(LOG_ZERO).amax(-1, keepdim=True)
     empty = top <= LOG_ZERO
     logits.sub_(top.masked_fill_(empty, 0.0))
@@ -150,10 +147,7 @@ Exponentials = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrite logits [..., V] with exp(logit - largest); return the largest and the sum of these, [..., 1] each.
-
-    In a row of nothing but -inf the largest logit is `LOG_ZERO` and the sum 1.
-    """
+    """Overwrite logits [..., V] with exp(logit - largest); return the largest (`LOG_ZERO` if none) and the sum."""
     top = logits.clamp_min_(LOG_ZERO).amax(-1, keepdim=True)
     empty = top <= LOG_ZERO
     total = logits.sub_(top.masked_fill(empty, 0.0)).exp_().sum(-1, keepdim=True)
