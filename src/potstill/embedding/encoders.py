@@ -69,8 +69,7 @@ EmbeddingModel = VectorHead | TextStudent
 def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextStudent:
     """Make the fastest student: a vector for each token, whose mean is the vector of a text.
 
-    A token starts as the mean of `start` [N, d], the first vectors of the N texts, over the texts that contain it,
-    smaller if it is frequent. A token that is in no text starts, and stays, at 0. The tokenizer is a fast one.
+    A token starts as the mean of `start` [N, d] over the texts that contain it, smaller if it is frequent; else at 0.
     """
     require_sentence_transformers("student.static")
     from sentence_transformers import SentenceTransformer

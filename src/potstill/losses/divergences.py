@@ -219,13 +219,10 @@ class AlphaBeta(Divergence):
 
 
 def _power_difference(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
-    """Compute y^share x^(total-share) - x^total.
-
-    The step is share * (log y - log x), not a difference of two exponents, which for a small share is all rounding.
-    """
+    """Compute y^share x^(total-share) - x^total."""
     base = total * log_x
     mixed = share * log_y if share == total else share * log_y + (total - share) * log_x
-    step = share * (log_y - log_x)
+    step = share * (log_y - log_x)  # a difference of two exponents would be all rounding for a small share
     return torch.where(step.abs() < 0.5, base.exp() * torch.expm1(step), mixed.exp() - base.exp())
 
 

@@ -71,16 +71,11 @@ class LossKernel(ABC):
     def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> None: ...
 
 
-# Divergence and cross-entropy by token [N], and the gradients of sum_n scale_n loss_n in hidden, weight and bias.
-FusedResult = tuple[Tensor | None, ...]
+FusedResult = tuple[Tensor | None, ...]  # divergence and cross-entropy [N]; gradients in hidden, weight and bias
 
 
 def run_chunks(inputs: FusedInputs, kernel: LossKernel, scale: Tensor | None, *needs: bool) -> FusedResult:
-    """Compute losses and gradients chunk by chunk; without `chunk_tokens` the chunks follow from the byte budget.
-
-    `scale`, [N], weights each token in the gradient; None for no gradient. `needs` is whether hidden, weight and bias
-    need one.
-    """
+    """Compute losses, and with a `scale` [N] the gradients of sum_n scale_n loss_n that hidden, weight, bias need."""
     head, targets, products, device = inputs.head, inputs.targets, inputs.products, inputs.hidden.device
     (N, H), V, total = inputs.hidden.shape, head.vocabulary, compute_dtype(products)
     buffer = products if kernel.takes_half else total

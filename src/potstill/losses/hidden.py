@@ -60,10 +60,7 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def dimension_importance(gradients: Tensor) -> Tensor:
-    """Estimate [H], how much a task's loss depends on each dimension of hidden states, from its gradients [N, H].
-
-    1/N sum_n abs(dL/dh_n); Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155.
-    """
+    """Compute 1/N sum_n abs(dL/dh_n), [H], from gradients [N, H]; Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155."""
     return gradients.to(compute_dtype(gradients.dtype)).abs().sum(0) / max(len(gradients), 1)
 
 
