@@ -21,7 +21,7 @@ from potstill.losses.kernel_formula import trace_formula
 from potstill.losses.kernel_native import native_kernel
 from potstill.losses.kernel_torch import TorchKernel
 from potstill.losses.targets import DenseTargets, LMHead
-from potstill.losses.token_losses import exponentials_
+from potstill.losses.token_losses import compute_dtype, exponentials_
 from reference import DIVERGENCES
 
 every_divergence = pytest.mark.parametrize("divergence", [None, *DIVERGENCES], ids=str)
@@ -47,10 +47,11 @@ def through(
         each.copy_(values)
     ids = torch.randint(0, V, (rows,), generator=torch.Generator().manual_seed(2)).index_fill_(0, torch.tensor(4), -100)
     job = FusedInputs(torch.empty(0, 1), LMHead(torch.empty(V, 1)), None, divergence, temperature, None, 0.3)
+    losses = [torch.zeros(rows, dtype=compute_dtype(dtype)) if x else None for x in (divergence, labels)]
     chunk = ChunkBuffers(
-        logits[0], None if divergence is None else logits[1], scale.to(dtype), ids if labels else None, None, None
+        logits[0], logits[1] if divergence else None, scale.to(compute_dtype(dtype)), ids if labels else None, *losses
     )
-    losses = kernel(chunk, job)
+    kernel(chunk, job)
     return [x.double() for x in (*losses, chunk.student) if x is not None]
 
 

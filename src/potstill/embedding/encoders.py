@@ -18,23 +18,17 @@ from potstill.models.structure import layer_lists
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# Smooth inverse frequency: tokens more frequent than this weigh less at the start (Arora et al. 2017, section 3).
-FREQUENT = 1e-3
+FREQUENT = 1e-3  # smooth inverse frequency: more frequent tokens weigh less at first (Arora et al. 2017, section 3)
 
 
 def require_sentence_transformers(key: str) -> None:
     if importlib.util.find_spec("sentence_transformers") is None:
-        raise UserError(
-            f"{key}: expected the package sentence-transformers, got none. Install it with "
-            "pip install 'potstill[embeddings]'."
-        )
+        hint = "Install it with pip install 'potstill[embeddings]'."
+        raise UserError(f"{key}: expected the package sentence-transformers, got none. {hint}")
 
 
 def load_embedder(path: str, key: str) -> SentenceTransformer:
-    """Load a sentence-transformers model, from a folder or the hub: safetensors only, no remote code.
-
-    `key` is that of the recipe, for errors.
-    """
+    """Load a sentence-transformers model, from a folder or the hub: safetensors only, no remote code."""
     require_sentence_transformers(key)
     from sentence_transformers import SentenceTransformer
 
@@ -66,7 +60,6 @@ class TextStudent(nn.Module):
         return vectors
 
     def save(self, folder: str | Path) -> None:
-        """Write a sentence-transformers folder, which `SentenceTransformer(folder)` loads."""
         self.model.save_pretrained(str(folder), create_model_card=False)
 
 
@@ -76,8 +69,7 @@ EmbeddingModel = VectorHead | TextStudent
 def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextStudent:
     """Make the fastest student: a vector for each token, whose mean is the vector of a text.
 
-    A token starts as the mean of `start` [N, d], the first vectors of the N texts, over the texts that contain it,
-    smaller if it is frequent. A token that is in no text starts, and stays, at 0. The tokenizer is a fast one.
+    A token starts as the mean of `start` [N, d] over the texts that contain it, smaller if it is frequent; else at 0.
     """
     require_sentence_transformers("student.static")
     from sentence_transformers import SentenceTransformer
@@ -98,10 +90,7 @@ def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextS
 
 
 def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str], start: Tensor) -> TextStudent:
-    """Make a student of some evenly spaced layers of a transformer, mean pooling, and a linear map.
-
-    The map is fitted by ridge regression to `start` [N, d], the vectors of the N texts.
-    """
+    """Make a student of some layers, mean pooling, and a linear map: ridge regression to `start` [N, d], of N texts."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
@@ -126,10 +115,8 @@ def _keep_layers(body: Any, number: int) -> None:
     total = getattr(getattr(body, "config", None), "num_hidden_layers", 0)
     lists = layer_lists(body)
     if len(lists) != 1 or not 1 <= number <= total:
-        raise ModelError(
-            f"student.encoder.layers: expected 1 to {total} layers of a transformer, got {number}. "
-            "Start from a sentence-transformers model whose first module is a transformer."
-        )
+        hint = "Start from a sentence-transformers model whose first module is a transformer."
+        raise ModelError(f"student.encoder.layers: expected 1 to {total} layers of a transformer, got {number}. {hint}")
     ((path, layers),) = lists
     kept = torch.linspace(0, total - 1, number).round().long().tolist() if number > 1 else [0]
     parent, _, name = path.rpartition(".")

@@ -20,19 +20,15 @@ PCA_ROWS = 2**16  # that principal components are computed from
 
 
 class PCA(NamedTuple):
-    """Principal components of unit vectors."""
-
     mean: Tensor  # [H], zeros without centring
     components: Tensor  # [H, d], orthonormal, by falling variance
     variance: Tensor  # [d]
 
     @property
     def deviation(self) -> Tensor:
-        """[d]: the standard deviation along each component."""
         return self.variance.clamp_min(1e-12).sqrt()
 
     def project(self, vectors: Tensor, whiten: bool = False) -> Tensor:
-        """[N, H] to [N, d]."""
         projected = (normalize(vectors, dim=-1) - self.mean) @ self.components
         return projected / self.deviation if whiten else projected
 
@@ -82,7 +78,7 @@ class VectorHead(nn.Module):
         with torch.no_grad():
             head.map.weight.copy_(weight.T)
             head.map.bias.copy_(-(pca.mean @ weight))
-            if hidden:
+            if head.beside is not None:
                 first, _, last = cast(Any, head.beside)
                 first.weight.mul_(sample.shape[1] ** 0.5)  # the coordinates of unit vectors are small
                 nn.init.zeros_(last.weight)
@@ -90,7 +86,6 @@ class VectorHead(nn.Module):
         return head
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Compute the student's vectors, not normalized."""
         x = normalize(vectors, dim=-1)
         return self.map(x) if self.beside is None else self.map(x) + self.beside(x)
 
@@ -105,7 +100,6 @@ class VectorHead(nn.Module):
         return np.concatenate([np.empty((0, self.dimensions), dtype=np.float32), *blocks])
 
     def save(self, folder: str | Path) -> None:
-        """Write head.safetensors."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         with atomic_path(Path(folder) / "head.safetensors") as partial:
             save_file({name: value.contiguous() for name, value in self.state_dict().items()}, partial)

@@ -17,7 +17,7 @@ Focus = Literal["local", "balanced", "global"]
 FOCUSES: tuple[Focus, ...] = get_args(Focus)
 
 TEMPERATURE = 0.05
-# Weight of the rank error beside the divergence of near neighbours; chosen on STS-B's dev split.
+# Weight of the rank error; chosen on STS-B's dev split.
 RANK_WEIGHT: dict[Focus, float] = {"local": 0.0, "balanced": 3.0, "global": 30.0}
 # The PCA that is best for each focus before any training.
 START: dict[Focus, PCAKind] = {"local": "whitened", "balanced": "centred", "global": "uncentred"}
@@ -28,7 +28,7 @@ class EmbeddingObjective(Protocol):
 
     @property
     def focus(self) -> Focus:
-        """Decides which held-out measure selects the best epoch."""
+        """What selects the best epoch on the held-out vectors."""
 
     def __call__(self, student: Tensor, teacher: Tensor, heat: float = 1.0) -> Tensor:
         """Compute the loss of a batch: a scalar with a gradient to the student's vectors [B, d]."""
@@ -55,14 +55,13 @@ class PairObjective:
 
     def __call__(self, student: Tensor, teacher: Tensor, heat: float = 1.0) -> Tensor:
         """Compute the loss of a batch [B, d] and [B, H]; `heat` is a factor of both temperatures."""
+        temperature, weight = TEMPERATURE * heat, RANK_WEIGHT[self.focus]
 
-        def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        def loss(s: Tensor, t: Tensor) -> Tensor:
             # Cosines vary more in few dimensions, as 1 / sqrt(d): the ratio is 2 for 5 dimensions and 1.3 for 64.
-            ratio, temperature = 1 + math.sqrt(5 / student.shape[1]), TEMPERATURE * heat
-            divergence = embedding_divergence(
-                student, teacher, temperature=temperature, student_temperature=temperature * ratio
-            )
-            weight, divergence = RANK_WEIGHT[self.focus], heat**2 * divergence
-            return divergence + weight * rank_error(student, teacher) if weight else divergence
+            ratio = 1 + math.sqrt(5 / s.shape[1])
+            divergence = embedding_divergence(s, t, temperature=temperature, student_temperature=temperature * ratio)
+            divergence = heat**2 * divergence
+            return divergence + weight * rank_error(s, t) if weight else divergence
 
         return loss(student, teacher) if self.prefixes is None else matryoshka(loss, student, teacher, self.prefixes)

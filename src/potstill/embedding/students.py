@@ -45,10 +45,7 @@ class EmbeddingStudent(ChosenByKey, Declared):
 
     @abstractmethod
     def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> EmbeddingModel:
-        """Make the student with its first weights, the same at every call.
-
-        The texts of the teacher's vectors may be empty; the teacher is a sentence-transformers model, or None.
-        """
+        """Make the student with its first weights; `teacher` is a sentence-transformers model, or None."""
 
     def _pca_head(self, vectors: VectorArray, focus: Focus, seed: int, hidden: int = 0) -> VectorHead:
         sample, start = vectors.sample(PCA_ROWS), self.start or START[focus]

@@ -21,13 +21,10 @@ from potstill.errors import DataError, ServerError
 from potstill.losses.declared import Declared, Record
 
 BATCH = 64
-
 Encode = Callable[[Sequence[str]], Any]  # N texts to [N, H]
 
 
 class TextEncoder(NamedTuple):
-    """A loaded teacher that encodes text."""
-
     encode: Encode
     identity: str  # what the vectors depend on besides the texts
     model: Any = None  # the sentence-transformers model, if it is one
@@ -39,8 +36,7 @@ class EmbeddingTeacher(ChosenByKey, Declared):
     reads_text: ClassVar[bool] = True
 
     @abstractmethod
-    def load(self) -> TextEncoder | None:
-        """Load what encodes texts, if anything does."""
+    def load(self) -> TextEncoder | None: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,6 @@ class FileTeacher(EmbeddingTeacher):
         return None
 
     def open(self) -> tuple[VectorArray, VectorArray | None]:
-        """Open the vectors to learn from, and the held-out ones if they have a file of their own."""
         held_out = open_vectors(self.eval_vectors, self.key) if self.eval_vectors else None
         return open_vectors(self.vectors, self.key), held_out
 
@@ -114,7 +109,6 @@ def model_encoder(model: Any) -> Encode:
 
 
 def server_encoder(url: str, model: str) -> Encode:
-    """Encode texts by an OpenAI-style server: POST <url>/v1/embeddings."""
     client = JsonClient(url, key_variable=None, concurrency=4, timeout_s=120.0, attempts=4)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
@@ -129,10 +123,8 @@ def server_encoder(url: str, model: str) -> Encode:
         except (KeyError, TypeError, ValueError):
             matrix = np.empty(0)
         if matrix.ndim != 2 or len(matrix) != rows:
-            raise ServerError(
-                f"teacher.server: expected {rows} vectors of one length from {client.url}, got something else. "
-                "Check that the model is an embedding model."
-            )
+            expected, hint = f"{rows} vectors of one length", "Check that the model is an embedding model."
+            raise ServerError(f"teacher.server: expected {expected} from {client.url}, got something else. {hint}")
         return matrix
 
     return encode
@@ -144,10 +136,7 @@ def encode_texts(
     folder: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VectorArray:
-    """Encode texts into a .npy file, which is named after the texts and the teacher and reused if it exists.
-
-    `on_progress` is called with the number of texts that are encoded, and of all.
-    """
+    """Encode texts into a .npy file, which is named after the texts and the teacher and reused if it exists."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(json.dumps([encoder.identity, *texts]).encode()).hexdigest()[:24]}.npy"
     if path.exists():

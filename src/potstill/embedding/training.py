@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -36,13 +36,14 @@ class Epoch:
 
     def as_dict(self) -> dict[str, Any]:
         """One flat line of metrics.jsonl."""
-        return {name: value for name, value in vars(self).items() if name != "metrics"} | asdict(self.metrics)
+        line = vars(self) | vars(self.metrics)
+        del line["metrics"]
+        return line
 
     @classmethod
     def from_dict(cls, line: dict[str, Any]) -> Self:
-        """Read what `as_dict` returns."""
-        metrics = {field.name: line.pop(field.name) for field in fields(SpaceScores)}
-        return cls(**line, metrics=SpaceScores(**metrics))
+        metrics = SpaceScores(**{field.name: line.pop(field.name) for field in fields(SpaceScores)})
+        return cls(**line, metrics=metrics)
 
 
 @dataclass
@@ -91,17 +92,12 @@ class EmbeddingDistiller(Record):
         on_step: Callable[[int, int, float], None] = lambda done, total, loss: None,
         on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     ) -> list[Epoch]:
-        """Train the student in place.
+        """Train the student in place and return all epochs, the start first.
 
-        Args:
-            teacher: [N, H], in memory or on disk.
-            held_out: [M, H], at least 3 rows, for selecting the best epoch.
-            texts: the N texts, for a student that reads text; held_out_texts are the M held-out ones.
-            evaluator: of the held-out vectors, if human scores are measured too.
-            checkpoints: a folder for stage-1.pt, stage-2.pt, ...; training resumes from the last one in it.
-            on_step: called with the steps done, the steps in all, and the loss.
-
-        Returns all epochs, the start first. Raises `DivergedError` if the loss is NaN or infinite.
+        The teacher's vectors are [N, H], the held-out ones, [M, H], at least 3; a student that reads text needs the
+        texts of both. An evaluator is given to measure human scores too. `checkpoints` is a folder for stage-1.pt, ...;
+        training resumes from the last one in it. `on_step` is called with the steps done, all steps, and the loss.
+        Raises `DivergedError` if the loss is NaN or infinite.
         """
         vectors = as_vector_array(teacher)
         self._check_inputs(vectors, held_out, texts, held_out_texts)
@@ -151,16 +147,15 @@ class EmbeddingDistiller(Record):
             if self.student.reads_text != (given is not None):
                 raise DataError(f"EmbeddingDistiller: expected {name} {rule} a TextStudent.")
             if given is not None and len(given) != rows:
-                raise DataError(
-                    f"EmbeddingDistiller: expected as many {name} as the teacher has vectors, got {len(given)} texts "
-                    f"and {rows} vectors. Row i of both must be the same text."
-                )
+                got = f"{len(given)} texts and {rows} vectors. Row i of both must be the same text."
+                raise DataError(f"EmbeddingDistiller: expected as many {name} as the teacher has vectors, got {got}")
         width = self.student.inputs or vectors.dimensions
         if vectors.dimensions != width or held_out.shape[1] != width:
-            raise ShapeError(
-                f"EmbeddingDistiller: expected vectors of {width} dimensions, got {vectors.dimensions} to learn from "
-                f"and {held_out.shape[1]} held out."
-            )
+            got = f"{vectors.dimensions} to learn from and {held_out.shape[1]} held out"
+            raise ShapeError(f"EmbeddingDistiller: expected vectors of {width} dimensions, got {got}.")
+
+
+STATEFUL = ("student", "decoder", "optimizer")
 
 
 class _Training:
@@ -172,13 +167,12 @@ class _Training:
         if plan.reconstruction:
             self.decoder = nn.Linear(plan.student.dimensions, teacher_dimensions).to(self.device)
         parameters = [*self.student.parameters(), *self.decoder.parameters()]
-        self.optimizer = torch.optim.Adam(parameters, lr=plan.learning_rate)
+        self.optimizer = torch.optim.Adam(parameters)
         self.history: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.best_score = -math.inf
 
     def step(self, inputs: Any, teacher: Tensor, heat: float, learning_rate: float) -> float:
-        """Take an optimizer step on a batch and return its loss."""
         teacher = teacher.to(self.device)
         student = self.student(inputs.to(self.device) if isinstance(inputs, Tensor) else inputs)
         loss = self.plan.objective(student, teacher, heat)
@@ -195,44 +189,38 @@ class _Training:
         return value
 
     def add(self, epoch: Epoch) -> None:
-        """Add an epoch to the history; copy the weights if they are the best so far."""
         self.history.append(epoch)
         if (score := self._score(epoch)) > self.best_score:
             self.best_score, self.best = score, copy.deepcopy(self.student.state_dict())
 
     def _score(self, epoch: Epoch) -> float:
-        close, all_pairs = epoch.metrics.close, epoch.metrics.all_pairs
-        scores = {"local": close, "global": all_pairs, "balanced": (close + all_pairs) / 2}
-        return scores[self.plan.objective.focus]
+        close, all_pairs, focus = epoch.metrics.close, epoch.metrics.all_pairs, self.plan.objective.focus
+        return close if focus == "local" else all_pairs if focus == "global" else (close + all_pairs) / 2
 
     def epochs_without_gain(self, stage: int) -> int:
-        """Count the epochs of a stage after its best one."""
         scores = [self._score(epoch) for epoch in self.history if epoch.stage == stage]
         return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in ("student", "decoder", "optimizer")}
-        state |= {"best": self.best, "best_score": self.best_score}
+        state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in STATEFUL}
+        state |= {"best": self.best, "best_score": self.best_score, "history": [x.as_dict() for x in self.history]}
         with atomic_path(path) as partial:
-            torch.save({**state, "history": [epoch.as_dict() for epoch in self.history]}, partial)
+            torch.save(state, partial)
 
     def load_last(self, folder: Path) -> None:
-        """Load the checkpoint of the last stage, if there is one."""
         path = max(folder.glob("stage-*.pt"), key=lambda path: int(path.stem.partition("-")[2]), default=None)
         if path is None:
             return
         try:
             state = torch.load(path, weights_only=True)
-            for name in ("student", "decoder", "optimizer"):
+            for name in STATEFUL:
                 getattr(self, name).load_state_dict(state[name])
             self.best, self.best_score = state["best"], state["best_score"]
             self.history = [Epoch.from_dict(line) for line in state["history"]]
         except Exception as error:
-            got = one_line(error, 200)
-            raise RunError(
-                f"checkpoints: expected {path} to be of this training, got: {got} Choose another folder."
-            ) from None
+            wrong = f"expected {path} to be of this training, got: {one_line(error, 200)} Choose another folder."
+            raise RunError(f"checkpoints: {wrong}") from None
 
 
 @torch.no_grad()

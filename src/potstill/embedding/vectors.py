@@ -25,16 +25,13 @@ class VectorArray(ABC):
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
         if len(shape) != 2 or not dtype.is_floating_point or not shape[1]:
-            raise DataError(
-                f"{name}: expected a matrix of floating-point numbers, a row a vector, got shape {list(shape)} of "
-                f"{str(dtype).removeprefix('torch.')}."
-            )
-        self.name = name
-        self.rows, self.dimensions = shape
+            got = f"shape {list(shape)} of {str(dtype).removeprefix('torch.')}"
+            raise DataError(f"{name}: expected a matrix of floating-point numbers, a row a vector, got {got}.")
+        self.name, (self.rows, self.dimensions) = name, shape
 
     @abstractmethod
     def read(self, start: int, stop: int) -> Tensor:
-        """Copy rows into a [stop - start, H] float32 tensor."""
+        """Copy rows into a tensor [stop - start, H], float32."""
 
     def sample(self, max_rows: int) -> Tensor:
         """Read at most `max_rows` rows, in up to 64 evenly spaced pieces."""
@@ -46,7 +43,6 @@ class VectorArray(ABC):
         return torch.cat([self.read(start, start + length) for start in starts])
 
     def blocks(self) -> Iterator[Tensor]:
-        """Read all rows in order, `BLOCK_ROWS` at a time."""
         for start in range(0, self.rows, BLOCK_ROWS):
             yield self.read(start, min(start + BLOCK_ROWS, self.rows))
 
@@ -76,8 +72,6 @@ class VectorArray(ABC):
 
 
 class TensorVectors(VectorArray):
-    """Vectors in memory, or in a tensor that is mapped from disk."""
-
     def __init__(self, values: Any, name: str = "vectors") -> None:
         self.tensor = torch.as_tensor(values)
         super().__init__(name, self.tensor.shape, self.tensor.dtype)
@@ -103,8 +97,6 @@ class FileVectors(VectorArray):
 
 
 class VectorSlice(VectorArray):
-    """Rows `start` to `stop` of other vectors."""
-
     def __init__(self, vectors: VectorArray, start: int, stop: int) -> None:
         super().__init__(vectors.name, (stop - start, vectors.dimensions), torch.float32)
         self.vectors, self.start = vectors, start
@@ -121,8 +113,7 @@ def open_vectors(path: str | Path, key: str | None = None) -> VectorArray:
     """Open a file of vectors: .npy, .safetensors or .pt; `key` is which tensor, if there are several.
 
     A .pt holds a matrix, or is a checkpoint with `embeddings` (or with a matrix in its `model_state`), which is read by
-    `torch.load(weights_only=True)`: code in it is refused. Raises `DataError` if the file is missing, has another
-    format, or holds no matrix of floating-point numbers.
+    `torch.load(weights_only=True)`: code in it is refused. Raises `DataError` if there is no such matrix.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -131,10 +122,8 @@ def open_vectors(path: str | Path, key: str | None = None) -> VectorArray:
     openers = {".npy": _open_npy, ".safetensors": _open_safetensors, ".pt": _open_torch, ".pth": _open_torch}
     suffix = path.suffix.lower()
     if suffix not in openers:
-        raise DataError(
-            f"vectors: expected a file that ends in {', '.join(openers)}, got {path.name}. "
-            "Save the matrix with numpy.save, or as safetensors."
-        )
+        hint = "Save the matrix with numpy.save, or as safetensors."
+        raise DataError(f"vectors: expected a file that ends in {', '.join(openers)}, got {path.name}. {hint}")
     try:
         return openers[suffix](path, key)
     except DataError:
@@ -147,11 +136,11 @@ def open_vectors(path: str | Path, key: str | None = None) -> VectorArray:
 
 def _open_npy(path: Path, key: str | None) -> VectorArray:
     array = np.lib.format.open_memmap(path, mode="r")  # reads the header alone
-    if not array.flags.c_contiguous or not array.dtype.isnative:
-        raise DataError(
-            f"vectors: expected the rows of {path.name} one after the other in native byte order, got {array.dtype}"
-            f"{'' if array.flags.c_contiguous else ' in columns'}. Save numpy.ascontiguousarray of it."
-        )
+    by_row = array.flags.c_contiguous
+    if not by_row or not array.dtype.isnative:
+        expected = f"the rows of {path.name} one after the other in native byte order"
+        got = f"{array.dtype}{'' if by_row else ' in columns'}"
+        raise DataError(f"vectors: expected {expected}, got {got}. Save numpy.ascontiguousarray of it.")
     dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
     return FileVectors(path, path.name, array.shape, dtype, array.offset)
 
@@ -174,14 +163,13 @@ def _open_torch(path: Path, key: str | None) -> VectorArray:
         return TensorVectors(content, path.name)
     content = content if isinstance(content, dict) else {}
     state = content.get("model_state")
-    named = (state if isinstance(state, dict) else {}) | content
+    named = state | content if isinstance(state, dict) else content
     matrices = {str(name): value for name, value in named.items() if isinstance(value, Tensor) and value.ndim == 2}
     chosen = _choose(list(matrices), key, path)
     return TensorVectors(matrices[chosen], f"{path.name}[{chosen}]")
 
 
 def _choose(names: list[str], key: str | None, path: Path) -> str:
-    """Choose one of the matrices of a file: `key`, one with a usual name, or the only one."""
     usual = ("embeddings", "vectors", "X", *(names if len(names) == 1 else ()))
     for name in usual if key is None else (key,):
         if name in names:
@@ -192,33 +180,25 @@ def _choose(names: list[str], key: str | None, path: Path) -> str:
 
 
 def check_vectors(vectors: VectorArray, dimensions: int) -> list[str]:
-    """Read all rows once and refuse vectors that a student of so many dimensions cannot be trained on.
-
-    Returns notes about repeated rows and fewer rows than dimensions.
-    """
+    """Refuse vectors that a student cannot be trained on; return notes about repeated and too few rows."""
     name, rows = vectors.name, vectors.rows
     if rows < 2:
         raise DataError(f"{name}: expected at least two rows, got {rows}. Similarity needs pairs.")
+    student = f"the student's {dimensions} dimensions"
     if dimensions >= vectors.dimensions:
-        raise DataError(
-            f"{name}: expected more than the student's {dimensions} dimensions, got {vectors.dimensions}. "
-            "Choose fewer with student.dimensions."
-        )
+        hint = "Choose fewer with student.dimensions."
+        raise DataError(f"{name}: expected more than {student}, got {vectors.dimensions}. {hint}")
     if rows <= dimensions:
-        raise DataError(
-            f"{name}: expected more rows than the student's {dimensions} dimensions, got {rows}. "
-            "Give more vectors, or choose fewer dimensions."
-        )
+        hint = "Give more vectors, or choose fewer dimensions."
+        raise DataError(f"{name}: expected more rows than {student}, got {rows}. {hint}")
     factors = np.random.default_rng(0).integers(0, 2**63, vectors.dimensions, dtype=np.uint64) | np.uint64(1)
     hashes: list[np.ndarray] = []
     for number, block in enumerate(vectors.blocks()):
         for bad, problem in ((~block.isfinite().all(1), "a NaN or infinite value"), (~block.any(1), "only zeros")):
             if bad.any():
-                row = number * BLOCK_ROWS + int(bad.nonzero()[0, 0])
-                raise DataError(
-                    f"{name}: expected finite numbers that are not all 0 in each row, got {problem} in row {row + 1} "
-                    f"of {rows}. Remove the row, here and in its text."
-                )
+                got = f"{problem} in row {number * BLOCK_ROWS + int(bad.nonzero()[0, 0]) + 1} of {rows}"
+                expected = "finite numbers that are not all 0 in each row"
+                raise DataError(f"{name}: expected {expected}, got {got}. Remove the row, here and in its text.")
         hashes.append((block.numpy().view(np.uint32) * factors).sum(1, dtype=np.uint64))
     distinct = len(np.unique(np.concatenate(hashes)))
     if distinct == 1:

@@ -90,10 +90,7 @@ def target_positions(labels: Tensor, task: Task = "causal") -> Tensor:
 
 
 def align(labels: Tensor, task: Task = "causal", weights: Tensor | None = None) -> Alignment:
-    """Find a batch's `target_positions` and what each should predict.
-
-    `weights`, of the shape of the labels and not shifted either, are those of each target in means over tokens.
-    """
+    """Find a batch's `target_positions` and what each should predict; `weights` are not shifted either."""
     rows, columns = target_positions(labels, task).nonzero(as_tuple=True)
     if labels.ndim == 1:
         return Alignment(rows, labels[rows], 1, None if weights is None else weights[rows])
@@ -107,8 +104,5 @@ def causal_alignment(labels: Tensor) -> Alignment:
 
 
 def attended_positions(batch: Mapping[str, Tensor], task: Task = "causal") -> Tensor:
-    """Find the positions whose hidden states and attention are compared: [B, T] bool, by attention_mask and labels.
-
-    These are all but padding, prompts included. Rows without a target are left out: they only fill up batches.
-    """
+    """Find the tokens whose layers are compared, [B, T] bool: all but padding and rows without a target."""
     return batch["attention_mask"].bool() & target_positions(batch["labels"], task).any(1, keepdim=True)

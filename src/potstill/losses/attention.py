@@ -106,10 +106,8 @@ def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor, heads: i
     nats, unreduced; tokens outside the mask are to be ignored. Wang et al. 2021, arXiv 2012.15828, section 3.1.
     """
     if student.shape[:2] != teacher.shape[:2] or mask.shape != student.shape[:2]:
-        raise ShapeError(
-            "relation_divergence: expected student, teacher and mask of the same [B, T], got "
-            f"{list(student.shape[:2])}, {list(teacher.shape[:2])} and {list(mask.shape)}."
-        )
+        got = f"{list(student.shape[:2])}, {list(teacher.shape[:2])} and {list(mask.shape)}"
+        raise ShapeError(f"relation_divergence: expected student, teacher and mask of the same [B, T], got {got}.")
     s, t = (_relations(x, mask, heads) for x in in_compute_dtype(student, teacher))
     return token_divergence(s, DenseTargets(t), ForwardKL()).mean(1)
 
@@ -118,9 +116,8 @@ def _relations(vectors: Tensor, mask: Tensor, heads: int) -> Tensor:
     """Compute the scores [B, A, T, T] of tokens for each other, -inf for tokens outside the mask."""
     width = vectors.shape[-1]
     if not 0 < heads <= width:
-        raise ShapeError(
-            f"relation_divergence: expected relation heads in 1..{width}, the narrower width, got {heads}."
-        )
+        expected = f"relation heads in 1..{width}, the narrower width"
+        raise ShapeError(f"relation_divergence: expected {expected}, got {heads}.")
     scores = [x @ x.transpose(1, 2) / x.shape[-1] ** 0.5 for x in vectors.tensor_split(heads, dim=-1)]
     present = mask.bool() | ~mask.bool().any(1, keepdim=True)  # an empty row keeps all, to stay finite
     return torch.stack(scores, 1).masked_fill(~present[:, None, None, :], float("-inf"))
@@ -128,10 +125,9 @@ def _relations(vectors: Tensor, mask: Tensor, heads: int) -> Tensor:
 
 def _checked(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.shape != teacher.shape or student.ndim != 4:
-        raise ShapeError(
-            f"{caller}: expected maps of one shape [B, A, T, T], got {list(student.shape)} and "
-            f"{list(teacher.shape)}. Bring the teacher's to the student's heads with match_heads."
-        )
+        got = f"{list(student.shape)} and {list(teacher.shape)}"
+        hint = "Bring the teacher's to the student's heads with match_heads."
+        raise ShapeError(f"{caller}: expected maps of one shape [B, A, T, T], got {got}. {hint}")
     return in_compute_dtype(student, teacher)
 
 

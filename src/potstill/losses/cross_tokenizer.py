@@ -29,22 +29,14 @@ def chunk_divergence(log_q: Tensor, log_p: Tensor, divergence: Divergence, *, te
         T * D((p, 1 - p), (q, 1 - q)),   p = P_teacher(chunk)^(1/T),   q = P_student(chunk)^(1/T)
 
     The factor T keeps the size when T changes: for a large T forward KL tends to l_p log(l_p / l_q) - l_p + l_q, with
-    l = -log P. T = 1 is the divergence between the two events themselves.
-
-    Args:
-        log_q: [C] the student's log-probabilities of the chunks, nats; at least float32.
-        log_p: [C] the teacher's. No gradient flows to it.
-        divergence: any, over the two events.
-        temperature: T, > 0.
-
-    Returns:
-        [C] nats, unreduced. Finite where the teacher gives probability 0 or 1, and where the student gives 1, which is
-        computed as 1 minus the rounding of a number near 1 (Minixhofer et al. 2025, ALM, arXiv 2503.20083).
+    l = -log P. T = 1 is the divergence between the two events themselves. From log-probabilities [C] of the chunks in
+    nats, the student's at least float32, without a gradient to the teacher's, and T > 0 to [C] nats, unreduced. Finite
+    where the teacher gives probability 0 or 1, and where the student gives 1, which is computed as 1 minus the rounding
+    of a number near 1 (Minixhofer et al. 2025, ALM, arXiv 2503.20083).
     """
     if log_q.shape != log_p.shape:
-        raise ShapeError(
-            f"chunk_divergence: expected one shape, got {list(log_q.shape)} for the student and {list(log_p.shape)}."
-        )
+        got = f"{list(log_q.shape)} for the student and {list(log_p.shape)}"
+        raise ShapeError(f"chunk_divergence: expected one shape, got {got}.")
     check_temperature("chunk_divergence", temperature)
     with torch.no_grad():
         q, p = (_events(x.to(compute_dtype(log_q.dtype)), temperature) for x in (log_q, log_p))
@@ -69,21 +61,13 @@ def sorted_distance(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
 
         sum_i |q_(i) - p_(i)|,   the shorter of both padded with 0
 
-    It is 0 for a student that gives the teacher's probabilities to other tokens.
-
-    Args:
-        student_logits: [..., V], any float dtype; computed in float32 (float64 for float64).
-        teacher_logits: [..., W]. No gradient flows to it.
-        temperature: softmax temperature of both, > 0.
-
-    Returns:
-        [...], in [0, 2], unreduced (Boizard et al. 2024, ULD, arXiv 2402.12030, section 3).
+    It is 0 for a student that gives the teacher's probabilities to other tokens. From logits [..., V] and [..., W],
+    computed in float32 (float64 for float64) without a gradient to the teacher, and the temperature > 0 of both to
+    [...] in [0, 2], unreduced (Boizard et al. 2024, ULD, arXiv 2402.12030, section 3).
     """
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
-        raise ShapeError(
-            f"sorted_distance: expected logits for the same positions, got {list(student_logits.shape)} and "
-            f"{list(teacher_logits.shape)}."
-        )
+        got = f"{list(student_logits.shape)} and {list(teacher_logits.shape)}"
+        raise ShapeError(f"sorted_distance: expected logits for the same positions, got {got}.")
     check_temperature("sorted_distance", temperature)
     scaled = (z.clamp_min(LOG_ZERO) / temperature for z in in_compute_dtype(student_logits, teacher_logits))
     q, p = (z.softmax(-1).sort(-1, descending=True).values for z in scaled)

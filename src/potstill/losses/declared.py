@@ -84,8 +84,8 @@ class Declared(Record, ABC):
     def changed(self, but: tuple[str, ...] = ()) -> list[str]:
         """Return each field that differs from its default, as `field value`."""
         fields = [field for field in dataclasses.fields(self) if field.name not in but]  # type: ignore[arg-type]
-        values = [(field, getattr(self, field.name)) for field in fields]
-        return [f"{field.name} {in_words(value)}" for field, value in values if value != field.default]
+        changed = [field.name for field in fields if getattr(self, field.name) != field.default]
+        return [f"{name} {in_words(getattr(self, name))}" for name in changed]
 
     @classmethod
     def read(cls, value: Any) -> Any:
@@ -99,8 +99,7 @@ class Declared(Record, ABC):
         from pydantic_core import core_schema as cs
 
         def fields(value: Any) -> Any:
-            if isinstance(value, str):
-                return {}
+            value = {} if isinstance(value, str) else value
             return {k: v for k, v in value.items() if k != cls.key} if isinstance(value, Mapping) else value
 
         def tag(value: Any) -> Any:
@@ -109,14 +108,10 @@ class Declared(Record, ABC):
             return name if name is None else in_tag(name)
 
         tag.__name__ = cls.key
-        choices: dict[Any, Any] = {
-            in_tag(name): cs.no_info_before_validator_function(fields, handler.generate_schema(kind))
-            for name, kind in cls.kinds.items()
-        }
+        before, kinds = cs.no_info_before_validator_function, cls.kinds.items()
+        choices: dict[Any, Any] = {in_tag(name): before(fields, handler.generate_schema(kind)) for name, kind in kinds}
         union = cs.tagged_union_schema(choices, tag)
-        return cs.no_info_before_validator_function(
-            cls.read, union, serialization=cs.wrap_serializer_function_ser_schema(cls._plain, schema=union)
-        )
+        return before(cls.read, union, serialization=cs.wrap_serializer_function_ser_schema(cls._plain, schema=union))
 
     @classmethod
     def shorthands(cls) -> list[dict[str, Any]]:

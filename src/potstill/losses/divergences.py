@@ -205,10 +205,9 @@ class AlphaBeta(Divergence):
 
     def __post_init__(self) -> None:
         if not (self.alpha >= 0 and self.beta >= 0 and 0 < self.alpha + self.beta < math.inf):
-            raise ShapeError(
-                f"AlphaBeta: expected alpha >= 0, beta >= 0 and not both 0, got alpha={self.alpha}, "
-                f"beta={self.beta}. Negative powers are infinite where a token has no probability."
-            )
+            got = f"alpha={self.alpha}, beta={self.beta}"
+            hint = "Negative powers are infinite where a token has no probability."
+            raise ShapeError(f"AlphaBeta: expected alpha >= 0, beta >= 0 and not both 0, got {got}. {hint}")
 
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         # Both forms are the definition, with 1 = alpha/s + beta/s moved inside the bracket. Each is used where it
@@ -220,13 +219,10 @@ class AlphaBeta(Divergence):
 
 
 def _power_difference(log_x: Tensor, log_y: Tensor, share: float, total: float) -> Tensor:
-    """Compute y^share x^(total-share) - x^total.
-
-    The step is share * (log y - log x), not a difference of two exponents, which for a small share is all rounding.
-    """
+    """Compute y^share x^(total-share) - x^total."""
     base = total * log_x
     mixed = share * log_y if share == total else share * log_y + (total - share) * log_x
-    step = share * (log_y - log_x)
+    step = share * (log_y - log_x)  # a difference of two exponents would be all rounding for a small share
     return torch.where(step.abs() < 0.5, base.exp() * torch.expm1(step), mixed.exp() - base.exp())
 
 

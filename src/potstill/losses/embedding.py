@@ -38,20 +38,10 @@ def embedding_divergence(
         mean over i of D(p_i, q_i),   q_i = softmax over j != i of cos(s_i, s_j) / student_temperature
                                       p_i = softmax over j != i of cos(t_i, t_j) / temperature
 
-    Args:
-        student: [B, Hs], any float dtype; computed in float32 (float64 for float64).
-        teacher: [B, Ht].
-        temperature: > 0, of the teacher's softmax; cosines lie in [-1, 1], so that it is small.
-        student_temperature: > 0, of the student's; default: the same. In few dimensions similarities vary more than in
-            many, which a higher temperature allows.
-        divergence: default: `ForwardKL`.
-
-    Returns:
-        A scalar in nats, without a T^2 factor.
-
-    References:
-        Tung and Mori 2019 (similarity-preserving), arXiv 1907.09682; Fang et al. 2021 (SEED), arXiv 2101.04731,
-        section 3.2, for the distributions, here with two temperatures.
+    From vectors of any float dtype, computed in float32 (float64 for float64), to a scalar in nats, without a T^2
+    factor; by default forward KL with one temperature for both. In few dimensions similarities vary more than in many,
+    which a higher temperature of the student allows. Tung and Mori 2019 (similarity-preserving), arXiv 1907.09682; Fang
+    et al. 2021 (SEED), arXiv 2101.04731, section 3.2, for the distributions, here with two temperatures.
     """
     if student_temperature is None:
         student_temperature = temperature
@@ -99,10 +89,8 @@ def matryoshka(loss: PairLoss, student: Tensor, teacher: Tensor, weights: Mappin
     level and all 25 the fine one. Kusupati et al. 2022, arXiv 2205.13147.
     """
     if not weights or not all(0 < d <= student.shape[-1] and w > 0 for d, w in weights.items()):
-        raise ShapeError(
-            f"matryoshka: expected prefixes of 1 to {student.shape[-1]} dimensions with weights > 0, got "
-            f"{dict(weights)}."
-        )
+        expected = f"prefixes of 1 to {student.shape[-1]} dimensions with weights > 0"
+        raise ShapeError(f"matryoshka: expected {expected}, got {dict(weights)}.")
     total = torch.stack([weight * loss(student[:, :d], teacher) for d, weight in weights.items()]).sum()
     return total / sum(weights.values())
 
@@ -120,10 +108,8 @@ def reconstruction_error(decoded: Tensor, teacher: Tensor) -> Tensor:
 def _similarities(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Compute both [B, B] matrices of cosines."""
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
-        raise ShapeError(
-            f"{caller}: expected vectors [B, Hs] and [B, Ht] of the same B examples, got {list(student.shape)} and "
-            f"{list(teacher.shape)}."
-        )
+        got = f"{list(student.shape)} and {list(teacher.shape)}"
+        raise ShapeError(f"{caller}: expected vectors [B, Hs] and [B, Ht] of the same B examples, got {got}.")
     if len(student) < 2:
         raise ShapeError(f"{caller}: expected at least two rows, got {len(student)}. One row has no pair.")
     s, t = map(unit, in_compute_dtype(student, teacher))

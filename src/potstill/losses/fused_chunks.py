@@ -1,18 +1,13 @@
-"""Algorithm of `linear_divergence`: chunks of tokens times the whole vocabulary, gradient in the forward pass.
-
-For each chunk of tokens the logits of student and teacher go into two buffers. A kernel computes normalisers, loss and
-gradient in place, from which those of hidden states, weight and bias follow. Nothing is computed twice, and nothing
-of size [N, V] exists.
-"""
+"""Algorithm of `linear_divergence`: a kernel turns logits of a chunk of tokens into losses and gradient in place."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,12 +46,14 @@ class FusedInputs:
 
 
 class ChunkBuffers(NamedTuple):
-    """What a kernel reads and overwrites for one chunk of C tokens."""
+    """What a kernel reads and overwrites for one chunk of C tokens; the dtype of the losses is float32 or float64."""
 
     student: Tensor  # [C, V] logits; overwritten with d(sum_n scale_n loss_n) / d logits
     teacher: Tensor | None  # [C, V] logits, to be overwritten; for sparse targets their events [C, K + 1]
-    scale: Tensor | None  # [C] float32, or None if no gradient is needed
-    labels: Tensor | None  # [C]
+    scale: Tensor | None  # [C] in the losses' dtype, or None if no gradient is needed
+    labels: Tensor | None  # [C] int64
+    divergence: Tensor | None  # [C] to write, or None
+    cross_entropy: Tensor | None  # [C] to write, or None
     ids: Tensor | None = None  # [C, K] of sparse targets, and which of them are used
     used: Tensor | None = None
 
@@ -65,40 +62,36 @@ class ChunkBuffers(NamedTuple):
         return ChunkBuffers(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
 
-class LossKernel(Protocol):
-    """Compute losses and gradient from the logits of a chunk, in place."""
+class LossKernel(ABC):
+    """Computes losses and gradient from the logits of a chunk, in place."""
 
-    def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
-        """The dtype in which the kernel takes logits."""
+    takes_half: ClassVar[bool] = False  # logits in the dtype of the products; otherwise in that of the losses
 
-    def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
-        """Return the divergence [C] and the cross-entropy [C], None where the inputs have none."""
+    @abstractmethod
+    def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> None: ...
 
 
-# Divergence and cross-entropy by token [N], and the gradients of sum_n scale_n loss_n in hidden, weight and bias.
-FusedResult = tuple[Tensor | None, ...]
+FusedResult = tuple[Tensor | None, ...]  # divergence and cross-entropy [N]; gradients in hidden, weight and bias
 
 
 def run_chunks(inputs: FusedInputs, kernel: LossKernel, scale: Tensor | None, *needs: bool) -> FusedResult:
-    """Compute losses and gradients chunk by chunk; without `chunk_tokens` the chunks follow from the byte budget.
-
-    `scale`, [N] float32, weights each token in the gradient; None for no gradient. `needs` is whether hidden, weight
-    and bias need one.
-    """
-    head, targets, device = inputs.head, inputs.targets, inputs.hidden.device
-    (N, H), V = inputs.hidden.shape, head.vocabulary
-    products = inputs.hidden.dtype
-    total, buffer = compute_dtype(products), kernel.buffer_dtype(products)
-    sparse = targets if isinstance(targets, SparseTargets) else None
-    has_logits = targets is not None and sparse is None
+    """Compute losses, and with a `scale` [N] the gradients of sum_n scale_n loss_n that hidden, weight, bias need."""
+    head, targets, products, device = inputs.head, inputs.targets, inputs.products, inputs.hidden.device
+    (N, H), V, total = inputs.hidden.shape, head.vocabulary, compute_dtype(products)
+    buffer = products if kernel.takes_half else total
+    has_logits = targets is not None and not isinstance(targets, SparseTargets)
     buffers = 1 + has_logits + (MIXING if isinstance(targets, MixtureTargets) else 0)
     rows = inputs.chunk_tokens or _chunk_tokens(N, V * buffer.itemsize * buffers, N * V * buffer.itemsize, device)
     rows = max(1, min(rows, N))
 
     width = -(-V // ROUND) * ROUND
     student = _empty(rows, width, dtype=buffer, device=device)[:, :V]
-    teacher = _empty(rows, width, dtype=buffer, device=device)[:, :V] if has_logits else None
-    losses = [torch.zeros(N, dtype=total, device=device) for _ in range(2)]
+    teacher = _empty(rows, width, dtype=buffer, device=device)[:, :V] if has_logits else student
+    divergence, cross_entropy = (
+        None if x is None else torch.zeros(N, dtype=total, device=device) for x in (inputs.divergence, inputs.labels)
+    )
+    labels = None if inputs.labels is None else inputs.labels.to(torch.int64).contiguous()
+    scale = None if scale is None else scale.to(total).contiguous()
     needs_hidden, needs_weight, needs_bias = needs or (False, False, False)
     d_hidden = torch.empty(N, H, dtype=total, device=device) if needs_hidden else None
     d_weight = d_bias = None
@@ -108,20 +101,14 @@ def run_chunks(inputs: FusedInputs, kernel: LossKernel, scale: Tensor | None, *n
     if needs_bias and head.bias is not None:
         d_bias = torch.zeros_like(head.bias, dtype=total)
 
-    events, used = (sparse.events(inputs.temperature), sparse.used()) if sparse else (None, None)
-    by_token = (events, scale, inputs.labels, sparse.ids if sparse else None, used)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         hidden = inputs.hidden[part]
         logits = student[: len(hidden)]
-        _project(hidden, head, logits)
-        cap_slope = _soft_cap_(logits, head.softcap, scale is not None)
-        chunk = ChunkBuffers(logits, *(None if x is None else x[part] for x in by_token))
-        if teacher is not None:
-            chunk = chunk._replace(teacher=_teacher_logits(targets, part, teacher[: len(hidden)], inputs.temperature))
-        for loss, values in zip(losses, kernel(chunk, inputs), strict=True):
-            if values is not None:
-                loss[part] = values
+        cap_slope = _project(hidden, head, logits, scale is not None)
+        taught = _teacher(targets, part, teacher[: len(hidden)], inputs.temperature)
+        by_token = (None if x is None else x[part] for x in (scale, labels, divergence, cross_entropy))
+        kernel(ChunkBuffers(logits, taught[0], *by_token, *taught[1:]), inputs)
         if scale is None:
             continue
         if cap_slope is not None:
@@ -136,8 +123,7 @@ def run_chunks(inputs: FusedInputs, kernel: LossKernel, scale: Tensor | None, *n
         if d_weight is not None:
             for tile in _tiles(V, device):
                 _accumulate(d_weight[tile], gradient[:, tile].t(), hidden, first=start == 0)
-    divergence = losses[0] if inputs.divergence is not None else None
-    return divergence, losses[1] if inputs.labels is not None else None, d_hidden, d_weight, d_bias
+    return divergence, cross_entropy, d_hidden, d_weight, d_bias
 
 
 def _chunk_tokens(tokens: int, bytes_per_token: int, logits_bytes: int, device: torch.device) -> int:
@@ -160,14 +146,13 @@ def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return tensor
 
 
-def _tiles(vocabulary: int, device: torch.device) -> Iterator[slice]:
+def _tiles(vocabulary: int, device: torch.device) -> list[slice]:
     step = CPU_ROWS if device.type == "cpu" else vocabulary
-    for start in range(0, vocabulary, step):
-        yield slice(start, min(start + step, vocabulary))
+    return [slice(start, min(start + step, vocabulary)) for start in range(0, vocabulary, step)]
 
 
-def _project(hidden: Tensor, head: LMHead, out: Tensor) -> None:
-    """Write logit_scale * (hidden @ weight.T + bias) into `out`."""
+def _project(hidden: Tensor, head: LMHead, out: Tensor, needs_slope: bool = False) -> Tensor | None:
+    """Write the logits into `out`; return the derivative 1 - tanh^2 of a soft cap if requested."""
     for tile in _tiles(head.vocabulary, hidden.device):
         piece, weight = out[:, tile], head.weight[tile]
         if out.dtype == hidden.dtype:
@@ -178,25 +163,24 @@ def _project(hidden: Tensor, head: LMHead, out: Tensor) -> None:
             piece.add_(head.bias[tile])
         if head.logit_scale != 1.0:
             piece.mul_(head.logit_scale)
-
-
-def _soft_cap_(logits: Tensor, softcap: float | None, with_slope: bool) -> Tensor | None:
-    """Compute softcap * tanh(logits / softcap) in place; return its derivative 1 - tanh^2 if requested."""
-    if softcap is None:
+    if head.softcap is None:
         return None
-    logits.div_(softcap).tanh_()
-    slope = 1 - logits * logits if with_slope else None
-    logits.mul_(softcap)
+    out.div_(head.softcap).tanh_()
+    slope = 1 - out * out if needs_slope else None
+    out.mul_(head.softcap)
     return slope
 
 
-def _teacher_logits(targets: Targets | None, part: slice, out: Tensor, temperature: float) -> Tensor:
-    assert targets is not None and not isinstance(targets, SparseTargets)
-    if not isinstance(targets, HeadTargets):
-        return out.copy_(targets.rows(part).dense(temperature))
-    _project(targets.hidden[part], targets.head, out)
-    _soft_cap_(out, targets.head.softcap, with_slope=False)
-    return out
+def _teacher(targets: Targets | None, part: slice, out: Tensor, temperature: float) -> tuple[Tensor | None, ...]:
+    """Return a chunk's `teacher`, `ids` and `used`; logits are written into `out`."""
+    rows = None if targets is None else targets.rows(part)
+    if isinstance(rows, SparseTargets):
+        return rows.events(temperature), rows.ids, rows.used()
+    if isinstance(rows, HeadTargets):
+        _project(rows.hidden, rows.head, out)
+    elif rows is not None:
+        out.copy_(rows.dense(temperature))
+    return None if rows is None else out, None, None
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

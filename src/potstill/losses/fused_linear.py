@@ -32,8 +32,6 @@ Backend = Literal["auto", "eager", "chunked", "triton"]
 
 
 class FusedLoss(NamedTuple):
-    """Result of `linear_divergence`."""
-
     loss: Tensor  # a scalar, or [N] with reduction "none"; with gradient to hidden, head.weight and head.bias
     divergence: Tensor | None  # [N] nats, detached; None without targets
     cross_entropy: Tensor | None  # [N] nats, detached; None without labels
@@ -63,14 +61,13 @@ def linear_divergence(
     the backward pass, which can therefore run only once.
 
     Args:
-        hidden: [N, H] the student's last hidden states at the target positions.
-        targets: the teacher's, for the same N; None for cross-entropy alone. No gradient flows to it.
-        divergence: any `Divergence`, including your own subclass; None for cross-entropy alone.
-        temperature: softmax temperature of the divergence, > 0. No T^2 factor is applied here.
+        hidden: [N, H], at the target positions.
+        targets: for the same N, without a gradient to them; None, as the divergence, for cross-entropy alone.
+        temperature: of the divergence, > 0. No T^2 factor is applied here.
         token_weights: [N], w_n, without gradient; None for ones.
-        normalizer: the divisor, without gradient; default: the sum of w_n, at least 1.
+        normalizer: without gradient; default: the sum of w_n, at least 1.
         labels: [N] token ids for the cross-entropy (at temperature 1); -100 = ignored.
-        label_weight: weight of the cross-entropy; with 0 it is only reported.
+        label_weight: with 0 the cross-entropy is only reported.
         reduction: "none" gives w_n (D_n + label_weight * CE_n) by token, for weights that are only known afterwards
             (policy gradients). The backward pass then recomputes the logits: about 1.6 times the cost, but it can run
             more than once. `normalizer` does not apply.
@@ -80,8 +77,7 @@ def linear_divergence(
 
     Raises:
         VocabularyError: the vocabularies differ.
-        ShapeError: shapes, temperature, labels or backend do not fit; sparse targets do not fit the temperature or the
-            divergence; or the divergence is infinite.
+        ShapeError: arguments do not fit together, or the divergence is infinite.
 
     >>> from potstill.losses.divergences import JSD
     >>> from potstill.losses.targets import HeadTargets
@@ -103,19 +99,15 @@ def linear_divergence(
 
 
 def linear_cross_entropy(hidden: Tensor, head: LMHead, labels: Tensor, **options: Any) -> FusedLoss:
-    """Compute the cross-entropy of hard labels without the logits: `linear_divergence` without a teacher.
-
-    The options are token_weights, normalizer, reduction, backend and chunk_tokens of `linear_divergence`.
-    """
+    """Compute the cross-entropy of hard labels without the logits, with the options of `linear_divergence`."""
     return linear_divergence(hidden, head, None, None, labels=labels, label_weight=1.0, **options)
 
 
 def _check(inputs: FusedInputs) -> None:
     hidden, labels, width, V = inputs.hidden, inputs.labels, inputs.head.weight.shape[1], inputs.head.vocabulary
     if hidden.ndim != 2 or hidden.shape[1] != width:
-        raise ShapeError(
-            f"linear_divergence: expected hidden of shape [N, {width}], the head's width, got {list(hidden.shape)}."
-        )
+        expected = f"hidden of shape [N, {width}], the head's width"
+        raise ShapeError(f"linear_divergence: expected {expected}, got {list(hidden.shape)}.")
     N, targets, divergence = len(hidden), inputs.targets, inputs.divergence
     if (targets is None) != (divergence is None) or (targets is None and labels is None):
         raise ShapeError("linear_divergence: expected targets and a divergence, or neither of them and labels.")
@@ -129,10 +121,8 @@ def _check(inputs: FusedInputs) -> None:
     if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise ShapeError(f"linear_divergence: expected labels of an integer dtype, got {labels.dtype}.")
     if labels is not None and ((labels < 0) & (labels != IGNORE) | (labels >= V)).any():
-        ids = labels[labels != IGNORE]
-        raise ShapeError(
-            f"linear_divergence: expected labels in 0..{V - 1} or -100, got {int(ids.min())}..{int(ids.max())}."
-        )
+        low, high = labels[labels != IGNORE].aminmax()
+        raise ShapeError(f"linear_divergence: expected labels in 0..{V - 1} or -100, got {int(low)}..{int(high)}.")
     if inputs.reduction not in ("mean", "none"):
         raise ShapeError(f'linear_divergence: expected reduction "mean" or "none", got {inputs.reduction!r}.')
     if inputs.chunk_tokens is not None and inputs.chunk_tokens < 1:
@@ -159,40 +149,29 @@ def _loss(inputs: FusedInputs, divergence: Tensor | None, cross_entropy: Tensor 
 def _kernel(backend: str, inputs: FusedInputs) -> LossKernel:
     """Choose the fastest kernel that the backend allows."""
     if backend not in ("auto", "chunked", "triton"):
-        raise ShapeError(
-            f'linear_divergence: expected backend "auto", "eager", "chunked" or "triton", got {backend!r}.'
-        )
+        expected = '"auto", "eager", "chunked" or "triton"'
+        raise ShapeError(f"linear_divergence: expected backend {expected}, got {backend!r}.")
     device, single = inputs.hidden.device.type, compute_dtype(inputs.products) == torch.float32
-    kernel: LossKernel | None = None
-    if backend == "triton" or (backend == "auto" and device == "cuda" and single):
-        kernel = _triton_kernel(inputs, single, device, required=backend == "triton")
-    elif device == "cpu" and single:
-        kernel = native_kernel(inputs.divergence, isinstance(inputs.targets, SparseTargets))
-    return kernel or TorchKernel()
-
-
-def _triton_kernel(inputs: FusedInputs, single: bool, device: str, required: bool) -> LossKernel | None:
+    divergence, sparse = inputs.divergence, isinstance(inputs.targets, SparseTargets)
+    if backend != "triton" and not (backend == "auto" and device == "cuda" and single):
+        return (native_kernel(divergence, sparse) if device == "cpu" and single else None) or TorchKernel()
     try:
         from potstill.losses import kernel_triton
     except ImportError:
-        if required:
-            raise UserError(
-                'linear_divergence: expected Triton for backend "triton", got an ImportError. '
-                'Install it (pip install triton), or use backend "chunked".'
-            ) from None
-        return None
+        if backend == "auto":
+            return TorchKernel()
+        raise UserError(
+            'linear_divergence: expected Triton for backend "triton", got an ImportError. '
+            'Install it (pip install triton), or use backend "chunked".'
+        ) from None
     if device != "cuda" and not kernel_triton.INTERPRETED:
-        raise ShapeError(
-            f'linear_divergence: expected CUDA tensors for backend "triton", got {device}. Use backend "chunked".'
-        )
-    divergence, sparse = inputs.divergence, isinstance(inputs.targets, SparseTargets)
-    kernel = kernel_triton.triton_kernel(divergence, sparse) if single else None
-    if kernel is None:
-        name = type(divergence).__name__ if single else "float64"
-        warnings.warn(
-            f"linear_divergence: {name} has no Triton kernel; the chunked backend is used.", UserWarning, stacklevel=4
-        )
-    return kernel
+        got = f'{device}. Use backend "chunked".'
+        raise ShapeError(f'linear_divergence: expected CUDA tensors for backend "triton", got {got}')
+    if single and (kernel := kernel_triton.triton_kernel(divergence, sparse)) is not None:
+        return kernel
+    without = f"{type(divergence).__name__ if single else 'float64'} has no Triton kernel"
+    warnings.warn(f"linear_divergence: {without}; the chunked backend is used.", UserWarning, stacklevel=3)
+    return TorchKernel()
 
 
 def _eager(inputs: FusedInputs) -> FusedLoss:
@@ -211,17 +190,16 @@ def _eager(inputs: FusedInputs) -> FusedLoss:
 def _fused(inputs: FusedInputs, backend: str) -> FusedLoss:
     tensors, kernel = (inputs.hidden, inputs.head.weight, inputs.head.bias), _kernel(backend, inputs)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        function = _Fused if inputs.reduction == "mean" else _PerToken
-        return FusedLoss(*function.apply(*tensors, inputs, kernel))  # type: ignore[no-untyped-call]
-    result = _run(inputs, kernel, tensors, None)
-    return FusedLoss(_loss(inputs, *result[:2]), *result[:2])
+        return FusedLoss(*_Fused.apply(*tensors, inputs, kernel))  # type: ignore[no-untyped-call]
+    losses = _run(inputs, kernel, tensors, None)[:2]
+    return FusedLoss(_loss(inputs, *losses), *losses)
 
 
 _Tensors = tuple[Tensor, Tensor, Tensor | None]  # hidden, weight and bias
 
 
 def _run(inputs: FusedInputs, kernel: LossKernel, tensors: _Tensors, scale: Tensor | None, *needs: bool) -> FusedResult:
-    """Compute losses and gradients with the tokens' weights `scale`, in the dtype of the products; see `run_chunks`."""
+    """Call `run_chunks` in the dtype of the products."""
     dtype = inputs.products
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         hidden, weight, bias = (None if x is None else x.to(dtype) for x in tensors)
@@ -252,85 +230,62 @@ def _products_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return dtype
 
 
-_Outputs = tuple[Tensor, Tensor | None, Tensor | None]
-
-
 class _Fused(torch.autograd.Function):
-    """One pass: the gradient is computed with the loss."""
+    """Reduction "mean" computes the gradient with the loss; "none" in a second pass, by the weight of each token."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: FusedInputs, kernel: LossKernel
-    ) -> _Outputs:
-        weights = inputs.token_weights
-        if weights is None:
-            weights = torch.ones(hidden.shape[0], device=hidden.device)
-        weights = weights.to(compute_dtype(inputs.products))
-        normalizer = weights.sum().clamp_min(1) if inputs.normalizer is None else inputs.normalizer
-        share = token_mean(weights.new_ones(1), normalizer=normalizer)
-        scale, ctx.factor = _scale(weights * share, inputs.products)
-        result = _run(inputs, kernel, (hidden, weight, bias), scale, *ctx.needs_input_grad[:3])
-        ctx.gradients = result[2:]
-        return _outputs(ctx, inputs, result)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        tensors = (hidden, weight, bias)
+        if inputs.reduction == "mean":
+            ctx.inputs, weights = None, inputs.token_weights
+            if weights is None:
+                weights = torch.ones(hidden.shape[0], device=hidden.device)
+            weights = weights.to(compute_dtype(inputs.products))
+            normalizer = weights.sum().clamp_min(1) if inputs.normalizer is None else inputs.normalizer
+            share = token_mean(weights.new_ones(1), normalizer=normalizer)
+            scale, ctx.factor = _scale(weights * share, inputs.products)
+            result = _run(inputs, kernel, tensors, scale, *ctx.needs_input_grad[:3])
+        else:
+            ctx.save_for_backward(*tensors)
+            ctx.inputs, ctx.kernel = inputs, kernel
+            result = _run(inputs, kernel, tensors, None)
+        divergence, cross_entropy, *ctx.gradients = result
+        ctx.mark_non_differentiable(*(x for x in (divergence, cross_entropy) if x is not None))
+        # The loss by token may be the same tensor as the divergence, which has no gradient.
+        return _loss(inputs, divergence, cross_entropy).clone(), divergence, cross_entropy
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_divergence")
-        if ctx.gradients is None:
+        if ctx.inputs is not None:
+            weights, products = ctx.inputs.token_weights, ctx.inputs.products
+            scale, factor = _scale(grad_outputs[0] if weights is None else grad_outputs[0] * weights, products)
+            gradients = _run(ctx.inputs, ctx.kernel, ctx.saved_tensors, scale, *ctx.needs_input_grad[:3])[2:]
+        elif ctx.gradients is None:
             raise UserError(
                 "linear_divergence: expected one backward pass, got a second. "
                 'Call linear_divergence again, or use reduction="none", which recomputes its gradients.'
             )
-        gradients, ctx.gradients = ctx.gradients, None  # autograd gets the only reference, and copies nothing
-        factor = grad_outputs[0] if ctx.factor is None else grad_outputs[0] * ctx.factor
-        if factor.device.type == "cpu" and factor == 1:  # elsewhere the comparison would wait for the device
-            factor = None
-        return _scaled(gradients, factor)
-
-
-class _PerToken(torch.autograd.Function):
-    """Two passes: the gradient needs the weight of each token."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: FusedInputs, kernel: LossKernel
-    ) -> _Outputs:
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.inputs, ctx.kernel = inputs, kernel
-        loss, divergence, cross_entropy = _outputs(ctx, inputs, _run(inputs, kernel, (hidden, weight, bias), None))
-        return loss.clone(), divergence, cross_entropy  # divergence may be the same tensor, and has no gradient
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("linear_divergence")
-        inputs: FusedInputs = ctx.inputs
-        scale = grad_outputs[0] if inputs.token_weights is None else grad_outputs[0] * inputs.token_weights
-        scale, factor = _scale(scale, inputs.products)
-        return _scaled(_run(inputs, ctx.kernel, ctx.saved_tensors, scale, *ctx.needs_input_grad[:3])[2:], factor)
-
-
-def _outputs(ctx: Any, inputs: FusedInputs, result: FusedResult) -> _Outputs:
-    divergence, cross_entropy, *_ = result
-    ctx.mark_non_differentiable(*(x for x in (divergence, cross_entropy) if x is not None))
-    return _loss(inputs, divergence, cross_entropy), divergence, cross_entropy
+        else:
+            gradients, ctx.gradients = ctx.gradients, None  # autograd gets the only reference, and copies nothing
+            factor = grad_outputs[0] if ctx.factor is None else grad_outputs[0] * ctx.factor
+            if factor.device.type == "cpu" and factor == 1:  # elsewhere the comparison would wait for the device
+                factor = None
+        for gradient in gradients:
+            if gradient is not None and factor is not None:
+                gradient.mul_(factor)
+        return *gradients, None, None  # autograd casts them
 
 
 def _scale(scale: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Split the tokens' weights in the logits' gradient into weights of order 1 and a factor applied to the sums.
+    """Split the tokens' weights into weights of order 1 and a factor of the sums.
 
-    In half precision a weight as small as 1 / normalizer would underflow the gradients, so the factor is applied in
-    float32 at the end. float16 keeps room for the sum over a chunk of tokens. In float32 there is no factor.
+    In half precision a weight as small as 1 / normalizer would underflow the gradients.
     """
     if products.itemsize >= 4 or not len(scale):
         return scale, None
-    room = 16 if products == torch.float16 else 1
+    room = 16 if products == torch.float16 else 1  # for the sum over a chunk of tokens
     largest = room * scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     return scale / largest, largest
-
-
-def _scaled(gradients: tuple[Tensor | None, ...], factor: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Multiply gradients by a factor in place; autograd casts them. The inputs that are no tensors have none."""
-    for gradient in gradients:
-        if gradient is not None and factor is not None:
-            gradient.mul_(factor)
-    return *gradients, None, None

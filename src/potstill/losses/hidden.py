@@ -60,38 +60,29 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def dimension_importance(gradients: Tensor) -> Tensor:
-    """Estimate [H], how much a task's loss depends on each dimension of hidden states, from its gradients [N, H].
-
-    1/N sum_n abs(dL/dh_n); Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155.
-    """
+    """Compute 1/N sum_n abs(dL/dh_n), [H], from gradients [N, H]; Saadi and Wang 2025 (Flex-KD), arXiv 2507.10155."""
     return gradients.to(compute_dtype(gradients.dtype)).abs().sum(0) / max(len(gradients), 1)
 
 
 def select_dimensions(importance: Tensor, count: int) -> Tensor:
     """Select the `count` most important dimensions, in rising order: [count] int64."""
     if not 0 < count <= importance.numel():
-        raise ShapeError(
-            f"select_dimensions: expected a count in 1..{importance.numel()}, the teacher's width, got {count}. "
-            "A wider student needs a projection."
-        )
+        expected = f"a count in 1..{importance.numel()}, the teacher's width"
+        raise ShapeError(f"select_dimensions: expected {expected}, got {count}. A wider student needs a projection.")
     return importance.topk(count).indices.sort().values
 
 
 def check_same_rows(caller: str, student: Tensor, teacher: Tensor) -> None:
-    """Check that both are matrices with one row for each of the same examples or tokens."""
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
-        raise ShapeError(
-            f"{caller}: expected matrices [N, Hs] and [N, Ht] of the same N examples, got {list(student.shape)} and "
-            f"{list(teacher.shape)}."
-        )
+        got = f"{list(student.shape)} and {list(teacher.shape)}"
+        raise ShapeError(f"{caller}: expected matrices [N, Hs] and [N, Ht] of the same N examples, got {got}.")
 
 
 def _checked(caller: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.shape != teacher.shape:
-        raise ShapeError(
-            f"{caller}: expected hidden states of one shape, got {list(student.shape)} and {list(teacher.shape)}. "
-            "Project the student's, select dimensions of the teacher's, or use linear_cka."
-        )
+        got = f"{list(student.shape)} and {list(teacher.shape)}"
+        hint = "Project the student's, select dimensions of the teacher's, or use linear_cka."
+        raise ShapeError(f"{caller}: expected hidden states of one shape, got {got}. {hint}")
     return in_compute_dtype(student, teacher)
 
 

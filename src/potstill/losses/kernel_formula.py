@@ -33,43 +33,36 @@ class Formula(NamedTuple):
 @lru_cache(maxsize=256)
 def trace_formula(divergence: Divergence) -> Formula | None:
     """Trace `divergence.pointwise`; None if it is more than elementary arithmetic."""
+    names: dict[fx.Node, str] = {}
+    operations: list[Operation] = []
     try:
-        return _formula(fx.symbolic_trace(lambda log_q, log_p: divergence.pointwise(log_q, log_p)).graph)
+        graph = fx.symbolic_trace(lambda log_q, log_p: divergence.pointwise(log_q, log_p)).graph
+        *nodes, output = graph.nodes
+        for node in nodes:
+            if node.op == "placeholder":
+                names[node] = ("log_q", "log_p")[len(names)]
+            else:
+                names[node] = f"t{len(operations)}"
+                operations.append((names[node], *_operation(node, names)))
+        value, slope = output.args[0]
+        return Formula(tuple(operations), names[value], names[slope])
     except (fx.proxy.TraceError, TypeError, AttributeError, KeyError):
         return None
 
 
-def _formula(graph: fx.Graph) -> Formula | None:
-    names: dict[fx.Node, str] = {}
-    operations: list[Operation] = []
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            names[node] = ("log_q", "log_p")[len(names)]
-        elif node.op == "output":
-            value, slope = node.args[0]
-            return Formula(tuple(operations), names[value], names[slope])
-        else:
-            names[node] = f"t{len(operations)}"
-            operations.append(_operation(node, names))
-    return None
-
-
-def _operation(node: fx.Node, names: dict[fx.Node, str]) -> Operation:
+def _operation(node: fx.Node, names: dict[fx.Node, str]) -> tuple[str, tuple[str | float, ...]]:
+    """Return function and arguments of a node; raises TypeError if it is no elementary operation."""
     function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    arguments = tuple(_argument(value, names) for value in node.args)
-    if function == "pow" and arguments[1:] == (2,):
+    arguments: list[str | float] = []
+    for value in node.args:
+        if isinstance(value, bool) or not isinstance(value, int | float | fx.Node):
+            raise TypeError(f"{value} is no number.")
+        arguments.append(names[value] if isinstance(value, fx.Node) else float(value))
+    if function == "pow" and arguments[1:] == [2]:
         function, arguments = "square", arguments[:1]
     elif function == "where" and node.op == "call_method":
-        arguments = (arguments[1], arguments[0], *arguments[2:])  # x.where(condition, y)
+        arguments[:2] = arguments[1::-1]  # x.where(condition, y)
     function = SYNONYMS.get(function, function)
     if node.kwargs or len(arguments) != NUM_ARGUMENTS.get(function):
         raise TypeError(f"{function} is no elementary operation.")
-    return names[node], function, arguments
-
-
-def _argument(value: object, names: dict[fx.Node, str]) -> str | float:
-    if isinstance(value, fx.Node):
-        return names[value]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value} is no number.")
-    return float(value)
+    return function, tuple(arguments)

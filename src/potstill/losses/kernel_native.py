@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
@@ -26,68 +26,55 @@ from potstill.losses.kernel_torch import TorchKernel
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
-class NativeKernel:
+class NativeKernel(LossKernel):
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._function = _c_function(library, "loss_and_gradient", pointers=6, numbers=2)
+        self._on_rows = _function_on_rows(library, "loss_and_gradient", pointers=6, numbers=2)
 
-    def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
-        return torch.float32
-
-    def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
-        divergence, cross_entropy = torch.empty(2, len(chunk.student)).unbind()
-        labels = None if chunk.labels is None else chunk.labels.to(torch.int64).contiguous()
-        scale = None if chunk.scale is None else chunk.scale.float().contiguous()
-        rows = (chunk.student, chunk.teacher, scale, labels, divergence, cross_entropy)
-        _call_on_rows(self._function, rows, inputs.temperature, inputs.label_weight)
-        return (None if inputs.divergence is None else divergence, None if labels is None else cross_entropy)
+    def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> None:
+        self._on_rows(chunk[:6], inputs.temperature, inputs.label_weight)
 
 
 @lru_cache(maxsize=256)
 def native_kernel(divergence: Divergence | None, sparse: bool) -> LossKernel | None:
-    """Compile kernel_native.c for a divergence (None: cross-entropy alone) and dense or sparse targets.
-
-    Returns None if there is no C compiler, or the formula is more than elementary arithmetic.
-    """
-    traced = divergence is not None and not sparse
-    formula = trace_formula(divergence) if divergence is not None and traced else None
-    source = Path(__file__).with_suffix(".c").read_text().replace("    POINTWISE", _c_formula(formula))
-    path = None if traced and formula is None else _build(source)
+    """Compile kernel_native.c; None without a C compiler, or for a formula that is more than elementary arithmetic."""
+    formula = None if divergence is None or sparse else trace_formula(divergence)
+    if formula is None and divergence is not None and not sparse:
+        return None
+    path = _build(Path(__file__).with_suffix(".c").read_text().replace("    POINTWISE", _c_formula(formula)))
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
     if not sparse:
         return NativeKernel(library)
-    function = _c_function(library, "exponentials", pointers=3, numbers=0)
+    on_rows = _function_on_rows(library, "exponentials", pointers=3, numbers=0)
 
     def exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
         top, total = torch.empty(2, len(logits), 1).unbind()
-        _call_on_rows(function, (logits, top, total))
+        on_rows((logits, top, total))
         return top, total
 
     return TorchKernel(exponentials)
 
 
-def _c_function(library: ctypes.CDLL, name: str, pointers: int, numbers: int) -> Any:
+def _function_on_rows(library: ctypes.CDLL, name: str, pointers: int, numbers: int) -> Callable[..., None]:
+    """Return a C function that is called on all rows of the first tensor [C, V], in as many threads as torch uses."""
     function = library[name]
     function.restype = None
     function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_long] * 3 + [ctypes.c_float] * numbers
-    return function
 
+    def on_rows(tensors: Sequence[Any], *numbers: float) -> None:
+        (C, V), stride = tensors[0].shape, tensors[0].stride(0)
+        threads = torch.get_num_threads()
+        step = -(-C // (4 * threads)) if threads > 1 else C  # four pieces each: none waits long for the slowest
 
-def _call_on_rows(function: Any, tensors: Sequence[Tensor | None], *numbers: float) -> None:
-    """Call a C function on all rows of the first tensor [C, V], in as many threads as torch uses."""
-    first = tensors[0]
-    assert first is not None
-    (C, V), stride = first.shape, first.stride(0)
-    threads = torch.get_num_threads()
-    step = -(-C // (4 * threads)) if threads > 1 else C  # four pieces each: none waits long for the slowest
+        def call(start: int) -> None:
+            addresses = [None if x is None else x[start:].data_ptr() for x in tensors]
+            function(*addresses, min(step, C - start), V, stride, *numbers)
 
-    def rows(start: int) -> None:
-        pointers = [None if x is None else x[start:].data_ptr() for x in tensors]
-        function(*pointers, min(step, C - start), V, stride, *numbers)
+        starts = range(0, C, step)
+        list((_pool(threads).map if len(starts) > 1 else map)(call, starts))
 
-    starts = range(0, C, step)
-    list((_pool(threads).map if len(starts) > 1 else map)(rows, starts))
+    return on_rows
 
 
 @cache
@@ -108,12 +95,10 @@ def _c_formula(formula: Formula | None) -> str:
         # A function of kernel_native.c takes vectors; an operator takes a number too.
         literal = "({!r}f)" if function in OPERATORS else "splat({!r}f)"
         operands = [literal.format(x) if isinstance(x, float) else x for x in arguments]
-        called = (
-            "exponential_below_88" if function == "exp" and arguments[0] in ("log_q", "log_p") else f"op_{function}"
-        )
-        expression = OPERATORS.get(function, f"{called}({', '.join(operands)})").format(*operands)
+        of_log = function == "exp" and arguments[0] in ("log_q", "log_p")
+        call = f"{'exponential_below_88' if of_log else f'op_{function}'}({', '.join(operands)})"
         kind = "vi" if function in ("lt", "gt") else "vf"
-        lines.append(f"    const {kind} {name} = {expression};")
+        lines.append(f"    const {kind} {name} = {OPERATORS.get(function, call).format(*operands)};")
     return "\n".join([*lines, f"    *value = {formula.value};", f"    *slope = {formula.slope};"])
 
 

@@ -1,8 +1,4 @@
-"""Loss kernel for CUDA: one Triton program per row, in place, in the dtype of the logits.
-
-A row of logits is read three times: for both normalisers, for the loss and the sum of its slope, and for the gradient.
-All arithmetic is float32. The formula is traced from `Divergence.pointwise`.
-"""
+"""Loss kernel for CUDA: one Triton program per row, in float32, which reads a row three times."""
 
 # Triton decides the types of a kernel's arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -152,28 +148,20 @@ def _exponentials(logits, tops, totals, V, stride, BLOCK: tl.constexpr):
         tl.store(logits + at, tl.exp(_load(logits, start, V, 1.0, BLOCK) - base), mask=at < V)
 
 
-class TritonKernel:
+class TritonKernel(LossKernel):
+    takes_half = True  # half of the memory and traffic
+
     def __init__(self, pointwise: Any) -> None:
         self._pointwise = pointwise
 
-    def buffer_dtype(self, products: torch.dtype) -> torch.dtype:
-        """The dtype of the products: half of the memory and traffic in half precision."""
-        return products
-
-    def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> tuple[Tensor | None, Tensor | None]:
-        student = chunk.student
-        rows, V = student.shape
-        divergence, cross_entropy = student.new_empty(2, rows, dtype=torch.float32).unbind()
-        labels = None if chunk.labels is None else chunk.labels.to(torch.int64).contiguous()
-        scale = None if chunk.scale is None else chunk.scale.float().contiguous()
-        with torch.cuda.device_of(student):  # Triton launches on the current device
+    def __call__(self, chunk: ChunkBuffers, inputs: FusedInputs) -> None:
+        rows, V = chunk.student.shape
+        with torch.cuda.device_of(chunk.student):  # Triton launches on the current device
             _loss_and_gradient[(rows,)](
-                student, chunk.teacher, scale, labels, divergence, cross_entropy,
-                V, student.stride(0), float(inputs.temperature), float(inputs.label_weight),
-                POINTWISE=self._pointwise, HAS_LABELS=labels is not None, WITH_GRADIENT=scale is not None,
+                *chunk[:6], V, chunk.student.stride(0), float(inputs.temperature), float(inputs.label_weight),
+                POINTWISE=self._pointwise, HAS_LABELS=chunk.labels is not None, WITH_GRADIENT=chunk.scale is not None,
                 ONE=inputs.divergence is None or inputs.temperature == 1, **_shape(V),
             )  # fmt: skip
-        return (None if inputs.divergence is None else divergence, None if labels is None else cross_entropy)
 
 
 def triton_exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,12 +176,10 @@ def triton_exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=256)
 def triton_kernel(divergence: Divergence | None, sparse: bool) -> LossKernel | None:
     """Build the kernel for a divergence (None: cross-entropy alone); None if its formula is not elementary."""
-    if sparse:
-        return TorchKernel(triton_exponentials_)
-    formula = None if divergence is None else trace_formula(divergence)
-    if formula is None:
-        return TritonKernel(None) if divergence is None else None
-    return TritonKernel(_triton_formula(formula))
+    if sparse or divergence is None:
+        return TorchKernel(triton_exponentials_) if sparse else TritonKernel(None)
+    formula = trace_formula(divergence)
+    return None if formula is None else TritonKernel(_triton_formula(formula))
 
 
 def _shape(V: int) -> dict[str, int]:

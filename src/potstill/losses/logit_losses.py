@@ -26,9 +26,8 @@ def bild(student_logits: Tensor, teacher_logits: Tensor, top_k: int = 8, tempera
     """
     V = student_logits.shape[-1]
     if student_logits.shape != teacher_logits.shape:
-        raise ShapeError(
-            f"bild: expected logits of one shape, got {list(student_logits.shape)} and {list(teacher_logits.shape)}."
-        )
+        got = f"{list(student_logits.shape)} and {list(teacher_logits.shape)}"
+        raise ShapeError(f"bild: expected logits of one shape, got {got}.")
     if not 2 <= top_k <= V:
         raise ShapeError(f"bild: expected top_k in 2..{V}, got {top_k}.")
     # A quarter of LOG_ZERO: differences of two tokens that are ruled out stay finite.

@@ -100,12 +100,9 @@ class _FromStartToEnd(Schedule):
         return long
 
     def progress(self, step: int) -> float:
-        """The part of the way that is behind a step, in [0, 1]."""
         if self.steps is None:
-            raise ShapeError(
-                f"schedule.{self.name}: expected steps, got none. Give the number of steps; in a recipe it is the "
-                "length of the run."
-            )
+            hint = "Give the number of steps; in a recipe it is the length of the run."
+            raise ShapeError(f"schedule.{self.name}: expected steps, got none. {hint}")
         return _progress(step, self.steps)
 
     def _values(self) -> tuple[float, ...]:
@@ -187,10 +184,9 @@ class Piecewise(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.values) != len(self.boundaries) + 1 or list(self.boundaries) != sorted(set(self.boundaries)):
+            expected = "one value more than boundaries and rising boundaries"
             got = f"{len(self.values)} values and boundaries {list(self.boundaries)}"
-            raise ShapeError(
-                f"schedule.piecewise: expected one value more than boundaries and rising boundaries, got {got}."
-            )
+            raise ShapeError(f"schedule.piecewise: expected {expected}, got {got}.")
 
     def after_warmup(self, step: int) -> float:
         return self.values[bisect_right(self.boundaries, step)]
@@ -212,8 +208,8 @@ def warmup(schedule: Schedule, steps: int, start: float = 0.0) -> Schedule:
 
 def for_run(declared: D, steps: int) -> D:
     """Give each schedule of a declaration that has no length of its own that of a run of so many optimiser steps."""
-    schedules = {name: value for name, value in vars(declared).items() if isinstance(value, Schedule)}
-    return replace(declared, **{name: schedule.over(steps) for name, schedule in schedules.items()})
+    fields = vars(declared).items()
+    return replace(declared, **{name: value.over(steps) for name, value in fields if isinstance(value, Schedule)})
 
 
 def _progress(step: int, steps: int) -> float:
@@ -227,5 +223,4 @@ Share = Annotated[Number, Range(ge=0, le=1)]
 
 
 def value_at(number: float | Schedule, step: int) -> float:
-    """The number at an optimiser step."""
     return number(step) if callable(number) else number

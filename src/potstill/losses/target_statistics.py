@@ -39,10 +39,8 @@ def top_tokens(targets: Targets, count: int, temperature: float = 1.0) -> Target
     if isinstance(targets, SparseTargets):
         return targets
     if targets.sampled:
-        raise ShapeError(
-            "top_tokens: expected full distributions, got a mixture with a sample, whose top tokens are random. "
-            "Leave top_k out."
-        )
+        got = "a mixture with a sample, whose top tokens are random"
+        raise ShapeError(f"top_tokens: expected full distributions, got {got}. Leave top_k out.")
     kept = [x.topk(min(count, x.shape[-1])) for x in _log_probs(targets, temperature)]
     ids, log_probs = torch.cat([x.indices for x in kept]), torch.cat([x.values for x in kept])
     return SparseTargets(ids, log_probs, "bucket", temperature)

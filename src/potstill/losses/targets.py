@@ -45,7 +45,6 @@ class LMHead:
 
     @property
     def vocabulary(self) -> int:
-        """V, the number of tokens: rows of the weight without padding."""
         return self.weight.shape[0] if self.size is None else self.size
 
     def slice(self, size: int) -> LMHead:
@@ -89,7 +88,6 @@ class _PositionTargets:
 
     @property
     def leading(self) -> torch.Size:
-        """Shape of the positions, without V."""
         return torch.Size(self._values.shape[:-1])
 
     @property
@@ -173,10 +171,8 @@ class SparseTargets(_PositionTargets):
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.log_probs.shape or not self.ids.ndim or not self.ids.shape[-1]:
-            raise ShapeError(
-                "SparseTargets: expected ids and log_probs of one shape [..., K], "
-                f"got {list(self.ids.shape)} and {list(self.log_probs.shape)}."
-            )
+            got = f"{list(self.ids.shape)} and {list(self.log_probs.shape)}"
+            raise ShapeError(f"SparseTargets: expected ids and log_probs of one shape [..., K], got {got}.")
         if self.kind not in ("bucket", "sampled", "renormalized"):
             raise ShapeError(f"SparseTargets: expected kind bucket, sampled or renormalized, got {self.kind!r}.")
         if not 0 < self.temperature < math.inf:
@@ -187,15 +183,10 @@ class SparseTargets(_PositionTargets):
         return self.kind == "sampled"
 
     def used(self) -> Tensor:
-        """Return which slots hold a token: [..., K] bool."""
         return self.log_probs > -math.inf
 
     def events(self, temperature: float) -> Tensor:
-        """Compute the log-probabilities [..., K + 1] of the K tokens, and of all others together.
-
-        Raises:
-            ShapeError: log_probs hold for another temperature and cannot be re-tempered.
-        """
+        """Compute the log-probabilities [..., K + 1] of the K tokens, and of all others together."""
         kept = self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32))
         others = torch.full_like(kept[..., :1], LOG_ZERO)
         if self.kind == "renormalized":
@@ -226,10 +217,8 @@ class SparseTargets(_PositionTargets):
         """Return the same targets after checking that all ids are among the first `size` tokens."""
         ids = self.ids[self.used()]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            raise VocabularyError(
-                f"SparseTargets: expected token ids in 0..{size - 1}, got {int(ids.min())}..{int(ids.max())}. "
-                "They were taken over another vocabulary."
-            )
+            got = f"{int(ids.min())}..{int(ids.max())}. They were taken over another vocabulary."
+            raise VocabularyError(f"SparseTargets: expected token ids in 0..{size - 1}, got {got}")
         return self
 
 
@@ -266,26 +255,22 @@ class MixtureTargets(_PositionTargets):
         if self.of not in ("probabilities", "log_probs"):
             raise ShapeError(f"MixtureTargets: expected of probabilities or log_probs, got {self.of!r}.")
         if self.weights.shape != (len(self.members),):
-            raise ShapeError(
-                f"MixtureTargets: expected a weight for each of {len(self.members)} members, got weights of shape "
-                f"{list(self.weights.shape)}."
-            )
+            expected = f"a weight for each of {len(self.members)} members"
+            raise ShapeError(f"MixtureTargets: expected {expected}, got weights of shape {list(self.weights.shape)}.")
         sparse = {member.kind for member in self.members if isinstance(member, SparseTargets)}
         sizes = [member.vocabulary for member in self.members if not isinstance(member, SparseTargets)]
         if not sizes or "bucket" in sparse or (sparse and self.of == "log_probs"):
+            expected, got = f"a mixture of {self.of}", " and ".join(sorted(sparse)) or "none"
+            hint = "Use potstill.teachers.ensemble.mix, which knows what can be mixed."
             raise ShapeError(
-                f"MixtureTargets: expected members with full distributions for a mixture of {self.of}, got "
-                f"{' and '.join(sorted(sparse)) or 'none'}. Use potstill.teachers.ensemble.mix, which knows what can "
-                "be mixed."
+                f"MixtureTargets: expected members with full distributions for {expected}, got {got}. {hint}"
             )
         positions = [list(member.leading) for member in self.members]
-        if any(shape != positions[0] for shape in positions):
+        if positions != positions[:1] * len(positions):
             raise ShapeError(f"MixtureTargets: expected members of the same positions, got {positions}.")
         if len(set(sizes)) > 1:
-            raise VocabularyError(
-                f"MixtureTargets: expected members of one vocabulary, got {sizes}. "
-                "If heads are only padded, slice each to the shared real size with slice(n) first."
-            )
+            hint = "If heads are only padded, slice each to the shared real size with slice(n) first."
+            raise VocabularyError(f"MixtureTargets: expected members of one vocabulary, got {sizes}. {hint}")
 
     @property
     def vocabulary(self) -> int:
@@ -296,10 +281,7 @@ class MixtureTargets(_PositionTargets):
         return any(member.sampled for member in self.members)
 
     def dense(self, temperature: float = 1.0) -> Tensor:
-        """Compute logits [..., V] whose softmax at this temperature is the mixture.
-
-        No more than three [..., V] exist at a time, whatever the number of members.
-        """
+        """Compute logits [..., V] whose softmax is the mixture; no more than three such tensors exist at a time."""
         total: Tensor | None = None
         for member, weight in zip(self.members, self.weights.tolist(), strict=True):
             if not weight:

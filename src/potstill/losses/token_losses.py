@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,22 +22,14 @@ def token_divergence(
 
         sum_v value_v(log q, log p),   q = softmax(student_logits / T),   p = softmax(teacher_logits / T)
 
-    With `SparseTargets` the sum runs over K + 1 events: the K tokens, and all others together.
-
-    Args:
-        student_logits: [..., V], any float dtype; computed in float32 (float64 for float64).
-        targets: the teacher's, over the same V and leading shape. No gradient flows to it.
-        divergence: any `Divergence`, including your own subclass.
-        temperature: softmax temperature, > 0. No T^2 factor is applied here.
-
-    Returns:
-        [...] float32 (float64), nats, unmasked, unreduced.
+    With `SparseTargets` the sum runs over K + 1 events: the K tokens, and all others together. From logits [..., V],
+    any float dtype, and targets over the same V and positions, without a gradient to them, to [...] float32 (float64
+    for float64), nats, unmasked, unreduced, without a T^2 factor.
 
     Raises:
         VocabularyError: the vocabularies differ.
-        ShapeError: the leading shapes differ; the temperature is not positive, or not that of sparse targets; sampled
-            targets with a divergence that they would bias; or the divergence is infinite because the teacher rules out
-            (-inf) a token that the student does not.
+        ShapeError: the positions differ; T is not positive, or not that of sparse targets; sampled targets with a
+            divergence that they would bias; or the teacher rules out (-inf) a token and the divergence is infinite.
 
     >>> from potstill.losses.divergences import ReverseKL
     >>> from potstill.losses.targets import DenseTargets
@@ -56,34 +48,29 @@ def unchecked_divergence(
 ) -> Tensor:
     """Compute `token_divergence` without checking arguments and result."""
     needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
-    dtype, gradient = compute_dtype(student_logits.dtype), None
+    dtype = compute_dtype(student_logits.dtype)
     # The gradient comes from `slope`, in the forward pass: only one [..., V] buffer is kept, and 0 * inf cannot arise
     # in a chain of elementary operations. The teacher's head keeps its own precision under autocast.
     with torch.no_grad():
         scaled = student_logits.to(dtype, copy=True).div_(temperature)
+        gradient: Tensor | None = scaled
         if isinstance(targets, SparseTargets):
-            events = student_events_(scaled, targets.ids, targets.used())
-            value, by_event = event_divergence(events, targets.events(temperature), divergence)
-            if needs_gradient:
-                gradient = token_gradient_(scaled, events, by_event).div_(temperature)
+            events = (targets.events(temperature), targets.ids, targets.used())
+            value = event_divergence_(scaled, *events, divergence, 1.0 if needs_gradient else None)
         else:
             with torch.autocast(student_logits.device.type, enabled=False):
                 teacher = targets.dense(temperature)
-            log_q, log_p = log_softmax_(scaled), log_softmax_(teacher.to(dtype, copy=True).div_(temperature))
-            terms, slope = divergence.pointwise(log_q, log_p)
-            value = terms.sum(-1)
-            if needs_gradient:
-                gradient = log_q.exp().mul_(-slope.sum(-1, keepdim=True)).add_(slope).div_(temperature)
-    return value if gradient is None else with_gradient(student_logits, value, gradient, "token_divergence")
+            teacher = teacher.to(dtype, copy=True).div_(temperature)
+            value, gradient = dense_divergence_(scaled, teacher, divergence, needs_gradient)
+        if not needs_gradient or gradient is None:
+            return value
+        gradient.div_(temperature)
+    return with_gradient(student_logits, value, gradient, "token_divergence")
 
 
 def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor, caller: str) -> Tensor:
-    """Return `value` [...] with the precomputed derivative `gradient` in `inputs`, [...] or [..., V] both.
-
-    `caller` is named in the error of a second derivative.
-    """
-    result: Tensor = _PrecomputedGradient.apply(inputs, value, gradient, caller)  # type: ignore[no-untyped-call]
-    return result
+    """Return `value` [...] with the precomputed derivative `gradient` in `inputs`, [...] or [..., V] both."""
+    return cast(Tensor, _PrecomputedGradient.apply(inputs, value, gradient, caller))  # type: ignore[no-untyped-call]
 
 
 class _PrecomputedGradient(torch.autograd.Function):
@@ -142,18 +129,13 @@ def check_finite(caller: str, values: Tensor, divergence: Divergence) -> None:
     """Raise an error if a divergence is infinite by definition."""
     # q (log q - log p) with log p = LOG_ZERO exceeds 1e9, and no divergence of finite logits comes near it.
     if (values.detach() > 1e9).any():
-        raise ShapeError(
-            f"{caller}: expected a finite {type(divergence).__name__}, got inf: teacher and student rule "
-            "out (-inf) different tokens. Use a bounded divergence (JSD, SkewForwardKL, SkewReverseKL), or slice "
-            "those tokens off."
-        )
+        expected = f"{caller}: expected a finite {type(divergence).__name__}, got inf"
+        hint = "Use a bounded divergence (JSD, SkewForwardKL, SkewReverseKL), or slice those tokens off."
+        raise ShapeError(f"{expected}: teacher and student rule out (-inf) different tokens. {hint}")
 
 
 def log_softmax_(logits: Tensor) -> Tensor:
-    """Compute log_softmax in place, of logits [..., V] in float32 or float64.
-
-    -inf becomes `LOG_ZERO`. In a row of nothing but -inf all probabilities are 0.
-    """
+    """Compute log_softmax in place; -inf becomes `LOG_ZERO`, and a row of nothing but -inf has probabilities of 0."""
     top = logits.clamp_min_(LOG_ZERO).amax(-1, keepdim=True)
     empty = top <= LOG_ZERO
     logits.sub_(top.masked_fill_(empty, 0.0))
@@ -161,33 +143,43 @@ def log_softmax_(logits: Tensor) -> Tensor:
     return logits.sub_(total.masked_fill_(empty, 1.0).log_())
 
 
-def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrite logits [..., V] with exp(logit - largest); return the largest and the sum of these, [..., 1] each.
+Exponentials = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-    In a row of nothing but -inf the largest logit is `LOG_ZERO` and the sum 1.
-    """
+
+def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrite logits [..., V] with exp(logit - largest); return the largest (`LOG_ZERO` if none) and the sum."""
     top = logits.clamp_min_(LOG_ZERO).amax(-1, keepdim=True)
     empty = top <= LOG_ZERO
     total = logits.sub_(top.masked_fill(empty, 0.0)).exp_().sum(-1, keepdim=True)
     return top, total.masked_fill_(empty, 1.0)
 
 
-class StudentEvents(NamedTuple):
-    """The student's probabilities of K tokens and of all others together."""
+def dense_divergence_(
+    student: Tensor, teacher: Tensor, divergence: Divergence, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the divergence [...] of logits over T [..., V], which become log-probabilities, and its gradient."""
+    log_q, log_p = log_softmax_(student), log_softmax_(teacher)
+    terms, slope = divergence.pointwise(log_q, log_p)
+    gradient = log_q.exp().mul_(-slope.sum(-1, keepdim=True)).add_(slope) if needs_gradient else None
+    return terms.sum(-1), gradient
 
-    log_q: Tensor  # [..., K + 1]
-    total: Tensor  # [..., 1], the sum over the others in the buffer that `student_events_` overwrote
-    tokens: Tensor  # [..., K] int64 ids; 0 in unused slots
-    used: Tensor  # [..., K + 1] bool; the last is False where no other token is left
 
+def event_divergence_(
+    logits: Tensor,
+    log_p: Tensor,
+    ids: Tensor,
+    used: Tensor,
+    divergence: Divergence,
+    weight: Tensor | float | None,
+    exponentials: Exponentials = exponentials_,
+) -> Tensor:
+    """Compute the divergence [...] over K + 1 events from the student's logits over T, [..., V] float32 or float64.
 
-def student_events_(
-    logits: Tensor, ids: Tensor, used: Tensor, exponentials: Callable[[Tensor], tuple[Tensor, Tensor]] = exponentials_
-) -> StudentEvents:
-    """Reduce the student's logits over T, [..., V] float32 or float64, to K + 1 events.
+    The logits are overwritten, with `weight` times the gradient in them unless it is None:
 
-    The logits are overwritten: divided by `total`, with each other token's share of the others' probability; with 0 for
-    the K tokens.
+        dD/dz_v = gradient_v for the K tokens,   share_v * gradient_rest for all others
+
+    An unused slot is an event of probability 0 on both sides, which adds nothing.
     """
     tokens = ids.to(torch.int64) * used
     kept = logits.gather(-1, tokens).clamp_min_(LOG_ZERO).masked_fill_(~used, LOG_ZERO)
@@ -199,26 +191,13 @@ def student_events_(
     largest = torch.maximum(top, kept.amax(-1, keepdim=True))
     others = (top - largest + total.log()).masked_fill_(empty, LOG_ZERO)
     log_q = log_softmax_(torch.cat([(kept - largest).clamp_min_(LOG_ZERO), others], -1))
-    return StudentEvents(log_q, total, tokens, torch.cat([used, ~empty], -1))
-
-
-def event_divergence(events: StudentEvents, log_p: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """Compute the divergence [...] over K + 1 events, and its gradient [..., K + 1] in the student's log-probabilities.
-
-    An unused slot is an event of probability 0 on both sides, which adds nothing.
-    """
-    log_p = log_p.to(events.log_q.dtype).masked_fill(~events.used, LOG_ZERO)
-    value, slope = (terms * events.used for terms in divergence.pointwise(events.log_q, log_p))
-    return value.sum(-1), slope - events.log_q.exp() * slope.sum(-1, keepdim=True)
-
-
-def token_gradient_(shares: Tensor, events: StudentEvents, gradient: Tensor) -> Tensor:
-    """Turn the gradient by event into one by token [..., V], in the buffer that `student_events_` overwrote.
-
-    dD/dz_v = gradient_v for the K tokens,   share_v * gradient_rest for all others
-    """
-    shares.mul_(gradient[..., -1:] / events.total)
-    return shares.scatter_add_(-1, events.tokens, gradient[..., :-1] * events.used[..., :-1])
+    present = torch.cat([used, ~empty], -1)
+    log_p = log_p.to(log_q.dtype).masked_fill(~present, LOG_ZERO)
+    value, slope = (terms * present for terms in divergence.pointwise(log_q, log_p))
+    if weight is not None:
+        gradient = (slope - log_q.exp() * slope.sum(-1, keepdim=True)) * weight
+        logits.mul_(gradient[..., -1:] / total).scatter_add_(-1, tokens, gradient[..., :-1] * used)
+    return value.sum(-1)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -243,11 +222,7 @@ def label_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
 def token_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the cross-entropy with hard labels, per token: [N] float32 (float64), nats.
 
-        -log softmax(student_logits)[label]
-
-    Args:
-        student_logits: [N, V], any float dtype; computed in float32 (float64 for float64).
-        labels: [N] token ids; the loss of -100 is 0, without a gradient.
+    -log softmax(student_logits)[label], from logits [N, V] of any float dtype; 0 without a gradient for the label -100.
     """
     logits = student_logits.to(compute_dtype(student_logits.dtype))
     return torch.nn.functional.cross_entropy(logits, labels.long(), reduction="none", ignore_index=IGNORE)
@@ -256,13 +231,10 @@ def token_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
 def token_mean(values: Tensor, weights: Tensor | None = None, normalizer: Tensor | float | None = None) -> Tensor:
     """Compute the weighted mean over tokens, 0 with a gradient of 0 for N = 0. No other place divides by their number.
 
-        sum_n w_n x_n / normalizer
+        sum_n w_n x_n / normalizer,   values x [N], weights w [N] or None for ones
 
-    Args:
-        values: [N], at the target positions.
-        weights: [N], or None for ones.
-        normalizer: the divisor: the number (or weight) of all target tokens in the optimiser step, over ranks and
-            accumulation steps. Default: the sum of the weights here, at least 1.
+    The normalizer is the number (or weight) of all target tokens in the optimiser step, over ranks and accumulation
+    steps; by default the sum of the weights here, at least 1.
     """
     total = (values if weights is None else values * weights).sum()
     if normalizer is None:
