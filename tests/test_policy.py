@@ -13,6 +13,7 @@ from torch import Tensor
 from conftest import make_llama, make_tokenizer
 from potstill.engines.sampling import Sampling
 from potstill.errors import ShapeError
+from potstill.losses.alignment import Alignment
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
 from potstill.teachers.teacher import TeacherOutput
 from potstill.train.distiller import Distiller
@@ -29,8 +30,9 @@ def signals(
     student: Any, teacher: Any, labels: Tensor, rows: Tensor, own: Tensor, then: Tensor, sampler: Tensor, **options: Any
 ) -> Signals:
     missing = torch.full_like(then, math.nan)
-    told = SampledTokens(own, rows, then.where(own, missing), sampler.where(own, missing))
-    return Signals(student, labels, teacher, options.get("normalizer"), 0, sampled=told)
+    sampled = SampledTokens(own, then.where(own, missing), sampler.where(own, missing))
+    alignment = Alignment(rows * len(rows) + torch.arange(len(rows)), labels, len(rows))
+    return Signals(student, alignment, teacher, options.get("normalizer"), 0, sampled=sampled)
 
 
 def log_probs_of(logits: Tensor, labels: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ from potstill.runs.config.run import Recipe
 from potstill.teachers.self_taught import EMATeacher
 from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import MetricsFile
-from potstill.train.sharding import check_sharding
-from potstill.train.trainer import DistillationConfig
+from potstill.train.trainer import DistillationConfig, check_sharding
 from processes import potstill, shard_on_cpu, two_ranks
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}

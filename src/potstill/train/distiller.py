@@ -145,10 +145,9 @@ class Distiller(nn.Module):
         sampled = None
         if STUDENT_LOG_PROBS in batch:
             log_probs, of_sampler = (alignment.select_labels(batch[x]) for x in (STUDENT_LOG_PROBS, SAMPLER_LOG_PROBS))
-            sampled = SampledTokens(~log_probs.isnan(), alignment.row, log_probs, of_sampler)
-        layers = (inside, positions, attended_normalizer)
-        signals = Signals(student, alignment.labels, teacher, normalizer, at, *layers, alignment, sampled)
-        return StepOutput(*self.objective(signals))
+            sampled = SampledTokens(~log_probs.isnan(), log_probs, of_sampler)
+        of_layers = (inside, positions, attended_normalizer)
+        return StepOutput(*self.objective(Signals(student, alignment, teacher, normalizer, at, *of_layers, sampled)))
 
     @property
     def prefetches(self) -> bool:

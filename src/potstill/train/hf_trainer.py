@@ -33,22 +33,20 @@ class LogSums:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: Tensor | None = None
+        self._counts: Any = 0
 
-    def add(self, values: Mapping[str, Tensor], counts: Tensor | None = None) -> None:
+    def add(self, values: Mapping[str, Tensor], counts: Tensor | int = 0) -> None:
         """Add one batch; counts [2] are its target tokens and its attended positions."""
         for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        if counts is not None:
-            self._counts = counts if self._counts is None else self._counts + counts
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+        self._counts = self._counts + counts
 
     def totals(self, accelerator: Any) -> dict[str, float]:
         return {name: float(accelerator.reduce(value)) for name, value in self._sums.items()}
 
     def means(self, accelerator: Any, over: Mapping[str, str]) -> dict[str, float]:
         """The sums over all ranks, each divided by its count over all ranks: tokens, unless `over` says attended."""
-        if self._counts is None:
+        if not self._sums:
             return {}
         tokens, positions = or_one(accelerator.reduce(self._counts)).tolist()
         totals = self.totals(accelerator)
@@ -142,8 +140,7 @@ class StudentTrainer(Trainer):
         for name, parameter in self.distiller.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 self.raise_diverged(f"a NaN or infinite weight in {name} before checkpoint {self.state.global_step}")
-        teacher = self.distiller.teacher
-        states = {} if teacher is None else {TEACHER: teacher.state_dict()}
+        states = {} if self.distiller.teacher is None else {TEACHER: self.distiller.teacher.state_dict()}
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # whose own files hold all that is trained
             states[OBJECTIVE] = self.distiller.objective.state_dict()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -159,9 +156,7 @@ class StudentTrainer(Trainer):
         folder = str(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
-        if state_dict is not None:
-            state_dict = _of_student(state_dict)
-        save_student(self.distiller.student, folder, state_dict)
+        save_student(self.distiller.student, folder, None if state_dict is None else _of_student(state_dict))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 

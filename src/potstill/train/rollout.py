@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -13,7 +13,6 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import PaddingCollator, pad_token_id
@@ -61,13 +60,14 @@ class Adapt(Record):
 class OnPolicySample(NamedTuple):
     """A row that the student generated. A checkpoint has these names."""
 
-    ids: list[int]
+    ids: list[int]  # with the prompt
     prompt: int  # number of prompt tokens
     text: GeneratedTokens
     step: int  # optimiser step of the weights that generated it
     teacher_prompt: Sequence[int] = ()  # where the teacher reads a prompt of its own
 
 
+@dataclass(eq=False)
 class Rollout:
     """Replaces a share of an optimiser step's rows by what the student generates from their prompts.
 
@@ -95,45 +95,42 @@ class Rollout:
         3.3, for `replay` and `adapt`.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        *,
-        share: Number = 0.5,
-        prompt_tokens: int = 32,
-        limit: int | None = None,
-        vocabulary: int | None = None,
-        guide: Guide | None = None,
-        replay: Replay | None = None,
-        adapt: Adapt | None = None,
-        seed: int = 0,
-        batch_size: int = 64,
-        server: ServedWriter | None = None,
-    ) -> None:
-        if guide is not None and server is not None:
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    _: KW_ONLY
+    share: Number = 0.5
+    prompt_tokens: int = 32
+    limit: int | None = None
+    vocabulary: int | None = None
+    guide: Guide | None = None
+    replay: Replay | None = None
+    adapt: Adapt | None = None
+    seed: int = 0
+    batch_size: int = 64
+    server: ServedWriter | None = None
+
+    def __post_init__(self) -> None:
+        if self.guide is not None and self.server is not None:
             raise ShapeError("Rollout: expected a guide or a server, got both. A guide needs the student's logits.")
-        if adapt is not None and callable(share):
+        if self.adapt is not None and callable(self.share):
             raise ShapeError("Rollout: expected a number as the share that adapts, got a schedule. Choose one of them.")
-        self.sampling, self.guide, self.replay, self.adapt = sampling, guide, replay, adapt
+        if self.server is not None:
+            self.limit = min(self.server.limit, self.limit or self.server.limit)
         self.stats = SampleStats()
         self.latest: list[OnPolicySample] = []
-        self.limit = limit if server is None else min(server.limit, limit or server.limit)
-        self._tokenizer, self._server, self._share, self._prompt_tokens = tokenizer, server, share, prompt_tokens
-        self._vocabulary, self._seed, self._batch_size = vocabulary, seed, batch_size
-        self._kept: deque[OnPolicySample] = deque(maxlen=0 if replay is None else replay.size)
+        self._kept: deque[OnPolicySample] = deque(maxlen=0 if self.replay is None else self.replay.size)
         self._raised = 0.0
         self._last_loss: float | None = None
 
     def share_at(self, step: int) -> float:
-        return min(value_at(self._share, step) + self._raised, 1.0)
+        return min(value_at(self.share, step) + self._raised, 1.0)
 
     def __call__(self, batches: Sequence[Batch], student: nn.Module, *, step: int, rank: int = 0) -> list[Batch]:
         """Replace a share of the rows of one optimiser step, counted from 0: input_ids, attention_mask and labels."""
-        if self._server is not None and self.share_at(step) > 0:
-            self._server.update(student, step, rank)
+        if self.server is not None and self.share_at(step) > 0:
+            self.server.update(student, step, rank)
         data = [row for batch in batches for row in unpadded_rows(batch)]
-        rng = np.random.default_rng((self._seed, step, rank))
+        rng = np.random.default_rng((self.seed, step, rank))
         number = _round_randomly(self.share_at(step) * len(data), rng)
         replaced = [i for i, row in enumerate(data) if self.prompt(row) is not None][:number]
         replayed = self._replayed(len(replaced), step, rng)
@@ -143,7 +140,7 @@ class Rollout:
         self._kept.extend(self.latest)
         samples = dict(zip(replaced, [*self.latest, *replayed], strict=True))
         self.stats.add(((sample.text, step - sample.step) for sample in samples.values()), len(data))
-        collate = PaddingCollator(pad_token_id(self._tokenizer)[0])
+        collate = PaddingCollator(pad_token_id(self.tokenizer)[0])
         numbers = iter(range(len(data)))
         mixed: list[Batch] = []
         for batch in batches:
@@ -153,14 +150,17 @@ class Rollout:
                 made = collate([example(samples[i], data[i]) if i in samples else data[i] for i in rows])
             # The columns are there without on-policy rows too: all ranks must log the same names.
             for name, column in ((STUDENT_LOG_PROBS, "log_probs"), (SAMPLER_LOG_PROBS, "sampler_log_probs")):
-                made[name] = _column([samples.get(i) for i in rows], column, made["input_ids"])
+                made[name] = torch.full(made["input_ids"].shape, torch.nan, dtype=torch.float32)
+                for values, sample in zip(made[name], map(samples.get, rows), strict=True):
+                    if sample is not None:
+                        values[sample.prompt : len(sample.ids)] = torch.tensor(getattr(sample.text, column))
             mixed.append({name: value.to(batch["input_ids"].device) for name, value in made.items()})
         return mixed
 
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[int] | None:
         """The prompt of a row of input_ids and labels; None where there is none, or no room behind it."""
         ids = list(row["input_ids"])
-        prompt = _before_targets(row) or ids[: min(self._prompt_tokens, len(ids) // 2)]
+        prompt = _before_targets(row) or ids[: min(self.prompt_tokens, len(ids) // 2)]
         longest = max(len(prompt), len(_before_targets(row, "teacher_")))
         return prompt if prompt and (self.limit is None or longest < self.limit) else None
 
@@ -172,17 +172,14 @@ class Rollout:
                 f"rollout: expected rows with a prompt, got none in {len(rows)} rows. A row needs two tokens, and its "
                 "prompt must be shorter than the models' positions."
             )
-        notes = []
-        if len(lengths) < len(rows):
-            notes.append(f"rollout: {len(rows) - len(lengths)} of {len(rows)} rows have no prompt: used as data alone.")
-        new = self.sampling.max_new_tokens
+        without, new = len(rows) - len(lengths), self.sampling.max_new_tokens
         short = 0 if self.limit is None else sum(length + new > self.limit for length in lengths)
-        if short:
-            notes.append(
-                f"rollout: {short} of {len(rows)} prompts leave less room than max_new_tokens {new} within "
-                f"{self.limit} positions: samples are cut there."
-            )
-        return notes
+        notes = {
+            f"rollout: {without} of {len(rows)} rows have no prompt: used as data alone.": without,
+            f"rollout: {short} of {len(rows)} prompts leave less room than max_new_tokens {new} within "
+            f"{self.limit} positions: samples are cut there.": short,
+        }
+        return [note for note, number in notes.items() if number]
 
     def _generate(
         self, student: nn.Module, rows: list[dict[str, list[int]]], step: int, seed: int
@@ -192,13 +189,13 @@ class Rollout:
         sampling = replace(self.sampling, seed=seed)
         longest = [max(len(own), len(other)) for own, other in zip(prompts, teacher_prompts, strict=True)]
         max_tokens = [sampling.max_new_tokens if self.limit is None else self.limit - length for length in longest]
-        options: dict[str, Any] = {"max_tokens": max_tokens, "vocabulary": self._vocabulary}
-        if self._server is not None:
-            step = self._server.step
-            texts = self._server.generate(student, prompts, sampling, **options)
+        options: dict[str, Any] = {"max_tokens": max_tokens, "vocabulary": self.vocabulary}
+        if self.server is not None:
+            step = self.server.step
+            texts = self.server.generate(student, prompts, sampling, **options)
         else:
-            eos_ids = eos_token_ids(student, self._tokenizer.eos_token_id)
-            options |= {"eos_ids": eos_ids, "guide": self.guide, "batch_size": self._batch_size}
+            eos_ids = eos_token_ids(student, self.tokenizer.eos_token_id)
+            options |= {"eos_ids": eos_ids, "guide": self.guide, "batch_size": self.batch_size}
             texts = generate_tokens(student, prompts, sampling, **options)
         return [
             OnPolicySample(prompt + text.ids, len(prompt), text, step, teacher_prompt)
@@ -228,8 +225,8 @@ class Rollout:
         state = {"raised": self._raised, "last_loss": self._last_loss, "kept": kept}
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"rollout-{rank}.json", json.dumps(state))
-        if self._server is not None:
-            self._server.push_due = True
+        if self.server is not None:
+            self.server.push_due = True
 
     def load(self, folder: Path, rank: int) -> None:
         """Load what `save` wrote, or raise UserError without it."""
@@ -246,33 +243,24 @@ class Rollout:
 
     def close(self) -> None:
         """Delete what a server read from the disk."""
-        if self._server is not None:
-            self._server.close()
+        if self.server is not None:
+            self.server.close()
 
     def decode(self, sample: OnPolicySample) -> tuple[str, str]:
         """A sample's prompt and generated text."""
-        decode = self._tokenizer.decode
+        decode = self.tokenizer.decode
         return str(decode(sample.ids[: sample.prompt])), str(decode(sample.ids[sample.prompt :]))
 
 
 def teacher_mix(teacher: nn.Module, share: float) -> Guide:
-    """Sample from a mixture of teacher and student, so that early samples are worth training on.
-
-        share * p + (1 - share) * q
-
-    References:
-        Gu et al. 2023 (MiniLLM), arXiv 2306.08543, section 2.2.
-    """
+    """Sample from share * p + (1 - share) * q, for early samples worth training on (MiniLLM, arXiv 2306.08543, 2.2)."""
     return Guide(teacher, lambda q, p: share * p + (1 - share) * q)
 
 
 def teacher_top_k(teacher: nn.Module, top_k: int) -> Guide:
-    """Let the teacher draw again each token that is not among its top_k likeliest.
+    """Let the teacher draw again what is not among its top_k likeliest (Speculative KD, arXiv 2410.11325, algorithm 1).
 
-        q_v [v in top_k] + q(others) * p_v
-
-    References:
-        Xu et al. 2024 (Speculative KD), arXiv 2410.11325, algorithm 1.
+    q_v [v in top_k] + q(others) * p_v
     """
 
     def blend(q: Tensor, p: Tensor) -> Tensor:
@@ -316,14 +304,6 @@ def example(sample: OnPolicySample, replaced: Mapping[str, Any]) -> dict[str, li
     return row | ({"weights": [1.0] * len(sample.ids)} if "weights" in replaced else {})
 
 
-def _column(samples: Sequence[OnPolicySample | None], name: str, like: Tensor) -> Tensor:
-    """[B, T]: a value of each generated token, NaN on all others."""
-    columns = [[] if sample is None else [torch.nan] * sample.prompt + getattr(sample.text, name) for sample in samples]
-    values = [torch.tensor(column, dtype=torch.float32) for column in columns]
-    padded = pad_sequence(values, batch_first=True, padding_value=torch.nan)
-    return torch.nn.functional.pad(padded, (0, like.shape[1] - padded.shape[1]), value=torch.nan)
-
-
 @dataclass(frozen=True)
 class RolloutConfig(TokenSampling):
     """The student generates a share of its training rows from their prompts, and the teacher scores them (GKD).
@@ -354,10 +334,10 @@ class RolloutConfig(TokenSampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        key = "teacher_mix" if self.teacher_mix else "teacher_top_k"
         if self.teacher_mix and self.teacher_top_k is not None:
             raise ShapeError("expected teacher_mix or teacher_top_k, got both")
         if self.server is not None and self.guided:
-            key = "teacher_mix" if self.teacher_mix else "teacher_top_k"
             raise ShapeError(f"expected {key} without server, got both. It needs the student's logits in this process")
         if self.server is not None and self.batch_size != type(self).batch_size:
             raise ShapeError("expected batch_size without server, got both. Set server.concurrency instead")
@@ -378,12 +358,8 @@ class RolloutConfig(TokenSampling):
             assert teacher is not None
             top_k, share = self.teacher_top_k, self.teacher_mix
             guide = teacher_mix(teacher, share) if top_k is None else teacher_top_k(teacher, top_k)
-        options |= {"guide": guide, "adapt": self.adapt, "batch_size": self.batch_size}
-        return Rollout(
-            tokenizer,
-            Sampling(self.max_new_tokens, self.sampling_temperature, self.top_p, self.top_k),
-            share=for_run(self, steps).on_policy_fraction,
-            prompt_tokens=self.prompt_tokens,
-            replay=None if self.replay is None else for_run(self.replay, steps),
-            **options,
-        )
+        sampling = Sampling(self.max_new_tokens, self.sampling_temperature, self.top_p, self.top_k)
+        options |= {"share": for_run(self, steps).on_policy_fraction, "guide": guide, "adapt": self.adapt}
+        options |= {"prompt_tokens": self.prompt_tokens, "batch_size": self.batch_size}
+        replay = None if self.replay is None else for_run(self.replay, steps)
+        return Rollout(tokenizer, sampling, replay=replay, **options)

@@ -6,7 +6,7 @@ import secrets
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from potstill.models.split import run, undisturbed
 MAX_LOGPROB_DRIFT = 0.25  # mean nats per token above which the server has other weights; bfloat16 differs by 0.02
 
 
+@dataclass(eq=False)
 class ServedWriter:
     """A vLLM server that generates as the student, with weights that are at most so many optimiser steps old.
 
@@ -47,64 +48,55 @@ class ServedWriter:
         ServerError: there is no answer.
     """
 
-    def __init__(
-        self,
-        server: ModelServer,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
-        *,
-        adapter: bool = False,
-        max_staleness: int = 0,
-    ) -> None:
-        self.limit = int(server.card().get("max_model_len", 0))  # maximum number of tokens in a row
-        if not self.limit or not check_tokenizer_matches(server, tokenizer):
+    server: ModelServer
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    _: KW_ONLY
+    adapter: bool = False
+    max_staleness: int = 0
+
+    def __post_init__(self) -> None:
+        self.limit = int(self.server.card().get("max_model_len", 0))  # maximum number of tokens in a row
+        if not self.limit or not check_tokenizer_matches(self.server, self.tokenizer):
             raise RefusedError(
-                f"{server}: expected vLLM, with max_model_len and /detokenize, got another server. Serve the student "
-                "with vLLM, 0.32 or later: no other takes its weights."
+                f"{self.server}: expected vLLM, with max_model_len and /detokenize, got another server. Serve the "
+                "student with vLLM, 0.32 or later: no other takes its weights."
             )
         self.step = 0  # optimiser step of the weights on the server
-        self._server, self._tokenizer, self._folder, self._max_staleness = server, tokenizer, folder, max_staleness
         self._weights: Path | None = None  # within the folder, which may hold other files
-        self._sync = WeightSync(server, adapter=adapter)
+        self._sync = WeightSync(self.server, adapter=self.adapter)
         self.push_due = True  # at the next step, whatever the age of the weights on the server
         self._just_pushed = False
 
     def update(self, student: nn.Module, step: int, rank: int = 0) -> None:
         """Push the student's weights if the server's are too old. Every rank calls this at every step."""
-        self._just_pushed = self.push_due or step - self.step > self._max_staleness
+        self._just_pushed = self.push_due or step - self.step > self.max_staleness
         if not self._just_pushed:
             return
         if rank == 0:
             self.close()  # the server has the last weights in memory
-            name = f"potstill-{step}-{secrets.token_hex(4)}"
-            self._weights = self._folder / name
+            self._weights = self.folder / f"potstill-{step}-{secrets.token_hex(4)}"
             save_student(student, self._weights)
-            self._sync.push(self._weights, name)
+            self._sync.push(self._weights, self._weights.name)
         version = [self._sync.version]
         broadcast_object_list(version)  # other ranks wait here
         self._sync.version = version[0]
         self.step, self.push_due = step, False
 
     def generate(
-        self,
-        student: Any,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        *,
-        max_tokens: list[int],
-        vocabulary: int | None,
+        self, student: Any, prompts: list[list[int]], sampling: Sampling, max_tokens: list[int], vocabulary: int | None
     ) -> list[GeneratedTokens]:
         """Generate one continuation of each prompt from the first `vocabulary` tokens, as the student alone would."""
         num_rows = student.get_output_embeddings().weight.shape[0]
         excluded = range(num_rows if vocabulary is None else vocabulary, num_rows)
-        eos_ids = eos_token_ids(student, self._tokenizer.eos_token_id)
+        eos_ids = eos_token_ids(student, self.tokenizer.eos_token_id)
         outputs = self._sync.generate(prompts, sampling, eos_ids=eos_ids, max_tokens=max_tokens, excluded=excluded)
         if self._just_pushed and outputs:
             ids, log_probs = outputs[0].ids, torch.tensor(outputs[0].log_probs)
             drift = float((token_log_probs(student, prompts[0], ids) - log_probs).abs().mean())
             if not drift <= MAX_LOGPROB_DRIFT:
                 raise ServerError(
-                    f"{self._server}: expected the student's log-probabilities, with the weights in {self._folder}, "
+                    f"{self.server}: expected the student's log-probabilities, with the weights in {self.folder}, "
                     f"got {drift:.2f} nats per token from them. Check that the server sees that folder and serves a "
                     "model of the student's shape and config, then resume."
                 )
@@ -116,7 +108,7 @@ class ServedWriter:
             shutil.rmtree(self._weights)
             self._weights = None
             with suppress(OSError):
-                self._folder.rmdir()  # unless it holds other files
+                self.folder.rmdir()  # unless it holds other files
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ class SampledTokens:
     """Target tokens that the student sampled itself. Log-probabilities are in nats, and NaN on other tokens."""
 
     tokens: Tensor  # [N] bool, True on sampled tokens
-    rows: Tensor  # [N] row of each token
     log_probs: Tensor  # [N] under the student when it sampled the token
     sampler_log_probs: Tensor  # [N] under the distribution that the token was drawn from
 
@@ -34,14 +33,13 @@ class Signals:
     """Everything that a term may read of one batch with N target positions."""
 
     student: HeadTargets | DenseTargets  # with gradient; logits [N, V] where the head is not a plain linear layer
-    labels: Tensor  # [N] token ids or classes; floating point for regression
+    alignment: Alignment  # target positions, with their labels and weights
     teacher: TeacherOutput | None  # None where no term needs a teacher
     normalizer: Tensor | float | None  # what every mean over tokens divides by; None: N, or the sum of the weights
     step: int  # optimiser step, from 0
     inside: Activations = field(default_factory=Activations)  # of the student, as requested; with gradient
     attended: Tensor | None = None  # [B, T] bool; see `losses.alignment.attended_positions`
     attended_normalizer: Tensor | float | None = None  # of means over attended positions; None: their number
-    alignment: Alignment | None = None  # target positions and their weights
     sampled: SampledTokens | None = None  # None where the student sampled no token
 
     def only(self, text: Text) -> Tensor | None:
@@ -53,6 +51,11 @@ class Signals:
         return (self.sampled.tokens if text == "own" else ~self.sampled.tokens).float()
 
     @property
+    def labels(self) -> Tensor:
+        """[N] token ids or classes; floating point for regression."""
+        return self.alignment.labels
+
+    @property
     def label_loss(self) -> str | None:
         """Name of the loss on the labels in logs; None for a model without a head."""
         if not self.student.vocabulary:
@@ -62,7 +65,7 @@ class Signals:
     @property
     def weights(self) -> Tensor | None:
         """[N] weight of each token in every mean over tokens; None where all are equal."""
-        return None if self.alignment is None else self.alignment.weights
+        return self.alignment.weights
 
     @property
     def divisor(self) -> Tensor | float:
@@ -109,8 +112,7 @@ class Signals:
             options: dict[str, Any] = {"temperature": temperature, "token_weights": weights, "normalizer": self.divisor}
             options |= {"labels": labels, "label_weight": label_weight or 0.0}
             return linear_divergence(self.student.hidden, self.student.head, targets, divergence, **options)
-        logits, parts = self.student.logits, []
-        divergences = entropy = None
+        logits, parts, divergences, entropy = self.student.logits, [], None, None
         with torch.autocast(logits.device.type, enabled=False):  # a teacher's head keeps its own precision
             if targets is not None and divergence is not None:
                 divergences = token_divergence(logits, targets, divergence, temperature=temperature)

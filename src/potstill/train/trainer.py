@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,12 @@ from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.hf_trainer import LogSums, StudentTrainer
 from potstill.train.objective import OF_TEXT, Objective
 from potstill.train.rollout import Rollout
-from potstill.train.sharding import NOT_SHARDED, check_sharding
 from potstill.train.terms.term import Term
+
+NOT_SHARDED = (
+    "train.fsdp: expected several processes with an accelerator each, got a run that accelerate does not shard. Start "
+    "it with torchrun on GPUs, or leave train.fsdp out."
+)
 
 
 @dataclass
@@ -210,3 +214,27 @@ def _ignored(labels: Any) -> Any:
     if isinstance(labels, list):
         return [IGNORE] * len(labels)
     return math.nan if isinstance(labels, float) else IGNORE
+
+
+def check_sharding(
+    *, fsdp: bool, zero: Mapping[str, Any] | None, fsdp_requested: bool, teacher: Teacher | None, rollout: bool
+) -> None:
+    """Raise UserError where a run does not work with its sharding, by FSDP or by deepspeed's zero_optimization."""
+    sharder = "FSDP" if fsdp else "ZeRO-3" if (zero or {}).get("stage") == 3 else None
+    if fsdp_requested and not fsdp:
+        raise UserError(NOT_SHARDED)
+    if sharder and teacher is not None and teacher.of_student:
+        raise UserError(
+            f"{type(teacher).__name__}: expected a full student on every rank, from whose weights the teacher is made, "
+            f"got one that {sharder} shards. Train without {sharder}, or use another teacher."
+        )
+    if rollout and zero is not None:
+        raise UserError(
+            "rollout: expected fsdp or a full student on every rank, got deepspeed, under which the student cannot "
+            "generate. Use train.fsdp, or leave rollout out."
+        )
+    if sharder == "ZeRO-3" and zero and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(
+            "train.deepspeed: expected stage3_gather_16bit_weights_on_model_save: true, got none. Set it, or "
+            "zero3_save_16bit_model in accelerate's file: without it the full student is not saved."
+        )

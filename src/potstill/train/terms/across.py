@@ -152,10 +152,6 @@ class ULD(AcrossTerm):
 
 def _at(signals: Signals, places: Tensor) -> Signals:
     """Select some target positions; means are still over all of them."""
-    alignment = signals.alignment
-    if alignment is not None:
-        weights = None if alignment.weights is None else alignment.weights[places]
-        positions, labels = alignment.positions[places], alignment.labels[places]
-        alignment = Alignment(positions, labels, alignment.length, weights)
-    student, labels = signals.student.rows(places), signals.labels[places]
-    return replace(signals, student=student, labels=labels, normalizer=signals.divisor, alignment=alignment)
+    whole, weights = signals.alignment, None if signals.weights is None else signals.weights[places]
+    alignment = Alignment(whole.positions[places], whole.labels[places], whole.length, weights)
+    return replace(signals, student=signals.student.rows(places), normalizer=signals.divisor, alignment=alignment)

@@ -36,7 +36,7 @@ class DenseTerm(Term):
     temperature: Number = 1.0  # of the distributions that are compared
 
     @abstractmethod
-    def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, temperature: float, step: int) -> Tensor:
         """Compute the term's value [N] by token, from logits [N, V]."""
 
     def __call__(self, signals: Signals) -> Tensor:
@@ -51,9 +51,9 @@ class DenseTerm(Term):
         return signals.mean(torch.cat(values))
 
     def _values(self, student: HeadTargets | DenseTargets, teacher: Targets, step: int) -> Tensor:
-        logits = student.dense()
+        logits, temperature = student.dense(), value_at(self.temperature, step)
         with torch.autocast(logits.device.type, enabled=False):
-            return self.compare(logits, self.teacher_logits(teacher, value_at(self.temperature, step)), step)
+            return self.compare(logits, self.teacher_logits(teacher, temperature), temperature, step)
 
     def teacher_logits(self, targets: Targets, temperature: float = 1.0) -> Tensor:
         """Return the teacher's logits [N, V] for a temperature; raises ShapeError for targets of only some tokens."""
@@ -79,7 +79,7 @@ class Values(DenseTerm):
     name = "values"
     tasks = HEAD_TASKS
 
-    def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, temperature: float, step: int) -> Tensor:
         dtype = torch.promote_types(student.dtype, torch.float32)
         return (student.to(dtype) - teacher.to(dtype)).square().mean(-1)
 
@@ -98,8 +98,8 @@ class BiLD(DenseTerm):
     temperature: Temperature = 3.0
     name = "bild"
 
-    def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
-        return bild(student, teacher, min(self.top_k, student.shape[-1]), value_at(self.temperature, step))
+    def compare(self, student: Tensor, teacher: Tensor, temperature: float, step: int) -> Tensor:
+        return bild(student, teacher, min(self.top_k, student.shape[-1]), temperature)
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,7 @@ class AdaptiveKL(DenseTerm):
     temperature: Temperature = 1.0
     name = "adaptive_kl"
 
-    def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
-        temperature = value_at(self.temperature, step)
+    def compare(self, student: Tensor, teacher: Tensor, temperature: float, step: int) -> Tensor:
         return temperature**2 * adaptive_kl(student, teacher, self.head_mass, temperature)
 
 
@@ -141,7 +140,6 @@ class TAID(DenseTerm):
     temperature: Temperature = 1.0
     name = "taid"
 
-    def compare(self, student: Tensor, teacher: Tensor, step: int) -> Tensor:
-        temperature = value_at(self.temperature, step)
+    def compare(self, student: Tensor, teacher: Tensor, temperature: float, step: int) -> Tensor:
         target = interpolated_logits(student, teacher, value_at(self.share, step))
         return temperature**2 * token_divergence(student, DenseTargets(target), ForwardKL(), temperature=temperature)

@@ -19,7 +19,7 @@ from potstill.losses.embedding import embedding_divergence
 from potstill.losses.hidden import hidden_cosine, hidden_l1, hidden_mse, linear_cka
 from potstill.losses.rkd import rkd_angle, rkd_distance
 from potstill.losses.schedule import Temperature, Weight, value_at
-from potstill.models.capture import ActivationRequest, Activations
+from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import LastK, LayerMap, Pairs, Projection, ProjectionKind, Uniform
 from potstill.models.structure import ModelShape
 from potstill.train.signals import Signals
@@ -53,6 +53,13 @@ class LayerTerm(Term):
     def make_trained(self, student: ModelShape, teacher: ModelShape, pairs: Pairs) -> nn.Module | None:
         """Make what is trained, a list with an entry for each pair; raises UserError for models that do not fit."""
         return None
+
+    def captured(self, signals: Signals, student: int, teacher: int) -> tuple[Any, Any, Tensor]:
+        """Return the activations of a pair of layers, and the mask [B, T] of the attended positions."""
+        assert signals.teacher is not None
+        assert signals.attended is not None
+        s, t = (getattr(inside, self.activations) for inside in (signals.inside, signals.teacher.inside))
+        return s[student], t[teacher], signals.attended
 
     @abstractmethod
     def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
@@ -142,13 +149,15 @@ class Hidden(LayerTerm):
         return None
 
     def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
-        of_student, of_teacher, attended = _activations(signals)
-        s, t = of_student.hidden[student][attended].float(), of_teacher.hidden[teacher][attended].float()
+        s, t, attended = self.captured(signals, student, teacher)
+        s, t = s[attended].float(), t[attended].float()
         if self.distance == "cka":
             return signals.batch_mean(1 - linear_cka(s, t))
         if self.dimensions is None:
-            return signals.attended_mean(DISTANCES[self.distance](trained(s), t))
-        return signals.attended_mean(DISTANCES[self.distance](s, t[:, self.dimensions[teacher].to(t.device)]))
+            s = trained(s)
+        else:
+            t = t[:, self.dimensions[teacher].to(t.device)]
+        return signals.attended_mean(DISTANCES[self.distance](s, t))
 
 
 HeadPairs = Annotated[tuple[tuple[int, int], ...], NonEmpty()]
@@ -186,9 +195,8 @@ class Attention(LayerTerm):
                 "weight makes the divergence infinite. Set the dropout to 0, or leave out the divergence."
             )
         if not isinstance(self.heads, str):
-            for who, model, heads in zip(
-                ("student", "teacher"), (student, teacher), zip(*self.heads, strict=True), strict=True
-            ):
+            sides = {"student": student, "teacher": teacher}.items()
+            for (who, model), heads in zip(sides, zip(*self.heads, strict=True), strict=True):
                 strange = [head for head in heads if not 0 <= head < model.heads]
                 if strange:
                     raise ShapeError(
@@ -202,9 +210,8 @@ class Attention(LayerTerm):
         return nn.ParameterList(nn.Parameter(start.clone()) for _ in pairs)
 
     def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
-        of_student, of_teacher, attended = _activations(signals)
-        s, t = of_student.attentions[student].float(), of_teacher.attentions[teacher].float()
-        weights = None
+        s, t, attended = self.captured(signals, student, teacher)
+        s, t, weights = s.float(), t.float(), None
         if self.heads == "learned":
             s, _ = attention.match_heads(s, trained.softmax(-1))
         elif not isinstance(self.heads, str):
@@ -251,12 +258,10 @@ class Relations(LayerTerm):
         return LayerTerm.fit(replace(self, heads=heads), student, teacher)
 
     def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
-        of_student, of_teacher, attended = _activations(signals)
+        s, t, attended = self.captured(signals, student, teacher)
         assert self.heads is not None
-        values = []
-        for kind in self.of:
-            s, t = (getattr(vectors, kind) for vectors in (of_student.vectors[student], of_teacher.vectors[teacher]))
-            values.append(attention.relation_divergence(s.float(), t, attended, self.heads))
+        pairs = [(getattr(s, kind).float(), getattr(t, kind)) for kind in self.of]
+        values = [attention.relation_divergence(*pair, attended, self.heads) for pair in pairs]
         return signals.attended_mean(torch.stack(values).mean(0)[attended])
 
 
@@ -285,10 +290,9 @@ class Similarity(LayerTerm):
     over = "target"
 
     def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
-        of_student, of_teacher, attended = _activations(signals)
+        *states, attended = self.captured(signals, student, teacher)
         rows = attended.any(1)  # examples with an attended position
         mask = attended[rows].unsqueeze(-1)
-        states = of_student.hidden[student], of_teacher.hidden[teacher]
         s, t = ((hidden[rows].float() * mask).sum(1) / mask.sum(1) for hidden in states)
         if self.kind != "distribution":
             return signals.batch_mean((rkd_distance if self.kind == "distance" else rkd_angle)(s, t))
@@ -296,10 +300,3 @@ class Similarity(LayerTerm):
             return signals.batch_mean(s[:0].sum())
         temperature = value_at(self.temperature, signals.step)
         return signals.batch_mean(embedding_divergence(s, t, temperature=temperature, divergence=self.divergence))
-
-
-def _activations(signals: Signals) -> tuple[Activations, Activations, Tensor]:
-    """Return what was captured of the student and of the teacher, and the mask [B, T] of the attended positions."""
-    assert signals.teacher is not None
-    assert signals.attended is not None
-    return signals.inside, signals.teacher.inside, signals.attended

@@ -16,7 +16,7 @@ from potstill.losses.schedule import Weight
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.losses.token_losses import token_cross_entropy
 from potstill.teachers.teacher import TeacherOutput
-from potstill.train.signals import SampledTokens, Signals
+from potstill.train.signals import Signals
 from potstill.train.terms.term import Term
 
 MAX_REWARD_NATS = 100.0  # rewards are clamped: a token that the teacher rules out has an infinite one
@@ -65,14 +65,13 @@ class PolicyGradient(Term):
         return self.importance
 
     def __call__(self, signals: Signals) -> Tensor:
-        sampled = signals.sampled
+        sampled, log_probs = signals.sampled, student_log_probs(signals.student, signals.labels)
         assert signals.teacher is not None
         if sampled is None or not sampled.tokens.any():
-            return 0.0 * signals.mean(student_log_probs(signals.student, signals.labels)[:0])
-        log_probs = student_log_probs(signals.student, signals.labels)
+            return 0.0 * signals.mean(log_probs[:0])
         rewards = label_log_probs(signals.teacher, signals.labels) - log_probs.detach()
         rewards = rewards.clamp(-MAX_REWARD_NATS, MAX_REWARD_NATS).masked_fill(~sampled.tokens, 0.0)
-        advantages = self._advantages(rewards, sampled)
+        advantages = self._advantages(rewards, sampled.tokens, signals.alignment.row)
         if self.importance and sampled.sampler_log_probs[sampled.tokens].isnan().any():
             raise ShapeError(
                 "policy: expected the log-probability under which each token was sampled, got samples of a server at "
@@ -90,13 +89,13 @@ class PolicyGradient(Term):
             loss = loss + signals.compare(ReverseKL(), token_weights=weights).loss
         return loss
 
-    def _advantages(self, rewards: Tensor, sampled: SampledTokens) -> Tensor:
-        """Compute A_t [N], from the last token of each row to its first."""
-        _, row, counts = torch.unique_consecutive(sampled.rows, return_inverse=True, return_counts=True)
+    def _advantages(self, rewards: Tensor, sampled: Tensor, rows: Tensor) -> Tensor:
+        """Compute A_t [N], from the last token of each row to its first; sampled [N] is True on sampled tokens."""
+        _, row, counts = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
         length = int(counts.max())
         column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
         places = row * length + column  # in the grid of rows and their tokens, padded with zeros
-        values = torch.stack([rewards, sampled.tokens.to(rewards.dtype)])  # the rewards, and their weights in each sum
+        values = torch.stack([rewards, sampled.to(rewards.dtype)])  # the rewards, and their weights in each sum
         grid = values.new_zeros(2, len(counts) * length).index_copy(1, places, values).view(2, -1, length)
         sums, total = torch.zeros_like(grid), torch.zeros_like(grid[..., 0])
         for t in reversed(range(length)):
@@ -107,9 +106,9 @@ class PolicyGradient(Term):
         if self.length_normalization:
             returns = returns / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
         advantages = returns.flatten()[places]
-        if not self.whiten or int(sampled.tokens.sum()) < 2:
+        if not self.whiten or int(sampled.sum()) < 2:
             return advantages
-        mean, deviation = advantages[sampled.tokens].mean(), advantages[sampled.tokens].std()
+        mean, deviation = advantages[sampled].mean(), advantages[sampled].std()
         return (advantages - mean) / deviation.clamp_min(1e-8)
 
 

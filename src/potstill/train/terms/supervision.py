@@ -67,18 +67,17 @@ class DeepSupervision(Term):
         return FittedTerm(partial(self._compute, exits), ActivationRequest(exits=frozenset(exits)))
 
     def _compute(self, exits: list[int], signals: Signals) -> Tensor:
-        last, alignment = signals.student, signals.alignment
+        last = signals.student
         if not isinstance(last, HeadTargets):
             raise ModelError(
                 "DeepSupervision: expected a student with a plain linear head, through which its layers are read, got "
                 "another. Leave the term out, or what wraps the head: an adapter, FSDP or ZeRO-3."
             )
-        assert alignment is not None
         temperature = value_at(self.temperature, signals.step)
         target = HeadTargets(last.hidden.detach(), last.head)
         losses = []
         for layer in exits:
-            hidden = alignment.select(signals.inside.exits[layer]).to(last.hidden.dtype)
+            hidden = signals.alignment.select(signals.inside.exits[layer]).to(last.hidden.dtype)
             exit_signals = replace(signals, student=HeadTargets(hidden, last.head))
             losses.append(exit_signals.compare(self.divergence, temperature=temperature, targets=target).loss)
         return temperature**2 * torch.stack(losses).mean()
