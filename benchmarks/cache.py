@@ -34,7 +34,7 @@ from potstill.demo.recipe import demo_recipe
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.targets import DenseTargets
 from potstill.models.split import forward_targets, split_model
-from potstill.runs.cache import Request, build
+from potstill.runs.cache import CacheRequest, build
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 from potstill.teachers.cache.codec import Codec, Dense, Sampled, TopK
@@ -207,7 +207,7 @@ def quality_part(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
             if parameters is not None:
                 cache = args.out / f"cache-{name}"
                 sources = [live.data.train]
-                build(Request(live.teacher, sources, 128, True, name, parameters, cache), console=QUIET)
+                build(CacheRequest(live.teacher, sources, 128, True, name, parameters, cache), console=QUIET)
                 values["teacher"]["cache"] = str(cache)
                 values["output"] = str(out / name)
             summary = run(Recipe.parse(values), resume=True, console=QUIET).summary

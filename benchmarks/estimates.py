@@ -70,11 +70,11 @@ def make(folder: Path, size: str, steps: int) -> dict[str, Any]:
 
 
 def measure(what: str, values: dict[str, Any]) -> dict[str, float]:
-    """Bytes and seconds a step, as `check` says them or as a training takes them."""
+    """Bytes and seconds a step, as `check` estimates them or as a training takes them."""
     recipe = Recipe.parse(values)
     if what == "check":
-        said = check(recipe)
-        return {"bytes": said.memory_bytes, "seconds": said.seconds / said.steps}
+        needs = check(recipe)
+        return {"bytes": needs.memory_bytes, "seconds": needs.seconds / needs.built.plan.steps}
 
     def train() -> None:
         built = build_run(recipe)

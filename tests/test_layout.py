@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -170,3 +171,15 @@ def test_a_file_is_short_finished_and_has_a_name(module):
     assert MODULES[module].name != "utils.py"
     assert len(lines) <= 450
     assert not [line for line in lines if re.search("TODO|FIXME|NotImplementedError", line)]
+
+
+def test_names_that_benchmarks_and_tests_import_exist() -> None:
+    root = SOURCE.parents[1]
+    for path in sorted([*(root / "benchmarks").glob("*.py"), *(root / "tests").glob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("potstill"):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    file = Path(str(module.__file__)).with_name(f"{alias.name}.py")
+                    known = hasattr(module, alias.name) or file.exists() or file.with_suffix("").is_dir()
+                    assert known, f"{path.name} imports {alias.name} from {node.module}"
