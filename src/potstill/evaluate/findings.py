@@ -120,9 +120,10 @@ def _temperature(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     for used in temperature["used"]:
         support, best_support, top = rows[used]["support"], rows[best]["support"], rows[used]["mass"]["1"]
         if used > best and support > FLAT_RATIO * best_support:
-            flat = f"its effective support is {support:,.0f} tokens instead of {best_support:,.1f}"
-            effect = f"so the student learns mostly about unlikely tokens (try {best:g})"
-            yield _problem(f"at temperature {used:g} the teacher is so flat that {flat}, {effect}")
+            yield _problem(
+                f"at temperature {used:g} the teacher is so flat that its effective support is {support:,.0f} tokens "
+                f"instead of {best_support:,.1f}, so the student learns mostly about unlikely tokens (try {best:g})"
+            )
         elif used < best and 1 - top < SOFT_MASS:
             sharp = f"{percent(top)}, little more information than a label (try {best:g})"
             yield _problem(f"at temperature {used:g} the teacher gives its most likely token {sharp}")

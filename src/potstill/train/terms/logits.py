@@ -84,6 +84,9 @@ class Labels(Term):
     """Cross-entropy with the data's tokens or classes; the squared error for regression.
 
     On-policy samples contribute nothing.
+
+    Args:
+        weight: >= 0.
     """
 
     weight: Weight = 1.0
