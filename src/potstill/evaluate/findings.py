@@ -132,8 +132,11 @@ def _temperature(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
 def _teacher(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     teacher, baseline = (diagnosis["losses"].get(name) for name in ("teacher", "baseline"))
     if teacher is not None and baseline is not None and teacher >= baseline:
-        worse = f"({nats(teacher)} nats) is no better on this text than training on labels alone ({nats(baseline)})"
-        yield _problem(f"the teacher itself {worse}, so there is little to learn from it", level="alarm")
+        yield _problem(
+            f"the teacher itself ({nats(teacher)} nats) is no better on this text than training on labels alone "
+            f"({nats(baseline)}), so there is little to learn from it",
+            level="alarm",
+        )
     ratio = diagnosis["compression"]
     if ratio and ratio > LARGE_COMPRESSION:
         clause = f"the student is {times(ratio)} times smaller than its teacher, too small to follow it closely"
@@ -149,8 +152,10 @@ def _training(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
     if past_best > MOVING_NATS:
         yield _problem(f"it was better by {nats(past_best)} nats at step {training['best_step']:,} (it overfits)")
     if clipped > CLIPPED_SHARE:
-        so = "so the effective learning rate is lower than the one set"
-        yield _problem(f"its gradients were clipped in {percent(clipped)} of the logged steps, {so}")
+        yield _problem(
+            f"its gradients were clipped in {percent(clipped)} of the logged steps, so the effective learning rate is "
+            "lower than the one set"
+        )
 
 
 def _label_noise(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
