@@ -14,7 +14,7 @@ from potstill.cli.app import app, comparison_table, console, show
 from potstill.errors import UserError
 
 CONTEXT = 2048  # default number of tokens in a row
-SHAPE = {  # rows of the table: fields of `potstill.models.shape.Shape`
+SHAPE = {  # rows of the table: fields of `DesignShape`
     "layers": "layers",
     "width": "hidden",
     "heads": "heads",

@@ -19,6 +19,7 @@ WRAPPERS = {
     "module.": "It was saved within DataParallel or DeepSpeed: save model.module",
 }
 HEADS = ("lm_head", "cls.predictions", "embed_out", "score", "classifier")
+CAUSAL = "_potstill_causal"  # an attribute of models that were probed already
 PROBE_TOKENS = 8
 SHOWN = 3  # names in a message
 
@@ -69,6 +70,8 @@ def check_causal(model: Any, key: str) -> None:
     Raises:
         ModelError: they do, as in an encoder.
     """
+    if getattr(model, CAUSAL, False):
+        return
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         return  # it would be compiled for the probe's shapes
     rows = torch.arange(11, 11 + 7 * PROBE_TOKENS, 7).repeat(2, 1)
@@ -87,6 +90,7 @@ def check_causal(model: Any, key: str) -> None:
             f"{key}: expected a causal language model, got {type(model).__name__}, whose logits depend on later "
             "tokens. Use the task masked for an encoder, or name a decoder."
         )
+    setattr(model, CAUSAL, True)
 
 
 def _unused(key: str, name: str, model: Any, unexpected: Sequence[str]) -> str:

@@ -40,7 +40,9 @@ AUTO_CLASSES: dict[Task, tuple[Any, str]] = {
 
 MINOR_WARNINGS = (
     ".is_gradient_checkpointing. is deprecated",  # peft reads it
-    *("Position ids are not supported", "Merge lora module to [48]-bit", "MatMul8bitLt"),
+    "Position ids are not supported",  # prompt tuning in generate()
+    "Merge lora module to [48]-bit",
+    "MatMul8bitLt",
 )
 
 

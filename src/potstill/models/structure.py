@@ -199,17 +199,34 @@ class LayerMatrices:
 
 FAMILIES = (
     # Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, SmolLM
-    LayerMatrices(*(f"self_attn.{x}_proj" for x in "qkvo"), up=("mlp.gate_proj", "mlp.up_proj"), down="mlp.down_proj"),
+    LayerMatrices(
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        up=("mlp.gate_proj", "mlp.up_proj"),
+        down="mlp.down_proj",
+    ),
     # GPT-2
-    LayerMatrices(*["attn.c_attn"] * 3, *["attn.c_proj"], up=("mlp.c_fc",), down="mlp.c_proj"),
+    LayerMatrices("attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj", up=("mlp.c_fc",), down="mlp.c_proj"),
     # BERT, RoBERTa
     LayerMatrices(
-        *(f"attention.{x}" for x in ("self.query", "self.key", "self.value", "output.dense")),
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
         up=("intermediate.dense",),
         down="output.dense",
     ),
     # DistilBERT
-    LayerMatrices(*(f"attention.{x}_lin" for x in ("q", "k", "v", "out")), up=("ffn.lin1",), down="ffn.lin2"),
+    LayerMatrices(
+        "attention.q_lin",
+        "attention.k_lin",
+        "attention.v_lin",
+        "attention.out_lin",
+        up=("ffn.lin1",),
+        down="ffn.lin2",
+    ),
 )
 
 

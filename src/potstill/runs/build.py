@@ -119,12 +119,25 @@ def build_run(recipe: Recipe) -> BuiltRun:
     stats = _alignment_stats(teacher, train.dataset)
     server = recipe.rollout.server if recipe.rollout else None
     writer = server.writer(student, tokenizer, Path(recipe.output)) if server else None
-    shared, size = vocabulary if recipe.task in TOKEN_TASKS else 0, parameter_count(student)
-    models_and_data = (teacher, loaded, tokenizer, new_student, size, train, held_out)
-    built = BuiltRun(recipe, *models_and_data, plan, objective, shared, positions, writer, stats)
+    built = BuiltRun(
+        recipe=recipe,
+        teacher=teacher,
+        loaded=loaded,
+        tokenizer=tokenizer,
+        new_student=new_student,
+        size=parameter_count(student),
+        train=train,
+        eval=held_out,
+        plan=plan,
+        objective=objective,
+        vocabulary=vocabulary if recipe.task in TOKEN_TASKS else 0,
+        max_positions=positions,
+        writer=writer,
+        alignment_stats=stats,
+    )
     rollout = built.new_rollout()
     _check_teacher(built)
-    notes = [note for model in models.values() for note in loading_notes(model)]
+    notes = [note for model in (*loaded.models.values(), student) for note in loading_notes(model)]
     notes += [*_teacher_notes(built), *train.notes, *held_out.notes, *filter(None, [pad_token_id(tokenizer)[1]])]
     if recipe.train.get("bf16") and not plan.bf16:
         notes.append("train.bf16: this CPU has no bfloat16 instructions; training in float32, which is faster here.")
