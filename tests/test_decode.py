@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import make_llama
-from potstill.engines.decode import GeneratedTokens, Guide, eos_token_ids, generate_tokens
+from potstill.engines.decode import GeneratedTokens, Guide, generate_tokens
 from potstill.engines.sampling import Sampling
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [14, 15, 16, 17, 18, 19, 20], [21, 22]]
@@ -159,11 +159,3 @@ def test_a_guide_has_its_say_and_the_sampler_is_told() -> None:
         q, p = (torch.tensor(told(model, prompt, text, sampling)[0]).exp() for model in (student, teacher))
         assert text.log_probs == pytest.approx(q.log().tolist(), abs=1e-5)
         assert text.sampler_log_probs == pytest.approx((0.25 * q + 0.75 * p).log().tolist(), abs=1e-5)
-
-
-def test_ends_are_those_of_the_tokenizer_and_of_the_model() -> None:
-    model = toy()
-    model.generation_config.eos_token_id = [3, 4]
-    assert eos_token_ids(model, 5) == {3, 4, 5}
-    assert eos_token_ids(model, None) == {3, 4}
-    assert eos_token_ids(torch.nn.Identity(), None) == frozenset()

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
-import jinja2
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.disk_cache import BATCH
 from potstill.data.sources import SourceKind
 from potstill.data.token_weights import SPAN_COLUMNS, Span, SpanWeights, token_offsets, token_weights
-from potstill.errors import DataError, one_line
+from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE, Task
+from potstill.models.chat import render_chat
 from potstill.models.loading import vocabulary_size
 
 
@@ -307,22 +307,6 @@ def _render_turns(
             )
         texts.append((before, after))
     return whole, texts
-
-
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    where: str,
-    expected: str = "data: expected messages that the chat template takes",
-    **options: Any,
-) -> str:
-    """Render messages by the chat template; a DataError that begins with `expected` where it fails."""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-        raise DataError(
-            f"{expected}, got {one_line(error, 200)!r} in {where}. Correct the row, or use another chat template."
-        ) from None
 
 
 def _common_prefix(ids: list[int], whole: list[int]) -> int:

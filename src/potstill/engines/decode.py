@@ -104,13 +104,6 @@ def generate_tokens(
     return outputs
 
 
-def eos_token_ids(model: Any, eos_token_id: int | None) -> frozenset[int]:
-    """The tokens that end a text, by the tokenizer or by the model's generation config."""
-    config = getattr(model, "generation_config", None)
-    ids = None if config is None else config.eos_token_id
-    return frozenset({eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
-
-
 def _draw(
     logits: list[Tensor], sampling: Sampling, uniform: Tensor, blend: Callable[[Tensor, Tensor], Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:

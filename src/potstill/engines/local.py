@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.engines.decode import GeneratedTokens, eos_token_ids, generate_tokens
+from potstill.engines.decode import GeneratedTokens, generate_tokens
 from potstill.engines.sampling import Completion, Prompt, Sampling
 from potstill.errors import DataError
+from potstill.models.chat import end_token_ids
 
 
 class LocalEngine:
@@ -16,7 +17,7 @@ class LocalEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
         self._model, self._tokenizer, self._batch_size = model.eval(), tokenizer, batch_size
-        self._eos_ids = eos_token_ids(model, tokenizer.eos_token_id)
+        self._eos_ids = end_token_ids(tokenizer, model)
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """Generate `sampling.samples` completions of each prompt, in order; see `check` and `generate_tokens`."""

@@ -13,10 +13,10 @@ from typing import IO, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from potstill.data.rows import render_chat
 from potstill.engines.sampling import Completion, Engine, Prompt, Sampling
 from potstill.errors import DataError
 from potstill.generation.requests import GenerationRequest
+from potstill.models.chat import render_chat
 
 
 class RequestCompletions(NamedTuple):

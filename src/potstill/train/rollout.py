@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.data.files import write_text
-from potstill.engines.decode import GeneratedTokens, Guide, eos_token_ids, generate_tokens
+from potstill.engines.decode import GeneratedTokens, Guide, generate_tokens
 from potstill.engines.sampling import Sampling, TokenSampling
 from potstill.errors import RecipeError, ShapeError, UserError
 from potstill.losses.alignment import IGNORE, SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
 from potstill.losses.declared import Range, Record
 from potstill.losses.schedule import Number, Schedule, Share, for_run, value_at
+from potstill.models.chat import end_token_ids
 from potstill.train.samples import SampleStats
 from potstill.train.server_writer import ServedWriter, StudentServer
 
@@ -194,7 +195,7 @@ class Rollout:
             step = self.server.step
             texts = self.server.generate(student, prompts, sampling, **options)
         else:
-            eos_ids = eos_token_ids(student, self.tokenizer.eos_token_id)
+            eos_ids = end_token_ids(self.tokenizer, student)
             options |= {"eos_ids": eos_ids, "guide": self.guide, "batch_size": self.batch_size}
             texts = generate_tokens(student, prompts, sampling, **options)
         return [

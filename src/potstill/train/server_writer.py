@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from potstill.engines.decode import GeneratedTokens, eos_token_ids
+from potstill.engines.decode import GeneratedTokens
 from potstill.engines.sampling import Sampling
 from potstill.engines.server import ModelServer, ServerConfig
 from potstill.engines.tokenizer_check import check_tokenizer_matches
@@ -23,6 +23,7 @@ from potstill.engines.weight_sync import WeightSync
 from potstill.errors import RecipeError, RefusedError, ServerError
 from potstill.losses.declared import Range
 from potstill.models.adapted import is_adapted, save_student
+from potstill.models.chat import end_token_ids
 from potstill.models.split import run, undisturbed
 
 MAX_LOGPROB_DRIFT = 0.25  # mean nats per token above which the server has other weights; bfloat16 differs by 0.02
@@ -89,7 +90,7 @@ class ServedWriter:
         """Generate one continuation of each prompt from the first `vocabulary` tokens, as the student alone would."""
         num_rows = student.get_output_embeddings().weight.shape[0]
         excluded = range(num_rows if vocabulary is None else vocabulary, num_rows)
-        eos_ids = eos_token_ids(student, self.tokenizer.eos_token_id)
+        eos_ids = end_token_ids(self.tokenizer, student)
         outputs = self._sync.generate(prompts, sampling, eos_ids=eos_ids, max_tokens=max_tokens, excluded=excluded)
         if self._just_pushed and outputs:
             ids, log_probs = outputs[0].ids, torch.tensor(outputs[0].log_probs)
