@@ -313,7 +313,9 @@ def test_folders_and_globs_of_shards(tmp_path):
     assert texts(Source(f"{tmp_path}/a/**/*.jsonl")) == expected[200:] + expected[:100]
     refused(lambda: load(Source(f"{tmp_path}/a/*.csv")), "files of the pattern", "Correct the pattern")
     shards(tmp_path / "a", "part-3.parquet")
-    refused(lambda: load(Source(tmp_path / "a")), "files of one format", "part-3.parquet", "by a pattern")
+    refused(lambda: load(Source(tmp_path / "a")), "all data files", "got part-3.parquet", "by a pattern")
+    shards(tmp_path / "b", "train.jsonl", "extra.jsonl")
+    refused(lambda: load(Source(tmp_path / "b")), "got extra.jsonl")
     (tmp_path / "a" / "part-1.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 2}\n')
     refused(lambda: load(Source(f"{tmp_path}/a/*.jsonl")), "of part-1.jsonl", "row 2")
 
@@ -325,6 +327,9 @@ def test_a_folder_as_on_the_hub(tmp_path):
     assert texts(Source(tmp_path, split="test", limit=150)) == [row["text"] for row in ROWS[200:350]]
     refused(lambda: load(Source(tmp_path)), "train, test", "`split: train`")
     refused(lambda: load(Source(tmp_path, split="dev")), "got dev", "train, test")
+    (tmp_path / "snapshot").mkdir()  # as in a cache of the hub, whose files are links
+    (tmp_path / "snapshot" / "train.parquet").symlink_to(tmp_path / "data" / "train-00000-of-00002.parquet")
+    assert texts(Source(tmp_path / "snapshot")) == [row["text"] for row in ROWS[:100]]
 
 
 def test_configurations_of_a_card(tmp_path):

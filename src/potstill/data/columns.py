@@ -134,7 +134,8 @@ def choose_columns(
     _require_columns([*names.values(), *(dialogue.columns if dialogue else [])], columns, file)
     choice = ColumnChoice(kind, names, dialogue, {}, ())
     rest = [name for name in columns if name not in choice.columns]
-    fixes = {name: UNREAD[kind][name] for name in rest if name in UNREAD[kind]}
+    unread = UNREAD["completion" if prompt else kind]
+    fixes = {name: unread[name] for name in rest if name in unread}
     empty = {name: fix.format(column=name, prompt=", ".join(_tuple(prompt))) for name, fix in fixes.items()}
     return replace(choice, empty=empty, unused=tuple(name for name in rest if name not in empty))
 

@@ -124,8 +124,10 @@ def _check_empty(batch: Batch, choice: ColumnChoice) -> None:
     for name, fix in choice.empty.items():
         for i, value in enumerate(batch.columns[name]):
             if value is not None and (value.strip() if isinstance(value, str) else value) not in ("", [], {}):
-                expected = f"nothing that rows of {choice.kind} do not read"
-                raise _wrong_value(batch, i, name, expected, describe_value(value), f"{fix}, or name it in ignore.")
+                raise DataError(
+                    f"data: expected no content in column {name!r} of {batch.file}, which {choice.kind} rows do not "
+                    f"read, got {describe_value(value)} in row {batch.first_row + i}. {fix}, or name it in ignore."
+                )
 
 
 def _put_together(batch: Batch, choice: ColumnChoice) -> dict[str, pa.Array]:

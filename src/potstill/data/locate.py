@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.fingerprint import Hasher
 
 from potstill.data.disk_cache import BATCH
@@ -234,13 +235,12 @@ def _folder(path: Path, source: Source) -> tuple[Path, ...]:
         splits: dict[str, tuple[Path, ...]] = {name: (path / name,) for name in names}
     else:
         splits = _splits(path, source)
-        known = {file for files in splits.values() for file in files}
-        others = [file for file in path.rglob("*") if file_format(file) in SUFFIXES and file not in known]
-        others = [file for file in others if source.config is None and not file.name.startswith((".", "_"))]
+        others = [] if source.config else _unassigned(path, splits)
         if others:
             raise DataError(
-                f"data: expected files of one format in the folder {path}, got {others[0].name} beside "
-                f"{min(known).name}. Name those to read by a pattern, such as {path}/*{others[0].suffix}."
+                f"data: expected all data files of the folder {path} to be read, got {others[0].name}, which "
+                f"`datasets` leaves out. Name those to read by a pattern, such as {path}/*{others[0].suffix}, or a "
+                "configuration of the card as config."
             )
     if source.split not in splits and (source.split or len(splits) > 1):
         raise DataError(
@@ -260,3 +260,12 @@ def _splits(path: Path, source: Source) -> dict[str, tuple[Path, ...]]:
             f"{one_line(error, 300)!r}. Name a file in it."
         ) from None
     return {str(split): tuple(map(Path, names)) for split, names in (files or {}).items()}
+
+
+def _unassigned(path: Path, splits: dict[str, tuple[Path, ...]]) -> list[Path]:
+    """The data files of a folder that are in none of its splits: of another format, or without a split's name."""
+    assigned = {file.parent.resolve() / file.name for files in splits.values() for file in files}
+    files = [file for file in path.resolve().rglob("*") if file_format(file) in SUFFIXES]
+    return [
+        file for file in files if file not in assigned and file.name not in FILES_TO_IGNORE and file.name[0] not in "._"
+    ]
