@@ -14,7 +14,8 @@ from datasets import Dataset
 from potstill.data.columns import ColumnChoice, choose_columns
 from potstill.data.conversations import MESSAGES, ColumnError, read_messages, read_object, read_objects, read_tools
 from potstill.data.disk_cache import cache_path, write_arrow
-from potstill.data.locate import Batch, Location, locate
+from potstill.data.locate import locate
+from potstill.data.location import Batch, Location
 from potstill.data.readers import describe_value
 from potstill.data.sources import TEACHER_ID_COLUMNS, Source, SourceKind, listed
 from potstill.data.token_weights import SPAN_COLUMNS

@@ -5,87 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import datasets
 from datasets.data_files import FILES_TO_IGNORE
-from datasets.fingerprint import Hasher
 
-from potstill.data.disk_cache import BATCH
 from potstill.data.files import digest
-from potstill.data.readers import (
-    SUFFIXES,
-    Columns,
-    Table,
-    empty,
-    file_format,
-    open_table,
-    reading,
-    suppress_output,
-    without_filled_keys,
-)
+from potstill.data.hub import HubData, check_split
+from potstill.data.location import Batch, Location
+from potstill.data.readers import SUFFIXES, Table, empty, file_format, open_table, reading, suppress_output
 from potstill.data.sources import Source, is_glob, listed
 from potstill.errors import DataError, nearest, one_line
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-class Batch(NamedTuple):
-    """Some columns of successive rows."""
-
-    columns: Columns
-    file: str  # its name
-    first_row: int  # in the file, from 1
-
-
-@dataclass(frozen=True)
-class Location(ABC):
-    """Where rows are: what identifies them, their columns, and the rows themselves in batches.
-
-    Args:
-        limit: of rows, the first ones; None for all.
-    """
-
-    limit: int | None
-
-    @abstractmethod
-    def digest(self) -> str:
-        """Identify the content, for what is cached of it."""
-
-    @property
-    @abstractmethod
-    def columns(self) -> list[str]:
-        """The names of all columns; of JSON, the keys of all rows."""
-
-    @abstractmethod
-    def _batches(self, names: list[str]) -> Iterator[Batch]: ...
-
-    def batches(self, names: list[str]) -> Iterator[Batch]:
-        """Yield the rows with these columns; a row without a column has None there."""
-        remaining = sys.maxsize if self.limit is None else self.limit
-        for batch in self._batches(names):
-            yield batch._replace(columns={name: values[:remaining] for name, values in batch.columns.items()})
-            remaining -= len(batch.columns[names[0]])
-            if remaining <= 0:
-                return
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield each row with all columns."""
-        for batch in self.batches(self.columns):
-            for values in zip(*batch.columns.values(), strict=True):
-                yield dict(zip(batch.columns, values, strict=True))
-
-    def first(self, column: str) -> Any:
-        """The value of a column in the first row."""
-        batch = next(self.batches([column]), None)
-        return None if batch is None else next(iter(batch.columns[column]), None)
 
 
 @dataclass(frozen=True)
@@ -118,64 +53,6 @@ class LocalFiles(Location):
                     size = len(next(iter(columns.values())))
                     yield Batch({name: columns.get(name, [None] * size) for name in names}, path.name, row)
                     row += size
-
-
-@dataclass(frozen=True)
-class HubData(Location):
-    """A split of a data set on the hub, read by `datasets`."""
-
-    source: Source
-
-    @cached_property
-    def _builder(self) -> Any:
-        with self._reading():
-            return datasets.load_dataset_builder(
-                str(self.source.path), self.source.config, revision=self.source.revision
-            )
-
-    @cached_property
-    def _dataset(self) -> Any:
-        with self._reading():
-            if self.source.streaming:
-                return self._builder.as_streaming_dataset(self.source.split)
-            self._builder.download_and_prepare()
-            return self._builder.as_dataset(self.source.split)
-
-    def digest(self) -> str:
-        """The hash of a builder is the commit of its data set."""
-        return Hasher.hash([str(self.source.path), self._builder.hash, self._builder.config_id, self.source.split])
-
-    @property
-    def columns(self) -> list[str]:
-        dataset = self._dataset
-        with self._reading():
-            return list((dataset if dataset.column_names is not None else dataset._resolve_features()).column_names)
-
-    def _batches(self, names: list[str]) -> Iterator[Batch]:
-        row, title = 1, f"{self.source.title} ({self.source.split})"
-        rows = self._dataset.with_format(None).select_columns(names).iter(BATCH)
-        while True:
-            with self._reading():
-                columns = next(rows, None)
-            if columns is None:
-                return
-            yield Batch(without_filled_keys(columns), title, row)
-            row += len(columns[names[0]])
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Raise a DataError of one line for whatever `datasets` and the connection raise."""
-        try:
-            with suppress_output():
-                yield
-        except DataError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"data: expected the data set {self.source.path} on the hub with the split {self.source.split}, got "
-                f"{type(error).__name__} {one_line(error, 300)!r}. Correct path, config and split. Without a "
-                "connection, only data sets that were read before are there."
-            ) from None
 
 
 def locate(source: Source) -> Location:
@@ -242,11 +119,8 @@ def _folder(path: Path, source: Source) -> tuple[Path, ...]:
                 f"`datasets` leaves out. Name those to read by a pattern, such as {path}/*{others[0].suffix}, or a "
                 "configuration of the card as config."
             )
-    if source.split not in splits and (source.split or len(splits) > 1):
-        raise DataError(
-            f"data: expected one split of the folder {path}, got {source.split}. It has {listed(list(splits))}: "
-            f"name one, as in `split: {next(iter(splits))}`."
-        )
+    if source.split or len(splits) > 1:
+        check_split(source, splits)
     return tuple(_existing(file) for file in splits[source.split or next(iter(splits))])
 
 
