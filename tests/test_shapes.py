@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from hub_server import hub_of
 from potstill.data.batches import encode
 from potstill.data.loading import load
 from potstill.data.locate import locate
+from potstill.data.mixture import encode_mixture
 from potstill.data.sources import Source
 from test_data import PLAIN, WITH_BOS, refused, turn
 
@@ -361,3 +367,90 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert (tmp_path / "large.jsonl").stat().st_size > 15e6
     assert peak < 4e6
     assert pa.total_allocated_bytes() - before < 4e6
+
+
+# Several sources
+
+
+def test_sources_are_mixed_by_their_shares(write):
+    small = Source(write([{"text": "the cat"}] * 3, "small.jsonl"), share=1)
+    large = Source(write([{"prompt": "a", "completion": "b"}] * 6, "large.jsonl"), share=3)
+    mixed = encode_mixture([small, large], PLAIN, max_length=9)
+    rows = [tuple(row) for row in mixed.dataset["input_ids"]]
+    assert [rows.count(row) for row in dict.fromkeys(rows)] == [3, 9]
+    assert mixed.tokens == 3 * encode(small, PLAIN, max_length=9).tokens // 3 + 9 * 2
+    assert mixed.notes[-2:] == (
+        "small.jsonl: 25% of the training rows, each of 3 1 times.",
+        "large.jsonl: 75% of the training rows, each of 6 1.5 times.",
+    )
+    together = encode_mixture([replace(small, share=None), replace(large, share=None)], PLAIN, max_length=9)
+    assert len(together.dataset) == 9
+    refused(
+        lambda: encode_mixture([small, replace(large, share=None)], PLAIN, max_length=9), "got none for large.jsonl"
+    )
+    weighed = Source(write([{"input_ids": [5, 6], "weights": [1, 2]}], "weighed.jsonl"), share=1)
+    refused(lambda: encode_mixture([small, weighed], PLAIN, max_length=9), "the same columns", "weights")
+
+
+# The hub
+
+
+SCRIPT = """
+import json, sys
+from potstill.data.loading import load
+from potstill.data.sources import Source
+from potstill.errors import DataError
+for keys in json.loads(sys.argv[1]):
+    try:
+        loaded = load(Source(**{"path": "a/b", "split": "train", **keys}))
+        print(json.dumps([loaded.kind, len(loaded.dataset), loaded.dataset[0]]))
+    except DataError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_data_sets_on_the_hub(tmp_path):
+    for split in ("train", "test"):
+        path = tmp_path / f"repo/data/{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"question": f"{split} {i}?", "answer": "yes"} for i in range(300)]
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    (tmp_path / "repo/README.md").write_text("# A data set\n")
+
+    def loaded(endpoint: str, *sources: dict[str, Any], **environment: str) -> list[Any]:
+        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"} | environment
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, json.dumps(sources)],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def first(text: str) -> dict[str, Any]:
+        talk = [turn("user", text), turn("assistant", "yes")]
+        return {"messages": json.dumps(talk), "num_prompt_messages": 1}
+
+    with hub_of("a/b", tmp_path / "repo") as endpoint:
+        streamed, whole, tested, split, config, name = loaded(
+            endpoint,
+            {"streaming": True, "limit": 10},
+            {},
+            {"split": "test[:20]"},
+            {"split": "dev"},
+            {"config": "de"},
+            {"path": "a/c"},
+        )
+    assert streamed == ["messages", 10, first("train 0?")]
+    assert whole == ["messages", 300, first("train 0?")]
+    assert tested == ["messages", 20, first("test 0?")]
+    assert "got dev. It has train, test" in split
+    assert "'de' not found" in config
+    assert "'a/c' doesn't exist" in name
+    (unreachable,) = loaded("http://127.0.0.1:9", {})
+    assert "cannot be reached" in unreachable
+    assert "HF_HUB_OFFLINE=1" in unreachable
+    assert loaded("http://127.0.0.1:9", {}, HF_HUB_OFFLINE="1") == [whole]

@@ -67,7 +67,7 @@ def load(source: Source, task: Task = "causal", *, has_template: bool = True) ->
     return LoadedSource(dataset, facts["kind"], tuple(_notes(source, facts)))
 
 
-_PLACE = ("path", "split", "config", "revision", "streaming", "limit")  # what the digest stands for
+_PLACE = ("path", "split", "config", "revision", "streaming", "limit", "share")  # what the digest stands for
 
 
 def _notes(source: Source, facts: dict[str, Any]) -> Iterator[str]:

@@ -31,6 +31,7 @@ class Source(Record):
         revision: of a data set on the hub: a branch, a tag or a commit.
         streaming: read a data set on the hub without storing its files.
         limit: read that many rows, the first ones.
+        share: of the training rows, where there are several sources; only the ratio matters.
         field: the column of plain text.
         prompt: the column of prompts, texts or lists of messages; needs completion. Only completions have a loss. A
             list of columns is joined by blank lines, with one before the completion.
@@ -75,6 +76,7 @@ class Source(Record):
     revision: str | None = None
     streaming: bool = False
     limit: Annotated[int, Range(ge=1)] | None = None
+    share: Annotated[float, Range(gt=0, lt=float("inf"))] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +91,11 @@ class Source(Record):
         """Its name in messages: that of a file, or the whole path where it is no file."""
         path = Path(self.path)
         return str(self.path) if path.is_dir() or self.split or is_glob(path) else path.name
+
+
+def in_parts(sources: Source | Sequence[Source]) -> tuple[Source, ...]:
+    """The sources that are given alone or as a list."""
+    return (sources,) if isinstance(sources, Source) else tuple(sources)
 
 
 def is_glob(path: Path) -> bool:
