@@ -97,8 +97,8 @@ def encode(
             f"data: expected max_length >= 2, got {max_length}. The first token of a row is never predicted. "
             "Raise max_length."
         )
-    dataset, kind = load(source, task)
-    columns, file, span_weights = set(dataset.column_names), Path(source.path).name, source.span_weights
+    dataset, kind, loading_notes = load(source, task, has_template=tokenizer.chat_template is not None)
+    columns, file, span_weights = set(dataset.column_names), source.title, source.span_weights
     _check_suitable(source, kind, columns, tokenizer, packing, task)
     options = [max_length, packing, task, sorted((classes or {}).items()), str(span_weights)]
     loaded = Path(dataset.cache_files[0]["filename"]).stem
@@ -119,7 +119,7 @@ def encode(
             f"data: expected a target token in {file}, got empty data: none in {_plural(len(dataset), 'row')}. "
             "Give longer texts, or labels that are not all -100."
         )
-    notes = []
+    notes = [*loading_notes]
     if task == "causal" and kind in ("text", "completion") and tokenizer.eos_token_id is None:
         notes.append(f"tokenizer: expected an EOS token, got none: the texts of {file} have no end token.")
     for name, singular, rest in (
@@ -139,7 +139,7 @@ def _plural(count: int, noun: str) -> str:
 def _check_suitable(
     source: Source, kind: SourceKind, columns: set[str], tokenizer: PreTrainedTokenizerBase, packing: bool, task: Task
 ) -> None:
-    file = Path(source.path).name
+    file = source.title
     if task == "encoder" and kind != "text":
         raise DataError(
             f"data: expected text for the task encoder, got {kind} in {file}. Name its column, as in `field: text`."

@@ -16,7 +16,7 @@ from datasets.fingerprint import Hasher
 from potstill.data.files import atomic_path
 
 BATCH = 256  # rows read, tokenised and written at a time
-FORMAT = 1  # to be raised whenever the same input is encoded differently
+FORMAT = 2  # to be raised whenever the same input is encoded differently
 
 
 def cache_path(inputs: list[Any]) -> Path:

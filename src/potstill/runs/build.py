@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data.batches import Examples, encode, in_batches, pad_token_id
 from potstill.data.masking import MaskedRows
+from potstill.data.mixture import encode_mixture
 from potstill.data.vocabulary import checked_vocabulary, shared_vocabulary
 from potstill.errors import RecipeError
 from potstill.losses.alignment import TOKEN_TASKS, align, causal_alignment
@@ -210,7 +211,8 @@ def _encode(recipe: Recipe, student: PreTrainedModel, tokenizer: PreTrainedToken
     classes = class_ids(student.config) if task == "classification" else None
     options: dict[str, Any] = {"max_length": data.max_length, "packing": data.packing, "task": task, "classes": classes}
     with PartialState().main_process_first():  # the other ranks then find what it has encoded
-        train, held_out = (encode(source, tokenizer, **options) for source in (data.train, data.eval))
+        train = encode_mixture(data.train, tokenizer, **options)
+        held_out = encode(data.eval, tokenizer, **options)
     if task == "masked":
         masks: dict[str, Any] = {"share": data.masked_share, "seed": recipe.seed}
         train = replace(train, dataset=MaskedRows(train.dataset, tokenizer, **masks))

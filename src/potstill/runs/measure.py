@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from potstill.data.batches import in_batches
+from potstill.data.sources import in_parts
 from potstill.evaluate import summary as records
 from potstill.evaluate.measures import QUALITY
 from potstill.evaluate.quality import continuation, gap_closed
@@ -60,8 +61,11 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
     metrics = logged_lines(directory / "metrics.jsonl")
     stats = next((line for line in reversed(metrics) if "own_length" in line), None)
     data: dict[str, Any] = {}
-    for name, source, examples in (("train", recipe.data.train, train), ("eval", recipe.data.eval, held_out)):
-        data |= {name: str(source.path), f"{name}_examples": len(examples.dataset)}
+    for name, sources, examples in (("train", recipe.data.train, train), ("eval", recipe.data.eval, held_out)):
+        data |= {
+            name: ", ".join(str(source.path) for source in in_parts(sources)),
+            f"{name}_examples": len(examples.dataset),
+        }
         data[f"{name}_tokens"] = examples.tokens if of_tokens else None
     steps, seconds = built.plan.steps, {name: seconds_of(metrics, name) for name in students}
     step_tokens = round(train.tokens / len(train.dataset) * built.plan.rows_per_step) if of_tokens else None
