@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -137,11 +138,15 @@ def test_rows_with_one_label_are_not_packed() -> None:
         right_padded(packed, "masked")
 
 
-def test_columns_that_a_model_would_read_are_refused() -> None:
+def test_columns_that_are_not_read_are_refused_or_named(caplog: pytest.LogCaptureFixture) -> None:
     distiller = Distiller(make_llama(), None, [Labels()])
     with pytest.raises(ShapeError, match="without inputs_embeds"):
         distiller.step(padded(0) | {"inputs_embeds": torch.zeros(3, 7, 16)})
-    distiller.step(padded(0) | {"source": torch.zeros(3)})
+    with pytest.raises(ShapeError, match="without loss_mask"):
+        distiller.step(padded(0) | {"loss_mask": torch.ones(3, 7)})
+    with caplog.at_level(logging.WARNING):
+        distiller.step(padded(0) | {"source": torch.zeros(3)})
+    assert "columns of a batch that models and terms do not read: source" in caplog.text
     gpt2 = Distiller(families.model("gpt2"), None, [Labels()])
     types = torch.zeros(3, 7).long()
     gpt2.step(padded(0) | {"token_type_ids": types})

@@ -218,7 +218,7 @@ class PaddingCollator:
 
     pad_token_id: int
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask (1 on tokens, 0 on padding) and labels, each [B, T] int64.
 
         Labels are there if the examples have them. For classification and regression they are [B], float32 for numbers;

@@ -26,8 +26,8 @@ OWNER = "teacher_"  # before the names of columns with a prompt of the teacher's
 
 
 @disable_compile
-def right_padded(batch: Mapping[str, Any], task: Task | None = None) -> Mapping[str, Tensor]:
-    """Return a batch with one sequence in each row, padded on the right; the batch itself where it is so.
+def right_padded(batch: Mapping[str, Any], task: Task | None = None) -> dict[str, Tensor]:
+    """Return a batch with one sequence in each row, padded on the right; with its own tensors where it is so.
 
     Rows with padding on the left or on both sides are shifted. Packed rows are split where position_ids begin again at
     0, where seq_idx or the number in the attention_mask changes, and at cu_seq_lens_q. Columns of values by token move

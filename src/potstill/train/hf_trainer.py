@@ -94,7 +94,7 @@ class StudentTrainer(Trainer):
             self.distiller.prefetch([*batches, *following])
         return batches, self._get_num_items_in_batch(batches, device)
 
-    def _take(self, batches: Iterator[Any], number: int) -> list[Mapping[str, Tensor]]:
+    def _take(self, batches: Iterator[Any], number: int) -> list[dict[str, Tensor]]:
         """Take batches from a loader, whatever its collator, in the one form that everything reads."""
         return [right_padded(batch, self.distiller.task) for batch in islice(batches, number)]
 
