@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,10 @@ from potstill.train.columns import check_columns
 from potstill.train.objective import Objective, task_mistakes
 from potstill.train.prefetch import Prefetch
 from potstill.train.signals import SampledTokens, Signals
+from potstill.train.terms.routers import RouterBalance
 from potstill.train.terms.term import Term
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 Normalizer = Tensor | float | None
@@ -90,6 +94,10 @@ class Distiller(nn.Module):
         if task == "causal":
             for role, model in self.models().items():
                 check_causal(model, f"Distiller {role}")
+        if getattr(getattr(student, "config", None), "output_router_logits", False) and not any(
+            isinstance(term, RouterBalance) for term in self.objective.terms
+        ):
+            logger.warning("student: its balancing loss (output_router_logits) is left out. Add router_balance for it.")
         self._request = ActivationRequest()
         if self.objective.reads_layers:
             self._capture = ActivationCapture(student)
