@@ -19,7 +19,7 @@ from potstill.teachers import cached, ensemble, model, self_taught, served  # no
 from potstill.teachers.source import TeacherSource
 from potstill.train.objective import task_mistakes
 from potstill.train.rollout import RolloutConfig
-from potstill.train.terms import across, dense, layers, logits, policy, supervision  # noqa: F401  # kinds of terms
+from potstill.train.terms import across, dense, layers, logits, policy, routers, supervision  # noqa: F401  # all terms
 from potstill.train.terms.term import Term
 
 
