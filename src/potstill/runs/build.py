@@ -89,6 +89,11 @@ class BuiltRun:
         return rollout.build(self.tokenizer, self.loaded.model, steps=self.plan.steps, seed=self.recipe.seed, **options)
 
     @property
+    def needs_whole_rows(self) -> bool:
+        """Whether the teacher may know complete rows alone."""
+        return self.teacher.needs_trial or self.train.teacher_longest > 0
+
+    @property
     def curve(self) -> Dataset:
         """Held-out rows for the learning curves: evenly spaced, the same at every evaluation."""
         return self.eval.dataset.select(evenly_spaced(self.recipe.evaluate.curve_rows, len(self.eval.dataset)))
@@ -311,7 +316,7 @@ def _teacher_notes(built: BuiltRun) -> Iterator[str]:
     if teacher.other_tokenizer or teacher.changes or built.recipe.task not in TOKEN_TASKS:
         return
     rows = [built.train.dataset[i] for i in evenly_spaced(PROBE_ROWS, len(built.train.dataset))]
-    if not teacher.needs_trial and not built.train.teacher_longest:  # others know complete rows alone
+    if not built.needs_whole_rows:
         rows = [{name: values[:PROBE_TOKENS] for name, values in row.items()} for row in rows]
     batch = next(in_batches(rows, built.tokenizer, PROBE_ROWS, PartialState().device))
     alignment = align(batch["labels"], built.recipe.task)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,8 +29,8 @@ from potstill.evaluate.versions import versions
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.embedding_sources import EmbeddingData, held_out_rows, load_data, read_texts
+from potstill.runs.progress import PartProgress
 from potstill.runs.run import RunResult
-from potstill.train.callbacks import ProgressBar
 
 _PICTURE_ROWS = 1000  # held-out rows in the picture of the space
 _NEIGHBOUR_ROWS = 4000  # held-out rows that neighbours are looked for among
@@ -51,8 +49,8 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
     directory, metrics = Path(recipe.output), Path(recipe.output) / "metrics.jsonl"
     recipe.check_directory(directory, resume)
     with suppress_warnings():
-        with _progress(console, "teacher") as advance:
-            data = load_data(recipe, advance)
+        with PartProgress(console, "teacher") as progress:
+            data = load_data(recipe, progress.update)
         recipe.start(directory)
         for note in data.notes:
             console.print(note, style="dim", highlight=False, markup=False)
@@ -67,8 +65,8 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
             options["checkpoints"] = directory / "checkpoints" / name
             write_text(metrics, "".join(lines))
             distiller = _distiller(recipe, focus, data)
-            with _progress(console, name) as advance:
-                history = distiller.fit(data.vectors, data.held_out, **options, on_step=advance)
+            with PartProgress(console, name) as progress:
+                history = distiller.fit(data.vectors, data.held_out, **options, on_step=progress.update)
             students[focus] = distiller.student
             lines += [json.dumps({"run": name, **epoch.as_dict()}) + "\n" for epoch in history]
         write_text(metrics, "".join(lines))
@@ -77,18 +75,6 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
         write_json(directory / "summary.json", summary)
         write_embedding_report(directory)
     return RunResult(directory, summary)
-
-
-@contextmanager
-def _progress(console: Console, title: str) -> Iterator[Callable[..., None]]:
-    bar = ProgressBar(title, console)
-
-    def advance(done: int, total: int, loss: float | None = None) -> None:
-        bar.progress.update(bar.task, completed=done, total=total, loss="-" if loss is None else f"{loss:.3f}")
-
-    with bar.progress:
-        bar.progress.start_task(bar.task)
-        yield advance
 
 
 def _distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **changes: Any) -> EmbeddingDistiller:

@@ -1,0 +1,129 @@
+"""A rehearsal: every step of a run on two short rows, so that nothing fails after the training that could before it."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from rich.console import Console
+
+from potstill.errors import PotstillError, RecipeError, RunError, one_line
+from potstill.losses.alignment import IGNORE, TOKEN_TASKS
+from potstill.models.spacing import evenly_spaced
+from potstill.runs import steps
+from potstill.runs.build import BuiltRun
+
+ROWS = 2  # for each rank
+TOKENS = 32  # of a row that is cut
+CANDIDATES = 64  # evenly spaced rows among which the shortest are taken
+NEW_TOKENS = 4  # of an on-policy sample
+
+
+def rehearse(built: BuiltRun) -> None:
+    """Walk the steps of a run in a temporary folder beside its output: one optimiser step, resumed for a second one.
+
+    Raises:
+        RunError: a step failed; the message names it.
+        PotstillError: a step's own.
+    """
+    teacher, quiet = built.teacher, Console(quiet=True)
+    state = {} if teacher.of_student else {name: value.clone() for name, value in teacher.state_dict().items()}
+    first, whole = _small_run(built, 1), _small_run(built, 2)
+    with _temporary_folder(Path(built.recipe.output)) as folder:
+        try:
+            _try(steps.Step("train and save the student", steps.train_student, every_rank=True), first, folder, quiet)
+            if PartialState().is_main_process:
+                shutil.rmtree(folder / "student")
+            PartialState().wait_for_everyone()
+            for step in steps.STEPS:
+                _try(step, whole, folder, quiet)
+        finally:
+            teacher.load_state_dict(state)
+            if built.writer is not None:
+                built.writer.push_due = True  # its server has the rehearsal's weights
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    PartialState().wait_for_everyone()
+
+
+def _try(step: steps.Step, built: BuiltRun, folder: Path, console: Console) -> None:
+    if not (step.every_rank or PartialState().is_main_process):
+        return
+    try:
+        step.do(built, folder, console)
+    except PotstillError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"run: expected the step '{step.name}' to work on two short rows, got {type(error).__name__}: "
+            f"{one_line(error, 300)}. Nothing was trained. Mend its cause; --debug shows where it is."
+        ) from error
+
+
+def _small_run(built: BuiltRun, num_steps: int) -> BuiltRun:
+    """The run with two short rows and few steps; each of them is logged, measured and saved."""
+    train, held_out = (_short_rows(built, examples.dataset) for examples in (built.train, built.eval))
+    recipe = built.recipe
+    longest = max(len(row["input_ids"]) for rows in (train, held_out) for row in rows)
+    every_step = {"logging_steps": 1, "eval_steps": 1, "save_steps": 1, "eval_delay": 0, "dataloader_drop_last": False}
+    changes: dict[str, Any] = {  # the weights stay as they are: a rate that is too high shows in the training
+        "train": {**recipe.train, **every_step, "max_steps": num_steps, "learning_rate": 0.0},
+        "data": recipe.data.model_copy(update={"max_length": longest}),
+        "evaluate": recipe.evaluate.model_copy(update={"continuations": min(1, recipe.evaluate.continuations)}),
+    }
+    if recipe.rollout is not None:
+        changes["rollout"] = replace(recipe.rollout, max_new_tokens=min(NEW_TOKENS, recipe.rollout.max_new_tokens))
+    return replace(
+        built,
+        recipe=recipe.model_copy(update=changes),
+        train=replace(built.train, dataset=train),
+        eval=replace(built.eval, dataset=held_out),
+        plan=built.plan._replace(steps=num_steps),
+    )
+
+
+def _short_rows(built: BuiltRun, dataset: Any) -> Dataset:
+    """The shortest of some rows, or pieces of them where the teacher takes pieces."""
+    rows = [dataset[i] for i in evenly_spaced(CANDIDATES, len(dataset))]
+    if built.recipe.task in TOKEN_TASKS and not built.needs_whole_rows:
+        rows = [piece(row, TOKENS) for row in rows]
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    return Dataset.from_list(rows[: ROWS * PartialState().num_processes])
+
+
+def piece(row: dict[str, Any], length: int) -> dict[str, Any]:
+    """At most so many tokens of a row, among them some of its first target tokens."""
+    # The first token has no prediction.
+    first = next(i for i, label in enumerate(row["labels"]) if i and label != IGNORE)
+    end = max(length, first + length // 2)
+    return {name: values[max(end - length, 0) : end] for name, values in row.items()}
+
+
+@contextmanager
+def _temporary_folder(output: Path) -> Iterator[Path]:
+    """A folder on the disk of the output, the same for every rank."""
+    main, names = PartialState().is_main_process, [""]
+    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if main:
+        try:
+            names = [tempfile.mkdtemp(prefix=".potstill-", dir=parent)]
+        except OSError as error:
+            reason = f"got {output}: {error.strerror}. Choose another with --set output=DIR."
+            raise RecipeError(f"output: expected a directory to write to, {reason}") from None
+    broadcast_object_list(names)
+    try:
+        yield Path(names[0])
+    finally:
+        if main:
+            shutil.rmtree(names[0], ignore_errors=True)
