@@ -116,7 +116,7 @@ def test_a_learning_rate_that_is_too_high_is_left_to_the_training(recipe_values:
 def test_an_output_that_cannot_be_written_is_found_by_check(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     recipe_values["output"] = str(tmp_path / "file")
-    with pytest.raises(RecipeError, match="output: expected a directory to write to, got .*Not a directory"):
+    with pytest.raises(RecipeError, match=r"output: expected a directory to write to, got .*Not a directory"):
         check(Recipe.parse(recipe_values))
 
 
@@ -147,7 +147,9 @@ def test_a_time_limit_ends_the_measurement_and_the_report_says_so(recipe_values:
     assert rows in note
     assert "1 of 15 passes for the latency" in note
     assert "1 of 3 continuations" in note
-    assert rows in (result.directory / "report.html").read_text()
+    page = (result.directory / "report.html").read_text()
+    assert rows in page
+    assert "the median and the middle half of 1 passes with the models in turn" in page
 
 
 def test_models_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -69,7 +69,7 @@ class BuiltRun:
     teacher: Teacher  # as the student learns from it; may wrap loaded.teacher
     loaded: LoadedTeacher
     tokenizer: PreTrainedTokenizerBase  # the student's
-    new_student: StudentBuilder
+    new_student: Callable[[], Any]  # the same at every call
     size: ParameterCount  # of the student
     train: Examples
     eval: Examples

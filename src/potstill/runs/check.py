@@ -25,8 +25,9 @@ from potstill.runs.rehearsal import piece, rehearse
 from potstill.train.distiller import Distiller
 
 LOSS_BYTES = 2**28  # most that the loss takes on a CPU, see losses/fused_chunks.py
-SHORT_TOKENS = 64  # of the first row that is timed
-PASS_SECONDS = 1.0  # a batch that takes longer is the last and largest that is timed
+SHORT_TOKENS = 32  # of the first row that is timed
+PASS_SECONDS = 1.0  # a batch that takes longer is the last and largest that is timed, unless it is the first
+FIXED_SHARE = 0.7  # of a batch's time, at most, that is counted as the same for larger ones
 
 
 class BatchNeeds(NamedTuple):
@@ -58,9 +59,10 @@ def check(recipe: Recipe, console: Console | None = None) -> Preflight:
         with part(console, "reading models and data"):
             built = build_run(_calibrated_quickly(recipe))
         with part(console, "trying every step on short rows"):
-            rehearse(built)
+            student = built.new_student()
+            rehearse(built, student)
         with part(console, "timing a batch"):
-            return _estimate(built)
+            return _estimate(built, student)
 
 
 def _calibrated_quickly(recipe: Recipe) -> Recipe:
@@ -69,8 +71,8 @@ def _calibrated_quickly(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"student": recipe.student.model_copy(update={"initialize": quick})})
 
 
-def _estimate(built: BuiltRun) -> Preflight:
-    recipe, student, trained = built.recipe, built.new_student(), built.size.trained * 4
+def _estimate(built: BuiltRun, student: PreTrainedModel) -> Preflight:
+    recipe, trained = built.recipe, built.size.trained * 4
     exported = built.size.all * 4 if recipe.student.merges else trained
     runs = 2 if recipe.evaluate.baseline else 1
     output = Path(recipe.output).absolute()
@@ -115,7 +117,7 @@ def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:
             run(batch, 0)  # the first is slower
         extra = extra_bytes(partial(run, batch, len(measured) + 1), torch.device(device))
         measured.append(BatchNeeds(seconds, extra, batch["input_ids"].numel(), batch["input_ids"].numel()))
-        if seconds > PASS_SECONDS:
+        if seconds > PASS_SECONDS and len(measured) > 1:
             break
     if rollout is not None:
         rollout.close()
@@ -138,17 +140,20 @@ def _growing_batches(built: BuiltRun, device: str) -> Iterator[dict[str, Tensor]
 
 
 def _scaled(built: BuiltRun, measured: list[BatchNeeds], tokens: int) -> BatchNeeds:
-    """Scale the largest measured batch: its time by tokens; its memory by the difference to the one before."""
+    """Scale the largest measured batch by tokens: each more costs as much as between the last two batches."""
     last = measured[-1]
     if last.tokens >= tokens:
         return last
+    before = measured[-2] if len(measured) > 1 else BatchNeeds(0.0, 0, 0, 0)
+    per_token = (last.seconds - before.seconds) / (last.tokens - before.tokens)
+    mean = last.seconds / last.tokens
+    seconds = last.seconds + min(max(per_token, (1 - FIXED_SHARE) * mean), mean) * (tokens - last.tokens)
     extra = last.bytes
     if extra is not None:
-        before = measured[-2] if len(measured) > 1 else BatchNeeds(0.0, 0, 0, 0)
         activations = [(x.bytes or 0) - _loss_bytes(built, x.tokens) for x in (before, last)]
         slope = max(activations[1] - activations[0], 0) / (last.tokens - before.tokens)
         extra = max(round(activations[1] + slope * (tokens - last.tokens)), 0) + _loss_bytes(built, tokens)
-    return BatchNeeds(last.seconds * tokens / last.tokens, extra, last.tokens, tokens)
+    return BatchNeeds(seconds, extra, last.tokens, tokens)
 
 
 def _loss_bytes(built: BuiltRun, tokens: int) -> int:

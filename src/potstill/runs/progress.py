@@ -80,8 +80,9 @@ class PartProgress:
 
     def stop(self) -> None:
         """End the part; a log has a last line."""
-        self._bar.stop()
-        if self._start is not None and not self.console.is_terminal and self.done not in (0, self._last_line[1]):
+        if self.console.is_terminal:
+            self._bar.stop()
+        elif self._start is not None and self.done not in (0, self._last_line[1]):
             self._print_line()
 
     def __enter__(self) -> Self:

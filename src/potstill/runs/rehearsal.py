@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
 
+from potstill.data.files import explain_disk_full
 from potstill.errors import PotstillError, RecipeError, RunError, one_line
 from potstill.losses.alignment import IGNORE, TOKEN_TASKS
 from potstill.models.spacing import evenly_spaced
@@ -24,13 +27,16 @@ from potstill.runs import steps
 from potstill.runs.build import BuiltRun
 
 ROWS = 2  # for each rank
-TOKENS = 32  # of a row that is cut
+TOKENS = 16  # of a row that is cut
 CANDIDATES = 64  # evenly spaced rows among which the shortest are taken
 NEW_TOKENS = 4  # of an on-policy sample
+NO_TIME = 1e-6  # seconds: one batch, one pass and one continuation are measured
 
 
-def rehearse(built: BuiltRun) -> None:
+def rehearse(built: BuiltRun, student: Any) -> None:
     """Walk the steps of a run in a temporary folder beside its output: one optimiser step, resumed for a second one.
+
+    The student is one that `built.new_student` made; it does not change.
 
     Raises:
         RunError: a step failed; the message names it.
@@ -38,6 +44,8 @@ def rehearse(built: BuiltRun) -> None:
     """
     teacher, quiet = built.teacher, Console(quiet=True)
     state = {} if teacher.of_student else {name: value.clone() for name, value in teacher.state_dict().items()}
+    if built.recipe.student.adapter is None:  # a copy is quicker to make; peft changes what it is given
+        built = replace(built, new_student=partial(copy.deepcopy, student))
     first, whole = _small_run(built, 1), _small_run(built, 2)
     with _temporary_folder(Path(built.recipe.output)) as folder:
         try:
@@ -58,10 +66,11 @@ def rehearse(built: BuiltRun) -> None:
 
 
 def _try(step: steps.Step, built: BuiltRun, folder: Path, console: Console) -> None:
-    if not (step.every_rank or PartialState().is_main_process):
-        return
     try:
-        step.do(built, folder, console)
+        if step.every_rank or PartialState().is_main_process:
+            with explain_disk_full(folder, steps.CHECKPOINT_BYTES * built.size.trained):
+                step.do(built, folder, console)
+        PartialState().wait_for_everyone()
     except PotstillError:
         raise
     except Exception as error:
@@ -80,7 +89,7 @@ def _small_run(built: BuiltRun, num_steps: int) -> BuiltRun:
     changes: dict[str, Any] = {  # the weights stay as they are: a rate that is too high shows in the training
         "train": {**recipe.train, **every_step, "max_steps": num_steps, "learning_rate": 0.0},
         "data": recipe.data.model_copy(update={"max_length": longest}),
-        "evaluate": recipe.evaluate.model_copy(update={"continuations": min(1, recipe.evaluate.continuations)}),
+        "evaluate": recipe.evaluate.model_copy(update={"time_limit": NO_TIME}),
     }
     if recipe.rollout is not None:
         changes["rollout"] = replace(recipe.rollout, max_new_tokens=min(NEW_TOKENS, recipe.rollout.max_new_tokens))

@@ -16,9 +16,7 @@ from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
 from potstill.runs.rehearsal import rehearse
-from potstill.runs.steps import STEPS
-
-CHECKPOINT_BYTES = 3 * 4  # of a trained parameter: itself and Adam's two moments
+from potstill.runs.steps import CHECKPOINT_BYTES, STEPS
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,10 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         for note in built.notes:
             shown.print(note, style="dim", highlight=False, markup=False)
         with part(shown, "trying every step on short rows"):
-            rehearse(built)
-        if main:
-            recipe.start(directory)
-        PartialState().wait_for_everyone()
+            rehearse(built, built.new_student())
         with explain_disk_full(directory, CHECKPOINT_BYTES * built.size.trained):
             for step in STEPS:
                 if step.every_rank or main:
                     step.do(built, directory, shown)
-        PartialState().wait_for_everyone()
+                PartialState().wait_for_everyone()
     return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))

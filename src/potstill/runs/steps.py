@@ -26,6 +26,8 @@ from potstill.train.rollout import Rollout
 from potstill.train.terms.logits import Labels
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 
+CHECKPOINT_BYTES = 3 * 4  # of a trained parameter: itself and Adam's two moments
+
 
 class Step(NamedTuple):
     """A step of a run; what it needs of earlier steps is in the run directory."""
@@ -59,7 +61,13 @@ def write_pages(built: BuiltRun, directory: Path, console: Console) -> None:
         write_report(directory)
 
 
+def write_recipe(built: BuiltRun, directory: Path, console: Console) -> None:
+    """Make the directory, with recipe.yaml."""
+    built.recipe.start(directory)
+
+
 STEPS = (
+    Step("write the recipe", write_recipe),
     Step("train student", train_student, every_rank=True),
     Step("train baseline", train_baseline, every_rank=True),
     Step("measure", measure_models),
