@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from conftest import make_llama
 from potstill.errors import ModelError, RecipeError, RunError
-from potstill.runs import rehearsal, steps
+from potstill.runs import steps
+from potstill.runs.build import piece
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
@@ -128,12 +129,12 @@ def test_a_teacher_that_lacks_a_head_is_an_error_of_its_own(recipe_values: dict[
 
 def test_pieces_of_rows_have_targets() -> None:
     row = {"input_ids": [*range(100)], "labels": [-100] * 70 + [*range(30)]}
-    short = rehearsal.piece(row, 32)
+    short = piece(row, 32)
     assert short["input_ids"] == [*range(54, 86)]
     assert short["labels"][16:] == [*range(16)]
     plain = {"input_ids": [*range(100)], "labels": [*range(100)]}
-    assert rehearsal.piece(plain, 32)["input_ids"] == [*range(32)]
-    assert rehearsal.piece({name: values[:9] for name, values in plain.items()}, 32)["input_ids"] == [*range(9)]
+    assert piece(plain, 32)["input_ids"] == [*range(32)]
+    assert piece({name: values[:9] for name, values in plain.items()}, 32)["input_ids"] == [*range(9)]
 
 
 def test_a_time_limit_ends_the_measurement_and_the_report_says_so(recipe_values: dict[str, Any]) -> None:

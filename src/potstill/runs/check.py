@@ -18,16 +18,15 @@ from potstill.data.batches import in_batches
 from potstill.evaluate.speed import extra_bytes
 from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.loading import suppress_warnings
-from potstill.runs.build import BuiltRun, build_run
+from potstill.runs.build import BuiltRun, build_run, piece
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
-from potstill.runs.rehearsal import piece, rehearse
+from potstill.runs.rehearsal import rehearse
 from potstill.train.distiller import Distiller
 
 LOSS_BYTES = 2**28  # most that the loss takes on a CPU, see losses/fused_chunks.py
 SHORT_TOKENS = 32  # of the first row that is timed
 PASS_SECONDS = 1.0  # a batch that takes longer is the last and largest that is timed, unless it is the first
-FIXED_SHARE = 0.7  # of a batch's time, at most, that is counted as the same for larger ones
 
 
 class BatchNeeds(NamedTuple):
@@ -128,7 +127,8 @@ def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:
 def _growing_batches(built: BuiltRun, device: str) -> Iterator[dict[str, Tensor]]:
     """Batches of doubled size, up to one of the training: longer and longer pieces of a row, then more rows."""
     rows = [built.train.dataset[i] for i in range(min(built.plan.batch_rows, len(built.train.dataset)))]
-    longest, number, length = max(len(row["input_ids"]) for row in rows), 1, SHORT_TOKENS
+    rows.sort(key=lambda row: -len(row["input_ids"]))
+    longest, number, length = len(rows[0]["input_ids"]), 1, SHORT_TOKENS
     if built.recipe.task not in TOKEN_TASKS or built.needs_whole_rows or built.recipe.rollout is not None:
         length = longest
     while True:
@@ -140,20 +140,17 @@ def _growing_batches(built: BuiltRun, device: str) -> Iterator[dict[str, Tensor]
 
 
 def _scaled(built: BuiltRun, measured: list[BatchNeeds], tokens: int) -> BatchNeeds:
-    """Scale the largest measured batch by tokens: each more costs as much as between the last two batches."""
+    """Scale the largest measured batch: its time by tokens, its memory by the difference to the batch before."""
     last = measured[-1]
     if last.tokens >= tokens:
         return last
-    before = measured[-2] if len(measured) > 1 else BatchNeeds(0.0, 0, 0, 0)
-    per_token = (last.seconds - before.seconds) / (last.tokens - before.tokens)
-    mean = last.seconds / last.tokens
-    seconds = last.seconds + min(max(per_token, (1 - FIXED_SHARE) * mean), mean) * (tokens - last.tokens)
     extra = last.bytes
     if extra is not None:
+        before = measured[-2] if len(measured) > 1 else BatchNeeds(0.0, 0, 0, 0)
         activations = [(x.bytes or 0) - _loss_bytes(built, x.tokens) for x in (before, last)]
         slope = max(activations[1] - activations[0], 0) / (last.tokens - before.tokens)
         extra = max(round(activations[1] + slope * (tokens - last.tokens)), 0) + _loss_bytes(built, tokens)
-    return BatchNeeds(seconds, extra, last.tokens, tokens)
+    return BatchNeeds(last.seconds * tokens / last.tokens, extra, last.tokens, tokens)
 
 
 def _loss_bytes(built: BuiltRun, tokens: int) -> int:

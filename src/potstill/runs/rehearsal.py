@@ -21,10 +21,10 @@ from rich.console import Console
 
 from potstill.data.files import explain_disk_full
 from potstill.errors import PotstillError, RecipeError, RunError, one_line
-from potstill.losses.alignment import IGNORE, TOKEN_TASKS
+from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.spacing import evenly_spaced
 from potstill.runs import steps
-from potstill.runs.build import BuiltRun
+from potstill.runs.build import BuiltRun, piece
 
 ROWS = 2  # for each rank
 TOKENS = 16  # of a row that is cut
@@ -47,7 +47,7 @@ def rehearse(built: BuiltRun, student: Any) -> None:
     if built.recipe.student.adapter is None:  # a copy is quicker to make; peft changes what it is given
         built = replace(built, new_student=partial(copy.deepcopy, student))
     first, whole = _small_run(built, 1), _small_run(built, 2)
-    with _temporary_folder(Path(built.recipe.output)) as folder:
+    with temporary_folder(Path(built.recipe.output)) as folder:
         try:
             _try(steps.Step("train and save the student", steps.train_student, every_rank=True), first, folder, quiet)
             if PartialState().is_main_process:
@@ -66,17 +66,24 @@ def rehearse(built: BuiltRun, student: Any) -> None:
 
 
 def _try(step: steps.Step, built: BuiltRun, folder: Path, console: Console) -> None:
-    try:
+    needed = steps.CHECKPOINT_BYTES * built.size.trained
+    with failing_early(step.name, "two short rows"), explain_disk_full(folder, needed):
         if step.every_rank or PartialState().is_main_process:
-            with explain_disk_full(folder, steps.CHECKPOINT_BYTES * built.size.trained):
-                step.do(built, folder, console)
-        PartialState().wait_for_everyone()
+            step.do(built, folder, console)
+    PartialState().wait_for_everyone()
+
+
+@contextmanager
+def failing_early(step: str, rows: str) -> Iterator[None]:
+    """Name the step, and what it was tried on, in any error that is not Potstill's own."""
+    try:
+        yield
     except PotstillError:
         raise
     except Exception as error:
         raise RunError(
-            f"run: expected the step '{step.name}' to work on two short rows, got {type(error).__name__}: "
-            f"{one_line(error, 300)}. Nothing was trained. Mend its cause; --debug shows where it is."
+            f"run: expected the step '{step}' to work on {rows}, got {type(error).__name__}: {one_line(error, 300)}. "
+            "Nothing was trained. Mend its cause; --debug shows where it is."
         ) from error
 
 
@@ -111,16 +118,8 @@ def _short_rows(built: BuiltRun, dataset: Any) -> Dataset:
     return Dataset.from_list(rows[: ROWS * PartialState().num_processes])
 
 
-def piece(row: dict[str, Any], length: int) -> dict[str, Any]:
-    """At most so many tokens of a row, among them some of its first target tokens."""
-    # The first token has no prediction.
-    first = next(i for i, label in enumerate(row["labels"]) if i and label != IGNORE)
-    end = max(length, first + length // 2)
-    return {name: values[max(end - length, 0) : end] for name, values in row.items()}
-
-
 @contextmanager
-def _temporary_folder(output: Path) -> Iterator[Path]:
+def temporary_folder(output: Path) -> Iterator[Path]:
     """A folder on the disk of the output, the same for every rank."""
     main, names = PartialState().is_main_process, [""]
     parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())

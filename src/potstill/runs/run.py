@@ -46,8 +46,9 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
             built = build_run(recipe)
         for note in built.notes:
             shown.print(note, style="dim", highlight=False, markup=False)
-        with part(shown, "trying every step on short rows"):
-            rehearse(built, built.new_student())
+        if not (directory / "student").exists():
+            with part(shown, "trying every step on short rows"):
+                rehearse(built, built.new_student())
         with explain_disk_full(directory, CHECKPOINT_BYTES * built.size.trained):
             for step in STEPS:
                 if step.every_rank or main:
