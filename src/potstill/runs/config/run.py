@@ -49,6 +49,9 @@ class EvaluatePart(Part):
     baseline: bool = Field(False, description="train the same student on labels alone, and compare")
     continuations: int = Field(3, ge=0, description="held-out prompts that each causal model continues")
     curve_rows: int = Field(128, ge=1, description="held-out rows, evenly spaced, for the learning curves")
+    time_limit: float = Field(
+        600, gt=0, description="seconds for measuring after training; the report says what they did not suffice for"
+    )
 
 
 class Recipe(Document):
