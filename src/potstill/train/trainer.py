@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.errors import UserError
 from potstill.losses.alignment import IGNORE, Task
+from potstill.models.chat import end_token_ids, set_end_tokens
 from potstill.models.heads import class_ids
 from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import FollowTraining
@@ -145,6 +146,8 @@ class DistillationTrainer(StudentTrainer):
         if all(term.reads_layers for term in distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers do not use the head
         kwargs |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
+        if task == "causal" and processing_class is not None:
+            set_end_tokens(student, end_token_ids(processing_class, student), processing_class.eos_token_id)
         super().__init__(distiller, args, **kwargs)
         self.rollout = rollout
         plugins = self.accelerator.state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -34,6 +34,11 @@ class DataPart(Part):
     eval: Source
     max_length: int = Field(512, ge=2, description="tokens in a row at most")
     packing: bool = Field(False, description="concatenate plain text into rows of max_length instead of padding")
+    chat_template: str | None = Field(None, description="a Jinja file, in place of the tokenizer's chat template")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of the chat template, such as enable_thinking; saved with the student's tokenizer",
+    )
     masked_share: float = Field(MASKED_SHARE, gt=0, lt=1, description="of the tokens, for the task masked")
 
 
