@@ -22,6 +22,7 @@ from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE, Task
 from potstill.models.chat import end_token_ids
 from potstill.models.loading import vocabulary_size
+from potstill.models.prompts import surrounding_tokens
 
 
 class EncodedRow(NamedTuple):
@@ -128,11 +129,7 @@ class RowEncoder:
 
     def special_tokens(self) -> tuple[list[int], list[int]]:
         """Find what the tokenizer itself puts before and after a text: [CLS] and [SEP], BOS, EOS."""
-        (bare,), (whole,) = self.tokens(["a"], special=False), self.tokens(["a"], special=True)
-        for start in range(len(whole) - len(bare) + 1):
-            if bare and whole[start : start + len(bare)] == bare:
-                return whole[:start], whole[start + len(bare) :]
-        return [], []
+        return surrounding_tokens(self.tokenizer)
 
     def nonempty(self, dataset: Dataset, column: str) -> Iterator[dict[int, dict[str, Any]]]:
         """Yield batches of rows by their numbers in the file, from 1, without those whose `column` is empty."""

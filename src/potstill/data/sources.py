@@ -17,6 +17,9 @@ SourceKind = Literal["text", "completion", "messages", "input_ids", "labelled"]
 TEACHER_PROMPT_COLUMNS: dict[SourceKind, str] = {"completion": "teacher_prompt", "messages": "teacher_messages"}
 TEACHER_ID_COLUMNS = ("teacher_input_ids", "teacher_labels")
 
+# The tokens that a teacher read and wrote, in rows that would be encoded as others.
+WRITTEN_COLUMNS = ("prompt_ids", "completion_ids")
+
 
 @dataclass(frozen=True)
 class Source(Record):

@@ -189,7 +189,10 @@ def _quotes_arguments(messages: list[Message], text: str) -> bool:
 
 
 def set_chat_template(
-    tokenizer: PreTrainedTokenizerBase, template: str | Path | None = None, arguments: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | Path | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    part: str = "data",
 ) -> None:
     """Give a tokenizer the chat template of a file, and its template defaults for arguments.
 
@@ -199,26 +202,27 @@ def set_chat_template(
     Args:
         template: the path of a Jinja file; None keeps the tokenizer's own.
         arguments: values by name, such as {"enable_thinking": False}.
+        part: of the recipe, for messages.
     """
     if template is not None:
         try:
             tokenizer.chat_template = Path(template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
-                f"data.chat_template: expected a Jinja file, got {template} ({one_line(error, 100)}). Correct the path."
+                f"{part}.chat_template: expected a Jinja file, got {template} ({one_line(error, 99)}). Name one."
             ) from None
     if not arguments:
         return
     text = tokenizer.chat_template
     if not isinstance(text, str):
         raise DataError(
-            f"data.chat_template_kwargs: expected a tokenizer with one chat template for {', '.join(arguments)}, got "
-            f"{'none' if text is None else 'several'}. Name a file in data.chat_template."
+            f"{part}.chat_template_kwargs: expected a tokenizer with one chat template for {', '.join(arguments)}, got "
+            f"{'none' if text is None else 'several'}. Name a file in {part}.chat_template."
         )
     if unknown := [name for name in arguments if not names_argument(tokenizer, name)]:
         raise DataError(
-            f"data.chat_template_kwargs: expected arguments that the chat template reads, got {', '.join(unknown)}. "
-            "Correct the name, or name another template in data.chat_template."
+            f"{part}.chat_template_kwargs: expected arguments that the chat template reads, got {', '.join(unknown)}. "
+            f"Correct the name, or name another template in {part}.chat_template."
         )
     for name, value in arguments.items():
         text = f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}{text}"
