@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import BertConfig, BertForSequenceClassification, DataCollatorForLanguageModeling, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+    TrainingArguments,
+)
 
 from conftest import make_llama, make_tokenizer
 from potstill.data.batches import encode
@@ -159,6 +165,9 @@ def test_collators_of_the_users_own(tmp_path: Path, tokenizer: Any, caplog: pyte
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, [{"input_ids": [5, 6]}], ended, data_collator=collator)
     assert "the student does not learn to stop" in caplog.text
+    flat = DataCollatorWithFlattening(return_position_ids=False)
+    with pytest.raises(UserError, match="says where sequences begin"):
+        trainer(tmp_path, [{"input_ids": [5, 6]}], tokenizer, data_collator=flat)
 
 
 def test_columns_that_are_not_read(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from potstill.data.batches import COLLATED, PaddingCollator, encode
 from potstill.data.disk_cache import BATCH, cached_in
 from potstill.data.masking import MaskedRows
+from potstill.data.readers import suppress_output
 from potstill.data.sources import Source, listed
 from potstill.errors import DataError, EmptyDataError
 from potstill.losses.alignment import Task
@@ -94,7 +95,8 @@ class RowsEncoder:
         with TemporaryDirectory() as folder:
             path = Path(folder) / name
             if isinstance(rows, Dataset):  # keeps what Arrow knows of nulls
-                rows.save_to_disk(path)
+                with suppress_output():
+                    rows.save_to_disk(path)
             else:
                 path = path.with_suffix(".jsonl")
                 with path.open("w", encoding="utf-8") as file:
