@@ -202,7 +202,7 @@ class DistillationTrainer(StudentTrainer):
             columns = rows[0].items()
             padding: Any = {name: _ignored(value) if name.endswith("labels") else value for name, value in columns}
             if "labels" not in padding:  # each token is its own, and the first has none to be predicted from
-                padding = {name: value[:1] for name, value in columns}
+                padding = {name: value[:1] if hasattr(value, "__len__") else value for name, value in columns}
             rows = ConcatDataset([rows, cast(Any, [padding] * missing)])
         return super().get_eval_dataloader(rows)
 
