@@ -174,7 +174,7 @@ def test_columns_that_are_not_read(tmp_path: Path, tokenizer: Any, caplog: pytes
     row = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, [row | {"source": "a", "id": 3}], tokenizer)
-    assert "columns of train_dataset that are not read: id, source" in caplog.text
+    assert "train_dataset: columns that are not used: id, source" in caplog.text
     for name, value in (("completion_mask", [0, 1, 1]), ("inputs_embeds", [[0.0]] * 3)):
         with pytest.raises(DataError, match=f"the column {name}, which is not read"):
             trainer(tmp_path, [row | {name: value}], tokenizer)
