@@ -218,7 +218,7 @@ def test_examples_with_padding_and_packed_ones() -> None:
     [
         ([{"input_ids": A, "labels": A}, {"input_ids": B}], "the column labels in every example of a batch or in none"),
         ([{"input_ids": A, "labels": A}, {"input_ids": B, "labels": None}], "the column labels in every example"),
-        ([{"input_ids": A}, {"text": "a"}], "expected input_ids in every example of a batch, got input_ids"),
+        ([{"input_ids": A}, {"text": "a"}], "expected input_ids in every example of a batch, got text"),
         ([{"input_ids": A, "labels": B}], "expected labels for each of the 7 input_ids, got 3"),
         ([{"input_ids": A, "seq_lengths": [3, 3]}], "expected seq_lengths for each of the 7 input_ids, got 6"),
         ([{"input_ids": [*A, 1, 1]}], "several pad tokens"),

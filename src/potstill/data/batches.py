@@ -232,8 +232,9 @@ class PaddingCollator:
         given = [{name for name in COLLATED if example.get(name) is not None} for example in examples]
         names = set.intersection(*given)
         if "input_ids" not in names:
+            without = next(example for example in examples if example.get("input_ids") is None)
             raise DataError(
-                f"data: expected input_ids in every example of a batch, got {', '.join(examples[0])}. Encode the rows."
+                f"data: expected input_ids in every example of a batch, got {', '.join(without)}. Encode the rows."
             )
         for number, example in enumerate(examples, 1):
             self._check(example, given[number - 1], names, f"example {number} of a batch")
