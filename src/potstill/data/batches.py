@@ -223,9 +223,15 @@ class PaddingCollator:
             DataError: only some of the examples have a column, a column is not as long as input_ids, or padding has no
                 attention_mask; see also `right_padded`.
         """
-        names = COLLATED.intersection(*examples)
+        given = [{name for name in COLLATED if example.get(name) is not None} for example in examples]
+        names = set.intersection(*given)
+        if "input_ids" not in names:
+            without = next(example for example in examples if example.get("input_ids") is None)
+            raise DataError(
+                f"data: expected input_ids in every example of a batch, got {', '.join(without)}. Encode the rows."
+            )
         for number, example in enumerate(examples, 1):
-            self._check(example, COLLATED.intersection(example), names, f"example {number} of a batch")
+            self._check(example, given[number - 1], names, f"example {number} of a batch")
         columns = {name: [example[name] for example in examples] for name in names}
         if "seq_lengths" in columns:
             packed = columns.pop("seq_lengths")

@@ -13,7 +13,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import DataCollatorForLanguageModeling, PreTrainedModel, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data.batches import PaddingCollator, pad_token_id
@@ -199,7 +205,7 @@ class DistillationTrainer(StudentTrainer):
             columns = rows[0].items()
             padding: Any = {name: _ignored(value) if name.endswith("labels") else value for name, value in columns}
             if "labels" not in padding:  # each token is its own, and the first has none to be predicted from
-                padding = {name: value[:1] for name, value in columns}
+                padding = {name: value[:1] if hasattr(value, "__len__") else value for name, value in columns}
             rows = ConcatDataset([rows, cast(Any, [padding] * missing)])
         return super().get_eval_dataloader(rows)
 
@@ -275,15 +281,7 @@ def _check_arguments(args: DistillationConfig, distiller: Distiller, options: Ma
     for name, hint in NO_ARGUMENTS.items():
         if options.get(name) is not None:
             raise UserError(f"DistillationTrainer: expected no {name}, got one. {hint}")
-    collator = options.get("data_collator")
-    if isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm:
-        tokenizer: Any = collator.tokenizer
-        if tokenizer.pad_token_id == tokenizer.eos_token_id:
-            logger.warning(
-                "data_collator: its pad token is the EOS token %s, which therefore has no labels: the student does not "
-                "learn to stop. Leave data_collator out.",
-                tokenizer.eos_token,
-            )
+    _check_collator(options.get("data_collator"))
     metrics = options.get("compute_metrics") or options.get("preprocess_logits_for_metrics")
     if metrics is not None and distiller.task == "encoder":
         raise UserError(
@@ -297,6 +295,24 @@ def _check_arguments(args: DistillationConfig, distiller: Distiller, options: Ma
             f"DistillationConfig: expected greater_is_better beside metric_for_best_model {best}, a metric of your "
             "own, got none. Set it to true or false."
         )
+
+
+def _check_collator(collator: Any) -> None:
+    """Find collators of transformers that lose where sequences begin, or end."""
+    if isinstance(collator, DataCollatorWithFlattening):
+        if not (collator.return_position_ids or collator.return_seq_idx or collator.return_flash_attn_kwargs):
+            raise UserError(
+                "data_collator: expected DataCollatorWithFlattening that says where sequences begin, got one that does "
+                "not. Set return_position_ids."
+            )
+    elif isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm:
+        tokenizer: Any = collator.tokenizer
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            logger.warning(
+                "data_collator: its pad token is the EOS token %s, which therefore has no labels: the student does not "
+                "learn to stop. Leave data_collator out.",
+                tokenizer.eos_token,
+            )
 
 
 def _ignored(labels: Any) -> Any:
