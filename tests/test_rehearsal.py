@@ -79,7 +79,10 @@ def test_a_failure_in_a_later_step_is_found_before_the_training(
 
     recipe_values["evaluate"] = {"baseline": False, "continuations": 1}
     if name == "runs.steps.merged":
-        recipe_values["student"]["adapter"] = {"kind": "lora", "merge": True}
+        recipe_values["student"] = {
+            "model": recipe_values["teacher"]["model"],
+            "adapter": {"kind": "lora", "merge": True},
+        }
     if name == "train.checkpoints.load_file":  # a term that trains a projection
         recipe_values["objective"].append({"term": "hidden", "layers": {"last_k": 1}})
     holder, _, attribute = f"potstill.{name}".rpartition(".")
