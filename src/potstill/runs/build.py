@@ -169,7 +169,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
 def piece(row: dict[str, Any], length: int) -> dict[str, Any]:
     """At most so many tokens of a row, among them some of its first target tokens."""
     # The first token has no prediction.
-    first = next(i for i, label in enumerate(row["labels"]) if i and label != IGNORE)
+    first = next((i for i, label in enumerate(row["labels"]) if i and label != IGNORE), 0)
     end = max(length, first + length // 2)
     return {name: values[max(end - length, 0) : end] for name, values in row.items()}
 
