@@ -17,7 +17,7 @@ from potstill.runs.config.run import DataPart
 from test_data import PLAIN
 
 PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
-SHAPES = re.findall(r"### (.*)\n```json\n(.*)\n```\n```text\n(.*?)\n```", PAGE, flags=re.DOTALL)
+SHAPES = re.findall(r"### ([^\n]*)\n```json\n([^\n]*)\n```\n```text\n(.*?)\n```", PAGE, flags=re.DOTALL)
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
