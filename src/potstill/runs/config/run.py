@@ -108,6 +108,14 @@ class Recipe(Document):
             for key in ("prompt", "completion", "messages", "input_ids"):
                 if task not in TOKEN_TASKS and key in given:
                     yield f"data.{name}.{key}: expected field for the texts of the task {task}, got {key}."
+        if self.data.eval.label is False:
+            yield "data.eval.label: expected the column of labels, by which models are measured, got false."
+        if any(part.label is False for _, part in parts):
+            for place, term in enumerate(self.objective):
+                if term.needs_labels:
+                    yield f"objective.{place}: expected labels in data.train for {term.name}, got label: false."
+            if self.evaluate.baseline:
+                yield "evaluate.baseline: expected labels in data.train to train it on, got label: false."
         if self.data.packing and task not in TOKEN_TASKS:
             yield f"data.packing: expected false for the task {task}, got true. Each row is one example."
         if task != "masked" and self.data.masked_share != MASKED_SHARE:
