@@ -59,4 +59,5 @@ def _facts(needs: Any) -> Iterator[tuple[str, str]]:
     yield "memory", f"about {formatting.size(needs.memory_bytes)}, {batch}"
     yield "disk", f"about {formatting.size(needs.disk_bytes)} of {formatting.size(needs.disk_free_bytes)} free"
     yield "time", f"about {formatting.duration(needs.seconds)} of training on this machine"
+    yield from (("warning", warning) for warning in built.duplicates.warnings)
     yield from (("note", note) for note in built.notes)

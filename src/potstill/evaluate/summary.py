@@ -112,6 +112,7 @@ class DataFacts(BaseModel):
     eval: str | None = None
     eval_tokens: int | None = None
     eval_examples: int | None = None
+    eval_in_train: float | None = None  # share of held-out rows that are training rows
 
 
 class TrainingFacts(BaseModel):

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from potstill.models.loading import QUANTIZATION, require_package, suppress_warnings
+from potstill.models.loading import QUANTIZATION, suppress_warnings
+from potstill.models.locate import require_package
 
 
 def is_adapted(model: Any) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data.batches import Examples, encode, in_batches, pad_token_id
+from potstill.data.duplicates import Duplicates, find_duplicates
 from potstill.data.masking import MaskedRows
 from potstill.data.vocabulary import checked_vocabulary, shared_vocabulary
 from potstill.errors import RecipeError
@@ -79,6 +80,7 @@ class BuiltRun:
     max_positions: int | None  # longest row that both models allow, in tokens; None for any
     writer: ServedWriter | None  # the server that generates the student's samples
     alignment_stats: AlignmentStats | None  # of two tokenizers on the training data; None for one tokenizer
+    duplicates: Duplicates  # of held-out and training rows
     notes: tuple[str, ...] = ()  # to print
 
     def new_rollout(self) -> Rollout | None:
@@ -109,7 +111,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
         models = {"student": student}  # the teacher's head and positions are those of its own tokens
     vocabulary, vocabulary_notes = _vocabulary(recipe, loaded, tokenizer, models)
     positions = _max_positions(recipe, loaded, models)
-    train, held_out = _encode(recipe, student, tokenizer)
+    train, held_out, duplicates = _encode(recipe, student, tokenizer)
     teacher = _trained_on(recipe, loaded, train)
     teacher.attach(student)
     plan = _training_plan(recipe.train, len(train.dataset))
@@ -134,11 +136,18 @@ def build_run(recipe: Recipe) -> BuiltRun:
         max_positions=positions,
         writer=writer,
         alignment_stats=stats,
+        duplicates=duplicates,
     )
     rollout = built.new_rollout()
     _check_teacher(built)
     notes = [note for model in (*loaded.models.values(), student) for note in loading_notes(model)]
-    notes += [*_teacher_notes(built), *train.notes, *held_out.notes, *filter(None, [pad_token_id(tokenizer)[1]])]
+    notes += [
+        *_teacher_notes(built),
+        *train.notes,
+        *held_out.notes,
+        *duplicates.notes,
+        *filter(None, [pad_token_id(tokenizer)[1]]),
+    ]
     if recipe.train.get("bf16") and not plan.bf16:
         notes.append("train.bf16: this CPU has no bfloat16 instructions; training in float32, which is faster here.")
     notes += vocabulary_notes
@@ -204,18 +213,25 @@ def _max_positions(recipe: Recipe, loaded: LoadedTeacher, models: Mapping[str, P
     return min((limit for limit in limits.values() if limit), default=None)
 
 
-def _encode(recipe: Recipe, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples]:
-    """Encode training and held-out data. Masks of training rows change with the epoch, held-out ones do not."""
+def _encode(
+    recipe: Recipe, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Examples, Examples, Duplicates]:
+    """Encode training and held-out data, and compare them.
+
+    Masks of training rows change with the epoch, held-out ones do not.
+    """
     data, task = recipe.data, recipe.task
     classes = class_ids(student.config) if task == "classification" else None
     options: dict[str, Any] = {"max_length": data.max_length, "packing": data.packing, "task": task, "classes": classes}
     with PartialState().main_process_first():  # the other ranks then find what it has encoded
         train, held_out = (encode(source, tokenizer, **options) for source in (data.train, data.eval))
+    encoded = train.dataset, held_out.dataset
+    duplicates = find_duplicates(data.train, data.eval, encoded, task, near=data.near_duplicates)
     if task == "masked":
         masks: dict[str, Any] = {"share": data.masked_share, "seed": recipe.seed}
         train = replace(train, dataset=MaskedRows(train.dataset, tokenizer, **masks))
         held_out = replace(held_out, dataset=MaskedRows(held_out.dataset, tokenizer, **masks).fixed())
-    return train, held_out
+    return train, held_out, duplicates
 
 
 def _trained_on(recipe: Recipe, loaded: LoadedTeacher, train: Examples) -> Teacher:

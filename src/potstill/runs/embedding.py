@@ -152,6 +152,7 @@ def _summarize(
         "held_out_rows": len(held_out),
         "space": _picture(held_out, student),
         "neighbours": _neighbours(held_out, student, data.held_out_texts, recipe.evaluate.texts),
+        "eval_in_train": data.eval_in_train,
         "notes": list(data.notes),
         "versions": versions(),
     }

@@ -63,6 +63,7 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
     for name, source, examples in (("train", recipe.data.train, train), ("eval", recipe.data.eval, held_out)):
         data |= {name: str(source.path), f"{name}_examples": len(examples.dataset)}
         data[f"{name}_tokens"] = examples.tokens if of_tokens else None
+    data["eval_in_train"] = built.duplicates.share
     steps, seconds = built.plan.steps, {name: seconds_of(metrics, name) for name in students}
     step_tokens = round(train.tokens / len(train.dataset) * built.plan.rows_per_step) if of_tokens else None
     return records.Summary(
@@ -83,7 +84,7 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
         models={"teacher": recipe.teacher.describe(built.teacher), "student": recipe.student.describe()},
         adapter=_adapter_facts(built, students["student"], models["student"]),
         teacher_weights=built.teacher.member_weights,
-        notes=[*built.notes, *collapse_notes(metrics)],
+        notes=[*built.duplicates.warnings, *built.notes, *collapse_notes(metrics)],
         versions=versions(),
     )
 

@@ -58,6 +58,8 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         built = build_run(recipe)
         if main:
             recipe.start(directory)
+            for warning in built.duplicates.warnings:
+                console.print(f"warning: {warning}", style="bold red", highlight=False, markup=False)
             for note in built.notes:
                 console.print(note, style="dim", highlight=False, markup=False)
         PartialState().wait_for_everyone()

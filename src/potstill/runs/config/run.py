@@ -29,6 +29,9 @@ class DataPart(Part):
     eval: Source
     max_length: int = Field(512, ge=2, description="tokens in a row at most")
     packing: bool = Field(False, description="concatenate plain text into rows of max_length instead of padding")
+    near_duplicates: bool = Field(
+        False, description="also report held-out rows most of whose runs of 8 words are in the training data"
+    )
     masked_share: float = Field(MASKED_SHARE, gt=0, lt=1, description="of the tokens, for the task masked")
 
 
