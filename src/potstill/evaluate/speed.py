@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potstill.models.locate import weight_files
+
 WARM_UPS = 3
 NEW_TOKENS = 8  # generated to time one
 
@@ -111,6 +113,6 @@ def bytes_on_disk(folder: Path, model: Any) -> int:
     return own + (weight_bytes(base) or int(model.get_memory_footprint()))
 
 
-def weight_bytes(folder: Path) -> int:
-    """Size of a saved model's weights on disk; 0 if there are none."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weight_bytes(path: Path) -> int:
+    """Size of a model's weights on this disk; 0 if there are none."""
+    return sum(file.stat().st_size for file in weight_files(path))

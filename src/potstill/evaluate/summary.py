@@ -37,6 +37,7 @@ class ModelScores(BaseModel):
     recall: float | None = None
     parameters: int | None = None
     bytes: int | None = None
+    saved_as: str | None = None
     latency_ms: float | None = None
     bits_per_byte: float | None = None
 

@@ -146,7 +146,7 @@ def _load_base(
     if task == "causal":
         check_causal(model, key)
     model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
-    model.config.dtype = (location.folder and saved_dtype(location.folder)) or model.dtype  # the same
+    model.config.dtype = saved_dtype(name) or model.dtype  # the same
     if task in SEQUENCE_TASKS:
         model.config.problem_type = "regression" if task == "regression" else "single_label_classification"
     return model

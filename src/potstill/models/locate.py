@@ -13,7 +13,7 @@ from threading import Thread
 from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers.utils import quantization_config
 
 from potstill.errors import ModelError, UserError
@@ -47,7 +47,10 @@ class Location:
         """The folder on this disk that has the files; None for a model that is not downloaded."""
         if Path(self.path).is_dir():
             return Path(self.path)
-        config = try_to_load_from_cache(self.path, "config.json")
+        try:
+            config = try_to_load_from_cache(self.path, "config.json")
+        except HFValidationError:  # a path that does not exist
+            return None
         return Path(config).parent if isinstance(config, str) else None
 
 
@@ -88,10 +91,16 @@ def locate(name: str, key: str) -> Location:
     return _on_hub(name, key)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a model's or an adapter's weights in a folder, without other variants of them."""
-    names = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
-    return sorted(path for name in names for path in folder.glob(name)) or sorted(folder.glob("*.safetensors"))
+def weight_files(name: str | Path) -> list[Path]:
+    """The files of a model's or an adapter's weights that are on this disk, without other variants of them."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if (folder := Location(str(path)).folder) is None:
+        return []
+    usual = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
+    files = [file for pattern in usual for file in folder.glob(pattern)]
+    return sorted(files or folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
 
 
 def _in_folder(folder: Path, key: str) -> Location:
@@ -142,8 +151,8 @@ def _on_hub(name: str, key: str) -> Location:
         return Location(str(Path(downloaded).parent))
     why = "HF_HUB_OFFLINE is set" if error is None else f"{site} cannot be reached"
     raise ModelError(
-        f"{key}: expected a folder or a downloaded model, got {name}, which is neither, and {why}. Name a folder, or run "
-        f"`hf download {name}` where there is a connection and copy {constants.HF_HUB_CACHE} here."
+        f"{key}: expected a folder or a downloaded model, got {name}, which is neither, and {why}. Name a folder, or "
+        f"run `hf download {name}` where there is a connection and copy {constants.HF_HUB_CACHE} here."
     )
 
 

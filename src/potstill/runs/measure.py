@@ -25,6 +25,7 @@ from potstill.evaluate.versions import versions
 from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.loading import load_model
+from potstill.models.precision import describe_precision
 from potstill.runs.build import BuiltRun
 from potstill.train.callbacks import logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
@@ -143,6 +144,7 @@ def _scores(
     for name, model in models.items():
         rows[name] = {row.key: getattr(quality[name], row.key) for row in QUALITY[built.recipe.task]}
         rows[name] |= {"parameters": parameter_count(model).all, "bytes": bytes_on_disk(folders[name], model)}
+        rows[name]["saved_as"] = describe_precision(folders[name])
         rows[name]["latency_ms"] = latency_ms(model, built.recipe.data.max_length)
     if "teacher" not in models and teacher_loss is not None:
         rows["teacher"] = dict.fromkeys(rows["student"]) | {"loss": teacher_loss}

@@ -17,7 +17,7 @@ from potstill.data.files import explain_disk_full
 from potstill.errors import RecipeError, one_line
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.evaluate.summary import write_summary
-from potstill.models.adapted import merged
+from potstill.models.adapted import convert_saved, merged
 from potstill.models.loading import suppress_warnings
 from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun, build_run
@@ -107,7 +107,6 @@ def train(
     finally:
         bar.progress.stop()
     _save(built, trainer, folder)
-    unset_hf_deepspeed_config()  # ZeRO-3 would shard every model that is loaded from here on
     return folder
 
 
@@ -119,7 +118,10 @@ def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)  # left by a kill during an earlier save
     trainer.save_model(str(partial))
+    unset_hf_deepspeed_config()  # ZeRO-3 would shard every model that is loaded from here on
     if trainer.is_world_process_zero():
+        if (dtype := built.new_student.save_dtype) is not None:
+            convert_saved(partial, dtype, built.recipe.task)
         teacher, student = built.loaded.config, trainer.distiller.config
         if built.recipe.task == "encoder" and teacher is not None and teacher.hidden_size == student.hidden_size:
             copy_modules(str(built.recipe.teacher.model_path), partial)
