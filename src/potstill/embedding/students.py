@@ -98,7 +98,7 @@ class EncoderStudent(EmbeddingStudent):
         if self.encoder.model is None and teacher is None:
             raise UserError("student.encoder.model: expected a sentence-transformers model, got none. Name one.")
         start, path = self._first_vectors(vectors, focus, seed), self.encoder.model
-        model = load_embedder(path, "student.encoder.model") if path else teacher
+        model = load_embedder(path, "student.encoder.model", pooled=False) if path else teacher
         return encoder_student(model, self.encoder.layers, texts, start)
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from potstill.errors import ModelError, one_line
+from potstill.models.locate import Location
 
 LFS = b"version https://git-lfs"  # what stands in place of a file that Git LFS did not fetch
 INDEX = "model.safetensors.index.json"
@@ -35,6 +36,9 @@ FORMATS = {
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pth", "*.pt", "*.ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.*", "spiece.model", "*.tiktoken")
 
+QUANTIZERS = {"gptq": "gptqmodel", "hqq": "hqq", "torchao": "torchao"}  # packages that transformers does not name
+AGAIN = "Download or copy it again: hf download NAME resumes."
+
 
 class Cause(NamedTuple):
     """What was found in place of a model, and what to do."""
@@ -43,11 +47,17 @@ class Cause(NamedTuple):
     hint: str
 
 
-def unreadable(key: str, expected: str, name: str, folder: Path | None, error: Exception) -> ModelError:
-    """Explain an error in one line; `folder` has the files, None if they are not on this disk."""
-    cause = None if folder is None else next(_causes(folder, expected), None)
-    got, hint = cause or _of_error(error, expected)
-    return ModelError(f"{key}: expected {expected} in {name}, got {got} {hint}".strip())
+def unreadable(key: str, expected: str, name: str, location: Location, error: Exception) -> ModelError:
+    """Explain in one line why a model cannot be loaded."""
+    if "gguf_file" in location.options:
+        cause = Cause(
+            f"a GGUF file that transformers {version('transformers')} does not read ({_short(error)}).",
+            "Name the model that it was converted from, in safetensors.",
+        )
+    else:
+        folder = location.folder
+        cause = (folder and next(_causes(folder, expected), None)) or _of_error(error, expected, folder)
+    return ModelError(f"{key}: expected {expected} in {name}, got {cause.got} {cause.hint}".strip())
 
 
 def _causes(folder: Path, expected: str) -> Iterator[Cause]:
@@ -123,7 +133,9 @@ def _of_weights(folder: Path, config: dict[str, Any]) -> Iterator[Cause]:
         if [*folder.glob(pattern)]:
             yield Cause(f"{cause[0]}.", cause[1])
     pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
-    if pickles:
+    if pickles and "adapter" in pickles[0]:
+        yield Cause(f"a pickle, {pickles[0]}.", "Save it again with peft, which writes safetensors.")
+    elif pickles:
         load = "from transformers import AutoModelForCausalLM as M"
         save = f"M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')"
         yield Cause(
@@ -133,22 +145,28 @@ def _of_weights(folder: Path, config: dict[str, Any]) -> Iterator[Cause]:
     yield Cause("no file of weights.", AGAIN)
 
 
-AGAIN = "Download or copy it again: hf download NAME resumes."
-
-
-def _of_error(error: Exception, expected: str) -> Cause:
+def _of_error(error: Exception, expected: str, folder: Path | None) -> Cause:
     """The error itself; for a package that is missing, how to install it."""
-    reason = one_line(error)
+    reason, config = one_line(error), (folder and _json(folder / "config.json")) or {}
     if "tokenizer" in expected and re.search("sentencepiece|tiktoken|protobuf", reason):
         return Cause(
             "a tokenizer that needs another package.", "Install it with pip install sentencepiece tiktoken protobuf."
         )
     if isinstance(error, ImportError):
-        command = re.search(r"pip install [^\s`'\"]+(?: [-\w][^\s`'\"]*)*", reason)
-        hint = f"Install it with {command[0].rstrip('.,')}." if command else ""
-        return Cause(f"one that needs a package: {reason[:200].rstrip('.')}.", hint)
-    reason = reason if len(reason) <= 300 else reason[:300] + "..."
-    return Cause(f"{type(error).__name__}: {reason}", "")
+        method = str((config.get("quantization_config") or {}).get("quant_method", ""))
+        command = re.search(r"pip install (?:-U )?([^\s`'\"]+)", reason)
+        package = QUANTIZERS.get(method) or (command and command[1])
+        what = f"weights quantized by {method}" if method else "a model"
+        hint = f"Install it with pip install '{package}', or name another version of the model." if package else ""
+        return Cause(f"{what} that need a package: {_short(error)}.", hint)
+    if "Unrecognized configuration class" in reason:
+        return Cause(f"a {config.get('model_type', 'model')}, of which there is none.", "Check the recipe's task.")
+    return Cause(f"{type(error).__name__}: {_short(error)}.", "")
+
+
+def _short(error: Exception) -> str:
+    reason = one_line(error)
+    return reason if len(reason) <= 300 else reason[:300] + "..."
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -21,8 +21,8 @@ from potstill.errors import ModelError
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import TOKENIZERS, unreadable
-from potstill.models.integrity import check_causal, check_weights
-from potstill.models.locate import locate, require_package
+from potstill.models.integrity import check_causal, check_shapes, check_weights
+from potstill.models.locate import Location, locate, require_package
 from potstill.models.precision import saved_dtype
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -118,6 +118,7 @@ def _load_base(
     auto_class, kind = AUTO_CLASSES[task]
     location = locate(name, key)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype, **location.options}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
     if task in TOKEN_TASKS and location.folder is not None and (location.folder / "modules.json").exists():
         raise ModelError(
             f"{key}: expected {kind} in {name}, got a sentence-transformers model, which turns a text into one vector. "
@@ -138,10 +139,12 @@ def _load_base(
         with suppress_warnings():  # of missing weights, which are checked below
             model, info = auto_class.from_pretrained(location.path, output_loading_info=True, **options)
     except Exception as error:
-        raise unreadable(key, f"{kind} with weights in safetensors", name, location.folder, error) from error
+        raise unreadable(key, f"{kind} with weights in safetensors", name, location, error) from error
     missing = [weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight]
+    if labels_of is not None:  # the adapter has the head, or the student's starts at random
+        missing = [weight for weight in missing if may_miss or not weight.startswith(tuple(sequence_head_names(model)))]
     names = {"key": key, "name": name, "kind": kind}
-    may_miss = may_miss or labels_of is not None
+    check_shapes(info["mismatched_keys"], **names)
     setattr(model, NOTES, check_weights(model, missing, info["unexpected_keys"], **names, may_miss=may_miss))
     if task == "causal":
         check_causal(model, key)
@@ -165,7 +168,7 @@ def _quantization(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
 def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable: bool) -> PreTrainedModel:
     """Load the base of an adapter, quantized as it was in training, and the adapter with the head trained beside it."""
     peft = require_package("peft", "adapters", key)
-    _adapter_weights(folder, key)  # peft would also read pickles
+    _adapter_weights(folder, key)  # before the base, which takes longer
     saved = folder / QUANTIZATION
     if saved.exists():
         require_package("bitsandbytes", "quantized", key)
@@ -173,7 +176,7 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable
         config = peft.PeftConfig.from_pretrained(str(folder))
         quantization = BitsAndBytesConfig.from_dict(json.loads(saved.read_text())) if saved.exists() else None
     except Exception as error:
-        raise unreadable(key, "an adapter of peft", str(folder), folder, error) from error
+        raise unreadable(key, "an adapter of peft", str(folder), Location(str(folder)), error) from error
     base = config.base_model_name_or_path
     if not base:
         raise ModelError(f"{key}: expected an adapter that names its base, got one in {folder} that does not.")
@@ -181,39 +184,40 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable
     model = _load_base(base, f"the base of {key}", dtype, task, quantization, labels_of)
     try:
         with suppress_warnings():
-            if trainable:
-                config.inference_mode = False
-                adapted = peft.get_peft_model(model, config)
-                load_adapter(adapted, folder)
-            else:
-                adapted = peft.PeftModel.from_pretrained(model, folder).requires_grad_(False)
+            config.inference_mode = not trainable
+            adapted = peft.get_peft_model(model, config)
     except Exception as error:
-        raise unreadable(key, f"an adapter for {base}", str(folder), None, error) from error
-    return adapted.eval()
+        raise unreadable(key, f"an adapter for {base}", str(folder), Location(str(folder)), error) from error
+    load_adapter(adapted, folder, key, "Save it again with peft, or correct base_model_name_or_path in its config.")
+    return (adapted if trainable else adapted.requires_grad_(False)).eval()
 
 
 def is_adapter(name: str) -> bool:
     return (Path(name).expanduser() / ADAPTER_CONFIG).exists()
 
 
-def load_adapter(model: Any, folder: str | Path) -> None:
-    """Load saved weights into the adapter of a model; those of another adapter are refused."""
+def load_adapter(
+    model: Any, folder: Path, key: str = "train", hint: str = "Resume with the recipe that they were trained with."
+) -> None:
+    """Load saved weights into the adapter of a model; those of another adapter, or a part of them, are refused."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    saved, own = _adapter_weights(folder, "train"), get_peft_model_state_dict(model)
-    if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in own.items()}:
+    saved, own = _adapter_weights(folder, key), get_peft_model_state_dict(model, save_embedding_layers=False)
+    saved_shapes, own_shapes = ({(name, *weight.shape) for name, weight in state.items()} for state in (saved, own))
+    unread = {weight for weight in saved_shapes - own_shapes if "embed" not in weight[0]}  # peft adds embeddings
+    if others := unread | (own_shapes - saved_shapes):
         raise ModelError(
-            f"train: expected the weights of this adapter in {folder}, got those of another. Resume with the recipe "
-            "that they were trained with."
+            f"{key}: expected the weights of this adapter in {folder}, got others or none for {min(others)[0]}. {hint}"
         )
     set_peft_model_state_dict(model, saved)
 
 
-def _adapter_weights(folder: str | Path, key: str) -> dict[str, Tensor]:
-    path = Path(folder) / ADAPTER_WEIGHTS
-    if not path.exists():
-        raise ModelError(f"{key}: expected an adapter with {ADAPTER_WEIGHTS} in {folder}, got none.")
-    return load_file(path)
+def _adapter_weights(folder: Path, key: str) -> dict[str, Tensor]:
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise unreadable(key, f"an adapter with {ADAPTER_WEIGHTS}", str(folder), Location(str(folder)), error) from None
 
 
 def sequence_head_names(model: PreTrainedModel) -> list[str]:
@@ -261,6 +265,7 @@ def _load(auto_class: Any, kind: str, name: str, key: str) -> Any:
     location = locate(name, key)
     options = {option: value for option, value in location.options.items() if option == "gguf_file"}
     try:
-        return auto_class.from_pretrained(location.path, trust_remote_code=False, **options)
+        with suppress_warnings():
+            return auto_class.from_pretrained(location.path, trust_remote_code=False, **options)
     except Exception as error:
-        raise unreadable(key, kind, name, location.folder, error) from error
+        raise unreadable(key, kind, name, location, error) from error

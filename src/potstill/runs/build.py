@@ -18,7 +18,7 @@ from potstill.data.batches import Examples, encode, in_batches, pad_token_id
 from potstill.data.duplicates import Duplicates, find_duplicates
 from potstill.data.masking import MaskedRows
 from potstill.data.vocabulary import checked_vocabulary, shared_vocabulary
-from potstill.errors import RecipeError
+from potstill.errors import ModelError, RecipeError
 from potstill.losses.alignment import TOKEN_TASKS, align, causal_alignment
 from potstill.losses.divergences import ReverseKL
 from potstill.losses.schedule import for_run, value_at
@@ -342,6 +342,11 @@ def _teacher_notes(built: BuiltRun) -> Iterator[str]:
                 "trained model."
             )
     log_probs, uniform = output.log_probs_of(alignment.labels), math.log(built.vocabulary)
+    if log_probs is not None and bool(log_probs.isnan().any()):
+        raise ModelError(
+            "teacher: expected finite predictions on the training data, got NaN. Check its weights, or set "
+            "teacher.dtype to float32: in float16 a model may overflow."
+        )
     if log_probs is not None and -float(log_probs.mean()) > uniform:
         yield (
             f"teacher: its loss on {len(log_probs)} tokens of the training data is {-float(log_probs.mean()):.2f} "
