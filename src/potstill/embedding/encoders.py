@@ -68,9 +68,9 @@ class TextStudent(nn.Module):
     reads_text: ClassVar[bool] = True
     inputs: ClassVar[None] = None  # it reads no vectors
 
-    def __init__(self, model: SentenceTransformer) -> None:
+    def __init__(self, model: SentenceTransformer, saved_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.saved_dtype = model, saved_dtype  # that of the checkpoint of its layers
         self.dimensions = int(model.get_embedding_dimension() or 0)
 
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -114,7 +114,8 @@ def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
-    transformer: Any = copy.deepcopy(model[0])
+    saved_dtype = next(model.parameters()).dtype
+    transformer: Any = copy.deepcopy(model[0]).float()
     _keep_layers(getattr(transformer, "auto_model", transformer), layers)
     pooling = Pooling(transformer.auto_model.config.hidden_size, pooling_mode="mean")
     pooled = SentenceTransformer(modules=[transformer, pooling], device="cpu")
@@ -127,7 +128,7 @@ def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str
     bias = (target_mean - hidden_mean @ weight).float()
     width, dimensions = weight.shape
     dense = Dense(width, dimensions, activation_function=nn.Identity(), init_weight=weight.T.float(), init_bias=bias)
-    return TextStudent(SentenceTransformer(modules=[transformer, pooling, dense], device="cpu"))
+    return TextStudent(SentenceTransformer(modules=[transformer, pooling, dense], device="cpu"), saved_dtype)
 
 
 def _keep_layers(body: Any, number: int) -> None:

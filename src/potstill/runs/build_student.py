@@ -21,7 +21,7 @@ from potstill.models.budget import Budget, parse_count
 from potstill.models.design import student_config
 from potstill.models.initialize import Initialization, plan_initialization, random_student
 from potstill.models.loading import is_adapter, load_model, vocabulary_size
-from potstill.models.precision import as_dtype, describe_precision, saved_dtype
+from potstill.models.precision import as_dtype, saved_dtype
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import BudgetPart, StudentPart
@@ -113,15 +113,12 @@ def initialization_of(builder: StudentBuilder, train: Dataset) -> Initialization
             "teacher.model, or start from random weights."
         )
     if getattr(teacher, "is_quantized", False):
-        saved = recipe.teacher.model_path and describe_precision(recipe.teacher.model_path)
-        by = (
-            "Leave teacher.dtype out"
-            if vars(recipe.teacher).get("dtype") in ("int4", "int8")
-            else (f"It was saved quantized ({saved}): name the model that it was made from")
-        )
+        hint = "Leave teacher.dtype out"
+        if vars(recipe.teacher).get("dtype") not in ("int4", "int8"):
+            hint = "It was saved so: name the model that it was made from"
         raise RecipeError(
-            f"student.initialize: expected a teacher in full precision for {part.method}, got a quantized one. {by}, or "
-            "start from random weights (student.initialize: random)."
+            f"student.initialize: expected a teacher in full precision for {part.method}, got a quantized one. {hint}, "
+            "or start from random weights."
         )
     rows = evenly_spaced(part.calibration_rows, len(train))
 

@@ -69,7 +69,7 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
             distiller = _distiller(recipe, focus, data)
             with _progress(console, name) as advance:
                 history = distiller.fit(data.vectors, data.held_out, **options, on_step=advance)
-            students[focus] = distiller.student
+            students[focus] = recipe.student.as_saved(distiller.student)
             lines += [json.dumps({"run": name, **epoch.as_dict()}) + "\n" for epoch in history]
         write_text(metrics, "".join(lines))
         _save(students[recipe.focus], directory / "student")
