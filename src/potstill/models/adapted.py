@@ -75,7 +75,7 @@ def convert_saved(folder: Path, dtype: torch.dtype, task: Task) -> None:
     """
     if saved_dtype(folder) == dtype:
         return
-    with tempfile.TemporaryDirectory(dir=folder.parent) as converted, suppress_warnings():
+    with tempfile.TemporaryDirectory(dir=folder) as converted, suppress_warnings():
         if is_adapter(str(folder)):
             weights = {name: weight.to(dtype) for name, weight in load_file(folder / ADAPTER_WEIGHTS).items()}
             save_file(weights, Path(converted) / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -81,6 +81,7 @@ class BuiltRun:
     writer: ServedWriter | None  # the server that generates the student's samples
     alignment_stats: AlignmentStats | None  # of two tokenizers on the training data; None for one tokenizer
     duplicates: Duplicates  # of held-out and training rows
+    save_dtype: torch.dtype | None  # to save the student in; None for that of training
     notes: tuple[str, ...] = ()  # to print
 
     def new_rollout(self) -> Rollout | None:
@@ -137,6 +138,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
         writer=writer,
         alignment_stats=stats,
         duplicates=duplicates,
+        save_dtype=new_student.save_dtype,
     )
     rollout = built.new_rollout()
     _check_teacher(built)

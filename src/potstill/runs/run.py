@@ -120,8 +120,8 @@ def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
     trainer.save_model(str(partial))
     unset_hf_deepspeed_config()  # ZeRO-3 would shard every model that is loaded from here on
     if trainer.is_world_process_zero():
-        if (dtype := built.new_student.save_dtype) is not None:
-            convert_saved(partial, dtype, built.recipe.task)
+        if built.save_dtype is not None:
+            convert_saved(partial, built.save_dtype, built.recipe.task)
         teacher, student = built.loaded.config, trainer.distiller.config
         if built.recipe.task == "encoder" and teacher is not None and teacher.hidden_size == student.hidden_size:
             copy_modules(str(built.recipe.teacher.model_path), partial)
