@@ -10,8 +10,9 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,21 +128,24 @@ def find_covered(train: Iterable[str], held_out: Iterable[str]) -> Overlap | Non
 
     Memory grows with the held-out texts alone.
     """
-    runs = [_hash_runs(text) for text in held_out]
-    known = np.unique(np.concatenate(runs)) if runs else np.empty(0, np.uint64)
-    train_row = np.zeros(len(known), np.int64)  # where a run stands first, from 1
-    for row, text in enumerate(train, 1):
-        of_row = _hash_runs(text)
-        places = np.searchsorted(known, of_row).clip(max=max(len(known) - 1, 0))
-        places = places[known[places] == of_row] if len(known) else places[:0]
-        train_row[places[train_row[places] == 0]] = row
-    rows = [train_row[np.searchsorted(known, of_row)] for of_row in runs]
-    covered = [bool(len(row)) and bool((row > 0).mean() >= COVERED) for row in rows]
-    if not any(covered):
+    runs, owners = (np.concatenate(arrays) for arrays in zip(*_runs(held_out), strict=True))
+    known, places = np.unique(runs, return_inverse=True)
+    train_row = np.zeros(len(known) + 1, np.int64)  # where a run stands first, from 1; the last is of all other runs
+    for of_batch, rows in _runs(train):
+        found = np.searchsorted(known, of_batch)
+        found[np.append(known, EMPTY)[found] != of_batch] = len(known)
+        new = train_row[found] == 0
+        train_row[found[new][::-1]] = rows[new][::-1] + 1  # of several the first
+        train_row[-1] = 0
+    if not len(runs):
         return None
-    first = covered.index(True)
-    (values, counts) = np.unique(rows[first][rows[first] > 0], return_counts=True)
-    return Overlap(sum(covered), sum(map(bool, map(len, runs))), first + 1, int(values[counts.argmax()]))
+    hits = train_row[places]
+    shares = np.bincount(owners, hits > 0) / np.bincount(owners).clip(min=1)
+    if not (covered := shares >= COVERED).any():
+        return None
+    first = int(covered.argmax())
+    of_first = hits[(owners == first) & (hits > 0)]
+    return Overlap(int(covered.sum()), len(covered), first + 1, int(np.bincount(of_first).argmax()))
 
 
 def words(text: str) -> list[str]:
@@ -149,13 +153,23 @@ def words(text: str) -> list[str]:
     return _WORDS.findall(text.lower())
 
 
-def _hash_runs(text: str) -> Hashes:
-    """The distinct runs of words of a text; a shorter text is one run."""
-    hashes = np.array([zlib.crc32(word.encode(errors="replace")) for word in words(text)], np.uint64)
-    if not len(hashes):
-        return hashes
-    windows = np.lib.stride_tricks.sliding_window_view(hashes, min(RUN, len(hashes)))
-    return np.unique((windows * _MULTIPLIERS[: windows.shape[1]]).sum(axis=1, dtype=np.uint64))
+def _runs(texts: Iterable[str]) -> Iterator[tuple[Hashes, NDArray[np.int64]]]:
+    """Hash the runs of words of texts, with the text's number from 0; a shorter text is one run, padded."""
+    yield np.empty(0, np.uint64), np.empty(0, np.int64)
+    numbered = enumerate(texts)
+    while batch := [(number, words(text)) for number, text in islice(numbered, BATCH)]:
+        padded = [(number, found + [""] * (RUN - len(found))) for number, found in batch if found]
+        hashes = np.fromiter((_hash_word(word) for _, found in padded for word in found), np.uint64)
+        owners = np.repeat([number for number, _ in padded], [len(found) for _, found in padded]).astype(np.int64)
+        if len(hashes):
+            whole = owners[: 1 - RUN] == owners[RUN - 1 :]
+            windows = np.lib.stride_tricks.sliding_window_view(hashes, RUN)
+            yield windows[whole] @ _MULTIPLIERS, owners[: 1 - RUN][whole]
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash_word(word: str) -> int:
+    return zlib.crc32(word.encode(errors="replace"))
 
 
 def _once(rows: Hashes) -> Hashes:
