@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
+from rich.console import Console
+from typer.testing import CliRunner
 
+from potstill.cli import app
 from potstill.data.duplicates import count_repeats, find_covered, find_duplicates, find_overlap, hash_rows
 from potstill.data.sources import Source
 from potstill.evaluate.verdict import verdict
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
 
 SENTENCE = "The still stood in the yard and nobody in the village knew who had built it or why"
 
@@ -122,3 +128,20 @@ def test_the_verdict_does_not_praise_what_was_memorised() -> None:
     assert text.startswith("No conclusion: 100% of the held-out rows are training rows")
     assert "better" not in text
     assert "better than its own teacher" in verdict({"rows": rows, "data": {"eval_in_train": 0.001}})
+
+
+def test_a_run_on_its_own_training_rows_says_so_everywhere(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    recipe_values["data"]["eval"] = recipe_values["data"]["train"]
+    recipe_values["data"]["near_duplicates"] = True
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_values))
+    checked = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
+    assert "all held-out rows are training rows" in " ".join(checked.stdout.split())
+    said = io.StringIO()
+    result = run(Recipe.parse(recipe_values), console=Console(file=said, width=500))
+    assert "warning: data.eval: all held-out rows are training rows too" in said.getvalue()
+    assert result.summary["data"]["eval_in_train"] == 1
+    assert "all held-out rows are training rows" in result.summary["notes"][0]
+    for page in ("report.html", "student/README.md"):
+        text = (result.directory / page).read_text()
+        assert "No conclusion: 100% of the held-out rows are training rows" in text
+        assert "of the gap closed" not in text

@@ -252,6 +252,9 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     writer.add_token_list([*bpe["vocab"]])
     writer.add_token_types([1] * len(bpe["vocab"]))
     writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
+        add(0)
+    writer.add_pad_token_id(1)
     names = {
         "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",

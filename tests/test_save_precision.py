@@ -20,6 +20,7 @@ from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.runs.measure import _measure
 from potstill.runs.run import run
+from test_locate import write_gguf
 
 TINY = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "eval_strategy": "no", "save_steps": 2}
 
@@ -124,3 +125,12 @@ def test_weights_that_would_overflow_stay_as_they_are(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     convert_saved(tmp_path, torch.float16, "causal")
     assert describe_precision(tmp_path) == "float32"
+
+
+def test_a_student_of_a_gguf_teacher_is_saved_in_half_precision(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    write_gguf(make_llama(seed=1), tmp_path / "teacher.gguf")
+    recipe_values["teacher"]["model"] = str(tmp_path / "teacher.gguf")
+    recipe_values["student"] = {"design": {"num_hidden_layers": 1}, "initialize": "copy"}
+    rows = quiet_run(recipe_values).summary["rows"]
+    assert (rows["student"]["saved_as"], rows["teacher"]["saved_as"]) == ("bfloat16", "GGUF")
+    assert rows["teacher"]["bytes"] == (tmp_path / "teacher.gguf").stat().st_size
