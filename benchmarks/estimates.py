@@ -27,7 +27,7 @@ from potstill.evaluate.speed import extra_bytes
 from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.run import train as train_student
+from potstill.runs.steps import train_student
 
 FORK = multiprocessing.get_context("fork")  # each measurement in a new process, which has imported everything
 
@@ -79,7 +79,7 @@ def measure(what: str, values: dict[str, Any]) -> dict[str, float]:
     def train() -> None:
         built = build_run(recipe)
         Path(recipe.output).mkdir()
-        train_student(built, "student", built.objective, Path(recipe.output), Console(quiet=True))
+        train_student(built, Path(recipe.output), Console(quiet=True))
 
     found = extra_bytes(train, torch.device("cpu"))
     lines = [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]

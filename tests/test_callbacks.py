@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
-from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from potstill.train.callbacks import MetricsFile, ProgressBar, logged_lines, seconds_of
+from potstill.train.callbacks import MetricsFile, logged_lines, seconds_of
 
 
 def written(path: Path, *lines: str) -> None:
@@ -48,18 +46,3 @@ def test_only_the_first_rank_writes(tmp_path: Path) -> None:
     writer.on_train_begin(args, state, control)
     writer.on_log(args, state, control, {"loss": 0.9})
     assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_the_progress_bar_shows_how_far_and_the_loss(tmp_path: Path) -> None:
-    out = io.StringIO()
-    bar = ProgressBar("student", Console(file=out, width=100))
-    args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
-    state = TrainerState(global_step=0, max_steps=4, is_world_process_zero=True)
-    bar.on_train_begin(args, state, control)
-    state.global_step = 3
-    bar.on_log(args, state, control, {"loss": 1.2345})
-    bar.on_step_end(args, state, control)
-    bar.on_train_end(args, state, control)
-    assert "student" in out.getvalue()
-    assert "3/4" in out.getvalue()
-    assert "loss 1.234" in out.getvalue()

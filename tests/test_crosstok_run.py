@@ -23,7 +23,8 @@ from potstill.losses.alignment import causal_alignment
 from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.run import run, training_arguments
+from potstill.runs.run import run
+from potstill.runs.steps import training_arguments
 from potstill.train.trainer import DistillationTrainer
 from reference_across import byte_level, llama_like, lower_case
 

@@ -461,7 +461,7 @@ def test_empty_data(rows, write):
     ],
 )
 def test_the_kind_is_found_or_named(source, row, kind, write):
-    dataset, found = load(Source(write([row]), **source))
+    dataset, found, _ = load(Source(write([row]), **source))
     assert found == kind
     expected = {
         "text": ["text"],
@@ -503,7 +503,7 @@ def test_columns_of_dates_and_numbers_stay_text(write):
 
 def test_a_text_file_is_one_document(tmp_path):
     (tmp_path / "book.txt").write_bytes("\ufeffone\r\n\r\ntwo 日本\n".encode())
-    dataset, kind = load(Source(tmp_path / "book.txt"))
+    dataset, kind, _ = load(Source(tmp_path / "book.txt"))
     assert (dataset[:], kind) == ({"text": ["one\n\ntwo 日本\n"]}, "text")
 
 
@@ -533,7 +533,8 @@ TEXT_ROW = b'{"text": "a"}\n'
         ("data.csv", b"text\n", {}, ["at least one row"]),
         ("data.txt", b"", {}, ["at least one row"]),
         ("data.jsonl", TEXT_ROW + b'\n{"text": "b\n', {}, ["JSON", "line 3, column 10", "one whole object a line"]),
-        ("data.json", b'{\n "text": "a"\n}', {}, ["JSON", "line 1", "one whole object a line"]),
+        ("data.json", b'{\n "text" "a"\n}', {}, ["JSON", "line 2", "one whole object a line"]),
+        ("data.jsonl", b'{\n "text": "a"\n}', {}, ["JSON", "line 1", "one whole object a line"]),
         ("data.json", b'[{"text": "a"},\n{"text" 1}]', {}, ["JSON", "line 2, column 9"]),
         ("data.jsonl", TEXT_ROW + b'"a"\n', {}, ["JSON object in row 2", "the text 'a'"]),
         ("data.jsonl", b'{"text": "\xfc"}', {}, ["UTF-8", "0xfc", "Save the file as UTF-8"]),
@@ -571,8 +572,9 @@ def test_folders_that_are_no_dataset(tmp_path):
     refused(lambda: load(Source(tmp_path)), "save_to_disk", "Name a file in it")
     part = datasets.Dataset.from_dict({"text": ["a"]})
     datasets.DatasetDict({"train": part, "test": part}).save_to_disk(str(tmp_path / "parts"))
-    refused(lambda: load(Source(tmp_path / "parts")), "train, test", "Add one to the path")
-    assert load(Source(tmp_path / "parts" / "test"))[0][:] == {"text": ["a"]}
+    refused(lambda: load(Source(tmp_path / "parts")), "train, test", "`split: train`")
+    for source in (Source(tmp_path / "parts" / "test"), Source(tmp_path / "parts", split="test")):
+        assert load(source).dataset[:] == {"text": ["a"]}
 
 
 def test_types_of_parquet(tmp_path):

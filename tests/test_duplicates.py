@@ -13,7 +13,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from potstill.cli import app
+from potstill.data.batches import Examples
 from potstill.data.duplicates import count_repeats, find_covered, find_duplicates, find_overlap, hash_rows
+from potstill.data.loading import load
 from potstill.data.sources import Source
 from potstill.evaluate.verdict import verdict
 from potstill.runs.config.run import Recipe
@@ -22,15 +24,15 @@ from potstill.runs.run import run
 SENTENCE = "The still stood in the yard and nobody in the village knew who had built it or why"
 
 
-def source(path: Path, rows: list[Any]) -> Source:
+def examples(path: Path, rows: list[Any], ids: list[list[int]]) -> Examples:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Source(path)
+    encoded = Dataset.from_dict({"input_ids": ids or [[1]]})
+    return Examples(encoded, 1, (), sources=((path.name, load(Source(path)).dataset),))
 
 
 def duplicates(tmp_path: Path, train: list[Any], held_out: list[Any], ids: Any = ([], []), **options: Any) -> Any:
-    sources = source(tmp_path / "train.jsonl", train), source(tmp_path / "eval.jsonl", held_out)
-    encoded = tuple(Dataset.from_dict({"input_ids": rows or [[1]]}) for rows in ids)
-    return find_duplicates(*sources, encoded, "causal", **options)
+    both = examples(tmp_path / "train.jsonl", train, ids[0]), examples(tmp_path / "eval.jsonl", held_out, ids[1])
+    return find_duplicates(*both, **options)
 
 
 def test_rows_of_both_files_are_reported_with_their_places(tmp_path: Path) -> None:
@@ -58,7 +60,7 @@ def test_different_rows_have_no_overlap(tmp_path: Path) -> None:
 
 def test_training_rows_that_repeat_are_counted(tmp_path: Path) -> None:
     found = duplicates(tmp_path, [{"text": "a"}, {"text": "a"}, {"text": ""}, {"text": "a"}], [{"text": "b"}])
-    assert found.notes == ("data.train: 2 of 3 rows of train.jsonl repeat an earlier row.",)
+    assert found.notes == ("data.train: 2 of 3 rows repeat an earlier row.",)
 
 
 @pytest.mark.parametrize("form", ["completion", "messages"])

@@ -18,9 +18,10 @@ from potstill.data.batches import encode
 from potstill.data.sources import Source
 from potstill.errors import UserError
 from potstill.evaluate.generations import continuations, text_quality
-from potstill.evaluate.harness import harness_scores
+from potstill.evaluate.harness import Harness, TimeLimitError, harness_scores
 from potstill.evaluate.quality import compare
 from potstill.evaluate.speed import extra_bytes, speed
+from potstill.evaluate.time_limit import TimeLimit
 from potstill.runs.evaluate import EvaluationOptions, text_bytes
 from potstill.runs.evaluate import evaluate as measure
 from reference_across import byte_level
@@ -109,7 +110,7 @@ def test_the_bytes_of_a_text_are_its_own(toys: Path, tokenizer) -> None:
     first = {tokenizer.decode(row["input_ids"][:1]) for row in examples.dataset}
     assert first == {"d"} or all(len(text) >= 1 for text in first)
     heads = sum(len(tokenizer.decode(row["input_ids"][:1]).encode()) for row in examples.dataset)
-    assert text_bytes(examples, tokenizer) == sum(len(text.encode()) for text in TEXT[40:]) - heads
+    assert text_bytes(examples.dataset, tokenizer) == sum(len(text.encode()) for text in TEXT[40:]) - heads
 
 
 def test_speed_of_batches() -> None:
@@ -159,6 +160,67 @@ def test_a_local_task_of_lm_eval_is_what_a_loop_finds(task: Path, tokenizer) -> 
     assert found == {"toy": {"acc,none": pytest.approx(right / 6)}}
     with pytest.raises(UserError, match="which does not exist"):
         harness_scores(model, tokenizer, [str(task.with_name("other.yaml"))])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_is_silent_and_ends_with_its_time(
+    task: Path, tokenizer, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, passes = make_llama(seed=1).eval(), list[int]()
+    harness = Harness([str(task)])
+    assert harness.scores(model, tokenizer, "toy", examples=2, on_pass=passes.append)["toy"]
+    assert passes == [*range(4)]
+    assert not caplog.records
+    assert [*capfd.readouterr()] == ["", ""]
+    with pytest.raises(TimeLimitError):
+        harness.scores(model, tokenizer, "toy", limit=TimeLimit(0))
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_time_limit_leaves_out_what_it_does_not_suffice_for(task: Path, toys: Path, tmp_path: Path) -> None:
+    options = EvaluationOptions(generations=3, new_tokens=2, lm_eval=[str(task)], lengths=[8], time_limit=1e-6)
+    kept, source = tmp_path / "kept.json", Source(toys / "eval.jsonl", field="text")
+    teacher = str(toys / "teacher")
+    found = measure(str(toys / "student"), teacher, source, max_length=16, options=options, finished=kept)
+    data = found["data"]
+    assert 0 < data["measured"] < data["rows"]
+    notes = "\n".join(found["notes"])
+    assert f"--time-limit: 0.0 s did not suffice: {data['measured']} of {data['rows']} rows were measured." in notes
+    assert "1 of 3 rows were continued" in notes
+    assert "lm-eval toy was not finished, and is left out. Lower --lm-eval-limit." in notes
+    for figures in found["models"].values():
+        assert figures["text"]["texts"] == 1
+        assert "lm_eval" not in figures
+    assert not kept.exists()
+
+
+def test_finished_parts_are_kept_and_used_again(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("killed")
+
+    out, parts = tmp_path / "figures.json", tmp_path / "figures.json.parts"
+    with monkeypatch.context() as patch:
+        patch.setattr("potstill.runs.evaluate.speed", fail)
+        assert str(evaluate(toys, out).exception) == "killed"
+    quality = json.loads(parts.read_text())["parts"]["held-out rows"]
+    with monkeypatch.context() as patch:
+        patch.setattr("potstill.runs.evaluate.measure_rows", fail)
+        assert str(evaluate(toys, out, "--max-length", "30").exception) == "killed"  # other rows: all is measured again
+        done = evaluate(toys, out)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert json.loads(out.read_text())["models"]["student"]["quality"] == quality[0]["student"]
+    assert not parts.exists()
+
+
+def test_a_missing_library_is_found_before_anything_is_measured(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potstill.runs.evaluate.load_model", None)  # nothing is loaded
+    for module, options in (("lm_eval", ["--lm-eval", "piqa"]), ("rouge_score", ["--generations", "2"])):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError, match="to be installed"):
+            raise evaluate(toys, tmp_path / "figures.json", *options).exception or AssertionError
 
 
 def evaluate(toys: Path, out: Path, *more: str) -> Any:

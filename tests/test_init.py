@@ -81,7 +81,8 @@ def test_prompts_and_completions_into_a_budget() -> None:
     rows = [{"id": i, "question": text[:9], "answer": text[9:30]} for i, text in enumerate(TEXT)]
     write(train=rows[:40], eval=rows[40:])
     found = drafted(*DATA, "--compression", "2", "--max-length", "48")
-    assert found["data"]["train"] == {"path": "train.jsonl", "prompt": "question", "completion": "answer"}
+    columns = {"prompt": "question", "completion": "answer", "chat": True}
+    assert found["data"]["train"] == {"path": "train.jsonl", **columns}
     assert found["data"]["max_length"] == 48
     assert "packing" not in found["data"]
     assert found["student"] == {"design": {"compression": 2.0}, "initialize": "prune"}
@@ -90,13 +91,39 @@ def test_prompts_and_completions_into_a_budget() -> None:
 
 
 def test_chats_into_an_adapter() -> None:
-    chats = [[{"role": "user", "content": text[:9]}, {"role": "assistant", "content": text[9:30]}] for text in TEXT]
+    chats = [[{"from": "human", "value": text[:9]}, {"from": "gpt", "value": text[9:30]}] for text in TEXT]
     write(train=[{"conversations": chat} for chat in chats[:40]], eval=[{"conversations": c} for c in chats[40:]])
     found = drafted(*DATA, "--student", "student", "--adapter", "prompt", "--output", "runs/teacher-small")
     assert found["data"]["train"] == {"path": "train.jsonl", "messages": "conversations"}
     assert found["data"]["max_length"] <= 64 - 20  # virtual tokens take positions
     assert found["student"] == {"model": "student", "adapter": "prompt"}
     assert ran()["adapter"]["title"] == "a prompt of 20 tokens"
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_columns_of_alpaca_lose_nothing(has_template: bool) -> None:
+    if not has_template:
+        make_tokenizer().save_pretrained("teacher")
+        Path("teacher/chat_template.jinja").unlink(missing_ok=True)
+    rows = [{"instruction": t[:5], "input": t[5:9], "output": t[9:20], "system": "", "id": 1} for t in TEXT]
+    write(train=rows[:40], eval=rows[40:])
+    found = drafted(*DATA)["data"]
+    columns = {"prompt": ["instruction", "input"], "completion": "output", "system": "system"}
+    assert found["train"] == {"path": "train.jsonl", **columns, **({"chat": True} if has_template else {})}
+    assert "Columns that are not used: id." in Path("recipe.yaml").read_text()
+    with pytest.raises(
+        DataError, match=r"column 'input' of train.jsonl, .* `prompt: \[instruction, input\]`, or name it"
+    ):
+        said("init", "--teacher", "teacher", *DATA, "--prompt", "instruction", "--completion", "output", "--force")
+
+
+def test_splits_of_a_folder() -> None:
+    Path("rows").mkdir()
+    for name, part in (("train", TEXT[:40]), ("test", TEXT[40:])):
+        Path(f"rows/{name}-0.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    found = drafted("--data", "rows", "--split", "train", "--eval", "rows", "--eval-split", "test")["data"]
+    assert found["eval"] == {"path": "rows", "split": "test", "field": "text"}
+    ran()
 
 
 def test_another_tokenizer_is_seen() -> None:

@@ -106,6 +106,7 @@ from .train.terms.layers import Similarity as Similarity
 from .train.terms.logits import Labels as Labels
 from .train.terms.logits import Logits as Logits
 from .train.terms.policy import PolicyGradient as PolicyGradient
+from .train.terms.routers import RouterBalance as RouterBalance
 from .train.terms.supervision import DeepSupervision as DeepSupervision
 from .train.trainer import DistillationConfig as DistillationConfig
 from .train.trainer import DistillationTrainer as DistillationTrainer

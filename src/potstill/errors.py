@@ -4,6 +4,7 @@
     ├── UserError               something to correct in what was asked; exit status 2
     │   ├── RecipeError         a recipe does not say what it must
     │   ├── DataError           a file, a field or an example is not usable
+    │   │   └── EmptyDataError  no token of the data is a target
     │   ├── VocabularyError     teacher and student do not speak of the same tokens
     │   ├── ModelError          a model cannot be read or built
     │   ├── RefusedError        a server does not do what it is asked
@@ -35,6 +36,10 @@ class RecipeError(UserError, ValueError):
 
 class DataError(UserError, ValueError):
     """A file, a field or an example is not usable."""
+
+
+class EmptyDataError(DataError):
+    """No token of the data is a target."""
 
 
 class VocabularyError(UserError, ValueError):

@@ -51,7 +51,7 @@ def build(
     import_: Imports = None,
 ) -> None:
     """Run a teacher over data and store its signals. An interrupted build continues; a finished cache is kept."""
-    from potstill.data.sources import Source
+    from potstill.data.sources import Source, in_parts
     from potstill.runs.cache import CacheRequest
     from potstill.runs.cache import build as build_cache
     from potstill.runs.config.run import Recipe
@@ -68,7 +68,11 @@ def build(
         if teacher is not None or data:
             raise UserError("cache build: expected a recipe, or --teacher with --data, got both.")
         loaded = Recipe.load(recipe, set_ or ())
-        config, sources, tokenizer = loaded.teacher, [loaded.data.train, loaded.data.eval], loaded.student.model
+        config, sources, tokenizer = (
+            loaded.teacher,
+            [*in_parts(loaded.data.train), loaded.data.eval],
+            loaded.student.model,
+        )
         max_length, packing = loaded.data.max_length, loaded.data.packing
         if out is None and config.cache_path is not None:
             out = Path(config.cache_path)

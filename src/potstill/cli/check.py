@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from potstill.cli.app import Imports, RecipePath, Sets, app, print_facts
+from potstill.cli.app import Imports, RecipePath, Sets, app, console, print_facts
 from potstill.cli.embedding import check_embedding, kind_of
 from potstill.cli.generate import check_generate
 from potstill.cli.schema import KINDS
@@ -14,7 +14,7 @@ from potstill.errors import UserError
 
 @app.command()
 def check(recipe: RecipePath, set_: Sets = None, import_: Imports = None) -> None:
-    """Validate a recipe with its data and models, and estimate its cost. Nothing is trained or written."""
+    """Validate a recipe with its data and models, try every step of its run, and estimate its cost. Nothing is kept."""
     kind = kind_of(recipe, KINDS)
     if kind != "distillation":
         return (check_embedding if kind == "embedding" else check_generate)(recipe, set_ or ())
@@ -22,7 +22,7 @@ def check(recipe: RecipePath, set_: Sets = None, import_: Imports = None) -> Non
     from potstill.runs.check import check as check_recipe
     from potstill.runs.config.run import Recipe
 
-    needs = check_recipe(Recipe.load(recipe, set_ or ()))
+    needs = check_recipe(Recipe.load(recipe, set_ or ()), console)
     print_facts(_facts(needs))
     if needs.disk_bytes > needs.disk_free_bytes:
         raise UserError(
@@ -58,6 +58,8 @@ def _facts(needs: Any) -> Iterator[tuple[str, str]]:
     batch = one_batch if needs.batch_measured else "without activations"
     yield "memory", f"about {formatting.size(needs.memory_bytes)}, {batch}"
     yield "disk", f"about {formatting.size(needs.disk_bytes)} of {formatting.size(needs.disk_free_bytes)} free"
-    yield "time", f"about {formatting.duration(needs.seconds)} of training on this machine"
+    measured = f", within a factor of 2: from {needs.batch.measured:,} of a batch's {needs.batch.tokens:,} tokens"
+    estimated = measured if needs.batch.measured < needs.batch.tokens else ""
+    yield "time", f"about {formatting.duration(needs.seconds)} of training on this machine{estimated}"
     yield from (("warning", warning) for warning in built.duplicates.warnings)
     yield from (("note", note) for note in built.notes)

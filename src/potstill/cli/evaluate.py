@@ -30,10 +30,14 @@ def evaluate(
     new_tokens: Annotated[int, typer.Option(help="tokens of each continuation", min=1)] = 64,
     lm_eval: Annotated[str | None, typer.Option(help="lm-eval tasks or their YAML files, comma-separated")] = None,
     lm_eval_limit: Annotated[int | None, typer.Option(help="examples of each lm-eval task", min=1)] = None,
-    batch_size: Annotated[str, typer.Option(help="batch sizes to time, comma-separated")] = "1,8",
-    length: Annotated[str, typer.Option(help="row lengths to time, comma-separated")] = "128,512",
+    batch_size: Annotated[str, typer.Option(help="batch sizes to time, comma-separated")] = "1",
+    length: Annotated[str | None, typer.Option(help="row lengths to time; default: 128 or --max-length")] = None,
+    time_limit: Annotated[float, typer.Option(help="seconds for all measurements, about", min=1)] = 600,
 ) -> None:
-    """Evaluate a student on held-out data beside its teacher: quality, calibration, agreement, speed, memory, size."""
+    """Evaluate a student on held-out data beside its teacher: quality, calibration, agreement, speed, memory, size.
+
+    Finished parts are kept beside --out until all are there: the same command goes on from them.
+    """
     from potstill.data.files import write_text
     from potstill.data.sources import Source
     from potstill.runs.evaluate import EvaluationOptions
@@ -45,7 +49,8 @@ def evaluate(
         lm_eval=[name.strip() for name in lm_eval.split(",")] if lm_eval else (),
         lm_eval_limit=lm_eval_limit,
         batch_sizes=_numbers("--batch-size", batch_size),
-        lengths=_numbers("--length", length),
+        lengths=_numbers("--length", length or str(min(128, max_length))),
+        time_limit=time_limit,
     )
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out: expected a file in an existing folder, got {out}. Create its folder first.")
@@ -53,7 +58,8 @@ def evaluate(
         raise UserError(f"--task: expected one of {', '.join(sorted(TASKS))}, got {task}.{nearest(task, TASKS)}")
     source = Source(data, field=field, pair=pair, label=label)
     rows: dict[str, Any] = {"max_length": max_length, "packing": packing}
-    results = evaluate_models(student, teacher, source, **rows, options=options, task=task)
+    shown: dict[str, Any] = {"finished": out.with_name(f"{out.name}.parts"), "console": console}
+    results = evaluate_models(student, teacher, source, **rows, options=options, task=task, **shown)
     write_text(out, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     _show(results, task)
     console.print(f"results {out}", highlight=False)
@@ -86,7 +92,7 @@ def _show(results: dict[str, Any], task: Task) -> None:
         add_row(name, (model.get("text", {}).get(key) for model in models), "{:.3f}".format)
     for lm_eval_task, scores in models[0].get("lm_eval", {}).items():
         for metric in scores:
-            values = (model["lm_eval"][lm_eval_task][metric] for model in models)
+            values = (model["lm_eval"][lm_eval_task][metric] for model in models)  # all models have it, or none
             add_row(f"{lm_eval_task} {metric}", values, "{:.4g}".format)
     add_row("parameters", (model["parameters"] for model in models), formatting.count)
     add_row("size in memory", (model["bytes"] for model in models), formatting.size)

@@ -25,8 +25,11 @@ def init(
     options: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="file to write")] = Path("recipe.yaml"),
     teacher: Annotated[str | None, typer.Option(help="folder, name on the hub, or file of vectors")] = None,
-    data: Annotated[Path | None, typer.Option(help="training data: .jsonl, .json, .csv, .parquet, .txt")] = None,
+    data: Annotated[Path | None, typer.Option(help="training data: a file, a folder, or a data set on the hub")] = None,
     eval_: Annotated[Path | None, typer.Option("--eval", help="held-out data: no row of --data")] = None,
+    split: Annotated[str | None, typer.Option(help="of --data, where it has several; needed for the hub")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="of --eval, likewise")] = None,
+    config: Annotated[str | None, typer.Option(help="of a data set on the hub")] = None,
     kind: Annotated[Kind | None, typer.Option(help="of recipe; default: by the teacher")] = None,
     task: Annotated[Task | None, typer.Option(help="default: the one the teacher was trained for")] = None,
     student: Annotated[str | None, typer.Option(help="existing model, in place of a budget")] = None,
@@ -125,9 +128,10 @@ def _teacher(text: str) -> str:
 
 
 def _file(text: str) -> Path:
-    from potstill.runs.init.inspection import read_table
+    from potstill.data.locate import locate
+    from potstill.data.sources import Source
 
-    read_table(Path(text))
+    locate(Source(text, limit=1))
     return Path(text)
 
 

@@ -23,10 +23,11 @@ from potstill.data.disk_cache import BATCH, cache_path, write_arrow
 from potstill.data.files import write_text
 from potstill.data.labelled import has_token_types, sequence_rows
 from potstill.data.loading import load
+from potstill.data.right_padding import NUMBERS, OWNER, POSITIONS, right_padded
 from potstill.data.rows import EncodedRow, RowEncoder
 from potstill.data.sources import TEACHER_ID_COLUMNS, TEACHER_PROMPT_COLUMNS, Source, SourceKind
 from potstill.data.token_weights import WEIGHT_COLUMNS
-from potstill.errors import DataError
+from potstill.errors import DataError, EmptyDataError
 from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, Task, target_positions
 
 
@@ -42,12 +43,14 @@ class Examples:
         tokens: number of target tokens in all, by `potstill.losses.alignment.target_positions`.
         notes: what to print: examples that were truncated, skipped or left out.
         teacher_longest: tokens of the longest row with a prompt of the teacher's own; 0 where there is none.
+        sources: the titles of the sources, and their rows before they were encoded, empty ones included.
     """
 
     dataset: Any
     tokens: int
     notes: tuple[str, ...]
     teacher_longest: int = 0
+    sources: tuple[tuple[str, Dataset], ...] = ()
 
 
 def encode(
@@ -97,8 +100,8 @@ def encode(
             f"data: expected max_length >= 2, got {max_length}. The first token of a row is never predicted. "
             "Raise max_length."
         )
-    dataset, kind = load(source, task)
-    columns, file, span_weights = set(dataset.column_names), Path(source.path).name, source.span_weights
+    dataset, kind, loading_notes = load(source, task, has_template=tokenizer.chat_template is not None)
+    columns, file, span_weights = set(dataset.column_names), source.title, source.span_weights
     _check_suitable(source, kind, columns, tokenizer, packing, task)
     options = [max_length, packing, task, sorted((classes or {}).items()), str(span_weights)]
     loaded = Path(dataset.cache_files[0]["filename"]).stem
@@ -115,11 +118,11 @@ def encode(
         write_text(counts_path, json.dumps(counts))
     counts = Counter(json.loads(counts_path.read_text()))
     if not counts["tokens"]:
-        raise DataError(
+        raise EmptyDataError(
             f"data: expected a target token in {file}, got empty data: none in {_plural(len(dataset), 'row')}. "
             "Give longer texts, or labels that are not all -100."
         )
-    notes = []
+    notes = [*loading_notes]
     if task == "causal" and kind in ("text", "completion") and tokenizer.eos_token_id is None:
         notes.append(f"tokenizer: expected an EOS token, got none: the texts of {file} have no end token.")
     for name, singular, rest in (
@@ -129,7 +132,8 @@ def encode(
     ):
         if counts[name]:
             notes.append(f"{file}: {_plural(counts[name], singular)} {rest}.")
-    return Examples(Dataset.from_file(str(path)), counts["tokens"], tuple(notes), counts["teacher_longest"])
+    encoded, sources = Dataset.from_file(str(path)), ((file, dataset),)
+    return Examples(encoded, counts["tokens"], tuple(notes), counts["teacher_longest"], sources)
 
 
 def _plural(count: int, noun: str) -> str:
@@ -139,7 +143,7 @@ def _plural(count: int, noun: str) -> str:
 def _check_suitable(
     source: Source, kind: SourceKind, columns: set[str], tokenizer: PreTrainedTokenizerBase, packing: bool, task: Task
 ) -> None:
-    file = Path(source.path).name
+    file = source.title
     if task == "encoder" and kind != "text":
         raise DataError(
             f"data: expected text for the task encoder, got {kind} in {file}. Name its column, as in `field: text`."
@@ -189,20 +193,30 @@ def _batches_with_targets(
 
 def _stack_labels(labels: Sequence[Any]) -> Tensor:
     """Labels of several rows: [B, T], padded, or [B] where each is one number."""
-    if not isinstance(labels[0], Sequence):
-        return torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.long)
-    return _pad(labels, IGNORE)
+    tensors = [torch.as_tensor(label) for label in labels]
+    if tensors[0].ndim:
+        return _pad(tensors, IGNORE)
+    return torch.stack(tensors).to(torch.float32 if tensors[0].is_floating_point() else torch.long)
 
 
-def _pad(rows: Iterable[Sequence[float]], value: int, dtype: torch.dtype = torch.long) -> Tensor:
-    return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True, padding_value=value)
+def _pad(rows: Iterable[Any], value: int, dtype: torch.dtype = torch.long) -> Tensor:
+    tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+# Columns of examples with a value for each token, beside input_ids and labels.
+BY_TOKEN = dict.fromkeys(("attention_mask", "token_type_ids", POSITIONS, *NUMBERS), torch.long)
+BY_TOKEN |= {f"{OWNER}attention_mask": torch.long, "weights": torch.float32}
+COLLATED = {*BY_TOKEN, *TEACHER_ID_COLUMNS, "input_ids", "labels", "seq_lengths"}
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
     """Collate examples into one batch, padded on the right to the longest.
 
-    Labels come from the examples and are never compared with the pad id: EOS may pad, and still be a target.
+    Labels come from the examples and are never compared with the pad id: EOS may pad, and still be a target. Examples
+    that come with padding, by their attention_mask, lose it, and packed ones are split into their sequences, which
+    position_ids, seq_idx or seq_lengths tell: see `potstill.data.right_padding`. Other columns are left out.
     """
 
     pad_token_id: int
@@ -210,20 +224,55 @@ class PaddingCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask (1 on tokens, 0 on padding) and labels, each [B, T] int64.
 
-        For classification and regression labels are [B], float32 for numbers; token_type_ids are there if the examples
-        have them. With prompts of the teacher's own, the first three once more with teacher_ before the names, of
-        another T. With token weights, these too, [B, T] float32.
+        Labels are there if the examples have them. For classification and regression they are [B], float32 for numbers;
+        token_type_ids are there if the examples have them. With prompts of the teacher's own, the first three once more
+        with teacher_ before the names, of another T. With token weights, these too, [B, T] float32.
+
+        Raises:
+            DataError: only some of the examples have a column, a column is not as long as input_ids, or padding has no
+                attention_mask; see also `right_padded`.
         """
+        names = COLLATED.intersection(*examples)
+        for number, example in enumerate(examples, 1):
+            self._check(example, COLLATED.intersection(example), names, f"example {number} of a batch")
+        columns = {name: [example[name] for example in examples] for name in names}
+        if "seq_lengths" in columns:
+            packed = columns.pop("seq_lengths")
+            columns[POSITIONS] = [[i for length in lengths for i in range(length)] for lengths in packed]
         batch = {}
-        for owner in ("", "teacher_") if "teacher_input_ids" in examples[0] else ("",):
-            ids = [example[f"{owner}input_ids"] for example in examples]
+        for owner in ("", OWNER) if f"{OWNER}input_ids" in columns else ("",):
+            ids = columns[f"{owner}input_ids"]
             batch[f"{owner}input_ids"] = _pad(ids, self.pad_token_id)
             batch[f"{owner}attention_mask"] = _pad(([1] * len(row) for row in ids), 0)
-            batch[f"{owner}labels"] = _stack_labels([example[f"{owner}labels"] for example in examples])
-        for name, dtype in (("token_type_ids", torch.long), ("weights", torch.float32)):
-            if name in examples[0]:
-                batch[name] = _pad((example[name] for example in examples), 0, dtype)
-        return batch
+            if f"{owner}labels" in columns:
+                batch[f"{owner}labels"] = _stack_labels(columns[f"{owner}labels"])
+        batch |= {name: _pad(columns[name], 0, dtype) for name, dtype in BY_TOKEN.items() if name in columns}
+        return right_padded(batch)
+
+    def _check(self, example: Mapping[str, Any], names: set[str], of_all: set[str], where: str) -> None:
+        """Check that an example has the columns of all others, each as long as its token ids."""
+        if missing := names - of_all:
+            raise DataError(
+                f"data: expected the column {min(missing)} in every example of a batch or in none, got {where} with "
+                "it. Give all of them the same columns."
+            )
+        for name in names:
+            ids = example[f"{OWNER if name.startswith(OWNER) else ''}input_ids"]
+            value = example[name]
+            if isinstance(value, int | float) or getattr(value, "ndim", 1) == 0:
+                continue  # the label of a row
+            length = sum(value) if name == "seq_lengths" else len(value)
+            if length != len(ids):
+                raise DataError(
+                    f"data: expected {name} for each of the {len(ids)} input_ids, got {length} in {where}. Correct the "
+                    "column."
+                )
+        ids = [int(i) for i in (*example["input_ids"][:2], *example["input_ids"][-2:])]
+        if [self.pad_token_id] * 2 in (ids[:2], ids[2:]) and names.isdisjoint(("labels", "attention_mask")):
+            raise DataError(
+                f"data: expected input_ids without padding, or with an attention_mask, got several "
+                f"pad tokens ({self.pad_token_id}) in {where} and no mask. Give the attention_mask of the tokenizer."
+            )
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str | None]:

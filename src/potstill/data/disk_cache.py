@@ -5,7 +5,9 @@ Paths and times are not hashed, so that no file can be stale. The folder may be 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,24 @@ from datasets.fingerprint import Hasher
 from potstill.data.files import atomic_path
 
 BATCH = 256  # rows read, tokenised and written at a time
-FORMAT = 1  # to be raised whenever the same input is encoded differently
+FORMAT = 2  # to be raised whenever the same input is encoded differently
+
+_folder: ContextVar[Path | None] = ContextVar("folder", default=None)
+
+
+@contextmanager
+def cached_in(folder: Path) -> Iterator[None]:
+    """Put the files into another folder, for parts of a stream, which are read once."""
+    token = _folder.set(folder)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
 
 
 def cache_path(inputs: list[Any]) -> Path:
     """Name the file for what these values determine; tokenizers are hashed by all that they hold."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "potstill"
+    folder = _folder.get() or Path(datasets.config.HF_DATASETS_CACHE) / "potstill"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{Hasher.hash([FORMAT, *inputs])}.arrow"
 

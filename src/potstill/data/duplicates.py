@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import islice, pairwise
-from pathlib import Path
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +20,8 @@ import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from potstill.data.batches import Examples
 from potstill.data.disk_cache import BATCH
-from potstill.data.loading import load
-from potstill.data.sources import Source
-from potstill.losses.alignment import Task
 
 Hashes = NDArray[np.uint64]
 
@@ -66,37 +63,34 @@ class Duplicates:
     notes: tuple[str, ...]
 
 
-def find_duplicates(
-    train: Source, held_out: Source, encoded: tuple[Dataset, Dataset], task: Task, *, near: bool = False
-) -> Duplicates:
+def find_duplicates(train: Examples, held_out: Examples, *, near: bool = False) -> Duplicates:
     """Compare training and held-out rows: their content, their prompts, and the ids that they are encoded to.
 
     Args:
-        encoded: both as rows of input_ids.
         near: also look for held-out rows most of whose runs of 8 words stand in the training data, which takes some
             minutes for a million rows.
 
     References:
         Chowdhery et al. 2022 (PaLM), arXiv 2204.02311, section 8: 70% of a row's runs of 8 words.
     """
-    files = Path(held_out.path).name, Path(train.path).name
-    sources = tuple(load(source, task)[0] for source in (train, held_out))
-    train_rows, held_rows = (hash_rows(_contents(rows)) for rows in sources)
-    train_ids, held_ids = (hash_rows(_contents(rows, MIN_TOKENS)) for rows in encoded)
-    encoded_files = "the encoded held-out data", "the encoded training data"
+    both = train, held_out
+    sources = tuple([rows for _, rows in examples.sources] for examples in both)
+    train_rows, held_rows = (hash_rows(chain(*map(_contents, rows))) for rows in sources)
+    train_ids, held_ids = (hash_rows(_contents(examples.dataset, MIN_TOKENS)) for examples in both)
+    texts = (chain(*map(_texts, rows)) for rows in sources)
     share, warnings = 0.0, []
-    for overlap, what, names in (
-        (find_overlap(train_rows, held_rows), "are training rows too", files),
-        (find_overlap(train_ids, held_ids), "have the token ids of a training row", encoded_files),
-        (find_covered(*map(_texts, sources)) if near else None, "are nearly training rows too", files),
+    for overlap, what, place in (
+        (find_overlap(train_rows, held_rows), "are training rows too", _row),
+        (find_overlap(train_ids, held_ids), "have the token ids of a training row", _example),
+        (find_covered(*texts) if near else None, "are nearly training rows too", _row),
     ):
         if overlap is not None and overlap.share > share:
             share = overlap.share
-            warnings.append(_sentence(overlap, what, *names))
+            warnings.append(_sentence(overlap, what, place, both))
     if prompts := _find_prompts(sources, np.isin(held_rows, train_rows)):
-        warnings.append(_sentence(prompts, "have the prompt of a training row, with another answer", *files))
+        warnings.append(_sentence(prompts, "have the prompt of a training row, with another answer", _row, both))
     rows, repeats = np.count_nonzero(train_rows), count_repeats(train_rows)
-    notes = (f"data.train: {repeats:,} of {rows:,} rows of {files[1]} repeat an earlier row.",) if repeats else ()
+    notes = (f"data.train: {repeats:,} of {rows:,} rows repeat an earlier row.",) if repeats else ()
     return Duplicates(share, tuple(warnings), notes)
 
 
@@ -200,11 +194,11 @@ def _as_bytes(column: pa.Array, min_tokens: int) -> Iterator[bytes]:
     return ((text or b"").strip() for text in column.cast(pa.large_binary()).to_pylist())
 
 
-def _find_prompts(sources: tuple[Dataset, ...], duplicates: NDArray[np.bool_]) -> Overlap | None:
+def _find_prompts(sources: tuple[list[Dataset], ...], duplicates: NDArray[np.bool_]) -> Overlap | None:
     """Find held-out prompts that are training prompts, without those of rows that are duplicates as a whole."""
-    if any({"prompt", "messages"}.isdisjoint(rows.column_names) for rows in sources):
+    if any({"prompt", "messages"}.isdisjoint(rows.column_names) for rows in chain(*sources)):
         return None
-    train, held_out = (hash_rows(_prompts(rows)) for rows in sources)
+    train, held_out = (hash_rows(chain(*map(_prompts, rows))) for rows in sources)
     return find_overlap(train, np.where(duplicates, EMPTY, _once(held_out)))
 
 
@@ -235,9 +229,25 @@ def _text(column: str, value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else value or ""
 
 
-def _sentence(overlap: Overlap, what: str, held_out: str, train: str) -> str:
+def _row(examples: Examples, row: int) -> str:
+    """Name a row of the sources, which is counted over all of them."""
+    for title, rows in examples.sources:
+        if row <= len(rows):
+            return f"row {row:,} of {title}"
+        row -= len(rows)
+    raise IndexError(row)
+
+
+def _example(examples: Examples, row: int) -> str:
+    return f"example {row:,} of the {len(examples.dataset):,} encoded"
+
+
+def _sentence(
+    overlap: Overlap, what: str, place: Callable[[Examples, int], str], both: tuple[Examples, Examples]
+) -> str:
     of = "all" if overlap.rows == overlap.of else f"{overlap.rows:,} of {overlap.of:,}"
+    train, held_out = both
     return (
-        f"data.eval: {of} held-out rows {what}, such as row {overlap.held_out_row:,} of {held_out} and row "
-        f"{overlap.train_row:,} of {train}. They are not held out: remove them from one of the two."
+        f"data.eval: {of} held-out rows {what}, such as {place(held_out, overlap.held_out_row)} and "
+        f"{place(train, overlap.train_row)}. They are not held out: remove them from one of the two."
     )

@@ -6,13 +6,17 @@ timestamps, and a number among texts a text.
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from csv import reader as split_lines
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
@@ -32,16 +36,32 @@ class Table:
     columns: list[str]
     read: Callable[[list[str]], Iterator[Columns]]
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Each row with all columns."""
-        for batch in self.read(self.columns):
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
+
+def open_table(path: Path, limit: int | None = None) -> Table:
+    """The table of a file that exists and has one of `SUFFIXES`, or of a saved dataset's folder.
+
+    Of JSON, the columns are the keys of all rows, or of the first `limit`.
+    """
+    if path.is_dir():
+        return _open_saved(path)
+    if (suffix := file_format(path)) in JSON_SUFFIXES:
+        return _open_json(path, limit)
+    return _READERS[suffix](path)
 
 
-def open_table(path: Path) -> Table:
-    """The table of a file that exists and has one of `SUFFIXES`, or of a saved dataset's folder."""
-    return _open_saved(path) if path.is_dir() else _READERS[path.suffix.lower()](path)
+def file_format(path: Path) -> str:
+    """The suffix that says how to read a file.
+
+    >>> file_format(Path("train.jsonl.gz")), file_format(Path("train.CSV"))
+    ('.jsonl', '.csv')
+    """
+    *others, last = ["", *(suffix.lower() for suffix in path.suffixes)]
+    return others[-1] if last in COMPRESSIONS and others[-1] in TEXT_SUFFIXES else last
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file to read, and decompress what has a suffix of `COMPRESSIONS`."""
+    return io.BufferedReader(pa.input_stream(str(path), compression="detect"))
 
 
 @contextmanager
@@ -56,7 +76,7 @@ def reading(path: Path) -> Iterator[None]:
         ) from None
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"data: expected {path.name} to be readable as {path.suffix or 'a saved dataset'}, got "
+            f"data: expected {path.name} to be readable as {''.join(path.suffixes) or 'a saved dataset'}, got "
             f"{one_line(error, 200)!r}. Write the file again."
         ) from None
 
@@ -81,13 +101,23 @@ def describe_value(value: Any) -> str:
     return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
+def is_json(path: Path) -> bool:
+    return not path.is_dir() and file_format(path) in JSON_SUFFIXES
+
+
 def is_json_lines(path: Path) -> bool:
-    """Whether a file has a JSON value in each line, and not one list of all."""
-    if path.suffix.lower() not in (".jsonl", ".json") or path.is_dir():
+    """Whether a file has a JSON value in each line, and not one list or one object of all."""
+    if not is_json(path):
         return False
-    with path.open("rb") as file:
-        first = next((line for line in (raw.removeprefix(b"\xef\xbb\xbf").strip() for raw in file) if line), b"")
-    return not first.startswith(b"[")
+    with open_binary(path) as file:
+        filled = (line for line in (raw.removeprefix(b"\xef\xbb\xbf").strip() for raw in file) if line)
+        first = next(filled, b"")
+        if first.startswith(b"["):
+            return False
+        if file_format(path) != ".json":
+            return True
+        value = _parse_json(first, "utf-8")
+        return not isinstance(value, ValueError) and (next(filled, None) is not None or _rows_within(value) is None)
 
 
 def numbered_json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -96,12 +126,32 @@ def numbered_json(path: Path) -> Iterator[tuple[int, Any]]:
     A line that cannot be parsed, an empty one too, yields the ValueError that it raised in place of a value.
     """
     if is_json_lines(path):
-        with path.open("rb") as file:
+        with open_binary(path) as file:
             for number, line in enumerate(file, 1):
                 yield number, _parse_json(line, "utf-8-sig" if number == 1 else "utf-8")
         return
-    values = _parse_json(path.read_bytes(), "utf-8-sig")
-    yield from enumerate(values if isinstance(values, list) else [values], 1)
+    with open_binary(path) as file:
+        document = _parse_json(file.read(), "utf-8-sig")
+    rows = document if isinstance(document, list) else _rows_within(document)
+    yield from enumerate([document] if rows is None else rows, 1)
+
+
+def _rows_within(document: Any) -> list[Any] | None:
+    """The rows of a document like {"version": 1, "data": [{...}, {...}]}; None where it is a row itself."""
+    lists = {}
+    if isinstance(document, dict):
+        lists = {
+            key: value
+            for key, value in document.items()
+            if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+        }
+    if not lists.keys() & ROWS_KEYS:
+        return None
+    if len(lists) > 1:
+        raise DataError(
+            f"data: expected one list of rows in an object, got {', '.join(lists)}. Write each to a file of its own."
+        )
+    return next(iter(lists.values()))
 
 
 def _parse_json(text: bytes, encoding: str) -> Any:
@@ -111,9 +161,11 @@ def _parse_json(text: bytes, encoding: str) -> Any:
         return error
 
 
-def _open_json(path: Path) -> Table:
-    first = next(_json_rows(path), None)
-    if first is None:
+def _open_json(path: Path, limit: int | None) -> Table:
+    names: dict[str, None] = {}
+    for row in islice(_json_rows(path), limit):
+        names |= dict.fromkeys(row)
+    if not names:
         raise empty(path)
 
     def read(names: list[str]) -> Iterator[Columns]:
@@ -121,7 +173,7 @@ def _open_json(path: Path) -> Table:
         while chunk := list(islice(rows, BATCH)):
             yield {name: [row.get(name) for row in chunk] for name in names}
 
-    return Table(list(first), read)
+    return Table(list(names), read)
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -147,11 +199,13 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _open_csv(path: Path) -> Table:
+    delimiter = _delimiter(path)
+
     def batches(convert: csv.ConvertOptions | None = None) -> csv.CSVStreamingReader:
         return csv.open_csv(
             path,
             read_options=csv.ReadOptions(block_size=1 << 26),  # a row must fit in a block
-            parse_options=csv.ParseOptions(newlines_in_values=True),
+            parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=convert,
         )
 
@@ -159,59 +213,100 @@ def _open_csv(path: Path) -> Table:
         # Everything is text: a cell that says NA or 12 means just that.
         types = dict.fromkeys(names, pa.large_string())
         with batches(csv.ConvertOptions(include_columns=names, column_types=types)) as opened:
-            for batch in opened:
-                for start in range(0, batch.num_rows, BATCH):
-                    yield batch.slice(start, BATCH).to_pydict()
+            yield from _in_columns(opened)
 
     with batches() as opened:
-        return Table(opened.schema.names, read)
+        return Table(_distinct(opened.schema.names, path), read)
+
+
+def _delimiter(path: Path) -> str:
+    """Find what separates the names in a file's first line; a comma where there is one name alone."""
+    with open_binary(path) as file:
+        header = file.readline(1 << 16).decode("utf-8-sig", errors="replace")
+    return max(",;\t|", key=lambda delimiter: len(next(split_lines([header], delimiter=delimiter), [])))
+
+
+def _in_columns(batches: Iterable[pa.RecordBatch]) -> Iterator[Columns]:
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH):
+            yield batch.slice(start, BATCH).to_pydict()
+
+
+def _distinct(names: list[str], path: Path) -> list[str]:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"data: expected columns with names of their own in {path.name}, got {twice[0]!r} twice. Rename one."
+        )
+    return names
 
 
 def _open_parquet(path: Path) -> Table:
     def read(names: list[str]) -> Iterator[Columns]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=BATCH, columns=names):
-                yield _without_filled_keys(batch.to_pydict())
+                yield without_filled_keys(batch.to_pydict())
 
     with parquet.ParquetFile(path) as file:
-        return Table(file.schema_arrow.names, read)
+        return Table(_distinct(file.schema_arrow.names, path), read)
+
+
+def _open_arrow(path: Path) -> Table:
+    """A file of Arrow IPC, as a stream (as datasets writes it) or with an index (Feather)."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(path)) as file:
+            try:
+                yield from pa.ipc.open_stream(file)
+            except pa.ArrowInvalid:
+                indexed = pa.ipc.open_file(file)
+                yield from (indexed.get_batch(i) for i in range(indexed.num_record_batches))
+
+    def read(names: list[str]) -> Iterator[Columns]:
+        yield from map(without_filled_keys, _in_columns(batch.select(names) for batch in batches()))
+
+    first = next(batches(), None)
+    if first is None:
+        raise empty(path)
+    return Table(_distinct(first.schema.names, path), read)
 
 
 def _open_text(path: Path) -> Table:
     def read(names: list[str]) -> Iterator[Columns]:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_binary(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig").read()
         yield {name: [text] for name in names}
 
     return Table(["text"], read)
 
 
 def _open_saved(path: Path) -> Table:
-    splits = path / "dataset_dict.json"
-    if splits.exists():
-        raise DataError(
-            f"data: expected one dataset in the folder {path}, got the splits "
-            f"{', '.join(json.loads(splits.read_text(encoding='utf-8'))['splits'])}. Add one to the path."
-        )
-    if not (path / "state.json").exists():
-        raise DataError(
-            f"data: expected a file, or a folder written by save_to_disk, got the folder {path}. Name a file in it."
-        )
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
+    with suppress_output():
         dataset = Dataset.load_from_disk(str(path)).with_format(None)
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
     def read(names: list[str]) -> Iterator[Columns]:
         for batch in dataset.select_columns(names).iter(BATCH):
-            yield _without_filled_keys(batch)
+            yield without_filled_keys(batch)
 
     return Table(dataset.column_names, read)
 
 
-def _without_filled_keys(columns: Columns) -> Columns:
+@contextmanager
+def suppress_output() -> Iterator[None]:
+    """Hide the bars of datasets and the remarks about cards of data sets."""
+    shown, remarks = not datasets.are_progress_bars_disabled(), logging.getLogger("huggingface_hub")
+    level = remarks.level
+    datasets.disable_progress_bars()
+    remarks.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        remarks.setLevel(level)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def without_filled_keys(columns: Columns) -> Columns:
     """Remove the nulls that Arrow puts in an object for keys that only other objects have."""
 
     def is_list_of_objects(value: Any) -> bool:
@@ -231,11 +326,25 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _READERS: dict[str, Callable[[Path], Table]] = {
-    ".jsonl": _open_json,
-    ".json": _open_json,
     ".csv": _open_csv,
+    ".tsv": _open_csv,
     ".parquet": _open_parquet,
+    ".arrow": _open_arrow,
+    ".feather": _open_arrow,
     ".txt": _open_text,
 }
-SUFFIXES = tuple(_READERS)
+TEXT_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".txt")  # that may be compressed
+COMPRESSIONS = (".gz", ".bz2", ".zst")
+SUFFIXES = (*JSON_SUFFIXES, *_READERS)
+ROWS_KEYS = {
+    "data",
+    "rows",
+    "train",
+    "examples",
+    "instances",
+    "items",
+    "records",
+    "samples",
+}  # usual names of a list of all rows

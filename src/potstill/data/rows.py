@@ -324,22 +324,23 @@ def _given_ids(dataset: Dataset, encoder: RowEncoder, column: str) -> AnswerRows
     vocabulary = vocabulary_size(encoder.tokenizer)
     for rows in encoder.nonempty(dataset, "input_ids"):
         for number, columns in rows.items():
-            row = EncodedRow(columns[column], columns.get(f"{owner}labels", columns[column]))
+            labels = columns.get(f"{owner}labels")
+            row = EncodedRow(columns[column], columns[column] if labels is None else labels)
             if owner:
-                columns = {"attention_mask": columns.get("attention_mask", [])}
+                columns = {"attention_mask": columns.get("attention_mask")}
             _check_ids(row, columns, vocabulary, encoder.where(number))
             yield number, 0, encoder.weighted(row, columns, number)
 
 
 def _check_ids(row: EncodedRow, columns: Mapping[str, Any], vocabulary: int, where: str) -> None:
     ids = row.input_ids
-    for name, values in (("label", row.labels), ("weight", columns.get("weights", ids))):
-        if len(values) != len(ids):
+    for name, values in (("label", row.labels), ("weight", columns.get("weights"))):
+        if values is not None and len(values) != len(ids):
             raise DataError(
                 f"data: expected as many {name}s as input_ids, got {len(values)} and {len(ids)} in {where}. "
                 f"{name.capitalize()} t belongs to token t. Correct the row."
             )
-    if 0 in columns.get("attention_mask", []):
+    if 0 in (columns.get("attention_mask") or ()):
         raise DataError(
             f"data: expected input_ids without padding, got an attention_mask with 0 in {where}. "
             "Batches are padded later. Remove the padding."

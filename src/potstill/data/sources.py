@@ -1,26 +1,18 @@
-"""Data sources: a file, and which of its columns have which meaning."""
+"""Data sources: where rows are, and which of their columns have which meaning."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from glob import has_magic
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from potstill.data.token_weights import SPAN_COLUMNS, SpanWeights
-from potstill.errors import DataError, nearest
-from potstill.losses.alignment import SEQUENCE_TASKS, Task
-from potstill.losses.declared import Record
+from potstill.data.token_weights import SpanWeights
+from potstill.losses.declared import Range, Record
 
 SourceKind = Literal["text", "completion", "messages", "input_ids", "labelled"]
 
-COLUMNS: dict[SourceKind, tuple[str, ...]] = {  # by which a kind is recognised
-    "text": ("text",),
-    "completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "input_ids": ("input_ids",),
-}
-OPTIONAL_ID_COLUMNS = ("labels", "attention_mask", "weights")  # read with input_ids where the file has them
 # The prompt that the teacher reads in place of the student's: its standard column by kind. Of ids both or none.
 TEACHER_PROMPT_COLUMNS: dict[SourceKind, str] = {"completion": "teacher_prompt", "messages": "teacher_messages"}
 TEACHER_ID_COLUMNS = ("teacher_input_ids", "teacher_labels")
@@ -28,17 +20,29 @@ TEACHER_ID_COLUMNS = ("teacher_input_ids", "teacher_labels")
 
 @dataclass(frozen=True)
 class Source(Record):
-    """A data file and the names of its columns. Without a column's name the standard ones are looked for: text, prompt
-    and completion, messages, input_ids; text, text_pair and label for classification and regression.
+    """Data, and the names of its columns. Without names the usual ones are looked for: docs/data.md shows each shape.
 
     Args:
-        path: a .jsonl, .json, .csv, .parquet or .txt file, or a folder written by `Dataset.save_to_disk`. A .txt is one
-            document, in a column named text.
+        path: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt; those of text also as .gz, .bz2 or .zst), a
+            folder or a glob of such files, a folder written by `Dataset.save_to_disk`, or, with a split, the name of a
+            data set on the hub. A .txt is one document, in a column named text.
+        split: of a data set on the hub or of a folder with several, such as train.
+        config: of a data set on the hub or of a folder with several.
+        revision: of a data set on the hub: a branch, a tag or a commit.
+        streaming: read a data set on the hub without storing its files.
+        limit: read that many rows, the first ones.
+        share: of the training rows, where there are several sources; only the ratio matters.
         field: the column of plain text.
-        prompt: the column of prompts; needs completion. Only completions have a loss.
+        prompt: the column of prompts, texts or lists of messages; needs completion. Only completions have a loss. A
+            list of columns is joined by blank lines, with one before the completion.
         completion: the column of completions; needs prompt.
-        messages: the column of conversations, each a list of {role, content, ...} or that list as JSON text; only the
-            assistant's turns have a loss.
+        system: the column of system prompts, beside prompts or messages.
+        history: the column of earlier turns, beside prompts: lists of [user, assistant].
+        chat: render prompt and completion as messages of the user and the assistant by the chat template; by default
+            only those named instruction, question, query or problem.
+        messages: the column of conversations, each a list of {role, content, ...} or {from, value}, or that list as
+            JSON text; only the assistant's turns have a loss. Columns named tools, documents and chat_template_kwargs
+            are read with it.
         input_ids: the column of token ids; columns named labels and weights are read with it, and teacher_input_ids
             with teacher_labels.
         teacher_prompt: the column of what the teacher reads before the same answer, in place of the prompt: text beside
@@ -47,11 +51,13 @@ class Source(Record):
         label: the column of classes (names or numbers) or of numbers, for classification and regression.
         weight: the column of loss weights of rows, which all tokens of a row have; not for plain text.
         span_weights: loss weights of tokens by the spans of the row; see `potstill.data.token_weights`.
+        ignore: columns that are left out on purpose; others that are not used are named in a note, or refused if they
+            would change what a model reads.
     """
 
     path: str | Path
     field: str | None = None
-    prompt: str | None = None
+    prompt: str | tuple[str, ...] | None = None
     completion: str | None = None
     messages: str | None = None
     input_ids: str | None = None
@@ -60,90 +66,41 @@ class Source(Record):
     label: str | None = None
     weight: str | None = None
     span_weights: SpanWeights | None = None
+    _: KW_ONLY
+    system: str | None = None
+    history: str | None = None
+    chat: bool | None = None
+    ignore: tuple[str, ...] = ()
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    limit: Annotated[int, Range(ge=1)] | None = None
+    share: Annotated[float, Range(gt=0, lt=float("inf"))] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("prompt", "ignore"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         if isinstance(self.span_weights, Mapping):
             object.__setattr__(self, "span_weights", SpanWeights(**self.span_weights))
 
-
-def choose_columns(source: Source, columns: list[str], task: Task) -> tuple[SourceKind, dict[str, str]]:
-    """Choose the kind of source, and for each standard column of that kind the file's own, of all its columns."""
-    file = Path(source.path).name
-    if task in SEQUENCE_TASKS:
-        names = {"text": source.field or "text", "label": source.label or "label"}
-        if source.pair or "text_pair" in columns:
-            names["text_pair"] = source.pair or "text_pair"
-        return "labelled", _require_columns(names, columns, file)
-    given = {
-        kind: {name: getattr(source, "field" if name == "text" else name) for name in names}
-        for kind, names in COLUMNS.items()
-    }
-    kinds = [kind for kind, chosen in given.items() if any(name is not None for name in chosen.values())]
-    if len(kinds) > 1:
-        raise DataError(
-            f"data: expected columns of one kind for {file}, got "
-            f"{' and '.join(kind.replace('text', 'field') for kind in kinds)}. Name one of field, prompt with "
-            "completion, messages or input_ids."
-        )
-    kind = kinds[0] if kinds else _find_kind(columns, file)
-    names = given[kind] if kinds else {name: name for name in COLUMNS[kind]}
-    absent = [standard for standard, name in names.items() if name is None]
-    if absent:
-        raise DataError(
-            f"data: expected both prompt and completion for {file}, got no {absent[0]}. Name its column too."
-        )
-    if kind == "input_ids":
-        names |= {name: name for name in OPTIONAL_ID_COLUMNS if name in columns}
-        names |= {name: name for name in TEACHER_ID_COLUMNS if set(TEACHER_ID_COLUMNS) <= set(columns)}
-    if source.teacher_prompt is not None:
-        if kind not in TEACHER_PROMPT_COLUMNS:
-            raise DataError(
-                f"data: expected answers for the teacher's own prompts in {file}, got {kind}. Both read one answer "
-                "behind prompts of their own. Give prompt and completion, or messages."
-            )
-        names[TEACHER_PROMPT_COLUMNS[kind]] = source.teacher_prompt
-    if source.weight is not None:
-        if kind == "text":
-            raise DataError(
-                f"data: expected rows that are no plain text for a column of weights, got text in {file}. "
-                "Give prompt and completion, messages or input_ids."
-            )
-        names["weight"] = source.weight
-    if source.span_weights is not None:
-        if kind not in ("completion", "messages"):
-            raise DataError(
-                f"data: expected prompt and completion, or messages, for span_weights, got {kind} in {file}. "
-                "Spans are places in a completion."
-            )
-        names |= {name: name for name in SPAN_COLUMNS}
-    return kind, _require_columns(names, columns, file)
+    @property
+    def title(self) -> str:
+        """Its name in messages: that of a file, or the whole path where it is no file."""
+        path = Path(self.path)
+        return str(self.path) if path.is_dir() or self.split or is_glob(path) else path.name
 
 
-def _find_kind(columns: list[str], file: str) -> SourceKind:
-    kinds = [kind for kind, names in COLUMNS.items() if set(names) <= set(columns)]
-    if not kinds:
-        raise DataError(
-            f"data: expected a column text, messages or input_ids, or both prompt and completion, in {file}, got "
-            f"{listed(columns)}. Name the one to read, as in `field: {columns[0] if columns else 'text'}`."
-        )
-    if len(kinds) > 1:
-        ambiguous = [name for kind in kinds for name in COLUMNS[kind]]
-        raise DataError(
-            f"data: expected columns of one kind in {file}, got {listed(ambiguous)}. "
-            "Name those to read: field, prompt with completion, messages or input_ids."
-        )
-    return kinds[0]
+def in_parts(sources: Source | Sequence[Source]) -> tuple[Source, ...]:
+    """The sources that are given alone or as a list."""
+    return (sources,) if isinstance(sources, Source) else tuple(sources)
 
 
-def _require_columns(names: dict[str, str], columns: list[str], file: str) -> dict[str, str]:
-    for name in names.values():
-        if name not in columns:
-            raise DataError(
-                f"data: expected a column {name!r} in {file}, got {listed(columns)}.{nearest(name, columns)} "
-                "Name one of these."
-            )
-    return names
+def is_glob(path: Path) -> bool:
+    """Whether a path is a pattern, and no file that happens to have its name."""
+    return has_magic(str(path)) and not path.exists()
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:

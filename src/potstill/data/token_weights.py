@@ -54,6 +54,8 @@ def token_weights(
     where in that text each token stands.
     """
     weights: list[float] | None = columns.get("weights")
+    if weights is None and "weights" in columns:  # other rows have some
+        weights = [1.0] * num_tokens
     if span_weights is not None:
         length, offsets = completion
         weights = [span_weights.answer if span_weights.other is None else span_weights.other] * num_tokens

@@ -38,25 +38,31 @@ class TextQuality:
     texts: int
 
 
+def text_metrics() -> tuple[Any, Any]:
+    """Import the libraries of BLEU and ROUGE, or raise a UserError."""
+    try:
+        import sacrebleu
+        from rouge_score import rouge_scorer
+    except ImportError:
+        raise UserError(
+            "evaluate --generations: expected rouge-score and sacrebleu to be installed, got none. "
+            "Install them: pip install 'potstill[generations]'."
+        ) from None
+    return sacrebleu, rouge_scorer
+
+
 def text_quality(written: Sequence[str], truths: Sequence[str | Sequence[str]]) -> TextQuality:
     """Compute ROUGE and BLEU of texts; of several references of a text, ROUGE uses the closest and BLEU all.
 
     Raises:
         UserError: the libraries are not installed, or there is no text.
     """
-    try:
-        import sacrebleu
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise UserError(
-            "evaluate --generations: expected rouge-score and sacrebleu to be installed, got none. "
-            "Install them: pip install 'potstill[generations]'."
-        ) from None
+    sacrebleu, rouge_scorer = text_metrics()
     references = [[truth] if isinstance(truth, str) else list(truth) for truth in truths]
     if not written or not all(references):
         raise UserError("evaluate --generations: expected rows with a prompt and text after it, got none.")
     names = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(names)
+    scorer = rouge_scorer.RougeScorer(names)
     scores = [scorer.score_multi(several, text) for text, several in zip(written, references, strict=True)]
     rouge1, rouge2, rouge_l = (sum(score[name].fmeasure for score in scores) / len(scores) for name in names)
     bleu = sacrebleu.corpus_bleu(list(written), [list(column) for column in zip_longest(*references)])

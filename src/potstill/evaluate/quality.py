@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from potstill.data.right_padding import right_padded
 from potstill.losses.alignment import Alignment, Task, align
 from potstill.losses.divergences import JSD, ForwardKL
 from potstill.losses.targets import DenseTargets
@@ -98,7 +99,7 @@ def compare(
     The result is name -> Quality, with the reference itself as "teacher"; without one (None), nothing is compared.
 
     Args:
-        batches: input_ids, attention_mask, labels, [B, T] each.
+        batches: input_ids, attention_mask, labels, [B, T] each; others as for `Distiller.step`.
         vocabulary: compare over the first tokens only; see `LMHead.slice`.
         bins: number of bins for positions.
         task: causal, or masked: then perplexity is the pseudo-perplexity of masked tokens.
@@ -106,7 +107,7 @@ def compare(
     measured = dict(models) if reference is None else {"teacher": reference, **models}
     sums = {name: _Sums() for name in measured}
     with evaluation_mode(*measured.values()):
-        for batch in batches:
+        for batch in (right_padded(batch, task) for batch in batches):
             alignment = align(batch["labels"], task)
             expected = None
             for name, model in measured.items():  # the reference is the first

@@ -6,18 +6,31 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from potstill.evaluate.time_limit import TimeLimit
 from potstill.models.locate import weight_files
 
 WARM_UPS = 3
+PASSES = 15  # that are timed, of each model
 NEW_TOKENS = 8  # generated to time one
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of forward passes: their median, and the quarters below and above which a quarter of them is."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    passes: int
 
 
 @dataclass(frozen=True)
@@ -34,29 +47,45 @@ class Speed:
     peak_bytes: int | None  # weights plus peak memory of a forward pass; None where that cannot be measured
 
 
-@torch.no_grad()
-def latency_ms(model: Any, length: int, repeats: int = 15, rows: int = 1) -> float:
-    """Measure the median time of one forward pass over `rows` of `length` tokens, after 3 warm-up passes."""
-    ids = _ids(model, rows, length)
-    return _median_ms(lambda: model(input_ids=ids, use_cache=False), ids.device, repeats)
+def latencies(
+    models: Mapping[str, Any], length: int, *, repeats: int = PASSES, rows: int = 1, limit: TimeLimit | None = None
+) -> dict[str, Latency]:
+    """Time forward passes over `rows` of `length` tokens, after 3 warm-up passes.
+
+    The models take turns (A B A B), so that other work of the machine slows all of them down. Where the time limit ends
+    it early there are fewer warm-up and timed passes, at least one of each.
+    """
+    passes: dict[str, Callable[[], Any]] = {}
+    for name, model in models.items():
+        ids = _ids(model, rows, length)
+        passes[name] = _awaited(partial(model, input_ids=ids, use_cache=False), ids.device)
+    times = _times_in_turn(passes, repeats, limit or TimeLimit())
+    return {name: _latency(values) for name, values in times.items()}
 
 
-def speed(model: Any, rows: int, length: int, repeats: int = 5, *, generates: bool = True) -> Speed:
-    """Time a model on one batch; arguments as `latency_ms`, and whether it is a causal model that generates text."""
-    ids = _ids(model, rows, length)
+def latency_ms(model: Any, length: int, repeats: int = PASSES, rows: int = 1) -> float:
+    """Measure the median time of one forward pass of one model; see `latencies`."""
+    return latencies({"": model}, length, repeats=repeats, rows=rows)[""].median_ms
+
+
+def speed(
+    model: Any, rows: int, length: int, repeats: int = 5, *, generates: bool = True, limit: TimeLimit | None = None
+) -> Speed:
+    """Time a model on one batch; arguments as `latencies`, and whether it is a causal model that generates text."""
+    ids, limit = _ids(model, rows, length), limit or TimeLimit()
     with torch.no_grad():
         extra = extra_bytes(lambda: model(input_ids=ids, use_cache=False), ids.device)
-    latency = latency_ms(model, length, repeats, rows)
+    latency = latencies({"": model}, length, repeats=repeats, rows=rows, limit=limit.share(0.3))[""].median_ms
 
-    def generation_ms(new: int) -> float:
+    def generation_ms(new: int, share: float) -> float:
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        mask = torch.ones_like(ids)
-        return _median_ms(lambda: model.generate(ids, attention_mask=mask, **options), ids.device, repeats)
+        generate = _awaited(partial(model.generate, ids, attention_mask=torch.ones_like(ids), **options), ids.device)
+        return _latency(_times_in_turn({"": generate}, repeats, limit.share(share))[""]).median_ms
 
     first_ms = next_ms = None
     if generates:
-        first_ms = generation_ms(1)
-        next_ms = max(generation_ms(1 + NEW_TOKENS) - first_ms, 0.0) / NEW_TOKENS
+        first_ms = generation_ms(1, 0.4)
+        next_ms = max(generation_ms(1 + NEW_TOKENS, 1.0) - first_ms, 0.0) / NEW_TOKENS
     peak = None if extra is None else model.get_memory_footprint() + extra
     return Speed(rows, length, latency, 1000 * rows * length / latency, first_ms, next_ms, peak)
 
@@ -91,18 +120,38 @@ def _kernel_bytes(name: str) -> int:
 def _ids(model: Any, rows: int, length: int) -> Tensor:
     """Arbitrary tokens for a model, which is put into evaluation mode."""
     device = next(model.eval().parameters()).device
-    return (torch.arange(rows * length, device=device) % model.config.vocab_size).view(rows, length)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # configs of several models have no vocab_size
+    return (torch.arange(rows * length, device=device) % vocabulary).view(rows, length)
 
 
-def _median_ms(action: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    times = []
-    for _ in range(WARM_UPS + repeats):
-        start = time.perf_counter()
+def _awaited(action: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """Run an action to its end: a GPU works on while Python goes on."""
+
+    def run() -> None:
         action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[WARM_UPS:])
+
+    return run
+
+
+@torch.no_grad()
+def _times_in_turn(actions: Mapping[str, Callable[[], Any]], repeats: int, limit: TimeLimit) -> dict[str, list[float]]:
+    """Milliseconds of each action in each of `repeats` rounds after the warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(WARM_UPS + repeats):
+        if number > 1 and limit.over:
+            break
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: values[min(WARM_UPS, len(values) // 2) :] for name, values in times.items()}
+
+
+def _latency(times: list[float]) -> Latency:
+    quarters = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * times
+    return Latency(quarters[1], quarters[0], quarters[2], len(times))
 
 
 def bytes_on_disk(folder: Path, model: Any) -> int:

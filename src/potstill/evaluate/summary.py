@@ -114,12 +114,22 @@ class DataFacts(BaseModel):
     eval_tokens: int | None = None
     eval_examples: int | None = None
     eval_in_train: float | None = None  # share of held-out rows that are training rows
+    eval_measured: int | None = None  # of them: fewer where evaluate.time_limit ended the measurement
 
 
 class TrainingFacts(BaseModel):
     steps: int | None = None
     tokens_per_step: int | None = None
     seconds: dict[str, float] = {}
+
+
+class LatencyFacts(BaseModel):
+    """Forward passes over one row, in ms: a quarter of them was below `low_ms`, a quarter above `high_ms`."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    passes: int
 
 
 class CurveFacts(BaseModel):
@@ -150,6 +160,7 @@ class Summary(BaseModel):
     created: datetime | None = None
     rows: ScoresByModel
     gap_closed: float | None = None
+    latency: dict[str, LatencyFacts] = {}
     curve: CurveFacts = CurveFacts()
     kl_by_position: PositionKL | None = None
     continuations: list[Continuation] = []

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from potstill.data.duplicates import words
-from potstill.data.readers import open_table, reading
+from potstill.data.locate import locate
+from potstill.data.sources import Source
 from potstill.errors import DataError
 from potstill.losses.declared import NonEmpty, Range, Record
 
@@ -275,9 +276,8 @@ def _test_texts(file: str) -> Iterator[tuple[str, str]]:
     path = Path(file).expanduser()
     if not path.exists():
         raise DataError(f"filter: expected a test file, got {path}, which does not exist. Correct the path.")
-    with reading(path):
-        for number, row in enumerate(open_table(path).rows(), 1):
-            yield from ((f"row {number} of {path.name}", text) for text in _strings(row))
+    for number, row in enumerate(locate(Source(path)).rows(), 1):
+        yield from ((f"row {number} of {path.name}", text) for text in _strings(row))
 
 
 def _strings(value: Any) -> Iterable[str]:

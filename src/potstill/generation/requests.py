@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from potstill.data.readers import is_json_lines, numbered_json, open_table, reading
+from potstill.data.locate import LocalFiles, locate
+from potstill.data.readers import is_json, is_json_lines, numbered_json, reading
+from potstill.data.sources import Source
 from potstill.errors import DataError, one_line
 
 Message = dict[str, Any]
@@ -36,29 +39,31 @@ def read_rows(
 
     In JSON Lines a row's number is its line. Unusable rows are an error unless they are skipped.
     """
-    path = Path(file).expanduser()
-    if not path.exists():
-        raise DataError(f"data: expected a file, got {path}, which does not exist. Correct the path.")
+    location, title = locate(Source(file)), Source(file).title
+    files = location.paths if isinstance(location, LocalFiles) else ()
+    values: Iterable[tuple[int, Any]] = enumerate(location.rows(), 1)
+    if files and all(map(is_json, files)):  # a row keeps its own keys, and a bad line does not end the reading
+        parsed = [numbered_json(path) for path in files]
+        values = parsed[0] if len(files) == 1 else enumerate((value for _, value in chain(*parsed)), 1)
     rows: list[NumberedRow] = []
     bad: list[UnusableRow] = []
-    with reading(path):
-        is_json = path.suffix.lower() in (".json", ".jsonl") and not path.is_dir()
-        for number, value in numbered_json(path) if is_json else enumerate(open_table(path).rows(), 1):
+    with reading(Path(file)):
+        for number, value in values:
             reason = problem(value) if isinstance(value, dict) else _not_an_object(value)
             if reason is None:
                 rows.append((number, value))
             else:
                 bad.append((number, reason))
     if bad and not skip_bad:
-        unit = "line" if is_json_lines(path) else "row"
+        unit = "line" if len(files) == 1 and is_json_lines(files[0]) else "row"
         reasons = [f"{unit} {number}: {reason}" for number, reason in bad[:5]]
         reasons += [f"and {len(bad) - 5} more"] if len(bad) > 5 else []
         raise DataError(
-            f"data: expected usable rows in {path.name}, got {len(bad)} bad of {len(bad) + len(rows)}: "
+            f"data: expected usable rows in {title}, got {len(bad)} bad of {len(bad) + len(rows)}: "
             f"{'; '.join(reasons)}. Correct them, or set skip_bad_rows to true."
         )
     if not rows:
-        raise DataError(f"data: expected at least one usable row in {path.name}, got none. Give a file with data.")
+        raise DataError(f"data: expected at least one usable row in {title}, got none. Give a file with data.")
     return rows, bad
 
 

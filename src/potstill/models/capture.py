@@ -30,12 +30,13 @@ class ActivationRequest:
     attentions: frozenset[int] = frozenset()
     vectors: frozenset[int] = frozenset()
     exits: frozenset[int] = frozenset()
+    routers: frozenset[int] = frozenset()  # of these layers, those that have some
 
     def __or__(self, other: ActivationRequest) -> ActivationRequest:
         return ActivationRequest(*(getattr(self, x.name) | getattr(other, x.name) for x in fields(self)))
 
     def __bool__(self) -> bool:
-        return bool(self.hidden or self.attentions or self.vectors or self.exits)
+        return any(getattr(self, x.name) for x in fields(self))
 
 
 class Vectors(NamedTuple):
@@ -54,6 +55,7 @@ class Activations:
     attentions: dict[int, Tensor] = field(default_factory=dict)  # [B, A, T, T] probabilities of queries over keys
     vectors: dict[int, Vectors] = field(default_factory=dict)
     exits: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H] outputs, behind the model's last norm
+    routers: dict[int, Tensor] = field(default_factory=dict)  # [R, B * T, E] logits of a layer's routers
 
     def last(self, length: int) -> Activations:
         """Drop the positions of virtual tokens, which are in front, from hidden states and vectors."""
@@ -64,11 +66,12 @@ class Activations:
         )
 
     def to(self, device: torch.device) -> Activations:
-        hidden, attentions, exits = (
-            {i: x.to(device) for i, x in tensors.items()} for tensors in (self.hidden, self.attentions, self.exits)
+        hidden, attentions, exits, routers = (
+            {i: x.to(device) for i, x in tensors.items()}
+            for tensors in (self.hidden, self.attentions, self.exits, self.routers)
         )
         vectors = {i: Vectors(*(x.to(device) for x in vectors)) for i, vectors in self.vectors.items()}
-        return Activations(hidden, attentions, vectors, exits)
+        return Activations(hidden, attentions, vectors, exits, routers)
 
 
 class ActivationCapture:
@@ -82,11 +85,14 @@ class ActivationCapture:
         self._layers = structure.find_layers(model)
         self._config = model.config.get_text_config()
         self._final_norm = ""
+        self._routers: dict[int, list[tuple[str, int]]] = {}  # of layers that have some: names, and places of logits
         self._name = type(model).__name__
 
     @property
     def shape(self) -> ModelShape:
-        return structure.model_shape(self._config)
+        # Models that have a balancing loss of their own have this attribute; others balance their experts otherwise.
+        experts = getattr(self.model, "num_experts_per_tok", None) or 0
+        return replace(structure.model_shape(self._config), experts_per_token=experts)
 
     def prepare(self, request: ActivationRequest) -> None:
         """Switch the model to eager attention if a request needs attention maps, and check it on a few tokens."""
@@ -103,6 +109,9 @@ class ActivationCapture:
                 )
         if request.exits:
             self._final_norm = structure.find_final_norm(self.model, self._layers)
+        if request.routers:
+            routers = {i: structure.find_routers(self.model, self.layer(i)) for i in sorted(request.routers)}
+            self._routers = {i: names for i, names in routers.items() if names}
         with undisturbed(self.model):
             _, activations = self.capture(request, partial(run, self.model, probe_batch(self.model)))
         for kind, tensors in (
@@ -117,6 +126,13 @@ class ActivationCapture:
                         f"tokens, got {list(tensor.shape)}. Leave out terms that need them: this architecture, or an "
                         "adapter with virtual tokens, does not give them."
                     )
+
+        rows = [len(logits[0]) for logits in activations.routers.values()]
+        if request.routers and rows != [6] * max(len(rows), 1):
+            raise ModelError(
+                f"{self._name}: expected routers that give their logits for each token, got {rows or 'none'}. Leave "
+                "out router_balance."
+            )
 
     def capture(self, request: ActivationRequest, call: Callable[[], T]) -> tuple[T, Activations]:
         """Capture activations during a call that runs the model once; return its result too."""
@@ -147,12 +163,14 @@ class ActivationCapture:
             for key, module in self._modules(request):
                 hooks.enter_context(module.register_forward_hook(partial(hook, key)))
             result = call()
+        routers = [i for i in self._routers if i in request.routers]
         final_norm = self.model.get_submodule(self._final_norm) if self._final_norm else nn.Identity()
         return result, Activations(
             {i: tensor("hidden", i) for i in sorted(request.hidden)},
             {i: tensor("attention", i, 1) for i in sorted(request.attentions)},
             {i: self._vectors(tensor, i) for i in sorted(request.vectors)},
             {i: final_norm(tensor("hidden", i)) for i in sorted(request.exits)},
+            {i: torch.stack([tensor(name, i, place) for name, place in self._routers[i]]) for i in routers},
         )
 
     def layer(self, i: int) -> nn.Module:
@@ -167,6 +185,9 @@ class ActivationCapture:
             attention, names = self._attention(i)
             for name in names:
                 yield (name, i), attention.get_submodule(name)
+        for i, routers in self._routers.items():
+            for name, _ in routers if i in request.routers else ():
+                yield (name, i), self.layer(i).get_submodule(name)
 
     def _attention(self, i: int) -> tuple[nn.Module, tuple[str, ...]]:
         attention = structure.find_attention(self.layer(i))

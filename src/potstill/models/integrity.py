@@ -22,6 +22,7 @@ WRAPPERS = {
 HEADS = ("lm_head", "cls.predictions", "embed_out", "score", "classifier")
 CAUSAL = "_potstill_causal"  # an attribute of models that were probed already
 PROBE_TOKENS = 8
+OTHER_SHAPE = 64  # times as much rounding is allowed between rows of two lengths, which are computed otherwise
 SHOWN = 3  # names in a message
 
 
@@ -79,10 +80,10 @@ def check_shapes(
 
 
 def check_causal(model: Any, key: str) -> None:
-    """Check that later tokens do not change earlier logits, on two rows of a few tokens.
+    """Check that later tokens do not change earlier logits, on two rows of a few tokens, nor that there are any.
 
     Raises:
-        ModelError: they do, as in an encoder.
+        ModelError: their values do, as in an encoder, or their number, so that padding changes what is trained.
     """
     if getattr(model, CAUSAL, False):
         return
@@ -95,6 +96,8 @@ def check_causal(model: Any, key: str) -> None:
         rows = (rows % len(embeddings)).to(embeddings.device)
         with undisturbed(model):
             logits = run(model, {"input_ids": rows, "attention_mask": torch.ones_like(rows)}).logits
+            start = rows[:1, : PROBE_TOKENS // 2]
+            alone = run(model, {"input_ids": start, "attention_mask": torch.ones_like(start)}).logits
     except Exception:
         return  # what fails on these tokens is reported where the model reads its data
     first, second = logits[:, -PROBE_TOKENS:][:, : PROBE_TOKENS // 2].double()
@@ -103,6 +106,11 @@ def check_causal(model: Any, key: str) -> None:
         raise ModelError(
             f"{key}: expected a causal language model, got {type(model).__name__}, whose logits depend on later "
             "tokens. Use the task masked for an encoder, or name a decoder."
+        )
+    if (first - alone[0, -PROBE_TOKENS // 2 :].double()).abs().max() > OTHER_SHAPE * allowed:
+        raise ModelError(
+            f"{key}: expected logits that do not depend on the length of the row, got {type(model).__name__}, where "
+            "padding changes those of the tokens before it. Name a model of another family."
         )
     setattr(model, CAUSAL, True)
 

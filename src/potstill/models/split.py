@@ -200,8 +200,13 @@ def probe_batch(model: Any) -> dict[str, Tensor]:
 
 def run(module: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     """Run a model or its body on a batch, with token_type_ids only where it has more than one type."""
-    names = INPUTS if getattr(getattr(module, "config", None), "type_vocab_size", 0) > 1 else INPUTS[:2]
+    names = INPUTS if reads_token_types(module) else INPUTS[:2]
     return module(**{name: batch[name] for name in names if name in batch}, use_cache=False)
+
+
+def reads_token_types(module: nn.Module) -> bool:
+    """Whether a model has embeddings for several types of tokens."""
+    return bool(getattr(getattr(module, "config", None), "type_vocab_size", 0) > 1)
 
 
 def inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

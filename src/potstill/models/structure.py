@@ -41,6 +41,7 @@ class ModelShape:
     heads: int  # of a layer
     narrowest: int  # width of a layer's keys, all heads together; its values are as wide
     attention_dropout: float
+    experts_per_token: int = 0  # of a layer with a router; 0 where the family has no loss that balances its experts
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,14 @@ def find_layers(model: nn.Module) -> str:
         lengths = [f"{path} ({len(x)})" for path, x in model.named_modules() if isinstance(x, nn.ModuleList)]
         raise ModelError(f"{name}: expected a list of its {depth} layers, got {', '.join(lengths) or 'none'}.")
     return lists[0][0]
+
+
+def find_routers(model: nn.Module, layer: nn.Module) -> list[tuple[str, int]]:
+    """Find the routers of a layer, as transformers records them: names, and where in their output the logits are."""
+    recorders = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
+    kinds = [record["router_logits"] for record in recorders if "router_logits" in record]
+    places = {getattr(kind, "target_class", kind): getattr(kind, "index", 0) for kind in kinds}
+    return [(name, places[type(module)]) for name, module in layer.named_modules() if type(module) in places]
 
 
 def find_attention(layer: nn.Module) -> tuple[nn.Module, tuple[str, ...]] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from potstill.data.batches import Examples, encode, in_batches, pad_token_id
 from potstill.data.duplicates import Duplicates, find_duplicates
 from potstill.data.masking import MaskedRows
+from potstill.data.mixture import encode_mixture
 from potstill.data.vocabulary import checked_vocabulary, shared_vocabulary
 from potstill.errors import ModelError, RecipeError
-from potstill.losses.alignment import TOKEN_TASKS, align, causal_alignment
+from potstill.losses.alignment import IGNORE, TOKEN_TASKS, align, causal_alignment
 from potstill.losses.divergences import ReverseKL
 from potstill.losses.schedule import for_run, value_at
 from potstill.losses.targets import DenseTargets, HeadTargets
@@ -48,7 +49,7 @@ from potstill.train.terms.logits import Logits
 from potstill.train.terms.policy import PolicyGradient, label_log_probs
 
 ALIGNMENT_ROWS = 256  # on which the alignment of two tokenizers is measured
-PROBE_ROWS, PROBE_TOKENS, PROBE_TARGETS = 4, 128, 16  # on which the teacher's loss is compared with a uniform guess
+PROBE_ROWS, PROBE_TOKENS, PROBE_TARGETS = 4, 32, 16  # on which the teacher's loss is compared with a uniform guess
 SAME_OUTPUT = 1e-4  # nats between predictions that count as the same
 MIN_COVERAGE = 0.9  # of the bytes in chunks: below it a note says so
 
@@ -70,7 +71,7 @@ class BuiltRun:
     teacher: Teacher  # as the student learns from it; may wrap loaded.teacher
     loaded: LoadedTeacher
     tokenizer: PreTrainedTokenizerBase  # the student's
-    new_student: StudentBuilder
+    new_student: Callable[[], Any]  # the same at every call
     size: ParameterCount  # of the student
     train: Examples
     eval: Examples
@@ -90,6 +91,11 @@ class BuiltRun:
             return None
         options = {"limit": self.max_positions, "vocabulary": self.vocabulary, "server": self.writer}
         return rollout.build(self.tokenizer, self.loaded.model, steps=self.plan.steps, seed=self.recipe.seed, **options)
+
+    @property
+    def needs_whole_rows(self) -> bool:
+        """Whether the teacher may know complete rows alone."""
+        return self.teacher.needs_trial or self.train.teacher_longest > 0
 
     @property
     def curve(self) -> Dataset:
@@ -161,6 +167,14 @@ def build_run(recipe: Recipe) -> BuiltRun:
     return replace(built, notes=tuple(notes))
 
 
+def piece(row: dict[str, Any], length: int) -> dict[str, Any]:
+    """At most so many tokens of a row, among them some of its first target tokens."""
+    # The first token has no prediction.
+    first = next(i for i, label in enumerate(row["labels"]) if i and label != IGNORE)
+    end = max(length, first + length // 2)
+    return {name: values[max(end - length, 0) : end] for name, values in row.items()}
+
+
 def _read_own_tokens(recipe: Recipe, loaded: LoadedTeacher, student: PreTrainedTokenizerBase) -> LoadedTeacher:
     """Let the teacher read the student's text in tokens of its own, for terms over bytes."""
     wrong = [term.name for term in recipe.objective if term.needs_teacher and not term.other_tokenizer]
@@ -226,9 +240,9 @@ def _encode(
     classes = class_ids(student.config) if task == "classification" else None
     options: dict[str, Any] = {"max_length": data.max_length, "packing": data.packing, "task": task, "classes": classes}
     with PartialState().main_process_first():  # the other ranks then find what it has encoded
-        train, held_out = (encode(source, tokenizer, **options) for source in (data.train, data.eval))
-    encoded = train.dataset, held_out.dataset
-    duplicates = find_duplicates(data.train, data.eval, encoded, task, near=data.near_duplicates)
+        train = encode_mixture(data.train, tokenizer, **options)
+        held_out = encode(data.eval, tokenizer, **options)
+    duplicates = find_duplicates(train, held_out, near=data.near_duplicates)
     if task == "masked":
         masks: dict[str, Any] = {"share": data.masked_share, "seed": recipe.seed}
         train = replace(train, dataset=MaskedRows(train.dataset, tokenizer, **masks))
@@ -329,8 +343,8 @@ def _teacher_notes(built: BuiltRun) -> Iterator[str]:
     if teacher.other_tokenizer or teacher.changes or built.recipe.task not in TOKEN_TASKS:
         return
     rows = [built.train.dataset[i] for i in evenly_spaced(PROBE_ROWS, len(built.train.dataset))]
-    if not teacher.needs_trial and not built.train.teacher_longest:  # others know complete rows alone
-        rows = [{name: values[:PROBE_TOKENS] for name, values in row.items()} for row in rows]
+    if not built.needs_whole_rows:
+        rows = [piece(row, PROBE_TOKENS) for row in rows]
     batch = next(in_batches(rows, built.tokenizer, PROBE_ROWS, PartialState().device))
     alignment = align(batch["labels"], built.recipe.task)
     if len(alignment) < PROBE_TARGETS:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data.batches import PaddingCollator, encode, in_batches, pad_token_id
@@ -24,6 +23,7 @@ from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import layer_index
 from potstill.models.loading import suppress_warnings, vocabulary_size
+from potstill.runs.progress import PartProgress
 from potstill.runs.ray import Row, RowFunction, map_rows
 from potstill.teachers.cache.build import CacheBuilder
 from potstill.teachers.cache.codec import Codec, codec_of
@@ -63,14 +63,13 @@ def build(
         builder = prepare(request, console)
         builder.begin()
         todo = builder.todo(part)
-        with Progress(console=console) as progress:
-            task = progress.add_task(f"{request.codec} of {request.teacher.title}", total=len(todo))
+        with PartProgress(console, "shards").start(total=len(todo)) as progress:
             done: Iterable[Any] = map(builder.build, todo)
             if engine == "ray":  # each of its processes has a teacher of its own
                 shards = [{"shard": number} for number in todo]
                 done = map_rows("cache build", shards, _begin, request, gpus=int(torch.cuda.is_available()))
-            for _ in done:
-                progress.advance(task)
+            for number, _ in enumerate(done, 1):
+                progress.update(number)
         return builder.finish()
 
 

@@ -1,24 +1,41 @@
-"""Estimate the needs of a run before anything is trained."""
+"""Check that a run will go through to its end, and estimate its needs; nothing is trained."""
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from potstill.data.batches import in_batches
 from potstill.evaluate.speed import extra_bytes
+from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.loading import suppress_warnings
-from potstill.runs.build import BuiltRun, build_run
+from potstill.runs.build import BuiltRun, build_run, piece
 from potstill.runs.config.run import Recipe
+from potstill.runs.progress import part
+from potstill.runs.rehearsal import rehearse
 from potstill.train.distiller import Distiller
 
 LOSS_BYTES = 2**28  # most that the loss takes on a CPU, see losses/fused_chunks.py
+SHORT_TOKENS = 32  # of the first row that is timed
+PASS_SECONDS = 1.0  # a batch that takes longer is the last and largest that is timed, unless it is the first
+
+
+class BatchNeeds(NamedTuple):
+    """Needs of one batch: measured on batches of growing size, and scaled to its own."""
+
+    seconds: float
+    bytes: int | None  # beside weights and gradients; None where they cannot be measured
+    measured: int  # tokens of the largest batch that was timed, with padding
+    tokens: int  # of the batch itself
 
 
 class Preflight(NamedTuple):
@@ -30,22 +47,37 @@ class Preflight(NamedTuple):
     batch_measured: bool  # with activations; else batch_bytes are the loss's buffers alone
     disk_bytes: int  # checkpoints and exported models
     disk_free_bytes: int
-    seconds: float  # of training without the final evaluation, from one timed batch
+    seconds: float  # of training without the final evaluation
+    batch: BatchNeeds
 
 
-def check(recipe: Recipe) -> Preflight:
-    """Load everything that a recipe names and estimate what the run needs."""
+def check(recipe: Recipe, console: Console | None = None) -> Preflight:
+    """Load everything that a recipe names, try every step of the run on short rows, and estimate what it needs."""
+    console = console or Console(quiet=True)
     with suppress_warnings():
-        built = build_run(recipe)
-        student = built.new_student()
-    trained, train = built.size.trained * 4, built.train
+        with part(console, "reading models and data"):
+            built = build_run(_calibrated_quickly(recipe))
+        with part(console, "trying every step on short rows"):
+            student = built.new_student()
+            rehearse(built, student)
+        with part(console, "timing a batch"):
+            return _estimate(built, student)
+
+
+def _calibrated_quickly(recipe: Recipe) -> Recipe:
+    """The recipe with one calibration row: which of the teacher's weights a student takes does not matter here."""
+    quick = recipe.student.initialize.model_copy(update={"calibration_rows": 1})
+    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"initialize": quick})})
+
+
+def _estimate(built: BuiltRun, student: PreTrainedModel) -> Preflight:
+    recipe, trained = built.recipe, built.size.trained * 4
     exported = built.size.all * 4 if recipe.student.merges else trained
     runs = 2 if recipe.evaluate.baseline else 1
     output = Path(recipe.output).absolute()
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
-    seconds, extra = _one_step(built, student)
-    batch_tokens = round(built.plan.batch_rows * train.tokens / len(train.dataset))
-    batch_bytes = min(3 * 4 * batch_tokens * max(built.vocabulary, 1), LOSS_BYTES) if extra is None else extra
+    batch = _batch_needs(built, student)
+    batch_bytes = _loss_bytes(built, batch.tokens) if batch.bytes is None else batch.bytes
     # The student's weights, gradient and two moments of the trained ones, and the teachers' weights. The loss reads the
     # tokens in chunks and needs no more than both models' logits and a gradient.
     memory = sum(weight.numel() * weight.element_size() for weight in student.parameters()) + 3 * trained + batch_bytes
@@ -55,22 +87,20 @@ def check(recipe: Recipe) -> Preflight:
     # that samples reads the trained weights from a folder.
     disk = runs * (2 * 3 * trained + exported) + (0 if built.writer is None else trained)
     free = shutil.disk_usage(existing).free
-    seconds *= runs * built.plan.steps
-    return Preflight(built, memory, batch_bytes, extra is not None, disk, free, seconds)
+    batches = runs * built.plan.steps * max(built.plan.rows_per_step // built.plan.batch_rows, 1)
+    return Preflight(built, memory, batch_bytes, batch.bytes is not None, disk, free, batches * batch.seconds, batch)
 
 
-def _one_step(built: BuiltRun, student: PreTrainedModel) -> tuple[float, int | None]:
-    """Measure the seconds of one optimiser step's batches, and the memory of one batch beside weights and gradients."""
+def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:
+    """Measure one batch, forward and backward; of a slow machine small ones, which are scaled by their tokens."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    recipe, plan, dataset, rollout = built.recipe, built.plan, built.train.dataset, built.new_rollout()
+    recipe, plan, rollout = built.recipe, built.plan, built.new_rollout()
     options: dict[str, Any] = {"vocabulary": built.vocabulary or None, "task": recipe.task}
     distiller = Distiller(student, built.teacher, built.objective, **options).to(device)
-    rows = (dataset[i] for i in range(min(plan.batch_rows, len(dataset))))
-    (batch,) = in_batches(rows, built.tokenizer, plan.batch_rows, device)
     dtype, mixed = torch.bfloat16 if plan.bf16 else torch.float16, plan.bf16 or bool(recipe.train.get("fp16"))
     seconds = 0.0
 
-    def one_batch(step: int) -> None:
+    def run(batch: dict[str, Tensor], step: int) -> None:
         nonlocal seconds
         start = time.perf_counter()
         samples = batch if rollout is None else rollout([batch], student, step=step)[0]
@@ -80,8 +110,48 @@ def _one_step(built: BuiltRun, student: PreTrainedModel) -> tuple[float, int | N
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start
 
-    one_batch(0)
-    extra = extra_bytes(partial(one_batch, 1), torch.device(device))
+    measured: list[BatchNeeds] = []
+    for batch in _growing_batches(built, device):
+        if not measured:
+            run(batch, 0)  # the first is slower
+        extra = extra_bytes(partial(run, batch, len(measured) + 1), torch.device(device))
+        measured.append(BatchNeeds(seconds, extra, batch["input_ids"].numel(), batch["input_ids"].numel()))
+        if seconds > PASS_SECONDS and len(measured) > 1:
+            break
     if rollout is not None:
         rollout.close()
-    return seconds * max(plan.rows_per_step // plan.batch_rows, 1), extra
+    rows = [built.train.dataset[i] for i in range(min(plan.batch_rows, len(built.train.dataset)))]
+    return _scaled(built, measured, len(rows) * max(len(row["input_ids"]) for row in rows))
+
+
+def _growing_batches(built: BuiltRun, device: str) -> Iterator[dict[str, Tensor]]:
+    """Batches of doubled size, up to one of the training: longer and longer pieces of a row, then more rows."""
+    rows = [built.train.dataset[i] for i in range(min(built.plan.batch_rows, len(built.train.dataset)))]
+    rows.sort(key=lambda row: -len(row["input_ids"]))
+    longest, number, length = len(rows[0]["input_ids"]), 1, SHORT_TOKENS
+    if built.recipe.task not in TOKEN_TASKS or built.needs_whole_rows or built.recipe.rollout is not None:
+        length = longest
+    while True:
+        cut = [piece(row, length) for row in rows[:number]] if length < longest else rows[:number]
+        yield from in_batches(cut, built.tokenizer, number, device)
+        if length >= longest and number >= len(rows):
+            return
+        length, number = (2 * length, 1) if length < longest else (length, 2 * number)
+
+
+def _scaled(built: BuiltRun, measured: list[BatchNeeds], tokens: int) -> BatchNeeds:
+    """Scale the largest measured batch: its time by tokens, its memory by the difference to the batch before."""
+    last = measured[-1]
+    if last.tokens >= tokens:
+        return last
+    extra = last.bytes
+    if extra is not None:
+        before = measured[-2] if len(measured) > 1 else BatchNeeds(0.0, 0, 0, 0)
+        activations = [(x.bytes or 0) - _loss_bytes(built, x.tokens) for x in (before, last)]
+        slope = max(activations[1] - activations[0], 0) / (last.tokens - before.tokens)
+        extra = max(round(activations[1] + slope * (tokens - last.tokens)), 0) + _loss_bytes(built, tokens)
+    return BatchNeeds(last.seconds * tokens / last.tokens, extra, last.tokens, tokens)
+
+
+def _loss_bytes(built: BuiltRun, tokens: int) -> int:
+    return min(3 * 4 * tokens * max(built.vocabulary, 1), LOSS_BYTES)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,8 +29,9 @@ from potstill.evaluate.versions import versions
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.embedding_sources import EmbeddingData, held_out_rows, load_data, read_texts
+from potstill.runs.progress import PartProgress, part
+from potstill.runs.rehearsal import failing_early, temporary_folder
 from potstill.runs.run import RunResult
-from potstill.train.callbacks import ProgressBar
 
 _PICTURE_ROWS = 1000  # held-out rows in the picture of the space
 _NEIGHBOUR_ROWS = 4000  # held-out rows that neighbours are looked for among
@@ -48,47 +47,63 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
         RunError: the loss is NaN or infinite, or a server does not answer.
     """
     console = console or Console(stderr=True)
-    directory, metrics = Path(recipe.output), Path(recipe.output) / "metrics.jsonl"
+    directory = Path(recipe.output)
     recipe.check_directory(directory, resume)
     with suppress_warnings():
-        with _progress(console, "teacher") as advance:
-            data = load_data(recipe, advance)
-        recipe.start(directory)
+        with PartProgress(console, "teacher") as progress:
+            data = load_data(recipe, progress.update)
         for note in data.notes:
             console.print(note, style="dim", highlight=False, markup=False)
-        evaluator = SpaceEvaluator(data.held_out, data.pairs)
-        students: dict[Focus, EmbeddingModel] = {}
-        lines: list[str] = []
-        options: dict[str, Any] = {"evaluator": evaluator}
-        if recipe.student.reads_text:
-            options |= {"texts": data.texts, "held_out_texts": data.held_out_texts}
-        for focus in dict.fromkeys((recipe.focus, *(FOCUSES if recipe.evaluate.front else ()))):
-            name = "student" if focus == recipe.focus else focus
-            options["checkpoints"] = directory / "checkpoints" / name
-            write_text(metrics, "".join(lines))
-            distiller = _distiller(recipe, focus, data)
-            with _progress(console, name) as advance:
-                history = distiller.fit(data.vectors, data.held_out, **options, on_step=advance)
-            students[focus] = recipe.student.as_saved(distiller.student)
-            lines += [json.dumps({"run": name, **epoch.as_dict()}) + "\n" for epoch in history]
+        if not (directory / "student").exists():
+            with part(console, "trying every step on few rows"):
+                _rehearse(recipe, data)
+        return RunResult(directory, _walk(recipe, data, directory, console))
+
+
+def _walk(recipe: EmbeddingRecipe, data: EmbeddingData, directory: Path, console: Console) -> dict[str, Any]:
+    """Train, save, measure and report; return the content of summary.json."""
+    recipe.start(directory)
+    evaluator, metrics = SpaceEvaluator(data.held_out, data.pairs), directory / "metrics.jsonl"
+    students: dict[Focus, EmbeddingModel] = {}
+    lines: list[str] = []
+    options: dict[str, Any] = {"evaluator": evaluator}
+    if recipe.student.reads_text:
+        options |= {"texts": data.texts, "held_out_texts": data.held_out_texts}
+    for focus in dict.fromkeys((recipe.focus, *(FOCUSES if recipe.evaluate.front else ()))):
+        name = "student" if focus == recipe.focus else focus
+        options["checkpoints"] = directory / "checkpoints" / name
         write_text(metrics, "".join(lines))
-        _save(students[recipe.focus], directory / "student")
+        distiller = _distiller(recipe, focus, data)
+        with PartProgress(console, name) as progress:
+            history = distiller.fit(data.vectors, data.held_out, **options, on_step=progress.update)
+        students[focus] = recipe.student.as_saved(distiller.student)
+        lines += [json.dumps({"run": name, **epoch.as_dict()}) + "\n" for epoch in history]
+    write_text(metrics, "".join(lines))
+    _save(students[recipe.focus], directory / "student")
+    with part(console, "measuring"):
         summary = _summarize(recipe, data, evaluator, students)
-        write_json(directory / "summary.json", summary)
-        write_embedding_report(directory)
-    return RunResult(directory, summary)
+    write_json(directory / "summary.json", summary)
+    write_embedding_report(directory)
+    return summary
 
 
-@contextmanager
-def _progress(console: Console, title: str) -> Iterator[Callable[..., None]]:
-    bar = ProgressBar(title, console)
-
-    def advance(done: int, total: int, loss: float | None = None) -> None:
-        bar.progress.update(bar.task, completed=done, total=total, loss="-" if loss is None else f"{loss:.3f}")
-
-    with bar.progress:
-        bar.progress.start_task(bar.task)
-        yield advance
+def _rehearse(recipe: EmbeddingRecipe, data: EmbeddingData) -> None:
+    """Walk the run on few rows in a temporary folder, then once more, from its checkpoints."""
+    rows = min(data.vectors.rows, max(_SAMPLE_TEXTS, 2 * recipe.student.dimensions))
+    held_out = min(len(data.held_out), _SAMPLE_TEXTS)
+    few = data._replace(
+        vectors=VectorSlice(data.vectors, 0, rows),
+        held_out=data.held_out[:held_out],
+        texts=data.texts and data.texts[:rows],
+        held_out_texts=data.held_out_texts and data.held_out_texts[:held_out],
+        pairs=None,
+    )
+    train = {"epochs": 1, "batch_size": max(2, min(recipe.train.batch_size, rows // 2))}
+    short = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
+    with temporary_folder(Path(recipe.output)) as folder:
+        for _ in range(2):
+            with failing_early("train, save, measure or report", "few rows"):
+                _walk(short, few, folder, Console(quiet=True))
 
 
 def _distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **changes: Any) -> EmbeddingDistiller:
@@ -189,7 +204,7 @@ def _neighbours(teacher: Tensor, student: Tensor, texts: list[str] | None, numbe
 
 
 def check(recipe: EmbeddingRecipe) -> list[tuple[str, str]]:
-    """Read everything that a recipe names, encode some texts, make the student, and time two steps.
+    """Read everything that a recipe names, encode some texts, try the run on few rows, and time two steps.
 
     Returns lines of a table of what the run will need, with times of this machine.
 
@@ -199,6 +214,7 @@ def check(recipe: EmbeddingRecipe) -> list[tuple[str, str]]:
     train = recipe.train
     with suppress_warnings():
         data, rows, held_out, encoding = _sample(recipe)
+        _rehearse(recipe, data)
         sample = VectorSlice(data.vectors, 0, min(data.vectors.rows, 2 * train.batch_size))
         size = max(2, min(train.batch_size, sample.rows // 2))
         distiller = _distiller(recipe, recipe.focus, data, heats=(1.0,), epochs=1, batch_size=size)

@@ -124,7 +124,7 @@ def _read(part: TextsPart | None) -> Texts | None:
     if part is None:
         return None
     file = Path(part.path).name
-    columns = [list(load(Source(part.path, field=name))[0]["text"]) for name in part.fields]
+    columns = [list(load(Source(part.path, field=name)).dataset["text"]) for name in part.fields]
     for name, column in zip(part.fields, columns, strict=True):
         for row, text in enumerate(column, 1):
             if not text.strip():
@@ -134,7 +134,7 @@ def _read(part: TextsPart | None) -> Texts | None:
     texts = [text for column in columns for text in column]
     if not part.score:
         return Texts(texts)
-    scored, _ = load(Source(part.path, field=part.fields[0], label=part.score), "regression")
+    scored = load(Source(part.path, field=part.fields[0], label=part.score), "regression").dataset
     try:
         scores = [float(score) for score in scored["label"]]
     except ValueError as error:

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.data.batches import Examples, encode, in_batches, pad_token_id
+from potstill.data.batches import encode, pad_token_id
 from potstill.data.masking import MaskedRows
 from potstill.data.sources import Source
 from potstill.data.vocabulary import shared_vocabulary
 from potstill.errors import UserError
-from potstill.evaluate.generations import continuations, text_quality
-from potstill.evaluate.harness import harness_scores
-from potstill.evaluate.sequence import measure
+from potstill.evaluate.formatting import duration
+from potstill.evaluate.generations import continuations, text_metrics, text_quality
+from potstill.evaluate.harness import Harness, TimeLimitError
+from potstill.evaluate.held_out import measure_rows
 from potstill.evaluate.speed import speed
+from potstill.evaluate.time_limit import TimeLimit
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import IGNORE, TOKEN_TASKS, Task
 from potstill.models.adapted import parameter_count, virtual_tokens
 from potstill.models.heads import class_ids, match_heads, token_rows
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.models.spacing import evenly_spaced
+from potstill.runs.finished_parts import FinishedParts, fingerprint
+from potstill.runs.progress import PartProgress, part
 
-ROWS = 16  # batch size
+OPTION = {"student": "student", "teacher": "--teacher"}  # where a model is named, for errors
 TWO_TOKENIZERS = (
     "tokenizers: teacher and student have different ones, and each reads the file in its own tokens. Bits per byte "
     "compare both; loss and perplexity are per token and do not. Agreement and KL need one tokenizer and are left out."
@@ -36,14 +43,44 @@ TWO_TOKENIZERS = (
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Optional measurements, and the sizes to time."""
+    """Optional measurements, the sizes to time, and a limit on the time of all."""
 
     generations: int = 0  # number of rows to continue, for ROUGE and BLEU
     new_tokens: int = 64  # maximum length of a continuation
-    lm_eval: Sequence[str] = ()  # tasks, see `harness_scores`
+    lm_eval: Sequence[str] = ()  # tasks, see `Harness`
     lm_eval_limit: int | None = None  # examples of each task; None for all
-    batch_sizes: Sequence[int] = (1, 8)  # batch sizes for speed and memory
-    lengths: Sequence[int] = (128, 512)  # lengths of rows for speed and memory
+    batch_sizes: Sequence[int] = (1,)  # batch sizes for speed and memory
+    lengths: Sequence[int] = (128,)  # lengths of rows for speed and memory
+    time_limit: float = 600.0  # seconds for all measurements
+
+
+@dataclass
+class _Evaluation:
+    """The parts of an evaluation: those that are finished, and what the others share.
+
+    Each of the `remaining` parts may take as much of the time that is left as the others. A part that the time cut is
+    not kept as finished.
+    """
+
+    finished: FinishedParts
+    limit: TimeLimit
+    console: Console
+    remaining: int
+    scope: str = ""  # before the names of parts
+
+    def part(
+        self, name: str, measure: Callable[[PartProgress, TimeLimit], tuple[Any, list[str]]]
+    ) -> tuple[Any, list[str]]:
+        """The result of a part as JSON, and notes of what the time did not suffice for."""
+        limit = self.limit.share(1 / max(self.remaining, 1))
+        self.remaining -= 1
+
+        def compute() -> list[Any]:
+            with PartProgress(self.console, self.scope + name) as progress:
+                return [*measure(progress, limit)]
+
+        result, notes = self.finished.get(self.scope + name, compute, keep=lambda part: not part[1])
+        return result, notes
 
 
 @suppress_warnings()
@@ -56,10 +93,17 @@ def evaluate(
     packing: bool = False,
     options: EvaluationOptions = EvaluationOptions(),  # frozen
     task: Task = "causal",
+    finished: Path | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure a student, and its teacher if one is given, for the JSON file of potstill evaluate.
 
     A causal teacher may have another tokenizer: then each model is measured by itself, in its own tokens.
+
+    Args:
+        finished: file that keeps the results of finished parts, and that a repeated evaluation goes on from; it is
+            deleted at the end.
+        console: where to show progress; by default nowhere.
     """
     if task != "causal" and (options.generations or options.lm_eval):
         raise UserError(
@@ -67,63 +111,152 @@ def evaluate(
         )
     if task == "encoder" and teacher is None:
         raise UserError("--teacher: expected a model for the task encoder, got none. Encoders are compared with it.")
-    tokenizer, of_tokens = load_tokenizer(student, "student"), task in TOKEN_TASKS
+    if options.generations:
+        text_metrics()  # before anything is measured
+    harness = Harness(options.lm_eval) if options.lm_eval else None
+    tokenizer = load_tokenizer(student, "student")
     teacher_tokenizer = None if teacher is None else load_tokenizer(teacher, "--teacher")
-    if teacher and teacher_tokenizer and task == "causal" and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
-        shared: dict[str, Any] = {"max_length": max_length, "packing": packing, "options": options}
-        of_student, of_teacher = (evaluate(model, None, source, **shared) for model in (student, teacher))
-        models = {"teacher": of_teacher["models"]["student"], **of_student["models"]}
-        return {**of_student, "models": models, "notes": [*of_student["notes"], TWO_TOKENIZERS]}
-    models = {"student": load_model(student, "student", task=task)}
-    vocabulary = None
-    if teacher is not None and teacher_tokenizer is not None:
-        models = {"teacher": load_model(teacher, "--teacher", task=task), **models}
-        head_rows = {name: token_rows(model, task) for name, model in models.items()}
-        common = shared_vocabulary(teacher_tokenizer, tokenizer, head_rows)
-        vocabulary = common if of_tokens else None
-    longest = {"--max-length": max_length, "--length": max(options.lengths, default=0)}
+    two_tokenizers = (
+        teacher_tokenizer is not None and task == "causal" and teacher_tokenizer.get_vocab() != tokenizer.get_vocab()
+    )
+    files = [fingerprint(name) for name in (student, teacher, str(source.path)) if name is not None]
+    settings = [str(source), max_length, packing, replace(options, time_limit=0), task]
+    parts = FinishedParts(finished, [files, settings, versions()])
+    num_parts = 1 + bool(options.generations) + len(options.lm_eval) + 1
+    evaluation = _Evaluation(parts, TimeLimit(options.time_limit), console or Console(quiet=True), num_parts)
+    rows: dict[str, Any] = {"max_length": max_length, "packing": packing, "options": options, "task": task}
+    if not two_tokenizers:
+        results = _evaluate(evaluation, student, teacher, source, harness, **rows)
+    else:
+        assert teacher is not None
+        alone = replace(evaluation, scope="teacher ", limit=evaluation.limit.share(0.5))
+        of_teacher = _evaluate(alone, teacher, None, source, harness, **rows)
+        results = _evaluate(replace(evaluation, scope="student "), student, None, source, harness, **rows)
+        notes = [*results["notes"], TWO_TOKENIZERS]
+        results |= {"models": {"teacher": of_teacher["models"]["student"], **results["models"]}, "notes": notes}
+    parts.remove()
+    return results
+
+
+def _evaluate(
+    evaluation: _Evaluation,
+    student: str,
+    teacher: str | None,
+    source: Source,
+    harness: Harness | None,
+    *,
+    max_length: int,
+    packing: bool,
+    options: EvaluationOptions,
+    task: Task,
+) -> dict[str, Any]:
+    """Measure models of one tokenizer."""
+    names = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+    with part(evaluation.console, f"{evaluation.scope}reading models and data"):
+        tokenizer = load_tokenizer(student, "student")
+        models = {name: load_model(path, OPTION[name], task=task) for name, path in names.items()}
+        vocabulary = None
+        if teacher is not None:
+            head_rows = {name: token_rows(model, task) for name, model in models.items()}
+            vocabulary = shared_vocabulary(load_tokenizer(teacher, "--teacher"), tokenizer, head_rows)
+        _check_lengths(models, {"--max-length": max_length, "--length": max(options.lengths, default=0)})
+        if task not in TOKEN_TASKS:
+            vocabulary = None
+            match_heads(task, models, pad_token_id(tokenizer)[0])
+        classes = class_ids(models["student"].config) if task == "classification" else None
+        examples = encode(source, tokenizer, max_length=max_length, packing=packing, task=task, classes=classes)
+        if task == "masked":
+            examples = replace(examples, dataset=MaskedRows(examples.dataset, tokenizer).fixed())
+    num_rows = len(examples.dataset)
+
+    def quality(progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
+        shared: dict[str, Any] = {"max_length": max_length, "limit": limit, "on_rows": progress.update}
+        students, reference = {"student": models["student"]}, models.get("teacher")
+        measured, rows = measure_rows(
+            task, reference, students, examples.dataset, tokenizer, vocabulary=vocabulary, **shared
+        )
+        num_bytes = text_bytes(rows, tokenizer) if task == "causal" else 0
+        cut = [] if len(rows) == num_rows else [f"{len(rows):,} of {num_rows:,} rows were measured."]
+        return {"bytes": num_bytes, "rows": len(rows), **{name: asdict(x) for name, x in measured.items()}}, cut
+
+    def text(progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
+        chosen = [examples.dataset[i] for i in evenly_spaced(options.generations, num_rows)]
+        written: dict[str, tuple[list[str], list[str]]] = {name: ([], []) for name in models}
+        for number, row in enumerate(limit.within(chosen), 1):
+            for name, model in models.items():
+                for texts, new in zip(
+                    written[name], continuations(model, tokenizer, [row], options.new_tokens), strict=True
+                ):
+                    texts += new
+            progress.update(number, len(chosen))
+        cut = [] if progress.done == len(chosen) else [f"{progress.done} of {len(chosen)} rows were continued."]
+        return {name: asdict(text_quality(*texts)) for name, texts in written.items()}, cut
+
+    def scores(task_name: str, progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
+        assert harness is not None
+        results = {}
+        try:
+            for name, model in models.items():
+                shared: dict[str, Any] = {"examples": options.lm_eval_limit, "on_pass": progress.update}
+                results[name] = harness.scores(model, tokenizer, task_name, limit=limit, **shared)
+        except TimeLimitError:
+            return {}, [f"lm-eval {task_name} was not finished, and is left out. Lower --lm-eval-limit."]
+        return results, []
+
+    def speeds(progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
+        sizes = [*product(options.batch_sizes, options.lengths)]
+        results: dict[str, list[Any]] = {name: [] for name in models}
+        for number, (size, name) in enumerate(product(sizes, models)):
+            share = limit.share(1 / (len(sizes) * len(models) - number))
+            results[name].append(asdict(speed(models[name], *size, generates=task == "causal", limit=share)))
+            progress.update(number + 1, len(sizes) * len(models))
+        return results, []
+
+    measured, cut = evaluation.part("held-out rows", quality)
+    results: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        of_model = measured[name]
+        nats = of_model["loss"] * of_model["tokens"] if measured["bytes"] else None
+        results[name] = {
+            "model": names[name],
+            "parameters": parameter_count(model).all,
+            "bytes": model.get_memory_footprint(),
+            "bits_per_byte": None if nats is None else nats / math.log(2) / measured["bytes"],
+            "quality": of_model,
+        }
+    sections = {"text": ("continuations", text)} if options.generations else {}
+    sections["speed"] = ("speed", speeds)
+    for key, (title, measure_part) in sections.items():
+        of_models, cut_here = evaluation.part(title, measure_part)
+        cut = [*cut, *cut_here]
+        for name in models:
+            results[name][key] = of_models[name]
+    for name in harness.tasks if harness else ():
+        of_models, cut_here = evaluation.part(f"lm-eval {name}", partial(scores, name))
+        cut = [*cut, *cut_here]
+        for model_name, of_model in of_models.items():
+            results[model_name].setdefault("lm_eval", {}).update(of_model)
+    limited = f"--time-limit: {duration(options.time_limit)} did not suffice"
+    data = {"path": source.path, "rows": num_rows, "measured": measured["rows"], "tokens": examples.tokens}
+    return {
+        "models": results,
+        "data": {**data, "bytes": measured["bytes"]},
+        "notes": [*examples.notes, *(f"{limited}: {line}" for line in cut)],
+        "versions": versions(),
+    }
+
+
+def _check_lengths(models: Mapping[str, PreTrainedModel], longest: Mapping[str, int]) -> None:
+    """Put models on the device, and check that they have positions for the lengths of all options."""
     for name, model in models.items():
         model.to(PartialState().device)
         most = (getattr(model.config, "max_position_embeddings", None) or math.inf) - virtual_tokens(model)
         for option, length in longest.items():
             if length > most:
                 raise UserError(f"{option}: expected at most {most}, the {name}'s number of positions, got {length}.")
-    if not of_tokens:
-        match_heads(task, models, pad_token_id(tokenizer)[0])
-    classes = class_ids(models["student"].config) if task == "classification" else None
-    examples = encode(source, tokenizer, max_length=max_length, packing=packing, task=task, classes=classes)
-    if task == "masked":
-        examples = replace(examples, dataset=MaskedRows(examples.dataset, tokenizer).fixed())
-    batches = in_batches(examples.dataset, tokenizer, ROWS)
-    students = {"student": models["student"]}
-    quality: Mapping[str, Any] = measure(task, models.get("teacher"), students, batches, vocabulary=vocabulary)
-    num_bytes = text_bytes(examples, tokenizer) if task == "causal" else 0
-    sizes = [*product(options.batch_sizes, options.lengths)]
-    rows = [examples.dataset[i] for i in evenly_spaced(options.generations, len(examples.dataset))]
-    results = {}
-    for name, model in models.items():
-        nats = quality[name].loss * quality[name].tokens if num_bytes else None
-        results[name] = result = {
-            "model": {"student": student, "teacher": teacher}[name],
-            "parameters": parameter_count(model).all,
-            "bytes": model.get_memory_footprint(),
-            "bits_per_byte": None if nats is None else nats / math.log(2) / num_bytes,
-            "quality": asdict(quality[name]),
-        }
-        if options.generations:
-            result["text"] = asdict(text_quality(*continuations(model, tokenizer, rows, options.new_tokens)))
-        if options.lm_eval:
-            result["lm_eval"] = harness_scores(model, tokenizer, options.lm_eval, limit=options.lm_eval_limit)
-        result["speed"] = [asdict(speed(model, *size, generates=task == "causal")) for size in sizes]
-    return {
-        "models": results,
-        "data": {"path": source.path, "rows": len(examples.dataset), "tokens": examples.tokens, "bytes": num_bytes},
-        "notes": list(examples.notes),
-        "versions": versions(),
-    }
 
 
-def text_bytes(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> int:
+def text_bytes(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
     """Count the UTF-8 bytes of the target tokens' text, without special tokens."""
-    targets = ([label for label in row["labels"][1:] if label != IGNORE] for row in examples.dataset)
+    targets = ([label for label in row["labels"][1:] if label != IGNORE] for row in rows)
     return sum(len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode()) for ids in targets)

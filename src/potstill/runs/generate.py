@@ -6,13 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from potstill.engines.local import LocalEngine
@@ -27,6 +25,7 @@ from potstill.generation.sandbox import require_sandbox
 from potstill.generation.tasks import Responses
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.config.generate import GenerateRecipe
+from potstill.runs.progress import PartProgress
 from potstill.runs.ray import Row, RowFunction, map_rows
 
 
@@ -76,12 +75,10 @@ def generate(
         plan = check(recipe, on_device=engine == "process")
         recipe.start(directory)
         complete = _with_ray(recipe) if engine == "ray" else complete_in_order(plan.engine, recipe.engine_sampling)
-        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         settings = [recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed]
         options: dict[str, Any] = {"batch_size": recipe.batch_size, "settings": settings}
-        with Progress(*columns, console=console, disable=console is None) as bar:
-            update = partial(bar.update, bar.add_task("", total=len(plan.prompts)))
-            options["progress"] = lambda done: update(completed=done)
+        with PartProgress(console or Console(quiet=True), "prompts").start(total=len(plan.prompts)) as progress:
+            options["progress"] = progress.update
             completions = complete_requests(plan.prompts, complete, recipe.seed, journal, **options)
     texts = parse_texts(plan.requests, completions, plan.row_format, recipe.programs)
     judged = judge(texts, recipe.task.choose, drop_cut=recipe.filter.cut)

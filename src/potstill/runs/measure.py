@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,45 +12,70 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from potstill.data.batches import in_batches
+from potstill.data.sources import in_parts
 from potstill.evaluate import summary as records
+from potstill.evaluate.formatting import duration
+from potstill.evaluate.held_out import measure_rows
 from potstill.evaluate.measures import QUALITY
 from potstill.evaluate.quality import continuation, gap_closed
-from potstill.evaluate.sequence import measure
-from potstill.evaluate.speed import bytes_on_disk, latency_ms, weight_bytes
+from potstill.evaluate.speed import PASSES, Latency, bytes_on_disk, latencies, weight_bytes
+from potstill.evaluate.time_limit import TimeLimit
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.loading import load_model
 from potstill.models.precision import describe_precision
 from potstill.runs.build import BuiltRun
+from potstill.runs.progress import PartProgress, part
 from potstill.train.callbacks import logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
 from potstill.train.samples import collapse_warning
 
-EVAL_ROWS = 16  # batch size of the final evaluation
+EVAL_ROWS = 16  # batch size of evaluations
 SAMPLES = 4  # on-policy samples in the report
 Models = Mapping[str, PreTrainedModel]  # by teacher, baseline and student
 
 
-def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) -> records.Summary:
-    """Measure teacher, baseline and student on held-out data; `students` maps their names to their folders."""
+def summarize(
+    built: BuiltRun, students: Mapping[str, Path], directory: Path, console: Console | None = None
+) -> records.Summary:
+    """Measure teacher, baseline and student on held-out data; `students` maps their names to their folders.
+
+    The recipe's evaluate.time_limit bounds it: a part whose time is over measures fewer rows, passes or prompts, and a
+    note of the summary says so.
+    """
+    console = console or Console(quiet=True)
     recipe, task, train, held_out = built.recipe, built.recipe.task, built.train, built.eval
-    of_tokens = task in TOKEN_TASKS
+    of_tokens, limit = task in TOKEN_TASKS, TimeLimit(recipe.evaluate.time_limit)
     checkpoint = last_checkpoint(directory / "checkpoints" / "student")
     if checkpoint is not None and not built.teacher.of_student:
         restore_teacher(built.teacher, checkpoint)
-    models = _load_models(built, students)
+    with part(console, "reading the saved models"):
+        models = _load_models(built, students)
     teacher, trained = models.get("teacher"), {name: models[name] for name in students}
-    quality = _measure(built, teacher, trained, held_out.dataset)
-    if teacher is None:
-        teacher_loss, curve_loss = (_teacher_loss(built, dataset) for dataset in (held_out.dataset, built.curve))
-    else:
-        teacher_loss = quality["teacher"].loss
-        curve_loss = _measure(built, teacher, {}, built.curve)["teacher"].loss
+    with PartProgress(console, "held-out rows") as progress:
+        quality, measured = _measure(built, teacher, trained, held_out.dataset, limit.share(0.5), progress)
+    teacher_loss = _teacher_loss(built, measured) if teacher is None else quality["teacher"].loss
+    curve_loss, curve_rows = teacher_loss, measured
+    if len(built.curve) < len(measured) or len(measured) < len(held_out.dataset):
+        with PartProgress(console, "rows of the curves") as progress:
+            curve_loss, curve_rows = _curve_loss(built, teacher, limit.share(0.5), progress)
+    with part(console, "latency"):
+        latency = latencies(models, recipe.data.max_length, limit=limit.share(0.5))
+    number = min(recipe.evaluate.continuations, len(held_out.dataset)) if task == "causal" else 0
+    with PartProgress(console, "continuations").start(total=number) as progress:
+        continuations = _continuations(built, models, limit, progress) if number else []
+    bounded = {
+        "held-out rows": (len(measured), len(held_out.dataset)),
+        "rows for the teacher's line in the curves": (len(curve_rows), len(built.curve)),
+        "passes for the latency": (min(times.passes for times in latency.values()), PASSES),
+        "continuations": (progress.done, number),
+    }
     closed = None
     if "baseline" in students and teacher_loss is not None:
         closed = gap_closed(teacher_loss, quality["baseline"].loss, quality["student"].loss)
@@ -61,10 +86,14 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
     metrics = logged_lines(directory / "metrics.jsonl")
     stats = next((line for line in reversed(metrics) if "own_length" in line), None)
     data: dict[str, Any] = {}
-    for name, source, examples in (("train", recipe.data.train, train), ("eval", recipe.data.eval, held_out)):
-        data |= {name: str(source.path), f"{name}_examples": len(examples.dataset)}
+    for name, sources, examples in (("train", recipe.data.train, train), ("eval", recipe.data.eval, held_out)):
+        data |= {
+            name: ", ".join(str(source.path) for source in in_parts(sources)),
+            f"{name}_examples": len(examples.dataset),
+        }
         data[f"{name}_tokens"] = examples.tokens if of_tokens else None
     data["eval_in_train"] = built.duplicates.share
+    data["eval_measured"] = len(measured)
     steps, seconds = built.plan.steps, {name: seconds_of(metrics, name) for name in students}
     step_tokens = round(train.tokens / len(train.dataset) * built.plan.rows_per_step) if of_tokens else None
     return records.Summary(
@@ -72,11 +101,12 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
         seed=recipe.seed,
         task=task,
         created=datetime.now(UTC).replace(microsecond=0),
-        rows=_scores(built, models, students, quality, teacher_loss),
+        rows=_scores(built, models, students, quality, teacher_loss, measured, latency),
         gap_closed=closed,
         curve=records.CurveFacts(rows=len(built.curve), teacher_loss=curve_loss),
         kl_by_position=positions,
-        continuations=_continuations(built, models) if task == "causal" else [],
+        continuations=continuations,
+        latency={name: records.LatencyFacts(**asdict(times)) for name, times in latency.items()},
         own_texts=[records.Sample(**sample) for sample in _spread(logged_lines(directory / "own_texts.jsonl"))],
         own_text=None if stats is None else records.SampleFacts(**stats),
         data=records.DataFacts(**data),
@@ -85,9 +115,31 @@ def summarize(built: BuiltRun, students: Mapping[str, Path], directory: Path) ->
         models={"teacher": recipe.teacher.describe(built.teacher), "student": recipe.student.describe()},
         adapter=_adapter_facts(built, students["student"], models["student"]),
         teacher_weights=built.teacher.member_weights,
-        notes=[*built.duplicates.warnings, *built.notes, *collapse_notes(metrics)],
+        notes=[
+            *built.duplicates.warnings,
+            *built.notes,
+            *collapse_notes(metrics),
+            *_limit_notes(bounded, recipe.evaluate.time_limit),
+        ],
         versions=versions(),
     )
+
+
+def _limit_notes(bounded: Mapping[str, tuple[int, int]], seconds: float) -> list[str]:
+    """A note of what was measured in part; for each name the number that was measured, and that of all."""
+    cut = [f"{number:,} of {total:,} {name}" for name, (number, total) in bounded.items() if number < total]
+    enough = f"{duration(seconds)} were enough for {', '.join(cut)}"
+    return [f"evaluate.time_limit: {enough}. Raise it to measure all."] if cut else []
+
+
+def _curve_loss(
+    built: BuiltRun, teacher: Any, limit: TimeLimit, progress: PartProgress
+) -> tuple[float | None, Dataset]:
+    """The teacher's loss on the rows of the learning curves, and those that it was measured on."""
+    if teacher is None:
+        return _teacher_loss(built, built.curve), built.curve
+    quality, rows = _measure(built, teacher, {}, built.curve, limit, progress)
+    return quality["teacher"].loss, rows
 
 
 def _load_models(built: BuiltRun, students: Mapping[str, Path]) -> dict[str, PreTrainedModel]:
@@ -102,9 +154,12 @@ def _load_models(built: BuiltRun, students: Mapping[str, Path]) -> dict[str, Pre
     return models
 
 
-def _measure(built: BuiltRun, teacher: Any, models: Models, dataset: Dataset) -> Mapping[str, Any]:
-    batches = in_batches(dataset, built.tokenizer, EVAL_ROWS)
-    return measure(built.recipe.task, teacher, models, batches, vocabulary=built.vocabulary or None)
+def _measure(
+    built: BuiltRun, teacher: Any, models: Models, rows: Dataset, limit: TimeLimit, progress: PartProgress
+) -> tuple[Mapping[str, Any], Dataset]:
+    options: dict[str, Any] = {"max_length": built.recipe.data.max_length, "vocabulary": built.vocabulary or None}
+    shown: dict[str, Any] = {"limit": limit, "on_rows": progress.update}
+    return measure_rows(built.recipe.task, teacher, models, rows, built.tokenizer, **options, **shown)
 
 
 def _teacher_loss(built: BuiltRun, dataset: Dataset) -> float | None:
@@ -138,6 +193,8 @@ def _scores(
     students: Mapping[str, Path],
     quality: Mapping[str, Any],
     teacher_loss: float | None,
+    measured: Dataset,
+    latency: Mapping[str, Latency],
 ) -> records.ScoresByModel:
     folders = {"teacher": Path(str(built.recipe.teacher.model_path)), **students}
     rows: dict[str, dict[str, Any]] = {}
@@ -145,22 +202,26 @@ def _scores(
         rows[name] = {row.key: getattr(quality[name], row.key) for row in QUALITY[built.recipe.task]}
         rows[name] |= {"parameters": parameter_count(model).all, "bytes": bytes_on_disk(folders[name], model)}
         rows[name]["saved_as"] = describe_precision(folders[name])
-        rows[name]["latency_ms"] = latency_ms(model, built.recipe.data.max_length)
+        rows[name]["latency_ms"] = latency[name].median_ms
     if "teacher" not in models and teacher_loss is not None:
         rows["teacher"] = dict.fromkeys(rows["student"]) | {"loss": teacher_loss}
         if (teacher := built.loaded.model) is not None:  # its tokenizer differs, its size is known
             rows["teacher"]["parameters"] = teacher.num_parameters()
             rows["teacher"]["bytes"] = weight_bytes(folders["teacher"]) or teacher.get_memory_footprint()
-    if (text := built.teacher.alignment_stats(built.eval.dataset)) is not None:
+    if (text := built.teacher.alignment_stats(measured)) is not None:
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] * text.tokens / text.bytes / math.log(2)
     return records.ScoresByModel(**{name: records.ModelScores(**row) for name, row in rows.items()})
 
 
-def _continuations(built: BuiltRun, models: Models) -> list[records.Continuation]:
+def _continuations(
+    built: BuiltRun, models: Models, limit: TimeLimit, progress: PartProgress
+) -> list[records.Continuation]:
+    """Let each model continue held-out prompts until the time is over."""
     dataset, continuations = built.eval.dataset, []
     number = min(built.recipe.evaluate.continuations, len(dataset))
-    for i in range(number):
+    for i in limit.within(range(number)):
+        progress.update(i + 1, number)
         row = dataset[int((i + 0.5) * len(dataset) / number)]
         ids = row["input_ids"]
         prompt = next((position for position, label in enumerate(row["labels"]) if label != -100), 0)

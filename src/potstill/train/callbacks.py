@@ -1,4 +1,4 @@
-"""Trainer callbacks: epochs, teacher updates, progress bar, metrics file and on-policy samples file."""
+"""Trainer callbacks: epochs, teacher updates, metrics file and on-policy samples file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from potstill.data.files import write_text
@@ -34,31 +33,6 @@ class FollowTraining(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.teacher is not None:
             self.teacher.after_step(state.global_step)
-
-
-class ProgressBar(TrainerCallback):
-    """One line on the terminal: steps, last loss, time left."""
-
-    def __init__(self, title: str, console: Console) -> None:
-        description, loss = TextColumn("[bold]{task.description:<9}"), TextColumn("loss {task.fields[loss]}")
-        times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
-        self.progress = Progress(description, BarColumn(), MofNCompleteColumn(), loss, *times, console=console)
-        self.task = self.progress.add_task(title, loss="-", start=False)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.progress.reset(self.task, total=state.max_steps, completed=state.global_step, loss="-")
-            self.progress.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.progress.update(self.task, loss=f"{logs['loss']:.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.stop()
 
 
 class _RunFile(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from potstill.data.right_padding import right_padded
 from potstill.errors import ShapeError, VocabularyError
 from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS, Task, align, attended_positions
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
@@ -16,10 +18,14 @@ from potstill.models.integrity import check_causal
 from potstill.models.split import forward_targets, split_model
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher
+from potstill.train.columns import check_columns
 from potstill.train.objective import Objective, task_mistakes
 from potstill.train.prefetch import Prefetch
 from potstill.train.signals import SampledTokens, Signals
+from potstill.train.terms.routers import RouterBalance
 from potstill.train.terms.term import Term
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 Normalizer = Tensor | float | None
@@ -86,8 +92,12 @@ class Distiller(nn.Module):
             self.teacher.attach(student)
             self._prefetch = Prefetch(self.teacher) if prefetch else None
         if task == "causal":
-            for role, model in {"student": student, "teacher": getattr(self.teacher, "model", None)}.items():
+            for role, model in self.models().items():
                 check_causal(model, f"Distiller {role}")
+        if getattr(getattr(student, "config", None), "output_router_logits", False) and not any(
+            isinstance(term, RouterBalance) for term in self.objective.terms
+        ):
+            logger.warning("student: its balancing loss (output_router_logits) is left out. Add router_balance for it.")
         self._request = ActivationRequest()
         if self.objective.reads_layers:
             self._capture = ActivationCapture(student)
@@ -109,7 +119,8 @@ class Distiller(nn.Module):
         Args:
             batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 is ignored. For
                 sequence-level tasks labels are [B]. `weights`, if present, has the shape of labels and weighs each
-                target in every mean over tokens.
+                target in every mean over tokens. Rows may be padded on both sides or packed: see
+                `potstill.data.right_padding.right_padded`, also for what is missing.
         """
         if self.training and self._steps and self.teacher is not None:
             self.teacher.after_step(self._steps)
@@ -128,6 +139,9 @@ class Distiller(nn.Module):
             at: optimiser step, for the schedules.
             attended_normalizer: number of attended positions in the whole optimiser step, for terms over layers.
         """
+        for model in self.models().values():
+            check_columns(batch, model)
+        batch = right_padded(batch, self.task)
         alignment = align(batch["labels"], self.task, batch.get("weights"))
         run = partial(forward_targets, self.student, self.split, batch, alignment)
         student, inside = self._capture.capture(self._request, run) if self._request else (run(), Activations())
@@ -149,6 +163,11 @@ class Distiller(nn.Module):
         of_layers = (inside, positions, attended_normalizer)
         return StepOutput(*self.objective(Signals(student, alignment, teacher, normalizer, at, *of_layers, sampled)))
 
+    def models(self) -> dict[str, Any]:
+        """The student, and the model of a teacher that has one, by their roles."""
+        model = getattr(self.teacher, "model", None)
+        return {"student": self.student} | ({} if model is None else {"teacher": model})
+
     @property
     def prefetches(self) -> bool:
         """Whether the teacher runs one batch ahead."""
@@ -157,9 +176,11 @@ class Distiller(nn.Module):
     def prefetch(self, batches: Sequence[Batch]) -> None:
         """Announce the next batches in order, so that the teacher runs on them ahead; an empty sequence ends it.
 
-        A batch is recognised by its own input_ids tensor. The teacher runs at once on any other batch.
+        A batch is recognised by its own input_ids tensor, as `right_padded` returns it. The teacher runs at once on any
+        other batch.
         """
         if self._prefetch is not None:
+            batches = [right_padded(batch, self.task) for batch in batches]
             self._prefetch.prefetch([(batch, align(batch["labels"], self.task)) for batch in batches])
 
     def _check_teacher(self) -> None:

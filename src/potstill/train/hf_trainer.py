@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer, TrainingArguments
 
+from potstill.data.right_padding import right_padded
 from potstill.errors import DivergedError
 from potstill.losses.alignment import align, attended_positions, target_positions
 from potstill.models.adapted import is_adapted, save_student
 from potstill.models.loading import load_adapter
+from potstill.models.split import run
 from potstill.train.checkpoints import TEACHER, last_checkpoint, restore, restore_teacher
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.rollout import Rollout
@@ -77,9 +79,9 @@ class StudentTrainer(Trainer):
         """Take the batches of one optimiser step, mix in on-policy samples, announce them for prefetching, count."""
         source, following = self._following
         batches = following if source is epoch_iterator else []
-        batches, following = [*batches, *islice(epoch_iterator, num_batches - len(batches))], []
+        batches, following = [*batches, *self._take(epoch_iterator, num_batches - len(batches))], []
         if self.rollout is None and self.distiller.prefetches:  # on-policy samples of the next step are not known yet
-            following = [*islice(epoch_iterator, 1)]
+            following = self._take(epoch_iterator, 1)
         self._following = epoch_iterator, following
         if self.rollout is not None and batches:
             with self.accelerator.autocast():
@@ -91,6 +93,10 @@ class StudentTrainer(Trainer):
         if self.distiller.prefetches:
             self.distiller.prefetch([*batches, *following])
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def _take(self, batches: Iterator[Any], number: int) -> list[dict[str, Tensor]]:
+        """Take batches from a loader, whatever its collator, in the one form that everything reads."""
+        return [right_padded(batch, self.distiller.task) for batch in islice(batches, number)]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """The target tokens of an optimiser step over all ranks, or the sum of their weights."""
@@ -112,13 +118,16 @@ class StudentTrainer(Trainer):
         return torch.stack([tokens, attended_positions(batch, task).sum().to(tokens)])
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """Compute the loss of a held-out batch; its sums are kept for `evaluation_loop`."""
-        inputs = self._prepare_inputs(inputs)
+        """Compute the loss of a held-out batch, whose sums are kept for `evaluation_loop`, and the student's logits."""
+        inputs = right_padded(self._prepare_inputs(inputs), self.distiller.task)
+        logits = None
         with torch.no_grad(), self.compute_loss_context_manager():
             output: StepOutput = model(inputs, normalizer=1.0, at=self.state.global_step, attended_normalizer=1.0)
+            if not prediction_loss_only:  # a second pass, because the loss is computed without logits
+                logits = run(self.distiller.student, inputs).logits
         counts = self.counts(inputs)
         self._eval_sums.add(output.logs, counts)
-        return output.loss.detach() / counts.max().clamp_min(1), None, None
+        return output.loss.detach() / counts.max().clamp_min(1), logits, None if logits is None else inputs["labels"]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that was killed between its last checkpoint and its end would take one step more.

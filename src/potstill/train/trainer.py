@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -12,38 +13,55 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.errors import UserError
 from potstill.losses.alignment import IGNORE, Task
+from potstill.models.heads import class_ids
 from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import FollowTraining
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
+from potstill.train.columns import columns_not_read
 from potstill.train.distiller import Distiller, StepOutput
+from potstill.train.encoding import RowsEncoder
 from potstill.train.hf_trainer import LogSums, StudentTrainer
 from potstill.train.objective import OF_TEXT, Objective
 from potstill.train.rollout import Rollout
 from potstill.train.terms.term import Term
 
+logger = logging.getLogger(__name__)
+
 NOT_SHARDED = (
     "train.fsdp: expected several processes with an accelerator each, got a run that accelerate does not shard. Start "
     "it with torchrun on GPUs, or leave train.fsdp out."
 )
+# Arguments of transformers.Trainer that have no meaning here.
+NO_ARGUMENTS = {
+    "compute_loss_func": "The objective is the loss: write a term.",
+    "model": "Give student and teacher.",
+    "model_init": "Give the student as a model.",
+}
 
 
 @dataclass
 class DistillationConfig(TrainingArguments):
     """transformers.TrainingArguments with the defaults that distillation needs.
 
-    The objective is the loss: `label_smoothing_factor` is refused.
+    The objective is the loss: `label_smoothing_factor` is refused. A metric of your own in `metric_for_best_model`
+    needs `greater_is_better`; those of the trainer are losses.
+
+    Args:
+        max_length: tokens of the longest example, where the trainer encodes texts or messages.
     """
 
+    max_length: int = 1024
     remove_unused_columns: bool = False  # the student's signature does not have all columns of a batch
     report_to: str | list[str] | None = "none"
 
     def __post_init__(self) -> None:
+        self.best_is_given = self.greater_is_better is not None
         if self.greater_is_better is None:
             self.greater_is_better = False  # all metrics are losses, whatever their names
         if self.ddp_find_unused_parameters is None:
@@ -70,11 +88,21 @@ class DistillationTrainer(StudentTrainer):
 
     Args:
         teacher: see `Distiller`, as for objective, vocabulary and task.
-        train_dataset: examples with input_ids and labels; see `potstill.data`.
+        train_dataset: a data set of torch or `datasets`, streamed too, or a list of dicts. Rows of text, of prompt and
+            completion, of messages, or of text and label for classification are encoded as `potstill.encode` does, up
+            to `DistillationConfig.max_length` tokens; a longer text is split into windows. Rows with input_ids stay as
+            they are; without labels every token of a causal model is a target. Padding by the attention_mask and
+            packed rows are taken apart: see `PaddingCollator`.
+        eval_dataset: the same, or several held-out sets by name.
         processing_class: the tokenizer.
         rollout: replaces a share of the training rows by on-policy samples; None for data alone.
         prefetch: run the teacher on the next batch while the student trains on this one.
-        **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator).
+        **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator, compute_metrics).
+            For compute_metrics and `predict` the student gives its logits in a second pass.
+
+    Raises:
+        UserError: an argument of transformers.Trainer has no meaning here, or a metric none that can be compared.
+        DataError: rows cannot be encoded, or have columns that would be left out and change the training.
     """
 
     def __init__(
@@ -93,10 +121,27 @@ class DistillationTrainer(StudentTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or DistillationConfig(output_dir="runs/student")
-        if "data_collator" not in kwargs and processing_class is not None:
+        if not isinstance(args, DistillationConfig):
+            raise UserError(
+                f"DistillationTrainer: expected args of the class DistillationConfig, got {type(args).__name__}, whose "
+                "defaults drop the columns of the data. It takes the same fields."
+            )
+        if kwargs.get("data_collator") is None and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
         distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
+        _check_arguments(args, distiller, kwargs)
+        self.rows_encoder = RowsEncoder(
+            tokenizer=processing_class,
+            task=task,
+            max_length=args.max_length,
+            classes=class_ids(student.config) if task == "classification" else {},
+            seed=args.seed,
+            collator=kwargs.get("data_collator"),
+            read=frozenset().union(*map(columns_not_read, distiller.models().values())),
+        )
+        train_dataset = self.rows_encoder(train_dataset, "train_dataset", training=True)
+        eval_dataset = self.rows_encoder(eval_dataset, "eval_dataset")
         if all(term.reads_layers for term in distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers do not use the head
         kwargs |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
@@ -139,12 +184,25 @@ class DistillationTrainer(StudentTrainer):
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, str):
             rows = self.eval_dataset[rows]  # type: ignore[index]  # one of several held-out sets, by its name
+        elif rows is not self.eval_dataset:
+            rows = self.rows_encoder(rows, "eval_dataset")
         if self.args.world_size > 1:
+            if not hasattr(rows, "__len__"):
+                raise UserError(
+                    "eval_dataset: expected a data set with a length on several ranks, which need equally many "
+                    "batches, got a stream. Load it whole."
+                )
             missing = -len(rows) % (self.args.world_size * self.args.per_device_eval_batch_size)
             columns = rows[0].items()
             padding: Any = {name: _ignored(value) if name.endswith("labels") else value for name, value in columns}
+            if "labels" not in padding:  # each token is its own, and the first has none to be predicted from
+                padding = {name: value[:1] for name, value in columns}
             rows = ConcatDataset([rows, cast(Any, [padding] * missing)])
         return super().get_eval_dataloader(rows)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """See transformers.Trainer; rows are encoded as those of `train_dataset`."""
+        return super().get_test_dataloader(self.rows_encoder(test_dataset, "test_dataset"))
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """See transformers.Trainer; every metric is a mean over all held-out tokens."""
@@ -209,9 +267,38 @@ class DistillationTrainer(StudentTrainer):
                 self.rollout.close()
 
 
+def _check_arguments(args: DistillationConfig, distiller: Distiller, options: Mapping[str, Any]) -> None:
+    """Refuse arguments of transformers.Trainer that would do nothing or something else."""
+    for name, hint in NO_ARGUMENTS.items():
+        if options.get(name) is not None:
+            raise UserError(f"DistillationTrainer: expected no {name}, got one. {hint}")
+    collator = options.get("data_collator")
+    if isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm:
+        tokenizer: Any = collator.tokenizer
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            logger.warning(
+                "data_collator: its pad token is the EOS token %s, which therefore has no labels: the student does not "
+                "learn to stop. Leave data_collator out.",
+                tokenizer.eos_token,
+            )
+    metrics = options.get("compute_metrics") or options.get("preprocess_logits_for_metrics")
+    if metrics is not None and distiller.task == "encoder":
+        raise UserError(
+            "DistillationTrainer: expected no compute_metrics for the task encoder, got one. A model without a head "
+            "predicts nothing: leave it out."
+        )
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    own = {"loss", "cross_entropy", "squared_error", *distiller.objective.names}
+    if options.get("compute_metrics") is not None and not args.best_is_given and not any(map(best.endswith, own)):
+        raise UserError(
+            f"DistillationConfig: expected greater_is_better beside metric_for_best_model {best}, a metric of your "
+            "own, got none. Set it to true or false."
+        )
+
+
 def _ignored(labels: Any) -> Any:
     """The labels of a row without targets, in the form of the given ones."""
-    if isinstance(labels, list):
+    if getattr(labels, "ndim", int(isinstance(labels, list))):
         return [IGNORE] * len(labels)
     return math.nan if isinstance(labels, float) else IGNORE
 

@@ -8,8 +8,9 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from potstill.data.masking import MASKED_SHARE
-from potstill.data.sources import Source
+from potstill.data.sources import Source, in_parts
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
+from potstill.losses.declared import Either
 from potstill.models.adapters import adapter_conflicts
 from potstill.runs.config.document import Document, Part
 from potstill.runs.config.student import StudentPart
@@ -18,14 +19,18 @@ from potstill.teachers import cached, ensemble, model, self_taught, served  # no
 from potstill.teachers.source import TeacherSource
 from potstill.train.objective import task_mistakes
 from potstill.train.rollout import RolloutConfig
-from potstill.train.terms import across, dense, layers, logits, policy, supervision  # noqa: F401  # kinds of terms
+from potstill.train.terms import across, dense, layers, logits, policy, routers, supervision  # noqa: F401  # all terms
 from potstill.train.terms.term import Term
 
 
 class DataPart(Part):
     """Training and held-out data."""
 
-    train: Source
+    train: Annotated[
+        Source | tuple[Source, ...],
+        Either(lambda value: not isinstance(value, list | tuple)),
+        Field(description="one source, or a list of several with a share each, or all of them once"),
+    ]
     eval: Source
     max_length: int = Field(512, ge=2, description="tokens in a row at most")
     packing: bool = Field(False, description="concatenate plain text into rows of max_length instead of padding")
@@ -47,6 +52,9 @@ class EvaluatePart(Part):
     baseline: bool = Field(False, description="train the same student on labels alone, and compare")
     continuations: int = Field(3, ge=0, description="held-out prompts that each causal model continues")
     curve_rows: int = Field(128, ge=1, description="held-out rows, evenly spaced, for the learning curves")
+    time_limit: float = Field(
+        600, gt=0, description="seconds for measuring after training; the report says what they did not suffice for"
+    )
 
 
 class Recipe(Document):
@@ -87,8 +95,9 @@ class Recipe(Document):
             if task not in source.tasks:
                 tasks = ", ".join(sorted(source.tasks))
                 yield f"{key}.{source.name}: expected {key}.model for the task {task}, got a teacher for {tasks} alone."
-        for name in ("train", "eval"):
-            given = [key for key, value in vars(getattr(self.data, name)).items() if value is not None]
+        parts = [("train", part) for part in in_parts(self.data.train)]
+        for name, part in [*parts, ("eval", self.data.eval)]:
+            given = [key for key, value in vars(part).items() if value is not None]
             for key in ("pair", "label"):
                 if task not in SEQUENCE_TASKS and key in given:
                     yield f"data.{name}.{key}: expected the task classification or regression with it, got {task}."

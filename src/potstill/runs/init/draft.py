@@ -12,6 +12,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
 
+from potstill.data.locate import locate
+from potstill.data.sources import Source
 from potstill.embedding.vectors import open_vectors
 from potstill.errors import RecipeError, UserError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
@@ -40,6 +42,7 @@ class DraftRequest:
     """The options of `potstill init`, whose help describes them.
 
     Args:
+        split: of `data` where that is a folder or a data set on the hub with several; eval_split and config likewise.
         budget: one limit (params, compression, memory_gb, target), with keep and context; default: half of the layers.
         columns: column key of the recipe -> column; default: found by their names.
     """
@@ -55,6 +58,9 @@ class DraftRequest:
     columns: Mapping[str, str] = field(default_factory=dict)
     max_length: int | None = None
     dimensions: int | None = None
+    split: str | None = None
+    eval_split: str | None = None
+    config: str | None = None
     name: str | None = None
     output: str | None = None
 
@@ -65,6 +71,19 @@ class DraftRequest:
     @property
     def run_name(self) -> str:
         return self.name or f"{Path(self.teacher).stem}-{'texts' if self.recipe_kind == 'generate' else 'small'}"
+
+    @property
+    def train(self) -> dict[str, Any]:
+        """Where the training data is, as keys of a Source."""
+        return self._place(self.data, self.split)
+
+    @property
+    def held_out(self) -> dict[str, Any]:
+        return self._place(self.eval, self.eval_split)
+
+    def _place(self, path: Path | None, split: str | None) -> dict[str, Any]:
+        place = {"path": str(path), "split": split, "config": self.config if split else None}
+        return {key: value for key, value in place.items() if value is not None}
 
     @property
     def directory(self) -> str:
@@ -103,8 +122,8 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     reader = existing or teacher
     positions = min(teacher.max_length, reader.max_length)
     positions -= VIRTUAL_TOKENS if request.adapter in ("prompt", "prefix") else 0
-    rows = inspection.sample_rows(request.data, request.columns, teacher, reader.tokenizer, positions)
-    inspection.sample_rows(request.eval, rows.columns, teacher, reader.tokenizer, positions)
+    rows = _sample(request.train, request.columns, teacher, reader.tokenizer, positions)
+    _sample(request.held_out, rows.columns, teacher, reader.tokenizer, positions)
     packing = teacher.task == "causal" and "field" in rows.columns
     needed = PACKED_LENGTH if packing else min(MAX_LENGTH, 32 * math.ceil(rows.longest / 32))
     max_length = request.max_length or min(positions, needed)
@@ -115,13 +134,18 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
         num_rows = rows.num_tokens // max_length if packing else rows.num_rows
         batch = max(1, min(batch, num_rows // MIN_STEPS))
     other = existing is not None and existing.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
-    train, held_out = ({"path": str(path), **rows.columns} for path in (request.data, request.eval))
+    train, held_out = ({**place, **rows.columns} for place in (request.train, request.held_out))
     accumulation = 1 if rows.is_whole_file else math.ceil(8 / batch)
     models = {"teacher": teacher, "student": student, "design": design, "other_tokenizer": other}
     tasks = {"task": teacher.task, "sequence_level": teacher.task in SEQUENCE_TASKS}
     data = {"rows": rows, "train": train, "held_out": held_out, "packing": packing, "positions": positions}
     training = {"batch": batch, "accumulation": accumulation, "rate": _learning_rate(request, teacher)}
     return {**models, **tasks, **data, **training, "max_length": max_length, "bf16": has_bfloat16()}
+
+
+def _sample(place: dict[str, Any], columns: Mapping[str, Any], *models: Any) -> inspection.RowSample:
+    """Sample the rows of a source; of a data set on the hub, no more is downloaded."""
+    return inspection.sample_rows(Source(**place, streaming=True), columns, *models)
 
 
 def _student(request: DraftRequest, teacher: inspection.ModelInfo) -> tuple[dict[str, Any], str | None]:
@@ -169,9 +193,8 @@ def _embedding(request: DraftRequest) -> dict[str, Any]:
     dimensions = open_vectors(request.teacher).dimensions if config is None else config.hidden_size
     columns = None
     if request.data is not None:
-        columns = inspection.find_columns(
-            request.data, inspection.read_table(request.data).columns, "encoder", request.columns
-        )
+        source = Source(request.data)
+        columns = inspection.find_columns(source, locate(source).columns, "encoder", request.columns)
     return {
         "vectors": vectors,
         "columns": columns,
@@ -185,7 +208,7 @@ def _generate(request: DraftRequest) -> dict[str, Any]:
     teacher = inspection.inspect_model(request.teacher, "teacher", "causal")
     if request.data is None:
         raise UserError("init: expected --data FILE with questions, got none.")
-    names = inspection.read_table(request.data).columns
+    names = locate(Source(request.data)).columns
     question = request.columns.get("field") or inspection.first_of(("question", "prompt", *inspection.TEXTS), names)
     if question not in names:
         raise UserError(
@@ -199,6 +222,7 @@ def _generate(request: DraftRequest) -> dict[str, Any]:
 
 # For each kind: the values of its template, its recipe, and the options that have an effect.
 OPTIONS = {"eval", "task", "student", "budget", "adapter", "columns", "max_length", "dimensions"}
+OPTIONS |= {"split", "eval_split", "config"}
 KINDS: dict[Kind, tuple[Callable[[DraftRequest], dict[str, Any]], type[Document], set[str]]] = {
     "distillation": (_distillation, Recipe, OPTIONS - {"dimensions"}),
     "embedding": (_embedding, EmbeddingRecipe, {"eval", "columns", "dimensions"}),
@@ -207,5 +231,7 @@ KINDS: dict[Kind, tuple[Callable[[DraftRequest], dict[str, Any]], type[Document]
 
 
 def _one_line_yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        value = {key: list(part) if isinstance(part, tuple) else part for key, part in value.items()}
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
     return text.removesuffix("\n...\n").strip()

@@ -6,18 +6,18 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from potstill.data.batches import encode
-from potstill.data.loading import require_file
-from potstill.data.readers import Table, open_table, reading
+from potstill.data.columns import choose_columns, recognise
+from potstill.data.locate import locate
 from potstill.data.sources import Source
 from potstill.errors import DataError, ModelError
-from potstill.losses.alignment import SEQUENCE_TASKS, Task
+from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.heads import class_ids, max_positions
 from potstill.models.loading import ADAPTER_CONFIG, AUTO_CLASSES, is_adapter, load_config, load_tokenizer
 from potstill.models.size import build
@@ -87,88 +87,88 @@ SAMPLE_CHARACTERS = 20_000  # of a plain text, which may be a whole book
 TEXTS = ("text", "content", "document", "body", "sentence", "sentence1", "text1", "premise")
 PAIRS = ("text_pair", "sentence2", "text2", "hypothesis")
 LABELS = ("label", "labels", "class", "score", "target")
-MESSAGES = ("messages", "conversations", "conversation")
-INSTRUCTIONS = [("instruction", "output"), ("instruction", "response"), ("input", "output")]
-PROMPTS_AND_COMPLETIONS = [("prompt", "completion"), ("prompt", "response"), ("question", "answer"), *INSTRUCTIONS]
 
 
 class RowSample(NamedTuple):
-    """The first rows of a file."""
+    """The first rows of a source."""
 
-    columns: dict[str, str]  # column key of the recipe (field, prompt, ...) -> column
+    columns: dict[str, Any]  # the keys of a Source that say what is read: field, prompt, ...
+    unused: tuple[str, ...]  # all other columns
     num_rows: int
     is_whole_file: bool
     longest: int  # most tokens in a row, after truncation to the model's limit
     num_tokens: int  # that are targets
 
 
-def read_table(path: Path) -> Table:
-    path = path.expanduser()
-    require_file(path)
-    with reading(path):
-        return open_table(path)
+def find_columns(source: Source, names: Sequence[str], task: Task, given: Mapping[str, str]) -> dict[str, Any]:
+    """Choose what a task reads, by the names of columns, as keys of a Source.
 
-
-def find_columns(path: Path, names: Sequence[str], task: Task, given: Mapping[str, str]) -> dict[str, str]:
-    """Choose the columns that a task reads, by their names.
-
-    `given` has the columns that the user named, by column key of the recipe; only sequence-level tasks add others.
+    `given` has the columns that the user named; only sequence-level tasks add others.
     """
     if task in SEQUENCE_TASKS:
         usual = {"field": TEXTS, "pair": PAIRS, "label": LABELS}
         columns = {key: name for key, candidates in usual.items() if (name := first_of(candidates, names))} | {**given}
         missing = [f"--{key}" for key in ("field", "label") if key not in columns]
         if missing:
-            raise _unclear(path, names, f"columns for the task {task}", " and ".join(missing))
+            raise _unclear(source, names, f"columns for the task {task}", " and ".join(missing))
         return columns
     if given:
         return dict(given)
     text, flags = first_of(TEXTS, names), "--field"
-    kinds: list[dict[str, str]] = [] if text is None else [{"field": text}]
-    if task in ("causal", "masked"):
-        messages = first_of(MESSAGES, names)
-        pairs = [pair for pair in PROMPTS_AND_COMPLETIONS if {*pair} <= {*names}]
-        kinds += [{"messages": messages}] if messages else []
-        kinds += [dict(zip(("prompt", "completion"), pair, strict=True)) for pair in pairs[:1]]
-        kinds += [{"input_ids": "input_ids"}] if "input_ids" in names else []
+    ways: list[dict[str, Any]] = [{"field": text}] if text else []
+    if task in TOKEN_TASKS:
+        ways += [way for way in recognise(names) if way not in ways]
         flags = "--field, --messages, or --prompt with --completion"
-    if not kinds and len(names) == 1:
-        kinds = [{"field": names[0]}]
-    if len(kinds) != 1:
-        raise _unclear(path, names, "columns of one kind", flags)
-    return kinds[0]
+    if not ways and len(names) == 1:
+        ways = [{"field": names[0]}]
+    if len(ways) != 1:
+        raise _unclear(source, names, "columns of one kind", flags)
+    return ways[0]
 
 
 def sample_rows(
-    path: Path, given: Mapping[str, str], teacher: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_length: int
+    source: Source, given: Mapping[str, Any], teacher: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> RowSample:
-    """Read and encode the first rows of a file as a run does, with the student's tokenizer."""
-    table = read_table(path)
-    columns = find_columns(path, table.columns, teacher.task, given)
-    names = [*columns.values()]
-    for name in names:
-        if name not in table.columns:
-            raise _unclear(path, table.columns, f"a column {name!r}", "one of these")
-    with reading(path):
-        batches = (zip(*(batch[name] for name in names), strict=True) for batch in table.read(names))
-        rows = [*islice((dict(zip(names, row, strict=True)) for batch in batches for row in batch), SAMPLE_ROWS + 1)]
+    """Read and encode the first rows of a source as a run does, with the student's tokenizer."""
+    location = locate(replace(source, limit=SAMPLE_ROWS + 1))
+    columns = find_columns(source, location.columns, teacher.task, given)
+    has_template = tokenizer.chat_template is not None
+    if "prompt" in columns:
+        columns = _as_chat(columns) if has_template and teacher.task == "causal" else _as_text(columns)
+    named = replace(source, **columns)
+    choice = choose_columns(named, location.columns, location.first, teacher.task, has_template)
+    rows = [
+        dict(zip(batch.columns, row, strict=True))
+        for batch in location.batches(choice.columns)
+        for row in zip(*batch.columns.values(), strict=True)
+    ]
     for row in rows:
         if isinstance(text := row.get(columns.get("field", "")), str):
             row[columns["field"]] = text[:SAMPLE_CHARACTERS]
     with tempfile.TemporaryDirectory() as folder:
-        sample = Path(folder) / f"{path.stem}.jsonl"
+        sample = Path(folder) / f"{Path(source.path).stem}.jsonl"
         lines = [json.dumps(row, default=str) + "\n" for row in rows[:SAMPLE_ROWS]]
         sample.write_text("".join(lines), encoding="utf-8")
-        source = Source(sample, **columns)  # type: ignore[arg-type]  # each key is a column
         task, classes = teacher.task, class_ids(teacher.config)
-        examples = encode(source, tokenizer, max_length=max_length, task=task, classes=classes)
+        examples = encode(Source(sample, **columns), tokenizer, max_length=max_length, task=task, classes=classes)
     longest = max(len(ids) for ids in examples.dataset["input_ids"])
-    return RowSample(columns, len(lines), len(rows) <= SAMPLE_ROWS, longest, examples.tokens)
+    return RowSample(columns, choice.unused, len(lines), len(rows) <= SAMPLE_ROWS, longest, examples.tokens)
+
+
+def _as_chat(columns: dict[str, Any]) -> dict[str, Any]:
+    """Name a prompt and its completion as a chat: what an instruct model knows."""
+    prompt = columns["prompt"]
+    single = isinstance(prompt, tuple) and len(prompt) == 1
+    return columns | {"prompt": prompt[0] if single else prompt, "chat": True}
+
+
+def _as_text(columns: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in columns.items() if key != "chat"}
 
 
 def first_of(candidates: Sequence[str], names: Sequence[str]) -> str | None:
     return next((name for name in candidates if name in names), None)
 
 
-def _unclear(path: Path, names: Sequence[str], expected: str, flags: str) -> DataError:
-    return DataError(f"data: expected {expected} in {path.name}, got {', '.join(names)}. Say which with {flags}.")
+def _unclear(source: Source, names: Sequence[str], expected: str, flags: str) -> DataError:
+    return DataError(f"data: expected {expected} in {source.title}, got {', '.join(names)}. Say which with {flags}.")

@@ -1,0 +1,137 @@
+"""A rehearsal: every step of a run on two short rows, so that nothing fails after the training that could before it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from rich.console import Console
+
+from potstill.data.files import explain_disk_full
+from potstill.errors import PotstillError, RecipeError, RunError, one_line
+from potstill.losses.alignment import TOKEN_TASKS
+from potstill.models.spacing import evenly_spaced
+from potstill.runs import steps
+from potstill.runs.build import BuiltRun, piece
+
+ROWS = 2  # for each rank
+TOKENS = 16  # of a row that is cut
+CANDIDATES = 64  # evenly spaced rows among which the shortest are taken
+NEW_TOKENS = 4  # of an on-policy sample
+NO_TIME = 1e-6  # seconds: one batch, one pass and one continuation are measured
+
+
+def rehearse(built: BuiltRun, student: Any) -> None:
+    """Walk the steps of a run in a temporary folder beside its output: one optimiser step, resumed for a second one.
+
+    The student is one that `built.new_student` made; it does not change.
+
+    Raises:
+        RunError: a step failed; the message names it.
+        PotstillError: a step's own.
+    """
+    teacher, quiet = built.teacher, Console(quiet=True)
+    state = {} if teacher.of_student else {name: value.clone() for name, value in teacher.state_dict().items()}
+    if built.recipe.student.adapter is None:  # a copy is quicker to make; peft changes what it is given
+        built = replace(built, new_student=partial(copy.deepcopy, student))
+    first, whole = _small_run(built, 1), _small_run(built, 2)
+    with temporary_folder(Path(built.recipe.output)) as folder:
+        try:
+            _try(steps.Step("train and save the student", steps.train_student, every_rank=True), first, folder, quiet)
+            if PartialState().is_main_process:
+                shutil.rmtree(folder / "student")
+            PartialState().wait_for_everyone()
+            for step in steps.STEPS:
+                _try(step, whole, folder, quiet)
+        finally:
+            teacher.load_state_dict(state)
+            if built.writer is not None:
+                built.writer.push_due = True  # its server has the rehearsal's weights
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    PartialState().wait_for_everyone()
+
+
+def _try(step: steps.Step, built: BuiltRun, folder: Path, console: Console) -> None:
+    needed = steps.CHECKPOINT_BYTES * built.size.trained
+    with failing_early(step.name, "two short rows"), explain_disk_full(folder, needed):
+        if step.every_rank or PartialState().is_main_process:
+            step.do(built, folder, console)
+    PartialState().wait_for_everyone()
+
+
+@contextmanager
+def failing_early(step: str, rows: str) -> Iterator[None]:
+    """Name the step, and what it was tried on, in any error that is not Potstill's own."""
+    try:
+        yield
+    except PotstillError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"run: expected the step '{step}' to work on {rows}, got {type(error).__name__}: {one_line(error, 300)}. "
+            "Nothing was trained. Mend its cause; --debug shows where it is."
+        ) from error
+
+
+def _small_run(built: BuiltRun, num_steps: int) -> BuiltRun:
+    """The run with two short rows and few steps; each of them is logged, measured and saved."""
+    train, held_out = (_short_rows(built, examples.dataset) for examples in (built.train, built.eval))
+    recipe = built.recipe
+    longest = max(len(row["input_ids"]) for rows in (train, held_out) for row in rows)
+    every_step = {"logging_steps": 1, "eval_steps": 1, "save_steps": 1, "eval_delay": 0, "dataloader_drop_last": False}
+    changes: dict[str, Any] = {  # the weights stay as they are: a rate that is too high shows in the training
+        "train": {**recipe.train, **every_step, "max_steps": num_steps, "learning_rate": 0.0},
+        "data": recipe.data.model_copy(update={"max_length": longest}),
+        "evaluate": recipe.evaluate.model_copy(update={"time_limit": NO_TIME}),
+    }
+    if recipe.rollout is not None:
+        changes["rollout"] = replace(recipe.rollout, max_new_tokens=min(NEW_TOKENS, recipe.rollout.max_new_tokens))
+    return replace(
+        built,
+        recipe=recipe.model_copy(update=changes),
+        train=replace(built.train, dataset=train),
+        eval=replace(built.eval, dataset=held_out),
+        plan=built.plan._replace(steps=num_steps),
+    )
+
+
+def _short_rows(built: BuiltRun, dataset: Any) -> Dataset:
+    """The shortest of some rows, or pieces of them where the teacher takes pieces."""
+    rows = [dataset[i] for i in evenly_spaced(CANDIDATES, len(dataset))]
+    if built.recipe.task in TOKEN_TASKS and not built.needs_whole_rows:
+        rows = [piece(row, TOKENS) for row in rows]
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    return Dataset.from_list(rows[: ROWS * PartialState().num_processes])
+
+
+@contextmanager
+def temporary_folder(output: Path) -> Iterator[Path]:
+    """A folder on the disk of the output, the same for every rank."""
+    main, names = PartialState().is_main_process, [""]
+    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if main:
+        try:
+            names = [tempfile.mkdtemp(prefix=".potstill-", dir=parent)]
+        except OSError as error:
+            reason = f"got {output}: {error.strerror}. Choose another with --set output=DIR."
+            raise RecipeError(f"output: expected a directory to write to, {reason}") from None
+    broadcast_object_list(names)
+    try:
+        yield Path(names[0])
+    finally:
+        if main:
+            shutil.rmtree(names[0], ignore_errors=True)

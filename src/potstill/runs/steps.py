@@ -1,0 +1,139 @@
+"""The steps of a run after its objects are built, in order: `run` walks them, and `rehearse` before it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from transformers import PrinterCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from potstill.errors import RecipeError, one_line
+from potstill.evaluate.report.page import write_report, write_student_card
+from potstill.evaluate.summary import write_summary
+from potstill.models.adapted import convert_saved, merged
+from potstill.models.modules import copy_modules
+from potstill.runs.build import BuiltRun
+from potstill.runs.measure import EVAL_ROWS, summarize
+from potstill.runs.progress import TrainingProgress, part
+from potstill.train.callbacks import MetricsFile, SamplesFile
+from potstill.train.checkpoints import last_checkpoint
+from potstill.train.objective import Objective
+from potstill.train.rollout import Rollout
+from potstill.train.terms.logits import Labels
+from potstill.train.trainer import DistillationConfig, DistillationTrainer
+
+CHECKPOINT_BYTES = 3 * 4  # of a trained parameter: itself and Adam's two moments
+
+
+class Step(NamedTuple):
+    """A step of a run; what it needs of earlier steps is in the run directory."""
+
+    name: str
+    do: Callable[[BuiltRun, Path, Console], object]
+    every_rank: bool = False  # else the main process alone
+
+
+def train_student(built: BuiltRun, directory: Path, console: Console) -> None:
+    """Train and save the student."""
+    _train(built, "student", built.objective, directory, console, built.new_rollout())
+
+
+def train_baseline(built: BuiltRun, directory: Path, console: Console) -> None:
+    """Train and save the same student on labels alone, where the recipe asks for it."""
+    if built.recipe.evaluate.baseline:
+        _train(built, "baseline", Objective([Labels()]), directory, console)
+
+
+def measure_models(built: BuiltRun, directory: Path, console: Console) -> None:
+    """Measure all models as they are on the disk, and write summary.json."""
+    names = ("student", "baseline") if built.recipe.evaluate.baseline else ("student",)
+    write_summary(summarize(built, {name: directory / name for name in names}, directory, console), directory)
+
+
+def write_pages(built: BuiltRun, directory: Path, console: Console) -> None:
+    """Write the student's card and report.html."""
+    with part(console, "writing the report"):
+        write_student_card(directory)
+        write_report(directory)
+
+
+def write_recipe(built: BuiltRun, directory: Path, console: Console) -> None:
+    """Make the directory, with recipe.yaml."""
+    built.recipe.start(directory)
+
+
+STEPS = (
+    Step("write the recipe", write_recipe),
+    Step("train student", train_student, every_rank=True),
+    Step("train baseline", train_baseline, every_rank=True),
+    Step("measure", measure_models),
+    Step("report", write_pages),
+)
+
+
+def _train(
+    built: BuiltRun, name: str, objective: Objective, directory: Path, console: Console, rollout: Rollout | None = None
+) -> None:
+    """Train one student, or continue from its last checkpoint, and save it in `directory/name`, unless it is there."""
+    folder = directory / name
+    if folder.exists():
+        return
+    recipe, checkpoints, shown = built.recipe, directory / "checkpoints" / name, TrainingProgress(name, console)
+    trainer = DistillationTrainer(
+        student=built.new_student(),
+        teacher=built.teacher if objective.needs_teacher else None,
+        objective=objective,
+        args=training_arguments(built, checkpoints),
+        train_dataset=built.train.dataset,
+        eval_dataset=built.curve,
+        processing_class=built.tokenizer,
+        vocabulary=built.vocabulary or None,
+        task=recipe.task,
+        rollout=rollout,
+        prefetch=recipe.teacher.prefetch,
+        callbacks=[MetricsFile(directory / "metrics.jsonl", name), shown],
+    )
+    if rollout is not None:
+        trainer.add_callback(SamplesFile(directory / "own_texts.jsonl", name, rollout, console))
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
+    finally:
+        shown.progress.stop()
+    _save(built, trainer, folder)
+
+
+def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
+    """Save the student under a temporary name first, so that a folder with the final name is complete."""
+    if built.recipe.student.merges:
+        trainer.distiller.student = merged(trainer.distiller.student)
+    partial = folder.with_name(f"{folder.name}.partial")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)  # left by a kill during an earlier save
+    trainer.save_model(str(partial))
+    unset_hf_deepspeed_config()  # ZeRO-3 would shard every model that is loaded from here on
+    if trainer.is_world_process_zero():
+        if built.save_dtype is not None:
+            convert_saved(partial, built.save_dtype, built.recipe.task)
+        teacher, student = built.loaded.config, trainer.distiller.config
+        if built.recipe.task == "encoder" and teacher is not None and teacher.hidden_size == student.hidden_size:
+            copy_modules(str(built.recipe.teacher.model_path), partial)
+        partial.rename(folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def training_arguments(built: BuiltRun, checkpoints: Path) -> DistillationConfig:
+    """Combine the recipe's `train` with defaults for what it leaves out."""
+    steps = built.plan.steps
+    sixth = max(1, steps // 6)
+    defaults = {"logging_steps": max(1, steps // 60), "save_total_limit": 1, "per_device_eval_batch_size": EVAL_ROWS}
+    intervals = {"eval_strategy": "steps", "eval_steps": sixth, "save_strategy": "steps", "save_steps": sixth}
+    values: dict[str, Any] = {**defaults, **intervals, **built.recipe.train, "bf16": built.plan.bf16}
+    try:
+        return DistillationConfig(output_dir=str(checkpoints), seed=built.recipe.seed, disable_tqdm=True, **values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"train: expected arguments that go together, got: {one_line(error)}") from None

@@ -1,0 +1,151 @@
+"""Encode the rows that a trainer is given, by the rules of `potstill.data.encode`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from potstill.data.batches import COLLATED, PaddingCollator, encode
+from potstill.data.disk_cache import BATCH, cached_in
+from potstill.data.masking import MaskedRows
+from potstill.data.sources import Source, listed
+from potstill.errors import DataError, EmptyDataError
+from potstill.losses.alignment import Task
+from potstill.train.columns import LOSS_MASKS
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowsEncoder:
+    """Encodes data sets of texts, of prompts and completions, or of messages; rows with input_ids stay as they are.
+
+    Args:
+        tokenizer: None where all rows have input_ids.
+        max_length: tokens of the longest example.
+        classes: numbers of classes by name.
+        seed: of the masks of a masked model.
+        collator: makes the batches. One of the user's own gets the rows as they are.
+        read: columns that a model would read, and that `PaddingCollator` leaves out.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    task: Task
+    max_length: int
+    classes: Mapping[str, int]
+    seed: int
+    collator: Any
+    read: frozenset[str]
+
+    def __call__(self, rows: Any, name: str, training: bool = False) -> Any:
+        """Return a data set of rows with input_ids.
+
+        Args:
+            rows: a data set of torch or `datasets`, streamed too, a list of dicts, or several held-out sets by name.
+            name: of the argument, for messages.
+            training: whether the masks of a masked model change from epoch to epoch.
+        """
+        if isinstance(rows, Mapping):
+            if training:
+                raise DataError(
+                    f"data: expected one data set as {name}, got {listed(list(rows))}. Name one of them, as in "
+                    f"{name}=data[{next(iter(rows), 'train')!r}]."
+                )
+            return {part: self(value, f"{name}_{part}") for part, value in rows.items()}
+        first = None if rows is None else next(_iterate(rows), None)
+        if not isinstance(first, Mapping):
+            return rows  # empty, or made for a collator of the user's own
+        if not isinstance(self.collator, PaddingCollator) and self.collator is not None:
+            if "input_ids" not in first and type(self.collator).__module__.startswith("transformers."):
+                raise DataError(
+                    f"data: expected input_ids in {name} for {type(self.collator).__name__}, got "
+                    f"{listed(list(first))}. Leave data_collator out: then the rows are encoded."
+                )
+            return rows
+        if "input_ids" in first:
+            self._check_columns(first, name)
+            return rows
+        if self.tokenizer is None:
+            raise DataError(
+                f"data: expected input_ids in {name}, or a processing_class that makes them, got "
+                f"{listed(list(first))}. Give the tokenizer as processing_class."
+            )
+        if isinstance(rows, IterableDataset):
+            return EncodedStream(rows, self, name)
+        dataset = self.encode(rows, name)
+        if self.task != "masked":
+            return dataset
+        masked = MaskedRows(dataset, self.tokenizer, seed=self.seed)
+        return masked if training else masked.fixed()
+
+    def encode(self, rows: Any, name: str) -> Dataset:
+        """Encode rows through a file, as those of a recipe are."""
+        assert self.tokenizer is not None
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            if isinstance(rows, Dataset):  # keeps what Arrow knows of nulls
+                rows.save_to_disk(path)
+            else:
+                path = path.with_suffix(".jsonl")
+                with path.open("w", encoding="utf-8") as file:
+                    file.writelines(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in _iterate(rows))
+            options: dict[str, Any] = {"max_length": self.max_length, "task": self.task, "classes": self.classes}
+            examples = encode(Source(path), self.tokenizer, **options)
+        for note in examples.notes:
+            logger.warning(note)
+        return examples.dataset
+
+    def _check_columns(self, example: Mapping[str, Any], name: str) -> None:
+        """Refuse columns that would change the training and are not read, and name all others that are not."""
+        unused = set(example) - COLLATED
+        if refused := unused & (LOSS_MASKS | self.read):
+            raise DataError(
+                f"data: expected input_ids and labels in {name}, got the column {min(refused)}, which is not read. "
+                "Give labels, with -100 on tokens without a loss, or remove the column."
+            )
+        if unused:
+            logger.warning("data: columns of %s that are not read: %s.", name, listed(sorted(unused)))
+
+
+class EncodedStream(IterableDataset[dict[str, Any]]):
+    """Rows of a streamed data set, encoded some at a time while they are read."""
+
+    def __init__(self, rows: Any, encoder: RowsEncoder, name: str) -> None:
+        if encoder.task == "masked":
+            raise DataError(
+                f"data: expected a data set with a length as {name} for the task masked, whose masks are made by row, "
+                "got a stream. Load it whole, or encode and mask it yourself."
+            )
+        self.rows, self.encoder, self.name = rows, encoder, name
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = iter(self.rows)
+        while chunk := list(islice(rows, BATCH)):
+            with TemporaryDirectory() as folder, cached_in(Path(folder)):
+                try:
+                    examples = list(self.encoder.encode(chunk, self.name))
+                except EmptyDataError:  # a chunk of empty rows does not end the stream
+                    continue
+            yield from examples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle the rows for an epoch, where they can be."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+
+def _iterate(rows: Any) -> Iterator[Any]:
+    """The rows of anything with a length or an iterator."""
+    if isinstance(rows, Iterable):
+        return iter(rows)
+    return (rows[i] for i in range(len(rows)))

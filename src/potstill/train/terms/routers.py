@@ -1,0 +1,57 @@
+"""Terms over the routers of mixtures of experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from potstill.errors import ShapeError
+from potstill.losses.schedule import Weight
+from potstill.models.capture import ActivationRequest
+from potstill.models.structure import ModelShape
+from potstill.train.signals import Signals
+from potstill.train.terms.term import FittedTerm, Term
+
+
+@dataclass(frozen=True)
+class RouterBalance(Term):
+    """Balance the load of the student's experts: the auxiliary loss of the Switch Transformer and its successors.
+
+        E * sum over experts of f_e P_e
+
+    Over all layers with a router and the attended positions, f_e is how often an expert is among the chosen ones and
+    P_e its mean probability. It is the number of experts for a token where the load is even. As in transformers it is a
+    quantity of the batch; it is averaged over the batches of the optimiser step by their target tokens.
+
+    References:
+        Fedus et al. 2021 (Switch Transformer), arXiv 2101.03961, equations 4 to 6.
+    """
+
+    weight: Weight = 0.001
+    name = "router_balance"
+    needs_teacher: ClassVar[bool] = False
+    reads_layers: ClassVar[bool] = True
+
+    def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
+        if not student.experts_per_token:
+            raise ShapeError(
+                "RouterBalance: expected a student of a family that balances its experts by a loss, as Mixtral and "
+                "Qwen3-MoE do, got one without. Leave the term out."
+            )
+        layers = frozenset(range(student.layers))
+        return FittedTerm(partial(self.balance, student.experts_per_token), ActivationRequest(routers=layers))
+
+    @staticmethod
+    def balance(experts_per_token: int, signals: Signals) -> Tensor:
+        """Compute the loss from the logits of all routers."""
+        assert signals.attended is not None
+        attended = signals.attended.flatten()
+        layers = [logits[:, attended].flatten(0, 1).float() for logits in signals.inside.routers.values()]
+        probabilities = torch.cat(layers).softmax(-1)
+        tokens, experts = max(len(probabilities), 1), probabilities.shape[1]
+        chosen = probabilities.topk(experts_per_token).indices.flatten().bincount(minlength=experts)
+        return signals.batch_mean(experts * (chosen / tokens * probabilities.sum(0) / tokens).sum())
