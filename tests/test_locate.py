@@ -139,6 +139,7 @@ def test_a_model_for_another_task(folder: Path) -> None:
         ("teacher/config.json", "a file of a model. Name its folder."),
         ("teacher/*", "the pattern .*, which matches [0-9]+. Name one, such as"),
         ("nothing*", "which is not one. Check the path."),
+        ("my model", "expected a folder"),
         ("teachr", "Did you mean .*teacher?"),
         ("model.onnx", "an export for inference. Name the model that it was made from."),
         ("model.bin", "a pickle, which can run code when it is loaded."),
@@ -381,3 +382,9 @@ def test_offline_mode_takes_what_was_downloaded(toys: Path, tmp_path: Path, monk
     monkeypatch.setattr(locate_module, "try_to_load_from_cache", found)
     assert load_model("maker/model", "teacher.model").num_parameters()
     assert load_tokenizer("maker/model", "teacher.model").get_vocab()
+
+
+def test_a_name_that_no_repository_can_have() -> None:
+    assert "expected a folder or a model's name, got my model. Check the path." in refused(
+        load_model, "my model", "teacher.model"
+    )

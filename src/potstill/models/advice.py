@@ -88,13 +88,18 @@ def _causes(folder: Path, expected: str) -> Iterator[Cause]:
 def _without_config(folder: Path) -> Iterator[Cause]:
     if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
         return
-    for pattern, cause in FORMATS.items():
-        if [*folder.glob(pattern)]:
-            yield Cause(f"{cause[0]}.", cause[1])
-    within = sorted(folder.glob("**/config.json"), key=lambda path: (len(path.parts), path.stat().st_mtime))
+    yield from _of_formats(folder)
+    within = [*folder.glob("*/config.json")] or [*folder.glob("*/*/config.json")]
     if within:
-        yield Cause("no config.json.", f"Did you mean {within[-1].parent}?")
+        newest = max(within, key=lambda path: path.stat().st_mtime)
+        yield Cause("no config.json.", f"Did you mean {newest.parent}?")
     yield Cause("no config.json.", "Check the path, or copy the file from the original model.")
+
+
+def _of_formats(folder: Path) -> Iterator[Cause]:
+    for pattern, (what, hint) in FORMATS.items():
+        if [*folder.glob(pattern)]:
+            yield Cause(f"{what}.", hint)
 
 
 def _of_config(config: dict[str, Any]) -> Iterator[Cause]:
@@ -129,9 +134,7 @@ def _of_weights(folder: Path, config: dict[str, Any]) -> Iterator[Cause]:
         yield Cause("weights quantized by MLX.", "Name the model that it was made from.")
     if weights:
         return
-    for pattern, cause in FORMATS.items():
-        if [*folder.glob(pattern)]:
-            yield Cause(f"{cause[0]}.", cause[1])
+    yield from _of_formats(folder)
     pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
     if pickles and "adapter" in pickles[0]:
         yield Cause(f"a pickle, {pickles[0]}.", "Save it again with peft, which writes safetensors.")

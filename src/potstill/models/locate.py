@@ -126,7 +126,11 @@ def _in_gguf(path: Path, key: str) -> Location:
 
 def _on_hub(name: str, key: str) -> Location:
     """Check a name on the Hub; where the Hub cannot be reached, take what was downloaded before."""
-    error, downloaded = None, try_to_load_from_cache(name, "config.json")
+    error = None
+    try:
+        downloaded = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        raise ModelError(f"{key}: expected a folder or a model's name, got {name}. Check the path.") from None
     if not constants.is_offline_mode():
         error = _hub_error(name)
         if error is None:
