@@ -307,3 +307,46 @@ def test_the_recipe_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Path("train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
     (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
     assert run(yaml.safe_load(recipe)).summary["rows"]["student"]["dimensions"] == 8
+
+
+def test_a_student_of_a_half_precision_embedder_is_trained_in_full_and_saved_in_half(
+    values: dict[str, Any], embedder: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    half = SentenceTransformer(str(embedder), device="cpu")
+    half.to(torch.bfloat16).save_pretrained("half", create_model_card=False)
+    Path("train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
+    values |= {"teacher": {"embedder": "half"}, "data": {"train": {"path": "train.jsonl"}}}
+    values["student"] = {"encoder": {"layers": 1}, "dimensions": 4}
+    result = run(values)
+    trained = torch.load("run/checkpoints/student/stage-1.pt", weights_only=True)["student"]
+    assert {weight.dtype for weight in trained.values() if weight.is_floating_point()} == {torch.float32}
+    saved = SentenceTransformer("run/student", device="cpu")
+    assert {weight.dtype for weight in saved.parameters()} == {torch.bfloat16}
+    result = run(values | {"student": values["student"] | {"save_dtype": "float32"}, "output": "run-32"})
+    saved = SentenceTransformer(str(result.directory / "student"), device="cpu")
+    assert {weight.dtype for weight in saved.parameters()} == {torch.float32}
+    with pytest.raises(RecipeError, match="expected save_dtype float32 for a head over vectors"):
+        run(values | {"student": {"head": "linear", "dimensions": 3, "save_dtype": "bfloat16"}, "output": "run-head"})
+
+
+def test_held_out_texts_that_are_training_texts_are_reported(values: dict[str, Any], embedder: Path) -> None:
+    for name, texts in (("train", WORDS[:90]), ("eval", WORDS[60:])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    values |= {
+        "teacher": {"embedder": str(embedder)},
+        "data": {"train": {"path": "train.jsonl"}, "eval": {"path": "eval.jsonl"}},
+        "student": {"static": None, "dimensions": 4},
+    }
+    summary = run(values).summary
+    assert summary["eval_in_train"] == pytest.approx(len({*WORDS[:90]} & {*WORDS[60:]}) / len(WORDS[60:]), abs=0.3)
+    assert "held-out rows are training rows too, such as held-out row 1 and training row 61" in summary["notes"][0]
+    assert "No conclusion" in Path("run/report.html").read_text()
+
+
+def test_held_out_vectors_that_are_training_vectors_are_reported(values: dict[str, Any]) -> None:
+    np.save("held.npy", torch.cat([HELD, TRAIN[5:7]]).numpy())
+    summary = run(values | {"teacher": {"vectors": "embeddings.npy", "eval_vectors": "held.npy"}}).summary
+    assert summary["eval_in_train"] == pytest.approx(2 / (len(HELD) + 2))
+    assert f"held-out row {len(HELD) + 1} and training row 6." in summary["notes"][0]

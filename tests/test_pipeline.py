@@ -58,7 +58,9 @@ def test_a_run_leaves_what_it_promises(recipe_values: dict[str, Any]) -> None:
     rows = result.summary["rows"]
     assert list(rows) == ["teacher", "baseline", "student"]
     for row in rows.values():
-        assert set(row) == {"loss", "perplexity", "agreement", "kl", "parameters", "bytes", "latency_ms"}
+        assert set(row) == {
+            *("loss", "perplexity", "agreement", "kl", "parameters", "bytes", "saved_as", "latency_ms"),
+        }
     assert rows["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
     assert rows["teacher"]["agreement"] == 1
     assert rows["student"]["parameters"] == rows["baseline"]["parameters"] < rows["teacher"]["parameters"]

@@ -94,7 +94,7 @@ def print_facts(rows: Iterable[tuple[str, ...]]) -> None:
     """Print names and values in two columns."""
     table = Table(show_header=False, box=None)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*row, style="bold red" if row[0] == "warning" else None)
     show(table)
 
 

@@ -44,12 +44,14 @@ class Examples:
         tokens: number of target tokens in all, by `potstill.losses.alignment.target_positions`.
         notes: what to print: examples that were truncated, skipped or left out.
         teacher_longest: tokens of the longest row with a prompt of the teacher's own; 0 where there is none.
+        sources: the titles of the sources, and their rows before they were encoded, empty ones included.
     """
 
     dataset: Any
     tokens: int
     notes: tuple[str, ...]
     teacher_longest: int = 0
+    sources: tuple[tuple[str, Dataset], ...] = ()
 
 
 def encode(
@@ -127,8 +129,8 @@ def encode(
     notes = [*loading_notes, *encoding_notes(encoder, len(dataset))]
     if task == "causal" and kind in ("text", "completion") and tokenizer.eos_token_id is None:
         notes = [f"tokenizer: expected an EOS token, got none: the texts of {file} have no end token.", *notes]
-    counts = encoder.counts
-    return Examples(Dataset.from_file(str(path)), counts["tokens"], tuple(notes), counts["teacher_longest"])
+    encoded, sources, counts = Dataset.from_file(str(path)), ((file, dataset),), encoder.counts
+    return Examples(encoded, counts["tokens"], tuple(notes), counts["teacher_longest"], sources)
 
 
 def _check_suitable(

@@ -44,7 +44,8 @@ def encode_mixture(sources: Source | Sequence[Source], tokenizer: PreTrainedToke
             percent, times = 100 * count / sum(counts), count / size
             notes.append(f"{source.title}: {percent:.3g}% of the training rows, each of {size:,} {times:.3g} times.")
     longest = max(examples.teacher_longest for examples in encoded)
-    return Examples(concatenate_datasets(datasets), tokens, tuple(notes), longest)
+    rows = tuple(chain(*(examples.sources for examples in encoded)))
+    return Examples(concatenate_datasets(datasets), tokens, tuple(notes), longest, rows)
 
 
 def _counts(sources: Sequence[Source], sizes: list[int]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from potstill.embedding.heads import VectorHead
-from potstill.errors import ModelError, UserError, one_line
+from potstill.errors import ModelError
+from potstill.models.advice import unreadable
+from potstill.models.integrity import check_weights
+from potstill.models.loading import suppress_warnings
+from potstill.models.locate import locate, require_package
 from potstill.models.structure import layer_lists
 
 if TYPE_CHECKING:
@@ -21,25 +25,41 @@ if TYPE_CHECKING:
 FREQUENT = 1e-3  # smooth inverse frequency: more frequent tokens weigh less at first (Arora et al. 2017, section 3)
 
 
-def require_sentence_transformers(key: str) -> None:
-    if importlib.util.find_spec("sentence_transformers") is None:
-        hint = "Install it with pip install 'potstill[embeddings]'."
-        raise UserError(f"{key}: expected the package sentence-transformers, got none. {hint}")
+def load_embedder(name: str, key: str, *, pooled: bool = True) -> SentenceTransformer:
+    """Load a sentence-transformers model, from a folder or the hub: safetensors only, no remote code.
 
-
-def load_embedder(path: str, key: str) -> SentenceTransformer:
-    """Load a sentence-transformers model, from a folder or the hub: safetensors only, no remote code."""
-    require_sentence_transformers(key)
+    `pooled` refuses a plain transformer, for which the pooling would be a guess.
+    """
+    require_package("sentence_transformers", "embeddings", key)
     from sentence_transformers import SentenceTransformer
 
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise ModelError(f"{key}: expected a folder with a sentence-transformers model, got {path}. Check the path.")
-    source = str(Path(path).expanduser()) if path.startswith("~") else path
+    location = locate(name, key)
     try:
-        return SentenceTransformer(source, trust_remote_code=False, model_kwargs={"use_safetensors": True})
+        model = SentenceTransformer(location.path, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except Exception as error:
-        got = one_line(error, 200)
-        raise ModelError(f"{key}: expected a sentence-transformers model in {path}, got: {got}") from None
+        raise unreadable(key, "a sentence-transformers model", name, location, error) from None
+    folder = location.folder
+    if pooled and folder is not None and not (folder / "modules.json").exists():
+        raise ModelError(
+            f"{key}: expected a sentence-transformers model in {name}, got a plain model without modules.json: how its "
+            "vectors are pooled is not known. Save it once with SentenceTransformer(...).save(FOLDER), and name that."
+        )
+    _check_body(model, folder, key, name)
+    return model
+
+
+def _check_body(model: SentenceTransformer, folder: Path | None, key: str, name: str) -> None:
+    """Check that no weight of the transformer is random: load the names of its weights again, without the weights."""
+    body = getattr(model[0], "auto_model", None)
+    if folder is None or body is None or (folder / "adapter_config.json").exists():
+        return
+    modules = folder / "modules.json"
+    path = json.loads(modules.read_text(encoding="utf-8"))[0].get("path", "") if modules.exists() else ""
+    with suppress_warnings():
+        _, info = type(body).from_pretrained(folder / path, device_map="meta", output_loading_info=True)
+    missing = [weight for weight in info["missing_keys"] if "pooler" not in weight]
+    kind = "a sentence-transformers model"
+    check_weights(body, missing, info["unexpected_keys"], key=key, name=name, kind=kind, may_miss=False)
 
 
 class TextStudent(nn.Module):
@@ -48,9 +68,9 @@ class TextStudent(nn.Module):
     reads_text: ClassVar[bool] = True
     inputs: ClassVar[None] = None  # it reads no vectors
 
-    def __init__(self, model: SentenceTransformer) -> None:
+    def __init__(self, model: SentenceTransformer, saved_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.saved_dtype = model, saved_dtype  # that of the checkpoint of its layers
         self.dimensions = int(model.get_embedding_dimension() or 0)
 
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -71,7 +91,7 @@ def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextS
 
     A token starts as the mean of `start` [N, d] over the texts that contain it, smaller if it is frequent; else at 0.
     """
-    require_sentence_transformers("student.static")
+    require_package("sentence_transformers", "embeddings", "student.static")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -94,7 +114,8 @@ def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
-    transformer: Any = copy.deepcopy(model[0])
+    saved_dtype = next(model.parameters()).dtype
+    transformer: Any = copy.deepcopy(model[0]).float()
     _keep_layers(getattr(transformer, "auto_model", transformer), layers)
     pooling = Pooling(transformer.auto_model.config.hidden_size, pooling_mode="mean")
     pooled = SentenceTransformer(modules=[transformer, pooling], device="cpu")
@@ -107,7 +128,7 @@ def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str
     bias = (target_mean - hidden_mean @ weight).float()
     width, dimensions = weight.shape
     dense = Dense(width, dimensions, activation_function=nn.Identity(), init_weight=weight.T.float(), init_bias=bias)
-    return TextStudent(SentenceTransformer(modules=[transformer, pooling, dense], device="cpu"))
+    return TextStudent(SentenceTransformer(modules=[transformer, pooling, dense], device="cpu"), saved_dtype)
 
 
 def _keep_layers(body: Any, number: int) -> None:

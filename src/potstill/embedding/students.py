@@ -17,6 +17,7 @@ from potstill.embedding.vectors import VectorArray
 from potstill.errors import ShapeError, UserError
 from potstill.losses.declared import Declared, Range, Record
 from potstill.models.loading import load_tokenizer
+from potstill.models.precision import as_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class EmbeddingStudent(ChosenByKey, Declared):
         prefixes: length -> weight: the first so many dimensions are trained to be good vectors alone.
         start: which PCA it starts as; default: the best for the focus.
         hidden: width of an mlp head.
+        save_dtype: precision of the saved weights; auto is that of the layers' checkpoint, and float32 without one.
     """
 
     reads_text: ClassVar[bool] = True
@@ -36,12 +38,20 @@ class EmbeddingStudent(ChosenByKey, Declared):
     prefixes: dict[int, float] | None = None
     start: PCAKind | None = None
     hidden: Annotated[int, Range(ge=1)] = 256
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         wrong = [d for d, weight in (self.prefixes or {}).items() if not (1 <= d <= self.dimensions and weight > 0)]
         if wrong:
             raise ShapeError(f"expected prefixes of 1 to {self.dimensions} dimensions with weights > 0, got {wrong}")
+        if not self.reads_text and self.save_dtype not in ("auto", "float32"):
+            raise ShapeError(f"expected save_dtype float32 for a head over vectors, got {self.save_dtype}")
+
+    def as_saved(self, student: EmbeddingModel) -> EmbeddingModel:
+        """Convert a trained student to the precision that it is saved and measured in."""
+        dtype = as_dtype(self.save_dtype if self.save_dtype != "auto" else getattr(student, "saved_dtype", None))
+        return student if dtype is None else student.to(dtype)
 
     @abstractmethod
     def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> EmbeddingModel:
@@ -98,7 +108,7 @@ class EncoderStudent(EmbeddingStudent):
         if self.encoder.model is None and teacher is None:
             raise UserError("student.encoder.model: expected a sentence-transformers model, got none. Name one.")
         start, path = self._first_vectors(vectors, focus, seed), self.encoder.model
-        model = load_embedder(path, "student.encoder.model") if path else teacher
+        model = load_embedder(path, "student.encoder.model", pooled=False) if path else teacher
         return encoder_student(model, self.encoder.layers, texts, start)
 
 

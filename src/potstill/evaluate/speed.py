@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from potstill.evaluate.time_limit import TimeLimit
+from potstill.models.locate import weight_files
 
 WARM_UPS = 3
 PASSES = 15  # that are timed, of each model
@@ -161,6 +162,6 @@ def bytes_on_disk(folder: Path, model: Any) -> int:
     return own + (weight_bytes(base) or int(model.get_memory_footprint()))
 
 
-def weight_bytes(folder: Path) -> int:
-    """Size of a saved model's weights on disk; 0 if there are none."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weight_bytes(path: Path) -> int:
+    """Size of a model's weights on this disk; 0 if there are none."""
+    return sum(file.stat().st_size for file in weight_files(path))

@@ -37,6 +37,7 @@ class ModelScores(BaseModel):
     recall: float | None = None
     parameters: int | None = None
     bytes: int | None = None
+    saved_as: str | None = None
     latency_ms: float | None = None
     bits_per_byte: float | None = None
 
@@ -112,6 +113,7 @@ class DataFacts(BaseModel):
     eval: str | None = None
     eval_tokens: int | None = None
     eval_examples: int | None = None
+    eval_in_train: float | None = None  # share of held-out rows that are training rows
     eval_measured: int | None = None  # of them: fewer where evaluate.time_limit ended the measurement
 
 

@@ -10,6 +10,7 @@ from potstill.evaluate.formatting import nats, percent, times
 from potstill.evaluate.summary import ScoresByModel, Summary, check_summary
 
 _SMALL_SHARE, _SMALL_NATS = 0.1, 0.01  # a gain below either is called slight, and a loss below the second
+_LEAKED_SHARE = 0.01  # of held-out rows that are training rows: from there on nothing is concluded from them
 _SEED_NOISE_NATS = 0.05  # a gain below this may come from the seed alone
 
 
@@ -17,6 +18,8 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
     """Summarize what a run shows, good or bad; of the content of summary.json, rows.student.loss is enough."""
     if not isinstance(summary, Summary):
         summary = check_summary(summary, "the summary")
+    if leak := leakage(summary.data.eval_in_train):
+        return leak
     if summary.task == "encoder":
         return _encoder_verdict(summary.rows)
     rows, unit = summary.rows, "squared error" if summary.task == "regression" else "nats"
@@ -71,6 +74,16 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
     gap = f"the gap between training without a teacher and the teacher itself{_smaller(rows)}"
     others = f"against {nats(baseline)} for the baseline and {nats(teacher)} for the teacher"
     return f"The student closes {percent(share)} of {gap}: {nats(student)} {unit} held out, {others}."
+
+
+def leakage(share: float | None) -> str | None:
+    """Say that nothing can be concluded, where this share of the held-out rows are training rows; None for a few."""
+    if share is None or share < _LEAKED_SHARE:
+        return None
+    return (
+        f"No conclusion: {percent(share)} of the held-out rows are training rows, so these figures measure what the "
+        "models remember, not what they learned. Hold out other rows and run again."
+    )
 
 
 def _encoder_verdict(rows: ScoresByModel) -> str:

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
+from potstill.data.duplicates import words
 from potstill.data.locate import locate
 from potstill.data.sources import Source
 from potstill.errors import DataError
@@ -162,14 +163,6 @@ class Repetition(Filter):
 def _compression_ratio(text: str) -> float:
     raw = text.encode(errors="replace")
     return len(raw) / len(zlib.compress(raw)) if len(raw) >= 100 else 1.0
-
-
-def words(text: str) -> list[str]:
-    """Split a text into words in lower case; numbers, and characters of scripts without spaces, are one word each."""
-    return _WORDS.findall(text.lower())
-
-
-_WORDS = re.compile(r"\d+(?:[.,]\d+)*|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d]+")
 
 
 def _word_runs(tokens: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:

@@ -1,16 +1,22 @@
-"""Save, merge and count models with an adapter (PeftModels)."""
+"""Save and convert students, and merge and count those with an adapter (PeftModels)."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from potstill.models.loading import QUANTIZATION, require_package, suppress_warnings
+from potstill.losses.alignment import Task
+from potstill.models.loading import ADAPTER_WEIGHTS, QUANTIZATION, is_adapter, load_model, suppress_warnings
+from potstill.models.locate import require_package, weight_files
+from potstill.models.precision import saved_dtype
 
 
 def is_adapted(model: Any) -> bool:
@@ -60,6 +66,28 @@ def save_student(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor
         save_adapter(model, folder, state_dict)
     else:
         model.save_pretrained(folder, state_dict=state_dict)
+
+
+def convert_saved(folder: Path, dtype: torch.dtype, task: Task) -> None:
+    """Change the precision of a saved student, but for weights that its architecture keeps in float32.
+
+    The file stays as it is where a weight would overflow.
+    """
+    if saved_dtype(folder) == dtype:
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as converted, suppress_warnings():
+        if is_adapter(str(folder)):
+            weights = {name: weight.to(dtype) for name, weight in load_file(folder / ADAPTER_WEIGHTS).items()}
+            save_file(weights, Path(converted) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        else:
+            model = load_model(str(folder), "student", str(dtype).removeprefix("torch."), task)
+            weights = dict(model.named_parameters())
+            model.save_pretrained(converted)
+        if all(bool(weight.isfinite().all()) for weight in weights.values()):
+            for file in [*weight_files(folder), *folder.glob("*.safetensors.index.json")]:
+                file.unlink()
+            for file in Path(converted).iterdir():
+                file.replace(folder / file.name)
 
 
 def merged(model: Any) -> PreTrainedModel:

@@ -17,7 +17,8 @@ from potstill.errors import ModelError, UserError, nearest
 from potstill.losses.alignment import Task
 from potstill.losses.declared import Declared, NonEmpty, Range
 from potstill.models.adapted import is_adapted
-from potstill.models.loading import require_package, sequence_head_names, suppress_warnings
+from potstill.models.loading import sequence_head_names, suppress_warnings
+from potstill.models.locate import require_package
 from potstill.models.structure import find_structure, is_linear, is_transposed
 
 Names = Annotated[Sequence[str], NonEmpty()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,11 +49,12 @@ def check_weights(
     missing, unexpected = sorted(missing), sorted(unexpected)
     if not missing:
         return (_unused(key, name, model, unexpected),) if unexpected else ()
-    wrapped = [x for x in unexpected if x.endswith(missing[0]) or any(part in x for part in WRAPPERS)]
-    if wrapped:
-        hint = next((hint for part, hint in WRAPPERS.items() if part in wrapped[0]), "Rename them")
+    wrapped = ((own, saved) for own in missing for saved in unexpected if saved.endswith(f".{own}"))
+    inside = ((missing[0], saved) for saved in unexpected if any(part in saved for part in WRAPPERS))
+    if pair := next(chain(wrapped, inside), None):
+        hint = next((hint for part, hint in WRAPPERS.items() if part in pair[1]), "Save the model within its wrapper")
         raise ModelError(
-            f"{key}: expected weights named like {missing[0]} in {name}, got names like {wrapped[0]}. {hint}, with "
+            f"{key}: expected weights named like {pair[0]} in {name}, got names like {pair[1]}. {hint}, with "
             "save_pretrained."
         )
     if not may_miss:
@@ -63,6 +65,18 @@ def check_weights(
         raise ModelError(f"{key}: expected {kind} in {name}, got a model without weights for {_some(missing)}. {hint}")
     note = f"{key}: {name} has no weights for {_some(missing)}: they start at random."
     return (note, _unused(key, name, model, unexpected)) if unexpected else (note,)
+
+
+def check_shapes(
+    mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], *, key: str, name: str, kind: str
+) -> None:
+    """Refuse a checkpoint with weights (name, shape there, shape in the model) of other shapes than the model's."""
+    others = [f"{weight} {list(saved)} in place of {list(own)}" for weight, saved, own in sorted(mismatched)]
+    if others:
+        raise ModelError(
+            f"{key}: expected {kind} in {name}, got weights of other shapes than its config.json gives: "
+            f"{_some(others)}. Take both from one model."
+        )
 
 
 def check_causal(model: Any, key: str) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging as stdlib_logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,13 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, 
 from transformers.models import auto
 from transformers.utils import logging
 
-from potstill.errors import ModelError, UserError, one_line
-from potstill.losses.alignment import SEQUENCE_TASKS, Task
+from potstill.errors import ModelError
+from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
-from potstill.models.integrity import check_causal, check_weights
+from potstill.models.advice import TOKENIZERS, unreadable
+from potstill.models.integrity import check_causal, check_shapes, check_weights
+from potstill.models.locate import Location, locate, require_package
+from potstill.models.precision import saved_dtype
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -67,15 +68,6 @@ def suppress_warnings() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def require_package(package: str, extra: str, key: str) -> Any:
-    """Import an optional package; a UserError says how to install it."""
-    try:
-        return import_module(package)
-    except ImportError:
-        hint = f"Install it with pip install 'potstill[{extra}]'."
-        raise UserError(f"{key}: expected the package {package}, got none. {hint}") from None
-
-
 def load_model(
     name: str,
     key: str,
@@ -100,7 +92,6 @@ def load_model(
         trainable: whether a saved adapter is to be trained further.
         may_miss: whether weights that are not in the checkpoint may start at random, which `loading_notes` reports.
     """
-    _check_exists(name, key)
     if dtype == "auto" and not has_bfloat16():
         dtype = "float32"
     if is_adapter(name):
@@ -125,28 +116,40 @@ def _load_base(
     may_miss: bool = False,
 ) -> PreTrainedModel:
     auto_class, kind = AUTO_CLASSES[task]
-    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype}
+    location = locate(name, key)
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype, **location.options}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
+    if task in TOKEN_TASKS and location.folder is not None and (location.folder / "modules.json").exists():
+        raise ModelError(
+            f"{key}: expected {kind} in {name}, got a sentence-transformers model, which turns a text into one vector. "
+            "Distil it with a recipe of kind embedding (teacher.embedder), or with task: encoder."
+        )
     if labels_of is not None and task in SEQUENCE_TASKS:
         saved = load_config(name, key)
         if not any("SequenceClassification" in architecture for architecture in saved.architectures or ()):
             options |= {"id2label": labels_of.id2label, "label2id": labels_of.label2id}
     if quantization is not None:
+        if "gguf_file" in options:
+            raise ModelError(f"{key}: expected a GGUF file without another quantization, got both. Leave dtype out.")
         if task in SEQUENCE_TASKS:
             with torch.device("meta"):
                 quantization.llm_int8_skip_modules = sequence_head_names(auto_class.from_config(load_config(name, key)))
         options["quantization_config"] = quantization
     try:
         with suppress_warnings():  # of missing weights, which are checked below
-            model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+            model, info = auto_class.from_pretrained(location.path, output_loading_info=True, **options)
     except Exception as error:
-        raise _unreadable(key, f"{kind} with weights in safetensors", name, error) from error
+        raise unreadable(key, f"{kind} with weights in safetensors", name, location, error) from error
     missing = [weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight]
+    if labels_of is not None:  # the adapter has the head, or the student's starts at random
+        missing = [weight for weight in missing if may_miss or not weight.startswith(tuple(sequence_head_names(model)))]
     names = {"key": key, "name": name, "kind": kind}
-    may_miss = may_miss or labels_of is not None
+    check_shapes(info["mismatched_keys"], **names)
     setattr(model, NOTES, check_weights(model, missing, info["unexpected_keys"], **names, may_miss=may_miss))
     if task == "causal":
         check_causal(model, key)
     model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
+    model.config.dtype = saved_dtype(name) or model.dtype  # the same
     if task in SEQUENCE_TASKS:
         model.config.problem_type = "regression" if task == "regression" else "single_label_classification"
     return model
@@ -165,7 +168,7 @@ def _quantization(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
 def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable: bool) -> PreTrainedModel:
     """Load the base of an adapter, quantized as it was in training, and the adapter with the head trained beside it."""
     peft = require_package("peft", "adapters", key)
-    _adapter_weights(folder, key)  # peft would also read pickles
+    _adapter_weights(folder, key)  # before the base, which takes longer
     saved = folder / QUANTIZATION
     if saved.exists():
         require_package("bitsandbytes", "quantized", key)
@@ -173,48 +176,48 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable
         config = peft.PeftConfig.from_pretrained(str(folder))
         quantization = BitsAndBytesConfig.from_dict(json.loads(saved.read_text())) if saved.exists() else None
     except Exception as error:
-        raise _unreadable(key, "an adapter of peft", str(folder), error) from error
+        raise unreadable(key, "an adapter of peft", str(folder), Location(str(folder)), error) from error
     base = config.base_model_name_or_path
     if not base:
         raise ModelError(f"{key}: expected an adapter that names its base, got one in {folder} that does not.")
-    _check_exists(base, f"the base of {key}")
     labels_of = load_config(str(folder), key) if config.modules_to_save else None
     model = _load_base(base, f"the base of {key}", dtype, task, quantization, labels_of)
     try:
         with suppress_warnings():
-            if trainable:
-                config.inference_mode = False
-                adapted = peft.get_peft_model(model, config)
-                load_adapter(adapted, folder)
-            else:
-                adapted = peft.PeftModel.from_pretrained(model, folder).requires_grad_(False)
+            config.inference_mode = not trainable
+            adapted = peft.get_peft_model(model, config)
     except Exception as error:
-        raise _unreadable(key, f"an adapter for {base}", str(folder), error) from error
-    return adapted.eval()
+        raise unreadable(key, f"an adapter for {base}", str(folder), Location(str(folder)), error) from error
+    load_adapter(adapted, folder, key, "Save it again with peft, or correct base_model_name_or_path in its config.")
+    return (adapted if trainable else adapted.requires_grad_(False)).eval()
 
 
 def is_adapter(name: str) -> bool:
     return (Path(name).expanduser() / ADAPTER_CONFIG).exists()
 
 
-def load_adapter(model: Any, folder: str | Path) -> None:
-    """Load saved weights into the adapter of a model; those of another adapter are refused."""
+def load_adapter(
+    model: Any, folder: Path, key: str = "train", hint: str = "Resume with the recipe that they were trained with."
+) -> None:
+    """Load saved weights into the adapter of a model; those of another adapter, or a part of them, are refused."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    saved, own = _adapter_weights(folder, "train"), get_peft_model_state_dict(model)
-    if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in own.items()}:
+    saved, own = _adapter_weights(folder, key), get_peft_model_state_dict(model, save_embedding_layers=False)
+    saved_shapes, own_shapes = ({(name, *weight.shape) for name, weight in state.items()} for state in (saved, own))
+    unread = {weight for weight in saved_shapes - own_shapes if "embed" not in weight[0]}  # peft adds embeddings
+    if others := unread | (own_shapes - saved_shapes):
         raise ModelError(
-            f"train: expected the weights of this adapter in {folder}, got those of another. Resume with the recipe "
-            "that they were trained with."
+            f"{key}: expected the weights of this adapter in {folder}, got others or none for {min(others)[0]}. {hint}"
         )
     set_peft_model_state_dict(model, saved)
 
 
-def _adapter_weights(folder: str | Path, key: str) -> dict[str, Tensor]:
-    path = Path(folder) / ADAPTER_WEIGHTS
-    if not path.exists():
-        raise ModelError(f"{key}: expected an adapter with {ADAPTER_WEIGHTS} in {folder}, got none.")
-    return load_file(path)
+def _adapter_weights(folder: Path, key: str) -> dict[str, Tensor]:
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise unreadable(key, f"an adapter with {ADAPTER_WEIGHTS}", str(folder), Location(str(folder)), error) from None
 
 
 def sequence_head_names(model: PreTrainedModel) -> list[str]:
@@ -233,7 +236,20 @@ def has_bfloat16() -> bool:
 
 
 def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, or of an adapter's base where the adapter was saved without one."""
+    base = adapter_base(name)
+    if base is not None and not any([*Path(name).expanduser().glob(pattern)] for pattern in TOKENIZERS):
+        name, key = base, f"the base of {key}"
     return _load(auto.AutoTokenizer, "a tokenizer", name, key)
+
+
+def adapter_base(name: str) -> str | None:
+    """The base model that an adapter's folder names; None for any other model."""
+    if not is_adapter(name):
+        return None
+    config = json.loads((Path(name).expanduser() / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base: str | None = config.get("base_model_name_or_path")
+    return base
 
 
 def load_config(name: str, key: str) -> PretrainedConfig:
@@ -246,28 +262,10 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _load(auto_class: Any, kind: str, name: str, key: str) -> Any:
-    _check_exists(name, key)
+    location = locate(name, key)
+    options = {option: value for option, value in location.options.items() if option == "gguf_file"}
     try:
-        return auto_class.from_pretrained(name, trust_remote_code=False)
+        with suppress_warnings():
+            return auto_class.from_pretrained(location.path, trust_remote_code=False, **options)
     except Exception as error:
-        raise _unreadable(key, kind, name, error) from error
-
-
-def _check_exists(name: str, key: str) -> None:
-    """Refuse a path that does not exist, which transformers would look up on the Hub for a long time."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return
-    folders = [p.name for p in path.parent.glob("*") if p.is_dir()]
-    near = difflib.get_close_matches(path.name, folders, n=1, cutoff=0.8)
-    may_be_on_the_hub = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not path.exists()
-    if may_be_on_the_hub and not near and not ("/" in name and path.parent.is_dir()):
-        return
-    hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the path."
-    raise ModelError(f"{key}: expected a folder with a model, got {name}, which is not one. {hint}")
-
-
-def _unreadable(key: str, expected: str, name: str, error: Exception) -> ModelError:
-    reason = one_line(error)
-    reason = reason if len(reason) <= 300 else reason[:300] + "..."
-    return ModelError(f"{key}: expected {expected} in {name}, got {type(error).__name__}: {reason}")
+        raise unreadable(key, kind, name, location, error) from error

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data.batches import Examples, encode, in_batches, pad_token_id
+from potstill.data.duplicates import Duplicates, find_duplicates
 from potstill.data.masking import MaskedRows
 from potstill.data.mixture import encode_mixture
 from potstill.data.vocabulary import checked_vocabulary, shared_vocabulary
-from potstill.errors import RecipeError
+from potstill.errors import ModelError, RecipeError
 from potstill.losses.alignment import IGNORE, TOKEN_TASKS, align, causal_alignment
 from potstill.losses.divergences import ReverseKL
 from potstill.losses.schedule import for_run, value_at
@@ -82,6 +83,8 @@ class BuiltRun:
     max_positions: int | None  # longest row that both models allow, in tokens; None for any
     writer: ServedWriter | None  # the server that generates the student's samples
     alignment_stats: AlignmentStats | None  # of two tokenizers on the training data; None for one tokenizer
+    duplicates: Duplicates  # of held-out and training rows
+    save_dtype: torch.dtype | None  # to save the student in; None for that of training
     notes: tuple[str, ...] = ()  # to print
 
     def new_rollout(self) -> Rollout | None:
@@ -118,7 +121,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
         models = {"student": student}  # the teacher's head and positions are those of its own tokens
     vocabulary, vocabulary_notes = _vocabulary(recipe, loaded, tokenizer, models)
     positions = _max_positions(recipe, loaded, models)
-    train, held_out = encode_data(recipe, student.config, tokenizer)
+    train, held_out, duplicates = encode_data(recipe, student.config, tokenizer)
     teacher = _trained_on(recipe, loaded, train)
     teacher.attach(student)
     plan = _training_plan(recipe.train, len(train.dataset))
@@ -143,6 +146,8 @@ def build_run(recipe: Recipe) -> BuiltRun:
         max_positions=positions,
         writer=writer,
         alignment_stats=stats,
+        duplicates=duplicates,
+        save_dtype=new_student.save_dtype,
     )
     rollout = built.new_rollout()
     _check_teacher(built)
@@ -151,6 +156,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
         *_teacher_notes(built),
         *train.notes,
         *held_out.notes,
+        *duplicates.notes,
         *filter(None, [pad_token_id(tokenizer)[1]]),
     ]
     if recipe.task == "causal":
@@ -230,10 +236,10 @@ def _max_positions(recipe: Recipe, loaded: LoadedTeacher, models: Mapping[str, P
 
 def encode_data(
     recipe: Recipe, student: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Examples, Examples]:
-    """Encode training and held-out data. Masks of training rows change with the epoch, held-out ones do not.
+) -> tuple[Examples, Examples, Duplicates]:
+    """Encode training and held-out data, and compare them.
 
-    The student's config has the classes of a classifier.
+    Masks of training rows change with the epoch, held-out ones do not. The student's config has the classes of a classifier.
     """
     data, task = recipe.data, recipe.task
     classes = class_ids(student) if task == "classification" and student is not None else None
@@ -241,11 +247,12 @@ def encode_data(
     with PartialState().main_process_first():  # the other ranks then find what it has encoded
         train = encode_mixture(data.train, tokenizer, **options)
         held_out = encode(data.eval, tokenizer, **options)
+    duplicates = find_duplicates(train, held_out, near=data.near_duplicates)
     if task == "masked":
         masks: dict[str, Any] = {"share": data.masked_share, "seed": recipe.seed}
         train = replace(train, dataset=MaskedRows(train.dataset, tokenizer, **masks))
         held_out = replace(held_out, dataset=MaskedRows(held_out.dataset, tokenizer, **masks).fixed())
-    return train, held_out
+    return train, held_out, duplicates
 
 
 def _trained_on(recipe: Recipe, loaded: LoadedTeacher, train: Examples) -> Teacher:
@@ -356,6 +363,11 @@ def _teacher_notes(built: BuiltRun) -> Iterator[str]:
                 "trained model."
             )
     log_probs, uniform = output.log_probs_of(alignment.labels), math.log(built.vocabulary)
+    if log_probs is not None and bool(log_probs.isnan().any()):
+        raise ModelError(
+            "teacher: expected finite predictions on the training data, got NaN. Check its weights, or set "
+            "teacher.dtype to float32: in float16 a model may overflow."
+        )
     if log_probs is not None and -float(log_probs.mean()) > uniform:
         yield (
             f"teacher: its loss on {len(log_probs)} tokens of the training data is {-float(log_probs.mean()):.2f} "

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
@@ -20,7 +21,8 @@ from potstill.models.budget import Budget, parse_count
 from potstill.models.chat import end_token_ids, set_end_tokens
 from potstill.models.design import student_config
 from potstill.models.initialize import Initialization, plan_initialization, random_student
-from potstill.models.loading import load_model, vocabulary_size
+from potstill.models.loading import is_adapter, load_model, vocabulary_size
+from potstill.models.precision import as_dtype, saved_dtype
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import BudgetPart, StudentPart
@@ -38,6 +40,21 @@ class StudentBuilder:
     tokenizer: PreTrainedTokenizerBase  # the student's
     design: PretrainedConfig | None  # of a new student; None for a model that exists
     initialization: Initialization | None = None  # what a new student takes from its teacher; None for random weights
+
+    @property
+    def save_dtype(self) -> torch.dtype | None:
+        """The precision to save the student in; None for that of training.
+
+        auto is that of the checkpoint that it starts from, else its teacher's. Adapters stay in that of training.
+        """
+        part = self.recipe.student
+        if part.save_dtype != "auto":
+            return as_dtype(part.save_dtype)
+        if (part.adapter is not None and not part.merges) or (part.model is not None and is_adapter(part.model)):
+            return None
+        if part.model is not None:
+            return saved_dtype(part.model)
+        return None if self.teacher.config is None else as_dtype(self.teacher.config.dtype)
 
     def __call__(self) -> Any:
         model = self._new()
@@ -109,9 +126,12 @@ def initialization_of(builder: StudentBuilder, train: Dataset) -> Initialization
             "teacher.model, or start from random weights."
         )
     if getattr(teacher, "is_quantized", False):
+        hint = "Leave teacher.dtype out"
+        if vars(recipe.teacher).get("dtype") not in ("int4", "int8"):
+            hint = "It was saved so: name the model that it was made from"
         raise RecipeError(
-            f"student.initialize: expected a teacher in full precision for {part.method}, got a quantized one. Leave "
-            "teacher.dtype out, or start from random weights."
+            f"student.initialize: expected a teacher in full precision for {part.method}, got a quantized one. {hint}, "
+            "or start from random weights."
         )
     rows = evenly_spaced(part.calibration_rows, len(train))
 

@@ -76,7 +76,7 @@ def _walk(recipe: EmbeddingRecipe, data: EmbeddingData, directory: Path, console
         distiller = _distiller(recipe, focus, data)
         with PartProgress(console, name) as progress:
             history = distiller.fit(data.vectors, data.held_out, **options, on_step=progress.update)
-        students[focus] = distiller.student
+        students[focus] = recipe.student.as_saved(distiller.student)
         lines += [json.dumps({"run": name, **epoch.as_dict()}) + "\n" for epoch in history]
     write_text(metrics, "".join(lines))
     _save(students[recipe.focus], directory / "student")
@@ -167,6 +167,7 @@ def _summarize(
         "held_out_rows": len(held_out),
         "space": _picture(held_out, student),
         "neighbours": _neighbours(held_out, student, data.held_out_texts, recipe.evaluate.texts),
+        "eval_in_train": data.eval_in_train,
         "notes": list(data.notes),
         "versions": versions(),
     }

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from potstill.data.duplicates import Overlap, find_overlap, hash_rows
 from potstill.data.loading import load
 from potstill.data.sources import Source
 from potstill.embedding.teachers import FileTeacher, encode_texts
-from potstill.embedding.vectors import VectorArray, VectorSlice, check_vectors
+from potstill.embedding.vectors import TensorVectors, VectorArray, VectorSlice, check_vectors
 from potstill.errors import DataError
 from potstill.evaluate.space import MOST_ROWS
 from potstill.runs.config.embedding import EmbeddingRecipe, TextsPart
@@ -39,6 +40,7 @@ class EmbeddingData(NamedTuple):
     pairs: ScoredPairs | None = None  # held-out rows with human scores
     teacher: Any = None  # the sentence-transformers model, if the teacher is one
     notes: tuple[str, ...] = ()  # to print
+    eval_in_train: float = 0.0  # share of the held-out rows that are training rows
 
 
 def load_data(
@@ -48,6 +50,28 @@ def load_data(
 
     `on_progress` is called with the number of texts that are encoded, and of all.
     """
+    data = _read_data(recipe, on_progress)
+    if (overlap := _find_overlap(data)) is None:
+        return data
+    warning = (
+        f"data.eval: {overlap.rows:,} of {overlap.of:,} held-out rows are training rows too, such as held-out row "
+        f"{overlap.held_out_row:,} and training row {overlap.train_row:,}. They are not held out: remove them."
+    )
+    return data._replace(notes=(warning, *data.notes), eval_in_train=overlap.share)
+
+
+def _find_overlap(data: EmbeddingData) -> Overlap | None:
+    """Find held-out rows that are training rows: by their texts, or by their vectors where there are no texts."""
+    if data.texts is not None and data.held_out_texts is not None:
+        texts = data.texts, data.held_out_texts
+        return find_overlap(*(hash_rows(text.strip().encode() for text in rows) for rows in texts))
+    vectors = data.vectors, TensorVectors(data.held_out)
+    return find_overlap(
+        *(hash_rows(row.tobytes() for block in rows.blocks() for row in block.numpy()) for rows in vectors)
+    )
+
+
+def _read_data(recipe: EmbeddingRecipe, on_progress: Callable[[int, int], None]) -> EmbeddingData:
     train, held = read_texts(recipe)
     encoder = recipe.teacher.load()
     if isinstance(recipe.teacher, FileTeacher):

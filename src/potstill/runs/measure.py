@@ -30,6 +30,7 @@ from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.chat import end_token_ids
 from potstill.models.loading import load_model
+from potstill.models.precision import describe_precision
 from potstill.runs.build import BuiltRun
 from potstill.runs.progress import PartProgress, part
 from potstill.train.callbacks import logged_lines, seconds_of
@@ -92,6 +93,7 @@ def summarize(
             f"{name}_examples": len(examples.dataset),
         }
         data[f"{name}_tokens"] = examples.tokens if of_tokens else None
+    data["eval_in_train"] = built.duplicates.share
     data["eval_measured"] = len(measured)
     steps, seconds = built.plan.steps, {name: seconds_of(metrics, name) for name in students}
     step_tokens = round(train.tokens / len(train.dataset) * built.plan.rows_per_step) if of_tokens else None
@@ -114,7 +116,12 @@ def summarize(
         models={"teacher": recipe.teacher.describe(built.teacher), "student": recipe.student.describe()},
         adapter=_adapter_facts(built, students["student"], models["student"]),
         teacher_weights=built.teacher.member_weights,
-        notes=[*built.notes, *collapse_notes(metrics), *_limit_notes(bounded, recipe.evaluate.time_limit)],
+        notes=[
+            *built.duplicates.warnings,
+            *built.notes,
+            *collapse_notes(metrics),
+            *_limit_notes(bounded, recipe.evaluate.time_limit),
+        ],
         versions=versions(),
     )
 
@@ -195,6 +202,7 @@ def _scores(
     for name, model in models.items():
         rows[name] = {row.key: getattr(quality[name], row.key) for row in QUALITY[built.recipe.task]}
         rows[name] |= {"parameters": parameter_count(model).all, "bytes": bytes_on_disk(folders[name], model)}
+        rows[name]["saved_as"] = describe_precision(folders[name])
         rows[name]["latency_ms"] = latency[name].median_ms
     if "teacher" not in models and teacher_loss is not None:
         rows["teacher"] = dict.fromkeys(rows["student"]) | {"loss": teacher_loss}

@@ -44,6 +44,8 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     with suppress_warnings():
         with part(shown, "reading models and data"):
             built = build_run(recipe)
+        for warning in built.duplicates.warnings:
+            shown.print(f"warning: {warning}", style="bold red", highlight=False, markup=False)
         for note in built.notes:
             shown.print(note, style="dim", highlight=False, markup=False)
         if not (directory / "student").exists():

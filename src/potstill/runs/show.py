@@ -32,7 +32,7 @@ def show_data(recipe: Recipe, count: int, *, held_out: bool = False) -> ShownDat
     set_chat_template(tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
     model = student.model or teacher_path
     config = load_config(model, "student.model") if model and recipe.task in SEQUENCE_TASKS else None
-    train, evaluation = encode_data(recipe, config, tokenizer)
+    train, evaluation, _ = encode_data(recipe, config, tokenizer)
     examples = evaluation if held_out else train
     other = teacher if teacher is not None and teacher.get_vocab() != tokenizer.get_vocab() else None
     ends = [str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(end_token_ids(tokenizer))]

@@ -15,7 +15,7 @@ from potstill.data.show import shown_rows
 from potstill.errors import RecipeError, one_line
 from potstill.evaluate.report.page import write_report, write_rows, write_student_card
 from potstill.evaluate.summary import write_summary
-from potstill.models.adapted import merged
+from potstill.models.adapted import convert_saved, merged
 from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun
 from potstill.runs.measure import EVAL_ROWS, summarize
@@ -108,7 +108,6 @@ def _train(
     finally:
         shown.progress.stop()
     _save(built, trainer, folder)
-    unset_hf_deepspeed_config()  # ZeRO-3 would shard every model that is loaded from here on
 
 
 def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
@@ -119,7 +118,10 @@ def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)  # left by a kill during an earlier save
     trainer.save_model(str(partial))
+    unset_hf_deepspeed_config()  # ZeRO-3 would shard every model that is loaded from here on
     if trainer.is_world_process_zero():
+        if built.save_dtype is not None:
+            convert_saved(partial, built.save_dtype, built.recipe.task)
         teacher, student = built.loaded.config, trainer.distiller.config
         if built.recipe.task == "encoder" and teacher is not None and teacher.hidden_size == student.hidden_size:
             copy_modules(str(built.recipe.teacher.model_path), partial)

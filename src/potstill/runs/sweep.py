@@ -25,6 +25,7 @@ from potstill.errors import PotstillError, RecipeError, RunError, UserError, one
 from potstill.evaluate import tradeoff
 from potstill.evaluate.report.sweep import write_sweep_report
 from potstill.evaluate.speed import latency_ms
+from potstill.evaluate.verdict import leakage
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import DISTRIBUTION_TASKS
 from potstill.models.loading import load_model, suppress_warnings
@@ -225,13 +226,16 @@ def _summarize(done: Sequence[Point], limits: tradeoff.Limits) -> dict[str, Any]
     candidates = [tradeoff.Candidate(row["label"], row["quality"], *(row[cost] for cost in costs)) for row in rows]
     sizes = [row.get("parameters") or math.nan for row in teachers]
     compressions = [size / row["parameters"] for size, row in zip(sizes, rows, strict=True)]
+    recommended = tradeoff.recommend(candidates, limits)._asdict()
+    if leak := leakage(max(summary["data"].get("eval_in_train") or 0.0 for summary in summaries)):
+        recommended["why"] = f"{leak} Among these figures: {recommended['why']}"
     return {
         "teacher": teacher,
         "runs": rows,
         "fronts": {cost: tradeoff.pareto_front([row[cost] for row in rows], qualities) for cost in costs},
         "predictions": [asdict(prediction) for prediction in tradeoff.predict(compressions, qualities)],
         "limits": asdict(limits),
-        "recommended": tradeoff.recommend(candidates, limits)._asdict(),
+        "recommended": recommended,
     }
 
 

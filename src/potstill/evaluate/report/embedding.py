@@ -11,6 +11,7 @@ from potstill.evaluate.formatting import times
 from potstill.evaluate.report import pictures
 from potstill.evaluate.report.render import Headline, render
 from potstill.evaluate.summary import read_record
+from potstill.evaluate.verdict import leakage
 
 _METRICS = {
     "scores": ("Human scores", "Spearman's correlation of the similarity of pairs with human scores."),
@@ -51,6 +52,8 @@ def write_embedding_report(run_directory: Path) -> Path:
 
 def embedding_verdict(summary: Mapping[str, Any]) -> str:
     """Compare the student with PCA in one sentence."""
+    if leak := leakage(summary.get("eval_in_train")):
+        return leak
     teacher, student, pca = (summary["rows"][name] for name in ("teacher", "student", "PCA"))
     measured = {key: name for key, (name, _) in _METRICS.items() if student[key] is not None}
     better = [student[key] > pca[key] for key in measured]

@@ -19,7 +19,7 @@ from potstill.evaluate.report.canvas import thin
 from potstill.evaluate.report.diagnosis import read_diagnosis
 from potstill.evaluate.report.render import FASTER, SMALLER, Headline, ratio_headline, render
 from potstill.evaluate.summary import MODELS, RUNS, Summary
-from potstill.evaluate.verdict import verdict
+from potstill.evaluate.verdict import leakage, verdict
 
 ROWS_FILE = "rows.json"
 _LABEL_DISTANCE = 25  # least distance of two labels on a phone, in percent of the line
@@ -113,7 +113,7 @@ def _headlines(summary: Summary) -> Iterator[Headline]:
         saved = f", {size(adapter.bytes)} on disk" if adapter.bytes is not None else ", merged"
         detail = f"{adapter.title}: {count(adapter.trained)}{saved}"
         yield Headline(percent(adapter.share, 1), "of its parameters trained", detail)
-    if summary.gap_closed is not None:
+    if summary.gap_closed is not None and leakage(summary.data.eval_in_train) is None:
         yield Headline(percent(summary.gap_closed), "of the gap closed", "from baseline to teacher")
     if student.agreement is not None:
         detail = f"on the most likely {TASK_LABELS[summary.task].output}"

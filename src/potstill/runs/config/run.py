@@ -39,6 +39,9 @@ class DataPart(Part):
         default_factory=dict,
         description="arguments of the chat template, such as enable_thinking; saved with the student's tokenizer",
     )
+    near_duplicates: bool = Field(
+        False, description="also report held-out rows most of whose runs of 8 words are in the training data"
+    )
     masked_share: float = Field(MASKED_SHARE, gt=0, lt=1, description="of the tokens, for the task masked")
 
 

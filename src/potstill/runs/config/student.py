@@ -84,6 +84,12 @@ class StudentPart(Part):
         None, description="a kind, or a kind with its options: the model is frozen, and this is trained on it"
     )
 
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="precision of the saved weights, whatever that of training: auto is that of the student's own "
+        "checkpoint, else of its teacher's; adapters stay as trained",
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         model, adapter, method = self.model, self.adapter, self.initialize.method

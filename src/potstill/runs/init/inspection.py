@@ -19,7 +19,7 @@ from potstill.data.sources import Source
 from potstill.errors import DataError, ModelError
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.heads import class_ids, max_positions
-from potstill.models.loading import ADAPTER_CONFIG, AUTO_CLASSES, is_adapter, load_config, load_tokenizer
+from potstill.models.loading import AUTO_CLASSES, adapter_base, load_config, load_tokenizer
 from potstill.models.size import build
 from potstill.models.structure import find_structure
 
@@ -39,10 +39,7 @@ class ModelInfo(NamedTuple):
 
 def inspect_model(path: str, key: str, task: Task | None = None) -> ModelInfo:
     """Read the config and the tokenizer of a model, to use for a task; default: the one it was trained for."""
-    base = path
-    if is_adapter(path):
-        adapter = json.loads((Path(path).expanduser() / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base = adapter.get("base_model_name_or_path") or path
+    base = adapter_base(path) or path
     config, tokenizer = load_config(base, key), load_tokenizer(path, f"{key}: its tokenizer")
     model = build(config, "meta")
     limits = [limit for limit in (max_positions(model), tokenizer.model_max_length) if limit and limit < 10**9]

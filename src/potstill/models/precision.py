@@ -1,0 +1,47 @@
+"""The precision in which a model's weights are saved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from potstill.models.locate import weight_files
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def as_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a name, as configs and recipes write it."""
+    return getattr(torch, name) if isinstance(name, str) else name
+
+
+def saved_dtype(name: str | Path) -> torch.dtype | None:
+    """The precision of most of a saved model's weights that are not quantized; None for a model that is not here."""
+    sizes: Counter[torch.dtype] = Counter()
+    for file in weight_files(name):
+        if file.suffix == ".gguf":
+            return torch.bfloat16  # what is quantized there loses nothing in half precision
+        with safe_open(file, "pt") as weights:
+            for weight in weights.keys():  # noqa: SIM118  # it is no mapping
+                part = weights.get_slice(weight)
+                if part.get_dtype() in DTYPES:
+                    sizes[DTYPES[part.get_dtype()]] += math.prod(part.get_shape())
+    return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def describe_precision(name: str | Path) -> str | None:
+    """The precision of a model's weights on disk in words; None for a model that is not here."""
+    files = weight_files(name)
+    if not files:
+        return None
+    config = files[0].with_name("config.json")
+    if files[0].suffix == ".gguf":
+        return "GGUF"
+    if config.exists() and (quantization := json.loads(config.read_text()).get("quantization_config")):
+        return str(quantization.get("quant_method", "quantized"))
+    return str(saved_dtype(name)).removeprefix("torch.")
