@@ -239,7 +239,8 @@ def encode_data(
 ) -> tuple[Examples, Examples, Duplicates]:
     """Encode training and held-out data, and compare them.
 
-    Masks of training rows change with the epoch, held-out ones do not. The student's config has the classes of a classifier.
+    Masks of training rows change with the epoch, held-out ones do not. The student's config has a
+    classifier's classes.
     """
     data, task = recipe.data, recipe.task
     classes = class_ids(student) if task == "classification" and student is not None else None
