@@ -24,6 +24,7 @@ from potstill.models.advice import TOKENIZERS, unreadable
 from potstill.models.integrity import check_causal, check_shapes, check_weights
 from potstill.models.locate import Location, locate, require_package
 from potstill.models.precision import saved_dtype
+from potstill.models.size import language_model_class
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -116,6 +117,8 @@ def _load_base(
     may_miss: bool = False,
 ) -> PreTrainedModel:
     auto_class, kind = AUTO_CLASSES[task]
+    if task == "causal":
+        auto_class = language_model_class(load_config(name, key))
     location = locate(name, key)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype, **location.options}
     options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
