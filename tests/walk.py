@@ -18,7 +18,6 @@ from rich.console import Console
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -33,7 +32,7 @@ from potstill.models.design import ShapeSearch, design
 from potstill.models.heads import max_positions
 from potstill.models.loading import load_config, load_model, vocabulary_size
 from potstill.models.shapes import text_config
-from potstill.models.size import build, count_parameters, size_of
+from potstill.models.size import build, count_parameters, language_model_class, size_of
 from potstill.models.split import evaluation_mode
 from potstill.runs.build import build_run
 from potstill.runs.check import check
@@ -49,7 +48,6 @@ from potstill.train.terms.term import Term
 
 YES = "yes"
 AUTO: dict[Task, Any] = {
-    "causal": AutoModelForCausalLM,
     "masked": AutoModelForMaskedLM,
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
@@ -110,7 +108,8 @@ class Walk:
         for seed, name in enumerate(("teacher", "student")):
             folders[name] = str(self.folder / name)
             labels = {"classification": {"num_labels": 2}, "regression": {"num_labels": 1}}.get(self.task, {})
-            families.model(self.family, AUTO[self.task], seed, **labels).save_pretrained(folders[name])
+            auto = AUTO.get(self.task) or language_model_class(families.small(self.family))
+            families.model(self.family, auto, seed, **labels).save_pretrained(folders[name])
             tokenizer.save_pretrained(folders[name])
         for name, rows in (("train", 2 * TEXTS), ("eval", [text.upper() for text in TEXTS])):
             lines = [{"text": text} | self.label(i) for i, text in enumerate(rows)]
@@ -239,10 +238,6 @@ class Walk:
 
     def term(self, name: str) -> None:
         teacher, student, batch = self.loaded("teacher"), self.loaded("student"), self.batch()
-        if name == "attention":
-            for model in (teacher, student):
-                if model.config._attn_implementation != "eager":
-                    model.set_attn_implementation("eager")
         distiller = Distiller(student, teacher, [self.first(), TERMS[name]], task=self.task)
         loss = distiller.step(batch).loss
         assert loss.isfinite(), f"loss {loss}"

@@ -98,11 +98,11 @@ class ActivationCapture:
         """Switch the model to eager attention if a request needs attention maps, and check it on a few tokens."""
         if not request:
             return
-        if request.attentions and self.model.config._attn_implementation != "eager":
+        if request.attentions and self._config._attn_implementation != "eager":
             effect = "It is slower, and its memory grows with the square of the length."
             logger.warning("%s: switched to eager attention, which gives attention maps. %s", self._name, effect)
             self.model.set_attn_implementation("eager")
-            if self.model.config._attn_implementation != "eager":
+            if self._config._attn_implementation != "eager":
                 raise ModelError(
                     f"{self._name}: expected a model that can be switched to eager attention, got one that cannot. It "
                     "gives no attention maps: use relations or hidden states."

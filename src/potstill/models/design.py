@@ -57,7 +57,8 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
     if {hidden, heads} & {*changes} and derived_head and "head_dim" not in changes:
         values["head_dim"] = values[hidden] // values[heads]
     if layers in changes:
-        values |= layer_fields(teacher, range(changes[layers]))
+        by_layer = layer_fields(teacher, range(changes[layers]))
+        values |= {name: value for name, value in by_layer.items() if name not in changes}
     try:
         student: PretrainedConfig = type(teacher).from_dict(values)  # its constructor checks that fields fit together
     except Exception as error:
@@ -220,10 +221,11 @@ class ShapeSearch:
         for width, counts in self._widths:
             least, most = width.ffn / FFN_RANGE, min(width.ffn * FFN_RANGE, self.shape.ffn)
             for layers in depths:
-                base, unit, ffn = counts.base[layers], counts.unit[layers], 0
+                base, unit, ffn = counts.base[layers], counts.unit[layers], width.ffn
                 if unit:
                     ffn = _rounded(min(max((parameters - base) / unit, least), most), self.shape.ffn)
-                yield SizedShape(replace(width, layers=layers, ffn=ffn), round(base + unit * ffn))
+                if (count := round(base + unit * ffn)) > 0:
+                    yield SizedShape(replace(width, layers=layers, ffn=ffn), count)
 
     def _kinds(self) -> list[tuple[Any, ...]]:
         """Describe the kind of each of the teacher's layers, by its type in the config and its parameters."""

@@ -116,10 +116,13 @@ def _check_kinds(
         name = _name_in(teacher, student, name)
         place, source = structure.locate(name), _source(teacher, structure, name, parts)
         if place and (source is None or (not parts.heads and source.shape != parameter.shape)):
+            first = [*range(len(parts.layers))]
+            others = (
+                "Begin with random weights" if first == [*parts.layers] else f"Choose others, such as layers: {first}"
+            )
             raise ModelError(
                 f"student.initialize: expected layers of the student's kinds, got the teacher's layer "
-                f"{parts.layers[place[0]]} for layer {place[0]}, which differ in {name.rpartition('.')[0]}. Choose "
-                f"others with initialize.layers, such as {[*range(len(parts.layers))]}."
+                f"{parts.layers[place[0]]} for layer {place[0]}, which differ in {name.rpartition('.')[0]}. {others}."
             )
 
 
@@ -135,7 +138,7 @@ def _notes(teacher: PreTrainedModel, structure: LayerList, config: PretrainedCon
     random = [name for name in names if _source(teacher, structure, _name_in(teacher, student, name), parts) is None]
     if random:
         notes.append(f"student: not in the teacher, and random: {', '.join(random)}.")
-    if config.tie_word_embeddings and not of_teacher.tie_word_embeddings:
+    if getattr(config, "tie_word_embeddings", False) and not getattr(of_teacher, "tie_word_embeddings", False):
         notes.append("student: its head is its embedding (tied); the teacher's own head is not copied.")
     return notes
 
@@ -223,6 +226,9 @@ def _select_outside(
             value = value.index_select(axis, parts.channels)
         elif (full, kept) == (teacher.vocab_size, student.vocab_size):
             value = value.narrow(axis, 0, kept)
+        elif full * student.num_hidden_layers == kept * teacher.num_hidden_layers:  # embeddings for each layer
+            by_layer = value.unflatten(axis, (teacher.num_hidden_layers, -1))
+            value = by_layer.index_select(axis, torch.tensor(parts.layers)).flatten(axis, axis + 1)
         else:
             raise ModelError(
                 f"student.initialize: expected {name} to differ from the teacher's in hidden channels or tokens alone, "

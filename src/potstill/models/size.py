@@ -70,11 +70,14 @@ def build(config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
 
 
 def language_model_class(config: PretrainedConfig) -> Any:
-    """Return the auto class of causal language models, or that of families which also read images and have no other."""
-    if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
-        return auto.AutoModelForCausalLM
-    reads_images = type(config) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return auto.AutoModelForImageTextToText if reads_images else auto.AutoModelForCausalLM
+    """Return the auto class of causal language models, or that of models which also read images.
+
+    The latter where a family has no other, or one that transformers could not load again after it is saved.
+    """
+    causal, images = auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    complete = type(config) in causal and type(text_config(config)) in causal
+    reads_images = type(config) in images and not config.is_encoder_decoder
+    return auto.AutoModelForImageTextToText if reads_images and not complete else auto.AutoModelForCausalLM
 
 
 def invalid_config(error: Exception) -> ModelError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
@@ -24,6 +25,7 @@ SEPARATE = (
 )
 STACKED = ("c_attn", "qkv_proj", "Wqkv")  # all queries, all keys, all values
 GROUPED = ("query_key_value",)  # by group of heads: its queries, its key, its value
+OF_IMAGES = re.compile("vision|visual|image|audio")  # paths of towers
 UNKNOWN_ORDER = {"codegen", "gpt_bigcode"}  # families that fuse them in an order of their own
 
 
@@ -36,8 +38,8 @@ def layer_lists(model: Any) -> list[tuple[str, nn.ModuleList]]:
     body = model if text is config else model.get_decoder()
     depth, paths = num_layers(text), {module: path for path, module in model.named_modules()}
     lists = [(paths[x], x) for x in body.modules() if isinstance(x, nn.ModuleList) and len(x) == depth]
-    within = tuple(f"{path}." for path, _ in lists)
-    return [(path, layers) for path, layers in lists if not path.startswith(within)]  # experts are no layers
+    within = tuple(f"{path}." for path, _ in lists)  # experts, which are no layers
+    return [(path, x) for path, x in lists if not path.startswith(within) and not OF_IMAGES.search(path)]
 
 
 def find_layers(model: nn.Module) -> str:
@@ -106,7 +108,8 @@ def find_final_norm(model: Any, layers: str) -> str:
     if state is not None and torch.equal(state, final):
         return ""
     for path, *tensors in calls:
-        if state is not None and all(isinstance(x, Tensor) for x in tensors) and all(map(torch.equal, tensors, (state, final))):
+        known = state is not None and all(isinstance(x, Tensor) for x in tensors)
+        if known and all(map(torch.equal, tensors, (state, final))):
             return path
     raise ModelError(
         f"{name}: expected one norm between its last layer and its head, got more. Its earlier layers cannot be read "
