@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,76 @@ def outcome(step: Callable[[], None]) -> str:
     except Exception as error:
         return f"FAULT {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return YES
+
+
+STEPS = {
+    "loss": "loss",
+    "run": "run",
+    "design": "design",
+    "start copy": "copy",
+    **{f"term {name}": name for name in TERMS},
+}
+INTRO = """# Families of models
+Each family of transformers was walked with a small model of random weights. The steps are the loss of a padded batch
+against that of one row at a time (loss), two training steps with the measurements and the report behind them (run), a
+smaller design of the family that is built and run (design), a student of copied layers (copy), and each term over
+layers. `yes` works. `no` is refused, before anything is trained, with one of the messages below the table. A blank was
+not tried.
+
+`truncate` and `prune` need to know each matrix of a layer: they are for Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3,
+GPT-2, BERT and DistilBERT. The student of a model that also reads images or sound is its text part.
+"""
+TITLES = {
+    "causal": "Causal language models",
+    "masked": "Masked language models",
+    "classification": "Sequence classifiers",
+}
+Rows = Mapping[str, Mapping[str, str]]  # family -> step -> result
+
+
+def table(rows: Rows) -> str:
+    """Write the table of one task."""
+    lines = [f"| family | {' | '.join(STEPS.values())} |", "|---" * (len(STEPS) + 1) + "|"]
+    for family, results in sorted(rows.items()):
+        marks = [mark(results[step]) if step in results else "" for step in STEPS]
+        lines.append(f"| {family} | {' | '.join(marks)} |")
+    return "\n".join(lines) + "\n"
+
+
+def mark(result: str) -> str:
+    return YES if result == YES else "no" if not result.startswith("FAULT") else "fault"
+
+
+def read_table(text: str) -> dict[str, dict[str, str]]:
+    """Read a table again, with marks as results."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    return {family: {step: x for step, x in zip(STEPS, marks, strict=True) if x} for family, *marks in rows}
+
+
+def refusals(rows: Rows) -> str:
+    """List the messages of a task, each with the steps and families that it is for."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for family, results in sorted(rows.items()):
+        for step, result in results.items():
+            if step in STEPS and mark(result) == "no":
+                message = re.sub(r"\b[A-Z]\w+(?:For[A-Z]\w+|LMHead\w*|Decoder)\b", "MODEL", result)
+                message = re.sub(r"(?:objective\.\d+|teacher(?:\.model)?|student): ", "", message, count=1)
+                message = re.sub(r"\[[\d, ]+\]|\d+", "N", message).replace(family, "FAMILY")
+                groups.setdefault(re.sub(r"got (?!MODEL).*? \(N\).*", "got others.", message), []).append(
+                    (family, step)
+                )
+    lines = []
+    for message, places in sorted(groups.items()):
+        names = ", ".join(dict.fromkeys(family for family, _ in places))
+        steps = ", ".join(dict.fromkeys(STEPS[step] for _, step in places))
+        lines.append(f"- {steps} ({names}): `{message}`")
+    return "\n".join(lines) + "\n"
+
+
+def page(tasks: Mapping[str, Rows]) -> str:
+    """Write the page of families from the results of each task."""
+    parts = [INTRO]
+    for task, rows in tasks.items():
+        parts += [f"## {TITLES[task]}\n{table(rows)}", f"Messages:\n{refusals(rows)}"]
+    left_out = "\n".join(f"- {family}: {reason}" for family, reason in sorted(families.NOT_SMALL.items()))
+    return "\n".join([*parts, f"## Not walked\nThere is no small model of these.\n\n{left_out}\n"])

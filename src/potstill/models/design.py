@@ -54,7 +54,7 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
     if heads in changes and "num_key_value_heads" in known and "num_key_value_heads" not in changes:
         values["num_key_value_heads"] = changes[heads]
     derived_head = "head_dim" in known and "qk_rope_head_dim" not in known  # latent attention has sizes of its own
-    if {hidden, heads} & {*changes} and derived_head and "head_dim" not in changes:
+    if {hidden, heads} & {*changes} and derived_head and heads in values and "head_dim" not in changes:
         values["head_dim"] = values[hidden] // values[heads]
     if layers in changes:
         by_layer = layer_fields(teacher, range(changes[layers]))

@@ -114,7 +114,8 @@ def design_shape(config: PretrainedConfig) -> DesignShape:
         )
     ffn = next(iter(ffn_widths(text).values()), 0)
     of_heads = [{*_numbers(text, name)} for name in ("num_attention_heads", "num_key_value_heads", "head_dim")]
-    if of_heads[0] == {0} or any(len(sizes) > 1 for sizes in of_heads):
+    differ = "swa_num_attention_heads" in text.to_dict()  # MiMo has others in layers with a sliding window
+    if of_heads[0] == {0} or differ or any(len(sizes) > 1 for sizes in of_heads):
         return DesignShape(layers, hidden, 0, 0, 0, ffn)
     return DesignShape(layers, hidden, _number(text, "num_attention_heads"), kv_heads(text), head_size(text), ffn)
 
