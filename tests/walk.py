@@ -26,11 +26,12 @@ from transformers import (
 
 import families
 from potstill.data.sources import Source
-from potstill.errors import PotstillError
+from potstill.errors import ModelError, PotstillError
 from potstill.losses.alignment import Task
 from potstill.losses.divergences import ForwardKL
 from potstill.models.design import ShapeSearch, design
 from potstill.models.heads import max_positions
+from potstill.models.integrity import padding_notes
 from potstill.models.loading import load_config, load_model, vocabulary_size
 from potstill.models.shapes import text_config
 from potstill.models.size import build, count_parameters, language_model_class, size_of
@@ -187,6 +188,8 @@ class Walk:
                 total += float((p.exp() * (p - q)).sum() - 0.5 * q.gather(-1, chosen[:, None]).sum())
                 count += len(chosen)
         expected = total / count
+        if reads_padding := padding_notes(student, "student"):
+            raise ModelError(reads_padding[0])
         assert abs(float(loss) - expected) <= 2e-4 * max(abs(expected), 0.05), (
             f"loss {float(loss)}, expected {expected}"
         )

@@ -21,7 +21,7 @@ from potstill.errors import ModelError
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import TOKENIZERS, unreadable
-from potstill.models.integrity import check_causal, check_shapes, check_weights
+from potstill.models.integrity import check_causal, check_shapes, check_weights, padding_notes
 from potstill.models.locate import Location, locate, require_package
 from potstill.models.precision import saved_dtype
 from potstill.models.size import language_model_class
@@ -151,6 +151,8 @@ def _load_base(
     setattr(model, NOTES, check_weights(model, missing, info["unexpected_keys"], **names, may_miss=may_miss))
     if task == "causal":
         check_causal(model, key)
+    if task == "masked":
+        setattr(model, NOTES, (*loading_notes(model), *padding_notes(model, key)))
     model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
     model.config.dtype = saved_dtype(name) or model.dtype  # the same
     if task in SEQUENCE_TASKS:

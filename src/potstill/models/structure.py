@@ -96,7 +96,7 @@ def find_final_norm(model: Any, layers: str) -> str:
     calls: list[tuple[str, Any, Tensor]] = []
 
     def hook(path: str, _: nn.Module, inputs: Any, output: Any) -> None:
-        calls.append((path, inputs[0] if inputs else None, output[0] if isinstance(output, tuple) else output))
+        calls.append((path, inputs[0] if inputs else None, output[0] if isinstance(output, tuple | list) else output))
 
     last = f"{layers}.{len(model.get_submodule(layers)) - 1}"
     with ExitStack() as hooks, undisturbed(model):
