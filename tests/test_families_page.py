@@ -11,7 +11,7 @@ import families
 import walk
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
-KNOWN = {"causal": families.CAUSAL, "masked": families.MASKED, "classification": families.SEQUENCE}
+KNOWN = {"causal": families.CAUSAL, "masked": families.MASKED}
 
 
 def tables() -> dict[str, str]:

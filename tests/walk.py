@@ -290,7 +290,6 @@ GPT-2, BERT and DistilBERT. The student of a model that also reads images or sou
 TITLES = {
     "causal": "Causal language models",
     "masked": "Masked language models",
-    "classification": "Sequence classifiers",
 }
 Rows = Mapping[str, Mapping[str, str]]  # family -> step -> result
 
