@@ -9,10 +9,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaske
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 CAUSAL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 MASKED = sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+SEQUENCE = sorted(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
 LAYERS, HEADS, WIDTH, VOCABULARY = 2, 4, 32, 128
 
 # Families without a small config: no text model, or transformers' own defaults do not fit together.
@@ -145,10 +147,13 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def model(family: str, auto: Any = AutoModelForCausalLM, seed: int = 0) -> Any:
+def model(family: str, auto: Any = AutoModelForCausalLM, seed: int = 0, **fields: Any) -> Any:
     """Make a model of a family with random weights."""
     set_seed(seed)
-    return auto.from_config(small(family), dtype=torch.float32).eval()
+    config = small(family)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return auto.from_config(config, dtype=torch.float32).eval()
 
 
 __all__ = ["CAUSAL", "MASKED", "AutoModelForMaskedLM", "model", "small"]

@@ -16,8 +16,8 @@ from potstill.models.budget import Budget, parse_count
 from potstill.models.capacity import PUBLISHED, DistillationLaw, SupervisedLaw, expected_share, smallest_student
 from potstill.models.design import design
 from potstill.models.references import REFERENCES
+from potstill.models.shapes import design_shape
 from potstill.models.size import build, count_parameters, size_of
-from potstill.models.structure import design_shape
 from reference_students import PUBLIC, parameters, sizes
 
 LLAMA_8B = CONFIG_MAPPING["llama"](**PUBLIC["Llama 3.1 8B"][1])

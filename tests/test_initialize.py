@@ -27,7 +27,8 @@ from potstill.errors import ModelError, RecipeError
 from potstill.models.design import student_config
 from potstill.models.initialize import plan_initialization, random_student
 from potstill.models.pruning import choose_layers, measure_importance, select_parts
-from potstill.models.structure import DesignShape, find_structure
+from potstill.models.shapes import DesignShape
+from potstill.models.structure import find_structure
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from reference_students import cosine
@@ -274,9 +275,9 @@ def test_layers_that_cannot_be(layers: Any) -> None:
         Olmo2Config(**SIZES),  # norms over all heads at once
     ],
 )
-def test_unknown_architectures_are_refused(config: Any) -> None:
+def test_parts_of_unknown_architectures_are_refused(config: Any) -> None:
     with pytest.raises(ModelError, match="layers have other parts"):
-        plan_initialization(random_student(config, 0), config, "copy", calibration=list)
+        plan_initialization(random_student(config, 0), config, "truncate", calibration=list)
 
 
 def test_another_family_is_refused() -> None:

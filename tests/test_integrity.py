@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertLMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 import families
 from potstill import Distiller, ForwardKL, Logits
@@ -126,6 +133,14 @@ def test_an_encoder_is_no_causal_model(tmp_path: Path, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mamba", "gpt2", "gemma3_text", "qwen3_next", "rwkv"])
 def test_decoders_are_causal_in_any_precision(family: str, dtype: torch.dtype) -> None:
     check_causal(families.model(family).to(dtype), "student")
+
+
+def test_models_that_read_padding_are_noted(tmp_path: Path) -> None:
+    families.model("fnet", AutoModelForMaskedLM).save_pretrained(tmp_path / "fnet")
+    (note,) = loading_notes(load_model(str(tmp_path / "fnet"), "teacher.model", "float32", "masked"))
+    assert note.startswith("teacher.model: FNetForMaskedLM reads padding as text")
+    families.model("bert", AutoModelForMaskedLM).save_pretrained(tmp_path / "bert")
+    assert loading_notes(load_model(str(tmp_path / "bert"), "teacher.model", "float32", "masked")) == ()
 
 
 def test_the_distiller_refuses_an_encoder() -> None:

@@ -45,6 +45,7 @@ def design(
     from potstill.models.budget import Budget, parse_count
     from potstill.models.design import Keep
     from potstill.models.loading import load_config, suppress_warnings
+    from potstill.models.shapes import position_limit, text_config
     from potstill.models.size import build
 
     def seconds(config: Any) -> float:
@@ -58,7 +59,7 @@ def design(
         if keep not in get_args(Keep):
             raise UserError(f"--keep: expected {', '.join(get_args(Keep))}, got {keep}.")
         config = load_config(teacher, "--teacher")
-        positions = getattr(config, "max_position_embeddings", None) or context or CONTEXT
+        positions = position_limit(config) or context or CONTEXT
         tokens = context or min(CONTEXT, positions)
         if tokens > positions:
             raise UserError(
@@ -67,7 +68,7 @@ def design(
         count = None if params is None else parse_count(params)
         budget = Budget(count, compression, memory_gb, latency_ms, target, keep, tokens)  # type: ignore[arg-type]
         student = budget.student(config, seconds=seconds)
-        _compare(config, student, tokens)
+        _compare(text_config(config), student, tokens)
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -82,14 +83,15 @@ def _compare(teacher: Any, student: Any, context: int) -> None:
     """Print the shape and the cost of both models, and the quality that published results suggest."""
     from potstill.evaluate import formatting
     from potstill.models.capacity import Capability, expected_share
+    from potstill.models.shapes import design_shape
     from potstill.models.size import size_of
-    from potstill.models.structure import design_shape
 
     configs = (teacher, student)
     shapes, sizes = [design_shape(config) for config in configs], [size_of(config, context) for config in configs]
     table = comparison_table(("teacher", "student"), title=f"a student of {teacher.model_type}")
     for name, field in SHAPE.items():
-        table.add_row(name, *(f"{getattr(shape, field):,}" for shape in shapes))
+        if getattr(shapes[0], field):
+            table.add_row(name, *(f"{getattr(shape, field):,}" for shape in shapes))
     table.add_row("vocabulary", *(f"{config.vocab_size:,}" for config in configs))
     table.add_row("parameters", *(f"{size.parameters:,}" for size in sizes))
     table.add_row("FLOPs a token, forward", *(formatting.count(size.flops_per_token) for size in sizes))
@@ -109,8 +111,8 @@ def _list(context: int) -> None:
     """Print published small models and their sizes."""
     from potstill.evaluate import formatting
     from potstill.models.references import REFERENCES
+    from potstill.models.shapes import design_shape
     from potstill.models.size import size_of
-    from potstill.models.structure import design_shape
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "family", "parameters", "layers", "width", "heads", "ffn", "KV cache a token", "origin"):

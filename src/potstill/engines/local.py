@@ -10,6 +10,7 @@ from potstill.engines.decode import GeneratedTokens, generate_tokens
 from potstill.engines.sampling import Completion, Prompt, Sampling
 from potstill.errors import DataError
 from potstill.models.chat import end_token_ids
+from potstill.models.heads import max_positions
 from potstill.models.prompts import completion_text, prompt_ids
 
 
@@ -51,7 +52,7 @@ class LocalEngine:
 
     def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Check that no prompt is empty, and that each leaves room for max_new_tokens."""
-        positions = getattr(self._model.config, "max_position_embeddings", None)
+        positions = max_positions(self._model)
         for number, ids in enumerate(map(self._ids, prompts), 1):
             if not ids:
                 raise DataError(f"generate: expected a prompt with a token, got none in prompt {number}.")

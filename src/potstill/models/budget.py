@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from potstill.errors import ModelError, nearest
 from potstill.models.design import KEEP_WORDS, TOLERANCE, Keep, ShapeSearch, design
+from potstill.models.shapes import text_config
 from potstill.models.size import count_parameters, size_of
 
 Measure = Callable[[PretrainedConfig], float]
@@ -64,6 +65,7 @@ class Budget:
         `vocabulary` is the number of token ids, the teacher's by default. `seconds` times a forward pass of a config's
         model, for `latency_ms`.
         """
+        teacher = text_config(teacher)
         params = self.params if self.target is None else TARGETS[self.target]
         if self.compression is not None:
             params = round(count_parameters(teacher) / self.compression)

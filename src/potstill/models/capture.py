@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from potstill.errors import ModelError
 from potstill.models import structure
+from potstill.models.shapes import ModelShape, model_shape, text_config
 from potstill.models.split import probe_batch, run, undisturbed
-from potstill.models.structure import ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class ActivationCapture:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._layers = structure.find_layers(model)
-        self._config = model.config.get_text_config()
+        self._config = text_config(model.config)
         self._final_norm = ""
         self._routers: dict[int, list[tuple[str, int]]] = {}  # of layers that have some: names, and places of logits
         self._name = type(model).__name__
@@ -92,17 +92,17 @@ class ActivationCapture:
     def shape(self) -> ModelShape:
         # Models that have a balancing loss of their own have this attribute; others balance their experts otherwise.
         experts = getattr(self.model, "num_experts_per_tok", None) or 0
-        return replace(structure.model_shape(self._config), experts_per_token=experts)
+        return replace(model_shape(self.model.config), experts_per_token=experts)
 
     def prepare(self, request: ActivationRequest) -> None:
         """Switch the model to eager attention if a request needs attention maps, and check it on a few tokens."""
         if not request:
             return
-        if request.attentions and self.model.config._attn_implementation != "eager":
+        if request.attentions and self._config._attn_implementation != "eager":
             effect = "It is slower, and its memory grows with the square of the length."
             logger.warning("%s: switched to eager attention, which gives attention maps. %s", self._name, effect)
             self.model.set_attn_implementation("eager")
-            if self.model.config._attn_implementation != "eager":
+            if self._config._attn_implementation != "eager":
                 raise ModelError(
                     f"{self._name}: expected a model that can be switched to eager attention, got one that cannot. It "
                     "gives no attention maps: use relations or hidden states."

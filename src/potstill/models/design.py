@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import torch
 from transformers import PretrainedConfig
 
 from potstill.errors import ModelError, nearest
-from potstill.models.size import count_parameters, invalid_config
-from potstill.models.structure import DesignShape, config_fields, design_shape
+from potstill.models.shapes import DesignShape, attention_layers, config_fields, design_shape, text_config
+from potstill.models.size import build, count_parameters, invalid_config, layer_parameters
 
 Keep = Literal["balanced", "depth", "width"]
 KEEP_WORDS = {
@@ -20,38 +21,94 @@ KEEP_WORDS = {
     "depth": "as deep as the teacher",
     "width": "as wide as the teacher",
 }
+HEAD_MULTIPLES = {"codegen": 4}  # it splits its heads over four devices
 TOLERANCE = 0.05
 FFN_RANGE = 1.5  # the feed-forward width may differ by this factor from the teacher's proportion
 
 
 def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabulary: int) -> PretrainedConfig:
-    """Change fields of the teacher's config; `vocabulary` is the number of token ids, without padding rows.
+    """Change fields of the teacher's config, or of its text part; `vocabulary` is the number of token ids.
+
+    Fields with an entry for each layer are those of the first layers. Those that the family computes from other fields
+    are computed again.
 
     >>> from transformers import LlamaConfig
     >>> student_config(LlamaConfig(), {"num_hidden_layers": 2}, 1000).vocab_size
     1000
     """
+    teacher = text_config(teacher)
     known = teacher.to_dict()
-    config = copy.deepcopy(teacher)
-    config.vocab_size = vocabulary
-    for name, value in changes.items():
-        if name not in known:
+    own = teacher.attribute_map
+    layers, hidden, heads = (
+        own.get(name, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
+    for name in changes:
+        if name not in known and name != layers:  # Nemotron-H counts its list of kinds
             hint = nearest(name, known) or f" Known: {', '.join(sorted(known))}."
             raise ModelError(
                 f"student.design: expected a field of the teacher's {type(teacher).__name__}, got {name}.{hint}"
             )
-        setattr(config, name, value)
-    # Derived fields follow those that they are derived from, unless they are given.
-    if "num_attention_heads" in changes and "num_key_value_heads" in known and "num_key_value_heads" not in changes:
-        config.num_key_value_heads = config.num_attention_heads
-    if {"hidden_size", "num_attention_heads"} & set(changes) and "head_dim" in known and "head_dim" not in changes:
-        config.head_dim = config.hidden_size // config.num_attention_heads
-    if "num_hidden_layers" in changes and isinstance(known.get("layer_types"), list):
-        config.layer_types = known["layer_types"][: config.num_hidden_layers]
+    computed = _computed(teacher) if hidden in changes else []
+    values = {name: value for name, value in known.items() if name not in computed}
+    values |= {"vocab_size": vocabulary} | {name: value for name, value in changes.items() if name in known}
+    if heads in changes and "num_key_value_heads" in known and "num_key_value_heads" not in changes:
+        values["num_key_value_heads"] = changes[heads]
+    derived_head = "head_dim" in known and "qk_rope_head_dim" not in known  # latent attention has sizes of its own
+    if {hidden, heads} & {*changes} and derived_head and heads in values and "head_dim" not in changes:
+        values["head_dim"] = values[hidden] // values[heads]
+    if layers in changes:
+        by_layer = layer_fields(teacher, range(changes[layers]))
+        values |= {name: value for name, value in by_layer.items() if name not in changes}
     try:
-        return type(teacher).from_dict(config.to_dict())  # only its constructor checks that fields fit together
+        student: PretrainedConfig = type(teacher).from_dict(values)  # its constructor checks that fields fit together
     except Exception as error:
         raise invalid_config(error) from None
+    if attention_layers(teacher) and not attention_layers(student):
+        raise ModelError(
+            f"student.design: expected a layer with attention, got the first {student.num_hidden_layers} of "
+            f"{teacher.model_type}, which have none, and could not generate text. Ask for more layers."
+        )
+    return student
+
+
+def _computes(config: PretrainedConfig) -> bool:
+    """Whether the model of a config can be run, tried without numbers: on the meta device."""
+    try:
+        build(config, "meta")(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False)
+    except RuntimeError:  # shapes that do not fit, or an operation that needs numbers
+        return False
+    return True
+
+
+def _computed(config: PretrainedConfig) -> list[str]:
+    """Fields that a family computes from others where they are not given, as Mamba's rank of the time step is."""
+    known, names = config.to_dict(), []
+    for name, value in known.items():
+        if isinstance(value, int) and getattr(type(config), name, None) in (None, "auto"):
+            others = {other: x for other, x in known.items() if other != name}
+            with suppress(Exception):
+                names += [name] if getattr(type(config).from_dict(others), name) == value else []
+    return names
+
+
+def layer_fields(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
+    """Return the fields of a config that differ by layer, for a model of these layers."""
+    known, depth = config.to_dict(), config.num_hidden_layers
+    layers = [layer for layer in layers if layer < depth]
+    lists = {name: x for name, x in known.items() if isinstance(x, list) and len(x) == depth and _by_layer(name)}
+    fields: dict[str, Any] = {name: [values[layer] for layer in layers] for name, values in lists.items()}
+    if by_layer := known.get("per_layer_config"):
+        own = {int(layer): values for layer, values in by_layer.items()}
+        fields["per_layer_config"] = {i: own[layer] for i, layer in enumerate(layers) if layer in own}
+    if shared := known.get("num_kv_shared_layers"):  # the last layers take keys and values of earlier ones
+        fields["num_kv_shared_layers"] = sum(layer >= depth - shared for layer in layers)
+    if "attention_types" in known:  # GPT Neo's, as patterns that are repeated
+        fields["attention_types"] = [[[config.attention_layers[layer] for layer in layers], 1]]
+    return fields
+
+
+def _by_layer(name: str) -> bool:
+    return any(part in name for part in ("layer", "block", "pattern", "intermediate_size", "heads"))
 
 
 def design(
@@ -70,6 +127,7 @@ def design(
     """
     if keep not in get_args(Keep):
         raise ModelError(f"design: expected keep {', '.join(get_args(Keep))}, got {keep}.")
+    teacher = text_config(teacher)
     search = ShapeSearch(teacher, keep, vocabulary or teacher.vocab_size)
     largest = count_parameters(teacher)
     if parameters >= largest:
@@ -104,16 +162,35 @@ class SizedShape:
 
     def __str__(self) -> str:
         layers = "1 layer" if self.shape.layers == 1 else f"{self.shape.layers} layers"
-        return f"{layers} of width {self.shape.hidden}, feed-forward {self.shape.ffn}"
+        ffn = f", feed-forward {self.shape.ffn}" if self.shape.ffn else ""
+        return f"{layers} of width {self.shape.hidden}{ffn}"
+
+
+@dataclass(frozen=True)
+class WidthCounts:
+    """Parameters of a shape by its number of layers: base[n] + unit[n] * ffn."""
+
+    base: list[float]
+    unit: list[float]
 
 
 class ShapeSearch:
-    """Search of the shapes that a student of a teacher's family may have."""
+    """Search of the shapes that a student of a teacher's family may have.
+
+    It has the teacher's first layers, at least one of each kind, and a repeated pattern of kinds as a whole. Where
+    widths cannot be changed, it has fewer layers alone.
+    """
 
     def __init__(self, teacher: PretrainedConfig, keep: Keep, vocabulary: int) -> None:
-        self.teacher, self.keep, self.vocabulary = teacher, keep, vocabulary
+        self.teacher, self.keep, self.vocabulary = text_config(teacher), keep, vocabulary
         self.shape = design_shape(teacher)
-        self._widths = [(shape, self._count(shape)) for shape in self._all_widths()]
+        kinds = self._kinds()
+        self._first = [kinds.index(kind) for kind in kinds]  # for each layer, the first of its kind
+        self._least = max(self._first) + 1  # layers that have each kind
+        depth, repeats = self.shape.layers, all(kind == kinds[i % self._least] for i, kind in enumerate(kinds))
+        self._depths = [*range(self._least, depth, self._least if repeats else 1), depth]
+        self._computes = self._can_run(self.shape)
+        self._widths = [*self._counted_widths()]
 
     def best(self, parameters: int) -> SizedShape:
         """Return the shape nearest to the teacher's proportions within half of the tolerance, else to the budget."""
@@ -140,13 +217,31 @@ class ShapeSearch:
 
     def _candidates(self, parameters: int) -> Iterator[SizedShape]:
         """All widths and depths, each with the feed-forward width that brings it nearest to the budget."""
-        depths = [self.shape.layers] if self.keep == "depth" else range(1, self.shape.layers + 1)
-        for width, (outside, layer, unit) in self._widths:
+        depths = [self.shape.layers] if self.keep == "depth" else self._depths
+        for width, counts in self._widths:
             least, most = width.ffn / FFN_RANGE, min(width.ffn * FFN_RANGE, self.shape.ffn)
             for layers in depths:
-                ffn = ((parameters - outside) / layers - layer) / unit
-                shape = replace(width, layers=layers, ffn=_rounded(min(max(ffn, least), most), self.shape.ffn))
-                yield SizedShape(shape, outside + layers * (layer + unit * shape.ffn))
+                base, unit, ffn = counts.base[layers], counts.unit[layers], width.ffn
+                if unit:
+                    ffn = _rounded(min(max((parameters - base) / unit, least), most), self.shape.ffn)
+                if (count := round(base + unit * ffn)) > 0:
+                    yield SizedShape(replace(width, layers=layers, ffn=ffn), count)
+
+    def _kinds(self) -> list[tuple[Any, ...]]:
+        """Describe the kind of each of the teacher's layers, by its type in the config and its parameters."""
+        types = getattr(self.teacher, "layer_types", None) or [""] * self.shape.layers
+        _, *layers = layer_parameters(build(self.teacher, "meta"))
+        return [(kind, *sorted(shapes.items())) for kind, shapes in zip(types, layers, strict=True)]
+
+    def _counted_widths(self) -> Iterator[tuple[DesignShape, WidthCounts]]:
+        for shape in self._all_widths():
+            try:
+                if self._computes and not self._can_run(shape):
+                    continue  # the family cannot have this width
+                yield shape, self._count(shape)
+            except ModelError:  # nor this one
+                if shape.hidden == self.shape.hidden:
+                    raise
 
     def _all_widths(self) -> Iterator[DesignShape]:
         """The teacher's shape in all widths, its feed-forward network in proportion."""
@@ -155,7 +250,9 @@ class ShapeSearch:
             if hidden != teacher.hidden and hidden % _multiple(hidden, teacher.hidden):
                 continue
             ratio = hidden / teacher.hidden
-            if teacher.heads * teacher.head_size == teacher.hidden:
+            if not teacher.heads:
+                heads = kv_heads = 0
+            elif teacher.heads * teacher.head_size == teacher.hidden:
                 if hidden % teacher.head_size:
                     continue
                 heads = hidden // teacher.head_size
@@ -163,24 +260,46 @@ class ShapeSearch:
             else:
                 kv_heads = max(1, round(teacher.kv_heads * ratio))
                 heads = kv_heads * max(1, round(teacher.heads * ratio / kv_heads))
-            if hidden % heads == 0:  # some families' configs require it
-                ffn = _rounded(teacher.ffn * ratio, teacher.ffn)
+            if heads % HEAD_MULTIPLES.get(self.teacher.model_type, 1):
+                continue
+            if not heads or hidden % heads == 0:  # some families' configs require it
+                ffn = _rounded(teacher.ffn * ratio, teacher.ffn) if teacher.ffn else 0
                 yield replace(teacher, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn)
 
-    def _count(self, shape: DesignShape) -> tuple[int, int, int]:
-        """Fit parameters = outside + layers * (layer + unit * ffn) to three small models of a width."""
-        variants = [replace(shape, layers=1), replace(shape, layers=2), replace(shape, layers=1, ffn=2 * shape.ffn)]
-        one, two, wide = (count_parameters(self.config(variant)) for variant in variants)
-        unit = (wide - one) // shape.ffn
-        return one - (two - one), (two - one) - unit * shape.ffn, unit
+    def _count(self, shape: DesignShape) -> WidthCounts:
+        """Count the parameters of a width from small models of it: one with each kind of layer, and two variants."""
+        small = replace(shape, layers=self._depths[:2][-1])
+        counts = self._by_layer(small)
+        wide = self._by_layer(replace(small, ffn=2 * shape.ffn)) if shape.ffn else counts
+        shallow = self._by_layer(replace(small, layers=self._least)) if small.layers > self._least else counts
+        units = [(x - y) / max(shape.ffn, 1) for x, y in zip(wide, counts, strict=True)]
+        bases = [count - unit * shape.ffn for count, unit in zip(counts, units, strict=True)]
+        # What a layer adds outside of the layers, as to Gemma 3n's embeddings.
+        by_layer = (counts[0] - shallow[0]) / max(small.layers - self._least, 1)
+        base, unit = [bases[0] - small.layers * by_layer], [units[0]]
+        for first in self._first:
+            base.append(base[-1] + bases[first + 1] + by_layer)
+            unit.append(unit[-1] + units[first + 1])
+        return WidthCounts(base, unit)
+
+    def _can_run(self, shape: DesignShape) -> bool:
+        return _computes(self.config(replace(shape, layers=self._least)))
+
+    def _by_layer(self, shape: DesignShape) -> list[int]:
+        parts = layer_parameters(build(self.config(shape), "meta"))
+        return [sum(size.numel() for size in part.values()) for part in parts]
 
     def _distance(self, shape: DesignShape) -> float:
         """The distance of a shape's proportions from the teacher's.
 
         Depth over width is one of them: public families (Llama 3, Qwen 2.5) keep it over their sizes.
         """
-        proportions = [(x.ffn / x.hidden, x.heads / x.kv_heads, x.layers / x.hidden) for x in (shape, self.shape)]
-        distances = [abs(math.log(own / teacher)) for own, teacher in zip(*proportions, strict=True)]
+        proportions = [
+            (x.ffn / x.hidden, x.heads / max(x.kv_heads, 1), x.layers / x.hidden) for x in (shape, self.shape)
+        ]
+        distances = [
+            abs(math.log(own / teacher)) if teacher else 0.0 for own, teacher in zip(*proportions, strict=True)
+        ]
         return sum(distances if self.keep == "balanced" else distances[:2])
 
 

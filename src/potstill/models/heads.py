@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from potstill.errors import RecipeError
 from potstill.losses.alignment import TOKEN_TASKS, Task
+from potstill.models.shapes import position_limit
 
 
 def token_rows(model: PreTrainedModel, task: Task) -> int:
@@ -24,7 +25,7 @@ def class_ids(config: PretrainedConfig) -> dict[str, int]:
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """Return the longest row, in tokens, for which a model has positions; RoBERTa's start behind the padding's."""
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    limit = position_limit(model.config)
     for name, module in model.named_modules():
         if limit and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return limit - int(module.padding_idx) - 1

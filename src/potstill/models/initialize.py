@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,13 +11,27 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
 from potstill.errors import ModelError
-from potstill.models.pruning import LayerChoice, SelectedParts, choose_layers, measure_importance, select_parts
+from potstill.models.design import layer_fields
+from potstill.models.pruning import (
+    LayerChoice,
+    SelectedParts,
+    choose_layers,
+    measure_importance,
+    select_parts,
+    whole_layers,
+)
+from potstill.models.shapes import design_shape, text_config
 from potstill.models.size import build
-from potstill.models.structure import LayerStructure, design_shape, find_structure, is_transposed
+from potstill.models.structure import LayerList, LayerStructure, find_layer_list, find_structure, is_transposed
 
 InitMethod = Literal["copy", "truncate", "prune"]
-WIDTHS = {"channels": "hidden", "heads": "heads", "key and value heads": "kv_heads", "feed-forward units": "ffn"}
-LAYER_FIELDS = ("layer_types", "no_rope_layers")  # config fields with an entry for each layer
+WIDTHS = {
+    "channels": "hidden",
+    "heads": "heads",
+    "key and value heads": "kv_heads",
+    "numbers of each head": "head_size",
+    "feed-forward units": "ffn",
+}
 
 
 def random_student(config: PretrainedConfig, seed: int) -> PreTrainedModel:
@@ -62,26 +75,30 @@ def plan_initialization(
     """
     if method not in get_args(InitMethod):
         raise ModelError(f"student.initialize: expected {', '.join(get_args(InitMethod))}, got {method}.")
-    if type(config) is not type(teacher.config):
-        family, other = type(teacher.config).__name__, type(config).__name__
+    of_teacher: Any = text_config(teacher.config)
+    if type(config) is not type(of_teacher):
+        family, other = type(of_teacher).__name__, type(config).__name__
         raise ModelError(f"student.initialize: expected a student of the teacher's {family}, got {other}.")
-    structure, shape = find_structure(teacher), design_shape(config)
-    if method == "copy" and shape != (copied := replace(structure.shape, layers=shape.layers)):
+    structure: LayerList = find_layer_list(teacher) if method == "copy" else find_structure(teacher)
+    shape = design_shape(config)
+    sizes = {name: (getattr(shape, field), getattr(structure.shape, field)) for name, field in WIDTHS.items()}
+    changed = {name: (kept, total) for name, (kept, total) in sizes.items() if kept != total and kept and total}
+    widths = ", ".join(f"{kept} of {total} {name}" for name, (kept, total) in changed.items())
+    if method == "copy" and widths:
         raise ModelError(
-            f"student.initialize: expected the teacher's widths to copy layers, {copied}, got {shape}. Change "
-            "num_hidden_layers alone, or use truncate or prune."
+            f"student.initialize: expected the teacher's widths to copy layers, got {widths}. Change num_hidden_layers "
+            "alone, or use truncate or prune."
         )
     choice = ("importance" if method == "prune" else "uniform") if layers is None else layers
     measured = method == "prune" or choice == "importance"
     importance = measure_importance(teacher, calibration()) if measured else None
     chosen = choose_layers(choice, structure.shape.layers, shape.layers, importance)
-    parts = select_parts(structure.shape, shape, chosen, importance if method == "prune" else None)
-    config = copy.deepcopy(config)
-    for name in LAYER_FIELDS:
-        if isinstance(values := getattr(teacher.config, name, None), list):
-            setattr(config, name, [values[layer] for layer in chosen])
-    sizes = {name: (getattr(shape, field), getattr(structure.shape, field)) for name, field in WIDTHS.items()}
-    widths = ", ".join(f"{kept} of {total} {name}" for name, (kept, total) in sizes.items() if kept != total)
+    if method == "copy":
+        parts = whole_layers(structure.shape, chosen)
+    else:
+        parts = select_parts(structure.shape, shape, chosen, importance if method == "prune" else None)
+    config = type(config).from_dict(config.to_dict() | layer_fields(of_teacher, chosen))
+    _check_kinds(teacher, structure, config, parts)
     if widths:
         widths += " (the most active)" if method == "prune" else " (the first)"
     by = choice if isinstance(choice, str) else "as given"
@@ -90,25 +107,54 @@ def plan_initialization(
     return Initialization(config, parts, notes)
 
 
-def _notes(
-    teacher: PreTrainedModel, structure: LayerStructure, config: PretrainedConfig, parts: SelectedParts
-) -> list[str]:
+def _check_kinds(
+    teacher: PreTrainedModel, structure: LayerList, config: PretrainedConfig, parts: SelectedParts
+) -> None:
+    """Check that each layer of the student has the parts of the teacher's layer that it comes from."""
+    student = build(config, "meta")
+    for name, parameter in student.named_parameters():
+        name = _name_in(teacher, student, name)
+        place, source = structure.locate(name), _source(teacher, structure, name, parts)
+        if place and (source is None or (not parts.heads and source.shape != parameter.shape)):
+            first = [*range(len(parts.layers))]
+            others = (
+                "Begin with random weights" if first == [*parts.layers] else f"Choose others, such as layers: {first}"
+            )
+            raise ModelError(
+                f"student.initialize: expected layers of the student's kinds, got the teacher's layer "
+                f"{parts.layers[place[0]]} for layer {place[0]}, which differ in {name.rpartition('.')[0]}. {others}."
+            )
+
+
+def _notes(teacher: PreTrainedModel, structure: LayerList, config: PretrainedConfig, parts: SelectedParts) -> list[str]:
     """What becomes of single weights, in words."""
-    notes = []
+    notes, of_teacher = [], text_config(teacher.config)
     if parts.kv_heads and parts.kv_heads[0].shape[1] > 1:
         notes.append(f"student: each key and value head is the mean of {parts.kv_heads[0].shape[1]} of the teacher's.")
-    if config.vocab_size != teacher.config.vocab_size:
-        notes.append(f"student: the first {config.vocab_size} of the teacher's {teacher.config.vocab_size} token rows.")
-    names = [name for name, _ in build(config, "meta").named_parameters()]
-    random = [name for name in names if _source(teacher, structure, name, parts) is None]
+    if config.vocab_size != of_teacher.vocab_size:
+        notes.append(f"student: the first {config.vocab_size} of the teacher's {of_teacher.vocab_size} token rows.")
+    student = build(config, "meta")
+    names = [name for name, _ in student.named_parameters()]
+    random = [name for name in names if _source(teacher, structure, _name_in(teacher, student, name), parts) is None]
     if random:
         notes.append(f"student: not in the teacher, and random: {', '.join(random)}.")
-    if config.tie_word_embeddings and not teacher.config.tie_word_embeddings:
+    if getattr(config, "tie_word_embeddings", False) and not getattr(of_teacher, "tie_word_embeddings", False):
         notes.append("student: its head is its embedding (tied); the teacher's own head is not copied.")
     return notes
 
 
-def _source(teacher: PreTrainedModel, structure: LayerStructure, name: str, parts: SelectedParts) -> Tensor | None:
+def _name_in(teacher: PreTrainedModel, student: PreTrainedModel, name: str) -> str:
+    """Return the teacher's name of a student's parameter; a teacher may have its text part within another model."""
+    if text_config(teacher.config) is teacher.config:
+        return name
+    of_teacher, of_student = (
+        next(path for path, module in model.named_modules() if module is model.get_decoder())
+        for model in (teacher, student)
+    )
+    return name.replace(f"{of_student}.", f"{of_teacher}.", 1) if name.startswith(f"{of_student}.") else name
+
+
+def _source(teacher: PreTrainedModel, structure: LayerList, name: str, parts: SelectedParts) -> Tensor | None:
     """The teacher's parameter that a student's comes from."""
     if place := structure.locate(name):
         rest = name.removeprefix(f"{structure.path}.{place[0]}")
@@ -122,18 +168,22 @@ def _source(teacher: PreTrainedModel, structure: LayerStructure, name: str, part
 @torch.no_grad()
 def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedParts) -> None:
     """Fill a student's parameters from the teacher's, in place."""
-    structure = find_structure(teacher)
-    for name, parameter in student.named_parameters():
+    structure = find_structure(teacher) if parts.heads else find_layer_list(teacher)
+    configs = text_config(teacher.config), student.config
+    for own_name, parameter in student.named_parameters():
+        name = _name_in(teacher, student, own_name)
         source = _source(teacher, structure, name, parts)
         if source is None:
             continue
         value = source.detach().to("cpu", torch.float32)
         place = structure.locate(name)
-        axes = None if place is None else _axes(structure, parts, place[0]).get(place[1])
+        axes = None
+        if place is not None and isinstance(structure, LayerStructure):
+            axes = _axes(structure, parts, place[0]).get(place[1])
         if axes is None:
-            value = _select_outside(value, parameter, teacher.config, student.config, parts, name)
+            value = _select_outside(value, parameter, *configs, parts, name)
         else:
-            transposed = value.ndim == 2 and is_transposed(student.get_submodule(name.rpartition(".")[0]))
+            transposed = value.ndim == 2 and is_transposed(student.get_submodule(own_name.rpartition(".")[0]))
             value = value.T if transposed else value
             rows = value[axes[0]]
             value = rows.squeeze(1) if rows.shape[1] == 1 else rows.mean(1)
@@ -176,6 +226,9 @@ def _select_outside(
             value = value.index_select(axis, parts.channels)
         elif (full, kept) == (teacher.vocab_size, student.vocab_size):
             value = value.narrow(axis, 0, kept)
+        elif full * student.num_hidden_layers == kept * teacher.num_hidden_layers:  # embeddings for each layer
+            by_layer = value.unflatten(axis, (teacher.num_hidden_layers, -1))
+            value = by_layer.index_select(axis, torch.tensor(parts.layers)).flatten(axis, axis + 1)
         else:
             raise ModelError(
                 f"student.initialize: expected {name} to differ from the teacher's in hidden channels or tokens alone, "

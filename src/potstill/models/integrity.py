@@ -115,6 +115,26 @@ def check_causal(model: Any, key: str) -> None:
     setattr(model, CAUSAL, True)
 
 
+def padding_notes(model: Any, key: str) -> tuple[str, ...]:
+    """Describe a masked language model whose logits depend on the padding behind a row, as FNet's do."""
+    try:
+        embeddings = model.get_input_embeddings().weight
+        padded = torch.arange(11, 11 + PROBE_TOKENS, device=embeddings.device)[None] % len(embeddings)
+        mask = (torch.arange(PROBE_TOKENS, device=padded.device) < PROBE_TOKENS // 2).long()[None]
+        row = padded[:, : PROBE_TOKENS // 2]
+        with undisturbed(model):
+            alone = run(model, {"input_ids": row, "attention_mask": torch.ones_like(row)}).logits
+            logits = run(model, {"input_ids": padded, "attention_mask": mask}).logits[:, : row.shape[1]]
+    except Exception:
+        return ()  # what fails on these tokens is reported where the model reads its data
+    if (alone - logits).abs().max() <= OTHER_SHAPE * torch.finfo(alone.dtype).eps * alone.abs().max():
+        return ()
+    return (
+        f"{key}: {type(model).__name__} reads padding as text, so that a row's loss depends on the longest row of its "
+        "batch. Train on rows of one length, or one row at a time.",
+    )
+
+
 def _unused(key: str, name: str, model: Any, unexpected: Sequence[str]) -> str:
     return f"{key}: {name} has weights that {type(model).__name__} does not read: {_some(unexpected)}."
 

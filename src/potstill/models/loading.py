@@ -21,9 +21,10 @@ from potstill.errors import ModelError
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import TOKENIZERS, unreadable
-from potstill.models.integrity import check_causal, check_shapes, check_weights
+from potstill.models.integrity import check_causal, check_shapes, check_weights, padding_notes
 from potstill.models.locate import Location, locate, require_package
 from potstill.models.precision import saved_dtype
+from potstill.models.size import language_model_class
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -116,6 +117,8 @@ def _load_base(
     may_miss: bool = False,
 ) -> PreTrainedModel:
     auto_class, kind = AUTO_CLASSES[task]
+    if task == "causal":
+        auto_class = language_model_class(load_config(name, key))
     location = locate(name, key)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype, **location.options}
     options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
@@ -148,6 +151,8 @@ def _load_base(
     setattr(model, NOTES, check_weights(model, missing, info["unexpected_keys"], **names, may_miss=may_miss))
     if task == "causal":
         check_causal(model, key)
+    if task == "masked":
+        setattr(model, NOTES, (*loading_notes(model), *padding_notes(model, key)))
     model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
     model.config.dtype = saved_dtype(name) or model.dtype  # the same
     if task in SEQUENCE_TASKS:

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from potstill.errors import ModelError
+from potstill.models.shapes import DesignShape
 from potstill.models.spacing import evenly_spaced
 from potstill.models.split import evaluation_mode
-from potstill.models.structure import DesignShape, find_structure
+from potstill.models.structure import find_structure
 
 LayerChoice = Literal["uniform", "skip", "first_last", "importance"]
 
@@ -94,13 +95,21 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
 
 @dataclass(frozen=True)
 class SelectedParts:
-    """The teacher's parts that a student is made of, as rising indices; all but channels by student layer."""
+    """The teacher's parts that a student is made of, as rising indices; all but channels by student layer.
+
+    Heads and units are empty where layers are copied as they are.
+    """
 
     layers: tuple[int, ...]
     channels: Tensor  # [H]
     heads: tuple[Tensor, ...]  # [A] query heads
     kv_heads: tuple[Tensor, ...]  # [K, m]: a key or value head is the mean of m of the teacher's
     units: tuple[Tensor, ...]  # [I] feed-forward units
+
+
+def whole_layers(teacher: DesignShape, layers: Sequence[int]) -> SelectedParts:
+    """Select complete layers, in all the teacher's widths."""
+    return SelectedParts(tuple(layers), torch.arange(teacher.hidden), heads=(), kv_heads=(), units=())
 
 
 def select_parts(

@@ -6,11 +6,21 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import Size
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from potstill.errors import ModelError
-from potstill.models.structure import design_shape, is_linear
+from potstill.models.shapes import (
+    active_experts,
+    attention_layers,
+    cache_width,
+    head_size,
+    model_shape,
+    text_config,
+    value_size,
+)
+from potstill.models.structure import is_linear, layer_lists
 
 HALF_BYTES = 2  # of a number in bfloat16 or float16
 TRAIN_BYTES = 4 * 4  # of a parameter in training: weight, gradient and Adam's two moments, in float32
@@ -21,12 +31,13 @@ class ModelSize:
     """Size and cost of a model.
 
     `flops_per_token` are those of a forward pass for the average token of a row of `context` tokens: two for each
-    number in a matrix product, and those of attention (a sliding window is counted as if it saw the full row).
+    number in a matrix product, and those of attention (a sliding window is counted as if it saw the full row). A token
+    is multiplied with the experts that it is sent to alone.
     """
 
     parameters: int  # tied ones once
     flops_per_token: int
-    kv_cache_bytes_per_token: int  # in half precision; 0 for an encoder
+    kv_cache_bytes_per_token: int  # in half precision; 0 for an encoder, or where no layer attends
     train_bytes: int  # weights, gradients and Adam's moments in float32, without activations
     serve_bytes: int  # the weights in half precision, and the cache of one row of `context` tokens
     context: int
@@ -38,7 +49,7 @@ def build(config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
     A sequence classifier or a model without a head where `architectures` names one; else a masked language model for
     encoders, and a causal one for all others.
     """
-    auto_class: Any = auto.AutoModelForMaskedLM if is_encoder(config) else auto.AutoModelForCausalLM
+    auto_class: Any = auto.AutoModelForMaskedLM if is_encoder(config) else language_model_class(config)
     for other, classes in (
         (auto.AutoModelForSequenceClassification, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
         (auto.AutoModel, auto.MODEL_MAPPING),
@@ -46,11 +57,27 @@ def build(config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
         model_class = classes.get(type(config), None)
         if isinstance(model_class, type) and model_class.__name__ in (config.architectures or [])[:1]:
             auto_class = other
+    if type(config) not in auto_class._model_mapping:
+        raise ModelError(
+            f"students: expected a family with a model for text alone, got {config.model_type}, for which transformers "
+            "has none. Name a student with student.model."
+        )
     try:
         with torch.device(device):
             return auto_class.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise invalid_config(error) from None
+
+
+def language_model_class(config: PretrainedConfig) -> Any:
+    """Return the auto class of causal language models, or that of models which also read images.
+
+    The latter where a family has no other, or one that transformers could not load again after it is saved.
+    """
+    causal, images = auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    complete = type(config) in causal and type(text_config(config)) in causal
+    reads_images = type(config) in images and not config.is_encoder_decoder
+    return auto.AutoModelForImageTextToText if reads_images and not complete else auto.AutoModelForCausalLM
 
 
 def invalid_config(error: Exception) -> ModelError:
@@ -70,14 +97,43 @@ def count_parameters(config: PretrainedConfig) -> int:
     return sum(parameter.numel() for parameter in build(config, "meta").parameters())
 
 
+def layer_parameters(model: PreTrainedModel) -> list[dict[str, Size]]:
+    """Return the shapes of parameters by name: of those outside of the layers first, then of each layer.
+
+    A shared parameter is where the model has it first.
+    """
+    parts: list[dict[str, Size]] = [{}, *({} for _ in range(text_config(model.config).num_hidden_layers))]
+    places = {f"{path}.": len(layers) for path, layers in layer_lists(model)}
+    for name, parameter in model.named_parameters():
+        path = next((path for path in places if name.startswith(path)), None)
+        number, _, rest = name.removeprefix(path or "").partition(".")
+        place, key = (0, name) if path is None else (int(number) + 1, path + rest)
+        parts[place][key] = parameter.shape
+    return parts
+
+
 def size_of(config: PretrainedConfig, context: int) -> ModelSize:
-    """Compute size and cost of a config's model for rows of `context` tokens; all layers must have one shape."""
-    model, shape, encoder = build(config, "meta"), design_shape(config), is_encoder(config)
+    """Compute size and cost of a config's model for rows of `context` tokens, or of its text part."""
+    config = text_config(config)
+    model, encoder = build(config, "meta"), is_encoder(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    products = sum(int(cast(Any, module).weight.numel()) for module in model.modules() if is_linear(module))
+    layers = attention_layers(config)
     # Two products in attention: with keys and with values. Under a causal mask the average token sees half of the row.
     visible = context if encoder else (context + 1) / 2
-    attention = 2 * 2 * visible * shape.layers * shape.heads * shape.head_size
-    cache = 0 if encoder else 2 * HALF_BYTES * shape.layers * shape.kv_heads * shape.head_size
+    width = head_size(config) + value_size(config) if layers else 0
+    attention = 2 * visible * layers * model_shape(config).heads * width
+    cache = 0 if encoder or not layers else HALF_BYTES * layers * cache_width(config)
     train, serve = TRAIN_BYTES * parameters, HALF_BYTES * parameters + cache * context
-    return ModelSize(parameters, round(2 * products + attention), cache, train, serve, context)
+    return ModelSize(parameters, round(2 * _products(model) + attention), cache, train, serve, context)
+
+
+def _products(model: PreTrainedModel) -> float:
+    """Count the numbers in the matrices that a token is multiplied with: of the experts, those that it is sent to."""
+    share, total = active_experts(text_config(model.config)), 0.0
+    for path, module in model.named_modules():
+        of_expert = "experts" in path.split(".")
+        if is_linear(module):
+            total += cast(Any, module).weight.numel() * (share if of_expert else 1)
+        elif of_expert:
+            total += share * sum(x.numel() for x in module.parameters(recurse=False) if x.ndim == 3)
+    return total

@@ -146,9 +146,17 @@ def _verified_split(model: Any) -> SplitModel:
         raise _NotPlainError("its logits are changed by more than a factor and soft cap of its config")
     modules = [body, output, *(model.get_submodule(name) for name in between if name != GELU)]
     used = {parameter for module in modules for parameter in module.parameters()}
-    if any(parameter.requires_grad for parameter in {*model.parameters()} - used):
+    beside = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in used]
+    if beside and _take_part(model, batch, beside):
         raise _NotPlainError("it trains parameters beside body and head")
     return SplitModel(model, names[body], between, names[output], scale, softcap)
+
+
+def _take_part(model: nn.Module, batch: Mapping[str, Tensor], parameters: list[nn.Parameter]) -> bool:
+    """Whether the logits of text depend on any of these parameters; those of a vision tower do not."""
+    with undisturbed(model), torch.enable_grad():
+        gradients = torch.autograd.grad(run(model, batch).logits.sum(), parameters, allow_unused=True)
+    return any(gradient is not None for gradient in gradients)
 
 
 def _through(model: nn.Module, between: tuple[str, ...], states: Tensor) -> Tensor:

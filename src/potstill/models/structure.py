@@ -1,23 +1,19 @@
-"""Find the layers, attention, norms and sizes of a transformers model, by names checked against its config."""
+"""Find the layers, attention and norms of a transformers model, by names checked against its config."""
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError
+from potstill.models.shapes import DesignShape, design_shape, head_size, num_layers, text_config
 from potstill.models.split import probe_batch, run, split_model, undisturbed
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-FFN_FIELDS = ("intermediate_size", "n_inner", "hidden_dim")  # most families, GPT-2, DistilBERT
-DROPOUT_FIELDS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout")
 
 # Names of the attention projections: three modules, or one for all.
 SEPARATE = (
@@ -29,89 +25,21 @@ SEPARATE = (
 )
 STACKED = ("c_attn", "qkv_proj", "Wqkv")  # all queries, all keys, all values
 GROUPED = ("query_key_value",)  # by group of heads: its queries, its key, its value
+OF_IMAGES = re.compile("vision|visual|image|audio")  # paths of towers
 UNKNOWN_ORDER = {"codegen", "gpt_bigcode"}  # families that fuse them in an order of their own
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a model that objective terms depend on."""
-
-    layers: int
-    width: int  # of the hidden states
-    heads: int  # of a layer
-    narrowest: int  # width of a layer's keys, all heads together; its values are as wide
-    attention_dropout: float
-    experts_per_token: int = 0  # of a layer with a router; 0 where the family has no loss that balances its experts
-
-
-@dataclass(frozen=True)
-class DesignShape:
-    """Sizes of a transformer whose layers all have one shape; a student design changes them."""
-
-    layers: int
-    hidden: int  # width of the hidden states
-    heads: int  # query heads of a layer
-    kv_heads: int  # key and value heads of a layer; fewer than `heads` with grouped queries
-    head_size: int
-    ffn: int  # width of the feed-forward network
-
-
-def head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def kv_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def model_shape(config: PretrainedConfig) -> ModelShape:
-    """Read the sizes that terms depend on from the config of a text model."""
-    return ModelShape(
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        heads=config.num_attention_heads,
-        narrowest=head_size(config) * kv_heads(config),
-        attention_dropout=max(float(getattr(config, name, 0.0) or 0.0) for name in DROPOUT_FIELDS),
-    )
-
-
-def design_shape(config: PretrainedConfig) -> DesignShape:
-    """Read the sizes of a design from a config of any family whose layers all have one shape."""
-    fields = config.to_dict()
-    names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
-    sizes: dict[str, Any] = {size: getattr(config, name, None) for size, name in names.items()}
-    sizes["ffn"] = next((fields[name] for name in FFN_FIELDS if name in fields), None)
-    if sizes["ffn"] is None and "n_inner" in fields and isinstance(sizes["hidden"], int):
-        sizes["ffn"] = 4 * sizes["hidden"]  # GPT-2's default
-    unusable = [f"{name} {size}" for name, size in sizes.items() if not isinstance(size, int)]
-    if unusable or config.is_encoder_decoder:
-        raise ModelError(
-            f"students: expected a transformer with one stack of layers of one shape, got {config.model_type}"
-            f"{' with ' + ', '.join(unusable) if unusable else ''}. Give the student's fields yourself."
-        )
-    return DesignShape(**sizes, kv_heads=kv_heads(config), head_size=head_size(config))
-
-
-def config_fields(shape: DesignShape, config: PretrainedConfig) -> dict[str, Any]:
-    """Return a shape as fields of a config of this family, under the family's own names."""
-    known = config.to_dict()
-    values = {
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_size,
-        next(name for name in FFN_FIELDS if name in known): shape.ffn,
-    }
-    named = {config.attribute_map.get(name, name): value for name, value in values.items()}
-    return {name: value for name, value in named.items() if name in known}
-
-
-def layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Find the lists of modules as long as the model is deep, with their paths; most models have one."""
+def layer_lists(model: Any) -> list[tuple[str, nn.ModuleList]]:
+    """Find the lists of modules as long as the model's text part is deep, with their paths; most models have one."""
     config: Any = getattr(model, "config", None)
-    depth = None if config is None else getattr(config.get_text_config(), "num_hidden_layers", None)
-    return [(path, x) for path, x in model.named_modules() if isinstance(x, nn.ModuleList) and len(x) == depth]
+    if config is None:
+        return []
+    text = text_config(config)
+    body = model if text is config else model.get_decoder()
+    depth, paths = num_layers(text), {module: path for path, module in model.named_modules()}
+    lists = [(paths[x], x) for x in body.modules() if isinstance(x, nn.ModuleList) and len(x) == depth]
+    within = tuple(f"{path}." for path, _ in lists)  # experts, which are no layers
+    return [(path, x) for path, x in lists if not path.startswith(within) and not OF_IMAGES.search(path)]
 
 
 def find_layers(model: nn.Module) -> str:
@@ -121,7 +49,7 @@ def find_layers(model: nn.Module) -> str:
         raise ModelError(f"{name}: expected a decoder or an encoder of transformers to look into, got none.")
     lists = layer_lists(model)
     if not lists:
-        depth = config.get_text_config().num_hidden_layers
+        depth = num_layers(text_config(config))
         lengths = [f"{path} ({len(x)})" for path, x in model.named_modules() if isinstance(x, nn.ModuleList)]
         raise ModelError(f"{name}: expected a list of its {depth} layers, got {', '.join(lengths) or 'none'}.")
     return lists[0][0]
@@ -168,7 +96,7 @@ def find_final_norm(model: Any, layers: str) -> str:
     calls: list[tuple[str, Any, Tensor]] = []
 
     def hook(path: str, _: nn.Module, inputs: Any, output: Any) -> None:
-        calls.append((path, inputs[0] if inputs else None, output[0] if isinstance(output, tuple) else output))
+        calls.append((path, inputs[0] if inputs else None, output[0] if isinstance(output, tuple | list) else output))
 
     last = f"{layers}.{len(model.get_submodule(layers)) - 1}"
     with ExitStack() as hooks, undisturbed(model):
@@ -176,11 +104,12 @@ def find_final_norm(model: Any, layers: str) -> str:
             if path == last or (path.startswith(f"{split.body}.") and not path.startswith(f"{layers}.")):
                 hooks.enter_context(module.register_forward_hook(partial(hook, path)))
         final = run(model.get_submodule(split.body), probe_batch(model)).last_hidden_state
-    state = next(output for path, _, output in calls if path == last)
-    if torch.equal(state, final):
+    state = next((output for path, _, output in calls if path == last), None)
+    if state is not None and torch.equal(state, final):
         return ""
     for path, *tensors in calls:
-        if all(isinstance(x, Tensor) for x in tensors) and all(map(torch.equal, tensors, (state, final))):
+        known = state is not None and all(isinstance(x, Tensor) for x in tensors)
+        if known and all(map(torch.equal, tensors, (state, final))):
             return path
     raise ModelError(
         f"{name}: expected one norm between its last layer and its head, got more. Its earlier layers cannot be read "
@@ -240,13 +169,12 @@ FAMILIES = (
 
 
 @dataclass(frozen=True)
-class LayerStructure:
-    """The layers of a model of a known family, and where their weight matrices are."""
+class LayerList:
+    """The layers of a model of any family."""
 
     shape: DesignShape
     path: str  # of the layers in the model
     layers: nn.ModuleList
-    matrices: LayerMatrices
 
     def locate(self, parameter: str) -> tuple[int, str] | None:
         """Return the layer of a parameter and the path of its module there; None outside of the layers."""
@@ -254,6 +182,25 @@ class LayerStructure:
             return None
         number, _, rest = parameter.removeprefix(f"{self.path}.").partition(".")
         return int(number), rest.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class LayerStructure(LayerList):
+    """The layers of a model of a known family, and where their weight matrices are."""
+
+    matrices: LayerMatrices
+
+
+def find_layer_list(model: Any) -> LayerList:
+    """Find the layers of a model of any family."""
+    lists = layer_lists(model)
+    if len(lists) != 1:
+        paths = ", ".join(path for path, _ in lists)
+        raise ModelError(
+            f"student.initialize: expected a model with one list of its layers, got {type(model).__name__} with "
+            f"{paths or 'none'}. Begin with random weights (initialize: random), or name a student with student.model."
+        )
+    return LayerList(design_shape(model.config), *lists[0])
 
 
 def find_structure(model: Any) -> LayerStructure:
@@ -265,8 +212,8 @@ def find_structure(model: Any) -> LayerStructure:
                 return LayerStructure(shape, path, layers, matrices)
     raise ModelError(
         f"student.initialize: expected a model built like Llama, Mistral, Qwen, Gemma, GPT-2, BERT or DistilBERT, got "
-        f"{type(model).__name__}, whose layers have other parts. Begin with random weights (initialize: random), or "
-        "make the student yourself and give it as student.model."
+        f"{type(model).__name__}, whose layers have other parts. Copy complete layers (initialize: copy), begin with "
+        "random weights (initialize: random), or make the student yourself and give it as student.model."
     )
 
 

@@ -31,8 +31,8 @@ from potstill.models.chat import set_chat_template
 from potstill.models.heads import class_ids, match_heads, max_positions, token_rows
 from potstill.models.layer_map import LayerMap
 from potstill.models.loading import has_bfloat16, load_tokenizer, loading_notes
+from potstill.models.shapes import ModelShape
 from potstill.models.spacing import evenly_spaced
-from potstill.models.structure import ModelShape
 from potstill.runs.build_student import StudentBuilder, design_of, initialization_of
 from potstill.runs.chat_notes import chat_notes
 from potstill.runs.config.run import Recipe
@@ -265,7 +265,7 @@ def _trained_on(recipe: Recipe, loaded: LoadedTeacher, train: Examples) -> Teach
                 f"data.train: expected a teacher that reads its own prompts, got {kind}. Name one with teacher.model, "
                 "or leave teacher_prompt out."
             )
-        limits = [getattr(model.config, "max_position_embeddings", None) for model in loaded.models.values()]
+        limits = [max_positions(model) for model in loaded.models.values()]
         limit = min((limit for limit in [*limits, teacher.max_length] if limit), default=None)
         if limit is not None and train.teacher_longest > limit:
             raise RecipeError(

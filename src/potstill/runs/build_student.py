@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from potstill.data.batches import in_batches
 from potstill.errors import RecipeError
+from potstill.losses.alignment import Task
 from potstill.models.adapted import is_adapted, is_quantized
 from potstill.models.adapters import adapt
 from potstill.models.budget import Budget, parse_count
@@ -23,6 +24,8 @@ from potstill.models.design import student_config
 from potstill.models.initialize import Initialization, plan_initialization, random_student
 from potstill.models.loading import is_adapter, load_model, vocabulary_size
 from potstill.models.precision import as_dtype, saved_dtype
+from potstill.models.shapes import text_config
+from potstill.models.size import language_model_class
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import BudgetPart, StudentPart
@@ -83,6 +86,7 @@ class StudentBuilder:
             options: dict[str, Any] = {"bits": bits, "labels_of": self.teacher.config, "trainable": adapter is None}
             options["may_miss"] = True
             model = load_model(recipe.student.model, "student.model", dtype, recipe.task, **options)
+            _check_reloads(model, recipe.task)
         if adapter is not None:
             return adapt(model, adapter, seed=recipe.seed, tokenizer=self.tokenizer)
         if is_quantized(model) and not is_adapted(model):
@@ -91,6 +95,15 @@ class StudentBuilder:
                 "(student.adapter: qlora), or name the model in full precision."
             )
         return model
+
+
+def _check_reloads(model: Any, task: Task) -> None:
+    """Check that the saved student can be loaded: some families keep the config of a text part that has no class."""
+    if task == "causal" and type(model.config) not in language_model_class(model.config)._model_mapping:
+        raise RecipeError(
+            f"student.model: expected a model that can be saved and loaded, got {type(model).__name__}, for whose "
+            f"config ({model.config.model_type}) transformers has no class. Name another student."
+        )
 
 
 def design_of(
@@ -106,7 +119,7 @@ def design_of(
         )
     vocabulary, design = vocabulary_size(tokenizer), student.design
     if student.tokenizer is not None:  # the teacher's special tokens have other ids, or none
-        teacher = copy.deepcopy(teacher)
+        teacher = copy.deepcopy(text_config(teacher))
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(teacher, role, getattr(tokenizer, role))
     if not isinstance(design, BudgetPart):

@@ -28,7 +28,7 @@ from potstill.evaluate.time_limit import TimeLimit
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import IGNORE, TOKEN_TASKS, Task
 from potstill.models.adapted import parameter_count, virtual_tokens
-from potstill.models.heads import class_ids, match_heads, token_rows
+from potstill.models.heads import class_ids, match_heads, max_positions, token_rows
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.finished_parts import FinishedParts, fingerprint
@@ -250,7 +250,7 @@ def _check_lengths(models: Mapping[str, PreTrainedModel], longest: Mapping[str, 
     """Put models on the device, and check that they have positions for the lengths of all options."""
     for name, model in models.items():
         model.to(PartialState().device)
-        most = (getattr(model.config, "max_position_embeddings", None) or math.inf) - virtual_tokens(model)
+        most = (max_positions(model) or math.inf) - virtual_tokens(model)
         for option, length in longest.items():
             if length > most:
                 raise UserError(f"{option}: expected at most {most}, the {name}'s number of positions, got {length}.")

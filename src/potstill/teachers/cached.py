@@ -18,7 +18,7 @@ from potstill.losses.alignment import Alignment, Task, target_positions
 from potstill.losses.targets import DenseTargets, LMHead
 from potstill.models.capture import ActivationRequest, Activations
 from potstill.models.loading import load_config, load_tokenizer
-from potstill.models.structure import ModelShape
+from potstill.models.shapes import ModelShape
 from potstill.teachers.cache.codec import HiddenStates, Reader, codec_of, pack_floats
 from potstill.teachers.cache.store import Cache, row_key
 from potstill.teachers.model import ModelSource, Precision
@@ -66,7 +66,9 @@ class CachedTeacher(Teacher):
         kept = self.plan.layers
         if kept is None:
             raise self._no_layers()
-        return ModelShape(kept.depth, kept.width, kept.heads, kept.narrowest, attention_dropout=0.0)
+        return ModelShape(
+            kept.depth, kept.width, kept.heads, kept.narrowest, attention_dropout=0.0, family="of the cached teacher"
+        )
 
     def prepare(self, needs: ActivationRequest) -> None:
         kept = [] if self.plan.layers is None else self.plan.layers.kept

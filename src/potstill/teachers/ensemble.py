@@ -15,7 +15,7 @@ from potstill.losses.alignment import DISTRIBUTION_TASKS, TOKEN_TASKS, Alignment
 from potstill.losses.target_statistics import token_log_probs
 from potstill.losses.targets import FullTargets, MixtureTargets, SparseTargets, Targets
 from potstill.models.capture import ActivationRequest, Activations
-from potstill.models.structure import ModelShape
+from potstill.models.shapes import ModelShape
 from potstill.teachers.source import LoadedTeacher, MemberSource, TeacherSource
 from potstill.teachers.teacher import MISSING_ROWS, Teacher, TeacherOutput
 

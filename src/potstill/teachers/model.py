@@ -16,8 +16,8 @@ from potstill.losses.alignment import Alignment, Task
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
 from potstill.models.loading import load_model, load_tokenizer
+from potstill.models.shapes import ModelShape
 from potstill.models.split import SplitModel, forward_targets, inputs, split_model
-from potstill.models.structure import ModelShape
 from potstill.teachers.source import LoadedTeacher, MemberSource
 from potstill.teachers.teacher import Teacher, TeacherOutput
 

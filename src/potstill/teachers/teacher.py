@@ -14,7 +14,7 @@ from potstill.losses.alignment import Alignment
 from potstill.losses.target_statistics import token_log_probs
 from potstill.losses.targets import SparseTargets, Targets
 from potstill.models.capture import ActivationRequest, Activations
-from potstill.models.structure import ModelShape
+from potstill.models.shapes import ModelShape
 from potstill.teachers.byte_alignment import AlignedChunks, AlignmentStats
 
 MISSING_ROWS = (

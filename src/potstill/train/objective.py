@@ -12,7 +12,7 @@ from potstill.errors import ShapeError, UserError
 from potstill.losses.alignment import Task
 from potstill.losses.schedule import value_at
 from potstill.models.capture import ActivationRequest
-from potstill.models.structure import ModelShape
+from potstill.models.shapes import ModelShape
 from potstill.train.signals import Signals
 from potstill.train.terms.logits import Labels, Logits
 from potstill.train.terms.term import Term

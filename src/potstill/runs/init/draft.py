@@ -18,8 +18,8 @@ from potstill.embedding.vectors import open_vectors
 from potstill.errors import RecipeError, UserError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.models.loading import has_bfloat16, load_config, suppress_warnings
+from potstill.models.shapes import design_shape, text_config
 from potstill.models.size import count_parameters
-from potstill.models.structure import design_shape
 from potstill.runs.build_student import design_of
 from potstill.runs.config.document import Document
 from potstill.runs.config.embedding import EmbeddingRecipe
@@ -155,7 +155,9 @@ def _student(request: DraftRequest, teacher: inspection.ModelInfo) -> tuple[dict
         return {"model": request.student, **({"adapter": request.adapter} if request.adapter else {})}, None
     if request.adapter:
         raise UserError("init: expected --student with --adapter, got none. An adapter needs a trained model.")
-    layers = teacher.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")  # the family's own name
+    layers = text_config(teacher.config).attribute_map.get(
+        "num_hidden_layers", "num_hidden_layers"
+    )  # the family's own name
     half = {layers: max(1, design_shape(teacher.config).layers // 2)}
     student: dict[str, Any] = {"design": dict(request.budget) or half}
     if teacher.can_initialize:
@@ -190,7 +192,7 @@ def _embedding(request: DraftRequest) -> dict[str, Any]:
     if not vectors and request.data is None:
         raise UserError("init: expected --data FILE, texts for the teacher to embed, got none.")
     config = None if vectors else load_config(request.teacher, "teacher")
-    dimensions = open_vectors(request.teacher).dimensions if config is None else config.hidden_size
+    dimensions = open_vectors(request.teacher).dimensions if config is None else text_config(config).hidden_size
     columns = None
     if request.data is not None:
         source = Source(request.data)

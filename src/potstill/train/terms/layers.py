@@ -21,7 +21,7 @@ from potstill.losses.rkd import rkd_angle, rkd_distance
 from potstill.losses.schedule import Temperature, Weight, value_at
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import LastK, LayerMap, Pairs, Projection, ProjectionKind, Uniform
-from potstill.models.structure import ModelShape
+from potstill.models.shapes import ModelShape
 from potstill.train.signals import Signals
 from potstill.train.terms.term import FittedTerm, SelectDimensions, Term
 
@@ -45,10 +45,20 @@ class LayerTerm(Term):
     trained_as: ClassVar[str] = "trained"  # the name in checkpoints of what `make_trained` returns
 
     def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
+        self.check_heads(student, teacher)
         pairs = self.layers.pairs(student.layers, teacher.layers)
         compute = PairedLayers(self, pairs, self.make_trained(student, teacher, pairs))
         requests = (ActivationRequest(**{self.activations: frozenset(side)}) for side in zip(*pairs, strict=True))
         return FittedTerm(compute, *requests)
+
+    def check_heads(self, *models: ModelShape) -> None:
+        """Check that the models have the attention heads that the term reads."""
+        family = next((model.family for model in models if not model.heads), None)
+        if self.activations != "hidden" and family is not None:
+            raise ModelError(
+                f"{self.name}: expected models with attention heads, got the family {family}, which has none. Use "
+                "hidden or similarity, which compare hidden states."
+            )
 
     def make_trained(self, student: ModelShape, teacher: ModelShape, pairs: Pairs) -> nn.Module | None:
         """Make what is trained, a list with an entry for each pair; raises UserError for models that do not fit."""
@@ -251,6 +261,7 @@ class Relations(LayerTerm):
     activations = "vectors"
 
     def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
+        self.check_heads(student, teacher)
         heads = teacher.heads if self.heads is None else self.heads
         narrowest = min(student.narrowest, teacher.narrowest)
         if heads > narrowest:

@@ -12,7 +12,7 @@ from torch import Tensor
 from potstill.errors import ShapeError
 from potstill.losses.schedule import Weight
 from potstill.models.capture import ActivationRequest
-from potstill.models.structure import ModelShape
+from potstill.models.shapes import ModelShape
 from potstill.train.signals import Signals
 from potstill.train.terms.term import FittedTerm, Term
 

@@ -16,7 +16,7 @@ from potstill.losses.schedule import Temperature, Weight, value_at
 from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import layer_index
-from potstill.models.structure import ModelShape
+from potstill.models.shapes import ModelShape
 from potstill.train.signals import Signals
 from potstill.train.terms.term import FittedTerm, Term
 

@@ -13,7 +13,7 @@ from potstill.losses.declared import Declared, in_words
 from potstill.losses.schedule import Weight
 from potstill.models.capture import ActivationRequest
 from potstill.models.layer_map import LayerMap
-from potstill.models.structure import ModelShape
+from potstill.models.shapes import ModelShape
 from potstill.train.signals import Signals
 
 # (layers, number of batches) -> teacher layer -> ids of its most important dimensions
