@@ -447,7 +447,7 @@ def test_data_sets_on_the_hub(tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
+        assert done.stderr == "" or environment["HF_HUB_OFFLINE"] == "1"  # then `datasets` says what it reads
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     def first(text: str) -> dict[str, Any]:
