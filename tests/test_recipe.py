@@ -45,7 +45,7 @@ def test_several_sources_and_rows_without_labels() -> None:
     first, second = recipe.data.train
     assert (first.share, second.prompt) == (3, ("i", "j"))
     assert Recipe.parse(recipe.model_dump(mode="json")) == recipe
-    assert "data.train.0.share: expected a number > 0" in mistakes(
+    assert "data.train.0.share: expected a number in (0, inf)" in mistakes(
         {"data": {"train": [{"path": "a", "share": 0}], "eval": {"path": "e"}}}
     )
     without = {"path": "a", "label": False}

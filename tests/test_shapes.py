@@ -242,6 +242,10 @@ def test_a_prompt_of_the_teachers_own_in_a_chat(write):
     rows = [{"question": "a", "answer": "b", "hint": "a, as in c"}]
     loaded = load(Source(write(rows), prompt="question", completion="answer", teacher_prompt="hint", chat=True))
     assert json.loads(loaded.dataset["teacher_messages"][0]) == [turn("user", "a, as in c")]
+    earlier = write([{**rows[0], "history": [["x", "y"]]}])
+    keys = {"prompt": "question", "completion": "answer", "teacher_prompt": "hint", "history": "history"}
+    refused(lambda: load(Source(earlier, **keys, chat=True)), "beside earlier answers", "'hint'", "row 1")
+    assert load(Source(earlier, **keys)).dataset["teacher_prompt"][:] == ["x\n\ny\n\na, as in c\n\n"]
 
 
 def test_keys_without_a_meaning(write):
@@ -447,7 +451,7 @@ def test_data_sets_on_the_hub(tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
+        assert done.stderr == "" or environment["HF_HUB_OFFLINE"] == "1"  # then `datasets` says what it reads
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     def first(text: str) -> dict[str, Any]:

@@ -156,6 +156,10 @@ class Dialogue:
                 **{name: _separated([*before, *_texts(row, columns)]) for name, columns in self._prompts.items()},
             }
         prompts = {name: self._opened(system, history + _turn(row, names)) for name, names in self._prompts.items()}
+        if self.teacher_prompt and any(message["role"] == "assistant" for message in prompts["prompt"]):
+            raise ColumnError(
+                self.teacher_prompt, "no prompt of the teacher's beside earlier answers", row[self.teacher_prompt]
+            )
         messages = {"messages" if name == "prompt" else "teacher_messages": turns for name, turns in prompts.items()}
         messages["messages"] = prompts["prompt"] + _answer(row, self.completion)
         return {**messages, "num_prompt_messages": len(prompts["prompt"])}
