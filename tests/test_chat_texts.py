@@ -182,6 +182,7 @@ LEFT_OUT = {
     ),
     "tools": (CHATML, TALK, {"tools": [{"name": "sun"}]}, "reads tools, got one that does not, in row 1"),
     "documents": (CHATML, TALK, {"documents": [{"text": "x"}]}, "reads documents, got one that does not"),
+    "an argument that training sets": (CHATML, TALK, {"add_generation_prompt": True}, "reads add_generation_prompt"),
     "an argument": (CHATML, TALK, {"enable_thinking": False}, "reads enable_thinking, got one that does not"),
     "tools that it names": (
         CHATML + "{% if false and tools %}{% endif %}",

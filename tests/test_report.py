@@ -8,9 +8,10 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
+from potstill.data.show import ShownRow, ShownToken
 from potstill.errors import DataError
 from potstill.evaluate.report import canvas, pictures
-from potstill.evaluate.report.page import write_report, write_student_card
+from potstill.evaluate.report.page import write_report, write_rows, write_student_card
 from potstill.evaluate.verdict import verdict
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -156,6 +157,17 @@ def test_what_the_models_wrote_is_text(run_directory, summary):
     assert not page.all("script") and not page.all("img")
     assert "x[0]  # <script>alert(1)</script>" in page.text
     assert "x[\N{REPLACEMENT CHARACTER}-1]\n\n    and    spaces & more ?" in page.text
+
+
+def test_the_page_shows_what_was_trained_on(run_directory, summary):
+    directory = run_directory(summary)
+    assert "What it was trained on" not in report_of(directory).text
+    tokens = tuple(ShownToken(i, text, i > 0, 0.5) for i, text in enumerate(("<user>", "a\n", "<b>")))
+    write_rows([ShownRow(1, tokens, teacher=tokens[:1])], directory)
+    page = report_of(directory)
+    assert "Row 1: 3 tokens, 2 targets" in page.text and "What the teacher reads" in page.text
+    assert "<user>|0.5: a⏎\n|<b>" in page.text
+    assert {"class": "prompt"} in page.all("span")
 
 
 def test_the_table_can_be_read_aloud(run_directory, summary):

@@ -116,6 +116,7 @@ class ChatRenderer:
 
     def render(self, talk: Conversation, *, by_turn: bool = False) -> list[ChatText]:
         """Render a conversation; none where no message has a loss. `by_turn` asks for a text for each turn."""
+        self._check_options(talk)
         texts = [self._turn(talk, turn) for turn in talk.turns()]
         if not texts:
             return []
@@ -124,7 +125,6 @@ class ChatRenderer:
         if last.closed and last.turn < len(talk.messages) - 1:
             whole = self._text(talk, len(talk.messages))
         self._check_others(talk, last.turn, whole)
-        self._check_options(talk)
         by_turns = [part._replace(followed=part is not last) for part in texts]
         if by_turn:
             return by_turns
@@ -203,11 +203,7 @@ class ChatRenderer:
         messages = talk.messages.copy()
         parted = key == "content" and isinstance(messages[i]["content"], list)
         messages[i] = {**messages[i], "content": "another text"} if parted else _with_other(messages[i], part)
-        try:
-            reads = self._text(talk._replace(messages=messages), last + 1) != self._text(talk, last + 1)
-        except DataError:
-            reads = True
-        if not reads:
+        if not self._differ(talk, talk._replace(messages=messages), last + 1):
             raise DataError(
                 f"data: expected a chat template that renders the {key} of every message, got one that leaves out that "
                 f"of message {i + 1} ({messages[i]['role']}) in {talk.where}: {one_line(part, 40)!r}. Remove it, or "
@@ -221,13 +217,20 @@ class ChatRenderer:
             if reads and name in ("tools", "documents") and self.checked[name] < CHECKED_ROWS:
                 self.checked[name] += 1
                 others = {key: value for key, value in talk.options.items() if key != name}
-                count = len(talk.messages)
-                reads = self._text(talk._replace(options=others), count) != self._text(talk, count)
+                reads = self._differ(talk, talk._replace(options=others), len(talk.messages))
             if not reads:
                 raise DataError(
                     f"data: expected a chat template that reads {name}, got one that does not, in {talk.where}. Remove "
                     "it from the row, or name another template in data.chat_template."
                 )
+
+    def _differ(self, talk: Conversation, other: Conversation, count: int) -> bool:
+        """Whether the template renders the first messages of two conversations differently, or refuses the other."""
+        text = self._text(talk, count)
+        try:
+            return self._text(other, count) != text
+        except DataError:
+            return True
 
 
 def _parts(message: Message) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ Message = dict[str, Any]
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing: a template reads one or two of them
 LOSS_KEYS = ("weight", "train")  # of a message, for its loss; no template sees them
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of content parts
+_SET = ("messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize")
 _CONTENT = "potstill"  # of a message: no template trims or changes it
 _CALL = "potstill_call"
 _NEXT: Message = {"role": "user", "content": "next"}
@@ -85,8 +86,8 @@ def marks_generation(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def names_argument(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    """Whether the chat template reads an argument."""
-    return re.search(rf"\b{re.escape(name)}\b", _template_text(tokenizer)) is not None
+    """Whether the chat template reads an argument that can be given; some are set wherever it renders."""
+    return name not in _SET and re.search(rf"\b{re.escape(name)}\b", _template_text(tokenizer)) is not None
 
 
 def _template_text(tokenizer: PreTrainedTokenizerBase) -> str:
