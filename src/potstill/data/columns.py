@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from potstill.data.conversations import Dialogue
-from potstill.data.sources import TEACHER_ID_COLUMNS, TEACHER_PROMPT_COLUMNS, Source, SourceKind, listed
+from potstill.data.sources import (
+    TEACHER_ID_COLUMNS,
+    TEACHER_PROMPT_COLUMNS,
+    WRITTEN_COLUMNS,
+    Source,
+    SourceKind,
+    listed,
+)
 from potstill.data.token_weights import SPAN_COLUMNS
 from potstill.errors import DataError, nearest
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
@@ -33,6 +40,10 @@ PAIRS = [  # usual names of a question and its answer
 INPUTS = ("input", "context")  # that an instruction is about
 SYSTEM = ("system", "system_prompt")
 CONTEXT_COLUMNS = ("tools", "documents", "chat_template_kwargs")  # read with messages where the file has them
+GENERATED_COLUMNS: dict[SourceKind, tuple[str, ...]] = {  # of generated rows
+    "messages": ("num_prompt_messages", *WRITTEN_COLUMNS),
+    "completion": WRITTEN_COLUMNS,
+}
 OPTIONAL_ID_COLUMNS = ("labels", "attention_mask", "weights")  # read with input_ids where the file has them
 TRIVIAL_ID_COLUMNS = (
     "position_ids",
@@ -229,7 +240,7 @@ def _dialogue(source: Source, keys: dict[str, Any], first: Callable[[str], Any],
 def _further_columns(source: Source, kind: SourceKind, columns: list[str], dialogue: Dialogue | None) -> dict[str, str]:
     """The columns that are read beside those that make a row, standard name -> the file's own."""
     optional = {"input_ids": OPTIONAL_ID_COLUMNS + TRIVIAL_ID_COLUMNS, "messages": CONTEXT_COLUMNS}.get(kind, ())
-    names = {name: name for name in optional if name in columns}
+    names = {name: name for name in (*optional, *GENERATED_COLUMNS.get(kind, ())) if name in columns}
     if kind == "input_ids":
         names |= {name: name for name in TEACHER_ID_COLUMNS if set(TEACHER_ID_COLUMNS) <= set(columns)}
     if source.teacher_prompt is not None and not (dialogue and dialogue.teacher_prompt):

@@ -32,6 +32,8 @@ def encoding_notes(encoder: RowEncoder, rows: int) -> Iterator[str]:
         ("empty", "empty row", "skipped"),
         ("cut", "example", f"truncated to max_length {encoder.max_length}"),
         ("left_out", "example", "without a target token left out"),
+        ("written", "row", "learnt as the token ids that their teacher wrote"),
+        ("retokenized", "row", "tokenized anew: their token ids are behind another prompt, or of another text"),
     ):
         if counts[name]:
             yield f"{file}: {plural(counts[name], singular)} {rest}."

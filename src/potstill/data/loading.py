@@ -17,7 +17,7 @@ from potstill.data.disk_cache import cache_path, write_arrow
 from potstill.data.locate import locate
 from potstill.data.location import Batch, Location
 from potstill.data.readers import describe_value
-from potstill.data.sources import TEACHER_ID_COLUMNS, Source, SourceKind, listed
+from potstill.data.sources import TEACHER_ID_COLUMNS, WRITTEN_COLUMNS, Source, SourceKind, listed
 from potstill.data.token_weights import SPAN_COLUMNS
 from potstill.errors import DataError
 from potstill.losses.alignment import Task
@@ -246,7 +246,8 @@ _TYPES: dict[str, _Type] = {
     "num_prompt_messages": _Type(pa.int32(), "a number of messages", lambda values: pa.array(values, pa.int32())),
     **dict.fromkeys(("input_ids", *TEACHER_ID_COLUMNS), _Type(_ID_LIST, "a list of whole numbers", _id_lists)),
     **dict.fromkeys(
-        ("labels", "attention_mask"), _Type(_ID_LIST, "a list of whole numbers, or null", _optional_id_lists)
+        ("labels", "attention_mask", *WRITTEN_COLUMNS),
+        _Type(_ID_LIST, "a list of whole numbers, or null", _optional_id_lists),
     ),
     "weights": _Type(pa.list_(pa.float32()), "a list of numbers >= 0", _weight_lists),
     "weight": _Type(pa.float32(), "a number >= 0", _weights),

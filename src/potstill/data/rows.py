@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from heapq import merge
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -15,14 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.chat_texts import ChatRenderer, ChatText, Conversation
 from potstill.data.disk_cache import BATCH
-from potstill.data.sources import SourceKind
+from potstill.data.sources import TEACHER_PROMPT_COLUMNS, SourceKind
 from potstill.data.token_places import LocatedTokens, locate
 from potstill.data.token_weights import SPAN_COLUMNS, Span, SpanWeights, token_weights
 from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE, Task
-from potstill.models.chat import end_token_ids
+from potstill.models.chat import end_token_ids, render_chat
 from potstill.models.loading import vocabulary_size
-from potstill.models.prompts import surrounding_tokens
+from potstill.models.prompts import CONTEXT, prompt_ids, surrounding_tokens
 
 
 class EncodedRow(NamedTuple):
@@ -251,6 +253,10 @@ def _completions(dataset: Dataset, encoder: RowEncoder, prompt_column: str) -> A
     for rows in encoder.nonempty(dataset, "completion"):
         texts = [columns[prompt_column] + columns["completion"] for columns in rows.values()]
         for (number, columns), tokens in zip(rows.items(), encoder.located(texts, special=True), strict=True):
+            prompt_text = prompt_ids(encoder.tokenizer, columns[prompt_column]) if columns.get("prompt_ids") else []
+            if written := _as_written(columns, encoder, prompt_text, columns["completion"]):
+                yield number, len(prompt_text), encoder.weighted(written, columns, number)
+                continue
             border = len(columns[prompt_column])
             ids = tokens.ids[: -len(closing)] if closing and tokens.ids[-len(closing) :] == closing else tokens.ids
             prompt = min(tokens.before(border), len(ids))
@@ -273,27 +279,33 @@ def _note_border(encoder: RowEncoder, tokens: LocatedTokens, border: int, number
 
 def _conversations(dataset: Dataset, encoder: RowEncoder, column: str) -> AnswerRows:
     """Conversations; what stands before the assistant's first turn comes from `column`."""
-    end = encoder.tokenizer.eos_token_id
     for rows in encoder.nonempty(dataset, "messages"):
-        rendered = {n: _chat_texts(columns, encoder, column, encoder.where(n)) for n, columns in rows.items()}
-        encoder.counts["left_out"] += sum(not parts for parts in rendered.values())
-        texts = [(number, part) for number, parts in rendered.items() for part in parts]
-        located = encoder.located([part.text for _, part in texts], special=False)
-        for (number, part), tokens in zip(texts, located, strict=True):
-            ids = tokens.ids
-            columns: Mapping[str, Any] = rows[number]
-            spans = [(tokens.before(start), tokens.before(stop)) for start, stop in part.targets]
-            labels = [IGNORE] * len(ids)
-            for start, stop in spans:
-                labels[start:stop] = ids[start:stop]
-            if not part.closed and end is not None:
-                ids, labels = [*ids, end], [*labels, end]
-            _note_layout(encoder, part, number)
-            _note_border(encoder, tokens, part.targets[0][0], number)
-            place: tuple[int, list[Span]] = (0, [])
-            if any(columns.get(name) is not None for name in SPAN_COLUMNS):
-                columns, place = _with_spans(columns, part, tokens, encoder.where(number))
-            yield number, spans[0][0], encoder.weighted(EncodedRow(ids, labels), columns, number, place)
+        written = {n: row for n, columns in rows.items() if (row := _written_turn(columns, encoder, n)) is not None}
+        others = {n: columns for n, columns in rows.items() if n not in written}
+        yield from merge(written.values(), _rendered(others, encoder, column), key=itemgetter(0))
+
+
+def _rendered(rows: dict[int, dict[str, Any]], encoder: RowEncoder, column: str) -> AnswerRows:
+    end = encoder.tokenizer.eos_token_id
+    rendered = {n: _chat_texts(columns, encoder, column, encoder.where(n)) for n, columns in rows.items()}
+    encoder.counts["left_out"] += sum(not parts for parts in rendered.values())
+    texts = [(number, part) for number, parts in rendered.items() for part in parts]
+    located = encoder.located([part.text for _, part in texts], special=False)
+    for (number, part), tokens in zip(texts, located, strict=True):
+        ids = tokens.ids
+        columns: Mapping[str, Any] = rows[number]
+        spans = [(tokens.before(start), tokens.before(stop)) for start, stop in part.targets]
+        labels = [IGNORE] * len(ids)
+        for start, stop in spans:
+            labels[start:stop] = ids[start:stop]
+        if not part.closed and end is not None:
+            ids, labels = [*ids, end], [*labels, end]
+        _note_layout(encoder, part, number)
+        _note_border(encoder, tokens, part.targets[0][0], number)
+        place: tuple[int, list[Span]] = (0, [])
+        if any(columns.get(name) is not None for name in SPAN_COLUMNS):
+            columns, place = _with_spans(columns, part, tokens, encoder.where(number))
+        yield number, spans[0][0], encoder.weighted(EncodedRow(ids, labels), columns, number, place)
 
 
 def _chat_texts(columns: Mapping[str, Any], encoder: RowEncoder, column: str, where: str) -> list[ChatText]:
@@ -338,6 +350,37 @@ def _with_spans(
             f"{where}. Remove the row, use another template, or leave out span_weights."
         )
     return columns, (len(content), tokens.shifted(start - content.index(bare)))
+
+
+# Rows that a teacher wrote
+
+
+def _as_written(
+    columns: Mapping[str, Any], encoder: RowEncoder, prompt: list[int], completion: str
+) -> EncodedRow | None:
+    """The tokens that a teacher wrote, if they stand behind the tokens of this prompt, and still are this text.
+
+    They are not with another tokenizer or template. Spans are places in the text, and need its own tokens.
+    """
+    ids = columns.get("completion_ids")
+    if not ids or any(columns.get(name) is not None for name in (*SPAN_COLUMNS, *TEACHER_PROMPT_COLUMNS.values())):
+        return None
+    if columns["prompt_ids"] != prompt or completion not in encoder.tokenizer.decode(prompt[-CONTEXT:] + ids):
+        encoder.counts["retokenized"] += 1
+        return None
+    encoder.counts["written"] += 1
+    return EncodedRow(prompt + ids, [IGNORE] * len(prompt) + ids)
+
+
+def _written_turn(columns: Mapping[str, Any], encoder: RowEncoder, number: int) -> AnswerRow | None:
+    if not columns.get("completion_ids"):
+        return None
+    talk = Conversation.read(columns, encoder.where(number))
+    options = {**talk.options, "add_generation_prompt": True}
+    text = render_chat(encoder.tokenizer, talk.messages[:-1], talk.where, **options)
+    (prompt,) = encoder.tokens([text], special=False)
+    row = _as_written(columns, encoder, prompt, talk.messages[-1].get("content") or "")
+    return None if row is None else (number, len(prompt), encoder.weighted(row, columns, number))
 
 
 # Token ids

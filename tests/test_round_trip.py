@@ -158,6 +158,60 @@ def test_a_tokenizer_that_parses_its_model_is_asked() -> None:
     assert written_turn(tokenizer, "<call>add</call>\n") == (parsed, written_turn(tokenizer, "<call>add</call>\n")[1])
 
 
+def encoded(tokenizer: Any, path: Path, row: dict[str, Any], **source: Any) -> tuple[list[int], list[int], str]:
+    """The ids and labels of a row, and the notes on it."""
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    examples = encode(Source(path, **source), tokenizer, max_length=500)
+    (example,) = examples.dataset
+    return example["input_ids"], example["labels"], " ".join(examples.notes)
+
+
+def generated_row(tokenizer: Any, text: str, **options: Any) -> dict[str, Any]:
+    turn = written_turn(tokenizer, text, **options)
+    row = rows_of(GeneratedText(request_of(), 0, 0, turn, True), "messages", "chain", {})[0]
+    return dict(json.loads(json.dumps(row)))
+
+
+def test_rows_with_tokens_are_learnt_as_these(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(DROPS, *SPECIAL)
+    row = generated_row(tokenizer, "Add.\n</think>\n\nFour.")
+    ids, labels, notes = encoded(tokenizer, tmp_path / "rows.jsonl", row)
+    assert tokenizer.decode([label for label in labels if label != IGNORE]) == "Add.\n</think>\n\nFour.<|im_end|>"
+    assert (ids, labels.count(IGNORE)) == (row["prompt_ids"] + row["completion_ids"], len(row["prompt_ids"]))
+    assert "1 row learnt as the token ids that their teacher wrote" in notes
+    cut = generated_row(tokenizer_of(PLAIN, *SPECIAL), "Fo", end=None)
+    _, labels, _ = encoded(tokenizer_of(PLAIN, *SPECIAL), tmp_path / "cut.jsonl", cut)
+    assert tokenizer.decode([label for label in labels if label != IGNORE]) == "Fo"  # no end that was not written
+
+
+@pytest.mark.parametrize("change", ["text", "prompt", "template"])
+def test_tokens_of_another_text_prompt_or_template_are_not_used(change: str, tmp_path: Path) -> None:
+    row = generated_row(tokenizer_of(STRIPS, *SPECIAL), "Four.\n")
+    if change != "template":
+        row["messages"][-1 if change == "text" else 0] |= {"content": "Five."}
+    template = f"A chat. {PLAIN}" if change == "template" else STRIPS
+    tokenizer = tokenizer_of(template, *SPECIAL)
+    ids, labels, notes = encoded(tokenizer, tmp_path / "rows.jsonl", row)
+    assert ids != row["prompt_ids"] + row["completion_ids"]
+    answer = {"text": "Five.", "prompt": "Four.", "template": "Four.\n"}[change]
+    assert tokenizer.decode([label for label in labels if label != IGNORE]) == f"{answer}<|im_end|>"
+    assert "1 row tokenized anew" in notes
+
+
+def test_plain_rows_with_tokens(tmp_path: Path) -> None:
+    tokenizer, request = tokenizer_of(None), request_of()
+    prompt = tokenizer("Two and two?")["input_ids"]
+    letters = [i for letter in " Four" for i in tokenizer(letter)["input_ids"]]
+    turn = TurnReader(tokenizer, "completion").read(request, prompt, Completion(" Four", True, (*letters, 0)))
+    (row,) = rows_of(GeneratedText(request, 0, 0, turn, True), "completion", "chain", {})
+    ids, labels, _ = encoded(tokenizer, tmp_path / "rows.jsonl", row)
+    assert (ids, labels) == ([*prompt, *letters, 0], [IGNORE] * len(prompt) + [*letters, 0])
+    spans = {"reasoning_span": [0, 2], "answer_span": [2, 5]}
+    weighted = {"span_weights": {"reasoning": 1.0, "answer": 2.0}}  # spans need the tokens of the text
+    ids, _, _ = encoded(tokenizer, tmp_path / "spans.jsonl", row | spans, **weighted)
+    assert ids == [*tokenizer("Two and two? Four")["input_ids"], 0]
+
+
 # All templates that trl carries
 
 TRL = importlib.util.find_spec("trl")  # not imported
