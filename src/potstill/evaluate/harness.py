@@ -30,7 +30,7 @@ class Harness:
     def __init__(self, tasks: Sequence[str]) -> None:
         with _silent_harness():
             try:
-                import lm_eval
+                from lm_eval import evaluator
                 from lm_eval.models.huggingface import HFLM
                 from lm_eval.tasks import TaskManager
             except ImportError:
@@ -41,7 +41,7 @@ class Harness:
             files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
             named = [task for task in tasks if Path(task) not in files]
             local = [_task_name(file) for file in files]
-            self._evaluate, self._wrap = lm_eval.simple_evaluate, HFLM
+            self._evaluator, self._wrap = evaluator, HFLM
             folders: Any = [file.parent for file in files] or None
             self._manager = TaskManager(include_path=folders, include_defaults=bool(named))
         unknown = [name for name in named if name not in self._manager.all_tasks]
@@ -81,9 +81,10 @@ class Harness:
         options = {"task_manager": self._manager, "limit": examples, "log_samples": False, "bootstrap_iters": 0}
         hook = model.register_forward_pre_hook(before_pass)
         try:
-            with _silent_harness():
+            # Its search for a git commit complains where there is none.
+            with _silent_harness(), _replaced(self._evaluator, "get_git_commit_hash", lambda: None):
                 wrapped = self._wrap(pretrained=model, tokenizer=tokenizer, batch_size=1)
-                results = self._evaluate(model=wrapped, tasks=[task], **options)
+                results = self._evaluator.simple_evaluate(model=wrapped, tasks=[task], **options)
         finally:
             hook.remove()
         assert results is not None
@@ -122,12 +123,20 @@ def _silent_harness() -> Iterator[None]:
     def hide(bar: Any, *arguments: Any, **options: Any) -> None:
         show(bar, *arguments, **{**options, "disable": True})
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _replaced(tqdm, "__init__", hide):  # some bars have no switch
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-        setattr(tqdm, "__init__", hide)  # noqa: B010  # some of its bars have no switch
         try:
             yield
         finally:
-            setattr(tqdm, "__init__", show)  # noqa: B010
             logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

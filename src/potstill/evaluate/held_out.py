@@ -15,6 +15,7 @@ from potstill.evaluate.time_limit import TimeLimit
 from potstill.losses.alignment import Task
 
 BATCH_ROWS, BATCH_TOKENS = 16, 4096  # of a batch at most: the time is over between two batches
+FEWEST_ROWS = 4  # of a batch: encoders are compared on 3 at least
 
 
 def measure_rows(
@@ -42,7 +43,7 @@ def measure_rows(
 
     def batches() -> Iterator[dict[str, Tensor]]:
         nonlocal number
-        batch_rows = max(1, min(BATCH_ROWS, BATCH_TOKENS // max_length))
+        batch_rows = max(FEWEST_ROWS, min(BATCH_ROWS, BATCH_TOKENS // max_length))
         for batch in limit.within(in_batches(shuffled, tokenizer, batch_rows)):
             yield batch
             number += len(batch["input_ids"])

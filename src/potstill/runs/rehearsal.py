@@ -1,4 +1,4 @@
-"""A rehearsal: every step of a run on two short rows, so that nothing fails after the training that could before it."""
+"""A rehearsal: every step of a run on short rows, so that nothing fails after the training that could before it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from potstill.models.spacing import evenly_spaced
 from potstill.runs import steps
 from potstill.runs.build import BuiltRun, piece
 
-ROWS = 2  # for each rank
+ROWS = 3  # for each rank; encoders are compared on 3 at least
 TOKENS = 16  # of a row that is cut
 CANDIDATES = 64  # evenly spaced rows among which the shortest are taken
 NEW_TOKENS = 4  # of an on-policy sample
@@ -69,7 +69,7 @@ def rehearse(built: BuiltRun, student: Any) -> None:
 
 def _try(step: steps.Step, built: BuiltRun, folder: Path, console: Console) -> None:
     needed = steps.CHECKPOINT_BYTES * built.size.trained
-    with failing_early(step.name, "two short rows"), explain_disk_full(folder, needed):
+    with failing_early(step.name, "a few short rows"), explain_disk_full(folder, needed):
         if step.every_rank or PartialState().is_main_process:
             step.do(built, folder, console)
     PartialState().wait_for_everyone()
@@ -90,7 +90,7 @@ def failing_early(step: str, rows: str) -> Iterator[None]:
 
 
 def _small_run(built: BuiltRun, num_steps: int) -> BuiltRun:
-    """The run with two short rows and few steps; each of them is logged, measured and saved."""
+    """The run with a few short rows and few steps; each of them is logged, measured and saved."""
     train, held_out = (_short_rows(built, examples.dataset) for examples in (built.train, built.eval))
     recipe = built.recipe
     longest = max(len(row["input_ids"]) for rows in (train, held_out) for row in rows)
