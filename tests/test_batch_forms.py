@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
@@ -46,7 +48,7 @@ def padded(left: int) -> dict[str, torch.Tensor]:
     return rows(*filled) | {"attention_mask": torch.tensor(masks)}
 
 
-def with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def with_labels(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return batch | {"labels": batch["input_ids"].masked_fill(batch.get("attention_mask", torch.ones(1)) == 0, -100)}
 
 
@@ -95,6 +97,27 @@ def test_terms_over_layers_read_the_same_tokens() -> None:
     distiller = Distiller(make_llama(), make_llama(seed=1), [Hidden(LayerMap.last_k(1))]).eval()
     losses = {name: distiller.step(form).loss.item() for name, form in FORMS.items()}
     assert losses == pytest.approx(dict.fromkeys(FORMS, losses["right"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2", "llama"])
+def test_classes_do_not_depend_on_the_side_of_the_padding(family: str) -> None:
+    student, teacher = (families.model(family, AutoModelForSequenceClassification, seed) for seed in (0, 1))
+    distiller = Distiller(student, teacher, [Logits(ForwardKL()), Labels()], task="classification").eval()
+    labels = torch.tensor([1, 0, 1])
+    examples = [rows(ids) | {"labels": labels[i : i + 1]} for i, ids in enumerate((A, B, C))]
+    alone = [distiller(example, normalizer=3.0).loss.item() for example in examples]
+    losses = [distiller.step(padded(left) | {"labels": labels}).loss.item() for left in (0, 1, 9)]
+    assert losses == pytest.approx([sum(alone)] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_masked_models_read_each_sequence_alone(family: str) -> None:
+    student, teacher = (families.model(family, AutoModelForMaskedLM, seed) for seed in (0, 1))
+    distiller = Distiller(student, teacher, [Logits(ForwardKL()), Labels()], task="masked").eval()
+    examples = [with_labels(rows(ids)) for ids in (A, B, C)]
+    alone = [distiller(example, normalizer=15.0).loss.item() for example in examples]
+    losses = {name: distiller.step(with_labels(form)).loss.item() for name, form in FORMS.items()}
+    assert losses == pytest.approx(dict.fromkeys(FORMS, sum(alone)), rel=1e-5)
 
 
 def test_a_plain_batch_is_left_as_it_is() -> None:
@@ -194,6 +217,8 @@ def test_examples_with_padding_and_packed_ones() -> None:
     ("examples", "message"),
     [
         ([{"input_ids": A, "labels": A}, {"input_ids": B}], "the column labels in every example of a batch or in none"),
+        ([{"input_ids": A, "labels": A}, {"input_ids": B, "labels": None}], "the column labels in every example"),
+        ([{"input_ids": A}, {"text": "a"}], "expected input_ids in every example of a batch, got text"),
         ([{"input_ids": A, "labels": B}], "expected labels for each of the 7 input_ids, got 3"),
         ([{"input_ids": A, "seq_lengths": [3, 3]}], "expected seq_lengths for each of the 7 input_ids, got 6"),
         ([{"input_ids": [*A, 1, 1]}], "several pad tokens"),

@@ -224,6 +224,89 @@ def test_the_prompt_is_masked_exactly(tokenizer, write):
     check_tokens(examples)
 
 
+def metaspace() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a space before each text."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = ["<unk>", "<bos>", "<eos>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokenizer.train_from_iterator(
+        ["the cat sat on the mat 2 + 2 = 4 "] * 20, trainers.BpeTrainer(special_tokens=names, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+class Slow(PreTrainedTokenizerFast):
+    """A tokenizer that does not tell where its tokens stand."""
+
+    is_fast = False
+
+    def __call__(self, *texts: Any, return_offsets_mapping: bool = False, **options: Any) -> Any:
+        assert not return_offsets_mapping
+        return super().__call__(*texts, **options)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("2+2=", "4"), ("def f():\n", "    return 1"), ("Answer:\n", "yes"), ("é", "à 日本")]
+)
+def test_prompt_and_completion_are_tokenized_as_one_text(prompt, completion, slow, write):
+    tokenizer = metaspace()
+    if slow:
+        tokenizer = Slow(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<bos>", eos_token="<eos>")
+    path = write([{"prompt": prompt, "completion": completion}])
+    (row,) = encode(Source(path), tokenizer, max_length=99).dataset
+    assert row["input_ids"] == tokenizer(prompt + completion)["input_ids"] + [tokenizer.eos_token_id]
+    targets = [label for label in row["labels"] if label != IGNORE]
+    assert tokenizer.decode(targets).strip() == f"{completion}<eos>".strip()
+    assert row["labels"][-len(targets) :] == targets
+
+
+def test_a_token_over_the_border_is_learnt_and_noted_where_it_happens_often(write):
+    rows = [{"prompt": "on the ca", "completion": "t sat"}]
+    examples = encode(Source(write(rows)), PLAIN, max_length=99)
+    (row,) = examples.dataset
+    assert row["input_ids"] == [*ids(PLAIN, "on the cat sat"), PLAIN.eos_token_id]
+    assert PLAIN.decode([label for label in row["labels"] if label != IGNORE]) == " cat sat<eos>"
+    (note,) = examples.notes
+    assert "in 1 example a token stands on both sides" in note and "' cat' in row 1 of data.jsonl" in note
+    rare = encode(Source(write(rows + [{"prompt": "a\n", "completion": "b"}] * 30)), PLAIN, max_length=99)
+    assert rare.notes == ()
+
+
+def test_no_second_end_behind_the_end_of_a_turn(write):
+    path = write([{"prompt": "<user>a", "completion": "b<eos>"}, {"prompt": "<user>a", "completion": "b<assistant>"}])
+    first, second = encode(Source(path), byte_level(eos_token="<eos>"), max_length=99).dataset
+    assert (PLAIN.decode(first["input_ids"]), PLAIN.decode(second["input_ids"])) == (
+        "<user>ab<eos>",
+        "<user>ab<assistant><eos>",
+    )
+    closed = byte_level(eos_token="<eos>", chat="{% for m in messages %}{{ m.content }}<assistant>{% endfor %}")
+    assert [PLAIN.decode(row) for row in rows_of(encode(Source(path), closed, max_length=99))] == [
+        "<user>ab<eos>",
+        "<user>ab<assistant>",
+    ]
+
+
+def test_text_that_the_tokenizer_changes_is_noted(write):
+    lower = byte_level(eos_token="<eos>")
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    for row in ({"text": "The Cat"}, {"prompt": "The ", "completion": "Cat"}):
+        assert (
+            "tokenizer: it changes text before it reads it: 'The' is read as 'the' (data.jsonl)."
+            in encode(Source(write([row])), lower, max_length=99).notes
+        )
+    folded = byte_level(eos_token="<eos>")
+    folded.backend_tokenizer.normalizer = normalizers.Replace("\n", " ")
+    (note,) = encode(Source(write([{"text": "a\nb"}])), folded, max_length=99).notes
+    assert "'a b' is read as" in note or "is read as 'a b'" in note
+
+
 def test_eos_that_is_in_a_prompt_stays(write):
     row = {"prompt": "a<eos>", "completion": "the cat"}
     for tokenizer in (PLAIN, BOS_IS_EOS, WITH_BOS_AND_EOS):
@@ -284,9 +367,9 @@ def test_every_turn_of_the_assistant_counts_and_nothing_else(write):
     examples = encode(Source(write([{"messages": talk}, {"messages": more}])), PLAIN, max_length=99)
     first, second = examples.dataset
     assert PLAIN.decode(first["input_ids"]) == PLAIN.apply_chat_template(talk, tokenize=False)
-    assert counted(first) == ["yes<eos>\n", "the cat<eos>\n"]
+    assert counted(first) == ["yes<eos>", "the cat<eos>"]
     assert PLAIN.decode(second["input_ids"]) == PLAIN.apply_chat_template(more, tokenize=False)
-    assert counted(second) == ["b<eos>\n", "c<eos>\n"]
+    assert counted(second) == ["b<eos>", "c<eos>"]
     for row in examples.dataset:
         assert all(label in (IGNORE, i) for i, label in zip(row["input_ids"], row["labels"], strict=True))
     check_tokens(examples)
@@ -349,18 +432,31 @@ def test_conversations_that_cannot_be_masked(talk, parts, write):
     refused(lambda: encode(Source(path), tokenizer, max_length=99), *parts)
 
 
-def test_a_template_that_rewrites_is_refused(write):
+def test_a_template_that_rewrites_gives_an_example_for_each_turn(write):
     forgetful = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last or m.role == 'user' else '...' }}<eos>"
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     tokenizer = byte_level(eos_token="<eos>", chat=forgetful)
-    once = [turn("user", "a"), turn("assistant", "b")]
-    assert encode(Source(write([{"messages": once}])), tokenizer, max_length=99).tokens
-    path = write([{"messages": once}, {"messages": once + once}])
-    refused(lambda: encode(Source(path), tokenizer, max_length=99), "only appends", "row 2", "Use another template")
+    once, again = [[turn("user", "a"), turn("assistant", text)] for text in ("b", "c")]
+    examples = encode(Source(write([{"messages": once}, {"messages": once + again}])), tokenizer, max_length=99)
+    assert [tokenizer.decode(row) for row in rows_of(examples)] == [
+        *["<user>a<eos><assistant>b<eos>"] * 2,
+        "<user>a<eos><assistant>...<eos><user>a<eos><assistant>c<eos>",
+    ]
+    assert [counted(row) for row in examples.dataset] == [["b<eos>"], ["b<eos>"], ["c<eos>"]]
+    (note,) = examples.notes
+    assert "first in row 2 of data.jsonl" in note and note.endswith("each turn of the assistant, 2 in all.")
+    short = encode(Source(write([{"messages": once + again}])), tokenizer, max_length=7)
+    assert len(short.dataset) == 1 and "1 example without a target token left out" in short.notes[1]
+
+
+def test_a_template_without_its_generation_prompt_is_refused(write):
     silent = byte_level(eos_token="<eos>", chat="{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}?")
-    refused(lambda: encode(Source(write([{"messages": once}])), silent, max_length=99), "only appends", "row 1")
+    path = write([{"messages": [turn("user", "a"), turn("assistant", "b")]}])
+    refused(
+        lambda: encode(Source(path), silent, max_length=99), "behind its generation prompt", "row 1", "Name another"
+    )
 
 
 def test_no_chat_template(write):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from tokenizers import decoders, processors
 
 from conftest import make_llama, make_tokenizer
+from potstill.engines import local
+from potstill.engines.decode import GeneratedTokens
 from potstill.engines.local import LocalEngine
 from potstill.engines.sampling import Completion, Sampling
 from potstill.errors import DataError
+from potstill.models.prompts import completion_text, prompt_ids
 
 PROMPTS = ["def f", "class C1:\n    def g(self, x):", "return", "a", "def f2(a, b):\n    return a + b * 2"]
 GREEDY = Sampling(sampling_temperature=0, max_new_tokens=12)
@@ -120,3 +126,58 @@ def test_what_does_not_fit_is_told(model) -> None:
         engine.complete(["a", "def f(a, b):\n" * 10], GREEDY)
     with pytest.raises(DataError, match="expected a prompt with a token, got none in prompt 1"):
         engine.complete([""], GREEDY)
+
+
+def with_specials(*added: str) -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [*added]})
+    return tokenizer
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int], ended: bool = True) -> None:
+    written = GeneratedTokens(ids, [0.0] * len(ids), [0.0] * len(ids), ended)
+    monkeypatch.setattr(local, "generate_tokens", lambda model, prompts, *_, **__: [written for _ in prompts])
+
+
+def test_special_tokens_stay_but_for_the_end(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = with_specials("<|channel|>", "<|end_turn|>")
+    text = "<|channel|>def<pad>f<|channel|><end>"
+    ids = tokenizer(text)["input_ids"]
+    scripted(monkeypatch, ids)
+    ((completion,),) = LocalEngine(model, tokenizer).complete(["a"], GREEDY)
+    assert completion == Completion(text.removesuffix("<end>"), True, tuple(ids))
+    scripted(monkeypatch, [*ids, 1, 1])  # padding
+    assert LocalEngine(model, tokenizer).complete(["a"], GREEDY)[0][0].text == completion.text
+    scripted(monkeypatch, [0, *ids[:-1]], ended=False)
+    assert LocalEngine(model, tokenizer).complete(["a"], GREEDY)[0][0].text == "<end>" + completion.text
+    scripted(monkeypatch, ids)
+    stopped = LocalEngine(model, tokenizer).complete(["a"], Sampling(max_new_tokens=9, stop=("f<|channel|>",)))
+    assert stopped == [[Completion("<|channel|>def<pad>", True)]]
+
+
+def add_affixes(tokenizer: Any, single: str) -> None:
+    """Put special tokens around each text."""
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>", "<end>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+
+
+@pytest.mark.parametrize(("single", "before"), [("<s> $A </s>", 1), ("$A <end>", 0), ("<s> $A <end> </s>", 1)])
+def test_a_prompt_keeps_what_begins_it_and_loses_what_ends_it(model, single: str, before: int) -> None:
+    plain, tokenizer = with_specials("<s>", "</s>"), with_specials("<s>", "</s>")
+    add_affixes(tokenizer, single)
+    for text in ("def f", "a<end>", "</s>"):
+        ids = prompt_ids(tokenizer, text)
+        assert ids[before:] == plain(text)["input_ids"]
+        assert ids[:before] == [tokenizer.convert_tokens_to_ids("<s>")][:before]
+    assert LocalEngine(model, tokenizer)._ids("def f") == prompt_ids(tokenizer, "def f")
+
+
+def test_a_word_keeps_the_space_before_it() -> None:
+    """SentencePiece strips the space before the first word of a text."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    prompt, ids = prompt_ids(tokenizer, "def f"), tokenizer(" return x")["input_ids"]
+    assert tokenizer.decode(ids) == "return x"
+    assert completion_text(tokenizer, prompt, ids, frozenset()) == " return x"
+    half = tokenizer("é")["input_ids"][:1]  # a prompt of ids may end within a character
+    assert completion_text(tokenizer, half, [*tokenizer("é")["input_ids"][1:], *ids], frozenset()).endswith("return x")

@@ -12,11 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import TEXT, make_batch, make_llama
+from conftest import TEXT, make_batch, make_llama, make_tokenizer
 from potstill.cli import app
 from potstill.data.batches import encode
 from potstill.data.sources import Source
 from potstill.errors import UserError
+from potstill.evaluate import generations
 from potstill.evaluate.generations import continuations, text_quality
 from potstill.evaluate.harness import Harness, TimeLimitError, harness_scores
 from potstill.evaluate.quality import compare
@@ -103,6 +104,20 @@ def test_continuations_begin_where_the_prompt_ends(tokenizer) -> None:
     assert len(written) == 1
     _, halves = continuations(make_llama(seed=1).eval(), tokenizer, [{"input_ids": ids, "labels": ids}], 50)
     assert halves == [tokenizer.decode(ids[10:])]
+
+
+def test_texts_keep_special_tokens_and_stop_at_the_end_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<think>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    ids = tokenizer("def f:<think>a</think>b<|im_end|>class<|im_end|>")["input_ids"]
+    prompt, answer = len(tokenizer("def f:")["input_ids"]), len(tokenizer("<think>a</think>b<|im_end|>")["input_ids"])
+    written = ids[prompt : prompt + answer]
+    monkeypatch.setattr(generations, "continuation", lambda model, before, number, ends: written)
+    for labels in (ids, [*ids[: prompt + answer], *[-100] * 5]):  # the end of the turn, or of its labels
+        row = {"input_ids": ids, "labels": [*[-100] * prompt, *labels[prompt : len(ids)]]}
+        texts, truths = continuations(make_llama(), tokenizer, [row], 50)
+        assert texts == truths == ["<think>a</think>b"]
 
 
 def test_the_bytes_of_a_text_are_its_own(toys: Path, tokenizer) -> None:

@@ -185,7 +185,7 @@ def test_chains_become_rows_with_spans_verdicts_and_origin(values, monkeypatch) 
     assert len(rows) + len(dropped) == 50
     row = rows[4]
     assert (row["prompt"], row["answer"], row["gold"]) == ("Q: What is 1 plus 1?\nA:", "3", "2")
-    assert row["completion"] == " Step 1: 1 + 1.\nAnswer: 3"
+    assert row["completion"] == " Step 1: 1 + 1.\nAnswer: 3\n"
     assert row["completion"][slice(*row["reasoning_span"])] == "Step 1: 1 + 1."
     assert row["completion"][slice(*row["answer_span"])] == "3"
     origin = row["provenance"]
@@ -347,10 +347,14 @@ def test_chats_and_tools_survive_unchanged(values, monkeypatch, tmp_path, form: 
     rows = datasets.Dataset.from_parquet(str(result.rows)) if form == "parquet" else lines(result.rows)
     for row, chat in zip(rows, CHATS, strict=True):
         loads = json.loads if form == "parquet" else lambda value: value
-        assert loads(row["messages"]) == [*chat["chat"], {"role": "assistant", "content": "Three."}]
+        assert loads(row["messages"]) == [*chat["chat"], {"role": "assistant", "content": " Three. "}]
         for column in set(chat) - {"id"}:
             assert loads(row[column]) == chat[column]
     assert rows[0]["id"] == 7
+    assert [row.get("num_prompt_messages") for row in rows] == [
+        None,
+        4,
+    ]  # the answer in the prompt is not the teacher's
     assert "<tools>" in seen[1]
     assert "<tools>" not in seen[0]
     assert seen[1].endswith("<assistant>")
@@ -362,7 +366,8 @@ def test_a_server_writes_too(values, monkeypatch, toys: Path, words: str | None)
         def __init__(self, url: str, model: str, **options: Any) -> None:
             super().__init__(sums)
             assert (url, model) == ("http://here", "big")
-            assert options == {"concurrency": 4, "key_variable": None, "timeout_s": 120.0}
+            ends = frozenset({0}) if words else frozenset()
+            assert options == {"concurrency": 4, "key_variable": None, "timeout_s": 120.0, "end_ids": ends}
 
         def card(self) -> None:
             self.say = sums
@@ -376,6 +381,73 @@ def test_a_server_writes_too(values, monkeypatch, toys: Path, words: str | None)
     for wrong in ({}, {"model": "x", **values["teacher"]}, {"model": "x", "tokenizer": "y"}):
         with pytest.raises(RecipeError, match="teacher: expected"):
             GenerateRecipe.parse(values | {"teacher": wrong})
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not thinking %}<think>{% endif %}{% endif %}"
+
+
+def test_arguments_of_the_template_are_read_and_kept(values, monkeypatch, tmp_path) -> None:
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    chats = [{"chat": CHATS[0]["chat"]}, {"chat": CHATS[0]["chat"], "chat_template_kwargs": '{"thinking": false}'}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    values["task"] = {"task": "responses", "prompts": {"path": str(tmp_path / "chats.jsonl"), "messages": "chat"}}
+    values["sampling"] = {"samples": 1}
+    values["teacher"] |= {"chat_template": str(tmp_path / "chat.jinja"), "chat_template_kwargs": {"thinking": True}}
+    seen: list[Prompt] = []
+
+    def say(prompt: Prompt, sample: int, seed: int) -> Completion:
+        seen.append(prompt)
+        return Completion("Hi.", True)
+
+    rows = lines(made(values, say, monkeypatch).rows)
+    assert [prompt.endswith("<think>") for prompt in seen] == [False, True]
+    assert [row["chat_template_kwargs"] for row in rows] == [{"thinking": True}, {"thinking": False}]
+    values["teacher"]["chat_template_kwargs"] = {"thinkin": True}
+    with pytest.raises(DataError, match=r"teacher.chat_template_kwargs: expected arguments .* reads, got thinkin"):
+        made(values | {"output": values["output"] + "2"}, say, monkeypatch)
+    values["teacher"] = {"server": {"url": "http://here", "model": "big"}, "chat_template": "chat.jinja"}
+    with pytest.raises(RecipeError, match="expected a tokenizer for chat_template"):
+        GenerateRecipe.parse(values)
+
+
+@pytest.mark.parametrize(
+    ("column", "problem"),
+    [
+        ({"tools": "{"}, "expected a list in 'tools', got '{'"),
+        ({"documents": "a text"}, "expected a list in 'documents', got 'a text'"),
+        ({"chat_template_kwargs": [1]}, "expected an object in 'chat_template_kwargs', got '\\[1\\]'"),
+        ({"documents": [{"text": "a"}]}, "a chat template that reads documents, got one that does not, for row 1"),
+        ({"tools": None, "documents": []}, None),
+    ],
+)
+def test_columns_that_a_template_reads_are_read_or_refused(values, monkeypatch, tmp_path, column, problem) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"chat": CHATS[0]["chat"], **column}) + "\n")
+    values["task"] = {"task": "responses", "prompts": {"path": str(path), "messages": "chat"}}
+    if problem is None:
+        assert made(values, sums_of_nothing, monkeypatch, chat=True).counts["asked"] == 1
+    else:
+        with pytest.raises(DataError, match=problem):
+            made(values, sums_of_nothing, monkeypatch, chat=True)
+
+
+def sums_of_nothing(prompt: Prompt, sample: int, seed: int) -> Completion:
+    return Completion("Nothing.", True)
+
+
+def test_rows_of_other_tokens_are_counted(values, monkeypatch) -> None:
+    def say(prompt: Prompt, sample: int, seed: int) -> Completion:
+        return Completion("Answer: 2", True, (*make_tokenizer()("Answer: 2")["input_ids"], *[0] * (1 + sample)))
+
+    result = made(values, say, monkeypatch)
+    rows = lines(result.rows)
+    assert ["completion_ids" in row for row in rows] == [False, True] * 10
+    note = "10 of 20 rows keep their token ids: their text would be encoded as others."
+    assert result.notes == [note]
+    assert note in (result.directory / "README.md").read_text().replace("\\", "")
+    result = made(values | {"rows": "completion", "output": values["output"] + "2"}, say, monkeypatch, chat=True)
+    assert result.notes == ["rows: the teacher read its chat template, and the rows have the bare prompts."]
 
 
 def test_a_conversation_needs_a_chat_template() -> None:

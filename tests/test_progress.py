@@ -65,7 +65,7 @@ def test_a_log_has_fewer_and_fewer_lines_of_quick_steps_and_always_the_last(cloc
     lines = out.getvalue().splitlines()
     assert lines[0] == "shards: 11/10,000, 2 h 46 min left"
     assert 30 < len(lines) < 120
-    assert lines[-1] == "shards: 10,000/10,000, took 2 h 47 min"
+    assert lines[-1] == "shards: 10,000/10,000, took 2 h 46 min"
 
 
 def test_a_terminal_has_a_bar(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_continuation_is_greedy() -> None:
             expected.append(int(model(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
         if expected[-1] == 0:
             break
-    assert continuation(model, ids, 4) == expected[3:]
+    assert continuation(model, ids, 4, frozenset({0})) == expected[3:]
 
 
 def test_speed_and_size(tmp_path: Path) -> None:

@@ -36,6 +36,35 @@ def mistakes(change: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+def test_several_sources_and_rows_without_labels() -> None:
+    parts = [
+        {"path": "a.jsonl", "share": 3},
+        {"path": "b", "split": "train", "share": 1, "prompt": ["i", "j"], "completion": "k"},
+    ]
+    recipe = Recipe.parse(yaml.safe_load(MINIMAL) | {"data": {"train": parts, "eval": {"path": "e.jsonl"}}})
+    first, second = recipe.data.train
+    assert (first.share, second.prompt) == (3, ("i", "j"))
+    assert Recipe.parse(recipe.model_dump(mode="json")) == recipe
+    assert "data.train.0.share: expected a number > 0" in mistakes(
+        {"data": {"train": [{"path": "a", "share": 0}], "eval": {"path": "e"}}}
+    )
+    without = {"path": "a", "label": False}
+    found = mistakes(
+        {
+            "task": "classification",
+            "data": {"train": without, "eval": without},
+            "objective": [{"term": "labels"}],
+            "evaluate": {"baseline": True},
+        }
+    )
+    for key in (
+        "data.eval.label: ",
+        "objective.0: expected labels in data.train",
+        "evaluate.baseline: expected labels",
+    ):
+        assert key in found
+
+
 def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(MINIMAL)

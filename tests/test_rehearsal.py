@@ -79,7 +79,10 @@ def test_a_failure_in_a_later_step_is_found_before_the_training(
 
     recipe_values["evaluate"] = {"baseline": False, "continuations": 1}
     if name == "runs.steps.merged":
-        recipe_values["student"]["adapter"] = {"kind": "lora", "merge": True}
+        recipe_values["student"] = {
+            "model": recipe_values["teacher"]["model"],
+            "adapter": {"kind": "lora", "merge": True},
+        }
     if name == "train.checkpoints.load_file":  # a term that trains a projection
         recipe_values["objective"].append({"term": "hidden", "layers": {"last_k": 1}})
     holder, _, attribute = f"potstill.{name}".rpartition(".")
@@ -102,7 +105,7 @@ def test_the_rehearsal_changes_nothing_of_the_run(
     recipe_values["rollout"] = {"max_new_tokens": 8, "replay": {"size": 4}}
     recipe_values["evaluate"]["baseline"] = False
     rehearsed = quiet_run(recipe_values)
-    monkeypatch.setattr("potstill.runs.run.rehearse", lambda built: None)
+    monkeypatch.setattr("potstill.runs.run.rehearse", lambda built, student: None)
     alone = quiet_run(recipe_values | {"output": str(tmp_path / "alone")})
     assert rehearsed.summary["teacher_weights"] == alone.summary["teacher_weights"]
     weights, expected = (load_file(done.directory / "student" / "model.safetensors") for done in (rehearsed, alone))

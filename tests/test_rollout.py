@@ -85,6 +85,9 @@ def test_plain_text_is_cut_behind_its_first_tokens() -> None:
     assert cut({"input_ids": [5], "labels": [5]}) is None
     assert cut({"input_ids": [], "labels": []}) is None
     assert cut({"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}) == [5, 6]
+    document = [5, 0, 0, 6, 7, 8]  # in a packed row a prompt does not end behind the end of a document
+    assert cut({"input_ids": document, "labels": document}) == [5]
+    assert cut({"input_ids": document[1:], "labels": document[1:]}) == [0]
 
 
 def test_a_prompt_as_long_as_the_context_stays_data() -> None:
@@ -137,6 +140,16 @@ def test_all_end_at_once_or_none_ends() -> None:
     assert taken(one) == {**taken(one, [make_batch()], never), "own_ended": 0.0, "own_length": 6.0, "own_share": 1.0}
     (made,) = rollout(max_new_tokens=1)([make_batch()], never, step=0)
     assert (made["labels"] != -100).sum(1).tolist() == [1] * 4
+
+
+def test_the_end_of_a_chat_turn_ends_a_sample_and_is_learnt() -> None:
+    own = rollout()
+    own.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
+    model = student()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(300).index_fill(0, torch.tensor(1), 99.0))
+    (made,) = own([make_batch()], model, step=0)
+    assert [row[row != -100].tolist() for row in made["labels"]] == [[1]] * 4
+    assert all(sample.text.ended for sample in own.latest)
 
 
 def taken(one: Rollout, batches: Any = None, model: Any = None) -> dict[str, float]:

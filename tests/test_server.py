@@ -59,10 +59,38 @@ def test_what_is_asked_is_what_was_meant(toy: ToyServer) -> None:
     server.complete(["def f", torch.tensor([3, 4])], plain)
     assert sorted(toy.asked, key=lambda body: str(body["prompt"])) == [
         {"model": "toy", "prompt": prompt, "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "n": 1}
+        | {"skip_special_tokens": False, "return_token_ids": True}
         for prompt in ([3, 4], "def f")
     ]
     server.complete(["def f"], Sampling(top_k=5, stop=("\n",), seed=0, max_new_tokens=2))
     assert {"top_k": 5, "stop": ["\n"], "seed": 0}.items() <= toy.asked[-1].items()
+
+
+def test_special_tokens_stay_and_token_ids_come_back(toy: ToyServer) -> None:
+    def change(answer: Any) -> Any:
+        for choice in answer["choices"]:
+            choice |= {"token_ids": [7, choice["index"]], "stop_reason": ["\n", 5, None][choice["index"]]}
+        return answer
+
+    toy.change = change
+    (completions,) = connect(toy, end_ids=frozenset({5, 0})).complete([[3, 4]], Sampling(samples=3, max_new_tokens=2))
+    assert [completion.ids for completion in completions] == [(), (7, 1), (7, 2)]  # a stop string cuts within tokens
+    expected = {"skip_special_tokens": False, "return_token_ids": True, "stop_token_ids": [0, 5]}
+    assert expected.items() <= toy.asked[-1].items()
+
+
+def test_a_server_that_refuses_keys_of_vllm_gets_none_of_them(toy: ToyServer) -> None:
+    expected = texts(connect(toy), PROMPTS[:2])
+    toy.refused, toy.asked[:] = {"return_token_ids"}, []
+    server = connect(toy, end_ids=frozenset({5}))
+    assert texts(server, PROMPTS[:2]) == expected
+    asked = len(toy.asked)
+    assert texts(server, PROMPTS[:2]) == expected
+    assert len(toy.asked) == asked + 2
+    assert not {"skip_special_tokens", "return_token_ids", "stop_token_ids"} & {*toy.asked[-1]}
+    assert server.complete([[3, 4]], Sampling(max_new_tokens=1))[0][0].ids == ()
+    with pytest.raises(RefusedError, match="longer than the maximum"):
+        server.complete([[3] * 70], Sampling(max_new_tokens=1))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

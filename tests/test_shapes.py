@@ -22,7 +22,10 @@ from potstill.data.loading import load
 from potstill.data.locate import locate
 from potstill.data.mixture import encode_mixture
 from potstill.data.sources import Source
+from potstill.runs.config.embedding import TextsPart
+from potstill.runs.embedding_sources import _read
 from test_data import PLAIN, WITH_BOS, refused, turn
+from toy_encoders import make_bert_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +114,15 @@ def test_both_texts_of_a_pair_are_read(write):
     assert paired[0] == {"text": "a", "label": "0", "text_pair": "b"}
     alone = load(Source(path, field="premise", ignore=("hypothesis",)), "classification").dataset
     assert alone[0] == {"text": "a", "label": "0"}
+
+
+def test_rows_without_labels(write):
+    path = write([{"text": "a cat", "text_pair": "a dog"}, {"text": "b", "text_pair": "c"}])
+    refused(lambda: load(Source(path), "classification"), "'label'")
+    for task, zero in (("classification", 0), ("regression", 0.0)):
+        examples = encode(Source(path, label=False), make_bert_tokenizer(), max_length=9, task=task, classes={"x": 0})
+        assert examples.dataset["labels"][:] == [zero, zero]
+        assert examples.tokens == 2
 
 
 # Conversations
@@ -390,6 +402,14 @@ def test_sources_are_mixed_by_their_shares(write):
     )
     weighed = Source(write([{"input_ids": [5, 6], "weights": [1, 2]}], "weighed.jsonl"), share=1)
     refused(lambda: encode_mixture([small, weighed], PLAIN, max_length=9), "the same columns", "weights")
+
+
+def test_prompts_of_embedders(write):
+    columns = {"fields": ["query", "passage"], "prompts": {"query": "query: "}}
+    part = TextsPart.model_validate({"path": write([{"query": "a", "passage": "b"}]), **columns})
+    assert _read(part) == (["query: a", "b"], None)
+    with pytest.raises(ValueError, match="columns of fields, got one for title"):
+        TextsPart.model_validate({"path": "a", "prompts": {"title": "t: "}})
 
 
 # The hub

@@ -201,9 +201,10 @@ def test_padding_does_not_matter(tmp_path: Path) -> None:
 def _on_a_rank(folder: Path) -> None:
     one = trainer(folder, per_device_train_batch_size=4)
     one.train()
-    metrics = one.evaluate()
+    metrics, unlabelled = one.evaluate(), one.evaluate(dataset(6).remove_columns("labels"))
     if one.is_world_process_zero():
         seen = {"weights": weights(one), "losses": losses(one), "eval": metrics["eval_loss"]}
+        seen["unlabelled"] = unlabelled["eval_loss"]
         torch.save(seen, folder / "out.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -217,6 +218,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     assert two["losses"] == pytest.approx(losses(one), rel=1e-5)
     torch.testing.assert_close(two["weights"], weights(one), rtol=1e-4, atol=1e-5)
     assert two["eval"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-5)
+    assert two["unlabelled"] == pytest.approx(two["eval"], rel=1e-5)  # each of their tokens is a target, too
 
 
 TIED: dict[str, Any] = {"hidden_size": 8, "layers": 2, "tie_word_embeddings": True}

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import BertConfig, BertForSequenceClassification, DataCollatorForLanguageModeling, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+    TrainingArguments,
+)
 
 from conftest import make_llama, make_tokenizer
 from potstill.data.batches import encode
@@ -159,13 +165,16 @@ def test_collators_of_the_users_own(tmp_path: Path, tokenizer: Any, caplog: pyte
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, [{"input_ids": [5, 6]}], ended, data_collator=collator)
     assert "the student does not learn to stop" in caplog.text
+    flat = DataCollatorWithFlattening(return_position_ids=False)
+    with pytest.raises(UserError, match="says where sequences begin"):
+        trainer(tmp_path, [{"input_ids": [5, 6]}], tokenizer, data_collator=flat)
 
 
 def test_columns_that_are_not_read(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     row = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, [row | {"source": "a", "id": 3}], tokenizer)
-    assert "columns of train_dataset that are not read: id, source" in caplog.text
+    assert "train_dataset: columns that are not used: id, source" in caplog.text
     for name, value in (("completion_mask", [0, 1, 1]), ("inputs_embeds", [[0.0]] * 3)):
         with pytest.raises(DataError, match=f"the column {name}, which is not read"):
             trainer(tmp_path, [row | {name: value}], tokenizer)

@@ -64,6 +64,7 @@ class ToyServer:
         self.faults: list[str] = []  # what befalls the next questions to /v1/completions
         self.change: Any = None  # what is done to an answer of /v1/completions
         self.key: str | None = None  # the only key that is let in
+        self.refused: set[str] = set()  # keys of /v1/completions that it does not know
         self.asked: list[dict[str, Any]] = []  # bodies of /v1/completions
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -89,6 +90,8 @@ class ToyServer:
             return 404, {"detail": "Not Found"}
         if body["model"] != self.name:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        if unknown := self.refused & {*body}:
+            return 400, {"error": {"message": f"Unrecognized request argument supplied: {unknown.pop()}"}}
         prompt = body["prompt"] if isinstance(body["prompt"], list) else self.tokenizer(body["prompt"])["input_ids"]
         if len(prompt) + body["max_tokens"] > limit:
             return 400, {"error": {"message": f"the prompt is longer than the maximum model length of {limit}"}}

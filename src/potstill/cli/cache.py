@@ -63,7 +63,7 @@ def build(
     if wrong:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
         raise UserError(f"cache build: expected no {flags} with --codec {codec}, got it. Leave it out.")
-    tokenizer = None
+    tokenizer, template = None, {}
     if recipe is not None:
         if teacher is not None or data:
             raise UserError("cache build: expected a recipe, or --teacher with --data, got both.")
@@ -74,6 +74,7 @@ def build(
             loaded.student.model,
         )
         max_length, packing = loaded.data.max_length, loaded.data.packing
+        template = {name: getattr(loaded.data, name) for name in ("chat_template", "chat_template_kwargs")}
         if out is None and config.cache_path is not None:
             out = Path(config.cache_path)
         if temperature is None and "temperature" in options:
@@ -89,7 +90,7 @@ def build(
         given["top_k"] = config.max_top_k
     parameters = {"k" if name == "top_k" else name: value for name, value in given.items() if value is not None}
     request = CacheRequest(
-        config, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, _layers(layers)
+        config, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, _layers(layers), **template
     )
     manifest = build_cache(request, part=_part(shard), engine=engine, console=console)
     if manifest is None:

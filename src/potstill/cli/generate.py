@@ -30,6 +30,8 @@ def generate(
         dropped = result.dropped if name == "dropped" else {}
         rows += [(name, f"{count:,}"), *((f"  {filter_name}", f"{x:,}") for filter_name, x in dropped.items())]
     print_facts(rows)
+    for note in result.notes:
+        show(f"note    {note}")
     show(f"rows    {result.rows}\ncard    {result.directory / 'README.md'}")
 
 
@@ -48,6 +50,6 @@ def check_generate(path: Path, sets: Sequence[str]) -> None:
             ("prompts", f"{len(plan.prompts):,}"),
             ("texts", f"{texts:,} of at most {sampling.max_new_tokens:,} new tokens"),
             *([("left out", unusable)] if plan.unusable else []),
-            ("rows", f"as {plan.row_format}, to {recipe.output}"),
+            ("rows", f"as {plan.reader.row_format}, to {recipe.output}"),
         ]
     )

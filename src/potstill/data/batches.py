@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.disk_cache import BATCH, cache_path, write_arrow
+from potstill.data.encoding_notes import altered_text, encoding_notes, plural
 from potstill.data.files import write_text
 from potstill.data.labelled import has_token_types, sequence_rows
 from potstill.data.loading import load
@@ -67,10 +68,11 @@ def encode(
     - text: the document with the tokenizer's special tokens, closed by EOS. Every token is a target. A longer document
       is split into windows and nothing of it is lost.
     - text with `packing`: all documents in one stream, in rows of exactly `max_length`; the last may be shorter.
-    - prompt and completion: the prompt with special tokens, the completion without them, EOS. The prompt has no labels.
-      Truncated on the right.
-    - messages: by the chat template. Every turn of the assistant has labels, with the tokens that end it, from the
-      first token on that the prompt alone does not have. Truncated on the right.
+    - prompt and completion: tokenized as one text, with special tokens, closed by EOS. The prompt has no labels; a
+      token over the border of both is the completion's. Truncated on the right.
+    - messages: by the chat template. Every turn of the assistant has labels, with the token that ends it; what the
+      template opens for the assistant has none. A template that changes earlier turns gives several examples, see
+      `potstill.data.chat_texts.ChatRenderer`. Truncated on the right.
     - input_ids: as they are; without labels all of them are targets. Truncated on the right.
     - a prompt of the teacher's own (`Source.teacher_prompt`): encoded as the student's, before the same answer, as much
       of it as the student's row holds; `max_length` is the student's alone.
@@ -107,37 +109,28 @@ def encode(
     loaded = Path(dataset.cache_files[0]["filename"]).stem
     path = cache_path(["encoded", loaded, tokenizer, transformers.__version__, tokenizers.__version__, *options])
     counts_path = path.with_suffix(".json")  # written last: while it is there the other is whole
+    encoder = RowEncoder(tokenizer, max_length, packing, file, Counter(), task, classes or {}, span_weights)
     if not (path.exists() and counts_path.exists()):
-        counts: Counter[str] = Counter()
-        encoder = RowEncoder(tokenizer, max_length, packing, file, counts, task, classes or {}, span_weights)
         whole_texts = task in SEQUENCE_TASKS or task == "encoder"
         rows = sequence_rows(dataset, encoder) if whole_texts else encoder.rows(dataset, kind)
         rows = encoder.maskable(rows) if task == "masked" else rows
         schema = _schema(columns, tokenizer, task)
-        write_arrow(path, schema, _batches_with_targets(rows, counts, task, schema))
-        write_text(counts_path, json.dumps(counts))
-    counts = Counter(json.loads(counts_path.read_text()))
-    if not counts["tokens"]:
+        write_arrow(path, schema, _batches_with_targets(rows, encoder.counts, task, schema))
+        if task == "causal" and (altered := altered_text(tokenizer, encoder.sample)):
+            encoder.examples["altered"] = altered
+        write_text(counts_path, json.dumps([encoder.counts, encoder.examples]))
+    saved_counts, examples = json.loads(counts_path.read_text())
+    encoder = replace(encoder, counts=Counter(saved_counts), examples=examples)
+    if not encoder.counts["tokens"]:
         raise EmptyDataError(
-            f"data: expected a target token in {file}, got empty data: none in {_plural(len(dataset), 'row')}. "
+            f"data: expected a target token in {file}, got empty data: none in {plural(len(dataset), 'row')}. "
             "Give longer texts, or labels that are not all -100."
         )
-    notes = [*loading_notes]
+    notes = [*loading_notes, *encoding_notes(encoder, len(dataset))]
     if task == "causal" and kind in ("text", "completion") and tokenizer.eos_token_id is None:
-        notes.append(f"tokenizer: expected an EOS token, got none: the texts of {file} have no end token.")
-    for name, singular, rest in (
-        ("empty", "empty row", "skipped"),
-        ("cut", "example", f"truncated to max_length {max_length}"),
-        ("left_out", "example", "without a target token left out"),
-    ):
-        if counts[name]:
-            notes.append(f"{file}: {_plural(counts[name], singular)} {rest}.")
-    encoded, sources = Dataset.from_file(str(path)), ((file, dataset),)
+        notes = [f"tokenizer: expected an EOS token, got none: the texts of {file} have no end token.", *notes]
+    encoded, sources, counts = Dataset.from_file(str(path)), ((file, dataset),), encoder.counts
     return Examples(encoded, counts["tokens"], tuple(notes), counts["teacher_longest"], sources)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _check_suitable(
@@ -232,9 +225,15 @@ class PaddingCollator:
             DataError: only some of the examples have a column, a column is not as long as input_ids, or padding has no
                 attention_mask; see also `right_padded`.
         """
-        names = COLLATED.intersection(*examples)
+        given = [{name for name in COLLATED if example.get(name) is not None} for example in examples]
+        names = set.intersection(*given)
+        if "input_ids" not in names:
+            without = next(example for example in examples if example.get("input_ids") is None)
+            raise DataError(
+                f"data: expected input_ids in every example of a batch, got {', '.join(without)}. Encode the rows."
+            )
         for number, example in enumerate(examples, 1):
-            self._check(example, COLLATED.intersection(example), names, f"example {number} of a batch")
+            self._check(example, given[number - 1], names, f"example {number} of a batch")
         columns = {name: [example[name] for example in examples] for name in names}
         if "seq_lengths" in columns:
             packed = columns.pop("seq_lengths")

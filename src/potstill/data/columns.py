@@ -257,7 +257,9 @@ def _further_columns(source: Source, kind: SourceKind, columns: list[str], dialo
 
 
 def _labelled(source: Source, columns: list[str]) -> tuple[SourceKind, dict[str, str]]:
-    names = {"text": source.field or "text", "label": source.label or "label"}
+    names = {"text": source.field or "text"}
+    if source.label is not False:
+        names["label"] = source.label or "label"
     second = PAIRED.get(names["text"])
     if source.pair or "text_pair" in columns:
         names["text_pair"] = source.pair or "text_pair"

@@ -44,9 +44,9 @@ def has_token_types(columns: Collection[str], tokenizer: PreTrainedTokenizerBase
 
 
 def _label(row: dict[str, Any], where: str, encoder: RowEncoder) -> int | float:
-    """Read the class of a name or a number, or the number of a regression."""
-    if encoder.task == "encoder":
-        return 0
+    """Read the class of a name or a number, or the number of a regression; 0 where rows have none."""
+    if "label" not in row:
+        return 0.0 if encoder.task == "regression" else 0
     text, classes = row["label"], encoder.classes
     if encoder.task == "regression":
         try:

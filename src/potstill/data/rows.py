@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from potstill.data.chat_texts import ChatRenderer, ChatText, Conversation
 from potstill.data.disk_cache import BATCH
 from potstill.data.sources import SourceKind
-from potstill.data.token_weights import SPAN_COLUMNS, Span, SpanWeights, token_offsets, token_weights
+from potstill.data.token_places import LocatedTokens, locate
+from potstill.data.token_weights import SPAN_COLUMNS, Span, SpanWeights, token_weights
 from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE, Task
-from potstill.models.chat import render_chat
+from potstill.models.chat import end_token_ids
 from potstill.models.loading import vocabulary_size
+from potstill.models.prompts import surrounding_tokens
 
 
 class EncodedRow(NamedTuple):
@@ -32,6 +36,8 @@ class EncodedRow(NamedTuple):
     weights: list[float] | None = None
 
 
+SAMPLED_TEXTS = 16  # with which it is tried whether the tokenizer keeps what it reads
+
 # Before truncation: the row's number in the file, from 1; tokens before its first target token; all of it.
 AnswerRow = tuple[int, int, EncodedRow]
 AnswerRows = Iterator[AnswerRow]
@@ -41,8 +47,9 @@ AnswerRows = Iterator[AnswerRow]
 class RowEncoder:
     """Encodes rows of one source, and counts those that it skips or truncates.
 
-    The counts are `empty` rows that were skipped, rows `cut` at max_length, and `teacher_longest`, the tokens of the
-    longest row of the teacher's own.
+    The counts are `empty` rows that were skipped, rows `cut` at max_length, `teacher_longest`, the tokens of the
+    longest row of the teacher's own, and what `potstill.data.encoding_notes` has sentences for; `examples` has the
+    first of each of those.
     """
 
     tokenizer: PreTrainedTokenizerBase  # of the student
@@ -53,6 +60,8 @@ class RowEncoder:
     task: Task
     classes: Mapping[str, int]  # their numbers by their names, for classification
     span_weights: SpanWeights | None
+    examples: dict[str, str] = field(default_factory=dict)
+    sample: list[str] = field(default_factory=list)  # the first texts
 
     def rows(self, dataset: Dataset, kind: SourceKind) -> Iterator[EncodedRow]:
         """Encode a dataset of `load` for a language model; raises DataError while iterating."""
@@ -62,11 +71,12 @@ class RowEncoder:
         rows = _truncated(encode(dataset, self, prompt), self)
         if teacher_prompt not in dataset.column_names:
             return rows
-        uncounted = replace(self, counts=Counter())  # the student's rows count what is empty
+        uncounted = replace(self, counts=Counter(), examples={})  # the student's rows count what is empty
         return _with_teacher_rows(rows, encode(dataset, uncounted, teacher_prompt), self)
 
     def tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """Tokenize texts, with or without the special tokens that the tokenizer adds."""
+        self.sample.extend(texts[: max(0, SAMPLED_TEXTS - len(self.sample))])
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         groups = (self.tokenizer(group, add_special_tokens=special, **options) for group in in_groups(texts))
         return [ids for encoded in groups for ids in encoded["input_ids"]]
@@ -76,9 +86,25 @@ class RowEncoder:
         eos = self.tokenizer.eos_token_id
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
-    def offsets(self, texts: list[str]) -> list[list[Span]]:
-        """Find where tokens stand in texts, where there are weights of spans."""
-        return [[] for _ in texts] if self.span_weights is None else token_offsets(self.tokenizer, texts)
+    def located(self, texts: list[str], *, special: bool) -> Iterator[LocatedTokens]:
+        """Tokenize texts, and find where in them each token stands."""
+        self.sample.extend(texts[: max(0, SAMPLED_TEXTS - len(self.sample))])
+        for group in in_groups(texts):
+            yield from locate(self.tokenizer, group, special=special)
+
+    def note(self, name: str, example: str) -> None:
+        """Count something of which a note tells, with its first example."""
+        self.counts[name] += 1
+        self.examples.setdefault(name, example)
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        return end_token_ids(self.tokenizer)
+
+    @cached_property
+    def chat(self) -> ChatRenderer:
+        return ChatRenderer(self.tokenizer)
 
     def weighted(
         self, row: EncodedRow, columns: Mapping[str, Any], number: int, completion: tuple[int, list[Span]] = (0, [])
@@ -103,11 +129,7 @@ class RowEncoder:
 
     def special_tokens(self) -> tuple[list[int], list[int]]:
         """Find what the tokenizer itself puts before and after a text: [CLS] and [SEP], BOS, EOS."""
-        (bare,), (whole,) = self.tokens(["a"], special=False), self.tokens(["a"], special=True)
-        for start in range(len(whole) - len(bare) + 1):
-            if bare and whole[start : start + len(bare)] == bare:
-                return whole[:start], whole[start + len(bare) :]
-        return [], []
+        return surrounding_tokens(self.tokenizer)
 
     def nonempty(self, dataset: Dataset, column: str) -> Iterator[dict[int, dict[str, Any]]]:
         """Yield batches of rows by their numbers in the file, from 1, without those whose `column` is empty."""
@@ -186,12 +208,13 @@ def windows(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
 
 
 def _truncated(rows: AnswerRows, encoder: RowEncoder) -> Iterator[EncodedRow]:
-    """Truncate rows, each of which must keep a token of its answer."""
-    limit = encoder.max_length
+    """Truncate rows, each of which must keep a token of its answer; of several rows of a conversation the first."""
+    limit, last_number = encoder.max_length, 0
     full: list[tuple[int, int]] = []
     for number, prompt_length, row in rows:
-        if prompt_length >= limit:
+        if prompt_length >= limit and number != last_number:
             full.append((number, prompt_length))
+        last_number = number
         encoder.counts["cut"] += len(row.input_ids) > limit
         yield EncodedRow(row.input_ids[:limit], row.labels[:limit], weights=row.weights and row.weights[:limit])
     if full:
@@ -220,18 +243,29 @@ def _with_teacher_rows(
 
 
 def _completions(dataset: Dataset, encoder: RowEncoder, prompt_column: str) -> AnswerRows:
+    """Prompts and completions, each pair tokenized as one text.
+
+    A token over the border of both belongs to the completion.
+    """
     _, closing = encoder.special_tokens()
     for rows in encoder.nonempty(dataset, "completion"):
-        texts = [row["completion"] for row in rows.values()]
-        prompts = encoder.tokens([row[prompt_column] for row in rows.values()], special=True)
-        encoded = zip(prompts, encoder.tokens(texts, special=False), encoder.offsets(texts), strict=True)
-        for (number, columns), (prompt, completion, offsets) in zip(rows.items(), encoded, strict=True):
-            if closing and prompt[-len(closing) :] == closing:
-                prompt = prompt[: -len(closing)]
-            completion = encoder.with_eos(completion)
-            row = EncodedRow(prompt + completion, [IGNORE] * len(prompt) + completion)
-            place = len(columns["completion"]), [(0, 0)] * len(prompt) + offsets
-            yield number, len(prompt), encoder.weighted(row, columns, number, place)
+        texts = [columns[prompt_column] + columns["completion"] for columns in rows.values()]
+        for (number, columns), tokens in zip(rows.items(), encoder.located(texts, special=True), strict=True):
+            border = len(columns[prompt_column])
+            ids = tokens.ids[: -len(closing)] if closing and tokens.ids[-len(closing) :] == closing else tokens.ids
+            prompt = min(tokens.before(border), len(ids))
+            _note_border(encoder, tokens, border, number)
+            if ids[-1] not in encoder.end_ids:
+                ids = encoder.with_eos(ids)
+            row = EncodedRow(ids, [IGNORE] * prompt + ids[prompt:])
+            place = len(columns["completion"]), tokens.shifted(border) if encoder.span_weights else []
+            yield number, prompt, encoder.weighted(row, columns, number, place)
+
+
+def _note_border(encoder: RowEncoder, tokens: LocatedTokens, border: int, number: int) -> None:
+    """Note a token that stands on both sides of a border."""
+    if (over := tokens.over(border)) is not None:
+        encoder.note("over_border", f"{encoder.tokenizer.decode([over])!r} in {encoder.where(number)}")
 
 
 # Conversations
@@ -239,81 +273,71 @@ def _completions(dataset: Dataset, encoder: RowEncoder, prompt_column: str) -> A
 
 def _conversations(dataset: Dataset, encoder: RowEncoder, column: str) -> AnswerRows:
     """Conversations; what stands before the assistant's first turn comes from `column`."""
+    end = encoder.tokenizer.eos_token_id
     for rows in encoder.nonempty(dataset, "messages"):
-        conversations = {}
-        for number, columns in rows.items():
-            messages = json.loads(columns["messages"])
-            if column != "messages":
-                first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
-                messages = json.loads(columns[column]) + messages[first:]
-            conversations[number] = messages, *_render_turns(messages, encoder.where(number), encoder.tokenizer)
-        wholes = [text for _, text, _ in conversations.values()]
-        texts = sorted({*wholes, *(text for *_, turns in conversations.values() for text in chain(*turns))})
-        ids_of = dict(zip(texts, encoder.tokens(texts, special=False), strict=True))
-        for (number, talk), offsets in zip(conversations.items(), encoder.offsets(wholes), strict=True):
-            messages, whole, turns = talk
-            ids, columns = ids_of[whole], rows[number]
-            spans = [[_common_prefix(ids_of[text], ids) for text in turn] for turn in turns]
+        rendered = {n: _chat_texts(columns, encoder, column, encoder.where(n)) for n, columns in rows.items()}
+        encoder.counts["left_out"] += sum(not parts for parts in rendered.values())
+        texts = [(number, part) for number, parts in rendered.items() for part in parts]
+        located = encoder.located([part.text for _, part in texts], special=False)
+        for (number, part), tokens in zip(texts, located, strict=True):
+            ids = tokens.ids
+            columns: Mapping[str, Any] = rows[number]
+            spans = [(tokens.before(start), tokens.before(stop)) for start, stop in part.targets]
             labels = [IGNORE] * len(ids)
-            for start, end in spans:
-                labels[start:end] = ids[start:end]
+            for start, stop in spans:
+                labels[start:stop] = ids[start:stop]
+            if not part.closed and end is not None:
+                ids, labels = [*ids, end], [*labels, end]
+            _note_layout(encoder, part, number)
+            _note_border(encoder, tokens, part.targets[0][0], number)
             place: tuple[int, list[Span]] = (0, [])
             if any(columns.get(name) is not None for name in SPAN_COLUMNS):
-                place = _last_message(messages[-1], turns[-1], offsets, encoder.where(number))
+                columns, place = _with_spans(columns, part, tokens, encoder.where(number))
             yield number, spans[0][0], encoder.weighted(EncodedRow(ids, labels), columns, number, place)
 
 
-def _last_message(
-    last: dict[str, Any], turn: tuple[str, str], offsets: list[Span], where: str
-) -> tuple[int, list[Span]]:
-    """The length of the last message, in which spans are places, and where in it each token stands."""
+def _chat_texts(columns: Mapping[str, Any], encoder: RowEncoder, column: str, where: str) -> list[ChatText]:
+    """Render a conversation behind the student's or the teacher's prompt: both as one text, or as one for each turn."""
+
+    def talk(name: str) -> Conversation:
+        return Conversation.read(columns, where, None if name == "messages" else json.loads(columns[name]))
+
+    texts = encoder.chat.render(talk(column))
+    others = [name for name in ("messages", "teacher_messages") if name in columns and name != column]
+    if all(len(encoder.chat.render(talk(other))) == len(texts) for other in others):
+        return texts
+    return encoder.chat.render(talk(column), by_turn=True)
+
+
+def _note_layout(encoder: RowEncoder, part: ChatText, number: int) -> None:
+    """Note what differs from one text to which the template only appends."""
+    if part.layout != "whole":
+        encoder.note(part.layout, encoder.where(number))
+    if part.opened is not None:
+        encoder.note("opened", part.opened)
+    if not part.closed:
+        encoder.note("unclosed", encoder.where(number))
+
+
+def _with_spans(
+    columns: Mapping[str, Any], part: ChatText, tokens: LocatedTokens, where: str
+) -> tuple[Mapping[str, Any], tuple[int, list[Span]]]:
+    """The columns with the spans of a text, and the length of the last message with where in it each token stands.
+
+    The spans are places in the conversation's last message.
+    """
+    if part.followed:
+        return {**columns, **dict.fromkeys(SPAN_COLUMNS)}, (0, [])
+    last = json.loads(columns["messages"])[-1]
     content: str = last["content"] if last["role"] == "assistant" and isinstance(last.get("content"), str) else ""
     bare = content.strip()
-    start = turn[1].find(bare, len(turn[0])) if bare else -1
+    start = part.text.rfind(bare, 0, part.targets[-1][1]) if bare else -1
     if start < 0:
         raise DataError(
             f"data: expected a last message of the assistant that the chat template does not change, got another in "
             f"{where}. Remove the row, use another template, or leave out span_weights."
         )
-    shift = start - content.index(bare)
-    return len(content), [(begin - shift, end - shift) for begin, end in offsets]
-
-
-def _render_turns(
-    messages: list[dict[str, Any]], where: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[tuple[str, str]]]:
-    """Render a conversation, and for each turn of the assistant the text before it and the text up to its end."""
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise DataError(
-            f"data: expected a turn of the assistant in every conversation, got none in {where}. "
-            "Remove the row, or call the role assistant."
-        )
-    if turns[0] == 0:
-        raise DataError(
-            f"data: expected a message before the assistant's first turn, got none in {where}. "
-            "Begin the conversation with the user or the system."
-        )
-    whole = render_chat(tokenizer, messages, where)
-    texts = []
-    for turn in turns:
-        before = render_chat(tokenizer, messages[:turn], where, add_generation_prompt=True)
-        after = whole if turn == len(messages) - 1 else render_chat(tokenizer, messages[: turn + 1], where)
-        if not (after.startswith(before) and whole.startswith(after)):
-            raise DataError(
-                f"data: expected a chat template that only appends, got one that changes earlier turns, at message "
-                f"{turn + 1} of {where}. Use another template, or end each conversation with its only turn of the "
-                "assistant."
-            )
-        texts.append((before, after))
-    return whole, texts
-
-
-def _common_prefix(ids: list[int], whole: list[int]) -> int:
-    """The number of tokens that both lists begin with: a token may reach over the end of the shorter text."""
-    if whole[: len(ids)] == ids:
-        return len(ids)
-    return next((i for i, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), min(len(ids), len(whole)))
+    return columns, (len(content), tokens.shifted(start - content.index(bare)))
 
 
 # Token ids

@@ -17,6 +17,9 @@ SourceKind = Literal["text", "completion", "messages", "input_ids", "labelled"]
 TEACHER_PROMPT_COLUMNS: dict[SourceKind, str] = {"completion": "teacher_prompt", "messages": "teacher_messages"}
 TEACHER_ID_COLUMNS = ("teacher_input_ids", "teacher_labels")
 
+# The tokens that a teacher read and wrote, in rows that would be encoded as others.
+WRITTEN_COLUMNS = ("prompt_ids", "completion_ids")
+
 
 @dataclass(frozen=True)
 class Source(Record):
@@ -48,7 +51,8 @@ class Source(Record):
         teacher_prompt: the column of what the teacher reads before the same answer, in place of the prompt: text beside
             prompts; a list of messages beside conversations, in place of all before the assistant's first turn.
         pair: the column of second texts, for classification and regression; a column named text_pair is read by itself.
-        label: the column of classes (names or numbers) or of numbers, for classification and regression.
+        label: the column of classes (names or numbers) or of numbers, for classification and regression; false for
+            training rows without labels, from which only the teacher's outputs are learnt.
         weight: the column of loss weights of rows, which all tokens of a row have; not for plain text.
         span_weights: loss weights of tokens by the spans of the row; see `potstill.data.token_weights`.
         ignore: columns that are left out on purpose; others that are not used are named in a note, or refused if they
@@ -63,7 +67,7 @@ class Source(Record):
     input_ids: str | None = None
     teacher_prompt: str | None = None
     pair: str | None = None
-    label: str | None = None
+    label: str | Literal[False] | None = None
     weight: str | None = None
     span_weights: SpanWeights | None = None
     _: KW_ONLY

@@ -76,7 +76,7 @@ def token_weights(
 def span_tokens(tokenizer: PreTrainedTokenizerBase, text: str, span: Span) -> Span:
     """Find the tokens of a text that overlap a span of characters, as start and end among the tokens; (0, 0) for none.
 
-    The text is encoded as completions are: alone, without special tokens.
+    The text is encoded alone, without special tokens.
     """
     return _tokens_within(token_offsets(tokenizer, [text])[0], span)
 

@@ -10,6 +10,7 @@ from potstill.engines.decode import GeneratedTokens, generate_tokens
 from potstill.engines.sampling import Completion, Prompt, Sampling
 from potstill.errors import DataError
 from potstill.models.chat import end_token_ids
+from potstill.models.prompts import completion_text, prompt_ids
 
 
 class LocalEngine:
@@ -31,19 +32,22 @@ class LocalEngine:
             is_stopped=self._ends_in(sampling.stop) if sampling.stop else None,
             batch_size=self._batch_size,
         )
-        texts = [self._completion(output, sampling) for output in outputs]
-        return [texts[start : start + sampling.samples] for start in range(0, len(texts), sampling.samples)]
+        groups = [outputs[start : start + sampling.samples] for start in range(0, len(outputs), sampling.samples)]
+        return [
+            [self._completion(prompt, output, sampling) for output in group]
+            for prompt, group in zip(ids, groups, strict=True)
+        ]
 
     def _ends_in(self, stop: tuple[str, ...]) -> Callable[[list[list[int]]], list[bool]]:
         """Whether the last tokens of each row hold a stop string: a character is at most four tokens."""
         tail = 4 * max(map(len, stop)) + 1
         return lambda rows: [any(string in self._text(row[-tail:]) for string in stop) for row in rows]
 
-    def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode([i for i in ids if i not in self._eos_ids], skip_special_tokens=True))
+    def _text(self, ids: list[int], prompt: Sequence[int] = ()) -> str:
+        return completion_text(self._tokenizer, prompt, ids, self._eos_ids)
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        return list(self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+        return prompt_ids(self._tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
 
     def check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Check that no prompt is empty, and that each leaves room for max_new_tokens."""
@@ -57,7 +61,9 @@ class LocalEngine:
                     f"{number} and {sampling.max_new_tokens} new ones. Lower max_new_tokens, or shorten the prompt."
                 )
 
-    def _completion(self, output: GeneratedTokens, sampling: Sampling) -> Completion:
-        text = self._text(output.ids)
+    def _completion(self, prompt: list[int], output: GeneratedTokens, sampling: Sampling) -> Completion:
+        text = self._text(output.ids, prompt)
         stops = [start for start in map(text.find, sampling.stop) if start >= 0]
-        return Completion(text[: min(stops, default=len(text))], output.ended)
+        if stops:
+            return Completion(text[: min(stops)], output.ended)
+        return Completion(text, output.ended, tuple(output.ids))

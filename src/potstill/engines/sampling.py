@@ -49,10 +49,11 @@ class Sampling(TokenSampling):
 
 @dataclass(frozen=True)
 class Completion:
-    """Text generated after one prompt, without the prompt and without the stop string."""
+    """Text generated after one prompt, with its special tokens, but without the token or stop string that ended it."""
 
     text: str
     ended: bool  # by the model or a stop string; False where max_new_tokens cut it
+    ids: tuple[int, ...] = ()  # with the end token; none where a stop string ended it, or a server returns none
 
 
 # A text, which gets the tokenizer's special tokens; or token ids, which are used as they are.

@@ -36,9 +36,9 @@ class ServerConfig(Record):
     concurrency: Annotated[int, Range(ge=1)] = 16
     timeout_s: Annotated[float, Range(gt=0)] = 120.0
 
-    def connect(self) -> ModelServer:
+    def connect(self, end_ids: frozenset[int] = frozenset()) -> ModelServer:
         options = {"key_variable": self.key_variable, "concurrency": self.concurrency, "timeout_s": self.timeout_s}
-        return ModelServer(self.url, self.model, **options)
+        return ModelServer(self.url, self.model, end_ids=end_ids, **options)
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,16 @@ class ModelServer:
     Args:
         url: such as http://127.0.0.1:8000.
         model: the name under which it is served.
+        end_ids: tokens that end a generated text, besides those that the server knows.
         **options: of `JsonClient`, which raises the errors: key_variable, concurrency, timeout_s and attempts.
     """
 
-    def __init__(self, url: str, model: str, **options: Any) -> None:
+    def __init__(self, url: str, model: str, *, end_ids: frozenset[int] = frozenset(), **options: Any) -> None:
         self.client = JsonClient(url, **options)
         self.model = model
+        # vLLM's own keys. They are left out once a server has refused them, as OpenAI's do.
+        self._token_options: dict[str, Any] = {"skip_special_tokens": False, "return_token_ids": True}
+        self._token_options |= {"stop_token_ids": sorted(end_ids)} if end_ids else {}
 
     def __repr__(self) -> str:
         return f"{self.model} at {self.client.url}"
@@ -85,7 +89,10 @@ class ModelServer:
         return cards[self.model]
 
     def complete(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-        """Generate the completions of each prompt, text or token ids, in order; OpenAI's own servers refuse a top_k."""
+        """Generate the completions of each prompt, text or token ids, in order; OpenAI's own servers refuse a top_k.
+
+        Special tokens stay in the texts, and their token ids come with them, where the server knows how (vLLM).
+        """
         options: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.sampling_temperature}
         options |= {"top_p": sampling.top_p, "n": sampling.samples}
         # Defaults are left out, for servers that do not know the key.
@@ -93,7 +100,7 @@ class ModelServer:
         options |= {"stop": list(sampling.stop)} if sampling.stop else {}
         options |= {"seed": sampling.seed} if sampling.seed is not None else {}
         completions = []
-        for answer in self._post_prompts(prompts, options):
+        for answer in self._post_for_tokens(prompts, options):
             choices = self.choices(answer)
             indices = sorted(choices)
             if indices != [*range(sampling.samples)]:
@@ -101,9 +108,7 @@ class ModelServer:
                     f"{self}: expected {sampling.samples} choices in an answer, got those of index {indices}."
                 )
             ordered = [choices[i] for i in indices]
-            completions.append(
-                [Completion(choice["text"], choice.get("finish_reason") == "stop") for choice in ordered]
-            )
+            completions.append([_completion(choice) for choice in ordered])
         return completions
 
     def score(self, prompts: Sequence[Sequence[int]], top_k: int) -> list[Scores]:
@@ -123,6 +128,16 @@ class ModelServer:
                 return None
             raise
         return str(answer["prompt"]) if isinstance(answer, dict) and "prompt" in answer else None
+
+    def _post_for_tokens(self, prompts: Sequence[str | Sequence[int]], options: dict[str, Any]) -> list[Any]:
+        try:
+            return self._post_prompts(prompts, options | self._token_options)
+        except RefusedError as error:
+            if error.status not in (400, 422) or not self._token_options:
+                raise
+            answers = self._post_prompts(prompts, options)
+            self._token_options = {}
+            return answers
 
     def _post_prompts(self, prompts: Sequence[str | Sequence[int]], options: dict[str, Any]) -> list[Any]:
         plain = [prompt if isinstance(prompt, str) else [int(token) for token in prompt] for prompt in prompts]
@@ -153,6 +168,12 @@ class ModelServer:
             return choices
         except (KeyError, TypeError, ValueError):
             raise ServerError(f"{self}: expected choices with index and text, got something else.") from None
+
+
+def _completion(choice: dict[str, Any]) -> Completion:
+    """A choice of an answer; without token ids where it has none, or where a stop string, its reason, ended it."""
+    ids = () if isinstance(choice.get("stop_reason"), str) else tuple(choice.get("token_ids") or ())
+    return Completion(choice["text"], choice.get("finish_reason") == "stop", ids)
 
 
 def _parse_scores(entries: list[Any], prompt: Sequence[int], top_k: int) -> Scores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from potstill.errors import UserError
 from potstill.evaluate.quality import continuation
 from potstill.losses.alignment import IGNORE
+from potstill.models.chat import end_token_ids
+from potstill.models.prompts import completion_text
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,18 @@ def continuations(
 ) -> tuple[list[str], list[str]]:
     """Continue the prompts of examples greedily, and return the generated texts and the data's own.
 
-    The prompt of an example (input_ids, labels) is what has no labels at its start, else its first half.
+    The prompt of an example (input_ids, labels) is what has no labels at its start, else its first half. The data's own
+    text goes on to the end of that turn or document.
     """
-    written, truths = [], []
+    ends, written, truths = end_token_ids(tokenizer, model), [], []
     for example in examples:
         ids, labels = example["input_ids"], example["labels"]
         prompt = next((i for i, label in enumerate(labels) if label != IGNORE), 0) or len(ids) // 2
         new = min(new_tokens, len(ids) - prompt)
         if prompt and new > 0:
-            written.append(continuation(model, ids[:prompt], new))
-            truths.append(ids[prompt : prompt + new])
-    generated, expected = (
-        [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows] for rows in (written, truths)
-    )
-    return generated, expected
+            text = [*takewhile(lambda label: label != IGNORE, labels[prompt : prompt + new])]
+            last = next((i for i, label in enumerate(text, 1) if label in ends), None)
+            tokens = continuation(model, ids[:prompt], new, ends)
+            written.append(completion_text(tokenizer, ids[:prompt], tokens, ends))
+            truths.append(completion_text(tokenizer, ids[:prompt], text[:last], ends))
+    return written, truths

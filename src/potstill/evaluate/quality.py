@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from potstill.data.right_padding import right_padded
+from potstill.engines.decode import generate_tokens
+from potstill.engines.sampling import Sampling
 from potstill.losses.alignment import Alignment, Task, align
 from potstill.losses.divergences import JSD, ForwardKL
 from potstill.losses.targets import DenseTargets
@@ -157,13 +159,7 @@ def gap_closed(teacher: float, baseline: float, student: float) -> float | None:
     return (baseline - student) / (baseline - teacher) if baseline > teacher else None
 
 
-@torch.no_grad()
-def continuation(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    """Continue a prompt of token ids greedily by at most `new_tokens`, and return only the new ones."""
-    ids = torch.tensor([prompt], device=next(model.parameters()).device)
-    padding, end = model.generation_config.pad_token_id, model.generation_config.eos_token_id
-    if padding is None:  # generate() warns about it, though one row needs no padding
-        padding = end[0] if isinstance(end, list) else end
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": padding}
-    new: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
-    return new
+def continuation(model: Any, prompt: list[int], new_tokens: int, ends: frozenset[int]) -> list[int]:
+    """Continue a prompt of token ids greedily by at most `new_tokens`, and return the new ones, with the end token."""
+    sampling = Sampling(max_new_tokens=new_tokens, sampling_temperature=0)
+    return generate_tokens(model, [prompt], sampling, eos_ids=ends)[0].ids

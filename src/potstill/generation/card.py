@@ -12,6 +12,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from potstill.data.files import atomic_path, write_text
+from potstill.data.sources import WRITTEN_COLUMNS
 from potstill.errors import one_line
 from potstill.generation.requests import UnusableRow
 
@@ -31,7 +32,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _column(name: str, values: list[Any]) -> pa.Array:
-    if name.endswith("_span"):
+    if name.endswith("_span") or name in WRITTEN_COLUMNS:
         return pa.array(values, pa.list_(pa.int64()))
     if any(isinstance(value, dict | list) for value in values) and name != "provenance":
         values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
@@ -48,6 +49,7 @@ def write_card(
     dropped: Sequence[tuple[str, str, str]],
     lengths: Sequence[int],
     bad: Sequence[UnusableRow],
+    notes: Sequence[str] = (),
 ) -> None:
     """Write the data card. It has no YAML header, so that `datasets.load_dataset` finds the files by their names.
 
@@ -60,6 +62,7 @@ def write_card(
     lines = [f"# {_escape(name)}", "", "Written by a teacher model, for a student to learn from.", ""]
     lines += [*_table(("", ""), facts.items()), ""]
     lines += ["## Counts", "", *_table(("", ""), ((key, f"{count:,}") for key, count in counts.items())), ""]
+    lines += ["## Notes", "", *(f"- {_escape(note)}" for note in notes), ""] if notes else []
     lines += ["## Dropped", "", *_dropped(dropped), "", "## Lengths", "", *_histogram(lengths)]
     if bad:
         lines += ["", "## Rows of the source that could not be used", ""]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from potstill.engines.sampling import Completion, Engine, Prompt, Sampling
 from potstill.errors import DataError
 from potstill.generation.requests import GenerationRequest
-from potstill.models.chat import render_chat
+from potstill.models.chat import names_argument, render_chat
 
 
 class RequestCompletions(NamedTuple):
@@ -29,20 +29,23 @@ class RequestCompletions(NamedTuple):
 def render(request: GenerationRequest, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
     """Render a request by the chat template, as token ids; without a template, as plain text.
 
-    Without one, a conversation and tools are a DataError.
+    Without one, a conversation and tools are a DataError, and so is an argument that the template never reads.
     """
-    tools = request.source.get("tools") if request.task == "responses" else None
-    content = request.messages[0]["content"]
+    content, arguments, where = request.messages[0]["content"], request.template_arguments, f"row {request.number}"
     if tokenizer is None or tokenizer.chat_template is None:
-        if len(request.messages) > 1 or tools or not isinstance(content, str):
+        if len(request.messages) > 1 or arguments or not isinstance(content, str):
             raise DataError(
-                f"generate: expected a teacher with a chat template for the conversation in row {request.number}, got "
-                "none. Set tokenizer.chat_template, or use plain prompts."
+                f"generate: expected a teacher with a chat template for the conversation in {where}, got none. Name "
+                "one in teacher.chat_template, or use plain prompts."
             )
         return content
-    expected, where = "generate: expected messages that the teacher's chat template takes", f"row {request.number}"
-    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "add_generation_prompt": True}
-    text = render_chat(tokenizer, request.messages, where, expected, **options)
+    if unread := [name for name in arguments if not names_argument(tokenizer, name)]:
+        raise DataError(
+            f"generate: expected a chat template that reads {unread[0]}, got one that does not, for {where}. Name "
+            "another in teacher.chat_template, or remove it from the row."
+        )
+    expected = "generate: expected messages that the teacher's chat template takes"
+    text = render_chat(tokenizer, request.messages, where, expected, add_generation_prompt=True, **arguments)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -107,7 +110,7 @@ def complete_requests(
         for batch, completions in complete(missing):
             new = {i: texts for i, texts in enumerate(completions, batch.start) if i not in done}
             lines = [
-                {"ask": i, "seed": batch.seed, "texts": [[text.text, text.ended] for text in texts]}
+                {"ask": i, "seed": batch.seed, "texts": [[text.text, text.ended, text.ids] for text in texts]}
                 for i, texts in new.items()
             ]
             _append(file, lines)
@@ -134,8 +137,12 @@ def _read(file: IO[bytes], head: dict[str, str], journal: Path) -> dict[int, Req
     file.truncate(len(whole))
     if not lines:
         _append(file, [head])
-    entries = ((line["ask"], [Completion(*text) for text in line["texts"]], line["seed"]) for line in lines[1:])
-    return {i: RequestCompletions(texts, seed) for i, texts, seed in entries}
+    return {line["ask"]: RequestCompletions(read_texts(line["texts"]), line["seed"]) for line in lines[1:]}
+
+
+def read_texts(texts: Sequence[tuple[str, bool, Sequence[int]]]) -> list[Completion]:
+    """Read completions that were written as JSON."""
+    return [Completion(text, ended, tuple(ids)) for text, ended, ids in texts]
 
 
 def _append(file: IO[bytes], lines: Sequence[dict[str, Any]]) -> None:

@@ -8,18 +8,19 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
+from potstill.data.sources import WRITTEN_COLUMNS
 from potstill.data.token_weights import Span
-from potstill.engines.sampling import Completion
+from potstill.engines.sampling import Prompt
 from potstill.generation.journal import RequestCompletions
 from potstill.generation.reasoning import parse
-from potstill.generation.requests import GenerationRequest
+from potstill.generation.requests import GenerationRequest, Message
 from potstill.generation.sandbox import ProgramLimits, require_sandbox, run_program
 from potstill.generation.tasks import Choice, Target, TaskWeights
+from potstill.generation.turns import RowFormat, TurnReader, WrittenTurn
 from potstill.generation.verify import Vote, same_answer, vote
 
-RowFormat = Literal["completion", "messages"]
 # The spans of reasoning and answer, the answer, and why there is none; see `GeneratedText`.
 ParsedText = tuple[Span | None, Span | None, str | None, str | None]
 
@@ -34,7 +35,7 @@ class GeneratedText:
     request: GenerationRequest
     sample: int  # its index among the texts of that request
     seed: int  # of the batch
-    completion: str  # without the space around it (before it, only where a chat template puts its own)
+    turn: WrittenTurn
     ended: bool  # False where max_new_tokens cut it off
     reasoning_span: Span | None = None  # the chain or the program, in characters of the completion
     answer_span: Span | None = None  # the answer, where it stands in the completion
@@ -43,33 +44,39 @@ class GeneratedText:
     verdict: str = "unchecked"
     dropped: tuple[str, str] | None = None  # the name of what dropped it, and the reason
 
+    @property
+    def completion(self) -> str:
+        """The content of its message."""
+        return str(self.turn.message["content"])
+
 
 def parse_texts(
     requests: Sequence[GenerationRequest],
+    prompts: Sequence[Prompt],
     completions: Sequence[RequestCompletions],
-    row_format: RowFormat,
+    reader: TurnReader,
     limits: ProgramLimits,
 ) -> list[GeneratedText]:
     """Parse chains and run programs, in the order of the requests; a DataError without a sandbox for the programs."""
     if any(request.task == "program_of_thought" for request in requests):
         require_sandbox()
 
-    def read(request: GenerationRequest, sample: int, text: Completion, seed: int) -> GeneratedText:
-        completion = text.text.strip() if row_format == "messages" else text.text.rstrip()
-        parsed: ParsedText = (None, None, None, None)
-        if request.task == "chain_of_thought":
-            parsed = _chain(completion)
-        elif request.task == "program_of_thought":
-            parsed = _program(completion, text.ended, limits)
-        return GeneratedText(request, sample, seed, completion, text.ended, *parsed)
+    def parsed(text: GeneratedText) -> GeneratedText:
+        if text.request.task == "chain_of_thought":
+            reasoning, span, answer, problem = _chain(text.completion)
+        elif text.request.task == "program_of_thought":
+            reasoning, span, answer, problem = _program(text.completion, text.ended, limits)
+        else:
+            return text
+        return replace(text, reasoning_span=reasoning, answer_span=span, answer=answer, problem=problem)
 
+    texts = [
+        GeneratedText(request, sample, completed.seed, reader.read(request, prompt, text), text.ended)
+        for request, prompt, completed in zip(requests, prompts, completions, strict=True)
+        for sample, text in enumerate(completed.texts)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each program runs in its own process
-        futures = [
-            pool.submit(read, request, sample, text, completed.seed)
-            for request, completed in zip(requests, completions, strict=True)
-            for sample, text in enumerate(completed.texts)
-        ]
-    return [future.result() for future in futures]
+        return [*pool.map(parsed, texts)]
 
 
 def _chain(text: str) -> ParsedText:
@@ -151,7 +158,8 @@ def rows_of(
     - answer: the question alone, and the answer alone.
     - both: one row of each, two tasks that the prompt tells apart (Distilling Step-by-Step), with their `weight`.
 
-    Conversations keep their messages and all columns of their row.
+    Conversations keep their messages and all columns of their row. A row that would be encoded as other tokens than the
+    teacher's has these in `prompt_ids` and `completion_ids`.
 
     References:
         Hsieh et al. 2023, arXiv 2305.02301.
@@ -159,13 +167,15 @@ def rows_of(
     request, reasoning, rows = text.request, text.reasoning_span, []
     if reasoning is None or target != "answer":
         row = dict(request.source) if request.task in ("responses", "instructions") else {}
-        row |= _dialogue(request.messages, text.completion, row_format)
+        row |= _dialogue(request, request.messages, text.turn.message, row_format)
+        row |= dict(zip(WRITTEN_COLUMNS, text.turn.token_ids or (), strict=False))
         rows.append(row | _description(text, request.task, reasoning, text.answer_span, provenance))
     if reasoning is not None and target != "chain" and text.answer is not None:
         question, answer = f"{request.question}\nAnswer:", f" {text.answer}"
         if row_format == "messages":
             question, answer = str(request.question), text.answer
-        row = _dialogue([{"role": "user", "content": question}], answer, row_format)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        row = _dialogue(request, messages[:1], messages[1], row_format)
         span = (len(answer) - len(answer.lstrip()), len(answer))
         rows.append(row | _description(text, "answer", None, span, provenance))
     if target == "both":
@@ -174,10 +184,15 @@ def rows_of(
     return rows
 
 
-def _dialogue(messages: list[dict[str, Any]], completion: str, row_format: RowFormat) -> dict[str, Any]:
+def _dialogue(
+    request: GenerationRequest, messages: list[Message], message: Message, row_format: RowFormat
+) -> dict[str, Any]:
     if row_format == "messages":
-        return {"messages": [*messages, {"role": "assistant", "content": completion}]}
-    return {"prompt": messages[0]["content"], "completion": completion}
+        # Earlier answers are not the teacher's: they have no loss.
+        has_answers = any(earlier["role"] == "assistant" for earlier in messages)
+        prompt = {"num_prompt_messages": len(messages)} if has_answers else {}
+        return {"messages": [*messages, message], **request.chat, **prompt}
+    return {"prompt": messages[0]["content"], "completion": message["content"]}
 
 
 def _description(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from potstill.errors import DataError, one_line
 Message = dict[str, Any]
 NumberedRow = tuple[int, dict[str, Any]]
 UnusableRow = tuple[int, str]  # a row that no request can be made of, and the reason
+# What a chat template reads beside messages: columns of these names, as JSON text or as they are.
+CHAT_COLUMNS: dict[str, type] = {"tools": list, "documents": list, "chat_template_kwargs": dict}
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,33 @@ class GenerationRequest:
     source: dict[str, Any]  # the columns of the row, unchanged
     question: str | None = None  # without the template
     gold: str | None = None  # the known answer
+    chat: dict[str, Any] = field(default_factory=dict)  # the CHAT_COLUMNS that hold something
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """What the chat template is given beside the messages."""
+        named = {name: value for name, value in self.chat.items() if name != "chat_template_kwargs"}
+        return {**self.chat.get("chat_template_kwargs", {}), **named}
+
+    def with_arguments(self, arguments: dict[str, Any]) -> GenerationRequest:
+        """Add arguments of the chat template; those of the row have precedence."""
+        named = {**arguments, **self.chat.get("chat_template_kwargs", {})}
+        return replace(self, chat={**self.chat, "chat_template_kwargs": named})
+
+
+def chat_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """Read the CHAT_COLUMNS that hold something; a ValueError says which one holds something else."""
+    columns: dict[str, Any] = {}
+    for name, kind in CHAT_COLUMNS.items():
+        value = row.get(name)
+        with suppress(ValueError):
+            value = json.loads(value) if isinstance(value, str) and value else value
+        if value and not isinstance(value, kind):
+            raise ValueError(
+                f"expected {'a list' if kind is list else 'an object'} in {name!r}, got {str(value)[:40]!r}"
+            )
+        columns |= {name: value} if value else {}
+    return columns
 
 
 def read_rows(

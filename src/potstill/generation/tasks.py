@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from potstill.errors import ShapeError
 from potstill.generation.reasoning import TEMPLATES, fill, parse, template
-from potstill.generation.requests import GenerationRequest, Message, UnusableRow, read_rows
+from potstill.generation.requests import GenerationRequest, Message, UnusableRow, chat_columns, read_rows
 from potstill.losses.declared import Declared, NonEmpty, Range, Record
 
 PROGRAM_TEMPLATES = {
@@ -218,13 +218,18 @@ class Responses(GenerationTask):
         field, column = self.prompts.field or "", self.prompts.messages
 
         def problem(row: dict[str, Any]) -> str | None:
-            return _turn_problem(row, column) if column else _text_problem(row, field)
+            problem = _turn_problem(row, column) if column else _text_problem(row, field)
+            return problem or _chat_problem(row)
 
         def messages(row: dict[str, Any]) -> list[dict[str, Any]]:
             return _conversation(row[column]) if column else [{"role": "user", "content": row[field]}]
 
         rows, bad = read_rows(self.prompts.path, problem, skip_bad)
-        return [GenerationRequest(number, self.name, "none", messages(row), row) for number, row in rows], bad
+        requests = [
+            GenerationRequest(number, self.name, "none", messages(row), row, chat=chat_columns(row))
+            for number, row in rows
+        ]
+        return requests, bad
 
 
 def _conversation(value: Any) -> list[Message]:
@@ -258,4 +263,12 @@ def _turn_problem(row: dict[str, Any], field: str) -> str | None:
         return f"expected a list of messages in {field!r}, got {str(row.get(field))[:40]!r}"
     if not roles or roles[-1] in ("assistant", "system"):
         return f"expected a conversation that ends with the user or a tool, got {roles[-1] if roles else 'none'}"
+    return None
+
+
+def _chat_problem(row: dict[str, Any]) -> str | None:
+    try:
+        chat_columns(row)
+    except ValueError as error:
+        return str(error)
     return None

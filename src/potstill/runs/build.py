@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data.batches import Examples, encode, in_batches, pad_token_id
 from potstill.data.duplicates import Duplicates, find_duplicates
@@ -27,12 +27,14 @@ from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.losses.token_losses import token_divergence
 from potstill.models.adapted import ParameterCount, parameter_count, virtual_tokens
 from potstill.models.capture import ActivationCapture
+from potstill.models.chat import set_chat_template
 from potstill.models.heads import class_ids, match_heads, max_positions, token_rows
 from potstill.models.layer_map import LayerMap
 from potstill.models.loading import has_bfloat16, load_tokenizer, loading_notes
 from potstill.models.spacing import evenly_spaced
 from potstill.models.structure import ModelShape
 from potstill.runs.build_student import StudentBuilder, design_of, initialization_of
+from potstill.runs.chat_notes import chat_notes
 from potstill.runs.config.run import Recipe
 from potstill.teachers.byte_alignment import AlignmentStats
 from potstill.teachers.cached import CachedOrLiveTeacher, CachedTeacher
@@ -110,6 +112,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
     for key in ("tokenizer", "model"):
         if (name := getattr(recipe.student, key)) is not None:
             tokenizer = load_tokenizer(name, f"student.{key}")
+    set_chat_template(tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
     new_student = StudentBuilder(recipe, loaded, tokenizer, design_of(recipe.student, loaded.config, tokenizer))
     student = new_student()
     models = {**loaded.models, "student": student}
@@ -118,7 +121,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
         models = {"student": student}  # the teacher's head and positions are those of its own tokens
     vocabulary, vocabulary_notes = _vocabulary(recipe, loaded, tokenizer, models)
     positions = _max_positions(recipe, loaded, models)
-    train, held_out, duplicates = _encode(recipe, student, tokenizer)
+    train, held_out, duplicates = encode_data(recipe, student.config, tokenizer)
     teacher = _trained_on(recipe, loaded, train)
     teacher.attach(student)
     plan = _training_plan(recipe.train, len(train.dataset))
@@ -156,6 +159,8 @@ def build_run(recipe: Recipe) -> BuiltRun:
         *duplicates.notes,
         *filter(None, [pad_token_id(tokenizer)[1]]),
     ]
+    if recipe.task == "causal":
+        notes += chat_notes(loaded, tokenizer, train.dataset, recipe.data.eval)
     if recipe.train.get("bf16") and not plan.bf16:
         notes.append("train.bf16: this CPU has no bfloat16 instructions; training in float32, which is faster here.")
     notes += vocabulary_notes
@@ -170,7 +175,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
 def piece(row: dict[str, Any], length: int) -> dict[str, Any]:
     """At most so many tokens of a row, among them some of its first target tokens."""
     # The first token has no prediction.
-    first = next(i for i, label in enumerate(row["labels"]) if i and label != IGNORE)
+    first = next((i for i, label in enumerate(row["labels"]) if i and label != IGNORE), 0)
     end = max(length, first + length // 2)
     return {name: values[max(end - length, 0) : end] for name, values in row.items()}
 
@@ -229,15 +234,16 @@ def _max_positions(recipe: Recipe, loaded: LoadedTeacher, models: Mapping[str, P
     return min((limit for limit in limits.values() if limit), default=None)
 
 
-def _encode(
-    recipe: Recipe, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+def encode_data(
+    recipe: Recipe, student: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Examples, Examples, Duplicates]:
     """Encode training and held-out data, and compare them.
 
-    Masks of training rows change with the epoch, held-out ones do not.
+    Masks of training rows change with the epoch, held-out ones do not. The student's config has a
+    classifier's classes.
     """
     data, task = recipe.data, recipe.task
-    classes = class_ids(student.config) if task == "classification" else None
+    classes = class_ids(student) if task == "classification" and student is not None else None
     options: dict[str, Any] = {"max_length": data.max_length, "packing": data.packing, "task": task, "classes": classes}
     with PartialState().main_process_first():  # the other ranks then find what it has encoded
         train = encode_mixture(data.train, tokenizer, **options)

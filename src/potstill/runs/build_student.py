@@ -18,6 +18,7 @@ from potstill.errors import RecipeError
 from potstill.models.adapted import is_adapted, is_quantized
 from potstill.models.adapters import adapt
 from potstill.models.budget import Budget, parse_count
+from potstill.models.chat import end_token_ids, set_end_tokens
 from potstill.models.design import student_config
 from potstill.models.initialize import Initialization, plan_initialization, random_student
 from potstill.models.loading import is_adapter, load_model, vocabulary_size
@@ -56,6 +57,18 @@ class StudentBuilder:
         return None if self.teacher.config is None else as_dtype(self.teacher.config.dtype)
 
     def __call__(self) -> Any:
+        model = self._new()
+        if self.recipe.task == "causal":
+            set_end_tokens(model, self._end_tokens(model), self.tokenizer.eos_token_id)
+        return model
+
+    def _end_tokens(self, model: Any) -> frozenset[int]:
+        """Find the tokens that end a text of the student: its own, and those of a teacher of the same tokens."""
+        teacher = self.teacher
+        same = teacher.model is not None and teacher.tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        return end_token_ids(self.tokenizer, model) | (end_token_ids(None, teacher.model) if same else frozenset())
+
+    def _new(self) -> Any:
         recipe, adapter = self.recipe, self.recipe.student.adapter
         model: Any
         if self.initialization is not None:

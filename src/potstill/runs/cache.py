@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from potstill.errors import ModelError, UserError
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
+from potstill.models.chat import set_chat_template
 from potstill.models.layer_map import layer_index
 from potstill.models.loading import suppress_warnings, vocabulary_size
 from potstill.runs.progress import PartProgress
@@ -50,6 +51,8 @@ class CacheRequest:
     batch_rows: int = 8  # in a batch of the teacher, and concurrent requests to a server
     tokenizer: str | None = None  # folder of the tokenizer for a server
     layers: Sequence[int] = ()  # whose hidden states are stored too, from 0; negative ones from the end
+    chat_template: str | None = None  # a Jinja file, in place of the tokenizer's
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # its arguments
 
 
 def build(
@@ -80,6 +83,7 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
         raise UserError("cache build: expected teacher.model or teacher.server, got neither.")
     loaded = source.load(request.tokenizer)
     tokenizer = loaded.tokenizer
+    set_chat_template(tokenizer, request.chat_template, request.chat_template_kwargs)
     options: dict[str, Any] = {"max_length": request.max_length, "packing": request.packing}
     examples = [encode(part, tokenizer, **options) for part in request.sources]
     for note in (note for encoded in examples for note in encoded.notes):

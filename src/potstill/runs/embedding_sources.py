@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,20 +124,24 @@ def read_texts(recipe: EmbeddingRecipe) -> tuple[Texts | None, Texts | None]:
 def _read(part: TextsPart | None) -> Texts | None:
     if part is None:
         return None
-    file = Path(part.path).name
-    columns = [list(load(Source(part.path, field=name)).dataset["text"]) for name in part.fields]
+    place = Source(part.path, split=part.split, config=part.config)
+    file = place.title
+    columns = [list(load(replace(place, field=name)).dataset["text"]) for name in part.fields]
     for name, column in zip(part.fields, columns, strict=True):
         for row, text in enumerate(column, 1):
             if not text.strip():
                 raise DataError(
                     f"data: expected text in column {name!r} of {file}, got none in row {row}. Remove the row."
                 )
+    prompts = [part.prompts.get(name, "") for name in part.fields]
+    columns = [[prompt + text for text in column] for prompt, column in zip(prompts, columns, strict=True)]
     texts = [text for column in columns for text in column]
     if not part.score:
         return Texts(texts)
-    scored = load(Source(part.path, field=part.fields[0], label=part.score), "regression").dataset
+    first_name, second_name = part.fields
+    pairs = replace(place, field=first_name, pair=second_name, label=part.score)
     try:
-        scores = [float(score) for score in scored["label"]]
+        scores = [float(score) for score in load(pairs, "regression").dataset["label"]]
     except ValueError as error:
         raise DataError(f"data: expected numbers in column {part.score!r} of {file}, got: {error}.") from None
     index = {text: i for i, text in enumerate(dict.fromkeys(texts))}

@@ -13,17 +13,30 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from potstill.data.sources import WRITTEN_COLUMNS
 from potstill.engines.local import LocalEngine
 from potstill.engines.sampling import Completion, Engine, Prompt
+from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError
 from potstill.generation.card import write_card, write_rows
 from potstill.generation.filters import TextPair, apply_filters
-from potstill.generation.journal import BatchCompleter, PromptBatch, complete_in_order, complete_requests, render
-from potstill.generation.judge import GeneratedText, RowFormat, judge, parse_texts, rows_of
+from potstill.generation.journal import (
+    BatchCompleter,
+    PromptBatch,
+    RequestCompletions,
+    complete_in_order,
+    complete_requests,
+    read_texts,
+    render,
+)
+from potstill.generation.judge import GeneratedText, judge, parse_texts, rows_of
 from potstill.generation.requests import GenerationRequest, UnusableRow
 from potstill.generation.sandbox import require_sandbox
 from potstill.generation.tasks import Responses
+from potstill.generation.turns import RowFormat, TurnReader
+from potstill.models.chat import end_token_ids, set_chat_template
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from potstill.models.prompts import prompt_ids
 from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.progress import PartProgress
 from potstill.runs.ray import Row, RowFunction, map_rows
@@ -37,6 +50,7 @@ class Generated:
     rows: Path  # the file of them
     counts: dict[str, int]  # at each stage: asked, texts, dropped, texts kept, rows
     dropped: dict[str, int]  # texts by the filter that dropped them
+    notes: list[str]
 
 
 class GenerationPlan(NamedTuple):
@@ -44,7 +58,7 @@ class GenerationPlan(NamedTuple):
 
     requests: list[GenerationRequest]
     unusable: list[UnusableRow]  # rows of the source that no request can be made of
-    row_format: RowFormat
+    reader: TurnReader
     prompts: list[Prompt]
     engine: Engine
 
@@ -80,9 +94,9 @@ def generate(
         with PartProgress(console or Console(quiet=True), "prompts").start(total=len(plan.prompts)) as progress:
             options["progress"] = progress.update
             completions = complete_requests(plan.prompts, complete, recipe.seed, journal, **options)
-    texts = parse_texts(plan.requests, completions, plan.row_format, recipe.programs)
+    texts = parse_texts(plan.requests, plan.prompts, completions, plan.reader, recipe.programs)
     judged = judge(texts, recipe.task.choose, drop_cut=recipe.filter.cut)
-    return _write_files(recipe, directory, plan, judged)
+    return _write_files(recipe, directory, plan, judged, _notes(plan, completions))
 
 
 def check(recipe: GenerateRecipe, *, on_device: bool = False) -> GenerationPlan:
@@ -92,14 +106,19 @@ def check(recipe: GenerateRecipe, *, on_device: bool = False) -> GenerationPlan:
     """
     with suppress_warnings():
         requests, unusable = recipe.task.requests(recipe.skip_bad_rows)
+        if arguments := recipe.teacher.chat_template_kwargs:
+            requests = [request.with_arguments(arguments) for request in requests]
         if any(request.task == "program_of_thought" for request in requests):
             require_sandbox()  # before hours of generation
         tokenizer = _tokenizer(recipe)
-        row_format, engine = _row_format(recipe, tokenizer), _engine(recipe, tokenizer, on_device)
+        reader = TurnReader(tokenizer, _row_format(recipe, tokenizer))
+        engine = _engine(recipe, tokenizer, on_device)
         prompts = [render(request, tokenizer) for request in requests]
+        if isinstance(engine, ModelServer) and tokenizer is not None:  # it may put an EOS behind a text
+            prompts = [prompt_ids(tokenizer, text) if isinstance(text, str) else text for text in prompts]
         if isinstance(engine, LocalEngine):
             engine.check(prompts, recipe.engine_sampling)
-    return GenerationPlan(requests, unusable, row_format, prompts, engine)
+    return GenerationPlan(requests, unusable, reader, prompts, engine)
 
 
 def _row_format(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None) -> RowFormat:
@@ -115,14 +134,18 @@ def _row_format(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | Non
 def _tokenizer(recipe: GenerateRecipe) -> PreTrainedTokenizerBase | None:
     key = "tokenizer" if recipe.teacher.model is None else "model"  # a model brings its own
     name = getattr(recipe.teacher, key)
-    return name and load_tokenizer(name, f"teacher.{key}")
+    if name is None:
+        return None
+    tokenizer = load_tokenizer(name, f"teacher.{key}")
+    set_chat_template(tokenizer, recipe.teacher.chat_template, recipe.teacher.chat_template_kwargs, "teacher")
+    return tokenizer
 
 
 def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None, on_device: bool = True) -> Engine:
     """The teacher's engine; without `on_device` a model stays out of the accelerator's memory."""
     part = recipe.teacher
     if part.server is not None:
-        server = part.server.connect()
+        server = part.server.connect(end_ids=end_token_ids(tokenizer))
         server.card()  # checks that the server answers and has that model
         return server
     assert part.model is not None and tokenizer is not None
@@ -139,8 +162,7 @@ def _with_ray(recipe: GenerateRecipe) -> BatchCompleter:
     def complete(batches: Sequence[PromptBatch]) -> Iterator[tuple[PromptBatch, list[list[Completion]]]]:
         rows = [{"place": i, "batch": json.dumps(batch)} for i, batch in enumerate(batches)]
         for row in map_rows("generate", rows, _ray_worker, recipe, gpus=gpus):
-            completions = [[Completion(*text) for text in texts] for texts in json.loads(row["texts"])]
-            yield batches[row["place"]], completions
+            yield batches[row["place"]], [read_texts(texts) for texts in json.loads(row["texts"])]
 
     return complete
 
@@ -152,15 +174,16 @@ def _ray_worker(recipe: GenerateRecipe) -> RowFunction:
     def complete(row: Row) -> Row:
         batch = PromptBatch(*json.loads(row["batch"]))
         completions = engine.complete(batch.prompts, replace(sampling, seed=batch.seed))
-        texts = [[[text.text, text.ended] for text in texts] for texts in completions]
+        texts = [[[text.text, text.ended, text.ids] for text in texts] for texts in completions]
         return {"place": row["place"], "texts": json.dumps(texts)}
 
     return complete
 
 
 def _write_files(
-    recipe: GenerateRecipe, directory: Path, plan: GenerationPlan, judged: list[GeneratedText]
+    recipe: GenerateRecipe, directory: Path, plan: GenerationPlan, judged: list[GeneratedText], notes: list[str]
 ) -> Generated:
+    row_format = plan.reader.row_format
     passed = [text for text in judged if text.dropped is None]
     result = apply_filters([_pair(text) for text in passed], recipe.filter.filters())
     dropped = [(text, *text.dropped) for text in judged if text.dropped is not None]
@@ -169,11 +192,11 @@ def _write_files(
     task, sampling = recipe.task, recipe.sampling.model_dump()
     # The run's seed is in the card; a row has that of its batch.
     provenance = {"teacher": recipe.teacher.name, "sampling": sampling}
-    rows = [row for text in kept for row in rows_of(text, plan.row_format, task.target, provenance, task.task_weights)]
+    rows = [row for text in kept for row in rows_of(text, row_format, task.target, provenance, task.task_weights)]
     dropped_rows = [
         {**row, "dropped": {"filter": name, "reason": reason}}
         for text, name, reason in dropped
-        for row in rows_of(text, plan.row_format, "chain", provenance)
+        for row in rows_of(text, row_format, "chain", provenance)
     ]
     path = directory / f"train.{recipe.format}"
     write_rows(path, rows)
@@ -182,16 +205,31 @@ def _write_files(
     counts = {name: len(items) for name, items in stages.items()}  # type: ignore[arg-type]  # lists of several types
     templates = ", ".join(dict.fromkeys(request.template for request in plan.requests))
     facts = {"teacher": recipe.teacher.name, "task": task.name, "templates": templates}
+    by_ids = sum(WRITTEN_COLUMNS[0] in row for row in rows)
+    if by_ids:
+        notes.append(f"{by_ids} of {len(rows)} rows keep their token ids: their text would be encoded as others.")
     write_card(
         directory / "README.md",
         name=recipe.name,
         facts={**facts, "sampling": json.dumps(sampling), "seed": str(recipe.seed)},
         counts=counts | {"rows of the source that could not be used": len(plan.unusable)},
+        notes=notes,
         dropped=[(name, reason, text.completion) for text, name, reason in dropped],
         lengths=[len(text.completion) for text in kept],
         bad=plan.unusable,
     )
-    return Generated(directory, path, counts, dict(Counter(name for _, name, _ in dropped)))
+    return Generated(directory, path, counts, dict(Counter(name for _, name, _ in dropped)), notes)
+
+
+def _notes(plan: GenerationPlan, completions: Sequence[RequestCompletions]) -> list[str]:
+    """Say where rows may differ from what the teacher read and wrote."""
+    tokenizer, notes = plan.reader.tokenizer, []
+    is_chat = tokenizer is not None and tokenizer.chat_template is not None
+    if is_chat and plan.reader.row_format == "completion":
+        notes.append("rows: the teacher read its chat template, and the rows have the bare prompts.")
+    if isinstance(plan.engine, ModelServer) and not any(text.ids for each in completions for text in each.texts):
+        notes.append("teacher.server: no token ids came back: special tokens may be missing in the texts.")
+    return notes
 
 
 def _pair(text: GeneratedText) -> TextPair:

@@ -28,6 +28,7 @@ from potstill.evaluate.time_limit import TimeLimit
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.models.adapted import is_adapted, parameter_count
+from potstill.models.chat import end_token_ids
 from potstill.models.loading import load_model
 from potstill.models.precision import describe_precision
 from potstill.runs.build import BuiltRun
@@ -229,7 +230,8 @@ def _continuations(
         new = min(64, built.recipe.data.max_length - prompt)
         if prompt == 0 or new <= 0:
             continue
-        tokens = {name: continuation(model, ids[:prompt], new) for name, model in models.items()}
+        ends = {name: end_token_ids(built.tokenizer, model) for name, model in models.items()}
+        tokens = {name: continuation(model, ids[:prompt], new, ends[name]) for name, model in models.items()}
         tokens |= {"prompt": ids[:prompt], "truth": ids[prompt : prompt + new]}
         texts = {name: str(built.tokenizer.decode(ids)) for name, ids in tokens.items()}
         continuations.append(records.Continuation(**texts))

@@ -48,6 +48,7 @@ def rehearse(built: BuiltRun, student: Any) -> None:
         built = replace(built, new_student=partial(copy.deepcopy, student))
     first, whole = _small_run(built, 1), _small_run(built, 2)
     with temporary_folder(Path(built.recipe.output)) as folder:
+        gc.freeze()  # each training collects garbage: it need not look through all that is there before
         try:
             _try(steps.Step("train and save the student", steps.train_student, every_rank=True), first, folder, quiet)
             if PartialState().is_main_process:
@@ -60,6 +61,7 @@ def rehearse(built: BuiltRun, student: Any) -> None:
             if built.writer is not None:
                 built.writer.push_due = True  # its server has the rehearsal's weights
             gc.collect()
+            gc.unfreeze()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     PartialState().wait_for_everyone()

@@ -11,8 +11,9 @@ from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from potstill.data.show import shown_rows
 from potstill.errors import RecipeError, one_line
-from potstill.evaluate.report.page import write_report, write_student_card
+from potstill.evaluate.report.page import write_report, write_rows, write_student_card
 from potstill.evaluate.summary import write_summary
 from potstill.models.adapted import convert_saved, merged
 from potstill.models.modules import copy_modules
@@ -26,6 +27,7 @@ from potstill.train.rollout import Rollout
 from potstill.train.terms.logits import Labels
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 
+SHOWN_ROWS = 3  # in the report
 CHECKPOINT_BYTES = 3 * 4  # of a trained parameter: itself and Adam's two moments
 
 
@@ -62,8 +64,9 @@ def write_pages(built: BuiltRun, directory: Path, console: Console) -> None:
 
 
 def write_recipe(built: BuiltRun, directory: Path, console: Console) -> None:
-    """Make the directory, with recipe.yaml."""
+    """Make the directory, with recipe.yaml and the first training rows."""
     built.recipe.start(directory)
+    write_rows(shown_rows(built.train.dataset, built.tokenizer, SHOWN_ROWS), directory)
 
 
 STEPS = (

@@ -31,6 +31,7 @@ from potstill.losses.alignment import DISTRIBUTION_TASKS
 from potstill.models.loading import load_model, suppress_warnings
 from potstill.runs.config.document import read_list
 from potstill.runs.config.run import Recipe
+from potstill.runs.progress import part
 from potstill.runs.ray import start_ray
 from potstill.runs.run import RunResult, run
 
@@ -161,7 +162,7 @@ def sweep(
         console.print(f"{done} of {len(points)} runs are finished", style="dim", highlight=False)
     failures = _run_with_ray(remaining) if engine == "ray" else _run_in_turn(remaining, console)
     if PartialState().is_main_process:
-        with suppress_warnings(), console.status("timing the students"):
+        with suppress_warnings(), part(console, "timing the students"):
             compared = _summarize([point for point in points if point.label not in failures], limits)
         created = datetime.now(UTC).isoformat(timespec="seconds")
         facts = {"kind": "sweep", "name": values.get("name", "a sweep"), "created": created, "vary": dict(axes)}

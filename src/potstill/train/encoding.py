@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from potstill.data.batches import COLLATED, PaddingCollator, encode
 from potstill.data.disk_cache import BATCH, cached_in
 from potstill.data.masking import MaskedRows
+from potstill.data.readers import suppress_output
 from potstill.data.sources import Source, listed
 from potstill.errors import DataError, EmptyDataError
 from potstill.losses.alignment import Task
@@ -92,11 +93,11 @@ class RowsEncoder:
         """Encode rows through a file, as those of a recipe are."""
         assert self.tokenizer is not None
         with TemporaryDirectory() as folder:
-            path = Path(folder) / name
-            if isinstance(rows, Dataset):  # keeps what Arrow knows of nulls
-                rows.save_to_disk(path)
+            path = Path(folder) / f"{name}.{'parquet' if isinstance(rows, Dataset) else 'jsonl'}"
+            if isinstance(rows, Dataset):  # nulls for keys that other rows have are known as such
+                with suppress_output():
+                    rows.to_parquet(path)
             else:
-                path = path.with_suffix(".jsonl")
                 with path.open("w", encoding="utf-8") as file:
                     file.writelines(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in _iterate(rows))
             options: dict[str, Any] = {"max_length": self.max_length, "task": self.task, "classes": self.classes}
@@ -114,7 +115,7 @@ class RowsEncoder:
                 "Give labels, with -100 on tokens without a loss, or remove the column."
             )
         if unused:
-            logger.warning("data: columns of %s that are not read: %s.", name, listed(sorted(unused)))
+            logger.warning("%s: columns that are not used: %s.", name, listed(sorted(unused)))
 
 
 class EncodedStream(IterableDataset[dict[str, Any]]):

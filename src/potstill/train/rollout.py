@@ -161,9 +161,16 @@ class Rollout:
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[int] | None:
         """The prompt of a row of input_ids and labels; None where there is none, or no room behind it."""
         ids = list(row["input_ids"])
-        prompt = _before_targets(row) or ids[: min(self.prompt_tokens, len(ids) // 2)]
+        prompt = _before_targets(row) or self._beginning(ids)
         longest = max(len(prompt), len(_before_targets(row, "teacher_")))
         return prompt if prompt and (self.limit is None or longest < self.limit) else None
+
+    def _beginning(self, ids: list[int]) -> list[int]:
+        """The first tokens of a plain text, without the end of a document behind them."""
+        length = min(self.prompt_tokens, len(ids) // 2)
+        while length > 1 and ids[length - 1] == self.tokenizer.eos_token_id:
+            length -= 1
+        return ids[:length]
 
     def check_prompts(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> list[str]:
         """Return notes on the prompts of training rows, or raise RecipeError where no row has one."""

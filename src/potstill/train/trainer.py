@@ -13,12 +13,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import DataCollatorForLanguageModeling, PreTrainedModel, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.errors import UserError
 from potstill.losses.alignment import IGNORE, Task
+from potstill.models.chat import end_token_ids, set_end_tokens
 from potstill.models.heads import class_ids
 from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import FollowTraining
@@ -145,6 +152,8 @@ class DistillationTrainer(StudentTrainer):
         if all(term.reads_layers for term in distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers do not use the head
         kwargs |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
+        if task == "causal" and processing_class is not None:
+            set_end_tokens(student, end_token_ids(processing_class, student), processing_class.eos_token_id)
         super().__init__(distiller, args, **kwargs)
         self.rollout = rollout
         plugins = self.accelerator.state
@@ -196,7 +205,7 @@ class DistillationTrainer(StudentTrainer):
             columns = rows[0].items()
             padding: Any = {name: _ignored(value) if name.endswith("labels") else value for name, value in columns}
             if "labels" not in padding:  # each token is its own, and the first has none to be predicted from
-                padding = {name: value[:1] for name, value in columns}
+                padding = {name: value[:1] if hasattr(value, "__len__") else value for name, value in columns}
             rows = ConcatDataset([rows, cast(Any, [padding] * missing)])
         return super().get_eval_dataloader(rows)
 
@@ -272,15 +281,7 @@ def _check_arguments(args: DistillationConfig, distiller: Distiller, options: Ma
     for name, hint in NO_ARGUMENTS.items():
         if options.get(name) is not None:
             raise UserError(f"DistillationTrainer: expected no {name}, got one. {hint}")
-    collator = options.get("data_collator")
-    if isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm:
-        tokenizer: Any = collator.tokenizer
-        if tokenizer.pad_token_id == tokenizer.eos_token_id:
-            logger.warning(
-                "data_collator: its pad token is the EOS token %s, which therefore has no labels: the student does not "
-                "learn to stop. Leave data_collator out.",
-                tokenizer.eos_token,
-            )
+    _check_collator(options.get("data_collator"))
     metrics = options.get("compute_metrics") or options.get("preprocess_logits_for_metrics")
     if metrics is not None and distiller.task == "encoder":
         raise UserError(
@@ -294,6 +295,24 @@ def _check_arguments(args: DistillationConfig, distiller: Distiller, options: Ma
             f"DistillationConfig: expected greater_is_better beside metric_for_best_model {best}, a metric of your "
             "own, got none. Set it to true or false."
         )
+
+
+def _check_collator(collator: Any) -> None:
+    """Find collators of transformers that lose where sequences begin, or end."""
+    if isinstance(collator, DataCollatorWithFlattening):
+        if not (collator.return_position_ids or collator.return_seq_idx or collator.return_flash_attn_kwargs):
+            raise UserError(
+                "data_collator: expected DataCollatorWithFlattening that says where sequences begin, got one that does "
+                "not. Set return_position_ids."
+            )
+    elif isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm:
+        tokenizer: Any = collator.tokenizer
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            logger.warning(
+                "data_collator: its pad token is the EOS token %s, which therefore has no labels: the student does not "
+                "learn to stop. Leave data_collator out.",
+                tokenizer.eos_token,
+            )
 
 
 def _ignored(labels: Any) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from potstill.data.files import write_text
+from potstill.data.show import ShownRow, runs
 from potstill.errors import DataError
 from potstill.evaluate import summary as records
 from potstill.evaluate.formatting import count, minus, nats, percent, size
@@ -18,6 +21,7 @@ from potstill.evaluate.report.render import FASTER, SMALLER, Headline, ratio_hea
 from potstill.evaluate.summary import MODELS, RUNS, Summary
 from potstill.evaluate.verdict import leakage, verdict
 
+ROWS_FILE = "rows.json"
 _LABEL_DISTANCE = 25  # least distance of two labels on a phone, in percent of the line
 
 
@@ -43,9 +47,20 @@ def write_report(run_directory: Path) -> Path:
         gap=_gap(summary.rows),
         curves=curves,
         positions=_positions(summary.kl_by_position),
+        trained_on=_read_rows(run_directory / ROWS_FILE),
         diagnosis=read_diagnosis(run_directory / "diagnose.json"),
         recipe=records.read_text(run_directory / "recipe.yaml"),
     )
+
+
+def write_rows(rows: Sequence[ShownRow], run_directory: Path) -> None:
+    """Write rows.json, the first training rows, for the report."""
+    records = [{"title": row.title, "runs": runs(row.tokens), "teacher": runs(row.teacher or ())} for row in rows]
+    write_text(run_directory / ROWS_FILE, json.dumps(records, ensure_ascii=False))
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def write_student_card(run_directory: Path) -> Path:

@@ -16,14 +16,21 @@ from potstill.runs.config.document import Document, Part
 class TextsPart(Part):
     """A file of texts, or of pairs of texts with human similarity scores."""
 
-    path: str = Field(description=".jsonl, .json, .csv or .parquet")
+    path: str = Field(description="a file, a folder, a glob or a data set on the hub, as for other recipes")
+    split: str | None = Field(default=None, description="of a data set on the hub or of a folder with several")
+    config: str | None = Field(default=None, description="of a data set on the hub or of a folder with several")
     fields: list[str] = Field(default=["text"], min_length=1, description="the columns of texts")
+    prompts: dict[str, str] = Field(
+        default={}, description="column -> what teacher and student read before its texts, such as 'query: '"
+    )
     score: str | None = Field(default=None, description="the column with the similarity of the two texts of a row")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.score and len(self.fields) != 2:
             raise ValueError(f"expected two fields with a score, got {len(self.fields)}")
+        if unknown := self.prompts.keys() - set(self.fields):
+            raise ValueError(f"expected prompts for columns of fields, got one for {min(unknown)}")
         return self
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,10 @@ class GenerationTeacherPart(Part):
         None,
         description="with server: a folder with the model's tokenizer, whose chat template is used; else plain text",
     )
+    chat_template: str | None = Field(None, description="a Jinja file, in place of the tokenizer's own chat template")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="arguments of the chat template, such as enable_thinking; rows keep them"
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -34,6 +38,8 @@ class GenerationTeacherPart(Part):
             raise ValueError("expected one of model and server")
         if self.model is not None and self.tokenizer is not None:
             raise ValueError("expected a tokenizer with server alone; a model brings its own")
+        if self.model is None and self.tokenizer is None and (self.chat_template or self.chat_template_kwargs):
+            raise ValueError("expected a tokenizer for chat_template and chat_template_kwargs, got none")
         return self
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -34,6 +34,11 @@ class DataPart(Part):
     eval: Source
     max_length: int = Field(512, ge=2, description="tokens in a row at most")
     packing: bool = Field(False, description="concatenate plain text into rows of max_length instead of padding")
+    chat_template: str | None = Field(None, description="a Jinja file, in place of the tokenizer's chat template")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of the chat template, such as enable_thinking; saved with the student's tokenizer",
+    )
     near_duplicates: bool = Field(
         False, description="also report held-out rows most of whose runs of 8 words are in the training data"
     )
@@ -106,6 +111,14 @@ class Recipe(Document):
             for key in ("prompt", "completion", "messages", "input_ids"):
                 if task not in TOKEN_TASKS and key in given:
                     yield f"data.{name}.{key}: expected field for the texts of the task {task}, got {key}."
+        if self.data.eval.label is False:
+            yield "data.eval.label: expected the column of labels, by which models are measured, got false."
+        if any(part.label is False for _, part in parts):
+            for place, term in enumerate(self.objective):
+                if term.needs_labels:
+                    yield f"objective.{place}: expected labels in data.train for {term.name}, got label: false."
+            if self.evaluate.baseline:
+                yield "evaluate.baseline: expected labels in data.train to train it on, got label: false."
         if self.data.packing and task not in TOKEN_TASKS:
             yield f"data.packing: expected false for the task {task}, got true. Each row is one example."
         if task != "masked" and self.data.masked_share != MASKED_SHARE:

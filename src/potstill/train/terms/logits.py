@@ -91,6 +91,7 @@ class Labels(Term):
 
     weight: Weight = 1.0
     name = "labels"
+    needs_labels = True
     needs_teacher = False
     tasks = HEAD_TASKS
 

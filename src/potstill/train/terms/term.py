@@ -40,6 +40,7 @@ class Term(Declared):
 
     key = "term"
     needs_teacher: ClassVar[bool] = True  # whether it compares with the teacher's output
+    needs_labels: ClassVar[bool] = False  # whether it compares with the labels of the data
     reads_layers: ClassVar[bool] = False  # whether it reads activations of layers; see `fit`
     other_tokenizer: ClassVar[bool] = False  # whether it takes a teacher with another tokenizer, and no other teacher
     tasks: ClassVar[frozenset[Task]] = TASKS  # for which it is defined

@@ -1,0 +1,104 @@
+"""Notes on chats before training, and the end tokens that a student is saved with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from conftest import make_llama, make_tokenizer
+from potstill.errors import DataError
+from potstill.runs.build import build_run
+from potstill.runs.config.run import Recipe
+from potstill.train.terms.logits import Labels
+from potstill.train.trainer import DistillationConfig, DistillationTrainer
+
+CHAT = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{% if think and m.role == 'assistant' %}<think>{% endif %}"
+    "{{ m.content }}<|stop|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% if think %}<think>{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture
+def chats(recipe_values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A recipe with a teacher of chats, which ends all that it reads at once, and its conversations."""
+    tokenizer, teacher = make_tokenizer(), make_llama(vocab_size=302, seed=1)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>"]})
+    tokenizer.chat_template = CHAT
+    stop = tokenizer.convert_tokens_to_ids("<|stop|>")
+    with torch.no_grad():
+        teacher.model.norm.weight.zero_()[0] = 1
+        teacher.lm_head.weight.zero_()
+        teacher.model.embed_tokens.weight[:, 0] = 1
+        teacher.lm_head.weight[stop, 0] = 1
+    teacher.generation_config = GenerationConfig(eos_token_id=[0, 7])
+    for part in (teacher, tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    talk = [{"role": "user", "content": "def a"}, {"role": "assistant", "content": "return b"}]
+    rows = {"chats": [{"messages": talk}] * 4, "plain": [{"prompt": "def a", "completion": "return b"}] * 4}
+    for name, values in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
+    source = {"path": str(tmp_path / "chats.jsonl")}
+    recipe_values["teacher"] = {"model": str(tmp_path / "teacher")}
+    recipe_values["student"] = {"design": {"num_hidden_layers": 1}}
+    recipe_values["data"] = {"train": source, "eval": source, "max_length": 48}
+    return recipe_values
+
+
+def notes_of(recipe: dict[str, Any]) -> str:
+    return "\n".join(build_run(Recipe.parse(recipe)).notes)
+
+
+def test_the_student_ends_where_teacher_and_template_do(chats: dict[str, Any]) -> None:
+    built = build_run(Recipe.parse(chats))
+    stop = built.tokenizer.convert_tokens_to_ids("<|stop|>")
+    assert built.new_student().generation_config.eos_token_id == [0, 7, stop]
+    assert "plain text" not in "\n".join(built.notes)
+
+
+def test_the_trainer_saves_the_end_of_turns(chats: dict[str, Any], tmp_path: Path) -> None:
+    built = build_run(Recipe.parse(chats))
+    student = make_llama(vocab_size=302)
+    arguments = DistillationConfig(output_dir=str(tmp_path / "out"), use_cpu=True)
+    trainer = DistillationTrainer(student, None, [Labels()], arguments, processing_class=built.tokenizer)
+    trainer.save_model(str(tmp_path / "student"))
+    stop = built.tokenizer.convert_tokens_to_ids("<|stop|>")
+    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [0, stop]
+
+
+def test_arguments_of_the_template_are_kept_in_the_tokenizer(chats: dict[str, Any]) -> None:
+    chats["data"]["chat_template_kwargs"] = {"think": True}
+    built = build_run(Recipe.parse(chats))
+    text = built.tokenizer.decode(built.train.dataset[0]["input_ids"])
+    assert "assistant\n<think>return b<|stop|>" in text
+    prompt = built.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False
+    )
+    assert prompt.endswith("assistant\n<think>")
+    chats["data"]["chat_template_kwargs"] = {"enable_thinking": True}
+    with pytest.raises(DataError, match="expected arguments that the chat template reads, got enable_thinking"):
+        build_run(Recipe.parse(chats))
+
+
+def test_plain_prompts_for_a_teacher_of_chats_are_noted(chats: dict[str, Any], tmp_path: Path) -> None:
+    plain = {"path": str(tmp_path / "plain.jsonl")}
+    chats["data"] |= {"train": plain, "eval": plain}
+    notes = notes_of(chats)
+    assert "it has a chat template, and the prompts are plain text" in notes
+    assert "the most likely first token of 3 is <|stop|>" in notes and "Set chat: true" in notes
+
+
+def test_templates_that_differ_are_noted(chats: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>"]})
+    tokenizer.chat_template = CHAT.replace("{{ m.role }}", "{{ m.role | upper }}")
+    tokenizer.save_pretrained(tmp_path / "student")
+    chats["student"]["tokenizer"] = str(tmp_path / "student")
+    notes = notes_of(chats)
+    assert "chat templates: the teacher's renders row 1 of the held-out data with" in notes
+    assert "user" in notes and "USER" in notes
