@@ -250,7 +250,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
     bpe = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*bpe["vocab"]])
+    writer.add_token_list(["<|endoftext|>", *list(bpe["vocab"])[1:]])  # which transformers adds where it is absent
     writer.add_token_types([1] * len(bpe["vocab"]))
     writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
