@@ -129,6 +129,7 @@ class RsLora(Lora):
     weight: Weight = 1.0
     smoothing: Annotated[float, Range(ge=0)] = 0.0
     name = "labels"
+    needs_labels = True
     needs_teacher = False
     tasks = HEAD_TASKS
 
@@ -141,6 +142,7 @@ class RsLora(Lora):
 
     weight: Weight = 1.0
     name = "labels"
+    needs_labels = True
     needs_teacher = False
     tasks = HEAD_TASKS
 

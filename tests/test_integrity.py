@@ -54,7 +54,7 @@ def without_head(name: str) -> str | None:
         (lambda name: f"_orig_mod.{name}", "saved compiled"),
         (lambda name: f"module.{name}", "saved within DataParallel"),
         (lambda name: f"base_model.model.{name}", "saved within PEFT"),
-        (lambda name: f"backbone.{name}", "got names like backbone.lm_head.weight. Rename them"),
+        (lambda name: f"backbone.{name}", "got names like backbone.lm_head.weight. Save the model within it"),
         (lambda name: name.replace("mlp.", "_checkpoint_wrapped_module.mlp."), "saved with wrapped layers"),
         (lambda name: None if "layers.1.mlp" in name else name, "layers.1.mlp.down_proj.weight"),
     ],

@@ -53,7 +53,8 @@ def test_a_run_leaves_what_it_promises(recipe_values: dict[str, Any]) -> None:
     result = quiet_run(recipe_values)
     names = {path.name for path in result.directory.iterdir()}
     assert names == {
-        "recipe.yaml", "metrics.jsonl", "summary.json", "checkpoints", "student", "baseline", "report.html",
+        "recipe.yaml", "metrics.jsonl", "rows.json", "summary.json", "checkpoints", "student", "baseline",
+        "report.html",
     }  # fmt: skip
     rows = result.summary["rows"]
     assert list(rows) == ["teacher", "baseline", "student"]
@@ -234,7 +235,7 @@ def broken(values: dict[str, Any], toys: Path, tmp_path: Path, what: str) -> dic
     ("what", "kind", "message"),
     [
         ("teacher path", ModelError, "Did you mean .*teacher"),
-        ("not a model", ModelError, "teacher.model: expected a causal language model"),
+        ("not a model", ModelError, "teacher.model: expected a model's config.json"),
         ("pickled weights", ModelError, "safetensors"),
         ("data field", DataError, "text"),
         ("data path", DataError, "train.jsonl"),

@@ -97,6 +97,15 @@ def test_what_stands_between_is_proven() -> None:
     model.activation = torch.nn.Sequential(model.activation, torch.nn.Linear(16, 16))  # trained, and used by both
     assert split_model(model) is not None
     model.extra = torch.nn.Linear(2, 2)
+    assert split_model(model) is not None, "it takes no part"
+    forward = model.forward
+
+    def with_extra(*args: Any, **inputs: Any) -> Any:
+        output = forward(*args, **inputs)
+        output.logits = output.logits + 0 * model.extra.weight.sum()
+        return output
+
+    model.forward = with_extra
     assert split_model(model) is None, "it trains parameters beside"
 
 

@@ -282,7 +282,8 @@ def _rules(kind: type) -> dict[str, list[Rule]]:
 
 def _rules_in(annotation: Any) -> Iterator[Rule]:
     if get_origin(annotation) is Literal:
-        yield OneOf(get_args(annotation))
+        words = tuple(word for word in get_args(annotation) if isinstance(word, str))
+        yield from [OneOf(words)] if words else []
         return
     for part in get_args(annotation):
         if isinstance(part, Rule):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from potstill.errors import ModelError
@@ -33,7 +33,7 @@ class ModelShape:
     narrowest: int  # width of a layer's keys, all heads together; its values are as wide
     attention_dropout: float
     experts_per_token: int = 0  # of a layer with a router; 0 where the family has no loss that balances its experts
-    family: str = ""  # for messages
+    family: str = field(default="", compare=False)  # for messages
 
 
 @dataclass(frozen=True)

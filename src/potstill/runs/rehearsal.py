@@ -57,7 +57,8 @@ def rehearse(built: BuiltRun, student: Any) -> None:
             for step in steps.STEPS:
                 _try(step, whole, folder, quiet)
         finally:
-            teacher.load_state_dict(state)
+            if not teacher.of_student:
+                teacher.load_state_dict(state)
             if built.writer is not None:
                 built.writer.push_due = True  # its server has the rehearsal's weights
             gc.collect()

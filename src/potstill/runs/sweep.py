@@ -227,7 +227,7 @@ def _summarize(done: Sequence[Point], limits: tradeoff.Limits) -> dict[str, Any]
     sizes = [row.get("parameters") or math.nan for row in teachers]
     compressions = [size / row["parameters"] for size, row in zip(sizes, rows, strict=True)]
     recommended = tradeoff.recommend(candidates, limits)._asdict()
-    if leak := leakage(max(summary["data"].get("eval_in_train") or 0.0 for summary in summaries)):
+    if leak := leakage(max((summary["data"].get("eval_in_train") or 0.0 for summary in summaries), default=0.0)):
         recommended["why"] = f"{leak} Among these figures: {recommended['why']}"
     return {
         "teacher": teacher,

@@ -166,7 +166,7 @@ class Distiller(nn.Module):
     def models(self) -> dict[str, Any]:
         """The student, and the model of a teacher that has one, by their roles."""
         model = getattr(self.teacher, "model", None)
-        return {"student": self.student} | ({} if model is None else {"teacher": model})
+        return {"student": self.student} | ({"teacher": model} if isinstance(model, nn.Module) else {})
 
     @property
     def prefetches(self) -> bool:
