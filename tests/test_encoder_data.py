@@ -149,7 +149,7 @@ def test_pairs_have_types_and_are_cut_together(tmp_path: Path) -> None:
     cut = encode(source, make_bert_tokenizer(), max_length=9, task="regression")
     assert {len(row["input_ids"]) for row in cut.dataset} == {9}
     assert all(row["input_ids"].count(SEP) == 2 for row in cut.dataset)
-    assert cut.notes == ("rows.jsonl: 8 examples truncated to max_length 9.",)
+    assert "rows.jsonl: 8 examples truncated to max_length 9." in cut.notes
     batch = PaddingCollator(0)(list(whole.dataset))
     assert batch["labels"].dtype == torch.float32
     assert batch["token_type_ids"].shape == batch["input_ids"].shape

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 
@@ -38,7 +39,8 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         DivergedError: the loss is NaN or infinite.
     """
     console = console or Console(stderr=True)
-    directory, main = Path(recipe.output), PartialState().is_main_process
+    # Asked without `cpu`, accelerate looks for GPUs alone: without one each rank would be the first.
+    directory, main = Path(recipe.output), PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     recipe.check_directory(directory, resume)
     shown = console if main else Console(quiet=True)
     with suppress_warnings():
