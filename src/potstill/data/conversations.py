@@ -15,19 +15,19 @@ TURNS = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
 }
-SPEAKERS = {  # of ShareGPT; roles that are none of TURNS are left to the chat template
+ROLES = {  # of ShareGPT; roles that are none of TURNS are left to the chat template
     **TURNS,
     "system": "system",
     **dict.fromkeys(("tool", "observation", "tool_response", "function_response", "function"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
-CALLERS = ("function_call", "tool_call")  # speakers whose text is the JSON of a call
+CALL_SENDERS = ("function_call", "tool_call")  # senders whose text is the JSON of a call
 
 
 def read_messages(value: Any) -> list[Message]:
     """Read a conversation as messages with role and content, from such a list, a ShareGPT one, or its JSON text.
 
-    Other keys of messages are kept. Messages of ShareGPT have `from` and `value`; its speakers become roles, and the
+    Other keys of messages are kept. Messages of ShareGPT have `from` and `value`; its senders become roles, and the
     JSON of a function_call becomes tool_calls.
 
     Raises:
@@ -42,18 +42,18 @@ def read_messages(value: Any) -> list[Message]:
 def _message(message: Any) -> Message:
     if not isinstance(message, dict):
         raise TypeError
-    speaker, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if not isinstance(speaker, str) or not isinstance(content, str | list | None):
+    sender, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    if not isinstance(sender, str) or not isinstance(content, str | list | None):
         raise TypeError
     others = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
     if "role" in message:
         given = {"content": content} if "content" in message or "value" in message else {}
-        return {"role": TURNS.get(speaker, speaker), **given, **others}
-    speaker = speaker.lower()
-    if content is None or speaker not in SPEAKERS:
+        return {"role": TURNS.get(sender, sender), **given, **others}
+    sender = sender.lower()
+    if content is None or sender not in ROLES:
         raise ValueError
-    text = {"content": "", "tool_calls": _calls(content)} if speaker in CALLERS else {"content": content}
-    return {"role": SPEAKERS[speaker], **text, **others}
+    text = {"content": "", "tool_calls": _calls(content)} if sender in CALL_SENDERS else {"content": content}
+    return {"role": ROLES[sender], **text, **others}
 
 
 def _calls(text: Any) -> list[dict[str, Any]]:

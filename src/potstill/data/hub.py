@@ -15,7 +15,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 
 from potstill.data.disk_cache import BATCH
-from potstill.data.location import Batch, Location
+from potstill.data.location import Batch, DataLocation
 from potstill.data.readers import suppress_output, without_filled_keys
 from potstill.data.sources import Source, listed
 from potstill.errors import DataError, one_line
@@ -24,7 +24,7 @@ HUB_SECONDS = 3.0  # to wait for an answer
 
 
 @dataclass(frozen=True)
-class HubData(Location):
+class HubData(DataLocation):
     """A split of a data set on the hub, read by `datasets`."""
 
     source: Source

@@ -15,7 +15,7 @@ from potstill.data.columns import ColumnChoice, choose_columns
 from potstill.data.conversations import MESSAGES, ColumnError, read_messages, read_object, read_objects, read_tools
 from potstill.data.disk_cache import cache_path, write_arrow
 from potstill.data.locate import locate
-from potstill.data.location import Batch, Location
+from potstill.data.location import Batch, DataLocation
 from potstill.data.readers import describe_value
 from potstill.data.sources import TEACHER_ID_COLUMNS, WRITTEN_COLUMNS, Source, SourceKind, listed
 from potstill.data.token_weights import SPAN_COLUMNS
@@ -81,7 +81,7 @@ def _notes(source: Source, facts: dict[str, Any]) -> Iterator[str]:
 # Values
 
 
-def _convert_batches(location: Location, choice: ColumnChoice, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _convert_batches(location: DataLocation, choice: ColumnChoice, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for batch in location.batches(choice.columns):
         _check_empty(batch, choice)
         converted = {

@@ -15,7 +15,7 @@ from datasets.data_files import FILES_TO_IGNORE
 
 from potstill.data.files import digest
 from potstill.data.hub import HubData, check_split
-from potstill.data.location import Batch, Location
+from potstill.data.location import Batch, DataLocation
 from potstill.data.readers import SUFFIXES, Table, empty, file_format, open_table, reading, suppress_output
 from potstill.data.sources import Source, is_glob, listed
 from potstill.errors import DataError, nearest, one_line
@@ -24,7 +24,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
-class LocalFiles(Location):
+class LocalFiles(DataLocation):
     """Files of known formats, and folders of saved data sets, read one after the other."""
 
     paths: tuple[Path, ...]
@@ -55,7 +55,7 @@ class LocalFiles(Location):
                     row += size
 
 
-def locate(source: Source) -> Location:
+def locate(source: Source) -> DataLocation:
     """Find the rows of a source.
 
     Raises:

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Location(ABC):
+class DataLocation(ABC):
     """Where rows are: what identifies them, their columns, and the rows themselves in batches.
 
     Args:

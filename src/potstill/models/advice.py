@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from potstill.errors import ModelError, one_line
-from potstill.models.locate import Location
+from potstill.models.locate import ModelLocation
 
 LFS = b"version https://git-lfs"  # what stands in place of a file that Git LFS did not fetch
 INDEX = "model.safetensors.index.json"
@@ -47,7 +47,7 @@ class Cause(NamedTuple):
     hint: str
 
 
-def unreadable(key: str, expected: str, name: str, location: Location, error: Exception) -> ModelError:
+def unreadable(key: str, expected: str, name: str, location: ModelLocation, error: Exception) -> ModelError:
     """Explain in one line why a model cannot be loaded."""
     if "gguf_file" in location.options:
         cause = Cause(

@@ -22,7 +22,7 @@ from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import TOKENIZERS, unreadable
 from potstill.models.integrity import check_causal, check_shapes, check_weights, padding_notes
-from potstill.models.locate import Location, locate, require_package
+from potstill.models.locate import ModelLocation, locate, require_package
 from potstill.models.precision import saved_dtype
 from potstill.models.size import language_model_class
 
@@ -181,7 +181,7 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable
         config = peft.PeftConfig.from_pretrained(str(folder))
         quantization = BitsAndBytesConfig.from_dict(json.loads(saved.read_text())) if saved.exists() else None
     except Exception as error:
-        raise unreadable(key, "an adapter of peft", str(folder), Location(str(folder)), error) from error
+        raise unreadable(key, "an adapter of peft", str(folder), ModelLocation(str(folder)), error) from error
     base = config.base_model_name_or_path
     if not base:
         raise ModelError(f"{key}: expected an adapter that names its base, got one in {folder} that does not.")
@@ -192,7 +192,7 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable
             config.inference_mode = not trainable
             adapted = peft.get_peft_model(model, config)
     except Exception as error:
-        raise unreadable(key, f"an adapter for {base}", str(folder), Location(str(folder)), error) from error
+        raise unreadable(key, f"an adapter for {base}", str(folder), ModelLocation(str(folder)), error) from error
     load_adapter(adapted, folder, key, "Save it again with peft, or correct base_model_name_or_path in its config.")
     return (adapted if trainable else adapted.requires_grad_(False)).eval()
 
@@ -222,7 +222,9 @@ def _adapter_weights(folder: Path, key: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:
-        raise unreadable(key, f"an adapter with {ADAPTER_WEIGHTS}", str(folder), Location(str(folder)), error) from None
+        raise unreadable(
+            key, f"an adapter with {ADAPTER_WEIGHTS}", str(folder), ModelLocation(str(folder)), error
+        ) from None
 
 
 def sequence_head_names(model: PreTrainedModel) -> list[str]:

@@ -36,7 +36,7 @@ FILES = {
 
 
 @dataclass(frozen=True)
-class Location:
+class ModelLocation:
     """What from_pretrained is given to load a model: a folder or a name on the Hub, and options."""
 
     path: str
@@ -63,7 +63,7 @@ def require_package(package: str, extra: str, key: str) -> Any:
         raise UserError(f"{key}: expected the package {package}, got none. {hint}") from None
 
 
-def locate(name: str, key: str) -> Location:
+def locate(name: str, key: str) -> ModelLocation:
     """Find a model by its path or its name on the Hub.
 
     Raises:
@@ -96,35 +96,35 @@ def weight_files(name: str | Path) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
-    if (folder := Location(str(path)).folder) is None:
+    if (folder := ModelLocation(str(path)).folder) is None:
         return []
     usual = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
     files = [file for pattern in usual for file in folder.glob(pattern)]
     return sorted(files or folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
 
 
-def _in_folder(folder: Path, key: str) -> Location:
+def _in_folder(folder: Path, key: str) -> ModelLocation:
     if (folder / "config.json").exists():
-        return Location(str(folder))
+        return ModelLocation(str(folder))
     files = sorted(folder.glob("*.gguf"))
     if len(files) > 1:
         raise ModelError(
             f"{key}: expected one GGUF file in {folder}, got {len(files)}. Name one of them, such as {files[0]}; merge "
             "parts of one model with llama-gguf-split --merge."
         )
-    return _in_gguf(files[0], key) if files else Location(str(folder))
+    return _in_gguf(files[0], key) if files else ModelLocation(str(folder))
 
 
-def _in_gguf(path: Path, key: str) -> Location:
+def _in_gguf(path: Path, key: str) -> ModelLocation:
     """Read a GGUF file as a plain model: its weights are dequantized."""
     require_package("gguf", "gguf", key)
     options: dict[str, Any] = {"gguf_file": path.name}
     if hasattr(quantization_config, "GgufConfig"):  # of later versions, which would else keep the quantized blocks
         options["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
-    return Location(str(path.parent), options)
+    return ModelLocation(str(path.parent), options)
 
 
-def _on_hub(name: str, key: str) -> Location:
+def _on_hub(name: str, key: str) -> ModelLocation:
     """Check a name on the Hub; where the Hub cannot be reached, take what was downloaded before."""
     error = None
     try:
@@ -134,7 +134,7 @@ def _on_hub(name: str, key: str) -> Location:
     if not constants.is_offline_mode():
         error = _hub_error(name)
         if error is None:
-            return Location(name)
+            return ModelLocation(name)
     site = constants.ENDPOINT.removeprefix("https://")
     if isinstance(error, GatedRepoError):
         raise ModelError(
@@ -152,7 +152,7 @@ def _on_hub(name: str, key: str) -> Location:
             f"file is read from a folder: hf download {name} --local-dir FOLDER, and name that."
         )
     if isinstance(downloaded, str):
-        return Location(str(Path(downloaded).parent))
+        return ModelLocation(str(Path(downloaded).parent))
     why = "HF_HUB_OFFLINE is set" if error is None else f"{site} cannot be reached"
     raise ModelError(
         f"{key}: expected a folder or a downloaded model, got {name}, which is neither, and {why}. Name a folder, or "
