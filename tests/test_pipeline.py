@@ -26,6 +26,7 @@ from potstill.errors import DataError, ModelError, PotstillError, RecipeError, R
 from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
+from potstill.runs.progress import PartProgress
 from potstill.runs.run import run
 from processes import finish
 
@@ -156,17 +157,47 @@ def test_killed_after_the_last_checkpoint_it_takes_no_step_more(recipe_values: d
     assert before.keys() == after.keys() and all(torch.equal(x, after[name]) for name, x in before.items())
 
 
-def test_an_interrupted_run_says_how_to_go_on(recipe_values: dict[str, Any], tmp_path: Path) -> None:
-    recipe_values["train"] |= {"max_steps": 100_000, "save_steps": 5, "logging_steps": 1000, "eval_strategy": "no"}
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on(
+    recipe_values: dict[str, Any], tmp_path: Path, number: int, status: int
+) -> None:
+    recipe_values["train"] |= {"max_steps": 100_000, "save_steps": 100_000, "eval_strategy": "no"}
     process = processes.potstill("run", written(recipe_values, tmp_path), said=tmp_path / "said")
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/checkpoints/student/checkpoint-*")) and time.monotonic() < deadline:
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGINT)
-    assert finish(process, 60) == 130
+    os.kill(process.pid, number)
+    assert finish(process, 60) == status
     said = (tmp_path / "said").read_text()
     assert "interrupted: saved work is kept" in said
     assert "Traceback" not in said
+    assert list(tmp_path.glob("run/checkpoints/student/checkpoint-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_training_behind_its_step(
+    recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    recipe_values["train"]["save_steps"] = 100
+    whole = quiet_run(recipe_values)
+    recipe_values["output"] = str(tmp_path / "interrupted")
+    update = PartProgress.update
+
+    def interrupted(progress: PartProgress, done: int, *arguments: Any, **named: Any) -> None:
+        if done == 3 and progress.title == "student" and not named:  # not in on_log: a second signal ends at once
+            signal.raise_signal(number)
+        update(progress, done, *arguments, **named)
+
+    monkeypatch.setattr(PartProgress, "update", interrupted)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        quiet_run(recipe_values)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [path.name for path in tmp_path.glob("interrupted/checkpoints/student/*")] == ["checkpoint-3"]
+    monkeypatch.undo()
+    again = quiet_run(recipe_values, resume=True)
+    one, two = (load_file(result.directory / "student" / "model.safetensors") for result in (whole, again))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_check_trains_nothing(recipe_values: dict[str, Any]) -> None:

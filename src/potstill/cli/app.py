@@ -60,17 +60,17 @@ def version(version: Annotated[bool, typer.Option("--version", help="print the v
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 success, 1 failure, 2 the user's mistake, 130 interrupted."""
+    """Run the command line. Exit status: 0 success, 1 failure, 2 the user's mistake, 130 or 143 interrupted."""
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"])
     except SystemExit as stop:
-        if stop.code != 130:  # Typer's status for Ctrl-C
+        if stop.code not in (130, 143):  # Typer's status for Ctrl-C, and SIGTERM's
             raise
         console.print(
             "interrupted: saved work is kept. `run`, `sweep` and `generate` continue with --resume, `demo` by itself.",
             highlight=False,
         )
-        sys.exit(130)
+        raise
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()

@@ -18,6 +18,7 @@ from potstill.evaluate.summary import write_summary
 from potstill.models.adapted import convert_saved, merged
 from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun
+from potstill.runs.interruption import Interruption
 from potstill.runs.measure import EVAL_ROWS, summarize
 from potstill.runs.progress import TrainingProgress, part
 from potstill.train.callbacks import MetricsFile, SamplesFile
@@ -86,6 +87,7 @@ def _train(
     if folder.exists():
         return
     recipe, checkpoints, shown = built.recipe, directory / "checkpoints" / name, TrainingProgress(name, console)
+    interruption = Interruption(console)
     trainer = DistillationTrainer(
         student=built.new_student(),
         teacher=built.teacher if objective.needs_teacher else None,
@@ -98,13 +100,14 @@ def _train(
         task=recipe.task,
         rollout=rollout,
         prefetch=recipe.teacher.prefetch,
-        callbacks=[MetricsFile(directory / "metrics.jsonl", name), shown],
+        callbacks=[MetricsFile(directory / "metrics.jsonl", name), shown, interruption],
     )
     if rollout is not None:
         trainer.add_callback(SamplesFile(directory / "own_texts.jsonl", name, rollout, console))
     trainer.remove_callback(PrinterCallback)
     try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
+        with interruption.awaited():
+            trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
     finally:
         shown.progress.stop()
     _save(built, trainer, folder)
