@@ -45,6 +45,21 @@ def test_a_log_has_a_line_for_each_logged_step_with_loss_and_time_left(tmp_path:
     ]
 
 
+def test_a_slow_step_that_is_logged_has_one_line(tmp_path: Path, clock: list[float]) -> None:
+    out, console = log()
+    shown = TrainingProgress("student", console)
+    args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
+    state = TrainerState(global_step=0, max_steps=4, is_world_process_zero=True)
+    shown.on_train_begin(args, state, control)
+    for step in (1, 2):
+        clock[0] += 60.0
+        state.global_step, control.should_log = step, step == 2
+        shown.on_step_end(args, state, control)
+    shown.on_log(args, state, control, {"loss": 1.2345})
+    lines = out.getvalue().splitlines()
+    assert [line.split(" min")[0] for line in lines] == ["student: 1/4, 3", "student: 2/4, loss 1.234, 2"]
+
+
 def test_only_the_first_rank_shows_progress(tmp_path: Path) -> None:
     out, console = log()
     shown = TrainingProgress("student", console)

@@ -103,7 +103,8 @@ class TrainingProgress(TrainerCallback):
             self.progress.start(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.update(state.global_step)
+        if not control.should_log:  # else on_log follows, with the loss
+            self.progress.update(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
