@@ -46,7 +46,7 @@ for step in range(STEPS):
     batches = [collate([train[(8 * step + 2 * j + i) % len(train)] for i in (0, 1)]) for j in range(4)]
     num_tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)  # target tokens of the step
     for batch in batches:
-        distiller(batch, normalizer=num_tokens, at=step).loss.backward()
+        distiller.step(batch, normalizer=num_tokens, last=batch is batches[-1]).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 print_quality()

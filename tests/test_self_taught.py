@@ -139,6 +139,31 @@ def test_an_average_of_half_precision_keeps_small_steps() -> None:
     assert all(p.dtype == torch.bfloat16 for p in teacher.model.parameters())
 
 
+def test_accumulated_batches_are_one_step_of_schedules_and_averages() -> None:
+    """In a loop of one's own, and with the gradient of one large batch."""
+    ids = torch.randint(20, 300, (8, 12), generator=torch.Generator().manual_seed(0))
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    parts = [{name: value[i : i + 2] for name, value in whole.items()} for i in range(0, 8, 2)]
+
+    def trained(batches: list[dict[str, torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        student, teacher = make_llama(hidden_size=8), EMATeacher(0.5)
+        terms = [Logits(ForwardKL(), weight=linear(start=1.0, end=0.0, steps=3)), Labels(weight=0.5)]
+        distiller = Distiller(student, teacher, terms).train()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        for _ in range(3):
+            for batch in batches:
+                last = batch is batches[-1]
+                distiller.step(batch, normalizer=8 * 11, last=last).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        distiller.step(batches[0])
+        return [*student.parameters()], [*teacher.state_dict().values()]
+
+    for once, accumulated in zip(trained([whole]), trained(parts), strict=True):
+        for one, other in zip(once, accumulated, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_averages_that_cannot_be() -> None:
     for wrong in (1.0, -0.1):
         with pytest.raises(ShapeError, match=r"decay: expected a number in \[0, 1\)"):

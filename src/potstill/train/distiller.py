@@ -83,7 +83,7 @@ class Distiller(nn.Module):
         for mistake in task_mistakes(self.objective.terms, task):
             raise ShapeError(mistake)
         self.teacher = ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher  # not a submodule
-        self._steps = 0
+        self._steps, self._step_begins = 0, True  # of optimiser steps, counted by `step`
         # The trainer switches the teacher off for held-out rows that it does not cover.
         self.uses_teacher = self.objective.needs_teacher
         self._check_teacher()
@@ -108,24 +108,35 @@ class Distiller(nn.Module):
                 self.teacher.prepare(of_teacher)
         self.split = split_model(student)  # here, before wrappers of the Distiller shard the weights
 
-    def step(self, batch: Batch, *, normalizer: Normalizer = None) -> StepOutput:
+    def step(
+        self,
+        batch: Batch,
+        *,
+        normalizer: Normalizer = None,
+        attended_normalizer: Normalizer = None,
+        last: bool = True,
+    ) -> StepOutput:
         """Compute the loss of a batch in your own training loop: call `loss.backward()` on it.
 
         In training mode each call counts as one optimiser step for schedules and for teachers that follow the student.
-        To accumulate gradients over several batches, call the module itself: `distiller(batch, normalizer=number of
-        target tokens of all batches, at=step)`, with `attended_normalizer` for terms over layers, and
-        `teacher.after_step(step)` after each optimiser step.
+        To accumulate gradients over several batches, pass `last=False` for all but the last of them, and the number of
+        target tokens of all of them as `normalizer` (terms over layers read `attended_normalizer`): the gradient is
+        then that of one large batch.
 
         Args:
             batch: input_ids, attention_mask and labels, [B, T] each; labels are not shifted, -100 is ignored. For
                 sequence-level tasks labels are [B]. `weights`, if present, has the shape of labels and weighs each
                 target in every mean over tokens. Rows may be padded on both sides or packed: see
                 `potstill.data.right_padding.right_padded`, also for what is missing.
+            normalizer, attended_normalizer: see `forward`.
+            last: whether the optimiser steps behind this batch.
         """
-        if self.training and self._steps and self.teacher is not None:
-            self.teacher.after_step(self._steps)
-        output: StepOutput = self(batch, normalizer=normalizer, at=self._steps)
-        self._steps += self.training
+        if self.training:
+            if self._steps and self._step_begins and self.teacher is not None:
+                self.teacher.after_step(self._steps)
+            self._step_begins = last
+        output: StepOutput = self(batch, normalizer, self._steps, attended_normalizer)
+        self._steps += self.training and last
         return output
 
     def forward(
