@@ -102,7 +102,7 @@ def test_a_run_goes_on_where_it_stopped(values: dict[str, Any]) -> None:
         built.new_student(),
         built.teacher,
         built.objective,
-        training_arguments(built, Path(values["output"]) / "checkpoints" / "student"),
+        training_arguments(built, "student", Path(values["output"]) / "checkpoints" / "student"),
         built.train.dataset,
         built.curve,
         built.tokenizer,

@@ -26,6 +26,7 @@ from potstill.train.checkpoints import last_checkpoint
 from potstill.train.objective import Objective
 from potstill.train.rollout import Rollout
 from potstill.train.terms.logits import Labels
+from potstill.train.tracking import flat, own_run
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 
 SHOWN_ROWS = 3  # in the report
@@ -92,7 +93,7 @@ def _train(
         student=built.new_student(),
         teacher=built.teacher if objective.needs_teacher else None,
         objective=objective,
-        args=training_arguments(built, checkpoints),
+        args=training_arguments(built, name, checkpoints),
         train_dataset=built.train.dataset,
         eval_dataset=built.curve,
         processing_class=built.tokenizer,
@@ -106,7 +107,7 @@ def _train(
         trainer.add_callback(SamplesFile(directory / "own_texts.jsonl", name, rollout, console))
     trainer.remove_callback(PrinterCallback)
     try:
-        with interruption.awaited():
+        with interruption.awaited(), own_run(trainer.args.report_to, recipe.name):
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
     finally:
         shown.progress.stop()
@@ -132,14 +133,19 @@ def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def training_arguments(built: BuiltRun, checkpoints: Path) -> DistillationConfig:
+def training_arguments(built: BuiltRun, name: str, checkpoints: Path) -> DistillationConfig:
     """Combine the recipe's `train` with defaults for what it leaves out."""
     steps = built.plan.steps
     sixth = max(1, steps // 6)
     defaults = {"logging_steps": max(1, steps // 60), "save_total_limit": 1, "per_device_eval_batch_size": EVAL_ROWS}
     intervals = {"eval_strategy": "steps", "eval_steps": sixth, "save_strategy": "steps", "save_steps": sixth}
     values: dict[str, Any] = {**defaults, **intervals, **built.recipe.train, "bf16": built.plan.bf16}
+    values["run_name"] = f"{values.get('run_name') or built.recipe.name} {name}"
     try:
-        return DistillationConfig(output_dir=str(checkpoints), seed=built.recipe.seed, disable_tqdm=True, **values)
+        args = DistillationConfig(output_dir=str(checkpoints), seed=built.recipe.seed, disable_tqdm=True, **values)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"train: expected arguments that go together, got: {one_line(error)}") from None
+    args.facts = flat(
+        built.recipe.model_dump(mode="json", exclude={"train", "objective", "teacher"}, exclude_none=True)
+    )
+    return args

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from potstill.errors import ShapeError, UserError
 from potstill.losses.alignment import Task
-from potstill.losses.schedule import value_at
+from potstill.losses.schedule import Schedule, value_at
 from potstill.models.capture import ActivationRequest
 from potstill.models.shapes import ModelShape
 from potstill.train.signals import Signals
@@ -70,6 +71,12 @@ class Objective(nn.Module):
         if self.needs_teacher and not set(self.names) <= set(means):
             return next(means[name] for name in ("cross_entropy", "squared_error") if name in means)
         return sum(value_at(term.weight, step) * means[name] for term, name in zip(self.terms, self.names, strict=True))
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """Return the values of weights and temperatures that change with the step, such as logits_temperature."""
+        fields = [(i, field.name) for i, term in enumerate(self.terms) for field in dataclasses.fields(term)]  # type: ignore[arg-type]
+        values = {f"{self.names[i]}_{name}": getattr(self.terms[i], name) for i, name in fields}
+        return {name: value_at(value, step) for name, value in values.items() if isinstance(value, Schedule)}
 
     def forward(self, signals: Signals) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss, and every term's value without its weight, detached; in evaluation also that of the labels.

@@ -37,6 +37,7 @@ from potstill.train.hf_trainer import LogSums, StudentTrainer
 from potstill.train.objective import OF_TEXT, Objective
 from potstill.train.rollout import Rollout
 from potstill.train.terms.term import Term
+from potstill.train.tracking import facts
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class DistillationConfig(TrainingArguments):
     report_to: str | list[str] | None = "none"
 
     def __post_init__(self) -> None:
+        self.facts: dict[str, Any] = {}  # for trackers, which show all that to_dict returns
         self.best_is_given = self.greater_is_better is not None
         if self.greater_is_better is None:
             self.greater_is_better = False  # all metrics are losses, whatever their names
@@ -84,6 +86,10 @@ class DistillationConfig(TrainingArguments):
             )
         if self.fsdp and self.world_size == 1:
             raise UserError(NOT_SHARDED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See transformers.TrainingArguments; with teacher and objective, once a trainer has them."""
+        return super().to_dict() | self.facts
 
 
 class DistillationTrainer(StudentTrainer):
@@ -138,6 +144,7 @@ class DistillationTrainer(StudentTrainer):
         set_seed(args.seed)  # terms may begin with random weights
         distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
         _check_arguments(args, distiller, kwargs)
+        args.facts |= facts(distiller.teacher, distiller.objective.terms)
         self.rows_encoder = RowsEncoder(
             tokenizer=processing_class,
             task=task,
@@ -245,6 +252,7 @@ class DistillationTrainer(StudentTrainer):
                 logs |= self.rollout.stats.take(self.accelerator)
             if self.distiller.teacher is not None:
                 logs |= self.distiller.teacher.logs()
+            logs |= self.distiller.objective.scheduled(max(self.state.global_step - 1, 0))  # of the last step
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
