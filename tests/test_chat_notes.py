@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from conftest import make_llama, make_tokenizer
 from potstill.errors import DataError
@@ -91,6 +91,15 @@ def test_plain_prompts_for_a_teacher_of_chats_are_noted(chats: dict[str, Any], t
     notes = notes_of(chats)
     assert "it has a chat template, and the prompts are plain text" in notes
     assert "the most likely first token of 3 is <|stop|>" in notes and "Set chat: true" in notes
+
+
+def test_turns_may_be_opened_by_bos_and_ended_by_eos(chats: dict[str, Any], tmp_path: Path) -> None:
+    """As in SmolLM2, whose tokenizer puts neither around a text."""
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    tokenizer.bos_token, tokenizer.eos_token = "<|start|>", "<|stop|>"
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    chats["data"]["max_length"] = 22  # in the midst of the answer
+    assert "plain text" not in notes_of(chats)
 
 
 def test_templates_that_differ_are_noted(chats: dict[str, Any], tmp_path: Path) -> None:

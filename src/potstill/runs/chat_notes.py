@@ -16,6 +16,7 @@ from potstill.data.token_places import common_prefix, locate
 from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE
 from potstill.models.chat import end_token_ids, render_chat
+from potstill.models.prompts import surrounding_tokens
 from potstill.models.spacing import evenly_spaced
 from potstill.teachers.source import LoadedTeacher
 
@@ -97,14 +98,15 @@ def _prompt_notes(model: Any, tokenizer: PreTrainedTokenizerBase, train: Any) ->
 
 
 def _turn_marks(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special tokens that open or end turns."""
+    """The special tokens that open or end turns; of SmolLM2 they are its BOS and EOS, which it puts around no text."""
     messages = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     try:
         text = render_chat(tokenizer, messages, "a row")
     except DataError:
         return set()
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return {*ids} & {*tokenizer.added_tokens_decoder} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    before, after = surrounding_tokens(tokenizer)
+    return {*ids} & {*tokenizer.added_tokens_decoder} - {*before, *after}
 
 
 def _is_plain(row: dict[str, Any], marks: set[int]) -> bool:
