@@ -208,7 +208,7 @@ def test_thoughts_are_given_by_the_name_that_the_template_reads() -> None:
 
 def test_messages_without_a_loss() -> None:
     assert targets(render(CHATML, TALK, prompt_messages=2)) == [["d<|im_end|>"]]
-    for keys in ({"weight": 0}, {"train": False}):
+    for keys in ({"weight": 0}, {"train": False}, {"loss": False, "weight": None}):
         shown = CHATML.replace("{{ m.role }}", "{{ m.role }}{{ m.keys() | list | length }}")
         (text,) = texts = render(
             shown.replace("assistant\n{% endif", "assistant2\n{% endif"),
@@ -216,5 +216,5 @@ def test_messages_without_a_loss() -> None:
         )
         assert targets(texts) == [["d<|im_end|>"]] and "assistant2" in text.text
         assert render(CHATML, [user("a"), assistant("b", **keys)]) == []
-    with pytest.raises(DataError, match=r"weight of 0 or 1, .* got weight 0.5 in row 1"):
+    with pytest.raises(DataError, match=r"weight of 0 or 1, .* got 0.5 in row 1"):
         render(CHATML, [user("a"), assistant("b", weight=0.5)])

@@ -82,15 +82,25 @@ IDS = {"input_ids": [5, 6, 7]}
         (PROMPT | {"history": [["c", "d"]]}, {}, ["'history'", "Name it as history"]),
         (PROMPT | {"tools": [{"name": "f"}]}, {}, ["'tools'", "chat to true"]),
         (PROMPT | {"weights": [1.0]}, {}, ["'weights'", "input_ids"]),
+        (PROMPT | {"sample_weight": 0.5}, {}, ["'sample_weight'", "`weight: sample_weight`"]),
+        (PROMPT | {"completion_mask": [0, 1]}, {}, ["'completion_mask'", "input_ids"]),
+        (PROMPT | {"label": False}, {}, ["'label'", "got false", "a bad completion"]),
         (PROMPT | {"images": ["a.png"]}, {}, ["'images'", "text alone"]),
         (TALK | {"system": "c"}, {"messages": "messages"}, ["'system'", "Name it as system"]),
         (TALK | {"functions": [{"name": "f"}]}, {}, ["'functions'", "tools"]),
+        (TALK | {"context": "c"}, {}, ["'context'", "into a message"]),
+        (TALK | {"enable_thinking": False}, {}, ["'enable_thinking'", "chat_template_kwargs"]),
+        (TALK | {"weight": 2}, {}, ["'weight'", "`weight: weight`"]),
         (TALK | {"tools": "get_weather"}, {}, ["a list of objects", "'tools'", "row 2"]),
         (TALK | {"documents": ["a"]}, {}, ["a list of objects", "'documents'"]),
         (TALK | {"chat_template_kwargs": [1]}, {}, ["an object", "'chat_template_kwargs'"]),
         (IDS | {"position_ids": [0, 1, 0]}, {}, ["0, 1, 2", "'position_ids'", "row 2", "a row of its own"]),
         (IDS | {"token_type_ids": [0, 1, 1]}, {}, ["all 0", "'token_type_ids'", "row 2", "ignore"]),
-        (IDS | {"completion_mask": [0, 0, 1]}, {}, ["'completion_mask'", "labels"]),
+        *((IDS | {name: [0, 0, 1]}, {}, [f"'{name}'", "labels"]) for name in ("completion_mask", "response_mask")),
+        (IDS | {"loss_weights": [0, 0, 1]}, {}, ["'loss_weights'", "from the column weights"]),
+        (IDS | {"segment_ids": [1, 1, 2]}, {}, ["'segment_ids'", "row of its own"]),
+        (IDS | {"cu_seqlens": [0, 2, 3]}, {}, ["'cu_seqlens'", "row of its own"]),
+        (IDS | {"pixel_values": [[0.5]]}, {}, ["'pixel_values'", "text alone"]),
         (IDS | {"seq_lengths": [1, 2]}, {}, ["'seq_lengths'", "row of its own"]),
         (IDS | {"teacher_labels": [5, 6, 7]}, {}, ["'teacher_labels'", "both"]),
     ],
@@ -102,7 +112,15 @@ def test_columns_that_would_change_what_a_model_reads_are_refused(row, source, p
     loaded = load(Source(write([plain, row]), ignore=(extra,), **source))
     assert loaded.notes == ()
     assert loaded.dataset[0] == loaded.dataset[1]
-    empty = {"input": "", "tools": [], "documents": None, "position_ids": [0, 1, 2], "token_type_ids": [0, 0, 0]}
+    empty: dict[str, Any] = {
+        "segment_ids": [3, 3, 3],
+        "label": None,
+        "input": "",
+        "tools": [],
+        "documents": None,
+        "position_ids": [0, 1, 2],
+        "token_type_ids": [0, 0, 0],
+    }
     if extra in empty:
         assert len(load(Source(write([plain, plain | {extra: empty[extra]}]), **source)).dataset) == 2
 
@@ -166,6 +184,30 @@ def test_sharegpt(write, tmp_path):
     assert messages(Source(write([{"conversation": [{"role": "human", "content": "a"}]}]))) == [[turn("user", "a")]]
     for wrong in ({"from": "wizard", "value": "a"}, {"from": "gpt"}, {"from": "function_call", "value": "no JSON"}):
         refused(lambda wrong=wrong: load(Source(write([{"conversations": [wrong]}]))), "from and value", "row 1")
+
+
+def test_senders_and_calls_in_other_words(write):
+    call = {"name": "f", "arguments": {"a": 1}}
+    calls = [{"type": "function", "function": call}]
+    rows = [
+        [turn("User", "a"), turn("AI", "b")],
+        [turn("human", "a"), turn("function_call", json.dumps(call)), turn("ai", "b")],
+        [turn("user", "a"), turn("assistant", "") | {"function_call": call}, turn("assistant", "b")],
+    ]
+    first, second, third = messages(Source(write([{"messages": row} for row in rows])))
+    assert first == [turn("user", "a"), turn("assistant", "b")]
+    assert second == third == [turn("user", "a"), turn("assistant", "") | {"tool_calls": calls}, turn("assistant", "b")]
+
+
+def test_keys_and_ends_of_turns_that_a_template_does_not_expect_are_noted(write):
+    talk = [turn("user", "a") | {"name": "Bob", "id": ""}, turn("assistant", "b")]
+    path = write([{"messages": talk}, {"messages": [turn("user", "x<eos>y"), turn("assistant", "b")]}])
+    unread, ends = encode(Source(path), PLAIN, max_length=50).notes
+    assert (
+        unread
+        == "data.jsonl: keys of messages that the chat template does not read: name (first in row 1 of data.jsonl)."
+    )
+    assert "in 1 conversation a message has the end of a turn in its text (first <eos> in row 2" in ends
 
 
 def test_system_prompts_in_a_column(write):
@@ -291,6 +333,23 @@ def test_what_separates_columns(name, delimiter, tmp_path):
     assert texts(Source(tmp_path / name)) == [row["text"] for row in ROWS]
 
 
+def test_quotes_in_files_with_tabs_are_text_where_they_are_around_no_cells(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text('prompt\tcompletion\na\t"Hi" she said\nb\t"open\nc\tclose" d\n')
+    assert load(Source(path)).dataset["completion"][:] == ['"Hi" she said', '"open', 'close" d']
+    path.write_text('prompt\tcompletion\na\t"one\ntwo ""three"""\n')
+    assert load(Source(path)).dataset["completion"][:] == ['one\ntwo "three"']
+    broken = tmp_path / "rows.csv"
+    broken.write_text('text\n"a \\"b\\" c"\n')
+    refused(lambda: load(Source(broken)), "quotes around the whole", "in line 2")
+    broken.write_bytes(b"text\rone\rtwo\r")
+    assert load(Source(broken)).dataset["text"][:] == ["one", "two"]
+    broken.write_bytes(b"text\nh\xe9\n")
+    refused(lambda: load(Source(broken)), "UTF-8")
+    broken.write_text(f'text\n"{"long " * 50_000}"\n')
+    assert len(load(Source(broken)).dataset["text"][0]) == 250_000
+
+
 def test_columns_of_one_name(tmp_path):
     (tmp_path / "a.csv").write_text("text,text\na,b\n")
     refused(lambda: load(Source(tmp_path / "a.csv")), "'text' twice", "Rename")
@@ -305,6 +364,21 @@ def test_documents_of_rows(content, indent, tmp_path):
     refused(lambda: load(Source(tmp_path / "b.json")), "one list of rows", "train, test", "a file of its own")
     (tmp_path / "c.json").write_text(json.dumps(TALK | {"tools": [{"name": "f"}]}, indent=indent))
     assert load(Source(tmp_path / "c.json")).kind == "messages"
+
+
+def test_what_stands_beside_the_rows_of_a_document_is_not_dropped(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"version": 2, "system": "Be brief.", "data": [TALK]}))
+    refused(lambda: load(Source(path)), "got system beside them", "into each row")
+    path.write_text(json.dumps({"version": 2, "system": "", "data": [TALK]}))
+    assert len(load(Source(path)).dataset) == 1
+
+
+def test_template_arguments_of_other_rows_are_not_given(tmp_path):
+    table = pa.table({"messages": [TALK["messages"]] * 2, "chat_template_kwargs": [{"a": True}, {"b": 1}]})
+    pa.parquet.write_table(table, tmp_path / "rows.parquet")
+    dataset = load(Source(tmp_path / "rows.parquet")).dataset
+    assert [json.loads(text) for text in dataset["chat_template_kwargs"]] == [{"a": True}, {"b": 1}]
 
 
 def test_arrow_files(tmp_path):

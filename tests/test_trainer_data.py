@@ -113,6 +113,19 @@ def test_rows_are_encoded_as_those_of_a_file(shape: str, container: str, tmp_pat
     assert made.state.global_step == 1
 
 
+def test_no_row_is_lost_of_what_is_read_once(tmp_path: Path, tokenizer: Any) -> None:
+    once = (row for row in TEXTS)
+    assert list(trainer(tmp_path, once, tokenizer).train_dataset) == of_file(tmp_path, TEXTS, tokenizer)
+    frame = pytest.importorskip("pandas").DataFrame(TEXTS)
+    assert list(trainer(tmp_path, frame, tokenizer).train_dataset) == of_file(tmp_path, TEXTS, tokenizer)
+
+
+@pytest.mark.parametrize(("rows", "got"), [(["a", "b"], "str as the first"), ([], "no rows"), ("rows.jsonl", "str as")])
+def test_what_is_no_data_set(rows: Any, got: str, tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=f"rows that are dicts, .* in train_dataset, got {got}"):
+        trainer(tmp_path, rows, tokenizer)
+
+
 def test_held_out_sets_by_name(tmp_path: Path, tokenizer: Any) -> None:
     held_out = DatasetDict({"one": Dataset.from_list(TEXTS[:2]), "two": Dataset.from_list(PAIRS)})
     made = trainer(tmp_path, TEXTS, tokenizer, held_out)
@@ -175,9 +188,11 @@ def test_columns_that_are_not_read(tmp_path: Path, tokenizer: Any, caplog: pytes
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, [row | {"source": "a", "id": 3}], tokenizer)
     assert "train_dataset: columns that are not used: id, source" in caplog.text
-    for name, value in (("completion_mask", [0, 1, 1]), ("inputs_embeds", [[0.0]] * 3)):
+    for name, value in (("response_mask", [0, 1, 1]), ("sample_weight", 2.0), ("inputs_embeds", [[0.0]] * 3)):
         with pytest.raises(DataError, match=f"the column {name}, which is not read"):
-            trainer(tmp_path, [row | {name: value}], tokenizer)
+            trainer(tmp_path, [row, row | {name: value}], tokenizer)
+    with pytest.raises(DataError, match="the next tokens in train_dataset"):
+        trainer(tmp_path, [row | {"labels": [6, 7, -100]}], tokenizer)
     with pytest.raises(DataError, match="or a processing_class that makes them, got text"):
         trainer(tmp_path, TEXTS)
 

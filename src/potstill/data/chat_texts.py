@@ -16,6 +16,7 @@ from potstill.data.token_places import common_prefix
 from potstill.data.token_weights import Span
 from potstill.errors import DataError, one_line
 from potstill.models.chat import (
+    LOSS_KEYS,
     THOUGHTS,
     Message,
     as_object,
@@ -69,14 +70,14 @@ class Conversation(NamedTuple):
         return turns
 
     def _has_loss(self, message: Message) -> bool:
-        weight, train = message.get("weight", 1), message.get("train", True)
-        if weight not in (0, 1) or train not in (True, False):
-            wrong = f"weight {weight!r}" if weight not in (0, 1) else f"train {train!r}"
-            raise DataError(
-                f"data: expected a message's weight of 0 or 1, or train true or false, got {wrong} in {self.where}. "
-                "Weigh rows by a column (weight), or spans by span_weights."
-            )
-        return bool(weight and train)
+        values = {key: message[key] for key in LOSS_KEYS if message.get(key) is not None}
+        for key, value in values.items():
+            if value not in (0, 1):
+                raise DataError(
+                    f"data: expected a message's {key} of 0 or 1, or false or true, got {value!r} in {self.where}. "
+                    "Weigh rows by a column (weight), or spans by span_weights."
+                )
+        return all(values.values())
 
 
 class ChatText(NamedTuple):
@@ -113,6 +114,11 @@ class ChatRenderer:
     @cached_property
     def marks(self) -> bool:
         return marks_generation(self.tokenizer)
+
+    def end_within(self, talk: Conversation) -> str | None:
+        """Find a token that ends a text in what the messages themselves say; the model reads it as that token."""
+        says = [part for message in talk.messages for _, part in _parts(message)]
+        return next((end for end in self.ends if any(end in part for part in says)), None)
 
     def render(self, talk: Conversation, *, by_turn: bool = False) -> list[ChatText]:
         """Render a conversation; none where no message has a loss. `by_turn` asks for a text for each turn."""

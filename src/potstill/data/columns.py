@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from potstill.data.conversations import Dialogue
+from potstill.data.right_padding import BOUNDARIES, NUMBERS
 from potstill.data.sources import (
     TEACHER_ID_COLUMNS,
     TEACHER_PROMPT_COLUMNS,
@@ -45,37 +47,39 @@ GENERATED_COLUMNS: dict[SourceKind, tuple[str, ...]] = {  # of generated rows
     "completion": WRITTEN_COLUMNS,
 }
 OPTIONAL_ID_COLUMNS = ("labels", "attention_mask", "weights")  # read with input_ids where the file has them
-TRIVIAL_ID_COLUMNS = (
-    "position_ids",
-    "token_type_ids",
-)  # read with input_ids, and left to the model: they must say nothing
+TRIVIAL_ID_COLUMNS = ("position_ids", "token_type_ids", *NUMBERS)  # read with input_ids; they must say nothing
 
 # Columns that would change what a model reads or learns, but are not read in rows of a kind -> what to do with them.
 _JOIN = "Name it in prompt, as in `prompt: [{prompt}, {column}]`"
 _MESSAGES = "Give messages, or set chat to true"
 _LABELS = "Write it as labels, with -100 where a token has no loss"
-_MEDIA = dict.fromkeys(
-    ("image", "images", "audio", "audios", "video", "videos"), "Models of text alone can be distilled"
-)
+_WEIGHTS = "Weights of tokens are read with input_ids, from the column weights"
+_TEXT_ALONE = "Models of text alone can be distilled"
+_MEDIA = dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _TEXT_ALONE)
+_TOOLS = dict.fromkeys(("functions", "available_tools", "tool_definitions"), "Call the column tools")
+_LOSS_MASK = re.compile(r"(.+_)?masks?")
+_WEIGHT = re.compile(r"((loss|token|sample|example|row)_)?weights?")
+_TOKEN_MASKS = ("attention_mask", "special_tokens_mask")  # which say nothing of the loss
 UNREAD: dict[SourceKind, dict[str, str]] = {
     "text": _MEDIA,
     "completion": {
         **dict.fromkeys((*INPUTS, "passage", "document", "choices", "options"), _JOIN),
         **dict.fromkeys(SYSTEM, "Name it as system"),
         "history": "Name it as history",
-        **dict.fromkeys((*CONTEXT_COLUMNS, "functions"), _MESSAGES),
-        "weights": "Weights of tokens are read with input_ids",
+        "label": "Remove the rows with a bad completion",  # where it is true or false
+        **dict.fromkeys((*CONTEXT_COLUMNS, *_TOOLS), _MESSAGES),
         **_MEDIA,
     },
     "messages": {
         **dict.fromkeys(SYSTEM, "Name it as system"),
-        "functions": "Call the column tools",
-        "weights": "Weights of tokens are read with input_ids",
+        **dict.fromkeys(("context", "passage", "document"), "Put it into a message"),
+        **dict.fromkeys(("enable_thinking", "thinking_mode", "reasoning_effort"), "Put it into chat_template_kwargs"),
+        **_TOOLS,
         **_MEDIA,
     },
     "input_ids": {
-        **dict.fromkeys(("loss_mask", "completion_mask", "assistant_masks"), _LABELS),
-        "seq_lengths": "Give each text of a packed row as a row of its own",
+        **dict.fromkeys(("seq_lengths", *BOUNDARIES), "Give each text of a packed row as a row of its own"),
+        **dict.fromkeys(("inputs_embeds", "pixel_values", "input_features"), _TEXT_ALONE),
         **dict.fromkeys(TEACHER_ID_COLUMNS, "Give both teacher_input_ids and teacher_labels"),
         **_MEDIA,
     },
@@ -146,9 +150,28 @@ def choose_columns(
     choice = ColumnChoice(kind, names, dialogue, {}, ())
     rest = [name for name in columns if name not in choice.columns]
     unread = UNREAD["completion" if prompt else kind]
-    fixes = {name: unread[name] for name in rest if name in unread}
+    fixes = {name: fix for name in rest if (fix := unread.get(name) or _loss_fix(name, kind))}
     empty = {name: fix.format(column=name, prompt=", ".join(_tuple(prompt))) for name, fix in fixes.items()}
-    return replace(choice, empty=empty, unused=tuple(name for name in rest if name not in empty))
+    return replace(choice, empty=empty, unused=tuple(name for name in rest if name not in empty or name == "label"))
+
+
+def chooses_loss(column: str) -> bool:
+    """Whether a column of this name says which tokens have a loss, or how much it weighs.
+
+    >>> [name for name in ("completion_mask", "attention_mask", "loss_weights", "birth_weight") if chooses_loss(name)]
+    ['completion_mask', 'loss_weights']
+    """
+    is_mask = _LOSS_MASK.fullmatch(column) and column not in _TOKEN_MASKS
+    return bool(is_mask or _WEIGHT.fullmatch(column))
+
+
+def _loss_fix(column: str, kind: SourceKind) -> str | None:
+    """What to do with a column that says what has a loss and is not read; None if it says no such thing."""
+    if not chooses_loss(column) or kind == "labelled":
+        return None
+    if not _WEIGHT.fullmatch(column):
+        return _LABELS if kind == "input_ids" else "Which tokens have a loss is read with input_ids, as labels of -100"
+    return _WEIGHTS if kind == "text" else f"{_WEIGHTS}, those of rows by name, as in `weight: {{column}}`"
 
 
 def recognise(columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -13,13 +13,12 @@ Message = dict[str, Any]
 
 TURNS = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant"),
 }
 ROLES = {  # of ShareGPT; roles that are none of TURNS are left to the chat template
     **TURNS,
     "system": "system",
     **dict.fromkeys(("tool", "observation", "tool_response", "function_response", "function"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 CALL_SENDERS = ("function_call", "tool_call")  # senders whose text is the JSON of a call
 
@@ -46,14 +45,18 @@ def _message(message: Any) -> Message:
     if not isinstance(sender, str) or not isinstance(content, str | list | None):
         raise TypeError
     others = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
+    name = sender.lower()
+    if name in CALL_SENDERS and isinstance(content, str):
+        return {"role": "assistant", "content": "", "tool_calls": _calls(content), **others}
+    if isinstance(call := others.get("function_call"), dict):  # of one call, before there were several
+        others = {key: others[key] for key in others if key != "function_call"}
+        others["tool_calls"] = [{"type": "function", "function": call}]
     if "role" in message:
         given = {"content": content} if "content" in message or "value" in message else {}
-        return {"role": TURNS.get(sender, sender), **given, **others}
-    sender = sender.lower()
-    if content is None or sender not in ROLES:
+        return {"role": TURNS.get(name, sender), **given, **others}
+    if content is None or name not in ROLES:
         raise ValueError
-    text = {"content": "", "tool_calls": _calls(content)} if sender in CALL_SENDERS else {"content": content}
-    return {"role": ROLES[sender], **text, **others}
+    return {"role": ROLES[name], "content": content, **others}
 
 
 def _calls(text: Any) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.rows import RowEncoder
+from potstill.data.sources import listed
 from potstill.errors import one_line
 
 OFTEN = 0.05  # of the rows: a token over the border of prompt and completion is noted from here on
@@ -37,6 +38,14 @@ def encoding_notes(encoder: RowEncoder, rows: int) -> Iterator[str]:
     ):
         if counts[name]:
             yield f"{file}: {plural(counts[name], singular)} {rest}."
+    if keys := [name.removeprefix("unread ") for name in counts if name.startswith("unread ")]:
+        first = examples[f"unread {keys[0]}"]
+        yield f"{file}: keys of messages that the chat template does not read: {listed(keys)} (first in {first})."
+    if counts["end_within"]:
+        yield (
+            f"{file}: in {plural(counts['end_within'], 'conversation')} a message has the end of a turn in its text "
+            f"(first {examples['end_within']}). It is read and learnt as that token. Remove it where it is only text."
+        )
     if "altered" in examples:
         yield f"tokenizer: it changes text before it reads it: {examples['altered']} ({file})."
     if counts["over_border"] > OFTEN * rows:

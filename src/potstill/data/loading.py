@@ -17,6 +17,7 @@ from potstill.data.disk_cache import cache_path, write_arrow
 from potstill.data.locate import locate
 from potstill.data.location import Batch, DataLocation
 from potstill.data.readers import describe_value
+from potstill.data.right_padding import NUMBERS
 from potstill.data.sources import TEACHER_ID_COLUMNS, WRITTEN_COLUMNS, Source, SourceKind, listed
 from potstill.data.token_weights import SPAN_COLUMNS
 from potstill.errors import DataError
@@ -124,6 +125,8 @@ def _convert(values: list[Any], standard: str, name: str, batch: Batch) -> pa.Ar
 def _check_empty(batch: Batch, choice: ColumnChoice) -> None:
     for name, fix in choice.empty.items():
         for i, value in enumerate(batch.columns[name]):
+            if name == "label" and not isinstance(value, bool):
+                continue
             if value is not None and (value.strip() if isinstance(value, str) else value) not in ("", [], {}):
                 raise DataError(
                     f"data: expected no content in column {name!r} of {batch.file}, which {choice.kind} rows do not "
@@ -204,6 +207,16 @@ def _positions(values: list[Any]) -> pa.Array:
     return pa.nulls(len(values))
 
 
+def _one_sequence(values: list[Any]) -> pa.Array:
+    _require(all(value is None or len(set(value)) <= 1 for value in values))
+    return pa.nulls(len(values))
+
+
+def _masks(values: list[Any]) -> pa.Array:
+    """Attention masks, of whole numbers or true and false."""
+    return _optional_id_lists([value and [int(i) if i in (0, 1) else i for i in value] for value in values])
+
+
 def _token_types(values: list[Any]) -> pa.Array:
     _require(all(value is None or not any(value) for value in values))
     return pa.nulls(len(values))
@@ -231,6 +244,7 @@ class _Type(NamedTuple):
     fix: str = _CORRECT
 
 
+_UNPACK = "Give each text of a packed row as a row of its own."
 _JSON = pa.large_string()
 _ID_LIST = pa.list_(pa.int64())
 _OBJECTS = "a list of objects, or null"
@@ -246,17 +260,13 @@ _TYPES: dict[str, _Type] = {
     "num_prompt_messages": _Type(pa.int32(), "a number of messages", lambda values: pa.array(values, pa.int32())),
     **dict.fromkeys(("input_ids", *TEACHER_ID_COLUMNS), _Type(_ID_LIST, "a list of whole numbers", _id_lists)),
     **dict.fromkeys(
-        ("labels", "attention_mask", *WRITTEN_COLUMNS),
-        _Type(_ID_LIST, "a list of whole numbers, or null", _optional_id_lists),
+        ("labels", *WRITTEN_COLUMNS), _Type(_ID_LIST, "a list of whole numbers, or null", _optional_id_lists)
     ),
+    "attention_mask": _Type(_ID_LIST, "a list of 0 and 1, or null", _masks),
     "weights": _Type(pa.list_(pa.float32()), "a list of numbers >= 0", _weight_lists),
     "weight": _Type(pa.float32(), "a number >= 0", _weights),
-    "position_ids": _Type(
-        pa.null(),
-        "positions of one text, 0, 1, 2, ...,",
-        _positions,
-        "Give each text of a packed row as a row of its own.",
-    ),
+    "position_ids": _Type(pa.null(), "positions of one text, 0, 1, 2, ...,", _positions, _UNPACK),
+    **dict.fromkeys(NUMBERS, _Type(pa.null(), "one number of a sequence in all of a row", _one_sequence, _UNPACK)),
     "token_type_ids": _Type(
         pa.null(),
         "token types of one text, all 0,",

@@ -9,9 +9,12 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from csv import Error as BrokenCsv
+from csv import field_size_limit
 from csv import reader as split_lines
 from dataclasses import dataclass
 from itertools import islice
@@ -75,6 +78,10 @@ def reading(path: Path) -> Iterator[None]:
             "Save the file as UTF-8."
         ) from None
     except (pa.ArrowException, OSError) as error:
+        if "invalid UTF8" in str(error):
+            raise DataError(
+                f"data: expected UTF-8 in {path.name}, got another encoding. Save the file as UTF-8."
+            ) from None
         raise DataError(
             f"data: expected {path.name} to be readable as {''.join(path.suffixes) or 'a saved dataset'}, got "
             f"{one_line(error, 200)!r}. Write the file again."
@@ -151,7 +158,13 @@ def _rows_within(document: Any) -> list[Any] | None:
         raise DataError(
             f"data: expected one list of rows in an object, got {', '.join(lists)}. Write each to a file of its own."
         )
-    return next(iter(lists.values()))
+    (name,) = lists
+    if beside := [key for key, value in document.items() if key in READ_BY_ROW and value]:
+        raise DataError(
+            f"data: expected the rows of {name} to have all that a model reads, got {beside[0]} beside them. Write it "
+            "into each row."
+        )
+    return lists[name]
 
 
 def _parse_json(text: bytes, encoding: str) -> Any:
@@ -200,14 +213,12 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _open_csv(path: Path) -> Table:
     delimiter = _delimiter(path)
+    quoted = _has_quoted_cells(path, delimiter)
+    parse = csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted)
 
     def batches(convert: csv.ConvertOptions | None = None) -> csv.CSVStreamingReader:
-        return csv.open_csv(
-            path,
-            read_options=csv.ReadOptions(block_size=1 << 26),  # a row must fit in a block
-            parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=convert,
-        )
+        options = csv.ReadOptions(block_size=1 << 26)  # a row must fit in a block
+        return csv.open_csv(path, read_options=options, parse_options=parse, convert_options=convert)
 
     def read(names: list[str]) -> Iterator[Columns]:
         # Everything is text: a cell that says NA or 12 means just that.
@@ -222,8 +233,32 @@ def _open_csv(path: Path) -> Table:
 def _delimiter(path: Path) -> str:
     """Find what separates the names in a file's first line; a comma where there is one name alone."""
     with open_binary(path) as file:
-        header = file.readline(1 << 16).decode("utf-8-sig", errors="replace")
-    return max(",;\t|", key=lambda delimiter: len(next(split_lines([header], delimiter=delimiter), [])))
+        header = file.readline(1 << 16).decode("utf-8-sig", errors="replace").splitlines()[:1]
+    return max(",;\t|", key=lambda delimiter: len(next(split_lines(header, delimiter=delimiter), [])))
+
+
+def _has_quoted_cells(path: Path, delimiter: str) -> bool:
+    """Whether quotes stand around cells, and so may cells have line breaks; without them a quote is a character.
+
+    Arrow's reader takes quotes as they come: of `"Hi" she said` it drops two, and an open one swallows rows.
+    """
+    largest = field_size_limit(sys.maxsize)
+    try:
+        with open_binary(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
+            lines = split_lines(text, delimiter=delimiter, strict=True)
+            for _ in lines:
+                pass
+    except BrokenCsv as error:
+        if delimiter == "\t":
+            return False
+        raise DataError(
+            f"data: expected cells of {path.name} with quotes around the whole and doubled within, got "
+            f"{str(error)!r} in line {lines.line_num}. Write the file again."
+        ) from None
+    finally:
+        field_size_limit(largest)
+    return True
 
 
 def _in_columns(batches: Iterable[pa.RecordBatch]) -> Iterator[Columns]:
@@ -313,7 +348,9 @@ def without_filled_keys(columns: Columns) -> Columns:
         return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
     return {
-        name: [_without_nulls(value) if is_list_of_objects(value) else value for value in values]
+        name: [
+            _without_nulls(value) if isinstance(value, dict) or is_list_of_objects(value) else value for value in values
+        ]
         for name, values in columns.items()
     }
 
@@ -348,3 +385,4 @@ ROWS_KEYS = {
     "records",
     "samples",
 }  # usual names of a list of all rows
+READ_BY_ROW = ("system", "system_prompt", "tools", "functions", "documents", "context", "instruction", "prompt")

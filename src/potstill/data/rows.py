@@ -21,8 +21,8 @@ from potstill.data.sources import TEACHER_PROMPT_COLUMNS, SourceKind
 from potstill.data.token_places import LocatedTokens, locate
 from potstill.data.token_weights import SPAN_COLUMNS, Span, SpanWeights, token_weights
 from potstill.errors import DataError
-from potstill.losses.alignment import IGNORE, Task
-from potstill.models.chat import end_token_ids, render_chat
+from potstill.losses.alignment import IGNORE, Task, are_shifted
+from potstill.models.chat import end_token_ids, render_chat, unread_keys
 from potstill.models.loading import vocabulary_size
 from potstill.models.prompts import CONTEXT, prompt_ids, surrounding_tokens
 
@@ -261,7 +261,7 @@ def _completions(dataset: Dataset, encoder: RowEncoder, prompt_column: str) -> A
             ids = tokens.ids[: -len(closing)] if closing and tokens.ids[-len(closing) :] == closing else tokens.ids
             prompt = min(tokens.before(border), len(ids))
             _note_border(encoder, tokens, border, number)
-            if ids[-1] not in encoder.end_ids:
+            if ids and ids[-1] not in encoder.end_ids:
                 ids = encoder.with_eos(ids)
             row = EncodedRow(ids, [IGNORE] * prompt + ids[prompt:])
             place = len(columns["completion"]), tokens.shifted(border) if encoder.span_weights else []
@@ -315,10 +315,20 @@ def _chat_texts(columns: Mapping[str, Any], encoder: RowEncoder, column: str, wh
         return Conversation.read(columns, where, None if name == "messages" else json.loads(columns[name]))
 
     texts = encoder.chat.render(talk(column))
+    if column == "messages":
+        _note_messages(encoder, talk(column))
     others = [name for name in ("messages", "teacher_messages") if name in columns and name != column]
     if all(len(encoder.chat.render(talk(other))) == len(texts) for other in others):
         return texts
     return encoder.chat.render(talk(column), by_turn=True)
+
+
+def _note_messages(encoder: RowEncoder, talk: Conversation) -> None:
+    """Note what a template does not read of messages, and ends of turns that they have in their text."""
+    for key in unread_keys(encoder.tokenizer, talk.messages):
+        encoder.note(f"unread {key}", talk.where)
+    if (end := encoder.chat.end_within(talk)) is not None:
+        encoder.note("end_within", f"{end} in {talk.where}")
 
 
 def _note_layout(encoder: RowEncoder, part: ChatText, number: int) -> None:
@@ -401,16 +411,22 @@ def _given_ids(dataset: Dataset, encoder: RowEncoder, column: str) -> AnswerRows
 
 def _check_ids(row: EncodedRow, columns: Mapping[str, Any], vocabulary: int, where: str) -> None:
     ids = row.input_ids
-    for name, values in (("label", row.labels), ("weight", columns.get("weights"))):
+    mask = columns.get("attention_mask")
+    for name, values in (("label", row.labels), ("weight", columns.get("weights")), ("mask value", mask)):
         if values is not None and len(values) != len(ids):
             raise DataError(
                 f"data: expected as many {name}s as input_ids, got {len(values)} and {len(ids)} in {where}. "
                 f"{name.capitalize()} t belongs to token t. Correct the row."
             )
-    if 0 in (columns.get("attention_mask") or ()):
+    if {*(mask or ())} - {1}:
         raise DataError(
-            f"data: expected input_ids without padding, got an attention_mask with 0 in {where}. "
-            "Batches are padded later. Remove the padding."
+            f"data: expected input_ids of one text without padding, got an attention_mask with {min({*mask} - {1})} in "
+            f"{where}. Batches are padded later. Remove the padding, and give each text a row."
+        )
+    if are_shifted(ids, row.labels):
+        raise DataError(
+            f"data: expected labels that are the tokens themselves, got those of the next tokens in {where}. They are "
+            "shifted later. Shift them back, or leave them out where all tokens are targets."
         )
     unknown = [i for i in (set(row.labels) - {IGNORE}) | set(ids) if not 0 <= i < vocabulary]
     if unknown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -36,6 +36,17 @@ def task_hint(task: Task, tasks: frozenset[Task]) -> str:
     if task == "encoder":
         return "There is no head. Use terms over layers: hidden, attention, relations, similarity"
     return f"It is for the task {', '.join(sorted(tasks))}"
+
+
+def are_shifted(input_ids: Sequence[int], labels: Sequence[int]) -> bool:
+    """Whether each label is the next token in place of the token itself: the shift would then be done twice.
+
+    >>> are_shifted([5, 6, 7], [6, 7, -100]), are_shifted([5, 6, 7], [-100, 6, 7]), are_shifted([5, 5, 5], [5, 5, 5])
+    (True, False, False)
+    """
+    places = [i for i, label in enumerate(labels) if label != IGNORE]
+    following = all(i + 1 == len(input_ids) or labels[i] == input_ids[i + 1] for i in places)
+    return following and any(labels[i] != input_ids[i] for i in places[:-1])
 
 
 # Columns [B, T] of a batch with on-policy samples, in nats: each sampled token's log-probability under the student, and

@@ -19,7 +19,7 @@ from potstill.errors import DataError, one_line
 Message = dict[str, Any]
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing: a template reads one or two of them
-LOSS_KEYS = ("weight", "train")  # of a message, for its loss; no template sees them
+LOSS_KEYS = ("weight", "train", "loss")  # of a message, for its loss; no template sees them
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of content parts
 _SET = ("messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize")
 _CONTENT = "potstill"  # of a message: no template trims or changes it
@@ -90,6 +90,14 @@ def names_argument(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
     return name not in _SET and re.search(rf"\b{re.escape(name)}\b", _template_text(tokenizer)) is not None
 
 
+def unread_keys(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[str]:
+    """The keys of messages that have a value and that the chat template does not name."""
+    template = _template_text(tokenizer)
+    known = {"role", "content", "tool_calls", *THOUGHTS, *LOSS_KEYS}
+    keys = (key for message in messages for key, value in message.items() if value not in (None, "", [], {}))
+    return [key for key in dict.fromkeys(keys) if key not in known and not _reads_key(template, key)]
+
+
 def _template_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template's text; of several templates all of them."""
     template = getattr(tokenizer, "chat_template", None)
@@ -142,8 +150,9 @@ def _part_text(part: Any, where: str) -> str:
     )
 
 
+@lru_cache(maxsize=1024)
 def _reads_key(template: str, name: str) -> bool:
-    return re.search(rf"\.{name}\b|['\"]{name}['\"]", template) is not None
+    return re.search(rf"\.{re.escape(name)}\b|['\"]{re.escape(name)}['\"]", template) is not None
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:

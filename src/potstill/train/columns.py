@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from potstill.data.columns import chooses_loss
 from potstill.data.right_padding import OWNER, PACKING
 from potstill.errors import ShapeError
 from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
@@ -18,13 +19,12 @@ from potstill.models.split import INPUTS, reads_token_types
 logger = logging.getLogger(__name__)
 
 READ = {*INPUTS, *PACKING, "labels", "weights", STUDENT_LOG_PROBS, SAMPLER_LOG_PROBS}
-LOSS_MASKS = {"completion_mask", "assistant_masks", "prompt_mask", "loss_mask"}  # of other libraries
 
 
 def check_columns(batch: Mapping[str, Tensor], model: Any) -> None:
     """Raise ShapeError for a column that would change the training and is not read; name all others once."""
     base, names = _base(model), batch.keys() - READ
-    refused = names & (columns_not_read(model) | LOSS_MASKS)
+    refused = {name for name in names if chooses_loss(name)} | names & columns_not_read(model)
     # Types of tokens go to models that tell several of them apart. Others add an embedding of the same number's token.
     types = batch.get("token_type_ids")
     if types is not None and "token_type_ids" in _parameters(base) and not reads_token_types(base) and types.any():

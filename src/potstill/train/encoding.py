@@ -16,13 +16,13 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import COLLATED, PaddingCollator, encode
+from potstill.data.columns import chooses_loss
 from potstill.data.disk_cache import BATCH, cached_in
 from potstill.data.masking import MaskedRows
 from potstill.data.readers import suppress_output
 from potstill.data.sources import Source, listed
 from potstill.errors import DataError, EmptyDataError
-from potstill.losses.alignment import Task
-from potstill.train.columns import LOSS_MASKS
+from potstill.losses.alignment import Task, are_shifted
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,14 @@ class RowsEncoder:
                     f"{name}=data[{next(iter(rows), 'train')!r}]."
                 )
             return {part: self(value, f"{name}_{part}") for part, value in rows.items()}
+        if isinstance(rows, Iterator):  # which is read once: its first row is not to be lost
+            rows = list(rows)
+        if type(rows).__module__.partition(".")[0] == "pandas":
+            rows = Dataset.from_pandas(rows, preserve_index=False)
         first = None if rows is None else next(_iterate(rows), None)
         if not isinstance(first, Mapping):
-            return rows  # empty, or made for a collator of the user's own
+            self._check_other(rows, first, name)
+            return rows  # made for a collator of the user's own
         if not isinstance(self.collator, PaddingCollator) and self.collator is not None:
             if "input_ids" not in first and type(self.collator).__module__.startswith("transformers."):
                 raise DataError(
@@ -74,7 +79,8 @@ class RowsEncoder:
                 )
             return rows
         if "input_ids" in first:
-            self._check_columns(first, name)
+            columns = set(first).union(*(rows if isinstance(rows, list) else ()))
+            self._check_columns(first, columns, name)
             return rows
         if self.tokenizer is None:
             raise DataError(
@@ -106,13 +112,28 @@ class RowsEncoder:
             logger.warning(note)
         return examples.dataset
 
-    def _check_columns(self, example: Mapping[str, Any], name: str) -> None:
+    def _check_other(self, rows: Any, first: Any, name: str) -> None:
+        """Refuse rows that are no dicts, and a data set without rows, where there is no collator of the user's own."""
+        if isinstance(self.collator, PaddingCollator | None) and rows is not None:
+            got = "no rows" if first is None else f"{type(first).__name__} as the first"
+            raise DataError(
+                f"data: expected rows that are dicts, as of `datasets`, in {name}, got {got}. Give rows such as "
+                '{"text": "..."}.'
+            )
+
+    def _check_columns(self, example: Mapping[str, Any], columns: set[str], name: str) -> None:
         """Refuse columns that would change the training and are not read, and name all others that are not."""
-        unused = set(example) - COLLATED
-        if refused := unused & (LOSS_MASKS | self.read):
+        unused = columns - COLLATED
+        if refused := {name for name in unused if chooses_loss(name)} | unused & self.read:
             raise DataError(
                 f"data: expected input_ids and labels in {name}, got the column {min(refused)}, which is not read. "
                 "Give labels, with -100 on tokens without a loss, or remove the column."
+            )
+        labels = example.get("labels")
+        if self.task == "causal" and labels is not None and are_shifted([*example["input_ids"]], [*labels]):
+            raise DataError(
+                f"data: expected labels that are the tokens themselves, got those of the next tokens in {name}. They "
+                "are shifted later. Shift them back, or leave them out where all tokens are targets."
             )
         if unused:
             logger.warning("%s: columns that are not used: %s.", name, listed(sorted(unused)))
