@@ -562,7 +562,7 @@ def test_empty_data(rows, write):
     ],
 )
 def test_the_kind_is_found_or_named(source, row, kind, write):
-    dataset, found, _ = load(Source(write([row]), **source))
+    dataset, found, *_ = load(Source(write([row]), **source))
     assert found == kind
     expected = {
         "text": ["text"],
@@ -604,7 +604,7 @@ def test_columns_of_dates_and_numbers_stay_text(write):
 
 def test_a_text_file_is_one_document(tmp_path):
     (tmp_path / "book.txt").write_bytes("\ufeffone\r\n\r\ntwo 日本\n".encode())
-    dataset, kind, _ = load(Source(tmp_path / "book.txt"))
+    dataset, kind, *_ = load(Source(tmp_path / "book.txt"))
     assert (dataset[:], kind) == ({"text": ["one\n\ntwo 日本\n"]}, "text")
 
 

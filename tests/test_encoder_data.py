@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 
 from conftest import make_tokenizer
 from potstill.data.batches import PaddingCollator, encode
@@ -136,6 +137,24 @@ def test_a_strange_label_is_an_error_with_its_row(tmp_path: Path, task: Any, lab
     file = written(tmp_path / "rows.jsonl", [{"text": "the cat", "label": label} for label in labels])
     with pytest.raises(DataError, match=message):
         encode(Source(file), make_bert_tokenizer(), max_length=16, task=task, classes=CLASSES)
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_numbers_of_classes_are_read_by_the_names_that_a_data_set_has(form: str, tmp_path: Path) -> None:
+    features = Features(text=Value("string"), label=ClassLabel(names=["yes", "maybe", "no"]))
+    rows = Dataset.from_list([{"text": "a", "label": 0}, {"text": "b", "label": 2}], features=features)
+    path = tmp_path / "rows.parquet"
+    rows.to_parquet(path) if form == "parquet" else rows.save_to_disk(path)
+
+    def labels(classes: dict[str, int]) -> Any:
+        return encode(Source(path), make_bert_tokenizer(), max_length=9, task="classification", classes=classes)
+
+    assert labels({"NO": 0, "MAYBE": 1, "YES": 2}).dataset["labels"][:] == [2, 0]
+    other = labels({"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2})
+    assert other.dataset["labels"][:] == [0, 2]
+    assert "the model names its classes otherwise (LABEL_0, LABEL_1, LABEL_2): 0 is yes, 1 is maybe" in other.notes[0]
+    with pytest.raises(DataError, match=r"the classes of the model \(no, yes\), got maybe in .*rows.parquet"):
+        labels({"no": 0, "yes": 1})
 
 
 def test_pairs_have_types_and_are_cut_together(tmp_path: Path) -> None:

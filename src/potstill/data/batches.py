@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from potstill.data.disk_cache import BATCH, cache_path, write_arrow
 from potstill.data.encoding_notes import altered_text, encoding_notes, plural
 from potstill.data.files import write_text
-from potstill.data.labelled import has_token_types, sequence_rows
+from potstill.data.labelled import has_token_types, numbered_classes, sequence_rows
 from potstill.data.loading import load
 from potstill.data.right_padding import NUMBERS, OWNER, POSITIONS, right_padded
 from potstill.data.rows import EncodedRow, RowEncoder
@@ -102,14 +102,15 @@ def encode(
             f"data: expected max_length >= 2, got {max_length}. The first token of a row is never predicted. "
             "Raise max_length."
         )
-    dataset, kind, loading_notes = load(source, task, has_template=tokenizer.chat_template is not None)
+    dataset, kind, loading_notes, class_names = load(source, task, has_template=tokenizer.chat_template is not None)
     columns, file, span_weights = set(dataset.column_names), source.title, source.span_weights
     _check_suitable(source, kind, columns, tokenizer, packing, task)
-    options = [max_length, packing, task, sorted((classes or {}).items()), str(span_weights)]
+    classes, class_notes = numbered_classes(classes or {}, class_names, file)
+    options = [max_length, packing, task, sorted(classes.items()), str(span_weights)]
     loaded = Path(dataset.cache_files[0]["filename"]).stem
     path = cache_path(["encoded", loaded, tokenizer, transformers.__version__, tokenizers.__version__, *options])
     counts_path = path.with_suffix(".json")  # written last: while it is there the other is whole
-    encoder = RowEncoder(tokenizer, max_length, packing, file, Counter(), task, classes or {}, span_weights)
+    encoder = RowEncoder(tokenizer, max_length, packing, file, Counter(), task, classes, span_weights)
     if not (path.exists() and counts_path.exists()):
         whole_texts = task in SEQUENCE_TASKS or task == "encoder"
         rows = sequence_rows(dataset, encoder) if whole_texts else encoder.rows(dataset, kind)
@@ -126,7 +127,7 @@ def encode(
             f"data: expected a target token in {file}, got empty data: none in {plural(len(dataset), 'row')}. "
             "Give longer texts, or labels that are not all -100."
         )
-    notes = [*loading_notes, *encoding_notes(encoder, len(dataset))]
+    notes = [*loading_notes, *class_notes, *encoding_notes(encoder, len(dataset))]
     if task == "causal" and kind in ("text", "completion") and tokenizer.eos_token_id is None:
         notes = [f"tokenizer: expected an EOS token, got none: the texts of {file} have no end token.", *notes]
     encoded, sources, counts = Dataset.from_file(str(path)), ((file, dataset),), encoder.counts

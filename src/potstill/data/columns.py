@@ -85,12 +85,15 @@ UNREAD: dict[SourceKind, dict[str, str]] = {
     },
     "labelled": _MEDIA,
 }
-PAIRED = {
-    "sentence1": "sentence2",
-    "premise": "hypothesis",
-    "question1": "question2",
-    "text1": "text2",
-    "text_a": "text_b",
+PAIRED = {  # the usual names of a first text, and those of the second
+    "sentence1": ("sentence2",),
+    "premise": ("hypothesis",),
+    "question1": ("question2",),
+    "text1": ("text2",),
+    "text_a": ("text_b",),
+    "query": ("passage", "document", "text"),
+    "question": ("sentence", "passage", "context"),
+    "anchor": ("positive",),
 }
 
 
@@ -294,10 +297,10 @@ def _labelled(source: Source, columns: list[str]) -> tuple[SourceKind, dict[str,
     names = {"text": source.field or "text"}
     if source.label is not False:
         names["label"] = source.label or "label"
-    second = PAIRED.get(names["text"])
+    second = next((name for name in PAIRED.get(names["text"], ()) if name in columns), None)
     if source.pair or "text_pair" in columns:
         names["text_pair"] = source.pair or "text_pair"
-    elif second in columns:
+    elif second is not None:
         raise DataError(
             f"data: expected both texts of a pair in {source.title}, got {names['text']} and not {second}. Name it as "
             f"pair, as in `pair: {second}`, or in ignore."

@@ -18,7 +18,7 @@ from datasets.fingerprint import Hasher
 from potstill.data.files import atomic_path
 
 BATCH = 256  # rows read, tokenised and written at a time
-FORMAT = 3  # to be raised whenever the same input is encoded differently
+FORMAT = 4  # to be raised whenever the same input is encoded differently
 
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from potstill.data.disk_cache import BATCH
 from potstill.data.location import Batch, DataLocation
-from potstill.data.readers import suppress_output, without_filled_keys
+from potstill.data.readers import class_names, suppress_output, without_filled_keys
 from potstill.data.sources import Source, listed
 from potstill.errors import DataError, one_line
 
@@ -56,6 +56,10 @@ class HubData(DataLocation):
         dataset = self._dataset
         with self._reading():
             return list((dataset if dataset.column_names is not None else dataset._resolve_features()).column_names)
+
+    @property
+    def class_names(self) -> dict[str, list[str]]:
+        return class_names(self._dataset.features)
 
     def _batches(self, names: list[str]) -> Iterator[Batch]:
         row, title = 1, f"{self.source.title} ({self.source.split})"

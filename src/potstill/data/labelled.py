@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -41,6 +41,33 @@ def sequence_rows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]
 def has_token_types(columns: Collection[str], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the rows are pairs whose texts the tokenizer tells apart by token_type_ids."""
     return "text_pair" in columns and "token_type_ids" in tokenizer.model_input_names
+
+
+def numbered_classes(
+    classes: Mapping[str, int], names: Sequence[str], file: str
+) -> tuple[Mapping[str, int], tuple[str, ...]]:
+    """Add the numbers that a data set has for its classes to a model's own, by their names; notes where none fit.
+
+    Data and model number the same classes in orders of their own.
+
+    >>> numbered_classes({"no": 0, "yes": 1}, ["Yes", "No"], "rows")
+    ({'no': 0, 'yes': 1, '0': 1, '1': 0}, ())
+    """
+    of_model = {name.lower(): number for name, number in classes.items()}
+    known = [name for name in names if name.lower() in of_model]
+    if names and classes and not known:
+        pairs = [f"{number} is {name}" for number, name in enumerate(names)]
+        return classes, (
+            f"{file}: the model names its classes otherwise ({listed([*classes], 8)}): {listed(pairs, 8)}.",
+        )
+    if len(known) < len(names) and classes:
+        missing = next(name for name in names if name not in known)
+        raise DataError(
+            f"data: expected the classes of the model ({listed([*classes], 8)}), got {missing} in {file}. Name the "
+            "classes in label2id of the model's config.json."
+        )
+    numbers = {str(number): of_model[name.lower()] for number, name in enumerate(names)} if classes else {}
+    return {**classes, **numbers}, ()
 
 
 def _label(row: dict[str, Any], where: str, encoder: RowEncoder) -> int | float:

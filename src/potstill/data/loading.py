@@ -33,11 +33,13 @@ class LoadedSource(NamedTuple):
             chat_template_kwargs; labels are text. `num_prompt_messages` is the number of a conversation's first
             messages that have no loss.
         notes: what to print.
+        class_names: of the numbers in the column label, in their order; empty where they are not known.
     """
 
     dataset: Dataset
     kind: SourceKind
     notes: tuple[str, ...]
+    class_names: tuple[str, ...]
 
 
 def load(source: Source, task: Task = "causal", *, has_template: bool = True) -> LoadedSource:
@@ -56,6 +58,7 @@ def load(source: Source, task: Task = "causal", *, has_template: bool = True) ->
     if not cached.exists():
         choice = choose_columns(source, location.columns, location.first, task, has_template)
         facts = {"kind": choice.kind, "unused": choice.unused, "prompt": choice.dialogue and choice.dialogue.prompt}
+        facts["classes"] = location.class_names.get(choice.names.get("label", ""), [])
         standard = [*choice.names, *(choice.dialogue.made if choice.dialogue else [])]
         types = {name: _TYPES[name].arrow for name in standard if _TYPES[name].arrow != pa.null()}
         schema = pa.schema(types, metadata={"potstill": json.dumps(facts)})
@@ -65,7 +68,7 @@ def load(source: Source, task: Task = "causal", *, has_template: bool = True) ->
     dataset = Dataset.from_file(str(cached))
     if not len(dataset):
         raise DataError(f"data: expected at least one row in {source.title}, got none. Give a file with data.")
-    return LoadedSource(dataset, facts["kind"], tuple(_notes(source, facts)))
+    return LoadedSource(dataset, facts["kind"], tuple(_notes(source, facts)), tuple(facts["classes"]))
 
 
 _PLACE = ("path", "split", "config", "revision", "streaming", "limit", "share")  # what the digest stands for

@@ -45,6 +45,18 @@ class LocalFiles(DataLocation):
     def columns(self) -> list[str]:
         return list(dict.fromkeys(name for table in self._tables.values() for name in table.columns))
 
+    @property
+    def class_names(self) -> dict[str, list[str]]:
+        known: dict[str, list[str]] = {}
+        for path, table in self._tables.items():
+            for column, names in table.class_names.items():
+                if known.setdefault(column, names) != names:
+                    raise DataError(
+                        f"data: expected one list of classes for column {column!r} in all files, got another in "
+                        f"{path.name}. Write the names of classes in place of their numbers."
+                    )
+        return known
+
     def _batches(self, names: list[str]) -> Iterator[Batch]:
         for path, table in self._tables.items():
             present, row = [name for name in names if name in table.columns], 1

@@ -38,6 +38,11 @@ class DataLocation(ABC):
     def columns(self) -> list[str]:
         """The names of all columns; of JSON, the keys of all rows."""
 
+    @property
+    @abstractmethod
+    def class_names(self) -> dict[str, list[str]]:
+        """The names of classes by the columns that have their numbers, where they are known."""
+
     @abstractmethod
     def _batches(self, names: list[str]) -> Iterator[Batch]: ...
 

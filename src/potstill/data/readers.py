@@ -11,19 +11,19 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from csv import Error as BrokenCsv
 from csv import field_size_limit
 from csv import reader as split_lines
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features
 from pyarrow import csv, parquet
 
 from potstill.data.disk_cache import BATCH
@@ -34,10 +34,14 @@ Columns = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class Table:
-    """The names of a file's columns, and what yields batches of some of them; a row without a column has None there."""
+    """The names of a file's columns, and what yields batches of some of them; a row without a column has None there.
+
+    `class_names` has the names of classes by the columns that have their numbers, as `datasets` writes them.
+    """
 
     columns: list[str]
     read: Callable[[list[str]], Iterator[Columns]]
+    class_names: dict[str, list[str]] = field(default_factory=dict)
 
 
 def open_table(path: Path, limit: int | None = None) -> Table:
@@ -283,7 +287,8 @@ def _open_parquet(path: Path) -> Table:
                 yield without_filled_keys(batch.to_pydict())
 
     with parquet.ParquetFile(path) as file:
-        return Table(_distinct(file.schema_arrow.names, path), read)
+        schema = file.schema_arrow
+    return Table(_distinct(schema.names, path), read, _class_names(schema))
 
 
 def _open_arrow(path: Path) -> Table:
@@ -303,7 +308,7 @@ def _open_arrow(path: Path) -> Table:
     first = next(batches(), None)
     if first is None:
         raise empty(path)
-    return Table(_distinct(first.schema.names, path), read)
+    return Table(_distinct(first.schema.names, path), read, _class_names(first.schema))
 
 
 def _open_text(path: Path) -> Table:
@@ -323,7 +328,18 @@ def _open_saved(path: Path) -> Table:
         for batch in dataset.select_columns(names).iter(BATCH):
             yield without_filled_keys(batch)
 
-    return Table(dataset.column_names, read)
+    return Table(dataset.column_names, read, class_names(dataset.features))
+
+
+def class_names(features: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """The names of classes by the columns that have their numbers."""
+    return {name: of.names for name, of in (features or {}).items() if isinstance(of, ClassLabel)}
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """The same for a file that `datasets` wrote, which has its features beside the schema."""
+    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features")
+    return class_names(Features.from_dict(written)) if written else {}
 
 
 @contextmanager
