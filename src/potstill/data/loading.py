@@ -57,7 +57,11 @@ def load(source: Source, task: Task = "causal", *, has_template: bool = True) ->
     cached = cache_path(["source", location.digest(), str(others), source.limit, task, has_template])
     if not cached.exists():
         choice = choose_columns(source, location.columns, location.first, task, has_template)
-        facts = {"kind": choice.kind, "unused": choice.unused, "prompt": choice.dialogue and choice.dialogue.prompt}
+        facts: dict[str, Any] = {
+            "kind": choice.kind,
+            "unused": choice.unused,
+            "prompt": choice.dialogue and choice.dialogue.prompt,
+        }
         facts["classes"] = location.class_names.get(choice.names.get("label", ""), [])
         standard = [*choice.names, *(choice.dialogue.made if choice.dialogue else [])]
         types = {name: _TYPES[name].arrow for name in standard if _TYPES[name].arrow != pa.null()}

@@ -418,9 +418,9 @@ def _check_ids(row: EncodedRow, columns: Mapping[str, Any], vocabulary: int, whe
                 f"data: expected as many {name}s as input_ids, got {len(values)} and {len(ids)} in {where}. "
                 f"{name.capitalize()} t belongs to token t. Correct the row."
             )
-    if {*(mask or ())} - {1}:
+    if others := set(mask or ()) - {1}:
         raise DataError(
-            f"data: expected input_ids of one text without padding, got an attention_mask with {min({*mask} - {1})} in "
+            f"data: expected input_ids of one text without padding, got an attention_mask with {min(others)} in "
             f"{where}. Batches are padded later. Remove the padding, and give each text a row."
         )
     if are_shifted(ids, row.labels):
