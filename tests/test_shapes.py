@@ -24,6 +24,7 @@ from potstill.data.mixture import encode_mixture
 from potstill.data.sources import Source
 from potstill.runs.config.embedding import TextsPart
 from potstill.runs.embedding_sources import _read
+from potstill.runs.init.inspection import find_columns
 from test_data import PLAIN, WITH_BOS, refused, turn
 from toy_encoders import make_bert_tokenizer
 
@@ -554,3 +555,9 @@ def test_data_sets_on_the_hub(tmp_path):
     assert "cannot be reached" in unreachable
     assert "HF_HUB_OFFLINE=1" in unreachable
     assert loaded("http://127.0.0.1:9", {}, HF_HUB_OFFLINE="1") == [whole]
+
+
+def test_init_names_the_weights_of_rows(tmp_path):
+    source = Source(tmp_path / "rows.jsonl")
+    assert find_columns(source, ["messages", "weight"], "causal", {}) == {"messages": "messages", "weight": "weight"}
+    assert find_columns(source, ["text", "weight"], "causal", {}) == {"field": "text"}

@@ -120,7 +120,8 @@ def find_columns(source: Source, names: Sequence[str], task: Task, given: Mappin
         ways = [{"field": names[0]}]
     if len(ways) != 1:
         raise _unclear(source, names, "columns of one kind", flags)
-    return ways[0]
+    weighted = task == "causal" and "weight" in names and "field" not in ways[0]
+    return ways[0] | ({"weight": "weight"} if weighted else {})
 
 
 def sample_rows(
