@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, set_seed
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, set_seed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-CAUSAL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-MASKED = sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-SEQUENCE = sorted(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+from potstill.losses.alignment import Task
+
+CLASSES: dict[Task, dict[str, str]] = {  # task -> family -> class
+    "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "regression": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
 LAYERS, HEADS, WIDTH, VOCABULARY = 2, 4, 32, 128
 
 # Families without a small config: no text model, or transformers' own defaults do not fit together.
@@ -64,6 +69,11 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def walked(task: Task) -> list[str]:
+    """List the families of a task that have a small config."""
+    return sorted({*CLASSES[task]} - {*NOT_SMALL})
 
 
 def small(family: str) -> PretrainedConfig:
@@ -154,6 +164,3 @@ def model(family: str, auto: Any = AutoModelForCausalLM, seed: int = 0, **fields
     for name, value in fields.items():
         setattr(config, name, value)
     return auto.from_config(config, dtype=torch.float32).eval()
-
-
-__all__ = ["CAUSAL", "MASKED", "AutoModelForMaskedLM", "model", "small"]

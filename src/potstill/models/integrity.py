@@ -117,12 +117,12 @@ def check_causal(model: Any, key: str) -> None:
 
 
 def padding_notes(model: Any, key: str) -> tuple[str, ...]:
-    """Describe a masked language model whose logits depend on the padding behind a row, as FNet's do."""
+    """Describe an encoder whose logits depend on the padding behind a row: FNet mixes all tokens, Funnel pools them."""
     try:
         embeddings = model.get_input_embeddings().weight
-        padded = torch.arange(11, 11 + PROBE_TOKENS, device=embeddings.device)[None] % len(embeddings)
-        mask = (torch.arange(PROBE_TOKENS, device=padded.device) < PROBE_TOKENS // 2).long()[None]
-        row = padded[:, : PROBE_TOKENS // 2]
+        padded = torch.arange(11, 11 + 2 * PROBE_TOKENS, device=embeddings.device)[None] % len(embeddings)
+        mask = (torch.arange(2 * PROBE_TOKENS, device=padded.device) <= PROBE_TOKENS).long()[None]
+        row = padded[:, : PROBE_TOKENS + 1]
         with undisturbed(model):
             alone = run(model, {"input_ids": row, "attention_mask": torch.ones_like(row)}).logits
             logits = run(model, {"input_ids": padded, "attention_mask": mask}).logits[:, : row.shape[1]]

@@ -151,7 +151,7 @@ def _load_base(
     setattr(model, NOTES, check_weights(model, missing, info["unexpected_keys"], **names, may_miss=may_miss))
     if task == "causal":
         check_causal(model, key)
-    if task == "masked":
+    if task in ("masked", *SEQUENCE_TASKS):
         setattr(model, NOTES, (*loading_notes(model), *padding_notes(model, key)))
     model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
     model.config.dtype = saved_dtype(name) or model.dtype  # the same
