@@ -25,8 +25,8 @@ Each family of transformers was walked with a small model of random weights:
 - `copy`, `truncate`, `prune`: a student begins with the teacher's weights (`student.initialize`);
 - `hidden` and the columns behind it: one training step with the term over layers.
 
-`yes` works. `no` is refused, before anything is trained, with one of the messages below the table (of `loss`, a note). The
-student of a model that also reads images or sound is its text part.
+`yes` works. `no` is refused, before anything is trained, with one of the messages below the table; that of `loss` is a
+note. The student of a model that also reads images or sound is its text part.
 """
 COST = "The walk takes {minutes} minutes of one processor core; `make test-slow` repeats it and writes this page.\n"
 TITLES: dict[Task, str] = {

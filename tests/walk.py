@@ -251,7 +251,7 @@ class Walk:
             alike = len({*(getattr(text, "layer_types", None) or [""])}) == 1
             design: dict[str, Any] = {name: max(1, text.num_hidden_layers - alike)}
         else:
-            design = config_fields(self.smaller.shape, teacher)
+            design = config_fields(self.smaller.shape, text_config(teacher))
         built = build_run(self.recipe(student={"design": design, "initialize": method}))
         batch = self.batch()
         built.new_student()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
