@@ -32,7 +32,7 @@ from transformers import (
 
 import families
 from potstill.data.sources import Source
-from potstill.errors import ModelError, PotstillError
+from potstill.errors import ModelError, PotstillError, RunError
 from potstill.losses.alignment import Task
 from potstill.losses.divergences import ForwardKL
 from potstill.models.design import ShapeSearch, SizedShape, design
@@ -325,7 +325,8 @@ def outcome(step: Callable[[], None]) -> str:
     try:
         step()
     except PotstillError as error:
-        return " ".join(str(error).split())
+        untold = isinstance(error.__cause__, Exception) and isinstance(error, RunError)  # a fault that a rehearsal met
+        return "FAULT " * untold + " ".join(str(error).split())
     except Exception as error:
         return f"FAULT {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return YES

@@ -48,7 +48,7 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
             raise ModelError(
                 f"student.design: expected a field of the teacher's {type(teacher).__name__}, got {name}.{hint}"
             )
-    computed = _computed(teacher) if hidden in changes else []
+    computed = _computed(teacher) if {hidden, layers} & {*changes} else []
     values = {name: value for name, value in known.items() if name not in computed}
     values |= {"vocab_size": vocabulary} | {name: value for name, value in changes.items() if name in known}
     if heads in changes and "num_key_value_heads" in known and "num_key_value_heads" not in changes:
