@@ -28,6 +28,7 @@ NOT_SMALL = {
     "gemma3n": "needs timm",
     "gemma4_assistant": "drafts for another model",
     "gemma4_unified_assistant": "drafts for another model",
+    "layoutlmv2": "needs detectron2",
     "musicgen": "makes audio",
     "musicgen_melody": "makes audio",
 }
@@ -170,6 +171,11 @@ OWN: dict[str, dict[str, Any]] = {
         "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 8},
     },
     "esmc": {"num_key_value_heads": HEADS},
+    "neomme": {"head_dim": 16, "text_config": {"head_dim": 16}},
+    "distilbert": {"dim": WIDTH, "hidden_dim": 64},
+    "luke": {"entity_vocab_size": 16, "entity_emb_size": WIDTH},
+    "funnel": {"block_sizes": [LAYERS, LAYERS], "d_head": 8, "d_inner": 64},
+    "perceiver": {"d_latents": WIDTH, "num_latents": 8, "qk_channels": WIDTH, "v_channels": WIDTH},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},

@@ -212,6 +212,13 @@ def test_queries_of_a_row_that_the_model_pads_itself_are_refused() -> None:
         Distiller(student, teacher, [Logits(ForwardKL()), Relations(heads=2)], task="masked")
 
 
+def test_attention_sinks_are_not_truncated() -> None:
+    teacher = families.model("granite_swa")
+    config = student_config(teacher.config, {"num_attention_heads": 2}, families.VOCABULARY)
+    with pytest.raises(ModelError, match="got GraniteSwaForCausalLM, whose layers have other parts"):
+        plan_initialization(teacher, config, "truncate", calibration=list)
+
+
 def test_a_second_name_of_the_depth_follows_it() -> None:
     assert student_config(families.small("xlstm"), {"num_hidden_layers": 1}, 100).num_blocks == 1
 

@@ -151,6 +151,12 @@ def test_models_that_read_padding_are_noted(tmp_path: Path) -> None:
         )
 
 
+def test_a_model_without_token_embeddings_is_refused(tmp_path: Path) -> None:
+    families.model("perceiver", AutoModelForMaskedLM).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="embedding for each token, got PerceiverForMaskedLM, which has none"):
+        load_model(str(tmp_path), "teacher.model", "float32", "masked")
+
+
 def test_the_distiller_refuses_an_encoder() -> None:
     torch.manual_seed(0)
     student = AutoModelForCausalLM.from_config(families.small("llama"))

@@ -60,7 +60,8 @@ AUTO: dict[Task, Any] = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
 }
-LABELS: dict[Task, Any] = {
+FIELDS: dict[Task, Any] = {
+    "masked": {"is_decoder": False},
     "classification": {"id2label": {0: "plain", 1: "odd"}},  # default names of two labels are not saved
     "regression": {"id2label": {0: "score"}},
 }
@@ -123,7 +124,7 @@ class Walk:
         for seed, name in enumerate(("teacher", "student")):
             folders[name] = str(self.folder / name)
             auto = AUTO.get(self.task) or language_model_class(families.small(self.family))
-            families.model(self.family, auto, seed, **LABELS.get(self.task, {})).save_pretrained(folders[name])
+            families.model(self.family, auto, seed, **FIELDS.get(self.task, {})).save_pretrained(folders[name])
             tokenizer.save_pretrained(folders[name])
         for name, rows in (("train", 2 * TEXTS), ("eval", [text.upper() for text in TEXTS])):
             lines = [{"text": text} | self.label(i) for i, text in enumerate(rows)]

@@ -79,6 +79,15 @@ def check_shapes(
         )
 
 
+def check_embeddings(model: Any, key: str) -> None:
+    """Refuse a model that does not embed tokens, as Perceiver, whose logits are of all positions that it could read."""
+    if model.get_input_embeddings() is None:
+        raise ModelError(
+            f"{key}: expected a model with an embedding for each token, got {type(model).__name__}, which has none. "
+            "Name a model of another family."
+        )
+
+
 def check_causal(model: Any, key: str) -> None:
     """Check that later tokens do not change earlier logits, on two rows of a few tokens, nor that there are any.
 

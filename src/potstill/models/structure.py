@@ -242,6 +242,8 @@ def _fits(layer: nn.Module, matrices: LayerMatrices, shape: DesignShape) -> bool
     for name, parameter in layer.named_parameters():
         path = name.rpartition(".")[0]
         per_head = path.startswith(f"{attention}.")  # a norm over all heads at once cannot be pruned
+        if path == attention:  # a number for each head, as attention sinks are
+            return False
         if path not in sizes and (parameter.ndim != 1 or (per_head and len(parameter) != shape.head_size)):
             return False
     return True
