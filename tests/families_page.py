@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 
 import families
 from potstill.losses.alignment import Task
-from walk import STARTS, TERMS, Families, Results
+from walk import STARTS, TERMS, Families, Results, Walk
 
 STEPS = {
     **{step: step for step in ("loss", "check", "run", "evaluate", "positions", "design")},
@@ -29,6 +30,7 @@ Each family of transformers was walked with a small model of random weights:
 note. The student of a model that also reads images or sound is its text part.
 """
 COST = "The walk takes {minutes} minutes of one processor core; `make test-slow` repeats it and writes this page.\n"
+MISSING = "Not walked yet: "
 TITLES: dict[Task, str] = {
     "causal": "Causal language models",
     "masked": "Masked language models",
@@ -48,14 +50,23 @@ REMARKS = {
 Marks = Mapping[str, Mapping[str, str]]  # family -> step -> yes or no
 
 
+def steps_of(task: Task) -> list[str]:
+    """List the steps of a task in the order of the columns."""
+    walked = [name for name, _ in Walk("", task, Path()).steps()]
+    return [step for step in STEPS if step in walked]
+
+
 def page(results: Results) -> str:
     """Write the whole page."""
     tasks = {task: results.of(task) for task in TITLES}
     seconds = sum(result.seconds for rows in tasks.values() for row in rows.values() for result in row.values())
     parts = [INTRO + "\n" + COST.format(minutes=round(seconds / 60))]
-    for task, rows in tasks.items():
-        marks = {family: {step: result.mark for step, result in row.items()} for family, row in rows.items()}
-        parts += [f"## {TITLES[task]}\n{table(marks)}", f"Messages:\n\n{messages(task, rows)}"]
+    for task, results_of_task in tasks.items():
+        rows = {family: row for family, row in results_of_task.items() if {*steps_of(task)} <= {*row}}
+        marks = {family: {step: row[step].mark for step in steps_of(task)} for family, row in rows.items()}
+        parts += [f"## {TITLES[task]}\n{table(task, marks)}", f"Messages:\n\n{messages(task, rows)}"]
+        if missing := sorted({*families.walked(task)} - {*rows}):
+            parts.append(f"{MISSING}{', '.join(missing)}.\n")
     left_out = "".join(f"- {family}: {reason}\n" for family, reason in sorted(families.NOT_SMALL.items()))
     remarks = "".join(f"- {family}: {remark}\n" for family, remark in REMARKS.items())
     parts.append(f"## Why\nWhat is behind some of the messages.\n\n{remarks}")
@@ -64,13 +75,11 @@ def page(results: Results) -> str:
     )
 
 
-def table(rows: Marks) -> str:
+def table(task: Task, rows: Marks) -> str:
     """Write the table of one task."""
-    steps = [step for step in STEPS if any(step in row for row in rows.values())]
+    steps = steps_of(task)
     lines = [f"| family | {' | '.join(STEPS[step] for step in steps)} |", "|---" * (len(steps) + 1) + "|"]
-    lines += [
-        f"| {family} | {' | '.join(row.get(step, '') for step in steps)} |" for family, row in sorted(rows.items())
-    ]
+    lines += [f"| {family} | {' | '.join(row[step] for step in steps)} |" for family, row in sorted(rows.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -103,7 +112,7 @@ def general(message: str, family: str, task: Task) -> str:
     """A message without what differs between families."""
     message = re.sub(r"\b[A-Z]\w+(?:For[A-Z]\w+|LMHead\w*|Decoder|HeadModel)\b", "MODEL", message)
     message = message.replace(families.CLASSES[task][family], "MODEL")
-    message = re.sub(r"(?:objective\.\d+|teacher(?:\.model)?|student): ", "", message, count=1)
+    message = re.sub(r"(?:objective\.\d+|(?:--)?teacher(?:\.model)?|student): ", "", message, count=1)
     message = re.sub(rf"\b{re.escape(family.removesuffix('_text'))}(_text)?\b", "FAMILY", message)
     return re.sub(r"\[[\d, ]+\]|\d+", "N", message)
 

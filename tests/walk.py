@@ -62,8 +62,9 @@ AUTO: dict[Task, Any] = {
 }
 FIELDS: dict[Task, Any] = {
     "masked": {"is_decoder": False},
-    "classification": {"id2label": {0: "plain", 1: "odd"}},  # default names of two labels are not saved
-    "regression": {"id2label": {0: "score"}},
+    # Default names of two labels are not saved.
+    "classification": {"id2label": {0: "plain", 1: "odd"}, "label2id": {"plain": 0, "odd": 1}},
+    "regression": {"id2label": {0: "score"}, "label2id": {"score": 0}},
 }
 TERMS = {
     "hidden": Hidden(),

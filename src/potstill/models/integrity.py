@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -81,7 +82,10 @@ def check_shapes(
 
 def check_embeddings(model: Any, key: str) -> None:
     """Refuse a model that does not embed tokens, as Perceiver, whose logits are of all positions that it could read."""
-    if model.get_input_embeddings() is None:
+    embeddings = None
+    with suppress(NotImplementedError):  # CANINE hashes characters
+        embeddings = model.get_input_embeddings()
+    if embeddings is None:
         raise ModelError(
             f"{key}: expected a model with an embedding for each token, got {type(model).__name__}, which has none. "
             "Name a model of another family."

@@ -55,8 +55,8 @@ def find_layers(model: nn.Module) -> str:
         depth = num_layers(text_config(config))
         lengths = [f"{path} ({len(x)})" for path, x in model.named_modules() if isinstance(x, nn.ModuleList)]
         raise ModelError(
-            f"{name}: expected a list of its {depth} layers, got {', '.join(lengths) or 'none'}. Leave out terms over "
-            "layers: they are not known for this architecture."
+            f"{name}: expected a list of its {depth} layers, got {', '.join(lengths[:4]) or 'none'}. Leave out terms "
+            "over layers: they are not known for this architecture."
         )
     return lists[0][0]
 
