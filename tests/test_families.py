@@ -20,6 +20,7 @@ import families
 from conftest import make_batch
 from potstill import Distiller, ForwardKL, Hidden, Logits, Relations
 from potstill.errors import ModelError
+from potstill.evaluate.speed import latency_ms
 from potstill.models.budget import Budget
 from potstill.models.capture import ActivationCapture
 from potstill.models.design import ShapeSearch, design, student_config
@@ -212,10 +213,15 @@ def test_queries_of_a_row_that_the_model_pads_itself_are_refused() -> None:
         Distiller(student, teacher, [Logits(ForwardKL()), Relations(heads=2)], task="masked")
 
 
+def test_speed_is_measured_on_tokens_that_are_no_padding() -> None:
+    model = families.model("funnel", AutoModelForMaskedLM)  # a warning about padding without a mask fails on it
+    assert latency_ms(model, 8, repeats=1) > 0
+
+
 def test_attention_sinks_are_not_truncated() -> None:
     teacher = families.model("granite_swa")
     config = student_config(teacher.config, {"num_attention_heads": 2}, families.VOCABULARY)
-    with pytest.raises(ModelError, match="got GraniteSwaForCausalLM, whose layers have other parts"):
+    with pytest.raises(ModelError, match="got GraniteSWAForCausalLM, whose layers have other parts"):
         plan_initialization(teacher, config, "truncate", calibration=list)
 
 

@@ -121,9 +121,11 @@ class ActivationCapture:
             ("queries", vectors),
         ):
             for layer, tensor in tensors.items():
-                expected = (2, 3, self.shape.width if kind == "hidden states" else tensor.shape[-1])
-                if kind == "attention maps":
-                    expected = (2, tensor.shape[1], 3, 3)
+                expected = {
+                    "attention maps": (2, tensor.shape[1], 3, 3),
+                    "hidden states": (2, 3, self.shape.width),
+                    "queries": (2, 3, tensor.shape[-1]),
+                }[kind]
                 if tensor.shape != expected:
                     raise ModelError(
                         f"{self._name}: expected {kind} of shape {list(expected)} from layer {layer} for 2 x 3 "

@@ -85,7 +85,7 @@ def check_embeddings(model: Any, key: str) -> None:
     embeddings = None
     with suppress(NotImplementedError):  # CANINE hashes characters
         embeddings = model.get_input_embeddings()
-    if embeddings is None:
+    if not isinstance(embeddings, torch.nn.Module):
         raise ModelError(
             f"{key}: expected a model with an embedding for each token, got {type(model).__name__}, which has none. "
             "Name a model of another family."
