@@ -25,12 +25,14 @@ LAYERS, HEADS, WIDTH, VOCABULARY = 2, 4, 32, 128
 # Families that are not walked.
 NOT_SMALL = {
     "blt": "transformers cannot generate text with it: its config has no num_hidden_layers",
+    "canine": "refused when it is loaded: it has no embedding for each token",
     "gemma3n": "needs timm",
     "gemma4_assistant": "drafts for another model",
     "gemma4_unified_assistant": "drafts for another model",
     "layoutlmv2": "needs detectron2",
     "musicgen": "makes audio",
     "musicgen_melody": "makes audio",
+    "perceiver": "refused when it is loaded: it has no embedding for each token",
 }
 
 # Values of small configs, by the name of the key; a key that a family does not have is skipped.
@@ -171,7 +173,7 @@ OWN: dict[str, dict[str, Any]] = {
         "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 8},
     },
     "esmc": {"num_key_value_heads": HEADS},
-    "neomme": {"head_dim": 16, "text_config": {"head_dim": 16}},
+    "neomme": {"head_dim": 16},
     "distilbert": {"dim": WIDTH, "hidden_dim": 64},
     "luke": {"entity_vocab_size": 16, "entity_emb_size": WIDTH},
     "funnel": {"block_sizes": [LAYERS, LAYERS], "d_head": 8, "d_inner": 64},

@@ -71,7 +71,10 @@ def page(results: Results) -> str:
     remarks = "".join(f"- {family}: {remark}\n" for family, remark in REMARKS.items())
     parts.append(f"## Why\nWhat is behind some of the messages.\n\n{remarks}")
     return "\n".join(
-        [*parts, f"## Not walked\nThese cannot be built from a config alone, or generate no text.\n\n{left_out}"]
+        [
+            *parts,
+            f"## Not walked\nThese cannot be built from a config alone, generate no text, or do not read tokens.\n\n{left_out}",
+        ]
     )
 
 

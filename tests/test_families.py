@@ -216,6 +216,8 @@ def test_queries_of_a_row_that_the_model_pads_itself_are_refused() -> None:
 def test_speed_is_measured_on_tokens_that_are_no_padding() -> None:
     model = families.model("funnel", AutoModelForMaskedLM)  # a warning about padding without a mask fails on it
     assert latency_ms(model, 8, repeats=1) > 0
+    model = families.model("llama", pad_token_id=None)
+    assert latency_ms(model, 8, repeats=1) > 0
 
 
 def test_attention_sinks_are_not_truncated() -> None:

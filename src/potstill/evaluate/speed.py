@@ -123,7 +123,9 @@ def _ids(model: Any, rows: int, length: int) -> Tensor:
     vocabulary = model.get_input_embeddings().weight.shape[0]  # configs of several models have no vocab_size
     ids = torch.arange(rows * length, device=device) % vocabulary
     padding = getattr(model.config, "pad_token_id", None)
-    return ids.where(ids != padding, (ids + 1) % vocabulary).view(rows, length)
+    if padding is not None:
+        ids = ids.where(ids != padding, (ids + 1) % vocabulary)
+    return ids.view(rows, length)
 
 
 def _awaited(action: Callable[[], Any], device: torch.device) -> Callable[[], None]:
