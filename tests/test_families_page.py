@@ -51,7 +51,7 @@ def test_each_no_has_its_message(task: Task) -> None:
             if names.startswith("all but "):
                 listed = sorted({*rows} - {*listed})
             assert several(tuple(listed), rows) == names
-            explained |= {(family, of_title[title]) for title in titles.split(", ") for family in listed}
+            explained |= {(family, of_title[title]) for title in titles.strip().split(", ") for family in listed}
     assert explained == {(family, step) for family, row in rows.items() for step in row if row[step] == "no"}
 
 
