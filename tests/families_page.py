@@ -70,12 +70,8 @@ def page(results: Results) -> str:
     left_out = "".join(f"- {family}: {reason}\n" for family, reason in sorted(families.NOT_SMALL.items()))
     remarks = "".join(f"- {family}: {remark}\n" for family, remark in REMARKS.items())
     parts.append(f"## Why\nWhat is behind some of the messages.\n\n{remarks}")
-    return "\n".join(
-        [
-            *parts,
-            f"## Not walked\nThese cannot be built from a config alone, generate no text, or do not read tokens.\n\n{left_out}",
-        ]
-    )
+    why = "These cannot be built from a config alone, generate no text, or do not read tokens."
+    return "\n".join([*parts, f"## Not walked\n{why}\n\n{left_out}"])
 
 
 def table(task: Task, rows: Marks) -> str:
