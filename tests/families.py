@@ -5,32 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, set_seed
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, set_seed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-CAUSAL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-MASKED = sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-SEQUENCE = sorted(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+from potstill.losses.alignment import Task
+
+CLASSES: dict[Task, dict[str, str]] = {  # task -> family -> class
+    "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "regression": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
 LAYERS, HEADS, WIDTH, VOCABULARY = 2, 4, 32, 128
 
-# Families without a small config: no text model, or transformers' own defaults do not fit together.
+# Families that are not walked.
 NOT_SMALL = {
-    "blt": "96M parameters of hash embeddings",
-    "cohere_compass_text": "no rotary parameters in the default config",
-    "dbrx": "its default config has no rope_theta",
-    "dots3_note": "per-layer fields of 46 layers",
-    "falcon_h1": "no check of its sizes passes",
+    "blt": "transformers cannot generate text with it: its config has no num_hidden_layers",
+    "canine": "refused when it is loaded: it has no embedding for each token",
     "gemma3n": "needs timm",
     "gemma4_assistant": "drafts for another model",
     "gemma4_unified_assistant": "drafts for another model",
+    "layoutlmv2": "needs detectron2",
     "musicgen": "makes audio",
     "musicgen_melody": "makes audio",
-    "phi4_multimodal": "6M parameters of vision and audio",
-    "xlstm": "reads only multiples of 64 tokens in this mode",
+    "perceiver": "refused when it is loaded: it has no embedding for each token",
 }
 
 # Values of small configs, by the name of the key; a key that a family does not have is skipped.
@@ -66,6 +68,11 @@ SMALL: dict[str, Any] = {
 }
 
 
+def walked(task: Task) -> list[str]:
+    """List the families of a task that have a small config."""
+    return sorted({*CLASSES[task]} - {*NOT_SMALL})
+
+
 def small(family: str) -> PretrainedConfig:
     """Make a small config of a family."""
     return _small(CONFIG_MAPPING[family], OWN.get(family, {}))
@@ -73,14 +80,15 @@ def small(family: str) -> PretrainedConfig:
 
 def _small(cls: Any, own: dict[str, Any]) -> Any:
     values = cls().to_dict()
+    parts = getattr(cls, "sub_configs", None) or {}
     changed = {key: value for key, value in SMALL.items() if key in values}
-    for key, sub in (getattr(cls, "sub_configs", None) or {}).items():
+    for key, sub in parts.items():
         if isinstance(values.get(key), dict):
             kind = CONFIG_MAPPING[values[key]["model_type"]] if values[key].get("model_type") in CONFIG_MAPPING else sub
             changed[key] = _small(kind, own.get(key, {})).to_dict()
     if "kv_lora_rank" in values:
         changed["num_key_value_heads"] = HEADS  # latent attention has a key for each head
-    return cls(**changed | {key: value for key, value in own.items() if not isinstance(value, dict)})
+    return cls(**changed | {key: value for key, value in own.items() if key not in parts})
 
 
 # What a family needs besides.
@@ -125,7 +133,17 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": QWEN4,
     "qwen4_exp": {"text_config": QWEN4},
     "dots3_note_text": {"per_layer_config": None},
-    "xlstm": {"embedding_dim": WIDTH, "num_blocks": LAYERS, "mode": "train", "return_last_states": False},
+    "dots3_note": {
+        "text_config": {"per_layer_config": {}, "layer_types": ["indexed_attention"] * LAYERS},
+        "vision_config": {
+            "per_layer_config": {},
+            "mlp_layer_types": ["dense"] * LAYERS,
+            "adapter_in_dim": WIDTH,
+            "adapter_out_dim": WIDTH,
+        },
+        "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+    },
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_blocks": LAYERS},  # heads of multiples of 16
     "gemma3n_text": {
         "num_kv_shared_layers": 0,
         "intermediate_size": 64,
@@ -144,6 +162,40 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "zaya": {"num_experts_per_tok": 1},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": 125, "<|extra_200|>": 126, "<|visual token 000000|>": 127},
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 8},
+    },
+    "esmc": {"num_key_value_heads": HEADS},
+    "neomme": {"head_dim": 16},
+    "distilbert": {"dim": WIDTH, "hidden_dim": 64},
+    "luke": {"entity_vocab_size": 16, "entity_emb_size": WIDTH},
+    "funnel": {"block_sizes": [LAYERS, LAYERS], "d_head": 8, "d_inner": 64},
+    "perceiver": {"d_latents": WIDTH, "num_latents": 8, "qk_channels": WIDTH, "v_channels": WIDTH},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 32},
+    },
+    "phi4_multimodal": {
+        "vision_config": {"image_size": 28, "crop_size": 28, "image_token_id": 126},
+        "audio_config": {
+            "hidden_size": WIDTH,
+            "ext_pw_out_channel": WIDTH,
+            "depthwise_separable_out_channel": WIDTH,
+            "nemo_conv_channels": 8,
+            "nemo_final_size": 2,
+            "num_blocks": 1,
+            "input_size": 16,
+            "audio_token_id": 127,
+        },
+    },
 }
 
 
@@ -154,6 +206,3 @@ def model(family: str, auto: Any = AutoModelForCausalLM, seed: int = 0, **fields
     for name, value in fields.items():
         setattr(config, name, value)
     return auto.from_config(config, dtype=torch.float32).eval()
-
-
-__all__ = ["CAUSAL", "MASKED", "AutoModelForMaskedLM", "model", "small"]

@@ -157,7 +157,7 @@ def test_unknown_architectures_are_refused() -> None:
     for needs in (ActivationRequest(attentions=frozenset({1})), ActivationRequest(vectors=frozenset({1}))):
         with pytest.raises(ModelError, match=r"projections called q_proj/k_proj/v_proj.*in layer 1, got none"):
             captured(model, needs)
-    with pytest.raises(ModelError, match=r"transformers to look into"):
+    with pytest.raises(ModelError, match="expected a decoder or an encoder of transformers"):
         ActivationCapture(nn.Linear(2, 2))
     broken = make_llama()
     broken.model.layers = nn.ModuleList([broken.model.layers[0]])

@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 import families
 from conftest import make_batch
 from potstill import Distiller, ForwardKL, Hidden, Logits, Relations
 from potstill.errors import ModelError
+from potstill.evaluate.speed import latency_ms
 from potstill.models.budget import Budget
 from potstill.models.capture import ActivationCapture
-from potstill.models.design import design, student_config
+from potstill.models.design import ShapeSearch, design, student_config
 from potstill.models.heads import max_positions
 from potstill.models.initialize import plan_initialization, random_student
 from potstill.models.loading import load_model
@@ -185,6 +193,51 @@ def test_an_unknown_number_of_positions_is_no_limit(unknown: int | None) -> None
     config.max_position_embeddings = unknown
     assert position_limit(config) is None
     assert max_positions(families.model("bloom")) is None
+
+
+def test_an_architectures_own_error_names_the_family() -> None:
+    config = student_config(families.small("rwkv"), {"num_hidden_layers": 1}, 100)
+    with pytest.raises(ModelError, match=r"a model of the family rwkv can have, got: .*\. Change student.design"):
+        build(config)
+
+
+def test_attention_windows_are_those_of_the_layers() -> None:
+    teacher = families.small("longformer")
+    teacher.attention_window = [4, 8]
+    assert student_config(teacher, {"num_hidden_layers": 1}, 100).attention_window == [4]
+
+
+def test_queries_of_a_row_that_the_model_pads_itself_are_refused() -> None:
+    student, teacher = (families.model("longformer", AutoModelForMaskedLM, seed) for seed in (0, 1))
+    with pytest.raises(ModelError, match="LongformerForMaskedLM: expected queries of shape"):
+        Distiller(student, teacher, [Logits(ForwardKL()), Relations(heads=2)], task="masked")
+
+
+def test_speed_is_measured_on_tokens_that_are_no_padding() -> None:
+    model = families.model("funnel", AutoModelForMaskedLM)  # a warning about padding without a mask fails on it
+    assert latency_ms(model, 8, repeats=1) > 0
+    model = families.model("llama", pad_token_id=None)
+    assert latency_ms(model, 8, repeats=1) > 0
+
+
+def test_attention_sinks_are_not_truncated() -> None:
+    teacher = families.model("granite_swa")
+    config = student_config(teacher.config, {"num_attention_heads": 2}, families.VOCABULARY)
+    with pytest.raises(ModelError, match="got GraniteSWAForCausalLM, whose layers have other parts"):
+        plan_initialization(teacher, config, "truncate", calibration=list)
+
+
+def test_a_second_name_of_the_depth_follows_it() -> None:
+    assert student_config(families.small("xlstm"), {"num_hidden_layers": 1}, 100).num_blocks == 1
+
+
+@pytest.mark.parametrize("family", ["dbrx", "mimo_v2_flash"])
+def test_heads_that_are_not_the_same_everywhere_stay(family: str) -> None:
+    teacher = families.small(family)
+    best = ShapeSearch(teacher, "balanced", teacher.vocab_size).best(count_parameters(teacher) * 2 // 3)
+    student = design(teacher, best.parameters)
+    assert (student.num_attention_heads, student.hidden_size < teacher.hidden_size) == (4, True)
+    build(student)(input_ids=rows()["input_ids"])
 
 
 def test_sizes_that_differ_by_layer_are_kept() -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertLMHeadModel,
     LlamaForCausalLM,
@@ -88,7 +89,7 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted({*families.CAUSAL} - {*families.NOT_SMALL}))
+@pytest.mark.parametrize("family", families.walked("causal"))
 def test_every_family_is_probed(family: str) -> None:
     model = families.model(family)
     if family in NOT_CAUSAL:
@@ -136,11 +137,24 @@ def test_decoders_are_causal_in_any_precision(family: str, dtype: torch.dtype) -
 
 
 def test_models_that_read_padding_are_noted(tmp_path: Path) -> None:
-    families.model("fnet", AutoModelForMaskedLM).save_pretrained(tmp_path / "fnet")
-    (note,) = loading_notes(load_model(str(tmp_path / "fnet"), "teacher.model", "float32", "masked"))
-    assert note.startswith("teacher.model: FNetForMaskedLM reads padding as text")
-    families.model("bert", AutoModelForMaskedLM).save_pretrained(tmp_path / "bert")
-    assert loading_notes(load_model(str(tmp_path / "bert"), "teacher.model", "float32", "masked")) == ()
+    for family, auto, task, reads in (
+        ("fnet", AutoModelForMaskedLM, "masked", "FNetForMaskedLM"),
+        ("funnel", AutoModelForMaskedLM, "masked", "FunnelForMaskedLM"),
+        ("convbert", AutoModelForSequenceClassification, "classification", "ConvBertForSequenceClassification"),
+        ("bert", AutoModelForMaskedLM, "masked", ""),
+        ("bert", AutoModelForSequenceClassification, "classification", ""),
+    ):
+        families.model(family, auto).save_pretrained(tmp_path / family)
+        notes = loading_notes(load_model(str(tmp_path / family), "teacher.model", "float32", task))
+        assert [note[: note.index(" as text")] for note in notes] == [f"teacher.model: {reads} reads padding"] * bool(
+            reads
+        )
+
+
+def test_a_model_without_token_embeddings_is_refused(tmp_path: Path) -> None:
+    families.model("perceiver", AutoModelForMaskedLM).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="embedding for each token, got PerceiverForMaskedLM, which has none"):
+        load_model(str(tmp_path), "teacher.model", "float32", "masked")
 
 
 def test_the_distiller_refuses_an_encoder() -> None:

@@ -1,16 +1,22 @@
-"""Walk a family of transformers through everything that Potstill does with a model, and write the page of families.
+"""Walk a family of transformers through everything that Potstill does with a model.
 
-A result is `yes`, or the message with which the family is refused. Any other error is a fault.
+The result of a step is `yes`, or the message with which the family is refused. Any other error is a fault, and so is a
+message that does not name the family or its class.
 """
 
 from __future__ import annotations
 
+import copy
+import gc
 import io
 import json
 import re
+import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import cached_property, partial
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +32,14 @@ from transformers import (
 
 import families
 from potstill.data.sources import Source
-from potstill.errors import ModelError, PotstillError
+from potstill.errors import ModelError, PotstillError, RunError
 from potstill.losses.alignment import Task
 from potstill.losses.divergences import ForwardKL
-from potstill.models.design import ShapeSearch, design
+from potstill.models.design import ShapeSearch, SizedShape, design
 from potstill.models.heads import max_positions
 from potstill.models.integrity import padding_notes
-from potstill.models.loading import load_config, load_model, vocabulary_size
-from potstill.models.shapes import text_config
+from potstill.models.loading import load_config, load_model
+from potstill.models.shapes import config_fields, text_config
 from potstill.models.size import build, count_parameters, language_model_class, size_of
 from potstill.models.split import evaluation_mode
 from potstill.runs.build import build_run
@@ -54,6 +60,12 @@ AUTO: dict[Task, Any] = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
 }
+FIELDS: dict[Task, Any] = {
+    "masked": {"is_decoder": False},
+    # Default names of two labels are not saved.
+    "classification": {"id2label": {0: "plain", 1: "odd"}, "label2id": {"plain": 0, "odd": 1}},
+    "regression": {"id2label": {0: "score"}, "label2id": {"score": 0}},
+}
 TERMS = {
     "hidden": Hidden(),
     "similarity": Similarity(),
@@ -62,6 +74,7 @@ TERMS = {
     "deep_supervision": DeepSupervision(layers=(0,)),
 }
 STARTS = ("copy", "truncate", "prune")
+SECONDS = 0.3  # for measurements: one pass of each would do
 TOKENS_ONLY = ("deep_supervision",)
 TEXTS = [
     f"Row {i}: the {word} reads {i * i} lines and writes some." for i, word in enumerate(("owl", "fox", "cat", "yak"))
@@ -91,10 +104,12 @@ class Walk:
 
     def steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
         yield "loss", self.loss
-        yield "positions", self.positions
         yield "check", self.check
         yield "run", self.run
         yield "evaluate", self.evaluate
+        if self.task == "regression":
+            return  # all else is as for classification
+        yield "positions", self.positions
         yield "design", self.design
         for start in STARTS:
             yield f"start {start}", partial(self.start, start)
@@ -109,9 +124,8 @@ class Walk:
         tokenizer, folders = make_tokenizer(), {}
         for seed, name in enumerate(("teacher", "student")):
             folders[name] = str(self.folder / name)
-            labels = {"classification": {"num_labels": 2}, "regression": {"num_labels": 1}}.get(self.task, {})
             auto = AUTO.get(self.task) or language_model_class(families.small(self.family))
-            families.model(self.family, auto, seed, **labels).save_pretrained(folders[name])
+            families.model(self.family, auto, seed, **FIELDS.get(self.task, {})).save_pretrained(folders[name])
             tokenizer.save_pretrained(folders[name])
         for name, rows in (("train", 2 * TEXTS), ("eval", [text.upper() for text in TEXTS])):
             lines = [{"text": text} | self.label(i) for i, text in enumerate(rows)]
@@ -122,8 +136,12 @@ class Walk:
         of_task: dict[str, Any] = {"classification": row % 2, "regression": row / 4}
         return {"label": of_task[self.task]} if self.task in of_task else {}
 
-    def loaded(self, name: str) -> Any:
+    @cache  # noqa: B019 (a walk is short)
+    def _loaded(self, name: str) -> Any:
         return load_model(self.models[name], name, "float32", self.task)
+
+    def loaded(self, name: str) -> Any:
+        return copy.deepcopy(self._loaded(name))
 
     def recipe(self, **values: Any) -> Recipe:
         first = "values" if self.task == "regression" else "logits"
@@ -141,7 +159,7 @@ class Walk:
                 },
                 "objective": objective,
                 "train": {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1},
-                "evaluate": {"baseline": False} | ({"continuations": 1} if self.task == "causal" else {}),
+                "evaluate": {"time_limit": SECONDS} | ({"continuations": 1} if self.task == "causal" else {}),
                 "output": str(self.folder / "run"),
             }
             | values
@@ -208,19 +226,19 @@ class Walk:
         run(self.recipe(), console=Console(file=io.StringIO()))
 
     def evaluate(self) -> None:
-        options = EvaluationOptions(batch_sizes=(1,), lengths=(16,))
+        options = EvaluationOptions(lengths=(16,), time_limit=SECONDS)
         source = Source(self.folder / "eval.jsonl")
         evaluate(self.models["student"], self.models["teacher"], source, max_length=48, options=options, task=self.task)
 
-    def budget(self, vocabulary: int) -> int:
-        """The number of parameters of the family's student that is nearest to two thirds of the teacher."""
-        teacher = load_config(self.models["teacher"], "teacher")
-        search = ShapeSearch(teacher, "balanced", vocabulary)
-        return search.best(count_parameters(search.teacher) * 2 // 3).parameters
+    @cached_property
+    def smaller(self) -> SizedShape:
+        """The shape of the family's student that is nearest to two thirds of the teacher."""
+        search = ShapeSearch(load_config(self.models["teacher"], "teacher"), "balanced", families.VOCABULARY)
+        return search.best(count_parameters(search.teacher) * 2 // 3)
 
     def design(self) -> None:
         teacher = load_config(self.models["teacher"], "teacher")
-        student = design(teacher, self.budget(teacher.get_text_config(decoder=True).vocab_size))
+        student = design(teacher, self.smaller.parameters)
         model = build(student).eval()
         assert sum(p.numel() for p in model.parameters()) == count_parameters(student) < count_parameters(teacher)
         batch = self.batch()
@@ -235,7 +253,7 @@ class Walk:
             alike = len({*(getattr(text, "layer_types", None) or [""])}) == 1
             design: dict[str, Any] = {name: max(1, text.num_hidden_layers - alike)}
         else:
-            design = {"params": self.budget(vocabulary_size(make_tokenizer()))}
+            design = config_fields(self.smaller.shape, text_config(teacher))
         built = build_run(self.recipe(student={"design": design, "initialize": method}))
         batch = self.batch()
         built.new_student()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -248,95 +266,75 @@ class Walk:
         loss.backward()
 
 
-def walk(family: str, task: Task, folder: Path, skip: Collection[str] = ()) -> dict[str, str]:
-    """Walk one family through all steps; a fault is `FAULT`, its type and its message."""
-    results: dict[str, str] = {}
+@dataclass(frozen=True)
+class Result:
+    """What became of one step of one family."""
+
+    task: Task
+    family: str
+    step: str
+    text: str
+    seconds: float  # of the processor
+
+    @property
+    def mark(self) -> str:
+        return YES if self.text == YES else "fault" if self.text.startswith("FAULT") else "no"
+
+
+Families = dict[str, dict[str, Result]]  # family -> step -> result
+
+
+class Results:
+    """Results of steps, kept in a file of JSON lines: a walk that was stopped goes on where it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, result: Result) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(result)) + "\n")
+
+    def of(self, task: Task) -> Families:
+        """The last result of each step."""
+        rows: Families = defaultdict(dict)
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                result = Result(**json.loads(line))
+                if result.task == task:
+                    rows[result.family][result.step] = result
+        return dict(rows)
+
+
+def walk(family: str, task: Task, folder: Path, results: Results) -> dict[str, Result]:
+    """Walk one family through the steps that have no result yet."""
+    known = results.of(task).get(family, {})
     steps = Walk(family, task, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, step in steps.steps():
-            if name not in skip:
-                results[name] = outcome(step)
-    return results
+            if name not in known:
+                start = time.process_time()
+                gc.freeze()  # a run collects garbage a dozen times: it need not look through all that was imported
+                text = outcome(step)
+                if text != YES and not text.startswith("FAULT") and not names_family(text, family, task):
+                    text = f"FAULT the message does not name {family}: {text}"
+                known[name] = Result(task, family, name, text, round(time.process_time() - start, 2))
+                results.add(known[name])
+    return known
 
 
 def outcome(step: Callable[[], None]) -> str:
     try:
         step()
     except PotstillError as error:
-        return str(error)
+        untold = isinstance(error.__cause__, Exception) and isinstance(error, RunError)  # a fault that a rehearsal met
+        return "FAULT " * untold + " ".join(str(error).split())
     except Exception as error:
         return f"FAULT {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return YES
 
 
-STEPS = {
-    "loss": "loss",
-    "run": "run",
-    "design": "design",
-    "start copy": "copy",
-    **{f"term {name}": name for name in TERMS},
-}
-INTRO = """# Families of models
-Each family of transformers was walked with a small model of random weights. The steps are the loss of a padded batch
-against that of one row at a time (loss), two training steps with the measurements and the report behind them (run), a
-smaller design of the family that is built and run (design), a student of copied layers (copy), and each term over
-layers. `yes` works. `no` is refused, before anything is trained, with one of the messages below the table. A blank was
-not tried.
-
-`truncate` and `prune` need to know each matrix of a layer: they are for Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3,
-GPT-2, BERT and DistilBERT. The student of a model that also reads images or sound is its text part.
-"""
-TITLES = {
-    "causal": "Causal language models",
-    "masked": "Masked language models",
-}
-Rows = Mapping[str, Mapping[str, str]]  # family -> step -> result
-
-
-def table(rows: Rows) -> str:
-    """Write the table of one task."""
-    lines = [f"| family | {' | '.join(STEPS.values())} |", "|---" * (len(STEPS) + 1) + "|"]
-    for family, results in sorted(rows.items()):
-        marks = [mark(results[step]) if step in results else "" for step in STEPS]
-        lines.append(f"| {family} | {' | '.join(marks)} |")
-    return "\n".join(lines) + "\n"
-
-
-def mark(result: str) -> str:
-    return YES if result == YES else "no" if not result.startswith("FAULT") else "fault"
-
-
-def read_table(text: str) -> dict[str, dict[str, str]]:
-    """Read a table again, with marks as results."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
-    return {family: {step: x for step, x in zip(STEPS, marks, strict=True) if x} for family, *marks in rows}
-
-
-def refusals(rows: Rows) -> str:
-    """List the messages of a task, each with the steps and families that it is for."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for family, results in sorted(rows.items()):
-        for step, result in results.items():
-            if step in STEPS and mark(result) == "no":
-                message = re.sub(r"\b[A-Z]\w+(?:For[A-Z]\w+|LMHead\w*|Decoder)\b", "MODEL", result)
-                message = re.sub(r"(?:objective\.\d+|teacher(?:\.model)?|student): ", "", message, count=1)
-                message = re.sub(r"\[[\d, ]+\]|\d+", "N", message).replace(family, "FAMILY")
-                groups.setdefault(re.sub(r"got (?!MODEL).*? \(N\).*", "got others.", message), []).append(
-                    (family, step)
-                )
-    lines = []
-    for message, places in sorted(groups.items()):
-        names = ", ".join(dict.fromkeys(family for family, _ in places))
-        steps = ", ".join(dict.fromkeys(STEPS[step] for _, step in places))
-        lines.append(f"- {steps} ({names}): `{message}`")
-    return "\n".join(lines) + "\n"
-
-
-def page(tasks: Mapping[str, Rows]) -> str:
-    """Write the page of families from the results of each task."""
-    parts = [INTRO]
-    for task, rows in tasks.items():
-        parts += [f"## {TITLES[task]}\n{table(rows)}", f"Messages:\n{refusals(rows)}"]
-    left_out = "\n".join(f"- {family}: {reason}" for family, reason in sorted(families.NOT_SMALL.items()))
-    return "\n".join([*parts, f"## Not walked\nThere is no small model of these.\n\n{left_out}\n"])
+def names_family(message: str, family: str, task: Task) -> bool:
+    """Whether a message has the family's name, as in `GptOssForCausalLM` for gpt_oss, or its class."""
+    short, long = (re.sub(r"[\W_]", "", text).lower() for text in (family.removesuffix("_text"), message))
+    return short in long or families.CLASSES[task][family] in message

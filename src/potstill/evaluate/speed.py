@@ -118,10 +118,14 @@ def _kernel_bytes(name: str) -> int:
 
 
 def _ids(model: Any, rows: int, length: int) -> Tensor:
-    """Arbitrary tokens for a model, which is put into evaluation mode."""
+    """Arbitrary tokens for a model, which is put into evaluation mode; none of padding, as there is no mask for it."""
     device = next(model.eval().parameters()).device
     vocabulary = model.get_input_embeddings().weight.shape[0]  # configs of several models have no vocab_size
-    return (torch.arange(rows * length, device=device) % vocabulary).view(rows, length)
+    ids = torch.arange(rows * length, device=device) % vocabulary
+    padding = getattr(model.config, "pad_token_id", None)
+    if padding is not None:
+        ids = ids.where(ids != padding, (ids + 1) % vocabulary)
+    return ids.view(rows, length)
 
 
 def _awaited(action: Callable[[], Any], device: torch.device) -> Callable[[], None]:

@@ -114,12 +114,18 @@ class ActivationCapture:
             self._routers = {i: names for i, names in routers.items() if names}
         with undisturbed(self.model):
             _, activations = self.capture(request, partial(run, self.model, probe_batch(self.model)))
+        vectors = {layer: vectors.queries for layer, vectors in activations.last(3).vectors.items()}
         for kind, tensors in (
             ("attention maps", activations.attentions),
             ("hidden states", activations.last(3).hidden),
+            ("queries", vectors),
         ):
             for layer, tensor in tensors.items():
-                expected = (2, tensor.shape[1], 3, 3) if kind == "attention maps" else (2, 3, self.shape.width)
+                expected = {
+                    "attention maps": (2, tensor.shape[1], 3, 3),
+                    "hidden states": (2, 3, self.shape.width),
+                    "queries": (2, 3, tensor.shape[-1]),
+                }[kind]
                 if tensor.shape != expected:
                     raise ModelError(
                         f"{self._name}: expected {kind} of shape {list(expected)} from layer {layer} for 2 x 3 "
@@ -154,8 +160,8 @@ class ActivationCapture:
             parts = output if isinstance(output, tuple | list) else [output]
             if len(parts) <= place or not isinstance(parts[place], Tensor):
                 raise ModelError(
-                    f"{self._name}: expected {name} from layer {layer}, got none. "
-                    "The layer did not run, or this architecture does not give it."
+                    f"{self._name}: expected {name} from layer {layer}, got none. Leave out terms that need it: this "
+                    "architecture does not give it, or the layer did not run."
                 )
             return parts[place]
 

@@ -48,7 +48,7 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
             raise ModelError(
                 f"student.design: expected a field of the teacher's {type(teacher).__name__}, got {name}.{hint}"
             )
-    computed = _computed(teacher) if hidden in changes else []
+    computed = _computed(teacher) if {hidden, layers} & {*changes} else []
     values = {name: value for name, value in known.items() if name not in computed}
     values |= {"vocab_size": vocabulary} | {name: value for name, value in changes.items() if name in known}
     if heads in changes and "num_key_value_heads" in known and "num_key_value_heads" not in changes:
@@ -62,7 +62,7 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
     try:
         student: PretrainedConfig = type(teacher).from_dict(values)  # its constructor checks that fields fit together
     except Exception as error:
-        raise invalid_config(error) from None
+        raise invalid_config(teacher.model_type, error) from None
     if attention_layers(teacher) and not attention_layers(student):
         raise ModelError(
             f"student.design: expected a layer with attention, got the first {student.num_hidden_layers} of "
@@ -108,7 +108,7 @@ def layer_fields(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, A
 
 
 def _by_layer(name: str) -> bool:
-    return any(part in name for part in ("layer", "block", "pattern", "intermediate_size", "heads"))
+    return any(part in name for part in ("layer", "block", "pattern", "intermediate_size", "heads", "window"))
 
 
 def design(

@@ -231,7 +231,8 @@ def _select_outside(
             value = by_layer.index_select(axis, torch.tensor(parts.layers)).flatten(axis, axis + 1)
         else:
             raise ModelError(
-                f"student.initialize: expected {name} to differ from the teacher's in hidden channels or tokens alone, "
-                f"got {list(target.shape)} beside {list(value.shape)}. Change that field of student.design back."
+                f"student.initialize: expected {name} of {student.model_type} to differ from the teacher's in hidden "
+                f"channels or tokens alone, got {list(target.shape)} beside {list(value.shape)}. Change that field of "
+                "student.design back."
             )
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -79,6 +80,18 @@ def check_shapes(
         )
 
 
+def check_embeddings(model: Any, key: str) -> None:
+    """Refuse a model that does not embed tokens, as Perceiver, whose logits are of all positions that it could read."""
+    embeddings = None
+    with suppress(NotImplementedError):  # CANINE hashes characters
+        embeddings = model.get_input_embeddings()
+    if not isinstance(embeddings, torch.nn.Module):
+        raise ModelError(
+            f"{key}: expected a model with an embedding for each token, got {type(model).__name__}, which has none. "
+            "Name a model of another family."
+        )
+
+
 def check_causal(model: Any, key: str) -> None:
     """Check that later tokens do not change earlier logits, on two rows of a few tokens, nor that there are any.
 
@@ -117,12 +130,12 @@ def check_causal(model: Any, key: str) -> None:
 
 
 def padding_notes(model: Any, key: str) -> tuple[str, ...]:
-    """Describe a masked language model whose logits depend on the padding behind a row, as FNet's do."""
+    """Describe an encoder whose logits depend on the padding behind a row: FNet mixes all tokens, Funnel pools them."""
     try:
         embeddings = model.get_input_embeddings().weight
-        padded = torch.arange(11, 11 + PROBE_TOKENS, device=embeddings.device)[None] % len(embeddings)
-        mask = (torch.arange(PROBE_TOKENS, device=padded.device) < PROBE_TOKENS // 2).long()[None]
-        row = padded[:, : PROBE_TOKENS // 2]
+        padded = torch.arange(11, 11 + 2 * PROBE_TOKENS, device=embeddings.device)[None] % len(embeddings)
+        mask = (torch.arange(2 * PROBE_TOKENS, device=padded.device) <= PROBE_TOKENS).long()[None]
+        row = padded[:, : PROBE_TOKENS + 1]
         with undisturbed(model):
             alone = run(model, {"input_ids": row, "attention_mask": torch.ones_like(row)}).logits
             logits = run(model, {"input_ids": padded, "attention_mask": mask}).logits[:, : row.shape[1]]

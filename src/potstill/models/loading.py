@@ -21,7 +21,7 @@ from potstill.errors import ModelError
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import TOKENIZERS, unreadable
-from potstill.models.integrity import check_causal, check_shapes, check_weights, padding_notes
+from potstill.models.integrity import check_causal, check_embeddings, check_shapes, check_weights, padding_notes
 from potstill.models.locate import ModelLocation, locate, require_package
 from potstill.models.precision import saved_dtype
 from potstill.models.size import language_model_class
@@ -149,9 +149,10 @@ def _load_base(
     names = {"key": key, "name": name, "kind": kind}
     check_shapes(info["mismatched_keys"], **names)
     setattr(model, NOTES, check_weights(model, missing, info["unexpected_keys"], **names, may_miss=may_miss))
+    check_embeddings(model, key)
     if task == "causal":
         check_causal(model, key)
-    if task == "masked":
+    if task in ("masked", *SEQUENCE_TASKS):
         setattr(model, NOTES, (*loading_notes(model), *padding_notes(model, key)))
     model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
     model.config.dtype = saved_dtype(name) or model.dtype  # the same

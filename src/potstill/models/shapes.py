@@ -20,6 +20,8 @@ FFN_FIELDS = (
     *("shared_intermediate_size", "intermediate_size_mlp", "hidden_dim"),
 )
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Families with other heads in layers with a sliding window, and DBRX, which keeps the number of keys elsewhere.
+FIXED_HEADS = {"mimo_v2_flash", "inkling_text", "inkling2_text", "dbrx"}
 ACTIVE_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
 
 
@@ -114,8 +116,7 @@ def design_shape(config: PretrainedConfig) -> DesignShape:
         )
     ffn = next(iter(ffn_widths(text).values()), 0)
     of_heads = [{*_numbers(text, name)} for name in ("num_attention_heads", "num_key_value_heads", "head_dim")]
-    differ = "swa_num_attention_heads" in text.to_dict()  # MiMo has others in layers with a sliding window
-    if of_heads[0] == {0} or differ or any(len(sizes) > 1 for sizes in of_heads):
+    if of_heads[0] == {0} or text.model_type in FIXED_HEADS or any(len(sizes) > 1 for sizes in of_heads):
         return DesignShape(layers, hidden, 0, 0, 0, ffn)
     return DesignShape(layers, hidden, _number(text, "num_attention_heads"), kv_heads(text), head_size(text), ffn)
 

@@ -66,7 +66,7 @@ def build(config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
         with torch.device(device):
             return auto_class.from_config(config, dtype=torch.float32)
     except Exception as error:
-        raise invalid_config(error) from None
+        raise invalid_config(config.model_type, error) from None
 
 
 def language_model_class(config: PretrainedConfig) -> Any:
@@ -80,11 +80,14 @@ def language_model_class(config: PretrainedConfig) -> Any:
     return auto.AutoModelForImageTextToText if reads_images and not complete else auto.AutoModelForCausalLM
 
 
-def invalid_config(error: Exception) -> ModelError:
+def invalid_config(family: str, error: Exception) -> ModelError:
     """Turn an architecture's own error about sizes that do not fit together into one line."""
     line = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()  # libraries put the reason last
-    line = line if len(line) <= 300 else line[:300] + "..."
-    return ModelError(f"student.design: expected a shape that a model can have, got: {line}")
+    line = line.removesuffix(".") if len(line) <= 300 else line[:300] + "..."
+    return ModelError(
+        f"student.design: expected a shape that a model of the family {family} can have, got: {line}. Change "
+        "student.design, or name a student with student.model."
+    )
 
 
 def is_encoder(config: PretrainedConfig) -> bool:

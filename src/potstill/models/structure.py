@@ -46,12 +46,18 @@ def find_layers(model: nn.Module) -> str:
     """Find the path of the list of layers of a decoder or encoder of transformers."""
     name, config = type(model).__name__, getattr(model, "config", None)
     if config is None or config.is_encoder_decoder:
-        raise ModelError(f"{name}: expected a decoder or an encoder of transformers to look into, got none.")
+        raise ModelError(
+            f"{name}: expected a decoder or an encoder of transformers, whose layers can be compared, got another "
+            "model. Leave out terms over layers."
+        )
     lists = layer_lists(model)
     if not lists:
         depth = num_layers(text_config(config))
         lengths = [f"{path} ({len(x)})" for path, x in model.named_modules() if isinstance(x, nn.ModuleList)]
-        raise ModelError(f"{name}: expected a list of its {depth} layers, got {', '.join(lengths) or 'none'}.")
+        raise ModelError(
+            f"{name}: expected a list of its {depth} layers, got {', '.join(lengths[:4]) or 'none'}. Leave out terms "
+            "over layers: they are not known for this architecture."
+        )
     return lists[0][0]
 
 
@@ -113,7 +119,7 @@ def find_final_norm(model: Any, layers: str) -> str:
             return path
     raise ModelError(
         f"{name}: expected one norm between its last layer and its head, got more. Its earlier layers cannot be read "
-        "through its head."
+        "through its head: leave out the term."
     )
 
 
@@ -236,6 +242,8 @@ def _fits(layer: nn.Module, matrices: LayerMatrices, shape: DesignShape) -> bool
     for name, parameter in layer.named_parameters():
         path = name.rpartition(".")[0]
         per_head = path.startswith(f"{attention}.")  # a norm over all heads at once cannot be pruned
+        if path == attention:  # a number for each head, as attention sinks are
+            return False
         if path not in sizes and (parameter.ndim != 1 or (per_head and len(parameter) != shape.head_size)):
             return False
     return True
