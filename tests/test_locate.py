@@ -17,7 +17,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import BertConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from conftest import make_llama, make_tokenizer
 from potstill.embedding.encoders import load_embedder
@@ -120,6 +120,7 @@ def mlx(folder: Path) -> None:
         (replaced("model.onnx"), "an ONNX export. Name the model that it was made from."),
         (replaced("model.tflite"), "a TFLite export. Name the model that it was made from."),
         (replaced("tf_model.h5"), "weights of TensorFlow. Convert them with transformers 4"),
+        (replaced("model-Q4.gguf"), "no safetensors, but a GGUF file. Name .*model-Q4.gguf"),
         (replaced("notes.txt"), "no file of weights. Download or copy it again"),
         (emptied, "an empty folder. Download or copy the model again."),
         (wrapped, "no config.json. Did you mean .*checkpoint-7"),
@@ -350,6 +351,56 @@ def test_an_embedder_without_some_of_its_weights_is_refused(embedder: Path, tmp_
     assert "saved within DataParallel" in message if prefix else "without weights for encoder.layer.1" in message
 
 
+def rewrite(path: Path, change: Any) -> None:
+    weights = load_file(path)
+    save_file({name: change(name, weight) for name, weight in weights.items()}, path, metadata={"format": "pt"})
+
+
+def spoil(folder: Path) -> None:
+    rewrite(folder / "model.safetensors", lambda name, weight: weight * (float("nan") if "layer.1" in name else 1.0))
+
+
+def forget_module(folder: Path) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps(modules[:1]))
+
+
+def without_tokenizer(folder: Path) -> None:
+    for path in [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
+        path.unlink()
+
+
+def other_width(folder: Path) -> None:
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    (folder / "2_Dense").mkdir()
+    Dense(20, 8).save(str(folder / "2_Dense"))
+    modules = json.loads((folder / "modules.json").read_text())
+    kind = f"{Dense.__module__}.Dense"
+    added = {"idx": len(modules), "name": str(len(modules)), "path": "2_Dense", "type": kind}
+    (folder / "modules.json").write_text(json.dumps([*modules, added]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (spoil, "expected finite weights"),
+        (forget_module, "got the module 1_Pooling, which modules.json does not name"),
+        (without_tokenizer, "got no tokenizer. Copy its files from the original model."),
+        (other_width, "a sentence-transformers model whose modules go together"),
+    ],
+)
+def test_embedders_that_would_give_other_vectors(embedder: Path, tmp_path: Path, damage: Any, message: str) -> None:
+    folder = Path(shutil.copytree(embedder, tmp_path / "model"))
+    damage(folder)
+    assert message in refused(load_embedder, str(folder), "teacher.embedder")
+
+
+def test_a_tokenizer_that_a_family_makes_of_nothing(tmp_path: Path) -> None:
+    BertConfig(vocab_size=300).save_pretrained(tmp_path)
+    assert "no tokenizer. Save the original model's there" in refused(load_tokenizer, str(tmp_path), "teacher.model")
+
+
 # GGUF
 
 
@@ -417,8 +468,13 @@ def test_gguf_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     message = refused(load_model, str(tmp_path), "teacher.model")
     assert "a GGUF file that transformers" in message
     assert "Name the model that it was converted from, in safetensors." in message
+    (tmp_path / "mmproj-a.gguf").write_bytes(b"GGUF" + bytes(60))
+    assert "a.gguf" in locate_module.locate(str(tmp_path), "teacher.model").options["gguf_file"]
     (tmp_path / "b.gguf").write_bytes(b"GGUF" + bytes(60))
     assert "expected one GGUF file" in refused(load_model, str(tmp_path), "teacher.model")
+    (tmp_path / "a-00001-of-00002.gguf").write_bytes(b"GGUF" + bytes(60))
+    message = refused(load_model, str(tmp_path / "a-00001-of-00002.gguf"), "teacher.model")
+    assert "a part of one. Merge the parts with llama-gguf-split --merge, and name" in message
     monkeypatch.setattr(locate_module, "import_module", lambda name: __import__("no_such_package"))
     message = refused(load_model, str(tmp_path / "a.gguf"), "teacher.model")
     assert "pip install 'potstill[gguf]'" in message

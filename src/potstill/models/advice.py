@@ -46,6 +46,7 @@ VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "*.vocab",
 TOKENIZERS = ("tokenizer_config.json", *VOCABULARIES)
 
 QUANTIZERS = {"gptq": "gptqmodel", "hqq": "hqq", "torchao": "torchao"}  # packages that transformers does not name
+OTHER_TASK = "Unrecognized configuration class"  # of transformers' error
 AGAIN = "Download or copy it again: hf download NAME resumes."
 
 
@@ -58,13 +59,13 @@ class Cause(NamedTuple):
 
 def unreadable(key: str, expected: str, name: str, location: ModelLocation, error: Exception) -> ModelError:
     """Explain in one line why a model cannot be loaded."""
-    if "gguf_file" in location.options:
+    if "gguf_file" in location.options and OTHER_TASK not in str(error):
         cause = Cause(
             f"a GGUF file that transformers {version('transformers')} does not read ({_short(error)}).",
             "Name the model that it was converted from, in safetensors.",
         )
     else:
-        folder = location.folder
+        folder = None if "gguf_file" in location.options else location.folder
         cause = (folder and next(_causes(folder, expected), None)) or _of_error(error, expected, folder)
     return ModelError(f"{key}: expected {expected} in {name}, got {cause.got} {cause.hint}".strip())
 
@@ -174,6 +175,8 @@ def _of_weights(folder: Path, config: dict[str, Any]) -> Iterator[Cause]:
         )
     if weights:
         return
+    for file in folder.glob("*.gguf"):
+        yield Cause("no safetensors, but a GGUF file.", f"Name {file}.")
     yield from _of_formats(folder)
     yield from _of_pickles(folder, config)
     yield Cause("no file of weights.", AGAIN)
@@ -214,9 +217,9 @@ def _of_error(error: Exception, expected: str, folder: Path | None) -> Cause:
     if isinstance(error, KeyError) and "adapter" in expected:
         kind = f"an adapter of the kind {error.args[0]}, which peft {version('peft')} does not know."
         return Cause(kind, "Upgrade it with pip install -U peft, or merge the adapter where it was made.")
-    if "Unrecognized configuration class" in reason and config.get("is_encoder_decoder"):
+    if OTHER_TASK in reason and config.get("is_encoder_decoder"):
         return Cause(f"a {config.get('model_type')}, an encoder and a decoder.", "Name a model that is one of them.")
-    if "Unrecognized configuration class" in reason:
+    if OTHER_TASK in reason:
         return Cause(f"a {config.get('model_type', 'model')}, of which there is none.", "Check the recipe's task.")
     return Cause(f"{type(error).__name__}: {_short(error)}.", "")
 

@@ -240,7 +240,7 @@ def _labels_of_adapter(folder: Path, base: str, weights: Mapping[str, Tensor], k
 
 def _fit_embeddings(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
     """Resize a base's embeddings as when its adapter was trained, where they are saved with it."""
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
     paths = [path for path, module in model.named_modules() if module in embeddings]
     names = [f"base_model.model.{path}.{inner}weight" for path in paths for inner in ("", "base_layer.")]
     rows = {len(weights[name]) for name in names if name in weights}
@@ -300,7 +300,15 @@ def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
     base = adapter_base(name)
     if base is not None and not has_tokenizer(Path(name).expanduser()):
         name, key = base, f"the base of {key}"
-    return _load(auto.AutoTokenizer, "a tokenizer", name, key)
+    tokenizer: PreTrainedTokenizerBase = _load(auto.AutoTokenizer, "a tokenizer", name, key)
+    if not has_words(tokenizer):
+        raise unreadable(key, "a tokenizer", name, locate(name, key), ValueError("it has no words"))
+    return tokenizer
+
+
+def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has more than special tokens; some families make one without any file."""
+    return not tokenizer.get_vocab().keys() <= {*tokenizer.all_special_tokens}
 
 
 def adapter_base(name: str) -> str | None:

@@ -128,7 +128,7 @@ def weight_files(name: str | Path) -> list[Path]:
 def _in_folder(folder: Path, key: str) -> ModelLocation:
     if (folder / "config.json").exists():
         return ModelLocation(str(folder))
-    files = sorted(folder.glob("*.gguf"))
+    files = sorted(file for file in folder.glob("*.gguf") if not file.name.startswith("mmproj"))  # a vision tower
     if len(files) > 1:
         raise ModelError(
             f"{key}: expected one GGUF file in {folder}, got {len(files)}. Name one of them, such as {files[0]}; merge "
@@ -139,6 +139,11 @@ def _in_folder(folder: Path, key: str) -> ModelLocation:
 
 def _in_gguf(path: Path, key: str) -> ModelLocation:
     """Read a GGUF file as a plain model: its weights are dequantized."""
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name):
+        raise ModelError(
+            f"{key}: expected a whole GGUF file, got {path}, a part of one. Merge the parts with llama-gguf-split "
+            "--merge, and name the result."
+        )
     require_package("gguf", "gguf", key)
     options: dict[str, Any] = {"gguf_file": path.name}
     if hasattr(quantization_config, "GgufConfig"):  # of later versions, which would else keep the quantized blocks
