@@ -114,7 +114,7 @@ def check_values(model: Any, *, key: str, name: str) -> tuple[str, ...]:
                 f"{key}: expected finite weights in {name}, got NaN or infinity in {weight}. Its training diverged, or "
                 "its file is damaged: name an earlier checkpoint, or copy it again."
             )
-        if lowest == highest and values.ndim > 1 and min(values.shape) > 1:
+        if lowest == highest and weight.endswith(".weight") and values.ndim == 2 and len(values) > 1:
             same.append(weight)
     return (f"{key}: {name} has weights whose values are all the same: {_some(same)}.",) if same else ()
 
@@ -122,8 +122,8 @@ def check_values(model: Any, *, key: str, name: str) -> tuple[str, ...]:
 def config_notes(model: Any, saved: PretrainedConfig, *, key: str, name: str) -> Iterator[str]:
     """Describe where the saved config says another thing than the weights, which are followed."""
     for architecture in saved.architectures or ():
-        of_weights = getattr(getattr(transformers, architecture, None), "config_class", None)
-        if of_weights is not None and not isinstance(saved, of_weights) and not isinstance(model.config, of_weights):
+        named = getattr(getattr(transformers, architecture, None), "config_class", None)
+        if named and architecture != type(model).__name__ and not isinstance(saved, named):
             yield (
                 f"{key}: the config.json of {name} names {architecture}, but has the model_type {saved.model_type}: it "
                 f"was loaded as {type(model).__name__}. Check which of them it is."
