@@ -396,6 +396,17 @@ def test_embedders_that_would_give_other_vectors(embedder: Path, tmp_path: Path,
     assert message in refused(load_embedder, str(folder), "teacher.embedder")
 
 
+@pytest.mark.parametrize(("kind", "differs"), [("Qwen2Tokenizer", True), ("PreTrainedTokenizerFast", False)])
+def test_a_class_that_splits_text_otherwise_than_its_file_is_noted(folder: Path, kind: str, differs: bool) -> None:
+    assert loading_notes(load_tokenizer(str(folder), "teacher.model")) == ()
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": kind}))
+    notes = loading_notes(load_tokenizer(str(folder), "teacher.model"))
+    assert len(notes) == differs
+    if differs:
+        assert notes[0].startswith("teacher.model: the class Qwen2Tokenizer splits text otherwise than tokenizer.json")
+
+
 def test_a_tokenizer_that_a_family_makes_of_nothing(tmp_path: Path) -> None:
     BertConfig(vocab_size=300).save_pretrained(tmp_path)
     assert "no tokenizer. Save the original model's there" in refused(load_tokenizer, str(tmp_path), "teacher.model")

@@ -33,10 +33,11 @@ from potstill.models.integrity import (
 from potstill.models.locate import ModelLocation, locate, require_package
 from potstill.models.precision import saved_dtype
 from potstill.models.size import language_model_class
+from potstill.models.tokenizer_file import tokenizer_notes
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-NOTES = "_potstill_notes"  # an attribute of loaded models, see `loading_notes`
+NOTES = "_potstill_notes"  # an attribute of loaded models and tokenizers, see `loading_notes`
 CLASSIFIERS = ("score.weight", "classifier.weight", "out_proj.weight")  # of a saved adapter; the last gives classes
 SAVED_EMBEDDINGS = "_potstill_saved_embeddings"  # an attribute of bases whose embeddings are saved with their adapter
 QUANTIZATION = "quantization_config.json"  # of the adapter's base, beside both
@@ -112,7 +113,7 @@ def load_model(
 
 
 def loading_notes(model: Any) -> tuple[str, ...]:
-    """What a user should know of a model that `load_model` loaded: weights that are random, or not used."""
+    """What a user should know of a model or tokenizer that was loaded here: weights that are random, or not used."""
     notes: tuple[str, ...] = getattr(model, NOTES, ())
     return notes
 
@@ -301,8 +302,11 @@ def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
     if base is not None and not has_tokenizer(Path(name).expanduser()):
         name, key = base, f"the base of {key}"
     tokenizer: PreTrainedTokenizerBase = _load(auto.AutoTokenizer, "a tokenizer", name, key)
+    location = locate(name, key)
     if not has_words(tokenizer):
-        raise unreadable(key, "a tokenizer", name, locate(name, key), ValueError("it has no words"))
+        raise unreadable(key, "a tokenizer", name, location, ValueError("it has no words"))
+    if location.folder is not None:
+        setattr(tokenizer, NOTES, tokenizer_notes(tokenizer, location.folder, key))
     return tokenizer
 
 

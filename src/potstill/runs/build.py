@@ -155,7 +155,8 @@ def build_run(recipe: Recipe) -> BuiltRun:
     )
     rollout = built.new_rollout()
     _check_teacher(built)
-    notes = [note for model in (*loaded.models.values(), student) for note in loading_notes(model)]
+    tokenizers = (loaded.tokenizer, *(() if tokenizer is loaded.tokenizer else (tokenizer,)))
+    notes = [note for part in (*loaded.models.values(), student, *tokenizers) for note in loading_notes(part)]
     notes += [
         *_teacher_notes(built),
         *train.notes,
