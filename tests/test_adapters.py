@@ -412,5 +412,7 @@ def test_a_base_that_is_gone_is_named(tmp_path: Path) -> None:
     make_llama().save_pretrained(tmp_path / "base")
     save_adapter(adapt(load_model(str(tmp_path / "base"), "student"), Lora(rank=2)), tmp_path / "adapter")
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(ModelError, match="the base of student: expected a folder with a model"):
+    with pytest.raises(
+        ModelError, match=r"the base of student \(base_model_name_or_path in .*\): expected a folder with a model"
+    ):
         load_model(str(tmp_path / "adapter"), "student")

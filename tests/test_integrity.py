@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,9 @@ def without_head(name: str) -> str | None:
         (lambda name: f"backbone.{name}", "got names like backbone.lm_head.weight. Save the model within it"),
         (lambda name: name.replace("mlp.", "_checkpoint_wrapped_module.mlp."), "saved with wrapped layers"),
         (lambda name: None if "layers.1.mlp" in name else name, "layers.1.mlp.down_proj.weight"),
+        (lambda name: name.replace("q_proj", "q_proj.base_layer"), "saved within PEFT: save model.merge_and_unload"),
+        (lambda name: f"pretrained_model.{name}", "saved with a value head of TRL"),
+        (lambda name: f"_forward_module.{name}", "saved within Lightning Fabric"),
     ],
 )
 def test_missing_weights_are_refused(tmp_path: Path, rename: Any, message: str) -> None:
@@ -81,6 +86,92 @@ def test_weights_that_are_not_read_are_noted(tmp_path: Path) -> None:
     save_file({**weights, "v_head.weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (note,) = loading_notes(load_model(name, "teacher.model"))
     assert "does not read: v_head.weight" in note
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ("model.layers.2.mlp.up_proj.weight", "Take config.json and weights from one model"),  # one more layer
+        ("model.layers.0.self_attn.q_proj.bias", "Take config.json and weights from one model"),
+        ("model.layers.0.self_attn.q_norm.weight", "Take config.json and weights from one model"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", "an adapter's: save model.merge_and_unload"),
+        ("model.layers.0.self_attn.q_proj.weight_scale", "keep quantization_config in the config"),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", None),  # of older versions
+        ("model.layers.0.self_attn.masked_bias", None),
+        ("model.vision_tower.layers.0.weight", None),
+        ("mtp.layers.0.weight", None),
+    ],
+)
+def test_weights_that_change_what_a_layer_computes_are_read(tmp_path: Path, added: str, message: str | None) -> None:
+    name = saved(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, added: torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_model(name, "student.model", may_miss=True)
+    if message is None:
+        load_model(name, "teacher.model")
+        return
+    with pytest.raises(ModelError, match=f"teacher.model: .* does not read.*{re.escape(added)}.*{message}"):
+        load_model(name, "teacher.model")
+
+
+def change_weight(folder: Path, name: str, change: Any) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {name: change(weights[name])}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoiled(value: float) -> Any:
+    return lambda weight: weight.index_fill(0, torch.tensor([7]), value)
+
+
+@pytest.mark.parametrize("may_miss", [False, True])
+@pytest.mark.parametrize(
+    ("weight", "change", "message"),
+    [
+        (
+            "model.embed_tokens.weight",
+            spoiled(float("nan")),
+            "expected finite weights .* NaN or infinity in model.embed",
+        ),
+        ("model.layers.1.mlp.up_proj.weight", spoiled(float("inf")), "NaN or infinity in model.layers.1.mlp.up_proj"),
+        ("model.layers.0.mlp.up_proj.weight", lambda x: (x * 99).to(torch.int8), "got integers in .*up_proj.weight"),
+    ],
+)
+def test_weights_that_cannot_be_right_are_refused(
+    tmp_path: Path, weight: str, change: Any, message: str, may_miss: bool
+) -> None:
+    name = saved(tmp_path)
+    change_weight(tmp_path, weight, change)
+    with pytest.raises(ModelError, match=message):
+        load_model(name, "student.model", may_miss=may_miss)
+
+
+def test_a_matrix_of_equal_values_is_noted(tmp_path: Path) -> None:
+    name = saved(tmp_path)
+    change_weight(tmp_path, "model.layers.1.mlp.up_proj.weight", torch.zeros_like)
+    (note,) = loading_notes(load_model(name, "teacher.model"))
+    assert note.endswith("has weights whose values are all the same: model.layers.1.mlp.up_proj.weight.")
+
+
+def test_a_student_of_another_family_is_not_random(tmp_path: Path) -> None:
+    name = saved(tmp_path, lambda name: name.replace("model.layers", "transformer.h"))
+    with pytest.raises(ModelError, match="got none of the weights of LlamaForCausalLM's layers, but names like"):
+        load_model(name, "student.model", may_miss=True)
+
+
+def test_a_config_of_another_architecture_is_noted(tmp_path: Path) -> None:
+    config = json.loads(Path(saved(tmp_path), "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    (note,) = loading_notes(load_model(str(tmp_path), "teacher.model"))
+    assert "names LlamaForCausalLM, but has the model_type mistral: it was loaded as MistralForCausalLM" in note
+
+
+def test_a_head_that_is_not_tied_stays_apart(tmp_path: Path) -> None:
+    config = json.loads(Path(saved(tmp_path), "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    model = load_model(str(tmp_path), "teacher.model")
+    assert "but their weights differ: both are kept" in loading_notes(model)[0]
+    assert not model.config.tie_word_embeddings  # nor for a student that is designed after it
+    assert torch.equal(model.lm_head.weight, load_file(tmp_path / "model.safetensors")["lm_head.weight"])
 
 
 def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:

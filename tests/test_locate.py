@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import BertConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from conftest import make_llama, make_tokenizer
 from potstill.embedding.encoders import load_embedder
 from potstill.errors import ModelError, UserError
 from potstill.models import locate as locate_module
+from potstill.models.adapted import save_adapter
 from potstill.models.loading import load_config, load_model, load_tokenizer, loading_notes, suppress_warnings
 from potstill.models.precision import describe_precision
 
@@ -82,6 +84,17 @@ def wrapped(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def without_index(folder: Path) -> None:
+    make_llama().save_pretrained(folder, max_shard_size="20kB")
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        (folder / name).unlink()
+
+
+def broken_index(folder: Path) -> None:
+    without_index(folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+
+
 def mlx(folder: Path) -> None:
     change_config(folder, quantization={"bits": 4}, quantization_config={"bits": 4})
     weights = load_file(folder / "model.safetensors")
@@ -96,9 +109,18 @@ def mlx(folder: Path) -> None:
         (cut, "model.safetensors, which is cut off or damaged"),
         (missing_shard, "3 of 4 files of weights, without model-00002-of-00004.safetensors. Download"),
         (replaced("pytorch_model.bin"), 'pytorch_model.bin, a pickle.*convert it once: python -c "from transformers'),
+        (replaced("pytorch_model.bin"), "import LlamaForCausalLM as M"),  # another class would lose the head
+        (replaced("optimizer.pt"), "optimizer.pt, a pickle.* Load it where it was made, and save the model"),
+        (replaced("consolidated.00.pth"), "a model in its maker's own format."),
+        (replaced("consolidated.safetensors"), "a model in its maker's own format."),
+        (replaced("zero_to_fp32.py"), "a checkpoint of DeepSpeed. Run its zero_to_fp32.py"),
+        (replaced("pytorch_model_fsdp.bin"), "a checkpoint of FSDP. Run accelerate merge-weights"),
+        (without_index, "weights in model-00001-of-00004.safetensors and 3 more, but neither model.safetensors nor"),
+        (broken_index, "a model.safetensors.index.json that is not JSON. Download"),
         (replaced("model.onnx"), "an ONNX export. Name the model that it was made from."),
         (replaced("model.tflite"), "a TFLite export. Name the model that it was made from."),
         (replaced("tf_model.h5"), "weights of TensorFlow. Convert them with transformers 4"),
+        (replaced("model-Q4.gguf"), "no safetensors, but a GGUF file. Name .*model-Q4.gguf"),
         (replaced("notes.txt"), "no file of weights. Download or copy it again"),
         (emptied, "an empty folder. Download or copy the model again."),
         (wrapped, "no config.json. Did you mean .*checkpoint-7"),
@@ -152,6 +174,25 @@ def test_paths_that_are_no_folder(folder: Path, path: str, message: str) -> None
         raise ModelError(refused(load_model, str(folder.parent / path), "teacher.model"))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://huggingface.co/org/name/tree/main", "Write org/name."),
+        ("hf.co/org/name", "Write org/name."),
+        ("hf://org/name", "Write org/name."),
+        ("file:///models/name", "Write /models/name."),
+        ("s3://bucket/name", "Download it, and name the folder."),
+        ("org/name@v1.0", "run `hf download org/name --revision v1.0 --local-dir FOLDER`, and name that folder."),
+        ("llama3:8b", "A name of Ollama is none of the Hub"),
+        ("C:\\models\\llama", "Check the path."),
+        ("a\nb", "got a b. Check the path."),
+        ("", "got ''. Name one."),
+    ],
+)
+def test_names_in_another_notation(name: str, message: str) -> None:
+    assert message in refused(load_model, name, "teacher.model")
+
+
 def test_a_folder_in_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     assert load_model("~/teacher", "teacher.model").num_parameters()
@@ -162,6 +203,14 @@ def test_folders_without_a_usable_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
     assert "no tokenizer. Save the original model's there" in refused(load_tokenizer, str(folder), "teacher.model")
+    make_tokenizer().save_pretrained(folder / "checkpoint-5")
+    assert "Did you mean " in refused(load_tokenizer, str(folder), "teacher.model")
+    shutil.rmtree(folder / "checkpoint-5")
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert "a tokenizer without its vocabulary" in refused(load_tokenizer, str(folder), "teacher.model")
+    (folder / "tokenizer.json").write_text("{")
+    assert "a tokenizer.json that is not JSON" in refused(load_tokenizer, str(folder), "teacher.model")
+    (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"\n\x0a\n\x05<unk>")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     message = refused(load_tokenizer, str(folder), "teacher.model")
@@ -212,6 +261,76 @@ def test_an_adapter_with_other_weights_is_refused(adapter: Path, fault: str, tra
     assert "correct base_model_name_or_path" in message
 
 
+def plain_adapter(base: Path, folder: Path, rows: int | None = None, **options: Any) -> Any:
+    """An adapter of a base as peft itself saves it, with other embeddings where they have another number of rows."""
+    peft = pytest.importorskip("peft")
+    model = LlamaForCausalLM.from_pretrained(base)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    with warnings.catch_warnings(), suppress_warnings():
+        warnings.simplefilter("ignore")  # of embeddings that are saved
+        adapted = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                weight.add_(0.3 * ("modules_to_save" in name))
+        adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "rows": 310},  # trained with more tokens than its base has
+        {"target_modules": ["q_proj"], "rows": 310, "modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_adapters_with_other_weights_than_their_own(
+    folder: Path, tmp_path: Path, options: dict[str, Any], trainable: bool
+) -> None:
+    original = plain_adapter(folder, tmp_path / "adapter", **options)
+    model = load_model(str(tmp_path / "adapter"), "student.model", "float32", trainable=trainable)
+    ids = torch.arange(options.get("rows", 300) - 10, options.get("rows", 300))[None]
+    torch.testing.assert_close(model(ids).logits, original(ids).logits)
+    save_adapter(model, tmp_path / "again")
+    again = load_model(str(tmp_path / "again"), "student", "float32")
+    torch.testing.assert_close(again(ids).logits, original(ids).logits)
+
+
+def test_a_classifier_that_peft_saved_without_its_config(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = LlamaForSequenceClassification.from_pretrained(folder, num_labels=5)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    with suppress_warnings():
+        adapted = peft.get_peft_model(model, config)
+        adapted.save_pretrained(tmp_path / "adapter")
+    loaded = load_model(str(tmp_path / "adapter"), "teacher.model", "float32", "classification")
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(loaded(ids).logits, adapted.eval()(ids).logits)
+
+
+def test_adapters_of_adapters_and_beside_models(adapter: Path, folder: Path) -> None:
+    shutil.copytree(adapter, adapter.parent / "second")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    second = adapter.parent / "second"
+    (second / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(adapter)}))
+    message = refused(load_model, str(second), "teacher.model")
+    assert "expected a plain model, got" in message
+    assert "a folder with an adapter. Merge that adapter with merge_and_unload()" in message
+    shutil.copy(folder / "model.safetensors", adapter)
+    (note,) = loading_notes(load_model(str(adapter), "teacher.model"))
+    assert "also has a whole model, which is not read" in note
+    (second / "adapter_config.json").write_text("{")
+    assert "adapter_config.json that is not JSON" in refused(load_tokenizer, str(second), "student.model")
+    (second / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "ZORG"}))
+    assert "an adapter of the kind ZORG, which peft" in refused(load_model, str(second), "teacher.model")
+
+
 # Embedders
 
 
@@ -230,6 +349,67 @@ def test_an_embedder_without_some_of_its_weights_is_refused(embedder: Path, tmp_
     save_file(kept, path, metadata={"format": "pt"})
     message = refused(load_embedder, str(tmp_path / "model"), "teacher.embedder")
     assert "saved within DataParallel" in message if prefix else "without weights for encoder.layer.1" in message
+
+
+def rewrite(path: Path, change: Any) -> None:
+    weights = load_file(path)
+    save_file({name: change(name, weight) for name, weight in weights.items()}, path, metadata={"format": "pt"})
+
+
+def spoil(folder: Path) -> None:
+    rewrite(folder / "model.safetensors", lambda name, weight: weight * (float("nan") if "layer.1" in name else 1.0))
+
+
+def forget_module(folder: Path) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps(modules[:1]))
+
+
+def without_tokenizer(folder: Path) -> None:
+    for path in [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
+        path.unlink()
+
+
+def other_width(folder: Path) -> None:
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    (folder / "2_Dense").mkdir()
+    Dense(20, 8).save(str(folder / "2_Dense"))
+    modules = json.loads((folder / "modules.json").read_text())
+    kind = f"{Dense.__module__}.Dense"
+    added = {"idx": len(modules), "name": str(len(modules)), "path": "2_Dense", "type": kind}
+    (folder / "modules.json").write_text(json.dumps([*modules, added]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (spoil, "expected finite weights"),
+        (forget_module, "got the module 1_Pooling, which modules.json does not name"),
+        (without_tokenizer, "got no tokenizer. Copy its files from the original model."),
+        (other_width, "a sentence-transformers model whose modules go together"),
+    ],
+)
+def test_embedders_that_would_give_other_vectors(embedder: Path, tmp_path: Path, damage: Any, message: str) -> None:
+    folder = Path(shutil.copytree(embedder, tmp_path / "model"))
+    damage(folder)
+    assert message in refused(load_embedder, str(folder), "teacher.embedder")
+
+
+@pytest.mark.parametrize(("kind", "differs"), [("Qwen2Tokenizer", True), ("PreTrainedTokenizerFast", False)])
+def test_a_class_that_splits_text_otherwise_than_its_file_is_noted(folder: Path, kind: str, differs: bool) -> None:
+    assert loading_notes(load_tokenizer(str(folder), "teacher.model")) == ()
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": kind}))
+    notes = loading_notes(load_tokenizer(str(folder), "teacher.model"))
+    assert len(notes) == differs
+    if differs:
+        assert notes[0].startswith("teacher.model: the class Qwen2Tokenizer splits text otherwise than tokenizer.json")
+
+
+def test_a_tokenizer_that_a_family_makes_of_nothing(tmp_path: Path) -> None:
+    BertConfig(vocab_size=300).save_pretrained(tmp_path)
+    assert "no tokenizer. Save the original model's there" in refused(load_tokenizer, str(tmp_path), "teacher.model")
 
 
 # GGUF
@@ -299,8 +479,13 @@ def test_gguf_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     message = refused(load_model, str(tmp_path), "teacher.model")
     assert "a GGUF file that transformers" in message
     assert "Name the model that it was converted from, in safetensors." in message
+    (tmp_path / "mmproj-a.gguf").write_bytes(b"GGUF" + bytes(60))
+    assert "a.gguf" in locate_module.locate(str(tmp_path), "teacher.model").options["gguf_file"]
     (tmp_path / "b.gguf").write_bytes(b"GGUF" + bytes(60))
     assert "expected one GGUF file" in refused(load_model, str(tmp_path), "teacher.model")
+    (tmp_path / "a-00001-of-00002.gguf").write_bytes(b"GGUF" + bytes(60))
+    message = refused(load_model, str(tmp_path / "a-00001-of-00002.gguf"), "teacher.model")
+    assert "a part of one. Merge the parts with llama-gguf-split --merge, and name" in message
     monkeypatch.setattr(locate_module, "import_module", lambda name: __import__("no_such_package"))
     message = refused(load_model, str(tmp_path / "a.gguf"), "teacher.model")
     assert "pip install 'potstill[gguf]'" in message

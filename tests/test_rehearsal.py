@@ -11,6 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from conftest import make_llama
 from potstill.errors import ModelError, RecipeError, RunError
@@ -122,6 +124,29 @@ def test_an_output_that_cannot_be_written_is_found_by_check(recipe_values: dict[
     recipe_values["output"] = str(tmp_path / "file")
     with pytest.raises(RecipeError, match=r"output: expected a directory to write to, got .*Not a directory"):
         check(Recipe.parse(recipe_values))
+
+
+def test_a_rehearsal_is_not_reported_to_trackers(
+    recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(state.global_step)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tracker", Tracker)
+    recipe_values["evaluate"]["baseline"] = False
+    recipe_values["train"] |= {"report_to": "tracker", "max_steps": 2}
+    check(Recipe.parse(recipe_values))
+    assert not seen
+    quiet_run(recipe_values)
+    assert {*seen} == {1, 2}
+    recipe_values["train"]["report_to"] = "no_such_tracker"
+    with pytest.raises(
+        RecipeError, match=r"train\.report_to: expected trackers that are installed, got no_such_tracker"
+    ):
+        check(Recipe.parse(recipe_values | {"output": recipe_values["output"] + "2"}))
 
 
 def test_a_teacher_that_lacks_a_head_is_an_error_of_its_own(recipe_values: dict[str, Any]) -> None:

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from potstill.embedding.heads import VectorHead
 from potstill.errors import ModelError
 from potstill.models.advice import unreadable
-from potstill.models.integrity import check_weights
-from potstill.models.loading import suppress_warnings
+from potstill.models.integrity import check_values, check_weights
+from potstill.models.loading import has_words, suppress_warnings
 from potstill.models.locate import locate, require_package
 from potstill.models.structure import layer_lists
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+KIND = "a sentence-transformers model"
 FREQUENT = 1e-3  # smooth inverse frequency: more frequent tokens weigh less at first (Arora et al. 2017, section 3)
 
 
@@ -37,29 +38,55 @@ def load_embedder(name: str, key: str, *, pooled: bool = True) -> SentenceTransf
     try:
         model = SentenceTransformer(location.path, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except Exception as error:
-        raise unreadable(key, "a sentence-transformers model", name, location, error) from None
+        raise unreadable(key, KIND, name, location, error) from None
     folder = location.folder
     if pooled and folder is not None and not (folder / "modules.json").exists():
         raise ModelError(
             f"{key}: expected a sentence-transformers model in {name}, got a plain model without modules.json: how its "
             "vectors are pooled is not known. Save it once with SentenceTransformer(...).save(FOLDER), and name that."
         )
-    _check_body(model, folder, key, name)
+    if folder is not None:
+        _check_modules(model, folder, key, name)
+        _check_body(model, folder, key, name)
+    check_values(model, key=key, name=name)
+    try:
+        model.encode(["a text"], show_progress_bar=False)
+    except Exception as error:  # of modules that do not go together
+        raise unreadable(key, f"{KIND} whose modules go together", name, location, error) from None
     return model
 
 
-def _check_body(model: SentenceTransformer, folder: Path | None, key: str, name: str) -> None:
+def _check_modules(model: SentenceTransformer, folder: Path, key: str, name: str) -> None:
+    """Check that modules.json names all modules that are there, and that the first has the words of its tokenizer."""
+    paths = _module_paths(folder)
+    there = sorted(path.name for path in folder.glob("[0-9]_*") if path.is_dir())
+    unnamed = [path for path in there if paths and path not in paths]
+    if unnamed:
+        raise ModelError(
+            f"{key}: expected {KIND} in {name}, got the module {unnamed[0]}, which modules.json does not name. Name it "
+            "there, or remove it."
+        )
+    tokenizer: Any = getattr(model[0], "tokenizer", None)
+    if hasattr(tokenizer, "get_vocab") and not has_words(tokenizer):
+        raise ModelError(f"{key}: expected {KIND} in {name}, got no tokenizer. Copy its files from the original model.")
+
+
+def _module_paths(folder: Path) -> list[str]:
+    """The folders of the modules that modules.json names, within that of the model; "" is that folder itself."""
+    modules = folder / "modules.json"
+    return [module.get("path", "") for module in json.loads(modules.read_text("utf-8"))] if modules.exists() else []
+
+
+def _check_body(model: SentenceTransformer, folder: Path, key: str, name: str) -> None:
     """Check that no weight of the transformer is random: load the names of its weights again, without the weights."""
     body = getattr(model[0], "auto_model", None)
-    if folder is None or body is None or (folder / "adapter_config.json").exists():
+    if body is None or (folder / "adapter_config.json").exists():
         return
-    modules = folder / "modules.json"
-    path = json.loads(modules.read_text(encoding="utf-8"))[0].get("path", "") if modules.exists() else ""
+    path = next(iter(_module_paths(folder)), "")
     with suppress_warnings():
         _, info = type(body).from_pretrained(folder / path, device_map="meta", output_loading_info=True)
     missing = [weight for weight in info["missing_keys"] if "pooler" not in weight]
-    kind = "a sentence-transformers model"
-    check_weights(body, missing, info["unexpected_keys"], key=key, name=name, kind=kind, may_miss=False)
+    check_weights(body, missing, info["unexpected_keys"], key=key, name=name, kind=KIND, may_miss=False)
 
 
 class TextStudent(nn.Module):

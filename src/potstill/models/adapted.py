@@ -14,7 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from potstill.losses.alignment import Task
-from potstill.models.loading import ADAPTER_WEIGHTS, QUANTIZATION, is_adapter, load_model, suppress_warnings
+from potstill.models.loading import (
+    ADAPTER_WEIGHTS,
+    QUANTIZATION,
+    SAVED_EMBEDDINGS,
+    is_adapter,
+    load_model,
+    suppress_warnings,
+)
 from potstill.models.locate import require_package, weight_files
 from potstill.models.precision import saved_dtype
 
@@ -50,8 +57,9 @@ def parameter_count(model: Any) -> ParameterCount:
 
 def save_adapter(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Save the adapter of a model, its base's quantization, and the config of a head that is trained with it."""
+    embeddings = getattr(model.get_base_model(), SAVED_EMBEDDINGS, False)
     with suppress_warnings():
-        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=embeddings)
     if model.active_peft_config.modules_to_save:
         config = copy.deepcopy(model.config)
         if is_quantized(model):
@@ -73,7 +81,7 @@ def convert_saved(folder: Path, dtype: torch.dtype, task: Task) -> None:
 
     The file stays as it is where a weight would overflow.
     """
-    if saved_dtype(folder) == dtype:
+    if saved_dtype(folder) == dtype or _overflows(folder, dtype):
         return
     with tempfile.TemporaryDirectory(dir=folder) as converted, suppress_warnings():
         if is_adapter(str(folder)):
@@ -81,13 +89,17 @@ def convert_saved(folder: Path, dtype: torch.dtype, task: Task) -> None:
             save_file(weights, Path(converted) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         else:
             model = load_model(str(folder), "student", str(dtype).removeprefix("torch."), task)
-            weights = dict(model.named_parameters())
             model.save_pretrained(converted)
-        if all(bool(weight.isfinite().all()) for weight in weights.values()):
-            for file in [*weight_files(folder), *folder.glob("*.safetensors.index.json")]:
-                file.unlink()
-            for file in Path(converted).iterdir():
-                file.replace(folder / file.name)
+        for file in [*weight_files(folder), *folder.glob("*.safetensors.index.json")]:
+            file.unlink()
+        for file in Path(converted).iterdir():
+            file.replace(folder / file.name)
+
+
+def _overflows(folder: Path, dtype: torch.dtype) -> bool:
+    """Whether a saved weight is too large for a precision."""
+    largest = torch.finfo(dtype).max
+    return any(bool((w.abs() > largest).any()) for file in weight_files(folder) for w in load_file(file).values())
 
 
 def merged(model: Any) -> PreTrainedModel:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Any
 
 import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig
 
 from potstill.errors import ModelError
+from potstill.models.precision import integer_weights
 from potstill.models.split import run, undisturbed
 
 # What wrappers add to the names of weights, and how to save without it.
@@ -18,8 +23,19 @@ WRAPPERS = {
     "_fsdp_wrapped_module.": "It was saved within FSDP: gather its state dict first",
     "_checkpoint_wrapped_module.": "It was saved with wrapped layers: gather its plain state dict first",
     "base_model.model.": "It was saved within PEFT: save model.merge_and_unload()",
+    ".base_layer.": "It was saved within PEFT: save model.merge_and_unload()",
+    "pretrained_model.": "It was saved with a value head of TRL: save model.pretrained_model",
+    "_forward_module.": "It was saved within Lightning Fabric: save model.module",
     "module.": "It was saved within DataParallel or DeepSpeed: save model.module",
 }
+# What a layer computes otherwise where these weights of it are left out, and what to do.
+PARTS = {
+    r"lora_|\.(dora|hada|oft)_": "They are an adapter's: save model.merge_and_unload() instead",
+    r"scale|SCB|zero_?point|absmax|packed": "They are of quantized weights: keep quantization_config in the config",
+}
+# Masks and tables that older versions saved, and newer ones compute.
+COMPUTED = re.compile(r"(inv_freq|masked_bias|(attn|attention)\.bias|position_ids|causal_mask|version)$")
+MORE_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")
 HEADS = ("lm_head", "cls.predictions", "embed_out", "score", "classifier")
 CAUSAL = "_potstill_causal"  # an attribute of models that were probed already
 PROBE_TOKENS = 8
@@ -45,9 +61,11 @@ def check_weights(
         Notes for the user.
 
     Raises:
-        ModelError: weights are missing, or have the names of a wrapper.
+        ModelError: weights are missing, layers lack a part that was saved, or the names are those of a wrapper.
     """
     missing, unexpected = sorted(missing), sorted(unexpected)
+    if not may_miss:
+        _check_unread(model, missing, unexpected, key=key, name=name, kind=kind)
     if not missing:
         return (_unused(key, name, model, unexpected),) if unexpected else ()
     wrapped = ((own, saved) for own in missing for saved in unexpected if saved.endswith(f".{own}"))
@@ -58,6 +76,12 @@ def check_weights(
             f"{key}: expected weights named like {pair[0]} in {name}, got names like {pair[1]}. {hint}, with "
             "save_pretrained."
         )
+    layers = {weight for weight, _ in model.named_parameters() if _is_in_layer(weight)}
+    if layers and layers <= {*missing}:
+        raise ModelError(
+            f"{key}: expected {kind} in {name}, got none of the weights of {type(model).__name__}'s layers, but names "
+            f"like {next(iter(unexpected), 'none')}. Take config.json and weights from one model."
+        )
     if not may_miss:
         only_head = all(weight.startswith(HEADS) for weight in missing)
         hint = "They would be random: name a model that was trained for it."
@@ -66,6 +90,51 @@ def check_weights(
         raise ModelError(f"{key}: expected {kind} in {name}, got a model without weights for {_some(missing)}. {hint}")
     note = f"{key}: {name} has no weights for {_some(missing)}: they start at random."
     return (note, _unused(key, name, model, unexpected)) if unexpected else (note,)
+
+
+def check_stored(model: Any, *, key: str, name: str) -> None:
+    """Refuse integers in place of weights, which need a factor that plain models do not read."""
+    integers = [] if getattr(model.config, "quantization_config", None) is not None else integer_weights(name)
+    if integers:
+        raise ModelError(
+            f"{key}: expected floating-point weights in {name}, got integers in {_some(integers)}: quantized weights "
+            "without quantization_config in config.json. Save the quantized model with save_pretrained, or name the "
+            "model that it was made from."
+        )
+
+
+def check_values(model: Any, *, key: str, name: str) -> tuple[str, ...]:
+    """Refuse weights that are NaN or infinite, and note matrices whose values are all the same."""
+    same = []
+    for weight, values in model.named_parameters():
+        if not values.is_floating_point() or values.element_size() < 2 or values.is_meta or not values.numel():
+            continue  # quantized, or on no device
+        lowest, highest = values.detach().aminmax()
+        if not bool((highest - lowest).isfinite()):
+            raise ModelError(
+                f"{key}: expected finite weights in {name}, got NaN or infinity in {weight}. Its training diverged, or "
+                "its file is damaged: name an earlier checkpoint, or copy it again."
+            )
+        if lowest == highest and weight.endswith(".weight") and values.ndim == 2 and len(values) > 1:
+            same.append(weight)
+    return (f"{key}: {name} has weights whose values are all the same: {_some(same)}.",) if same else ()
+
+
+def config_notes(model: Any, saved: PretrainedConfig, *, key: str, name: str) -> Iterator[str]:
+    """Describe where the saved config says another thing than the weights, which are followed."""
+    for architecture in saved.architectures or ():
+        named = getattr(getattr(transformers, architecture, None), "config_class", None)
+        if named and architecture != type(model).__name__ and not isinstance(saved, named):
+            yield (
+                f"{key}: the config.json of {name} names {architecture}, but has the model_type {saved.model_type}: it "
+                f"was loaded as {type(model).__name__}. Check which of them it is."
+            )
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    config = model.config.get_text_config()
+    plain = type(head) is nn.Linear and type(embeddings) is nn.Embedding and not head.weight.is_meta
+    if plain and config.tie_word_embeddings and head.weight is not embeddings.weight:
+        model.config.tie_word_embeddings = config.tie_word_embeddings = False
+        yield f"{key}: the config.json of {name} ties head and embeddings, but their weights differ: both are kept."
 
 
 def check_shapes(
@@ -147,6 +216,40 @@ def padding_notes(model: Any, key: str) -> tuple[str, ...]:
         f"{key}: {type(model).__name__} reads padding as text, so that a row's loss depends on the longest row of its "
         "batch. Train on rows of one length, or one row at a time.",
     )
+
+
+def _check_unread(
+    model: Any, missing: Sequence[str], unexpected: Iterable[str], *, key: str, name: str, kind: str
+) -> None:
+    """Refuse weights that are not read of layers that are: without them these compute something else."""
+    if missing or getattr(model.config, "quantization_config", None) is not None:  # its quantizer has names of its own
+        return
+    modules = dict(model.named_modules())
+    more_tokens = any(getattr(model.config.get_text_config(), count, 0) for count in MORE_TOKENS)
+    parts = [weight for weight in unexpected if not COMPUTED.search(weight) and _is_part(weight, modules, more_tokens)]
+    if parts:
+        hint = next((hint for part, hint in PARTS.items() if re.search(part, parts[0])), None)
+        raise ModelError(
+            f"{key}: expected {kind} in {name}, got weights that {type(model).__name__} does not read, although they "
+            f"change what its layers compute: {_some(parts)}. "
+            f"{hint or 'Take config.json and weights from one model'}."
+        )
+
+
+def _is_part(weight: str, modules: dict[str, nn.Module], more_tokens: bool) -> bool:
+    """Whether a weight is of a module without others in it, of a layer, or of one more layer, of a model."""
+    path = weight.rpartition(".")[0]
+    while path and path not in modules:
+        path = path.rpartition(".")[0]
+    if not path:
+        return False
+    if isinstance(modules[path], nn.ModuleList):
+        return not more_tokens
+    return not [*modules[path].children()] or _is_in_layer(path)
+
+
+def _is_in_layer(name: str) -> bool:
+    return any(part.isdecimal() for part in name.split("."))
 
 
 def _unused(key: str, name: str, model: Any, unexpected: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging as stdlib_logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,27 @@ from transformers.utils import logging
 from potstill.errors import ModelError
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
-from potstill.models.advice import TOKENIZERS, unreadable
-from potstill.models.integrity import check_causal, check_embeddings, check_shapes, check_weights, padding_notes
+from potstill.models.advice import has_tokenizer, unreadable
+from potstill.models.integrity import (
+    check_causal,
+    check_embeddings,
+    check_shapes,
+    check_stored,
+    check_values,
+    check_weights,
+    config_notes,
+    padding_notes,
+)
 from potstill.models.locate import ModelLocation, locate, require_package
 from potstill.models.precision import saved_dtype
 from potstill.models.size import language_model_class
+from potstill.models.tokenizer_file import tokenizer_notes
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-NOTES = "_potstill_notes"  # an attribute of loaded models, see `loading_notes`
+NOTES = "_potstill_notes"  # an attribute of loaded models and tokenizers, see `loading_notes`
+CLASSIFIERS = ("score.weight", "classifier.weight", "out_proj.weight")  # of a saved adapter; the last gives classes
+SAVED_EMBEDDINGS = "_potstill_saved_embeddings"  # an attribute of bases whose embeddings are saved with their adapter
 QUANTIZATION = "quantization_config.json"  # of the adapter's base, beside both
 
 # The class that loads a task's model, and its name in errors.
@@ -102,7 +114,7 @@ def load_model(
 
 
 def loading_notes(model: Any) -> tuple[str, ...]:
-    """What a user should know of a model that `load_model` loaded: weights that are random, or not used."""
+    """What a user should know of a model or tokenizer that was loaded here: weights that are random, or not used."""
     notes: tuple[str, ...] = getattr(model, NOTES, ())
     return notes
 
@@ -146,16 +158,24 @@ def _load_base(
     missing = [weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight]
     if labels_of is not None:  # the adapter has the head, or the student's starts at random
         missing = [weight for weight in missing if may_miss or not weight.startswith(tuple(sequence_head_names(model)))]
-    names = {"key": key, "name": name, "kind": kind}
-    check_shapes(info["mismatched_keys"], **names)
-    setattr(model, NOTES, check_weights(model, missing, info["unexpected_keys"], **names, may_miss=may_miss))
+    names = {"key": key, "name": name}
+    check_shapes(info["mismatched_keys"], kind=kind, **names)
+    check_stored(model, **names)
+    notes = [*check_weights(model, missing, info["unexpected_keys"], kind=kind, may_miss=may_miss, **names)]
+    notes += [*check_values(model, **names), *config_notes(model, load_config(name, key), **names)]
     check_embeddings(model, key)
     if task == "causal":
         check_causal(model, key)
     if task in ("masked", *SEQUENCE_TASKS):
-        setattr(model, NOTES, (*loading_notes(model), *padding_notes(model, key)))
+        notes += padding_notes(model, key)
+    setattr(model, NOTES, tuple(notes))
     model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
     model.config.dtype = saved_dtype(name) or model.dtype  # the same
+    if task == "classification" and model.config.problem_type == "multi_label_classification":
+        raise ModelError(
+            f"{key}: expected a classifier of one class a text, got {name}, whose problem_type is "
+            "multi_label_classification. Name another model: the probabilities of its classes do not sum to 1."
+        )
     if task in SEQUENCE_TASKS:
         model.config.problem_type = "regression" if task == "regression" else "single_label_classification"
     return model
@@ -174,7 +194,7 @@ def _quantization(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
 def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable: bool) -> PreTrainedModel:
     """Load the base of an adapter, quantized as it was in training, and the adapter with the head trained beside it."""
     peft = require_package("peft", "adapters", key)
-    _adapter_weights(folder, key)  # before the base, which takes longer
+    weights = _adapter_weights(folder, key)  # before the base, which takes longer
     saved = folder / QUANTIZATION
     if saved.exists():
         require_package("bitsandbytes", "quantized", key)
@@ -186,8 +206,15 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable
     base = config.base_model_name_or_path
     if not base:
         raise ModelError(f"{key}: expected an adapter that names its base, got one in {folder} that does not.")
-    labels_of = load_config(str(folder), key) if config.modules_to_save else None
-    model = _load_base(base, f"the base of {key}", dtype, task, quantization, labels_of)
+    base_key = f"the base of {key} (base_model_name_or_path in {folder / ADAPTER_CONFIG})"
+    if is_adapter(base):
+        raise ModelError(
+            f"{base_key}: expected a plain model, got {base}, a folder with an adapter. Merge that adapter with "
+            "merge_and_unload(), or save adapter and model in folders of their own."
+        )
+    labels_of = _labels_of_adapter(folder, base, weights, key) if task in SEQUENCE_TASKS else None
+    model = _load_base(base, base_key, dtype, task, quantization, labels_of)
+    _fit_embeddings(model, weights)
     try:
         with suppress_warnings():
             config.inference_mode = not trainable
@@ -195,7 +222,33 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable
     except Exception as error:
         raise unreadable(key, f"an adapter for {base}", str(folder), ModelLocation(str(folder)), error) from error
     load_adapter(adapted, folder, key, "Save it again with peft, or correct base_model_name_or_path in its config.")
+    check_values(adapted, key=key, name=str(folder))
+    if [*folder.glob("model*.safetensors")]:
+        beside = f"{key}: {folder} also has a whole model, which is not read: its adapter is loaded over {base}."
+        setattr(model, NOTES, (*loading_notes(model), beside))
     return (adapted if trainable else adapted.requires_grad_(False)).eval()
+
+
+def _labels_of_adapter(folder: Path, base: str, weights: Mapping[str, Tensor], key: str) -> PretrainedConfig | None:
+    """The classes of a classifier that was trained beside an adapter; numbered where its config was not saved."""
+    rows = [len(weight) for name, weight in weights.items() if name.endswith(CLASSIFIERS)]
+    if not rows:
+        return None
+    if (folder / "config.json").exists():
+        return load_config(str(folder), key)
+    config = load_config(base, key)
+    config.num_labels = rows[-1]
+    return config
+
+
+def _fit_embeddings(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Resize a base's embeddings as when its adapter was trained, where they are saved with it."""
+    embeddings: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
+    paths = [path for path, module in model.named_modules() if module in embeddings]
+    names = [f"base_model.model.{path}.{inner}weight" for path in paths for inner in ("", "base_layer.")]
+    rows = {len(weights[name]) for name in names if name in weights}
+    if len(rows) == 1 and rows != {len(embeddings[0].weight)}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
 def is_adapter(name: str) -> bool:
@@ -209,12 +262,14 @@ def load_adapter(
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     saved, own = _adapter_weights(folder, key), get_peft_model_state_dict(model, save_embedding_layers=False)
-    saved_shapes, own_shapes = ({(name, *weight.shape) for name, weight in state.items()} for state in (saved, own))
-    unread = {weight for weight in saved_shapes - own_shapes if "embed" not in weight[0]}  # peft adds embeddings
-    if others := unread | (own_shapes - saved_shapes):
+    saved = {name: weight for name, weight in saved.items() if ".modules_to_save." not in name}  # peft repeats some
+    of_base = model.state_dict()  # peft saves embeddings that were resized or have an adapter
+    shapes = [{(name, *weight.shape) for name, weight in state.items()} for state in (saved, own, of_base)]
+    if others := (shapes[0] - shapes[1] - shapes[2]) | (shapes[1] - shapes[0]):
         raise ModelError(
             f"{key}: expected the weights of this adapter in {folder}, got others or none for {min(others)[0]}. {hint}"
         )
+    setattr(model.get_base_model(), SAVED_EMBEDDINGS, bool(saved.keys() - own.keys()))
     set_peft_model_state_dict(model, saved)
 
 
@@ -246,17 +301,33 @@ def has_bfloat16() -> bool:
 def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, or of an adapter's base where the adapter was saved without one."""
     base = adapter_base(name)
-    if base is not None and not any([*Path(name).expanduser().glob(pattern)] for pattern in TOKENIZERS):
+    if base is not None and not has_tokenizer(Path(name).expanduser()):
         name, key = base, f"the base of {key}"
-    return _load(auto.AutoTokenizer, "a tokenizer", name, key)
+    tokenizer: PreTrainedTokenizerBase = _load(auto.AutoTokenizer, "a tokenizer", name, key)
+    location = locate(name, key)
+    if not has_words(tokenizer):
+        raise unreadable(key, "a tokenizer", name, location, ValueError("it has no words"))
+    if location.folder is not None:
+        setattr(tokenizer, NOTES, tokenizer_notes(tokenizer, location.folder, key))
+    return tokenizer
+
+
+def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has more than special tokens; some families make one without any file."""
+    return not tokenizer.get_vocab().keys() <= {*tokenizer.all_special_tokens}
 
 
 def adapter_base(name: str) -> str | None:
     """The base model that an adapter's folder names; None for any other model."""
     if not is_adapter(name):
         return None
-    config = json.loads((Path(name).expanduser() / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base: str | None = config.get("base_model_name_or_path")
+    folder = Path(name).expanduser()
+    try:
+        base: str | None = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get(
+            "base_model_name_or_path"
+        )
+    except (ValueError, AttributeError) as error:
+        raise unreadable("model", "an adapter of peft", name, ModelLocation(str(folder)), error) from error
     return base
 
 

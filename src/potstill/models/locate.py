@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers.utils import quantization_config
 
-from potstill.errors import ModelError, UserError
+from potstill.errors import ModelError, UserError, one_line
 
 HUB_SECONDS = 2.0  # to wait for an answer of the Hub, unless HF_HUB_ETAG_TIMEOUT is set
 
@@ -70,6 +71,8 @@ def locate(name: str, key: str) -> ModelLocation:
         ModelError: there is none, or the Hub cannot be reached; in seconds, and with what to do.
     """
     path = Path(name).expanduser()
+    if not name.strip():
+        raise ModelError(f"{key}: expected a folder or a model's name, got {name!r}. Name one.")
     if path.is_dir():
         return _in_folder(path, key)
     if path.is_file():
@@ -77,6 +80,8 @@ def locate(name: str, key: str) -> ModelLocation:
             return _in_gguf(path, key)
         what = FILES.get(path.suffix.lower(), "a file. Name the folder of a model")
         raise ModelError(f"{key}: expected a folder with a model, got {name}, {what}.")
+    if hint := _other_notation(name):
+        raise ModelError(f"{key}: expected a folder or a model's name, got {one_line(name)}. {hint}")
     matches = sorted(str(match) for match in path.parent.glob(path.name)) if set("*?[") & set(path.name) else []
     if matches:
         raise ModelError(
@@ -91,6 +96,22 @@ def locate(name: str, key: str) -> ModelLocation:
     return _on_hub(name, key)
 
 
+def _other_notation(name: str) -> str | None:
+    """What to write in place of a URL, or of a name with a revision; None for other names."""
+    if url := re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)|hf://([^/]+/[^/@]+)", name):
+        return f"Write {url[1] or url[2]}."
+    if name.startswith("file://"):
+        return f"Write {name.removeprefix('file://')}."
+    if "://" in name:
+        return "Download it, and name the folder."
+    if revision := re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@([\w./-]+)", name):
+        download = f"hf download {revision[1]} --revision {revision[2]} --local-dir FOLDER"
+        return f"For a revision run `{download}`, and name that folder."
+    if re.fullmatch(r"[\w.-]+:[\w.-]+", name):
+        return "A name of Ollama is none of the Hub: name the model that it was converted from."
+    return None
+
+
 def weight_files(name: str | Path) -> list[Path]:
     """The files of a model's or an adapter's weights that are on this disk, without other variants of them."""
     path = Path(name).expanduser()
@@ -98,15 +119,16 @@ def weight_files(name: str | Path) -> list[Path]:
         return [path]
     if (folder := ModelLocation(str(path)).folder) is None:
         return []
-    usual = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
-    files = [file for pattern in usual for file in folder.glob(pattern)]
-    return sorted(files or folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
+    for pattern in ("adapter_model.safetensors", "model.safetensors", "model-*-of-*.safetensors", "*.safetensors"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return sorted(folder.glob("*.gguf"))
 
 
 def _in_folder(folder: Path, key: str) -> ModelLocation:
     if (folder / "config.json").exists():
         return ModelLocation(str(folder))
-    files = sorted(folder.glob("*.gguf"))
+    files = sorted(file for file in folder.glob("*.gguf") if not file.name.startswith("mmproj"))  # a vision tower
     if len(files) > 1:
         raise ModelError(
             f"{key}: expected one GGUF file in {folder}, got {len(files)}. Name one of them, such as {files[0]}; merge "
@@ -117,6 +139,11 @@ def _in_folder(folder: Path, key: str) -> ModelLocation:
 
 def _in_gguf(path: Path, key: str) -> ModelLocation:
     """Read a GGUF file as a plain model: its weights are dequantized."""
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name):
+        raise ModelError(
+            f"{key}: expected a whole GGUF file, got {path}, a part of one. Merge the parts with llama-gguf-split "
+            "--merge, and name the result."
+        )
     require_package("gguf", "gguf", key)
     options: dict[str, Any] = {"gguf_file": path.name}
     if hasattr(quantization_config, "GgufConfig"):  # of later versions, which would else keep the quantized blocks
@@ -130,7 +157,7 @@ def _on_hub(name: str, key: str) -> ModelLocation:
     try:
         downloaded = try_to_load_from_cache(name, "config.json")
     except HFValidationError:
-        raise ModelError(f"{key}: expected a folder or a model's name, got {name}. Check the path.") from None
+        raise ModelError(f"{key}: expected a folder or a model's name, got {one_line(name)}. Check the path.") from None
     if not constants.is_offline_mode():
         error = _hub_error(name)
         if error is None:

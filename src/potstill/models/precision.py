@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,15 +24,27 @@ def as_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
 def saved_dtype(name: str | Path) -> torch.dtype | None:
     """The precision of most of a saved model's weights that are not quantized; None for a model that is not here."""
     sizes: Counter[torch.dtype] = Counter()
-    for file in weight_files(name):
-        if file.suffix == ".gguf":
-            return torch.bfloat16  # what is quantized there loses nothing in half precision
-        with safe_open(file, "pt") as weights:
-            for weight in weights.keys():  # noqa: SIM118  # it is no mapping
-                part = weights.get_slice(weight)
-                if part.get_dtype() in DTYPES:
-                    sizes[DTYPES[part.get_dtype()]] += math.prod(part.get_shape())
+    if any(file.suffix == ".gguf" for file in weight_files(name)):
+        return torch.bfloat16  # what is quantized there loses nothing in half precision
+    for _, dtype, size in _saved_weights(name):
+        if dtype in DTYPES:
+            sizes[DTYPES[dtype]] += size
     return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def integer_weights(name: str | Path) -> list[str]:
+    """Names of the weights that a saved model has as integers."""
+    return [weight for weight, dtype, _ in _saved_weights(name) if weight.endswith("weight") and dtype[0] in "IU"]
+
+
+def _saved_weights(name: str | Path) -> Iterator[tuple[str, str, int]]:
+    """Name, dtype and size of each weight of a saved model in safetensors, by the headers of its files."""
+    for file in weight_files(name):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as weights:
+                for weight in weights.keys():  # noqa: SIM118  # it is no mapping
+                    part = weights.get_slice(weight)
+                    yield weight, part.get_dtype(), math.prod(part.get_shape())
 
 
 def describe_precision(name: str | Path) -> str | None:

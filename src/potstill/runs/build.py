@@ -52,6 +52,10 @@ from potstill.train.terms.policy import PolicyGradient, label_log_probs
 
 ALIGNMENT_ROWS = 256  # on which the alignment of two tokenizers is measured
 PROBE_ROWS, PROBE_TOKENS, PROBE_TARGETS = 4, 32, 16  # on which the teacher's loss is compared with a uniform guess
+NAN_TEACHER = (
+    "teacher: expected finite predictions on the training data, got NaN. Check its weights, or set teacher.dtype to "
+    "float32: in float16 a model may overflow."
+)
 SAME_OUTPUT = 1e-4  # nats between predictions that count as the same
 MIN_COVERAGE = 0.9  # of the bytes in chunks: below it a note says so
 
@@ -151,7 +155,8 @@ def build_run(recipe: Recipe) -> BuiltRun:
     )
     rollout = built.new_rollout()
     _check_teacher(built)
-    notes = [note for model in (*loaded.models.values(), student) for note in loading_notes(model)]
+    tokenizers = (loaded.tokenizer, *(() if tokenizer is loaded.tokenizer else (tokenizer,)))
+    notes = [note for part in (*loaded.models.values(), student, *tokenizers) for note in loading_notes(part)]
     notes += [
         *_teacher_notes(built),
         *train.notes,
@@ -345,34 +350,40 @@ def _check_teacher(built: BuiltRun) -> None:
 
 def _teacher_notes(built: BuiltRun) -> Iterator[str]:
     """Report a teacher that is no better than a guess on the first rows, or whose output is the same everywhere."""
-    teacher = built.teacher
-    if teacher.other_tokenizer or teacher.changes or built.recipe.task not in TOKEN_TASKS:
+    teacher, task = built.teacher, built.recipe.task
+    if teacher.other_tokenizer or teacher.changes or task == "encoder":
         return
-    rows = [built.train.dataset[i] for i in evenly_spaced(PROBE_ROWS, len(built.train.dataset))]
-    if not built.needs_whole_rows:
+    of_tokens = task in TOKEN_TASKS
+    number = PROBE_ROWS if of_tokens else PROBE_TARGETS
+    rows = [built.train.dataset[i] for i in evenly_spaced(number, len(built.train.dataset))]
+    if of_tokens and not built.needs_whole_rows:
         rows = [piece(row, PROBE_TOKENS) for row in rows]
-    batch = next(in_batches(rows, built.tokenizer, PROBE_ROWS, PartialState().device))
-    alignment = align(batch["labels"], built.recipe.task)
+    batch = next(in_batches(rows, built.tokenizer, number, PartialState().device))
+    alignment = align(batch["labels"], task)
     if len(alignment) < PROBE_TARGETS:
         return
-    output = teacher(batch, alignment)
+    output, choices = teacher(batch, alignment), built.vocabulary
     if isinstance(output.targets, HeadTargets | DenseTargets):
-        dense = output.targets.dense().log_softmax(-1)
-        if float((dense - dense[:1]).abs().max()) < SAME_OUTPUT:
+        dense = output.targets.dense()
+        predicted, choices = dense if task == "regression" else dense.log_softmax(-1), choices or dense.shape[-1]
+        if bool(predicted.isnan().any()):
+            raise ModelError(NAN_TEACHER)
+        if float((predicted - predicted[:1]).abs().max()) < SAME_OUTPUT:
             yield (
                 "teacher: its predictions are the same whatever it reads. Check that its weights are those of a "
                 "trained model."
             )
-    log_probs, uniform = output.log_probs_of(alignment.labels), math.log(built.vocabulary)
-    if log_probs is not None and bool(log_probs.isnan().any()):
-        raise ModelError(
-            "teacher: expected finite predictions on the training data, got NaN. Check its weights, or set "
-            "teacher.dtype to float32: in float16 a model may overflow."
-        )
-    if log_probs is not None and -float(log_probs.mean()) > uniform:
+    log_probs = None if task == "regression" else output.log_probs_of(alignment.labels)
+    if log_probs is None:
+        return
+    if bool(log_probs.isnan().any()):
+        raise ModelError(NAN_TEACHER)
+    loss, uniform = -float(log_probs.mean()), math.log(choices)
+    if loss > uniform:
+        unit = "tokens" if of_tokens else "rows"
         yield (
-            f"teacher: its loss on {len(log_probs)} tokens of the training data is {-float(log_probs.mean()):.2f} "
-            f"nats, that of a uniform guess {uniform:.2f}. Check that it is trained, and on this kind of text."
+            f"teacher: its loss on {len(log_probs)} {unit} of the training data is {loss:.2f} nats, that of a uniform "
+            f"guess {uniform:.2f}. Check that it is trained, and on this kind of text."
         )
 
 

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
+from transformers.integrations import get_reporting_integration_callbacks
 
 from potstill.data.files import explain_disk_full
 from potstill.errors import PotstillError, RecipeError, RunError, one_line
@@ -42,6 +43,7 @@ def rehearse(built: BuiltRun, student: Any) -> None:
         RunError: a step failed; the message names it.
         PotstillError: a step's own.
     """
+    _check_trackers(built.recipe.train.get("report_to"))
     teacher, quiet = built.teacher, Console(quiet=True)
     state = {} if teacher.of_student else {name: value.clone() for name, value in teacher.state_dict().items()}
     if built.recipe.student.adapter is None:  # a copy is quicker to make; peft changes what it is given
@@ -90,6 +92,17 @@ def failing_early(step: str, rows: str) -> Iterator[None]:
         ) from error
 
 
+def _check_trackers(names: Any) -> None:
+    """Check that the trackers of train.report_to are installed; a rehearsal is not reported to them."""
+    try:
+        for tracker in get_reporting_integration_callbacks(names):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(
+            f"train.report_to: expected trackers that are installed, got {names}: {one_line(error)}"
+        ) from None
+
+
 def _small_run(built: BuiltRun, num_steps: int) -> BuiltRun:
     """The run with a few short rows and few steps; each of them is logged, measured and saved."""
     train, held_out = (_short_rows(built, examples.dataset) for examples in (built.train, built.eval))
@@ -97,7 +110,7 @@ def _small_run(built: BuiltRun, num_steps: int) -> BuiltRun:
     longest = max(len(row["input_ids"]) for rows in (train, held_out) for row in rows)
     every_step = {"logging_steps": 1, "eval_steps": 1, "save_steps": 1, "eval_delay": 0, "dataloader_drop_last": False}
     changes: dict[str, Any] = {  # the weights stay as they are: a rate that is too high shows in the training
-        "train": {**recipe.train, **every_step, "max_steps": num_steps, "learning_rate": 0.0},
+        "train": {**recipe.train, **every_step, "max_steps": num_steps, "learning_rate": 0.0, "report_to": "none"},
         "data": recipe.data.model_copy(update={"max_length": longest}),
         "evaluate": recipe.evaluate.model_copy(update={"time_limit": NO_TIME}),
     }
