@@ -311,6 +311,13 @@ def test_instructions_are_topics_by_kinds(values, monkeypatch) -> None:
         ("{x}", "Sing of {question}."),
     ]
     assert rows[6]["prompt"] == "Sing of {x}."
+    values["task"]["kinds"] = ["analyse", "summarize"]
+    british = lines(
+        made(
+            values | {"output": values["output"] + "3"}, lambda p, s, _: Completion(f"{p} {s}", True), monkeypatch
+        ).rows
+    )
+    assert {row["kind"] for row in british} == {"analyze", "summarize"}
     values["task"]["kinds"] = ["explane"]
     with pytest.raises(UserError, match=r"Did you mean explain\?"):
         made(values | {"output": values["output"] + "2"}, sums, monkeypatch)

@@ -21,12 +21,13 @@ PROGRAM_TEMPLATES = {
 }
 INSTRUCTIONS = {
     "explain": "Explain {question} to someone who has never heard of it.",
-    "summarise": "Summarise in a few sentences what matters most about {question}.",
-    "analyse": "Analyse {question}: what it consists of, and how its parts work together.",
+    "summarize": "Summarise in a few sentences what matters most about {question}.",
+    "analyze": "Analyse {question}: what it consists of, and how its parts work together.",
     "compare": "Compare the most common approaches to {question}, and say when each fits.",
     "list": "List the main parts of {question}, with one sentence on each.",
     "evaluate": "Evaluate {question}: what speaks for it, what against it, and what follows?",
 }
+BRITISH = {"summarise": "summarize", "analyse": "analyze"}
 
 Choice = Literal["all", "majority", "verified"]
 Target = Literal["chain", "answer", "both"]
@@ -187,7 +188,7 @@ class Instructions(GenerationTask):
 
     Args:
         topics: what the instructions are about.
-        kinds: explain, summarise, analyse, compare, list, evaluate, or texts with {question}, the topic's place.
+        kinds: explain, summarize, analyze, compare, list, evaluate, or texts with {question}, the topic's place.
     """
 
     topics: Annotated[tuple[str, ...], NonEmpty()]
@@ -196,7 +197,8 @@ class Instructions(GenerationTask):
 
     def requests(self, skip_bad: bool) -> tuple[list[GenerationRequest], list[UnusableRow]]:
         requests = []
-        for number, (topic, kind) in enumerate(product(self.topics, self.kinds), 1):
+        kinds = [BRITISH.get(kind, kind) for kind in self.kinds]
+        for number, (topic, kind) in enumerate(product(self.topics, kinds), 1):
             messages = [{"role": "user", "content": fill(template(kind, INSTRUCTIONS), topic)}]
             source = {"topic": topic, "kind": kind}
             requests.append(GenerationRequest(number, self.name, kind, messages, source, topic))

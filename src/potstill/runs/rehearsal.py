@@ -52,10 +52,7 @@ def rehearse(built: BuiltRun, student: Any) -> None:
     with temporary_folder(Path(built.recipe.output)) as folder:
         gc.freeze()  # each training collects garbage: it need not look through all that is there before
         try:
-            _try(steps.Step("train and save the student", steps.train_student, every_rank=True), first, folder, quiet)
-            if PartialState().is_main_process:
-                shutil.rmtree(folder / "student")
-            PartialState().wait_for_everyone()
+            _try(steps.Step("train student", _train, every_rank=True), first, folder, quiet)
             for step in steps.STEPS:
                 _try(step, whole, folder, quiet)
         finally:
@@ -68,6 +65,11 @@ def rehearse(built: BuiltRun, student: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     PartialState().wait_for_everyone()
+
+
+def _train(built: BuiltRun, directory: Path, console: Console) -> None:
+    """Train the student without saving it, as if the run was killed behind its first checkpoint."""
+    steps.train(built, "student", built.objective, directory, console, built.new_rollout())
 
 
 def _try(step: steps.Step, built: BuiltRun, folder: Path, console: Console) -> None:

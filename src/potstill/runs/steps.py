@@ -43,13 +43,13 @@ class Step(NamedTuple):
 
 def train_student(built: BuiltRun, directory: Path, console: Console) -> None:
     """Train and save the student."""
-    _train(built, "student", built.objective, directory, console, built.new_rollout())
+    _train_and_save(built, "student", built.objective, directory, console, built.new_rollout())
 
 
 def train_baseline(built: BuiltRun, directory: Path, console: Console) -> None:
     """Train and save the same student on labels alone, where the recipe asks for it."""
     if built.recipe.evaluate.baseline:
-        _train(built, "baseline", Objective([Labels()]), directory, console)
+        _train_and_save(built, "baseline", Objective([Labels()]), directory, console)
 
 
 def measure_models(built: BuiltRun, directory: Path, console: Console) -> None:
@@ -80,13 +80,18 @@ STEPS = (
 )
 
 
-def _train(
+def _train_and_save(
     built: BuiltRun, name: str, objective: Objective, directory: Path, console: Console, rollout: Rollout | None = None
 ) -> None:
-    """Train one student, or continue from its last checkpoint, and save it in `directory/name`, unless it is there."""
-    folder = directory / name
-    if folder.exists():
-        return
+    """Train one student and save it in `directory/name`, unless it is there."""
+    if not (folder := directory / name).exists():
+        _save(built, train(built, name, objective, directory, console, rollout), folder)
+
+
+def train(
+    built: BuiltRun, name: str, objective: Objective, directory: Path, console: Console, rollout: Rollout | None
+) -> DistillationTrainer:
+    """Train one student, from its last checkpoint in `directory/checkpoints/name` if there is one."""
     recipe, checkpoints, shown = built.recipe, directory / "checkpoints" / name, TrainingProgress(name, console)
     interruption = Interruption(console)
     trainer = DistillationTrainer(
@@ -111,7 +116,7 @@ def _train(
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
     finally:
         shown.progress.stop()
-    _save(built, trainer, folder)
+    return trainer
 
 
 def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
