@@ -175,6 +175,11 @@ def test_a_local_task_of_lm_eval_is_what_a_loop_finds(task: Path, tokenizer) -> 
     assert found == {"toy": {"acc,none": pytest.approx(right / 6)}}
     with pytest.raises(UserError, match="which does not exist"):
         harness_scores(model, tokenizer, [str(task.with_name("other.yaml"))])
+    text = task.read_text()
+    for wrong in (text.replace("{{q}}", "{{question}}"), text.replace("rows.jsonl", "no-rows.jsonl")):
+        task.write_text(wrong)
+        with pytest.raises(UserError, match="expected a task whose first example lm-eval reads, got toy, with "):
+            Harness([str(task)])
 
 
 @pytest.mark.filterwarnings("ignore")

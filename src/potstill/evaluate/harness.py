@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from tqdm.std import tqdm
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.evaluate.time_limit import TimeLimit
 
 
@@ -21,10 +21,10 @@ class TimeLimitError(Exception):
 
 
 class Harness:
-    """Tasks of lm-eval that are known to it: names, which may download their data, or YAML files.
+    """Tasks of lm-eval by names, which may download their data, or YAML files; the first example of each is read.
 
     Raises:
-        UserError: lm-eval is not installed, or does not know a task.
+        UserError: lm-eval is not installed, does not know a task, or cannot read it.
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
@@ -51,6 +51,19 @@ class Harness:
                 "List them with lm-eval ls tasks, or give the YAML file of your own task."
             )
         self.tasks = [*named, *local]
+        for task in self.tasks:
+            self._read_first_example(task)
+
+    def _read_first_example(self, task: str) -> None:
+        try:
+            with _silent_harness():
+                for single in self._manager.load([task])["tasks"].values():
+                    single.build_all_requests(limit=1)
+        except Exception as error:
+            raise UserError(
+                f"evaluate --lm-eval: expected a task whose first example lm-eval reads, got {task}, with "
+                f"{type(error).__name__}: {one_line(error, 200)}. Correct its YAML file, or where its data is."
+            ) from error
 
     def scores(
         self,
