@@ -8,13 +8,13 @@ NOT_FINITE = "not a number"
 
 
 def nats(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else NOT_FINITE
+    return f"{value:z.3f}" if math.isfinite(value) else NOT_FINITE
 
 
 def percent(share: float, digits: int = 0) -> str:
     if 0 < abs(share) < 0.01:
         digits = max(digits, 1)
-    return minus(f"{100 * share:.{digits}f}%")
+    return minus(f"{100 * share:z.{digits}f}%")
 
 
 def count(number: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from potstill.evaluate.formatting import count, milliseconds, nats, percent, perplexity, size
 from potstill.losses.alignment import Task
 
-_correlation = "{:.3f}".format
+_correlation = "{:z.3f}".format
 _percent = partial(percent, digits=1)
 
 

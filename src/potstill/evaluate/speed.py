@@ -77,15 +77,16 @@ def speed(
         extra = extra_bytes(lambda: model(input_ids=ids, use_cache=False), ids.device)
     latency = latencies({"": model}, length, repeats=repeats, rows=rows, limit=limit.share(0.3))[""].median_ms
 
-    def generation_ms(new: int, share: float) -> float:
+    def generation(new: int) -> Callable[[], None]:
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        generate = _awaited(partial(model.generate, ids, attention_mask=torch.ones_like(ids), **options), ids.device)
-        return _latency(_times_in_turn({"": generate}, repeats, limit.share(share))[""]).median_ms
+        return _awaited(partial(model.generate, ids, attention_mask=torch.ones_like(ids), **options), ids.device)
 
     first_ms = next_ms = None
-    if generates:
-        first_ms = generation_ms(1, 0.4)
-        next_ms = max(generation_ms(1 + NEW_TOKENS, 1.0) - first_ms, 0.0) / NEW_TOKENS
+    if generates:  # in turn: on a busy machine one of both would have the slow moments
+        times = _times_in_turn({"one": generation(1), "more": generation(1 + NEW_TOKENS)}, repeats, limit)
+        first_ms = statistics.median(times["one"])
+        further = [more - one for one, more in zip(times["one"], times["more"], strict=True)]
+        next_ms = max(statistics.median(further), 0.0) / NEW_TOKENS
     peak = None if extra is None else model.get_memory_footprint() + extra
     return Speed(rows, length, latency, 1000 * rows * length / latency, first_ms, next_ms, peak)
 
