@@ -83,7 +83,7 @@ def test_token_ids_bring_their_own(tmp_path: Path) -> None:
     (found,) = encode(Source(path), make_tokenizer(), max_length=3).dataset
     assert found["labels"] == [-100, -100, 7]
     assert found["teacher_input_ids"] == [9, 9, 9, 7] and found["teacher_labels"] == [-100, -100, -100, 7]
-    path = written(tmp_path / "other.jsonl", [row | own | {"teacher_labels": [-100, -100, -100, 8, 8]}])
+    path = written(tmp_path / "other.jsonl", [row | own | {"teacher_labels": [-100, -100, -100, 6, 8]}])
     with pytest.raises(DataError, match=r"expected the same answer tokens .* in row 1 of other.jsonl"):
         encode(Source(path), make_tokenizer(), max_length=4)
 

@@ -23,7 +23,7 @@ READ = {*INPUTS, *PACKING, "labels", "weights", STUDENT_LOG_PROBS, SAMPLER_LOG_P
 
 def check_columns(batch: Mapping[str, Tensor], model: Any) -> None:
     """Raise ShapeError for a column that would change the training and is not read; name all others once."""
-    base, names = _base(model), batch.keys() - READ
+    base, names = _base(model), {name for name in batch if name not in READ and not name.startswith(OWNER)}
     refused = {name for name in names if chooses_loss(name)} | names & columns_not_read(model)
     # Types of tokens go to models that tell several of them apart. Others add an embedding of the same number's token.
     types = batch.get("token_type_ids")
@@ -34,8 +34,8 @@ def check_columns(batch: Mapping[str, Tensor], model: Any) -> None:
             f"data: expected batches without {min(refused)}, got some: {type(base).__name__} is not given it. Say "
             "which tokens are targets by labels, and remove the column."
         )
-    if ignored := frozenset(name for name in names if not name.startswith(OWNER)):
-        _note(ignored)
+    if names:
+        _note(frozenset(names))
 
 
 def columns_not_read(model: Any) -> frozenset[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from pydantic import TypeAdapter
-
+from potstill.losses.declared import Declared
 from potstill.teachers.teacher import Teacher
 from potstill.train.terms.term import Term
 
@@ -20,20 +20,28 @@ def facts(teacher: Teacher | None, terms: Sequence[Term]) -> dict[str, Any]:
     model = getattr(getattr(teacher, "model", None), "config", None)
     name = "none" if teacher is None else type(teacher).__name__
     source = getattr(model, "_name_or_path", "")
-    values = TypeAdapter(list[Term]).dump_python(list(terms), mode="json", fallback=str)
-    return {"teacher": f"{name} {source}".strip(), **flat({"objective": values})}
+    return {"teacher": f"{name} {source}".strip(), **flat({"objective": terms})}
 
 
-def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Join the keys of nested mappings and the places of lists by dots, as trackers sort and filter them."""
+def flat(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Join the keys of nested mappings, the places of lists and the fields of declarations by dots, for trackers."""
     named: dict[str, Any] = {}
     for key, value in values.items():
-        inner = dict(enumerate(value)) if isinstance(value, list) else value
-        if isinstance(inner, Mapping):
-            named |= {f"{key}.{name}": entry for name, entry in flat({str(k): v for k, v in inner.items()}).items()}
+        if (inner := _entries(value)) is not None:
+            named |= {f"{key}.{name}": entry for name, entry in flat(inner).items()}
         else:
-            named[key] = value
+            named[str(key)] = value if isinstance(value, str | int | float | None) else type(value).__name__
     return named
+
+
+def _entries(value: Any) -> Mapping[Any, Any] | None:
+    """The entries of a value that has some."""
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        kind = {value.key: value.name} if isinstance(value, Declared) else {}
+        return kind | {field.name: getattr(value, field.name) for field in fields(value)}
+    return value if isinstance(value, Mapping) else None
 
 
 @contextmanager
