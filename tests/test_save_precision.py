@@ -17,6 +17,7 @@ from potstill.models.adapted import convert_saved
 from potstill.models.loading import load_model
 from potstill.models.precision import describe_precision, saved_dtype
 from potstill.runs.build import build_run
+from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 from test_locate import write_gguf
@@ -66,6 +67,15 @@ def test_the_recipe_decides_otherwise(recipe_values: dict[str, Any], tmp_path: P
     recipe_values["teacher"]["model"] = save_half(tmp_path / "half", seed=1)
     recipe_values["student"]["save_dtype"] = "float32"
     assert dtypes(quiet_run(recipe_values).directory / "student") == {torch.float32}
+
+
+def test_check_counts_the_bytes_that_are_saved(recipe_values: dict[str, Any]) -> None:
+    recipe_values["evaluate"] = {"baseline": False}
+    needs = []
+    for dtype in ("float32", "bfloat16"):
+        recipe_values["student"]["save_dtype"] = dtype
+        needs.append(check(Recipe.parse(recipe_values)))
+    assert needs[0].disk_bytes - needs[1].disk_bytes == 2 * needs[0].built.size.all
 
 
 def test_an_existing_student_keeps_its_own_precision(recipe_values: dict[str, Any], tmp_path: Path) -> None:

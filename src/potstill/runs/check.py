@@ -72,7 +72,8 @@ def _calibrated_quickly(recipe: Recipe) -> Recipe:
 
 def _estimate(built: BuiltRun, student: PreTrainedModel) -> Preflight:
     recipe, trained = built.recipe, built.size.trained * 4
-    exported = built.size.all * 4 if recipe.student.merges else trained
+    exported = built.size.all if recipe.student.merges else built.size.trained
+    exported *= (built.save_dtype or torch.float32).itemsize
     runs = 2 if recipe.evaluate.baseline else 1
     output = Path(recipe.output).absolute()
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
