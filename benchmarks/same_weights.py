@@ -21,7 +21,13 @@ import potstill
 from potstill.demo.recipe import demo_recipe
 
 STUDENT = "student.design={hidden_size: 128, intermediate_size: 344, num_hidden_layers: 3, num_attention_heads: 2}"
-SHORT = ["train.max_steps=12", "train.warmup_steps=2", "evaluate.baseline=false", "data.max_length=48"]
+SHORT = [
+    "student.save_dtype=float32",
+    "train.max_steps=12",
+    "train.warmup_steps=2",
+    "evaluate.baseline=false",
+    "data.max_length=48",
+]
 HIDDEN = """objective=[
     {term: logits, divergence: {kind: jsd, beta: 0.3}, temperature: {schedule: linear, start: 3, end: 1}},
     {term: labels, weight: 0.5}, {term: hidden, layers: uniform, weight: 0.2},
