@@ -24,7 +24,7 @@ LAYERS, HEADS, WIDTH, VOCABULARY = 2, 4, 32, 128
 
 # Families that are not walked.
 NOT_SMALL = {
-    "blt": "transformers cannot generate text with it: its config has no num_hidden_layers",
+    "blt": "refused when it is loaded: transformers cannot generate text with it",
     "canine": "refused when it is loaded: it has no embedding for each token",
     "gemma3n": "needs timm",
     "gemma4_assistant": "drafts for another model",
@@ -33,6 +33,8 @@ NOT_SMALL = {
     "musicgen": "makes audio",
     "musicgen_melody": "makes audio",
     "perceiver": "refused when it is loaded: it has no embedding for each token",
+    "t5gemma": "transformers cannot run its classifier without a cache",
+    "t5gemma2": "transformers cannot run its classifier without a cache",
 }
 
 # Values of small configs, by the name of the key; a key that a family does not have is skipped.
@@ -172,6 +174,11 @@ OWN: dict[str, dict[str, Any]] = {
         "vocabulary_map": {"<image>": 125, "<|extra_200|>": 126, "<|visual token 000000|>": 127},
         "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 8},
     },
+    "mistral4": {"head_dim": 16},
+    "t5": {"decoder_start_token_id": 0},
+    "umt5": {"decoder_start_token_id": 0},
+    "lilt": {"hidden_size": 48},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "esmc": {"num_key_value_heads": HEADS},
     "neomme": {"head_dim": 16},
     "distilbert": {"dim": WIDTH, "hidden_dim": 64},

@@ -139,6 +139,12 @@ def test_a_strange_label_is_an_error_with_its_row(tmp_path: Path, task: Any, lab
         encode(Source(file), make_bert_tokenizer(), max_length=16, task=task, classes=CLASSES)
 
 
+def test_a_model_without_names_of_its_classes_is_an_error(tmp_path: Path) -> None:
+    file = written(tmp_path / "rows.jsonl", [{"text": "the cat", "label": "calm"}])
+    with pytest.raises(DataError, match="expected a class in label2id, which is empty, got 'calm' in row 1"):
+        encode(Source(file), make_bert_tokenizer(), max_length=16, task="classification", classes={})
+
+
 @pytest.mark.parametrize("form", ["parquet", "saved"])
 def test_numbers_of_classes_are_read_by_the_names_that_a_data_set_has(form: str, tmp_path: Path) -> None:
     features = Features(text=Value("string"), label=ClassLabel(names=["yes", "maybe", "no"]))

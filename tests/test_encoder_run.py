@@ -27,6 +27,7 @@ from potstill.runs.config.run import Recipe
 from potstill.runs.evaluate import EvaluationOptions, evaluate
 from potstill.runs.run import RunResult, run
 from potstill.train.callbacks import MetricsFile
+from potstill.train.distiller import Distiller
 from toy_encoders import CLASSES, make_encoder, save
 
 RECIPES = {
@@ -169,7 +170,7 @@ def test_what_is_measured_of_classes_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_commands_measure_and_check(name: str, judged_rows: Path) -> None:
+def test_the_commands_measure_and_check(name: str, judged_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task: Any = TASKS[name]
     save(make_encoder("bert", task, seed=1), judged_rows / "teacher")
     save(make_encoder("bert", task, seed=2, num_hidden_layers=2), judged_rows / "other")
@@ -180,7 +181,16 @@ def test_the_commands_measure_and_check(name: str, judged_rows: Path) -> None:
     for measure in QUALITY[task]:
         assert found["models"]["student"]["quality"][measure.key] is not None
     assert found["models"]["student"]["speed"][0]["first_token_ms"] is None
+    trains = []
+
+    class Watched(Distiller):
+        def step(self, batch: Any) -> Any:
+            trains.append((self.student.training, self.teacher.model.training))
+            return super().step(batch)
+
+    monkeypatch.setattr("potstill.runs.check.Distiller", Watched)
     checked = check(Recipe.load(RECIPES[name], SMALL))
+    assert {*trains} == {(True, False)}  # with dropout, as in the training; Reformer has no gradient otherwise
     assert bool(checked.built.vocabulary) is (task == "masked")
     assert len(checked.built.train.dataset) == 32
 

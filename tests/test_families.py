@@ -213,6 +213,12 @@ def test_queries_of_a_row_that_the_model_pads_itself_are_refused() -> None:
         Distiller(student, teacher, [Logits(ForwardKL()), Relations(heads=2)], task="masked")
 
 
+def test_queries_and_keys_that_come_mixed_are_refused() -> None:
+    student, teacher = families.model("zaya"), families.model("zaya", seed=1)
+    with pytest.raises(ModelError, match="zaya: expected queries, keys and values from one projection, got"):
+        Distiller(student, teacher, [Logits(ForwardKL()), Relations(heads=2)])
+
+
 def test_speed_is_measured_on_tokens_that_are_no_padding() -> None:
     model = families.model("funnel", AutoModelForMaskedLM)  # a warning about padding without a mask fails on it
     assert latency_ms(model, 8, repeats=1) > 0

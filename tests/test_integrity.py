@@ -248,6 +248,12 @@ def test_a_model_without_token_embeddings_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path), "teacher.model", "float32", "masked")
 
 
+def test_a_model_that_generates_no_text_is_refused(tmp_path: Path) -> None:
+    families.model("blt").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="got BltForCausalLM, whose config has no num_hidden_layers"):
+        load_model(str(tmp_path), "teacher.model", "float32")
+
+
 def test_the_distiller_refuses_an_encoder() -> None:
     torch.manual_seed(0)
     student = AutoModelForCausalLM.from_config(families.small("llama"))

@@ -89,7 +89,10 @@ def _label(row: dict[str, Any], where: str, encoder: RowEncoder) -> int | float:
         return classes[text]
     if text.isdigit() and int(text) in classes.values():
         return int(text)
+    known = (
+        f"a label of {listed(list(classes), 8)}, or its number" if classes else "a class in label2id, which is empty"
+    )
     raise DataError(
-        f"data: expected a label of {listed(list(classes), 8)}, or its number, got {text!r} in {where}. "
+        f"data: expected {known}, got {text!r} in {where}. "
         "Correct the row, or name the classes in label2id of the model's config.json."
     )

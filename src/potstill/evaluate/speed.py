@@ -119,14 +119,17 @@ def _kernel_bytes(name: str) -> int:
 
 
 def _ids(model: Any, rows: int, length: int) -> Tensor:
-    """Arbitrary tokens for a model, which is put into evaluation mode; none of padding, as there is no mask for it."""
+    """Rows of arbitrary tokens for a model, which is put into evaluation mode.
+
+    None is padding, as there is no mask for it. All rows are the same: some heads want as many end tokens in each.
+    """
     device = next(model.eval().parameters()).device
     vocabulary = model.get_input_embeddings().weight.shape[0]  # configs of several models have no vocab_size
-    ids = torch.arange(rows * length, device=device) % vocabulary
+    ids = torch.arange(length, device=device) % vocabulary
     padding = getattr(model.config, "pad_token_id", None)
     if padding is not None:
         ids = ids.where(ids != padding, (ids + 1) % vocabulary)
-    return ids.view(rows, length)
+    return ids.repeat(rows, 1)
 
 
 def _awaited(action: Callable[[], Any], device: torch.device) -> Callable[[], None]:

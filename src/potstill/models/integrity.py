@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from potstill.errors import ModelError
 from potstill.models.precision import integer_weights
+from potstill.models.shapes import finds_padding_by_id, text_config
 from potstill.models.split import run, undisturbed
 
 # What wrappers add to the names of weights, and how to save without it.
@@ -161,6 +162,15 @@ def check_embeddings(model: Any, key: str) -> None:
         )
 
 
+def check_generates(model: Any, key: str) -> None:
+    """Refuse a causal model that transformers generates no text with: its cache asks for the number of layers."""
+    if not hasattr(text_config(model.config), "num_hidden_layers"):
+        raise ModelError(
+            f"{key}: expected a model that transformers can generate text with, got {type(model).__name__}, whose "
+            "config has no num_hidden_layers. Name a model of another family."
+        )
+
+
 def check_causal(model: Any, key: str) -> None:
     """Check that later tokens do not change earlier logits, on two rows of a few tokens, nor that there are any.
 
@@ -200,11 +210,15 @@ def check_causal(model: Any, key: str) -> None:
 
 def padding_notes(model: Any, key: str) -> tuple[str, ...]:
     """Describe an encoder whose logits depend on the padding behind a row: FNet mixes all tokens, Funnel pools them."""
+    pad = getattr(text_config(model.config), "pad_token_id", None)
+    if pad is None and finds_padding_by_id(model):
+        return ()  # it gets the id with its data
     try:
         embeddings = model.get_input_embeddings().weight
         padded = torch.arange(11, 11 + 2 * PROBE_TOKENS, device=embeddings.device)[None] % len(embeddings)
         mask = (torch.arange(2 * PROBE_TOKENS, device=padded.device) <= PROBE_TOKENS).long()[None]
-        row = padded[:, : PROBE_TOKENS + 1]
+        row = padded[:, : PROBE_TOKENS + 1].clone()
+        padded[mask == 0] = pad or 0
         with undisturbed(model):
             alone = run(model, {"input_ids": row, "attention_mask": torch.ones_like(row)}).logits
             logits = run(model, {"input_ids": padded, "attention_mask": mask}).logits[:, : row.shape[1]]

@@ -24,6 +24,7 @@ from potstill.models.advice import has_tokenizer, unreadable
 from potstill.models.integrity import (
     check_causal,
     check_embeddings,
+    check_generates,
     check_shapes,
     check_stored,
     check_values,
@@ -165,6 +166,7 @@ def _load_base(
     notes += [*check_values(model, **names), *config_notes(model, load_config(name, key), **names)]
     check_embeddings(model, key)
     if task == "causal":
+        check_generates(model, key)
         check_causal(model, key)
     if task in ("masked", *SEQUENCE_TASKS):
         notes += padding_notes(model, key)

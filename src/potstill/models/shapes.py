@@ -58,6 +58,11 @@ def text_config(config: Any) -> Any:
     return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
 
 
+def finds_padding_by_id(model: Any) -> bool:
+    """Whether a model's head reads the last token that is not the pad id: those of decoders, called score, do."""
+    return hasattr(model, "score")
+
+
 def head_size(config: Any) -> int:
     """Return the width of a query head: of its parts with and without position in multi-head latent attention."""
     latent = getattr(config, "qk_nope_head_dim", None)

@@ -83,6 +83,11 @@ def split_projection(fused: Tensor, config: Any, grouped: bool) -> tuple[Tensor,
     """Split the output of a fused projection into queries, keys and values; its width tells the number of keys."""
     heads, width = config.num_attention_heads, head_size(config)
     keys = (fused.shape[-1] // width - heads) // 2
+    if keys < 1:
+        raise ModelError(
+            f"{config.model_type}: expected queries, keys and values from one projection, got {fused.shape[-1]} "
+            f"numbers for {heads} queries of {width}. Use another term than relations."
+        )
     if grouped:
         by_group = fused.unflatten(-1, (keys, heads // keys + 2, width))
         queries, key, value = by_group[..., :-2, :], by_group[..., -2, :], by_group[..., -1, :]

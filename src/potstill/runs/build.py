@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +21,7 @@ from potstill.data.masking import MaskedRows
 from potstill.data.mixture import encode_mixture
 from potstill.data.vocabulary import checked_vocabulary, shared_vocabulary
 from potstill.errors import ModelError, RecipeError
-from potstill.losses.alignment import IGNORE, TOKEN_TASKS, align, causal_alignment
+from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, TOKEN_TASKS, align, causal_alignment
 from potstill.losses.divergences import ReverseKL
 from potstill.losses.schedule import for_run, value_at
 from potstill.losses.targets import DenseTargets, HeadTargets
@@ -28,7 +29,7 @@ from potstill.losses.token_losses import token_divergence
 from potstill.models.adapted import ParameterCount, parameter_count, virtual_tokens
 from potstill.models.capture import ActivationCapture
 from potstill.models.chat import set_chat_template
-from potstill.models.heads import class_ids, match_heads, max_positions, token_rows
+from potstill.models.heads import check_end_tokens, class_ids, match_heads, max_positions, token_rows
 from potstill.models.layer_map import LayerMap
 from potstill.models.loading import has_bfloat16, load_tokenizer, loading_notes
 from potstill.models.shapes import ModelShape
@@ -126,6 +127,9 @@ def build_run(recipe: Recipe) -> BuiltRun:
     vocabulary, vocabulary_notes = _vocabulary(recipe, loaded, tokenizer, models)
     positions = _max_positions(recipe, loaded, models)
     train, held_out, duplicates = encode_data(recipe, student.config, tokenizer)
+    if recipe.task in SEQUENCE_TASKS:
+        for model, rows in product(models.values(), (train, held_out)):
+            check_end_tokens(model, rows.dataset["input_ids"])
     teacher = _trained_on(recipe, loaded, train)
     teacher.attach(student)
     plan = _training_plan(recipe.train, len(train.dataset))

@@ -21,7 +21,7 @@ from potstill.models.loading import suppress_warnings
 from potstill.runs.build import BuiltRun, build_run, piece
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
-from potstill.runs.rehearsal import rehearse
+from potstill.runs.rehearsal import quick_collection, rehearse
 from potstill.train.distiller import Distiller
 
 LOSS_BYTES = 2**28  # most that the loss takes on a CPU, see losses/fused_chunks.py
@@ -60,7 +60,7 @@ def check(recipe: Recipe, console: Console | None = None) -> Preflight:
         with part(console, "trying every step on short rows"):
             student = built.new_student()
             rehearse(built, student)
-        with part(console, "timing a batch"):
+        with part(console, "timing a batch"), quick_collection():
             return _estimate(built, student)
 
 
@@ -97,7 +97,7 @@ def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe, plan, rollout = built.recipe, built.plan, built.new_rollout()
     options: dict[str, Any] = {"vocabulary": built.vocabulary or None, "task": recipe.task}
-    distiller = Distiller(student, built.teacher, built.objective, **options).to(device)
+    distiller = Distiller(student, built.teacher, built.objective, **options).to(device).train()
     dtype, mixed = torch.bfloat16 if plan.bf16 else torch.float16, plan.bf16 or bool(recipe.train.get("fp16"))
     seconds = 0.0
 

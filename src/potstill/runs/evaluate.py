@@ -26,9 +26,9 @@ from potstill.evaluate.held_out import measure_rows
 from potstill.evaluate.speed import speed
 from potstill.evaluate.time_limit import TimeLimit
 from potstill.evaluate.versions import versions
-from potstill.losses.alignment import IGNORE, TOKEN_TASKS, Task
+from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.adapted import parameter_count, virtual_tokens
-from potstill.models.heads import class_ids, match_heads, max_positions, token_rows
+from potstill.models.heads import check_end_tokens, class_ids, match_heads, max_positions, token_rows
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.finished_parts import FinishedParts, fingerprint
@@ -167,6 +167,9 @@ def _evaluate(
         examples = encode(source, tokenizer, max_length=max_length, packing=packing, task=task, classes=classes)
         if task == "masked":
             examples = replace(examples, dataset=MaskedRows(examples.dataset, tokenizer).fixed())
+        elif task in SEQUENCE_TASKS:
+            for model in models.values():
+                check_end_tokens(model, examples.dataset["input_ids"])
     num_rows = len(examples.dataset)
 
     def quality(progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:

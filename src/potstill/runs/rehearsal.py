@@ -49,8 +49,7 @@ def rehearse(built: BuiltRun, student: Any) -> None:
     if built.recipe.student.adapter is None:  # a copy is quicker to make; peft changes what it is given
         built = replace(built, new_student=partial(copy.deepcopy, student))
     first, whole = _small_run(built, 1), _small_run(built, 2)
-    with temporary_folder(Path(built.recipe.output)) as folder:
-        gc.freeze()  # each training collects garbage: it need not look through all that is there before
+    with temporary_folder(Path(built.recipe.output)) as folder, quick_collection():
         try:
             _try(steps.Step("train student", _train, every_rank=True), first, folder, quiet)
             for step in steps.STEPS:
@@ -61,10 +60,19 @@ def rehearse(built: BuiltRun, student: Any) -> None:
             if built.writer is not None:
                 built.writer.push_due = True  # its server has the rehearsal's weights
             gc.collect()
-            gc.unfreeze()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     PartialState().wait_for_everyone()
+
+
+@contextmanager
+def quick_collection() -> Iterator[None]:
+    """Collect garbage without a look through all that is there already: a training does so, and a measured pass."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _train(built: BuiltRun, directory: Path, console: Console) -> None:

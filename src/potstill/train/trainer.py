@@ -24,9 +24,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.errors import UserError
-from potstill.losses.alignment import IGNORE, Task
+from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, Task
 from potstill.models.chat import end_token_ids, set_end_tokens
-from potstill.models.heads import class_ids
+from potstill.models.heads import class_ids, set_pad_id
 from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import FollowTraining
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
@@ -161,6 +161,8 @@ class DistillationTrainer(StudentTrainer):
         kwargs |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
         if task == "causal" and processing_class is not None:
             set_end_tokens(student, end_token_ids(processing_class, student), processing_class.eos_token_id)
+        if task in SEQUENCE_TASKS and processing_class is not None:
+            set_pad_id(distiller.models().values(), pad_token_id(processing_class)[0])
         super().__init__(distiller, args, **kwargs)
         self.rollout = rollout
         plugins = self.accelerator.state
