@@ -12,6 +12,7 @@ from pages import blocks, run_commands, run_python
 PAGE = "docs/beside.md"
 
 
+@pytest.mark.slow
 def test_its_recipe_its_commands_and_its_code_run(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)

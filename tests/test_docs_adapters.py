@@ -18,6 +18,7 @@ from potstill.runs.config.student import StudentPart
 PAGE = "docs/adapters.md"
 
 
+@pytest.mark.slow
 def test_the_page_runs(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)

@@ -75,6 +75,7 @@ def test_the_recipe_and_the_commands_of_the_readme_run(workplace: Path) -> None:
     run_commands(commands)
 
 
+@pytest.mark.slow
 def test_the_page_on_signals_runs(workplace: Path) -> None:
     for code in blocks(SIGNALS, "python"):
         run_python(code)

@@ -27,6 +27,7 @@ def workplace(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_recipe_and_commands_run(workplace: Path) -> None:
     (workplace / "own.yaml").write_text(blocks(PAGE, "yaml")[0])
     run_commands(blocks(PAGE, "console")[0])

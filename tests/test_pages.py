@@ -35,7 +35,10 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 SHORT = ["train.max_steps=2", "train.warmup_steps=0", "evaluate.continuations=0"]
 
 
-@pytest.mark.parametrize("page", HERE)
+SLOW = {"docs/troubleshooting.md": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=SLOW.get(page, ())) for page in HERE])
 def test_every_block_runs(page: str, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     make_llama(hidden_size=32, layers=4).save_pretrained(tmp_path / "teacher")  # the toys are too small for a budget
