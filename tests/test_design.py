@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, LayoutLMv3Config, LlamaConfig, PretrainedConfig
 from typer.testing import CliRunner
 
 from conftest import make_llama
@@ -14,7 +14,7 @@ from potstill.cli import app
 from potstill.errors import ModelError, ShapeError
 from potstill.models.budget import Budget, parse_count
 from potstill.models.capacity import PUBLISHED, DistillationLaw, SupervisedLaw, expected_share, smallest_student
-from potstill.models.design import design
+from potstill.models.design import design, student_config
 from potstill.models.references import REFERENCES
 from potstill.models.shapes import design_shape
 from potstill.models.size import build, count_parameters, size_of
@@ -215,3 +215,11 @@ def test_the_list_of_published_shapes() -> None:
     done = potstill("--list")
     assert done.exit_code == 0, done.output
     assert "TinyLlama" in done.output
+
+
+def test_layoutlmv3_has_sizes_of_places_that_make_its_width() -> None:
+    teacher = LayoutLMv3Config()
+    with pytest.raises(ModelError, match="expected 4 coordinate_size"):
+        student_config(teacher, {"hidden_size": 384}, 300)
+    changes = {"hidden_size": 384, "coordinate_size": 64, "shape_size": 64, "num_attention_heads": 6}
+    assert student_config(teacher, changes, 300).hidden_size == 384

@@ -63,6 +63,11 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
         student: PretrainedConfig = type(teacher).from_dict(values)  # its constructor checks that fields fit together
     except Exception as error:
         raise invalid_config(teacher.model_type, error) from None
+    if hasattr(student, "coordinate_size") and 4 * student.coordinate_size + 2 * student.shape_size != values[hidden]:
+        raise ModelError(
+            f"student.design: expected 4 coordinate_size + 2 shape_size to be hidden_size, {values[hidden]}, in which "
+            f"{teacher.model_type} embeds places, got {4 * student.coordinate_size + 2 * student.shape_size}. Set both."
+        )
     if attention_layers(teacher) and not attention_layers(student):
         raise ModelError(
             f"student.design: expected a layer with attention, got the first {student.num_hidden_layers} of "
