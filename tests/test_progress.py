@@ -26,12 +26,20 @@ def log() -> tuple[io.StringIO, Console]:
     return out, Console(file=out, width=80)
 
 
-def test_a_log_has_a_line_for_each_logged_step_with_loss_and_time_left(tmp_path: Path, clock: list[float]) -> None:
+def training(
+    folder: Path, step: int, steps: int
+) -> tuple[io.StringIO, TrainingProgress, tuple[TrainingArguments, TrainerState, TrainerControl]]:
+    """A training that begins behind a step, with its progress in a log."""
     out, console = log()
     shown = TrainingProgress("student", console)
-    args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
-    state = TrainerState(global_step=2, max_steps=6, is_world_process_zero=True)
-    shown.on_train_begin(args, state, control)
+    args = TrainingArguments(output_dir=str(folder), use_cpu=True)
+    state = TrainerState(global_step=step, max_steps=steps, is_world_process_zero=True)
+    shown.on_train_begin(args, state, control := TrainerControl())
+    return out, shown, (args, state, control)
+
+
+def test_a_log_has_a_line_for_each_logged_step_with_loss_and_time_left(tmp_path: Path, clock: list[float]) -> None:
+    out, shown, (args, state, control) = training(tmp_path, step=2, steps=6)
     for step in (3, 4, 5, 6):
         clock[0] += 2.0
         state.global_step = step
@@ -46,11 +54,7 @@ def test_a_log_has_a_line_for_each_logged_step_with_loss_and_time_left(tmp_path:
 
 
 def test_a_slow_step_that_is_logged_has_one_line(tmp_path: Path, clock: list[float]) -> None:
-    out, console = log()
-    shown = TrainingProgress("student", console)
-    args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
-    state = TrainerState(global_step=0, max_steps=4, is_world_process_zero=True)
-    shown.on_train_begin(args, state, control)
+    out, shown, (args, state, control) = training(tmp_path, step=0, steps=4)
     for step in (1, 2):
         clock[0] += 60.0
         state.global_step, control.should_log = step, step == 2

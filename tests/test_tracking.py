@@ -1,4 +1,4 @@
-"""What trackers are told of a distillation: one run for each training, with teacher, objective and schedules."""
+"""What trackers show of a distillation: one run for each training, with teacher, objective and schedules."""
 
 from __future__ import annotations
 

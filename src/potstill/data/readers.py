@@ -244,7 +244,7 @@ def _delimiter(path: Path) -> str:
 def _has_quoted_cells(path: Path, delimiter: str) -> bool:
     """Whether quotes stand around cells, and so may cells have line breaks; without them a quote is a character.
 
-    Arrow's reader takes quotes as they come: of `"Hi" she said` it drops two, and an open one swallows rows.
+    Arrow's reader takes quotes as they come: of `"Hi" she said` it drops two, and an open one joins rows.
     """
     largest = field_size_limit(sys.maxsize)
     try:

@@ -21,7 +21,7 @@ from potstill.data.sources import TEACHER_PROMPT_COLUMNS, SourceKind
 from potstill.data.token_places import LocatedTokens, locate
 from potstill.data.token_weights import SPAN_COLUMNS, Span, SpanWeights, token_weights
 from potstill.errors import DataError
-from potstill.losses.alignment import IGNORE, Task, are_shifted
+from potstill.losses.alignment import IGNORE, Task, check_unshifted
 from potstill.models.chat import end_token_ids, render_chat, unread_keys
 from potstill.models.loading import vocabulary_size
 from potstill.models.prompts import CONTEXT, prompt_ids, surrounding_tokens
@@ -423,11 +423,7 @@ def _check_ids(row: EncodedRow, columns: Mapping[str, Any], vocabulary: int, whe
             f"data: expected input_ids of one text without padding, got an attention_mask with {min(others)} in "
             f"{where}. Batches are padded later. Remove the padding, and give each text a row."
         )
-    if are_shifted(ids, row.labels):
-        raise DataError(
-            f"data: expected labels that are the tokens themselves, got those of the next tokens in {where}. They are "
-            "shifted later. Shift them back, or leave them out where all tokens are targets."
-        )
+    check_unshifted(ids, row.labels, where)
     unknown = [i for i in (set(row.labels) - {IGNORE}) | set(ids) if not 0 <= i < vocabulary]
     if unknown:
         raise DataError(

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from potstill.errors import DataError
+
 if TYPE_CHECKING:
     from torch import Tensor  # the command line imports the tasks and should not wait for torch
 
@@ -47,6 +49,15 @@ def are_shifted(input_ids: Sequence[int], labels: Sequence[int]) -> bool:
     places = [i for i, label in enumerate(labels) if label != IGNORE]
     following = all(i + 1 == len(input_ids) or labels[i] == input_ids[i + 1] for i in places)
     return following and any(labels[i] != input_ids[i] for i in places[:-1])
+
+
+def check_unshifted(input_ids: Sequence[int], labels: Sequence[int], where: str) -> None:
+    """Raise DataError where the labels of a row, which `where` names, are shifted already."""
+    if are_shifted(input_ids, labels):
+        raise DataError(
+            f"data: expected labels that are the tokens themselves, got those of the next tokens in {where}. They are "
+            "shifted later. Shift them back, or leave them out where all tokens are targets."
+        )
 
 
 # Columns [B, T] of a batch with on-policy samples, in nats: each sampled token's log-probability under the student, and

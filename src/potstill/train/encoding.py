@@ -22,7 +22,7 @@ from potstill.data.masking import MaskedRows
 from potstill.data.readers import suppress_output
 from potstill.data.sources import Source, listed
 from potstill.errors import DataError, EmptyDataError
-from potstill.losses.alignment import Task, are_shifted
+from potstill.losses.alignment import Task, check_unshifted
 
 logger = logging.getLogger(__name__)
 
@@ -130,11 +130,8 @@ class RowsEncoder:
                 "Give labels, with -100 on tokens without a loss, or remove the column."
             )
         labels = example.get("labels")
-        if self.task == "causal" and labels is not None and are_shifted([*example["input_ids"]], [*labels]):
-            raise DataError(
-                f"data: expected labels that are the tokens themselves, got those of the next tokens in {name}. They "
-                "are shifted later. Shift them back, or leave them out where all tokens are targets."
-            )
+        if self.task == "causal" and labels is not None:
+            check_unshifted([*example["input_ids"]], [*labels], name)
         if unused:
             logger.warning("%s: columns that are not used: %s.", name, listed(sorted(unused)))
 
