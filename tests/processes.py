@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
@@ -84,7 +85,7 @@ def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, statu
         for rank, file in enumerate(said)
     ]
     statuses = [finish(rank) for rank in ranks]
-    assert statuses == [status, status], "\n".join(file.read_text()[-3000:] for file in said)
+    assert statuses == [status, status], "\n".join([str(statuses), *(file.read_text()[-3000:] for file in said)])
 
 
 def shard_on_cpu() -> None:
@@ -107,4 +108,7 @@ def _rank(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
-    os._exit(0)  # gloo's threads now and then abort the interpreter's own way out
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then crash a process that destroys its group or ends as usual

@@ -372,8 +372,6 @@ def _on_a_rank(folder: Path, names: tuple[str, ...]) -> None:
     if one.is_world_process_zero():
         seen = {"weights": trained(one), "losses": losses(one), "eval": metrics["eval_loss"]}
         torch.save(seen, folder / "out.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("names", [(), ("hidden",)], ids=["all", "hidden alone"])
