@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     set_seed(0)
+
+
+def mostly_slow(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """Cases of a parameter, of which the named ones run in every test run and the others in `make test-slow`."""
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def make_tokenizer(vocab_size: int = 300, **special: str) -> PreTrainedTokenizerFast:

@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from conftest import make_llama
+from conftest import make_llama, mostly_slow
 from potstill.data.sources import Source
 from potstill.errors import ModelError, RecipeError, UserError
 from potstill.models.adapted import is_adapted, parameter_count
@@ -57,7 +57,7 @@ def quiet_run(values: dict[str, Any], **kwargs: Any) -> Any:
     return run(Recipe.parse(values), console=Console(file=io.StringIO()), **kwargs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "lora", "prompt"))
 def test_a_run_keeps_the_adapter_alone(values: dict[str, Any], toys: Path, kind: str) -> None:
     values["student"]["adapter"] = KINDS[kind]
     values["evaluate"]["baseline"] = kind == "lora"
@@ -115,7 +115,7 @@ def test_the_reports_continuations_are_the_students(values: dict[str, Any]) -> N
     assert sample["student"].startswith(tokenizer.decode(said))
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3", "qlora"])
+@pytest.mark.parametrize("kind", mostly_slow(["lora", "ia3", "qlora"], "lora"))
 def test_merged_it_is_a_plain_model(values: dict[str, Any], kind: str) -> None:
     values["student"]["adapter"] = KINDS[kind] | {"merge": True}
     whole = quiet_run(values)
@@ -156,7 +156,7 @@ def test_an_adapter_is_trained_further(values: dict[str, Any], toys: Path) -> No
         build_run(Recipe.parse(values))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "lora", "prefix"))
 def test_resumed_equals_uninterrupted(tmp_path: Path, toys: Path, values: dict[str, Any], kind: str) -> None:
     values["student"]["adapter"] = KINDS[kind]
     built = build_run(Recipe.parse(values))
@@ -210,7 +210,7 @@ def test_a_killed_run_ends_in_the_same_adapter(values: dict[str, Any], tmp_path:
     [{"bf16": True}, {CHECKPOINTING: True}, {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}],
     ids=["bf16", "checkpointing", "reentrant"],
 )
-@pytest.mark.parametrize("kind", ["lora", "prompt"])
+@pytest.mark.parametrize("kind", mostly_slow(["lora", "prompt"], "lora"))
 def test_training_arguments_work(values: dict[str, Any], tmp_path: Path, changes: dict[str, Any], kind: str) -> None:
     values["student"]["adapter"] = KINDS[kind]
     built = build_run(Recipe.parse(values))
