@@ -48,7 +48,8 @@ def _seeded() -> None:
 
 def mostly_slow(cases: Iterable[Any], *fast: Any) -> list[Any]:
     """Cases of a parameter, of which the named ones run in every test run and the others in `make test-slow`."""
-    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    slow = pytest.mark.slow
+    return [c if c in fast else pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=slow) for c in cases]
 
 
 def make_tokenizer(vocab_size: int = 300, **special: str) -> PreTrainedTokenizerFast:
