@@ -44,10 +44,15 @@ every_way = pytest.mark.parametrize(
 
 
 def ways(divergences: list[Divergence]) -> pytest.MarkDecorator:
-    """Every divergence by every way; by Triton one of each kind, and those that are near the end of their parameter."""
+    """Every divergence by every way; by Triton one of each kind, and in slow tests those near ends of parameters."""
     cases: list[Any] = [(divergence, *way) for divergence in divergences for way in WAYS]
     cases += [
-        pytest.param(divergence, torch.float32, "triton", marks=WITH_TRITON)
+        pytest.param(
+            divergence,
+            torch.float32,
+            "triton",
+            marks=[*WITH_TRITON, *([] if divergence in SHOWN else [pytest.mark.slow])],
+        )
         for divergence in divergences
         if divergence in SHOWN or divergence not in DIVERGENCES
     ]

@@ -74,7 +74,7 @@ def answer(model: Any) -> torch.Tensor:
     [
         ("masked", "lora"),
         ("classification", "lora"),
-        ("classification", "qlora"),
+        pytest.param("classification", "qlora", marks=pytest.mark.slow),
         ("regression", "ia3"),
         ("encoder", "lora"),
     ],
@@ -120,6 +120,7 @@ def test_a_head_that_was_not_there_is_trained_and_comes_back(judged_rows: Path) 
     assert {name.split(".")[-2] for name in kept if "lora" not in name} == {"classifier", "pre_classifier"}
 
 
+@pytest.mark.slow
 def test_it_goes_on_and_merges_into_the_same(judged_rows: Path) -> None:
     models("classification")
     adapter = {"kind": "lora", "rank": 2}

@@ -141,6 +141,7 @@ def test_a_build_that_cannot_be_says_why(arguments: list[str], expected: str) ->
     assert expected in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_the_page_about_caches_shows_works(
     toys: Path, recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

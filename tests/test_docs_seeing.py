@@ -43,6 +43,7 @@ def test_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("[1, 0]\nThe smallest with at least 70% of the teacher's quality: narrow")
 
 
+@pytest.mark.slow
 def test_the_diagnosis() -> None:
     run_commands(*blocks("docs/diagnose.md", "console"), only=True)
     assert Path("runs/before/diagnose.html").exists()

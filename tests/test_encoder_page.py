@@ -12,6 +12,7 @@ from toy_encoders import make_encoder, save, write_rows
 PAGE = "docs/encoders.md"
 
 
+@pytest.mark.slow
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(make_encoder("bert", "masked", seed=1), tmp_path / "teacher")
     write_rows(tmp_path / "train.jsonl", 32, seed=0)

@@ -218,6 +218,7 @@ def test_each_is_under_30_lines_and_one_line_elsewhere(kind: str) -> None:
     assert extension.elsewhere is None or "\n" not in extension.elsewhere[1]
 
 
+@pytest.mark.slow
 def test_they_work_everywhere(toys: Path, recipe_values: dict[str, Any], tmp_path: Path) -> None:
     source = tmp_path / "src" / "potstill"
     shutil.copytree(ROOT / "src" / "potstill", source, ignore=shutil.ignore_patterns("__pycache__"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import processes
 from potstill.cli import app
 from potstill.errors import RecipeError, UserError
 from potstill.losses.divergences import Divergence
@@ -43,20 +42,18 @@ def recipe(recipe_values: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
-def potstill(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own, as the shell does."""
-    return subprocess.run(
-        [sys.executable, "-m", "potstill", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+def potstill(folder: Path, *arguments: str | Path, status: int = 0) -> str:
+    """Return what a command prints in a process of its own, which ends with the status."""
+    output = folder / "output.txt"
+    assert processes.finish(processes.potstill(*map(str, arguments), said=output)) == status, output.read_text()
+    return output.read_text()
 
 
 def test_a_recipe_names_a_divergence_of_an_imported_file(recipe: Path, recipe_values: dict[str, Any]) -> None:
-    done = potstill("run", recipe, "--import", recipe.with_name("mine.py"))
-    assert done.returncode == 0, done.stderr
+    potstill(recipe.parent, "run", recipe, "--import", recipe.with_name("mine.py"))
     run = Path(recipe_values["output"])
     assert json.loads((run / "summary.json").read_text())["training"]["steps"] > 0
-    done = potstill("diagnose", run, "--rows", "4", "--import", recipe.with_name("mine.py"))
-    assert done.returncode == 0, done.stderr
+    potstill(recipe.parent, "diagnose", run, "--rows", "4", "--import", recipe.with_name("mine.py"))
 
 
 @pytest.mark.parametrize("command", ["check", "run", "diagnose", "sweep"])
@@ -123,16 +120,6 @@ def test_a_file_is_executed_once(tmp_path: Path) -> None:
 
 
 def test_ray_refuses(recipe: Path) -> None:
-    arguments = [
-        "sweep",
-        str(recipe),
-        "--vary",
-        "seed=0",
-        "--engine",
-        "ray",
-        "--import",
-        str(recipe.with_name("mine.py")),
-    ]
-    done = potstill(*arguments)
-    assert done.returncode == 2
-    assert "sweep: expected no --import with --engine ray, got it" in done.stderr
+    engine = ("--vary", "seed=0", "--engine", "ray")
+    output = potstill(recipe.parent, "sweep", recipe, *engine, "--import", recipe.with_name("mine.py"), status=2)
+    assert "sweep: expected no --import with --engine ray, got it" in output

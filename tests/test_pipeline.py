@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import processes
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_tokenizer, mostly_slow
 from potstill.errors import DataError, ModelError, PotstillError, RecipeError, RunError, VocabularyError
 from potstill.runs.build import build_run
 from potstill.runs.check import check
@@ -174,7 +174,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert list(tmp_path.glob("run/checkpoints/student/checkpoint-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", mostly_slow([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_a_signal_ends_the_training_behind_its_step(
     recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

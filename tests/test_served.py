@@ -209,6 +209,7 @@ def test_a_run_from_a_server_is_a_run_from_its_top_k(
     assert not [path for path in written if b"sk-not-to-be-seen" in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_what_the_page_about_servers_shows_works(
     toy: ToyServer, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
