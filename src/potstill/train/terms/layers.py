@@ -189,6 +189,7 @@ class Attention(LayerTerm):
     Args:
         divergence: between a query's attention weights as distributions; by default the squared distance of their
             directions, see `attention_mse`.
+        normalize: false compares the attention weights themselves and not their directions.
         heads: overlap (`head_overlap`: equal counts pair up, others share), entropy or variance (the same, weighted by
             how focused the teacher's heads are, `head_importance`), learned (a trained mixture of the student's heads
             for each of the teacher's), or pairs [student head, teacher head], from 0, for all layers.
@@ -200,9 +201,15 @@ class Attention(LayerTerm):
     divergence: Divergence | None = None
     _: KW_ONLY
     heads: Annotated[Heads, Either(lambda value: isinstance(value, str))] = "overlap"
+    normalize: bool = True
     name = "attention"
     activations = "attentions"
     trained_as = "mixtures"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.divergence is not None and not self.normalize:
+            raise ShapeError("Attention: expected normalize true with a divergence, got false. Leave one of them out.")
 
     def make_trained(self, student: ModelShape, teacher: ModelShape, pairs: Pairs) -> nn.Module | None:
         if self.divergence is not None and student.attention_dropout:
@@ -237,7 +244,7 @@ class Attention(LayerTerm):
             importance = None if self.heads == "overlap" else attention.head_importance(t, attended, self.heads)
             t, weights = attention.match_heads(t, attention.head_overlap(s.shape[1], t.shape[1]), importance)
         if self.divergence is None:
-            values = attention.attention_mse(s, t, weights)
+            values = attention.attention_mse(s, t, weights, normalize=self.normalize)
         else:
             values = attention.attention_divergence(s, t, weights, self.divergence)
         return signals.attended_mean(values[attended])
