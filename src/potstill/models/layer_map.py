@@ -130,7 +130,7 @@ class Skip(LayerMap):
 
 @dataclass(frozen=True)
 class Explicit(LayerMap):
-    """Pairs (student layer, teacher layer); negative layers count from the end, and states are named (`State`)."""
+    """Pairs (student layer, teacher layer); negative layers count from the end. See `LayerMap` for names."""
 
     layers: Annotated[Pairs, NonEmpty()]
     name = "pairs"
