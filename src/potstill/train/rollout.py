@@ -313,7 +313,7 @@ def weighted_by_text(batches: Sequence[Batch], own_weight: float) -> list[Batch]
     if not totals.all():
         return list(batches)
     factors = totals.new_tensor([own_weight, 1 - own_weight]) * totals.sum() / totals
-    by_token = (w * torch.where(x, *factors) for w, x in zip(weights, own, strict=True))
+    by_token = (w * torch.where(x, factors[0], factors[1]) for w, x in zip(weights, own, strict=True))
     return [{**batch, "weights": w} for batch, w in zip(batches, by_token, strict=True)]
 
 
