@@ -395,7 +395,10 @@ def on_policy_recipe(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def test_a_recipe_learns_from_its_students_own_text(recipe_values: dict[str, Any]) -> None:
-    built = [{"replay": {"size": 20, "age": 4}, "teacher_mix": 0.2}, {"adapt": {}, "teacher_top_k": 5}]
+    built = [
+        {"replay": {"size": 20, "age": 4}, "teacher_mix": 0.2, "own_weight": 0.3},
+        {"adapt": {}, "teacher_top_k": 5},
+    ]
     for i, part in enumerate(built):
         values = on_policy_recipe(recipe_values, output=f"{recipe_values['output']}{i}")
         values["rollout"] |= part
