@@ -41,6 +41,7 @@ def print_quality() -> None:
 
 distiller = Distiller(student, teacher, [Logits(ForwardKL(), weight=0.9, temperature=2.0), Labels(weight=0.1)])
 print_quality()
+distiller.train()  # the student; its teacher stays in evaluation mode
 optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
 for step in range(STEPS):
     batches = [collate([train[(8 * step + 2 * j + i) % len(train)] for i in (0, 1)]) for j in range(4)]

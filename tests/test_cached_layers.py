@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,31 +22,35 @@ from potstill.errors import ModelError, ShapeError, UserError
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import ForwardKL
 from potstill.models.capture import ActivationRequest
-from potstill.models.layer_map import LayerMap
+from potstill.models.layer_map import Layer, LayerMap
+from potstill.models.loading import load_tokenizer
 from potstill.runs.cache import CacheRequest, build
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
+from potstill.teachers.cache.store import CachedLayers
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.model import ModelSource, ModelTeacher
 from potstill.train.distiller import Distiller
-from potstill.train.terms.layers import Attention, Hidden
+from potstill.train.terms.layers import Attention, Hidden, Relations
 from potstill.train.terms.logits import Logits
 
 QUIET = Console(quiet=True)
 
 
-def request(toys: Path, out: Path, layers: tuple[int, ...], **teacher: Any) -> CacheRequest:
+def request(
+    toys: Path, out: Path, layers: tuple[Layer, ...], attentions: tuple[int, ...] = (), **teacher: Any
+) -> CacheRequest:
     who = ModelSource(model=str(toys / "teacher"), **teacher)
     source = Source(str(toys / "train.jsonl"))
-    return CacheRequest(who, [source], 32, False, "hidden", {}, out, batch_rows=4, layers=layers)
+    return CacheRequest(who, [source], 32, False, "hidden", {}, out, batch_rows=4, layers=layers, attentions=attentions)
 
 
 @pytest.fixture(scope="module")
 def kept(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of hidden states with both layers of the toys' teacher."""
+    """A cache of hidden states with both layers of the toys' teacher, its embeddings, and maps of its last layer."""
     out = tmp_path_factory.mktemp("kept") / "cache"
-    assert build(request(toys, out, (-1, 0)), console=QUIET) is not None
+    assert build(request(toys, out, ("embeddings", -1, 0), (-1,)), console=QUIET) is not None
     return out
 
 
@@ -59,7 +65,15 @@ def some_batch(toys: Path, tokenizer: Any) -> dict[str, torch.Tensor]:
     return PaddingCollator(1)([rows[7], blank, rows[2], rows[11]])
 
 
-@pytest.mark.parametrize("term", [lambda: Hidden(), lambda: Hidden(LayerMap.last_k(1), "cosine")], ids=["mse", "last"])
+TERMS = {
+    "mse": lambda: Hidden(),
+    "last": lambda: Hidden(LayerMap.last_k(1), "cosine"),
+    "embeddings": lambda: Hidden(LayerMap.explicit([("embeddings", "embeddings")])),
+    "attention": lambda: Attention(LayerMap.last_k(1), heads="entropy"),
+}
+
+
+@pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
 def test_a_step_from_it_is_a_step_from_the_live_teacher(toys: Path, kept: Path, tokenizer: Any, term: Any) -> None:
     batch, found = some_batch(toys, tokenizer), []
     for teacher in (live(toys), CachedTeacher(kept)):
@@ -92,6 +106,33 @@ def test_states_are_kept_as_they_are(toys: Path, kept: Path, tokenizer: Any) -> 
     assert nothing.targets.leading == (0,) and nothing.inside.hidden[1].abs().sum() == 0
 
 
+def test_maps_are_kept_as_they_are(toys: Path, kept: Path, tokenizer: Any) -> None:
+    batch = some_batch(toys, tokenizer)
+    alignment = causal_alignment(batch["labels"])
+    teachers = live(toys), CachedTeacher(kept)
+    for teacher in teachers:
+        teacher.prepare(ActivationRequest(hidden=frozenset(["embeddings"]), attentions=frozenset([1])))
+    true, found = (teacher(batch, alignment).inside for teacher in teachers)
+    there = batch["attention_mask"].bool() & torch.tensor([[True], [False], [True], [True]])
+    torch.testing.assert_close(found.hidden["embeddings"][there], true.hidden["embeddings"][there])
+    maps, expected = (x.attentions[1].transpose(1, 2) for x in (found, true))
+    assert maps.shape == expected.shape and (maps[~there] == 0).all()
+    torch.testing.assert_close(maps[there], expected[there], atol=1e-6, rtol=1e-5)
+
+
+def test_layers_that_the_disk_has_no_room_for_are_refused(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = encode(Source(str(toys / "train.jsonl")), load_tokenizer(str(toys / "teacher"), ""), max_length=32).dataset
+    lengths = [len(row["input_ids"]) for row in rows]
+    layers = CachedLayers([1, "embeddings"], 2, 16, 2, 16, "float32", [0])
+    largest = sum(4 * (2 * n * 16 + 2 * n * (n + 1) // 2) for n in lengths)
+    assert sum(map(layers.bytes_of_row, lengths)) == largest
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=largest - 1))
+    with pytest.raises(UserError, match=r"for the layers of all rows, got .* in .*c\. Store fewer layers"):
+        build(request(toys, tmp_path / "c", (1, "embeddings"), (0,)), console=QUIET)
+
+
 def test_half_precision_stays_half_precision(toys: Path, tmp_path: Path, tokenizer: Any) -> None:
     build(request(toys, tmp_path / "c", (1,), dtype="bfloat16"), console=QUIET)
     teacher = CachedTeacher(tmp_path / "c")
@@ -106,9 +147,19 @@ def test_what_is_not_kept_is_refused(toys: Path, kept: Path, tmp_path: Path) -> 
     build(request(toys, tmp_path / "none", ()), console=QUIET)
     student = make_llama(hidden_size=8, layers=1)
     for directory, terms, expected in (
-        (tmp_path / "one", [Hidden()], "the hidden states of layers 1, got one with layers 0"),
+        (tmp_path / "one", [Hidden()], "the hidden states of layers 1, got one with the hidden states of layers 0"),
         (tmp_path / "none", [Hidden()], "got one with targets alone.* Build it with --layers"),
-        (kept, [Attention()], "Attention is never kept"),
+        (
+            kept,
+            [Attention(LayerMap.explicit([(0, 0)]))],
+            r"attention maps of layers 0, got one with .* of layers 0, 1, embeddings and .* layers 1\.",
+        ),
+        (
+            tmp_path / "one",
+            [Attention()],
+            "attention maps of layers 1, got one with the hidden states of layers 0. Build",
+        ),
+        (kept, [Relations()], "the queries, keys and values of layers 1, got one with"),
     ):
         with pytest.raises(ModelError, match=expected):
             Distiller(student, CachedTeacher(directory), terms)
@@ -132,11 +183,15 @@ def test_a_run_from_it_is_the_run_from_the_teacher(recipe_values: dict[str, Any]
         rows.append(run(Recipe.parse(values), console=QUIET).summary["rows"]["student"]["loss"])
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)
     values["objective"] = [{"term": "hidden", "layers": [[0, 0]]}]
-    with pytest.raises(ModelError, match="of layers 0, got one with layers 1"):
+    with pytest.raises(ModelError, match="of layers 0, got one with the hidden states of layers 1"):
         check(Recipe.parse(values | {"output": str(tmp_path / "other")}))
 
 
 def test_layers_that_are_no_numbers_say_so(toys: Path, tmp_path: Path) -> None:
     command = ["cache", "build", "--teacher", str(toys / "teacher"), "--data", str(toys / "train.jsonl")]
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "c"), "--layers", "1;2"])
-    assert isinstance(result.exception, UserError) and "such as 1,3,-1, got 1;2" in str(result.exception)
+    assert isinstance(
+        result.exception, UserError
+    ) and "--layers: expected layers from 0, such as 1,3,-1,embeddings,last_hidden_state, got 1;2" in str(
+        result.exception
+    )

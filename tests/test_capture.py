@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 from conftest import make_batch, make_llama
 from potstill.errors import ModelError
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
+from potstill.models.layer_map import STATES
 from potstill.models.split import run
 
 SIZES = {
@@ -46,7 +47,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "distilbert": ("distilbert", {"vocab_size": 300, "dim": 16, "n_layers": 3, "n_heads": 4, "hidden_dim": 32}),
     "modernbert, fused": ("modernbert", {**SIZES, "cls_token_id": 0, "sep_token_id": 0}),
 }
-EVERYTHING = ActivationRequest(frozenset({0, 2}), frozenset({1}), frozenset({1}))
+EVERYTHING = ActivationRequest(frozenset({0, 2, *STATES}), frozenset({1}), frozenset({1}))
 NO_MAPS = replace(EVERYTHING, attentions=frozenset())
 
 
@@ -72,10 +73,11 @@ def test_captured_activations_are_the_models_own_outputs(family: str) -> None:
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True,
         output_attentions=bool(needs.attentions),
     )  # fmt: skip
-    assert set(inside.hidden) == {0, 2}
+    assert set(inside.hidden) == {0, 2, *STATES}
     assert set(inside.vectors) == {1}
     there = batch["attention_mask"].bool()
-    torch.testing.assert_close(inside.hidden[0][there], told.hidden_states[1][there])
+    for layer, place in {"embeddings": 0, 0: 1, "last_hidden_state": -1}.items():
+        torch.testing.assert_close(inside.hidden[layer][there], told.hidden_states[place][there])
     if needs.attentions:
         torch.testing.assert_close(inside.attentions[1], told.attentions[1])
 

@@ -21,7 +21,15 @@ from conftest import make_batch, make_llama
 from potstill.cli import app
 from potstill.errors import DataError, RecipeError, UserError
 from potstill.evaluate import diagnosis as measures
-from potstill.evaluate.diagnosis import TOP_COUNTS, distributions, gradient_flow, irreducible, label_noise, token_stats
+from potstill.evaluate.diagnosis import (
+    TOP_COUNTS,
+    distributions,
+    gradient_flow,
+    gradient_stats,
+    irreducible,
+    label_noise,
+    token_stats,
+)
 from potstill.evaluate.findings import conclusion, interpret, recommended_temperature
 from potstill.evaluate.report.diagnosis import write_diagnosis_page
 from potstill.evaluate.report.page import write_report
@@ -133,6 +141,25 @@ class Small(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(x).mean()
+
+
+def test_gradients_are_described_by_parameter_and_stay() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    assert gradient_stats(model) == {}
+    model[0](torch.randn(4, 3)).square().sum().backward()
+    model[0].bias.grad[0] = math.nan
+    before = model[0].weight.grad.clone()
+    found = gradient_stats(model)
+    assert list(found) == ["0.weight", "0.bias"]
+    numbers = before.double().flatten().tolist()
+    mean = sum(numbers) / 6
+    std = math.sqrt(sum((x - mean) ** 2 for x in numbers) / 5)
+    stats = found["0.weight"]
+    assert (stats.mean, stats.std, stats.max, stats.min) == pytest.approx((mean, std, max(numbers), min(numbers)))
+    assert torch.equal(model[0].weight.grad, before)
+    assert (stats.has_nan, found["0.bias"].has_nan) == (False, True)
+    model[1].bias.grad = torch.ones(1)
+    assert math.isnan(gradient_stats(model)["1.bias"].std)
 
 
 def test_gradients_are_those_of_the_losses_and_the_dead_are_named() -> None:

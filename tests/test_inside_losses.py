@@ -166,6 +166,16 @@ def test_attention_losses_are_their_formulas() -> None:
     torch.testing.assert_close(attention_mse(s, t, weights), attention_mse(s[:, :1], t[:, :1]))
 
 
+def test_attention_without_normalisation_is_length_times_the_mean_over_maps() -> None:
+    s, t = maps(2, 3, 4, 4), maps(2, 3, 4, 4, seed=1)
+    torch.testing.assert_close(attention_mse(s, t, normalize=False).mean(), 4 * torch.nn.functional.mse_loss(s, t))
+    a, b = (torch.nn.functional.normalize(x, p=2, dim=-1) for x in (s, t))
+    torch.testing.assert_close(attention_mse(s, t).mean(), 4 * torch.nn.functional.mse_loss(a, b))
+    assert torch.autograd.gradcheck(
+        lambda z: attention_mse(z.softmax(-1), t, normalize=False), s.log().requires_grad_()
+    )
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4, 5])
 def test_relations_are_their_formula(heads: int) -> None:
     s, t = vectors(2, 5, 10), 2 * vectors(2, 5, 7, seed=1)
@@ -228,6 +238,9 @@ def test_focused_heads_count_more() -> None:
         torch.testing.assert_close(weights, importance)
         assert torch.equal(head_importance(t, mask * 0, kind), torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(head_importance(t, mask, "entropy")[1], 1 / (1 + 1 / (1 + torch.tensor(4.0).log())))
+    several = maps(2, 3, 4, 4).float()
+    unbiased = several.var(-1).mean((0, 2))  # whose factor T / (T - 1) is that of all heads
+    torch.testing.assert_close(head_importance(several, torch.ones(2, 4), "variance"), unbiased / unbiased.sum())
     matched, _ = match_heads(t, head_overlap(1, 2), torch.tensor([0.0, 1.0]))
     assert torch.equal(matched[0, 0], torch.eye(4))
 

@@ -20,7 +20,7 @@ from potstill.data.batches import PaddingCollator
 from potstill.engines.sampling import Sampling
 from potstill.errors import RecipeError, ShapeError, UserError
 from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS, causal_alignment
-from potstill.losses.divergences import ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
+from potstill.losses.divergences import JSD, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
 from potstill.losses.schedule import linear
 from potstill.losses.targets import DenseTargets
 from potstill.losses.token_losses import token_divergence
@@ -210,6 +210,29 @@ def test_a_term_for_each_kind_of_text_is_distillm_2() -> None:
     assert plain.logs["logits_1"] == 0  # data alone
 
 
+def test_own_text_and_data_are_two_means_where_a_weight_is_given() -> None:
+    batches, model, teacher = [make_batch(seed=5), make_batch(seed=6)], student(seed=1), student(seed=9)
+    made = rollout(0.4, own_weight=0.3)(batches, model, step=0)
+    assert any(own_rows(batch).any() for batch in made) and not all(own_rows(batch).all() for batch in made)
+    values: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for batch in made:  # JSD with beta 0.5, from whole distributions
+        p, q = (
+            m(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].double().softmax(-1) for m in (teacher, model)
+        )
+        m = (p + q) / 2
+        jsd = ((p * (p / m).log() + q * (q / m).log()) / 2).sum(-1)
+        target, own = batch["labels"][:, 1:] != -100, ~batch[STUDENT_LOG_PROBS][:, 1:].isnan()
+        for kind, found in values.items():
+            found.append(jsd[target & (own == kind)])
+    expected = sum(w * torch.cat(values[kind]).mean() for kind, w in ((True, 0.3), (False, 0.7)))
+    distiller = Distiller(model, teacher, [Logits(JSD(0.5))])
+    normalizer = sum(batch["weights"][:, 1:][batch["labels"][:, 1:] != -100].sum() for batch in made)
+    outputs = [distiller.step(batch, normalizer=normalizer, last=batch is made[-1]) for batch in made]
+    assert sum(output.loss.item() for output in outputs) == pytest.approx(expected.item(), rel=1e-4)
+    for share in (0.0, 1.0):  # of one kind alone
+        assert "weights" not in rollout(share, own_weight=0.3)(batches, model, step=0)[0]
+
+
 def on_policy(folder: Path, one: Rollout | None = None, **changes: Any) -> DistillationTrainer:
     objective = [Logits(ReverseKL()), Labels(weight=0.1)]
     return trainer(folder, **{"objective": objective, "rollout": one or rollout(0.7), **changes})
@@ -372,7 +395,10 @@ def on_policy_recipe(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def test_a_recipe_learns_from_its_students_own_text(recipe_values: dict[str, Any]) -> None:
-    built = [{"replay": {"size": 20, "age": 4}, "teacher_mix": 0.2}, {"adapt": {}, "teacher_top_k": 5}]
+    built = [
+        {"replay": {"size": 20, "age": 4}, "teacher_mix": 0.2, "own_weight": 0.3},
+        {"adapt": {}, "teacher_top_k": 5},
+    ]
     for i, part in enumerate(built):
         values = on_policy_recipe(recipe_values, output=f"{recipe_values['output']}{i}")
         values["rollout"] |= part

@@ -154,6 +154,11 @@ def test_heads_may_be_paired_by_hand() -> None:
     _, b = crossed.teacher._capture.capture(crossed.teacher._needs, lambda: teacher(**_inputs(batch)))
     expected = attention_mse(a.attentions[1], b.attentions[3][:, [1, 1]])
     torch.testing.assert_close(crossed.step(batch).loss, expected[attended_positions(batch)].mean())
+    raw = Distiller(student, teacher, [Attention(LayerMap.last_k(), normalize=False)])
+    squares = (a.attentions[1] - b.attentions[3]).square().sum(-1).mean(1)
+    torch.testing.assert_close(raw.step(batch).loss, squares[attended_positions(batch)].mean())
+    with pytest.raises(ShapeError, match="expected normalize true with a divergence"):
+        Attention(divergence=ForwardKL(), normalize=False)
     straight, overlap = (
         Distiller(student, teacher, [Attention(LayerMap.last_k(), heads=heads)])
         for heads in ([(0, 0), (1, 1)], "overlap")

@@ -33,7 +33,7 @@ from potstill.train.terms.logits import Labels, Logits
 from potstill.train.trainer import DistillationConfig, DistillationTrainer
 from reference import token_divergence
 
-WEIGHTS = {"reasoning": 0.25, "answer": 0.75}
+WEIGHTS: dict[str, Any] = {"reasoning": 0.25, "answer": 0.75}
 SOLUTIONS = [
     "Step 1: 3 + 4 = 7.\nStep 2: 7 * 2 = 14.\n\nAnswer: 14",
     " The cafés — naïve ones 😀 — hold 5 people.\nTherefore, the answer is 5 people.",
@@ -130,6 +130,25 @@ def test_each_token_of_a_completion_has_the_weight_of_its_span(name: str, write:
         assert {0.25, 0.75} == set(row["weights"][first:])
     cut = encode(Source(source.path, span_weights=WEIGHTS), tokenizer, max_length=20).dataset
     assert [row["weights"] for row in cut] == [row["weights"][:20] for row in rows]
+
+
+@pytest.mark.parametrize("other", [None, 0.5])
+def test_weights_per_span_are_those_of_means(other: float | None, write: Any) -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    path = write([{"prompt": "1 + 1?\n", "completion": text, **spans(text)} for text in SOLUTIONS])
+    by_token, by_span = (
+        encode(Source(path, span_weights={**WEIGHTS, "other": other, "per": per}), tokenizer, max_length=200).dataset
+        for per in ("token", "span")
+    )
+    for row, names in zip(by_span, by_token, strict=True):
+        targets = [i for i, label in enumerate(row["labels"]) if label != -100]
+        losses = {i: float(i * i % 7) for i in targets}
+        means = 0.0
+        for weight in {names["weights"][i] for i in targets}:  # which tells the span of a token
+            within = [losses[i] for i in targets if names["weights"][i] == weight]
+            means += weight * sum(within) / len(within)
+        found = sum(row["weights"][i] * losses[i] for i in targets)
+        assert found == pytest.approx(len(targets) * means, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bytes", "prefix space"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -38,7 +38,13 @@ def build(
     temperature: Annotated[
         float | None, typer.Option(help="for sampled and top_k, as in training; default: the recipe's, or 1")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="also store hidden states of these layers: 1,3,-1")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="also store hidden states of these layers: 1,3,-1, and of embeddings and last_hidden_state"),
+    ] = None,
+    attention_layers: Annotated[
+        str | None, typer.Option(help="also store attention maps of these layers: 1,-1")
+    ] = None,
     field: Annotated[str | None, typer.Option(help="column of plain text, with --data")] = None,
     max_length: Annotated[int, typer.Option(help="most tokens in a row, with --data")] = 512,
     packing: Annotated[bool, typer.Option("--packing", help="join plain text into full rows, with --data")] = False,
@@ -52,6 +58,7 @@ def build(
 ) -> None:
     """Run a teacher over data and store its signals. An interrupted build continues; a finished cache is kept."""
     from potstill.data.sources import Source, in_parts
+    from potstill.models.layer_map import STATES
     from potstill.runs.cache import CacheRequest
     from potstill.runs.cache import build as build_cache
     from potstill.runs.config.run import Recipe
@@ -63,7 +70,7 @@ def build(
     if wrong:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
         raise UserError(f"cache build: expected no {flags} with --codec {codec}, got it. Leave it out.")
-    tokenizer, template = None, {}
+    tokenizer, settings = None, dict[str, Any]()
     if recipe is not None:
         if teacher is not None or data:
             raise UserError("cache build: expected a recipe, or --teacher with --data, got both.")
@@ -74,7 +81,7 @@ def build(
             loaded.student.model,
         )
         max_length, packing = loaded.data.max_length, loaded.data.packing
-        template = {name: getattr(loaded.data, name) for name in ("chat_template", "chat_template_kwargs")}
+        settings = {name: getattr(loaded.data, name) for name in ("chat_template", "chat_template_kwargs")}
         if out is None and config.cache_path is not None:
             out = Path(config.cache_path)
         if temperature is None and "temperature" in options:
@@ -89,8 +96,10 @@ def build(
     if codec == "top_k" and top_k is None:
         given["top_k"] = config.max_top_k
     parameters = {"k" if name == "top_k" else name: value for name, value in given.items() if value is not None}
+    settings["layers"] = _layers("--layers", layers, STATES)
+    settings["attentions"] = _layers("--attention-layers", attention_layers)
     request = CacheRequest(
-        config, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, _layers(layers), **template
+        config, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, **settings
     )
     manifest = build_cache(request, part=_part(shard), engine=engine, console=console)
     if manifest is None:
@@ -146,9 +155,11 @@ def _lines(directory: Path) -> Iterator[tuple[str, str]]:
     yield "codec", facts["codec"] + (f" ({parameters})" if parameters else "")
     yield "tokens", f"{facts['tokens']:,} target tokens in {facts['rows']:,} rows and {facts['shards']} shards"
     yield "size", f"{formatting.size(facts['bytes'])}, {facts['bytes_per_token']:.1f} bytes a token"
-    if layers := facts["layers"]:
-        stored = ", ".join(map(str, layers["kept"]))
-        yield "layers", f"{stored} of {layers['depth']}: hidden states in {layers['dtype']}"
+    layers = facts["layers"] or {}
+    for kind, name in (("hidden states", "kept"), ("attention maps", "attentions")):
+        if layers.get(name):
+            stored = ", ".join(map(str, layers[name]))
+            yield "layers", f"{stored} of {layers['depth']}: {kind} in {layers['dtype']}"
     yield "teacher", facts["teacher"]
     yield "vocabulary", f"{facts['vocabulary']:,} tokens"
     for source in facts["sources"]:
@@ -161,11 +172,12 @@ def _temperature(recipe: Any) -> float | None:
     return temperatures[0] if temperatures and isinstance(temperatures[0], float) else None
 
 
-def _layers(text: str | None) -> list[int]:
+def _layers(option: str, text: str | None, names: Sequence[str] = ()) -> list[Any]:
     try:
-        return [int(layer) for layer in text.split(",")] if text else []
+        return [layer if layer in names else int(layer) for layer in text.split(",")] if text else []
     except ValueError:
-        raise UserError(f"--layers: expected layer numbers from 0, such as 1,3,-1, got {text}.") from None
+        examples = ",".join(["1,3,-1", *names])
+        raise UserError(f"{option}: expected layers from 0, such as {examples}, got {text}.") from None
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -112,7 +112,7 @@ class RowEncoder:
         self, row: EncodedRow, columns: Mapping[str, Any], number: int, completion: tuple[int, list[Span]] = (0, [])
     ) -> EncodedRow:
         """Add the weights of the row's tokens, where the file gives some. A weight of 0 is a label of -100."""
-        weights = token_weights(columns, len(row.input_ids), self.span_weights, completion, self.where(number))
+        weights = token_weights(columns, row.labels, self.span_weights, completion, self.where(number))
         if weights is None:
             return row
         labels = [label if weight else IGNORE for label, weight in zip(row.labels, weights, strict=True)]

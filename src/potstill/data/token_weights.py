@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from potstill.errors import DataError, ShapeError
+from potstill.losses.alignment import IGNORE
 from potstill.losses.declared import Range, Record
 
 if TYPE_CHECKING:  # a recipe is read without transformers
@@ -27,27 +29,38 @@ class SpanWeights(Record):
     Args:
         reasoning: weight of a token of the reasoning.
         answer: weight of a token of the answer.
-        other: weight of all other tokens of completions; by default that of the answer.
+        other: weight of all other tokens of completions; by default they belong to the answer.
+        per: token, or span: the weights are those of the means over each span of a row, whatever its length. The row as
+            a whole counts by its tokens.
     """
 
     reasoning: TokenWeight
     answer: TokenWeight
     other: TokenWeight | None = None
+    per: Literal["token", "span"] = "token"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.reasoning or self.answer or self.other):
             raise ShapeError("expected a weight above 0, got 0 for all tokens")
 
+    def of_tokens(self, spans: Sequence[str], labels: Sequence[int]) -> list[float]:
+        """Compute the weight of each token of a row from the name of its span, or other."""
+        of_span = dict(zip((*SPAN_COLUMNS, "other"), (self.reasoning, self.answer, self.other or 0.0), strict=True))
+        if self.per == "span":
+            targets = Counter(span for span, label in zip(spans, labels, strict=True) if label != IGNORE)
+            of_span |= {span: of_span[span] * targets.total() / number for span, number in targets.items()}
+        return [of_span[span] for span in spans]
+
 
 def token_weights(
     columns: Mapping[str, Any],
-    num_tokens: int,
+    labels: Sequence[int],
     span_weights: SpanWeights | None,
     completion: tuple[int, Sequence[Span]],
     where: str,
 ) -> list[float] | None:
-    """Compute the weight of each token of a row; None where the file gives no weights.
+    """Compute the weight of each token of a row with labels; None where the file gives no weights.
 
     A token that overlaps a span has the span's weight. All others have that of the answer, if there is none for them:
     the words before an answer and the end after it are learnt with it. `completion` has the length of its text, and
@@ -55,11 +68,11 @@ def token_weights(
     """
     weights: list[float] | None = columns.get("weights")
     if weights is None and "weights" in columns:  # other rows have some
-        weights = [1.0] * num_tokens
+        weights = [1.0] * len(labels)
     if span_weights is not None:
         length, offsets = completion
-        weights = [span_weights.answer if span_weights.other is None else span_weights.other] * num_tokens
-        for name, weight in zip(SPAN_COLUMNS, (span_weights.reasoning, span_weights.answer), strict=True):
+        spans = ["answer_span" if span_weights.other is None else "other"] * len(labels)
+        for name in SPAN_COLUMNS:
             if (span := columns[name]) is not None:
                 if span[1] > length:
                     raise DataError(
@@ -67,10 +80,11 @@ def token_weights(
                         f"{span[1]} in {where}. Correct or remove the row."
                     )
                 start, end = _tokens_within(offsets, span)
-                weights[start:end] = [weight] * (end - start)
+                spans[start:end] = [name] * (end - start)
+        weights = span_weights.of_tokens(spans, labels)
     if "weight" not in columns:
         return weights
-    return [weight * columns["weight"] for weight in weights or [1.0] * num_tokens]
+    return [weight * columns["weight"] for weight in weights or [1.0] * len(labels)]
 
 
 def span_tokens(tokenizer: PreTrainedTokenizerBase, text: str, span: Span) -> Span:

@@ -204,6 +204,32 @@ def label_noise(tokens: TokenStats) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class GradientStats:
+    """The gradient of one parameter, over its numbers."""
+
+    mean: float
+    std: float  # of a sample; NaN for a single number
+    max: float
+    min: float
+    has_nan: bool
+
+
+def gradient_stats(model: nn.Module) -> dict[str, GradientStats]:
+    """Describe the gradients that parameters have now, by name, and leave them as they are; others are left out."""
+    gradients = {name: x.grad.float() for name, x in model.named_parameters() if x.grad is not None}
+    return {
+        name: GradientStats(
+            float(x.mean()),
+            float(x.std()) if x.numel() > 1 else math.nan,
+            float(x.max()),
+            float(x.min()),
+            bool(x.isnan().any()),
+        )
+        for name, x in gradients.items()
+    }
+
+
+@dataclass(frozen=True)
 class PartGradient:
     """The gradient of one part of a student."""
 

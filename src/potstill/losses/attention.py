@@ -16,17 +16,23 @@ from potstill.losses.token_losses import compute_dtype, in_compute_dtype, token_
 Importance = Literal["entropy", "variance"]
 
 
-def attention_mse(student: Tensor, teacher: Tensor, head_weights: Tensor | None = None) -> Tensor:
-    """Compute the squared distance between normalised attention, per token.
+def attention_mse(
+    student: Tensor, teacher: Tensor, head_weights: Tensor | None = None, *, normalize: bool = True
+) -> Tensor:
+    """Compute the squared distance between the attention of a token, over all heads.
 
         sum_i w_i | s_i / |s_i|_2 - t_i / |t_i|_2 |_2^2,   s_i and t_i the token's attention in head i
+
+    Without `normalize`, s_i and t_i are not divided by their lengths. The distance is a sum over the T tokens attended
+    to: it is T times the mean over them, which would depend on the padding.
 
     From probabilities [B, A, T, T] of both (see `match_heads`) and w [A] with sum 1 (default: equal) to [B, T] in
     [0, 2], unmasked, unreduced. Zagoruyko and Komodakis 2016, arXiv 1612.03928, equation 2, normalise a whole map; here
     each row is, so that every token has the same weight.
     """
     s, t = _checked("attention_mse", student, teacher)
-    return _mean_over_heads((unit(s) - unit(t)).square().sum(-1), head_weights)
+    distance = unit(s) - unit(t) if normalize else s - t
+    return _mean_over_heads(distance.square().sum(-1), head_weights)
 
 
 def attention_divergence(

@@ -242,8 +242,9 @@ class OneOf(Rule):
 
     def wrong(self, value: Any) -> str | None:
         """What is no text is another arm of a union; of a sequence, each entry is checked."""
-        texts = [value] if isinstance(value, str) else value if isinstance(value, tuple | list) else []
-        return next((repr(text) for text in texts if isinstance(text, str) and text not in self.words), None)
+        if isinstance(value, tuple | list):
+            return next(filter(None, map(self.wrong, value)), None)
+        return repr(value) if isinstance(value, str) and value not in self.words else None
 
 
 class PythonOnly:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from potstill.errors import ModelError
 from potstill.models import structure
+from potstill.models.layer_map import Layer
 from potstill.models.shapes import ModelShape, model_shape, text_config
 from potstill.models.split import probe_batch, run, undisturbed
 
@@ -26,7 +28,7 @@ T = TypeVar("T")
 class ActivationRequest:
     """Layers to capture, from 0; see `Activations`."""
 
-    hidden: frozenset[int] = frozenset()
+    hidden: frozenset[Layer] = frozenset()
     attentions: frozenset[int] = frozenset()
     vectors: frozenset[int] = frozenset()
     exits: frozenset[int] = frozenset()
@@ -51,7 +53,7 @@ class Vectors(NamedTuple):
 class Activations:
     """Captured tensors, by layer."""
 
-    hidden: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H] outputs, before the model's last norm
+    hidden: dict[Layer, Tensor] = field(default_factory=dict)  # [B, T, H] outputs, before the model's last norm
     attentions: dict[int, Tensor] = field(default_factory=dict)  # [B, A, T, T] probabilities of queries over keys
     vectors: dict[int, Vectors] = field(default_factory=dict)
     exits: dict[int, Tensor] = field(default_factory=dict)  # [B, T, H] outputs, behind the model's last norm
@@ -66,10 +68,8 @@ class Activations:
         )
 
     def to(self, device: torch.device) -> Activations:
-        hidden, attentions, exits, routers = (
-            {i: x.to(device) for i, x in tensors.items()}
-            for tensors in (self.hidden, self.attentions, self.exits, self.routers)
-        )
+        by_layer: tuple[dict[Any, Tensor], ...] = (self.hidden, self.attentions, self.exits, self.routers)
+        hidden, attentions, exits, routers = ({i: x.to(device) for i, x in tensors.items()} for tensors in by_layer)
         vectors = {i: Vectors(*(x.to(device) for x in vectors)) for i, vectors in self.vectors.items()}
         return Activations(hidden, attentions, vectors, exits, routers)
 
@@ -144,18 +144,22 @@ class ActivationCapture:
         """Capture activations during a call that runs the model once; return its result too."""
         if not request:
             return call(), Activations()
-        outputs: dict[tuple[str, int], Any] = {}
+        outputs: dict[tuple[str, Layer], Any] = {}
         with_gradient = torch.is_grad_enabled()
 
-        def hook(key: tuple[str, int], _: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(key: tuple[str, Layer], _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if with_gradient and not torch.is_grad_enabled():
                 raise ModelError(
                     f"{self._name}: expected activation checkpointing with use_reentrant false for terms over layers, "
                     "got reentrant. Set it in the kwargs of the checkpointing."
                 )
+            if key[1] == "embeddings":
+                output = args or kwargs.get("hidden_states")
+            elif key[1] == "last_hidden_state":  # the outermost module that has one comes last
+                output = getattr(output, "last_hidden_state", outputs.get(key))
             outputs[key] = output
 
-        def tensor(name: str, layer: int, place: int = 0) -> Tensor:
+        def tensor(name: str, layer: Layer, place: int = 0) -> Tensor:
             output: Any = outputs.get((name, layer))
             parts = output if isinstance(output, tuple | list) else [output]
             if len(parts) <= place or not isinstance(parts[place], Tensor):
@@ -167,12 +171,12 @@ class ActivationCapture:
 
         with ExitStack() as hooks:
             for key, module in self._modules(request):
-                hooks.enter_context(module.register_forward_hook(partial(hook, key)))
+                hooks.enter_context(module.register_forward_hook(partial(hook, key), with_kwargs=True))
             result = call()
         routers = [i for i in self._routers if i in request.routers]
         final_norm = self.model.get_submodule(self._final_norm) if self._final_norm else nn.Identity()
         return result, Activations(
-            {i: tensor("hidden", i) for i in sorted(request.hidden)},
+            {i: tensor("hidden", i) for i in sorted(request.hidden, key=str)},
             {i: tensor("attention", i, 1) for i in sorted(request.attentions)},
             {i: self._vectors(tensor, i) for i in sorted(request.vectors)},
             {i: final_norm(tensor("hidden", i)) for i in sorted(request.exits)},
@@ -182,9 +186,13 @@ class ActivationCapture:
     def layer(self, i: int) -> nn.Module:
         return self.model.get_submodule(f"{self._layers}.{i}")
 
-    def _modules(self, request: ActivationRequest) -> Iterator[tuple[tuple[str, int], nn.Module]]:
+    def _modules(self, request: ActivationRequest) -> Iterator[tuple[tuple[str, Layer], nn.Module]]:
         for i in request.hidden | request.exits:
-            yield ("hidden", i), self.layer(i)
+            if i == "last_hidden_state":  # of the model's body, which is around its layers
+                paths = accumulate(["", *self._layers.split(".")[:-1]], lambda path, name: f"{path}.{name}".strip("."))
+                yield from ((("hidden", i), self.model.get_submodule(path)) for path in paths)
+            else:
+                yield ("hidden", i), self.layer(0 if i == "embeddings" else i)
         for i in request.attentions:
             yield ("attention", i), self._attention(i)[0]
         for i in request.vectors:

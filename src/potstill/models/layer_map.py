@@ -1,7 +1,8 @@
 """Layer maps: which teacher layer a student layer learns from. Projections to the teacher's width.
 
 A layer is a block of the model, counted from 0 as in the model's own list of blocks; -1 is the last. Its hidden state
-is the output of the block, before the model's final norm.
+is the output of the block, before the model's final norm. In transformers' `hidden_states` block k is at k + 1, except
+for the last, and two hidden states that are of no block have names here: see `State`.
 """
 
 from __future__ import annotations
@@ -9,20 +10,27 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
 from potstill.errors import ShapeError
-from potstill.losses.declared import Declared, NonEmpty, Range
+from potstill.losses.declared import Declared, Either, NonEmpty, Range
 
-Pairs = tuple[tuple[int, int], ...]
+# What the first block reads, and what the model returns, behind its final norm: hidden_states[0] and hidden_states[-1].
+State = Literal["embeddings", "last_hidden_state"]
+STATES = get_args(State)
+Layer = Annotated[int | State, Either(lambda value: not isinstance(value, str))]
+Pairs = tuple[tuple[Layer, Layer], ...]
+AnyLayer = TypeVar("AnyLayer", int, int | State)
 
 
 class LayerMap(Declared):
     """Which teacher layer each student layer learns from.
 
-    In a recipe: `uniform`, `{last_k: 2}`, `{skip: 2}`, or a list of [student layer, teacher layer].
+    In a recipe: `uniform`, `{last_k: 2}`, `{skip: 2}`, or a list of [student layer, teacher layer]. A layer in such a
+    list is a block from 0, -1 for the last, or a hidden state by its name: embeddings (what the first block reads) or
+    last_hidden_state (what the model returns, behind its final norm).
 
     >>> LayerMap.uniform().pairs(4, 6)
     ((0, 1), (1, 2), (2, 4), (3, 5))
@@ -30,10 +38,12 @@ class LayerMap(Declared):
     ((0, 1), (1, 3), (2, 5))
     >>> LayerMap.explicit([(-1, -2)]).pairs(4, 6)
     ((3, 4),)
+    >>> LayerMap.explicit([("embeddings", "embeddings"), (-1, 5)]).pairs(4, 6)
+    (('embeddings', 'embeddings'), (3, 5))
     """
 
     @abstractmethod
-    def choose(self, student: int, teacher: int) -> Sequence[tuple[int, int]]:
+    def choose(self, student: int, teacher: int) -> Sequence[tuple[Layer, Layer]]:
         """Pair layers of two depths; negative ones count from the end."""
 
     def pairs(self, student: int, teacher: int) -> Pairs:
@@ -58,7 +68,8 @@ class LayerMap(Declared):
 
     @classmethod
     def shorthands(cls) -> list[dict[str, Any]]:
-        pairs = {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}
+        layer = {"anyOf": [{"type": "integer"}, {"enum": [*STATES]}]}
+        pairs = {"type": "array", "items": {"type": "array", "items": layer}}
         numbers = {"last_k": {"type": "integer"}, "skip": {"type": "integer"}, "pairs": pairs}
         return [{"enum": ["uniform"], "title": "LayerMap"}, {"type": "object", "properties": numbers}, pairs]
 
@@ -81,8 +92,8 @@ class LayerMap(Declared):
         return Skip(every)
 
     @classmethod
-    def explicit(cls, pairs: Sequence[tuple[int, int]]) -> LayerMap:
-        return Explicit(tuple((int(s), int(t)) for s, t in pairs))
+    def explicit(cls, pairs: Sequence[tuple[Layer, Layer]]) -> LayerMap:
+        return Explicit(tuple((s, t) for s, t in pairs))
 
 
 @dataclass(frozen=True)
@@ -119,17 +130,19 @@ class Skip(LayerMap):
 
 @dataclass(frozen=True)
 class Explicit(LayerMap):
-    """Pairs (student layer, teacher layer); negative layers count from the end."""
+    """Pairs (student layer, teacher layer); negative layers count from the end. See `LayerMap` for names."""
 
     layers: Annotated[Pairs, NonEmpty()]
     name = "pairs"
 
-    def choose(self, student: int, teacher: int) -> Sequence[tuple[int, int]]:
+    def choose(self, student: int, teacher: int) -> Sequence[tuple[Layer, Layer]]:
         return self.layers
 
 
-def layer_index(model: str, layer: int, layers: int) -> int:
-    """Return a layer's index from 0, for one that may count from the end."""
+def layer_index(model: str, layer: AnyLayer, layers: int) -> AnyLayer:
+    """Return a layer's index from 0, for one that may count from the end; a `State` is returned as it is."""
+    if isinstance(layer, str):
+        return layer
     if not -layers <= layer < layers:
         raise ShapeError(
             f"LayerMap: expected {model} layers in {-layers}..{layers - 1}, as the {model} has {layers} layers, "

@@ -30,7 +30,7 @@ from potstill.models.adapted import ParameterCount, parameter_count, virtual_tok
 from potstill.models.capture import ActivationCapture
 from potstill.models.chat import set_chat_template
 from potstill.models.heads import check_end_tokens, class_ids, match_heads, max_positions, token_rows
-from potstill.models.layer_map import LayerMap
+from potstill.models.layer_map import Layer, LayerMap
 from potstill.models.loading import has_bfloat16, load_tokenizer, loading_notes
 from potstill.models.shapes import ModelShape
 from potstill.models.spacing import evenly_spaced
@@ -302,7 +302,7 @@ def _objective(
     """Build the objective, and prepare the teacher for the layers that its terms read of both models."""
     recipe, model = builder.recipe, builder.teacher.model
 
-    def select(layers: LayerMap, batches: int) -> Mapping[int, Tensor]:
+    def select(layers: LayerMap, batches: int) -> Mapping[Layer, Tensor]:
         """Find the teacher's most important dimensions for the student's width, on the first batches."""
         if model is None or student is None:
             raise RecipeError("objective: expected a teacher that is a local model for select_batches, got none.")

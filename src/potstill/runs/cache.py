@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from potstill.data.batches import PaddingCollator, encode, in_batches, pad_token
 from potstill.data.sources import Source
 from potstill.data.vocabulary import fingerprint
 from potstill.errors import ModelError, UserError
+from potstill.evaluate.formatting import size
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.chat import set_chat_template
-from potstill.models.layer_map import layer_index
+from potstill.models.layer_map import Layer, layer_index
 from potstill.models.loading import suppress_warnings, vocabulary_size
 from potstill.runs.progress import PartProgress
 from potstill.runs.ray import Row, RowFunction, map_rows
@@ -50,7 +53,8 @@ class CacheRequest:
     out: Path
     batch_rows: int = 8  # in a batch of the teacher, and concurrent requests to a server
     tokenizer: str | None = None  # folder of the tokenizer for a server
-    layers: Sequence[int] = ()  # whose hidden states are stored too, from 0; negative ones from the end
+    layers: Sequence[Layer] = ()  # whose hidden states are stored too, from 0; negative ones from the end; or names
+    attentions: Sequence[int] = ()  # whose attention maps are stored too
     chat_template: str | None = None  # a Jinja file, in place of the tokenizer's
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # its arguments
 
@@ -94,6 +98,8 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
     (batch,) = in_batches([datasets[0][0]], tokenizer, 1, device)
     vocabulary = vocabulary_size(tokenizer)
     layers = _layers(request, loaded.teacher, batch)
+    if layers is not None:
+        console.print(_check_room(layers, datasets, request.out), style="dim", highlight=False, markup=False)
     tokens, rows = sum(encoded.tokens for encoded in examples), sum(map(len, datasets))
     sources = []
     for part, encoded in zip(request.sources, examples, strict=True):
@@ -120,18 +126,34 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
 
 def _layers(request: CacheRequest, teacher: Teacher, batch: dict[str, torch.Tensor]) -> CachedLayers | None:
     """The layers to store; the teacher is prepared for them."""
-    if not request.layers:
+    if not request.layers and not request.attentions:
         return None
     if not teacher.has_layers:
         raise ModelError(
-            f"cache build: expected a teacher that is a model for --layers, got {request.teacher.title}. Leave it out."
+            "cache build: expected a teacher that is a model for --layers and --attention-layers, got "
+            f"{request.teacher.title}. Leave them out."
         )
     shape = teacher.shape
-    kept = sorted({layer_index("teacher", layer, shape.layers) for layer in request.layers})
-    teacher.prepare(ActivationRequest(hidden=frozenset(kept)))
-    states = teacher(batch, causal_alignment(batch["labels"])).inside.hidden[kept[0]]
-    dtype = str(states.dtype).removeprefix("torch.")
-    return CachedLayers(kept, shape.layers, shape.width, shape.heads, shape.narrowest, dtype)
+    kept = {layer_index("teacher", layer, shape.layers) for layer in request.layers}
+    attentions = sorted({layer_index("teacher", layer, shape.layers) for layer in request.attentions})
+    teacher.prepare(ActivationRequest(hidden=frozenset(kept), attentions=frozenset(attentions)))
+    inside = teacher(batch, causal_alignment(batch["labels"])).inside
+    dtype = str(next(chain(inside.hidden.values(), inside.attentions.values())).dtype).removeprefix("torch.")
+    ordered = sorted(kept, key=lambda layer: (isinstance(layer, str), layer))
+    return CachedLayers(ordered, shape.layers, shape.width, shape.heads, shape.narrowest, dtype, attentions)
+
+
+def _check_room(layers: CachedLayers, datasets: Iterable[Any], out: Path) -> str:
+    """Say how much the layers of all rows may take; a UserError where the disk has less."""
+    largest = sum(layers.bytes_of_row(len(row["input_ids"])) for dataset in datasets for row in dataset)
+    begun = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    room = begun + shutil.disk_usage(next(x for x in (out, *out.absolute().parents) if x.exists())).free
+    if largest > room:
+        raise UserError(
+            f"cache build: expected {size(largest)} of disk for the layers of all rows, got {size(room)} in {out}. "
+            "Store fewer layers (attention maps are the largest) or shorter rows, or choose another --out."
+        )
+    return f"cache: layers take up to {size(largest)}, before compression, of {size(room)} of disk."
 
 
 def _codec(request: CacheRequest, vocabulary: int, teacher: Teacher, batch: dict[str, torch.Tensor]) -> Codec:

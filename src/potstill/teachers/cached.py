@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+import math
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from potstill.models.capture import ActivationRequest, Activations
 from potstill.models.loading import load_config, load_tokenizer
 from potstill.models.shapes import ModelShape
 from potstill.teachers.cache.codec import HiddenStates, Reader, codec_of, pack_floats
-from potstill.teachers.cache.store import Cache, row_key
+from potstill.teachers.cache.store import Cache, CachedLayers, row_key
 from potstill.teachers.model import ModelSource, Precision
 from potstill.teachers.source import LoadedTeacher, MemberSource
 from potstill.teachers.teacher import Teacher, TeacherOutput
@@ -33,8 +34,9 @@ class CachedTeacher(Teacher):
     """Teacher signals precomputed on disk, by a finished `potstill cache build`; nothing is computed.
 
     A row is found by its token ids and target positions, whatever the order, the batch or the epoch. Targets are what
-    the codec stored: samples, top-k with a bucket, full distributions, or hidden states and a head. Hidden states of
-    layers are there for the layers that the cache was built with. `verify` compares every byte with the checksums.
+    the codec stored: samples, top-k with a bucket, full distributions, or hidden states and a head. Hidden states and
+    attention maps are there for the layers that the cache was built with. `verify` compares every byte with the
+    checksums.
 
     Raises:
         DataError: there is no finished cache, or it has changed since it was written.
@@ -71,31 +73,42 @@ class CachedTeacher(Teacher):
         )
 
     def prepare(self, needs: ActivationRequest) -> None:
-        kept = [] if self.plan.layers is None else self.plan.layers.kept
-        if needs != ActivationRequest(hidden=needs.hidden & {*kept}):
-            raise self._no_layers(sorted(needs.hidden))
+        if self._stored | needs != self._stored:
+            raise self._no_layers(needs)
         self._needs |= needs
 
-    def _no_layers(self, layers: Sequence[int] = ()) -> ModelError:
+    @property
+    def _stored(self) -> ActivationRequest:
         kept = self.plan.layers
-        needed = f"layers {', '.join(map(str, layers))}" if layers else "the layers that terms of the objective need"
-        held = "targets alone" if kept is None else f"layers {', '.join(map(str, kept.kept))}"
+        hidden, attentions = ([], []) if kept is None else (kept.kept, kept.attentions)
+        return ActivationRequest(frozenset(hidden), frozenset(attentions))
+
+    def _no_layers(self, needs: ActivationRequest | None = None) -> ModelError:
+        needed = "the layers that terms of the objective need" if needs is None else _in_words(needs)
         return ModelError(
-            f"cache: expected one with the hidden states of {needed}, got one with {held}. Attention is never kept. "
-            "Build it with --layers, use a model as the teacher, or the terms logits and labels."
+            f"cache: expected one with {needed}, got one with {_in_words(self._stored) or 'targets alone'}. Build it "
+            "with --layers and --attention-layers, use a model as the teacher, or the terms logits and labels."
         )
 
     def _layers(self, batch: Mapping[str, Tensor], alignment: Alignment, rows: NDArray[np.int64]) -> Activations:
-        """Hidden states [B, T, H], 0 at padding and in rows without a target position."""
+        """Hidden states [B, T, H] and maps [B, A, T, T], 0 at padding and in rows without a target position."""
         kept = self.plan.layers
         assert kept is not None
-        stored = _stored_positions(batch, alignment)
-        states = torch.zeros(*stored.shape, len(kept.kept), kept.width, dtype=getattr(torch, kept.dtype))
-        if len(rows):
-            packed = self.cache.layers(rows)
-            counts = [len(row) // states.itemsize for row in packed]
-            states[stored] = Reader(packed).take_floats(kept.dtype, counts).view(-1, *states.shape[2:])
-        return Activations({layer: states[:, :, kept.kept.index(layer)] for layer in sorted(self._needs.hidden)})
+        stored, reader = _stored_positions(batch, alignment), Reader(self.cache.layers(rows))
+        places = {row: stored[row].nonzero() for row in stored.any(1).nonzero().flatten().tolist()}
+        lengths, length, dtype = [*map(len, places.values())], stored.shape[1], getattr(torch, kept.dtype)
+        of_token, of_pair = (len(kept.kept), kept.width), (len(kept.attentions), kept.heads)
+        states = torch.zeros(*stored.shape, *of_token, dtype=dtype)
+        packed = reader.take_floats(kept.dtype, [n * math.prod(of_token) for n in lengths])
+        states[stored] = packed.view(sum(lengths), *of_token)
+        hidden = {layer: states[:, :, kept.kept.index(layer)] for layer in sorted(self._needs.hidden, key=str)}
+        if not self._needs.attentions:
+            return Activations(hidden)
+        maps = torch.zeros(len(stored), *of_pair, length, length, dtype=dtype)
+        sizes = [n * n * math.prod(of_pair) for n in lengths]
+        for (row, at), values in zip(places.items(), reader.take_floats(kept.dtype, sizes).split(sizes), strict=True):
+            maps[row][:, :, at, at.T] = values.view(*of_pair, len(at), len(at))
+        return Activations(hidden, {layer: maps[:, kept.attentions.index(layer)] for layer in self._needs.attentions})
 
     def holds(self, batch: Mapping[str, Tensor], alignment: Alignment) -> bool:
         """Whether every row of a batch with a target position is in the cache."""
@@ -177,13 +190,28 @@ def keys_of_batch(batch: Mapping[str, Tensor], alignment: Alignment) -> list[byt
 
 
 def layers_of_batch(
-    batch: Mapping[str, Tensor], alignment: Alignment, inside: Activations, layers: Sequence[int]
+    batch: Mapping[str, Tensor], alignment: Alignment, inside: Activations, layers: CachedLayers
 ) -> list[bytes]:
-    """Pack the hidden states of each row of a padded batch: [T, layers, H] without padding."""
-    stored = _stored_positions(batch, alignment)
-    states = torch.stack([inside.hidden[layer].cpu()[stored] for layer in layers], 1)
-    lengths = stored.sum(1)
-    return [pack_floats(row) for row in states.split(lengths[lengths > 0].tolist())]
+    """Pack the activations of each row of a padded batch, without padding: [T, layers, H], then [layers, A, T, T]."""
+    stored, dtype = _stored_positions(batch, alignment), getattr(torch, layers.dtype)
+    rows = []
+    for row in stored.any(1).nonzero().flatten().tolist():
+        places = stored[row].nonzero()
+        hidden = [inside.hidden[layer][row].cpu()[stored[row]] for layer in layers.kept]
+        maps = [inside.attentions[layer][row].cpu()[:, places, places.T] for layer in layers.attentions]
+        parts = [torch.stack(tensors, dim).to(dtype) for tensors, dim in ((hidden, 1), (maps, 0)) if tensors]
+        rows.append(b"".join(map(pack_floats, parts)))
+    return rows
+
+
+def _in_words(stored: ActivationRequest) -> str:
+    layers: dict[str, list[Any]] = {
+        "hidden states": sorted(stored.hidden, key=str),
+        "attention maps": sorted(stored.attentions),
+        "queries, keys and values": sorted(stored.vectors),
+    }
+    parts = (f"the {kind} of layers {', '.join(map(str, of))}" for kind, of in layers.items() if of)
+    return " and ".join(parts)
 
 
 def _stored_positions(batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor:

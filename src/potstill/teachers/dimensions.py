@@ -13,27 +13,27 @@ from potstill.losses.alignment import Task, align, attended_positions
 from potstill.losses.hidden import dimension_importance, select_dimensions
 from potstill.losses.token_losses import label_loss
 from potstill.models.capture import ActivationCapture, ActivationRequest
-from potstill.models.layer_map import layer_index
+from potstill.models.layer_map import Layer, layer_index
 from potstill.models.split import forward_targets, undisturbed
 
 
 def important_dimensions(
     model: Any,
     batches: Iterable[Mapping[str, Tensor]],
-    layers: Sequence[int],
+    layers: Sequence[Layer],
     count: int,
     task: Task = "causal",
-) -> dict[int, Tensor]:
+) -> dict[Layer, Tensor]:
     """Select the dimensions of some layers on which the model's own loss depends most; see `dimension_importance`.
 
     Args:
         model: the teacher, with a head; it is left unchanged.
         batches: input_ids, attention_mask and labels of the task, on the model's device.
-        layers: from 0; negative ones from the end.
+        layers: from 0; negative ones from the end; or a `potstill.models.layer_map.State`.
         count: the student's width.
 
     Returns:
-        layer (from 0) -> [count] int64, ascending: `dimensions` of `potstill.Hidden`.
+        layer -> [count] int64, ascending: `dimensions` of `potstill.Hidden`.
 
     Raises:
         ShapeError: a layer does not exist, or has fewer dimensions.

@@ -118,6 +118,9 @@ class Distiller(nn.Module):
     ) -> StepOutput:
         """Compute the loss of a batch in your own training loop: call `loss.backward()` on it.
 
+        Call `train()` on the Distiller before the loop, and `eval()` before measuring: `from_pretrained` gives models
+        in evaluation mode, without dropout. The teacher stays in it.
+
         In training mode each call counts as one optimiser step for schedules and for teachers that follow the student.
         To accumulate gradients over several batches, pass `last=False` for all but the last of them, and the number of
         target tokens of all of them as `normalizer` (terms over layers read `attended_normalizer`): the gradient is

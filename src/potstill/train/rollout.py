@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import PaddingCollator, pad_token_id
@@ -20,7 +21,7 @@ from potstill.data.files import write_text
 from potstill.engines.decode import GeneratedTokens, Guide, generate_tokens
 from potstill.engines.sampling import Sampling, TokenSampling
 from potstill.errors import RecipeError, ShapeError, UserError
-from potstill.losses.alignment import IGNORE, SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
+from potstill.losses.alignment import IGNORE, SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS, target_positions
 from potstill.losses.declared import Range, Record
 from potstill.losses.schedule import Number, Schedule, Share, for_run, value_at
 from potstill.models.chat import end_token_ids
@@ -85,6 +86,8 @@ class Rollout:
             or down at random, so that the mean over steps is exact. A step's first rows are replaced: of its batches at
             most one is mixed.
         limit: maximum number of tokens in a row, as both models allow; None for any.
+        own_weight: weight of the mean over all sampled tokens of a step, and 1 - own_weight that of the mean over its
+            other target tokens; None weighs all tokens alike. A step with one of both kinds alone is not weighed.
         vocabulary: number of tokens that both models share; no other token is drawn.
         guide: teacher that takes part in sampling; see `teacher_mix` and `teacher_top_k`.
         seed: with the optimiser step and the rank it decides all random numbers.
@@ -100,6 +103,7 @@ class Rollout:
     sampling: Sampling
     _: KW_ONLY
     share: Number = 0.5
+    own_weight: Number | None = None
     prompt_tokens: int = 32
     limit: int | None = None
     vocabulary: int | None = None
@@ -156,7 +160,7 @@ class Rollout:
                     if sample is not None:
                         values[sample.prompt : len(sample.ids)] = torch.tensor(getattr(sample.text, column))
             mixed.append({name: value.to(batch["input_ids"].device) for name, value in made.items()})
-        return mixed
+        return mixed if self.own_weight is None else weighted_by_text(mixed, value_at(self.own_weight, step))
 
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[int] | None:
         """The prompt of a row of input_ids and labels; None where there is none, or no room behind it."""
@@ -295,6 +299,24 @@ def unpadded_rows(batch: Mapping[str, Tensor]) -> list[dict[str, list[Any]]]:
     return rows
 
 
+def weighted_by_text(batches: Sequence[Batch], own_weight: float) -> list[Batch]:
+    """Weigh the tokens of an optimiser step with on-policy rows, over all ranks; see `Rollout.own_weight`."""
+    own = [~batch[STUDENT_LOG_PROBS].isnan() for batch in batches]
+    weights = [batch.get("weights", torch.ones_like(batch[STUDENT_LOG_PROBS])) for batch in batches]
+    targets = [pad(target_positions(batch["labels"]), (1, 0)) for batch in batches]
+    totals = torch.zeros(2, device=batches[0]["input_ids"].device)
+    for weight, target, sampled in zip(weights, targets, own, strict=True):
+        counted = weight * target
+        totals += torch.stack([(counted * sampled).sum(), (counted * ~sampled).sum()])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(totals)
+    if not totals.all():
+        return list(batches)
+    factors = totals.new_tensor([own_weight, 1 - own_weight]) * totals.sum() / totals
+    by_token = (w * torch.where(x, factors[0], factors[1]) for w, x in zip(weights, own, strict=True))
+    return [{**batch, "weights": w} for batch, w in zip(batches, by_token, strict=True)]
+
+
 def _before_targets(row: Mapping[str, Sequence[int]], prefix: str = "") -> list[int]:
     """The tokens before the first target token."""
     labels = row.get(f"{prefix}labels", ())
@@ -318,6 +340,8 @@ class RolloutConfig(TokenSampling):
 
     Args:
         on_policy_fraction: of the rows of a step: 0 is data alone, 1 on-policy samples alone
+        own_weight: weight of the mean over sampled tokens, and 1 - own_weight of that over the data; by default each
+            token weighs the same
         max_new_tokens: maximum number of tokens that the student generates after a prompt
         sampling_temperature: divides the logits for sampling; not the objective's temperature
         prompt_tokens: the prompt of plain text: a row's first tokens, at most half
@@ -330,6 +354,7 @@ class RolloutConfig(TokenSampling):
     """
 
     on_policy_fraction: Share = 0.5
+    own_weight: Share | None = None
     max_new_tokens: Annotated[int, Range(ge=1)] = 128
     sampling_temperature: Annotated[float, Range(gt=0)] = 1.0
     prompt_tokens: Annotated[int, Range(ge=1)] = 32
@@ -367,7 +392,9 @@ class RolloutConfig(TokenSampling):
             top_k, share = self.teacher_top_k, self.teacher_mix
             guide = teacher_mix(teacher, share) if top_k is None else teacher_top_k(teacher, top_k)
         sampling = Sampling(self.max_new_tokens, self.sampling_temperature, self.top_p, self.top_k)
-        options |= {"share": for_run(self, steps).on_policy_fraction, "guide": guide, "adapt": self.adapt}
+        scheduled = for_run(self, steps)
+        options |= {"share": scheduled.on_policy_fraction, "own_weight": scheduled.own_weight}
+        options |= {"guide": guide, "adapt": self.adapt}
         options |= {"prompt_tokens": self.prompt_tokens, "batch_size": self.batch_size}
         replay = None if self.replay is None else for_run(self.replay, steps)
         return Rollout(tokenizer, sampling, replay=replay, **options)

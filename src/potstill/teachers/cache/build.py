@@ -143,8 +143,8 @@ class CacheBuilder:
         keys = keys_of_batch(batch, alignment)
         if len(keys) < len(examples):
             raise RunError("cache: expected a target token in every row, got a row without one.")
-        kept = [] if self.plan.layers is None else self.plan.layers.kept
-        layers = layers_of_batch(batch, alignment, output.inside, kept) if kept else [b""] * len(keys)
+        kept = self.plan.layers
+        layers = [b""] * len(keys) if kept is None else layers_of_batch(batch, alignment, output.inside, kept)
         start = 0
         for key, count, states in zip(keys, alignment.row.bincount().tolist(), layers, strict=True):
             positions = slice(start, start + count)

@@ -300,7 +300,7 @@ class Reader:
             elements[:, :planes] = np.frombuffer(row, "u1")[start:end].reshape(planes, count).T
             arrays.append(elements.view(kind).reshape(count))
             self._offsets[i] = end
-        return np.concatenate(arrays)
+        return np.concatenate([np.zeros(0, kind), *arrays])
 
     def take_floats(self, dtype: str, counts: Iterable[int]) -> Tensor:
         """Read floats of a torch dtype that `pack_floats` packed."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from potstill.data.files import atomic_path, digest
 from potstill.errors import DataError
 from potstill.losses.declared import Record
+from potstill.models.layer_map import Layer
 
 FORMAT = 2  # raised with every change that a reader must know of
 MANIFEST = "manifest.json"
@@ -39,14 +40,21 @@ class Shard(Record):
 
 @dataclass(frozen=True)
 class CachedLayers(Record):
-    """Hidden states that are stored beside the targets; the teacher's sizes are as in `ModelShape`."""
+    """Activations that are stored beside the targets; the teacher's sizes are as in `ModelShape`."""
 
-    kept: list[int]  # layers from 0, ascending
+    kept: list[Layer]  # whose hidden states are stored: numbers from 0, ascending, then names
     depth: int
     width: int
     heads: int
     narrowest: int
     dtype: str  # float32, bfloat16 or float16
+    attentions: list[int] = field(default_factory=list)  # whose attention maps are stored, ascending
+
+    def bytes_of_row(self, tokens: int) -> int:
+        """Count the bytes of a row before compression, without the zeros of causal attention."""
+        hidden = len(self.kept) * tokens * self.width
+        maps = len(self.attentions) * self.heads * tokens * (tokens + 1) // 2
+        return (hidden + maps) * (4 if self.dtype == "float32" else 2)
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ class Cache:
         return self._unpack(rows, "signal", "size"), [tokens[row].as_py() for row in rows]
 
     def layers(self, rows: NDArray[np.int64]) -> list[bytes]:
-        """The packed hidden states of some rows."""
+        """The packed activations of some rows."""
         return self._unpack(rows, "layers", "layers_size")
 
     def _unpack(self, rows: NDArray[np.int64], column: str, size: str) -> list[bytes]:

@@ -20,7 +20,7 @@ from potstill.losses.hidden import hidden_cosine, hidden_l1, hidden_mse, linear_
 from potstill.losses.rkd import rkd_angle, rkd_distance
 from potstill.losses.schedule import Temperature, Weight, value_at
 from potstill.models.capture import ActivationRequest
-from potstill.models.layer_map import LastK, LayerMap, Pairs, Projection, ProjectionKind, Uniform
+from potstill.models.layer_map import LastK, Layer, LayerMap, Pairs, Projection, ProjectionKind, Uniform
 from potstill.models.shapes import ModelShape
 from potstill.train.signals import Signals
 from potstill.train.terms.term import FittedTerm, SelectDimensions, Term
@@ -47,6 +47,12 @@ class LayerTerm(Term):
     def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
         self.check_heads(student, teacher)
         pairs = self.layers.pairs(student.layers, teacher.layers)
+        named = [layer for pair in pairs for layer in pair if isinstance(layer, str)]
+        if named and self.activations != "hidden":
+            raise ShapeError(
+                f"{self.name}: expected layers that attend, by their numbers, got {named[0]}, which is a hidden state. "
+                "Use hidden or similarity for it."
+            )
         compute = PairedLayers(self, pairs, self.make_trained(student, teacher, pairs))
         requests = (ActivationRequest(**{self.activations: frozenset(side)}) for side in zip(*pairs, strict=True))
         return FittedTerm(compute, *requests)
@@ -64,7 +70,7 @@ class LayerTerm(Term):
         """Make what is trained, a list with an entry for each pair; raises UserError for models that do not fit."""
         return None
 
-    def captured(self, signals: Signals, student: int, teacher: int) -> tuple[Any, Any, Tensor]:
+    def captured(self, signals: Signals, student: Layer, teacher: Layer) -> tuple[Any, Any, Tensor]:
         """Return the activations of a pair of layers, and the mask [B, T] of the attended positions."""
         assert signals.teacher is not None
         assert signals.attended is not None
@@ -72,7 +78,7 @@ class LayerTerm(Term):
         return s[student], t[teacher], signals.attended
 
     @abstractmethod
-    def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
+    def compare(self, signals: Signals, student: Layer, teacher: Layer, trained: Any) -> Tensor:
         """Compute the scalar of one pair of layers; `trained` is the pair's entry of `make_trained`, or None."""
 
 
@@ -114,7 +120,7 @@ class Hidden(LayerTerm):
     _: KW_ONLY
     projection: ProjectionKind | None = None
     select_batches: Annotated[int | None, Range(ge=1)] = None
-    dimensions: Annotated[Mapping[int, Tensor] | None, PythonOnly()] = field(default=None, compare=False)
+    dimensions: Annotated[Mapping[Layer, Tensor] | None, PythonOnly()] = field(default=None, compare=False)
     name = "hidden"
     trained_as = "projections"
 
@@ -158,7 +164,7 @@ class Hidden(LayerTerm):
                 )
         return None
 
-    def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
+    def compare(self, signals: Signals, student: Layer, teacher: Layer, trained: Any) -> Tensor:
         s, t, attended = self.captured(signals, student, teacher)
         s, t = s[attended].float(), t[attended].float()
         if self.distance == "cka":
@@ -183,6 +189,7 @@ class Attention(LayerTerm):
     Args:
         divergence: between a query's attention weights as distributions; by default the squared distance of their
             directions, see `attention_mse`.
+        normalize: false compares the attention weights themselves and not their directions.
         heads: overlap (`head_overlap`: equal counts pair up, others share), entropy or variance (the same, weighted by
             how focused the teacher's heads are, `head_importance`), learned (a trained mixture of the student's heads
             for each of the teacher's), or pairs [student head, teacher head], from 0, for all layers.
@@ -194,9 +201,15 @@ class Attention(LayerTerm):
     divergence: Divergence | None = None
     _: KW_ONLY
     heads: Annotated[Heads, Either(lambda value: isinstance(value, str))] = "overlap"
+    normalize: bool = True
     name = "attention"
     activations = "attentions"
     trained_as = "mixtures"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.divergence is not None and not self.normalize:
+            raise ShapeError("Attention: expected normalize true with a divergence, got false. Leave one of them out.")
 
     def make_trained(self, student: ModelShape, teacher: ModelShape, pairs: Pairs) -> nn.Module | None:
         if self.divergence is not None and student.attention_dropout:
@@ -219,7 +232,7 @@ class Attention(LayerTerm):
         start = (attention.head_overlap(teacher.heads, student.heads) + 0.1).log()
         return nn.ParameterList(nn.Parameter(start.clone()) for _ in pairs)
 
-    def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
+    def compare(self, signals: Signals, student: Layer, teacher: Layer, trained: Any) -> Tensor:
         s, t, attended = self.captured(signals, student, teacher)
         s, t, weights = s.float(), t.float(), None
         if self.heads == "learned":
@@ -231,7 +244,7 @@ class Attention(LayerTerm):
             importance = None if self.heads == "overlap" else attention.head_importance(t, attended, self.heads)
             t, weights = attention.match_heads(t, attention.head_overlap(s.shape[1], t.shape[1]), importance)
         if self.divergence is None:
-            values = attention.attention_mse(s, t, weights)
+            values = attention.attention_mse(s, t, weights, normalize=self.normalize)
         else:
             values = attention.attention_divergence(s, t, weights, self.divergence)
         return signals.attended_mean(values[attended])
@@ -268,7 +281,7 @@ class Relations(LayerTerm):
             raise ShapeError(f"Relations: expected heads in 1..{narrowest}, the narrowest keys' width, got {heads}.")
         return LayerTerm.fit(replace(self, heads=heads), student, teacher)
 
-    def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
+    def compare(self, signals: Signals, student: Layer, teacher: Layer, trained: Any) -> Tensor:
         s, t, attended = self.captured(signals, student, teacher)
         assert self.heads is not None
         pairs = [(getattr(s, kind).float(), getattr(t, kind)) for kind in self.of]
@@ -300,7 +313,7 @@ class Similarity(LayerTerm):
     name = "similarity"
     over = "target"
 
-    def compare(self, signals: Signals, student: int, teacher: int, trained: Any) -> Tensor:
+    def compare(self, signals: Signals, student: Layer, teacher: Layer, trained: Any) -> Tensor:
         *states, attended = self.captured(signals, student, teacher)
         rows = attended.any(1)  # examples with an attended position
         mask = attended[rows].unsqueeze(-1)

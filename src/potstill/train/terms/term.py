@@ -12,12 +12,12 @@ from potstill.losses.alignment import TASKS, Task, task_hint
 from potstill.losses.declared import Declared, in_words
 from potstill.losses.schedule import Weight
 from potstill.models.capture import ActivationRequest
-from potstill.models.layer_map import LayerMap
+from potstill.models.layer_map import Layer, LayerMap
 from potstill.models.shapes import ModelShape
 from potstill.train.signals import Signals
 
 # (layers, number of batches) -> teacher layer -> ids of its most important dimensions
-SelectDimensions = Callable[[LayerMap, int], Mapping[int, Tensor]]
+SelectDimensions = Callable[[LayerMap, int], Mapping[Layer, Tensor]]
 
 
 class FittedTerm(NamedTuple):
