@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -17,20 +18,24 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data.batches import PaddingCollator, pad_token_id
-from potstill.errors import UserError
-from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, Task
+from potstill.data.vocabulary import checked_vocabulary
+from potstill.errors import OTHER_NAMES, UserError, nearest
+from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.chat import end_token_ids, set_end_tokens
-from potstill.models.heads import class_ids, set_pad_id
+from potstill.models.heads import class_ids, set_pad_id, token_rows
 from potstill.teachers.teacher import Teacher
 from potstill.train.callbacks import FollowTraining
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
-from potstill.train.columns import columns_not_read
+from potstill.train.columns import columns_not_read, padding_id
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.encoding import RowsEncoder
 from potstill.train.hf_trainer import LogSums, StudentTrainer
@@ -45,11 +50,18 @@ NOT_SHARDED = (
     "train.fsdp: expected several processes with an accelerator each, got a run that accelerate does not shard. Start "
     "it with torchrun on GPUs, or leave train.fsdp out."
 )
-# Arguments of transformers.Trainer that have no meaning here.
+_LOADER = (
+    "Give its data set as {0}_dataset, its collate_fn as data_collator, and its batch_size as "
+    "per_device_{0}_batch_size of args, or write a loop around Distiller.step."
+)
+# Arguments of other trainers that have no meaning here.
 NO_ARGUMENTS = {
     "compute_loss_func": "The objective is the loss: write a term.",
+    "eval_dataloader": _LOADER.format("eval"),
     "model": "Give student and teacher.",
     "model_init": "Give the student as a model.",
+    "tokenizer": "Give it as processing_class.",
+    "train_dataloader": _LOADER.format("train"),
 }
 
 
@@ -67,6 +79,15 @@ class DistillationConfig(TrainingArguments):
     max_length: int = 1024
     remove_unused_columns: bool = False  # the student's signature does not have all columns of a batch
     report_to: str | list[str] | None = "none"
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Refuse an unknown argument with a hint, which a dataclass would refuse without."""
+        known = {field.name for field in fields(cls) if field.init}
+        for name in values.keys() - known:
+            of_term = " It belongs to a term, as in Logits(temperature=2.0, weight=0.5)."
+            hint = of_term if OTHER_NAMES.get(name, "").startswith("objective.") else nearest(name, known)
+            raise UserError(f"{cls.__name__}: unknown argument {name}.{hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.facts: dict[str, Any] = {}  # for trackers, which show all that to_dict returns
@@ -87,6 +108,21 @@ class DistillationConfig(TrainingArguments):
         if self.fsdp and self.world_size == 1:
             raise UserError(NOT_SHARDED)
 
+    @classmethod
+    def of(cls, args: TrainingArguments | None) -> DistillationConfig:
+        """Make one of plain TrainingArguments, with all their values but `remove_unused_columns`."""
+        if isinstance(args, cls):
+            return args
+        if args is None:
+            return cls(output_dir="runs/student")
+        if type(args) is not TrainingArguments:
+            raise UserError(
+                f"DistillationTrainer: expected args of the class DistillationConfig or TrainingArguments, got "
+                f"{type(args).__name__}. DistillationConfig takes all fields of TrainingArguments."
+            )
+        values = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+        return cls(**values | {"remove_unused_columns": False})
+
     def to_dict(self) -> dict[str, Any]:
         """See transformers.TrainingArguments; with teacher and objective, once a trainer has them."""
         return super().to_dict() | self.facts
@@ -100,7 +136,8 @@ class DistillationTrainer(StudentTrainer):
     loads; of a PeftModel the adapter alone. What terms train beside it (projections) is in checkpoints alone.
 
     Args:
-        teacher: see `Distiller`, as for objective, vocabulary and task.
+        teacher: see `Distiller`, as for objective and task.
+        args: plain transformers.TrainingArguments too.
         train_dataset: a data set of torch or `datasets`, streamed too, or a list of dicts. Rows of text, of prompt and
             completion, of messages, or of text and label for classification are encoded as `potstill.encode` does, up
             to `DistillationConfig.max_length` tokens; a longer text is split into windows. Rows with input_ids stay as
@@ -108,6 +145,7 @@ class DistillationTrainer(StudentTrainer):
             packed rows are taken apart: see `PaddingCollator`.
         eval_dataset: the same, or several held-out sets by name.
         processing_class: the tokenizer.
+        vocabulary: see `Distiller`; by default the number of tokens of processing_class.
         rollout: replaces a share of the training rows by on-policy samples; None for data alone.
         prefetch: run the teacher on the next batch while the student trains on this one.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator, compute_metrics).
@@ -116,6 +154,7 @@ class DistillationTrainer(StudentTrainer):
     Raises:
         UserError: an argument of transformers.Trainer has no meaning here, or a metric none that can be compared.
         DataError: rows cannot be encoded, or have columns that would be left out and change the training.
+        VocabularyError: a model's head has no row for some token of processing_class.
     """
 
     def __init__(
@@ -123,7 +162,7 @@ class DistillationTrainer(StudentTrainer):
         student: PreTrainedModel,
         teacher: Teacher | nn.Module | None,
         objective: Objective | Sequence[Term],
-        args: DistillationConfig | None = None,
+        args: TrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -133,17 +172,14 @@ class DistillationTrainer(StudentTrainer):
         prefetch: bool = False,
         **kwargs: Any,
     ) -> None:
-        args = args or DistillationConfig(output_dir="runs/student")
-        if not isinstance(args, DistillationConfig):
-            raise UserError(
-                f"DistillationTrainer: expected args of the class DistillationConfig, got {type(args).__name__}, whose "
-                "defaults drop the columns of the data. It takes the same fields."
-            )
+        args = DistillationConfig.of(args)
         if kwargs.get("data_collator") is None and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
         distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
         _check_arguments(args, distiller, kwargs)
+        if vocabulary is None and task in TOKEN_TASKS and isinstance(processing_class, PreTrainedTokenizerBase):
+            distiller.vocabulary = _vocabulary(distiller, processing_class)
         args.facts |= facts(distiller.teacher, distiller.objective.terms)
         self.rows_encoder = RowsEncoder(
             tokenizer=processing_class,
@@ -152,6 +188,7 @@ class DistillationTrainer(StudentTrainer):
             classes=class_ids(student.config) if task == "classification" else {},
             seed=args.seed,
             collator=kwargs.get("data_collator"),
+            pad=padding_id(student) if processing_class is None else pad_token_id(processing_class)[0],
             read=frozenset().union(*map(columns_not_read, distiller.models().values())),
         )
         train_dataset = self.rows_encoder(train_dataset, "train_dataset", training=True)
@@ -165,6 +202,8 @@ class DistillationTrainer(StudentTrainer):
             set_pad_id(distiller.models().values(), pad_token_id(processing_class)[0])
         super().__init__(distiller, args, **kwargs)
         self.rollout = rollout
+        if rollout is not None and rollout.vocabulary is None:
+            rollout.vocabulary = distiller.vocabulary  # rows of padding are not drawn either
         plugins = self.accelerator.state
         deepspeed = getattr(plugins, "deepspeed_plugin", None)
         check_sharding(
@@ -285,12 +324,39 @@ class DistillationTrainer(StudentTrainer):
             if self.rollout is not None and self.args.should_save:
                 self.rollout.close()
 
+    def load_checkpoint(self, folder: str | Path) -> None:
+        """Load the student of a checkpoint, or one that `save_model` or a run has saved, into this trainer.
+
+        From a checkpoint also what terms and the teacher trained. Optimiser and step stay: see `train`.
+
+        Raises:
+            UserError: the folder holds another student, or a checkpoint of another objective or teacher.
+        """
+        path = Path(folder)
+        if (path / TRAINER_STATE_NAME).exists():
+            self._load_from_checkpoint(str(path))
+            return
+        self.load_student(path)
+        if self.distiller.objective.state_dict():
+            logger.warning("load_checkpoint: %s has a student alone: what the objective trains stays as it is.", path)
+
+
+def _vocabulary(distiller: Distiller, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokens that a student and a teacher of the same tokenizer share."""
+    other = distiller.teacher is not None and distiller.teacher.other_tokenizer
+    models: dict[str, Any] = {"student": distiller.student} if other else distiller.models()
+    heads = {name: model for name, model in models.items() if hasattr(model, "get_output_embeddings")}
+    return checked_vocabulary(tokenizer, {name: token_rows(model, distiller.task) for name, model in heads.items()})
+
 
 def _check_arguments(args: DistillationConfig, distiller: Distiller, options: Mapping[str, Any]) -> None:
-    """Refuse arguments of transformers.Trainer that would do nothing or something else."""
+    """Refuse arguments that would do nothing or something else."""
     for name, hint in NO_ARGUMENTS.items():
         if options.get(name) is not None:
             raise UserError(f"DistillationTrainer: expected no {name}, got one. {hint}")
+    known = {name for trainer in (DistillationTrainer, Trainer) for name in inspect.signature(trainer).parameters}
+    for name in options.keys() - known:
+        raise UserError(f"DistillationTrainer: unknown argument {name}.{nearest(name, known - NO_ARGUMENTS.keys())}")
     _check_collator(options.get("data_collator"))
     metrics = options.get("compute_metrics") or options.get("preprocess_logits_for_metrics")
     if metrics is not None and distiller.task == "encoder":
@@ -300,7 +366,14 @@ def _check_arguments(args: DistillationConfig, distiller: Distiller, options: Ma
         )
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
     own = {"loss", "cross_entropy", "squared_error", *distiller.objective.names}
-    if options.get("compute_metrics") is not None and not args.best_is_given and not any(map(best.endswith, own)):
+    is_own = any(map(best.endswith, own))
+    if is_own and args.greater_is_better:
+        raise UserError(
+            f"DistillationConfig: expected greater_is_better false for metric_for_best_model {best}, a loss, got true, "
+            "which keeps the worst student. Leave it out; TrainingArguments set it by the metric's name: use "
+            "DistillationConfig."
+        )
+    if options.get("compute_metrics") is not None and not args.best_is_given and not is_own:
         raise UserError(
             f"DistillationConfig: expected greater_is_better beside metric_for_best_model {best}, a metric of your "
             "own, got none. Set it to true or false."
