@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -46,6 +47,8 @@ from potstill.train.tracking import facts
 
 logger = logging.getLogger(__name__)
 
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
 NOT_SHARDED = (
     "train.fsdp: expected several processes with an accelerator each, got a run that accelerate does not shard. Start "
     "it with torchrun on GPUs, or leave train.fsdp out."
@@ -65,6 +68,24 @@ NO_ARGUMENTS = {
 }
 
 
+def _with_hints(config: type[Arguments]) -> type[Arguments]:
+    """Let a dataclass refuse an unknown argument with a hint."""
+    init: Any = config.__init__
+    known = {field.name for field in fields(config) if field.init}
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **values: Any) -> None:
+        for name in values.keys() - known:
+            of_term = " It belongs to a term, as in Logits(temperature=2.0, weight=0.5)."
+            hint = of_term if OTHER_NAMES.get(name, "").startswith("objective.") else nearest(name, known)
+            raise UserError(f"{config.__name__}: unknown argument {name}.{hint}")
+        init(self, *args, **values)
+
+    config.__init__ = checked  # type: ignore[assignment]
+    return config
+
+
+@_with_hints
 @dataclass
 class DistillationConfig(TrainingArguments):
     """transformers.TrainingArguments with the defaults that distillation needs.
@@ -79,15 +100,6 @@ class DistillationConfig(TrainingArguments):
     max_length: int = 1024
     remove_unused_columns: bool = False  # the student's signature does not have all columns of a batch
     report_to: str | list[str] | None = "none"
-
-    def __new__(cls, *args: Any, **values: Any) -> Self:
-        """Refuse an unknown argument with a hint, which a dataclass would refuse without."""
-        known = {field.name for field in fields(cls) if field.init}
-        for name in values.keys() - known:
-            of_term = " It belongs to a term, as in Logits(temperature=2.0, weight=0.5)."
-            hint = of_term if OTHER_NAMES.get(name, "").startswith("objective.") else nearest(name, known)
-            raise UserError(f"{cls.__name__}: unknown argument {name}.{hint}")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.facts: dict[str, Any] = {}  # for trackers, which show all that to_dict returns
