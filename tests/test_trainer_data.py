@@ -32,11 +32,12 @@ from potstill.engines.sampling import Sampling
 from potstill.errors import DataError, ModelError, UserError, VocabularyError
 from potstill.losses.divergences import ForwardKL
 from potstill.models.layer_map import LayerMap
+from potstill.train.arguments import DistillationConfig
 from potstill.train.distiller import Distiller
 from potstill.train.rollout import Rollout
 from potstill.train.terms.layers import Hidden
 from potstill.train.terms.logits import Labels, Logits
-from potstill.train.trainer import DistillationConfig, DistillationTrainer
+from potstill.train.trainer import DistillationTrainer
 
 TEXTS = [{"text": f"def f(a):\n    return a + {i}\n"} for i in range(5)]
 PAIRS = [{"prompt": f"def f{i}(a):", "completion": f" return a + {i}"} for i in range(5)]

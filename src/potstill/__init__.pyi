@@ -90,6 +90,7 @@ from .teachers.self_taught import EMATeacher as EMATeacher
 from .teachers.served import ServedTeacher as ServedTeacher
 from .teachers.teacher import Teacher as Teacher
 from .teachers.teacher import TeacherOutput as TeacherOutput
+from .train.arguments import DistillationConfig as DistillationConfig
 from .train.distiller import Distiller as Distiller
 from .train.objective import Objective as Objective
 from .train.rollout import Rollout as Rollout
@@ -110,5 +111,4 @@ from .train.terms.logits import Logits as Logits
 from .train.terms.policy import PolicyGradient as PolicyGradient
 from .train.terms.routers import RouterBalance as RouterBalance
 from .train.terms.supervision import DeepSupervision as DeepSupervision
-from .train.trainer import DistillationConfig as DistillationConfig
 from .train.trainer import DistillationTrainer as DistillationTrainer
