@@ -204,6 +204,9 @@ def test_columns_that_are_not_read(tmp_path: Path, tokenizer: Any, caplog: pytes
     for name, value in (("response_mask", [0, 1, 1]), ("sample_weight", 2.0), ("inputs_embeds", [[0.0]] * 3)):
         with pytest.raises(DataError, match=f"the column {name}, which is not read"):
             trainer(tmp_path, [row, row | {name: value}], tokenizer)
+    prompts = {"prompt_input_ids": [5], "prompt_attention_mask": [1]}  # as llm_distil has them
+    with pytest.raises(DataError, match="column prompt_attention_mask, .* is the first prompt_tokens of a Rollout"):
+        trainer(tmp_path, [row | prompts], tokenizer)
     with pytest.raises(DataError, match="the next tokens in train_dataset"):
         trainer(tmp_path, [row | {"labels": [6, 7, -100]}], tokenizer)
     with pytest.raises(DataError, match="or a processing_class that makes them, got text"):

@@ -131,9 +131,11 @@ class RowsEncoder:
         """Refuse columns that would change the training and are not read, and name all others that are not."""
         unused = columns - COLLATED
         if refused := {name for name in unused if chooses_loss(name)} | unused & self.read:
+            column, hint = min(refused), "Give labels, with -100 on tokens without a loss, or remove the column."
+            if column.startswith("prompt_"):
+                hint = "A prompt has labels of -100, or is the first prompt_tokens of a Rollout: remove the column."
             raise DataError(
-                f"data: expected input_ids and labels in {name}, got the column {min(refused)}, which is not read. "
-                "Give labels, with -100 on tokens without a loss, or remove the column."
+                f"data: expected input_ids and labels in {name}, got the column {column}, which is not read. {hint}"
             )
         if self.task == "causal":
             row = {key: torch.as_tensor(example[key])[None] for key in CHECKED if example.get(key) is not None}
