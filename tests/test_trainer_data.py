@@ -205,7 +205,7 @@ def test_columns_that_are_not_read(tmp_path: Path, tokenizer: Any, caplog: pytes
         with pytest.raises(DataError, match=f"the column {name}, which is not read"):
             trainer(tmp_path, [row, row | {name: value}], tokenizer)
     prompts = {"prompt_input_ids": [5], "prompt_attention_mask": [1]}  # as llm_distil has them
-    with pytest.raises(DataError, match="column prompt_attention_mask, .* is the first prompt_tokens of a Rollout"):
+    with pytest.raises(DataError, match=r"column prompt_attention_mask, .* is the first prompt_tokens of a Rollout"):
         trainer(tmp_path, [row | prompts], tokenizer)
     with pytest.raises(DataError, match="the next tokens in train_dataset"):
         trainer(tmp_path, [row | {"labels": [6, 7, -100]}], tokenizer)
