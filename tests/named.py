@@ -99,6 +99,24 @@ def _of_init(owner: type, name: str) -> type:
     return owner
 
 
+def default_of(text: str) -> Any:
+    """The default of `Logits.temperature`, an argument, or of `train.fp16`, a key of a recipe."""
+    owner, _, name = text.rpartition(".")
+    if owner[:1].isupper() or "_" in owner:
+        return inspect.signature(_resolve(ast.parse(owner, mode="eval").body)).parameters[name].default
+    (found, *_) = [default for schema in _schemas() for default in _defaults(schema, schema, text.split("."))]
+    return found
+
+
+def _defaults(schema: dict[str, Any], part: dict[str, Any], path: list[str]) -> Iterator[Any]:
+    for kind in _kinds(schema, part):
+        inner = kind.get("properties", {}).get(path[0], {})
+        if path[1:]:
+            yield from _defaults(schema, inner, path[1:]) if inner else ()
+        elif "default" in inner:
+            yield inner["default"]
+
+
 def is_key(text: str) -> bool:
     """`seed`, `student.adapter.rank`, `objective.temperature` (of any term), `train.fp16`."""
     return any(_has(schema, schema, text.split(".")) for schema in _schemas())
@@ -117,7 +135,7 @@ def is_fragment(text: str) -> bool:
 @cache
 def _schemas() -> list[dict[str, Any]]:
     schemas = [recipe.model_json_schema() for recipe in RECIPES]
-    arguments = {field.name: {} for field in dataclasses.fields(TrainingArguments)}
+    arguments = {field.name: {"default": field.default} for field in dataclasses.fields(TrainingArguments)}
     schemas[0]["properties"]["train"] = {"type": "object", "properties": arguments}
     return schemas
 

@@ -14,8 +14,9 @@ from conftest import make_llama, make_tokenizer
 from potstill.errors import DataError
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
+from potstill.train.arguments import DistillationConfig
 from potstill.train.terms.logits import Labels
-from potstill.train.trainer import DistillationConfig, DistillationTrainer
+from potstill.train.trainer import DistillationTrainer
 
 CHAT = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{% if think and m.role == 'assistant' %}<think>{% endif %}"

@@ -15,10 +15,13 @@ import torch
 import yaml
 from rich.console import Console
 from torch import nn
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from conftest import make_batch, make_llama
 from potstill.cli import app
+from potstill.data.batches import encode
+from potstill.data.sources import Source
 from potstill.errors import DataError, RecipeError, UserError
 from potstill.evaluate import diagnosis as measures
 from potstill.evaluate.diagnosis import (
@@ -34,8 +37,10 @@ from potstill.evaluate.findings import conclusion, interpret, recommended_temper
 from potstill.evaluate.report.diagnosis import write_diagnosis_page
 from potstill.evaluate.report.page import write_report
 from potstill.losses.alignment import causal_alignment
+from potstill.models.loading import load_tokenizer
+from potstill.models.spacing import evenly_spaced
 from potstill.runs.config.run import Recipe
-from potstill.runs.diagnose import diagnose
+from potstill.runs.diagnose import diagnose, teacher_temperatures
 from potstill.runs.run import run
 
 
@@ -80,6 +85,7 @@ def test_every_number_is_what_a_loop_gives(elements: int, monkeypatch: pytest.Mo
         assert found.temperature == temperature
         assert found.entropy == pytest.approx(entropy, abs=1e-5)
         assert found.support == pytest.approx(math.exp(entropy), rel=1e-4)
+        assert found.counted == pytest.approx(float((soft > 1 / 300).double().sum(-1).mean()))
         for k in TOP_COUNTS:
             assert found.mass[k] == pytest.approx(float(soft.sort(-1).values[:, -k:].sum(-1).mean()), abs=1e-5)
     floor = irreducible(tokens)
@@ -387,6 +393,33 @@ def test_gradients_of_sampled_tokens_are_those_of_own_text(recipe_values: dict[s
     assert all(part["gradient"] > 0 for part in gradients["flow"])
 
 
+def test_temperatures_of_a_model_on_a_file(toys: Path) -> None:
+    table = teacher_temperatures(str(toys / "teacher"), toys / "eval.jsonl", rows=4, max_length=32)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(toys / "teacher"), load_tokenizer(str(toys / "teacher"))
+    examples = encode(Source(toys / "eval.jsonl"), tokenizer, max_length=32).dataset
+    picked = [examples[i] for i in evenly_spaced(4, len(examples))]
+    with torch.no_grad():
+        logits = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0, :-1].double() for row in picked])
+    for row in table["rows"]:
+        probs = (logits / row["temperature"]).softmax(-1).sort(-1, descending=True).values
+        assert row["entropy"] == pytest.approx(float(-(probs * probs.log()).sum(-1).mean()), abs=1e-5)
+        assert row["counted"] == pytest.approx(float((probs > 1 / 300).double().sum(-1).mean()))
+        assert row["mass"]["5"] == pytest.approx(float(probs[:, :5].sum(-1).mean()), abs=1e-5)
+    assert (table["recommended"], table["why"]) == recommended_temperature(table["rows"])
+    command = ["diagnose", str(toys / "teacher"), "--data", str(toys / "eval.jsonl"), "--rows", "4"]
+    shown = CliRunner().invoke(app, command, env={"COLUMNS": "80"}, catch_exceptions=False).output
+    assert f"Recommended temperature: {table['recommended']:g}." in shown
+    assert "top 100" in shown
+    assert "…" not in shown
+
+
+def test_a_student_that_is_better_than_its_teacher_is_below_it() -> None:
+    found = healthy()
+    del found["losses"]["baseline"]
+    found["losses"]["student"] = 1.713
+    assert said(found)[1] == "The student's loss is 0.287 nats below its teacher's."
+
+
 def test_a_run_that_was_stopped_is_looked_at_by_its_last_checkpoint(
     finished: Path, recipe_values: dict[str, Any]
 ) -> None:
@@ -425,6 +458,7 @@ def test_a_teacher_that_tells_a_part_leaves_its_part_out(
 def test_mistakes(finished: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (["diagnose", str(finished), "--set", "seed=1"], "expected neither --set nor --out"),
+        (["diagnose", "teacher", "--data", "rows.jsonl", "--out", "x"], "nor --out with --data"),
         (["diagnose", str(tmp_path / "nowhere.yaml")], "expected a file, got"),
     ):
         with pytest.raises(UserError, match=message):

@@ -13,9 +13,12 @@ from potstill.generation.filters import (
     Charset,
     Contamination,
     DroppedText,
+    FewWords,
+    FilterOptions,
     Length,
     NearDuplicates,
     Refusals,
+    RepeatedResponses,
     Repetition,
     TextPair,
     apply_filters,
@@ -76,6 +79,31 @@ LONG = " ".join(questions()[i * 7] for i in range(25))
 )
 def test_loops_are_repetition_and_lists_are_not(text: str, loops: bool) -> None:
     assert dropped(text, Repetition()) is loops
+
+
+SHORT_LOOP = "the cat the cat the cat the cat the cat the cat the cat"
+
+
+def test_loops_of_a_few_words() -> None:
+    assert not dropped(SHORT_LOOP, Repetition())
+    assert dropped(SHORT_LOOP, FewWords())
+    assert not dropped(" ".join(SHORT_LOOP.split()[:10]), FewWords())
+    assert not dropped(LONG, FewWords())
+    assert dropped(f"{LONG} {SHORT_LOOP * 20}", FewWords())  # at the end of a good text
+    drops = [dropped("a b c a b c a b c a b c", FewWords(share)) for share in (0.24, 0.25, 0.26)]
+    assert drops == [False, False, True]
+
+
+def test_one_response_to_several_prompts() -> None:
+    answer = "It is a good question, and the answer depends on what you would like to do next."
+    pairs = [TextPair(prompt, answer) for prompt in ("What is a tide?", "How does one sort a list?")]
+    pairs.append(TextPair("What is a tide?", "The rise and fall of the sea, caused by the moon and by the sun."))
+    assert apply_filters(pairs, [NearDuplicates(0.9)]).kept == [0, 1, 2]
+    result = apply_filters(pairs, [RepeatedResponses(0.9)])
+    assert result.kept == [0, 2]
+    assert result.dropped == [DroppedText(1, "repeated-response", "1.00 like row 1")]
+    names = [rule.name for rule in FilterOptions(distinct_words=0.3, repeated_responses=0.9).filters()]
+    assert names[-2:] == ["few-words", "repeated-response"]
 
 
 def test_other_scripts_and_broken_characters() -> None:

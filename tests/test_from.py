@@ -5,6 +5,7 @@
 2. There holds every name that tests/promised/PAGE.txt lists, one a line: what that project's document describes.
 3. Its blocks run, in order (`pages.py` says how), in a folder with teacher/, student/, train.jsonl and eval.jsonl
    (`text`), questions.jsonl (`prompt`, `completion`), embedder/, embeddings.npy and teacher.pt.
+4. Its table of defaults that differ has those of the code.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from named import exists
+from named import default_of, exists
 from pages import run_page
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +65,23 @@ def test_everything_that_was_promised_is_there(page: Path) -> None:
     assert len(promised) > 5
     missing = [name for name in promised if not re.search(rf"(?<![\w]){re.escape(name)}(?![\w])", told)]
     assert not missing, "\n".join(missing)
+
+
+@named
+def test_defaults_that_differ_are_those_of_the_code(page: Path) -> None:
+    section = page.read_text(encoding="utf-8").partition("## Defaults that differ\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| `([\w.]+)` \| (\S+) \|$", section, flags=re.MULTILINE)
+    assert len(rows) == section.count("\n| `") > 1
+    for there, default, here, own in rows:
+        assert default_of(here) == _value(own) != _value(default), here
+        assert re.search(rf"`[^`]*\b{there}\b", page.read_text(encoding="utf-8")), there
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return "no" if text == "no" else yaml.safe_load(text)
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from potstill.errors import RecipeError
+from potstill.errors import OTHER_NAMES, RecipeError
 from potstill.losses.divergences import JSD, AlphaBeta, Divergence, ReverseKL
 from potstill.losses.schedule import Schedule
+from potstill.runs.config.document import _paths
 from potstill.runs.config.run import Recipe
 
 MINIMAL = """
@@ -127,6 +128,25 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key() -> None:
         "objective.0.temperature.end: expected a value, got none",
     ):
         assert expected in text, text
+
+
+def test_keys_that_other_tools_have_are_known_by_their_meaning() -> None:
+    at_top = {"epochs": "train.num_train_epochs", "batch_size": "train.per_device_train_batch_size"}
+    at_top |= {"learning_rate": "train.learning_rate", "max_length": "data.max_length", "alpha": "objective.weight"}
+    at_top |= {"lora_r": "student.adapter.rank", "lambda_gkd": "rollout.on_policy_fraction", "output_dir": "output"}
+    in_train = {
+        "lr": "learning_rate",
+        "gradient_accumulation": "gradient_accumulation_steps",
+        "epochs": "num_train_epochs",
+    }
+    in_train |= {"evaluation_strategy": "eval_strategy", "temperature": "objective.temperature"}
+    text = mistakes(dict.fromkeys([*at_top, "qqq"], 1) | {"train": dict.fromkeys(in_train, 1)})
+    keys = at_top | {f"train.{name}": meant for name, meant in in_train.items()}
+    for name, meant in keys.items():
+        assert f"  {name}: unknown key. Did you mean {meant}?" in text.splitlines()
+    assert "  qqq: unknown key." in text.splitlines()
+    known = {*Recipe.mapping_keys(), *_paths(Recipe)}
+    assert {*OTHER_NAMES.values()} <= known
 
 
 LOGITS = {"term": "logits"}

@@ -21,8 +21,8 @@ from potstill.runs import run as pipeline
 from potstill.runs.config.run import Recipe
 from potstill.teachers.self_taught import EMATeacher
 from potstill.teachers.teacher import Teacher
+from potstill.train.arguments import DistillationConfig, check_sharding
 from potstill.train.callbacks import MetricsFile
-from potstill.train.trainer import DistillationConfig, check_sharding
 from processes import potstill, shard_on_cpu, two_ranks
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}

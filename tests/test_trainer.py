@@ -19,11 +19,12 @@ from potstill.losses.divergences import ForwardKL, ReverseKL
 from potstill.losses.schedule import linear
 from potstill.losses.targets import DenseTargets
 from potstill.losses.token_losses import token_divergence
+from potstill.train.arguments import DistillationConfig
 from potstill.train.checkpoints import last_checkpoint
 from potstill.train.distiller import Distiller
 from potstill.train.objective import Objective
 from potstill.train.terms.logits import Labels, Logits
-from potstill.train.trainer import DistillationConfig, DistillationTrainer
+from potstill.train.trainer import DistillationTrainer
 from processes import shard_on_cpu, two_ranks
 
 # transformers renamed it.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
+import pickle
 import re
 from collections.abc import Iterator
 from itertools import product
@@ -18,17 +21,23 @@ from transformers import (
     BertForSequenceClassification,
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
+    Seq2SeqTrainingArguments,
     TrainingArguments,
 )
 
 from conftest import make_llama, make_tokenizer, mostly_slow
 from potstill.data.batches import encode
 from potstill.data.sources import Source
-from potstill.errors import DataError, UserError
+from potstill.engines.sampling import Sampling
+from potstill.errors import DataError, ModelError, UserError, VocabularyError
 from potstill.losses.divergences import ForwardKL
+from potstill.models.layer_map import LayerMap
+from potstill.train.arguments import DistillationConfig
+from potstill.train.distiller import Distiller
+from potstill.train.rollout import Rollout
 from potstill.train.terms.layers import Hidden
 from potstill.train.terms.logits import Labels, Logits
-from potstill.train.trainer import DistillationConfig, DistillationTrainer
+from potstill.train.trainer import DistillationTrainer
 
 TEXTS = [{"text": f"def f(a):\n    return a + {i}\n"} for i in range(5)]
 PAIRS = [{"prompt": f"def f{i}(a):", "completion": f" return a + {i}"} for i in range(5)]
@@ -82,7 +91,8 @@ CONTAINERS = {
 
 
 def trainer(folder: Path, train: Any = None, tokenizer: Any = None, eval_dataset: Any = None, **changes: Any) -> Any:
-    options = {name: changes.pop(name) for name in ("data_collator", "compute_metrics", "task") if name in changes}
+    names = ("data_collator", "compute_metrics", "task", "rollout")
+    options = {name: changes.pop(name) for name in names if name in changes}
     options |= {name: changes.pop(name) for name in ("student", "teacher", "objective") if name in changes}
     arguments: dict[str, Any] = {"output_dir": str(folder), "max_steps": 1, "disable_tqdm": True, "use_cpu": True}
     defaults = {
@@ -194,6 +204,9 @@ def test_columns_that_are_not_read(tmp_path: Path, tokenizer: Any, caplog: pytes
     for name, value in (("response_mask", [0, 1, 1]), ("sample_weight", 2.0), ("inputs_embeds", [[0.0]] * 3)):
         with pytest.raises(DataError, match=f"the column {name}, which is not read"):
             trainer(tmp_path, [row, row | {name: value}], tokenizer)
+    prompts = {"prompt_input_ids": [5], "prompt_attention_mask": [1]}  # as llm_distil has them
+    with pytest.raises(DataError, match=r"column prompt_attention_mask, .* is the first prompt_tokens of a Rollout"):
+        trainer(tmp_path, [row | prompts], tokenizer)
     with pytest.raises(DataError, match="the next tokens in train_dataset"):
         trainer(tmp_path, [row | {"labels": [6, 7, -100]}], tokenizer)
     with pytest.raises(DataError, match="or a processing_class that makes them, got text"):
@@ -263,15 +276,36 @@ def test_a_metric_of_ones_own_needs_a_direction(tmp_path: Path, tokenizer: Any) 
     make(metric_for_best_model="eval_loss")
 
 
-def test_the_arguments_are_those_of_distillation(tmp_path: Path) -> None:
-    args: Any = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(UserError, match="of the class DistillationConfig, got TrainingArguments"):
-        DistillationTrainer(student=make_llama(), teacher=None, objective=[Labels()], args=args)
+def test_plain_training_arguments_are_taken_over(tmp_path: Path, tokenizer: Any) -> None:
+    options: Any = {"student": make_llama(), "teacher": None, "objective": [Labels()], "train_dataset": TEXTS}
+    values: Any = {"output_dir": str(tmp_path), "use_cpu": True, "max_steps": 1, "save_strategy": "no"}
+    values |= {"learning_rate": 3e-4, "warmup_steps": 0.1, "lr_scheduler_type": "cosine", "disable_tqdm": True}
+    plain: Any = TrainingArguments(**values)
+    made = DistillationTrainer(args=plain, processing_class=tokenizer, **options)
+    changed = {"remove_unused_columns", "greater_is_better", "ddp_find_unused_parameters"}
+    for name in {field.name for field in dataclasses.fields(plain)} - changed:
+        assert getattr(made.args, name) == getattr(plain, name), name
+    assert not made.args.remove_unused_columns
+    made.train()
+    with pytest.raises(UserError, match="or TrainingArguments, got Seq2SeqTrainingArguments"):
+        DistillationTrainer(args=Seq2SeqTrainingArguments(**values), processing_class=tokenizer, **options)
+    best: Any = TrainingArguments(**values, metric_for_best_model="eval_labels")  # which sets greater_is_better
+    with pytest.raises(UserError, match="greater_is_better false for metric_for_best_model labels, a loss, got true"):
+        DistillationTrainer(args=best, processing_class=tokenizer, **options)
 
 
-@pytest.mark.parametrize("name", ["compute_loss_func", "model_init", "model"])
-def test_arguments_without_a_meaning_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"expected no {name}"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((name, f"expected no {name}") for name in ("compute_loss_func", "model_init", "model")),
+        ("train_dataloader", "Give its data set as train_dataset.* per_device_train_batch_size"),
+        ("eval_dataloader", "Give its data set as eval_dataset.* per_device_eval_batch_size"),
+        ("tokenizer", "Give it as processing_class"),
+        ("teacher_model", "unknown argument teacher_model. Did you mean teacher?"),
+    ],
+)
+def test_arguments_without_a_meaning_are_refused(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
         DistillationTrainer(
             student=make_llama(),
             teacher=None,
@@ -279,6 +313,84 @@ def test_arguments_without_a_meaning_are_refused(name: str, tmp_path: Path) -> N
             args=DistillationConfig(output_dir=str(tmp_path), use_cpu=True),
             **{name: make_llama},
         )
+
+
+def test_arguments_by_the_names_of_others(tmp_path: Path) -> None:
+    for name, hint in (("epochs", "mean num_train_epochs?"), ("lr", "mean learning_rate?"), ("alpha", "a term")):
+        with pytest.raises(UserError, match=f"DistillationConfig: unknown argument {name}. .*{re.escape(hint)}"):
+            DistillationConfig(output_dir=str(tmp_path), **{name: 1})
+    config = DistillationConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=3.0)
+    assert copy.deepcopy(config).learning_rate == pickle.loads(pickle.dumps(config)).learning_rate == 3.0
+
+
+def test_padded_heads_are_cut_to_the_tokenizer(tmp_path: Path, tokenizer: Any) -> None:
+    teacher, padded = make_llama(seed=1), make_llama(seed=1, vocab_size=320)
+    with torch.no_grad():
+        for key, value in teacher.state_dict().items():
+            padded.state_dict()[key][: value.shape[0]] = value
+    losses = [trainer(tmp_path, None, tokenizer, PAIRS, teacher=t).evaluate()["eval_loss"] for t in (teacher, padded)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    rollout = Rollout(tokenizer, Sampling(max_new_tokens=2))
+    trainer(tmp_path, PAIRS, tokenizer, teacher=padded, rollout=rollout)
+    assert rollout.vocabulary == 300
+    with pytest.raises(VocabularyError, match="a Distiller does it with vocabulary=n"):
+        trainer(tmp_path, None, None, [{"input_ids": [5, 6, 7]}], teacher=padded).evaluate()
+    with pytest.raises(VocabularyError, match="a student head with a row for each of 300 tokens, got 280"):
+        trainer(tmp_path, PAIRS, tokenizer, student=make_llama(vocab_size=280))
+
+
+@pytest.mark.parametrize("special", [{}, {"eos_token": "<end>", "pad_token": "<end>"}, {"eos_token": "<end>"}])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_that_are_padded_to_max_length(special: dict[str, str], side: str, tmp_path: Path) -> None:
+    """The data set of llm_distil: rows as long as `max_length`, and no labels."""
+    tokenizer: Any = make_tokenizer(**special)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, side
+    rows = Dataset.from_list(TEXTS).map(
+        lambda row: tokenizer(row["text"], truncation=True, padding="max_length", max_length=48), remove_columns="text"
+    )
+    bare = [{"input_ids": tokenizer(row["text"])["input_ids"]} for row in TEXTS]
+    expected = trainer(tmp_path, None, tokenizer, bare).evaluate()["eval_loss"]
+    for given in (tokenizer, None):
+        assert trainer(tmp_path, None, given, rows).evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    pad = tokenizer.pad_token_id
+    labelled = rows.map(lambda row: {"labels": row["input_ids"]})
+    student = make_llama()
+    student.config.pad_token_id = None if special else pad  # GPT-2's names no pad token
+    distiller = Distiller(student, None, [Labels()])
+    for wrong, message in (
+        (labelled, "labels of -100 where attention_mask is 0"),
+        (labelled.remove_columns("attention_mask"), rf"several pad tokens \({pad}\) stand at an end"),
+        (rows.remove_columns("attention_mask"), rf"several pad tokens \({pad}\) stand at an end"),
+    ):
+        for given in (tokenizer, None):
+            with pytest.raises(DataError, match=message):
+                trainer(tmp_path, None, given, wrong, student=student)
+        with pytest.raises(DataError, match=message):
+            distiller.step(dict(wrong.with_format("torch")[:]))
+
+
+def test_a_student_is_loaded_into_a_trainer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = (trainer(tmp_path, student=make_llama(hidden_size=8, seed=seed)) for seed in (5, 6))
+    first.save_model(str(tmp_path / "exported"))
+    second.load_checkpoint(tmp_path / "exported")
+    weights = first.distiller.student.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in second.distiller.student.state_dict().items())
+    assert not caplog.records
+    with pytest.raises(ModelError, match=r"this student's weights in .*exported, got others: .*"):
+        trainer(tmp_path).load_checkpoint(tmp_path / "exported")
+    with pytest.raises(ModelError, match=r"expected a folder, got .*none, which is not one"):
+        second.load_checkpoint(tmp_path / "none")
+    projected = [Hidden(LayerMap.explicit([(0, 0)]))]
+    trained = trainer(tmp_path, [{"input_ids": [5, 6]}], objective=projected, save_strategy="steps", save_steps=1)
+    trained.train()
+    again = trainer(tmp_path, objective=projected)
+    again.load_checkpoint(tmp_path / "checkpoint-1")
+    state = trained.distiller.objective.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.distiller.objective.state_dict().items())
+    trained.save_model(str(tmp_path / "student"))
+    with caplog.at_level(logging.WARNING):
+        again.load_checkpoint(tmp_path / "student")
+    assert "has a student alone: what the objective trains stays as it is" in caplog.text
 
 
 def test_a_model_without_a_head_has_no_metrics(tmp_path: Path) -> None:

@@ -25,12 +25,13 @@ from potstill.models.layer_map import LayerMap
 from potstill.runs.config.run import Recipe
 from potstill.teachers.crosstok import CrossTokenizerTeacher
 from potstill.teachers.model import ModelTeacher
+from potstill.train.arguments import DistillationConfig
 from potstill.train.distiller import Distiller
 from potstill.train.terms.across import ULD, Chunks, MappedLogits
 from potstill.train.terms.dense import AdaptiveKL
 from potstill.train.terms.layers import Similarity
 from potstill.train.terms.logits import Labels, Logits
-from potstill.train.trainer import DistillationConfig, DistillationTrainer
+from potstill.train.trainer import DistillationTrainer
 from reference import token_divergence
 
 WEIGHTS: dict[str, Any] = {"reasoning": 0.25, "answer": 0.75}

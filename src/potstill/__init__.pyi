@@ -65,11 +65,13 @@ from .models.budget import Budget as Budget
 from .models.capacity import expected_share as expected_share
 from .models.layer_map import LayerMap as LayerMap
 from .models.layer_map import Projection as Projection
+from .models.loading import load_tokenizer as load_tokenizer
 from .models.size import size_of as size_of
 from .runs.config.embedding import EmbeddingRecipe as EmbeddingRecipe
 from .runs.config.generate import GenerateRecipe as GenerateRecipe
 from .runs.config.run import Recipe as Recipe
 from .runs.diagnose import diagnose as diagnose
+from .runs.diagnose import teacher_temperatures as teacher_temperatures
 from .runs.embedding import run_embedding as run_embedding
 from .runs.generate import Generated as Generated
 from .runs.generate import generate as generate
@@ -88,6 +90,7 @@ from .teachers.self_taught import EMATeacher as EMATeacher
 from .teachers.served import ServedTeacher as ServedTeacher
 from .teachers.teacher import Teacher as Teacher
 from .teachers.teacher import TeacherOutput as TeacherOutput
+from .train.arguments import DistillationConfig as DistillationConfig
 from .train.distiller import Distiller as Distiller
 from .train.objective import Objective as Objective
 from .train.rollout import Rollout as Rollout
@@ -108,5 +111,4 @@ from .train.terms.logits import Logits as Logits
 from .train.terms.policy import PolicyGradient as PolicyGradient
 from .train.terms.routers import RouterBalance as RouterBalance
 from .train.terms.supervision import DeepSupervision as DeepSupervision
-from .train.trainer import DistillationConfig as DistillationConfig
 from .train.trainer import DistillationTrainer as DistillationTrainer

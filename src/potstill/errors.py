@@ -74,9 +74,44 @@ class DivergedError(RunError):
     """The loss is not a number any more."""
 
 
+# Keys of recipes by the names that other tools have for them.
+OTHER_NAMES = {
+    **dict.fromkeys(("accumulation_steps", "grad_accum", "gradient_accumulation"), "train.gradient_accumulation_steps"),
+    **dict.fromkeys(("alpha", "hidden_weight", "kd_loss_weight", "kd_weight", "feature_weight"), "objective.weight"),
+    **dict.fromkeys(("batch_size", "micro_batch_size", "train_batch_size"), "train.per_device_train_batch_size"),
+    **dict.fromkeys(("block_size", "max_seq_len", "max_seq_length", "seq_len", "seq_length"), "data.max_length"),
+    **dict.fromkeys(("clip_grad_norm", "grad_clip", "gradient_clipping"), "train.max_grad_norm"),
+    **dict.fromkeys(("epoch", "epochs", "n_epochs", "num_epochs"), "train.num_train_epochs"),
+    "eval_batch_size": "train.per_device_eval_batch_size",
+    "evaluation_strategy": "train.eval_strategy",
+    **dict.fromkeys(("dataset", "train_dataset", "train_file"), "data.train"),
+    **dict.fromkeys(("eval_dataset", "eval_file", "validation_file"), "data.eval"),
+    **dict.fromkeys(("lambda_gkd", "lmbda", "on_policy"), "rollout.on_policy_fraction"),
+    "lora_alpha": "student.adapter.alpha",
+    "lora_dropout": "student.adapter.dropout",
+    **dict.fromkeys(("lora_r", "r"), "student.adapter.rank"),
+    "lora_target_modules": "student.adapter.target_modules",
+    **dict.fromkeys(("loss", "loss_type", "divergence_type"), "objective.divergence"),
+    "lr": "train.learning_rate",
+    **dict.fromkeys(("lr_scheduler", "scheduler"), "train.lr_scheduler_type"),
+    **dict.fromkeys(("mixed_precision", "precision"), "train.bf16"),
+    **dict.fromkeys(("num_steps", "steps", "total_steps"), "train.max_steps"),
+    **dict.fromkeys(("optimiser", "optimizer"), "train.optim"),
+    "output_dir": "output",
+    **dict.fromkeys(("peft", "peft_type", "use_peft"), "student.adapter"),
+    **dict.fromkeys(("student_model", "student_model_name", "student_model_name_or_path"), "student.model"),
+    **dict.fromkeys(("tau", "temp", "temperature"), "objective.temperature"),
+    **dict.fromkeys(("teacher_model", "teacher_model_name", "teacher_model_name_or_path"), "teacher.model"),
+    **dict.fromkeys(("use_wandb", "wandb"), "train.report_to"),
+    "warmup": "train.warmup_steps",
+}
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: " Did you mean <the nearest known one>?", or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    """The end of a message about an unknown name: " Did you mean <known>?" by meaning or by spelling, or nothing."""
+    known = list(known)
+    meant = OTHER_NAMES.get(name, "").rpartition(".")[2]
+    near = [meant] if meant in known else difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {near[0]}?" if near else ""
 
 

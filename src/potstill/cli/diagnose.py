@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
-from potstill.cli.app import Imports, Sets, app, comparison_table
+from potstill.cli.app import Imports, Sets, app, comparison_table, show
 from potstill.cli.embedding import kind_of
 from potstill.errors import UserError
 
@@ -17,8 +17,14 @@ STYLES = {"alarm": "red", "warning": "yellow", "note": "dim"}
 
 @app.command()
 def diagnose(
-    target: Annotated[Path, typer.Argument(help="a run directory, or a recipe before its run", show_default=False)],
+    target: Annotated[
+        Path,
+        typer.Argument(help="a run directory, a recipe before its run, or with --data a teacher", show_default=False),
+    ],
     rows: Annotated[int, typer.Option(help="number of held-out rows to examine", min=1)] = 64,
+    data: Annotated[
+        str | None, typer.Option(help="a file: show a teacher's temperatures on it, and the recommended one")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="for a recipe; default: the recipe's output-diagnosis")] = None,
     set_: Sets = None,
     import_: Imports = None,
@@ -26,6 +32,16 @@ def diagnose(
     """Explain how a run went, or find problems in a recipe: temperature, gradients, distributions, labels."""
     from potstill.runs.config.run import Recipe
 
+    if data is not None:
+        if set_ or out:
+            raise UserError("diagnose: expected neither --set nor --out with --data, got one. Leave it out.")
+        from potstill.runs.diagnose import teacher_temperatures
+
+        temperature = teacher_temperatures(str(target), data, rows=rows)
+        _show_temperatures(temperature)
+        sentence = f"Recommended temperature: {temperature['recommended']:g}. {temperature['why']}"
+        show(Text(sentence, style="bold"))
+        return
     run = target if target.is_dir() else None
     if run is not None and (set_ or out):
         raise UserError("diagnose: expected neither --set nor --out with a run directory, got one. Leave it out.")
@@ -47,21 +63,23 @@ def diagnose(
 
 
 def _show(diagnosis: dict[str, Any], page: Path) -> None:
+    if diagnosis["temperature"] is not None:
+        _show_temperatures(diagnosis["temperature"])
+    findings = [Text(finding["text"], STYLES[finding["level"]]) for finding in diagnosis["findings"]]
+    show(*findings, Text(diagnosis["conclusion"], style="bold"), f"report  {page}")
+
+
+def _show_temperatures(temperature: dict[str, Any]) -> None:
     from potstill.evaluate import formatting
 
-    out = Console()
-    if diagnosis["temperature"] is not None:
-        rows = diagnosis["temperature"]["rows"]
-        columns = ("entropy, nats", "effective support", *(f"top {k}" for k in rows[0]["mass"]))
-        table = comparison_table(columns, title="the teacher")
-        table.columns[0].header, table.columns[0].justify = "temperature", "right"
-        for row in rows:
-            mass = [formatting.percent(share, 1) for share in row["mass"].values()]
-            cells = [f"{row['temperature']:g}", formatting.nats(row["entropy"]), f"{row['support']:,.1f}", *mass]
-            recommended = row["temperature"] == diagnosis["temperature"]["recommended"]
-            table.add_row(*cells, style="bold" if recommended else None)
-        out.print(table, highlight=False)
-    for finding in diagnosis["findings"]:
-        out.print(finding["text"], style=STYLES[finding["level"]], highlight=False, markup=False)
-    out.print(diagnosis["conclusion"], style="bold", highlight=False, markup=False)
-    out.print(f"report  {page}", highlight=False)
+    rows = temperature["rows"]
+    columns = ("entropy", "support", "above 1/V", *(f"top {k}" for k in rows[0]["mass"]))
+    table = comparison_table(columns, title="the teacher at temperature T, entropy in nats")
+    table.columns[0].header, table.columns[0].justify = "T", "right"
+    for row in rows:
+        mass = [formatting.percent(share, 1) for share in row["mass"].values()]
+        support = [f"{row[key]:,.{0 if row[key] >= 999.95 else 1}f}" for key in ("support", "counted")]
+        recommended = row["temperature"] == temperature["recommended"]
+        cells = [f"{row['temperature']:g}", formatting.nats(row["entropy"]), *support, *mass]
+        table.add_row(*cells, style="bold" if recommended else None)
+    show(table)

@@ -88,7 +88,7 @@ def _show(results: dict[str, Any], task: Task) -> None:
         add_row(measure.name, (model["quality"].get(measure.key) for model in models), measure.write)
     if results["data"]["bytes"]:
         add_row("bits per byte", (model["bits_per_byte"] for model in models), formatting.nats)
-    for key, name in (("rouge1", "ROUGE-1"), ("rouge2", "ROUGE-2"), ("rouge_l", "ROUGE-L"), ("bleu", "BLEU")):
+    for key, name in (("rouge1", "ROUGE-1"), ("rouge2", "ROUGE-2"), ("rouge_l", "ROUGE-L"), ("bleu", "BLEU, 0 to 100")):
         add_row(name, (model.get("text", {}).get(key) for model in models), "{:.3f}".format)
     for lm_eval_task, scores in models[0].get("lm_eval", {}).items():
         for metric in scores:

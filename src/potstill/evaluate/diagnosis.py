@@ -18,7 +18,7 @@ from potstill.losses.divergences import LOG_ZERO
 from potstill.models.split import evaluation_mode
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-TOP_COUNTS = (1, 10, 100)  # numbers of most likely tokens whose total probability is reported
+TOP_COUNTS = (1, 5, 10, 100)  # numbers of most likely tokens whose total probability is reported
 UNLIKELY = 0.001  # label probability under the teacher
 CONFIDENT = 0.9  # probability of the teacher's top token
 ELEMENTS = 2**24  # of logits at a time
@@ -38,6 +38,7 @@ class Softening:
     temperature: float
     entropy: float  # nats
     support: float  # exp(entropy), the effective number of tokens
+    counted: float  # tokens with a probability above 1 / vocabulary
     mass: dict[int, float]  # k -> total probability of the k most likely tokens
 
 
@@ -63,21 +64,22 @@ class TokenStats:
 
 
 def _softening_sums(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """[temperatures, 1 + TOP_COUNTS] sums over tokens: entropy, and probability of the most likely tokens."""
+    """[temperatures, 2 + TOP_COUNTS] sums over tokens: entropy, counted, and probability of the most likely tokens."""
     sums = []
     for temperature in temperatures:
         log_probs = (logits / temperature).log_softmax(-1).clamp_min(LOG_ZERO)
         top = log_probs.topk(min(max(TOP_COUNTS), logits.shape[-1]), -1).values.exp().double()
         entropy = -(log_probs.exp() * log_probs).sum(-1).double().sum()
-        sums.append(torch.stack([entropy, *(top[:, :k].sum() for k in TOP_COUNTS)]))
+        counted = (log_probs > -math.log(logits.shape[-1])).sum().double()
+        sums.append(torch.stack([entropy, counted, *(top[:, :k].sum() for k in TOP_COUNTS)]))
     return torch.stack(sums)
 
 
 def _softenings(sums: Tensor, temperatures: Sequence[float], tokens: int) -> list[Softening]:
     rows = zip(temperatures, (sums / tokens).tolist(), strict=True) if tokens else ()
     return [
-        Softening(temperature, entropy, math.exp(entropy), dict(zip(TOP_COUNTS, mass, strict=True)))
-        for temperature, (entropy, *mass) in rows
+        Softening(temperature, entropy, math.exp(entropy), counted, dict(zip(TOP_COUNTS, mass, strict=True)))
+        for temperature, (entropy, counted, *mass) in rows
     ]
 
 
@@ -85,8 +87,8 @@ def soften(logits: Tensor, temperatures: Sequence[float] = TEMPERATURES) -> list
     """Describe the distributions of logits [N, V] at each temperature, in rising order.
 
     >>> broad = soften(torch.tensor([[2.0, 1.0, 0.0]]), (1.0, 4.0))
-    >>> [round(at.support, 2) for at in broad]
-    [2.3, 2.94]
+    >>> [round(at.support, 2) for at in broad], [at.counted for at in broad]
+    ([2.3, 2.94], [1.0, 1.0])
     """
     temperatures = sorted(temperatures)
     return _softenings(_softening_sums(logits.float().cpu(), temperatures), temperatures, len(logits))
@@ -103,7 +105,7 @@ def token_stats(
 ) -> tuple[TokenStats, list[Softening]]:
     """Describe teacher and models on the same batches, the teacher at each temperature; see `compare`."""
     temperatures = sorted(temperatures)
-    sums, softened, rows = torch.zeros(len(temperatures), 1 + len(TOP_COUNTS), dtype=torch.float64), 0, 0
+    sums, softened, rows = torch.zeros(len(temperatures), 2 + len(TOP_COUNTS), dtype=torch.float64), 0, 0
     collected: dict[str, list[Stats]] = defaultdict(list)
     with evaluation_mode(*models.values()):
         for batch in batches:

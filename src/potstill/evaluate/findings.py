@@ -73,6 +73,8 @@ def conclusion(diagnosis: Mapping[str, Any], findings: Sequence[Finding]) -> str
         obstacle = f"possible reasons: {because}" if because else "no measurement here explains the gap"
         if teacher is None:
             return f"The student's loss is {nats(student)} nats{f'; {obstacle}' if because else ''}."
+        if student < teacher:
+            return f"The student's loss is {nats(teacher - student)} nats below its teacher's."
         return f"The student is {nats(student - teacher)} nats from its teacher; {obstacle}."
     pair = f"{nats(student)} against {nats(baseline)} nats"
     if student >= baseline:

@@ -54,7 +54,9 @@ def text_metrics() -> tuple[Any, Any]:
 
 
 def text_quality(written: Sequence[str], truths: Sequence[str | Sequence[str]]) -> TextQuality:
-    """Compute ROUGE and BLEU of texts; of several references of a text, ROUGE uses the closest and BLEU all.
+    """Compute ROUGE (0 to 1) and BLEU (0 to 100) of texts.
+
+    Of several references of a text, ROUGE uses the closest and BLEU all.
 
     Raises:
         UserError: the libraries are not installed, or there is no text.

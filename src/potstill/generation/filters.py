@@ -23,6 +23,7 @@ PERMUTATIONS = 128  # of a MinHash: more of them find more of the pairs near the
 
 CompressionRatio = Annotated[float, Range(gt=1)]
 Similarity = Annotated[float, Range(gt=0, le=1)]
+Share = Annotated[float, Range(gt=0, lt=1)]
 
 
 class TextPair(NamedTuple):
@@ -160,6 +161,22 @@ class Repetition(Filter):
         return f"shrinks {ratio:.1f} times, more than {self.max_ratio:g}" if ratio > self.max_ratio else None
 
 
+@dataclass(frozen=True)
+class FewWords(Filter):
+    """Completions of more than 10 words whose last 100 words have too small a share of different ones.
+
+    It finds loops in texts that are too short for `Repetition`. Good answers of 100 words have a share of 0.5 and more.
+    """
+
+    min_share: Share = 0.3
+    name = "few-words"
+
+    def reason(self, pair: TextPair) -> str | None:
+        last = words(pair.completion)[-100:]
+        share = len(set(last)) / max(len(last), 1)
+        return f"{share:.0%} of its words are different" if len(last) > 10 and share < self.min_share else None
+
+
 def _compression_ratio(text: str) -> float:
     raw = text.encode(errors="replace")
     return len(raw) / len(zlib.compress(raw)) if len(raw) >= 100 else 1.0
@@ -220,6 +237,20 @@ class NearDuplicates(Filter):
             else:
                 index.insert(row, sketch)
                 yield None
+
+
+@dataclass(frozen=True)
+class RepeatedResponses(NearDuplicates):
+    """Rows whose completion is nearly that of an earlier row, whatever the prompts.
+
+    Short right answers repeat too, such as a number or a name: it is for tasks whose answers are long.
+    """
+
+    name = "repeated-response"
+
+    def reasons(self, pairs: Sequence[TextPair]) -> Iterator[str | None]:
+        """See NearDuplicates."""
+        return super().reasons([pair._replace(prompt="") for pair in pairs])
 
 
 def _template(pairs: Sequence[TextPair]) -> set[tuple[str, ...]]:
@@ -297,9 +328,11 @@ class FilterOptions(Record):
         min_characters: drop shorter completions.
         max_characters: drop longer completions.
         repetition: drop texts that zlib makes more than so many times smaller.
+        distinct_words: drop texts of more than 10 words with a smaller share of different words; 0.3 finds short loops.
         scripts: scripts that letters may be of, such as latin; empty for all.
         refusals: drop texts that begin with a refusal, in English.
         near_duplicates: drop rows that are so similar to an earlier one; 0.9 is strict.
+        repeated_responses: drop rows whose completion alone is so similar to that of an earlier one.
         contamination: drop rows that share a run of words with test files.
     """
 
@@ -307,9 +340,11 @@ class FilterOptions(Record):
     min_characters: Annotated[int, Range(ge=0)] = 1
     max_characters: Annotated[int | None, Range(ge=1)] = None
     repetition: CompressionRatio | None = 5.0
+    distinct_words: Share | None = None
     scripts: tuple[str, ...] = ()
     refusals: bool = True
     near_duplicates: Similarity | None = None
+    repeated_responses: Similarity | None = None
     contamination: Contamination | None = None
 
     def filters(self) -> list[Filter]:
@@ -319,7 +354,9 @@ class FilterOptions(Record):
             Charset(self.scripts),
             Refusals() if self.refusals else None,
             None if self.repetition is None else Repetition(self.repetition),
+            None if self.distinct_words is None else FewWords(self.distinct_words),
             None if self.near_duplicates is None else NearDuplicates(self.near_duplicates),
+            None if self.repeated_responses is None else RepeatedResponses(self.repeated_responses),
             self.contamination,
         )
         return [rule for rule in chosen if rule is not None]

@@ -114,7 +114,8 @@ def check_targets(caller: str, shape: torch.Size, targets: Targets, divergence: 
         student = "student_logits[..., :n]" if caller == "token_divergence" else "head.slice(n)"
         raise VocabularyError(
             f"{caller}: expected teacher vocabulary {shape[-1]}, got {targets.vocabulary}. If one head is only padded, "
-            f"slice both to the shared real size (at most {size}) with targets.slice(n) and {student}."
+            f"slice both to the shared real size (at most {size}) with targets.slice(n) and {student}; a Distiller "
+            "does it with vocabulary=n."
         )
     if targets.leading != shape[:-1]:
         raise ShapeError(f"{caller}: expected targets for positions {list(shape[:-1])}, got {list(targets.leading)}.")

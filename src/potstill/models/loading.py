@@ -300,8 +300,14 @@ def has_bfloat16() -> bool:
     return torch.accelerator.is_available() or multiplies_bfloat16()
 
 
-def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, or of an adapter's base where the adapter was saved without one."""
+def load_tokenizer(name: str, key: str = "tokenizer", *, pad: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, or of an adapter's base where the adapter was saved without one.
+
+    Args:
+        name: a folder or a name on the Hub.
+        key: the recipe's key, for errors.
+        pad: let the EOS token pad where the tokenizer has no pad token.
+    """
     base = adapter_base(name)
     if base is not None and not has_tokenizer(Path(name).expanduser()):
         name, key = base, f"the base of {key}"
@@ -311,6 +317,8 @@ def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
         raise unreadable(key, "a tokenizer", name, location, ValueError("it has no words"))
     if location.folder is not None:
         setattr(tokenizer, NOTES, tokenizer_notes(tokenizer, location.folder, key))
+    if pad and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

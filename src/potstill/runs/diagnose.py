@@ -16,18 +16,22 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from potstill.data.batches import in_batches
+from potstill.data.batches import encode, in_batches
 from potstill.data.files import write_json
+from potstill.data.sources import Source
+from potstill.data.vocabulary import checked_vocabulary
 from potstill.errors import RecipeError, UserError
 from potstill.evaluate import diagnosis as stats
 from potstill.evaluate.diagnosis import Softening, TokenStats
 from potstill.evaluate.findings import conclusion, interpret, recommended_temperature
+from potstill.evaluate.quality import logits_at
 from potstill.evaluate.summary import read_metrics
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import IGNORE, Alignment
 from potstill.losses.schedule import value_at
 from potstill.losses.targets import SparseTargets
-from potstill.models.loading import load_model, suppress_warnings
+from potstill.models.heads import token_rows
+from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.run import Recipe
@@ -39,6 +43,7 @@ from potstill.train.terms.logits import Logits
 ROWS = 64  # of the sample
 GRADIENT_BATCHES = 4  # of the training data
 COUNTED_ROWS = 20_000  # evenly spaced rows of the training data in which tokens are counted
+TEACHER_BATCH = 8  # rows, for a teacher alone
 CONTEXT = 40  # tokens of text before an example
 
 
@@ -85,6 +90,27 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
     findings = interpret(diagnosis)
     last = conclusion(diagnosis, findings)
     return {**diagnosis, "findings": [asdict(finding) for finding in findings], "conclusion": last}
+
+
+@suppress_warnings()
+def teacher_temperatures(model: str, data: str | Path, *, rows: int = ROWS, max_length: int = 512) -> dict[str, Any]:
+    """Describe a teacher's distributions on a file at each temperature, and recommend one.
+
+    The result is the part `temperature` of diagnose.json: rows, recommended, why.
+
+    Args:
+        data: a file as a recipe's `data.train` names it.
+        rows: number of evenly spaced rows.
+    """
+    teacher, tokenizer = load_model(model, "teacher"), load_tokenizer(model, "teacher")
+    vocabulary = checked_vocabulary(tokenizer, {"teacher": token_rows(teacher, "causal")})
+    sample = _evenly_spaced(encode(Source(data), tokenizer, max_length=max_length).dataset, rows)
+    device = PartialState().device
+    logits = partial(logits_at, teacher.to(device), vocabulary=vocabulary)
+    softenings = stats.token_stats(logits, {}, in_batches(sample, tokenizer, TEACHER_BATCH, device))[1]
+    table = _temperature_table(softenings, [])
+    assert table is not None  # encode refuses a file without a target token
+    return table
 
 
 def write_diagnosis(diagnosis: Mapping[str, Any], path: Path) -> None:

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from potstill.data.columns import chooses_loss
 from potstill.data.right_padding import OWNER, PACKING
-from potstill.errors import ShapeError
-from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
+from potstill.errors import DataError, ShapeError
+from potstill.losses.alignment import IGNORE, SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS
+from potstill.losses.torch_compile import disable_compile
 from potstill.models.split import INPUTS, reads_token_types
 
 logger = logging.getLogger(__name__)
 
 READ = {*INPUTS, *PACKING, "labels", "weights", STUDENT_LOG_PROBS, SAMPLER_LOG_PROBS}
+
+PADDING_RUN = 4  # pad tokens at an end of a row that are padding; fewer may be ends of texts
 
 
 def check_columns(batch: Mapping[str, Tensor], model: Any) -> None:
@@ -41,6 +44,29 @@ def check_columns(batch: Mapping[str, Tensor], model: Any) -> None:
 def columns_not_read(model: Any) -> frozenset[str]:
     """Names that a model's forward takes, without those that are passed on."""
     return _parameters(_base(model)) - READ
+
+
+@disable_compile
+def check_padding(batch: Mapping[str, Tensor], pad: int | None, where: str = "a batch") -> None:
+    """Raise DataError for rows without an attention_mask of which an end is padding, and a target."""
+    if pad is None or "input_ids" not in batch or batch.get("attention_mask") is not None:
+        return
+    targets = batch["input_ids"] == pad
+    if batch.get("labels") is not None:
+        targets &= batch["labels"] != IGNORE
+    ends = (targets[..., :PADDING_RUN], targets[..., -PADDING_RUN:])
+    if targets.shape[-1] > PADDING_RUN and any(end.all(-1).any() for end in ends):
+        raise DataError(
+            f"data: expected an attention_mask, or labels of -100 on padding, got neither in {where}, where several "
+            f"pad tokens ({pad}) stand at an end of a row. Give the attention_mask of the tokenizer."
+        )
+
+
+def padding_id(model: Any) -> int | None:
+    """The token that pads by a model's config, or else its only EOS token; None where neither is known."""
+    config = getattr(model, "config", None)
+    ids = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((token for token in ids if isinstance(token, int)), None)
 
 
 def _base(model: Any) -> Any:

@@ -18,7 +18,7 @@ from potstill.models.integrity import check_causal
 from potstill.models.split import forward_targets, split_model
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher
-from potstill.train.columns import check_columns
+from potstill.train.columns import check_columns, check_padding, padding_id
 from potstill.train.objective import Objective, task_mistakes
 from potstill.train.prefetch import Prefetch
 from potstill.train.signals import SampledTokens, Signals
@@ -155,6 +155,8 @@ class Distiller(nn.Module):
         """
         for model in self.models().values():
             check_columns(batch, model)
+        if self.task == "causal":
+            check_padding(batch, padding_id(self.student))
         batch = right_padded(batch, self.task)
         alignment = align(batch["labels"], self.task, batch.get("weights"))
         run = partial(forward_targets, self.student, self.split, batch, alignment)

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -23,8 +24,11 @@ from potstill.data.readers import suppress_output
 from potstill.data.sources import Source, listed
 from potstill.errors import DataError, EmptyDataError
 from potstill.losses.alignment import Task, check_unshifted
+from potstill.train.columns import check_padding
 
 logger = logging.getLogger(__name__)
+
+CHECKED = ("input_ids", "labels", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class RowsEncoder:
         classes: numbers of classes by name.
         seed: of the masks of a masked model.
         collator: makes the batches. One of the user's own gets the rows as they are.
+        pad: id of the pad token, where it is known.
         read: columns that a model would read, and that `PaddingCollator` leaves out.
     """
 
@@ -46,6 +51,7 @@ class RowsEncoder:
     classes: Mapping[str, int]
     seed: int
     collator: Any
+    pad: int | None
     read: frozenset[str]
 
     def __call__(self, rows: Any, name: str, training: bool = False) -> Any:
@@ -125,13 +131,18 @@ class RowsEncoder:
         """Refuse columns that would change the training and are not read, and name all others that are not."""
         unused = columns - COLLATED
         if refused := {name for name in unused if chooses_loss(name)} | unused & self.read:
+            column, hint = min(refused), "Give labels, with -100 on tokens without a loss, or remove the column."
+            if column.startswith("prompt_"):
+                hint = "A prompt has labels of -100, or is the first prompt_tokens of a Rollout: remove the column."
             raise DataError(
-                f"data: expected input_ids and labels in {name}, got the column {min(refused)}, which is not read. "
-                "Give labels, with -100 on tokens without a loss, or remove the column."
+                f"data: expected input_ids and labels in {name}, got the column {column}, which is not read. {hint}"
             )
-        labels = example.get("labels")
-        if self.task == "causal" and labels is not None:
-            check_unshifted([*example["input_ids"]], [*labels], name)
+        if self.task == "causal":
+            row = {key: torch.as_tensor(example[key])[None] for key in CHECKED if example.get(key) is not None}
+            check_padding(row, self.pad, f"the first row of {name}")
+            PaddingCollator(-1 if self.pad is None else self.pad)([example])  # what it refuses, before the training
+            if "labels" in row:
+                check_unshifted([*example["input_ids"]], [*example["labels"]], name)
         if unused:
             logger.warning("%s: columns that are not used: %s.", name, listed(sorted(unused)))
 

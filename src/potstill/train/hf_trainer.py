@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import Trainer, TrainingArguments
 
 from potstill.data.right_padding import right_padded
-from potstill.errors import DivergedError
+from potstill.errors import DivergedError, ModelError, one_line
 from potstill.losses.alignment import align, attended_positions, target_positions
 from potstill.models.adapted import is_adapted, save_student
 from potstill.models.loading import load_adapter
@@ -176,13 +176,29 @@ class StudentTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        self.load_student(folder)
+        advice = ". The objective trains projections, which this checkpoint does not have."
+        restore(self.distiller.objective, folder / OBJECTIVE, advice)
+
+    def load_student(self, folder: Path) -> None:
+        """Load saved weights into the student."""
+        if not folder.is_dir():
+            raise ModelError(f"checkpoint: expected a folder, got {folder}, which is not one. Check the path.")
         student: Any = self.distiller.student
         if is_adapted(student):
             load_adapter(student, folder)
-        else:
-            student.load_state_dict(type(student).from_pretrained(folder, dtype=student.dtype).state_dict())
-        advice = ". The objective trains projections, which this checkpoint does not have."
-        restore(self.distiller.objective, folder / OBJECTIVE, advice)
+            return
+        options = {"dtype": student.dtype, "use_safetensors": True, "output_loading_info": True}
+        try:
+            saved, info = type(student).from_pretrained(folder, **options)
+            if info["missing_keys"]:
+                raise RuntimeError(f"none for {min(info['missing_keys'])}")
+            student.load_state_dict(saved.state_dict())
+        except (OSError, RuntimeError) as error:
+            raise ModelError(
+                f"checkpoint: expected this student's weights in {folder}, got others: {one_line(error, 200)}. Name "
+                "the folder of a student of the same shape."
+            ) from None
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

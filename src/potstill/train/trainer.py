@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import (
-    DataCollatorForLanguageModeling,
-    DataCollatorWithFlattening,
-    PreTrainedModel,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data.batches import PaddingCollator, pad_token_id
+from potstill.data.vocabulary import checked_vocabulary
 from potstill.errors import UserError
-from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, Task
+from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.chat import end_token_ids, set_end_tokens
-from potstill.models.heads import class_ids, set_pad_id
+from potstill.models.heads import class_ids, set_pad_id, token_rows
 from potstill.teachers.teacher import Teacher
+from potstill.train.arguments import DistillationConfig, check_arguments, check_sharding
 from potstill.train.callbacks import FollowTraining
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
-from potstill.train.columns import columns_not_read
+from potstill.train.columns import columns_not_read, padding_id
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.encoding import RowsEncoder
 from potstill.train.hf_trainer import LogSums, StudentTrainer
@@ -41,56 +38,6 @@ from potstill.train.tracking import facts
 
 logger = logging.getLogger(__name__)
 
-NOT_SHARDED = (
-    "train.fsdp: expected several processes with an accelerator each, got a run that accelerate does not shard. Start "
-    "it with torchrun on GPUs, or leave train.fsdp out."
-)
-# Arguments of transformers.Trainer that have no meaning here.
-NO_ARGUMENTS = {
-    "compute_loss_func": "The objective is the loss: write a term.",
-    "model": "Give student and teacher.",
-    "model_init": "Give the student as a model.",
-}
-
-
-@dataclass
-class DistillationConfig(TrainingArguments):
-    """transformers.TrainingArguments with the defaults that distillation needs.
-
-    The objective is the loss: `label_smoothing_factor` is refused. A metric of your own in `metric_for_best_model`
-    needs `greater_is_better`; those of the trainer are losses.
-
-    Args:
-        max_length: tokens of the longest example, where the trainer encodes texts or messages.
-    """
-
-    max_length: int = 1024
-    remove_unused_columns: bool = False  # the student's signature does not have all columns of a batch
-    report_to: str | list[str] | None = "none"
-
-    def __post_init__(self) -> None:
-        self.facts: dict[str, Any] = {}  # for trackers, which show all that to_dict returns
-        self.best_is_given = self.greater_is_better is not None
-        if self.greater_is_better is None:
-            self.greater_is_better = False  # all metrics are losses, whatever their names
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # every step uses all of them; the search costs a pass
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # transformers allows bf16 on a CPU only with this
-            self.dataloader_pin_memory = False  # torch would warn at every epoch
-        super().__post_init__()
-        if self.label_smoothing_factor:
-            raise UserError(
-                f"train.label_smoothing_factor: expected 0, got {self.label_smoothing_factor}. "
-                "The objective is the loss: soften the labels with a logits term instead."
-            )
-        if self.fsdp and self.world_size == 1:
-            raise UserError(NOT_SHARDED)
-
-    def to_dict(self) -> dict[str, Any]:
-        """See transformers.TrainingArguments; with teacher and objective, once a trainer has them."""
-        return super().to_dict() | self.facts
-
 
 class DistillationTrainer(StudentTrainer):
     """Trains a student by an objective, with all features of transformers.Trainer.
@@ -100,7 +47,8 @@ class DistillationTrainer(StudentTrainer):
     loads; of a PeftModel the adapter alone. What terms train beside it (projections) is in checkpoints alone.
 
     Args:
-        teacher: see `Distiller`, as for objective, vocabulary and task.
+        teacher: see `Distiller`, as for objective and task.
+        args: plain transformers.TrainingArguments too.
         train_dataset: a data set of torch or `datasets`, streamed too, or a list of dicts. Rows of text, of prompt and
             completion, of messages, or of text and label for classification are encoded as `potstill.encode` does, up
             to `DistillationConfig.max_length` tokens; a longer text is split into windows. Rows with input_ids stay as
@@ -108,6 +56,7 @@ class DistillationTrainer(StudentTrainer):
             packed rows are taken apart: see `PaddingCollator`.
         eval_dataset: the same, or several held-out sets by name.
         processing_class: the tokenizer.
+        vocabulary: see `Distiller`; by default the number of tokens of processing_class.
         rollout: replaces a share of the training rows by on-policy samples; None for data alone.
         prefetch: run the teacher on the next batch while the student trains on this one.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator, compute_metrics).
@@ -116,6 +65,7 @@ class DistillationTrainer(StudentTrainer):
     Raises:
         UserError: an argument of transformers.Trainer has no meaning here, or a metric none that can be compared.
         DataError: rows cannot be encoded, or have columns that would be left out and change the training.
+        VocabularyError: a model's head has no row for some token of processing_class.
     """
 
     def __init__(
@@ -123,7 +73,7 @@ class DistillationTrainer(StudentTrainer):
         student: PreTrainedModel,
         teacher: Teacher | nn.Module | None,
         objective: Objective | Sequence[Term],
-        args: DistillationConfig | None = None,
+        args: TrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -133,17 +83,14 @@ class DistillationTrainer(StudentTrainer):
         prefetch: bool = False,
         **kwargs: Any,
     ) -> None:
-        args = args or DistillationConfig(output_dir="runs/student")
-        if not isinstance(args, DistillationConfig):
-            raise UserError(
-                f"DistillationTrainer: expected args of the class DistillationConfig, got {type(args).__name__}, whose "
-                "defaults drop the columns of the data. It takes the same fields."
-            )
+        args = DistillationConfig.of(args)
         if kwargs.get("data_collator") is None and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
         distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
-        _check_arguments(args, distiller, kwargs)
+        check_arguments(args, distiller, kwargs, inspect.signature(DistillationTrainer).parameters)
+        if vocabulary is None and task in TOKEN_TASKS and isinstance(processing_class, PreTrainedTokenizerBase):
+            distiller.vocabulary = _vocabulary(distiller, processing_class)
         args.facts |= facts(distiller.teacher, distiller.objective.terms)
         self.rows_encoder = RowsEncoder(
             tokenizer=processing_class,
@@ -152,6 +99,7 @@ class DistillationTrainer(StudentTrainer):
             classes=class_ids(student.config) if task == "classification" else {},
             seed=args.seed,
             collator=kwargs.get("data_collator"),
+            pad=padding_id(student) if processing_class is None else pad_token_id(processing_class)[0],
             read=frozenset().union(*map(columns_not_read, distiller.models().values())),
         )
         train_dataset = self.rows_encoder(train_dataset, "train_dataset", training=True)
@@ -165,6 +113,8 @@ class DistillationTrainer(StudentTrainer):
             set_pad_id(distiller.models().values(), pad_token_id(processing_class)[0])
         super().__init__(distiller, args, **kwargs)
         self.rollout = rollout
+        if rollout is not None and rollout.vocabulary is None:
+            rollout.vocabulary = distiller.vocabulary  # rows of padding are not drawn either
         plugins = self.accelerator.state
         deepspeed = getattr(plugins, "deepspeed_plugin", None)
         check_sharding(
@@ -285,44 +235,29 @@ class DistillationTrainer(StudentTrainer):
             if self.rollout is not None and self.args.should_save:
                 self.rollout.close()
 
+    def load_checkpoint(self, folder: str | Path) -> None:
+        """Load the student of a checkpoint, or one that `save_model` or a run has saved, into this trainer.
 
-def _check_arguments(args: DistillationConfig, distiller: Distiller, options: Mapping[str, Any]) -> None:
-    """Refuse arguments of transformers.Trainer that would do nothing or something else."""
-    for name, hint in NO_ARGUMENTS.items():
-        if options.get(name) is not None:
-            raise UserError(f"DistillationTrainer: expected no {name}, got one. {hint}")
-    _check_collator(options.get("data_collator"))
-    metrics = options.get("compute_metrics") or options.get("preprocess_logits_for_metrics")
-    if metrics is not None and distiller.task == "encoder":
-        raise UserError(
-            "DistillationTrainer: expected no compute_metrics for the task encoder, got one. A model without a head "
-            "predicts nothing: leave it out."
-        )
-    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    own = {"loss", "cross_entropy", "squared_error", *distiller.objective.names}
-    if options.get("compute_metrics") is not None and not args.best_is_given and not any(map(best.endswith, own)):
-        raise UserError(
-            f"DistillationConfig: expected greater_is_better beside metric_for_best_model {best}, a metric of your "
-            "own, got none. Set it to true or false."
-        )
+        From a checkpoint also what terms and the teacher trained. Optimiser and step stay: see `train`.
+
+        Raises:
+            UserError: the folder holds another student, or a checkpoint of another objective or teacher.
+        """
+        path = Path(folder)
+        if (path / TRAINER_STATE_NAME).exists():
+            self._load_from_checkpoint(str(path))
+            return
+        self.load_student(path)
+        if self.distiller.objective.state_dict():
+            logger.warning("load_checkpoint: %s has a student alone: what the objective trains stays as it is.", path)
 
 
-def _check_collator(collator: Any) -> None:
-    """Find collators of transformers that lose where sequences begin, or end."""
-    if isinstance(collator, DataCollatorWithFlattening):
-        if not (collator.return_position_ids or collator.return_seq_idx or collator.return_flash_attn_kwargs):
-            raise UserError(
-                "data_collator: expected DataCollatorWithFlattening that says where sequences begin, got one that does "
-                "not. Set return_position_ids."
-            )
-    elif isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm:
-        tokenizer: Any = collator.tokenizer
-        if tokenizer.pad_token_id == tokenizer.eos_token_id:
-            logger.warning(
-                "data_collator: its pad token is the EOS token %s, which therefore has no labels: the student does not "
-                "learn to stop. Leave data_collator out.",
-                tokenizer.eos_token,
-            )
+def _vocabulary(distiller: Distiller, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokens that a student and a teacher of the same tokenizer share."""
+    other = distiller.teacher is not None and distiller.teacher.other_tokenizer
+    models: dict[str, Any] = {"student": distiller.student} if other else distiller.models()
+    heads = {name: model for name, model in models.items() if hasattr(model, "get_output_embeddings")}
+    return checked_vocabulary(tokenizer, {name: token_rows(model, distiller.task) for name, model in heads.items()})
 
 
 def _ignored(labels: Any) -> Any:
@@ -330,27 +265,3 @@ def _ignored(labels: Any) -> Any:
     if getattr(labels, "ndim", int(isinstance(labels, list))):
         return [IGNORE] * len(labels)
     return math.nan if isinstance(labels, float) else IGNORE
-
-
-def check_sharding(
-    *, fsdp: bool, zero: Mapping[str, Any] | None, fsdp_requested: bool, teacher: Teacher | None, rollout: bool
-) -> None:
-    """Raise UserError where a run does not work with its sharding, by FSDP or by deepspeed's zero_optimization."""
-    sharder = "FSDP" if fsdp else "ZeRO-3" if (zero or {}).get("stage") == 3 else None
-    if fsdp_requested and not fsdp:
-        raise UserError(NOT_SHARDED)
-    if sharder and teacher is not None and teacher.of_student:
-        raise UserError(
-            f"{type(teacher).__name__}: expected a full student on every rank, from whose weights the teacher is made, "
-            f"got one that {sharder} shards. Train without {sharder}, or use another teacher."
-        )
-    if rollout and zero is not None:
-        raise UserError(
-            "rollout: expected fsdp or a full student on every rank, got deepspeed, under which the student cannot "
-            "generate. Use train.fsdp, or leave rollout out."
-        )
-    if sharder == "ZeRO-3" and zero and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        raise UserError(
-            "train.deepspeed: expected stage3_gather_16bit_weights_on_model_save: true, got none. Set it, or "
-            "zero3_save_16bit_model in accelerate's file: without it the full student is not saved."
-        )

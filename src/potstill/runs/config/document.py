@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
@@ -16,8 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from potstill.data.files import write_text
-from potstill.errors import RecipeError, nearest, one_line
+from potstill.errors import OTHER_NAMES, RecipeError, nearest, one_line
 from potstill.losses.declared import Declared, is_tag
+
+UNKNOWN_KEY = "unknown key."
 
 
 class Part(BaseModel):
@@ -46,9 +48,14 @@ class Document(Part):
         try:
             return cls.model_validate(apply(values, sets, origin))
         except ValidationError as error:
-            lines = [line for one in error.errors() for line in _explain(cls, one)]
+            lines = [_with_place(cls, line) for one in error.errors() for line in _explain(cls, one)]
             count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
             raise RecipeError("\n  ".join([f"{origin}: {count}", *lines])) from None
+
+    @classmethod
+    def mapping_keys(cls) -> Iterable[str]:
+        """The keys, from the top, of parts that are plain mappings."""
+        return ()
 
     @classmethod
     def know_all_kinds(cls) -> None:
@@ -178,7 +185,7 @@ def _explain(document: type[Part], error: Any) -> list[str]:
     keys, known = _follow(document, error["loc"])
     key, kind, context = ".".join(keys), error["type"], error.get("ctx", {})
     if kind in {"extra_forbidden", "unexpected_keyword_argument"}:
-        return [f"{key}: unknown key.{nearest(keys[-1], known)}"]
+        return [f"{key}: {UNKNOWN_KEY}{nearest(keys[-1], known)}"]
     if kind == "missing":
         return [f"{key}: expected a value, got none."]
     family = _bare(context.get("discriminator", ""))
@@ -192,6 +199,29 @@ def _explain(document: type[Part], error: Any) -> list[str]:
         names_keys = not key or all(line.startswith(f"{key}.") for line in message.splitlines())  # of several parts
         return message.splitlines() if names_keys else [f"{key}: {message.removesuffix('.')}."]
     return [f"{key}: {error['msg'].lower()}, got {error['input']!r}."]
+
+
+def _with_place(document: type[Document], line: str) -> str:
+    """Add to a line about an unknown key the part of the document that has such a key."""
+    if not line.endswith(f": {UNKNOWN_KEY}"):
+        return line
+    name = line.partition(":")[0].rpartition(".")[2]
+    paths = [*document.mapping_keys(), *_paths(document)]
+    meant = [path for path in paths if path == OTHER_NAMES.get(name)]
+    named = sorted((path.count("."), path) for path in paths if path.rpartition(".")[2] == name)
+    places = [*meant, *(path for _, path in named)]
+    return f"{line} Did you mean {places[0]}?" if places else line
+
+
+def _paths(annotation: Any, above: str = "", seen: frozenset[Any] = frozenset()) -> Iterator[str]:
+    """The keys of a document from its top, those of a list or of a family of kinds as of one part."""
+    for arm in _arms(annotation):
+        if get_origin(arm) in (list, tuple):
+            yield from _paths(get_args(arm)[0], above, seen)
+        for kind in {*getattr(arm, "kinds", {None: arm}).values()} - seen:
+            for name, inner in _fields(kind).items():
+                yield f"{above}{name}"
+                yield from _paths(inner, f"{above}{name}.", seen | {kind})
 
 
 def _bare(text: str) -> str:

@@ -14,7 +14,7 @@ from potstill.losses.declared import Either
 from potstill.models.adapters import adapter_conflicts
 from potstill.runs.config.document import Document, Part
 from potstill.runs.config.student import StudentPart
-from potstill.runs.config.training import TrainPart
+from potstill.runs.config.training import TrainPart, argument_names
 from potstill.teachers import cached, ensemble, model, self_taught, served  # noqa: F401  # kinds of teachers
 from potstill.teachers.source import TeacherSource
 from potstill.train.objective import task_mistakes
@@ -80,6 +80,11 @@ class Recipe(Document):
     train: TrainPart = Field(default_factory=dict, description="any field of transformers.TrainingArguments")
     evaluate: EvaluatePart = Field(default_factory=lambda: EvaluatePart.model_validate({}))
     output: str = Field(min_length=1, description="the run directory")
+
+    @classmethod
+    def mapping_keys(cls) -> Iterator[str]:
+        """See Document."""
+        return (f"train.{name}" for name in argument_names())
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> Self:

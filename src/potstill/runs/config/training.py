@@ -19,7 +19,7 @@ def _training_arguments(values: Any) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError("expected a mapping of transformers.TrainingArguments fields")
     types = typing.get_type_hints(TrainingArguments) | _TYPES
-    settable = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - set(_OWN_ARGUMENTS)
+    settable = argument_names()
     mistakes, checked = [], {}
     for name, value in values.items():
         if name in _OWN_ARGUMENTS:
@@ -37,6 +37,13 @@ def _training_arguments(values: Any) -> Any:
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return checked
+
+
+def argument_names() -> set[str]:
+    """The keys of the part `train`."""
+    from transformers import TrainingArguments
+
+    return {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - set(_OWN_ARGUMENTS)
 
 
 _TYPES = {"fsdp": bool | str | None}  # transformers takes true, and says str
