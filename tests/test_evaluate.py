@@ -18,6 +18,7 @@ from potstill.data.batches import encode
 from potstill.data.sources import Source
 from potstill.errors import UserError
 from potstill.evaluate import generations
+from potstill.evaluate.formatting import times
 from potstill.evaluate.generations import continuations, text_quality
 from potstill.evaluate.harness import Harness, TimeLimitError, harness_scores
 from potstill.evaluate.quality import compare
@@ -261,6 +262,9 @@ def test_the_command_measures_both(toys: Path, tmp_path: Path) -> None:
     assert student["bits_per_byte"] == pytest.approx(expected)
     assert [(one["rows"], one["length"]) for one in student["speed"]] == [(1, 8)]
     assert "bits per byte" in done.output
+    latency = [model["speed"][0]["latency_ms"] for model in found["models"].values()]
+    line = next(line for line in done.output.splitlines() if "speed-up, 1 x 8" in line)
+    assert line.split()[-2:] == ["1.0×", f"{times(latency[0] / latency[1])}×"]
 
 
 def test_with_two_tokenizers_each_is_measured_in_its_own(toys: Path, tmp_path: Path) -> None:

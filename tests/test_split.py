@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -283,3 +284,19 @@ def test_a_teacher_elsewhere_gives_logits_where_the_student_is() -> None:
     assert isinstance(there, DenseTargets)
     assert there.logits.device == batch["input_ids"].device
     torch.testing.assert_close(here.dense(), there.dense(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_that_is_spread_over_devices_stays_there(tmp_path: Path) -> None:
+    make_llama(seed=1).save_pretrained(tmp_path / "teacher")
+    batch = make_batch()
+    alignment = causal_alignment(batch["labels"])
+    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+    places = {"device_map": {"": "cpu"}}, {"device_map": dict.fromkeys(parts, "cpu") | {"model.embed_tokens": "disk"}}
+    here, spread = (
+        ModelTeacher(AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", offload_folder=tmp_path, **place))
+        for place in places
+    )
+    assert next(spread.model.parameters()).is_meta
+    torch.testing.assert_close(
+        spread(batch, alignment).targets.dense(), here(batch, alignment).targets.dense(), rtol=1e-6, atol=1e-6
+    )

@@ -106,6 +106,9 @@ def _show(results: dict[str, Any], task: Task) -> None:
         ):
             name = f"{name}, {timings[0]['rows']} x {timings[0]['length']}"
             add_row(name, (timing[key] for timing in timings), write)
+            if key == "latency_ms" and len(models) > 1:
+                ratios = (timings[0][key] / timing[key] for timing in timings)
+                add_row(name.replace("latency", "speed-up"), ratios, lambda ratio: f"{formatting.times(ratio)}×")
     show(table)
     for note in results["notes"]:
         console.print(note, highlight=False)

@@ -27,8 +27,8 @@ Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 class ModelTeacher(Teacher):
     """A Hugging Face model, frozen and switched to evaluation mode in place; without a device, it follows the batch.
 
-    Gives hidden states and head where it can be split (`potstill.models.split`) and runs on the batch's device; else
-    logits.
+    A model that accelerate has spread over several devices or the disk (`device_map="auto"`) stays there. Gives hidden
+    states and head where it can be split (`potstill.models.split`) and runs on the batch's device; else logits.
     """
 
     needs_trial = False
@@ -50,7 +50,7 @@ class ModelTeacher(Teacher):
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         home = batch["input_ids"].device
         device = self._device or home
-        if next(self.model.parameters()).device != device:
+        if not self._is_spread and next(self.model.parameters()).device != device:
             self.model.to(device)
         with torch.autocast(device.type, enabled=False):  # the student's autocast must not change the targets
             targets, inside = self._run(inputs(batch, device), alignment)
@@ -64,6 +64,10 @@ class ModelTeacher(Teacher):
         if self._model is None:
             raise ModelError(f"{type(self).__name__}: expected a student, got none yet. Call attach(student) first.")
         return self._model
+
+    @property
+    def _is_spread(self) -> bool:
+        return len({*(getattr(self.model, "hf_device_map", None) or {}).values()}) > 1
 
     @property
     def shape(self) -> ModelShape:
