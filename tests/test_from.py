@@ -2,7 +2,9 @@
 
 1. Its first table has the columns There and Here. Each row of Here names at least one thing in backticks, a Python
    name, a `potstill` command, a key or a piece of a recipe, or a file (`named.py` says how); all of it exists.
-2. There holds every name that tests/promised/PAGE.txt lists, one a line: what that project's document describes.
+2. There holds everything that tests/promised/PAGE.txt lists: what that project's document describes. A line is a name,
+   or a name and what belongs to it (`DistillationType: LOGIT, FEATURE`), which stands in its row or in the rows below
+   that begin with "its".
 3. Its blocks run, in order (`pages.py` says how), in a folder with teacher/, student/, train.jsonl and eval.jsonl
    (`text`), questions.jsonl (`prompt`, `completion`), embedder/, embeddings.npy and teacher.pt.
 4. Its table of defaults that differ has those of the code.
@@ -58,12 +60,32 @@ def test_everything_has_a_counterpart_that_exists(page: Path) -> None:
     assert not missing, "\n".join(missing)
 
 
+def holds(text: str, name: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
+
+
+def topics(page: Path) -> list[tuple[str, str]]:
+    """What stands in backticks in There, for each row that does not begin with "its": there, and with the rows below."""
+    found: list[tuple[str, str]] = []
+    for there, _ in table(page):
+        names = " ".join(in_backticks(there))
+        if there.startswith("its "):
+            head, others = found.pop()
+            found.append((head, f"{others} {names}"))
+        else:
+            found.append((names, names))
+    return found
+
+
 @named
 def test_everything_that_was_promised_is_there(page: Path) -> None:
     promised = (ROOT / f"tests/promised/{page.stem}.txt").read_text(encoding="utf-8").splitlines()
-    told = " ".join(name for there, _ in table(page) for name in in_backticks(there))
     assert len(promised) > 5
-    missing = [name for name in promised if not re.search(rf"(?<![\w]){re.escape(name)}(?![\w])", told)]
+    missing = []
+    for line in promised:
+        owner, _, owned = line.partition(": ")
+        texts = " ".join(text for head, text in topics(page) if not owned or holds(head, owner))
+        missing += [f"{owner}: {name}" for name in (owned.split(", ") if owned else [owner]) if not holds(texts, name)]
     assert not missing, "\n".join(missing)
 
 
