@@ -65,7 +65,7 @@ def holds(text: str, name: str) -> bool:
 
 
 def topics(page: Path) -> list[tuple[str, str]]:
-    """What stands in backticks in There, for each row that does not begin with "its": there, and with the rows below."""
+    """What stands in backticks in There: in each row that does not begin with "its", and there with the rows below."""
     found: list[tuple[str, str]] = []
     for there, _ in table(page):
         names = " ".join(in_backticks(there))
