@@ -195,6 +195,13 @@ def at(temperature: float, *mass: float, support: float = 5.0) -> dict[str, Any]
     }
 
 
+def test_logits_of_any_shape_are_softened_alike() -> None:
+    logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
+    assert measures.soften(logits, (1.0, 2.0)) == measures.soften(logits.flatten(0, 1), (1.0, 2.0))
+    with pytest.raises(UserError, match="soften: expected temperatures > 0, got"):
+        measures.soften(logits, (0.0, 1.0))
+
+
 def test_a_sure_teacher_is_softened_and_a_broad_one_is_not() -> None:
     broad = [at(1.0, 0.55, 0.8, 0.95), at(2.0, 0.2, 0.4, 0.7)]
     assert recommended_temperature(broad)[0] == 1.0

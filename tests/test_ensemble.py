@@ -294,7 +294,7 @@ class Says(Teacher):
 
 def test_an_ensemble_trains_as_one_teacher(tmp_path: Path) -> None:
     models = [make_llama(seed=1), make_llama(seed=2, vocab_size=310)]
-    ensemble = EnsembleTeacher([ModelTeacher(m) for m in models], [3, 1], vocabulary=300)
+    ensemble = EnsembleTeacher([ModelTeacher(models[0]), models[1]], [3, 1], vocabulary=300)
     batch = make_batch()
     student = make_llama(hidden_size=8)
     found = Distiller(student, ensemble, [Logits(JSD(), temperature=2.0), Labels()], vocabulary=300).step(batch)

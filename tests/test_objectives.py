@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 from potstill.teachers.dimensions import important_dimensions
+from potstill.train.distiller import Distiller
+from potstill.train.terms.layers import Attention, Hidden
+from potstill.train.terms.logits import Logits
 
 EVERY = [
     {"term": "logits", "tokens": "entropy", "share": {"schedule": "linear", "start": 0.2, "end": 1.0}, "top_k": 20},
@@ -98,7 +102,7 @@ def test_important_dimensions_are_those_of_the_loss() -> None:
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        ({"term": "hidden"}, "cache: expected one with the hidden states of the layers .* got one with targets alone"),
+        ({"term": "hidden"}, "cache: expected one with the layers that terms of the objective need, got one with targets alone"),
         ({"term": "bild"}, "bild: expected the teacher's whole distributions, got a few tokens"),
     ],
 )
@@ -113,3 +117,20 @@ def test_a_cache_says_what_it_does_not_hold(
         build_run(recipe(recipe_values, [term]))
     weighed = [{"term": "logits", "tokens": "confident"}, {"term": "labels"}]
     assert run(recipe(recipe_values, weighed), console=Console(file=io.StringIO())).summary["rows"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Logits("reverse_kl"), r"Logits\.divergence: expected a Divergence such as ForwardKL\(\.\.\.\)"),
+        (lambda: Hidden({0: 1}), r"Hidden\.layers: expected a LayerMap such as Uniform\(\.\.\.\), got \{0: 1\}"),
+        (lambda: Attention(divergence="kl"), r"Attention\.divergence: expected a Divergence"),
+        (lambda: Logits(weight="0.5"), r"Logits\.weight: expected a number >= 0, got '0\.5'"),
+        (lambda: Distiller(make_llama(), make_llama(), Logits()), "Objective: expected a list of .* got one by itself"),
+        (lambda: Distiller(make_llama(), [make_llama()], [Logits()]), "Distiller: expected a Teacher, .* got a list"),
+        (lambda: Distiller(make_llama(), "teacher", [Logits()]), "Distiller: expected a Teacher, .* got a str"),
+    ],
+)
+def test_what_a_term_or_a_distiller_cannot_take_is_refused_in_python(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        make()

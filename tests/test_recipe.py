@@ -108,13 +108,14 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key() -> None:
                 {
                     "term": "logits",
                     "divergence": "forwardkl",
+                    "layers": [[0, 1]],
                     "temperature": {"schedule": "linear", "start": 1},
                 }
             ],
         }
     )
     for expected in (
-        "recipe: 10 mistakes",
+        "recipe: 11 mistakes",
         "nmae: unknown key. Did you mean name?",
         "teacher: expected one of adapter_off, cache, ema, ensemble, model, server, got modle. Did you mean model?",
         "student: expected either model or design, got both",
@@ -123,6 +124,7 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key() -> None:
         "train.max_step: unknown key. Did you mean max_steps?",
         "train.warmup_steps: expected float, got 'many'",
         "train.seed: expected it not to be set here",
+        "objective.0.layers: unknown key.\n",
         "objective.0.divergence: expected a kind of forward_kl",
         "got forwardkl. Did you mean forward_kl?",
         "objective.0.temperature.end: expected a value, got none",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from potstill.errors import ShapeError
 from potstill.evaluate.quality import logits_at, teacher_distances
 from potstill.losses.alignment import Alignment, causal_alignment
 from potstill.losses.divergences import LOG_ZERO
@@ -84,14 +85,17 @@ def _softenings(sums: Tensor, temperatures: Sequence[float], tokens: int) -> lis
 
 
 def soften(logits: Tensor, temperatures: Sequence[float] = TEMPERATURES) -> list[Softening]:
-    """Describe the distributions of logits [N, V] at each temperature, in rising order.
+    """Describe the distributions of logits [..., V] at each temperature, in rising order.
 
     >>> broad = soften(torch.tensor([[2.0, 1.0, 0.0]]), (1.0, 4.0))
     >>> [round(at.support, 2) for at in broad], [at.counted for at in broad]
     ([2.3, 2.94], [1.0, 1.0])
     """
     temperatures = sorted(temperatures)
-    return _softenings(_softening_sums(logits.float().cpu(), temperatures), temperatures, len(logits))
+    if not temperatures or not temperatures[0] > 0:
+        raise ShapeError(f"soften: expected temperatures > 0, got {temperatures or 'none'}.")
+    rows = logits.float().cpu().reshape(-1, logits.shape[-1])
+    return _softenings(_softening_sums(rows, temperatures), temperatures, len(rows))
 
 
 @torch.no_grad()

@@ -203,6 +203,8 @@ class Range(Rule):
 
     def wrong(self, value: Any) -> str | None:
         """A schedule names its `extremes`; what another function of the step returns is not known."""
+        if isinstance(value, str):
+            return repr(value)
         if isinstance(value, int | float):
             return None if self._holds(value) else f"{value}"
         extremes = getattr(value, "extremes", {})
@@ -229,6 +231,19 @@ class NonEmpty(Rule):
 
     def wrong(self, value: Any) -> str | None:
         return None if len(value) else "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class OfFamily(Rule):
+    """One of a family's kinds. pydantic knows these by itself."""
+
+    family: type[Declared]
+
+    def __str__(self) -> str:
+        return f"a {self.family.__name__} such as {next(iter(self.family.kinds.values())).__name__}(...)"
+
+    def wrong(self, value: Any) -> str | None:
+        return None if isinstance(value, self.family) else repr(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +301,9 @@ def _rules_in(annotation: Any) -> Iterator[Rule]:
         words = tuple(word for word in get_args(annotation) if isinstance(word, str))
         yield from [OneOf(words)] if words else []
         return
+    arms = {annotation} if get_origin(annotation) is None else {*get_args(annotation)} - {type(None)}
+    if len(arms) == 1 and isinstance(family := arms.pop(), type) and Declared in family.__bases__:
+        yield OfFamily(family)
     for part in get_args(annotation):
         if isinstance(part, Rule):
             yield part

@@ -16,6 +16,7 @@ from potstill.losses.target_statistics import token_log_probs
 from potstill.losses.targets import FullTargets, MixtureTargets, SparseTargets, Targets
 from potstill.models.capture import ActivationRequest, Activations
 from potstill.models.shapes import ModelShape
+from potstill.teachers.model import ModelTeacher
 from potstill.teachers.source import LoadedTeacher, MemberSource, TeacherSource
 from potstill.teachers.teacher import MISSING_ROWS, Teacher, TeacherOutput
 
@@ -35,7 +36,7 @@ class EnsembleTeacher(Teacher):
     p_j(y). They need no gradient, no learning rate and nothing of the student.
 
     Args:
-        members: the teachers. Layers are those of the first that has any.
+        members: the teachers; a model becomes a `ModelTeacher`. Layers are those of the first that has any.
         weights: not negative, divided by their sum; None for equal ones. Where they are learned, the first values.
         vocabulary: the number of tokens that all share, where heads have padding rows.
 
@@ -51,7 +52,7 @@ class EnsembleTeacher(Teacher):
 
     def __init__(
         self,
-        members: Sequence[Teacher],
+        members: Sequence[Teacher | nn.Module],
         weights: Sequence[float] | None = None,
         *,
         of: MixtureOf = "probabilities",
@@ -61,13 +62,15 @@ class EnsembleTeacher(Teacher):
     ) -> None:
         given = torch.tensor(_checked_weights(len(members), weights, of, learned)).double()
         self.weights = given / given.sum()
-        self.members = list(members)
+        self.members: list[Teacher] = [
+            ModelTeacher(member) if isinstance(member, nn.Module) else member for member in members
+        ]
         self.names = [str(i) for i in range(len(members))] if names is None else list(names)
         if len(set(self.names)) != len(members):
             raise ShapeError(f"EnsembleTeacher: expected {len(members)} different names, got {self.names}.")
         self.of, self.learned, self.vocabulary = of, learned, vocabulary
-        self.of_student = any(member.of_student for member in members)
-        self.max_length = min((m.max_length for m in members if m.max_length is not None), default=None)
+        self.of_student = any(member.of_student for member in self.members)
+        self.max_length = min((m.max_length for m in self.members if m.max_length is not None), default=None)
         self._counts = torch.zeros(len(members) + 1, dtype=torch.float64)  # tokens of each member's share, and of all
 
     @torch.no_grad()

@@ -201,6 +201,10 @@ class Distiller(nn.Module):
 
     def _check_teacher(self) -> None:
         """Check that each term has its teacher: of the same tokenizer, or of another where it compares bytes."""
+        if not isinstance(self.teacher, Teacher | None):
+            hint = "Load a model by its name, and make an EnsembleTeacher of several."
+            got = f"a {type(self.teacher).__name__}"
+            raise ShapeError(f"Distiller: expected a Teacher, a model or None as the teacher, got {got}. {hint}")
         for term in (term for term in self.objective.terms if term.needs_teacher):
             if self.teacher is None:
                 raise ShapeError(f"Distiller: expected a teacher for the term {term.name}, got None.")

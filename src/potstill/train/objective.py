@@ -36,8 +36,11 @@ class Objective(nn.Module):
 
     def __init__(self, terms: Sequence[Term]) -> None:
         super().__init__()
-        if not terms:
-            raise ShapeError("Objective: expected at least one term, got none. Add Logits(...) or Labels().")
+        if isinstance(terms, Term) or not terms:
+            got = "one by itself" if terms else "none"
+            raise ShapeError(
+                f"Objective: expected a list of at least one term, got {got}. Give [Logits(...), Labels()]."
+            )
         self.terms = list(terms)
         names = [term.name for term in terms]
         # Terms of one kind are numbered in the logs by their place.

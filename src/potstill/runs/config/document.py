@@ -260,4 +260,7 @@ def _arms(annotation: Any) -> list[Any]:
 def _fields(kind: Any) -> dict[str, Any]:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {name: field.annotation for name, field in kind.model_fields.items()}
-    return get_type_hints(kind, include_extras=True) if dataclasses.is_dataclass(kind) else {}
+    if not dataclasses.is_dataclass(kind):
+        return {}
+    hints = get_type_hints(kind, include_extras=True)  # of class variables too, which are no keys
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
