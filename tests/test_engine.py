@@ -126,6 +126,8 @@ def test_what_does_not_fit_is_told(model) -> None:
         engine.complete(["a", "def f(a, b):\n" * 10], GREEDY)
     with pytest.raises(DataError, match="expected a prompt with a token, got none in prompt 1"):
         engine.complete([""], GREEDY)
+    with pytest.raises(DataError, match="expected a list of prompts, got one text"):
+        engine.complete("def f(a, b):", GREEDY)
 
 
 def with_specials(*added: str) -> Any:

@@ -78,6 +78,9 @@ def test_rouge_and_bleu_of_texts_that_are_known() -> None:
         text_quality([], [])
     with pytest.raises(UserError, match="got none"):
         text_quality(["the cat"], [[]])
+    for texts, got in (("the cat", "one text"), (["the cat", "a dog"], "2 and 1")):
+        with pytest.raises(UserError, match=f"as many references, got {got}"):
+            text_quality(texts, ["the cat"])
 
 
 def test_of_several_references_the_nearest_counts() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from potstill.errors import ShapeError
 from potstill.losses.token_losses import token_mean
 
 VALUES = torch.tensor([1.0, 2.0, 4.0, 8.0])
@@ -59,3 +60,8 @@ def test_parts_of_a_step_sum_to_the_whole():
 def test_float64_stays_float64():
     mean = token_mean(VALUES.double(), WEIGHTS.double(), torch.tensor(3, dtype=torch.int32))
     assert mean.dtype == torch.float64 and mean.item() == 6.0
+
+
+def test_weights_are_those_of_the_values():
+    with pytest.raises(ShapeError, match=r"expected weights of shape \[2, 2\], got \[2, 1\]"):
+        token_mean(VALUES.view(2, 2), torch.ones(2, 1))  # broadcast, their sum would be too small

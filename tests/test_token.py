@@ -151,6 +151,14 @@ def test_what_does_not_fit_is_named_in_one_line(shape, temperature, error, words
     assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
 
 
+def test_plain_logits_and_the_name_of_a_divergence_are_refused():
+    with pytest.raises(ShapeError, match=r"expected targets, got a tensor\. .*DenseTargets\(logits\)"):
+        token_divergence(torch.zeros(4, 7), torch.zeros(4, 7), JSD())
+    for divergence in ("forward_kl", JSD):
+        with pytest.raises(ShapeError, match="expected a Divergence such as"):
+            token_divergence(torch.zeros(4, 7), DenseTargets(torch.zeros(4, 7)), divergence)
+
+
 def test_a_second_derivative_is_refused():
     student, teacher = pair(4, 7)
     loss = token_divergence(student, DenseTargets(teacher), JSD()).sum()

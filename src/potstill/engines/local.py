@@ -23,6 +23,8 @@ class LocalEngine:
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """Generate `sampling.samples` completions of each prompt, in order; see `check` and `generate_tokens`."""
+        if isinstance(prompts, str):
+            raise DataError("generate: expected a list of prompts, got one text. Put it into a list.")
         ids = [self._ids(prompt) for prompt in prompts]
         self.check(ids, sampling)
         outputs = generate_tokens(

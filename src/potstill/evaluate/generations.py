@@ -59,8 +59,11 @@ def text_quality(written: Sequence[str], truths: Sequence[str | Sequence[str]]) 
     Of several references of a text, ROUGE uses the closest and BLEU all.
 
     Raises:
-        UserError: the libraries are not installed, or there is no text.
+        UserError: the libraries are not installed, or there is no text, or no reference for each.
     """
+    if isinstance(written, str) or len(written) != len(truths):
+        got = "one text" if isinstance(written, str) else f"{len(written)} and {len(truths)}"
+        raise UserError(f"text_quality: expected a list of texts and as many references, got {got}.")
     sacrebleu, rouge_scorer = text_metrics()
     references = [[truth] if isinstance(truth, str) else list(truth) for truth in truths]
     if not written or not all(references):

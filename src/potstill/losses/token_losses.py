@@ -101,6 +101,10 @@ def refuse_second_derivative(caller: str) -> None:
 def check_targets(caller: str, shape: torch.Size, targets: Targets, divergence: Divergence, temperature: float) -> None:
     """Check that targets fit student logits of `shape` [..., V]; raises the errors of `token_divergence`."""
     check_temperature(caller, temperature)
+    if isinstance(targets, Tensor):
+        raise ShapeError(f"{caller}: expected targets, got a tensor. Logits of a teacher are DenseTargets(logits).")
+    if not isinstance(divergence, Divergence):
+        raise ShapeError(f"{caller}: expected a Divergence such as ForwardKL(), got {divergence!r}.")
     if targets.sampled and not divergence.linear_in_teacher:
         raise ShapeError(
             f"{caller}: expected a divergence that is linear in the teacher with sampled targets, got "
@@ -235,8 +239,11 @@ def token_mean(values: Tensor, weights: Tensor | None = None, normalizer: Tensor
         sum_n w_n x_n / normalizer,   values x [N], weights w [N] or None for ones
 
     The normalizer is the number (or weight) of all target tokens in the optimiser step, over ranks and accumulation
-    steps; by default the sum of the weights here, at least 1.
+    steps; by default the sum of the weights here, at least 1. Raises `ShapeError` if weights and values
+    differ in shape.
     """
+    if weights is not None and weights.shape != values.shape:
+        raise ShapeError(f"token_mean: expected weights of shape {list(values.shape)}, got {list(weights.shape)}.")
     total = (values if weights is None else values * weights).sum()
     if normalizer is None:
         normalizer = max(values.numel(), 1) if weights is None else weights.sum().clamp_min(1)
