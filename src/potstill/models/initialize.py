@@ -97,7 +97,10 @@ def plan_initialization(
         parts = whole_layers(structure.shape, chosen)
     else:
         parts = select_parts(structure.shape, shape, chosen, importance if method == "prune" else None)
-    config = type(config).from_dict(config.to_dict() | layer_fields(of_teacher, chosen))
+    fields, first = config.to_dict(), layer_fields(of_teacher, range(shape.layers))
+    by_layer = layer_fields(of_teacher, chosen)
+    changed_fields = {name: value for name, value in by_layer.items() if fields.get(name) == first.get(name)}
+    config = type(config).from_dict(fields | changed_fields)  # those that the design gives stay
     _check_kinds(teacher, structure, config, parts)
     if widths:
         widths += " (the most active)" if method == "prune" else " (the first)"

@@ -36,7 +36,7 @@ def _is_budget(value: Any) -> str:
     return "<budget>" if names & {*LIMITS, "keep"} else "<fields>"
 
 
-Fields = dict[str, bool | int | float | str]
+Fields = dict[str, Any]
 Design = Annotated[
     Annotated[Fields, Tag("<fields>")] | Annotated[BudgetPart, Tag("<budget>")], Discriminator(_is_budget)
 ]
