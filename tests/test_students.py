@@ -74,7 +74,7 @@ def test_every_field_of_the_family_can_be_given(tmp_path: Path) -> None:
         (
             Gemma3TextConfig(),
             {"rope_theta": 1e4},
-            "expected full_attention, sliding_attention, got rope_theta. Such as rope_parameters: {full_attention: "
+            "expected sliding_attention, full_attention, got rope_theta. Such as rope_parameters: {sliding_attention: "
             "{rope_theta: ...}}.",
         ),
     ],

@@ -105,11 +105,12 @@ class SelectedParts:
     heads: tuple[Tensor, ...]  # [A] query heads
     kv_heads: tuple[Tensor, ...]  # [K, m]: a key or value head is the mean of m of the teacher's
     units: tuple[Tensor, ...]  # [I] feed-forward units
+    matching: bool = False  # of these, only parameters of the student's shape
 
 
-def whole_layers(teacher: DesignShape, layers: Sequence[int]) -> SelectedParts:
-    """Select complete layers, in all the teacher's widths."""
-    return SelectedParts(tuple(layers), torch.arange(teacher.hidden), heads=(), kv_heads=(), units=())
+def whole_layers(teacher: DesignShape, layers: Sequence[int], *, matching: bool = False) -> SelectedParts:
+    """Select complete layers, in all the teacher's widths, or their parameters of the student's shape."""
+    return SelectedParts(tuple(layers), torch.arange(teacher.hidden), (), (), (), matching)
 
 
 def select_parts(

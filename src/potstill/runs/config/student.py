@@ -49,8 +49,9 @@ def _named_method(value: Any) -> Any:
 class InitializePart(Part):
     """The first weights of a designed student."""
 
-    method: Literal["random", "copy", "truncate", "prune"] = Field(
-        description="random; whole layers of the teacher; its first heads, units and channels; its most active ones"
+    method: Literal["random", "copy", "truncate", "prune", "selective"] = Field(
+        description="random; whole layers of the teacher; its first heads, units and channels; its most active ones; "
+        "its parameters whose shape matches, and random ones"
     )
     layers: Literal["uniform", "skip", "first_last", "importance"] | list[int] | None = Field(
         None, description="which of the teacher's; by default those of most influence for prune, else evenly spread"
