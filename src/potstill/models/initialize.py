@@ -117,7 +117,10 @@ def plan_initialization(
         widths = "the parameters whose shape matches"
     elif widths:
         widths += " (the most active)" if method == "prune" else " (the first)"
-    notes = (f"student: the teacher's {of_layers}, {widths or 'complete'}.", *_notes(teacher, student, structure, parts))
+    notes = (
+        f"student: the teacher's {of_layers}, {widths or 'complete'}.",
+        *_notes(teacher, student, structure, parts),
+    )
     return Initialization(config, parts, notes)
 
 

@@ -19,6 +19,7 @@ from potstill.evaluate.speed import extra_bytes
 from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.loading import suppress_warnings
 from potstill.runs.build import BuiltRun, build_run, piece
+from potstill.runs.compute import training_flops
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
 from potstill.runs.rehearsal import quick_collection, rehearse
@@ -49,6 +50,7 @@ class Preflight(NamedTuple):
     disk_free_bytes: int
     seconds: float  # of training without the final evaluation
     batch: BatchNeeds
+    flops: dict[str, float]  # of each training, see `training_flops`
 
 
 def check(recipe: Recipe, console: Console | None = None) -> Preflight:
@@ -89,7 +91,8 @@ def _estimate(built: BuiltRun, student: PreTrainedModel) -> Preflight:
     disk = runs * (2 * 3 * trained + exported) + (0 if built.writer is None else trained)
     free = shutil.disk_usage(existing).free
     batches = runs * built.plan.steps * max(built.plan.rows_per_step // built.plan.batch_rows, 1)
-    return Preflight(built, memory, batch_bytes, batch.bytes is not None, disk, free, batches * batch.seconds, batch)
+    flops, measured = training_flops(built, student), batch.bytes is not None
+    return Preflight(built, memory, batch_bytes, measured, disk, free, batches * batch.seconds, batch, flops)
 
 
 def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:
