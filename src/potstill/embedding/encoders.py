@@ -189,7 +189,7 @@ def embedder_with_head(model: SentenceTransformer, head: VectorHead) -> Sentence
     return SentenceTransformer(
         modules=[*model, Normalize(), *layers, Normalize()],
         device="cpu",
-        prompts=model.prompts,
+        prompts={name: prompt for name, prompt in model.prompts.items() if prompt is not None},
         default_prompt_name=model.default_prompt_name,
         similarity_fn_name=model.similarity_fn_name,
     )

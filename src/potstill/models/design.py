@@ -63,8 +63,8 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
     for name, value in changes.items():
         if not _contains(getattr(student, name, None), value):
             raise ModelError(
-                f"student.design: expected a field that {teacher.model_type} takes, got {name} {value}, in place of which "
-                f"the config has {getattr(student, name, None)}. Leave it out."
+                f"student.design: expected a field that {teacher.model_type} takes, got {name} {value}, in place of "
+                f"which the config has {getattr(student, name, None)}. Leave it out."
             )
     if hasattr(student, "coordinate_size") and 4 * student.coordinate_size + 2 * student.shape_size != values[hidden]:
         raise ModelError(
@@ -107,12 +107,13 @@ def _own_fields(teacher: PretrainedConfig, changes: Mapping[str, Any], layers: s
 def _rotary(teacher: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Change parameters of rotary positions, which some families have for each kind of layer."""
     kinds = {kind: values for kind, values in teacher.items() if isinstance(values, Mapping)}
-    known = kinds or RopeParameters.__annotations__ | teacher
+    known = kinds or {**RopeParameters.__annotations__, **teacher}
     for name in changes:
         if name not in known:
             example = f" Such as rope_parameters: {{{next(iter(kinds))}: {{{name}: ...}}}}." if kinds else ""
             raise ModelError(
-                f"student.design.rope_parameters: expected {', '.join(known)}, got {name}.{nearest(name, known) or example}"
+                f"student.design.rope_parameters: expected {', '.join(known)}, got {name}."
+                f"{nearest(name, known) or example}"
             )
     if kinds:
         return {kind: _rotary(teacher[kind], changes[kind]) if kind in changes else teacher[kind] for kind in teacher}

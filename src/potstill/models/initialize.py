@@ -161,8 +161,8 @@ def _notes(
     if parts.matching:
         if not copied:
             raise ModelError(
-                "student.initialize: expected parameters whose shape is the teacher's for selective, got none. Keep some "
-                "of the teacher's widths, or use truncate or prune."
+                "student.initialize: expected parameters whose shape is the teacher's for selective, got none. Keep "
+                "some of the teacher's widths, or use truncate or prune."
             )
         share = sum(copied.values()) / sum([*copied.values(), *random.values()])
         yield f"student: copied, {share:.0%} of its parameters: {', '.join(copied)}."
