@@ -186,7 +186,7 @@ def _teacher_loss(built: BuiltRun, dataset: Dataset) -> float | None:
             log_probs, num_tokens = shared.log_probs_of(alignment.labels), len(alignment)
         if log_probs is None:
             return None
-        total -= float(log_probs.double().sum())
+        total -= float(log_probs.cpu().double().sum())
         tokens += num_tokens
     return total / max(tokens, 1)
 
