@@ -59,7 +59,7 @@ def test_the_presets_run(name: str, values: dict[str, Any]) -> None:
     np.save("embeddings.npy", torch.cat([TRAIN, torch.randn(400, 24)], 1).numpy())
     small = ["train.epochs=1", "student.dimensions=6", "train.batch_size=64"]
     small += ["student.prefixes={2: 0.7, 6: 0.3}"] if name == "curriculum" else []
-    command = ["run", str(ROOT / "recipes" / f"{name}.yaml"), *(word for change in small for word in ("--set", change))]
+    command = ["run", f"preset:{name}", *(word for change in small for word in ("--set", change))]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "all pairs" in done.output and "PCA" in done.output
@@ -76,12 +76,19 @@ def test_the_presets_run(name: str, values: dict[str, Any]) -> None:
 
 
 def test_the_stages_of_the_curriculum() -> None:
-    recipe = EmbeddingRecipe.load(ROOT / "recipes/curriculum.yaml")
+    recipe = EmbeddingRecipe.load("preset:curriculum")
     assert recipe.train.temperature is not None
     assert recipe.train.temperature.values() == [4.0, 3.125, 2.25, 1.375, 0.5]
     falling = recipe.train.temperature.model_copy(update={"schedule": "exponential"}).values()
     assert falling[2] == pytest.approx((4.0 * 0.5) ** 0.5)
     assert recipe.train.temperature.model_copy(update={"schedule": "cosine"}).values()[2] == pytest.approx(2.25)
+
+
+def test_a_preset_that_is_not_there() -> None:
+    with pytest.raises(
+        RecipeError, match=r"curriculum, fast, openai, got openia\. Did you mean openai\?"
+    ):
+        EmbeddingRecipe.load("preset:openia")
 
 
 def test_a_run_is_not_overwritten_and_goes_on(values: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,6 @@ def _check_body(model: SentenceTransformer, folder: Path, key: str, name: str) -
 
 class TextStudent(nn.Module):
     """A sentence-transformers model as a student: texts to vectors [N, d], with a gradient."""
-
-    reads_text: ClassVar[bool] = True
-    inputs: ClassVar[None] = None  # it reads no vectors
 
     def __init__(self, model: SentenceTransformer, saved_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
