@@ -85,9 +85,7 @@ def test_the_stages_of_the_curriculum() -> None:
 
 
 def test_a_preset_that_is_not_there() -> None:
-    with pytest.raises(
-        RecipeError, match=r"curriculum, fast, openai, got openia\. Did you mean openai\?"
-    ):
+    with pytest.raises(RecipeError, match=r"curriculum, fast, openai, got openia\. Did you mean openai\?"):
         EmbeddingRecipe.load("preset:openia")
 
 
