@@ -64,7 +64,8 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
         def hook(_: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Any) -> None:
             before = inputs[0] if inputs else named["hidden_states"]
             after = output if isinstance(output, Tensor) else output[0]
-            cosine = torch.cosine_similarity(*(on_float64_device(x).double() for x in (before, after)), dim=-1)
+            before, after = (on_float64_device(states).double() for states in (before, after))
+            cosine = torch.cosine_similarity(before, after, dim=-1)
             distances[layer] += float(((1 - cosine) * mask.to(cosine.device)).sum())
 
         return hook

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -76,7 +76,7 @@ def _walk(recipe: EmbeddingRecipe, data: EmbeddingData, directory: Path, console
         distiller = _distiller(recipe, focus, data)
         with PartProgress(console, name) as progress:
             history = distiller.fit(data.vectors, data.held_out, **options, on_step=progress.update)
-        students[focus] = recipe.student.as_saved(distiller.student)
+        students[focus] = recipe.student.as_saved(cast(EmbeddingModel, distiller.student))
         lines += [json.dumps({"run": name, **epoch.as_dict()}) + "\n" for epoch in history]
     write_text(metrics, "".join(lines))
     _save(students[recipe.focus], directory / "student", data.teacher)
