@@ -96,16 +96,19 @@ def page() -> str:
 
 
 def shown() -> str:
-    """The page that shows the files of recipes/: the purpose of each is its first line."""
+    """The page that shows the files of recipes/ and the presets: the purpose of each is its first line."""
     lines = [
         "# Recipes",
         "Complete files to start from. Set their models and data in the file or with `--set`; `potstill check` finds",
         "what does not fit. [recipe.md](recipe.md) has every key. `make docs` writes this page from the files.",
         "",
     ]
-    for path in sorted((DOCS.parent / "recipes").glob("*.yaml")):
+    folders = DOCS.parent / "recipes", DOCS.parent / "src/potstill/runs/config/presets"
+    paths = [path for folder in folders for path in folder.glob("*.yaml")]
+    for path in sorted(paths, key=lambda path: path.name):
         purpose, _, content = path.read_text(encoding="utf-8").partition("\n")
-        lines += [f"## {path.stem}", f"[{path.name}](../recipes/{path.name}): {purpose.removeprefix('# ')}", ""]
+        link = f"[{path.name}](../{path.relative_to(DOCS.parent)})"
+        lines += [f"## {path.stem}", f"{link}: {purpose.removeprefix('# ')}", ""]
         lines += ["```yaml", content.rstrip("\n"), "```", ""]
     return "\n".join(lines)
 

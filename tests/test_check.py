@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from potstill.cli import app
 from potstill.embedding.teachers import EmbedderTeacher, TextEncoder, model_encoder
 from potstill.errors import RecipeError, UserError
+from potstill.runs.build import build_run
+from potstill.runs.compute import training_flops
+from potstill.runs.config.run import Recipe
 
 
 def checked(values: dict[str, Any], *more: str) -> str:
@@ -133,3 +137,31 @@ def test_each_kind_has_a_schema(arguments: list[str], title: str, key: str) -> N
 def test_no_such_schema() -> None:
     with pytest.raises(UserError, match="expected one of distillation, embedding, generate, got embeding"):
         CliRunner().invoke(app, ["schema", "embeding"], catch_exceptions=False)
+
+
+def test_the_compute_of_a_run_is_what_its_models_count(recipe_values: dict[str, Any]) -> None:
+    recipe_values["data"]["packing"] = False  # rows of several lengths
+    recipe_values["student"]["design"]["intermediate_size"] = 24
+    built = build_run(Recipe.parse(recipe_values))
+    student, teacher = built.new_student(), built.loaded.model
+    assert teacher is not None
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
+
+    def counted(model: Any, ids: torch.Tensor, *, backward: bool) -> float:
+        """Of a row; eager attention computes all pairs of positions, of which a causal one needs (T + 1) / 2T."""
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            logits = model(input_ids=ids, use_cache=False).logits
+            if backward:
+                logits.sum().backward()
+        counts = counter.get_flop_counts()["Global"]
+        return counts[torch.ops.aten.mm] + counts[torch.ops.aten.bmm] * (ids.shape[1] + 1) / (2 * ids.shape[1])
+
+    rows = [torch.tensor([row["input_ids"]]) for row in built.train.dataset]
+    assert len({row.shape for row in rows}) > 3
+    share = built.plan.steps * built.plan.rows_per_step / len(rows)
+    trained = share * sum(counted(student, row, backward=True) for row in rows)
+    read = share * sum(counted(teacher, row, backward=False) for row in rows)
+    flops = training_flops(built, student)
+    assert flops["baseline"] == pytest.approx(trained, rel=0.01)
+    assert flops["student"] == pytest.approx(trained + read, rel=0.01)

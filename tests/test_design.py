@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import CONFIG_MAPPING, AutoConfig, LayoutLMv3Config, LlamaConfig, PretrainedConfig
@@ -13,7 +15,15 @@ from conftest import make_llama
 from potstill.cli import app
 from potstill.errors import ModelError, ShapeError
 from potstill.models.budget import Budget, parse_count
-from potstill.models.capacity import PUBLISHED, DistillationLaw, SupervisedLaw, expected_share, smallest_student
+from potstill.models.capacity import (
+    CAPABILITIES,
+    PUBLISHED,
+    DistillationLaw,
+    SupervisedLaw,
+    expected_share,
+    smallest_student,
+)
+from potstill.models.compression import recommend_compression
 from potstill.models.design import design, student_config
 from potstill.models.references import REFERENCES
 from potstill.models.shapes import design_shape
@@ -102,11 +112,36 @@ def test_budgets_of_all_kinds() -> None:
         Budget(memory_gb=100).student(LLAMA_8B)
 
 
+def test_all_limits_hold_at_once() -> None:
+    whole = count_parameters(LLAMA_8B)
+    seconds = lambda config: count_parameters(config) * 1e-11  # noqa: E731
+    limits: list[tuple[dict[str, Any], float]] = [
+        ({"params": 2_000_000_000, "compression": 8.0}, whole / 8),
+        ({"compression": 2.0, "target": "server"}, 3e9),
+        ({"target": "server", "memory_gb": 4.0}, 2e9),
+        ({"target": "mobile", "memory_gb": 4.0}, 1e9),
+        ({"memory_gb": 4.0, "latency_ms": 15.0}, 1.5e9),
+        ({"target": "server", "memory_gb": 4.0, "latency_ms": 50.0, "compression": 3.0, "min_share": 0.5}, 2e9),
+        ({"min_share": 0.9, "task": "knowledge"}, smallest_student(whole, 0.9, "knowledge").value),
+    ]
+    for number, (given, expected) in enumerate(limits):
+        student = Budget(**given, context=256).student(LLAMA_8B, seconds=seconds)
+        assert abs(count_parameters(student) / expected - 1) <= 0.06, number
+        assert size_of(student, 256).serve_bytes <= 1e9 * given.get("memory_gb", math.inf)
+        assert 1000 * seconds(student) <= given.get("latency_ms", math.inf)
+    with pytest.raises(
+        ModelError, match=r"expected limits that leave .* keep 95% of their teacher's score \(reasoning"
+    ):
+        Budget(target="edge", min_share=0.95, task="reasoning").student(LLAMA_8B)
+
+
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({}, "got none"),
-        ({"params": 5, "compression": 2.0}, "params and compression"),
+        ({}, "at least one of params, compression, memory_gb, latency_ms, target, min_share, got none"),
+        ({"params": 5, "compression": 0.5}, "above 1"),
+        ({"min_share": 1.0}, "min_share between 0 and 1, got 1"),
+        ({"min_share": 0.9, "task": "poetry"}, "expected task understanding"),
         ({"compression": 0.5}, "above 1"),
         ({"compression": float("nan")}, "above 1"),
         ({"memory_gb": -1.0}, "above 0"),
@@ -136,6 +171,10 @@ def test_published_shapes_have_their_published_sizes() -> None:
     assert found["DistilBERT"] == 66_985_530
     assert found["SmolLM2 135M"] == 134_515_008
     assert round(found["Llama 3.1 Minitron 4B"], -8) == 4_500_000_000
+    for name, width, ffn, kv_heads in (("tiny-500m", 1024, 2816, 4), ("small-1b", 2048, 5504, 8)):
+        keys = 2 * width * kv_heads * width // 16
+        layer = 2 * width**2 + keys + 3 * width * ffn + 2 * width
+        assert found[name] == 32_000 * width + 24 * layer + width
 
 
 def test_estimates_go_through_the_published_points() -> None:
@@ -146,6 +185,16 @@ def test_estimates_go_through_the_published_points() -> None:
         assert point.source in found.source
     assert expected_share(1, "knowledge").value == 1
     assert expected_share(20, "knowledge").extrapolated
+    exponents = {
+        task: sorted(-math.log(x.share) / math.log(x.compression) for x in PUBLISHED if x.task in capabilities)
+        for task, capabilities in CAPABILITIES.items()
+    }
+    assert {point.task for point in PUBLISHED} == {*CAPABILITIES["general"]}
+    for task, found in exponents.items():  # the median: a student that failed does not decide
+        middle = (found[(len(found) - 1) // 2] + found[len(found) // 2]) / 2
+        assert expected_share(3, task).value == pytest.approx(3**-middle)
+    shares = [expected_share(4, task).value for task in ("simple", "medium", "complex")]
+    assert shares == sorted(shares, reverse=True)
     needed = smallest_student(8_000_000_000, 0.9, "knowledge")
     assert needed.low <= needed.value <= needed.high
     assert expected_share(8e9 / needed.value, "knowledge").value == pytest.approx(0.9)
@@ -162,6 +211,25 @@ def test_estimates_go_through_the_published_points() -> None:
 def test_estimates_of_what_is_not(call) -> None:
     with pytest.raises(ShapeError, match="expected"):
         call()
+
+
+def test_a_plan_names_what_to_begin_with() -> None:
+    plan = recommend_compression(8_000_000_000, target="edge", task="complex")
+    assert (plan.parameters, plan.compression, plan.precision, plan.temperature) == (500_000_000, 16, "int4", 1.0)
+    assert plan.share == expected_share(16, "complex") and plan.share.extrapolated
+    assert "jsd" in plan.method and "chains of thought" in plan.data[0]
+    plan = recommend_compression(8_000_000_000, target="server", task="classification", min_share=0.95)
+    needed = smallest_student(8_000_000_000, 0.95, "classification").value
+    assert plan.parameters == round(min(3e9, needed)) and plan.temperature == 2.0
+    near = recommend_compression(8_000_000_000, min_share=0.9)
+    assert "forward_kl" in near.method and near.precision == "bfloat16" and len(near.data) == 4
+    for options, message in (
+        ({}, "expected target or min_share"),
+        ({"target": "phone"}, "expected target browser"),
+        ({"target": "server", "teacher_parameters": 10**9}, "It needs no smaller student"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            recommend_compression(**{"teacher_parameters": 8_000_000_000} | options)
 
 
 def test_the_distillation_law_is_its_formula() -> None:
@@ -195,7 +263,7 @@ def test_the_command_writes_a_config(tmp_path: Path) -> None:
         ([], "expected --teacher"),
         (["--teacher", "nowhere/at/all", "--params", "1M"], "not one"),
         (["--teacher", "TOYS", "--params", "1M", "--keep", "dpeth"], "--keep: expected"),
-        (["--teacher", "TOYS"], "one of params"),
+        (["--teacher", "TOYS"], "at least one of params"),
         (["--teacher", "TOYS", "--params", "1M", "--context", "65"], "--context: expected at most 64"),
         (["--teacher", "TOYS", "--params", "100 M parameters"], "such as 100M"),
     ],
@@ -211,10 +279,14 @@ def test_toys_have_designs_too() -> None:
     assert abs(count_parameters(student) * 2 / count_parameters(teacher) - 1) <= 0.05
 
 
-def test_the_list_of_published_shapes() -> None:
+def test_the_list_of_shapes_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     done = potstill("--list")
     assert done.exit_code == 0, done.output
-    assert "TinyLlama" in done.output
+    lines = {line[:22].strip(): line for line in done.output.splitlines()}
+    assert {reference.name for reference in REFERENCES} <= lines.keys()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in done.output
+    assert lines["TinyLlama 1.1B"].split()[2:] == ["1.1B", "22", "2048", "32/4", "5632", "22.5", "kB", "scratch"]
 
 
 def test_layoutlmv3_has_sizes_of_places_that_make_its_width() -> None:

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from conftest import TEXT, make_tokenizer
 from potstill.cli import app
+from potstill.embedding.encoders import embedder_with_head
 from potstill.embedding.heads import VectorHead
 from potstill.embedding.teachers import TextEncoder, encode_texts, server_encoder
 from potstill.embedding.training import EmbeddingDistiller
@@ -58,7 +59,7 @@ def test_the_presets_run(name: str, values: dict[str, Any]) -> None:
     np.save("embeddings.npy", torch.cat([TRAIN, torch.randn(400, 24)], 1).numpy())
     small = ["train.epochs=1", "student.dimensions=6", "train.batch_size=64"]
     small += ["student.prefixes={2: 0.7, 6: 0.3}"] if name == "curriculum" else []
-    command = ["run", str(ROOT / "recipes" / f"{name}.yaml"), *(word for change in small for word in ("--set", change))]
+    command = ["run", f"preset:{name}", *(word for change in small for word in ("--set", change))]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "all pairs" in done.output and "PCA" in done.output
@@ -75,12 +76,17 @@ def test_the_presets_run(name: str, values: dict[str, Any]) -> None:
 
 
 def test_the_stages_of_the_curriculum() -> None:
-    recipe = EmbeddingRecipe.load(ROOT / "recipes/curriculum.yaml")
+    recipe = EmbeddingRecipe.load("preset:curriculum")
     assert recipe.train.temperature is not None
     assert recipe.train.temperature.values() == [4.0, 3.125, 2.25, 1.375, 0.5]
     falling = recipe.train.temperature.model_copy(update={"schedule": "exponential"}).values()
     assert falling[2] == pytest.approx((4.0 * 0.5) ** 0.5)
     assert recipe.train.temperature.model_copy(update={"schedule": "cosine"}).values()[2] == pytest.approx(2.25)
+
+
+def test_a_preset_that_is_not_there() -> None:
+    with pytest.raises(RecipeError, match=r"curriculum, fast, openai, got openia\. Did you mean openai\?"):
+        EmbeddingRecipe.load("preset:openia")
 
 
 def test_a_run_is_not_overwritten_and_goes_on(values: dict[str, Any]) -> None:
@@ -114,10 +120,9 @@ def test_a_text_student_is_a_plain_sentence_transformers_model(values: dict[str,
         assert {near["text"] for near in result.summary["neighbours"]} <= {
             one[key] for one in rows[90:] for key in "ab"
         }
-        if "head" in student:
-            continue
         assert (result.directory / "student/modules.json").exists()
         assert not list((result.directory / "student").rglob("*.bin"))
+        assert "SentenceTransformer(" in (result.directory / "student/README.md").read_text()
         loaded = SentenceTransformer(str(result.directory / "student"), device="cpu")
         vectors = loaded.encode(WORDS[:5], show_progress_bar=False)
         assert vectors.shape == (5, 4) and np.isfinite(vectors).all()
@@ -125,6 +130,32 @@ def test_a_text_student_is_a_plain_sentence_transformers_model(values: dict[str,
     assert len(layers) == 2
     with pytest.raises(ModelError, match="expected 1 to 3 layers of a transformer, got 9"):
         run(values | {"student": {"encoder": {"layers": 9}, "dimensions": 4}, "output": "run-9"})
+
+
+@pytest.mark.parametrize("hidden", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_head_reads_texts_with_its_teacher(
+    hidden: int, dtype: torch.dtype, embedder: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    teacher = SentenceTransformer(str(embedder), device="cpu", prompts={"query": "say: "}, default_prompt_name="query")
+    teacher.to(dtype)
+    torch.manual_seed(3)
+    head = VectorHead(16, 4, hidden)
+    embedder_with_head(teacher, head).save_pretrained(str(tmp_path / "whole"), create_model_card=False)
+    whole = SentenceTransformer(str(tmp_path / "whole"), device="cpu")
+    vectors = teacher.float().encode(WORDS[:20], show_progress_bar=False, convert_to_tensor=True).double().cpu()
+    weights = {name: value.double() for name, value in head.state_dict().items()}
+    x = vectors / vectors.norm(dim=1, keepdim=True)
+    y = x @ weights["map.weight"].T + weights["map.bias"]
+    if hidden:
+        z = x @ weights["beside.0.weight"].T + weights["beside.0.bias"]
+        gelu = z * (1 + torch.erf(z / 2**0.5)) / 2
+        y = y + gelu @ weights["beside.2.weight"].T + weights["beside.2.bias"]
+    y = (y / y.norm(dim=1, keepdim=True)).float().numpy()
+    np.testing.assert_allclose(whole.encode(WORDS[:20], show_progress_bar=False), y, atol=2e-6)
+    np.testing.assert_allclose(head.transform(vectors.float()), y, atol=2e-6)
 
 
 def test_a_matrix_teaches_a_student_that_reads_text(values: dict[str, Any], embedder: Path) -> None:

@@ -16,7 +16,7 @@ from potstill.embedding.training import EmbeddingDistiller, Epoch
 from potstill.embedding.vectors import open_vectors
 from potstill.errors import DataError, DivergedError, ModelError, RunError, ShapeError
 from potstill.evaluate.space import SpaceEvaluator
-from potstill.losses.embedding import similarity_error
+from potstill.losses.embedding import reconstruction_error, similarity_error
 
 
 def clustered(rows: int, seed: int = 0) -> torch.Tensor:
@@ -177,6 +177,50 @@ def test_an_objective_of_ones_own_is_minimised() -> None:
     assert heats == {1.0, 2.0}
     assert history[-1].loss < history[1].loss
     assert max(line.metrics.all_pairs for line in history) > history[0].metrics.all_pairs
+
+
+class OwnStudent(torch.nn.Module):
+    """As someone writes one who knows torch alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Linear(TRAIN.shape[1], 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x)
+
+
+class SimilarityObjective:
+    focus = "global"
+
+    def __call__(self, student: torch.Tensor, teacher: torch.Tensor, heat: float = 1.0) -> torch.Tensor:
+        return similarity_error(student, teacher)
+
+
+def test_a_student_of_ones_own_learns_with_reconstruction() -> None:
+    torch.manual_seed(0)
+    student = OwnStudent()
+    first = student.encoder.weight.detach().clone()
+    objective = SimilarityObjective()
+    distiller = EmbeddingDistiller(student, objective, epochs=4, batch_size=len(TRAIN), reconstruction=0.4)
+    history = distiller.fit(TRAIN, HELD)
+    assert history[-1].loss < history[1].loss
+    torch.manual_seed(0)
+    again = OwnStudent()
+    assert torch.equal(again.encoder.weight, first)
+    torch.manual_seed(0)  # the decoder's, as `fit` seeds it
+    decoder = torch.nn.Linear(3, TRAIN.shape[1])
+    unit = torch.nn.functional.normalize
+    decoded, teacher = decoder(unit(again(TRAIN), dim=-1)), unit(TRAIN, dim=-1)
+    expected = 0.6 * similarity_error(again(TRAIN), TRAIN) + 0.4 * reconstruction_error(decoded, teacher)
+    assert history[1].loss == pytest.approx(float(expected.detach()), rel=1e-5)  # one batch an epoch, in any order
+    with pytest.raises(ShapeError, match=r"expected a student from vectors \[N, H\] to \[N, d\], got \[3\]"):
+        EmbeddingDistiller(torch.nn.Sequential(OwnStudent(), FirstColumn())).fit(TRAIN, HELD)
+
+
+class FirstColumn(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum(0)
 
 
 def test_a_checkpoint_of_another_student_is_told(tmp_path: Path) -> None:

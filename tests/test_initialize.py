@@ -79,7 +79,7 @@ def begun(teacher: PreTrainedModel, method: Any, layers: Any = None, **changes: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["copy", "truncate", "prune"])
+@pytest.mark.parametrize("method", ["copy", "truncate", "prune", "selective"])
 def test_a_student_of_the_teachers_shape_is_the_teacher(kind: str, method: str) -> None:
     teacher = model(kind)
     assert torch.equal(logits(begun(teacher, method)), logits(teacher))
@@ -254,12 +254,47 @@ def test_layers_are_chosen(how: Any, teacher: int, student: int, layers: list[in
         ("truncate", {"intermediate_size": 64}, "no larger than its teacher, got ffn 64 above 48"),
         ("truncate", {"num_attention_heads": 2, "num_key_value_heads": 1}, "heads as wide as the teacher's, 8, got 16"),
         ("copy", {"num_hidden_layers": 6}, "at most the teacher's 5"),
-        ("shrink", {}, "expected copy, truncate, prune"),
+        ("shrink", {}, "expected copy, truncate, prune, selective"),
+        ("selective", {"num_attention_heads": 2, "num_key_value_heads": 1}, "heads as wide as the teacher's"),
+        (
+            "selective",
+            {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8},
+            "expected parameters whose shape is the teacher's for selective, got none",
+        ),
     ],
 )
 def test_students_that_do_not_fit(method: str, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         begun(model("llama"), method, **changes)
+
+
+def test_selective_copies_what_has_the_teachers_shape_and_lists_it() -> None:
+    teacher = model("llama")
+    config = student_config(teacher.config, {"num_hidden_layers": 2, "intermediate_size": 24}, 50)
+    plan = plan_initialization(teacher, config, "selective", layers=[1, 4], calibration=list)
+    student, fresh = plan.student(teacher, 7), random_student(config, 7)
+    source = dict(teacher.named_parameters())
+    copied = random = 0
+    for name, parameter in student.named_parameters():
+        of_teacher = source[name.replace("layers.1.", "layers.4.").replace("layers.0.", "layers.1.")]
+        if "mlp" in name:
+            assert torch.equal(parameter, fresh.get_parameter(name))
+            random += parameter.numel()
+        else:
+            assert torch.equal(parameter, of_teacher[: len(parameter)])
+            copied += parameter.numel()
+    share = f"{copied / (copied + random):.0%}"
+    assert plan.notes == (
+        "student: the teacher's layers 1, 4 of 5 (as given), the parameters whose shape matches.",
+        "student: the first 50 of the teacher's 60 token rows.",
+        f"student: copied, {share} of its parameters: model.embed_tokens.weight, "
+        + "".join(f"model.layers.*.self_attn.{name}_proj.weight, " for name in "qkvo")
+        + "model.layers.*.input_layernorm.weight, model.layers.*.post_attention_layernorm.weight, model.norm.weight, "
+        "lm_head.weight.",
+        "student: of another shape than the teacher's, and random: "
+        + ", ".join(f"model.layers.*.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+        + ".",
+    )
 
 
 @pytest.mark.parametrize("layers", [[0, 0], [1, 0], [0, 5], [0], "evenly"])
@@ -313,8 +348,8 @@ def test_a_recipe_designs_by_a_budget(recipe_values: dict[str, Any]) -> None:
     ("student", "message"),
     [
         ({"design": {"params": "1M", "hidden_size": 8}}, r"student\.design\.hidden_size: unknown key"),
-        ({"design": {"keep": "depth"}}, "one of params"),
-        ({"design": {"params": 5, "target": "edge"}}, "params and target"),
+        ({"design": {"keep": "depth"}}, "at least one of params"),
+        ({"design": {"params": 5, "target": "edg"}}, "target"),
         ({"design": {"hidden_size": 8}, "initialize": "prun"}, "initialize"),
         ({"design": {"hidden_size": 8}, "initialize": {"method": "random", "layers": "skip"}}, "no layers with random"),
         ({"model": "here", "initialize": "copy"}, "beside model"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from conftest import make_llama, make_tokenizer
 from potstill.data.vocabulary import shared_vocabulary
@@ -32,6 +34,54 @@ def test_layer_types_follow_the_number_of_layers() -> None:
 def test_a_kind_without_these_fields_works_too() -> None:
     config = student_config(GPT2Config(vocab_size=300), {"n_embd": 32, "n_head": 2, "n_layer": 1}, 300)
     assert random_student(config, 0).config.n_embd == 32
+
+
+def test_every_field_of_the_family_can_be_given(tmp_path: Path) -> None:
+    llama, gemma = make_llama().config, Gemma3TextConfig(num_hidden_layers=4)
+    cases: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+        (llama, {"rope_theta": 5e4, "rms_norm_eps": 1e-3}, {"rope_theta": 5e4, "rope_type": "default"}),
+        (llama, {"rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 7.0, "rope_type": "default"}),
+        (
+            llama,
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            {"rope_theta": llama.rope_parameters["rope_theta"], "rope_type": "linear", "factor": 2.0},
+        ),
+        (
+            gemma,
+            {"rope_parameters": {"full_attention": {"rope_theta": 3e4}}, "query_pre_attn_scalar": 64},
+            gemma.rope_parameters | {"full_attention": {"rope_theta": 3e4, "rope_type": "default"}},
+        ),
+    ]
+    for number, (teacher, changes, rotary) in enumerate(cases):
+        student_config(teacher, changes, 300).save_pretrained(tmp_path / str(number))
+        student = AutoConfig.from_pretrained(tmp_path / str(number))
+        assert student.rope_parameters == rotary
+        for name in ("rms_norm_eps", "query_pre_attn_scalar"):
+            assert name not in changes or getattr(student, name) == changes[name]
+    assert student_config(GPT2Config(), {"num_hidden_layers": 3}, 300).n_layer == 3
+    lists = student_config(gemma, {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}, 300)
+    assert lists.layer_types == ["full_attention"] * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (LlamaConfig(), {"rope_teta": 1e4}, "got rope_teta. Did you mean rope_theta?"),
+        (LlamaConfig(), {"rope_parameters": {"rope_teta": 1e4}}, "got rope_teta. Did you mean rope_theta?"),
+        (LlamaConfig(), {"rms_norm_epsilon": 1e-5}, "got rms_norm_epsilon. Did you mean rms_norm_eps?"),
+        (GPT2Config(), {"rope_theta": 1e4}, "expected a field of the teacher's GPT2Config, got rope_theta."),
+        (GPT2Config(), {"n_layer": 2, "num_hidden_layers": 2}, "expected n_layer once"),
+        (
+            Gemma3TextConfig(),
+            {"rope_theta": 1e4},
+            "expected sliding_attention, full_attention, got rope_theta. Such as rope_parameters: {sliding_attention: "
+            "{rope_theta: ...}}.",
+        ),
+    ],
+)
+def test_fields_that_the_family_does_not_have(config: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(message)):
+        student_config(config, changes, 300)
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from potstill.cli import app
+from potstill.cli.sweep import _table
 from potstill.errors import DataError, DivergedError, RecipeError, RunError, UserError
 from potstill.evaluate.report.sweep import write_sweep_report
 from potstill.evaluate.tradeoff import Limits
@@ -53,6 +54,10 @@ def test_a_sweep_leaves_what_it_promises(values: dict[str, Any], tmp_path: Path)
         assert row["loss"] == own["rows"]["student"]["loss"]
         assert row["parameters"] == own["rows"]["student"]["parameters"]
         assert row["latency_ms"] > 0
+        own_rows = own["rows"]
+        assert row["speed_up"] == own_rows["teacher"]["latency_ms"] / own_rows["student"]["latency_ms"]
+        hidden, heads = row["values"]["student.design.hidden_size"], 2  # keys and values of each position, 2 bytes each
+        assert row["memory_bytes"] == row["bytes"] + 32 * 2 * 2 * heads * (hidden // heads)
         assert own["name"].endswith(row["label"])
     assert rows[0]["parameters"] == rows[1]["parameters"] < rows[2]["parameters"]
     assert found.summary["teacher"]["parameters"] > rows[3]["parameters"]
@@ -145,6 +150,20 @@ def test_limits_decide_and_the_report_is_written_again(values: dict[str, Any], t
     (out / "sweep.html").unlink()
     assert CliRunner().invoke(app, ["report", str(out)], catch_exceptions=False).exit_code == 0
     assert (out / "sweep.html").exists()
+
+
+def test_the_table_fits_into_80_columns() -> None:
+    row = {"loss": 3.1234, "quality": 0.8123, "parameters": 1.1e9, "bytes": 2.2e9, "latency_ms": 123.4, "speed_up": 2.5}
+    labels = ("compression 2.5, temperature 2, weight 0.5", "compression 16, temperature 4, weight 0.25")
+    runs = [row | {"label": label} for label in labels]
+    fronts = {"parameters": [0, 1], "bytes": [0], "latency_ms": [0]}
+    out = io.StringIO()
+    table = _table({"name": "toy", "runs": runs, "fronts": fronts, "recommended": {"place": 0}})
+    Console(file=out, width=80).print(table)
+    text = " ".join(out.getvalue().split())
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    for cell in ("speed-up", "3.123", "81.2%", "1.1B", "2.2 GB", "123 ms", "2.5x", "p s l", "temperature"):
+        assert cell in text
 
 
 def test_names_tell_combinations_apart(values: dict[str, Any], tmp_path: Path) -> None:

@@ -8,12 +8,24 @@ import re
 
 import pytest
 
-from potstill.evaluate.tradeoff import Candidate, Limits, pareto_front, predict, recommend, relative_quality
+from potstill.errors import ShapeError
+from potstill.evaluate.tradeoff import (
+    Candidate,
+    Limits,
+    pareto_front,
+    predict,
+    recommend,
+    relative_quality,
+    retention,
+)
 
 
 def candidates(*rows: tuple[float, int, float]) -> list[Candidate]:
     """(quality, parameters, latency)."""
-    return [Candidate(f"s{i}", quality, size, 4 * size, latency) for i, (quality, size, latency) in enumerate(rows)]
+    return [
+        Candidate(f"s{i}", quality, size, 4 * size, latency, 5 * size)
+        for i, (quality, size, latency) in enumerate(rows)
+    ]
 
 
 def test_the_front_is_who_nobody_beats() -> None:
@@ -51,7 +63,9 @@ STUDENTS = candidates((0.2, 100, 1.0), (0.6, 200, 2.0), (0.65, 400, 3.5), (0.7, 
     [
         (Limits(max_parameters=400), 2, "The best with at most 400 parameters: s2"),
         (Limits(max_latency_ms=2.5), 1, "The best with at most 2.5 ms: s1"),
-        (Limits(max_bytes=3200), 3, "The best with at most 3.2 kB"),
+        (Limits(max_bytes=3200), 3, "The best with at most 3.2 kB on disk"),
+        (Limits(max_memory_bytes=2000), 2, "The best with at most 2.0 kB of memory: s2"),
+        (Limits(max_memory_bytes=2000, max_parameters=300), 1, "The best with at most 300 parameters, at most 2.0 kB"),
         (Limits(min_quality=0.62), 2, "The smallest with at least 62% of the teacher's quality: s2"),
         (
             Limits(min_quality=0.62, max_latency_ms=3.0),
@@ -66,6 +80,21 @@ def test_the_student_to_take(limits: Limits, place: int | None, why: str) -> Non
     found = recommend(STUDENTS, limits)
     assert found.place == place
     assert re.match(why, found.why), found.why
+
+
+def test_memory_that_is_not_known_is_within_no_limit() -> None:
+    unknown = Candidate("old", 0.9, 10, 40, 1.0)
+    assert recommend([unknown], Limits(max_memory_bytes=10**12)).place is None
+    assert recommend([unknown], Limits()).place == 0
+
+
+def test_a_metric_that_fails_does_not_decide_what_is_retained() -> None:
+    teacher = {"a": 80.0, "b": 40.0, "c": 50.0, "d": 0.0, "e": 9.0}
+    share, shares = retention(teacher, {"a": 72.0, "b": 4.0, "c": 40.0, "d": 3.0})
+    assert shares == pytest.approx({"a": 0.9, "b": 0.1, "c": 0.8})
+    assert share == pytest.approx(0.8)
+    with pytest.raises(ShapeError, match="a metric of both"):
+        retention({"a": 1.0}, {"b": 1.0})
 
 
 def test_one_student_none_and_those_that_diverged() -> None:

@@ -98,10 +98,10 @@ def print_facts(rows: Iterable[tuple[str, ...]]) -> None:
     show(table)
 
 
-def comparison_table(columns: Iterable[str], title: str | None = None) -> Table:
-    """Make a table with a column of names and a right-aligned column for each of `columns`."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
+def comparison_table(columns: Iterable[str], title: str | None = None, *, wraps: bool = False) -> Table:
+    """Make a table with a column of names, which may wrap, and a right-aligned column for each of `columns`."""
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=not wraps)
+    table.add_column("", no_wrap=not wraps)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table

@@ -13,9 +13,9 @@ _KINDS = ("distillation", "embedding")
 
 def kind_of(path: Path, kinds: Sequence[str] = _KINDS) -> str:
     """Read the kind of a recipe, one of `kinds`; distillation if it has none, or if there is no such file."""
-    from potstill.runs.config.document import read
+    from potstill.runs.config.document import locate_recipe, read
 
-    values = read(path) if path.exists() else None
+    values = read(path) if locate_recipe(path).exists() else None
     kind = values.get("kind", _KINDS[0]) if isinstance(values, dict) else _KINDS[0]
     if kind not in kinds:
         raise RecipeError(

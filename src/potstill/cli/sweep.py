@@ -21,6 +21,7 @@ def sweep(
     out: Annotated[Path | None, typer.Option(help="sweep directory; default: the recipe's output-sweep")] = None,
     max_parameters: Annotated[str | None, typer.Option(help="of the recommended student, such as 100M")] = None,
     max_megabytes: Annotated[float | None, typer.Option(help="of its weights on disk")] = None,
+    max_memory_gb: Annotated[float | None, typer.Option(help="to serve one row: weights and cache")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="of its forward pass over one row")] = None,
     min_quality: Annotated[float | None, typer.Option(help="share of the teacher's, such as 0.8", min=0)] = None,
     engine: Engine = "process",
@@ -50,7 +51,8 @@ def sweep(
 
     most = None if max_parameters is None else parse_count(max_parameters)
     max_bytes = None if max_megabytes is None else round(max_megabytes * 1e6)
-    limits = Limits(most, max_bytes, max_latency_ms, min_quality)
+    max_memory = None if max_memory_gb is None else round(max_memory_gb * 1e9)
+    limits = Limits(most, max_bytes, max_latency_ms, min_quality, max_memory)
     directory = out or Path(f"{values['output']}-sweep")
     axes = read_axes([*(vary or ()), *(more or ())])
     options: dict[str, Any] = {"limits": limits, "resume": resume, "engine": engine, "origin": str(recipe)}
@@ -79,8 +81,8 @@ def _table(summary: dict[str, Any]) -> Table:
     from potstill.evaluate import formatting
     from potstill.evaluate.report.sweep import COSTS
 
-    columns = ("loss", "quality", "parameters", "size", "latency", "on a front")
-    table = comparison_table(columns, title=summary["name"])
+    columns = ("loss", "quality", "params", "size", "latency", "speed-up", "fronts")
+    table = comparison_table(columns, title=summary["name"], wraps=True)
     for place, row in enumerate(summary["runs"]):
         table.add_row(
             row["label"],
@@ -89,7 +91,9 @@ def _table(summary: dict[str, Any]) -> Table:
             formatting.count(row["parameters"]),
             formatting.size(row["bytes"]),
             formatting.milliseconds(row["latency_ms"]),
-            ", ".join(COSTS[cost] for cost, places in summary["fronts"].items() if place in places),
+            "" if row.get("speed_up") is None else f"{formatting.times(row['speed_up'])}x",
+            " ".join(COSTS[cost][0] for cost, places in summary["fronts"].items() if place in places),
             style="bold" if place == summary["recommended"]["place"] else None,
         )
+    table.caption = "fronts: " + ", ".join(f"{name[0]} {name}" for name in COSTS.values())
     return table

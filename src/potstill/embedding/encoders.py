@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +92,6 @@ def _check_body(model: SentenceTransformer, folder: Path, key: str, name: str) -
 class TextStudent(nn.Module):
     """A sentence-transformers model as a student: texts to vectors [N, d], with a gradient."""
 
-    reads_text: ClassVar[bool] = True
-    inputs: ClassVar[None] = None  # it reads no vectors
-
     def __init__(self, model: SentenceTransformer, saved_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.model, self.saved_dtype = model, saved_dtype  # that of the checkpoint of its layers
@@ -156,6 +153,43 @@ def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str
     width, dimensions = weight.shape
     dense = Dense(width, dimensions, activation_function=nn.Identity(), init_weight=weight.T.float(), init_bias=bias)
     return TextStudent(SentenceTransformer(modules=[transformer, pooling, dense], device="cpu"), saved_dtype)
+
+
+@torch.no_grad()
+def embedder_with_head(model: SentenceTransformer, head: VectorHead) -> SentenceTransformer:
+    """Append a head to a model, in float32: texts to what `VectorHead.transform` makes of the model's vectors.
+
+    The linear map passes the activation of the MLP beside it in two units for each dimension: gelu(y) - gelu(-y) = y.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+
+    def dense(weight: Tensor, bias: Tensor, activation: nn.Module) -> Dense:
+        outputs, inputs = weight.shape
+        return Dense(
+            inputs, outputs, activation_function=activation, init_weight=weight.clone(), init_bias=bias.clone()
+        )
+
+    head = copy.deepcopy(head).cpu()
+    weight, bias = head.map.weight, head.map.bias
+    if head.beside is None:
+        layers = [dense(weight, bias, nn.Identity())]
+    else:
+        first, _, last = cast(Any, head.beside)
+        identity = torch.eye(head.dimensions)
+        layers = [
+            dense(torch.cat([weight, -weight, first.weight]), torch.cat([bias, -bias, first.bias]), nn.GELU()),
+            dense(torch.cat([identity, -identity, last.weight], 1), last.bias, nn.Identity()),
+        ]
+    if any(values.dtype != torch.float32 for values in model.parameters()):
+        model = copy.deepcopy(model).float()
+    return SentenceTransformer(
+        modules=[*model, Normalize(), *layers, Normalize()],
+        device="cpu",
+        prompts={name: prompt for name, prompt in model.prompts.items() if prompt is not None},
+        default_prompt_name=model.default_prompt_name,
+        similarity_fn_name=model.similarity_fn_name,
+    )
 
 
 def _keep_layers(body: Any, number: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -51,8 +51,6 @@ class VectorHead(nn.Module):
 
     `inputs` is H, `dimensions` is d, and `hidden` the width of the MLP beside the map; 0 for none.
     """
-
-    reads_text: ClassVar[bool] = False
 
     def __init__(self, inputs: int, dimensions: int, hidden: int = 0) -> None:
         super().__init__()

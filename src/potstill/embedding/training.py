@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from potstill.data.files import atomic_path
-from potstill.embedding.encoders import EmbeddingModel
+from potstill.embedding.encoders import TextStudent
+from potstill.embedding.heads import VectorHead
 from potstill.embedding.objective import EmbeddingObjective, PairObjective
 from potstill.embedding.vectors import BLOCK_ROWS, VectorArray, as_vector_array
 from potstill.errors import DataError, DivergedError, RunError, ShapeError, one_line
@@ -54,7 +55,8 @@ class EmbeddingDistiller(Record):
     best epoch on the held-out vectors, the start included: there it is never worse than the PCA it started as.
 
     Args:
-        student: a `VectorHead`, or a `TextStudent`, on the device that it trains on.
+        student: a `VectorHead`, a `TextStudent`, or any module from the teacher's vectors [N, H] to [N, d], on the
+            device that it trains on.
         objective: the loss; its focus also decides which held-out metric is the best. Any `EmbeddingObjective`.
         heats: factor of the temperatures, one for each stage.
         epochs: passes over the vectors in a stage.
@@ -65,7 +67,7 @@ class EmbeddingDistiller(Record):
         seed: of the order of rows and of dropout.
     """
 
-    student: EmbeddingModel
+    student: nn.Module
     objective: EmbeddingObjective = field(default_factory=PairObjective)
     heats: Sequence[float] = (1.0,)
     epochs: Annotated[int, Range(ge=1)] = 20
@@ -103,7 +105,7 @@ class EmbeddingDistiller(Record):
         self._check_inputs(vectors, held_out, texts, held_out_texts)
         evaluator = evaluator or SpaceEvaluator(held_out)
         torch.manual_seed(self.seed)
-        training = _Training(self, vectors.dimensions)
+        training = _Training(self, self._dimensions(held_out, held_out_texts), vectors.dimensions)
 
         def finish_epoch(epoch: int, stage: int, loss: float | None) -> None:
             self.student.eval()
@@ -142,17 +144,29 @@ class EmbeddingDistiller(Record):
     def _check_inputs(
         self, vectors: VectorArray, held_out: Tensor, texts: Sequence[str] | None, held_out_texts: Sequence[str] | None
     ) -> None:
-        rule = "with" if self.student.reads_text else "only with"
+        reads = reads_text(self.student)
+        rule = "with" if reads else "only with"
         for name, given, rows in (("texts", texts, vectors.rows), ("held_out_texts", held_out_texts, len(held_out))):
-            if self.student.reads_text != (given is not None):
+            if reads != (given is not None):
                 raise DataError(f"EmbeddingDistiller: expected {name} {rule} a TextStudent.")
             if given is not None and len(given) != rows:
                 got = f"{len(given)} texts and {rows} vectors. Row i of both must be the same text."
                 raise DataError(f"EmbeddingDistiller: expected as many {name} as the teacher has vectors, got {got}")
-        width = self.student.inputs or vectors.dimensions
+        width = self.student.inputs if isinstance(self.student, VectorHead) else vectors.dimensions
         if vectors.dimensions != width or held_out.shape[1] != width:
             got = f"{vectors.dimensions} to learn from and {held_out.shape[1]} held out"
             raise ShapeError(f"EmbeddingDistiller: expected vectors of {width} dimensions, got {got}.")
+
+    def _dimensions(self, held_out: Tensor, texts: Sequence[str] | None) -> int:
+        """Try the student on two rows, and count the dimensions of its vectors."""
+        self.student.eval()
+        vectors = embed(self.student, held_out[:2], None if texts is None else texts[:2])
+        if vectors.ndim != 2 or len(vectors) != 2:
+            raise ShapeError(
+                f"EmbeddingDistiller: expected a student from vectors [N, H] to [N, d], got {list(vectors.shape)} from "
+                f"{list(held_out[:2].shape)}."
+            )
+        return vectors.shape[1]
 
 
 STATEFUL = ("student", "decoder", "optimizer")
@@ -161,11 +175,11 @@ STATEFUL = ("student", "decoder", "optimizer")
 class _Training:
     """What changes while a student is trained, and is saved in checkpoints."""
 
-    def __init__(self, plan: EmbeddingDistiller, teacher_dimensions: int) -> None:
+    def __init__(self, plan: EmbeddingDistiller, dimensions: int, teacher_dimensions: int) -> None:
         self.plan, self.student, self.device = plan, plan.student, device_of(plan.student)
         self.decoder: nn.Module = nn.Sequential()
         if plan.reconstruction:
-            self.decoder = nn.Linear(plan.student.dimensions, teacher_dimensions).to(self.device)
+            self.decoder = nn.Linear(dimensions, teacher_dimensions).to(self.device)
         parameters = [*self.student.parameters(), *self.decoder.parameters()]
         self.optimizer = torch.optim.Adam(parameters)
         self.history: list[Epoch] = []
@@ -224,12 +238,16 @@ class _Training:
 
 
 @torch.no_grad()
-def embed(student: EmbeddingModel, vectors: Tensor, texts: Sequence[str] | None) -> Tensor:
+def embed(student: nn.Module, vectors: Tensor, texts: Sequence[str] | None) -> Tensor:
     """Compute the student's vectors, [N, d] on the CPU, from the teacher's or from the texts, as it reads them."""
-    inputs: Any = texts if student.reads_text else vectors.to(device_of(student))
+    inputs: Any = texts if reads_text(student) else vectors.to(device_of(student))
     starts = range(0, len(vectors), BLOCK_ROWS)
     return torch.cat([student(inputs[start : start + BLOCK_ROWS]).float().cpu() for start in starts])
 
 
-def device_of(student: EmbeddingModel) -> torch.device:
+def reads_text(student: nn.Module) -> bool:
+    return isinstance(student, TextStudent)
+
+
+def device_of(student: nn.Module) -> torch.device:
     return next(student.parameters()).device

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from potstill.engines.sampling import Sampling
+from potstill.losses.token_losses import on_float64_device
 from potstill.models.split import run, undisturbed
 
 
@@ -83,7 +84,7 @@ def generate_tokens(
             while True:
                 step = len(outputs[rows[0]].ids)
                 logits = [decoder.logits[:, :vocabulary].float() for decoder in decoders]
-                drawn = _draw(logits, sampling, uniform[rows, step].to(device), None if guide is None else guide.blend)
+                drawn = _draw(logits, sampling, uniform[rows, step], None if guide is None else guide.blend)
                 for i, token, log_prob, sampler in zip(rows, *(column.tolist() for column in drawn), strict=True):
                     output = outputs[i]
                     output.ids.append(token)
@@ -117,9 +118,10 @@ def _draw(
         probs = blend(probs, (logits[1] / sampling.sampling_temperature).softmax(-1))
     # The inverse of the cumulative distribution: one random number for each row, where torch.multinomial takes one for
     # each token of the vocabulary. In float64, because small steps are lost in float32 near 1.
-    sums = probs.cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True).clamp_max(own.shape[-1] - 1)
-    sampler = probs.gather(-1, token)[:, 0].log() - sums[:, -1].log().float()
+    sums = on_float64_device(probs).cumsum(-1, dtype=torch.float64)
+    drawn = torch.searchsorted(sums, uniform.to(sums.device)[:, None] * sums[:, -1:], right=True)
+    token = drawn.clamp_max(own.shape[-1] - 1).to(own.device)
+    sampler = probs.gather(-1, token)[:, 0].log() - sums[:, -1].log().float().to(own.device)
     return token[:, 0], sampler if blend is None and sampling.plain else _log_prob(own, token), sampler
 
 

@@ -16,6 +16,7 @@ from potstill.errors import ShapeError
 from potstill.evaluate.quality import logits_at, teacher_distances
 from potstill.losses.alignment import Alignment, causal_alignment
 from potstill.losses.divergences import LOG_ZERO
+from potstill.losses.token_losses import on_float64_device
 from potstill.models.split import evaluation_mode
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -274,8 +275,8 @@ def gradient_flow(student: nn.Module, losses: Iterable[Tensor]) -> GradientFlow:
             bad.append(name)
         numbers = [piece for piece in name.split(".") if piece.isdigit()]
         sums = parts[f"layer {numbers[0]}" if numbers else name.split(".")[-2]]
-        sums[0] += float(gradient.double().square().sum())
-        sums[1] += float(parameter.detach().double().square().sum())
+        sums[0] += float(on_float64_device(gradient).double().square().sum())
+        sums[1] += float(on_float64_device(parameter.detach()).double().square().sum())
         sums[2] += parameter.numel()
     student.zero_grad(set_to_none=True)
     flow = [

@@ -35,6 +35,15 @@ def size(number: float) -> str:
     return _scaled(number, (" bytes", " kB", " MB", " GB", " TB"))
 
 
+def flops(number: float) -> str:
+    """Format a number of floating-point operations.
+
+    >>> flops(1.85e18)
+    '1.9 EFLOPs'
+    """
+    return _scaled(number, (" FLOPs", " kFLOPs", " MFLOPs", " GFLOPs", " TFLOPs", " PFLOPs", " EFLOPs", " ZFLOPs"))
+
+
 def _scaled(number: float, units: tuple[str, ...]) -> str:
     for unit in units:
         if abs(number) < 999.95 or unit == units[-1]:

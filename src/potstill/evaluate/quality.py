@@ -63,11 +63,11 @@ class _Sums:
 
     def add(self, logits: Tensor, expected: Tensor | None, alignment: Alignment) -> None:
         self.tokens += len(alignment)
-        self.loss += float(token_cross_entropy(logits, alignment.labels).double().sum())
+        self.loss += float(token_cross_entropy(logits, alignment.labels).cpu().double().sum())
         self.overconfidence += overconfidence(logits, alignment.labels)
         if expected is None:
             return
-        distances = {name: values.double().cpu() for name, values in teacher_distances(logits, expected).items()}
+        distances = {name: values.cpu().double() for name, values in teacher_distances(logits, expected).items()}
         self.distances += torch.stack([values.sum() for values in distances.values()])
         column, longer = alignment.column.cpu(), (0, max(alignment.length - len(self.kl_at), 0))
         self.kl_at = pad(self.kl_at, longer).index_add(0, column, distances["kl"])
@@ -132,7 +132,7 @@ def teacher_distances(logits: Tensor, expected: Tensor) -> dict[str, Tensor]:
     return {
         "kl": token_divergence(logits, targets, ForwardKL()),
         "js": token_divergence(logits, targets, JSD(0.5)),
-        "overlap": (top[:, :, None] == expected_top[:, None, :]).any(1).double().mean(-1),
+        "overlap": (top[:, :, None] == expected_top[:, None, :]).any(1).cpu().double().mean(-1),
         "agreement": logits.argmax(-1) == expected.argmax(-1),
     }
 
@@ -142,10 +142,10 @@ def overconfidence(logits: Tensor, labels: Tensor) -> Tensor:
 
     The sum of absolute values over the number of positions is the expected calibration error.
     """
-    confidence, predicted = logits.softmax(-1).max(-1)
-    excess = confidence.double() - (predicted == labels.to(predicted.device)).double()
+    confidence, predicted = (values.cpu() for values in logits.softmax(-1).max(-1))
+    excess = confidence.double() - (predicted == labels.cpu()).double()
     bins = (confidence * BINS).long().clamp_max(BINS - 1)
-    return torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins.cpu(), excess.cpu())
+    return torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, excess)
 
 
 def gap_closed(teacher: float, baseline: float, student: float) -> float | None:

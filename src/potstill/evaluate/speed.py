@@ -94,7 +94,8 @@ def speed(
 def extra_bytes(action: Callable[[], Any], device: torch.device) -> int | None:
     """Measure the peak memory of an action beyond what is allocated before it.
 
-    On CUDA from torch's allocator; on Linux from the kernel's count for the process, to the page; else None.
+    On CUDA from torch's allocator; on a CPU under Linux from the kernel's count for the process, to the page; else None
+    (Metal's allocator keeps no peak).
     """
     gc.collect()
     if device.type == "cuda":
@@ -102,6 +103,8 @@ def extra_bytes(action: Callable[[], Any], device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         action()
         return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
     try:
         ctypes.CDLL(None).malloc_trim(0)  # return freed memory, which would otherwise be reused without being counted
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
@@ -137,8 +140,8 @@ def _awaited(action: Callable[[], Any], device: torch.device) -> Callable[[], No
 
     def run() -> None:
         action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
     return run
 

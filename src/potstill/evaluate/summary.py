@@ -121,6 +121,7 @@ class TrainingFacts(BaseModel):
     steps: int | None = None
     tokens_per_step: int | None = None
     seconds: dict[str, float] = {}
+    flops: dict[str, float] = {}  # estimated, see `potstill.runs.compute.training_flops`
 
 
 class LatencyFacts(BaseModel):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
+from potstill.errors import ShapeError
 from potstill.evaluate.formatting import count, milliseconds, percent, size
 from potstill.models.capacity import PUBLISHED, Capability, CapacityEstimate, expected_share
 
@@ -20,6 +22,7 @@ class Candidate:
     parameters: int
     bytes: int  # its weights on disk
     latency_ms: float  # one forward pass over one row
+    memory_bytes: float = math.nan  # to serve one row: weights and cache; nan if it is not known
 
     def __str__(self) -> str:
         cost = f"{count(self.parameters)} parameters, {milliseconds(self.latency_ms)} a row"
@@ -34,11 +37,13 @@ class Limits:
     max_bytes: int | None = None
     max_latency_ms: float | None = None
     min_quality: float | None = None
+    max_memory_bytes: int | None = None
 
     def __str__(self) -> str:
         texts = (
             (self.max_parameters, count, "at most {} parameters"),
-            (self.max_bytes, size, "at most {}"),
+            (self.max_bytes, size, "at most {} on disk"),
+            (self.max_memory_bytes, size, "at most {} of memory"),
             (self.max_latency_ms, milliseconds, "at most {}"),
             (self.min_quality, percent, "at least {} of the teacher's quality"),
         )
@@ -46,8 +51,8 @@ class Limits:
 
     def allow(self, candidate: Candidate) -> bool:
         """Whether the candidate's cost, not its quality, is within the limits."""
-        costs = (candidate.parameters, candidate.bytes, candidate.latency_ms)
-        limits = (self.max_parameters, self.max_bytes, self.max_latency_ms)
+        costs = (candidate.parameters, candidate.bytes, candidate.latency_ms, candidate.memory_bytes)
+        limits = (self.max_parameters, self.max_bytes, self.max_latency_ms, self.max_memory_bytes)
         return all(limit is None or cost <= limit for cost, limit in zip(costs, limits, strict=True))
 
 
@@ -73,6 +78,26 @@ def relative_quality(teacher_loss: float, loss: float) -> float:
     0.5
     """
     return math.exp(min(teacher_loss - loss, 700.0))
+
+
+def retention(teacher: Mapping[str, float], student: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """Compute the share of the teacher's score that a student keeps: the median, and for each metric.
+
+    Scores are those where higher is better; a metric on which the teacher has none, or that the student lacks, is left
+    out. A single metric on which the student fails does not decide the median.
+
+    >>> retention({"mmlu": 60.0, "gsm8k": 50.0, "arc": 50.0}, {"mmlu": 54.0, "gsm8k": 10.0, "arc": 40.0})
+    (0.8, {'mmlu': 0.9, 'gsm8k': 0.2, 'arc': 0.8})
+
+    Raises:
+        ShapeError: the two have no metric in common.
+    """
+    shares = {name: student[name] / score for name, score in teacher.items() if score > 0 and name in student}
+    if not shares:
+        raise ShapeError(
+            f"retention: expected a metric of both with a score above 0, got {', '.join(teacher) or 'none'}."
+        )
+    return median(shares.values()), shares
 
 
 def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:

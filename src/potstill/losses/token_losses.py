@@ -210,6 +210,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def on_float64_device(values: Tensor) -> Tensor:
+    """Return values as they are, or on the CPU where their device (Metal's, mps) has no float64."""
+    return values.cpu() if values.device.type == "mps" else values
+
+
 def in_compute_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Cast both to the student's `compute_dtype`, the teacher without gradient."""
     dtype = compute_dtype(student.dtype)

@@ -5,24 +5,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
 from potstill.errors import ModelError, nearest
+from potstill.models.capacity import CAPABILITIES, TaskKind, smallest_student
+from potstill.models.compression import TARGETS
 from potstill.models.design import KEEP_WORDS, TOLERANCE, Keep, ShapeSearch, design
 from potstill.models.shapes import text_config
 from potstill.models.size import count_parameters, size_of
 
 Measure = Callable[[PretrainedConfig], float]
-# The most parameters on each kind of device: rules of thumb for models in 4 to 16 bits.
-TARGETS = {"browser": 200_000_000, "edge": 500_000_000, "mobile": 1_000_000_000, "server": 3_000_000_000}
+
+
+class CostLimit(NamedTuple):
+    """The most that a student may cost; the cost grows with its parameters."""
+
+    measure: Measure
+    most: float
+    text: str
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on a student's size or cost; exactly one.
+    """Limits on a student's size and cost; at least one, and all of them hold.
 
     Args:
         params: number of parameters (within 5%).
@@ -30,11 +39,13 @@ class Budget:
         memory_gb: at most so many gigabytes (10^9 bytes) to serve one row of `context` tokens in half precision.
         latency_ms: at most so long for one forward pass over a row of `context` tokens.
         target: at most the parameters for a kind of device, see `TARGETS`.
+        min_share: at least the parameters that published students keep this share of the teacher's score with.
+        task: of min_share, see `expected_share`.
         keep: see `design`.
         context: tokens in a row.
 
     Raises:
-        ModelError: no limit or several, or one that is not positive.
+        ModelError: no limit, or one that is not positive.
     """
 
     params: int | None = None
@@ -42,63 +53,92 @@ class Budget:
     memory_gb: float | None = None
     latency_ms: float | None = None
     target: str | None = None
+    min_share: float | None = None
+    task: TaskKind = "general"
     keep: Keep = "balanced"
     context: int = 2048
 
     def __post_init__(self) -> None:
-        limits = [field.name for field in dataclasses.fields(self)[:5]]
-        given = [name for name in limits if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ModelError(f"design: expected one of {', '.join(limits)}, got {' and '.join(given) or 'none'}.")
-        name, limit = given[0], getattr(self, given[0])
-        if name == "target" and limit not in TARGETS:
-            raise ModelError(f"design: expected target {', '.join(TARGETS)}, got {limit}.{nearest(limit, TARGETS)}")
-        least = 1 if name == "compression" else 0
-        if name != "target" and not (limit > least and math.isfinite(limit)):
-            raise ModelError(f"design: expected {name} above {least}, got {limit:g}.")
+        limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:6]}
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        if not given:
+            raise ModelError(f"design: expected at least one of {', '.join(limits)}, got none.")
+        if (target := given.pop("target", None)) is not None and target not in TARGETS:
+            raise ModelError(f"design: expected target {', '.join(TARGETS)}, got {target}.{nearest(target, TARGETS)}")
+        if self.task not in CAPABILITIES:
+            raise ModelError(f"design: expected task {', '.join(CAPABILITIES)}, got {self.task}.")
+        for name, limit in given.items():
+            least, most = 1 if name == "compression" else 0, 1 if name == "min_share" else math.inf
+            if not least < limit < most:
+                between = f"above {least}" if most == math.inf else f"between {least} and {most}"
+                raise ModelError(f"design: expected {name} {between}, got {limit:g}.")
 
     def student(
         self, teacher: PretrainedConfig, *, vocabulary: int | None = None, seconds: Measure | None = None
     ) -> PretrainedConfig:
-        """Design the largest student within the budget.
+        """Design the largest student within the budget; with min_share alone, the smallest.
 
         `vocabulary` is the number of token ids, the teacher's by default. `seconds` times a forward pass of a config's
         model, for `latency_ms`.
         """
         teacher = text_config(teacher)
-        params = self.params if self.target is None else TARGETS[self.target]
-        if self.compression is not None:
-            params = round(count_parameters(teacher) / self.compression)
-        if params is not None:
-            return design(teacher, params, keep=self.keep, vocabulary=vocabulary)
-        search = ShapeSearch(teacher, self.keep, vocabulary or teacher.vocab_size)
+        whole, costs = count_parameters(teacher), [*self._costs(seconds)]
+        least = 0 if self.min_share is None else math.ceil(smallest_student(whole, self.min_share, self.task).value)
+        sizes = [] if self.params is None else [self.params]
+        sizes += [] if self.target is None else [TARGETS[self.target]]
+        sizes += [] if self.compression is None else [round(whole / self.compression)]
+        if costs:  # which decide where the teacher has fewer parameters than a size allows
+            sizes = [size for size in sizes if size < whole]
+        elif not sizes:
+            sizes = [least]
+        student = self._largest(teacher, min(sizes, default=None), costs, vocabulary or teacher.vocab_size)
+        if (parameters := count_parameters(student)) < least * (1 - TOLERANCE):
+            raise ModelError(
+                f"design: expected limits that leave {least:,} parameters, with which published students keep "
+                f"{self.min_share:.0%} of their teacher's score ({self.task}), got {parameters:,}. Raise a limit, or "
+                "lower min_share."
+            )
+        return student
+
+    def _costs(self, seconds: Measure | None) -> Iterator[CostLimit]:
         if self.memory_gb is not None:
-            limit = f"at most {self.memory_gb:g} GB"
-            return _largest(search, lambda c: size_of(c, self.context).serve_bytes / 1e9, self.memory_gb, limit)
-        assert seconds is not None and self.latency_ms is not None, "latency_ms needs a clock"
-        return _largest(search, lambda c: 1000 * seconds(c), self.latency_ms, f"at most {self.latency_ms:g} ms")
+            memory: Measure = lambda config: size_of(config, self.context).serve_bytes / 1e9  # noqa: E731
+            yield CostLimit(memory, self.memory_gb, f"at most {self.memory_gb:g} GB")
+        if self.latency_ms is not None:
+            assert seconds is not None, "latency_ms needs a clock"
+            yield CostLimit(lambda config: 1000 * seconds(config), self.latency_ms, f"at most {self.latency_ms:g} ms")
 
-
-def _largest(search: ShapeSearch, measure: Measure, most: float, limit: str) -> PretrainedConfig:
-    """Bisect for the largest student whose measure, which grows with its parameters, is within the limit."""
-    smallest = search.smallest()
-    fitting = search.config(smallest.shape)
-    if (least := measure(fitting)) > most:
-        raise ModelError(
-            f"design: expected a limit that a student {KEEP_WORDS[search.keep]} can meet, got {limit}: the smallest "
-            f"one takes {least:.3g}. It has {smallest}, {smallest.parameters:,} parameters."
-        )
-    low, high, everything_fits = smallest.parameters, count_parameters(search.teacher), True
-    while high / low > 1 + TOLERANCE / 4:
-        middle = round(math.sqrt(low * high))
-        config = search.config(search.best(middle).shape)
-        if measure(config) <= most:
-            low, fitting = middle, config
-        else:
-            high, everything_fits = middle, False
-    if everything_fits:
-        raise ModelError(f"design: expected a limit that the teacher does not meet, got {limit}. Take the teacher.")
-    return fitting
+    def _largest(
+        self, teacher: PretrainedConfig, parameters: int | None, costs: Sequence[CostLimit], vocabulary: int
+    ) -> PretrainedConfig:
+        """Find the largest student of at most so many parameters, if given, that no cost is too high for."""
+        if parameters is not None:
+            student = design(teacher, parameters, keep=self.keep, vocabulary=vocabulary)
+            if all(cost.measure(student) <= cost.most for cost in costs):
+                return student
+        search = ShapeSearch(teacher, self.keep, vocabulary)
+        smallest = search.smallest()
+        fitting = search.config(smallest.shape)
+        for cost in costs:
+            if (least := cost.measure(fitting)) > cost.most:
+                raise ModelError(
+                    f"design: expected a limit that a student {KEEP_WORDS[search.keep]} can meet, got {cost.text}: the "
+                    f"smallest one takes {least:.3g}. It has {smallest}, {smallest.parameters:,} parameters."
+                )
+        low, high, everything_fits = smallest.parameters, parameters or count_parameters(teacher), parameters is None
+        while high / low > 1 + TOLERANCE / 4:
+            middle = round(math.sqrt(low * high))
+            config = search.config(search.best(middle).shape)
+            if all(cost.measure(config) <= cost.most for cost in costs):
+                low, fitting = middle, config
+            else:
+                high, everything_fits = middle, False
+        if everything_fits:
+            limits = " and ".join(cost.text for cost in costs)
+            raise ModelError(
+                f"design: expected a limit that the teacher does not meet, got {limits}. Take the teacher."
+            )
+        return fitting
 
 
 def parse_count(text: str | float) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
 
 from potstill.errors import ModelError, nearest
 from potstill.models.shapes import DesignShape, attention_layers, config_fields, design_shape, text_config
@@ -29,8 +30,9 @@ FFN_RANGE = 1.5  # the feed-forward width may differ by this factor from the tea
 def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabulary: int) -> PretrainedConfig:
     """Change fields of the teacher's config, or of its text part; `vocabulary` is the number of token ids.
 
-    Fields with an entry for each layer are those of the first layers. Those that the family computes from other fields
-    are computed again.
+    Names may be transformers' common ones, such as num_hidden_layers for GPT-2. Those of `rope_parameters`, such as
+    rope_theta, may stand alone; the teacher's others stay. Fields with an entry for each layer are those of the first
+    layers. Those that the family computes from other fields are computed again.
 
     >>> from transformers import LlamaConfig
     >>> student_config(LlamaConfig(), {"num_hidden_layers": 2}, 1000).vocab_size
@@ -42,12 +44,7 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
     layers, hidden, heads = (
         own.get(name, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
-    for name in changes:
-        if name not in known and name != layers:  # Nemotron-H counts its list of kinds
-            hint = nearest(name, known) or f" Known: {', '.join(sorted(known))}."
-            raise ModelError(
-                f"student.design: expected a field of the teacher's {type(teacher).__name__}, got {name}.{hint}"
-            )
+    changes = _own_fields(teacher, changes, layers)
     computed = _computed(teacher) if {hidden, layers} & {*changes} else []
     values = {name: value for name, value in known.items() if name not in computed}
     values |= {"vocab_size": vocabulary} | {name: value for name, value in changes.items() if name in known}
@@ -63,6 +60,12 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
         student: PretrainedConfig = type(teacher).from_dict(values)  # its constructor checks that fields fit together
     except Exception as error:
         raise invalid_config(teacher.model_type, error) from None
+    for name, value in changes.items():
+        if not _contains(getattr(student, name, None), value):
+            raise ModelError(
+                f"student.design: expected a field that {teacher.model_type} takes, got {name} {value}, in place of "
+                f"which the config has {getattr(student, name, None)}. Leave it out."
+            )
     if hasattr(student, "coordinate_size") and 4 * student.coordinate_size + 2 * student.shape_size != values[hidden]:
         raise ModelError(
             f"student.design: expected 4 coordinate_size + 2 shape_size to be hidden_size, {values[hidden]}, in which "
@@ -74,6 +77,55 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
             f"{teacher.model_type}, which have none, and could not generate text. Ask for more layers."
         )
     return student
+
+
+def _own_fields(teacher: PretrainedConfig, changes: Mapping[str, Any], layers: str) -> dict[str, Any]:
+    """Return changes under the names of the teacher's family, with those of rotary positions in `rope_parameters`."""
+    known, own = teacher.to_dict(), {"rope_scaling": "rope_parameters"} | teacher.attribute_map
+    of_positions = RopeParameters.__annotations__.keys() - known.keys() if known.get("rope_parameters") else set()
+    fields: dict[str, Any] = {}
+    rotary: dict[str, Any] = {}
+    for given, value in changes.items():
+        name = own.get(given, given)
+        if name in of_positions:
+            rotary[name] = value
+        elif name not in known and name != layers:  # Nemotron-H counts its list of kinds
+            hint = nearest(given, {*known, *own, *of_positions}) or f" Known: {', '.join(sorted(known))}."
+            raise ModelError(
+                f"student.design: expected a field of the teacher's {type(teacher).__name__}, got {given}.{hint}"
+            )
+        elif name in fields:
+            raise ModelError(f"student.design: expected {name} once, got it as {given} too. Leave one out.")
+        else:
+            fields[name] = value
+    if rotary or fields.get("rope_parameters"):
+        parameters = rotary | (fields.get("rope_parameters") or {})
+        fields["rope_parameters"] = _rotary(known.get("rope_parameters") or {}, parameters)
+    return fields
+
+
+def _rotary(teacher: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change parameters of rotary positions, which some families have for each kind of layer."""
+    kinds = {kind: values for kind, values in teacher.items() if isinstance(values, Mapping)}
+    known = kinds or {**RopeParameters.__annotations__, **teacher}
+    for name in changes:
+        if name not in known:
+            example = f" Such as rope_parameters: {{{next(iter(kinds))}: {{{name}: ...}}}}." if kinds else ""
+            raise ModelError(
+                f"student.design.rope_parameters: expected {', '.join(known)}, got {name}."
+                f"{nearest(name, known) or example}"
+            )
+    if kinds:
+        return {kind: _rotary(teacher[kind], changes[kind]) if kind in changes else teacher[kind] for kind in teacher}
+    if changes.get("rope_type", teacher.get("rope_type")) != teacher.get("rope_type"):  # another has other parameters
+        teacher = {name: value for name, value in teacher.items() if name == "rope_theta"}
+    return {**teacher, **changes}
+
+
+def _contains(value: Any, part: Any) -> bool:
+    if isinstance(part, Mapping) and isinstance(value, Mapping):
+        return all(_contains(value.get(str(key), value.get(key)), item) for key, item in part.items())
+    return bool(value == part) or str(value).removeprefix("torch.") == str(part)
 
 
 def _computes(config: PretrainedConfig) -> bool:

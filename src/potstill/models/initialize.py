@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -24,7 +24,7 @@ from potstill.models.shapes import design_shape, text_config
 from potstill.models.size import build
 from potstill.models.structure import LayerList, LayerStructure, find_layer_list, find_structure, is_transposed
 
-InitMethod = Literal["copy", "truncate", "prune"]
+InitMethod = Literal["copy", "truncate", "prune", "selective"]
 WIDTHS = {
     "channels": "hidden",
     "heads": "heads",
@@ -66,7 +66,8 @@ def plan_initialization(
     """Select the part of its teacher's weights that a student starts from.
 
     The method is copy (complete layers; all widths are the teacher's), truncate (the first heads, units and channels),
-    or prune (the most important ones, by activations). `layers` is a choice of `choose_layers`, by default importance
+    prune (the most important ones, by activations), or selective (all parameters whose shape is the teacher's; the
+    others are random). `layers` is a choice of `choose_layers`, by default importance
     for prune, else uniform. `calibration` gives batches of training data, on which importance is measured.
 
     References:
@@ -79,7 +80,8 @@ def plan_initialization(
     if type(config) is not type(of_teacher):
         family, other = type(of_teacher).__name__, type(config).__name__
         raise ModelError(f"student.initialize: expected a student of the teacher's {family}, got {other}.")
-    structure: LayerList = find_layer_list(teacher) if method == "copy" else find_structure(teacher)
+    whole = method in ("copy", "selective")
+    structure: LayerList = find_layer_list(teacher) if whole else find_structure(teacher)
     shape = design_shape(config)
     sizes = {name: (getattr(shape, field), getattr(structure.shape, field)) for name, field in WIDTHS.items()}
     changed = {name: (kept, total) for name, (kept, total) in sizes.items() if kept != total and kept and total}
@@ -87,34 +89,48 @@ def plan_initialization(
     if method == "copy" and widths:
         raise ModelError(
             f"student.initialize: expected the teacher's widths to copy layers, got {widths}. Change num_hidden_layers "
-            "alone, or use truncate or prune."
+            "alone, or use truncate or prune, or selective for the parameters whose shape stays."
+        )
+    if method == "selective" and "numbers of each head" in changed:  # matrices of one shape would be of other heads
+        raise ModelError(
+            f"student.initialize: expected heads as wide as the teacher's for selective, got {widths}. Change "
+            "num_attention_heads and head_dim back."
         )
     choice = ("importance" if method == "prune" else "uniform") if layers is None else layers
     measured = method == "prune" or choice == "importance"
     importance = measure_importance(teacher, calibration()) if measured else None
     chosen = choose_layers(choice, structure.shape.layers, shape.layers, importance)
-    if method == "copy":
-        parts = whole_layers(structure.shape, chosen)
+    if whole:
+        parts = whole_layers(structure.shape, chosen, matching=method == "selective")
     else:
         parts = select_parts(structure.shape, shape, chosen, importance if method == "prune" else None)
-    config = type(config).from_dict(config.to_dict() | layer_fields(of_teacher, chosen))
-    _check_kinds(teacher, structure, config, parts)
-    if widths:
-        widths += " (the most active)" if method == "prune" else " (the first)"
+    fields, first = config.to_dict(), layer_fields(of_teacher, range(shape.layers))
+    by_layer = layer_fields(of_teacher, chosen)
+    changed_fields = {name: value for name, value in by_layer.items() if fields.get(name) == first.get(name)}
+    config = type(config).from_dict(fields | changed_fields)  # those that the design gives stay
+    student = build(config, "meta")
+    if not parts.matching:
+        _check_kinds(teacher, student, structure, parts)
     by = choice if isinstance(choice, str) else "as given"
     of_layers = f"layers {', '.join(map(str, chosen))} of {structure.shape.layers} ({by})"
-    notes = (f"student: the teacher's {of_layers}, {widths or 'complete'}.", *_notes(teacher, structure, config, parts))
+    if parts.matching:
+        widths = "the parameters whose shape matches"
+    elif widths:
+        widths += " (the most active)" if method == "prune" else " (the first)"
+    notes = (
+        f"student: the teacher's {of_layers}, {widths or 'complete'}.",
+        *_notes(teacher, student, structure, parts),
+    )
     return Initialization(config, parts, notes)
 
 
 def _check_kinds(
-    teacher: PreTrainedModel, structure: LayerList, config: PretrainedConfig, parts: SelectedParts
+    teacher: PreTrainedModel, student: PreTrainedModel, structure: LayerList, parts: SelectedParts
 ) -> None:
     """Check that each layer of the student has the parts of the teacher's layer that it comes from."""
-    student = build(config, "meta")
     for name, parameter in student.named_parameters():
         name = _name_in(teacher, student, name)
-        place, source = structure.locate(name), _source(teacher, structure, name, parts)
+        place, source = structure.locate(name), _source(teacher, structure, name, parts, parameter)
         if place and (source is None or (not parts.heads and source.shape != parameter.shape)):
             first = [*range(len(parts.layers))]
             others = (
@@ -126,21 +142,35 @@ def _check_kinds(
             )
 
 
-def _notes(teacher: PreTrainedModel, structure: LayerList, config: PretrainedConfig, parts: SelectedParts) -> list[str]:
+def _notes(
+    teacher: PreTrainedModel, student: PreTrainedModel, structure: LayerList, parts: SelectedParts
+) -> Iterator[str]:
     """What becomes of single weights, in words."""
-    notes, of_teacher = [], text_config(teacher.config)
+    config, of_teacher = student.config, text_config(teacher.config)
     if parts.kv_heads and parts.kv_heads[0].shape[1] > 1:
-        notes.append(f"student: each key and value head is the mean of {parts.kv_heads[0].shape[1]} of the teacher's.")
+        yield f"student: each key and value head is the mean of {parts.kv_heads[0].shape[1]} of the teacher's."
     if config.vocab_size != of_teacher.vocab_size:
-        notes.append(f"student: the first {config.vocab_size} of the teacher's {of_teacher.vocab_size} token rows.")
-    student = build(config, "meta")
-    names = [name for name, _ in student.named_parameters()]
-    random = [name for name in names if _source(teacher, structure, _name_in(teacher, student, name), parts) is None]
+        yield f"student: the first {config.vocab_size} of the teacher's {of_teacher.vocab_size} token rows."
+    copied: dict[str, int] = {}  # parameters by name, with * for the number of a layer
+    random: dict[str, int] = {}
+    for own_name, parameter in student.named_parameters():
+        name = _name_in(teacher, student, own_name)
+        names = random if _source(teacher, structure, name, parts, parameter) is None else copied
+        own_name = own_name.replace(f".{place[0]}.", ".*.", 1) if (place := structure.locate(name)) else own_name
+        names[own_name] = names.get(own_name, 0) + parameter.numel()
+    if parts.matching:
+        if not copied:
+            raise ModelError(
+                "student.initialize: expected parameters whose shape is the teacher's for selective, got none. Keep "
+                "some of the teacher's widths, or use truncate or prune."
+            )
+        share = sum(copied.values()) / sum([*copied.values(), *random.values()])
+        yield f"student: copied, {share:.0%} of its parameters: {', '.join(copied)}."
     if random:
-        notes.append(f"student: not in the teacher, and random: {', '.join(random)}.")
+        what = "of another shape than the teacher's" if parts.matching else "not in the teacher"
+        yield f"student: {what}, and random: {', '.join(random)}."
     if getattr(config, "tie_word_embeddings", False) and not getattr(of_teacher, "tie_word_embeddings", False):
-        notes.append("student: its head is its embedding (tied); the teacher's own head is not copied.")
-    return notes
+        yield "student: its head is its embedding (tied); the teacher's own head is not copied."
 
 
 def _name_in(teacher: PreTrainedModel, student: PreTrainedModel, name: str) -> str:
@@ -154,15 +184,20 @@ def _name_in(teacher: PreTrainedModel, student: PreTrainedModel, name: str) -> s
     return name.replace(f"{of_student}.", f"{of_teacher}.", 1) if name.startswith(f"{of_student}.") else name
 
 
-def _source(teacher: PreTrainedModel, structure: LayerList, name: str, parts: SelectedParts) -> Tensor | None:
+def _source(
+    teacher: PreTrainedModel, structure: LayerList, name: str, parts: SelectedParts, parameter: Tensor
+) -> Tensor | None:
     """The teacher's parameter that a student's comes from."""
     if place := structure.locate(name):
         rest = name.removeprefix(f"{structure.path}.{place[0]}")
         name = f"{structure.path}.{parts.layers[place[0]]}{rest}"
     try:
-        return teacher.get_parameter(name)
+        source = teacher.get_parameter(name)
     except AttributeError:
         return None
+    vocabulary = text_config(teacher.config).vocab_size
+    tokens = (source.shape[1:], source.shape[0]) == (parameter.shape[1:], vocabulary)  # of which it may have fewer
+    return source if not parts.matching or source.shape == parameter.shape or tokens else None
 
 
 @torch.no_grad()
@@ -172,7 +207,7 @@ def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedPar
     configs = text_config(teacher.config), student.config
     for own_name, parameter in student.named_parameters():
         name = _name_in(teacher, student, own_name)
-        source = _source(teacher, structure, name, parts)
+        source = _source(teacher, structure, name, parts, parameter)
         if source is None:
             continue
         value = source.detach().to("cpu", torch.float32)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from potstill.errors import ModelError
+from potstill.losses.token_losses import on_float64_device
 from potstill.models.precision import integer_weights
 from potstill.models.shapes import finds_padding_by_id, text_config
 from potstill.models.split import run, undisturbed
@@ -193,6 +194,7 @@ def check_causal(model: Any, key: str) -> None:
             alone = run(model, {"input_ids": start, "attention_mask": torch.ones_like(start)}).logits
     except Exception:
         return  # what fails on these tokens is reported where the model reads its data
+    logits, alone = on_float64_device(logits), on_float64_device(alone)
     first, second = logits[:, -PROBE_TOKENS:][:, : PROBE_TOKENS // 2].double()
     allowed = 4 * torch.finfo(logits.dtype).eps * first.abs().max()
     if (first - second).abs().max() > allowed:

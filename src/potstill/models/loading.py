@@ -300,6 +300,11 @@ def has_bfloat16() -> bool:
     return torch.accelerator.is_available() or multiplies_bfloat16()
 
 
+def accelerator() -> torch.device:
+    """Return the accelerator of this machine (CUDA, Metal, ...), or else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def load_tokenizer(name: str, key: str = "tokenizer", *, pad: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, or of an adapter's base where the adapter was saved without one.
 

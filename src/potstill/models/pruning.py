@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from potstill.errors import ModelError
+from potstill.losses.token_losses import on_float64_device
 from potstill.models.shapes import DesignShape
 from potstill.models.spacing import evenly_spaced
 from potstill.models.split import evaluation_mode
@@ -52,7 +53,7 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
 
     def add_inputs(key: Any, size: Callable[[Tensor], Tensor]) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            sizes = size(inputs[0].float()).double()
+            sizes = on_float64_device(size(inputs[0].float())).double()
             row_mask = mask.to(sizes.device).unsqueeze(-1)
             means = (sizes * row_mask).sum(1) / row_mask.sum(1).clamp_min(1)
             squares[key] = squares.get(key, 0) + (means**2).sum(0).cpu()
@@ -63,7 +64,8 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
         def hook(_: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Any) -> None:
             before = inputs[0] if inputs else named["hidden_states"]
             after = output if isinstance(output, Tensor) else output[0]
-            cosine = torch.cosine_similarity(before.double(), after.double(), dim=-1)
+            before, after = (on_float64_device(states).double() for states in (before, after))
+            cosine = torch.cosine_similarity(before, after, dim=-1)
             distances[layer] += float(((1 - cosine) * mask.to(cosine.device)).sum())
 
         return hook
@@ -105,11 +107,12 @@ class SelectedParts:
     heads: tuple[Tensor, ...]  # [A] query heads
     kv_heads: tuple[Tensor, ...]  # [K, m]: a key or value head is the mean of m of the teacher's
     units: tuple[Tensor, ...]  # [I] feed-forward units
+    matching: bool = False  # of these, only parameters of the student's shape
 
 
-def whole_layers(teacher: DesignShape, layers: Sequence[int]) -> SelectedParts:
-    """Select complete layers, in all the teacher's widths."""
-    return SelectedParts(tuple(layers), torch.arange(teacher.hidden), heads=(), kv_heads=(), units=())
+def whole_layers(teacher: DesignShape, layers: Sequence[int], *, matching: bool = False) -> SelectedParts:
+    """Select complete layers, in all the teacher's widths, or their parameters of the student's shape."""
+    return SelectedParts(tuple(layers), torch.arange(teacher.hidden), (), (), (), matching)
 
 
 def select_parts(

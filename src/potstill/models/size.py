@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -121,13 +122,19 @@ def size_of(config: PretrainedConfig, context: int) -> ModelSize:
     model, encoder = build(config, "meta"), is_encoder(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = attention_layers(config)
-    # Two products in attention: with keys and with values. Under a causal mask the average token sees half of the row.
-    visible = context if encoder else (context + 1) / 2
-    width = head_size(config) + value_size(config) if layers else 0
-    attention = 2 * visible * layers * model_shape(config).heads * width
     cache = 0 if encoder or not layers else HALF_BYTES * layers * cache_width(config)
     train, serve = TRAIN_BYTES * parameters, HALF_BYTES * parameters + cache * context
-    return ModelSize(parameters, round(2 * _products(model) + attention), cache, train, serve, context)
+    return ModelSize(parameters, round(forward_flops(model, context)), cache, train, serve, context)
+
+
+def forward_flops(model: PreTrainedModel, context: int) -> float:
+    """Count the operations of a forward pass for the average token of a row of `context` tokens; see `ModelSize`."""
+    config: Any = text_config(model.config)
+    # Two products in attention: with keys and with values. Under a causal mask the average token sees half of the row.
+    visible = context if is_encoder(config) else (context + 1) / 2
+    layers = attention_layers(config)
+    width = head_size(config) + value_size(config) if layers else 0
+    return 2 * _products(model) + 2 * visible * layers * model_shape(config).heads * width
 
 
 def _products(model: PreTrainedModel) -> float:
@@ -136,7 +143,11 @@ def _products(model: PreTrainedModel) -> float:
     for path, module in model.named_modules():
         of_expert = "experts" in path.split(".")
         if is_linear(module):
-            total += cast(Any, module).weight.numel() * (share if of_expert else 1)
+            sizes = (
+                getattr(module, "in_features", 0),
+                getattr(module, "out_features", 0),
+            )  # a quantized weight is packed
+            total += (math.prod(sizes) or cast(Any, module).weight.numel()) * (share if of_expert else 1)
         elif of_expert:
             total += share * sum(x.numel() for x in module.parameters(recurse=False) if x.ndim == 3)
     return total

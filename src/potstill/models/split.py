@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from potstill.losses.alignment import Alignment
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead
+from potstill.losses.token_losses import on_float64_device
 from potstill.losses.torch_compile import disable_compile
 
 logger = logging.getLogger(__name__)
@@ -193,6 +194,7 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     if actual.shape != expected.shape:
         return float("inf")
     eps = max(torch.finfo(actual.dtype).eps, torch.finfo(expected.dtype).eps)
+    actual, expected = on_float64_device(actual), on_float64_device(expected)
     allowed = ROUNDING_ULPS * eps * expected.abs().max().double()
     return float((actual.double() - expected.double()).abs().max() / allowed.clamp_min(torch.finfo().tiny))
 

@@ -26,7 +26,7 @@ from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.chat import set_chat_template
 from potstill.models.layer_map import Layer, layer_index
-from potstill.models.loading import suppress_warnings, vocabulary_size
+from potstill.models.loading import accelerator, suppress_warnings, vocabulary_size
 from potstill.runs.progress import PartProgress
 from potstill.runs.ray import Row, RowFunction, map_rows
 from potstill.teachers.cache.build import CacheBuilder
@@ -92,8 +92,7 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
     examples = [encode(part, tokenizer, **options) for part in request.sources]
     for note in (note for encoded in examples for note in encoded.notes):
         console.print(note, style="dim", highlight=False, markup=False)
-    on_gpu = loaded.model is not None and torch.cuda.is_available()
-    device = torch.device(source.model_device or ("cuda" if on_gpu else "cpu"))
+    device = torch.device(source.model_device or (accelerator() if loaded.model is not None else "cpu"))
     datasets = [encoded.dataset for encoded in examples]
     (batch,) = in_batches([datasets[0][0]], tokenizer, 1, device)
     vocabulary = vocabulary_size(tokenizer)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from potstill.evaluate.speed import extra_bytes
 from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.loading import suppress_warnings
 from potstill.runs.build import BuiltRun, build_run, piece
+from potstill.runs.compute import training_flops
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
 from potstill.runs.rehearsal import quick_collection, rehearse
@@ -49,6 +51,7 @@ class Preflight(NamedTuple):
     disk_free_bytes: int
     seconds: float  # of training without the final evaluation
     batch: BatchNeeds
+    flops: dict[str, float]  # of each training, see `training_flops`
 
 
 def check(recipe: Recipe, console: Console | None = None) -> Preflight:
@@ -89,12 +92,13 @@ def _estimate(built: BuiltRun, student: PreTrainedModel) -> Preflight:
     disk = runs * (2 * 3 * trained + exported) + (0 if built.writer is None else trained)
     free = shutil.disk_usage(existing).free
     batches = runs * built.plan.steps * max(built.plan.rows_per_step // built.plan.batch_rows, 1)
-    return Preflight(built, memory, batch_bytes, batch.bytes is not None, disk, free, batches * batch.seconds, batch)
+    flops, measured = training_flops(built, student), batch.bytes is not None
+    return Preflight(built, memory, batch_bytes, measured, disk, free, batches * batch.seconds, batch, flops)
 
 
 def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:
     """Measure one batch, forward and backward; of a slow machine small ones, which are scaled by their tokens."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = PartialState().device
     recipe, plan, rollout = built.recipe, built.plan, built.new_rollout()
     options: dict[str, Any] = {"vocabulary": built.vocabulary or None, "task": recipe.task}
     distiller = Distiller(student, built.teacher, built.objective, **options).to(device).train()
@@ -105,7 +109,7 @@ def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:
         nonlocal seconds
         start = time.perf_counter()
         samples = batch if rollout is None else rollout([batch], student, step=step)[0]
-        with torch.autocast(device, dtype=dtype, enabled=mixed):
+        with torch.autocast(device.type, dtype=dtype, enabled=mixed):
             loss = distiller.step(samples).loss
         loss.backward()
         loss.item()  # waits for the device
@@ -115,7 +119,7 @@ def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:
     for batch in _growing_batches(built, device):
         if not measured:
             run(batch, 0)  # the first is slower
-        extra = extra_bytes(partial(run, batch, len(measured) + 1), torch.device(device))
+        extra = extra_bytes(partial(run, batch, len(measured) + 1), device)
         measured.append(BatchNeeds(seconds, extra, batch["input_ids"].numel(), batch["input_ids"].numel()))
         if seconds > PASS_SECONDS and len(measured) > 1:
             break
@@ -125,7 +129,7 @@ def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:
     return _scaled(built, measured, len(rows) * max(len(row["input_ids"]) for row in rows))
 
 
-def _growing_batches(built: BuiltRun, device: str) -> Iterator[dict[str, Tensor]]:
+def _growing_batches(built: BuiltRun, device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Batches of doubled size, up to one of the training: longer and longer pieces of a row, then more rows."""
     rows = [built.train.dataset[i] for i in range(min(built.plan.batch_rows, len(built.train.dataset)))]
     rows.sort(key=lambda row: -len(row["input_ids"]))

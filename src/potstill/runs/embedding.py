@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from potstill.data.files import write_json, write_text
-from potstill.embedding.encoders import EmbeddingModel
-from potstill.embedding.heads import PCA_ROWS, fit_pca, random_projection
+from potstill.embedding.encoders import EmbeddingModel, embedder_with_head
+from potstill.embedding.heads import PCA_ROWS, VectorHead, fit_pca, random_projection
 from potstill.embedding.objective import FOCUSES, Focus, PairObjective
 from potstill.embedding.training import EmbeddingDistiller, embed
 from potstill.embedding.vectors import TensorVectors, VectorSlice
@@ -76,10 +76,10 @@ def _walk(recipe: EmbeddingRecipe, data: EmbeddingData, directory: Path, console
         distiller = _distiller(recipe, focus, data)
         with PartProgress(console, name) as progress:
             history = distiller.fit(data.vectors, data.held_out, **options, on_step=progress.update)
-        students[focus] = recipe.student.as_saved(distiller.student)
+        students[focus] = recipe.student.as_saved(cast(EmbeddingModel, distiller.student))
         lines += [json.dumps({"run": name, **epoch.as_dict()}) + "\n" for epoch in history]
     write_text(metrics, "".join(lines))
-    _save(students[recipe.focus], directory / "student")
+    _save(students[recipe.focus], directory / "student", data.teacher)
     with part(console, "measuring"):
         summary = _summarize(recipe, data, evaluator, students)
     write_json(directory / "summary.json", summary)
@@ -124,11 +124,14 @@ def _distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **cha
     return EmbeddingDistiller(student, PairObjective(focus, student_part.prefixes), **settings | changes)
 
 
-def _save(student: EmbeddingModel, target: Path) -> None:
+def _save(student: EmbeddingModel, target: Path, teacher: Any) -> None:
+    """Save a student; a head over a sentence-transformers model also together with it, as a model that reads text."""
     partial = target.with_name(f"{target.name}.partial")
     for folder in (partial, target):
         shutil.rmtree(folder, ignore_errors=True)
     student.save(partial)
+    if isinstance(student, VectorHead) and teacher is not None:
+        embedder_with_head(teacher, student).save_pretrained(str(partial), create_model_card=False)
     partial.rename(target)
 
 

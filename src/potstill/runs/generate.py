@@ -35,7 +35,7 @@ from potstill.generation.sandbox import require_sandbox
 from potstill.generation.tasks import Responses
 from potstill.generation.turns import RowFormat, TurnReader
 from potstill.models.chat import end_token_ids, set_chat_template
-from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from potstill.models.loading import accelerator, load_model, load_tokenizer, suppress_warnings
 from potstill.models.prompts import prompt_ids
 from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.progress import PartProgress
@@ -151,7 +151,7 @@ def _engine(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None, o
     assert part.model is not None and tokenizer is not None
     model = load_model(part.model, "teacher.model", part.dtype)
     if on_device:
-        model.to(torch.device(part.device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]
+        model.to(torch.device(part.device or accelerator()))  # type: ignore[arg-type]
     return LocalEngine(model, tokenizer, recipe.batch_size * recipe.sampling.samples)
 
 

@@ -32,6 +32,7 @@ from potstill.models.chat import end_token_ids
 from potstill.models.loading import load_model
 from potstill.models.precision import describe_precision
 from potstill.runs.build import BuiltRun
+from potstill.runs.compute import training_flops
 from potstill.runs.progress import PartProgress, part
 from potstill.train.callbacks import logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
@@ -111,7 +112,9 @@ def summarize(
         own_texts=[records.Sample(**sample) for sample in _spread(logged_lines(directory / "own_texts.jsonl"))],
         own_text=None if stats is None else records.SampleFacts(**stats),
         data=records.DataFacts(**data),
-        training=records.TrainingFacts(steps=steps, tokens_per_step=step_tokens, seconds=seconds),
+        training=records.TrainingFacts(
+            steps=steps, tokens_per_step=step_tokens, seconds=seconds, flops=training_flops(built, models["student"])
+        ),
         objective="; ".join(term.describe() for term in recipe.objective),
         models={"teacher": recipe.teacher.describe(built.teacher), "student": recipe.student.describe()},
         adapter=_adapter_facts(built, students["student"], models["student"]),
@@ -183,7 +186,7 @@ def _teacher_loss(built: BuiltRun, dataset: Dataset) -> float | None:
             log_probs, num_tokens = shared.log_probs_of(alignment.labels), len(alignment)
         if log_probs is None:
             return None
-        total -= float(log_probs.double().sum())
+        total -= float(log_probs.cpu().double().sum())
         tokens += num_tokens
     return total / max(tokens, 1)
 

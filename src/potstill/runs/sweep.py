@@ -29,6 +29,7 @@ from potstill.evaluate.verdict import leakage
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import DISTRIBUTION_TASKS
 from potstill.models.loading import load_model, suppress_warnings
+from potstill.models.size import size_of
 from potstill.runs.config.document import read_list
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
@@ -223,7 +224,8 @@ def _summarize(done: Sequence[Point], limits: tradeoff.Limits) -> dict[str, Any]
     rows = [_row(point, summary, teacher.get("loss", 0.0)) for point, summary in zip(done, summaries, strict=True)]
     costs = ("parameters", "bytes", "latency_ms")
     qualities = [row["quality"] for row in rows]
-    candidates = [tradeoff.Candidate(row["label"], row["quality"], *(row[cost] for cost in costs)) for row in rows]
+    figures = ("label", "quality", *costs, "memory_bytes")
+    candidates = [tradeoff.Candidate(*(row[name] for name in figures)) for row in rows]
     sizes = [row.get("parameters") or math.nan for row in teachers]
     compressions = [size / row["parameters"] for size, row in zip(sizes, rows, strict=True)]
     recommended = tradeoff.recommend(candidates, limits)._asdict()
@@ -244,12 +246,16 @@ def _row(point: Point, summary: dict[str, Any], teacher_loss: float) -> dict[str
     student = summary["rows"]["student"]
     model = load_model(str(point.directory / "student"), "student").to(PartialState().device)
     loss = math.nan if student["loss"] is None else student["loss"]
+    length = point.recipe.data.max_length
+    of_teacher = (summary["rows"].get("teacher") or {}).get("latency_ms")  # both were timed in turns
     return {
         "label": point.label,
         "directory": point.directory.name,
         "values": point.values,
         **student,
-        "latency_ms": latency_ms(model, point.recipe.data.max_length),
+        "latency_ms": latency_ms(model, length),
+        "speed_up": of_teacher and of_teacher / student["latency_ms"],
+        "memory_bytes": student["bytes"] + length * size_of(model.config, length).kv_cache_bytes_per_token,
         "quality": tradeoff.relative_quality(teacher_loss, loss),
         "gap_closed": summary["gap_closed"],
         "seconds": summary["training"]["seconds"].get("student"),

@@ -14,6 +14,7 @@ from potstill.errors import DataError, ShapeError, VocabularyError
 from potstill.losses.alignment import DISTRIBUTION_TASKS, TOKEN_TASKS, Alignment, Task
 from potstill.losses.target_statistics import token_log_probs
 from potstill.losses.targets import FullTargets, MixtureTargets, SparseTargets, Targets
+from potstill.losses.token_losses import on_float64_device
 from potstill.models.capture import ActivationRequest, Activations
 from potstill.models.shapes import ModelShape
 from potstill.teachers.model import ModelTeacher
@@ -98,13 +99,14 @@ class EnsembleTeacher(Teacher):
                     f"ensemble: expected members with log-probabilities of the labels for learned weights, got {name}, "
                     "which does not give them. Fix the weights."
                 )
-            columns.append(log_probs.double())
+            columns.append(on_float64_device(log_probs).double())
         return torch.stack(columns, -1)
 
     def _joint(self, log_probs: Tensor) -> Tensor:
         """[N, M] log-probabilities of each member and of a token."""
         log_weights = self.weights.log().clamp_min(torch.finfo(torch.float64).min)
-        return log_probs.double() + log_weights.to(log_probs.device)
+        log_probs = on_float64_device(log_probs).double()
+        return log_probs + log_weights.to(log_probs.device)
 
     def attach(self, student: nn.Module) -> None:
         for member in self.members:

@@ -79,8 +79,10 @@ class DistillationConfig(TrainingArguments):
             self.greater_is_better = False  # all metrics are losses, whatever their names
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every step uses all of them; the search costs a pass
-        if not torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator(check_available=True)
+        if device is None:
             self.use_cpu = True  # transformers allows bf16 on a CPU only with this
+        if device is None or device.type == "mps":
             self.dataloader_pin_memory = False  # torch would warn at every epoch
         super().__post_init__()
         if self.label_smoothing_factor:

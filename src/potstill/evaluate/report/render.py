@@ -34,7 +34,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    names = ("count", "duration", "milliseconds", "nats", "percent", "size")
+    names = ("count", "duration", "flops", "milliseconds", "nats", "percent", "size", "times")
     environment.filters |= {name: getattr(formatting, name) for name in names}
     environment.filters |= {"number": "{:g}".format, "thousands": "{:,}".format, "visible": _visible, "cell": _cell}
     environment.filters |= {"quoted": partial(json.dumps, ensure_ascii=False)}  # shows spaces and line ends

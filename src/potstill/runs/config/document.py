@@ -20,6 +20,7 @@ from potstill.errors import OTHER_NAMES, RecipeError, nearest, one_line
 from potstill.losses.declared import Declared, is_tag
 
 UNKNOWN_KEY = "unknown key."
+PRESETS = Path(__file__).parent / "presets"
 
 
 class Part(BaseModel):
@@ -35,7 +36,7 @@ class Document(Part):
 
     @classmethod
     def load(cls, path: str | Path, sets: Iterable[str] = ()) -> Self:
-        """Read a YAML file; a RecipeError has all that is wrong with it, a line each.
+        """Read a YAML file, or `preset:NAME`; a RecipeError has all that is wrong with it, a line each.
 
         `sets` are changes as KEY=VALUE, with dots between keys: `train.max_steps=100`, `objective.0.weight=0.5`.
         """
@@ -119,7 +120,19 @@ _Loader.add_implicit_resolver(
 )
 
 
+def locate_recipe(path: Path) -> Path:
+    """Return the file of a recipe; `preset:NAME` is one that is part of the package."""
+    kind, _, name = str(path).partition(":")
+    if kind != "preset":
+        return path
+    if not (file := PRESETS / f"{name}.yaml").is_file():
+        names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+        raise RecipeError(f"recipe: expected preset {', '.join(names)}, got {name}.{nearest(name, names)}")
+    return file
+
+
 def read(path: Path) -> Any:
+    path = locate_recipe(path)
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # _Loader is a SafeLoader
     except FileNotFoundError:

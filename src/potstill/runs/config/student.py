@@ -8,26 +8,33 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from potstill.models.adapters import Adapter
+from potstill.models.capacity import TaskKind
 from potstill.runs.config.document import Part
 
-LIMITS = ("params", "compression", "memory_gb", "target")
+LIMITS = ("params", "compression", "memory_gb", "target", "min_share")
 
 
 class BudgetPart(Part):
-    """The largest student of the teacher's family within one limit: params, compression, memory_gb or target."""
+    """The largest student of the teacher's family within all given limits; with min_share alone the smallest."""
 
     params: int | float | str | None = Field(None, description="about so many parameters, such as 100M")
     compression: float | None = Field(None, gt=1, description="so many times fewer parameters than the teacher's")
     memory_gb: float | None = Field(None, gt=0, description="to serve one row of context tokens in half precision")
     target: Literal["browser", "edge", "mobile", "server"] | None = Field(None, description="a kind of device")
+    min_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="with enough parameters for this share of the teacher's score, by published results",
+    )
+    task: TaskKind = Field("general", description="kind of task, for min_share")
     keep: Literal["balanced", "depth", "width"] = Field("balanced", description="what stays as in the teacher")
     context: int = Field(2048, ge=1, description="tokens in a row, for memory_gb")
 
     @model_validator(mode="after")
-    def _one_limit(self) -> Self:
-        given = [name for name in LIMITS if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"expected one of {', '.join(LIMITS)}, got {' and '.join(given) or 'none'}")
+    def _some_limit(self) -> Self:
+        if all(getattr(self, name) is None for name in LIMITS):
+            raise ValueError(f"expected at least one of {', '.join(LIMITS)}, got none")
         return self
 
 
@@ -36,7 +43,7 @@ def _is_budget(value: Any) -> str:
     return "<budget>" if names & {*LIMITS, "keep"} else "<fields>"
 
 
-Fields = dict[str, bool | int | float | str]
+Fields = dict[str, Any]
 Design = Annotated[
     Annotated[Fields, Tag("<fields>")] | Annotated[BudgetPart, Tag("<budget>")], Discriminator(_is_budget)
 ]
@@ -49,8 +56,9 @@ def _named_method(value: Any) -> Any:
 class InitializePart(Part):
     """The first weights of a designed student."""
 
-    method: Literal["random", "copy", "truncate", "prune"] = Field(
-        description="random; whole layers of the teacher; its first heads, units and channels; its most active ones"
+    method: Literal["random", "copy", "truncate", "prune", "selective"] = Field(
+        description="random; whole layers of the teacher; its first heads, units and channels; its most active ones; "
+        "its parameters whose shape matches, and random ones"
     )
     layers: Literal["uniform", "skip", "first_last", "importance"] | list[int] | None = Field(
         None, description="which of the teacher's; by default those of most influence for prune, else evenly spread"

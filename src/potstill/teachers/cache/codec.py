@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from potstill.errors import ShapeError, nearest
 from potstill.losses.declared import Declared, Range
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
+from potstill.losses.token_losses import on_float64_device
 
 BLOCK = 64  # tokens of the vocabulary that are sampled from together
 SCALE = 56.0  # the code of a log-probability of -x nats is round(SCALE * sqrt(x)): fine for large mass, to 20.6 nats
@@ -117,7 +118,7 @@ class Sampled(Codec):
     name = "sampled"
 
     def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
-        logits = self._logits(targets)
+        logits = on_float64_device(self._logits(targets))
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
         offsets = torch.rand((len(logits), 1), generator=generator, dtype=torch.float64).to(logits.device)
         drawn, normalizers = [], []
