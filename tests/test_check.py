@@ -80,7 +80,7 @@ def test_a_teacher_that_reads_text_encodes_some_and_is_timed(
         asked.append(len(texts))
         return model_encoder(Said())(texts)
 
-    monkeypatch.setattr(EmbedderTeacher, "load", lambda self: TextEncoder(encode, "toy", Said()))
+    monkeypatch.setattr(EmbedderTeacher, "load", lambda self: TextEncoder(encode, "toy"))
     Path("train.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(1000)))
     embedding |= {"teacher": {"embedder": "there"}, "data": {"train": {"path": "train.jsonl"}}}
     said = checked(embedding)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import IO, Annotated, Literal
 
 from potstill.errors import DataError, one_line
 from potstill.losses.declared import Range, Record
@@ -88,6 +88,11 @@ def _no_sandbox(got: str, remedy: str) -> DataError:
     )
 
 
+def _content(file: IO[bytes]) -> bytes:
+    """Read a file whose position a program may still move: it shares it, and ends a moment after its sandbox."""
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
+
+
 def _run(source: str, limits: ProgramLimits) -> ProgramOutcome:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as seccomp:
         seccomp.write(_compiled_filter())
@@ -111,9 +116,7 @@ def _run(source: str, limits: ProgramLimits) -> ProgramOutcome:
                 ending = "time"
         except subprocess.TimeoutExpired:
             ending = "time"
-        out.seek(0)
-        err.seek(0)
-        output, errors = out.read(), err.read()
+        output, errors = _content(out), _content(err)
     if len(output) >= limits.output_kib * 2**10:
         ending = "output"
     return ProgramOutcome(ending, output.decode(errors="replace"), errors[-2000:].decode(errors="replace"))
