@@ -43,7 +43,7 @@ class DraftRequest:
 
     Args:
         split: of `data` where that is a folder or a data set on the hub with several; eval_split and config likewise.
-        budget: one limit (params, compression, memory_gb, target), with keep and context; default: half of the layers.
+        budget: limits (params, compression, memory_gb, target), with keep and context; default: half of the layers.
         columns: column key of the recipe -> column; default: found by their names.
     """
 
