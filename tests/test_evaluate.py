@@ -21,10 +21,11 @@ from potstill.evaluate import generations
 from potstill.evaluate.formatting import times
 from potstill.evaluate.generations import continuations, text_quality
 from potstill.evaluate.harness import Harness, TimeLimitError, harness_scores
+from potstill.evaluate.held_out import text_bytes
 from potstill.evaluate.quality import compare
 from potstill.evaluate.speed import extra_bytes, speed
 from potstill.evaluate.time_limit import TimeLimit
-from potstill.runs.evaluate import EvaluationOptions, text_bytes
+from potstill.runs.evaluate import EvaluationOptions
 from potstill.runs.evaluate import evaluate as measure
 from reference_across import byte_level
 

@@ -75,6 +75,11 @@ def build(
         if teacher is not None or data:
             raise UserError("cache build: expected a recipe, or --teacher with --data, got both.")
         loaded = Recipe.load(recipe, set_ or ())
+        if loaded.student.vocabulary is not None:
+            raise UserError(
+                "cache build: expected a recipe without student.vocabulary, got one. A cache holds the teacher's own "
+                "tokens: leave student.vocabulary out, or train with the live teacher."
+            )
         config, sources, tokenizer = (
             loaded.teacher,
             [*in_parts(loaded.data.train), loaded.data.eval],

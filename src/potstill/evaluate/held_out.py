@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from potstill.data.batches import in_batches
 from potstill.evaluate.sequence import AnyQuality, measure
 from potstill.evaluate.time_limit import TimeLimit
-from potstill.losses.alignment import Task
+from potstill.losses.alignment import IGNORE, Task
 
 BATCH_ROWS, BATCH_TOKENS = 16, 4096  # of a batch at most: the time is over between two batches
 FEWEST_ROWS = 4  # of a batch: encoders are compared on 3 at least
@@ -51,3 +52,9 @@ def measure_rows(
 
     quality = measure(task, reference, models, batches(), vocabulary=vocabulary)
     return quality, shuffled.select(range(number))
+
+
+def text_bytes(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the UTF-8 bytes of the target tokens' text, without special tokens."""
+    targets = ([label for label in row["labels"][1:] if label != IGNORE] for row in rows)
+    return sum(len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode()) for ids in targets)

@@ -37,6 +37,7 @@ from potstill.models.spacing import evenly_spaced
 from potstill.runs.build_student import StudentBuilder, design_of, initialization_of
 from potstill.runs.chat_notes import chat_notes
 from potstill.runs.config.run import Recipe
+from potstill.runs.vocabulary import keep_tokens, trim_teacher
 from potstill.teachers.byte_alignment import AlignmentStats
 from potstill.teachers.cached import CachedOrLiveTeacher, CachedTeacher
 from potstill.teachers.crosstok import CrossTokenizerTeacher
@@ -118,7 +119,12 @@ def build_run(recipe: Recipe) -> BuiltRun:
         if (name := getattr(recipe.student, key)) is not None:
             tokenizer = load_tokenizer(name, f"student.{key}")
     set_chat_template(tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
-    new_student = StudentBuilder(recipe, loaded, tokenizer, design_of(recipe.student, loaded.config, tokenizer))
+    kept = keep_tokens(recipe, tokenizer)
+    if kept is not None:
+        loaded, vocabulary_note = trim_teacher(recipe, loaded, kept)
+        tokenizer = kept.tokenizer
+    design = design_of(recipe.student, loaded.config, tokenizer)
+    new_student = StudentBuilder(recipe, loaded, tokenizer, design, kept=kept.ids if kept else None)
     student = new_student()
     models = {**loaded.models, "student": student}
     if any(term.other_tokenizer for term in recipe.objective):
@@ -162,6 +168,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
     tokenizers = (loaded.tokenizer, *(() if tokenizer is loaded.tokenizer else (tokenizer,)))
     notes = [note for part in (*loaded.models.values(), student, *tokenizers) for note in loading_notes(part)]
     notes += [
+        *([vocabulary_note] if kept else ()),
         *_teacher_notes(built),
         *train.notes,
         *held_out.notes,

@@ -27,6 +27,7 @@ from potstill.models.precision import as_dtype, saved_dtype
 from potstill.models.shapes import text_config
 from potstill.models.size import language_model_class
 from potstill.models.spacing import evenly_spaced
+from potstill.models.trimming import trim_model
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import BudgetPart, StudentPart
 from potstill.teachers.source import LoadedTeacher
@@ -42,6 +43,7 @@ class StudentBuilder:
     teacher: LoadedTeacher
     tokenizer: PreTrainedTokenizerBase  # the student's
     design: PretrainedConfig | None  # of a new student; None for a model that exists
+    kept: tuple[int, ...] | None = None  # ids of the tokens of an existing model that the tokenizer has; None for all
     initialization: Initialization | None = None  # what a new student takes from its teacher; None for random weights
 
     @property
@@ -87,6 +89,8 @@ class StudentBuilder:
             options["may_miss"] = True
             model = load_model(recipe.student.model, "student.model", dtype, recipe.task, **options)
             _check_reloads(model, recipe.task)
+            if self.kept is not None:
+                trim_model(model, self.kept)
         if adapter is not None:
             return adapt(model, adapter, seed=recipe.seed, tokenizer=self.tokenizer)
         if is_quantized(model) and not is_adapted(model):

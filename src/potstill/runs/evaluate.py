@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from potstill.data.batches import encode, pad_token_id
 from potstill.data.masking import MaskedRows
@@ -22,11 +22,11 @@ from potstill.errors import UserError
 from potstill.evaluate.formatting import duration
 from potstill.evaluate.generations import continuations, text_metrics, text_quality
 from potstill.evaluate.harness import Harness, TimeLimitError
-from potstill.evaluate.held_out import measure_rows
+from potstill.evaluate.held_out import measure_rows, text_bytes
 from potstill.evaluate.speed import speed
 from potstill.evaluate.time_limit import TimeLimit
 from potstill.evaluate.versions import versions
-from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, TOKEN_TASKS, Task
+from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.adapted import parameter_count, virtual_tokens
 from potstill.models.heads import check_end_tokens, class_ids, match_heads, max_positions, token_rows
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
@@ -257,9 +257,3 @@ def _check_lengths(models: Mapping[str, PreTrainedModel], longest: Mapping[str, 
         for option, length in longest.items():
             if length > most:
                 raise UserError(f"{option}: expected at most {most}, the {name}'s number of positions, got {length}.")
-
-
-def text_bytes(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count the UTF-8 bytes of the target tokens' text, without special tokens."""
-    targets = ([label for label in row["labels"][1:] if label != IGNORE] for row in rows)
-    return sum(len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode()) for ids in targets)

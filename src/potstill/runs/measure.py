@@ -30,7 +30,7 @@ from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.chat import end_token_ids
 from potstill.models.loading import load_model
-from potstill.models.precision import describe_precision
+from potstill.models.precision import describe_precision, saved_dtype
 from potstill.runs.build import BuiltRun
 from potstill.runs.compute import training_flops
 from potstill.runs.progress import PartProgress, part
@@ -207,6 +207,9 @@ def _scores(
         rows[name] |= {"parameters": parameter_count(model).all, "bytes": bytes_on_disk(folders[name], model)}
         rows[name]["saved_as"] = describe_precision(folders[name])
         rows[name]["latency_ms"] = latency[name].median_ms
+    if built.recipe.student.vocabulary is not None and "teacher" in models:  # it is smaller than on the disk
+        dtype = saved_dtype(folders["teacher"]) or models["teacher"].dtype
+        rows["teacher"]["bytes"] = rows["teacher"]["parameters"] * dtype.itemsize
     if "teacher" not in models and teacher_loss is not None:
         rows["teacher"] = dict.fromkeys(rows["student"]) | {"loss": teacher_loss}
         if (teacher := built.loaded.model) is not None:  # its tokenizer differs, its size is known

@@ -10,6 +10,7 @@ from potstill.models.chat import end_token_ids, set_chat_template
 from potstill.models.loading import load_config, load_tokenizer, suppress_warnings
 from potstill.runs.build import encode_data
 from potstill.runs.config.run import Recipe
+from potstill.runs.vocabulary import keep_tokens
 
 
 class ShownData(NamedTuple):
@@ -30,6 +31,9 @@ def show_data(recipe: Recipe, count: int, *, held_out: bool = False) -> ShownDat
     if tokenizer is None:
         tokenizer = recipe.teacher.load(student.model, recipe.task).tokenizer
     set_chat_template(tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
+    if (kept := keep_tokens(recipe, tokenizer)) is not None:
+        teacher = kept.tokenizer if teacher is not None and teacher.get_vocab() == tokenizer.get_vocab() else teacher
+        tokenizer = kept.tokenizer
     model = student.model or teacher_path
     config = load_config(model, "student.model") if model and recipe.task in SEQUENCE_TASKS else None
     train, evaluation, _ = encode_data(recipe, config, tokenizer)

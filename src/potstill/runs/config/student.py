@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from potstill.data.sources import Source
 from potstill.models.adapters import Adapter
 from potstill.models.capacity import TaskKind
 from potstill.runs.config.document import Part
@@ -72,6 +73,18 @@ class InitializePart(Part):
         return self
 
 
+class VocabularyPart(Part):
+    """The tokens of a student that is to have fewer than its tokenizer; those of its teacher are cut with them."""
+
+    keep: Literal["data"] | Annotated[int, Field(ge=1)] = Field(
+        description="data, all tokens of the text; or a number: the most frequent. Special tokens and the alphabet stay"
+    )
+    text: Source | None = Field(None, description="where tokens are counted, as a source of data; default: data.train")
+
+    def describe(self) -> str:
+        return "the tokens of its text alone" if self.keep == "data" else f"{self.keep:,} tokens"
+
+
 class StudentPart(Part):
     """Who learns: an existing model, or a new one of the teacher's kind."""
 
@@ -83,6 +96,9 @@ class StudentPart(Part):
     )
     tokenizer: str | None = Field(
         None, description="of a new student: a folder or a name on the hub; by default the teacher's"
+    )
+    vocabulary: VocabularyPart | None = Field(
+        None, description="fewer tokens: for smaller embeddings and a smaller head"
     )
     initialize: Annotated[InitializePart, BeforeValidator(_named_method)] = Field(
         default_factory=lambda: InitializePart.model_validate({"method": "random"}),
@@ -137,4 +153,6 @@ class StudentPart(Part):
             shape = ", ".join(f"{key} {value}" for key, value in fields.items())
             model = f"the teacher's architecture {within} {shape}"
             model += "" if self.initialize.method == "random" else f"; initialized by {self.initialize.method}"
+        if self.vocabulary is not None:
+            model += f", with {self.vocabulary.describe()}"
         return model if self.adapter is None else f"{model}, with {self.adapter.title}"

@@ -1,0 +1,103 @@
+"""The recipe's `student.vocabulary`: tokenizer, teacher and student with fewer tokens."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from potstill.data.batches import encode, in_batches
+from potstill.data.mixture import encode_mixture
+from potstill.errors import RecipeError
+from potstill.evaluate.held_out import text_bytes
+from potstill.evaluate.sequence import measure
+from potstill.models.split import evaluation_mode, run
+from potstill.models.trimming import choose_tokens, trim_model, trim_tokenizer
+from potstill.runs.config.run import Recipe
+from potstill.teachers.source import LoadedTeacher
+
+PROBE_ROWS = 16  # held-out rows on which the teacher is measured with all tokens and with the kept ones
+PROBE_BATCH = 4  # rows
+
+
+class KeptTokens(NamedTuple):
+    """The tokens that a student keeps."""
+
+    ids: tuple[int, ...]  # in the whole tokenizer, in the order of the new ids
+    tokenizer: PreTrainedTokenizerBase  # of these tokens alone
+    whole: PreTrainedTokenizerBase
+
+
+def keep_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> KeptTokens | None:
+    """Choose the tokens that the recipe asks for, and make a tokenizer of them; None where it keeps all."""
+    part = recipe.student.vocabulary
+    if part is None:
+        return None
+    source = recipe.data.train if part.text is None else part.text
+    counts: Counter[int] = Counter()
+    for row in encode_mixture(source, tokenizer, **_options(recipe)).dataset:
+        counts.update(row["input_ids"])
+    kept = tuple(choose_tokens(tokenizer, counts, part.keep))
+    return KeptTokens(kept, trim_tokenizer(tokenizer, kept), tokenizer)
+
+
+def trim_teacher(recipe: Recipe, loaded: LoadedTeacher, kept: KeptTokens) -> tuple[LoadedTeacher, str]:
+    """Cut a teacher of the same tokenizer to the kept tokens, in place, and describe what it loses.
+
+    Its distribution over the kept tokens is then its own, renormalized: the softmax of the logits that are left. A
+    teacher with another tokenizer keeps its tokens.
+    """
+    note = f"student.vocabulary: {len(kept.ids):,} of {len(kept.whole.get_vocab()):,} tokens."
+    if loaded.tokenizer.get_vocab() != kept.whole.get_vocab():
+        return loaded, note
+    if recipe.teacher.name != "model" or loaded.model is None:
+        raise RecipeError(
+            "student.vocabulary: expected a teacher that is one model beside the student (teacher.model alone), whose "
+            f"vocabulary is cut too, got {recipe.teacher.title}. Name one, or keep all tokens."
+        )
+    if recipe.task == "causal":
+        rows = _held_out(recipe, kept.whole)
+        bits = bits_per_byte(loaded.model, rows, kept.whole)
+        share = kept_share(loaded.model, rows, kept)
+    trim_model(loaded.model, kept.ids)
+    if recipe.task == "causal":
+        note += (
+            f" The teacher needs {bits_per_byte(loaded.model, _held_out(recipe, kept.tokenizer), kept.tokenizer):.3f} "
+            f"bits a byte with them, and {bits:.3f} with all, on the first held-out rows. It gave the others "
+            f"{1 - share:.2%} of its probability; its targets are renormalized without them."
+        )
+    return replace(loaded, tokenizer=kept.tokenizer, config=copy.deepcopy(loaded.model.config)), note
+
+
+def bits_per_byte(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Compute the loss of a causal model on the rows' targets, in bits per byte of their text."""
+    quality: Any = measure("causal", None, {"model": model}, in_batches(rows, tokenizer, PROBE_BATCH))["model"]
+    bits: float = quality.loss * quality.tokens / math.log(2)
+    return bits / max(1, text_bytes(rows, tokenizer))
+
+
+def kept_share(model: PreTrainedModel, rows: Dataset, kept: KeptTokens) -> float:
+    """Compute the mean probability that a causal model gives to the kept tokens, over the attended positions."""
+    ids, total, positions = torch.tensor(kept.ids, device=model.device), 0.0, 0
+    with torch.no_grad(), evaluation_mode(model):
+        for batch in in_batches(rows, kept.whole, PROBE_BATCH, model.device):
+            logits = run(model, batch).logits[batch["attention_mask"].bool()].float()
+            shares = logits[:, ids].logsumexp(-1) - logits.logsumexp(-1)
+            total, positions = total + float(shares.exp().sum()), positions + len(shares)
+    return total / max(1, positions)
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    data = recipe.data
+    return {"max_length": data.max_length, "packing": data.packing, "task": recipe.task}
+
+
+def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    rows = encode(recipe.data.eval, tokenizer, **_options(recipe)).dataset
+    return rows.select(range(min(PROBE_ROWS, len(rows))))
