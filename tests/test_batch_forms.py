@@ -146,11 +146,25 @@ def test_values_of_tokens_move_with_them() -> None:
         (rows(A, A) | {"cu_seq_lens_q": ENDS}, "cu_seq_lens_q for a batch of one row"),
         (rows(A) | {"labels": torch.tensor([1])}, r"labels of shape \[1, 7\]"),
         ({"labels": torch.tensor([1])}, "expected input_ids in a batch, got labels"),
+        ({"input_ids": [A], "labels": [A]}, "expected input_ids as a tensor .* got a list"),
+        (with_labels(rows(A)) | {"weights": torch.full((1, 7), -1.0)}, "expected weights >= 0, got a negative number"),
     ],
 )
 def test_what_has_no_plain_meaning_is_refused(batch: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Distiller(make_llama(), None, [Labels()]).step(batch)
+
+
+def test_padding_that_only_the_mask_would_tell_of_is_refused() -> None:
+    """Labels of -100 keep it out of means over tokens alone."""
+    ids = torch.tensor([[*A, 1, 1, 1, 1], [1, 1, 1, 1, *A]])
+    batch = {"input_ids": ids, "labels": ids.masked_fill(ids == 1, -100)}
+    behind, in_front = ({name: values[row][None] for name, values in batch.items()} for row in (0, 1))
+    plain, layers = [Labels()], [Labels(), Hidden(LayerMap.explicit([(-1, -1)]))]
+    assert Distiller(make_llama(), None, plain).step(behind).loss.isfinite()
+    for terms, refused in ((plain, in_front), (layers, behind)):
+        with pytest.raises(DataError, match="expected an attention_mask, got none in a batch"):
+            Distiller(make_llama(), make_llama(seed=1), terms).step(refused)
 
 
 def test_rows_with_one_label_are_not_packed() -> None:

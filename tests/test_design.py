@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from conftest import make_llama
 from potstill.cli import app
-from potstill.errors import ModelError, ShapeError
+from potstill.errors import ModelError, ShapeError, UserError
 from potstill.models.budget import Budget, parse_count
 from potstill.models.capacity import (
     CAPABILITIES,
@@ -141,7 +141,8 @@ def test_all_limits_hold_at_once() -> None:
         ({}, "at least one of params, compression, memory_gb, latency_ms, target, min_share, got none"),
         ({"params": 5, "compression": 0.5}, "above 1"),
         ({"min_share": 1.0}, "min_share between 0 and 1, got 1"),
-        ({"min_share": 0.9, "task": "poetry"}, "expected task understanding"),
+        ({"min_share": 0.9, "task": "poetry"}, "Budget.task: expected one of understanding"),
+        ({"params": "100M"}, "Budget.params: expected a whole number, got '100M'"),
         ({"compression": 0.5}, "above 1"),
         ({"compression": float("nan")}, "above 1"),
         ({"memory_gb": -1.0}, "above 0"),
@@ -149,8 +150,13 @@ def test_all_limits_hold_at_once() -> None:
     ],
 )
 def test_budgets_that_are_none(limits: dict, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(UserError, match=message):
         Budget(**limits)
+
+
+def test_a_design_is_made_from_a_config() -> None:
+    with pytest.raises(ModelError, match="expected a config of the teacher, got a dict"):
+        Budget(compression=2.0).student({"hidden_size": 8})
 
 
 @pytest.mark.parametrize("text", ["", "many", "-5M", "0", "5T", "nan"])

@@ -107,6 +107,8 @@ def test_matryoshka_is_the_weighted_mean_over_prefixes(spaces) -> None:
 def test_reconstruction_is_a_share_of_the_spread(spaces) -> None:
     _, teacher = spaces
     assert float(reconstruction_error(teacher, teacher)) == 0
+    with pytest.raises(ShapeError, match=r"decoded and teacher of one shape \[B, Ht\]"):
+        reconstruction_error(teacher[:, :-1], teacher)
     assert float(reconstruction_error(teacher.mean(0).expand_as(teacher), teacher)) == pytest.approx(1)
 
 

@@ -394,6 +394,8 @@ def test_ensembles_that_cannot_be() -> None:
     two: list[Teacher] = [Says(torch.zeros(300)), Says(torch.zeros(300), told=False)]
     with pytest.raises(ShapeError, match="two members or more"):
         EnsembleTeacher(two[:1])
+    with pytest.raises(ShapeError, match="expected models or Teachers as members, got a str"):
+        EnsembleTeacher(["large", "small"])
     for wrong in ([1], [1, -1], [0, 0], [1, math.nan]):
         with pytest.raises(ShapeError, match="expected 2 weights"):
             EnsembleTeacher(two, wrong)

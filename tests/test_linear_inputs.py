@@ -263,3 +263,8 @@ def test_what_does_not_fit_is_named_in_one_line(changes, kind, words, backend, w
     with pytest.raises(kind, match=rf"^(linear_divergence|SparseTargets): expected .*{words}") as caught:
         linear_divergence(**arguments)
     assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
+
+
+def test_a_matrix_is_no_head() -> None:
+    with pytest.raises(ShapeError, match=r"expected an LMHead as the head, got a Tensor. Give LMHead\(weight, bias\)"):
+        linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]))

@@ -15,15 +15,19 @@ from typer.testing import CliRunner
 from conftest import make_batch, make_llama
 from potstill.cli import app
 from potstill.errors import RecipeError, ShapeError, UserError
+from potstill.losses import schedule
 from potstill.losses.alignment import attended_positions, target_positions
+from potstill.models.layer_map import LayerMap
 from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 from potstill.teachers.dimensions import important_dimensions
+from potstill.teachers.model import ModelTeacher
 from potstill.train.distiller import Distiller
+from potstill.train.objective import Objective
 from potstill.train.terms.layers import Attention, Hidden
-from potstill.train.terms.logits import Logits
+from potstill.train.terms.logits import Labels, Logits
 
 EVERY = [
     {"term": "logits", "tokens": "entropy", "share": {"schedule": "linear", "start": 0.2, "end": 1.0}, "top_k": 20},
@@ -129,8 +133,26 @@ def test_a_cache_says_what_it_does_not_hold(
         (lambda: Distiller(make_llama(), make_llama(), Logits()), "Objective: expected a list of .* got one by itself"),
         (lambda: Distiller(make_llama(), [make_llama()], [Logits()]), "Distiller: expected a Teacher, .* got a list"),
         (lambda: Distiller(make_llama(), "teacher", [Logits()]), "Distiller: expected a Teacher, .* got a str"),
+        (
+            lambda: Distiller("student", make_llama(), [Logits()]),
+            "Distiller: expected a model as the student, got a str",
+        ),
+        (lambda: Distiller(*[make_llama()] * 2, [Logits()]), "Distiller: expected another model .* got the student"),
+        (lambda: Objective([Logits]), "Objective: expected a list of at least one term, got <class"),
+        (lambda: Objective({"logits": 0.5}), "Objective: expected a list of at least one term, got 'logits'"),
+        (lambda: ModelTeacher("teacher"), "ModelTeacher: expected a model, got a str"),
+        (lambda: Attention(normalize="no"), r"Attention\.normalize: expected true or false, got 'no'"),
+        (lambda: Attention(heads=[0, 1]), r"Attention\.heads: expected pairs such as \[\(0, 1\), \(1, 3\)\], got 0"),
+        (lambda: LayerMap.explicit([3, 7]), r"Explicit\.layers: expected pairs such as .* got 3"),
+        (lambda: LayerMap.explicit([(0, 1, 2)]), r"Explicit\.layers: expected pairs such as .* got \(0, 1, 2\)"),
+        (lambda: LayerMap.explicit([(0, 1.0)]).pairs(2, 2), r"expected teacher layers in -2\.\.1, .* got 1\.0"),
+        (lambda: schedule.linear("4", 1.0, 10), r"Linear\.start: expected a number, got '4'"),
     ],
 )
 def test_what_a_term_or_a_distiller_cannot_take_is_refused_in_python(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ShapeError, match=message):
+    with pytest.raises(UserError, match=message):
         make()
+
+
+def test_an_objective_takes_terms_from_a_generator() -> None:
+    assert Objective(term for term in [Logits(), Labels()]).names == ["logits", "labels"]

@@ -32,7 +32,16 @@ from potstill.runs.run import run
 from potstill.teachers.cached import CachedOrLiveTeacher
 from potstill.train.callbacks import logged_lines
 from potstill.train.distiller import Distiller
-from potstill.train.rollout import Adapt, Replay, Rollout, example, teacher_mix, teacher_top_k, unpadded_rows
+from potstill.train.rollout import (
+    Adapt,
+    Replay,
+    Rollout,
+    RolloutConfig,
+    example,
+    teacher_mix,
+    teacher_top_k,
+    unpadded_rows,
+)
 from potstill.train.samples import collapse_warning, repetition
 from potstill.train.terms.logits import Labels, Logits
 from potstill.train.terms.policy import MiniLLM
@@ -231,6 +240,11 @@ def test_own_text_and_data_are_two_means_where_a_weight_is_given() -> None:
     assert sum(output.loss.item() for output in outputs) == pytest.approx(expected.item(), rel=1e-4)
     for share in (0.0, 1.0):  # of one kind alone
         assert "weights" not in rollout(share, own_weight=0.3)(batches, model, step=0)[0]
+    for wrong in (-1.0, 2.0):
+        with pytest.raises(ShapeError, match=r"Rollout.own_weight: expected a number in \[0, 1\]"):
+            rollout(0.4, own_weight=wrong)
+    with pytest.raises(ShapeError, match="on_policy_fraction between 0 and 1 with own_weight, got samples alone"):
+        RolloutConfig(on_policy_fraction=1.0, own_weight=0.3)
 
 
 def on_policy(folder: Path, one: Rollout | None = None, **changes: Any) -> DistillationTrainer:

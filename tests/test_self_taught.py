@@ -170,6 +170,8 @@ def test_averages_that_cannot_be() -> None:
             EMATeacher(wrong)
     with pytest.raises(ShapeError, match="warmup_steps"):
         EMATeacher(warmup_steps=-1)
+    with pytest.raises(ShapeError, match="decay: expected a number, got a LlamaForCausalLM"):
+        EMATeacher(make_llama())
     batch = make_batch()
     for alone in (EMATeacher(), BaseModelTeacher()):
         with pytest.raises(ModelError, match="expected a student, got none yet"):

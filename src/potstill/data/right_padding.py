@@ -55,8 +55,9 @@ def right_padded(batch: Mapping[str, Any], task: Task | None = None) -> dict[str
 def _complete(batch: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
     """Add a mask and labels where there are none, and check the shapes of the columns that a model reads."""
     ids = batch["input_ids"]
-    if ids.ndim != 2:
-        raise DataError(f"data: expected input_ids of shape [B, T], got {list(ids.shape)}. Give a batch of rows.")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        got = list(ids.shape) if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise DataError(f"data: expected input_ids as a tensor of shape [B, T], got {got}. Give a batch of rows.")
     columns = {name: column for name, column in batch.items() if column is not None}
     columns.setdefault("attention_mask", torch.ones_like(ids))
     if task == "causal" and "labels" not in columns:
@@ -75,6 +76,8 @@ def _complete(batch: Mapping[str, Any], task: Task | None) -> dict[str, Any]:
                 f"data: expected {name} of shape {list(shapes[-1])}, as the input_ids, got "
                 f"{list(columns[name].shape)}. Give a value for each {'token' if shapes[-1] == ids.shape else 'row'}."
             )
+    if "weights" in columns and not bool((columns["weights"] >= 0).all()):
+        raise DataError("data: expected weights >= 0, got a negative number or NaN in a batch. Correct the weights.")
     return columns
 
 

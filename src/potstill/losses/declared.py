@@ -22,7 +22,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from potstill.errors import ShapeError
 
@@ -262,6 +264,32 @@ class OneOf(Rule):
         return repr(value) if isinstance(value, str) and value not in self.words else None
 
 
+@dataclasses.dataclass(frozen=True)
+class OfType(Rule):
+    """A plain number or truth value. pydantic knows these by itself."""
+
+    kind: type
+
+    def __str__(self) -> str:
+        return {bool: "true or false", int: "a whole number", float: "a number"}[self.kind]
+
+    def wrong(self, value: Any) -> str | None:
+        if isinstance(value, {bool: bool, int: Integral, float: Real}[self.kind]):
+            return None
+        return repr(value) if isinstance(value, str | Real) else f"a {type(value).__name__}"
+
+
+class InPairs(Rule):
+    """A sequence of pairs. A text is another arm of a union."""
+
+    def __str__(self) -> str:
+        return "pairs such as [(0, 1), (1, 3)]"
+
+    def wrong(self, value: Any) -> str | None:
+        entries = () if isinstance(value, str) else value
+        return next((repr(entry) for entry in entries if not isinstance(entry, tuple | list) or len(entry) != 2), None)
+
+
 class PythonOnly:
     """Marks a field that can be set in Python alone: no recipe has it."""
 
@@ -301,11 +329,15 @@ def _rules_in(annotation: Any) -> Iterator[Rule]:
         words = tuple(word for word in get_args(annotation) if isinstance(word, str))
         yield from [OneOf(words)] if words else []
         return
-    arms = {annotation} if get_origin(annotation) is None else {*get_args(annotation)} - {type(None)}
-    if len(arms) == 1 and isinstance(family := arms.pop(), type) and Declared in family.__bases__:
-        yield OfFamily(family)
     for part in get_args(annotation):
         if isinstance(part, Rule):
             yield part
         elif not isinstance(part, str | type):
             yield from _rules_in(part)
+    if get_origin(annotation) in (None, Annotated, Union, UnionType):
+        arms = [
+            arm for arm in get_args(annotation) or (annotation,) if not isinstance(arm, Rule) and arm is not NoneType
+        ]
+        if len(arms) == 1 and isinstance(kind := arms[0], type):
+            yield from [OfFamily(kind)] if Declared in kind.__bases__ else []
+            yield from [OfType(kind)] if kind in (bool, int, float) else []

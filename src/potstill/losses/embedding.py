@@ -100,6 +100,9 @@ def reconstruction_error(decoded: Tensor, teacher: Tensor) -> Tensor:
 
     sum |decoded - t|^2 / sum |t - mean t|^2, of decoded and teacher, [B, Ht] for B >= 2.
     """
+    if decoded.shape != teacher.shape or decoded.ndim != 2:
+        got = f"{list(decoded.shape)} and {list(teacher.shape)}"
+        raise ShapeError(f"reconstruction_error: expected decoded and teacher of one shape [B, Ht], got {got}.")
     t = teacher.detach().to(decoded.dtype)
     variance = (t - t.mean(0)).square().sum()
     return (decoded - t).square().sum() / variance.clamp_min(torch.finfo(variance.dtype).tiny)

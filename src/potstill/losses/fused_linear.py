@@ -85,6 +85,9 @@ def linear_divergence(
     >>> loss = linear_divergence(hidden, head, HeadTargets(hidden, head), JSD()).loss
     >>> torch.testing.assert_close(loss, torch.tensor(0.0))
     """
+    if not isinstance(head, LMHead):
+        got = f"a {type(head).__name__}"
+        raise ShapeError(f"linear_divergence: expected an LMHead as the head, got {got}. Give LMHead(weight, bias).")
     weights = None if token_weights is None else token_weights.detach()
     total = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
     reducing = (weights, total, reduction, chunk_tokens, _products_dtype(hidden, head.weight))

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 
 from potstill.errors import ModelError, nearest
-from potstill.models.capacity import CAPABILITIES, TaskKind, smallest_student
+from potstill.losses.declared import Record
+from potstill.models.capacity import TaskKind, smallest_student
 from potstill.models.compression import TARGETS
 from potstill.models.design import KEEP_WORDS, TOLERANCE, Keep, ShapeSearch, design
 from potstill.models.shapes import text_config
@@ -30,7 +31,7 @@ class CostLimit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Record):
     """Limits on a student's size and cost; at least one, and all of them hold.
 
     Args:
@@ -46,6 +47,7 @@ class Budget:
 
     Raises:
         ModelError: no limit, or one that is not positive.
+        ShapeError: a value of another type, or a word that is not known.
     """
 
     params: int | None = None
@@ -59,14 +61,13 @@ class Budget:
     context: int = 2048
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:6]}
         given = {name: limit for name, limit in limits.items() if limit is not None}
         if not given:
             raise ModelError(f"design: expected at least one of {', '.join(limits)}, got none.")
         if (target := given.pop("target", None)) is not None and target not in TARGETS:
             raise ModelError(f"design: expected target {', '.join(TARGETS)}, got {target}.{nearest(target, TARGETS)}")
-        if self.task not in CAPABILITIES:
-            raise ModelError(f"design: expected task {', '.join(CAPABILITIES)}, got {self.task}.")
         for name, limit in given.items():
             least, most = 1 if name == "compression" else 0, 1 if name == "min_share" else math.inf
             if not least < limit < most:
@@ -81,6 +82,9 @@ class Budget:
         `vocabulary` is the number of token ids, the teacher's by default. `seconds` times a forward pass of a config's
         model, for `latency_ms`.
         """
+        if not isinstance(teacher, PretrainedConfig):
+            hint = "Give the config of a model, or AutoConfig.from_pretrained(name)."
+            raise ModelError(f"design: expected a config of the teacher, got a {type(teacher).__name__}. {hint}")
         teacher = text_config(teacher)
         whole, costs = count_parameters(teacher), [*self._costs(seconds)]
         least = 0 if self.min_share is None else math.ceil(smallest_student(whole, self.min_share, self.task).value)

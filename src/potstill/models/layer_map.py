@@ -10,12 +10,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
 from potstill.errors import ShapeError
-from potstill.losses.declared import Declared, Either, NonEmpty, Range
+from potstill.losses.declared import Declared, Either, InPairs, NonEmpty, Range
 
 # What the first block reads, and what the model returns, behind its final norm: hidden_states[0] and hidden_states[-1].
 State = Literal["embeddings", "last_hidden_state"]
@@ -93,7 +94,7 @@ class LayerMap(Declared):
 
     @classmethod
     def explicit(cls, pairs: Sequence[tuple[Layer, Layer]]) -> LayerMap:
-        return Explicit(tuple((s, t) for s, t in pairs))
+        return Explicit(tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Skip(LayerMap):
 class Explicit(LayerMap):
     """Pairs (student layer, teacher layer); negative layers count from the end. See `LayerMap` for names."""
 
-    layers: Annotated[Pairs, NonEmpty()]
+    layers: Annotated[Pairs, NonEmpty(), InPairs()]
     name = "pairs"
 
     def choose(self, student: int, teacher: int) -> Sequence[tuple[Layer, Layer]]:
@@ -143,7 +144,7 @@ def layer_index(model: str, layer: AnyLayer, layers: int) -> AnyLayer:
     """Return a layer's index from 0, for one that may count from the end; a `State` is returned as it is."""
     if isinstance(layer, str):
         return layer
-    if not -layers <= layer < layers:
+    if not isinstance(layer, Integral) or not -layers <= layer < layers:
         raise ShapeError(
             f"LayerMap: expected {model} layers in {-layers}..{layers - 1}, as the {model} has {layers} layers, "
             f"got {layer}."

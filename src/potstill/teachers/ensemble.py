@@ -66,6 +66,8 @@ class EnsembleTeacher(Teacher):
         self.members: list[Teacher] = [
             ModelTeacher(member) if isinstance(member, nn.Module) else member for member in members
         ]
+        if strange := [type(member).__name__ for member in self.members if not isinstance(member, Teacher)]:
+            raise ShapeError(f"EnsembleTeacher: expected models or Teachers as members, got a {strange[0]}. Load it.")
         self.names = [str(i) for i in range(len(members))] if names is None else list(names)
         if len(set(self.names)) != len(members):
             raise ShapeError(f"EnsembleTeacher: expected {len(members)} different names, got {self.names}.")

@@ -39,6 +39,8 @@ class ModelTeacher(Teacher):
     def __init__(
         self, model: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"ModelTeacher: expected a model, got a {type(model).__name__}. Load it.")
         self._use(model.eval().requires_grad_(False))
         if dtype is not None:  # a quantized model refuses even to be asked
             model.to(dtype)

@@ -47,18 +47,23 @@ def columns_not_read(model: Any) -> frozenset[str]:
 
 
 @disable_compile
-def check_padding(batch: Mapping[str, Tensor], pad: int | None, where: str = "a batch") -> None:
-    """Raise DataError for rows without an attention_mask of which an end is padding, and a target."""
-    if pad is None or "input_ids" not in batch or batch.get("attention_mask") is not None:
+def check_padding(
+    batch: Mapping[str, Tensor], pad: int | None, where: str = "a batch", *, layers: bool = False
+) -> None:
+    """Raise DataError for padding without an attention_mask that would be read.
+
+    That is padding in front of a row's tokens, and behind them as a target, or by terms over `layers`.
+    """
+    if pad is None or not isinstance(batch.get("input_ids"), Tensor) or batch.get("attention_mask") is not None:
         return
-    targets = batch["input_ids"] == pad
-    if batch.get("labels") is not None:
-        targets &= batch["labels"] != IGNORE
-    ends = (targets[..., :PADDING_RUN], targets[..., -PADDING_RUN:])
-    if targets.shape[-1] > PADDING_RUN and any(end.all(-1).any() for end in ends):
+    padding = behind = batch["input_ids"] == pad
+    if batch.get("labels") is not None and not layers:
+        behind = padding & (batch["labels"] != IGNORE)
+    ends = (padding[..., :PADDING_RUN], behind[..., -PADDING_RUN:])
+    if padding.shape[-1] > PADDING_RUN and any(end.all(-1).any() for end in ends):
         raise DataError(
-            f"data: expected an attention_mask, or labels of -100 on padding, got neither in {where}, where several "
-            f"pad tokens ({pad}) stand at an end of a row. Give the attention_mask of the tokenizer."
+            f"data: expected an attention_mask, got none in {where}, where several pad tokens ({pad}) stand at an end "
+            "of a row and would be read. Give the attention_mask of the tokenizer."
         )
 
 

@@ -78,6 +78,13 @@ class Distiller(nn.Module):
         prefetch: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(student, nn.Module):
+            raise ShapeError(f"Distiller: expected a model as the student, got a {type(student).__name__}. Load it.")
+        if teacher is student:
+            hint = "Load it a second time, or give EMATeacher() for self-distillation."
+            raise ShapeError(
+                f"Distiller: expected another model as the teacher, which is frozen, got the student. {hint}"
+            )
         self.student, self.vocabulary, self.task = student, vocabulary, task
         self.objective = objective if isinstance(objective, Objective) else Objective(objective)
         for mistake in task_mistakes(self.objective.terms, task):
@@ -156,7 +163,7 @@ class Distiller(nn.Module):
         for model in self.models().values():
             check_columns(batch, model)
         if self.task == "causal":
-            check_padding(batch, padding_id(self.student))
+            check_padding(batch, padding_id(self.student), layers=bool(self._request))
         batch = right_padded(batch, self.task)
         alignment = align(batch["labels"], self.task, batch.get("weights"))
         run = partial(forward_targets, self.student, self.split, batch, alignment)

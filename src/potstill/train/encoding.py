@@ -43,6 +43,7 @@ class RowsEncoder:
         collator: makes the batches. One of the user's own gets the rows as they are.
         pad: id of the pad token, where it is known.
         read: columns that a model would read, and that `PaddingCollator` leaves out.
+        layers: whether terms read layers, at each position without padding.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -53,6 +54,7 @@ class RowsEncoder:
     collator: Any
     pad: int | None
     read: frozenset[str]
+    layers: bool
 
     def __call__(self, rows: Any, name: str, training: bool = False) -> Any:
         """Return a data set of rows with input_ids.
@@ -139,7 +141,7 @@ class RowsEncoder:
             )
         if self.task == "causal":
             row = {key: torch.as_tensor(example[key])[None] for key in CHECKED if example.get(key) is not None}
-            check_padding(row, self.pad, f"the first row of {name}")
+            check_padding(row, self.pad, f"the first row of {name}", layers=self.layers)
             PaddingCollator(-1 if self.pad is None else self.pad)([example])  # what it refuses, before the training
             if "labels" in row:
                 check_unshifted([*example["input_ids"]], [*example["labels"]], name)

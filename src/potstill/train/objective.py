@@ -36,19 +36,20 @@ class Objective(nn.Module):
 
     def __init__(self, terms: Sequence[Term]) -> None:
         super().__init__()
-        if isinstance(terms, Term) or not terms:
-            got = "one by itself" if terms else "none"
+        self.terms = [] if isinstance(terms, Term) else list(terms)
+        strange = [repr(term) for term in self.terms if not isinstance(term, Term)]
+        if strange or not self.terms:
+            got = strange[0] if strange else "one by itself" if isinstance(terms, Term) else "none"
             raise ShapeError(
                 f"Objective: expected a list of at least one term, got {got}. Give [Logits(...), Labels()]."
             )
-        self.terms = list(terms)
-        names = [term.name for term in terms]
+        names = [term.name for term in self.terms]
         # Terms of one kind are numbered in the logs by their place.
         self.names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
-        self.needs_teacher = any(term.needs_teacher for term in terms)
-        self.reads_layers = any(term.reads_layers for term in terms)
-        self.reads_teacher_layers = any(term.reads_layers and term.needs_teacher for term in terms)
-        self.computations: list[Callable[[Signals], Tensor]] = list(terms)
+        self.needs_teacher = any(term.needs_teacher for term in self.terms)
+        self.reads_layers = any(term.reads_layers for term in self.terms)
+        self.reads_teacher_layers = any(term.reads_layers and term.needs_teacher for term in self.terms)
+        self.computations: list[Callable[[Signals], Tensor]] = list(self.terms)
         self.trained = nn.ModuleList()
 
     def fit(self, student: ModelShape, teacher: ModelShape | None) -> tuple[ActivationRequest, ActivationRequest]:

@@ -23,7 +23,7 @@ from potstill.engines.sampling import Sampling, TokenSampling
 from potstill.errors import RecipeError, ShapeError, UserError
 from potstill.losses.alignment import IGNORE, SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS, target_positions
 from potstill.losses.declared import Range, Record
-from potstill.losses.schedule import Number, Schedule, Share, for_run, value_at
+from potstill.losses.schedule import Schedule, Share, for_run, value_at
 from potstill.models.chat import end_token_ids
 from potstill.train.samples import SampleStats
 from potstill.train.server_writer import ServedWriter, StudentServer
@@ -70,7 +70,7 @@ class OnPolicySample(NamedTuple):
 
 
 @dataclass(eq=False)
-class Rollout:
+class Rollout(Record):
     """Replaces a share of an optimiser step's rows by what the student generates from their prompts.
 
     Rows are replaced before target tokens are counted, so that both kinds share one normaliser. An on-policy row has
@@ -102,8 +102,8 @@ class Rollout:
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     _: KW_ONLY
-    share: Number = 0.5
-    own_weight: Number | None = None
+    share: Share = 0.5
+    own_weight: Share | None = None
     prompt_tokens: int = 32
     limit: int | None = None
     vocabulary: int | None = None
@@ -115,6 +115,7 @@ class Rollout:
     server: ServedWriter | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.guide is not None and self.server is not None:
             raise ShapeError("Rollout: expected a guide or a server, got both. A guide needs the student's logits.")
         if self.adapt is not None and callable(self.share):
@@ -374,6 +375,9 @@ class RolloutConfig(TokenSampling):
             raise ShapeError(f"expected {key} without server, got both. It needs the student's logits in this process")
         if self.server is not None and self.batch_size != type(self).batch_size:
             raise ShapeError("expected batch_size without server, got both. Set server.concurrency instead")
+        if self.own_weight is not None and self.adapt is None and self.on_policy_fraction in (0, 1):
+            kind = "samples" if self.on_policy_fraction else "data"
+            raise ShapeError(f"expected an on_policy_fraction between 0 and 1 with own_weight, got {kind} alone")
         if self.adapt is not None and isinstance(self.on_policy_fraction, Schedule):
             raise ShapeError("expected a number as the on_policy_fraction that adapts, got a schedule")
 

@@ -101,6 +101,7 @@ class DistillationTrainer(StudentTrainer):
             collator=kwargs.get("data_collator"),
             pad=padding_id(student) if processing_class is None else pad_token_id(processing_class)[0],
             read=frozenset().union(*map(columns_not_read, distiller.models().values())),
+            layers=distiller.objective.reads_layers,
         )
         train_dataset = self.rows_encoder(train_dataset, "train_dataset", training=True)
         eval_dataset = self.rows_encoder(eval_dataset, "eval_dataset")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from potstill.errors import ModelError, ShapeError
 from potstill.losses import attention
 from potstill.losses.alignment import Task
-from potstill.losses.declared import Either, NonEmpty, PythonOnly, Range
+from potstill.losses.declared import Either, InPairs, NonEmpty, PythonOnly, Range
 from potstill.losses.divergences import Divergence
 from potstill.losses.embedding import embedding_divergence
 from potstill.losses.hidden import hidden_cosine, hidden_l1, hidden_mse, linear_cka
@@ -176,7 +176,7 @@ class Hidden(LayerTerm):
         return signals.attended_mean(DISTANCES[self.distance](s, t))
 
 
-HeadPairs = Annotated[tuple[tuple[int, int], ...], NonEmpty()]
+HeadPairs = Annotated[tuple[tuple[int, int], ...], NonEmpty(), InPairs()]
 Heads = Literal["overlap", "entropy", "variance", "learned"] | HeadPairs
 
 
