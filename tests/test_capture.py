@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
+import families
 from conftest import make_batch, make_llama
 from potstill.errors import ModelError
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
@@ -198,3 +199,17 @@ def test_the_shape_is_read_from_the_config() -> None:
     shape = ActivationCapture(build("llama, grouped queries")).shape
     assert (shape.layers, shape.width, shape.heads, shape.narrowest) == (3, 16, 4, 8)
     assert ActivationCapture(build("distilbert")).shape.attention_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("longformer", r"hidden states of shape \[2, 3, 32\] from layer 0 .* got \[2, 512, 32\]"),
+        ("xlm", "expected one list of layers, whose outputs are hidden states, got transformer.attentions"),
+    ],
+)
+def test_outputs_that_are_not_the_hidden_states_of_the_tokens_are_refused(family: str, message: str) -> None:
+    model = families.model(family, AutoModelForMaskedLM)
+    with pytest.raises(ModelError, match=message):
+        ActivationCapture(model).prepare(ActivationRequest(hidden=frozenset({0})))
+    ActivationCapture(model).prepare(ActivationRequest(hidden=frozenset({"last_hidden_state"})))

@@ -107,6 +107,12 @@ class ActivationCapture:
                     f"{self._name}: expected a model that can be switched to eager attention, got one that cannot. It "
                     "gives no attention maps: use relations or hidden states."
                 )
+        lists = [path for path, _ in structure.layer_lists(self.model)]
+        if len(lists) > 1 and any(isinstance(layer, int) for layer in request.hidden | request.exits):
+            raise ModelError(
+                f"{self._name}: expected one list of layers, whose outputs are hidden states, got {', '.join(lists)}, "
+                "with parts of layers. Compare embeddings, last_hidden_state or attention maps."
+            )
         if request.exits:
             self._final_norm = structure.find_final_norm(self.model, self._layers)
         if request.routers:
@@ -114,10 +120,12 @@ class ActivationCapture:
             self._routers = {i: names for i, names in routers.items() if names}
         with undisturbed(self.model):
             _, activations = self.capture(request, partial(run, self.model, probe_batch(self.model)))
-        vectors = {layer: vectors.queries for layer, vectors in activations.last(3).vectors.items()}
+        # Only an adapter puts virtual tokens in front. What is longer without one has padding of the model's own.
+        inside = activations.last(3) if hasattr(self.model, "peft_config") else activations
+        vectors = {layer: vectors.queries for layer, vectors in inside.vectors.items()}
         for kind, tensors in (
             ("attention maps", activations.attentions),
-            ("hidden states", activations.last(3).hidden),
+            ("hidden states", inside.hidden),
             ("queries", vectors),
         ):
             for layer, tensor in tensors.items():
