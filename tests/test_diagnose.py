@@ -418,6 +418,10 @@ def test_temperatures_of_a_model_on_a_file(toys: Path) -> None:
     assert f"Recommended temperature: {table['recommended']:g}." in shown
     assert "top 100" in shown
     assert "…" not in shown
+    with pytest.raises(UserError, match="diagnose: expected rows >= 1, got 0"):
+        teacher_temperatures(str(toys / "teacher"), toys / "eval.jsonl", rows=0)
+    with pytest.raises(UserError, match=r"expected --data FILE with a teacher, got .*teacher alone"):
+        CliRunner().invoke(app, command[:2], catch_exceptions=False)
 
 
 def test_a_student_that_is_better_than_its_teacher_is_below_it() -> None:

@@ -141,6 +141,8 @@ def test_a_cache_says_what_it_does_not_hold(
         (lambda: Objective([Logits]), "Objective: expected a list of at least one term, got <class"),
         (lambda: Objective({"logits": 0.5}), "Objective: expected a list of at least one term, got 'logits'"),
         (lambda: ModelTeacher("teacher"), "ModelTeacher: expected a model, got a str"),
+        (lambda: ModelTeacher(make_llama(), device="gpu"), r"teacher\.device: expected a device of this .* got gpu"),
+        (lambda: ModelTeacher(make_llama(), device="cuda:99"), r"teacher\.device: expected a device of .* got cuda:99"),
         (lambda: Attention(normalize="no"), r"Attention\.normalize: expected true or false, got 'no'"),
         (lambda: Attention(heads=[0, 1]), r"Attention\.heads: expected pairs such as \[\(0, 1\), \(1, 3\)\], got 0"),
         (lambda: LayerMap.explicit([3, 7]), r"Explicit\.layers: expected pairs such as .* got 3"),

@@ -46,6 +46,8 @@ def diagnose(
     if run is not None and (set_ or out):
         raise UserError("diagnose: expected neither --set nor --out with a run directory, got one. Leave it out.")
     path = target / "recipe.yaml" if run is not None else target
+    if run is not None and not path.exists() and (run / "config.json").exists():
+        raise UserError(f"diagnose: expected --data FILE with a teacher, got {target} alone. Add it.")
     if kind_of(path) != "distillation":
         raise UserError(f"diagnose: expected a distillation recipe, got kind {kind_of(path)} in {path}.")
     recipe = Recipe.load(path, set_ or ())

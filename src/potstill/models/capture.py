@@ -111,7 +111,7 @@ class ActivationCapture:
         if len(lists) > 1 and any(isinstance(layer, int) for layer in request.hidden | request.exits):
             raise ModelError(
                 f"{self._name}: expected one list of layers, whose outputs are hidden states, got {', '.join(lists)}, "
-                "with parts of layers. Compare embeddings, last_hidden_state or attention maps."
+                "with parts of layers. Compare embeddings, last_hidden_state or relations."
             )
         if request.exits:
             self._final_norm = structure.find_final_norm(self.model, self._layers)

@@ -182,6 +182,10 @@ def build_run(recipe: Recipe) -> BuiltRun:
     notes += vocabulary_notes
     notes += new_student.initialization.notes if new_student.initialization else ()
     notes += rollout.check_prompts(train.dataset) if rollout else ()
+    if rollout and rollout.own_weight is not None and plan.rows_per_step == 1:
+        notes.append(
+            "rollout.own_weight: it has no effect on a step of one row, which is a sample or data. Take more rows."
+        )
     notes += _alignment_notes(stats, vocabulary) if stats else ()
     if teacher.needs_trial and not teacher.covers(held_out.dataset):
         notes.append("teacher: it does not cover the held-out rows, which are measured by labels alone.")

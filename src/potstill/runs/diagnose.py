@@ -139,6 +139,8 @@ def _load_models(built: BuiltRun, run: Path | None) -> dict[str, PreTrainedModel
 
 
 def _evenly_spaced(dataset: Dataset, number: int) -> Dataset:
+    if number < 1:
+        raise UserError(f"diagnose: expected rows >= 1, got {number}.")
     return dataset.select(evenly_spaced(number, len(dataset)))
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from potstill.errors import ModelError
+from potstill.errors import ModelError, one_line
 from potstill.losses.alignment import Alignment, Task
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
@@ -45,7 +45,11 @@ class ModelTeacher(Teacher):
         if dtype is not None:  # a quantized model refuses even to be asked
             model.to(dtype)
         if device is not None:
-            self._device = torch.device(device)
+            try:
+                self._device = torch.empty(0, device=device).device
+            except (RuntimeError, AssertionError) as error:
+                expected = "expected a device of this machine, such as cpu or cuda:0"
+                raise ModelError(f"teacher.device: {expected}, got {device}: {one_line(error, 100)}.") from None
             model.to(self._device)
 
     @torch.no_grad()

@@ -198,7 +198,7 @@ def _explain(document: type[Part], error: Any) -> list[str]:
     keys, known = _follow(document, error["loc"])
     key, kind, context = ".".join(keys), error["type"], error.get("ctx", {})
     if kind in {"extra_forbidden", "unexpected_keyword_argument"}:
-        return [f"{key}: {UNKNOWN_KEY}{nearest(keys[-1], known)}"]
+        return [f"{key}: {UNKNOWN_KEY}{nearest(keys[-1], known) or _other_kinds(error['loc'])}"]
     if kind == "missing":
         return [f"{key}: expected a value, got none."]
     family = _bare(context.get("discriminator", ""))
@@ -212,6 +212,14 @@ def _explain(document: type[Part], error: Any) -> list[str]:
         names_keys = not key or all(line.startswith(f"{key}.") for line in message.splitlines())  # of several parts
         return message.splitlines() if names_keys else [f"{key}: {message.removesuffix('.')}."]
     return [f"{key}: {error['msg'].lower()}, got {error['input']!r}."]
+
+
+def _other_kinds(place: tuple[str | int, ...]) -> str:
+    """Name the kinds that have a key, where the one of the same family that it was given to has none."""
+    kind, key = (_bare(str(place[-2])), place[-1]) if len(place) > 1 and is_tag(place[-2]) else ("", "")
+    family = next((family for family in Declared.__subclasses__() if kind in family.kinds), None)
+    names = [name for name, other in family.kinds.items() if key in _fields(other)] if family else []
+    return f" It is a key of {', '.join(names)}." if names else ""
 
 
 def _with_place(document: type[Document], line: str) -> str:
