@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from conftest import make_batch, make_llama
 from potstill.cli import app
-from potstill.errors import RecipeError, ShapeError, UserError
+from potstill.errors import ModelError, RecipeError, ShapeError, UserError
 from potstill.losses import schedule
 from potstill.losses.alignment import attended_positions, target_positions
 from potstill.models.layer_map import LayerMap
@@ -158,3 +158,11 @@ def test_what_a_term_or_a_distiller_cannot_take_is_refused_in_python(make: Calla
 
 def test_an_objective_takes_terms_from_a_generator() -> None:
     assert Objective(term for term in [Logits(), Labels()]).names == ["logits", "labels"]
+
+
+def test_a_teacher_that_is_spread_over_devices_is_not_moved() -> None:
+    model = make_llama()
+    model.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    for options in ({"device": "cpu"}, {"dtype": torch.bfloat16}):
+        with pytest.raises(ModelError, match="expected no device or dtype for a model that is spread, got one"):
+            ModelTeacher(model, **options)

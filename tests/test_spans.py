@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from conftest import TEXT, make_tokenizer
-from potstill.data.token_weights import span_tokens
+from potstill.data.token_weights import SpanWeights, span_tokens
 from potstill.generation.reasoning import parse
 
 SOLUTIONS = [
@@ -74,3 +74,11 @@ def test_on_bytes_the_tokens_of_a_span_say_it(text: str) -> None:
     assert solution.answer in tokenizer.decode(ids[start:end])
     assert len(tokenizer.decode(ids[start:end]).strip()) <= len(solution.answer) + 2
     assert span_tokens(tokenizer, text, (3, 3)) == (0, 0)
+
+
+def test_weights_of_spans_leave_out_the_first_token_of_a_row() -> None:
+    """It is never predicted: a row without a prompt has one target less than tokens."""
+    spans = ["reasoning_span"] * 4 + ["answer_span"] * 2
+    weights = SpanWeights(0.3, 0.7, per="span").of_tokens(spans, [*range(6)])
+    assert sum(weights[1:4]) / 5 == pytest.approx(0.3)
+    assert sum(weights[4:]) / 5 == pytest.approx(0.7)

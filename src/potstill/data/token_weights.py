@@ -30,8 +30,8 @@ class SpanWeights(Record):
         reasoning: weight of a token of the reasoning.
         answer: weight of a token of the answer.
         other: weight of all other tokens of completions; by default they belong to the answer.
-        per: token, or span: the weights are those of the means over each span of a row, whatever its length. The row as
-            a whole counts by its tokens.
+        per: token, or span: the weights are those of the means over each span of a row, whatever its length. A row
+            counts by its tokens, times the weights of the spans that it has.
     """
 
     reasoning: TokenWeight
@@ -48,7 +48,8 @@ class SpanWeights(Record):
         """Compute the weight of each token of a row from the name of its span, or other."""
         of_span = dict(zip((*SPAN_COLUMNS, "other"), (self.reasoning, self.answer, self.other or 0.0), strict=True))
         if self.per == "span":
-            targets = Counter(span for span, label in zip(spans, labels, strict=True) if label != IGNORE)
+            pairs = zip(spans[1:], labels[1:], strict=True)  # a row's first token is never predicted
+            targets = Counter(span for span, label in pairs if label != IGNORE)
             of_span |= {span: of_span[span] * targets.total() / number for span, number in targets.items()}
         return [of_span[span] for span in spans]
 

@@ -42,6 +42,9 @@ class ModelTeacher(Teacher):
         if not isinstance(model, nn.Module):
             raise ModelError(f"ModelTeacher: expected a model, got a {type(model).__name__}. Load it.")
         self._use(model.eval().requires_grad_(False))
+        if self._is_spread and (device is not None or dtype is not None):
+            hint = "Leave them out, or load the model without device_map."
+            raise ModelError(f"ModelTeacher: expected no device or dtype for a model that is spread, got one. {hint}")
         if dtype is not None:  # a quantized model refuses even to be asked
             model.to(dtype)
         if device is not None:
