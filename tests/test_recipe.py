@@ -151,6 +151,11 @@ def test_keys_that_other_tools_have_are_known_by_their_meaning() -> None:
     assert {*OTHER_NAMES.values()} <= known
 
 
+def test_a_teacher_without_a_value_is_named() -> None:
+    text = mistakes({"teacher": {"ema": None}})
+    assert "server, got ema without a value." in text
+
+
 LOGITS = {"term": "logits"}
 
 
