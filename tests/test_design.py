@@ -159,6 +159,13 @@ def test_a_design_is_made_from_a_config() -> None:
         Budget(compression=2.0).student({"hidden_size": 8})
 
 
+def test_a_latency_needs_a_clock_and_a_plan_a_known_task() -> None:
+    with pytest.raises(ModelError, match="expected seconds for latency_ms, got none"):
+        Budget(latency_ms=5).student(LLAMA_8B)
+    with pytest.raises(ShapeError, match="expected a task of understanding"):
+        recommend_compression(10**9, target="edge", task="poetry")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("text", ["", "many", "-5M", "0", "5T", "nan"])
 def test_counts_that_are_none(text: str) -> None:
     with pytest.raises(ModelError, match="such as 100M"):

@@ -218,6 +218,27 @@ def test_a_student_of_ones_own_learns_with_reconstruction() -> None:
         EmbeddingDistiller(torch.nn.Sequential(OwnStudent(), FirstColumn())).fit(TRAIN, HELD)
 
 
+def test_students_that_cannot_be_trained_are_refused() -> None:
+    linear = torch.nn.Linear
+    for student, message in (
+        (linear(10, 3), r"got from \[2, \d+\]: mat1 and mat2 shapes cannot be multiplied"),
+        (linear(TRAIN.shape[1], 3).double(), r"Change the student, or its dtype\."),
+        (linear(TRAIN.shape[1], 3).requires_grad_(False), "with parameters to train as the student, got Linear"),
+        (torch.nn.Identity(), "with parameters to train as the student, got Identity without any"),
+        (len, "with parameters to train"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            EmbeddingDistiller(student).fit(TRAIN, HELD)  # type: ignore[arg-type]
+    student = linear(TRAIN.shape[1], 3)
+    with pytest.raises(ShapeError, match="expected an objective with a focus"):
+        EmbeddingDistiller(student, similarity_error)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match=r"EmbeddingDistiller\.learning_rate: expected a number > 0, got -1"):
+        EmbeddingDistiller(student, learning_rate=-1)
+    with pytest.raises(DataError, match="expected at least 2 vectors"):
+        EmbeddingDistiller(student).fit(TRAIN[:1], HELD)
+    assert len(EmbeddingDistiller(student, epochs=1).fit(TRAIN.numpy(), HELD.numpy())) == 2  # type: ignore[arg-type]
+
+
 class FirstColumn(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.sum(0)

@@ -255,7 +255,9 @@ def test_layers_are_chosen(how: Any, teacher: int, student: int, layers: list[in
         ("truncate", {"num_attention_heads": 2, "num_key_value_heads": 1}, "heads as wide as the teacher's, 8, got 16"),
         ("copy", {"num_hidden_layers": 6}, "at most the teacher's 5"),
         ("shrink", {}, "expected copy, truncate, prune, selective"),
-        ("selective", {"num_attention_heads": 2, "num_key_value_heads": 1}, "heads as wide as the teacher's"),
+        ("selective", {"num_attention_heads": 2, "num_key_value_heads": 1}, "Set head_dim to 8."),
+        ("selective", {"hidden_size": 64}, "heads as wide as the teacher's for selective, .* Set head_dim to 8"),
+        ("copy", {"vocab_size": 70}, "expected at most the teacher's 60 tokens, got 70. Use selective"),
         (
             "selective",
             {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8},
@@ -266,6 +268,16 @@ def test_layers_are_chosen(how: Any, teacher: int, student: int, layers: list[in
 def test_students_that_do_not_fit(method: str, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         begun(model("llama"), method, **changes)
+
+
+def test_selective_embeddings_of_more_tokens_are_random() -> None:
+    teacher = model("llama")
+    config = student_config(teacher.config, {"tie_word_embeddings": False}, 70)
+    student = plan_initialization(teacher, config, "selective", calibration=list).student(teacher, 7)
+    fresh, copied = random_student(config, 7), dict(teacher.named_parameters())
+    for name, weight in student.named_parameters():
+        source = dict(fresh.named_parameters())[name] if len(weight) == 70 else copied[name]
+        assert torch.equal(weight, source), name
 
 
 def test_selective_copies_what_has_the_teachers_shape_and_lists_it() -> None:

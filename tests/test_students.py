@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
 
+import families
 from conftest import make_llama, make_tokenizer
 from potstill.data.vocabulary import shared_vocabulary
 from potstill.errors import ModelError, VocabularyError
@@ -63,6 +64,17 @@ def test_every_field_of_the_family_can_be_given(tmp_path: Path) -> None:
     assert lists.layer_types == ["full_attention"] * 2
 
 
+def test_key_and_value_heads_keep_their_proportion() -> None:
+    for heads, kv_heads, changed, expected in ((8, 2, 4, 1), (8, 2, 12, 3), (9, 3, 8, 2), (8, 8, 4, 4), (8, 1, 4, 1)):
+        teacher = LlamaConfig(hidden_size=72 * 4, num_attention_heads=heads, num_key_value_heads=kv_heads)
+        student = student_config(teacher, {"num_attention_heads": changed}, 300)
+        assert (student.num_attention_heads, student.num_key_value_heads) == (changed, expected)
+
+
+def test_a_field_that_may_differ_by_layer_can_be_given() -> None:
+    assert student_config(families.small("gemma4_text"), {"head_dim": 16}, 128).to_dict()["head_dim"] == 16
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
@@ -77,6 +89,17 @@ def test_every_field_of_the_family_can_be_given(tmp_path: Path) -> None:
             "expected sliding_attention, full_attention, got rope_theta. Such as rope_parameters: {sliding_attention: "
             "{rope_theta: ...}}.",
         ),
+        (LlamaConfig(), {"hidden_size": "64"}, "student.design.hidden_size: expected a whole number >= 1, got '64'."),
+        (GPT2Config(), {"num_hidden_layers": 1.5}, "student.design.n_layer: expected a whole number >= 1, got 1.5."),
+        (LlamaConfig(), {"num_attention_heads": 0}, "expected a whole number >= 1, got 0."),
+        (LlamaConfig(), {"dtype": "float16"}, "expected a field of the teacher's LlamaConfig, got dtype."),
+        (LlamaConfig(), {"model_type": "gpt2"}, "expected a field of the teacher's LlamaConfig, got model_type."),
+        (LlamaConfig(), {"rope_theta": 0}, "expected rope_theta > 0, got 0."),
+        (LlamaConfig(), {"rope_theta": "1e6"}, "expected rope_theta > 0, got '1e6'."),
+        (LlamaConfig(), {"factor": 2.0}, "got factor. Leave it out, or name a rope_type that reads it."),
+        (LlamaConfig(), {"partial_rotary_factor": 0.5}, "rope_type default read (rope_theta, rope_type), got partial"),
+        (LlamaConfig(), {"rope_parameters": 5}, "expected a mapping such as {rope_theta: 10000.0}, got 5."),
+        (LlamaConfig(), {"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}}, "got it beside them. Move it"),
     ],
 )
 def test_fields_that_the_family_does_not_have(config: Any, changes: dict[str, Any], message: str) -> None:

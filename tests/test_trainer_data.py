@@ -315,8 +315,29 @@ def test_arguments_without_a_meaning_are_refused(name: str, message: str, tmp_pa
         )
 
 
+def test_a_name_is_no_tokenizer() -> None:
+    with pytest.raises(UserError, match="expected a tokenizer as processing_class, got 'gpt2'"):
+        DistillationTrainer(student=make_llama(), teacher=None, objective=[Labels()], processing_class="gpt2")
+
+
+def test_a_step_without_targets_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 2
+    args = DistillationConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=2, save_strategy="no")
+    DistillationTrainer(student=make_llama(), teacher=None, objective=[Labels()], args=args, train_dataset=rows).train()
+    assert caplog.text.count("no token of the batches of step 1 is a target") == 1
+    assert "step 2" not in caplog.text
+
+
 def test_arguments_by_the_names_of_others(tmp_path: Path) -> None:
-    for name, hint in (("epochs", "mean num_train_epochs?"), ("lr", "mean learning_rate?"), ("alpha", "a term")):
+    for name, hint in (
+        ("epochs", "mean num_train_epochs?"),
+        ("lr", "mean learning_rate?"),
+        ("alpha", "a term"),
+        ("lora_r", "Lora("),
+        ("use_peft", "Lora("),
+        ("lambda_gkd", "a Rollout"),
+        ("teacher_model_name", "as teacher"),
+    ):
         with pytest.raises(UserError, match=f"DistillationConfig: unknown argument {name}. .*{re.escape(hint)}"):
             DistillationConfig(output_dir=str(tmp_path), **{name: 1})
     config = DistillationConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=3.0)

@@ -72,7 +72,7 @@ class EmbeddingDistiller(Record):
     heats: Sequence[float] = (1.0,)
     epochs: Annotated[int, Range(ge=1)] = 20
     batch_size: Annotated[int, Range(ge=2)] = 512
-    learning_rate: float = 3e-3
+    learning_rate: Annotated[float, Range(gt=0)] = 3e-3
     reconstruction: Annotated[float, Range(ge=0, le=1)] = 0.0
     patience: Annotated[int, Range(ge=1)] = 5
     seed: int = 0
@@ -81,6 +81,17 @@ class EmbeddingDistiller(Record):
         super().__post_init__()
         if not self.heats or not all(0 < heat < math.inf for heat in self.heats):
             raise ShapeError(f"EmbeddingDistiller: expected a heat > 0 for each stage, got {list(self.heats)}.")
+        if not hasattr(self.objective, "focus"):
+            raise ShapeError(
+                "EmbeddingDistiller: expected an objective with a focus (local, balanced or global), which selects the "
+                f"best epoch, got {self.objective!r}. Set it."
+            )
+        parameters = list(self.student.parameters()) if isinstance(self.student, nn.Module) else []
+        if not any(parameter.requires_grad for parameter in parameters):
+            raise ShapeError(
+                "EmbeddingDistiller: expected a module with parameters to train as the student, got "
+                f"{type(self.student).__name__} without any. Set requires_grad, or give another."
+            )
 
     def fit(
         self,
@@ -101,7 +112,7 @@ class EmbeddingDistiller(Record):
         training resumes from the last one in it. `on_step` is called with the steps done, all steps, and the loss.
         Raises `DivergedError` if the loss is NaN or infinite.
         """
-        vectors = as_vector_array(teacher)
+        vectors, held_out = as_vector_array(teacher), torch.as_tensor(held_out)
         self._check_inputs(vectors, held_out, texts, held_out_texts)
         evaluator = evaluator or SpaceEvaluator(held_out)
         torch.manual_seed(self.seed)
@@ -156,11 +167,19 @@ class EmbeddingDistiller(Record):
         if vectors.dimensions != width or held_out.shape[1] != width:
             got = f"{vectors.dimensions} to learn from and {held_out.shape[1]} held out"
             raise ShapeError(f"EmbeddingDistiller: expected vectors of {width} dimensions, got {got}.")
+        if vectors.rows < 2:
+            raise DataError("EmbeddingDistiller: expected at least 2 vectors, whose similarity is learnt, got 1.")
 
     def _dimensions(self, held_out: Tensor, texts: Sequence[str] | None) -> int:
         """Try the student on two rows, and count the dimensions of its vectors."""
         self.student.eval()
-        vectors = embed(self.student, held_out[:2], None if texts is None else texts[:2])
+        try:
+            vectors = embed(self.student, held_out[:2], None if texts is None else texts[:2])
+        except Exception as error:  # a module of the user's own may raise anything
+            raise ShapeError(
+                f"EmbeddingDistiller: expected a student from {held_out.dtype} vectors [N, H] to a tensor [N, d], got "
+                f"from {list(held_out[:2].shape)}: {one_line(error, 200)}. Change the student, or its dtype."
+            ) from None
         if vectors.ndim != 2 or len(vectors) != 2:
             raise ShapeError(
                 f"EmbeddingDistiller: expected a student from vectors [N, H] to [N, d], got {list(vectors.shape)} from "

@@ -109,7 +109,11 @@ class Budget(Record):
             memory: Measure = lambda config: size_of(config, self.context).serve_bytes / 1e9  # noqa: E731
             yield CostLimit(memory, self.memory_gb, f"at most {self.memory_gb:g} GB")
         if self.latency_ms is not None:
-            assert seconds is not None, "latency_ms needs a clock"
+            if seconds is None:
+                raise ModelError(
+                    "design: expected seconds for latency_ms, got none. Give a function that times a forward pass of a "
+                    "config's model, as potstill design does."
+                )
             yield CostLimit(lambda config: 1000 * seconds(config), self.latency_ms, f"at most {self.latency_ms:g} ms")
 
     def _largest(

@@ -69,13 +69,14 @@ def plan_compression(
     teacher. `potstill diagnose` recommends a temperature from the teacher's distributions.
     """
     compression = teacher_parameters / parameters
+    share = expected_share(compression, task)
     capabilities = CAPABILITIES[task]
     temperature = 2.0 if capabilities == ("understanding",) else 1.0
     divergence = "jsd" if compression > FAR else "forward_kl"
     return CompressionPlan(
         compression=compression,
         parameters=parameters,
-        share=expected_share(compression, task),
+        share=share,
         precision=PRECISIONS.get(target or "server", "bfloat16"),
         method=f"logits ({divergence}) and labels, from the teacher's weights (initialize: prune)",
         temperature=temperature,

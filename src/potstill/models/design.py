@@ -24,6 +24,8 @@ KEEP_WORDS = {
 }
 HEAD_MULTIPLES = {"codegen": 4}  # it splits its heads over four devices
 TOLERANCE = 0.05
+OF_ANY_CONFIG = PretrainedConfig().to_dict().keys()  # how a model is saved and called, not its shape
+UNSCALED = {"rope_theta", "rope_type"}  # parameters of rotary positions that all families read
 FFN_RANGE = 1.5  # the feed-forward width may differ by this factor from the teacher's proportion
 
 
@@ -45,11 +47,14 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
         own.get(name, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
     changes = _own_fields(teacher, changes, layers)
+    for name in {layers, hidden, heads} & changes.keys():
+        if type(changes[name]) is not int or changes[name] < 1:
+            raise ModelError(f"student.design.{name}: expected a whole number >= 1, got {changes[name]!r}.")
     computed = _computed(teacher) if {hidden, layers} & {*changes} else []
     values = {name: value for name, value in known.items() if name not in computed}
     values |= {"vocab_size": vocabulary} | {name: value for name, value in changes.items() if name in known}
     if heads in changes and "num_key_value_heads" in known and "num_key_value_heads" not in changes:
-        values["num_key_value_heads"] = changes[heads]
+        values["num_key_value_heads"] = _kv_heads(teacher, changes[heads])
     derived_head = "head_dim" in known and "qk_rope_head_dim" not in known  # latent attention has sizes of its own
     if {hidden, heads} & {*changes} and derived_head and heads in values and "head_dim" not in changes:
         values["head_dim"] = values[hidden] // values[heads]
@@ -61,10 +66,11 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
     except Exception as error:
         raise invalid_config(teacher.model_type, error) from None
     for name, value in changes.items():
-        if not _contains(getattr(student, name, None), value):
+        taken = student.to_dict()[name] if name in known else getattr(student, name)  # of one that differs by layer too
+        if not _contains(taken, value):
             raise ModelError(
                 f"student.design: expected a field that {teacher.model_type} takes, got {name} {value}, in place of "
-                f"which the config has {getattr(student, name, None)}. Leave it out."
+                f"which the config has {taken}. Leave it out."
             )
     if hasattr(student, "coordinate_size") and 4 * student.coordinate_size + 2 * student.shape_size != values[hidden]:
         raise ModelError(
@@ -82,6 +88,7 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
 def _own_fields(teacher: PretrainedConfig, changes: Mapping[str, Any], layers: str) -> dict[str, Any]:
     """Return changes under the names of the teacher's family, with those of rotary positions in `rope_parameters`."""
     known, own = teacher.to_dict(), {"rope_scaling": "rope_parameters"} | teacher.attribute_map
+    known = {name: value for name, value in known.items() if name not in OF_ANY_CONFIG}
     of_positions = RopeParameters.__annotations__.keys() - known.keys() if known.get("rope_parameters") else set()
     fields: dict[str, Any] = {}
     rotary: dict[str, Any] = {}
@@ -98,27 +105,46 @@ def _own_fields(teacher: PretrainedConfig, changes: Mapping[str, Any], layers: s
             raise ModelError(f"student.design: expected {name} once, got it as {given} too. Leave one out.")
         else:
             fields[name] = value
-    if rotary or fields.get("rope_parameters"):
-        parameters = rotary | (fields.get("rope_parameters") or {})
-        fields["rope_parameters"] = _rotary(known.get("rope_parameters") or {}, parameters)
+    if rotary and "rope_parameters" in fields:
+        raise ModelError(
+            f"student.design: expected {next(iter(rotary))} in rope_parameters, got it beside them. Move it there."
+        )
+    fields |= {"rope_parameters": rotary} if rotary else {}
+    if fields.get("rope_parameters"):
+        fields["rope_parameters"] = _rotary(known.get("rope_parameters") or {}, fields["rope_parameters"])
     return fields
 
 
-def _rotary(teacher: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _kv_heads(teacher: PretrainedConfig, heads: int) -> int:
+    """Return the key and value heads for a number of query heads, in the teacher's proportion."""
+    shape = design_shape(teacher)
+    return _divisor(heads, heads * shape.kv_heads / shape.heads, heads) if shape.heads else heads
+
+
+def _rotary(teacher: Mapping[str, Any], changes: Any) -> dict[str, Any]:
     """Change parameters of rotary positions, which some families have for each kind of layer."""
+    where = "student.design.rope_parameters: expected"
+    if not isinstance(changes, Mapping):
+        raise ModelError(f"{where} a mapping such as {{rope_theta: 10000.0}}, got {changes!r}.")
     kinds = {kind: values for kind, values in teacher.items() if isinstance(values, Mapping)}
     known = kinds or {**RopeParameters.__annotations__, **teacher}
     for name in changes:
         if name not in known:
             example = f" Such as rope_parameters: {{{next(iter(kinds))}: {{{name}: ...}}}}." if kinds else ""
-            raise ModelError(
-                f"student.design.rope_parameters: expected {', '.join(known)}, got {name}."
-                f"{nearest(name, known) or example}"
-            )
+            raise ModelError(f"{where} {', '.join(known)}, got {name}.{nearest(name, known) or example}")
     if kinds:
         return {kind: _rotary(teacher[kind], changes[kind]) if kind in changes else teacher[kind] for kind in teacher}
-    if changes.get("rope_type", teacher.get("rope_type")) != teacher.get("rope_type"):  # another has other parameters
+    theta, rope_type = changes.get("rope_theta", 1), changes.get("rope_type", teacher.get("rope_type", "default"))
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise ModelError(f"{where} rope_theta > 0, got {theta!r}.")
+    if rope_type != teacher.get("rope_type"):  # another has other parameters
         teacher = {name: value for name, value in teacher.items() if name == "rope_theta"}
+    if rope_type == "default" and (unread := changes.keys() - teacher.keys() - UNSCALED):
+        read = ", ".join({**teacher, "rope_theta": theta})
+        raise ModelError(
+            f"{where} what the teacher's positions of rope_type default read ({read}), got {min(unread)}. Leave it "
+            "out, or name a rope_type that reads it."
+        )
     return {**teacher, **changes}
 
 

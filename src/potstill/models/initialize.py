@@ -93,8 +93,13 @@ def plan_initialization(
         )
     if method == "selective" and "numbers of each head" in changed:  # matrices of one shape would be of other heads
         raise ModelError(
-            f"student.initialize: expected heads as wide as the teacher's for selective, got {widths}. Change "
-            "num_attention_heads and head_dim back."
+            f"student.initialize: expected heads as wide as the teacher's for selective, got {widths}. Set head_dim to "
+            f"{structure.shape.head_size}."
+        )
+    if config.vocab_size > of_teacher.vocab_size and method != "selective":
+        raise ModelError(
+            f"student.initialize: expected at most the teacher's {of_teacher.vocab_size} tokens, got "
+            f"{config.vocab_size}. Use selective, whose embeddings are random then."
         )
     choice = ("importance" if method == "prune" else "uniform") if layers is None else layers
     measured = method == "prune" or choice == "importance"
@@ -149,7 +154,7 @@ def _notes(
     config, of_teacher = student.config, text_config(teacher.config)
     if parts.kv_heads and parts.kv_heads[0].shape[1] > 1:
         yield f"student: each key and value head is the mean of {parts.kv_heads[0].shape[1]} of the teacher's."
-    if config.vocab_size != of_teacher.vocab_size:
+    if config.vocab_size < of_teacher.vocab_size:
         yield f"student: the first {config.vocab_size} of the teacher's {of_teacher.vocab_size} token rows."
     copied: dict[str, int] = {}  # parameters by name, with * for the number of a layer
     random: dict[str, int] = {}
@@ -195,9 +200,9 @@ def _source(
         source = teacher.get_parameter(name)
     except AttributeError:
         return None
-    vocabulary = text_config(teacher.config).vocab_size
-    tokens = (source.shape[1:], source.shape[0]) == (parameter.shape[1:], vocabulary)  # of which it may have fewer
-    return source if not parts.matching or source.shape == parameter.shape or tokens else None
+    of_tokens = len(source) == text_config(teacher.config).vocab_size > len(parameter)  # of which it may have fewer
+    matches = source.shape == parameter.shape or (of_tokens and source.shape[1:] == parameter.shape[1:])
+    return source if matches or not parts.matching else None
 
 
 @torch.no_grad()

@@ -28,6 +28,14 @@ _LOADER = (
     "Give its data set as {0}_dataset, its collate_fn as data_collator, and its batch_size as "
     "per_device_{0}_batch_size of args, or write a loop around Distiller.step."
 )
+# Hints for arguments that stand elsewhere, by the beginning of their key in a recipe.
+ELSEWHERE = {
+    "objective.": "It belongs to a term, as in Logits(temperature=2.0, weight=0.5).",
+    "rollout.": "It belongs to a Rollout, as in Rollout(on_policy_fraction=0.5, max_new_tokens=128).",
+    "student.adapter": "Give the trainer an adapted student: adapt(model, Lora(rank=8, alpha=16)).",
+    "student.model": "Give the trainer the model as student.",
+    "teacher.model": "Give the trainer the model as teacher.",
+}
 # Arguments of other trainers that have no meaning here.
 NO_ARGUMENTS = {
     "compute_loss_func": "The objective is the loss: write a term.",
@@ -47,9 +55,9 @@ def _with_hints(config: type[Arguments]) -> type[Arguments]:
     @wraps(init)
     def checked(self: Any, *args: Any, **values: Any) -> None:
         for name in values.keys() - known:
-            of_term = " It belongs to a term, as in Logits(temperature=2.0, weight=0.5)."
-            hint = of_term if OTHER_NAMES.get(name, "").startswith("objective.") else nearest(name, known)
-            raise UserError(f"{config.__name__}: unknown argument {name}.{hint}")
+            key = OTHER_NAMES.get(name, "")
+            hints = (f" {hint}" for start, hint in ELSEWHERE.items() if key.startswith(start))
+            raise UserError(f"{config.__name__}: unknown argument {name}.{next(hints, nearest(name, known))}")
         init(self, *args, **values)
 
     config.__init__ = checked  # type: ignore[method-assign]

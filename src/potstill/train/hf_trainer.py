@@ -5,6 +5,7 @@ tests/test_hf_trainer.py compares the overridden methods with those of the insta
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,8 @@ from potstill.train.checkpoints import TEACHER, last_checkpoint, restore, restor
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.rollout import Rollout
 from potstill.train.signals import or_one
+
+logger = logging.getLogger(__name__)
 
 OBJECTIVE = "objective.safetensors"  # in a checkpoint: parameters of the objective
 
@@ -65,6 +68,7 @@ class StudentTrainer(Trainer):
     _following: tuple[Iterator[Any] | None, list[Any]] = (None, [])  # the next batch, and the iterator that gave it
     _attended: Tensor | None = None  # attended positions of the optimiser step
     _micro_step = _steps_since_log = 0
+    _noted_no_targets = False
 
     def __init__(self, distiller: Distiller, args: TrainingArguments, **kwargs: Any) -> None:
         self.distiller = distiller
@@ -104,7 +108,14 @@ class StudentTrainer(Trainer):
         self._steps_since_log += 1
         if not batch_samples:
             return None
-        count = torch.stack([self.counts(batch) for batch in batch_samples]).sum(0).to(device)
+        count = torch.stack([self.counts(batch) for batch in batch_samples]).sum(0)
+        if not count[0] and self.distiller.task != "encoder" and not self._noted_no_targets:
+            self._noted_no_targets = True
+            logger.warning(
+                "data: no token of the batches of step %d is a target: nothing is learnt from them. Check labels.",
+                self.state.global_step + 1,
+            )
+        count = count.to(device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count)
         tokens, self._attended = or_one(count).unbind()

@@ -84,6 +84,11 @@ class DistillationTrainer(StudentTrainer):
         **kwargs: Any,
     ) -> None:
         args = DistillationConfig.of(args)
+        if isinstance(processing_class, str):
+            raise UserError(
+                f"DistillationTrainer: expected a tokenizer as processing_class, got {processing_class!r}. Load it "
+                "with load_tokenizer."
+            )
         if kwargs.get("data_collator") is None and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
