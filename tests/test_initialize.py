@@ -361,6 +361,7 @@ def test_a_recipe_designs_by_a_budget(recipe_values: dict[str, Any]) -> None:
     [
         ({"design": {"params": "1M", "hidden_size": 8}}, r"student\.design\.hidden_size: unknown key"),
         ({"design": {"keep": "depth"}}, "at least one of params"),
+        ({"design": {"task": "simple", "context": 64}}, "at least one of params"),
         ({"design": {"params": 5, "target": "edg"}}, "target"),
         ({"design": {"hidden_size": 8}, "initialize": "prun"}, "initialize"),
         ({"design": {"hidden_size": 8}, "initialize": {"method": "random", "layers": "skip"}}, "no layers with random"),

@@ -129,3 +129,9 @@ def test_where_there_is_nothing_to_predict_from() -> None:
     bare = predict([math.nan, 0.5, 1.0], [0.5, 0.5, 0.5])
     assert [bool(one.published) for one in bare] == [False, False, True]
     assert all(one.fitted is None for one in bare)
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, math.nan])
+def test_limits_that_nothing_meets_are_refused(limit: float) -> None:
+    with pytest.raises(ShapeError, match="max_latency_ms: expected a limit > 0, got"):
+        Limits(max_latency_ms=limit)

@@ -39,6 +39,11 @@ class Limits:
     min_quality: float | None = None
     max_memory_bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, limit in vars(self).items():
+            if limit is not None and not limit > 0:
+                raise ShapeError(f"{name}: expected a limit > 0, got {limit}. Leave it out for none.")
+
     def __str__(self) -> str:
         texts = (
             (self.max_parameters, count, "at most {} parameters"),

@@ -41,7 +41,7 @@ class BudgetPart(Part):
 
 def _is_budget(value: Any) -> str:
     names = {*value} if isinstance(value, Mapping) else {"params"} if isinstance(value, BudgetPart) else set()
-    return "<budget>" if names & {*LIMITS, "keep"} else "<fields>"
+    return "<budget>" if names & BudgetPart.model_fields.keys() else "<fields>"
 
 
 Fields = dict[str, Any]
