@@ -732,6 +732,7 @@ def test_other_tokenizers_and_options_do_not_share(write):
     assert texts[0] != texts[1]
 
 
+@pytest.mark.slow
 def test_another_process_finds_what_is_kept(write, tmp_path, kept):
     PLAIN.save_pretrained(tmp_path / "tokenizer")
     path = write([{"text": "the cat"}])

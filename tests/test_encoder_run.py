@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from conftest import mostly_slow
 from potstill.data.sources import Source
 from potstill.errors import DataError, ModelError, RecipeError
 from potstill.evaluate.measures import QUALITY
@@ -101,7 +102,7 @@ def test_a_student_without_a_head_gets_the_teachers_classes(judged_rows: Path) -
 # The same weights again
 
 
-@pytest.mark.parametrize("name", ["masked", "encoder"])
+@pytest.mark.parametrize("name", mostly_slow(["masked", "encoder"], "masked"))
 def test_a_resumed_run_ends_in_the_same_weights(name: str, judged_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops in the second epoch, where masks are others than in the first."""
     save(make_encoder("bert", TASKS[name], seed=1, hidden_dropout_prob=0.1), judged_rows / "teacher")

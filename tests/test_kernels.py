@@ -310,6 +310,7 @@ def run_with_triton(program: str, **environment: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow  # the tests of linear_divergence run it too
 def test_the_triton_kernel_through_its_interpreter():
     run_with_triton(INTERPRETED, TRITON_INTERPRET="1")
 

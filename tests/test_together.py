@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from potstill.models.loading import load_model
@@ -31,6 +32,7 @@ def test_a_run_with_a_teacher_of_other_tokens_is_diagnosed(recipe_values: dict[s
     assert set(found["losses"]) == {"baseline", "student"}
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_on_its_own_text_from_an_ensemble_in_two_precisions(recipe_values: dict[str, Any]) -> None:
     model = recipe_values["teacher"]["model"]
     recipe_values["student"] = {"model": model, "adapter": "lora"}
