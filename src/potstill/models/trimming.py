@@ -56,8 +56,8 @@ def choose_tokens(
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
     """Make a tokenizer of the kept tokens alone, with ids 0, 1, 2 and so on in the order of `kept`."""
-    vocabulary = _Vocabulary.of(tokenizer)
-    ids = {vocabulary.names[old]: new for new, old in enumerate(kept)}
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    ids = {names[old]: new for new, old in enumerate(kept)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save_pretrained(folder)
