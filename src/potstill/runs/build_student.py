@@ -156,4 +156,6 @@ def initialization_of(builder: StudentBuilder, train: Dataset) -> Initialization
         teacher.to(recipe.teacher.model_device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
         return in_batches((train[i] for i in rows), builder.tokenizer, CALIBRATION_BATCH)
 
-    return plan_initialization(teacher, builder.design, part.method, layers=part.layers, calibration=calibration)
+    return plan_initialization(
+        teacher, builder.design, part.method, layers=part.layers, fit=part.fit, calibration=calibration
+    )

@@ -64,7 +64,14 @@ class InitializePart(Part):
     layers: Literal["uniform", "skip", "first_last", "importance"] | list[int] | None = Field(
         None, description="which of the teacher's; by default those of most influence for prune, else evenly spread"
     )
-    calibration_rows: int = Field(64, ge=1, description="rows of the training data on which importance is measured")
+    fit: bool = Field(
+        True,
+        description="fit the last matrix of each layer to the teacher's hidden states by least squares, where layers "
+        "add its output; not for random and selective",
+    )
+    calibration_rows: int = Field(
+        64, ge=1, description="rows of the training data on which importance is measured and layers are fitted"
+    )
 
     @model_validator(mode="after")
     def _layers_of_the_teacher(self) -> Self:

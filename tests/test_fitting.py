@@ -1,0 +1,114 @@
+"""Layers that are fitted to the teacher's hidden states: nothing where nothing is wrong, else the least squares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_batch
+from potstill.models.design import student_config
+from potstill.models.fitting import HELD_OUT, RIDGES
+from potstill.models.initialize import Initialization, plan_initialization
+from potstill.models.structure import find_structure, is_transposed
+from test_initialize import BATCH, KINDS, LAYERS, logits, model
+
+ADDING = ["llama", "llama, tied", "qwen2", "qwen3", "gpt2"]  # families whose layers add the output of their last matrix
+BATCHES = [{k: v for k, v in make_batch(4, 12, 60, seed=seed).items() if k != "labels"} for seed in range(16)]
+
+
+def planned(
+    teacher: Any, method: Any = "copy", fit: bool = True, batches: Any = BATCHES, **changes: Any
+) -> Initialization:
+    config = student_config(teacher.config, changes, 60)
+    return plan_initialization(teacher, config, method, fit=fit, calibration=lambda: batches)
+
+
+def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    kept = BATCH["attention_mask"].bool()
+    of_teacher, of_student = teacher.log_softmax(-1)[kept], student.log_softmax(-1)[kept]
+    return float((of_teacher.exp() * (of_teacher - of_student)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_of_the_teachers_function_stays_as_it_is(kind: str) -> None:
+    teacher = model(kind)
+    plan = planned(teacher, "prune")
+    assert not plan.fitted
+    assert torch.equal(logits(plan.student(teacher, 0)), logits(teacher))
+
+
+@pytest.mark.parametrize("kind", ADDING)
+def test_fitted_layers_are_nearer_to_the_teacher(kind: str) -> None:
+    teacher = model(kind)
+    fewer = {LAYERS.get(kind, "num_hidden_layers"): 3}
+    fitted, copied = planned(teacher, **fewer), planned(teacher, fit=False, **fewer)
+    assert "hidden states: on held-out rows" in fitted.notes[-1]
+    assert len(fitted.fitted) >= 1
+    of_teacher = logits(teacher)
+    before, after = (divergence(of_teacher, logits(plan.student(teacher, 0))) for plan in (copied, fitted))
+    assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_first_layer_is_the_weighted_least_squares_solution(kind: str) -> None:
+    teacher = model(kind)
+    name = LAYERS.get(kind, "num_hidden_layers")
+    copied, fitted = (planned(teacher, fit=fit, **{name: 3}).student(teacher, 0).eval() for fit in (False, True))
+    structure, after = find_structure(copied), find_structure(fitted)
+    matrix, changed = (x.layers[0].get_submodule(x.matrices.down) for x in (structure, after))
+
+    def regression(batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and errors of the first layer, relative to the teacher's state in front of its layer 2."""
+        features, errors = [], []
+        for batch in batches:
+            seen: list[torch.Tensor] = []
+            with torch.no_grad(), matrix.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])):
+                target = teacher(**batch, output_hidden_states=True).hidden_states[2]
+                output = copied(**batch, output_hidden_states=True).hidden_states[1]
+            kept = batch["attention_mask"].bool()
+            size = target[kept].norm(dim=-1, keepdim=True)
+            features.append(seen[0][kept] / size)
+            errors.append((target - output)[kept] / size)
+        return torch.cat(features).double(), torch.cat(errors).double()
+
+    held_out = [batch for i, batch in enumerate(BATCHES) if i % HELD_OUT == HELD_OUT - 1]
+    x, y = regression([batch for i, batch in enumerate(BATCHES) if i % HELD_OUT != HELD_OUT - 1])
+    x_out, y_out = regression(held_out)
+    solutions = []
+    for ridge in RIDGES:
+        penalty = (ridge * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
+        zeros = y.new_zeros(x.shape[1], y.shape[1])
+        solutions.append(torch.linalg.lstsq(torch.cat([x, penalty]), torch.cat([y, zeros])).solution)
+    best = min(solutions, key=lambda change: float((y_out - x_out @ change).square().sum()))
+    actual = changed.weight - matrix.weight
+    assert torch.allclose((actual if is_transposed(matrix) else actual.T).double(), best, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "bert", "distilbert"])
+def test_a_norm_behind_the_matrix_is_not_fitted(kind: str) -> None:
+    assert not planned(model(kind), **{LAYERS.get(kind, "num_hidden_layers"): 3}).fitted
+
+
+def test_units_that_do_nothing_leave_nothing_to_fit() -> None:
+    teacher = model("llama")
+    structure = find_structure(teacher)
+    with torch.no_grad():
+        for layer in structure.layers:
+            layer.get_submodule("mlp.up_proj").weight[16:] = 0
+    plan = planned(teacher, "prune", intermediate_size=16)
+    assert torch.allclose(logits(plan.student(teacher, 0)), logits(teacher), atol=1e-4)
+
+
+def test_one_batch_is_too_little_to_fit() -> None:
+    assert not planned(model("llama"), batches=BATCHES[:1], num_hidden_layers=3).fitted
+
+
+def test_the_teacher_is_left_as_it_was() -> None:
+    teacher = model("llama").train()
+    before = logits(teacher)
+    teacher.train()
+    planned(teacher, num_hidden_layers=3)
+    assert teacher.training and "forward" not in vars(find_structure(teacher).layers[0])
+    assert torch.equal(logits(teacher), before)
