@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from potstill.errors import ModelError
 from potstill.losses.token_losses import on_float64_device
 from potstill.models.pruning import SelectedParts
 from potstill.models.split import evaluation_mode, inputs, probe_batch, run, undisturbed
@@ -47,35 +48,42 @@ def fit_layers(
         Shopkhoev et al. 2025 (ReplaceMe), arXiv 2505.02819, for a matrix that stands for the layers left out.
     """
     batches = list(batches)
-    of_student = find_structure(student)
+    try:
+        of_teacher, of_student = find_structure(teacher), find_structure(student)
+    except ModelError:  # of another family, whose layers were copied whole
+        return None
     if len(batches) < 2 or not _adds_its_output(student, of_student):
         return None
     with evaluation_mode(teacher, student):
-        return _fit(teacher, student, parts, batches)
+        states = _HiddenStates(teacher, of_teacher, batches), _HiddenStates(student, of_student, batches)
+        return _fit(*states, of_student, parts, batches)
 
 
 def _fit(
-    teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedParts, batches: Sequence[Mapping[str, Tensor]]
+    of_teacher: _HiddenStates,
+    of_student: _HiddenStates,
+    structure: LayerStructure,
+    parts: SelectedParts,
+    batches: Sequence[Mapping[str, Tensor]],
 ) -> LayerFit:
-    of_teacher, of_student = find_structure(teacher), find_structure(student)
-    states = _HiddenStates(teacher, of_teacher, batches), _HiddenStates(student, of_student, batches)
     weights, errors = {}, []
-    ends = [*parts.layers[1:], len(of_teacher.layers)]
-    for number, end in enumerate(ends):
-        states[0].advance(end)
-        matrix: Any = of_student.layers[number].get_submodule(of_student.matrices.down)
+    for number, end in enumerate([*parts.layers[1:], len(of_teacher.layers)]):
+        of_teacher.advance(end)
+        matrix: Any = structure.layers[number].get_submodule(structure.matrices.down)
         regressions = _Regression(), _Regression()
-        for index, (output, features) in enumerate(states[1].outputs(matrix)):
+        for index, (output, features) in enumerate(of_student.outputs(matrix)):
             attended = batches[index]["attention_mask"].bool().to(output.device)
-            target = states[0].states[index].to(output.device)[attended][:, parts.channels.to(output.device)]
+            target = of_teacher.states[index].to(output.device)[attended][:, parts.channels.to(output.device)]
             held_out = (index + 1) % min(HELD_OUT, len(batches)) == 0
             regressions[held_out].add(features[attended], target - output[attended], target)
         change, *error = _solve(*regressions)
         errors.append(error)
         if change is not None:
             matrix.weight.add_((change if is_transposed(matrix) else change.T).to(matrix.weight))
-            weights[f"{of_student.path}.{number}.{of_student.matrices.down}.weight"] = matrix.weight.detach().clone()
-        states[1].advance(number + 1)
+            weights[f"{structure.path}.{number}.{structure.matrices.down}.weight"] = (
+                matrix.weight.detach().cpu().clone()
+            )
+        of_student.advance(number + 1)
     before, after = torch.tensor(errors).mean(0).tolist()
     return LayerFit(weights, before, after)
 

@@ -138,12 +138,16 @@ def plan_initialization(
 def _fitted(
     initialization: Initialization, teacher: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
 ) -> Initialization:
-    """Fit the student's layers to the teacher's hidden states."""
-    fit = fit_layers(teacher, initialization.student(teacher, 0), initialization.parts, batches)
-    if fit is None or not fit.weights:
+    """Fit the student's layers to the teacher's hidden states, where they can be fitted."""
+    student = initialization.student(teacher, 0).to(teacher.device)  # type: ignore[arg-type]  # their wrapper hides it
+    fit = fit_layers(teacher, student, initialization.parts, batches)
+    if fit is None:
+        note = "student: its layers are not fitted: they do more than add their last matrix's output, or rows are few."
+        return replace(initialization, notes=(*initialization.notes, note))
+    if not fit.weights:
         return initialization
     note = (
-        f"student: its layers are fitted to the teacher's hidden states: on held-out rows their squared error falls "
+        "student: its layers are fitted to the teacher's hidden states: on held-out rows their squared error falls "
         f"from {fit.before:.1%} to {fit.after:.1%}."
     )
     return replace(initialization, notes=(*initialization.notes, note), fitted=fit.weights)
