@@ -142,13 +142,23 @@ def _fitted(
     student = initialization.student(teacher, 0).to(teacher.device)  # type: ignore[arg-type]  # their wrapper hides it
     fit = fit_layers(teacher, student, initialization.parts, batches)
     if fit is None:
-        note = "student: its layers are not fitted: they do more than add their last matrix's output, or rows are few."
+        note = (
+            "student: its layers are not fitted to the teacher's hidden states, which takes layers that end in a sum, and "
+            "two batches of calibration rows."
+        )
         return replace(initialization, notes=(*initialization.notes, note))
     if not fit.weights:
         return initialization
+    (before, after), what = fit.errors, "the squared error of their output"
+    figures = f"{before:.1%} to {after:.1%}"
+    if fit.kl is not None:
+        (before, after), what = fit.kl, "the student's KL to it"
+        figures = f"{before:.3f} to {after:.3f} nats"
+    if after >= before:  # nearer layer by layer need not be nearer in the end
+        note = f"student: its layers are not fitted: on held-out rows {what} would go from {figures}."
+        return replace(initialization, notes=(*initialization.notes, note))
     note = (
-        "student: its layers are fitted to the teacher's hidden states: on held-out rows their squared error falls "
-        f"from {fit.before:.1%} to {fit.after:.1%}."
+        f"student: its layers are fitted to the teacher's hidden states: on held-out rows {what} goes from {figures}."
     )
     return replace(initialization, notes=(*initialization.notes, note), fitted=fit.weights)
 

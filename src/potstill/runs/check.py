@@ -68,8 +68,8 @@ def check(recipe: Recipe, console: Console | None = None) -> Preflight:
 
 
 def _calibrated_quickly(recipe: Recipe) -> Recipe:
-    """The recipe with one calibration row: which of the teacher's weights a student takes does not matter here."""
-    quick = recipe.student.initialize.model_copy(update={"calibration_rows": 1})
+    """The recipe with one calibration row and no fit: what a student takes of the teacher does not matter here."""
+    quick = recipe.student.initialize.model_copy(update={"calibration_rows": 1, "fit": False})
     return recipe.model_copy(update={"student": recipe.student.model_copy(update={"initialize": quick})})
 
 
