@@ -241,6 +241,7 @@ def healthy() -> dict[str, Any]:
             "recommended": 1.0,
             "why": "It need not be softened.",
         },
+        "start": None,
         "gradients": {
             "loss": 1.0,
             "flow": [{"part": f"layer {i}", "gradient": 0.1, "weight": 1.0, "ratio": 0.1} for i in range(3)],

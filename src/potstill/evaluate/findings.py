@@ -57,7 +57,7 @@ def recommended_temperature(softenings: Sequence[Mapping[str, Any]]) -> tuple[fl
 
 def interpret(diagnosis: Mapping[str, Any]) -> list[Finding]:
     """List all findings from the content of diagnose.json, most severe first."""
-    checks = (_gradients, _temperature, _teacher, _training, _label_noise, _student)
+    checks = (_start, _gradients, _temperature, _teacher, _training, _label_noise, _student)
     order = ("alarm", "warning", "note")
     return sorted((f for check in checks for f in check(diagnosis)), key=lambda finding: order.index(finding.level))
 
@@ -89,6 +89,11 @@ def conclusion(diagnosis: Mapping[str, Any], findings: Sequence[Finding]) -> str
 def _problem(clause: str, more: str = "", level: Literal["alarm", "warning"] = "warning") -> Finding:
     text = f"The student {clause[3:]}" if clause.startswith("it ") else clause[0].upper() + clause[1:]
     return Finding(level, f"{text}{more}.", clause)
+
+
+def _start(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
+    if text := diagnosis["start"]:
+        yield Finding("warning", text, "its objective has hardly any gradient at the start")
 
 
 def _gradients(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:

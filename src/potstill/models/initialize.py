@@ -143,8 +143,8 @@ def _fitted(
     fit = fit_layers(teacher, student, initialization.parts, batches)
     if fit is None:
         note = (
-            "student: its layers are not fitted to the teacher's hidden states, which takes layers that end in a sum, and "
-            "two batches of calibration rows."
+            "student: its layers are not fitted to the teacher's hidden states, which takes layers that end in a sum, "
+            "and two batches of calibration rows."
         )
         return replace(initialization, notes=(*initialization.notes, note))
     if not fit.weights:

@@ -35,6 +35,7 @@ from potstill.models.loading import load_model, load_tokenizer, suppress_warning
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.run import Recipe
+from potstill.runs.start import weak_gradient
 from potstill.train.callbacks import logged_lines
 from potstill.train.checkpoints import last_checkpoint
 from potstill.train.distiller import Distiller
@@ -83,6 +84,7 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
         "losses": {name: -float(x["label_log_prob"].double().mean()) for name, x in tokens.models.items()},
         "temperature": _temperature_table(softenings, used),
         "gradients": asdict(stats.gradient_flow(student, _training_losses(built, student, step, device))),
+        "start": None if run else weak_gradient(built, student),
         "training": None if run is None else _training(run, float(recipe.train.get("max_grad_norm", 1.0))),
         **_compare_with_teacher(built, tokens, sample),
         "versions": versions(),

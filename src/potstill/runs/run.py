@@ -17,6 +17,7 @@ from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
 from potstill.runs.rehearsal import rehearse
+from potstill.runs.start import weak_gradient
 from potstill.runs.steps import CHECKPOINT_BYTES, STEPS
 
 
@@ -52,7 +53,10 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
             shown.print(note, style="dim", highlight=False, markup=False)
         if not (directory / "student").exists():
             with part(shown, "trying every step on short rows"):
-                rehearse(built, built.new_student())
+                student = built.new_student()
+                rehearse(built, student)
+            if (weak := weak_gradient(built, student)) is not None:
+                shown.print(f"warning: {weak}", style="bold red", highlight=False, markup=False)
         with explain_disk_full(directory, CHECKPOINT_BYTES * built.size.trained):
             for step in STEPS:
                 if step.every_rank or main:
