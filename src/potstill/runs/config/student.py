@@ -70,7 +70,7 @@ class InitializePart(Part):
         "add its output; not for random and selective",
     )
     calibration_rows: int = Field(
-        64, ge=1, description="rows of the training data on which importance is measured and layers are fitted"
+        128, ge=1, description="rows of the training data on which importance is measured and layers are fitted"
     )
 
     @model_validator(mode="after")
