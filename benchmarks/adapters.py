@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from potstill.demo.recipe import demo_recipe
 from potstill.evaluate.formatting import percent, size
 from potstill.evaluate.speed import extra_bytes
 from potstill.models.adapted import parameter_count
@@ -30,6 +29,7 @@ from potstill.runs.config.student import StudentPart
 from potstill.runs.run import run
 from potstill.train.distiller import Distiller
 from potstill.train.terms.logits import Labels
+from task import stdlib_task
 
 HELD_OUT = 0.05  # of the text, its end
 ROW = 2000  # characters
@@ -73,7 +73,7 @@ def learn(
 def qualities(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Rows of the table: teacher, the student before, and after each way."""
     data = write_plays(args.text, args.out / "data")
-    base = demo_recipe(
+    base = stdlib_task(
         args.out / "base", [f"train.max_steps={args.base_steps}", "train.warmup_steps=60", "evaluate={baseline: false}"]
     )
     run(base, resume=True)
@@ -130,7 +130,7 @@ def costs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     if not folder.exists():
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(vocab_size=2048, tie_word_embeddings=True, **LARGE)).save_pretrained(folder)
-        load_tokenizer(str(demo_recipe(args.out / "base").teacher.model), "teacher").save_pretrained(folder)
+        load_tokenizer(str(stdlib_task(args.out / "base").teacher.model), "teacher").save_pretrained(folder)
     torch.set_num_threads(1)
     for name in args.ways:
         # A process of its own for each, whose peak is its own; forked, because the imports take longer than the steps.

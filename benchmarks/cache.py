@@ -30,7 +30,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from measure import keep, machine, mb, own_bytes, table
 from potstill import Distiller, ForwardKL, Labels, Logits, ModelTeacher
-from potstill.demo.recipe import demo_recipe
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.targets import DenseTargets
 from potstill.models.split import forward_targets, split_model
@@ -50,6 +49,7 @@ from potstill.teachers.cache.store import (
     write_shard,
 )
 from potstill.teachers.teacher import Teacher, TeacherOutput
+from task import stdlib_task
 
 QUIET = Console(quiet=True)
 VOCABULARIES = (32_000, 151_936)
@@ -198,7 +198,7 @@ def quality_part(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     found: dict[str, list[float]] = {}
     for seed in args.seeds:
         out = args.out / f"seed{seed}"
-        live = demo_recipe(
+        live = stdlib_task(
             out / "live", [f"seed={seed}", "evaluate.baseline=false", "evaluate.continuations=0", *args.set]
         )
         for name in args.learn_from:

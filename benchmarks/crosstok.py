@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from potstill.demo.corpus import write_jsonl
-from potstill.demo.recipe import demo_recipe
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
+from task import stdlib_task
 
 LABELS = {"term": "labels"}
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {
@@ -55,7 +55,7 @@ def one_run(student: str, objective: str, seed: int, args: argparse.Namespace) -
     size, rows, length = STUDENTS[student]
     words = f"{student}-{objective}-seed{seed}".replace(" ", "").replace(",", "")
     out = args.out / words
-    recipe = demo_recipe(out, [f"seed={seed}"])
+    recipe = stdlib_task(out, [f"seed={seed}"])
     held_out = out / "heldout.jsonl"
     write_jsonl(held_out, args.split, args.characters)
     folder = out / "tokenizer"

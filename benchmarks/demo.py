@@ -1,4 +1,4 @@
-"""What the demo's student keeps, over seeds: .venv/bin/python benchmarks/demo.py
+"""What a student from random weights keeps of the demo's teacher, over seeds: .venv/bin/python benchmarks/demo.py
 
 For each seed three students with the same first weights and number of steps: distilled on the transfer set, trained
 on its labels alone (the baseline), and trained on the labels of ten times as much data. Prints a Markdown table.
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from potstill.demo.corpus import write_jsonl
-from potstill.demo.recipe import TRANSFER_CHARACTERS, demo_recipe
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
+from task import TRANSFER_CHARACTERS, stdlib_task
 
 
 def ten_times(path: Path) -> None:
@@ -31,7 +31,7 @@ def one_seed(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """The held-out rows of one seed: teacher, student, baseline and ten_times."""
     out = args.out / f"seed{seed}"
     sets = [f"seed={seed}", "evaluate.continuations=0", *args.set]
-    distilled = demo_recipe(out / "run", sets)
+    distilled = stdlib_task(out / "run", sets)
     held_out = out / "heldout.jsonl"
     write_jsonl(held_out, args.split)
     values = distilled.model_dump(exclude_none=True)

@@ -13,8 +13,8 @@ import statistics
 from itertools import pairwise
 from pathlib import Path
 
-from potstill.demo.recipe import demo_recipe
 from potstill.runs.run import run
+from task import stdlib_task
 
 NARROW = "{hidden_size: 128, intermediate_size: 344, num_hidden_layers: 3, num_attention_heads: 2}"
 SHALLOW = "{num_hidden_layers: 1}"
@@ -38,7 +38,7 @@ def curve(name: str, seed: int, args: argparse.Namespace) -> list[tuple[int, flo
         f"train.eval_steps={args.steps // 15}",
     ]
     sets += ["evaluate={baseline: false, continuations: 0, curve_rows: 64}", *args.set]
-    result = run(demo_recipe(out, sets), resume=True)
+    result = run(stdlib_task(out, sets), resume=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     by_step = {line["step"]: line["eval_cross_entropy"] for line in lines if "eval_cross_entropy" in line}
     tokens = result.summary["training"]["tokens_per_step"]

@@ -15,10 +15,10 @@ from measure import keep, machine, mb, table
 from potstill import ForwardKL, ModelTeacher, token_divergence
 from potstill.data.batches import encode, in_batches
 from potstill.data.sources import Source
-from potstill.demo.recipe import demo_recipe
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.targets import DenseTargets
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from task import stdlib_task
 
 KINDS: dict[str, tuple[str, int | None]] = {
     "float32": ("float32", None),
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-precision"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = demo_recipe(args.out)
+    recipe = stdlib_task(args.out)
     where = str(recipe.teacher.model)
     tokenizer = load_tokenizer(where, "teacher.model")
     rows = encode(Source(recipe.data.eval.path, field="text"), tokenizer, max_length=128, packing=True).dataset

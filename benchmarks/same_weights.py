@@ -18,14 +18,15 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 import potstill
-from potstill.demo.recipe import demo_recipe
+from task import stdlib_task
 
 STUDENT = "student.design={hidden_size: 128, intermediate_size: 344, num_hidden_layers: 3, num_attention_heads: 2}"
 SHORT = [
     "student.save_dtype=float32",
     "train.max_steps=12",
     "train.warmup_steps=2",
-    "evaluate.baseline=false",
+    "train.per_device_train_batch_size=4",
+    "evaluate={baseline: false, continuations: 1, curve_rows: 16, time_limit: 20}",
     "data.max_length=48",
 ]
 HIDDEN = """objective=[
@@ -56,7 +57,7 @@ def vectors(path: Path) -> None:
 def main(out: Path) -> None:
     quiet = Console(file=io.StringIO())
     for name, sets in {"hidden layers": [HIDDEN], "on-policy samples": [SAMPLES, ROLLOUT]}.items():
-        recipe = demo_recipe(out / name.replace(" ", "-"), [STUDENT, *SHORT, *sets], fast=True)
+        recipe = stdlib_task(out / name.replace(" ", "-"), [STUDENT, *SHORT, *sets])
         potstill.run(recipe, console=quiet)
         print(f"{name}: {checksum(Path(recipe.output) / 'student')}", flush=True)
     vectors(out / "vectors.npy")

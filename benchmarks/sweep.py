@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from potstill.demo.corpus import write_jsonl
-from potstill.demo.recipe import demo_recipe
 from potstill.runs.sweep import read_axes, sweep
+from task import stdlib_task
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
         f"train.warmup_steps={args.steps // 10}",
     ]
     sets += ["evaluate={baseline: false, continuations: 0, curve_rows: 64}", *args.set]
-    values = demo_recipe(args.out / "demo", sets).model_dump(mode="json", exclude_none=True)
+    values = stdlib_task(args.out / "demo", sets).model_dump(mode="json", exclude_none=True)
     write_jsonl(args.out / "demo" / "data" / "eval.jsonl", "heldout", args.held_out)
     found = sweep(values, read_axes(args.vary), args.out, resume=True).summary
 

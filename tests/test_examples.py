@@ -19,7 +19,7 @@ from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), ROOT / "src/potstill/demo/recipe.yaml"])
+RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), ROOT / "benchmarks/stdlib.yaml"])
 OTHERS = ("kind: embedding", "\ntask: ")  # tests/test_embedding_run.py, tests/test_encoder_run.py
 RECIPES = [path for path in RECIPES if not any(word in path.read_text() for word in OTHERS)]
 README, SIGNALS = "README.md", "docs/signals.md"
@@ -35,7 +35,7 @@ def workplace(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem if path.parent.name == "recipes" else "demo")
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_trains_two_steps(path: Path, workplace: Path) -> None:
     recipe = Recipe.load(path)
     source = {name: value for name, value in vars(recipe.data.train).items() if isinstance(value, str)}

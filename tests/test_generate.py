@@ -23,6 +23,7 @@ from potstill.errors import DataError, RecipeError, UserError
 from potstill.generation import sandbox
 from potstill.generation.journal import complete_in_order, complete_requests, render
 from potstill.generation.judge import code_span
+from potstill.generation.own_text import opening
 from potstill.generation.requests import GenerationRequest
 from potstill.runs import generate as generation
 from potstill.runs.config.generate import GenerateRecipe
@@ -592,3 +593,81 @@ def test_mistakes_of_a_recipe_are_told_at_once(values) -> None:
     values["task"] = {"task": "chain_of_thought", "questions": {"path": "x"}, "choose": "verified"}
     with pytest.raises(RecipeError, match=r"expected questions.answer"):
         GenerateRecipe.parse(values)
+
+
+# Text without any data
+
+
+def own_text(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    task = {"task": "own_text", "number": 12, "beginnings": ["", "The "]}
+    return values | {"task": task, "held_out": 0.25, "sampling": {"max_new_tokens": 8}} | changes
+
+
+def test_a_chat_model_writes_the_questions_too(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = iter(
+        ["What is a tree?", "Why is water wet?", "What is a tree?", "Hm?", *(f"What is number {i}?" for i in range(8))]
+    )
+
+    def say(prompt: str, sample: int, seed: int) -> Completion:
+        if prompt.endswith("<user>"):
+            return Completion(f" {next(asked)}\n", True)
+        return Completion(f"About {prompt}", True)
+
+    result = made(own_text(values), say, monkeypatch, chat=True)
+    rows = [*lines(result.rows), *lines(result.held_out)]
+    questions = [row["messages"][0]["content"] for row in rows]
+    assert len(questions) == len({*questions}) == 10 and "Why is water wet?" in questions
+    assert all(
+        row["messages"][1]["content"] == f"About <user>{row['messages'][0]['content']}<assistant>" for row in rows
+    )
+    assert len(lines(result.held_out)) == 2  # a quarter of the questions
+    assert not any("chat_template_kwargs" in row for row in rows)
+    assert "questions: 10 of 12 were kept, 1 length, 1 repeated." in result.notes
+    # Nothing is asked again: the same rows come from the journals.
+    before = result.rows.read_bytes()
+    again = made(own_text(values), lambda *_: 1 / 0, monkeypatch, resume=True, chat=True)
+    assert again.rows.read_bytes() == before
+
+
+def test_another_model_writes_texts_from_their_first_token(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Scripted(lambda prompt, *_: Completion("house of cards", False))
+    monkeypatch.setattr(generation, "_engine", lambda *_: engine)
+    result = generate(GenerateRecipe.parse(own_text(values, filter={"cut": False})))
+    tokenizer = make_tokenizer()
+    start = tokenizer.bos_token_id or tokenizer.eos_token_id
+    assert engine.asked[0] == [start] and engine.asked[1] == [start, *tokenizer("The ")["input_ids"]]
+    rows = [*lines(result.rows), *lines(result.held_out)]
+    assert {row["text"] for row in rows} == {"house of cards", "The house of cards"}
+    assert encode(Source(result.rows, field="text"), tokenizer, max_length=32, packing=True).tokens
+
+
+def test_openings_of_chats_come_from_the_template() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if kind %}{{ kind }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    assert tokenizer.decode(opening(tokenizer, {"kind": "<system>"})) == "<system><user>"
+    for wrong in ("{{ messages[0].content }}", "<user>{{ messages[0].content }}{{ messages[0].content }}"):
+        tokenizer.chat_template = wrong
+        with pytest.raises(DataError, match="expected a chat template with an opening before a user's words"):
+            opening(tokenizer, {})
+
+
+def test_a_server_without_a_tokenizer_has_no_first_token(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = {"server": {"url": "http://127.0.0.1:9", "model": "m"}}
+    monkeypatch.setattr(generation, "_engine", lambda *_: None)
+    with pytest.raises(
+        RecipeError, match=r"^teacher.tokenizer: expected the server's tokenizer, .* Name its folder\.$"
+    ):
+        generate(GenerateRecipe.parse(own_text(values, teacher=teacher)))
+
+
+def test_a_teacher_without_questions_is_an_error(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        RecipeError, match=r"got none to keep\. questions: 0 of 12 were kept, 12 cut\. See .*questions.jsonl"
+    ):
+        made(own_text(values), lambda *_: Completion("and so on", False), monkeypatch, chat=True)

@@ -184,6 +184,24 @@ def test_a_teacher_that_writes() -> None:
     said("check", "recipe.yaml")
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_without_data_the_teacher_writes_it(chat: bool) -> None:
+    if not chat:
+        make_tokenizer().save_pretrained("teacher")
+        Path("teacher/chat_template.jinja").unlink(missing_ok=True)
+    output = said("init", "--teacher", "teacher", "--no-data")
+    assert "potstill generate recipe-texts.yaml, then potstill cache build recipe.yaml --codec top_k" in output
+    texts, found = (yaml.safe_load(Path(name).read_text()) for name in ("recipe-texts.yaml", "recipe.yaml"))
+    assert texts["task"]["task"] == "own_text" and texts["held_out"] == 0.1
+    assert texts["filter"].get("cut", True) == chat
+    assert found["teacher"] == {"cache": "runs/teacher-small-cache", "model": "teacher"}
+    columns = {"messages": "messages"} if chat else {"field": "text"}
+    for split in ("train", "eval"):
+        assert found["data"][split] == {"path": f"{texts['output']}/{split}.jsonl", **columns}
+    assert found["data"].get("packing", False) != chat
+    said("check", "recipe-texts.yaml")
+
+
 def test_on_a_terminal_it_asks_again_until_an_answer_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_on_a_terminal", lambda: True)
     answers = ["teachr", "teacher", "train.json", "train.jsonl", "eval.jsonl", "hundreds", "2x", "runs/mine"]
@@ -231,6 +249,8 @@ def test_nothing_is_overwritten_unasked() -> None:
     [
         ((), UserError, "got no --data"),
         (("--data", "train.jsonl"), UserError, "got no --eval"),
+        ((*DATA, "--no-data"), UserError, "expected no data and no columns with --no-data"),
+        (("--no-data", "--kind", "embedding"), UserError, "expected no no_data for a recipe of kind embedding"),
         (("--data", "trian.jsonl", "--eval", "eval.jsonl"), DataError, "Did you mean train.jsonl?"),
         ((*DATA, "--field", "txt"), DataError, "expected a column 'txt' in train.jsonl, got text"),
         ((*DATA, "--params", "many"), ModelError, "params: expected a number such as 100M"),

@@ -66,6 +66,16 @@ def test_several_sources_and_rows_without_labels() -> None:
         assert key in found
 
 
+def test_a_random_start_is_compared_with_a_start_from_the_teacher() -> None:
+    design = {"student": {"design": {"num_hidden_layers": 1}}, "evaluate": {"random_start": True}}
+    rollout = {"rollout": {"on_policy_fraction": 0.5}}
+    for wrong in (design, {"evaluate": {"random_start": True}, "student": {"model": "s"}}):
+        assert "evaluate.random_start: expected a design, without an adapter, that starts from its" in mistakes(wrong)
+    design["student"] |= {"initialize": "prune"}
+    assert "evaluate.random_start: expected no rollout with it" in mistakes(design | rollout)
+    assert Recipe.parse(yaml.safe_load(MINIMAL) | design).evaluate.trained == ("student", "random")
+
+
 def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(MINIMAL)

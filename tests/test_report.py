@@ -214,6 +214,31 @@ def test_a_long_run_is_thinned():
     assert len(picture) < 40_000
 
 
+def test_a_random_start_is_another_row(run_directory, summary):
+    summary["rows"]["random"] = row(5.25, agreement=0.2, kl=3.1, parameters=1284736)
+    summary["kl_by_position"]["random"] = [3.0, 3.0, None]
+    directory = run_directory(summary, records=metrics(("random", "baseline", "student")))
+    page = report_of(directory)
+    assert "Bold: the best of random, baseline and student." in page.text
+    assert "Random is the same student from random weights" in page.text
+    assert "From random weights it reaches 5.250." in verdict(summary)
+    assert page.text.count("random 3.12") == 1  # the end of its curve
+    assert (
+        "5.250" not in page.text.split("How good it is")[0].split("right is better")[0].split("weights it reaches")[0]
+    )
+    body = write_student_card(directory).read_text()
+    assert "| Held-out loss | 2.310 | 5.250 | 3.303 | **2.856** |" in body
+    assert "- Random: the same student from random weights, trained as the student was." in body
+
+
+def test_a_speedup_within_the_spread_is_called_so(run_directory, summary):
+    times = {"median_ms": 21.0, "low_ms": 9.0, "high_ms": 107.0, "passes": 15}
+    summary["latency"] = {"teacher": times, "student": times | {"median_ms": 3.24, "low_ms": 3.1, "high_ms": 8.9}}
+    assert "within the spread" not in report_of(run_directory(summary)).text
+    summary["latency"]["student"]["high_ms"] = 9.1
+    assert "faster, within the spread" in report_of(run_directory(summary)).text
+
+
 def test_no_baseline(run_directory, summary):
     del summary["rows"]["baseline"], summary["kl_by_position"]["baseline"], summary["continuations"][0]["baseline"]
     summary["gap_closed"] = None

@@ -20,7 +20,7 @@ def generate(
         Literal["process", "ray"], typer.Option(help="this process, or Ray's processes, each with a teacher")
     ] = "process",
 ) -> None:
-    """Generate training data with a teacher: reasoning, programs, instructions, responses; checked and filtered."""
+    """Generate training data with a teacher: reasoning, programs, instructions, responses, text without any data."""
     from potstill.runs.config.generate import GenerateRecipe
     from potstill.runs.generate import generate as generate_rows
 
@@ -32,7 +32,8 @@ def generate(
     print_facts(rows)
     for note in result.notes:
         show(f"note    {note}")
-    show(f"rows    {result.rows}\ncard    {result.directory / 'README.md'}")
+    held_out = f"\neval    {result.held_out}" if result.held_out else ""
+    show(f"rows    {result.rows}{held_out}\ncard    {result.directory / 'README.md'}")
 
 
 def check_generate(path: Path, sets: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ def init(
     teacher: Annotated[str | None, typer.Option(help="folder, name on the hub, or file of vectors")] = None,
     data: Annotated[Path | None, typer.Option(help="training data: a file, a folder, or a data set on the hub")] = None,
     eval_: Annotated[Path | None, typer.Option("--eval", help="held-out data: no row of --data")] = None,
+    no_data: Annotated[bool, typer.Option("--no-data", help="the teacher writes the data, by a second recipe")] = False,
     split: Annotated[str | None, typer.Option(help="of --data, where it has several; needed for the hub")] = None,
     eval_split: Annotated[str | None, typer.Option(help="of --eval, likewise")] = None,
     config: Annotated[str | None, typer.Option(help="of a data set on the hub")] = None,
@@ -56,8 +57,10 @@ def init(
 
     Columns, lengths and hyperparameters are chosen from the teacher's config and the first rows of the data.
     """
-    if recipe.exists() and not force:
-        raise UserError(f"init: expected a new file, got {recipe}, which exists. Overwrite it with --force.")
+    texts = recipe.with_name(f"{recipe.stem}-texts{recipe.suffix}")
+    for path in (recipe, *([texts] if no_data else [])):
+        if path.exists() and not force:
+            raise UserError(f"init: expected a new file, got {path}, which exists. Overwrite it with --force.")
     if not recipe.parent.is_dir():
         raise UserError(f"init: expected an existing folder for the recipe, got {recipe.parent}. Create it.")
     given = {key.rstrip("_"): value for key, value in options.params.items() if value is not None}
@@ -72,7 +75,19 @@ def init(
     from potstill.runs.init.draft import DraftRequest, draft
 
     request = DraftRequest(**{"data": None, **given})
-    write_text(recipe, draft(request))
+    drafts = {recipe: draft(request)}
+    if no_data:
+        drafts = {texts: draft(request.texts), **drafts}
+    for path, text in drafts.items():
+        write_text(path, text)
+    if no_data:
+        cached = f", then potstill cache build {recipe} --codec top_k" if request.cache else ""
+        console.print(
+            f"recipes {texts}, {recipe}\nnext    potstill generate {texts}{cached}, then potstill run {recipe}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
     command = "generate" if request.recipe_kind == "generate" else "run"
     console.print(
         f"recipe  {recipe}\nnext    potstill check {recipe}, then potstill {command} {recipe}", highlight=False
@@ -90,11 +105,11 @@ def _ask_for_missing(given: dict[str, Any]) -> None:
 
     if "teacher" not in given:
         given["teacher"] = _ask("Teacher: a folder with a model, or a file of vectors", _teacher)
-    if "data" not in given and not given["teacher"].endswith(VECTORS):
+    if "data" not in given and not given["no_data"] and not given["teacher"].endswith(VECTORS):
         given["data"] = _ask("Training data: a .jsonl, .csv, .parquet or .txt file", _file)
     if DraftRequest(**{"data": None, **given}).recipe_kind != "distillation":
         return
-    if "eval" not in given:
+    if "eval" not in given and not given["no_data"]:
         given["eval"] = _ask("Held-out data, with other rows", _file)
     if "student" not in given and not given["budget"]:
         question = "Student: 100M parameters, 4x smaller, 0.5GB, edge, a folder with a model, or half of the layers"

@@ -33,6 +33,7 @@ def show_result(result: Any) -> None:
     from accelerate import PartialState
 
     from potstill.evaluate import formatting
+    from potstill.evaluate.formatting import milliseconds as ms
     from potstill.evaluate.measures import of_run
     from potstill.evaluate.verdict import verdict
 
@@ -45,6 +46,11 @@ def show_result(result: Any) -> None:
         values = [row[measure.key] for row in rows.values()]
         table.add_row(measure.name, *("–" if value is None else measure.write(value) for value in values))
     show(table, verdict(summary))
+    spreads = [
+        f"{name} {ms(times['median_ms'])} ({ms(times['low_ms'])} to {ms(times['high_ms'])})"
+        for name, times in summary["latency"].items()
+    ]
+    show(f"latency, with the middle half of the passes: {', '.join(spreads)}")
     if adapter := summary["adapter"]:
         trained = f"{adapter['trained']:,} parameters trained, {formatting.percent(adapter['share'], 2)} of all"
         saved = "merged" if adapter["bytes"] is None else f"{formatting.size(adapter['bytes'])} beside its base model"

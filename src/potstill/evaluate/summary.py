@@ -14,8 +14,8 @@ from potstill.data.files import write_text
 from potstill.errors import DataError
 from potstill.losses.alignment import Task
 
-MODELS = ("teacher", "baseline", "student")
-RUNS = ("baseline", "student")
+MODELS = ("teacher", "random", "baseline", "student")
+RUNS = ("random", "baseline", "student")  # trained on the same rows
 
 Curves = dict[str, list[tuple[float, float]]]
 
@@ -44,6 +44,7 @@ class ModelScores(BaseModel):
 
 class ScoresByModel(BaseModel):
     teacher: ModelScores | None = None
+    random: ModelScores | None = None
     baseline: ModelScores | None = None
     student: ModelScores
 
@@ -56,12 +57,13 @@ class PositionKL(BaseModel):
     """Mean KL to the teacher between positions edges[i] and edges[i + 1]."""
 
     edges: list[float]
+    random: list[float | None] | None = None
     baseline: list[float | None] | None = None
     student: list[float | None]
 
     @model_validator(mode="after")
     def _check_edges(self) -> PositionKL:
-        for values in (self.student, self.baseline):
+        for values in (self.student, self.baseline, self.random):
             if values is not None and len(self.edges) != len(values) + 1:
                 raise ValueError(f"one edge more than values, got {len(self.edges)} and {len(values)}")
         return self
@@ -73,6 +75,7 @@ class Continuation(BaseModel):
     prompt: str
     truth: str | None = None
     teacher: str | None = None
+    random: str | None = None
     baseline: str | None = None
     student: str
 

@@ -73,7 +73,9 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
         return f"The student is {better}: {advice}."
     gap = f"the gap between training without a teacher and the teacher itself{_smaller(rows)}"
     others = f"against {nats(baseline)} for the baseline and {nats(teacher)} for the teacher"
-    return f"The student closes {percent(share)} of {gap}: {nats(student)} {unit} held out, {others}."
+    closes = f"The student closes {percent(share)} of {gap}: {nats(student)} {unit} held out, {others}."
+    random = math.nan if rows.random is None else rows.random.loss
+    return f"{closes} From random weights it reaches {nats(random)}." if math.isfinite(random) else closes
 
 
 def leakage(share: float | None) -> str | None:

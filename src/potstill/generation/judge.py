@@ -158,6 +158,8 @@ def rows_of(
     - answer: the question alone, and the answer alone.
     - both: one row of each, two tasks that the prompt tells apart (Distilling Step-by-Step), with their `weight`.
 
+    A text of the teacher's own has no prompt: its row is a `text` with its beginning.
+
     Conversations keep their messages and all columns of their row. A row that would be encoded as other tokens than the
     teacher's has these in `prompt_ids` and `completion_ids`.
 
@@ -167,8 +169,11 @@ def rows_of(
     request, reasoning, rows = text.request, text.reasoning_span, []
     if reasoning is None or target != "answer":
         row = dict(request.source) if request.task in ("responses", "instructions") else {}
-        row |= _dialogue(request, request.messages, text.turn.message, row_format)
-        row |= dict(zip(WRITTEN_COLUMNS, text.turn.token_ids or (), strict=False))
+        if request.task == "own_text" and row_format == "completion":
+            row["text"] = request.messages[0]["content"] + text.completion
+        else:
+            row |= _dialogue(request, request.messages, text.turn.message, row_format)
+            row |= dict(zip(WRITTEN_COLUMNS, text.turn.token_ids or (), strict=False))
         rows.append(row | _description(text, request.task, reasoning, text.answer_span, provenance))
     if reasoning is not None and target != "chain" and text.answer is not None:
         question, answer = f"{request.question}\nAnswer:", f" {text.answer}"

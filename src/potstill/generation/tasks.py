@@ -1,11 +1,11 @@
-"""Generation tasks: worked solutions, programs, instructions, and responses to prompts."""
+"""Generation tasks: worked solutions, programs, instructions, responses to prompts, and text without any data."""
 
 from __future__ import annotations
 
 import json
 from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass
-from itertools import product
+from itertools import cycle, islice, product
 from typing import Annotated, Any, Literal
 
 from potstill.errors import ShapeError
@@ -28,6 +28,9 @@ INSTRUCTIONS = {
     "evaluate": "Evaluate {question}: what speaks for it, what against it, and what follows?",
 }
 BRITISH = {"summarise": "summarize", "analyse": "analyze"}
+
+# What texts begin with where there is no data: nothing, and usual first words.
+BEGINNINGS = ("", "The", "In", "A", "How", "What", "I", "When", "To", "There", "It", "This")
 
 Choice = Literal["all", "majority", "verified"]
 Target = Literal["chain", "answer", "both"]
@@ -232,6 +235,37 @@ class Responses(GenerationTask):
             for number, row in rows
         ]
         return requests, bad
+
+
+@dataclass(frozen=True)
+class OwnText(GenerationTask):
+    """Text of the teacher's own, without any data: for distillation where only the model is at hand.
+
+    A teacher with a chat template writes the user's questions too, each behind the opening of a chat, and then answers
+    them (MAGPIE). Any other continues a beginning, or its first token alone, and rows hold the whole text. Few such
+    texts end by themselves: set `filter.cut` to false.
+
+    Args:
+        number: of questions, or of texts.
+        question_tokens: of the longest question.
+        beginnings: of texts, in turn; an empty one is the first token alone. Chats do not read them.
+
+    References:
+        Xu et al. 2024 (MAGPIE), arXiv 2406.08464; Liu et al. 2023 (LLM-QAT), arXiv 2305.17888.
+    """
+
+    number: Annotated[int, Range(ge=1)]
+    question_tokens: Annotated[int, Range(ge=1)] = 128
+    beginnings: Annotated[tuple[str, ...], NonEmpty()] = BEGINNINGS
+    name = "own_text"
+
+    def requests(self, skip_bad: bool) -> tuple[list[GenerationRequest], list[UnusableRow]]:
+        """The texts of a teacher without a chat template."""
+        turns = islice(cycle(self.beginnings), self.number)
+        return [self.request(number, text) for number, text in enumerate(turns, 1)], []
+
+    def request(self, number: int, text: str) -> GenerationRequest:
+        return GenerationRequest(number, self.name, "none", [{"role": "user", "content": text}], {})
 
 
 def _conversation(value: Any) -> list[Message]:

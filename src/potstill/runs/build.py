@@ -80,6 +80,7 @@ class BuiltRun:
     loaded: LoadedTeacher
     tokenizer: PreTrainedTokenizerBase  # the student's
     new_student: Callable[[], Any]  # the same at every call
+    new_random_student: Callable[[], Any]  # of the same design, with random weights
     size: ParameterCount  # of the student
     train: Examples
     eval: Examples
@@ -151,6 +152,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
         loaded=loaded,
         tokenizer=tokenizer,
         new_student=new_student,
+        new_random_student=replace(new_student, initialization=None),
         size=parameter_count(student),
         train=train,
         eval=held_out,

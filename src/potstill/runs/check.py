@@ -77,7 +77,7 @@ def _estimate(built: BuiltRun, student: PreTrainedModel) -> Preflight:
     recipe, trained = built.recipe, built.size.trained * 4
     exported = built.size.all if recipe.student.merges else built.size.trained
     exported *= (built.save_dtype or torch.float32).itemsize
-    runs = 2 if recipe.evaluate.baseline else 1
+    runs = len(recipe.evaluate.trained)
     output = Path(recipe.output).absolute()
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     batch = _batch_needs(built, student)

@@ -12,7 +12,7 @@ LENGTH_ROWS = 1024  # training rows whose lengths are read
 
 
 def training_flops(built: BuiltRun, student: PreTrainedModel) -> dict[str, float]:
-    """Estimate the floating-point operations of each training of a run, student and baseline.
+    """Estimate the floating-point operations of each training of a run.
 
         tokens (F_student (2 + trained / all) + F_teacher),   F = 2 N + attention
 
@@ -33,5 +33,5 @@ def training_flops(built: BuiltRun, student: PreTrainedModel) -> dict[str, float
     teachers = sum(forward_flops(model, context) for model in built.loaded.models.values())
     teachers += forward if built.teacher.of_student else 0.0
     alone = tokens * forward * passes
-    flops = {"student": alone + tokens * teachers * built.objective.needs_teacher}
-    return flops | {"baseline": alone} if built.recipe.evaluate.baseline else flops
+    taught = alone + tokens * teachers * built.objective.needs_teacher
+    return {name: alone if name == "baseline" else taught for name in built.recipe.evaluate.trained}

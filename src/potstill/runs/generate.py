@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
@@ -30,13 +30,15 @@ from potstill.generation.journal import (
     render,
 )
 from potstill.generation.judge import GeneratedText, judge, parse_texts, rows_of
+from potstill.generation.own_text import first_tokens, opening, select_questions
 from potstill.generation.requests import GenerationRequest, UnusableRow
 from potstill.generation.sandbox import require_sandbox
-from potstill.generation.tasks import Responses
+from potstill.generation.tasks import OwnText, Responses
 from potstill.generation.turns import RowFormat, TurnReader
 from potstill.models.chat import end_token_ids, set_chat_template
 from potstill.models.loading import accelerator, load_model, load_tokenizer, suppress_warnings
 from potstill.models.prompts import prompt_ids
+from potstill.models.spacing import evenly_spaced
 from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.progress import PartProgress
 from potstill.runs.ray import Row, RowFunction, map_rows
@@ -48,6 +50,7 @@ class Generated:
 
     directory: Path
     rows: Path  # the file of them
+    held_out: Path | None  # the file of those for data.eval
     counts: dict[str, int]  # at each stage: asked, texts, dropped, texts kept, rows
     dropped: dict[str, int]  # texts by the filter that dropped them
     notes: list[str]
@@ -59,8 +62,9 @@ class GenerationPlan(NamedTuple):
     requests: list[GenerationRequest]
     unusable: list[UnusableRow]  # rows of the source that no request can be made of
     reader: TurnReader
-    prompts: list[Prompt]
+    prompts: list[Prompt]  # without requests the openings of chats, behind which the teacher writes the questions
     engine: Engine
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 def generate(
@@ -79,8 +83,8 @@ def generate(
         UserError: something in the recipe or the data is to be corrected.
     """
     directory = Path(recipe.output).expanduser()
-    journal = directory / "texts.jsonl"
-    if journal.exists() and not resume:
+    journal, questions = directory / "texts.jsonl", directory / "questions.jsonl"
+    if (journal.exists() or questions.exists()) and not resume:
         raise RecipeError(
             f"output: expected a folder without texts, got {directory}, which has some. Go on with --resume, or choose "
             "another."
@@ -88,15 +92,44 @@ def generate(
     with suppress_warnings():
         plan = check(recipe, on_device=engine == "process")
         recipe.start(directory)
-        complete = _with_ray(recipe) if engine == "ray" else complete_in_order(plan.engine, recipe.engine_sampling)
-        settings = [recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed]
-        options: dict[str, Any] = {"batch_size": recipe.batch_size, "settings": settings}
-        with PartProgress(console or Console(quiet=True), "prompts").start(total=len(plan.prompts)) as progress:
-            options["progress"] = progress.update
-            completions = complete_requests(plan.prompts, complete, recipe.seed, journal, **options)
+        console, notes = console or Console(quiet=True), list[str]()
+        if not plan.requests:
+            plan, note = _own_questions(recipe, plan, questions, engine, console)
+            notes.append(note)
+        completions = _complete(recipe, plan, journal, engine, console, "prompts")
     texts = parse_texts(plan.requests, plan.prompts, completions, plan.reader, recipe.programs)
     judged = judge(texts, recipe.task.choose, drop_cut=recipe.filter.cut)
-    return _write_files(recipe, directory, plan, judged, _notes(plan, completions))
+    return _write_files(recipe, directory, plan, judged, [*notes, *_notes(plan, completions)])
+
+
+def _complete(
+    recipe: GenerateRecipe, plan: GenerationPlan, journal: Path, engine: str, console: Console, unit: str
+) -> list[RequestCompletions]:
+    """Complete the prompts of a plan that are not in the journal."""
+    complete = _with_ray(recipe) if engine == "ray" else complete_in_order(plan.engine, recipe.engine_sampling)
+    settings = [recipe.teacher.name, recipe.teacher.dtype, recipe.sampling.model_dump(), recipe.seed]
+    options: dict[str, Any] = {"batch_size": recipe.batch_size, "settings": settings}
+    with PartProgress(console, unit).start(total=len(plan.prompts)) as progress:
+        options["progress"] = progress.update
+        return complete_requests(plan.prompts, complete, recipe.seed, journal, **options)
+
+
+def _own_questions(
+    recipe: GenerateRecipe, plan: GenerationPlan, journal: Path, engine: str, console: Console
+) -> tuple[GenerationPlan, str]:
+    """Let the teacher write questions behind the openings of the plan, and plan to answer those that are kept."""
+    task = cast(OwnText, recipe.task)
+    one_each = {"samples": 1, "max_new_tokens": task.question_tokens}
+    asking = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update=one_each)})
+    completions = _complete(asking, plan, journal, engine, console, "questions")
+    questions, note = select_questions(text for each in completions for text in each.texts)
+    if not questions:
+        raise RecipeError(f"task: expected a teacher that writes questions, got none to keep. {note} See {journal}.")
+    requests = [task.request(number, question) for number, question in enumerate(questions, 1)]
+    if arguments := recipe.teacher.chat_template_kwargs:
+        requests = [request.with_arguments(arguments) for request in requests]
+    prompts = [render(request, plan.tokenizer) for request in requests]
+    return plan._replace(requests=requests, prompts=prompts), note
 
 
 def check(recipe: GenerateRecipe, *, on_device: bool = False) -> GenerationPlan:
@@ -113,12 +146,38 @@ def check(recipe: GenerateRecipe, *, on_device: bool = False) -> GenerationPlan:
         tokenizer = _tokenizer(recipe)
         reader = TurnReader(tokenizer, _row_format(recipe, tokenizer))
         engine = _engine(recipe, tokenizer, on_device)
+        if isinstance(recipe.task, OwnText):
+            return _own_text_plan(recipe, requests, tokenizer, reader, engine)
         prompts = [render(request, tokenizer) for request in requests]
         if isinstance(engine, ModelServer) and tokenizer is not None:  # it may put an EOS behind a text
             prompts = [prompt_ids(tokenizer, text) if isinstance(text, str) else text for text in prompts]
         if isinstance(engine, LocalEngine):
             engine.check(prompts, recipe.engine_sampling)
-    return GenerationPlan(requests, unusable, reader, prompts, engine)
+    return GenerationPlan(requests, unusable, reader, prompts, engine, tokenizer)
+
+
+def _own_text_plan(
+    recipe: GenerateRecipe,
+    requests: list[GenerationRequest],
+    tokenizer: PreTrainedTokenizerBase | None,
+    reader: TurnReader,
+    engine: Engine,
+) -> GenerationPlan:
+    """Plan texts that need no data: by the openings of chats, or by their first tokens."""
+    task, sampling = cast(OwnText, recipe.task), recipe.engine_sampling
+    if tokenizer is None:
+        raise RecipeError(
+            "teacher.tokenizer: expected the server's tokenizer, with which its own texts begin, got none. Name its "
+            "folder."
+        )
+    prompts: list[Prompt] = [first_tokens(tokenizer, str(each.messages[0]["content"])) for each in requests]
+    question: list[int] = []  # of the longest prompt that will be answered
+    if reader.row_format == "messages":
+        requests, question = [], [0] * task.question_tokens
+        prompts = [opening(tokenizer, recipe.teacher.chat_template_kwargs)] * task.number
+    if isinstance(engine, LocalEngine):
+        engine.check([[*max(prompts, key=len), *question]], sampling)
+    return GenerationPlan(requests, [], reader, prompts, engine, tokenizer)
 
 
 def _row_format(recipe: GenerateRecipe, tokenizer: PreTrainedTokenizerBase | None) -> RowFormat:
@@ -198,8 +257,11 @@ def _write_files(
         for text, name, reason in dropped
         for row in rows_of(text, row_format, "chain", provenance)
     ]
-    path = directory / f"train.{recipe.format}"
-    write_rows(path, rows)
+    held_out = _held_out(kept, recipe.held_out)
+    path, eval_path = (directory / f"{split}.{recipe.format}" for split in ("train", "eval"))
+    write_rows(path, [row for row in rows if row["provenance"]["row"] not in held_out])
+    if recipe.held_out:
+        write_rows(eval_path, [row for row in rows if row["provenance"]["row"] in held_out])
     write_rows(directory / f"dropped.{recipe.format}", dropped_rows)
     stages = {"asked": plan.requests, "texts": judged, "dropped": dropped, "texts kept": kept, "rows": rows}
     counts = {name: len(items) for name, items in stages.items()}  # type: ignore[arg-type]  # lists of several types
@@ -218,14 +280,23 @@ def _write_files(
         lengths=[len(text.completion) for text in kept],
         bad=plan.unusable,
     )
-    return Generated(directory, path, counts, dict(Counter(name for _, name, _ in dropped)), notes)
+    by_filter = dict(Counter(name for _, name, _ in dropped))
+    return Generated(directory, path, eval_path if recipe.held_out else None, counts, by_filter, notes)
+
+
+def _held_out(kept: Sequence[GeneratedText], share: float) -> set[int]:
+    """The numbers of the requests whose rows are held out, all of one request together."""
+    numbers = sorted({text.request.number for text in kept})
+    number = max(1, round(share * len(numbers))) if share and len(numbers) > 1 else 0
+    return {numbers[i] for i in evenly_spaced(number, len(numbers))} if number else set()
 
 
 def _notes(plan: GenerationPlan, completions: Sequence[RequestCompletions]) -> list[str]:
     """Say where rows may differ from what the teacher read and wrote."""
     tokenizer, notes = plan.reader.tokenizer, []
     is_chat = tokenizer is not None and tokenizer.chat_template is not None
-    if is_chat and plan.reader.row_format == "completion":
+    asked = plan.requests[0].task != OwnText.name
+    if is_chat and plan.reader.row_format == "completion" and asked:
         notes.append("rows: the teacher read its chat template, and the rows have the bare prompts.")
     if isinstance(plan.engine, ModelServer) and not any(text.ids for each in completions for text in each.texts):
         notes.append("teacher.server: no token ids came back: special tokens may be missing in the texts.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,10 +53,17 @@ def train_baseline(built: BuiltRun, directory: Path, console: Console) -> None:
         _train_and_save(built, "baseline", Objective([Labels()]), directory, console)
 
 
+def train_random(built: BuiltRun, directory: Path, console: Console) -> None:
+    """Train and save the same design from random weights, where the recipe asks for it."""
+    if built.recipe.evaluate.random_start:
+        random = replace(built, new_student=built.new_random_student)
+        _train_and_save(random, "random", built.objective, directory, console)
+
+
 def measure_models(built: BuiltRun, directory: Path, console: Console) -> None:
     """Measure all models as they are on the disk, and write summary.json."""
-    names = ("student", "baseline") if built.recipe.evaluate.baseline else ("student",)
-    write_summary(summarize(built, {name: directory / name for name in names}, directory, console), directory)
+    students = {name: directory / name for name in built.recipe.evaluate.trained}
+    write_summary(summarize(built, students, directory, console), directory)
 
 
 def write_pages(built: BuiltRun, directory: Path, console: Console) -> None:
@@ -75,6 +83,7 @@ STEPS = (
     Step("write the recipe", write_recipe),
     Step("train student", train_student, every_rank=True),
     Step("train baseline", train_baseline, every_rank=True),
+    Step("train from random weights", train_random, every_rank=True),
     Step("measure", measure_models),
     Step("report", write_pages),
 )

@@ -20,15 +20,16 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter, St
 Curve = Sequence[tuple[float, float]]
 
 # Colours stand for CSS variables, so that the page can be light, dark or printed.
-_VARIABLES = ("ink", "muted", "rule", "paper", "teacher", "baseline", "student")
+_VARIABLES = ("ink", "muted", "rule", "paper", "teacher", "random", "baseline", "student")
 COLOUR = {variable: f"#01010{i}" for i, variable in enumerate(_VARIABLES, 1)}
 # Lines differ in more than colour.
 LINE: dict[str, dict[str, Any]] = {
     "teacher": {"linestyle": (0, (4, 2.5)), "linewidth": 1.4},
+    "random": {"linestyle": (0, (1, 1.4)), "linewidth": 1.4},
     "baseline": {"linestyle": "solid", "linewidth": 1.4},
     "student": {"linestyle": "solid", "linewidth": 2.3},
 }
-_MARKER = {"teacher": ("D", 5), "baseline": ("s", 3.6), "student": ("o", 4.6)}  # shape and size
+_MARKER = {"teacher": ("D", 5), "random": ("^", 4.2), "baseline": ("s", 3.6), "student": ("o", 4.6)}  # shape and size
 _MOST_POINTS = 240
 
 

@@ -17,11 +17,12 @@ from potstill.evaluate.measures import TASK_LABELS, of_run
 from potstill.evaluate.report import pictures
 from potstill.evaluate.report.canvas import thin
 from potstill.evaluate.report.diagnosis import read_diagnosis
-from potstill.evaluate.report.render import FASTER, SMALLER, Headline, ratio_headline, render
-from potstill.evaluate.summary import MODELS, RUNS, Summary
+from potstill.evaluate.report.render import FASTER, SMALLER, WITHIN_SPREAD, Headline, ratio_headline, render
+from potstill.evaluate.summary import RUNS, Summary
 from potstill.evaluate.verdict import leakage, verdict
 
 ROWS_FILE = "rows.json"
+_GAP = ("teacher", "baseline", "student")
 _LABEL_DISTANCE = 25  # least distance of two labels on a phone, in percent of the line
 
 
@@ -97,7 +98,7 @@ def _table(summary: Summary) -> Iterator[dict[str, Any]]:
     for measure in of_run(summary.task, summary.rows.student.bits_per_byte is not None):
         values = {model: getattr(scores, measure.key) for model, scores in present.items()}
         trained = [values[run] for run in RUNS if values.get(run) is not None]
-        best = measure.better(*trained) if measure.better and len(set(trained)) == 2 else None
+        best = measure.better(*trained) if measure.better and len(set(trained)) > 1 else None
         texts = {model: "–" if value is None else measure.write(value) for model, value in values.items()}
         winners = [run for run in RUNS if best is not None and values.get(run) == best]
         cells = [{"model": model, "text": text, "best": model in winners} for model, text in texts.items()]
@@ -121,20 +122,28 @@ def _headlines(summary: Summary) -> Iterator[Headline]:
             detail = f"the baseline has {percent(baseline.agreement, 1)}"
         yield Headline(percent(student.agreement, 1), "agreement with the teacher", detail)
     if teacher and teacher.latency_ms and student.latency_ms:
-        yield ratio_headline(teacher.latency_ms, student.latency_ms, FASTER)
+        words = FASTER if _differ(summary) else WITHIN_SPREAD
+        yield ratio_headline(teacher.latency_ms, student.latency_ms, words)
+
+
+def _differ(summary: Summary) -> bool:
+    """Whether the middle halves of the teacher's and the student's latencies are apart, where they were recorded."""
+    teacher, student = (summary.latency.get(name) for name in ("teacher", "student"))
+    return teacher is None or student is None or teacher.low_ms > student.high_ms or student.low_ms > teacher.high_ms
 
 
 def _gap(rows: records.ScoresByModel) -> dict[str, Any] | None:
-    """Place each model between the highest and the lowest loss, in percent; None if labels would overlap."""
-    losses = {model: scores.loss for model, scores in rows.present().items() if math.isfinite(scores.loss)}
+    """Place the models of the gap between the highest and the lowest loss, in percent; None if labels would overlap."""
+    present = {model: scores for model, scores in rows.present().items() if model in _GAP}
+    losses = {model: scores.loss for model, scores in present.items() if math.isfinite(scores.loss)}
     high, low = max(losses.values(), default=0.0), min(losses.values(), default=0.0)
-    if len(losses) < len(MODELS) or high == low:
+    if len(losses) < len(_GAP) or high == low:
         return None
     at = {model: round(100 * (high - loss) / (high - low), 2) for model, loss in losses.items()}
     if abs(at["teacher"] - at["baseline"]) < _LABEL_DISTANCE:
         return None
     return {
-        "stops": [{"model": model, "loss": losses[model], "at": at[model]} for model in MODELS],
+        "stops": [{"model": model, "loss": losses[model], "at": at[model]} for model in _GAP],
         "left": min(at["baseline"], at["student"]),
         "width": round(abs(at["student"] - at["baseline"]), 2),
         "won": at["student"] >= at["baseline"],

@@ -62,6 +62,7 @@ class Headline(NamedTuple):
 
 SMALLER = ("smaller", "larger", "the same size", formatting.count, " parameters")
 FASTER = ("faster", "slower", "as fast", formatting.milliseconds, "")
+WITHIN_SPREAD = ("faster, within the spread", "slower, within the spread", *FASTER[2:])
 
 
 def ratio_headline(

@@ -82,6 +82,9 @@ class GenerateRecipe(Document):
         "auto", description="the form of the rows; auto is messages where the teacher has a chat template"
     )
     format: Literal["jsonl", "parquet"] = "jsonl"
+    held_out: float = Field(
+        0.0, ge=0, lt=1, description="share of the requests whose rows go to eval.jsonl in place of train.jsonl"
+    )
     skip_bad_rows: bool = Field(False, description="go on without rows that cannot be used, and list them")
     batch_size: int = Field(16, ge=1, description="prompts that are completed, and saved, together")
     output: str = Field(min_length=1, description="the folder for rows, dropped rows and the data card")

@@ -55,11 +55,20 @@ class EvaluatePart(Part):
     """What the report shows besides the student's own metrics."""
 
     baseline: bool = Field(False, description="train the same student on labels alone, and compare")
+    random_start: bool = Field(
+        False, description="train the same design with the same objective from random weights, and compare"
+    )
     continuations: int = Field(3, ge=0, description="held-out prompts that each causal model continues")
     curve_rows: int = Field(128, ge=1, description="held-out rows, evenly spaced, for the learning curves")
     time_limit: float = Field(
         600, gt=0, description="seconds for measuring after training; the report says what they did not suffice for"
     )
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The names of all models that a run trains."""
+        compared = {"baseline": self.baseline, "random": self.random_start}
+        return ("student", *(name for name, wanted in compared.items() if wanted))
 
 
 class Recipe(Document):
@@ -92,6 +101,7 @@ class Recipe(Document):
             *task_mistakes(self.objective, self.task),
             *self._task_mistakes(),
             *self._rollout_mistakes(),
+            *self._random_start_mistakes(),
             *adapter_conflicts(self.student.adapter, self.task, self.train),
         ]
         if mistakes:
@@ -132,6 +142,19 @@ class Recipe(Document):
             yield "evaluate.baseline: expected false for the task encoder, got true. There are no labels to train on."
         if task != "causal" and self.rollout is not None:
             yield f"rollout: expected the task causal with it, got {task}. Other models generate no text."
+
+    def _random_start_mistakes(self) -> Iterator[str]:
+        """Find a student whose start is not its teacher's weights, and samples of one that has learnt nothing."""
+        if not self.evaluate.random_start:
+            return
+        student, key = self.student, "evaluate.random_start"
+        if student.design is None or student.initialize.method == "random" or student.adapter is not None:
+            yield (
+                f"{key}: expected a design, without an adapter, that starts from its teacher's weights "
+                "(student.initialize), got another student. Leave it out."
+            )
+        if self.rollout is not None:
+            yield f"{key}: expected no rollout with it, got one. Leave it out: random weights write nothing of use."
 
     def _rollout_mistakes(self) -> Iterator[str]:
         """Find terms without the samples that they need, and teachers that cannot score or guide them."""

@@ -33,6 +33,8 @@ MAX_LENGTH = 2048  # default limit for rows with prompts or labels
 PACKED_LENGTH = 512  # default for packed plain text
 BATCH_TOKENS = 8192  # most tokens in a batch
 MIN_STEPS = 8  # of an epoch
+OWN_TEXTS, OWN_TOKENS = 1000, 384  # that a teacher writes where there is no data, and of one of them at most
+OPENING_TOKENS = 64  # of a chat, with a system prompt
 VIRTUAL_TOKENS = 20  # positions that prompt and prefix adapters take
 ADAPTER_RATES = {"lora": 2e-4, "qlora": 2e-4, "ia3": 3e-3, "prefix": 1e-2, "prompt": 3e-2}  # fewer weights, larger rate
 
@@ -45,6 +47,7 @@ class DraftRequest:
         split: of `data` where that is a folder or a data set on the hub with several; eval_split and config likewise.
         budget: limits (params, compression, memory_gb, target), with keep and context; default: half of the layers.
         columns: column key of the recipe -> column; default: found by their names.
+        no_data: the teacher writes the data by the recipe of `texts`.
     """
 
     teacher: str
@@ -63,6 +66,18 @@ class DraftRequest:
     config: str | None = None
     name: str | None = None
     output: str | None = None
+    no_data: bool = False
+
+    @property
+    def texts(self) -> DraftRequest:
+        """The request for the recipe by which the teacher writes the data."""
+        name = f"{self.name or Path(self.teacher).stem}-texts"
+        return DraftRequest(self.teacher, None, kind="generate", name=name, no_data=True)
+
+    @property
+    def cache(self) -> str | None:
+        """The directory of the teacher's signals on text of its own; a student of other tokens cannot read one."""
+        return f"{self.directory}-cache" if self.no_data and self.student is None else None
 
     @property
     def recipe_kind(self) -> Kind:
@@ -75,13 +90,15 @@ class DraftRequest:
     @property
     def train(self) -> dict[str, Any]:
         """Where the training data is, as keys of a Source."""
-        return self._place(self.data, self.split)
+        return self._place(self.data, self.split, "train")
 
     @property
     def held_out(self) -> dict[str, Any]:
-        return self._place(self.eval, self.eval_split)
+        return self._place(self.eval, self.eval_split, "eval")
 
-    def _place(self, path: Path | None, split: str | None) -> dict[str, Any]:
+    def _place(self, path: Path | None, split: str | None, written: str) -> dict[str, Any]:
+        if self.no_data:
+            return {"path": f"{self.texts.directory}/{written}.jsonl"}
         place = {"path": str(path), "split": split, "config": self.config if split else None}
         return {key: value for key, value in place.items() if value is not None}
 
@@ -93,6 +110,11 @@ class DraftRequest:
 def draft(request: DraftRequest) -> str:
     """Write a recipe as commented YAML. Nothing is trained, and no weights are read."""
     make, document, allowed = KINDS[request.recipe_kind]
+    if request.no_data and (request.data or request.eval or request.columns):
+        raise UserError(
+            "init: expected no data and no columns with --no-data, for which the teacher writes the text, got some. "
+            "Leave them out, or leave --no-data out."
+        )
     wrong = [name for name in sorted(OPTIONS - allowed) if getattr(request, name)]
     if wrong:
         raise UserError(
@@ -113,7 +135,7 @@ def draft(request: DraftRequest) -> str:
 def _distillation(request: DraftRequest) -> dict[str, Any]:
     teacher = inspection.inspect_model(request.teacher, "teacher", request.task)
     existing = None if request.student is None else inspection.inspect_model(request.student, "student")
-    if request.data is None or request.eval is None:
+    if not request.no_data and (request.data is None or request.eval is None):
         raise UserError(
             f"init: expected --data FILE and --eval FILE, got no {'--eval' if request.data else '--data'}. "
             "Hold some rows out in a file of their own, to measure what the student is worth."
@@ -122,8 +144,11 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     reader = existing or teacher
     positions = min(teacher.max_length, reader.max_length)
     positions -= VIRTUAL_TOKENS if request.adapter in ("prompt", "prefix") else 0
-    rows = _sample(request.train, request.columns, teacher, reader.tokenizer, positions)
-    _sample(request.held_out, rows.columns, teacher, reader.tokenizer, positions)
+    if request.no_data:
+        rows = _own_rows(request, teacher)
+    else:
+        rows = _sample(request.train, request.columns, teacher, reader.tokenizer, positions)
+        _sample(request.held_out, rows.columns, teacher, reader.tokenizer, positions)
     packing = teacher.task == "causal" and "field" in rows.columns
     needed = PACKED_LENGTH if packing else min(MAX_LENGTH, 32 * math.ceil(rows.longest / 32))
     max_length = request.max_length or min(positions, needed)
@@ -146,6 +171,29 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
 def _sample(place: dict[str, Any], columns: Mapping[str, Any], *models: Any) -> inspection.RowSample:
     """Sample the rows of a source; of a data set on the hub, no more is downloaded."""
     return inspection.sample_rows(Source(**place, streaming=True), columns, *models)
+
+
+def _own_rows(request: DraftRequest, teacher: inspection.ModelInfo) -> inspection.RowSample:
+    """The rows that the recipe of `request.texts` will write, with its numbers."""
+    if teacher.task != "causal":
+        raise UserError(
+            f"init: expected a causal language model for --no-data, got {request.teacher}, for {teacher.task}. Give "
+            "texts with --data and --eval."
+        )
+    values = _own_text(teacher)
+    columns = {"messages": "messages"} if values["chat"] else {"field": "text"}
+    longest = OPENING_TOKENS + values["question_tokens"] + values["max_new_tokens"]
+    return inspection.RowSample(columns, (), OWN_TEXTS, True, longest, OWN_TEXTS * values["max_new_tokens"])
+
+
+def _own_text(teacher: inspection.ModelInfo) -> dict[str, Any]:
+    new = min(OWN_TOKENS, teacher.max_length // 2)
+    return {
+        "chat": teacher.tokenizer.chat_template is not None,
+        "number": OWN_TEXTS,
+        "question_tokens": min(128, teacher.max_length // 4),
+        "max_new_tokens": new,
+    }
 
 
 def _student(request: DraftRequest, teacher: inspection.ModelInfo) -> tuple[dict[str, Any], str | None]:
@@ -208,8 +256,10 @@ def _embedding(request: DraftRequest) -> dict[str, Any]:
 
 def _generate(request: DraftRequest) -> dict[str, Any]:
     teacher = inspection.inspect_model(request.teacher, "teacher", "causal")
+    if request.no_data:
+        return _own_text(teacher)
     if request.data is None:
-        raise UserError("init: expected --data FILE with questions, got none.")
+        raise UserError("init: expected --data FILE with questions, or --no-data, got none.")
     names = locate(Source(request.data)).columns
     question = request.columns.get("field") or inspection.first_of(("question", "prompt", *inspection.TEXTS), names)
     if question not in names:
@@ -224,11 +274,11 @@ def _generate(request: DraftRequest) -> dict[str, Any]:
 
 # For each kind: the values of its template, its recipe, and the options that have an effect.
 OPTIONS = {"eval", "task", "student", "budget", "adapter", "columns", "max_length", "dimensions"}
-OPTIONS |= {"split", "eval_split", "config"}
+OPTIONS |= {"split", "eval_split", "config", "no_data"}
 KINDS: dict[Kind, tuple[Callable[[DraftRequest], dict[str, Any]], type[Document], set[str]]] = {
     "distillation": (_distillation, Recipe, OPTIONS - {"dimensions"}),
     "embedding": (_embedding, EmbeddingRecipe, {"eval", "columns", "dimensions"}),
-    "generate": (_generate, GenerateRecipe, {"columns"}),
+    "generate": (_generate, GenerateRecipe, {"columns", "no_data"}),
 }
 
 
