@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from potstill.errors import ModelError
 from potstill.models.design import layer_fields
 from potstill.models.pruning import (
+    Importance,
     LayerChoice,
     SelectedParts,
     choose_layers,
@@ -62,13 +63,14 @@ def plan_initialization(
     *,
     layers: LayerChoice | Sequence[int] | None = None,
     calibration: Callable[[], Iterable[Mapping[str, Tensor]]],
+    importance: Importance | None = None,
 ) -> Initialization:
     """Select the part of its teacher's weights that a student starts from.
 
     The method is copy (complete layers; all widths are the teacher's), truncate (the first heads, units and channels),
     prune (the most important ones, by activations), or selective (all parameters whose shape is the teacher's; the
     others are random). `layers` is a choice of `choose_layers`, by default importance
-    for prune, else uniform. `calibration` gives batches of training data, on which importance is measured.
+    for prune, else uniform. `calibration` gives batches of training data, on which importance is measured unless it is given.
 
     References:
         Muralidharan et al. 2024 (Minitron), arXiv 2407.14679; Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, for
@@ -103,7 +105,8 @@ def plan_initialization(
         )
     choice = ("importance" if method == "prune" else "uniform") if layers is None else layers
     measured = method == "prune" or choice == "importance"
-    importance = measure_importance(teacher, calibration()) if measured else None
+    if measured and importance is None:
+        importance = measure_importance(teacher, calibration())
     chosen = choose_layers(choice, structure.shape.layers, shape.layers, importance)
     if whole:
         parts = whole_layers(structure.shape, chosen, matching=method == "selective")
