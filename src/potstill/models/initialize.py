@@ -70,7 +70,8 @@ def plan_initialization(
     The method is copy (complete layers; all widths are the teacher's), truncate (the first heads, units and channels),
     prune (the most important ones, by activations), or selective (all parameters whose shape is the teacher's; the
     others are random). `layers` is a choice of `choose_layers`, by default importance
-    for prune, else uniform. `calibration` gives batches of training data, on which importance is measured unless it is given.
+    for prune, else uniform. `calibration` gives batches of training data, on which importance is measured unless it is
+    given.
 
     References:
         Muralidharan et al. 2024 (Minitron), arXiv 2407.14679; Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, for
