@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,13 @@ def distance(one: Any, other: Any) -> float:
     return sum(abs(math.log(getattr(one, size) / getattr(other, size))) for size in SIZES)
 
 
+@cache
+def some_candidates() -> Candidates:
+    return Candidates(TEACHER, design(TEACHER, BUDGET), "balanced")
+
+
 def test_candidates_have_the_budget_and_differ_in_all_sizes() -> None:
-    first = design(TEACHER, BUDGET)
-    candidates = Candidates(TEACHER, first, "balanced")
+    first, candidates = design(TEACHER, BUDGET), some_candidates()
     assert candidates.shapes[0] == design_shape(first)
     counts = [count_parameters(candidates.config(shape)) for shape in candidates.shapes]
     assert all(abs(count / counts[0] - 1) < TOLERANCE for count in counts)
@@ -50,7 +55,7 @@ def test_candidates_have_the_budget_and_differ_in_all_sizes() -> None:
 
 
 def test_shapes_are_spread_at_first_and_then_near_the_best() -> None:
-    shapes = Candidates(TEACHER, design(TEACHER, BUDGET), "balanced").shapes
+    shapes = some_candidates().shapes
     assert next_shape(shapes, {}, 6) == shapes[0]
     second = next_shape(shapes, {shapes[0]: 2.0}, 6)
     assert second is not None
@@ -76,6 +81,7 @@ def searched(recipe_values: dict[str, Any]) -> dict[str, Any]:
     return recipe_values
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_best_shape_and_a_killed_search_goes_on(
     searched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
