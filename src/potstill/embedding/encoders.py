@@ -223,8 +223,8 @@ def _keep_layers(body: Any, number: int) -> None:
 
 def _keep_tokens(transformer: Any, texts: Sequence[str], keep: Literal["data"] | int) -> None:
     """Cut a transformer and its tokenizer to the most frequent tokens of the texts, in place."""
-    whole = transformer.tokenizer
-    if getattr(transformer, "processor", None) is not whole:
+    whole: Any = transformer.tokenizer
+    if whole is None or transformer.processor is not whole:
         raise ModelError(
             "student.encoder.vocabulary: expected a model of text alone, got one that reads other data. Leave it out."
         )
