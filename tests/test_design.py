@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, LayoutLMv3Config, LlamaConfig, PretrainedConfig
 from typer.testing import CliRunner
 
@@ -25,6 +26,7 @@ from potstill.models.capacity import (
 )
 from potstill.models.compression import recommend_compression
 from potstill.models.design import design, student_config
+from potstill.models.pruning import select_parts
 from potstill.models.references import REFERENCES
 from potstill.models.shapes import design_shape
 from potstill.models.size import build, count_parameters, size_of
@@ -59,6 +61,14 @@ def test_what_is_kept_is_kept(keep) -> None:
     shape = design_shape(design(LLAMA_8B, 3_000_000_000, keep=keep))
     assert (shape.layers == 32) is (keep == "depth")
     assert (shape.hidden == 4096) is (keep == "width")
+
+
+def test_a_designs_heads_can_be_pruned_from_the_teachers() -> None:
+    teacher = LlamaConfig(**sizes(2000, 576, 1536, 4, 9, 3))
+    whole = design_shape(teacher)
+    for budget in range(5_000_000, 15_000_000, 2_000_000):
+        shape = design_shape(design(teacher, budget))
+        select_parts(whole, shape, range(shape.layers), None)
 
 
 def test_a_design_can_be_built_saved_and_read(tmp_path: Path) -> None:
@@ -268,6 +278,30 @@ def test_the_command_writes_a_config(tmp_path: Path) -> None:
     assert f"{count_parameters(config):,}" in done.output
     timed = potstill("--teacher", str(tmp_path), "--latency-ms", "1e5", "--context", "8")
     assert "Take the teacher" in str(timed.exception)
+
+
+def test_the_command_counts_fewer_tokens(toys: Path) -> None:
+    teacher, data = ("--teacher", str(toys / "teacher")), ("--data", str(toys / "train.jsonl"))
+    whole = AutoConfig.from_pretrained(toys / "teacher")
+    fewer = student_config(whole, {}, 270)
+    done = potstill(*teacher, *data, "--vocabulary", "270", "--context", "64")
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.output.split())
+    assert f"parameters {count_parameters(whole):,} {count_parameters(fewer):,}" in words
+    assert f"of embeddings and head {2 * 300 * 16:,} {2 * 270 * 16:,}" in words
+    part = yaml.safe_load(done.output[done.output.index("student:\n") :])["student"]
+    assert part["vocabulary"] == {"keep": 270, "text": {"path": str(toys / "train.jsonl")}}
+    assert part["model"] == str(toys / "teacher")
+    smaller = potstill(*teacher, *data, "--vocabulary", "270", "--params", "6100")
+    part = yaml.safe_load(smaller.output[smaller.output.index("student:\n") :])["student"]
+    assert count_parameters(student_config(whole, part["design"], 270)) == pytest.approx(6100, rel=0.05)
+    for options, message in (
+        (("--vocabulary", "270"), "expected --data FILE with --vocabulary and --search"),
+        (data, "expected --vocabulary or --search with --data, got neither"),
+        ((*data, "--vocabulary", "many"), "--vocabulary: expected data or a number of tokens such as 32000, got many."),
+        ((*data, "--vocabulary", "7"), "the special ones and the alphabet, got 7. Keep more."),
+    ):
+        assert message in str(potstill(*teacher, *options).exception)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_designs_and_estimates(workplace: Path) -> None:
 
 @pytest.mark.slow
 def test_the_recipe_and_its_evaluation(workplace: Path) -> None:
-    (recipe,) = blocks(PAGE, "yaml")
+    (recipe,) = (block for block in blocks(PAGE, "yaml") if "output:" in block)
     (workplace / "recipe.yaml").write_text(recipe.replace("max_steps: 500", "max_steps: 2"))
     run_commands(blocks(PAGE, "console")[1], only=True)
     summary = json.loads((workplace / "runs/pruned/summary.json").read_text())

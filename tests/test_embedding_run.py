@@ -132,6 +132,25 @@ def test_a_text_student_is_a_plain_sentence_transformers_model(values: dict[str,
         run(values | {"student": {"encoder": {"layers": 9}, "dimensions": 4}, "output": "run-9"})
 
 
+def test_an_encoder_with_the_tokens_of_its_texts_is_the_same_on_them(embedder: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from potstill.embedding.encoders import encoder_student, load_embedder
+
+    model, texts = load_embedder(str(embedder), "teacher"), [text[:60] for text in TEXT[:12]]
+    start = torch.from_numpy(model.encode(texts))[:, :4]
+    whole, cut = (encoder_student(model, 2, texts, start, keep=keep) for keep in (None, "data"))
+    assert len(cut.model.tokenizer.get_vocab()) < len(whole.model.tokenizer.get_vocab()) == 300
+    cut.save(tmp_path / "cut")
+    saved = SentenceTransformer(str(tmp_path / "cut"), device="cpu")
+    for student in (cut.model, saved):
+        torch.testing.assert_close(
+            torch.from_numpy(student.encode(texts)), torch.from_numpy(whole.model.encode(texts)), atol=1e-5, rtol=1e-4
+        )
+    assert saved[0].auto_model.config.vocab_size == len(saved.tokenizer.get_vocab())
+    assert len(encoder_student(model, 1, texts, start, keep=265).model.tokenizer.get_vocab()) == 265
+
+
 @pytest.mark.parametrize("hidden", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_head_reads_texts_with_its_teacher(

@@ -212,6 +212,7 @@ def test_its_note_has_the_teachers_loss_by_byte(recipe_values: dict[str, Any], t
 
 def test_an_existing_student_is_cut_and_a_run_saves_it(recipe_values: dict[str, Any], toys: Path) -> None:
     recipe_values["student"] = {"model": str(toys / "student"), "vocabulary": {"keep": 280}}
+    recipe_values["data"] |= {"packing": False, "max_length": 64}
     recipe_values["evaluate"] = {"continuations": 1}
     result = run(Recipe.parse(recipe_values), console=Console(file=io.StringIO()))
     saved = AutoModelForCausalLM.from_pretrained(result.directory / "student")
@@ -220,6 +221,46 @@ def test_an_existing_student_is_cut_and_a_run_saves_it(recipe_values: dict[str, 
     assert saved.config.eos_token_id == tokenizer.eos_token_id
     rows = result.summary["rows"]
     assert rows["teacher"]["bytes"] == 4 * rows["teacher"]["parameters"]
+    _check_whole_teacher(rows, tokenizer, toys)
+    page = (result.directory / "report.html").read_text()
+    assert re.search(r"<th[^>]*>whole teacher</th><th[^>]*>teacher</th><th[^>]*>student</th>", page)
+
+
+def _check_whole_teacher(rows: dict[str, Any], own: Any, toys: Path) -> None:
+    """Check the row of the teacher with all its tokens against a plain computation."""
+    nats, size, tokens = 0.0, 0, 0
+    model, tokenizer = (kind.from_pretrained(toys / "teacher") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    for line in (toys / "eval.jsonl").read_text().splitlines():
+        text = json.loads(line)["text"]
+        row = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            nats += float(model.double().eval()(row, labels=row).loss) * (row.shape[1] - 1)
+        size += len(tokenizer.decode(row[0, 1:], skip_special_tokens=True).encode())
+        tokens += len(own(text)["input_ids"])
+    whole, student = rows["whole_teacher"], rows["student"]
+    assert whole["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert whole["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert whole["parameters"] == model.num_parameters() > rows["teacher"]["parameters"]
+    assert student["bits_per_byte"] == pytest.approx(student["loss"] * tokens / math.log(2) / size, rel=1e-5)
+
+
+def test_a_pruned_design_of_all_widths_is_the_cut_teacher(recipe_values: dict[str, Any]) -> None:
+    recipe_values["student"] = {"design": {"num_hidden_layers": 2}, "initialize": "prune"}
+    built = trimmed_run(recipe_values, keep=270)
+    ids = torch.arange(270)[None, ::9]
+    with torch.no_grad():
+        torch.testing.assert_close(built.new_student().eval()(ids).logits, built.loaded.model.eval()(ids).logits)
+
+
+def test_a_budget_counts_the_kept_tokens_and_its_shares_are_of_the_whole_teacher(
+    recipe_values: dict[str, Any], toys: Path
+) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(toys / "teacher").num_parameters()
+    for budget in {"params": 5900}, {"compression": whole / 5900}:
+        recipe_values["student"] = {"design": budget, "initialize": "prune"}
+        built = trimmed_run(recipe_values, keep=262)
+        assert built.size.all == pytest.approx(5900, rel=0.05)
+        assert built.new_student().config.vocab_size == 262
 
 
 def test_shown_rows_are_those_that_are_trained_on(recipe_values: dict[str, Any]) -> None:

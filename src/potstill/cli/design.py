@@ -13,7 +13,7 @@ from potstill.cli.app import app, comparison_table, console, show
 from potstill.errors import UserError
 
 if TYPE_CHECKING:
-    from potstill.models.budget import Budget
+    from potstill.models.capacity import TaskKind
 
 CONTEXT = 2048  # default number of tokens in a row
 SHAPE = {  # rows of the table: fields of `DesignShape`
@@ -38,16 +38,21 @@ def design(
     task: Annotated[str, typer.Option(help="kind of task: general, classification, generation, ...")] = "general",
     keep: Annotated[str, typer.Option(help="what to keep from the teacher: depth, width or balanced")] = "balanced",
     context: Annotated[int | None, typer.Option(help="tokens in a row; default: at most 2048", min=1)] = None,
+    vocabulary: Annotated[str | None, typer.Option(help="tokens to keep: data (those of --data), or a number")] = None,
+    data: Annotated[Path | None, typer.Option(help="text of the use, for --vocabulary and --search")] = None,
+    search: Annotated[int | None, typer.Option(help="prune the teacher to so many shapes, and compare", min=2)] = None,
     out: Annotated[Path | None, typer.Option(help="folder to write config.json to")] = None,
     list_: Annotated[bool, typer.Option("--list", help="list published small models instead")] = False,
 ) -> None:
     """Design a student of the teacher's family within all given limits, and print its cost and a recipe to begin with.
 
-    Nothing is trained and no weights are read; --latency-ms builds and times models with random weights.
+    Nothing is trained and no weights are read; --latency-ms builds and times models with random weights. With
+    --vocabulary and no limit, it is the teacher with fewer tokens. With --search, shapes of the same size
+    are pruned from the teacher and measured on --data, and the best trained for a few steps; files go to --out.
     """
     from potstill.evaluate.speed import latency_ms as measure_latency
     from potstill.models.budget import Budget, parse_count
-    from potstill.models.design import Keep
+    from potstill.models.design import Keep, student_config
     from potstill.models.loading import load_config, suppress_warnings
     from potstill.models.shapes import position_limit, text_config
     from potstill.models.size import build
@@ -71,9 +76,19 @@ def design(
             )
         limits: dict[str, Any] = {"params": None if params is None else parse_count(params), "compression": compression}
         limits |= {"memory_gb": memory_gb, "latency_ms": latency_ms, "target": target, "min_share": min_share}
-        budget = Budget(**limits, task=task, keep=keep, context=tokens)  # type: ignore[arg-type]
-        student = budget.student(config, seconds=seconds)
-        _compare(text_config(config), student, budget)
+        part = _vocabulary_part(vocabulary, data, search)
+        if search is not None:
+            assert data is not None, "it is checked"
+            return _search(teacher, search, data, limits | {"keep": keep, "context": tokens}, part, out)
+        size = None if part is None else _count_kept(teacher, part, tokens)
+        if size is not None and not any(limit is not None for limit in limits.values()):
+            student = student_config(config, {}, size)
+        else:
+            budget = Budget(**limits, task=task, keep=keep, context=tokens)  # type: ignore[arg-type]
+            student = budget.student(config, vocabulary=size, seconds=seconds)
+        _compare(text_config(config), student, tokens, target, task)  # type: ignore[arg-type]  # it is a known task
+        if part is not None:
+            _print_student(text_config(config), student, teacher, part)
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +99,100 @@ def design(
     return None
 
 
-def _compare(teacher: Any, student: Any, budget: Budget) -> None:
+def _search(
+    teacher: str,
+    number: int,
+    data: Path,
+    limits: dict[str, Any],
+    vocabulary: dict[str, Any] | None,
+    out: Path | None,
+) -> None:
+    """Search a shape within a budget, and print those that were compared and the recipe's `student` of the best."""
+    import yaml
+
+    from potstill.runs.config.run import Recipe
+    from potstill.runs.init.draft import DraftRequest, draft
+    from potstill.runs.search import search_shape
+
+    if limits.pop("latency_ms") is not None:
+        raise UserError(
+            "design: expected --params, --compression, --memory-gb, --target or --min-share with --search, "
+            "got --latency-ms. Find the number of parameters without --search first."
+        )
+    budget = {name: limit for name, limit in limits.items() if limit is not None}
+    if not budget.keys() - {"keep", "context"}:
+        raise UserError("design: expected a limit such as --params 80M with --search, got none.")
+    directory = out or Path("runs") / f"{Path(teacher).name}-search"
+    request = DraftRequest(teacher, data, data, budget=budget, name=directory.name, output=str(directory))
+    values = yaml.safe_load(draft(request))
+    values["student"] = {"design": budget | {"search": number}, "initialize": "prune", "vocabulary": vocabulary}
+    found, _ = search_shape(Recipe.parse(values, "design"), directory, console)
+    _print_search(directory)
+    show("In a recipe:")
+    show(_dump_student({"design": found.student.design, "initialize": "prune"}, vocabulary))
+    show(f"report  {directory / 'search.html'}")
+
+
+def _print_search(directory: Path) -> None:
+    from potstill.evaluate import formatting
+    from potstill.evaluate.report.search import read_search
+
+    record = read_search(directory)
+    steps = sorted({step for row in record["shapes"] for step, _ in row["losses"]})
+    losses = [f"{step} steps" if step else "pruned" for step in steps]
+    table = comparison_table(("layers", "width", "heads", "ffn", "params", *losses), title="loss by shape")
+    for place, row in enumerate(record["shapes"]):
+        heads, by_step = f"{row['heads']}/{row['kv_heads']}", dict(row["losses"])
+        sizes = (str(row["layers"]), str(row["hidden"]), heads, str(row["ffn"]), formatting.count(row["parameters"]))
+        cells = (formatting.nats(by_step[step]) if step in by_step else "" for step in steps)
+        chosen = place == record["chosen"]
+        table.add_row(f"{place + 1}{', chosen' if chosen else ''}", *sizes, *cells, style="bold" if chosen else None)
+    show(table, f"Loss on {record['rows']} rows; number 1 is the shape of the fixed rule.")
+
+
+def _dump_student(start: dict[str, Any], vocabulary: dict[str, Any] | None) -> str:
+    import yaml
+
+    student = start | ({"vocabulary": vocabulary} if vocabulary else {})
+    return yaml.safe_dump({"student": student}, sort_keys=False, default_flow_style=None)
+
+
+def _vocabulary_part(vocabulary: str | None, data: Path | None, search: int | None) -> dict[str, Any] | None:
+    """Make a recipe's student.vocabulary of the options; None where all tokens are kept."""
+    if data is None and (vocabulary, search) != (None, None):
+        raise UserError("design: expected --data FILE with --vocabulary and --search, the text of the use, got none.")
+    if data is not None and (vocabulary, search) == (None, None):
+        raise UserError("design: expected --vocabulary or --search with --data, got neither. Leave --data out.")
+    if vocabulary is None:
+        return None
+    if vocabulary != "data" and not (vocabulary.isdecimal() and int(vocabulary)):
+        raise UserError(f"--vocabulary: expected data or a number of tokens such as 32000, got {vocabulary}.")
+    return {"keep": vocabulary if vocabulary == "data" else int(vocabulary), "text": {"path": str(data)}}
+
+
+def _count_kept(teacher: str, part: dict[str, Any], max_length: int) -> int:
+    """Count the tokens that a student keeps, with the teacher's tokenizer."""
+    from potstill.data.sources import Source
+    from potstill.models.loading import load_tokenizer
+    from potstill.runs.vocabulary import tokens_of
+
+    tokenizer = load_tokenizer(teacher, "--teacher")
+    kept = tokens_of(Source(**part["text"]), tokenizer, part["keep"], max_length=max_length)
+    return len(kept)
+
+
+def _print_student(teacher: Any, student: Any, path: str, vocabulary: dict[str, Any]) -> None:
+    """Print the recipe's `student` of this design."""
+    from potstill.models.shapes import config_fields, design_shape
+
+    fields = config_fields(design_shape(student), teacher)
+    smaller = any(value != getattr(teacher, name) for name, value in fields.items())
+    start: dict[str, Any] = {"design": fields, "initialize": "prune"} if smaller else {"model": path}
+    show("In a recipe; potstill check then tells what the tokens cost the teacher, in bits a byte:")
+    show(_dump_student(start, vocabulary))
+
+
+def _compare(teacher: Any, student: Any, context: int, target: str | None, task: TaskKind) -> None:
     """Print the shape and the cost of both models, the quality that published results suggest, and rules of thumb."""
     from potstill.evaluate import formatting
     from potstill.models.capacity import Capability, expected_share
@@ -92,7 +200,7 @@ def _compare(teacher: Any, student: Any, budget: Budget) -> None:
     from potstill.models.shapes import design_shape
     from potstill.models.size import size_of
 
-    configs, context = (teacher, student), budget.context
+    configs = (teacher, student)
     shapes, sizes = [design_shape(config) for config in configs], [size_of(config, context) for config in configs]
     table = comparison_table(("teacher", "student"), title=f"a student of {teacher.model_type}")
     for name, field in SHAPE.items():
@@ -100,6 +208,7 @@ def _compare(teacher: Any, student: Any, budget: Budget) -> None:
             table.add_row(name, *(f"{getattr(shape, field):,}" for shape in shapes))
     table.add_row("vocabulary", *(f"{config.vocab_size:,}" for config in configs))
     table.add_row("parameters", *(f"{size.parameters:,}" for size in sizes))
+    table.add_row("of embeddings and head", *(f"{size.token_parameters:,}" for size in sizes))
     table.add_row("FLOPs a token, forward", *(formatting.count(size.flops_per_token) for size in sizes))
     table.add_row("KV cache a token", *(formatting.size(size.kv_cache_bytes_per_token) for size in sizes))
     table.add_row(f"memory to serve {context:,} tokens", *(formatting.size(size.serve_bytes) for size in sizes))
@@ -111,8 +220,8 @@ def _compare(teacher: Any, student: Any, budget: Budget) -> None:
         caveat = ", beyond published sizes" if share.extrapolated else ""
         show(f"  {task}: {share.value:.0%}, from {share.low:.0%} to {share.high:.0%}{caveat}")
         Console().print(f"    [dim]{share.source}[/]", highlight=False, soft_wrap=True)
-    plan = plan_compression(sizes[0].parameters, sizes[1].parameters, target=budget.target, task=budget.task)
-    show(f"Rules of thumb for {budget.task} tasks, to begin with:")
+    plan = plan_compression(sizes[0].parameters, sizes[1].parameters, target=target, task=task)
+    show(f"Rules of thumb for {task} tasks, to begin with:")
     show(f"  objective: {plan.method}, temperature {plan.temperature:g}")
     show(f"  data: {'; '.join(plan.data)}")
     show(f"  serve in {plan.precision}; measure alternatives with potstill sweep")

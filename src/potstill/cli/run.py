@@ -41,7 +41,7 @@ def show_result(result: Any) -> None:
         return
     summary, directory = result.summary, result.directory
     rows = summary["rows"]
-    table = comparison_table(rows, title=summary["name"])
+    table = comparison_table([name.replace("_", " ") for name in rows], title=summary["name"])
     for measure in of_run(summary["task"], "bits_per_byte" in rows["student"]):
         values = [row[measure.key] for row in rows.values()]
         table.add_row(measure.name, *("–" if value is None else measure.write(value) for value in values))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from potstill.models.integrity import check_values, check_weights
 from potstill.models.loading import has_words, suppress_warnings
 from potstill.models.locate import locate, require_package
 from potstill.models.structure import layer_lists
+from potstill.models.trimming import choose_tokens, trim_model, trim_tokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -133,14 +136,26 @@ def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextS
     return TextStudent(SentenceTransformer(modules=[static], device="cpu"))
 
 
-def encoder_student(model: SentenceTransformer, layers: int, texts: Sequence[str], start: Tensor) -> TextStudent:
-    """Make a student of some layers, mean pooling, and a linear map: ridge regression to `start` [N, d], of N texts."""
+def encoder_student(
+    model: SentenceTransformer,
+    layers: int,
+    texts: Sequence[str],
+    start: Tensor,
+    *,
+    keep: Literal["data"] | int | None = None,
+) -> TextStudent:
+    """Make a student of some layers, mean pooling, and a linear map: ridge regression to `start` [N, d], of N texts.
+
+    `keep` is how many tokens it keeps by their frequency in the texts, see `choose_tokens`; None for all.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
     saved_dtype = next(model.parameters()).dtype
     transformer: Any = copy.deepcopy(model[0]).float()
     _keep_layers(getattr(transformer, "auto_model", transformer), layers)
+    if keep is not None:
+        _keep_tokens(transformer, texts, keep)
     pooling = Pooling(transformer.auto_model.config.hidden_size, pooling_mode="mean")
     pooled = SentenceTransformer(modules=[transformer, pooling], device="cpu")
     hidden = torch.from_numpy(pooled.encode(list(texts), batch_size=64, show_progress_bar=False)).double()
@@ -204,3 +219,16 @@ def _keep_layers(body: Any, number: int) -> None:
     parent, _, name = path.rpartition(".")
     setattr(body.get_submodule(parent), name, nn.ModuleList(layers[i] for i in kept))
     body.config.num_hidden_layers = number
+
+
+def _keep_tokens(transformer: Any, texts: Sequence[str], keep: Literal["data"] | int) -> None:
+    """Cut a transformer and its tokenizer to the most frequent tokens of the texts, in place."""
+    whole: Any = transformer.tokenizer
+    if whole is None or transformer.processor is not whole:
+        raise ModelError(
+            "student.encoder.vocabulary: expected a model of text alone, got one that reads other data. Leave it out."
+        )
+    counts = Counter(chain.from_iterable(whole(list(texts))["input_ids"]))
+    kept = choose_tokens(whole, counts, keep)
+    transformer.processor = trim_tokenizer(whole, kept)  # that of a model of text alone is its tokenizer
+    trim_model(transformer.auto_model, kept)

@@ -89,10 +89,12 @@ class EncoderLayers(Record):
     Args:
         model: whose layers; default: the teacher's embedder.
         layers: how many.
+        vocabulary: tokens to keep: data for all that the texts have, or a number of the most frequent; default: all.
     """
 
     model: str | None = None
     layers: Annotated[int, Range(ge=1)] = 2
+    vocabulary: Literal["data"] | Annotated[int, Range(ge=1)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ class EncoderStudent(EmbeddingStudent):
             raise UserError("student.encoder.model: expected a sentence-transformers model, got none. Name one.")
         start, path = self._first_vectors(vectors, focus, seed), self.encoder.model
         model = load_embedder(path, "student.encoder.model", pooled=False) if path else teacher
-        return encoder_student(model, self.encoder.layers, texts, start)
+        return encoder_student(model, self.encoder.layers, texts, start, keep=self.encoder.vocabulary)
 
 
 @dataclass(frozen=True)

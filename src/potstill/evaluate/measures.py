@@ -95,7 +95,7 @@ _BITS_PER_BYTE = Measure("bits_per_byte", "Bits per byte", "Loss per byte of tex
 
 
 def of_run(task: Task, by_bytes: bool) -> tuple[Measure, ...]:
-    """List the rows of a run's table; with bits per byte if teacher and student have different tokenizers."""
+    """List the rows of a run's table; with bits per byte where models have different tokens."""
     loss, *others = QUALITY[task]
     return (loss, *([_BITS_PER_BYTE] if by_bytes else []), *others, *COSTS)
 

@@ -43,6 +43,7 @@ class ModelScores(BaseModel):
 
 
 class ScoresByModel(BaseModel):
+    whole_teacher: ModelScores | None = None  # with all its tokens, where the teacher has those that its student keeps
     teacher: ModelScores | None = None
     random: ModelScores | None = None
     baseline: ModelScores | None = None
@@ -51,6 +52,11 @@ class ScoresByModel(BaseModel):
     def present(self) -> dict[str, ModelScores]:
         """The models that were measured, always in the same order."""
         return {model: scores for model in MODELS if (scores := getattr(self, model)) is not None}
+
+    def columns(self) -> dict[str, ModelScores]:
+        """The columns of the table: the models, after the whole of a teacher whose vocabulary was cut."""
+        whole = {} if self.whole_teacher is None else {"whole teacher": self.whole_teacher}
+        return whole | self.present()
 
 
 class PositionKL(BaseModel):

@@ -264,8 +264,9 @@ class ShapeSearch:
     widths cannot be changed, it has fewer layers alone.
     """
 
-    def __init__(self, teacher: PretrainedConfig, keep: Keep, vocabulary: int) -> None:
+    def __init__(self, teacher: PretrainedConfig, keep: Keep, vocabulary: int, *, vary_heads: bool = False) -> None:
         self.teacher, self.keep, self.vocabulary = text_config(teacher), keep, vocabulary
+        self.vary_heads = vary_heads  # else a width has the number of heads in the teacher's proportion alone
         self.shape = design_shape(teacher)
         kinds = self._kinds()
         self._first = [kinds.index(kind) for kind in kinds]  # for each layer, the first of its kind
@@ -283,6 +284,10 @@ class ShapeSearch:
             return (0.0, self._distance(candidate.shape)) if error < TOLERANCE / 2 else (error, 0.0)
 
         return min(self._candidates(parameters), key=cost)
+
+    def near(self, parameters: int) -> list[SizedShape]:
+        """Return all shapes within half of the tolerance of a budget."""
+        return [x for x in self._candidates(parameters) if abs(math.log(x.parameters / parameters)) < TOLERANCE / 2]
 
     def smallest(self) -> SizedShape:
         return min(self._candidates(0), key=lambda candidate: candidate.parameters)
@@ -339,15 +344,36 @@ class ShapeSearch:
                 if hidden % teacher.head_size:
                     continue
                 heads = hidden // teacher.head_size
-                kv_heads = _divisor(heads, heads * teacher.kv_heads / teacher.heads, teacher.kv_heads)
+                target = heads * teacher.kv_heads / teacher.heads
+                counts = (n for n in range(1, teacher.kv_heads + 1) if heads % n == 0 and self._forms(heads, n))
+                kv_heads = min(counts, key=lambda n: abs(math.log(n / target)))
             else:
                 kv_heads = max(1, round(teacher.kv_heads * ratio))
                 heads = kv_heads * max(1, round(teacher.heads * ratio / kv_heads))
-            if heads % HEAD_MULTIPLES.get(self.teacher.model_type, 1):
+            ffn = _rounded(teacher.ffn * ratio, teacher.ffn) if teacher.ffn else 0
+            for queries, keys in self._head_counts(hidden, heads, kv_heads):
+                yield replace(teacher, hidden=hidden, heads=queries, kv_heads=keys, ffn=ffn)
+
+    def _head_counts(self, hidden: int, heads: int, kv_heads: int) -> Iterator[tuple[int, int]]:
+        """The numbers of query heads, and of key and value heads, that a width may have; first those in proportion."""
+        counts = {(heads, kv_heads): None}
+        if self.vary_heads and heads:
+            groups = {heads // kv_heads, (size := self.shape.heads // self.shape.kv_heads), (size + 1) // 2}
+            of_keys = {kv_heads, self.shape.kv_heads, max(1, self.shape.kv_heads // 2)}
+            counts |= dict.fromkeys(sorted((keys * group, keys) for keys in of_keys for group in groups))
+        fixed = "head_dim" not in self.teacher.to_dict()  # a head is then as wide as the hidden states over the heads
+        for queries, keys in counts:
+            if queries % HEAD_MULTIPLES.get(self.teacher.model_type, 1) or queries > self.shape.heads:
                 continue
-            if not heads or hidden % heads == 0:  # some families' configs require it
-                ffn = _rounded(teacher.ffn * ratio, teacher.ffn) if teacher.ffn else 0
-                yield replace(teacher, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn)
+            if queries != heads and (fixed or 2 * queries < heads or not self._forms(queries, keys)):
+                continue
+            if not queries or hidden % queries == 0:  # some families' configs require it
+                yield queries, keys
+
+    def _forms(self, heads: int, kv_heads: int) -> bool:
+        """Whether the teacher's groups of query heads can be kept or merged into these, see `select_parts`."""
+        group = self.shape.heads // self.shape.kv_heads
+        return -(-(heads // kv_heads) // group) * kv_heads <= self.shape.kv_heads
 
     def _count(self, shape: DesignShape) -> WidthCounts:
         """Count the parameters of a width from small models of it: one with each kind of layer, and two variants."""

@@ -14,6 +14,7 @@ from potstill.errors import ModelError
 from potstill.models.design import layer_fields
 from potstill.models.fitting import fit_layers
 from potstill.models.pruning import (
+    Importance,
     LayerChoice,
     SelectedParts,
     choose_layers,
@@ -66,6 +67,7 @@ def plan_initialization(
     layers: LayerChoice | Sequence[int] | None = None,
     fit: bool = False,
     calibration: Callable[[], Iterable[Mapping[str, Tensor]]],
+    importance: Importance | None = None,
 ) -> Initialization:
     """Select the part of its teacher's weights that a student starts from.
 
@@ -73,7 +75,8 @@ def plan_initialization(
     prune (the most important ones, by activations), or selective (all parameters whose shape is the teacher's; the
     others are random). `layers` is a choice of `choose_layers`, by default importance
     for prune, else uniform. With `fit`, the last matrix of each layer is fitted to the teacher's hidden states
-    (`fit_layers`). `calibration` gives batches of training data, on which importance is measured and layers are fitted.
+    (`fit_layers`). `calibration` gives batches of training data, on which layers are fitted, and importance is measured
+    unless it is given.
 
     References:
         Muralidharan et al. 2024 (Minitron), arXiv 2407.14679; Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, for
@@ -108,7 +111,8 @@ def plan_initialization(
         )
     choice = ("importance" if method == "prune" else "uniform") if layers is None else layers
     measured = method == "prune" or choice == "importance"
-    importance = measure_importance(teacher, calibration()) if measured else None
+    if measured and importance is None:
+        importance = measure_importance(teacher, calibration())
     chosen = choose_layers(choice, structure.shape.layers, shape.layers, importance)
     if whole:
         parts = whole_layers(structure.shape, chosen, matching=method == "selective")

@@ -37,6 +37,7 @@ class ModelSize:
     """
 
     parameters: int  # tied ones once
+    token_parameters: int  # of these, those of the embeddings of tokens and the head
     flops_per_token: int
     kv_cache_bytes_per_token: int  # in half precision; 0 for an encoder, or where no layer attends
     train_bytes: int  # weights, gradients and Adam's moments in float32, without activations
@@ -124,7 +125,10 @@ def size_of(config: PretrainedConfig, context: int) -> ModelSize:
     layers = attention_layers(config)
     cache = 0 if encoder or not layers else HALF_BYTES * layers * cache_width(config)
     train, serve = TRAIN_BYTES * parameters, HALF_BYTES * parameters + cache * context
-    return ModelSize(parameters, round(forward_flops(model, context)), cache, train, serve, context)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    of_tokens = {id(p): p.numel() for end in ends if end is not None for p in end.parameters()}
+    flops = round(forward_flops(model, context))
+    return ModelSize(parameters, sum(of_tokens.values()), flops, cache, train, serve, context)
 
 
 def forward_flops(model: PreTrainedModel, context: int) -> float:

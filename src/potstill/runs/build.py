@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -120,11 +121,11 @@ def build_run(recipe: Recipe) -> BuiltRun:
         if (name := getattr(recipe.student, key)) is not None:
             tokenizer = load_tokenizer(name, f"student.{key}")
     set_chat_template(tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
-    kept = keep_tokens(recipe, tokenizer)
+    kept, whole = keep_tokens(recipe, tokenizer), copy.deepcopy(loaded.config)
     if kept is not None:
         loaded, vocabulary_note = trim_teacher(recipe, loaded, kept)
         tokenizer = kept.tokenizer
-    design = design_of(recipe.student, loaded.config, tokenizer)
+    design = design_of(recipe.student, loaded.config, tokenizer, whole)
     new_student = StudentBuilder(recipe, loaded, tokenizer, design, kept=kept.ids if kept else None)
     student = new_student()
     models = {**loaded.models, "student": student}
@@ -142,7 +143,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
     plan = _training_plan(recipe.train, len(train.dataset))
     new_student = replace(new_student, initialization=initialization_of(new_student, train.dataset))
     shape = ActivationCapture(student).shape if any(term.reads_layers for term in recipe.objective) else None
-    objective = _objective(new_student, teacher, train.dataset, plan, shape)
+    objective = build_objective(new_student, teacher, train.dataset, plan, shape)
     stats = _alignment_stats(teacher, train.dataset)
     server = recipe.rollout.server if recipe.rollout else None
     writer = server.writer(student, tokenizer, Path(recipe.output)) if server else None
@@ -181,6 +182,10 @@ def build_run(recipe: Recipe) -> BuiltRun:
         notes += chat_notes(loaded, tokenizer, train.dataset, recipe.data.eval)
     if recipe.train.get("bf16") and not plan.bf16:
         notes.append("train.bf16: this CPU has no bfloat16 instructions; training in float32, which is faster here.")
+    if recipe.student.searches:
+        notes.append(
+            "student.design.search: these are figures of the first shape; potstill run searches for a better one."
+        )
     notes += vocabulary_notes
     notes += new_student.initialization.notes if new_student.initialization else ()
     notes += rollout.check_prompts(train.dataset) if rollout else ()
@@ -309,7 +314,7 @@ def _training_plan(values: Mapping[str, Any], num_rows: int) -> TrainingPlan:
     return TrainingPlan(batch_rows, rows_per_step, steps, bool(values.get("bf16")) and has_bfloat16())
 
 
-def _objective(
+def build_objective(
     builder: StudentBuilder, teacher: Teacher, train: Dataset, plan: TrainingPlan, student: ModelShape | None
 ) -> Objective:
     """Build the objective, and prepare the teacher for the layers that its terms read of both models."""

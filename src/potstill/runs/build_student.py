@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from potstill.models.design import student_config
 from potstill.models.initialize import Initialization, plan_initialization, random_student
 from potstill.models.loading import is_adapter, load_model, vocabulary_size
 from potstill.models.precision import as_dtype, saved_dtype
+from potstill.models.pruning import Importance
 from potstill.models.shapes import text_config
 from potstill.models.size import language_model_class
 from potstill.models.spacing import evenly_spaced
@@ -111,9 +113,15 @@ def _check_reloads(model: Any, task: Task) -> None:
 
 
 def design_of(
-    student: StudentPart, teacher: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
+    student: StudentPart,
+    teacher: PretrainedConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    whole: PretrainedConfig | None = None,
 ) -> PretrainedConfig | None:
-    """Derive the config of a new student, without padding rows in its head; None for a model that exists."""
+    """Derive the config of a new student, without padding rows in its head; None for a model that exists.
+
+    `whole` is the config of a teacher before its vocabulary was cut: a budget's shares are of its size.
+    """
     if student.design is None:
         return None
     if teacher is None:
@@ -128,12 +136,21 @@ def design_of(
             setattr(teacher, role, getattr(tokenizer, role))
     if not isinstance(design, BudgetPart):
         return student_config(teacher, design, vocabulary)
+    if whole is not None:
+        teacher = copy.deepcopy(text_config(teacher))
+        teacher.vocab_size = text_config(whole).vocab_size
     params = None if design.params is None else parse_count(design.params)
-    return Budget(**design.model_dump() | {"params": params}).student(teacher, vocabulary=vocabulary)
+    limits = design.model_dump(exclude={"search"}) | {"params": params}
+    return Budget(**limits).student(teacher, vocabulary=vocabulary)
 
 
-def initialization_of(builder: StudentBuilder, train: Dataset) -> Initialization | None:
-    """Plan what a new student takes from its teacher, by evenly spaced rows of data; None for random weights."""
+def initialization_of(
+    builder: StudentBuilder, train: Dataset, importance: Importance | None = None
+) -> Initialization | None:
+    """Plan what a new student takes from its teacher, by evenly spaced rows of data; None for random weights.
+
+    `importance` is that of the teacher's parts where it was measured before.
+    """
     recipe, teacher, part = builder.recipe, builder.teacher.model, builder.recipe.student.initialize
     if builder.design is None or part.method == "random":
         return None
@@ -150,12 +167,21 @@ def initialization_of(builder: StudentBuilder, train: Dataset) -> Initialization
             f"student.initialize: expected a teacher in full precision for {part.method}, got a quantized one. {hint}, "
             "or start from random weights."
         )
-    rows = evenly_spaced(part.calibration_rows, len(train))
+    calibration = partial(calibration_batches, builder, train)
+    options: dict[str, Any] = {"layers": part.layers, "fit": part.fit, "importance": importance}
+    return plan_initialization(teacher, builder.design, part.method, calibration=calibration, **options)
 
-    def calibration() -> Iterator[dict[str, Tensor]]:
-        teacher.to(recipe.teacher.model_device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
-        return in_batches((train[i] for i in rows), builder.tokenizer, CALIBRATION_BATCH)
 
-    return plan_initialization(
-        teacher, builder.design, part.method, layers=part.layers, fit=part.fit, calibration=calibration
-    )
+def calibration_batches(builder: StudentBuilder, train: Dataset) -> Iterator[dict[str, Tensor]]:
+    """Evenly spaced rows of training data, for a teacher on its device."""
+    recipe, teacher = builder.recipe, builder.teacher.model
+    assert teacher is not None
+    teacher.to(recipe.teacher.model_device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
+    rows = evenly_spaced(recipe.student.initialize.calibration_rows, len(train))
+    return in_batches((train[i] for i in rows), builder.tokenizer, CALIBRATION_BATCH)
+
+
+def calibrated_quickly(recipe: Recipe) -> Recipe:
+    """Return the recipe with one calibration row and no fit: for where a student's first weights do not matter."""
+    quick = recipe.student.initialize.model_copy(update={"calibration_rows": 1, "fit": False})
+    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"initialize": quick})})

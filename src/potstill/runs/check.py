@@ -20,10 +20,12 @@ from potstill.evaluate.speed import extra_bytes
 from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.loading import suppress_warnings
 from potstill.runs.build import BuiltRun, build_run, piece
+from potstill.runs.build_student import calibrated_quickly
 from potstill.runs.compute import training_flops
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
 from potstill.runs.rehearsal import quick_collection, rehearse
+from potstill.runs.search import SearchPlan, plan_search
 from potstill.train.distiller import Distiller
 
 LOSS_BYTES = 2**28  # most that the loss takes on a CPU, see losses/fused_chunks.py
@@ -52,6 +54,8 @@ class Preflight(NamedTuple):
     seconds: float  # of training without the final evaluation
     batch: BatchNeeds
     flops: dict[str, float]  # of each training, see `training_flops`
+    search: SearchPlan | None  # of the student's shape, before the training
+    search_seconds: float
 
 
 def check(recipe: Recipe, console: Console | None = None) -> Preflight:
@@ -59,18 +63,12 @@ def check(recipe: Recipe, console: Console | None = None) -> Preflight:
     console = console or Console(quiet=True)
     with suppress_warnings():
         with part(console, "reading models and data"):
-            built = build_run(_calibrated_quickly(recipe))
+            built = build_run(calibrated_quickly(recipe))
         with part(console, "trying every step on short rows"):
             student = built.new_student()
             rehearse(built, student)
         with part(console, "timing a batch"), quick_collection():
             return _estimate(built, student)
-
-
-def _calibrated_quickly(recipe: Recipe) -> Recipe:
-    """The recipe with one calibration row and no fit: what a student takes of the teacher does not matter here."""
-    quick = recipe.student.initialize.model_copy(update={"calibration_rows": 1, "fit": False})
-    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"initialize": quick})})
 
 
 def _estimate(built: BuiltRun, student: PreTrainedModel) -> Preflight:
@@ -93,7 +91,10 @@ def _estimate(built: BuiltRun, student: PreTrainedModel) -> Preflight:
     free = shutil.disk_usage(existing).free
     batches = runs * built.plan.steps * max(built.plan.rows_per_step // built.plan.batch_rows, 1)
     flops, measured = training_flops(built, student), batch.bytes is not None
-    return Preflight(built, memory, batch_bytes, measured, disk, free, batches * batch.seconds, batch, flops)
+    search = plan_search(recipe.student.searches, built.plan.steps) if recipe.student.searches else None
+    searched = search.batches(built.plan) * batch.seconds if search else 0.0
+    seconds = batches * batch.seconds
+    return Preflight(built, memory, batch_bytes, measured, disk, free, seconds, batch, flops, search, searched)
 
 
 def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:

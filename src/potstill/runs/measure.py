@@ -20,7 +20,7 @@ from potstill.data.batches import in_batches
 from potstill.data.sources import in_parts
 from potstill.evaluate import summary as records
 from potstill.evaluate.formatting import duration
-from potstill.evaluate.held_out import measure_rows
+from potstill.evaluate.held_out import measure_rows, text_bytes
 from potstill.evaluate.measures import QUALITY
 from potstill.evaluate.quality import continuation, gap_closed
 from potstill.evaluate.speed import PASSES, Latency, bytes_on_disk, latencies, weight_bytes
@@ -34,6 +34,7 @@ from potstill.models.precision import describe_precision, saved_dtype
 from potstill.runs.build import BuiltRun
 from potstill.runs.compute import training_flops
 from potstill.runs.progress import PartProgress, part
+from potstill.runs.vocabulary import measure_whole_teacher
 from potstill.train.callbacks import logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
 from potstill.train.samples import collapse_warning
@@ -63,6 +64,10 @@ def summarize(
     with PartProgress(console, "held-out rows") as progress:
         quality, measured = _measure(built, teacher, trained, held_out.dataset, limit.share(0.5), progress)
     teacher_loss = _teacher_loss(built, measured) if teacher is None else quality["teacher"].loss
+    whole = None
+    if recipe.student.vocabulary is not None and teacher is not None and task == "causal":
+        with PartProgress(console, "held-out rows of the whole teacher") as progress:
+            whole = measure_whole_teacher(recipe, len(measured), limit.share(0.5), progress.update)
     curve_loss, curve_rows = teacher_loss, measured
     if len(built.curve) < len(measured) or len(measured) < len(held_out.dataset):
         with PartProgress(console, "rows of the curves") as progress:
@@ -103,7 +108,7 @@ def summarize(
         seed=recipe.seed,
         task=task,
         created=datetime.now(UTC).replace(microsecond=0),
-        rows=_scores(built, models, students, quality, teacher_loss, measured, latency),
+        rows=_scores(built, models, students, quality, teacher_loss, measured, latency, whole),
         gap_closed=closed,
         curve=records.CurveFacts(rows=len(built.curve), teacher_loss=curve_loss),
         kl_by_position=positions,
@@ -199,6 +204,7 @@ def _scores(
     teacher_loss: float | None,
     measured: Dataset,
     latency: Mapping[str, Latency],
+    whole: Mapping[str, Any] | None,
 ) -> records.ScoresByModel:
     folders = {"teacher": Path(str(built.recipe.teacher.model_path)), **students}
     rows: dict[str, dict[str, Any]] = {}
@@ -218,6 +224,11 @@ def _scores(
     if (text := built.teacher.alignment_stats(measured)) is not None:
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] * text.tokens / text.bytes / math.log(2)
+    if whole is not None:  # the text is the same: its loss is divided by the tokens of the others
+        nats = math.log(2) * text_bytes(measured, built.tokenizer) / max(1, quality["student"].tokens)
+        for row in rows.values():
+            row["bits_per_byte"] = row["loss"] / nats
+        rows["whole_teacher"] = dict.fromkeys(rows["student"]) | {**whole, "loss": whole["bits_per_byte"] * nats}
     return records.ScoresByModel(**{name: records.ModelScores(**row) for name, row in rows.items()})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
 from potstill.runs.rehearsal import rehearse
+from potstill.runs.search import search_shape
 from potstill.runs.start import weak_gradient
 from potstill.runs.steps import CHECKPOINT_BYTES, STEPS
 
@@ -42,11 +43,17 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     console = console or Console(stderr=True)
     # Asked without `cpu`, accelerate looks for GPUs alone: without one each rank would be the first.
     directory, main = Path(recipe.output), PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-    recipe.check_directory(directory, resume)
     shown = console if main else Console(quiet=True)
+    searched: list[str] = []
+    if recipe.student.searches:
+        if not resume:
+            recipe.check_directory(directory, resume)
+        recipe, *searched = search_shape(recipe, directory, shown)
+    recipe.check_directory(directory, resume)
     with suppress_warnings():
         with part(shown, "reading models and data"):
             built = build_run(recipe)
+            built = replace(built, notes=(*searched, *built.notes))
         for warning in built.duplicates.warnings:
             shown.print(f"warning: {warning}", style="bold red", highlight=False, markup=False)
         for note in built.notes:

@@ -5,18 +5,26 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data.batches import encode, in_batches
 from potstill.data.mixture import encode_mixture
+from potstill.data.sources import Source
 from potstill.errors import RecipeError
-from potstill.evaluate.held_out import text_bytes
+from potstill.evaluate.held_out import measure_rows, text_bytes
 from potstill.evaluate.sequence import measure
+from potstill.evaluate.speed import bytes_on_disk
+from potstill.evaluate.time_limit import TimeLimit
+from potstill.models.chat import set_chat_template
+from potstill.models.precision import describe_precision
 from potstill.models.split import evaluation_mode, run
 from potstill.models.trimming import choose_tokens, trim_model, trim_tokenizer
 from potstill.runs.config.run import Recipe
@@ -40,11 +48,18 @@ def keep_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> KeptToken
     if part is None:
         return None
     source = recipe.data.train if part.text is None else part.text
-    counts: Counter[int] = Counter()
-    for row in encode_mixture(source, tokenizer, **_options(recipe)).dataset:
-        counts.update(row["input_ids"])
-    kept = tuple(choose_tokens(tokenizer, counts, part.keep))
+    kept = tokens_of(source, tokenizer, part.keep, **_options(recipe))
     return KeptTokens(kept, trim_tokenizer(tokenizer, kept), tokenizer)
+
+
+def tokens_of(
+    source: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, keep: Literal["data"] | int, **options: Any
+) -> tuple[int, ...]:
+    """Choose the tokens to keep by how often a text has them; `options` are those of `encode`."""
+    counts: Counter[int] = Counter()
+    for row in encode_mixture(source, tokenizer, **options).dataset:
+        counts.update(row["input_ids"])
+    return tuple(choose_tokens(tokenizer, counts, keep))
 
 
 def trim_teacher(recipe: Recipe, loaded: LoadedTeacher, kept: KeptTokens) -> tuple[LoadedTeacher, str]:
@@ -75,6 +90,26 @@ def trim_teacher(recipe: Recipe, loaded: LoadedTeacher, kept: KeptTokens) -> tup
     return replace(loaded, tokenizer=kept.tokenizer, config=copy.deepcopy(loaded.model.config)), note
 
 
+def measure_whole_teacher(
+    recipe: Recipe, num_rows: int, limit: TimeLimit, on_rows: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Measure the teacher as it is on the disk, with all its tokens, on the first held-out rows."""
+    loaded = recipe.teacher.load(None, recipe.task)
+    set_chat_template(loaded.tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
+    rows = _held_out(recipe, loaded.tokenizer, num_rows)
+    assert loaded.model is not None
+    model = loaded.model.to(recipe.teacher.model_device or PartialState().device)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"max_length": recipe.data.max_length, "limit": limit, "on_rows": on_rows}
+    quality, rows = measure_rows(recipe.task, None, {"whole": model}, rows, loaded.tokenizer, **options)
+    whole: Any = quality["whole"]
+    return {
+        "bits_per_byte": whole.loss * whole.tokens / math.log(2) / max(1, text_bytes(rows, loaded.tokenizer)),
+        "parameters": model.num_parameters(),
+        "bytes": bytes_on_disk(Path(str(recipe.teacher.model_path)), model),
+        "saved_as": describe_precision(Path(str(recipe.teacher.model_path))),
+    }
+
+
 def bits_per_byte(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:
     """Compute the loss of a causal model on the rows' targets, in bits per byte of their text."""
     quality: Any = measure("causal", None, {"model": model}, in_batches(rows, tokenizer, PROBE_BATCH))["model"]
@@ -98,6 +133,6 @@ def _options(recipe: Recipe) -> dict[str, Any]:
     return {"max_length": data.max_length, "packing": data.packing, "task": recipe.task}
 
 
-def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, number: int = PROBE_ROWS) -> Dataset:
     rows = encode(recipe.data.eval, tokenizer, **_options(recipe)).dataset
-    return rows.select(range(min(PROBE_ROWS, len(rows))))
+    return rows.select(range(min(number, len(rows))))

@@ -85,7 +85,7 @@ def _facts(summary: Summary) -> dict[str, Any]:
     return {
         "summary": summary,
         "verdict": verdict(summary),
-        "models": list(rows.present()),
+        "models": list(rows.columns()),
         "table": list(_table(summary)),
         "labels": TASK_LABELS[summary.task],
         "gap_formula": gap_formula and minus(gap_formula),
@@ -94,9 +94,9 @@ def _facts(summary: Summary) -> dict[str, Any]:
 
 
 def _table(summary: Summary) -> Iterator[dict[str, Any]]:
-    present = summary.rows.present()
+    columns = summary.rows.columns()
     for measure in of_run(summary.task, summary.rows.student.bits_per_byte is not None):
-        values = {model: getattr(scores, measure.key) for model, scores in present.items()}
+        values = {model: getattr(scores, measure.key) for model, scores in columns.items()}
         trained = [values[run] for run in RUNS if values.get(run) is not None]
         best = measure.better(*trained) if measure.better and len(set(trained)) > 1 else None
         texts = {model: "–" if value is None else measure.write(value) for model, value in values.items()}

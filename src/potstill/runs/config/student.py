@@ -31,6 +31,11 @@ class BudgetPart(Part):
     task: TaskKind = Field("general", description="kind of task, for min_share")
     keep: Literal["balanced", "depth", "width"] = Field("balanced", description="what stays as in the teacher")
     context: int = Field(2048, ge=1, description="tokens in a row, for memory_gb")
+    search: int | None = Field(
+        None,
+        ge=2,
+        description="prune the teacher to so many shapes of this size, and take the best of them after short trainings",
+    )
 
     @model_validator(mode="after")
     def _some_limit(self) -> Self:
@@ -132,6 +137,15 @@ class StudentPart(Part):
             raise ValueError("expected tokenizer with a design alone, got it beside model, which has its own")
         if self.tokenizer is not None and method != "random":
             raise ValueError(f"expected random weights with a tokenizer of its own, got {method}")
+        if self.searches and method != "prune":
+            raise ValueError(
+                f"expected initialize: prune with design.search, got {method}. Shapes are compared as what pruning "
+                "leaves of the teacher"
+            )
+        if self.searches and isinstance(self.initialize.layers, list):
+            raise ValueError(
+                "expected a choice of layers such as importance with design.search, got numbers. Shapes differ in depth"
+            )
         if adapter is None or self.design is None:
             return self
         if method == "random":
@@ -145,6 +159,11 @@ class StudentPart(Part):
                 "so that an adapter alone could not be loaded again"
             )
         return self
+
+    @property
+    def searches(self) -> int:
+        """The number of shapes among which a search chooses; 0 where the design is one shape."""
+        return (self.design.search or 0) if isinstance(self.design, BudgetPart) else 0
 
     @property
     def merges(self) -> bool:

@@ -1,0 +1,170 @@
+"""A search of shapes: what is compared, in which order, and what of it a recipe gets."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig
+
+from potstill.errors import RecipeError
+from potstill.models.candidates import SIZES, Candidates, next_shape
+from potstill.models.design import TOLERANCE, design
+from potstill.models.shapes import design_shape
+from potstill.models.size import count_parameters
+from potstill.runs import search
+from potstill.runs.build import build_run
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
+from potstill.runs.search import plan_search, search_shape
+from reference_students import sizes
+
+TEACHER = LlamaConfig(**sizes(500, 256, 704, 6, 4, 2))
+BUDGET = 2_000_000
+QUIET = Console(file=io.StringIO())
+
+
+def distance(one: Any, other: Any) -> float:
+    return sum(abs(math.log(getattr(one, size) / getattr(other, size))) for size in SIZES)
+
+
+@cache
+def some_candidates() -> Candidates:
+    return Candidates(TEACHER, design(TEACHER, BUDGET), "balanced")
+
+
+def test_candidates_have_the_budget_and_differ_in_all_sizes() -> None:
+    first, candidates = design(TEACHER, BUDGET), some_candidates()
+    assert candidates.shapes[0] == design_shape(first)
+    counts = [count_parameters(candidates.config(shape)) for shape in candidates.shapes]
+    assert all(abs(count / counts[0] - 1) < TOLERANCE for count in counts)
+    for size in SIZES:
+        assert len({getattr(shape, size) for shape in candidates.shapes}) > 1, size
+    whole = design_shape(TEACHER)
+    for shape in candidates.shapes:
+        assert shape.heads % shape.kv_heads == 0
+        assert shape.head_size == whole.head_size
+        assert all(getattr(shape, size) <= getattr(whole, size) for size in SIZES)
+
+
+def test_shapes_are_spread_at_first_and_then_near_the_best() -> None:
+    shapes = some_candidates().shapes
+    assert next_shape(shapes, {}, 6) == shapes[0]
+    second = next_shape(shapes, {shapes[0]: 2.0}, 6)
+    assert second is not None
+    assert distance(second, shapes[0]) == max(distance(shape, shapes[0]) for shape in shapes)
+    losses = {shapes[0]: 2.0, second: 1.0}
+    third = next_shape(shapes, losses, 4)
+    assert third is not None
+    assert third not in losses
+    assert distance(third, second) <= distance(third, shapes[0])
+    assert next_shape(shapes[:2], dict.fromkeys(shapes[:2], 1.0), 4) is None
+
+
+def test_the_best_are_trained_in_rounds() -> None:
+    assert plan_search(8, 1000).rounds == ((4, 30), (2, 60))
+    assert plan_search(2, 10).rounds == ((2, 8),)
+    assert plan_search(3, 10**6).rounds == ((2, 50),)
+
+
+@pytest.fixture
+def searched(recipe_values: dict[str, Any]) -> dict[str, Any]:
+    recipe_values["student"] = {"design": {"params": 6500, "search": 2}, "initialize": "prune"}
+    recipe_values["evaluate"] = {"continuations": 0}
+    return recipe_values
+
+
+@pytest.mark.slow
+def test_a_run_takes_the_best_shape_and_a_killed_search_goes_on(
+    searched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, directory = Recipe.parse(searched), Path(searched["output"])
+    measured: list[tuple[Any, int]] = []
+    losses = search._Search._loss
+
+    def pruned(self: Any, shape: Any) -> float:
+        measured.append((shape, 0))
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return losses(self, self.student(shape)())
+
+    monkeypatch.setattr(search._Search, "pruned_loss", pruned)
+    with pytest.raises(KeyboardInterrupt):
+        search_shape(recipe, directory, QUIET)
+    result = run(recipe, resume=True, console=QUIET)
+    assert [shape for shape, _ in measured].count(measured[0][0]) == 1
+    record = json.loads((directory / "search.json").read_text())
+    assert len(record["shapes"]) == 2
+    final = [
+        row for row in record["shapes"] if row["losses"][-1][0] == max(r["losses"][-1][0] for r in record["shapes"])
+    ]
+    assert len(final) == 2
+    chosen = record["shapes"][record["chosen"]]
+    assert chosen["losses"][-1][1] == min(row["losses"][-1][1] for row in final)
+    config = json.loads((directory / "student" / "config.json").read_text())
+    assert {name: config[name] for name in chosen["design"]} == chosen["design"]
+    assert result.summary["rows"]["student"]["parameters"] == chosen["parameters"]
+    (note,) = (note for note in result.summary["notes"] if note.startswith("student.design.search:"))
+    assert note.count("layers of width") == 2
+    assert "<svg" in (directory / "search.html").read_text()
+    assert not (directory / "search-parts.json").exists()
+    run(recipe, resume=True, console=QUIET)
+    assert len(measured) == 3
+
+
+def test_importance_is_measured_once_and_gives_the_student_of_a_plain_recipe(
+    searched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    measure = search.measure_importance
+    monkeypatch.setattr(search, "measure_importance", lambda *a: (calls.append(1), measure(*a))[1])
+    found = search._Search.build(Recipe.parse(searched))
+    shapes = found.candidates.shapes[:2]
+    students = [found.student(shape)() for shape in shapes]
+    assert len(calls) == 1
+    searched["student"]["design"] = found.design(shapes[1])
+    plain = build_run(Recipe.parse(searched)).new_student()
+    assert plain.config.to_dict() == students[1].config.to_dict()
+    assert not {*map(str, found.train["input_ids"])} & {*map(str, found.scored["input_ids"])}
+    with torch.no_grad():
+        loss = found.pruned_loss(shapes[0])
+        rows = [torch.tensor([row["input_ids"]]) for row in found.scored]
+        nats = [students[0].eval().double()(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in rows]
+    assert loss == pytest.approx(float(sum(nats)) / sum(ids.shape[1] - 1 for ids in rows), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"initialize": "random"}, "expected initialize: prune with design.search, got random"),
+        ({"initialize": {"method": "prune", "layers": [0]}}, "expected a choice of layers such as importance"),
+    ],
+)
+def test_a_search_without_weights_or_with_fixed_layers_is_refused(
+    searched: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    searched["student"] |= changes
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse(searched)
+
+
+def test_fewer_shapes_than_asked_for_are_said(searched: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    searched["student"]["design"]["search"] = 50
+    shown = io.StringIO()
+    for name in ("pruned_loss", "trained_loss"):
+        monkeypatch.setattr(search._Search, name, lambda *_: 1.0)
+    search_shape(Recipe.parse(searched), Path(searched["output"]), Console(file=shown, width=200))
+    assert "student.design.search: 2 shapes have this size, fewer than 50." in shown.getvalue()
+
+
+def test_a_teacher_of_several_models_is_refused(searched: dict[str, Any], toys: Path) -> None:
+    searched["teacher"] = {"ensemble": [{"model": str(toys / "teacher")}, {"model": str(toys / "teacher")}]}
+    with pytest.raises(RecipeError, match=r"student\.design\.search: expected a teacher that is one model"):
+        search_shape(Recipe.parse(searched), Path(searched["output"]), QUIET)
