@@ -4,9 +4,9 @@
     python benchmarks/real.py smollm2-85 smollm2-60     a row each: the names of ROWS, all by default
 
 A row is one training of a student of `models/smollm2` (any Hugging Face folder can take its place: --models) on
-Wikipedia summaries and worked problems, and one of the same student on labels alone. Each is measured at its start and at its
-end, on held-out summaries and answers, on PIQA and on BoolQ (lm-eval, length-normalized). What was measured goes to
-OUT/rows.jsonl as it is measured, and is not measured again. Prints a Markdown table of all that is there.
+Wikipedia summaries and worked problems, and one of the same student on labels alone. Each is measured at its start and
+at its end, on held-out summaries and answers, on PIQA and on BoolQ (lm-eval, length-normalized). What was measured goes
+to OUT/rows.jsonl as it is measured, and is not measured again. Prints a Markdown table of all that is there.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def train(name: str, row: Row, args: argparse.Namespace, texts: Texts, record: R
 
 
 def quality(model: Any, teacher: Any, tokenizer: Any, texts: Texts) -> dict[str, Any]:
-    """Measure a model: bits per byte, KL to the teacher and agreement with it on held-out text, and accuracy on tasks."""
+    """Measure bits per byte, KL to the teacher and agreement with it on held-out text, and accuracy on tasks."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, teacher = model.to(device).eval(), teacher.to(device).eval()
     figures: dict[str, Any] = {"parameters": sum(x.numel() for x in model.parameters())}
@@ -224,9 +224,8 @@ def quality(model: Any, teacher: Any, tokenizer: Any, texts: Texts) -> dict[str,
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
-    print(
-        "| row | model | parameters | tokens | bits/byte, summaries | answers | KL, summaries | answers | PIQA | BoolQ |"
-    )
+    texts = "bits/byte: summaries | answers | KL: summaries | answers"
+    print(f"| row | model | parameters | tokens | {texts} | PIQA | BoolQ |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for x in lines:
         figures = [f"{x[key]:.3f}" for key in ("summaries", "answers", "summaries_kl", "answers_kl", "piqa", "boolq")]
