@@ -47,6 +47,16 @@ class TokenTable(NamedTuple):
         table[self.ids] = rows
         return table
 
+    def sample(self, limit: int) -> TokenTable:
+        """Take at most `limit` evenly spaced tokens."""
+        chosen = evenly_spaced(len(self.ids), limit)
+        return self._replace(ids=self.ids[chosen], vectors=self.vectors[chosen], weights=self.weights[chosen])
+
+
+def evenly_spaced(rows: int, limit: int) -> Tensor:
+    """Choose at most `limit` of so many rows."""
+    return torch.arange(min(limit, rows)) * rows // min(limit, rows)
+
 
 def token_table(
     model: SentenceTransformer, tokenizer: Any, limit: int | None = None, on_progress: OnProgress = no_progress
@@ -54,9 +64,9 @@ def token_table(
     """Compute a teacher's vectors of the tokens of a tokenizer: of all, or of `limit` evenly spaced ones."""
     names, ids = token_names(tokenizer), text_tokens(tokenizer)
     weights = token_weights(names, ids)
-    if limit is not None and limit < len(ids):
-        some = torch.arange(limit) * len(ids) // limit
-        ids, weights = ids[some], weights[some]
+    if limit is not None:
+        chosen = evenly_spaced(len(ids), limit)
+        ids, weights = ids[chosen], weights[chosen]
     return TokenTable(tokenizer, len(names), ids, token_vectors(model, tokenizer, ids.tolist(), on_progress), weights)
 
 
@@ -74,6 +84,13 @@ def text_tokens(tokenizer: Any) -> Tensor:
     special = {*tokenizer.all_special_ids}
     names = enumerate(token_names(tokenizer))
     return torch.tensor([id for id, name in names if name and id not in special and not _UNUSED.fullmatch(name)])
+
+
+def vocabulary_words(tokenizer: Any, limit: int) -> list[str]:
+    """At most `limit` evenly spaced tokens that are whole words, as texts."""
+    texts = dict.fromkeys(tokenizer.decode([id]).strip() for id in text_tokens(tokenizer).tolist())
+    words = [text for text in texts if text.isalpha()]
+    return [words[row] for row in evenly_spaced(len(words), limit).tolist()] if words else []
 
 
 def token_weights(names: Sequence[str], ids: Tensor) -> Tensor:
@@ -94,7 +111,7 @@ def _is_single(name: str) -> bool:
     return len(name) <= 1
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def token_vectors(
     model: SentenceTransformer,
     tokenizer: Any,

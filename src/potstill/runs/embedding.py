@@ -111,6 +111,7 @@ def _rehearse(recipe: EmbeddingRecipe, data: EmbeddingData) -> None:
         texts=data.texts and data.texts[:rows],
         held_out_texts=data.held_out_texts and data.held_out_texts[:held_out],
         pairs=None,
+        tokens=data.tokens and data.tokens.sample(rows),
     )
     train = {"epochs": 1, "batch_size": max(2, min(recipe.train.batch_size, rows // 2))}
     short = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})

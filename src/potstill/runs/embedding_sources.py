@@ -13,7 +13,7 @@ from torch import Tensor
 from potstill.data.duplicates import Overlap, find_overlap, hash_rows
 from potstill.data.loading import load
 from potstill.data.sources import Source
-from potstill.embedding.static import TokenTable
+from potstill.embedding.static import TokenTable, vocabulary_words
 from potstill.embedding.teachers import FileTeacher, TextEncoder, encode_texts
 from potstill.embedding.vectors import TensorVectors, VectorArray, VectorSlice, check_vectors
 from potstill.errors import DataError
@@ -126,9 +126,11 @@ def tokens_alone(
     vectors = TensorVectors(tokens.vectors, "the vocabulary")
     notes = check_vectors(vectors, recipe.student.dimensions)
     if held is None:
-        words = list(dict.fromkeys(tokens.tokenizer.decode([id]).strip() for id in tokens.ids.tolist()))
-        words = [word for word in words if word.isalpha()]
-        held = Texts(words[:: len(words) // MOST_ROWS + 1])
+        held = Texts(vocabulary_words(tokens.tokenizer, 2 * MOST_ROWS))
+        if len(held.texts) < 3:
+            raise DataError(
+                "data.eval: expected texts, as the vocabulary has no words to measure on, got none. Name some."
+            )
         notes.append("data.eval: none, so the metrics are of single words of the vocabulary. Name texts of your own.")
     held_out = TensorVectors(encoder.encode(held.texts), "data.eval")
     notes += check_vectors(held_out, min(recipe.student.dimensions, held_out.rows - 1))
