@@ -333,12 +333,13 @@ def test_the_python_of_the_page_runs(number: int, tmp_path: Path, monkeypatch: p
     runpy.run_path("example.py")
 
 
-def test_the_recipe_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedder: Path) -> None:
+def test_the_recipes_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedder: Path) -> None:
     monkeypatch.chdir(tmp_path)
     Path("teacher").symlink_to(embedder)
     Path("train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    recipe, static = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
     assert run(yaml.safe_load(recipe)).summary["rows"]["student"]["dimensions"] == 8
+    assert run(yaml.safe_load(static.replace("256", "4"))).summary["rows"]["student"]["dimensions"] == 4
 
 
 def test_a_student_of_a_half_precision_embedder_is_trained_in_full_and_saved_in_half(
