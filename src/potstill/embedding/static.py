@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding_bag, normalize
 
 from potstill.embedding.encoders import TextStudent
 from potstill.models.locate import require_package
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 OnProgress = Callable[[int, int], None]  # (done, total)
 
 BATCH_TOKENS = 512
+_BLOCK = 2**16  # tokens of texts whose vectors are in memory at a time
 # Chosen on dev data, as docs/benchmarks.md says: STS-B, BoolQ and Wikipedia titles, all-MiniLM-L6-v2.
 SIF = 1e-3  # smooth inverse frequency: a token of this frequency counts half (Arora et al. 2017, section 3)
 RIDGE = 1e-2  # strength of the pull of the map towards the teacher's own axes
@@ -185,8 +186,9 @@ def fit_tokens(tokens: TokenTable, texts: Sequence[str], start: Tensor, componen
     is the same for all tokens, so that those which the texts lack learn with the others.
     """
     x = spread_tokens(tokens)
-    means = token_counts(tokens.tokenizer, texts).double() @ tokens.table(x)
-    means, target = normalize(means, dim=-1), start.double()
+    ids, lengths = token_ids(tokens.tokenizer, texts)
+    sums = embedding_bag(ids, tokens.table(x), lengths.cumsum(0) - lengths, mode="sum")
+    means, target = normalize(sums, dim=-1), start.double()
     gram = means.T @ means
     ridge = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
     prior = components.double()
@@ -199,19 +201,21 @@ def mean_of_texts(tokenizer: Any, texts: Sequence[str], start: Tensor) -> Tensor
 
     A token that no text has is 0.
     """
-    counts = token_counts(tokenizer, texts)
-    totals = torch.sparse.sum(counts, 0).to_dense()
-    frequencies = totals / totals.sum().clamp_min(1)
-    return (counts.T @ start) * (SIF / (SIF + frequencies) / totals.clamp_min(1))[:, None]
+    ids, lengths = token_ids(tokenizer, texts)
+    rows, size = torch.arange(len(texts)).repeat_interleave(lengths), len(token_names(tokenizer))
+    sums = torch.zeros(size, start.shape[1])
+    for first in range(0, len(ids), _BLOCK):
+        sums.index_add_(0, ids[first : first + _BLOCK], start[rows[first : first + _BLOCK]])
+    counts = torch.bincount(ids, minlength=size)
+    frequencies = counts / counts.sum().clamp_min(1)
+    return sums * (SIF / (SIF + frequencies) / counts.clamp_min(1))[:, None]
 
 
-def token_counts(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """Count the tokens of each text: sparse [M, V]."""
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Split texts into tokens: the ids of all texts, one after the other, and the number of each text."""
     encoded = text_tokenizer(tokenizer).encode_batch(list(texts), add_special_tokens=False)
-    rows = torch.tensor([row for row, text in enumerate(encoded) for _ in text.ids], dtype=torch.long)
-    columns = torch.tensor([id for text in encoded for id in text.ids], dtype=torch.long)
-    shape = len(texts), len(token_names(tokenizer))
-    return torch.sparse_coo_tensor(torch.stack([rows, columns]), torch.ones(len(rows)), shape).coalesce()
+    ids = torch.tensor([id for text in encoded for id in text.ids], dtype=torch.long)
+    return ids, torch.tensor([len(text.ids) for text in encoded])
 
 
 def text_tokenizer(tokenizer: Any) -> Tokenizer:
