@@ -127,7 +127,8 @@ def umap(args: argparse.Namespace) -> None:
 
 
 def text(args: argparse.Namespace) -> None:
-    from potstill.embedding.encoders import encoder_student, load_embedder, static_student
+    from potstill.embedding.encoders import encoder_student, load_embedder
+    from potstill.embedding.static import mean_of_texts, static_student
 
     model = load_embedder(teacher_folder(), "teacher")
     texts, held_texts, test_texts = (sentences(args.data, split)[0] for split in ("train", "dev", args.split))
@@ -149,7 +150,7 @@ def text(args: argparse.Namespace) -> None:
             continue
         start = torch.from_numpy(VectorHead.from_pca(train, d).transform(train))
         make = (
-            static_student(model.tokenizer, texts, start)
+            static_student(model.tokenizer, mean_of_texts(model.tokenizer, texts, start))
             if name == "static"
             else encoder_student(model, 2, texts, start)
         )

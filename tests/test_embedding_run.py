@@ -17,18 +17,19 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from conftest import TEXT, make_tokenizer
 from potstill.cli import app
 from potstill.embedding.encoders import embedder_with_head
 from potstill.embedding.heads import VectorHead
+from potstill.embedding.static import text_tokens
 from potstill.embedding.teachers import TextEncoder, encode_texts, server_encoder
 from potstill.embedding.training import EmbeddingDistiller
 from potstill.errors import DataError, ModelError, RecipeError, RefusedError, ServerError, UserError
 from potstill.runs.config.embedding import EmbeddingRecipe
-from potstill.runs.embedding import run_embedding
+from potstill.runs.embedding import check, run_embedding
 from test_embedding_training import HELD, TRAIN
 
 ROOT = Path(__file__).parent.parent
@@ -197,13 +198,13 @@ def test_a_matrix_teaches_a_student_that_reads_text(values: dict[str, Any], embe
 
 
 def test_texts_learn_with_their_own_vectors(embedder: Path) -> None:
-    from potstill.embedding.encoders import static_student
+    from potstill.embedding.static import static_student
 
     teacher = torch.randn(len(WORDS), 9)
     with pytest.raises(DataError, match="expected texts with a TextStudent"):
-        EmbeddingDistiller(static_student(make_tokenizer(), WORDS, teacher[:, :3])).fit(teacher, teacher)
+        EmbeddingDistiller(static_student(make_tokenizer(), torch.zeros(300, 3))).fit(teacher, teacher)
     with pytest.raises(DataError, match="got 2 texts and 120 vectors"):
-        EmbeddingDistiller(static_student(make_tokenizer(), WORDS, teacher[:, :3])).fit(
+        EmbeddingDistiller(static_student(make_tokenizer(), torch.zeros(300, 3))).fit(
             teacher, teacher, texts=WORDS[:2], held_out_texts=WORDS
         )
 
@@ -351,12 +352,13 @@ def test_the_python_of_the_page_runs(number: int, tmp_path: Path, monkeypatch: p
     runpy.run_path("example.py")
 
 
-def test_the_recipe_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedder: Path) -> None:
+def test_the_recipes_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedder: Path) -> None:
     monkeypatch.chdir(tmp_path)
     Path("teacher").symlink_to(embedder)
     Path("train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    recipe, static = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
     assert run(yaml.safe_load(recipe)).summary["rows"]["student"]["dimensions"] == 8
+    assert run(yaml.safe_load(static.replace("256", "4"))).summary["rows"]["student"]["dimensions"] == 4
 
 
 def test_a_student_of_a_half_precision_embedder_is_trained_in_full_and_saved_in_half(
@@ -400,3 +402,33 @@ def test_held_out_vectors_that_are_training_vectors_are_reported(values: dict[st
     summary = run(values | {"teacher": {"vectors": "embeddings.npy", "eval_vectors": "held.npy"}}).summary
     assert summary["eval_in_train"] == pytest.approx(2 / (len(HELD) + 2))
     assert f"held-out row {len(HELD) + 1} and training row 6." in summary["notes"][0]
+
+
+def test_a_static_student_is_made_of_the_vocabulary_alone(values: dict[str, Any], embedder: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    values |= {"teacher": {"embedder": str(embedder)}, "student": {"static": None, "dimensions": 4}}
+    with pytest.raises(RecipeError, match=r"expected data\.train with texts beside train, got none\. Add texts, or"):
+        run(values)
+    del values["train"]
+    lines = dict(check(EmbeddingRecipe.parse(values)))
+    assert lines["train"].startswith("none: made of the vectors of 2") and "steps" not in lines
+    result = run(values)
+    assert "data.eval: none, so the metrics are of single words" in result.summary["notes"][-1]
+    student = SentenceTransformer("run/student", device="cpu")
+    vectors = student.encode(WORDS, show_progress_bar=False)
+    assert vectors.shape == (120, 4) and np.abs(vectors).max(1).min() > 0
+    assert run(values, resume=True).summary["rows"] == result.summary["rows"]
+    Path("eval.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
+    summary = run(values | {"data": {"eval": {"path": "eval.jsonl"}}, "output": "measured"}).summary
+    assert summary["held_out_rows"] == 120 and not summary["notes"][-1].startswith("data.eval")
+    assert "PCA" in Path("measured/report.html").read_text()
+
+
+def test_tokens_that_no_text_has_are_not_at_zero(values: dict[str, Any], embedder: Path) -> None:
+    Path("train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
+    values |= {"teacher": {"embedder": str(embedder)}, "student": {"static": None, "dimensions": 4}}
+    run(values | {"data": {"train": {"path": "train.jsonl"}}})
+    table = load_file("run/student/model.safetensors")["embedding.weight"]
+    kept = text_tokens(make_tokenizer())
+    assert (table[kept].abs().amax(1) > 0).all() and len(kept) > 250

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 KIND = "a sentence-transformers model"
-FREQUENT = 1e-3  # smooth inverse frequency: more frequent tokens weigh less at first (Arora et al. 2017, section 3)
 
 
 def load_embedder(name: str, key: str, *, pooled: bool = True) -> SentenceTransformer:
@@ -111,29 +110,6 @@ class TextStudent(nn.Module):
 
 
 EmbeddingModel = VectorHead | TextStudent
-
-
-def static_student(tokenizer: Any, texts: Sequence[str], start: Tensor) -> TextStudent:
-    """Make the fastest student: a vector for each token, whose mean is the vector of a text.
-
-    A token starts as the mean of `start` [N, d] over the texts that contain it, smaller if it is frequent; else at 0.
-    """
-    require_package("sentence_transformers", "embeddings", "student.static")
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-
-    static = StaticEmbedding(tokenizer, embedding_dim=start.shape[1])
-    sums, counts = torch.zeros(static.num_embeddings, start.shape[1]), torch.zeros(static.num_embeddings)
-    for first in range(0, len(texts), 256):
-        encoded = static.tokenizer.encode_batch(list(texts[first : first + 256]), add_special_tokens=False)
-        for row, text in enumerate(encoded, first):
-            ids = torch.tensor(text.ids, dtype=torch.long)
-            sums.index_add_(0, ids, start[row].expand(len(ids), -1))
-            counts.index_add_(0, ids, torch.ones(len(ids)))
-    weight = FREQUENT / (FREQUENT + counts / counts.sum().clamp_min(1)) / counts.clamp_min(1)
-    with torch.no_grad():
-        static.embedding.weight.copy_(sums * weight[:, None])
-    return TextStudent(SentenceTransformer(modules=[static], device="cpu"))
 
 
 def encoder_student(

@@ -10,9 +10,19 @@ import torch
 from torch import Tensor
 
 from potstill.embedding.by_key import ChosenByKey
-from potstill.embedding.encoders import EmbeddingModel, TextStudent, encoder_student, load_embedder, static_student
+from potstill.embedding.encoders import EmbeddingModel, TextStudent, encoder_student, load_embedder
 from potstill.embedding.heads import PCA_ROWS, PCAKind, VectorHead
 from potstill.embedding.objective import START, Focus
+from potstill.embedding.static import (
+    OnProgress,
+    TokenTable,
+    fit_tokens,
+    mean_of_texts,
+    no_progress,
+    reduce_tokens,
+    static_student,
+    token_table,
+)
 from potstill.embedding.vectors import VectorArray
 from potstill.errors import ShapeError, UserError
 from potstill.losses.declared import Declared, Range, Record
@@ -33,7 +43,11 @@ class EmbeddingStudent(ChosenByKey, Declared):
     """
 
     reads_text: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = True  # beside a teacher that is an embedder
     learning_rate: ClassVar[float]  # the default, chosen on STS-B's dev split
+    fitted_learning_rate: ClassVar[float | None] = (
+        None  # the default of a student that starts from the teacher's tokens
+    )
     dimensions: Annotated[int, Range(ge=1)]
     prefixes: dict[int, float] | None = None
     start: PCAKind | None = None
@@ -54,8 +68,19 @@ class EmbeddingStudent(ChosenByKey, Declared):
         return student if dtype is None else student.to(dtype)
 
     @abstractmethod
-    def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> EmbeddingModel:
-        """Make the student with its first weights; `teacher` is a sentence-transformers model, or None."""
+    def build(
+        self, vectors: VectorArray, texts: list[str], teacher: Any, tokens: TokenTable | None, focus: Focus, seed: int
+    ) -> EmbeddingModel:
+        """Make the student with its first weights.
+
+        `teacher` is a sentence-transformers model, or None; `tokens` is what `read_tokens` made of it.
+        """
+
+    def read_tokens(
+        self, teacher: Any, limit: int | None = None, on_progress: OnProgress = no_progress
+    ) -> TokenTable | None:
+        """Compute the teacher's vectors of tokens, if the student starts from them: of `limit` tokens, or of all."""
+        return None
 
     def _pca_head(self, vectors: VectorArray, focus: Focus, seed: int, hidden: int = 0) -> VectorHead:
         sample, start = vectors.sample(PCA_ROWS), self.start or START[focus]
@@ -78,7 +103,9 @@ class HeadStudent(EmbeddingStudent):
     reads_text = False
     learning_rate = 3e-3
 
-    def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> VectorHead:
+    def build(
+        self, vectors: VectorArray, texts: list[str], teacher: Any, tokens: TokenTable | None, focus: Focus, seed: int
+    ) -> VectorHead:
         return self._pca_head(vectors, focus, seed, self.hidden if self.head == "mlp" else 0)
 
 
@@ -106,7 +133,9 @@ class EncoderStudent(EmbeddingStudent):
     empty_is_default = True
     learning_rate = 3e-4
 
-    def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> TextStudent:
+    def build(
+        self, vectors: VectorArray, texts: list[str], teacher: Any, tokens: TokenTable | None, focus: Focus, seed: int
+    ) -> TextStudent:
         if self.encoder.model is None and teacher is None:
             raise UserError("student.encoder.model: expected a sentence-transformers model, got none. Name one.")
         start, path = self._first_vectors(vectors, focus, seed), self.encoder.model
@@ -132,12 +161,29 @@ class StaticStudent(EmbeddingStudent):
     static: TokenVectors = TokenVectors()
     name = "static"
     empty_is_default = True
+    needs_data = False
     learning_rate = 1e-2
+    fitted_learning_rate = 1e-3  # more makes tokens of the texts good for these texts alone
 
-    def build(self, vectors: VectorArray, texts: list[str], teacher: Any, *, focus: Focus, seed: int) -> TextStudent:
+    def build(
+        self, vectors: VectorArray, texts: list[str], teacher: Any, tokens: TokenTable | None, focus: Focus, seed: int
+    ) -> TextStudent:
+        if tokens is None:  # a server or a file of vectors, which cannot tell what a token means
+            tokenizer = self._tokenizer(teacher)
+            return static_student(tokenizer, mean_of_texts(tokenizer, texts, self._first_vectors(vectors, focus, seed)))
+        if not texts:
+            return static_student(tokens.tokenizer, tokens.table(reduce_tokens(tokens, self.dimensions)))
+        head = self._pca_head(vectors, focus, seed)
+        start, components = torch.from_numpy(head.transform(vectors)), head.map.weight.detach().T
+        return static_student(tokens.tokenizer, tokens.table(fit_tokens(tokens, texts, start, components)))
+
+    def read_tokens(
+        self, teacher: Any, limit: int | None = None, on_progress: OnProgress = no_progress
+    ) -> TokenTable | None:
+        return None if teacher is None else token_table(teacher, self._tokenizer(teacher), limit, on_progress)
+
+    def _tokenizer(self, teacher: Any) -> Any:
         path = self.static.tokenizer
         if path is None and teacher is None:
             raise UserError("student.static.tokenizer: expected a folder with a tokenizer, got none. Name one.")
-        start = self._first_vectors(vectors, focus, seed)
-        tokenizer: Any = load_tokenizer(path, "student.static.tokenizer") if path else teacher.tokenizer
-        return static_student(tokenizer, texts, start)
+        return load_tokenizer(path, "student.static.tokenizer") if path else teacher.tokenizer

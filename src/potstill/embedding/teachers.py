@@ -34,6 +34,7 @@ class EmbeddingTeacher(ChosenByKey, Declared):
     """Source of the vectors that a student learns from."""
 
     reads_text: ClassVar[bool] = True
+    has_vocabulary: ClassVar[bool] = False  # of which it can tell what each token means
 
     @abstractmethod
     def load(self) -> TextEncoder | None: ...
@@ -73,6 +74,7 @@ class EmbedderTeacher(EmbeddingTeacher):
 
     embedder: str
     name = "embedder"
+    has_vocabulary = True
 
     def load(self) -> TextEncoder:
         model = load_embedder(self.embedder, "teacher.embedder")

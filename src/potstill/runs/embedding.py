@@ -19,7 +19,8 @@ from potstill.data.files import write_json, write_text
 from potstill.embedding.encoders import EmbeddingModel, embedder_with_head
 from potstill.embedding.heads import PCA_ROWS, VectorHead, fit_pca, random_projection
 from potstill.embedding.objective import FOCUSES, Focus, PairObjective
-from potstill.embedding.training import EmbeddingDistiller, embed
+from potstill.embedding.static import text_tokens
+from potstill.embedding.training import EmbeddingDistiller, Epoch, embed
 from potstill.embedding.vectors import TensorVectors, VectorSlice
 from potstill.errors import UserError, one_line
 from potstill.evaluate.formatting import duration
@@ -28,7 +29,14 @@ from potstill.evaluate.space import SpaceEvaluator, cosines
 from potstill.evaluate.versions import versions
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
-from potstill.runs.embedding_sources import EmbeddingData, held_out_rows, load_data, read_texts
+from potstill.runs.embedding_sources import (
+    EmbeddingData,
+    Texts,
+    held_out_rows,
+    load_data,
+    read_texts,
+    tokens_alone,
+)
 from potstill.runs.progress import PartProgress, part
 from potstill.runs.rehearsal import failing_early, temporary_folder
 from potstill.runs.run import RunResult
@@ -73,10 +81,16 @@ def _walk(recipe: EmbeddingRecipe, data: EmbeddingData, directory: Path, console
         name = "student" if focus == recipe.focus else focus
         options["checkpoints"] = directory / "checkpoints" / name
         write_text(metrics, "".join(lines))
-        distiller = _distiller(recipe, focus, data)
-        with PartProgress(console, name) as progress:
-            history = distiller.fit(data.vectors, data.held_out, **options, on_step=progress.update)
-        students[focus] = recipe.student.as_saved(cast(EmbeddingModel, distiller.student))
+        if recipe.trains:
+            distiller = _distiller(recipe, focus, data)
+            with PartProgress(console, name) as progress:
+                history = distiller.fit(data.vectors, data.held_out, **options, on_step=progress.update)
+            student = cast(EmbeddingModel, distiller.student)
+        else:
+            student = _build(recipe, focus, data)
+            metrics_at_start = evaluator(embed(student, data.held_out, data.held_out_texts))
+            history = [Epoch(0, 0, 1.0, None, metrics_at_start)]
+        students[focus] = recipe.student.as_saved(student)
         lines += [json.dumps({"run": name, **epoch.as_dict()}) + "\n" for epoch in history]
     write_text(metrics, "".join(lines))
     _save(students[recipe.focus], directory / "student", data.teacher)
@@ -97,6 +111,7 @@ def _rehearse(recipe: EmbeddingRecipe, data: EmbeddingData) -> None:
         texts=data.texts and data.texts[:rows],
         held_out_texts=data.held_out_texts and data.held_out_texts[:held_out],
         pairs=None,
+        tokens=data.tokens and data.tokens.sample(rows),
     )
     train = {"epochs": 1, "batch_size": max(2, min(recipe.train.batch_size, rows // 2))}
     short = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
@@ -106,18 +121,23 @@ def _rehearse(recipe: EmbeddingRecipe, data: EmbeddingData) -> None:
                 _walk(short, few, folder, Console(quiet=True))
 
 
+def _build(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData) -> EmbeddingModel:
+    return recipe.student.build(data.vectors, data.texts or [], data.teacher, data.tokens, focus, recipe.seed)
+
+
 def _distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **changes: Any) -> EmbeddingDistiller:
     """Make the student on its device, and the distiller that trains it; `changes` replace the recipe's settings."""
     train, student_part = recipe.train, recipe.student
-    student = student_part.build(data.vectors, data.texts or [], data.teacher, focus=focus, seed=recipe.seed)
+    student = _build(recipe, focus, data)
     try:
         student.to(train.device)
     except (RuntimeError, AssertionError) as error:  # torch's for an unknown device, or one that is not available
         wrong = f"an available device, such as cpu or cuda, got {train.device}: {one_line(error, 200)}"
         raise UserError(f"train.device: expected {wrong}") from None
+    fitted_rate = student_part.fitted_learning_rate if data.tokens else None
     settings: dict[str, Any] = {
         "heats": train.temperature.values() if train.temperature else (1.0,),
-        "learning_rate": train.learning_rate or student_part.learning_rate,
+        "learning_rate": train.learning_rate or fitted_rate or student_part.learning_rate,
         "seed": recipe.seed,
         **train.model_dump(include={"epochs", "batch_size", "reconstruction", "patience"}),
     }
@@ -214,50 +234,64 @@ def check(recipe: EmbeddingRecipe) -> list[tuple[str, str]]:
     Raises:
         UserError: the run could not start.
     """
-    train = recipe.train
     with suppress_warnings():
         data, rows, held_out, encoding = _sample(recipe)
         _rehearse(recipe, data)
-        sample = VectorSlice(data.vectors, 0, min(data.vectors.rows, 2 * train.batch_size))
-        size = max(2, min(train.batch_size, sample.rows // 2))
-        distiller = _distiller(recipe, recipe.focus, data, heats=(1.0,), epochs=1, batch_size=size)
-        times: list[float] = []
-        texts: dict[str, Any] = {}
-        if recipe.student.reads_text:
-            texts["texts"] = (data.texts or [])[: sample.rows]
-            texts["held_out_texts"] = (data.held_out_texts or [])[:_SAMPLE_TEXTS]
-        held_out_sample = data.held_out[:_SAMPLE_TEXTS]
-        distiller.fit(sample, held_out_sample, **texts, on_step=lambda *progress: times.append(time.perf_counter()))
-    stages = train.temperature.stages if train.temperature else 1
-    steps = -(-rows // train.batch_size) * train.epochs * stages * (3 if recipe.evaluate.front else 1)
-    step_seconds = (times[-1] - times[0]) / max(len(times) - 1, 1) * train.batch_size / size
-    parameters = sum(weight.numel() for weight in distiller.student.parameters())
+        steps, seconds = _time_training(recipe, data, rows) if recipe.trains else (0, 0.0)
+        parameters = sum(weight.numel() for weight in _build(recipe, recipe.focus, data).parameters())
     return [
         ("teacher", f"{data.vectors.dimensions:,} dimensions"),
         ("student", f"{recipe.student.dimensions:,} dimensions, {parameters:,} parameters"),
-        ("train", f"{rows:,} vectors"),
+        ("train", f"{rows:,} vectors" if recipe.trains else f"none: made of the vectors of {rows:,} tokens"),
         ("eval", f"{held_out:,} vectors"),
-        ("steps", f"{steps:,}"),
+        *([("steps", f"{steps:,}")] if steps else []),
         *([("encoding", f"about {duration(encoding)} of the teacher's work, once")] if encoding else []),
-        ("time", f"about {duration(steps * step_seconds)} of training on this machine, at most"),
+        *([("time", f"about {duration(seconds)} of training on this machine, at most")] if steps else []),
         *(("note", note) for note in data.notes),
     ]
 
 
+def _time_training(recipe: EmbeddingRecipe, data: EmbeddingData, rows: int) -> tuple[int, float]:
+    """Count the steps of a training on `rows` vectors, and estimate its seconds from two steps."""
+    train = recipe.train
+    sample = VectorSlice(data.vectors, 0, min(data.vectors.rows, 2 * train.batch_size))
+    size = max(2, min(train.batch_size, sample.rows // 2))
+    distiller = _distiller(recipe, recipe.focus, data, heats=(1.0,), epochs=1, batch_size=size)
+    times: list[float] = []
+    texts: dict[str, Any] = {}
+    if recipe.student.reads_text:
+        texts["texts"] = (data.texts or [])[: sample.rows]
+        texts["held_out_texts"] = (data.held_out_texts or [])[:_SAMPLE_TEXTS]
+    held_out_sample = data.held_out[:_SAMPLE_TEXTS]
+    distiller.fit(sample, held_out_sample, **texts, on_step=lambda *progress: times.append(time.perf_counter()))
+    stages = train.temperature.stages if train.temperature else 1
+    steps = -(-rows // train.batch_size) * train.epochs * stages * (3 if recipe.evaluate.front else 1)
+    return steps, steps * (times[-1] - times[0]) / max(len(times) - 1, 1) * train.batch_size / size
+
+
 def _sample(recipe: EmbeddingRecipe) -> tuple[EmbeddingData, int, int, float]:
-    """Read the vectors, or encode some texts; count the rows of both sets, and estimate the seconds for all texts."""
+    """Read the vectors, or encode some; count the rows of both sets, and estimate the teacher's seconds for all."""
     encoder = recipe.teacher.load()
     if encoder is None:
         data = load_data(recipe)
         return data, data.vectors.rows, len(data.held_out), 0.0
     train, held = read_texts(recipe)
+    size = max(_SAMPLE_TEXTS, 2 * recipe.student.dimensions)
+    encoder.encode(["the first call is slower"] * 2)
+    start = time.perf_counter()
+    tokens = recipe.student.read_tokens(encoder.model, size)
+    all_tokens = len(text_tokens(tokens.tokenizer)) if tokens else 0
+    token_seconds = (time.perf_counter() - start) * all_tokens / len(tokens.ids) if tokens else 0.0
+    if not recipe.trains:
+        assert tokens is not None
+        data = tokens_alone(recipe, encoder, tokens, held and Texts(held.texts[:_SAMPLE_TEXTS]))
+        return data, all_tokens, len(held.texts) if held else len(data.held_out), token_seconds
     assert train is not None
-    texts = train.texts[: max(_SAMPLE_TEXTS, 2 * recipe.student.dimensions)]
-    encoder.encode(texts[:2])  # the first call is slower
+    texts = train.texts[:size]
     start = time.perf_counter()
     vectors = torch.as_tensor(encoder.encode(texts), dtype=torch.float32)
     seconds = (time.perf_counter() - start) / len(texts)
-    data = EmbeddingData(TensorVectors(vectors), vectors, texts, texts, teacher=encoder.model)
+    data = EmbeddingData(TensorVectors(vectors), vectors, texts, texts, teacher=encoder.model, tokens=tokens)
     total = len(train.texts) + (len(held.texts) if held else 0)
     held_out = len(held.texts) if held else held_out_rows(total)
-    return data, total - held_out, held_out, seconds * total
+    return data, total - held_out, held_out, seconds * total + token_seconds

@@ -13,7 +13,8 @@ from torch import Tensor
 from potstill.data.duplicates import Overlap, find_overlap, hash_rows
 from potstill.data.loading import load
 from potstill.data.sources import Source
-from potstill.embedding.teachers import FileTeacher, encode_texts
+from potstill.embedding.static import TokenTable, vocabulary_words
+from potstill.embedding.teachers import FileTeacher, TextEncoder, encode_texts
 from potstill.embedding.vectors import TensorVectors, VectorArray, VectorSlice, check_vectors
 from potstill.errors import DataError
 from potstill.evaluate.space import MOST_ROWS
@@ -39,6 +40,7 @@ class EmbeddingData(NamedTuple):
     held_out_texts: list[str] | None = None
     pairs: ScoredPairs | None = None  # held-out rows with human scores
     teacher: Any = None  # the sentence-transformers model, if the teacher is one
+    tokens: TokenTable | None = None  # what the teacher makes of single tokens, if the student starts from it
     notes: tuple[str, ...] = ()  # to print
     eval_in_train: float = 0.0  # share of the held-out rows that are training rows
 
@@ -74,6 +76,11 @@ def _find_overlap(data: EmbeddingData) -> Overlap | None:
 def _read_data(recipe: EmbeddingRecipe, on_progress: Callable[[int, int], None]) -> EmbeddingData:
     train, held = read_texts(recipe)
     encoder = recipe.teacher.load()
+    model = encoder.model if encoder else None
+    tokens = recipe.student.read_tokens(model, on_progress=on_progress)
+    if not recipe.trains:
+        assert encoder is not None and tokens is not None
+        return tokens_alone(recipe, encoder, tokens, held)
     if isinstance(recipe.teacher, FileTeacher):
         vectors, eval_vectors = recipe.teacher.open()
     else:
@@ -88,7 +95,6 @@ def _read_data(recipe: EmbeddingRecipe, on_progress: Callable[[int, int], None])
             )
     notes = check_vectors(vectors, recipe.student.dimensions)
     texts = train.texts if train else None
-    model = encoder.model if encoder else None
     if eval_vectors is None:
         if train and train.pairs:
             notes.append("data.train.score: not used. Only pairs in data.eval are held out, and scored.")
@@ -100,7 +106,8 @@ def _read_data(recipe: EmbeddingRecipe, on_progress: Callable[[int, int], None])
             )
         cut = vectors.rows - held_out
         first, rest = VectorSlice(vectors, 0, cut), vectors.read(cut, vectors.rows)
-        return EmbeddingData(first, rest, texts and texts[:cut], texts and texts[cut:], None, model, tuple(notes))
+        texts, held_out_texts = texts and texts[:cut], texts and texts[cut:]
+        return EmbeddingData(first, rest, texts, held_out_texts, None, model, tokens, tuple(notes))
     if eval_vectors.dimensions != vectors.dimensions:
         raise DataError(
             f"{eval_vectors.name}: expected vectors of {vectors.dimensions} dimensions as in {vectors.name}, got "
@@ -109,7 +116,26 @@ def _read_data(recipe: EmbeddingRecipe, on_progress: Callable[[int, int], None])
     notes += check_vectors(eval_vectors, min(recipe.student.dimensions, eval_vectors.rows - 1))
     held_out_texts, pairs = held or (None, None)
     rest = eval_vectors.read(0, eval_vectors.rows)
-    return EmbeddingData(vectors, rest, texts, held_out_texts or None, pairs, model, tuple(notes))
+    return EmbeddingData(vectors, rest, texts, held_out_texts or None, pairs, model, tokens, tuple(notes))
+
+
+def tokens_alone(
+    recipe: EmbeddingRecipe, encoder: TextEncoder, tokens: TokenTable, held: Texts | None
+) -> EmbeddingData:
+    """Data of a run without training texts: the tokens' vectors, measured on data.eval or else on words."""
+    vectors = TensorVectors(tokens.vectors, "the vocabulary")
+    notes = check_vectors(vectors, recipe.student.dimensions)
+    if held is None:
+        held = Texts(vocabulary_words(tokens.tokenizer, 2 * MOST_ROWS))
+        if len(held.texts) < 3:
+            raise DataError(
+                "data.eval: expected texts, as the vocabulary has no words to measure on, got none. Name some."
+            )
+        notes.append("data.eval: none, so the metrics are of single words of the vocabulary. Name texts of your own.")
+    held_out = TensorVectors(encoder.encode(held.texts), "data.eval")
+    notes += check_vectors(held_out, min(recipe.student.dimensions, held_out.rows - 1))
+    rest = held_out.read(0, held_out.rows)
+    return EmbeddingData(vectors, rest, None, held.texts, held.pairs, encoder.model, tokens, tuple(notes))
 
 
 def held_out_rows(rows: int) -> int:

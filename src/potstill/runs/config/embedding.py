@@ -88,8 +88,19 @@ class EmbeddingRecipe(Document):
     evaluate: EmbeddingEvaluatePart = EmbeddingEvaluatePart()
     output: str = Field(min_length=1, description="the run directory")
 
+    @property
+    def trains(self) -> bool:
+        """Whether the student is trained; a static one can be made of the teacher's vocabulary alone."""
+        return self.data.train is not None or self.student.needs_data or not self.teacher.has_vocabulary
+
     @model_validator(mode="after")
     def _check_texts(self) -> Self:
+        if not self.trains:
+            unused = {"train": self.train != EmbeddingTrainPart(), "evaluate.front": self.evaluate.front}
+            unused["student.start"] = self.student.start is not None
+            for key in [key for key, given in unused.items() if given]:
+                raise ValueError(f"expected data.train with texts beside {key}, got none. Add texts, or remove {key}")
+            return self
         if (self.teacher.reads_text or self.student.reads_text) and self.data.train is None:
             raise ValueError("expected data.train with texts, got none")
         if self.data.eval and isinstance(self.teacher, FileTeacher) and self.teacher.eval_vectors is None:

@@ -1,0 +1,236 @@
+"""Static students: a vector for each token, which starts as what the teacher makes of the token alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.functional import embedding_bag, normalize
+
+from potstill.embedding.encoders import TextStudent
+from potstill.models.locate import require_package
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+OnProgress = Callable[[int, int], None]  # (done, total)
+
+BATCH_TOKENS = 512
+_BLOCK = 2**16  # tokens of texts whose vectors are in memory at a time
+# Chosen on dev data, as docs/benchmarks.md says: STS-B, BoolQ and Wikipedia titles, all-MiniLM-L6-v2.
+SIF = 1e-3  # smooth inverse frequency: a token of this frequency counts half (Arora et al. 2017, section 3)
+RIDGE = 1e-2  # strength of the pull of the map towards the teacher's own axes
+COMMON_DIRECTIONS = 4  # strongest directions that are removed from all tokens (Mu and Viswanath 2018)
+_UNUSED = re.compile(r"[\[<]\|?/?(unused|extra_id_|reserved)[\w ]*\|?[\]>]", re.IGNORECASE)
+_MARKERS = ("##", "▁", "Ġ", "</w>")  # which say that a token continues a word, starts or ends one
+
+
+def no_progress(done: int, total: int) -> None:
+    """Ignore the progress."""
+
+
+class TokenTable(NamedTuple):
+    """What a teacher makes of the tokens of a tokenizer, except for special and unused ones."""
+
+    tokenizer: Any
+    size: int  # V, of the whole vocabulary
+    ids: Tensor  # [N]
+    vectors: Tensor  # [N, H], the teacher's
+    weights: Tensor  # [N], smaller for frequent tokens
+
+    def table(self, rows: Tensor) -> Tensor:
+        """Put rows of the tokens, [N, d], into a table of the whole vocabulary, [V, d]; the others are 0."""
+        table = rows.new_zeros(self.size, rows.shape[1])
+        table[self.ids] = rows
+        return table
+
+    def sample(self, limit: int) -> TokenTable:
+        """Take at most `limit` evenly spaced tokens."""
+        chosen = evenly_spaced(len(self.ids), limit)
+        return self._replace(ids=self.ids[chosen], vectors=self.vectors[chosen], weights=self.weights[chosen])
+
+
+def evenly_spaced(rows: int, limit: int) -> Tensor:
+    """Choose at most `limit` of so many rows."""
+    return torch.arange(min(limit, rows)) * rows // min(limit, rows)
+
+
+def token_table(
+    model: SentenceTransformer, tokenizer: Any, limit: int | None = None, on_progress: OnProgress = no_progress
+) -> TokenTable:
+    """Compute a teacher's vectors of the tokens of a tokenizer: of all, or of `limit` evenly spaced ones."""
+    names, ids = token_names(tokenizer), text_tokens(tokenizer)
+    weights = token_weights(names, ids)
+    if limit is not None:
+        chosen = evenly_spaced(len(ids), limit)
+        ids, weights = ids[chosen], weights[chosen]
+    return TokenTable(tokenizer, len(names), ids, token_vectors(model, tokenizer, ids.tolist(), on_progress), weights)
+
+
+def token_names(tokenizer: Any) -> list[str]:
+    """The names of a tokenizer's tokens by id; "" for an id without one."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    names = [""] * (max(vocabulary.values()) + 1)
+    for name, id in vocabulary.items():
+        names[id] = name
+    return names
+
+
+def text_tokens(tokenizer: Any) -> Tensor:
+    """The ids of the tokens that texts are made of: no special and no unused ones. Sorted."""
+    special = {*tokenizer.all_special_ids}
+    names = enumerate(token_names(tokenizer))
+    return torch.tensor([id for id, name in names if name and id not in special and not _UNUSED.fullmatch(name)])
+
+
+def vocabulary_words(tokenizer: Any, limit: int) -> list[str]:
+    """At most `limit` evenly spaced tokens that are whole words, as texts."""
+    texts = dict.fromkeys(tokenizer.decode([id]).strip() for id in text_tokens(tokenizer).tolist())
+    words = [text for text in texts if text.isalpha()]
+    return [words[row] for row in evenly_spaced(len(words), limit).tolist()] if words else []
+
+
+def token_weights(names: Sequence[str], ids: Tensor) -> Tensor:
+    """Compute weights of tokens by smooth inverse frequency, of frequencies that follow Zipf's law.
+
+    Vocabularies are in the order of frequency, except that letters and punctuation come first in some. So the rank of a
+    token is the number of longer tokens before it, and single characters count as the most frequent.
+    """
+    longer = torch.tensor([not _is_single(names[id]) for id in ids.tolist()])
+    ranks = longer.cumsum(0) - longer.long()
+    frequencies = 1 / (ranks + 2) / (1 / torch.arange(2, len(ids) + 2)).sum()
+    return SIF / (SIF + frequencies)
+
+
+def _is_single(name: str) -> bool:
+    for marker in _MARKERS:
+        name = name.replace(marker, "")
+    return len(name) <= 1
+
+
+@torch.no_grad()
+def token_vectors(
+    model: SentenceTransformer,
+    tokenizer: Any,
+    ids: Sequence[int],
+    on_progress: OnProgress,
+) -> Tensor:
+    """Compute the teacher's vectors of single tokens, [len(ids), H]: each as a text, by its own pooling.
+
+    A mean leaves out the closing special tokens, which say little about a text of one token. Tokens of another
+    tokenizer are read as text.
+    """
+    own: Any = model.tokenizer
+    opening, closing = _special_tokens(own)
+    if own.get_vocab() == tokenizer.get_vocab():
+        pieces = [[id] for id in ids]
+    else:
+        texts = [tokenizer.decode([id]).strip() or tokenizer.decode([id]) for id in ids]
+        pieces = own(texts, add_special_tokens=False)["input_ids"]
+    first, *others = model
+    pools_mean = any(getattr(module, "pooling_mode", None) == "mean" for module in others)
+    order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
+    vectors: list[Tensor] = []
+    model.eval()
+    for start in range(0, len(order), BATCH_TOKENS):
+        rows = [[*opening, *pieces[i], *closing] for i in order[start : start + BATCH_TOKENS]]
+        features = own.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(model.device)
+        features = first({"input_ids": features["input_ids"], "attention_mask": features["attention_mask"]})
+        if pools_mean and closing:
+            lengths = features["attention_mask"].sum(1, keepdim=True) - len(closing)
+            positions = torch.arange(features["attention_mask"].shape[1], device=lengths.device)
+            features["attention_mask"] = (positions < lengths).long()
+        for module in others:
+            features = module(features)
+        vectors.append(features["sentence_embedding"].float().cpu())
+        on_progress(min(start + BATCH_TOKENS, len(order)), len(order))
+    return torch.cat(vectors)[torch.tensor(order).argsort()]
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and after a text."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:start], whole[start + len(bare) :]
+
+
+def spread_tokens(tokens: TokenTable) -> Tensor:
+    """Centre the vectors of tokens, remove their common directions, and multiply them by their weights: [N, H].
+
+    All statistics count a token by its weight, so that the many rare tokens do not decide alone.
+    """
+    weights = tokens.weights.double()[:, None]
+    x = tokens.vectors.double()
+    x = (x - (x * weights).sum(0) / weights.sum()) * weights
+    _, directions = torch.linalg.eigh(x.T @ x)  # by rising variance
+    common = directions[:, -COMMON_DIRECTIONS:]
+    return x - x @ common @ common.T
+
+
+def reduce_tokens(tokens: TokenTable, dimensions: int) -> Tensor:
+    """Reduce the vectors of tokens to [N, d], by PCA of what `spread_tokens` makes of them."""
+    x = spread_tokens(tokens)
+    _, directions = torch.linalg.eigh(x.T @ x)
+    return (x @ directions.flip(1)[:, :dimensions]).float()
+
+
+def fit_tokens(tokens: TokenTable, texts: Sequence[str], start: Tensor, components: Tensor) -> Tensor:
+    """Map the vectors of tokens to [N, d] so that texts come near their vectors `start`, [M, d].
+
+    The map is a ridge regression that is pulled towards `components`, [H, d], which maps the teacher's own vectors: it
+    is the same for all tokens, so that those which the texts lack learn with the others.
+    """
+    x = spread_tokens(tokens)
+    ids, lengths = token_ids(tokens.tokenizer, texts)
+    sums = embedding_bag(ids, tokens.table(x), lengths.cumsum(0) - lengths, mode="sum")
+    means, target = normalize(sums, dim=-1), start.double()
+    gram = means.T @ means
+    ridge = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
+    prior = components.double()
+    change = torch.linalg.solve(gram + ridge, means.T @ (target - means @ prior))
+    return (x @ (prior + change)).float()
+
+
+def mean_of_texts(tokenizer: Any, texts: Sequence[str], start: Tensor) -> Tensor:
+    """Make vectors of tokens, [V, d]: the mean of `start`, [M, d], over the texts with a token, smaller if frequent.
+
+    A token that no text has is 0.
+    """
+    ids, lengths = token_ids(tokenizer, texts)
+    rows, size = torch.arange(len(texts)).repeat_interleave(lengths), len(token_names(tokenizer))
+    sums = torch.zeros(size, start.shape[1])
+    for first in range(0, len(ids), _BLOCK):
+        sums.index_add_(0, ids[first : first + _BLOCK], start[rows[first : first + _BLOCK]])
+    counts = torch.bincount(ids, minlength=size)
+    frequencies = counts / counts.sum().clamp_min(1)
+    return sums * (SIF / (SIF + frequencies) / counts.clamp_min(1))[:, None]
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Split texts into tokens: the ids of all texts, one after the other, and the number of each text."""
+    encoded = text_tokenizer(tokenizer).encode_batch(list(texts), add_special_tokens=False)
+    ids = torch.tensor([id for text in encoded for id in text.ids], dtype=torch.long)
+    return ids, torch.tensor([len(text.ids) for text in encoded])
+
+
+def text_tokenizer(tokenizer: Any) -> Tokenizer:
+    """Copy a tokenizer for whole texts: a mean of token vectors has no maximum length."""
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def static_student(tokenizer: Any, vectors: Tensor) -> TextStudent:
+    """Make the fastest student: a vector for each token, [V, d], whose mean is the vector of a text."""
+    require_package("sentence_transformers", "embeddings", "student.static")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    static = StaticEmbedding(text_tokenizer(tokenizer), embedding_weights=vectors.clone())
+    return TextStudent(SentenceTransformer(modules=[static], device="cpu"))
