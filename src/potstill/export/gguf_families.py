@@ -51,7 +51,7 @@ def gguf_family(config: Any) -> GgufFamily:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise _refusal(f"one of {', '.join(FAMILIES)}", config.model_type, "Export another format, or another student")
+        raise _refusal(f"one of {', '.join(FAMILIES)}", config.model_type)
     activation = getattr(config, "hidden_activation", None) or getattr(config, "activation_function", None)
     activation = activation or config.hidden_act
     if activation != family.activation:

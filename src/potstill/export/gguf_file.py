@@ -42,7 +42,7 @@ def write_gguf(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path, quant
     for name, weight in weights.items():
         own = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if own is None:
-            raise ModelError(f"export: expected for GGUF weights that {family.arch} has, got {name}. Export ONNX.")
+            raise ModelError(f"export: expected for GGUF weights that {family.arch} has, got {name}.")
         _add(gguf, writer, own, gguf_weight(name, weight, config, family).numpy(), quantize, tied)
     for own, factors in rope_tensors(config).items():
         writer.add_tensor(own, factors.float().numpy())

@@ -16,6 +16,7 @@ _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
+_MARKED = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # llama.cpp's names of what splits a text into words before bytes are merged: the expression, whether words that are
 # tokens are not merged at all, and the name.
@@ -23,7 +24,7 @@ _SPLITS = {
     (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}", True): "llama-bpe",
     (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}", False): "dbrx",
     (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}", False): "qwen2",
-    (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", False): "qwen35",
+    (rf"{_CONTRACTIONS}|{_MARKED}", False): "qwen35",
     (rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_CASED_REST}", True): "tekken",
     (rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_CASED_REST}", False): "gpt-4o",
 }  # fmt: skip
@@ -46,7 +47,7 @@ def write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int, 
     vocabulary = tokenizer.get_vocab()
     if max(vocabulary.values()) >= rows:
         raise ModelError(
-            f"export: expected a model with embeddings of all {max(vocabulary.values()) + 1:,} tokens, got {rows:,}. Save "
+            f"export: expected embeddings of all {max(vocabulary.values()) + 1:,} tokens, got {rows:,}. Save "
             "the tokenizer that the model was trained with beside it."
         )
     tokens, types = _tokens(spec, vocabulary, rows)
@@ -66,7 +67,7 @@ def write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int, 
 
 
 def _refusal(expected: str, got: object) -> ModelError:
-    return ModelError(f"export: expected for GGUF {expected}, got {got}. llama.cpp has no such tokenizer; export ONNX.")
+    return ModelError(f"export: expected for GGUF {expected}, got {got}. llama.cpp has no such tokenizer.")
 
 
 def _tokens(spec: dict[str, Any], vocabulary: dict[str, int], rows: int) -> tuple[list[str], list[int]]:

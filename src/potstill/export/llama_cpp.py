@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
-from ctypes import POINTER, byref, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 
 from potstill.errors import RunError, UserError, one_line
 from potstill.models.locate import require_package
@@ -89,6 +90,11 @@ def _library() -> Any:
     return library
 
 
+def program_version() -> str:
+    """What runs the files, for reports."""
+    return f"llama.cpp of xllamacpp {require_package('xllamacpp', 'export', 'export').__version__}"
+
+
 _errors: list[str] = []
 
 
@@ -128,7 +134,7 @@ class LlamaCpp:
         sizes = self._library.llama_n_ctx(self._context), self._library.llama_n_batch(self._context)
         if sizes[0] < params.n_ctx or sizes[1] != CHUNK:  # the fields of another version lie elsewhere
             raise UserError(f"export: expected an xllamacpp whose contexts are as asked for, got {sizes}. Update it.")
-        threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        threads = torch.get_num_threads()
         self._library.llama_set_n_threads(self._context, threads, threads)
 
     def __enter__(self) -> Self:
@@ -159,31 +165,29 @@ class LlamaCpp:
         """Give the next-token logits of all positions of a row, float32 [up to CHUNK, V] at a time."""
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
         for start in range(0, len(ids), CHUNK):
-            chunk = ids[start : start + CHUNK]
-            self._decode(chunk, start, all_logits=True)
-            rows = np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (len(chunk), self.num_tokens))
-            yield rows.copy()
+            yield self._decode(ids[start : start + CHUNK], start).copy()
 
-    def generate(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """Continue a row greedily, to an end token, which is the last one then."""
-        ends, written, logits = self.ends(), [], None
-        for logits in self.logits(ids):
-            pass
-        for _ in range(new_tokens):
+    def generate(self, ids: Sequence[int], new_tokens: int, ends: frozenset[int] | None = None) -> list[int]:
+        """Continue a row greedily, to an end token, which is the last one then; by default to those of the file."""
+        ends = self.ends() if ends is None else ends
+        *_, logits = self.logits(ids)
+        written: list[int] = []
+        while len(written) < new_tokens:
             written.append(int(logits[-1].argmax()))
-            if written[-1] in ends:
+            if written[-1] in ends or len(written) == new_tokens:
                 break
-            self._decode(written[-1:], len(ids) + len(written) - 1, all_logits=True)
-            logits = np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (1, self.num_tokens))
+            logits = self._decode(written[-1:], len(ids) + len(written) - 1)
         return written
 
-    def _decode(self, ids: Sequence[int], start: int, *, all_logits: bool) -> None:
+    def _decode(self, ids: Sequence[int], start: int) -> np.ndarray:
+        """Read tokens at the positions from `start` on, and give their logits, which the next call overwrites."""
         batch = self._library.llama_batch_init(len(ids), 0, 1)
         for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
-            batch.seq_id[i][0], batch.logits[i] = 0, all_logits or i == len(ids) - 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, 1
+            batch.seq_id[i][0] = 0
         batch.n_tokens = len(ids)
         status = self._library.llama_decode(self._context, batch)
         self._library.llama_batch_free(batch)
         if status:
             raise RunError(f"export: expected llama.cpp to read {len(ids)} tokens, got status {status}.")
+        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (len(ids), self.num_tokens))
