@@ -14,18 +14,18 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from conftest import TEXT, make_llama, make_tokenizer
-from potstill.export.gguf_families import FAMILIES
-from potstill.export.gguf_file import write_gguf
-from potstill.export.gguf_tokenizer import _SPLITS
-from potstill.export.llama_cpp import LlamaCpp
+from potstill.formats.gguf_families import FAMILIES
+from potstill.formats.gguf_file import write_gguf
+from potstill.formats.gguf_tokenizer import _SPLITS
+from potstill.formats.llama_cpp import LlamaCpp
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'potstill[export]'")
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.12, "eos_token_id": 0,
-    "bos_token_id": None, "pad_token_id": 1,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.12,
+    "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 1,
 }  # fmt: skip
 GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.12}
 WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8}
@@ -37,7 +37,6 @@ LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [1.5, 2.0, 3.0, 4.0],
     "short_factor": [1.0, 1.1, 1.2, 1.3], "original_max_position_embeddings": 512, "factor": 2.0,
 }  # fmt: skip
-BIASES = {"attention_bias": True, "mlp_bias": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, untied": ("llama", {"tie_word_embeddings": False}),

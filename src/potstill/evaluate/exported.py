@@ -50,9 +50,9 @@ def write_exports(exports: Exports, folder: Path) -> None:
     write_text(folder / FILE, exports.model_dump_json(indent=2) + "\n")
 
 
-def read_exports(run_directory: Path) -> Exports | None:
-    """The records of a run's exports; None without any."""
-    path = run_directory / FOLDER / FILE
+def read_exports(folder: Path) -> Exports | None:
+    """The records of the exports in a folder; None without any."""
+    path = folder / FILE
     return Exports.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

@@ -14,12 +14,12 @@ from potstill.data.batches import encode
 from potstill.data.files import atomic_path, explain_disk_full
 from potstill.data.sources import Source
 from potstill.errors import UserError, nearest
-from potstill.evaluate.exported import FOLDER, Exports, read_exports, write_exports
+from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, read_exports, write_exports
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.evaluate.speed import weight_bytes
-from potstill.export.gguf_file import GgufType, write_gguf
-from potstill.export.llama_cpp import program_version
-from potstill.export.measure import compare_models, measure_gguf, measured_rows
+from potstill.formats.gguf_file import GgufType, write_gguf
+from potstill.formats.llama_cpp import program_version
+from potstill.formats.measure import compare_models, measure_gguf, measured_rows
 from potstill.models.adapted import is_adapted, merged
 from potstill.models.heads import token_rows
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
@@ -132,12 +132,17 @@ def export_model(
             with part(console, f"measuring {path.name} in llama.cpp"):
                 file = measure_gguf(partial, kind, model, teacher, rows, tokenizer, vocabulary=vocabulary)
         exports.files.append(file.model_copy(update={"file": path.name}))
-    before = read_exports(out.parent) if out.name == FOLDER else None
-    new = {file.file for file in exports.files}
-    kept = [file for file in before.files if file.file not in new] if before else []
-    exports.files = [*kept, *exports.files]
+    exports.files = [*_earlier(exports, out), *exports.files]
     write_exports(exports, out)
     return exports
+
+
+def _earlier(exports: Exports, out: Path) -> list[ExportedFile]:
+    """Files of an earlier export that were measured on the same rows, and are not written anew."""
+    before, new = read_exports(out), {file.file for file in exports.files}
+    if before is None or (before.program, before.tokens) != (exports.program, exports.tokens):
+        return []
+    return [file for file in before.files if file.file not in new and (out / file.file).exists()]
 
 
 def _check_kinds(to: str, quantize: Sequence[str]) -> None:

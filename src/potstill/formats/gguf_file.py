@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.files import atomic_path
 from potstill.errors import ModelError
-from potstill.export.gguf_families import gguf_family, gguf_weight, rope_tensors, write_parameters
-from potstill.export.gguf_tokenizer import write_tokenizer
+from potstill.formats.gguf_families import gguf_family, gguf_weight, rope_tensors, write_parameters
+from potstill.formats.gguf_tokenizer import write_tokenizer
 from potstill.models.locate import require_package
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -59,9 +59,9 @@ def _arch(gguf: Any, name: str) -> Any:
 
 def _add(gguf: Any, writer: Any, name: str, weight: np.ndarray, quantize: GgufType, tied: bool) -> None:
     kind = _tensor_type(name, weight, quantize, tied)
-    raw = gguf.quants.quantize(np.ascontiguousarray(weight), gguf.GGMLQuantizationType[kind.upper()])
-    if kind == "f16" and not np.isfinite(raw).all():
+    if kind == "f16" and np.abs(weight).max() > np.finfo(np.float16).max:
         raise ModelError(f"export: expected weights below 65,504 for {quantize}, got larger ones in {name}. Use bf16.")
+    raw = gguf.quants.quantize(np.ascontiguousarray(weight), gguf.GGMLQuantizationType[kind.upper()])
     writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
 
 

@@ -18,7 +18,7 @@ from potstill.data.batches import in_batches
 from potstill.errors import RunError
 from potstill.evaluate.exported import ExportedFile
 from potstill.evaluate.quality import Quality, compare
-from potstill.export.llama_cpp import CHUNK, LlamaCpp
+from potstill.formats.llama_cpp import CHUNK, LlamaCpp
 from potstill.models.chat import end_token_ids
 
 PROMPT, NEW_TOKENS = 128, 32  # tokens that are timed
@@ -114,7 +114,7 @@ def _token_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase) -> Iterat
     if plain is not None:
         own, mine = loaded.tokenize(plain), tokenizer(plain)["input_ids"]
         raise RunError(
-            f"export: expected llama.cpp to split {plain!r} into {mine} as the tokenizer does, got {own}. Use a tokenizer "
+            f"export: expected the tokenizer's tokens {mine} for {plain!r} from llama.cpp, got {own}. Use a tokenizer "
             "of a family that GGUF knows."
         )
     if differ:
