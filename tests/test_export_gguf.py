@@ -198,3 +198,9 @@ def test_tokenizers_agree_on_a_thousand_texts(kind: str, tmp_path: Path) -> None
         assert differ
         differ = [text for text in differ if text.isascii()]
     assert differ == []
+
+
+def test_the_page_lists_the_families() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+    rows = [f"| `{name}` | `{family.arch}` | `{family.activation}` |" for name, family in FAMILIES.items()]
+    assert "\n".join(["| Family | Architecture there | Activation |", "|---|---|---|", *rows]) in page
