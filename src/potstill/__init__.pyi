@@ -73,6 +73,7 @@ from .runs.config.run import Recipe as Recipe
 from .runs.diagnose import diagnose as diagnose
 from .runs.diagnose import teacher_temperatures as teacher_temperatures
 from .runs.embedding import run_embedding as run_embedding
+from .runs.export import export as export
 from .runs.generate import Generated as Generated
 from .runs.generate import generate as generate
 from .runs.run import RunResult as RunResult

@@ -14,9 +14,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from potstill.data.show import shown_rows
 from potstill.errors import RecipeError, one_line
+from potstill.evaluate.exported import FOLDER
 from potstill.evaluate.report.page import write_report, write_rows, write_student_card
 from potstill.evaluate.summary import write_summary
 from potstill.models.adapted import convert_saved, merged
+from potstill.models.loading import load_model
 from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun
 from potstill.runs.interruption import Interruption
@@ -66,6 +68,18 @@ def measure_models(built: BuiltRun, directory: Path, console: Console) -> None:
     write_summary(summarize(built, students, directory, console), directory)
 
 
+def export_student(built: BuiltRun, directory: Path, console: Console) -> None:
+    """Write the files that the recipe's `export` names, and measure them beside the teacher if it has their tokens."""
+    if not (kinds := [part.quantize for part in built.recipe.export]):
+        return
+    from potstill.runs.export import export_model  # needs packages of an extra
+
+    teacher = built.loaded.model if built.alignment_stats is None else None
+    model = load_model(str(directory / "student"), "student", "float32")
+    measured: dict[str, Any] = {"rows": built.eval.dataset, "teacher": teacher, "student_folder": directory / "student"}
+    export_model(model, built.tokenizer, kinds, directory / FOLDER, **measured, console=console)
+
+
 def write_pages(built: BuiltRun, directory: Path, console: Console) -> None:
     """Write the student's card and report.html."""
     with part(console, "writing the report"):
@@ -85,6 +99,7 @@ STEPS = (
     Step("train baseline", train_baseline, every_rank=True),
     Step("train from random weights", train_random, every_rank=True),
     Step("measure", measure_models),
+    Step("export", export_student),
     Step("report", write_pages),
 )
 

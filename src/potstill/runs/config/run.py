@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from potstill.data.masking import MASKED_SHARE
 from potstill.data.sources import Source, in_parts
+from potstill.formats.gguf_file import GgufType
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.declared import Either
 from potstill.models.adapters import adapter_conflicts
@@ -71,6 +72,13 @@ class EvaluatePart(Part):
         return ("student", *(name for name, wanted in compared.items() if wanted))
 
 
+class ExportPart(Part):
+    """A file of the student for another program, measured there."""
+
+    to: Literal["gguf"] = "gguf"
+    quantize: GgufType = Field("f16", description="of its matrices")
+
+
 class Recipe(Document):
     """A distillation run."""
 
@@ -88,6 +96,7 @@ class Recipe(Document):
     rollout: RolloutConfig | None = Field(None, description="train on samples of the student; by default on data alone")
     train: TrainPart = Field(default_factory=dict, description="any field of transformers.TrainingArguments")
     evaluate: EvaluatePart = Field(default_factory=lambda: EvaluatePart.model_validate({}))
+    export: list[ExportPart] = Field(default_factory=list, description="files of the student, in export/")
     output: str = Field(min_length=1, description="the run directory")
 
     @classmethod
@@ -102,11 +111,19 @@ class Recipe(Document):
             *self._task_mistakes(),
             *self._rollout_mistakes(),
             *self._random_start_mistakes(),
+            *self._export_mistakes(),
             *adapter_conflicts(self.student.adapter, self.task, self.train),
         ]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    def _export_mistakes(self) -> Iterator[str]:
+        if self.export and self.task != "causal":
+            yield f"export: expected the task causal for GGUF, got {self.task}."
+        kinds = [part.quantize for part in self.export]
+        if repeated := [kind for place, kind in enumerate(kinds) if kind in kinds[:place]]:
+            yield f"export: expected each file once, got {repeated[0]} twice."
 
     def _task_mistakes(self) -> Iterator[str]:
         """Find what is not defined for the task, each mistake as a line that begins with its key."""

@@ -1,0 +1,55 @@
+"""The command `potstill export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from potstill.cli.app import app, comparison_table, console, show
+from potstill.errors import UserError
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(help="a run directory, or a folder with a model", show_default=False)],
+    to: Annotated[str, typer.Option(help="format: gguf")] = "gguf",
+    quantize: Annotated[
+        str, typer.Option(help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; several, comma-separated")
+    ] = "f16",
+    data: Annotated[str | None, typer.Option(help="held-out data to measure a model on; a run has its own")] = None,
+    field: Annotated[str | None, typer.Option(help="column of plain text in --data")] = None,
+    teacher: Annotated[str | None, typer.Option(help="model to compare a model with; a run has its own")] = None,
+    max_length: Annotated[int, typer.Option(help="most tokens in a row of --data", min=2)] = 512,
+    tokens: Annotated[int, typer.Option(help="held-out tokens to measure on, about", min=1)] = 2048,
+    out: Annotated[Path | None, typer.Option(help="folder for a model's files; default: export/ in its folder")] = None,
+) -> None:
+    """Write a student as GGUF, for llama.cpp, and measure each file in llama.cpp itself.
+
+    A run's files go to its export/, and their figures to its report and model card.
+    """
+    from potstill.data.sources import Source
+    from potstill.runs.export import export as export_student
+
+    if field is not None and data is None:
+        raise UserError("--field: expected --data with it, got none. A run has its own held-out data.")
+    source = None if data is None else Source(data, field=field)
+    kinds: Any = [kind.strip() for kind in quantize.split(",")]
+    measured: dict[str, Any] = {"data": source, "teacher": teacher, "max_length": max_length, "tokens": tokens}
+    exports = export_student(student, to, kinds, **measured, out=out, console=console)  # type: ignore[arg-type]
+    show_exports(exports)
+
+
+def show_exports(exports: Any) -> None:
+    """Print a column for the student and one for each file."""
+    from potstill.evaluate.exported import COLUMNS, export_rows
+
+    names, *measures = zip(*export_rows(exports), strict=True)
+    table = comparison_table(names, title=exports.program)
+    for name, values in zip(COLUMNS[1:], measures, strict=True):
+        table.add_row(name, *values)
+    show(table)
+    for file in exports.files:
+        for note in file.notes:
+            console.print(f"{file.file}: {note}", highlight=False, markup=False)

@@ -1,0 +1,75 @@
+"""Write a model and its tokenizer as one GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from potstill.data.files import atomic_path
+from potstill.errors import ModelError
+from potstill.formats.gguf_families import gguf_family, gguf_weight, rope_tensors, write_parameters
+from potstill.formats.gguf_tokenizer import write_tokenizer
+from potstill.models.locate import require_package
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+_FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+def write_gguf(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path, quantize: GgufType = "f16") -> None:
+    """Write a causal model; matrices are quantized, vectors are in float32.
+
+    The head, or the embeddings where they are the head too, have at least 8 bits, as llama.cpp's own files; rows that
+    no block of 32 divides have 16.
+
+    Raises:
+        ModelError: llama.cpp does not compute this model or its tokenizer.
+    """
+    gguf = require_package("gguf", "export", "export")
+    config = model.config
+    family = gguf_family(config)
+    writer = gguf.GGUFWriter(None, family.arch)
+    write_parameters(writer, config, family)
+    write_tokenizer(writer, tokenizer, model.get_input_embeddings().weight.shape[0], model)
+    writer.add_file_type(_FILE_TYPES[quantize])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    names = gguf.get_tensor_name_map(_arch(gguf, family.arch), config.num_hidden_layers)
+    tied = config.tie_word_embeddings
+    weights = {name: weight for name, weight in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    for name, weight in weights.items():
+        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if own is None:
+            raise ModelError(f"export: expected for GGUF weights that {family.arch} has, got {name}.")
+        _add(gguf, writer, own, gguf_weight(name, weight, config, family).numpy(), quantize, tied)
+    for own, factors in rope_tensors(config).items():
+        writer.add_tensor(own, factors.float().numpy())
+    with atomic_path(path) as partial:
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _arch(gguf: Any, name: str) -> Any:
+    return next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+
+
+def _add(gguf: Any, writer: Any, name: str, weight: np.ndarray, quantize: GgufType, tied: bool) -> None:
+    kind = _tensor_type(name, weight, quantize, tied)
+    if kind == "f16" and np.abs(weight).max() > np.finfo(np.float16).max:
+        raise ModelError(f"export: expected weights below 65,504 for {quantize}, got larger ones in {name}. Use bf16.")
+    raw = gguf.quants.quantize(np.ascontiguousarray(weight), gguf.GGMLQuantizationType[kind.upper()])
+    writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
+
+
+def _tensor_type(name: str, weight: np.ndarray, quantize: GgufType, tied: bool) -> str:
+    if weight.ndim == 1 or name == "position_embd.weight":
+        return "f32"
+    if not quantize.startswith("q"):
+        return quantize
+    if weight.shape[-1] % 32:
+        return "f16"
+    return "q8_0" if name == (EMBEDDING if tied else HEAD) else quantize

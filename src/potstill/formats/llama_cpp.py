@@ -1,0 +1,193 @@
+"""Run a GGUF file in llama.cpp itself, by the C functions of llama.h, which xllamacpp's extension module exports."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from potstill.errors import RunError, UserError, one_line
+from potstill.models.locate import require_package
+
+CHUNK = 256  # tokens of one pass: their logits are held at once
+_LOG_ERROR = 4  # level of ggml
+_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("n_tokens", c_int32),
+        ("token", POINTER(c_int32)),
+        ("embd", c_void_p),
+        ("pos", POINTER(c_int32)),
+        ("n_seq_id", POINTER(c_int32)),
+        ("seq_id", POINTER(POINTER(c_int32))),
+        ("logits", POINTER(c_int8)),
+    ]
+
+
+class _ModelParams(ctypes.Structure):
+    """Larger than llama_model_params: it is passed by address, and only defaults are used."""
+
+    _fields_ = [("opaque", c_void_p * 64)]
+
+
+class _ContextParams(ctypes.Structure):
+    """The first fields of llama_context_params, and more room than the others need."""
+
+    _fields_ = [("n_ctx", c_uint32), ("n_batch", c_uint32), ("n_ubatch", c_uint32), ("n_seq_max", c_uint32)]
+    _fields_ += [("opaque", c_void_p * 64)]
+
+
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "llama_log_set": (None, [_Log, c_void_p]),
+    "llama_backend_init": (None, []),
+    "llama_model_default_params": (_ModelParams, []),
+    "llama_context_default_params": (_ContextParams, []),
+    "llama_model_load_from_file": (c_void_p, [c_char_p, _ModelParams]),
+    "llama_init_from_model": (c_void_p, [c_void_p, _ContextParams]),
+    "llama_model_free": (None, [c_void_p]),
+    "llama_free": (None, [c_void_p]),
+    "llama_model_get_vocab": (c_void_p, [c_void_p]),
+    "llama_model_n_ctx_train": (c_int32, [c_void_p]),
+    "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
+    "llama_n_ctx": (c_uint32, [c_void_p]),
+    "llama_n_batch": (c_uint32, [c_void_p]),
+    "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
+    "llama_get_memory": (c_void_p, [c_void_p]),
+    "llama_memory_clear": (None, [c_void_p, c_bool]),
+    "llama_batch_init": (_Batch, [c_int32, c_int32, c_int32]),
+    "llama_batch_free": (None, [_Batch]),
+    "llama_decode": (c_int32, [c_void_p, _Batch]),
+    "llama_get_logits": (POINTER(c_float), [c_void_p]),
+    "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
+}
+
+
+@cache
+def _library() -> Any:
+    module = require_package("xllamacpp", "export", "export")
+    library = ctypes.CDLL(module.xllamacpp.__file__)
+    for name, (result, arguments) in _FUNCTIONS.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError:
+            raise UserError(
+                f"export: expected an xllamacpp that exports {name}, got {module.__version__} without it. Install "
+                "xllamacpp 2026.5 or later on Linux or macOS."
+            ) from None
+        function.restype, function.argtypes = result, arguments
+    library.llama_log_set(_collect, None)
+    library.llama_backend_init()
+    return library
+
+
+def program_version() -> str:
+    """What runs the files, for reports."""
+    return f"llama.cpp of xllamacpp {require_package('xllamacpp', 'export', 'export').__version__}"
+
+
+_errors: list[str] = []
+
+
+@_Log
+def _collect(level: int, text: bytes, _: Any) -> None:
+    """Keep what llama.cpp says of a failure, and print nothing."""
+    if level >= _LOG_ERROR:
+        _errors.append(text.decode(errors="replace"))
+
+
+class LlamaCpp:
+    """A GGUF file, loaded by llama.cpp; close it, or use it in a with statement.
+
+    Raises:
+        RunError: llama.cpp does not load the file.
+    """
+
+    def __init__(self, path: Path, positions: int | None = None) -> None:
+        self._library, self._context, self._model = _library(), None, None
+        _errors.clear()
+        params = self._library.llama_model_default_params()
+        self._model = self._library.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise RunError(f"export: expected a file that llama.cpp loads, got {path}: {one_line(' '.join(_errors))}")
+        self._vocabulary = self._library.llama_model_get_vocab(self._model)
+        self.num_tokens = int(self._library.llama_vocab_n_tokens(self._vocabulary))
+        self.context_length = int(self._library.llama_model_n_ctx_train(self._model))
+        self._open(min(positions or self.context_length, self.context_length))
+
+    def _open(self, positions: int) -> None:
+        params = self._library.llama_context_default_params()
+        # llama.cpp rounds contexts up to whole blocks of its cache.
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = max(positions, 256), CHUNK, CHUNK, 1
+        self._context = self._library.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise RunError(f"export: expected a context of {positions} tokens, got none: {one_line(' '.join(_errors))}")
+        sizes = self._library.llama_n_ctx(self._context), self._library.llama_n_batch(self._context)
+        if sizes[0] < params.n_ctx or sizes[1] != CHUNK:  # the fields of another version lie elsewhere
+            raise UserError(f"export: expected an xllamacpp whose contexts are as asked for, got {sizes}. Update it.")
+        threads = torch.get_num_threads()
+        self._library.llama_set_n_threads(self._context, threads, threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._context:
+            self._library.llama_free(self._context)
+        if self._model:
+            self._library.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a generated text."""
+        return frozenset(i for i in range(self.num_tokens) if self._library.llama_vocab_is_eog(self._vocabulary, i))
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Split a text, with BOS if the file says so; with `special`, the names of special tokens in it are tokens."""
+        raw = text.encode("utf-8", errors="replace")
+        room = (c_int32 * (len(raw) + 16))()
+        number = self._library.llama_tokenize(self._vocabulary, raw, len(raw), room, len(room), True, special)
+        return list(room[:number])
+
+    def logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Give the next-token logits of all positions of a row, float32 [up to CHUNK, V] at a time."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        for start in range(0, len(ids), CHUNK):
+            yield self._decode(ids[start : start + CHUNK], start).copy()
+
+    def generate(self, ids: Sequence[int], new_tokens: int, ends: frozenset[int] | None = None) -> list[int]:
+        """Continue a row greedily, to an end token, which is the last one then; by default to those of the file."""
+        ends = self.ends() if ends is None else ends
+        *_, logits = self.logits(ids)
+        written: list[int] = []
+        while len(written) < new_tokens:
+            written.append(int(logits[-1].argmax()))
+            if written[-1] in ends or len(written) == new_tokens:
+                break
+            logits = self._decode(written[-1:], len(ids) + len(written) - 1)
+        return written
+
+    def _decode(self, ids: Sequence[int], start: int) -> np.ndarray:
+        """Read tokens at the positions from `start` on, and give their logits, which the next call overwrites."""
+        batch = self._library.llama_batch_init(len(ids), 0, 1)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, 1
+            batch.seq_id[i][0] = 0
+        batch.n_tokens = len(ids)
+        status = self._library.llama_decode(self._context, batch)
+        self._library.llama_batch_free(batch)
+        if status:
+            raise RunError(f"export: expected llama.cpp to read {len(ids)} tokens, got status {status}.")
+        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (len(ids), self.num_tokens))

@@ -1,0 +1,174 @@
+"""Export a student to files for other programs, each measured there before it takes its name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from potstill.data.batches import encode
+from potstill.data.files import atomic_path, explain_disk_full
+from potstill.data.sources import Source
+from potstill.errors import UserError, nearest
+from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, read_exports, write_exports
+from potstill.evaluate.report.page import write_report, write_student_card
+from potstill.evaluate.speed import weight_bytes
+from potstill.formats.gguf_file import GgufType, write_gguf
+from potstill.formats.llama_cpp import program_version
+from potstill.formats.measure import compare_models, measure_gguf, measured_rows
+from potstill.models.adapted import is_adapted, merged
+from potstill.models.heads import token_rows
+from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from potstill.runs.config.run import Recipe
+from potstill.runs.progress import part
+
+Format = Literal["gguf"]
+MEASURED_TOKENS = 2048  # held-out tokens that the files are measured on
+
+
+@suppress_warnings()
+def export(
+    student: str | Path,
+    to: Format = "gguf",
+    quantize: Sequence[GgufType] = ("f16",),
+    *,
+    data: Source | None = None,
+    teacher: str | None = None,
+    max_length: int = 512,
+    tokens: int = MEASURED_TOKENS,
+    out: Path | None = None,
+    console: Console | None = None,
+) -> Exports:
+    """Export the student of a run directory, or a model, and measure each file in the program that it is for.
+
+    A run's files go to its `export/`, are measured on its held-out data beside its teacher, and stand in its report and
+    model card. A file that cannot be loaded, or reads plain text as other tokens, is not left behind.
+
+    Args:
+        quantize: of each file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
+        data: held-out data to measure a model on; a run has its own.
+        teacher: a model with the same tokens to compare a model with; a run has its own.
+        max_length: tokens of a row of `data`.
+        tokens: held-out tokens to measure on, about.
+        out: folder for a model's files; by default `export` in its own.
+    """
+    _check_kinds(to, quantize)
+    folder, console = Path(student).expanduser(), console or Console(quiet=True)
+    recipe = _recipe_of(folder)
+    options: dict[str, Any] = {"max_length": max_length}
+    name = str(student)
+    if recipe is not None:
+        if data is not None or teacher is not None or out is not None:
+            raise UserError(
+                f"export: expected no data, teacher or out with a run, got some with {folder}. It has its own."
+            )
+        name, data = str(folder / "student"), recipe.data.eval
+        options = {"max_length": recipe.data.max_length, "packing": recipe.data.packing}
+        # The teacher of a student with fewer tokens was cut in memory alone.
+        teacher = recipe.teacher.model_path if recipe.student.vocabulary is None else None
+        out = folder / FOLDER
+    with part(console, "reading models and data"):
+        tokenizer, model = load_tokenizer(name, "student"), load_model(name, "student", "float32")
+        rows = None if data is None else encode(data, tokenizer, **options).dataset
+        other = None if teacher is None or rows is None else _teacher(teacher, tokenizer)
+    if out is None and not folder.is_dir():
+        raise UserError(f"--out: expected a folder for the files of {student}, got none. Name one.")
+    out = folder / FOLDER if out is None else out
+    exports = export_model(
+        model,
+        tokenizer,
+        quantize,
+        out,
+        rows=rows,
+        teacher=other,
+        student_folder=Path(name),
+        tokens=tokens,
+        console=console,
+    )
+    if recipe is not None and (folder / "summary.json").exists():
+        write_student_card(folder)
+        write_report(folder)
+    return exports
+
+
+def export_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    quantize: Sequence[GgufType],
+    out: Path,
+    *,
+    rows: Dataset | None,
+    teacher: Any,
+    student_folder: Path,
+    tokens: int = MEASURED_TOKENS,
+    console: Console,
+) -> Exports:
+    """Export a loaded model, and measure its files on held-out rows."""
+    if is_adapted(model):
+        model = merged(model)
+    models = {"student": model} | ({} if teacher is None else {"teacher": teacher})
+    vocabulary = min(token_rows(x, "causal") for x in models.values())
+    exports = Exports(program=program_version(), student_bytes=weight_bytes(student_folder))
+    rows = None if rows is None else measured_rows(rows, tokens)
+    if rows is not None:
+        reference = None if teacher is None else "teacher"
+        with part(console, "measuring the student"):
+            quality = compare_models(models, reference, rows, tokenizer, vocabulary)
+        exports.tokens, exports.student_loss = quality["student"].tokens, quality["student"].loss
+        if teacher is not None:
+            exports.student_teacher_kl, exports.teacher_loss = quality["student"].kl, quality["teacher"].loss
+    out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob("student-*.partial"):  # by a kill during an earlier export
+        left.unlink()
+    for kind in quantize:
+        path = out / f"student-{kind}.gguf"
+        with explain_disk_full(out, 4 * model.num_parameters()), atomic_path(path) as partial:
+            with part(console, f"writing {path.name}"):
+                write_gguf(model, tokenizer, partial, kind)
+            with part(console, f"measuring {path.name} in llama.cpp"):
+                file = measure_gguf(partial, kind, model, teacher, rows, tokenizer, vocabulary=vocabulary)
+        exports.files.append(file.model_copy(update={"file": path.name}))
+    exports.files = [*_earlier(exports, out), *exports.files]
+    write_exports(exports, out)
+    return exports
+
+
+def _earlier(exports: Exports, out: Path) -> list[ExportedFile]:
+    """Files of an earlier export that were measured on the same rows, and are not written anew."""
+    before, new = read_exports(out), {file.file for file in exports.files}
+    if before is None or (before.program, before.tokens) != (exports.program, exports.tokens):
+        return []
+    return [file for file in before.files if file.file not in new and (out / file.file).exists()]
+
+
+def _check_kinds(to: str, quantize: Sequence[str]) -> None:
+    if to not in get_args(Format):
+        raise UserError(f"--to: expected {', '.join(get_args(Format))}, got {to}.")
+    known = get_args(GgufType)
+    if unknown := [kind for kind in quantize if kind not in known]:
+        raise UserError(
+            f"--quantize: expected some of {', '.join(known)}, got {unknown[0]}.{nearest(unknown[0], known)}"
+        )
+
+
+def _recipe_of(folder: Path) -> Recipe | None:
+    """The recipe of a run directory; None for a model."""
+    if not (folder / "recipe.yaml").exists():
+        return None
+    recipe = Recipe.load(folder / "recipe.yaml")
+    if recipe.task != "causal":
+        raise UserError(f"export: expected a run of the task causal for GGUF, got {recipe.task}.")
+    if not (folder / "student").is_dir():
+        raise UserError(f"export: expected a finished run, got {folder} without student/. Finish it with --resume.")
+    return recipe
+
+
+def _teacher(name: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Load the teacher if it has the student's tokens; else nothing compares them."""
+    if load_tokenizer(name, "teacher").get_vocab() != tokenizer.get_vocab():
+        return None
+    return load_model(name, "teacher", "float32")

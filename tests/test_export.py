@@ -1,0 +1,225 @@
+"""Exports: runs and models to files that are measured in llama.cpp, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from conftest import make_llama, make_tokenizer
+from potstill.cli import app
+from potstill.data.sources import Source
+from potstill.errors import ModelError, RunError, UserError
+from potstill.evaluate.exported import read_exports
+from potstill.evaluate.report.page import write_report, write_student_card
+from potstill.formats import llama_cpp
+from potstill.formats.gguf_families import gguf_family
+from potstill.formats.gguf_file import write_gguf
+from potstill.formats.llama_cpp import LlamaCpp
+from potstill.runs import export as runs_export
+from potstill.runs.config.run import Recipe
+from potstill.runs.export import export
+from test_report import run_directory, summary  # noqa: F401  # fixtures
+
+pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'potstill[export]'")
+
+
+@pytest.fixture
+def model(toys: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(toys / "student", tmp_path / "model"))
+
+
+def test_a_model_is_measured_beside_its_teacher(model: Path, toys: Path) -> None:
+    data = Source(str(toys / "eval.jsonl"))
+    exports = export(
+        model, quantize=("f16", "q8_0"), data=data, teacher=str(toys / "teacher"), max_length=32, tokens=100
+    )
+    assert [file.file for file in exports.files] == ["student-f16.gguf", "student-q8_0.gguf"]
+    assert sorted(path.name for path in (model / "export").iterdir()) == [
+        "export.json",
+        "student-f16.gguf",
+        "student-q8_0.gguf",
+    ]
+    assert exports.student_loss is not None and exports.teacher_loss is not None
+    for file in exports.files:
+        assert file.bytes == (model / "export" / file.file).stat().st_size
+        assert file.kl is not None and file.teacher_kl is not None and file.loss is not None
+        assert file.kl < 1e-3 and abs(file.loss - exports.student_loss) < 2e-2
+        assert abs(file.teacher_kl - exports.student_teacher_kl) < 2e-2
+        assert file.prompt_tokens_per_second > 0 and file.tokens_per_second > 0
+        assert file.notes == []
+
+
+def test_a_second_export_keeps_the_first_and_clears_what_a_kill_left(model: Path) -> None:
+    export(model, quantize=("f16",))
+    (model / "export" / "student-q8_0.gguf.0.partial").write_bytes(b"half")
+    export(model, quantize=("q4_0",))
+    export(model, quantize=("q4_0",))
+    records = read_exports(model / "export")
+    assert records is not None and [file.kind for file in records.files] == ["f16", "q4_0"]
+    assert {path.suffix for path in (model / "export").iterdir()} == {".gguf", ".json"}
+
+
+def test_a_file_that_llama_cpp_does_not_load_is_not_left_behind(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        runs_export, "write_gguf", lambda *arguments: Path(arguments[2]).write_bytes(b"GGUF" + bytes(99))
+    )
+    with pytest.raises(RunError, match=r"expected a file that llama.cpp loads, got .*: "):
+        export(model)
+    assert [*(model / "export").iterdir()] == []
+
+
+def test_plain_text_of_other_tokens_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenize = LlamaCpp.tokenize
+    monkeypatch.setattr(LlamaCpp, "tokenize", lambda self, text: tokenize(self, text + "s" * text.isascii()))
+    with pytest.raises(RunError, match=r"expected the tokenizer's tokens .* for 'Hello world' from llama.cpp"):
+        export(model)
+    monkeypatch.setattr(LlamaCpp, "tokenize", lambda self, text: tokenize(self, text + "s" * (not text.isascii())))
+    (file,) = export(model).files
+    assert "llama.cpp gives other tokens than the tokenizer for" in file.notes[0]
+
+
+def test_generation_ends_where_it_does_in_transformers(tmp_path: Path) -> None:
+    student, tokenizer = make_llama(seed=3).eval(), make_tokenizer()
+    write_gguf(student, tokenizer, tmp_path / "model.gguf", "f32")
+    with LlamaCpp(tmp_path / "model.gguf") as loaded:
+        assert loaded.ends() == {tokenizer.eos_token_id}
+        ids = tokenizer("def f(a")["input_ids"]
+        own = student.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        assert loaded.generate(ids, 12) == own
+        assert loaded.generate(ids, 12, ends=frozenset({own[2]})) == own[: own.index(own[2]) + 1]
+
+
+def test_special_tokens_and_the_chat_template_are_written(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    tokenizer = make_tokenizer(eos_token="<end>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
+    student = make_llama(320)
+    write_gguf(student, tokenizer, tmp_path / "model.gguf", "f16")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    content = {name: fields[f"tokenizer.{name}"].contents() for name in ("chat_template", "ggml.eos_token_id")}
+    assert content == {"chat_template": tokenizer.chat_template, "ggml.eos_token_id": 0}
+    assert fields["tokenizer.ggml.tokens"].contents()[-1] == "[PAD319]"
+    with LlamaCpp(tmp_path / "model.gguf") as loaded:
+        assert loaded.ends() == {0, 1}, "the template ends a turn with <pad>"
+
+
+def words() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_what_gguf_does_not_hold_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"expected for GGUF one of llama, mistral, .*, got gpt_neox"):
+        gguf_family(GPTNeoXConfig())
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("llama", {"hidden_act": "relu"}, "llama with the activation silu, got relu"),
+        (
+            "phi3",
+            {"hidden_size": 32, "num_attention_heads": 3, "head_dim": 8},
+            "as wide as its hidden states, 32, got 24",
+        ),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "gpt2 without scale_attn_by_inverse_layer_idx"),
+    ]
+    for family, changes, message in cases:
+        config = AutoConfig.for_model(family)
+        for key, value in changes.items():
+            setattr(config, key, value)
+        with pytest.raises(ModelError, match=message):
+            gguf_family(config)
+    with pytest.raises(ModelError, match="a byte-level BPE or a SentencePiece BPE with bytes, got WordLevel"):
+        write_gguf(make_llama(), words(), tmp_path / "model.gguf")
+    with pytest.raises(ModelError, match="embeddings of all 300 tokens, got 200"):
+        write_gguf(make_llama(200), make_tokenizer(), tmp_path / "model.gguf")
+    large = make_llama()
+    large.lm_head.weight.data[0, 0] = 1e5
+    with pytest.raises(ModelError, match=r"weights below 65,504 for f16, got larger ones in output.weight. Use bf16"):
+        write_gguf(large, make_tokenizer(), tmp_path / "model.gguf")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_layers_with_windows_that_gguf_does_not_hold(tmp_path: Path) -> None:
+    from test_export_gguf import WINDOWS, make
+
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(ModelError, match="gemma3_text with full attention in each n-th layer, got layer_types"):
+        write_gguf(make("gemma3_text", **{**WINDOWS, "layer_types": kinds}), make_tokenizer(), tmp_path / "model.gguf")
+
+
+def test_wrong_options(model: Path, toys: Path) -> None:
+    for arguments, message in (
+        (["--quantize", "q4"], "--quantize: expected some of f32, f16, .*, got q4. Did you mean q4_"),
+        (["--to", "onnx"], "--to: expected gguf, got onnx"),
+        (["--field", "text"], "--field: expected --data with it, got none"),
+    ):
+        result = CliRunner().invoke(app, ["export", str(model), *arguments])
+        assert isinstance(result.exception, UserError)
+        with pytest.raises(UserError, match=message):
+            raise result.exception
+    with pytest.raises(ModelError, match="student: expected"):
+        export(model / "nothing")
+
+
+def test_a_missing_package_is_an_error_with_the_command(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    llama_cpp._library.cache_clear()
+    try:
+        with pytest.raises(
+            UserError, match=r"expected the package xllamacpp, got none. .*pip install 'potstill\[export\]'"
+        ):
+            export(model)
+    finally:
+        llama_cpp._library.cache_clear()
+
+
+def test_exports_stand_in_the_report_and_on_the_card(model: Path, run_directory: Any, summary: dict[str, Any]) -> None:  # noqa: F811
+    run = run_directory(summary)
+    shutil.copytree(model, run / "student", dirs_exist_ok=True)
+    tokenizer, student = AutoTokenizer.from_pretrained(model), make_llama(hidden_size=8, layers=1)
+    measured: dict[str, Any] = {"rows": None, "teacher": None, "student_folder": run / "student"}
+    runs_export.export_model(student, tokenizer, ("q8_0",), run / "export", **measured, console=Console(quiet=True))
+    for page in (write_report(run), write_student_card(run)):
+        text = page.read_text(encoding="utf-8")
+        assert "student-q8_0.gguf" in text and "llama.cpp of xllamacpp" in text
+
+
+def test_recipes_name_their_exports(recipe_values: dict[str, Any]) -> None:
+    recipe_values["export"] = [{"quantize": "q8_0"}, {"to": "gguf", "quantize": "q4_0"}]
+    assert [part.quantize for part in Recipe.parse(recipe_values).export] == ["q8_0", "q4_0"]
+    recipe_values["export"].append({"quantize": "q8_0"})
+    with pytest.raises(UserError, match="export: expected each file once, got q8_0 twice"):
+        Recipe.parse(recipe_values)
+    recipe_values |= {"export": [{}], "task": "masked"}
+    with pytest.raises(UserError, match="export: expected the task causal for GGUF, got masked"):
+        Recipe.parse(recipe_values)
+
+
+def test_a_run_exports_its_student(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    from potstill.runs.run import run
+
+    recipe_values |= {"export": [{"quantize": "q8_0"}], "evaluate": {"baseline": False, "continuations": 0}}
+    recipe_values["train"] |= {"max_steps": 1}
+    directory = run(Recipe.parse(recipe_values), console=Console(quiet=True)).directory
+    records = read_exports(directory / "export")
+    assert records is not None and records.files[0].teacher_kl is not None
+    assert "student-q8_0.gguf" in (directory / "report.html").read_text(encoding="utf-8")
+    again = CliRunner().invoke(app, ["export", str(directory), "--quantize", "f16"])
+    assert again.exit_code == 0, again.exception
+    assert "student-f16.gguf" in (directory / "student" / "README.md").read_text(encoding="utf-8")
+    assert {file["kind"] for file in json.loads((directory / "export" / "export.json").read_text())["files"]} == {
+        "q8_0",
+        "f16",
+    }

@@ -1,0 +1,206 @@
+"""GGUF files: what llama.cpp computes from them is what transformers computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from conftest import TEXT, make_llama, make_tokenizer
+from potstill.formats.gguf_families import FAMILIES
+from potstill.formats.gguf_file import write_gguf
+from potstill.formats.gguf_tokenizer import _SPLITS
+from potstill.formats.llama_cpp import LlamaCpp
+
+pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'potstill[export]'")
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.12,
+    "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 1,
+}  # fmt: skip
+GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.12}
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [1.5, 2.0, 3.0, 4.0],
+    "short_factor": [1.0, 1.1, 1.2, 1.3], "original_max_position_embeddings": 512, "factor": 2.0,
+}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, untied": ("llama", {"tie_word_embeddings": False}),
+    "llama, biases": ("llama", {"attention_bias": True}),
+    "llama, llama3 frequencies": ("llama", {"rope_parameters": LLAMA3}),
+    "llama, linear frequencies": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "llama, pruned heads": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, pruned heads": ("qwen2", {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "phi3": ("phi3", {}),
+    "phi3, longrope": ("phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 1024}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", WINDOWS),
+    "gemma2, another scale": ("gemma2", {**WINDOWS, "query_pre_attn_scalar": 16}),
+    "gemma3_text": ("gemma3_text", WINDOWS),
+    "gemma3_text, full attention in each third layer": (
+        "gemma3_text",
+        {**WINDOWS, "layer_types": [*["sliding_attention"] * 2, "full_attention", "sliding_attention"]},
+    ),
+    "gemma3_text, another scale": ("gemma3_text", {**WINDOWS, "query_pre_attn_scalar": 16}),
+    "gpt2": ("gpt2", {}),
+    "gpt2, another width": ("gpt2", {"n_inner": 48}),
+}
+
+
+def make(family: str, **changes: Any) -> Any:
+    """A small model of a family whose norms and biases are not those of a new one."""
+    set_seed(0)
+    values = GPT2 if family == "gpt2" else SIZES
+    known = CONFIG_MAPPING[family]().to_dict()
+    config = CONFIG_MAPPING[family](**{k: v for k, v in {**values, **changes}.items() if k in known or k in changes})
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            weight.data += torch.randn_like(weight) / 5
+    return model
+
+
+def log_probs(path: Path, ids: list[int]) -> torch.Tensor:
+    with LlamaCpp(path, 64) as loaded:
+        return torch.tensor(np.concatenate([*loaded.logits(ids)])).log_softmax(-1)
+
+
+@torch.no_grad()
+def expected(model: Any, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+IDS = torch.randint(2, 300, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_what_transformers_does(case: str, tmp_path: Path) -> None:
+    """Its cache of keys and values is in half precision, and its activations are read from tables."""
+    model = make(CASES[case][0], **CASES[case][1])
+    for kind in ("f32", "f16"):
+        write_gguf(model, make_tokenizer(), tmp_path / "model.gguf", kind)
+        mine, theirs = expected(model, IDS), log_probs(tmp_path / "model.gguf", IDS)
+        assert (mine.exp() * (mine - theirs)).sum(-1).max() < 1e-5, kind
+        assert (mine - theirs).abs().max() < 1e-2, kind
+
+
+def test_every_family_has_a_case() -> None:
+    assert {family for family, _ in CASES.values()} == {*FAMILIES}
+
+
+PIECES = [
+    *("Hello", " world", "I'm", " you'LL", " don't", "'S", " 3.14", "12345", " 1,000,000", "\n\n", "\n", " \n ", "\t"),
+    *(
+        "def f(x):\n    return x",
+        "{'a': [1, 2]}",
+        "!=",
+        "...",
+        "-->",
+        "§",
+        "–",
+        " naïve",
+        " ÉCOLE",
+        "straße",
+        "ǅ",
+        "  ",
+    ),
+    *("你好", "世界。", "こんにちは", "カタカナ", "한국어", "ไทย", "हिन्दी", "עברית", "العربية", "Привет", "Ελλάδα"),
+    *("½", "²", "Ⅷ", "١٢٣", "😀", "👩‍💻", "🇫🇷", "❤️", "\u200b", "\u00a0", "\u3000", "\x00", "\x07", "\x1b[0m"),
+    *("İstanbul", "\r\n", "\r", "\x7f", "\ufffd", "\U0001f9d1"),
+]
+
+
+def texts(special: list[str], number: int = 1000) -> list[str]:
+    generator = np.random.default_rng(0)
+    pieces = [*PIECES, *special]
+    return ["".join(generator.choice(pieces, generator.integers(1, 12))) for _ in range(number)]
+
+
+def byte_level(*steps: Any, ignore_merges: bool = False, normalizer: Any = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that splits words by `steps`, or as GPT-2."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    level = pre_tokenizers.ByteLevel(False, use_regex=not any(isinstance(s, pre_tokenizers.Split) for s in steps))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, level]) if steps else level
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options: dict[str, Any] = {
+        "special_tokens": ["<end>", "<pad>"],
+        "initial_alphabet": alphabet,
+        "show_progress": False,
+    }
+    tokenizer.train_from_iterator([*TEXT, *PIECES, *texts([], 50)], trainers.BpeTrainer(vocab_size=700, **options))
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+
+
+def sentencepiece(prefix: bool) -> PreTrainedTokenizerFast:
+    """A BPE with bytes for unknown characters, as Llama 2 has it with the prefix, and Gemma without."""
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    replace = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
+    special = ["<end>", "<pad>", "<unk>", *alphabet]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False, limit_alphabet=100)
+    tokenizer.train_from_iterator([*TEXT, *texts([], 50)], trainer)
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["content"].startswith("<0x")]
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
+
+
+def split(name: str) -> Any:
+    (regex, ignore_merges), _ = next(item for item in _SPLITS.items() if item[1] == name)
+    return byte_level(pre_tokenizers.Split(Regex(regex), "isolated"), ignore_merges=ignore_merges)
+
+
+TOKENIZERS = {
+    "gpt-2": lambda: byte_level(),
+    "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True)),
+    **{name: lambda name=name: split(name) for name in _SPLITS.values()},
+    "sentencepiece": lambda: sentencepiece(prefix=True),
+    "sentencepiece without a prefix": lambda: sentencepiece(prefix=False),
+}
+
+
+def written(tokenizer: Any, path: Path) -> Path:
+    write_gguf(make_llama(len(tokenizer), hidden_size=8, layers=1), tokenizer, path / "model.gguf", "f16")
+    return path / "model.gguf"
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokenizers_agree_on_a_thousand_texts(kind: str, tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    special = ["<end>", "<pad>", "<think>"] if kind != "sentencepiece" else ["<end>", "<pad>"]
+    with LlamaCpp(written(tokenizer, tmp_path)) as loaded:
+        differ = [text for text in texts(special) if loaded.tokenize(text) != tokenizer(text)["input_ids"]]
+    if kind in ("tekken", "gpt-4o"):  # llama.cpp's expressions know the capitals of ASCII alone, and no marks
+        assert differ
+        differ = [text for text in differ if text.isascii()]
+    assert differ == []
+
+
+def test_the_page_lists_the_families() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+    rows = [f"| `{name}` | `{family.arch}` | `{family.activation}` |" for name, family in FAMILIES.items()]
+    assert "\n".join(["| Family | Architecture there | Activation |", "|---|---|---|", *rows]) in page
