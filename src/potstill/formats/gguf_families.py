@@ -106,7 +106,7 @@ def write_parameters(writer: Any, config: Any, family: GgufFamily) -> None:
 def context_length(config: Any, family: GgufFamily) -> int:
     """The tokens that llama.cpp may read: where it knows no sliding window, as many as fit into it."""
     window = None if family.windows else getattr(config, "sliding_window", None)
-    return min(config.max_position_embeddings, window or math.inf)  # type: ignore[return-value]
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
 
 def _window_period(config: Any) -> int:

@@ -92,7 +92,7 @@ def measure_gguf(
     longest = max((len(row) for row in rows["input_ids"]), default=0) if rows is not None else 0
     with LlamaCpp(path, max(longest, PROMPT + NEW_TOKENS)) as loaded:
         notes = [*_token_notes(loaded, tokenizer), *_end_notes(loaded, tokenizer, student)]
-        quality: dict[str, float | None] = {}
+        quality: dict[str, Any] = {}
         if rows is not None:
             file = GgufModule(loaded)
             own = compare_models({"student": student, "file": file}, "student", rows, tokenizer, vocabulary)["file"]
