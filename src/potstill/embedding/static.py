@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
 from potstill.embedding.encoders import TextStudent
+from potstill.losses.token_losses import on_float64_device
 from potstill.models.locate import require_package
 
 if TYPE_CHECKING:
@@ -164,8 +165,8 @@ def spread_tokens(tokens: TokenTable) -> Tensor:
 
     All statistics count a token by its weight, so that the many rare tokens do not decide alone.
     """
-    weights = tokens.weights.double()[:, None]
-    x = tokens.vectors.double()
+    weights = on_float64_device(tokens.weights).double()[:, None]
+    x = on_float64_device(tokens.vectors).double()
     x = (x - (x * weights).sum(0) / weights.sum()) * weights
     _, directions = torch.linalg.eigh(x.T @ x)  # by rising variance
     common = directions[:, -COMMON_DIRECTIONS:]
