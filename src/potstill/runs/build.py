@@ -195,7 +195,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
         )
     notes += _alignment_notes(stats, vocabulary) if stats else ()
     if teacher.needs_trial and not teacher.covers(held_out.dataset):
-        notes.append("teacher: it does not cover the held-out rows, which are measured by labels alone.")
+        notes.append("teacher: it does not cover the held-out rows, which learning curves measure by labels alone.")
     return replace(built, notes=tuple(notes))
 
 
