@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from conftest import make_batch
 from potstill.models.design import student_config
-from potstill.models.fitting import HELD_OUT, RIDGES
+from potstill.models.fitting import HELD_OUT, RIDGES, fit_layers
 from potstill.models.initialize import Initialization, plan_initialization
+from potstill.models.pruning import whole_layers
+from potstill.models.shapes import design_shape
 from potstill.models.structure import find_structure, is_transposed
-from test_initialize import BATCH, KINDS, LAYERS, logits, model
+from test_initialize import BATCH, KINDS, LAYERS, SIZES, logits, model
 
 ADDING = ["llama", "llama, tied", "qwen2", "qwen3", "gpt2", "gemma2"]  # families whose layers end in a sum
 BATCHES = [{k: v for k, v in make_batch(4, 12, 60, seed=seed).items() if k != "labels"} for seed in range(16)]
@@ -112,3 +115,25 @@ def test_the_teacher_is_left_as_it_was() -> None:
     planned(teacher, num_hidden_layers=3)
     assert teacher.training and "forward" not in vars(find_structure(teacher).layers[0])
     assert torch.equal(logits(teacher), before)
+
+
+def test_a_teacher_with_nan_is_left_to_its_own_message() -> None:
+    teacher = model("llama")
+    with torch.no_grad():
+        find_structure(teacher).layers[1].get_submodule("mlp.up_proj").weight[0, 0] = torch.nan
+    assert not planned(teacher, num_hidden_layers=3).fitted
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_classifiers_are_fitted_too(classes: int) -> None:
+    config = LlamaConfig(**SIZES, num_labels=classes)
+    torch.manual_seed(0)
+    teacher = LlamaForSequenceClassification(config).eval()
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    student = LlamaForSequenceClassification(student_config(config, {"num_hidden_layers": 3}, 60)).eval()
+    parts = whole_layers(design_shape(config), [0, 2, 4])
+    found = fit_layers(teacher, student, parts, BATCHES)
+    assert found is not None
+    assert found.errors[1] < found.errors[0]
+    assert (found.kl is None) == (classes == 1)

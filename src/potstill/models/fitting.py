@@ -26,12 +26,9 @@ class LayerFit(NamedTuple):
     """The fit of a student."""
 
     weights: dict[str, Tensor]  # by parameter of the student
-    errors: tuple[
-        float, float
-    ]  # before and after, on held-out rows: of the layers' outputs, over the teacher's squared
-    kl: (
-        tuple[float, float] | None
-    )  # before and after, on held-out rows, in nats a token; None for models without logits
+    # On held-out rows, before and after:
+    errors: tuple[float, float]  # squared, of the layers' outputs, over the square of the teacher's
+    kl: tuple[float, float] | None  # nats a token, or a row; None for models without distributions
 
 
 @torch.no_grad()
@@ -98,10 +95,10 @@ def _kl(teacher: Any, student: Any, batches: Iterable[Mapping[str, Tensor]]) -> 
                 if name in INPUTS
             }
             outputs = [run(model, inputs(kept, model.device)) for model in (teacher, student)]
-            if not all(hasattr(output, "logits") for output in outputs):
+            size = min(output.logits.shape[-1] if hasattr(output, "logits") else 0 for output in outputs)
+            if size < 2:  # an encoder, or a number
                 return None
-            size = min(output.logits.shape[-1] for output in outputs)
-            of_teacher, of_student = (x.logits[0, :, :size].float().log_softmax(-1) for x in outputs)
+            of_teacher, of_student = (x.logits.flatten(0, -2)[:, :size].float().log_softmax(-1) for x in outputs)
             total += float((of_teacher.exp() * (of_teacher - of_student.to(of_teacher.device))).sum())
             tokens += len(of_teacher)
     return total / max(1, tokens)
@@ -188,10 +185,12 @@ class _FittedLayer:
         fitted, held_out = _Regression(), _Regression()
         for tokens in self._tokens():
             (held_out if tokens.held_out else fitted).add(tokens.features, *errors(tokens))
+        before = held_out.error / held_out.tokens
+        if before <= self.rounding or not fitted.features.isfinite().all():  # a teacher with NaN is reported later
+            return None, before, before
         after = {ridge: held_out.error_after(fitted.solve(ridge)) for ridge in RIDGES}
         ridge = min(after, key=lambda ridge: after[ridge])
-        before = held_out.error / held_out.tokens
-        if before <= self.rounding or not after[ridge] < held_out.error:
+        if not after[ridge] < held_out.error:
             return None, before, before
         return fitted.solve(ridge), before, after[ridge] / held_out.tokens
 
