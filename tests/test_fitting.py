@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from potstill.models.initialize import Initialization, plan_initialization
 from potstill.models.pruning import whole_layers
 from potstill.models.shapes import design_shape
 from potstill.models.structure import find_structure, is_transposed
+from potstill.runs import build_student
 from test_initialize import BATCH, KINDS, LAYERS, SIZES, logits, model
 
 ADDING = ["llama", "llama, tied", "qwen2", "qwen3", "gpt2", "gemma2"]  # families whose layers end in a sum
@@ -137,3 +139,17 @@ def test_classifiers_are_fitted_too(classes: int) -> None:
     assert found is not None
     assert found.errors[1] < found.errors[0]
     assert (found.kl is None) == (classes == 1)
+
+
+def test_long_rows_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_student, "CALIBRATION_TOKENS", 1000)
+    part = SimpleNamespace(calibration_rows=40)
+    recipe = SimpleNamespace(student=SimpleNamespace(initialize=part), teacher=SimpleNamespace(model_device="cpu"))
+    teacher = SimpleNamespace(model=SimpleNamespace(to=lambda device: None))
+    builder: Any = SimpleNamespace(recipe=recipe, teacher=teacher, tokenizer=None)
+    monkeypatch.setattr(build_student, "in_batches", lambda rows, *_: [*rows])
+    numbers = {}
+    for length in (10, 50, 500):
+        train: Any = [{"input_ids": [0] * length}] * 60
+        numbers[length] = len(build_student.calibration_batches(builder, train))  # type: ignore[arg-type]
+    assert numbers == {10: 40, 50: 20, 500: 16}

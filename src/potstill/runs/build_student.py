@@ -35,6 +35,7 @@ from potstill.runs.config.student import BudgetPart, StudentPart
 from potstill.teachers.source import LoadedTeacher
 
 CALIBRATION_BATCH = 8  # rows
+CALIBRATION_TOKENS = 2**15  # in about as many tokens, long rows say what more of them would
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,10 @@ def calibration_batches(builder: StudentBuilder, train: Dataset) -> Iterator[dic
     assert teacher is not None
     teacher.to(recipe.teacher.model_device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
     rows = evenly_spaced(recipe.student.initialize.calibration_rows, len(train))
+    tokens = sum(len(train[i]["input_ids"]) for i in rows)
+    if tokens > CALIBRATION_TOKENS:
+        number = max(2 * CALIBRATION_BATCH, len(rows) * CALIBRATION_TOKENS // tokens)
+        rows = evenly_spaced(min(number, len(rows)), len(train))
     return in_batches((train[i] for i in rows), builder.tokenizer, CALIBRATION_BATCH)
 
 
