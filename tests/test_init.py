@@ -41,7 +41,7 @@ def write(**files: list[dict[str, Any]]) -> None:
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def said(*arguments: str, **options: Any) -> str:
+def output_of(*arguments: str, **options: Any) -> str:
     done = CliRunner().invoke(app, arguments, catch_exceptions=False, **options)
     assert done.exit_code == 0, done.output
     return done.output
@@ -52,12 +52,12 @@ DATA = ("--data", "train.jsonl", "--eval", "eval.jsonl")
 
 def drafted(*flags: str) -> dict[str, Any]:
     """What `potstill init` writes; follow it by `check` or `run`, which rehearses the recipe as check does."""
-    said("init", "--teacher", "teacher", *flags, "--force")
+    output_of("init", "--teacher", "teacher", *flags, "--force")
     return yaml.safe_load(Path("recipe.yaml").read_text())
 
 
 def ran(*sets: str) -> dict[str, Any]:
-    said("run", "recipe.yaml", *(part for each in [*FAST, *sets] for part in ("--set", each)))
+    output_of("run", "recipe.yaml", *(part for each in [*FAST, *sets] for part in ("--set", each)))
     return json.loads(Path("runs/teacher-small/summary.json").read_text())
 
 
@@ -110,11 +110,11 @@ def test_columns_of_alpaca_lose_nothing(has_template: bool) -> None:
     columns = {"prompt": ["instruction", "input"], "completion": "output", "system": "system"}
     assert found["train"] == {"path": "train.jsonl", **columns, **({"chat": True} if has_template else {})}
     assert "Columns that are not used: id." in Path("recipe.yaml").read_text()
-    said("check", "recipe.yaml")
+    output_of("check", "recipe.yaml")
     with pytest.raises(
         DataError, match=r"column 'input' of train.jsonl, .* `prompt: \[instruction, input\]`, or name it"
     ):
-        said("init", "--teacher", "teacher", *DATA, "--prompt", "instruction", "--completion", "output", "--force")
+        output_of("init", "--teacher", "teacher", *DATA, "--prompt", "instruction", "--completion", "output", "--force")
 
 
 def test_splits_of_a_folder() -> None:
@@ -153,7 +153,7 @@ def test_vectors_and_embedders(embedder: Path) -> None:
     write(train=[{"sentence": f"{text.split('(')[0]} number {i}"} for i, text in enumerate(TEXT * 5)])
     np.save("vectors.npy", np.random.default_rng(0).standard_normal((300, 12)).astype("f4"))
     for teacher, more in (("vectors.npy", ()), (str(embedder), ("--data", "train.jsonl"))):
-        said(
+        output_of(
             "init",
             "--teacher",
             teacher,
@@ -166,7 +166,7 @@ def test_vectors_and_embedders(embedder: Path) -> None:
             f"run{len(more)}",
             "--force",
         )
-        said("run", "recipe.yaml", "--set", "train.epochs=1")
+        output_of("run", "recipe.yaml", "--set", "train.epochs=1")
         assert Path(f"run{len(more)}/report.html").exists()
     found = yaml.safe_load(Path("recipe.yaml").read_text())
     assert found["data"]["train"]["fields"] == ["sentence"]
@@ -181,7 +181,7 @@ def test_a_teacher_that_writes() -> None:
     found = drafted("--kind", "generate", "--data", "questions.jsonl")
     assert found["task"]["questions"] == {"path": "questions.jsonl", "field": "question", "answer": "answer"}
     assert found["output"] == "runs/teacher-texts"
-    said("check", "recipe.yaml")
+    output_of("check", "recipe.yaml")
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -189,7 +189,7 @@ def test_without_data_the_teacher_writes_it(chat: bool) -> None:
     if not chat:
         make_tokenizer().save_pretrained("teacher")
         Path("teacher/chat_template.jinja").unlink(missing_ok=True)
-    output = said("init", "--teacher", "teacher", "--no-data")
+    output = output_of("init", "--teacher", "teacher", "--no-data")
     assert "potstill generate recipe-texts.yaml, then potstill cache build recipe.yaml --codec top_k" in output
     texts, found = (yaml.safe_load(Path(name).read_text()) for name in ("recipe-texts.yaml", "recipe.yaml"))
     assert texts["task"]["task"] == "own_text" and texts["held_out"] == 0.1
@@ -199,13 +199,13 @@ def test_without_data_the_teacher_writes_it(chat: bool) -> None:
     for split in ("train", "eval"):
         assert found["data"][split] == {"path": f"{texts['output']}/{split}.jsonl", **columns}
     assert found["data"].get("packing", False) != chat
-    said("check", "recipe-texts.yaml")
+    output_of("check", "recipe-texts.yaml")
 
 
 def test_on_a_terminal_it_asks_again_until_an_answer_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_on_a_terminal", lambda: True)
     answers = ["teachr", "teacher", "train.json", "train.jsonl", "eval.jsonl", "hundreds", "2x", "runs/mine"]
-    output = said("init", input="\n".join(answers) + "\n")
+    output = output_of("init", input="\n".join(answers) + "\n")
     for wrong in ("got teachr, which is not one. Did you mean teacher?", "Did you mean train.jsonl?", "got hundreds"):
         assert wrong in " ".join(output.split())
     found = yaml.safe_load(Path("recipe.yaml").read_text())
@@ -217,7 +217,7 @@ def test_the_page_runs() -> None:
     page = (Path(__file__).parent.parent / "docs/init.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
     for line in block.splitlines():
-        said(*line.split()[1:])
+        output_of(*line.split()[1:])
     assert yaml.safe_load(Path("lora.yaml").read_text())["student"] == {"model": "student", "adapter": "lora"}
 
 
@@ -239,7 +239,7 @@ def test_a_size_in_one_word(answer: str, meant: dict[str, Any]) -> None:
 def test_nothing_is_overwritten_unasked() -> None:
     Path("recipe.yaml").write_text("mine")
     with pytest.raises(UserError, match=r"init: expected a new file, got recipe\.yaml, which exists\. .*--force"):
-        said("init", "--teacher", "teacher", *DATA)
+        output_of("init", "--teacher", "teacher", *DATA)
     assert Path("recipe.yaml").read_text() == "mine"
     assert "name" in drafted(*DATA)
 
@@ -270,7 +270,7 @@ def test_nothing_is_overwritten_unasked() -> None:
 )
 def test_a_mistake_is_one_line(flags: tuple[str, ...], error: type[Exception], expected: str) -> None:
     with pytest.raises(error) as caught:
-        said("init", "--teacher", "teacher", *flags)
+        output_of("init", "--teacher", "teacher", *flags)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not Path("recipe.yaml").exists()
@@ -281,4 +281,4 @@ def test_columns_that_could_be_either_are_asked_for() -> None:
     with pytest.raises(
         DataError, match=r"columns of one kind in train\.jsonl, got text, prompt, completion\. Say which"
     ):
-        said("init", "--teacher", "teacher", *DATA)
+        output_of("init", "--teacher", "teacher", *DATA)

@@ -14,6 +14,7 @@ from torch.nn.functional import embedding_bag, normalize
 from potstill.embedding.encoders import TextStudent
 from potstill.losses.token_losses import on_float64_device
 from potstill.models.locate import require_package
+from potstill.models.spacing import evenly_spaced
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -51,13 +52,8 @@ class TokenTable(NamedTuple):
 
     def sample(self, limit: int) -> TokenTable:
         """Take at most `limit` evenly spaced tokens."""
-        chosen = evenly_spaced(len(self.ids), limit)
+        chosen = evenly_spaced(limit, len(self.ids))
         return self._replace(ids=self.ids[chosen], vectors=self.vectors[chosen], weights=self.weights[chosen])
-
-
-def evenly_spaced(rows: int, limit: int) -> Tensor:
-    """Choose at most `limit` of so many rows."""
-    return torch.arange(min(limit, rows)) * rows // min(limit, rows)
 
 
 def token_table(
@@ -67,7 +63,7 @@ def token_table(
     names, ids = token_names(tokenizer), text_tokens(tokenizer)
     weights = token_weights(names, ids)
     if limit is not None:
-        chosen = evenly_spaced(len(ids), limit)
+        chosen = evenly_spaced(limit, len(ids))
         ids, weights = ids[chosen], weights[chosen]
     return TokenTable(tokenizer, len(names), ids, token_vectors(model, tokenizer, ids.tolist(), on_progress), weights)
 
@@ -92,7 +88,7 @@ def vocabulary_words(tokenizer: Any, limit: int) -> list[str]:
     """At most `limit` evenly spaced tokens that are whole words, as texts."""
     texts = dict.fromkeys(tokenizer.decode([id]).strip() for id in text_tokens(tokenizer).tolist())
     words = [text for text in texts if text.isalpha()]
-    return [words[row] for row in evenly_spaced(len(words), limit).tolist()] if words else []
+    return [words[row] for row in evenly_spaced(limit, len(words))]
 
 
 def token_weights(names: Sequence[str], ids: Tensor) -> Tensor:

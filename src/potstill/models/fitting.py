@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from potstill.errors import ModelError
-from potstill.losses.token_losses import on_float64_device
+from potstill.losses.divergences import ForwardKL
+from potstill.losses.targets import DenseTargets
+from potstill.losses.token_losses import on_float64_device, token_divergence
 from potstill.models.pruning import SelectedParts
 from potstill.models.split import INPUTS, evaluation_mode, inputs, probe_batch, run, undisturbed
 from potstill.models.structure import LayerStructure, find_structure, is_transposed
@@ -98,9 +100,9 @@ def _kl(teacher: Any, student: Any, batches: Iterable[Mapping[str, Tensor]]) -> 
             size = min(output.logits.shape[-1] if hasattr(output, "logits") else 0 for output in outputs)
             if size < 2:  # an encoder, or a number
                 return None
-            of_teacher, of_student = (x.logits.flatten(0, -2)[:, :size].float().log_softmax(-1) for x in outputs)
-            total += float((of_teacher.exp() * (of_teacher - of_student.to(of_teacher.device))).sum())
-            tokens += len(of_teacher)
+            expected, actual = (output.logits.flatten(0, -2)[:, :size].float() for output in outputs)
+            values = token_divergence(actual, DenseTargets(expected.to(actual.device)), ForwardKL())
+            total, tokens = total + float(values.sum()), tokens + len(values)
     return total / max(1, tokens)
 
 
