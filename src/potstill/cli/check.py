@@ -61,6 +61,8 @@ def _facts(needs: Any) -> Iterator[tuple[str, str]]:
     measured = f", within a factor of 2: from {needs.batch.measured:,} of a batch's {needs.batch.tokens:,} tokens"
     estimated = measured if needs.batch.measured < needs.batch.tokens else ""
     yield "time", f"about {formatting.duration(needs.seconds)} of training on this machine{estimated}"
+    if needs.fit_seconds > 0:
+        yield "start", f"about {formatting.duration(needs.fit_seconds)} to fit its layers, before that"
     if needs.search is not None:
         yield "search", f"{needs.search}, before that; about {formatting.duration(needs.search_seconds)} in all"
     compute = ", ".join(f"{run} {formatting.flops(number)}" for run, number in needs.flops.items())

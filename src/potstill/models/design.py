@@ -98,9 +98,7 @@ def _own_fields(teacher: PretrainedConfig, changes: Mapping[str, Any], layers: s
             rotary[name] = value
         elif name not in known and name != layers:  # Nemotron-H counts its list of kinds
             hint = nearest(given, {*known, *own, *of_positions}) or f" Known: {', '.join(sorted(known))}."
-            raise ModelError(
-                f"student.design: expected a field of the teacher's {type(teacher).__name__}, got {given}.{hint}"
-            )
+            raise ModelError(f"student.design: expected a field of {type(teacher).__name__}, got {given}.{hint}")
         elif name in fields:
             raise ModelError(f"student.design: expected {name} once, got it as {given} too. Leave one out.")
         else:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from potstill.errors import ModelError
 from potstill.models.design import layer_fields
 from potstill.models.fitting import fit_layers
+from potstill.models.norms import rescale_norms
 from potstill.models.pruning import (
     Importance,
     LayerChoice,
@@ -49,13 +50,13 @@ class Initialization:
     config: PretrainedConfig  # the student's; its fields by layer are those of the selected layers
     parts: SelectedParts
     notes: tuple[str, ...]  # what was selected, in words
-    fitted: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that were fitted to the teacher's states
+    changed: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that are not as they were copied
 
     def student(self, teacher: PreTrainedModel, seed: int) -> PreTrainedModel:
         """Build the student in float32; `seed` is of the weights that the teacher does not have."""
         student = random_student(self.config, seed)
         _copy(teacher, student, self.parts)
-        student.load_state_dict(dict(self.fitted), strict=False)
+        student.load_state_dict(dict(self.changed), strict=False)
         return student
 
 
@@ -87,7 +88,7 @@ def plan_initialization(
     of_teacher: Any = text_config(teacher.config)
     if type(config) is not type(of_teacher):
         family, other = type(of_teacher).__name__, type(config).__name__
-        raise ModelError(f"student.initialize: expected a student of the teacher's {family}, got {other}.")
+        raise ModelError(f"student.initialize: expected a student of the larger model's {family}, got {other}.")
     whole = method in ("copy", "selective")
     structure: LayerList = find_layer_list(teacher) if whole else find_structure(teacher)
     shape = design_shape(config)
@@ -96,17 +97,17 @@ def plan_initialization(
     widths = ", ".join(f"{kept} of {total} {name}" for name, (kept, total) in changed.items())
     if method == "copy" and widths:
         raise ModelError(
-            f"student.initialize: expected the teacher's widths to copy layers, got {widths}. Change num_hidden_layers "
-            "alone, or use truncate or prune, or selective for the parameters whose shape stays."
+            f"student.initialize: expected the larger model's widths to copy layers, got {widths}. Change "
+            "num_hidden_layers alone, or use truncate or prune, or selective for the parameters whose shape stays."
         )
     if method == "selective" and "numbers of each head" in changed:  # matrices of one shape would be of other heads
         raise ModelError(
-            f"student.initialize: expected heads as wide as the teacher's for selective, got {widths}. Set head_dim to "
-            f"{structure.shape.head_size}."
+            f"student.initialize: expected heads as wide as the larger model's for selective, got {widths}. Set "
+            f"head_dim to {structure.shape.head_size}."
         )
     if config.vocab_size > of_teacher.vocab_size and method != "selective":
         raise ModelError(
-            f"student.initialize: expected at most the teacher's {of_teacher.vocab_size} tokens, got "
+            f"student.initialize: expected at most the larger model's {of_teacher.vocab_size} tokens, got "
             f"{config.vocab_size}. Use selective, whose embeddings are random then."
         )
     choice = ("importance" if method == "prune" else "uniform") if layers is None else layers
@@ -132,11 +133,25 @@ def plan_initialization(
     elif widths:
         widths += " (the most active)" if method == "prune" else " (the first)"
     notes = (
-        f"student: the teacher's {of_layers}, {widths or 'complete'}.",
+        f"student: the larger model's {of_layers}, {widths or 'complete'}.",
         *_notes(teacher, student, structure, parts),
     )
     initialization = Initialization(config, parts, notes)
+    if "channels" in changed and not parts.matching:
+        initialization = _rescaled(initialization, teacher, calibration())
     return _fitted(initialization, teacher, calibration()) if fit and not parts.matching else initialization
+
+
+def _rescaled(
+    initialization: Initialization, teacher: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
+) -> Initialization:
+    """Rescale the student's norms to the channels that it has."""
+    student, parts, structure = initialization.student(teacher, 0), initialization.parts, find_layer_list(teacher)
+    whole = dict(teacher.named_parameters())
+    names = {name: _name_in(teacher, student, name) for name, _ in student.named_parameters()}
+    sources = {name: _source_name(structure, own, parts) for name, own in names.items()}
+    taken = {name: source for name, source in sources.items() if source in whole}
+    return replace(initialization, changed=rescale_norms(teacher, student, taken, parts.channels, batches))
 
 
 def _fitted(
@@ -147,8 +162,8 @@ def _fitted(
     fit = fit_layers(teacher, student, initialization.parts, batches)
     if fit is None:
         note = (
-            "student: its layers are not fitted to the teacher's hidden states, which takes layers that end in a sum, "
-            "and two batches of calibration rows."
+            "student: its layers are not fitted to the larger model's hidden states, which takes layers that end "
+            "in a sum, and two batches of calibration rows."
         )
         return replace(initialization, notes=(*initialization.notes, note))
     if not fit.weights:
@@ -161,10 +176,11 @@ def _fitted(
     if after >= before:  # nearer layer by layer need not be nearer in the end
         note = f"student: its layers are not fitted: on held-out rows {what} would go from {figures}."
         return replace(initialization, notes=(*initialization.notes, note))
-    note = (
-        f"student: its layers are fitted to the teacher's hidden states: on held-out rows {what} goes from {figures}."
+    note = "student: its layers are fitted to the larger model's hidden states: on held-out rows"
+    note += f" {what} goes from {figures}."
+    return replace(
+        initialization, notes=(*initialization.notes, note), changed={**initialization.changed, **fit.weights}
     )
-    return replace(initialization, notes=(*initialization.notes, note), fitted=fit.weights)
 
 
 def _check_kinds(
@@ -180,7 +196,7 @@ def _check_kinds(
                 "Begin with random weights" if first == [*parts.layers] else f"Choose others, such as layers: {first}"
             )
             raise ModelError(
-                f"student.initialize: expected layers of the student's kinds, got the teacher's layer "
+                f"student.initialize: expected layers of the student's kinds, got the larger model's layer "
                 f"{parts.layers[place[0]]} for layer {place[0]}, which differ in {name.rpartition('.')[0]}. {others}."
             )
 
@@ -191,9 +207,9 @@ def _notes(
     """What becomes of single weights, in words."""
     config, of_teacher = student.config, text_config(teacher.config)
     if parts.kv_heads and parts.kv_heads[0].shape[1] > 1:
-        yield f"student: each key and value head is the mean of {parts.kv_heads[0].shape[1]} of the teacher's."
+        yield f"student: each key and value head is the mean of {parts.kv_heads[0].shape[1]} of the larger model's."
     if config.vocab_size < of_teacher.vocab_size:
-        yield f"student: the first {config.vocab_size} of the teacher's {of_teacher.vocab_size} token rows."
+        yield f"student: the first {config.vocab_size} of the larger model's {of_teacher.vocab_size} token rows."
     copied: dict[str, int] = {}  # parameters by name, with * for the number of a layer
     random: dict[str, int] = {}
     for own_name, parameter in student.named_parameters():
@@ -204,16 +220,16 @@ def _notes(
     if parts.matching:
         if not copied:
             raise ModelError(
-                "student.initialize: expected parameters whose shape is the teacher's for selective, got none. Keep "
-                "some of the teacher's widths, or use truncate or prune."
+                "student.initialize: expected parameters whose shape is the larger model's for selective, got none. "
+                "Keep some of the larger model's widths, or use truncate or prune."
             )
         share = sum(copied.values()) / sum([*copied.values(), *random.values()])
         yield f"student: copied, {share:.0%} of its parameters: {', '.join(copied)}."
     if random:
-        what = "of another shape than the teacher's" if parts.matching else "not in the teacher"
+        what = "of another shape than the larger model's" if parts.matching else "not in the larger model"
         yield f"student: {what}, and random: {', '.join(random)}."
     if getattr(config, "tie_word_embeddings", False) and not getattr(of_teacher, "tie_word_embeddings", False):
-        yield "student: its head is its embedding (tied); the teacher's own head is not copied."
+        yield "student: its head is its embedding (tied); the larger model's own head is not copied."
 
 
 def _name_in(teacher: PreTrainedModel, student: PreTrainedModel, name: str) -> str:
@@ -227,15 +243,20 @@ def _name_in(teacher: PreTrainedModel, student: PreTrainedModel, name: str) -> s
     return name.replace(f"{of_student}.", f"{of_teacher}.", 1) if name.startswith(f"{of_student}.") else name
 
 
+def _source_name(structure: LayerList, name: str, parts: SelectedParts) -> str:
+    """The teacher's name of the parameter that a student's comes from; its own is that of the student's layer."""
+    if place := structure.locate(name):
+        rest = name.removeprefix(f"{structure.path}.{place[0]}")
+        name = f"{structure.path}.{parts.layers[place[0]]}{rest}"
+    return name
+
+
 def _source(
     teacher: PreTrainedModel, structure: LayerList, name: str, parts: SelectedParts, parameter: Tensor
 ) -> Tensor | None:
     """The teacher's parameter that a student's comes from."""
-    if place := structure.locate(name):
-        rest = name.removeprefix(f"{structure.path}.{place[0]}")
-        name = f"{structure.path}.{parts.layers[place[0]]}{rest}"
     try:
-        source = teacher.get_parameter(name)
+        source = teacher.get_parameter(_source_name(structure, name, parts))
     except AttributeError:
         return None
     of_tokens = len(source) == text_config(teacher.config).vocab_size > len(parameter)  # of which it may have fewer
@@ -309,8 +330,8 @@ def _select_outside(
             value = by_layer.index_select(axis, torch.tensor(parts.layers)).flatten(axis, axis + 1)
         else:
             raise ModelError(
-                f"student.initialize: expected {name} of {student.model_type} to differ from the teacher's in hidden "
-                f"channels or tokens alone, got {list(target.shape)} beside {list(value.shape)}. Change that field of "
-                "student.design back."
+                f"student.initialize: expected {name} of {student.model_type} to differ from the larger model's in "
+                f"hidden channels or tokens alone, got {list(target.shape)} beside {list(value.shape)}. Change that "
+                "field of student.design back."
             )
     return value

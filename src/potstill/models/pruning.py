@@ -125,12 +125,12 @@ def select_parts(
     for name in ("layers", "hidden", "heads", "kv_heads", "ffn"):
         if (size := getattr(student, name)) > (most := getattr(teacher, name)):
             raise ModelError(
-                f"student.initialize: expected a student no larger than its teacher, got {name} {size} above {most}. "
-                "Change student.design."
+                f"student.initialize: expected a student no larger than what it is cut from, got {name} {size} above "
+                f"{most}. Change student.design."
             )
     if student.head_size != teacher.head_size:
         raise ModelError(
-            f"student.initialize: expected heads as wide as the teacher's, {teacher.head_size}, got "
+            f"student.initialize: expected heads as wide as the larger model's, {teacher.head_size}, got "
             f"{student.head_size}. Set head_dim or the number of heads: rotary embeddings rotate a head as a unit."
         )
     if importance is None:
@@ -160,7 +160,7 @@ def choose_layers(
     [0, 1, 10, 11]
     """
     if student > teacher:
-        raise ModelError(f"student.initialize: expected at most the teacher's {teacher} layers, got {student}.")
+        raise ModelError(f"student.initialize: expected at most the larger model's {teacher} layers, got {student}.")
     if choice == "uniform":
         return [(2 * i * (teacher - 1) + student - 1) // (2 * max(student - 1, 1)) for i in range(student)]
     if choice == "skip":
@@ -196,8 +196,9 @@ def _select_heads(scores: Tensor, teacher: DesignShape, student: DesignShape) ->
     merged = -(-group // teacher_group)  # how many of the teacher's groups make one of the student's
     if merged * student.kv_heads > teacher.kv_heads:
         raise ModelError(
-            f"student.initialize: expected groups that the teacher's {teacher.heads} heads over {teacher.kv_heads} key "
-            f"and value heads can form, got {student.heads} over {student.kv_heads}. Change num_key_value_heads."
+            f"student.initialize: expected groups that the larger model's {teacher.heads} heads over "
+            f"{teacher.kv_heads} key and value heads can form, got {student.heads} over "
+            f"{student.kv_heads}. Change num_key_value_heads."
         )
     by_group = scores.view(teacher.kv_heads, teacher_group)
     strongest = by_group.sort(1, descending=True).values[:, : min(group, teacher_group)].sum(1)

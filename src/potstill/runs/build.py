@@ -35,7 +35,8 @@ from potstill.models.layer_map import Layer, LayerMap
 from potstill.models.loading import has_bfloat16, load_tokenizer, loading_notes
 from potstill.models.shapes import ModelShape
 from potstill.models.spacing import evenly_spaced
-from potstill.runs.build_student import StudentBuilder, design_of, initialization_of
+from potstill.models.trimming import trim_model
+from potstill.runs.build_student import StudentBuilder, design_of, initialization_of, load_source
 from potstill.runs.chat_notes import chat_notes
 from potstill.runs.config.run import Recipe
 from potstill.runs.vocabulary import keep_tokens, trim_teacher
@@ -121,12 +122,15 @@ def build_run(recipe: Recipe) -> BuiltRun:
         if (name := getattr(recipe.student, key)) is not None:
             tokenizer = load_tokenizer(name, f"student.{key}")
     set_chat_template(tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
-    kept, whole = keep_tokens(recipe, tokenizer), copy.deepcopy(loaded.config)
+    source = load_source(recipe, loaded)
+    kept, whole = keep_tokens(recipe, tokenizer), copy.deepcopy(source.config if source else loaded.config)
     if kept is not None:
         loaded, vocabulary_note = trim_teacher(recipe, loaded, kept)
+        if source is not None:
+            trim_model(source, kept.ids)
         tokenizer = kept.tokenizer
-    design = design_of(recipe.student, loaded.config, tokenizer, whole)
-    new_student = StudentBuilder(recipe, loaded, tokenizer, design, kept=kept.ids if kept else None)
+    design = design_of(recipe.student, source.config if source else loaded.config, tokenizer, whole)
+    new_student = StudentBuilder(recipe, loaded, tokenizer, design, source or loaded.model, kept.ids if kept else None)
     student = new_student()
     models = {**loaded.models, "student": student}
     if any(term.other_tokenizer for term in recipe.objective):
@@ -186,6 +190,9 @@ def build_run(recipe: Recipe) -> BuiltRun:
         notes.append(
             "student.design.search: these are figures of the first shape; potstill run searches for a better one."
         )
+    if recipe.student.rounds:
+        rounds = recipe.student.initialize.rounds
+        notes.append(f"student.initialize.rounds: these are figures of one cut; potstill run makes {rounds}.")
     notes += vocabulary_notes
     notes += new_student.initialization.notes if new_student.initialization else ()
     notes += rollout.check_prompts(train.dataset) if rollout else ()

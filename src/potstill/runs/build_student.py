@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from potstill.data.batches import in_batches
 from potstill.errors import RecipeError
@@ -46,6 +46,7 @@ class StudentBuilder:
     teacher: LoadedTeacher
     tokenizer: PreTrainedTokenizerBase  # the student's
     design: PretrainedConfig | None  # of a new student; None for a model that exists
+    source: PreTrainedModel | None  # what a designed student is cut from: student.model, else the teacher
     kept: tuple[int, ...] | None = None  # ids of the tokens of an existing model that the tokenizer has; None for all
     initialization: Initialization | None = None  # what a new student takes from its teacher; None for random weights
 
@@ -71,17 +72,19 @@ class StudentBuilder:
         return model
 
     def _end_tokens(self, model: Any) -> frozenset[int]:
-        """Find the tokens that end a text of the student: its own, and those of a teacher of the same tokens."""
-        teacher = self.teacher
-        same = teacher.model is not None and teacher.tokenizer.get_vocab() == self.tokenizer.get_vocab()
-        return end_token_ids(self.tokenizer, model) | (end_token_ids(None, teacher.model) if same else frozenset())
+        """Find the tokens that end a text: the student's own, its source's, and a teacher's of the same tokens."""
+        models = [model, self.source]
+        if self.teacher.tokenizer.get_vocab() == self.tokenizer.get_vocab():
+            models.append(self.teacher.model)
+        ids = [end_token_ids(self.tokenizer, model)] + [end_token_ids(None, x) for x in models if x is not None]
+        return frozenset().union(*ids)
 
     def _new(self) -> Any:
         recipe, adapter = self.recipe, self.recipe.student.adapter
         model: Any
         if self.initialization is not None:
-            assert self.teacher.model is not None
-            model = self.initialization.student(self.teacher.model, recipe.seed)
+            assert self.source is not None
+            model = self.initialization.student(self.source, recipe.seed)
         elif self.design is not None:
             model = random_student(self.design, recipe.seed)
         else:
@@ -113,77 +116,97 @@ def _check_reloads(model: Any, task: Task) -> None:
         )
 
 
+def load_source(recipe: Recipe, loaded: LoadedTeacher) -> PreTrainedModel | None:
+    """Load student.model where a designed student is cut from it; None where it is cut from its teacher, or not cut."""
+    name = recipe.student.model
+    if name is None or recipe.student.design is None:
+        return None
+    if is_adapter(name):
+        raise RecipeError(
+            f"student.model: expected a whole model, to be cut to the design, got an adapter, {name}. Merge it with "
+            "its model first."
+        )
+    return load_model(name, "student.model", "float32", recipe.task, labels_of=loaded.config)
+
+
 def design_of(
     student: StudentPart,
-    teacher: PretrainedConfig | None,
+    source: PretrainedConfig | None,
     tokenizer: PreTrainedTokenizerBase,
     whole: PretrainedConfig | None = None,
 ) -> PretrainedConfig | None:
     """Derive the config of a new student, without padding rows in its head; None for a model that exists.
 
-    `whole` is the config of a teacher before its vocabulary was cut: a budget's shares are of its size.
+    `source` is the config that the design changes, and `whole` what it was before its vocabulary was cut: a budget's
+    shares are of that size.
     """
     if student.design is None:
         return None
-    if teacher is None:
+    if source is None:
         raise RecipeError(
             "student.design: expected a teacher with a local config, which the design changes, got none. "
             "Name a student with student.model instead."
         )
     vocabulary, design = vocabulary_size(tokenizer), student.design
     if student.tokenizer is not None:  # the teacher's special tokens have other ids, or none
-        teacher = copy.deepcopy(text_config(teacher))
+        source = copy.deepcopy(text_config(source))
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(teacher, role, getattr(tokenizer, role))
+            setattr(source, role, getattr(tokenizer, role))
     if not isinstance(design, BudgetPart):
-        return student_config(teacher, design, vocabulary)
+        return student_config(source, design, vocabulary)
     if whole is not None:
-        teacher = copy.deepcopy(text_config(teacher))
-        teacher.vocab_size = text_config(whole).vocab_size
+        source = copy.deepcopy(text_config(source))
+        source.vocab_size = text_config(whole).vocab_size
     params = None if design.params is None else parse_count(design.params)
     limits = design.model_dump(exclude={"search"}) | {"params": params}
-    return Budget(**limits).student(teacher, vocabulary=vocabulary)
+    return Budget(**limits).student(source, vocabulary=vocabulary)
 
 
 def initialization_of(
     builder: StudentBuilder, train: Dataset, importance: Importance | None = None
 ) -> Initialization | None:
-    """Plan what a new student takes from its teacher, by evenly spaced rows of data; None for random weights.
+    """Plan what a new student takes from its source, by evenly spaced rows of data; None for random weights.
 
-    `importance` is that of the teacher's parts where it was measured before.
+    `importance` is that of the source's parts where it was measured before.
     """
-    recipe, teacher, part = builder.recipe, builder.teacher.model, builder.recipe.student.initialize
+    recipe, source, part = builder.recipe, builder.source, builder.recipe.student.initialize
     if builder.design is None or part.method == "random":
         return None
-    if teacher is None:
+    if source is None:
         raise RecipeError(
             f"student.initialize: expected a teacher that is a local model for {part.method}, got none. Name it with "
-            "teacher.model, or start from random weights."
+            "teacher.model, or a model of the teacher's tokens with student.model, or start from random weights."
         )
-    if getattr(teacher, "is_quantized", False):
+    if getattr(source, "is_quantized", False):
         hint = "Leave teacher.dtype out"
-        if vars(recipe.teacher).get("dtype") not in ("int4", "int8"):
+        if recipe.student.model is not None or vars(recipe.teacher).get("dtype") not in ("int4", "int8"):
             hint = "It was saved so: name the model that it was made from"
         raise RecipeError(
-            f"student.initialize: expected a teacher in full precision for {part.method}, got a quantized one. {hint}, "
+            f"student.initialize: expected a model in full precision for {part.method}, got a quantized one. {hint}, "
             "or start from random weights."
         )
     calibration = partial(calibration_batches, builder, train)
     options: dict[str, Any] = {"layers": part.layers, "fit": part.fit, "importance": importance}
-    return plan_initialization(teacher, builder.design, part.method, calibration=calibration, **options)
+    return plan_initialization(source, builder.design, part.method, calibration=calibration, **options)
 
 
 def calibration_batches(builder: StudentBuilder, train: Dataset) -> Iterator[dict[str, Tensor]]:
-    """Evenly spaced rows of training data, for a teacher on its device."""
-    recipe, teacher = builder.recipe, builder.teacher.model
-    assert teacher is not None
-    teacher.to(recipe.teacher.model_device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
-    rows = evenly_spaced(recipe.student.initialize.calibration_rows, len(train))
+    """Evenly spaced rows of training data, for a source on the teacher's device."""
+    recipe, source = builder.recipe, builder.source
+    assert source is not None
+    source.to(recipe.teacher.model_device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
+    rows = calibration_rows(recipe.student.initialize.calibration_rows, train)
+    return in_batches((train[i] for i in rows), builder.tokenizer, CALIBRATION_BATCH)
+
+
+def calibration_rows(number: int, train: Dataset) -> list[int]:
+    """Choose so many evenly spaced rows, or as many as have about CALIBRATION_TOKENS."""
+    rows = evenly_spaced(number, len(train))
     tokens = sum(len(train[i]["input_ids"]) for i in rows)
     if tokens > CALIBRATION_TOKENS:
-        number = max(2 * CALIBRATION_BATCH, len(rows) * CALIBRATION_TOKENS // tokens)
-        rows = evenly_spaced(min(number, len(rows)), len(train))
-    return in_batches((train[i] for i in rows), builder.tokenizer, CALIBRATION_BATCH)
+        fewer = max(2 * CALIBRATION_BATCH, len(rows) * CALIBRATION_TOKENS // tokens)
+        rows = evenly_spaced(min(fewer, len(rows)), len(train))
+    return rows
 
 
 def calibrated_quickly(recipe: Recipe) -> Recipe:

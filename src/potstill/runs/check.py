@@ -20,11 +20,12 @@ from potstill.evaluate.speed import extra_bytes
 from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.loading import suppress_warnings
 from potstill.runs.build import BuiltRun, build_run, piece
-from potstill.runs.build_student import calibrated_quickly
+from potstill.runs.build_student import StudentBuilder, calibrated_quickly, calibration_rows
 from potstill.runs.compute import training_flops
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
 from potstill.runs.rehearsal import quick_collection, rehearse
+from potstill.runs.rounds import round_steps
 from potstill.runs.search import SearchPlan, plan_search
 from potstill.train.distiller import Distiller
 
@@ -56,6 +57,7 @@ class Preflight(NamedTuple):
     flops: dict[str, float]  # of each training, see `training_flops`
     search: SearchPlan | None  # of the student's shape, before the training
     search_seconds: float
+    fit_seconds: float  # of fitting the first weights to the larger model's hidden states
 
 
 def check(recipe: Recipe, console: Console | None = None) -> Preflight:
@@ -68,11 +70,12 @@ def check(recipe: Recipe, console: Console | None = None) -> Preflight:
             student = built.new_student()
             rehearse(built, student)
         with part(console, "timing a batch"), quick_collection():
-            return _estimate(built, student)
+            return _estimate(recipe, built, student)
 
 
-def _estimate(built: BuiltRun, student: PreTrainedModel) -> Preflight:
-    recipe, trained = built.recipe, built.size.trained * 4
+def _estimate(recipe: Recipe, built: BuiltRun, student: PreTrainedModel) -> Preflight:
+    """Estimate what a run needs; `built` is of the recipe but for the first weights."""
+    trained = built.size.trained * 4
     exported = built.size.all if recipe.student.merges else built.size.trained
     exported *= (built.save_dtype or torch.float32).itemsize
     runs = len(recipe.evaluate.trained)
@@ -85,16 +88,30 @@ def _estimate(built: BuiltRun, student: PreTrainedModel) -> Preflight:
     memory = sum(weight.numel() * weight.element_size() for weight in student.parameters()) + 3 * trained + batch_bytes
     memory += sum(model.get_memory_footprint() for model in built.loaded.models.values())
     memory += trained if recipe.teacher.copies_student else 0
+    if isinstance(built.new_student, StudentBuilder) and built.new_student.source is not built.loaded.model:
+        memory += built.new_student.source.get_memory_footprint()  # type: ignore[union-attr]  # what the student is cut from
     # A checkpoint has the trained weights and two moments; while one is written the one before still exists. A server
     # that samples reads the trained weights from a folder.
     disk = runs * (2 * 3 * trained + exported) + (0 if built.writer is None else trained)
     free = shutil.disk_usage(existing).free
-    batches = runs * built.plan.steps * max(built.plan.rows_per_step // built.plan.batch_rows, 1)
+    rounds = (recipe.student.initialize.rounds - 1) * round_steps(built.plan.steps)
+    batches = (runs * built.plan.steps + rounds) * max(built.plan.rows_per_step // built.plan.batch_rows, 1)
     flops, measured = training_flops(built, student), batch.bytes is not None
     search = plan_search(recipe.student.searches, built.plan.steps) if recipe.student.searches else None
     searched = search.batches(built.plan) * batch.seconds if search else 0.0
     seconds = batches * batch.seconds
-    return Preflight(built, memory, batch_bytes, measured, disk, free, seconds, batch, flops, search, searched)
+    fit = _fit_seconds(recipe, built, batch)
+    return Preflight(built, memory, batch_bytes, measured, disk, free, seconds, batch, flops, search, searched, fit)
+
+
+def _fit_seconds(recipe: Recipe, built: BuiltRun, batch: BatchNeeds) -> float:
+    """Estimate how long fitting takes: for its tokens about as long as training on them."""
+    part = recipe.student.initialize
+    if recipe.student.design is None or not part.fit or part.method in ("random", "selective"):
+        return 0.0
+    rows = calibration_rows(part.calibration_rows, built.train.dataset)
+    tokens = sum(len(built.train.dataset[i]["input_ids"]) for i in rows)
+    return tokens * batch.seconds / batch.tokens
 
 
 def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:

@@ -17,9 +17,10 @@ from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
 from potstill.runs.rehearsal import rehearse
+from potstill.runs.rounds import prune_in_rounds
 from potstill.runs.search import search_shape
 from potstill.runs.start import weak_gradient
-from potstill.runs.steps import CHECKPOINT_BYTES, STEPS
+from potstill.runs.steps import CHECKPOINT_BYTES, STEPS, walk
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,14 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     # Asked without `cpu`, accelerate looks for GPUs alone: without one each rank would be the first.
     directory, main = Path(recipe.output), PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     shown = console if main else Console(quiet=True)
-    searched: list[str] = []
-    if recipe.student.searches:
-        if not resume:
-            recipe.check_directory(directory, resume)
-        recipe, *searched = search_shape(recipe, directory, shown)
+    if not resume:
+        recipe.check_directory(directory, resume)
+    recipe, before = settle_student(recipe, directory, shown)
     recipe.check_directory(directory, resume)
     with suppress_warnings():
         with part(shown, "reading models and data"):
             built = build_run(recipe)
-            built = replace(built, notes=(*searched, *built.notes))
+            built = replace(built, notes=(*before, *built.notes))
         for warning in built.duplicates.warnings:
             shown.print(f"warning: {warning}", style="bold red", highlight=False, markup=False)
         for note in built.notes:
@@ -65,8 +64,15 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
             if (weak := weak_gradient(built, student)) is not None:
                 shown.print(f"warning: {weak}", style="bold red", highlight=False, markup=False)
         with explain_disk_full(directory, CHECKPOINT_BYTES * built.size.trained):
-            for step in STEPS:
-                if step.every_rank or main:
-                    step.do(built, directory, shown)
-                PartialState().wait_for_everyone()
+            walk(STEPS, built, directory, shown)
     return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))
+
+
+def settle_student(recipe: Recipe, directory: Path, console: Console) -> tuple[Recipe, list[str]]:
+    """Search the student's shape and cut it in rounds, where the recipe asks for it; return what is left, and notes."""
+    notes = []
+    for wanted, settle in ((recipe.student.searches > 0, search_shape), (recipe.student.rounds, prune_in_rounds)):
+        if wanted:
+            recipe, note = settle(recipe, directory, console)
+            notes.append(note)
+    return recipe, notes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from potstill.runs.finished_parts import FinishedParts
 from potstill.runs.measure import EVAL_ROWS
 from potstill.runs.progress import part
 from potstill.runs.rehearsal import temporary_folder
-from potstill.runs.steps import train
+from potstill.runs.steps import short_training, train
 
 SCORED_ROWS = 32  # of the training data, on which shapes are compared; no short training has them
 SHORT_SHARE, SHORT_STEPS = 0.03, (8, 50)  # of the run's steps, and bounds: the first short trainings
@@ -133,8 +133,10 @@ def _search(recipe: Recipe, directory: Path, request: Any, console: Console) -> 
         while len(losses) < plan.shapes and (shape := next_shape(search.candidates.shapes, losses, plan.shapes)):
             losses[shape] = loss(shape, 0, partial(search.pruned_loss, shape))
             curves[shape] = [(0, losses[shape])]
+            search.forget(sorted(losses, key=lambda shape: losses[shape])[plan.rounds[0][0] :])
         for students, steps in plan.rounds:
             best = sorted(losses, key=lambda shape: losses[shape])[:students]
+            search.forget(losses.keys() - set(best))
             losses = {shape: loss(shape, steps, partial(search.trained_loss, shape, steps)) for shape in best}
             for shape in best:
                 curves[shape].append((steps, losses[shape]))
@@ -154,8 +156,8 @@ def _search(recipe: Recipe, directory: Path, request: Any, console: Console) -> 
 def _check(recipe: Recipe) -> None:
     if recipe.teacher.name != "model":
         raise RecipeError(
-            "student.design.search: expected a teacher that is one model (teacher.model alone), which is pruned to "
-            f"each shape, got {recipe.teacher.title}. Search with the model alone, then put the shape into this recipe."
+            "student.design.search: expected a teacher that is one model (teacher.model alone), got "
+            f"{recipe.teacher.title}. Search with the model alone, then put the shape into this recipe."
         )
     if recipe.task == "encoder" or recipe.task == "masked":
         raise RecipeError(
@@ -209,6 +211,7 @@ class _Search:
     candidates: Candidates
     train: Dataset  # the other training rows
     scored: Dataset
+    students: dict[DesignShape, StudentBuilder] = field(default_factory=dict)  # that may be trained
 
     @classmethod
     def build(cls, recipe: Recipe) -> _Search:
@@ -217,7 +220,8 @@ class _Search:
         assert isinstance(builder, StudentBuilder)
         assert isinstance(budget, BudgetPart)
         assert builder.design is not None
-        candidates = Candidates(text_config(built.loaded.config), builder.design, budget.keep)
+        assert builder.source is not None
+        candidates = Candidates(text_config(builder.source.config), builder.design, budget.keep)
         rows = built.train.dataset
         scored = {*evenly_spaced(min(SCORED_ROWS, max(1, len(rows) // 4)), len(rows))}
         others = [number for number in range(len(rows)) if number not in scored]
@@ -226,18 +230,27 @@ class _Search:
 
     @cached_property
     def importance(self) -> Importance:
-        """Of the teacher's parts, measured once."""
-        model = self.built.loaded.model
-        assert model is not None
-        return measure_importance(model, calibration_batches(self.builder, self.train))
+        """Of the parts of the model that is pruned, measured once."""
+        assert self.builder.source is not None
+        return measure_importance(self.builder.source, calibration_batches(self.builder, self.train))
 
     def design(self, shape: DesignShape) -> dict[str, Any]:
         """The recipe's student.design of a shape."""
-        return config_fields(shape, text_config(self.built.loaded.config))
+        assert self.builder.source is not None
+        return config_fields(shape, text_config(self.builder.source.config))
 
     def student(self, shape: DesignShape) -> StudentBuilder:
-        builder = replace(self.builder, design=self.candidates.config(shape), initialization=None)
-        return replace(builder, initialization=initialization_of(builder, self.train, self.importance))
+        """The builder of a shape's student: the last ones are kept, as fitting takes long."""
+        if shape not in self.students:
+            builder = replace(self.builder, design=self.candidates.config(shape), initialization=None)
+            initialization = initialization_of(builder, self.train, self.importance)
+            self.students[shape] = replace(builder, initialization=initialization)
+        return self.students[shape]
+
+    def forget(self, shapes: Iterable[DesignShape]) -> None:
+        """Free the memory of students that are not needed any more."""
+        for shape in shapes:
+            self.students.pop(shape, None)
 
     def pruned_loss(self, shape: DesignShape) -> float:
         return self._loss(self.student(shape)())
@@ -246,10 +259,7 @@ class _Search:
         """Train a pruned student for some steps, with the recipe's objective and arguments."""
         recipe, built, builder = self.built.recipe, self.built, self.student(shape)
         plan = built.plan._replace(steps=steps)
-        arguments = {name: value for name, value in recipe.train.items() if name != "load_best_model_at_end"}
-        arguments |= {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
-        if (warmup := arguments.get("warmup_steps", 0)) >= 1:  # else it is a share
-            arguments["warmup_steps"] = round(warmup * steps / built.plan.steps)
+        arguments = short_training(recipe.train, steps, built.plan.steps) | {"save_strategy": "no"}
         reads_layers = any(term.reads_layers for term in recipe.objective)
         layers = ActivationCapture(builder()).shape if reads_layers else None
         objective = build_objective(builder, built.teacher, self.train, plan, layers)

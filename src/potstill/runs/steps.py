@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -160,6 +161,23 @@ def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
             copy_modules(str(built.recipe.teacher.model_path), partial)
         partial.rename(folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def walk(steps: Iterable[Step], built: BuiltRun, directory: Path, console: Console) -> None:
+    """Take some steps of a run, on the ranks that each is for."""
+    for step in steps:
+        if step.every_rank or PartialState().is_main_process:
+            step.do(built, directory, console)
+        PartialState().wait_for_everyone()
+
+
+def short_training(train: Mapping[str, Any], steps: int, of: int) -> dict[str, Any]:
+    """Return the arguments of a training of some steps, in place of one of more, without evaluation."""
+    arguments = {name: value for name, value in train.items() if name != "load_best_model_at_end"}
+    arguments |= {"max_steps": steps, "eval_strategy": "no", "report_to": "none"}
+    if (warmup := arguments.get("warmup_steps", 0)) >= 1:  # else it is a share
+        arguments["warmup_steps"] = round(warmup * steps / of)
+    return arguments
 
 
 def training_arguments(built: BuiltRun, name: str, checkpoints: Path) -> DistillationConfig:

@@ -167,7 +167,7 @@ class Recipe(Document):
         student, key = self.student, "evaluate.random_start"
         if student.design is None or student.initialize.method == "random" or student.adapter is not None:
             yield (
-                f"{key}: expected a design, without an adapter, that starts from its teacher's weights "
+                f"{key}: expected a design, without an adapter, that starts from the weights of a larger model "
                 "(student.initialize), got another student. Leave it out."
             )
         if self.rollout is not None:

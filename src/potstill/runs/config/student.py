@@ -74,6 +74,12 @@ class InitializePart(Part):
         description="fit the last matrix of each layer to the teacher's hidden states by least squares, where layers "
         "add its output; not for random and selective",
     )
+    rounds: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="cut in so many rounds, with a short training between; for prune, copy and truncate",
+    )
     calibration_rows: int = Field(
         128,
         ge=1,
@@ -85,6 +91,10 @@ class InitializePart(Part):
     def _layers_of_the_teacher(self) -> Self:
         if self.method == "random" and self.layers is not None:
             raise ValueError("expected no layers with random weights, got some")
+        if self.rounds > 1 and self.method in ("random", "selective"):
+            raise ValueError(f"expected prune, copy or truncate with rounds, got {self.method}")
+        if self.rounds > 1 and isinstance(self.layers, list):
+            raise ValueError("expected a choice of layers such as uniform with rounds, got numbers. Each round chooses")
         return self
 
 
@@ -103,11 +113,15 @@ class VocabularyPart(Part):
 class StudentPart(Part):
     """Who learns: an existing model, or a new one of the teacher's kind."""
 
-    model: str | None = Field(None, description="a folder with a model and its tokenizer, or a name on the hub")
+    model: str | None = Field(
+        None,
+        description="a folder with a model and its tokenizer, or a name on the hub; with a design, the student is cut "
+        "from it",
+    )
     design: Design | None = Field(
         None,
-        description="the shape of a new student: a budget, or fields of the teacher's config to change, such as "
-        "hidden_size",
+        description="the shape of a new student: a budget, or fields to change in the config of the teacher, or of "
+        "model, such as hidden_size",
     )
     tokenizer: str | None = Field(
         None, description="of a new student: a folder or a name on the hub; by default the teacher's"
@@ -132,10 +146,15 @@ class StudentPart(Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         model, adapter, method = self.model, self.adapter, self.initialize.method
-        if (model is None) == (self.design is None):
-            raise ValueError("expected either model or design, got " + ("both" if model else "neither"))
-        if model is not None and method != "random":
-            raise ValueError("expected initialize with a design alone, got it beside model, which has its weights")
+        if model is None and self.design is None:
+            raise ValueError("expected model or design, got neither")
+        if model is not None and self.design is None and method != "random":
+            raise ValueError("expected initialize with a design, got it beside a model that keeps its shape")
+        if model is not None and self.design is not None and method == "random":
+            raise ValueError(
+                "expected initialize (prune, copy, truncate or selective) with model and design, which says what the "
+                "student keeps of the model, got random weights"
+            )
         if model is not None and self.tokenizer is not None:
             raise ValueError("expected tokenizer with a design alone, got it beside model, which has its own")
         if self.tokenizer is not None and method != "random":
@@ -143,12 +162,15 @@ class StudentPart(Part):
         if self.searches and method != "prune":
             raise ValueError(
                 f"expected initialize: prune with design.search, got {method}. Shapes are compared as what pruning "
-                "leaves of the teacher"
+                "leaves"
             )
         if self.searches and isinstance(self.initialize.layers, list):
             raise ValueError(
                 "expected a choice of layers such as importance with design.search, got numbers. Shapes differ in depth"
             )
+        if self.rounds and (adapter or self.vocabulary):
+            what = "an adapter" if adapter else "vocabulary"
+            raise ValueError(f"expected initialize.rounds without {what}, got both. Cut first, with a run of its own")
         if adapter is None or self.design is None:
             return self
         if method == "random":
@@ -169,18 +191,23 @@ class StudentPart(Part):
         return (self.design.search or 0) if isinstance(self.design, BudgetPart) else 0
 
     @property
+    def rounds(self) -> bool:
+        """Whether the student is cut in several rounds."""
+        return self.initialize.rounds > 1
+
+    @property
     def merges(self) -> bool:
         return self.adapter is not None and self.adapter.merge
 
     def describe(self) -> str:
         """The student in a few words, for reports."""
-        model = self.model
-        if model is None:
-            within, fields = "with", self.design or {}
+        model = self.model or "the teacher's architecture"
+        if self.design is not None:
+            within, fields = "with", self.design
             if isinstance(fields, BudgetPart):
                 within, fields = "within", fields.model_dump(exclude_none=True, exclude_defaults=True)
             shape = ", ".join(f"{key} {value}" for key, value in fields.items())
-            model = f"the teacher's architecture {within} {shape}"
+            model = f"{model} {within} {shape}"
             model += "" if self.initialize.method == "random" else f"; initialized by {self.initialize.method}"
         if self.vocabulary is not None:
             model += f", with {self.vocabulary.describe()}"
