@@ -48,12 +48,13 @@ def kind_of(field: dict[str, Any], definitions: dict[str, Any]) -> str:
         return str(field["const"])
     if "anyOf" in field or "oneOf" in field:
         arms = [arm for arm in field.get("anyOf", field.get("oneOf")) if arm.get("type") not in ("null", "object")]
+        arms += [arm for arm in field.get("anyOf", ()) if isinstance(arm.get("additionalProperties"), dict)]
         return " or ".join(dict.fromkeys(kind_of(arm, definitions) for arm in arms))
     if "prefixItems" in field:
         return "pair of " + kind_of(field["prefixItems"][0], definitions)
     if field.get("type") == "array":
         return "list of " + kind_of(field["items"], definitions)
-    return str(field.get("type", "any"))
+    return {"object": "mapping"}.get(field.get("type", "any"), str(field.get("type", "any")))
 
 
 def table(part: dict[str, Any], definitions: dict[str, Any]) -> list[str]:

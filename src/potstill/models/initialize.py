@@ -14,6 +14,7 @@ from potstill.errors import ModelError
 from potstill.models.design import layer_fields
 from potstill.models.fitting import fit_layers
 from potstill.models.norms import rescale_norms
+from potstill.models.placement import weight_in_memory
 from potstill.models.pruning import (
     Importance,
     LayerChoice,
@@ -274,7 +275,8 @@ def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedPar
         source = _source(teacher, structure, name, parts, parameter)
         if source is None:
             continue
-        value = source.detach().to("cpu", torch.float32)
+        with weight_in_memory(teacher, _source_name(structure, name, parts)) as weight:
+            value = weight.detach().to("cpu", torch.float32)
         place = structure.locate(name)
         axes = None
         if place is not None and isinstance(structure, LayerStructure):

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, 
 from transformers.models import auto
 from transformers.utils import logging
 
-from potstill.errors import ModelError
+from potstill.errors import ModelError, one_line
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import has_tokenizer, unreadable
@@ -92,6 +93,7 @@ def load_model(
     labels_of: PretrainedConfig | None = None,
     trainable: bool = False,
     may_miss: bool = False,
+    placement: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a model for a task from a folder or the Hub; a PeftModel where the folder holds an adapter alone.
 
@@ -105,13 +107,18 @@ def load_model(
         labels_of: take over these classes where the saved model has no classifier.
         trainable: whether a saved adapter is to be trained further.
         may_miss: whether weights that are not in the checkpoint may start at random, which `loading_notes` reports.
+        placement: device_map, max_memory and offload_folder of `from_pretrained`, to spread the model.
     """
     if dtype == "auto" and not has_bfloat16():
         dtype = "float32"
     if is_adapter(name):
+        if placement:
+            raise ModelError(
+                f"{key}: expected a whole model with device_map, got an adapter, {name}. Merge it with its model first."
+            )
         return _load_with_adapter(Path(name).expanduser(), key, dtype, task, trainable)
     quantization = None if bits is None else _quantization(bits, dtype, key)
-    return _load_base(name, key, dtype, task, quantization, labels_of, may_miss)
+    return _load_base(name, key, dtype, task, quantization, labels_of, may_miss, placement or {})
 
 
 def loading_notes(model: Any) -> tuple[str, ...]:
@@ -128,12 +135,14 @@ def _load_base(
     quantization: Any,
     labels_of: PretrainedConfig | None,
     may_miss: bool = False,
+    placement: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreTrainedModel:
     auto_class, kind = AUTO_CLASSES[task]
     if task == "causal":
         auto_class = language_model_class(load_config(name, key))
     location = locate(name, key)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype, **location.options}
+    options |= placement
     options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
     if task in TOKEN_TASKS and location.folder is not None and (location.folder / "modules.json").exists():
         raise ModelError(
@@ -155,6 +164,9 @@ def _load_base(
         with suppress_warnings():  # of missing weights, which are checked below
             model, info = auto_class.from_pretrained(location.path, output_loading_info=True, **options)
     except Exception as error:
+        if placement and "device" in one_line(error).lower() + type(error).__name__:
+            expected = "for device_map expected auto, or a device of this machine, cpu or disk for each module"
+            raise ModelError(f"{key}: {expected}, got: {one_line(error, 200)}.") from None
         raise unreadable(key, f"{kind} with weights in safetensors", name, location, error) from error
     missing = [weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight]
     if labels_of is not None:  # the adapter has the head, or the student's starts at random

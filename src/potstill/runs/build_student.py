@@ -24,6 +24,7 @@ from potstill.models.chat import end_token_ids, set_end_tokens
 from potstill.models.design import student_config
 from potstill.models.initialize import Initialization, plan_initialization, random_student
 from potstill.models.loading import is_adapter, load_model, vocabulary_size
+from potstill.models.placement import move
 from potstill.models.precision import as_dtype, saved_dtype
 from potstill.models.pruning import Importance
 from potstill.models.shapes import text_config
@@ -194,7 +195,7 @@ def calibration_batches(builder: StudentBuilder, train: Dataset) -> Iterator[dic
     """Evenly spaced rows of training data, for a source on the teacher's device."""
     recipe, source = builder.recipe, builder.source
     assert source is not None
-    source.to(recipe.teacher.model_device or PartialState().device)  # type: ignore[arg-type]  # their wrapper hides it
+    move(source, recipe.teacher.model_device or PartialState().device)
     rows = calibration_rows(recipe.student.initialize.calibration_rows, train)
     return in_batches((train[i] for i in rows), builder.tokenizer, CALIBRATION_BATCH)
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -27,6 +28,7 @@ from potstill.models.capture import ActivationRequest
 from potstill.models.chat import set_chat_template
 from potstill.models.layer_map import Layer, layer_index
 from potstill.models.loading import accelerator, suppress_warnings, vocabulary_size
+from potstill.models.placement import weight_in_memory
 from potstill.runs.progress import PartProgress
 from potstill.runs.ray import Row, RowFunction, map_rows
 from potstill.teachers.cache.build import CacheBuilder
@@ -191,5 +193,6 @@ def _weights_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        with weight_in_memory(model, name) if value.is_meta else nullcontext(value) as weight:
+            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

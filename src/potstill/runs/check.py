@@ -19,6 +19,7 @@ from potstill.data.batches import in_batches
 from potstill.evaluate.speed import extra_bytes
 from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.loading import suppress_warnings
+from potstill.models.placement import resident_bytes
 from potstill.runs.build import BuiltRun, build_run, piece
 from potstill.runs.build_student import StudentBuilder, calibrated_quickly, calibration_rows
 from potstill.runs.compute import training_flops
@@ -86,7 +87,7 @@ def _estimate(recipe: Recipe, built: BuiltRun, student: PreTrainedModel) -> Pref
     # The student's weights, gradient and two moments of the trained ones, and the teachers' weights. The loss reads the
     # tokens in chunks and needs no more than both models' logits and a gradient.
     memory = sum(weight.numel() * weight.element_size() for weight in student.parameters()) + 3 * trained + batch_bytes
-    memory += sum(model.get_memory_footprint() for model in built.loaded.models.values())
+    memory += sum(resident_bytes(model) for model in built.loaded.models.values())
     memory += trained if recipe.teacher.copies_student else 0
     if isinstance(built.new_student, StudentBuilder) and built.new_student.source is not built.loaded.model:
         memory += built.new_student.source.get_memory_footprint()  # type: ignore[union-attr]  # what the student is cut from

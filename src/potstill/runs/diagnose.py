@@ -32,6 +32,7 @@ from potstill.losses.schedule import value_at
 from potstill.losses.targets import SparseTargets
 from potstill.models.heads import token_rows
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from potstill.models.placement import move
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.run import Recipe
@@ -66,7 +67,7 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
     built = build_run(recipe)
     models, teacher, device = _load_models(built, run), built.loaded.model, PartialState().device
     for model in (*models.values(), *([] if teacher is None else [teacher])):
-        model.to(device)
+        move(model, device)
     held_out = built.teacher.covers(built.eval.dataset)
     sample = _evenly_spaced(built.eval.dataset if held_out else built.train.dataset, rows)
     used = _temperatures(built, run is not None)

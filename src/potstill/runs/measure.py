@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
@@ -30,6 +29,7 @@ from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.chat import end_token_ids
 from potstill.models.loading import load_model
+from potstill.models.placement import move
 from potstill.models.precision import describe_precision, saved_dtype
 from potstill.runs.build import BuiltRun
 from potstill.runs.compute import training_flops
@@ -156,7 +156,7 @@ def _load_models(built: BuiltRun, students: Mapping[str, Path]) -> dict[str, Pre
     recipe, device = built.recipe, PartialState().device
     models = {}
     if built.loaded.model is not None and built.alignment_stats is None:
-        models["teacher"] = built.loaded.model.to(torch.device(recipe.teacher.model_device or device))  # type: ignore[arg-type]
+        models["teacher"] = move(built.loaded.model, recipe.teacher.model_device or device)
     dtype = "auto" if recipe.student.adapter is None else recipe.student.adapter.dtype
     for name in sorted(students):
         models[name] = load_model(str(students[name]), name, dtype, recipe.task).to(device)

@@ -24,6 +24,7 @@ from potstill.evaluate.sequence import measure
 from potstill.evaluate.speed import bytes_on_disk
 from potstill.evaluate.time_limit import TimeLimit
 from potstill.models.chat import set_chat_template
+from potstill.models.placement import move
 from potstill.models.precision import describe_precision
 from potstill.models.split import evaluation_mode, run
 from potstill.models.trimming import choose_tokens, trim_model, trim_tokenizer
@@ -98,7 +99,7 @@ def measure_whole_teacher(
     set_chat_template(loaded.tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
     rows = _held_out(recipe, loaded.tokenizer, num_rows)
     assert loaded.model is not None
-    model = loaded.model.to(recipe.teacher.model_device or PartialState().device)  # type: ignore[arg-type]
+    model = move(loaded.model, recipe.teacher.model_device or PartialState().device)
     options: dict[str, Any] = {"max_length": recipe.data.max_length, "limit": limit, "on_rows": on_rows}
     quality, rows = measure_rows(recipe.task, None, {"whole": model}, rows, loaded.tokenizer, **options)
     whole: Any = quality["whole"]

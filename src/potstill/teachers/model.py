@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from potstill.errors import ModelError, one_line
+from potstill.errors import ModelError, ShapeError, one_line
 from potstill.losses.alignment import Alignment, Task
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
 from potstill.models.loading import load_model, load_tokenizer
+from potstill.models.placement import is_spread
 from potstill.models.shapes import ModelShape
 from potstill.models.split import SplitModel, forward_targets, inputs, split_model
 from potstill.teachers.source import LoadedTeacher, MemberSource
@@ -42,7 +43,7 @@ class ModelTeacher(Teacher):
         if not isinstance(model, nn.Module):
             raise ModelError(f"ModelTeacher: expected a model, got a {type(model).__name__}. Load it.")
         self._use(model.eval().requires_grad_(False))
-        if self._is_spread and (device is not None or dtype is not None):
+        if is_spread(model) and (device is not None or dtype is not None):
             hint = "Leave them out, or load the model without device_map."
             raise ModelError(f"ModelTeacher: expected no device or dtype for a model that is spread, got one. {hint}")
         if dtype is not None:  # a quantized model refuses even to be asked
@@ -59,7 +60,7 @@ class ModelTeacher(Teacher):
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         home = batch["input_ids"].device
         device = self._device or home
-        if not self._is_spread and next(self.model.parameters()).device != device:
+        if not is_spread(self.model) and next(self.model.parameters()).device != device:
             self.model.to(device)
         with torch.autocast(device.type, enabled=False):  # the student's autocast must not change the targets
             targets, inside = self._run(inputs(batch, device), alignment)
@@ -73,10 +74,6 @@ class ModelTeacher(Teacher):
         if self._model is None:
             raise ModelError(f"{type(self).__name__}: expected a student, got none yet. Call attach(student) first.")
         return self._model
-
-    @property
-    def _is_spread(self) -> bool:
-        return len({*(getattr(self.model, "hf_device_map", None) or {}).values()}) > 1
 
     @property
     def shape(self) -> ModelShape:
@@ -115,13 +112,28 @@ class ModelSource(MemberSource):
         model: a folder with a model and its tokenizer, or a name on the hub
         dtype: its precision; auto is the one it is saved in, int8 and int4 quantize its linear layers
         device: such as cuda:1; by default the student's
+        device_map: auto spreads the layers over GPUs, memory and disk; or a device, cpu or disk by module
+        max_memory: with device_map auto, by device: {0: 20GiB, cpu: 8GiB}
+        offload_folder: with device_map, for weights on the disk that are not read from the model's own files
     """
 
     model: str
     dtype: Precision = "auto"
     device: str | None = None
+    device_map: Literal["auto"] | dict[str, int | str] | None = None
+    max_memory: dict[int | str, str] | None = None
+    offload_folder: str | None = None
     name = "model"
     other_tokenizer = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device_map is None and (self.max_memory or self.offload_folder):
+            raise ShapeError("expected device_map with max_memory and offload_folder, got none")
+        if self.device_map is not None and self.device is not None:
+            raise ShapeError("expected device or device_map, got both")
+        if isinstance(self.device_map, dict) and self.max_memory:
+            raise ShapeError("expected max_memory with device_map: auto, got a device for each module")
 
     @property
     def title(self) -> str:
@@ -129,7 +141,9 @@ class ModelSource(MemberSource):
 
     def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
         bits = {"int8": 8, "int4": 4}.get(self.dtype)
-        model = load_model(self.model, f"{key}.model", "auto" if bits else self.dtype, task, bits=bits)
+        placement = {name: getattr(self, name) for name in ("device_map", "max_memory", "offload_folder")}
+        options: dict[str, Any] = {"bits": bits, "placement": {k: v for k, v in placement.items() if v is not None}}
+        model = load_model(self.model, f"{key}.model", "auto" if bits else self.dtype, task, **options)
         tokenizer = load_tokenizer(self.model, f"{key}.model")
         config = copy.deepcopy(model.config)
         if hasattr(config, "quantization_config"):  # students derived from the config have full precision

@@ -1,0 +1,84 @@
+"""A teacher that accelerate spreads over devices, memory and disk teaches like one in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from potstill.errors import PotstillError
+from potstill.losses.alignment import causal_alignment
+from potstill.models.placement import is_spread, move, resident_bytes, weight_in_memory
+from potstill.runs.build import build_run
+from potstill.runs.cache import _weights_digest
+from potstill.runs.check import check
+from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
+
+ON_DISK = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+ON_DISK |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+
+
+@pytest.fixture
+def spread(recipe_values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    recipe_values["teacher"] |= {"device_map": ON_DISK, "offload_folder": str(tmp_path / "offload")}
+    recipe_values["student"] = {"design": {"num_hidden_layers": 1, "hidden_size": 8, "head_dim": 8}}
+    recipe_values["student"]["initialize"] = {"method": "prune", "layers": [1], "fit": False}
+    return recipe_values | {"evaluate": {"continuations": 0}}
+
+
+def whole(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"teacher": {"model": values["teacher"]["model"]}}
+
+
+def test_layers_on_the_disk_teach_and_start_students(spread: dict[str, Any]) -> None:
+    one, other = (build_run(Recipe.parse(values)) for values in (spread, whole(spread)))
+    models: list[Any] = [built.loaded.model for built in (one, other)]
+    assert [is_spread(model) for model in models] == [True, False]
+    assert move(models[0], "meta") is models[0]
+    assert resident_bytes(models[0]) < resident_bytes(models[1]) == models[1].get_memory_footprint()
+    assert _weights_digest(models[0]) == _weights_digest(models[1])
+    name = "model.layers.1.mlp.up_proj.weight"
+    with weight_in_memory(models[0], name) as weight:
+        assert torch.equal(weight, models[1].get_parameter(name))
+    assert models[0].get_parameter(name).is_meta
+    weights = [built.new_student().state_dict() for built in (one, other)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    batch = {"input_ids": torch.arange(1, 25).view(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    alignment = causal_alignment(batch["input_ids"])
+    logits = [built.teacher(batch, alignment).targets.dense() for built in (one, other)]
+    torch.testing.assert_close(*logits)
+
+
+def test_a_run_ends_as_with_a_teacher_in_memory(spread: dict[str, Any], tmp_path: Path) -> None:
+    losses = []
+    for number, values in enumerate((spread, whole(spread))):
+        result = run(Recipe.parse(values | {"output": str(tmp_path / str(number))}))
+        losses.append(result.summary["rows"]["student"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_check_counts_what_is_in_memory(spread: dict[str, Any]) -> None:
+    needs = [check(Recipe.parse(values)) for values in (spread, whole(spread))]
+    less = [resident_bytes(need.built.loaded.model) for need in needs]  # type: ignore[arg-type]
+    assert needs[0].memory_bytes - needs[0].batch_bytes == pytest.approx(
+        needs[1].memory_bytes - needs[1].batch_bytes - (less[1] - less[0])
+    )
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"max_memory": {"cpu": "1GiB"}}, "expected device_map with max_memory and offload_folder, got none"),
+        ({"device_map": "auto", "device": "cpu"}, "expected device or device_map, got both"),
+        ({"device_map": {"": "cpu"}, "max_memory": {"cpu": "1GiB"}}, "expected max_memory with device_map: auto"),
+        ({"device_map": "balanced"}, "input should be 'auto', got 'balanced'"),
+        ({"device_map": {"lm_head": "disk"}}, "teacher.model: for device_map expected auto, .* got: The device_map"),
+    ],
+)
+def test_placements_that_cannot_be_are_refused(spread: dict[str, Any], teacher: dict[str, Any], message: str) -> None:
+    spread["teacher"] = whole(spread)["teacher"] | teacher
+    with pytest.raises(PotstillError, match=message):
+        build_run(Recipe.parse(spread))
