@@ -10,10 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from conftest import make_batch, make_llama, make_tokenizer
-from potstill.errors import RecipeError, UserError
+from potstill.errors import ModelError, RecipeError, UserError
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.targets import DenseTargets, HeadTargets
@@ -91,7 +91,7 @@ def test_a_run_learns_from_it(folder: Path, recipe_values: dict[str, Any], dtype
 def test_its_weights_cannot_be_taken_over(folder: Path, recipe_values: dict[str, Any]) -> None:
     recipe_values["teacher"] = {"model": str(folder), "dtype": "int4"}
     recipe_values["student"]["initialize"] = "truncate"
-    with pytest.raises(RecipeError, match="expected a teacher in full precision for truncate, got a quantized one"):
+    with pytest.raises(RecipeError, match="expected a model in full precision for truncate, got a quantized one"):
         build_run(Recipe.parse(recipe_values))
 
 
@@ -99,3 +99,18 @@ def test_without_the_package_the_command_is_told(folder: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'potstill\[quantized\]'"):
         load_model(str(folder), "teacher.model", bits=4)
+
+
+def test_experts_in_one_tensor_are_refused_with_what_they_would_take(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+    sizes |= {"num_key_value_heads": 1, "num_experts": 4, "num_local_experts": 4, "intermediate_size": 64}
+    sizes |= {"moe_intermediate_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model("qwen3_moe", **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    experts = model.model.layers[0].mlp.experts
+    share = sum(weight.numel() for weight in experts.parameters()) / model.num_parameters()
+    message = rf"t.model: expected linear layers alone to quantize to 4 bits, got Qwen3Moe.*experts \({share:.0%} of"
+    with pytest.raises(ModelError, match=message):
+        load_model(str(tmp_path), "t.model", bits=4)
+    load_model(str(tmp_path), "t.model")

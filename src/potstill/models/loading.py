@@ -34,7 +34,7 @@ from potstill.models.integrity import (
     padding_notes,
 )
 from potstill.models.locate import ModelLocation, locate, require_package
-from potstill.models.precision import saved_dtype
+from potstill.models.precision import check_quantizable, saved_dtype
 from potstill.models.size import language_model_class
 from potstill.models.tokenizer_file import tokenizer_notes
 
@@ -156,9 +156,11 @@ def _load_base(
     if quantization is not None:
         if "gguf_file" in options:
             raise ModelError(f"{key}: expected a GGUF file without another quantization, got both. Leave dtype out.")
+        with torch.device("meta"):
+            unloaded = auto_class.from_config(load_config(name, key))
+        check_quantizable(unloaded, key=key, name=name, bits=4 if quantization.load_in_4bit else 8)
         if task in SEQUENCE_TASKS:
-            with torch.device("meta"):
-                quantization.llm_int8_skip_modules = sequence_head_names(auto_class.from_config(load_config(name, key)))
+            quantization.llm_int8_skip_modules = sequence_head_names(unloaded)
         options["quantization_config"] = quantization
     try:
         with suppress_warnings():  # of missing weights, which are checked below

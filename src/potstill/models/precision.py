@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
+from potstill.errors import ModelError
 from potstill.models.locate import weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -35,6 +37,23 @@ def saved_dtype(name: str | Path) -> torch.dtype | None:
 def integer_weights(name: str | Path) -> list[str]:
     """Names of the weights that a saved model has as integers."""
     return [weight for weight, dtype, _ in _saved_weights(name) if weight.endswith("weight") and dtype[0] in "IU"]
+
+
+def check_quantizable(model: nn.Module, *, key: str, name: str, bits: int) -> None:
+    """Refuse a model with the weights of all experts of a layer in one tensor, which bitsandbytes does not quantize."""
+    modules = (module for module in model.modules() if not isinstance(module, nn.Conv1d))
+    weights = (weight for module in modules for weight in module.parameters(recurse=False))
+    experts = sum(weight.numel() for weight in weights if weight.ndim == 3)
+    if not experts:
+        return
+    total = sum(weight.numel() for weight in model.parameters())
+    expected, real = ((total - left) * bits / 8 + left * 2 for left in (0, experts))
+    raise ModelError(
+        f"{key}: expected linear layers alone to quantize to {bits} bits, got {type(model).__name__}, whose experts "
+        f"({experts / total:.0%} of its weights) bitsandbytes leaves in 16 bits: {name} would take {real / 1e9:.3g} "
+        f"GB, not {expected / 1e9:.3g} GB. Leave dtype out, spread it (device_map), or name a checkpoint that was "
+        "saved quantized."
+    )
 
 
 def _saved_weights(name: str | Path) -> Iterator[tuple[str, str, int]]:
