@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from conftest import TEXT, make_llama, make_tokenizer
-from potstill.formats.gguf_families import FAMILIES
-from potstill.formats.gguf_file import write_gguf
-from potstill.formats.gguf_tokenizer import _SPLITS
-from potstill.formats.llama_cpp import LlamaCpp
+from potstill.runs.formats.gguf_families import FAMILIES
+from potstill.runs.formats.gguf_file import write_gguf
+from potstill.runs.formats.gguf_tokenizer import _SPLITS
+from potstill.runs.formats.llama_cpp import LlamaCpp
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'potstill[export]'")

@@ -18,7 +18,7 @@ import potstill
 
 SOURCE = Path(__file__).parents[1] / "src" / "potstill"
 
-MIDDLE = {"formats", "train", "generation", "embedding", "evaluate"}
+MIDDLE = {"train", "generation", "embedding", "evaluate"}
 LOW = {"teachers", "data", "engines", "models", "losses", "errors"}
 
 # Who may import whom: a package or a module directly under potstill. Arrows go down.
@@ -33,7 +33,6 @@ PACKAGES: dict[str, set[str]] = {
     "generation": LOW,
     "train": LOW,
     "embedding": LOW | {"evaluate", "train"},
-    "formats": LOW | {"evaluate"},
     "runs": LOW | MIDDLE,
     "demo": LOW | MIDDLE | {"runs"},
     "cli": LOW | MIDDLE | {"runs", "demo"},
@@ -153,6 +152,21 @@ def test_the_losses_work_where_torch_is_alone():
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_export_imports_no_trainer():
+    """transformers.Trainer imports peft and bitsandbytes where they are, which takes seconds."""
+    reached, waiting = set(), ["potstill.runs.export"]
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+        at_once = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in at_once for alias in node.names}
+        assert not [name for name in names if name.startswith("transformers.Train")], module
+        sources = {str(node.module) for node in at_once} | names
+        waiting += [name for name in sources if name in MODULES and name not in reached]
+    assert {"potstill.runs.progress", "potstill.runs.config.run"} <= reached
 
 
 def test_the_command_line_answers_without_torch():

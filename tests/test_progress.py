@@ -10,7 +10,8 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from potstill.runs import progress
-from potstill.runs.progress import PartProgress, TrainingProgress, part
+from potstill.runs.progress import PartProgress, part
+from potstill.runs.training_progress import TrainingProgress
 
 
 @pytest.fixture

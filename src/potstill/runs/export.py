@@ -17,12 +17,13 @@ from potstill.errors import UserError, nearest
 from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, read_exports, write_exports
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.evaluate.speed import weight_bytes
-from potstill.formats.gguf_file import GgufType, write_gguf
-from potstill.formats.llama_cpp import program_version
-from potstill.formats.measure import compare_models, measure_gguf, measured_rows
+from potstill.runs.formats.gguf_file import GgufType, write_gguf
+from potstill.runs.formats.llama_cpp import program_version
+from potstill.runs.formats.measure import compare_models, measure_gguf, measured_rows
 from potstill.models.adapted import is_adapted, merged
 from potstill.models.heads import token_rows
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from potstill.runs.config.document import read
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
 
@@ -159,7 +160,9 @@ def _recipe_of(folder: Path) -> Recipe | None:
     """The recipe of a run directory; None for a model."""
     if not (folder / "recipe.yaml").exists():
         return None
-    recipe = Recipe.load(folder / "recipe.yaml")
+    values = read(folder / "recipe.yaml")
+    values.pop("train", None)  # its arguments are done with, and checking them imports the Trainer: seconds
+    recipe = Recipe.parse(values)
     if recipe.task != "causal":
         raise UserError(f"export: expected a run of the task causal for GGUF, got {recipe.task}.")
     if not (folder / "student").is_dir():

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
 
 from potstill.evaluate.formatting import duration
 
@@ -90,25 +89,3 @@ class PartProgress:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
-
-
-class TrainingProgress(TrainerCallback):
-    """Shows the steps of a training of transformers."""
-
-    def __init__(self, title: str, console: Console) -> None:
-        self.progress = PartProgress(console, title)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.progress.start(state.global_step, state.max_steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not control.should_log:  # else on_log follows, with the loss
-            self.progress.update(state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.progress.update(state.global_step, loss=logs["loss"], logged=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.stop()

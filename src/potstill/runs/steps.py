@@ -24,7 +24,8 @@ from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun
 from potstill.runs.interruption import Interruption
 from potstill.runs.measure import EVAL_ROWS, summarize
-from potstill.runs.progress import TrainingProgress, part
+from potstill.runs.progress import part
+from potstill.runs.training_progress import TrainingProgress
 from potstill.train.callbacks import MetricsFile, SamplesFile
 from potstill.train.checkpoints import last_checkpoint
 from potstill.train.objective import Objective

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from potstill.data.masking import MASKED_SHARE
 from potstill.data.sources import Source, in_parts
-from potstill.formats.gguf_file import GgufType
+from potstill.runs.formats.gguf_file import GgufType
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.declared import Either
 from potstill.models.adapters import adapter_conflicts

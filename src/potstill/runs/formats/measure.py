@@ -18,7 +18,7 @@ from potstill.data.batches import in_batches
 from potstill.errors import RunError
 from potstill.evaluate.exported import ExportedFile
 from potstill.evaluate.quality import Quality, compare
-from potstill.formats.llama_cpp import CHUNK, LlamaCpp
+from potstill.runs.formats.llama_cpp import CHUNK, LlamaCpp
 from potstill.models.chat import end_token_ids
 
 PROMPT, NEW_TOKENS = 128, 32  # tokens that are timed

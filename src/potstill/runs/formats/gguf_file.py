@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.files import atomic_path
 from potstill.errors import ModelError
-from potstill.formats.gguf_families import gguf_family, gguf_weight, rope_tensors, write_parameters
-from potstill.formats.gguf_tokenizer import write_tokenizer
+from potstill.runs.formats.gguf_families import gguf_family, gguf_weight, rope_tensors, write_parameters
+from potstill.runs.formats.gguf_tokenizer import write_tokenizer
 from potstill.models.locate import require_package
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
