@@ -18,15 +18,15 @@ from conftest import make_llama, make_tokenizer
 from potstill.cli import app
 from potstill.data.sources import Source
 from potstill.errors import ModelError, RunError, UserError
-from potstill.evaluate.exported import read_exports
+from potstill.evaluate.exported import Exports, read_exports
 from potstill.evaluate.report.page import write_report, write_student_card
+from potstill.runs import export as runs_export
+from potstill.runs.config.run import Recipe
+from potstill.runs.export import evaluate_files, export
 from potstill.runs.formats import llama_cpp
 from potstill.runs.formats.gguf_families import gguf_family
 from potstill.runs.formats.gguf_file import write_gguf
 from potstill.runs.formats.llama_cpp import LlamaCpp
-from potstill.runs import export as runs_export
-from potstill.runs.config.run import Recipe
-from potstill.runs.export import export
 from test_report import run_directory, summary  # noqa: F401  # fixtures
 
 pytest.importorskip("gguf")
@@ -57,6 +57,35 @@ def test_a_model_is_measured_beside_its_teacher(model: Path, toys: Path) -> None
         assert abs(file.teacher_kl - exports.student_teacher_kl) < 2e-2
         assert file.prompt_tokens_per_second > 0 and file.tokens_per_second > 0
         assert file.notes == []
+
+
+def test_files_are_evaluated_alone(model: Path, toys: Path, tmp_path: Path) -> None:
+    data = Source(str(toys / "eval.jsonl"))
+    export(model, quantize=("f16", "q4_0"), data=data, teacher=str(toys / "teacher"), max_length=32, tokens=100)
+    before = read_exports(model / "export")
+    arguments = ["--data", str(toys / "eval.jsonl"), "--out", str(tmp_path / "out.json"), "--max-length", "32"]
+    arguments += ["--teacher", str(toys / "teacher"), "--tokens", "100"]
+    result = CliRunner().invoke(app, ["evaluate", str(model / "export"), *arguments])
+    assert result.exit_code == 0, result.exception
+    results = Exports.model_validate_json((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert before is not None and results.student_loss == before.student_loss
+    assert {(file.kind, file.loss, file.kl) for file in results.files} == {
+        (file.kind, file.loss, file.kl) for file in before.files
+    }
+    alone = shutil.copy(model / "export" / "student-q4_0.gguf", tmp_path / "alone.gguf")
+    exports = evaluate_files([alone], data, max_length=32, tokens=100)
+    (file,) = exports.files
+    assert (file.loss, file.kl, exports.student_bytes) == (before.files[1].loss, None, None)
+    assert file.tokens == exports.tokens == before.tokens
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(99))
+    for name, options, message in (
+        (alone, ["--generations", "2"], "--generations, .*: expected none of them with GGUF files"),
+        (tmp_path / "broken.gguf", [], "student: expected .*broken.gguf"),
+    ):
+        result = CliRunner().invoke(app, ["evaluate", str(name), *arguments[:6], *options])
+        assert isinstance(result.exception, UserError), result.exception
+        with pytest.raises(UserError, match=message):
+            raise result.exception
 
 
 def test_a_second_export_keeps_the_first_and_clears_what_a_kill_left(model: Path) -> None:

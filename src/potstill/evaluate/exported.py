@@ -25,6 +25,7 @@ class ExportedFile(BaseModel):
     file: str
     kind: str  # of its weights
     bytes: int
+    tokens: int = 0  # held-out tokens that it was measured on
     loss: float | None = None
     agreement: float | None = None  # with the student
     kl: float | None = None
@@ -39,7 +40,7 @@ class Exports(BaseModel):
 
     program: str
     tokens: int = 0  # held-out tokens that all were measured on
-    student_bytes: int
+    student_bytes: int | None = None  # None for files of no known student
     student_loss: float | None = None
     student_teacher_kl: float | None = None
     teacher_loss: float | None = None
@@ -69,7 +70,8 @@ def export_rows(exports: Exports) -> Iterator[tuple[str, ...]]:
         return "–" if value is None else str(form(value))
 
     student = (write(exports.student_loss, nats), "–", "–", write(exports.student_teacher_kl, nats))
-    yield ("student/", size(exports.student_bytes), *student, "–", "–")
+    if exports.student_bytes is not None:
+        yield ("student/", size(exports.student_bytes), *student, "–", "–")
     for file in exports.files:
         agreement = "–" if file.agreement is None else percent(file.agreement, 1)
         quality = (write(file.loss, nats), agreement, write(file.kl, "{:.5f}".format), write(file.teacher_kl, nats))

@@ -17,17 +17,17 @@ from potstill.errors import UserError, nearest
 from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, read_exports, write_exports
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.evaluate.speed import weight_bytes
-from potstill.runs.formats.gguf_file import GgufType, write_gguf
-from potstill.runs.formats.llama_cpp import program_version
-from potstill.runs.formats.measure import compare_models, measure_gguf, measured_rows
 from potstill.models.adapted import is_adapted, merged
-from potstill.models.heads import token_rows
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.config.document import read
 from potstill.runs.config.run import Recipe
+from potstill.runs.formats.gguf_file import GgufType, gguf_kind, write_gguf
+from potstill.runs.formats.llama_cpp import program_version
+from potstill.runs.formats.measure import Bench, measure_gguf, measured_rows
 from potstill.runs.progress import part
 
 Format = Literal["gguf"]
+STUDENT = "student"  # folder of a run's student
 MEASURED_TOKENS = 2048  # held-out tokens that the files are measured on
 
 
@@ -67,7 +67,7 @@ def export(
             raise UserError(
                 f"export: expected no data, teacher or out with a run, got some with {folder}. It has its own."
             )
-        name, data = str(folder / "student"), recipe.data.eval
+        name, data = str(folder / STUDENT), recipe.data.eval
         options = {"max_length": recipe.data.max_length, "packing": recipe.data.packing}
         # The teacher of a student with fewer tokens was cut in memory alone.
         teacher = recipe.teacher.model_path if recipe.student.vocabulary is None else None
@@ -111,17 +111,9 @@ def export_model(
     """Export a loaded model, and measure its files on held-out rows."""
     if is_adapted(model):
         model = merged(model)
-    models = {"student": model} | ({} if teacher is None else {"teacher": teacher})
-    vocabulary = min(token_rows(x, "causal") for x in models.values())
-    exports = Exports(program=program_version(), student_bytes=weight_bytes(student_folder))
-    rows = None if rows is None else measured_rows(rows, tokens)
-    if rows is not None:
-        reference = None if teacher is None else "teacher"
-        with part(console, "measuring the student"):
-            quality = compare_models(models, reference, rows, tokenizer, vocabulary)
-        exports.tokens, exports.student_loss = quality["student"].tokens, quality["student"].loss
-        if teacher is not None:
-            exports.student_teacher_kl, exports.teacher_loss = quality["student"].kl, quality["teacher"].loss
+    bench = Bench(tokenizer, None if rows is None else measured_rows(rows, tokens), model, teacher)
+    with part(console, "measuring the student"):
+        exports = bench.start(program_version(), weight_bytes(student_folder))
     out.mkdir(parents=True, exist_ok=True)
     for left in out.glob("student-*.partial"):  # by a kill during an earlier export
         left.unlink()
@@ -131,11 +123,60 @@ def export_model(
             with part(console, f"writing {path.name}"):
                 write_gguf(model, tokenizer, partial, kind)
             with part(console, f"measuring {path.name} in llama.cpp"):
-                file = measure_gguf(partial, kind, model, teacher, rows, tokenizer, vocabulary=vocabulary)
+                file = measure_gguf(partial, kind, bench)
         exports.files.append(file.model_copy(update={"file": path.name}))
     exports.files = [*_earlier(exports, out), *exports.files]
     write_exports(exports, out)
     return exports
+
+
+@suppress_warnings()
+def evaluate_files(
+    files: Sequence[Path],
+    data: Source,
+    teacher: str | None = None,
+    *,
+    max_length: int = 512,
+    packing: bool = False,
+    tokens: int = MEASURED_TOKENS,
+    console: Console | None = None,
+) -> Exports:
+    """Measure GGUF files in llama.cpp on held-out data, beside a teacher, and the student that an export is of.
+
+    The rows are read with that student's tokenizer, or without one with that of the first file.
+
+    Args:
+        files: of one tokenizer.
+        tokens: held-out tokens to measure on, about.
+    """
+    console = console or Console(quiet=True)
+    student = _student_beside(files[0])
+    name = str(files[0] if student is None else student)
+    with part(console, "reading models and data"):
+        tokenizer = load_tokenizer(name, "student")
+        rows = measured_rows(encode(data, tokenizer, max_length=max_length, packing=packing).dataset, tokens)
+        bench = Bench(
+            tokenizer,
+            rows,
+            None if student is None else load_model(name, "student", "float32"),
+            None if teacher is None else _teacher(teacher, tokenizer),
+        )
+    if teacher is not None and bench.teacher is None:
+        raise UserError(f"--teacher: expected a model with the tokens of {name}, got {teacher}. Leave it out.")
+    with part(console, "measuring in transformers"):
+        exports = bench.start(program_version(), None if student is None else weight_bytes(student))
+    for path in files:
+        with part(console, f"measuring {path.name} in llama.cpp"):
+            exports.files.append(measure_gguf(path, gguf_kind(path), bench))
+    exports.tokens = exports.tokens or exports.files[0].tokens
+    return exports
+
+
+def _student_beside(file: Path) -> Path | None:
+    """The student that an export in a run directory, or in the folder of a model, is of."""
+    run = file.absolute().parent.parent
+    folders = (run / STUDENT, run) if file.absolute().parent.name == FOLDER else ()
+    return next((folder for folder in folders if (folder / "config.json").exists()), None)
 
 
 def _earlier(exports: Exports, out: Path) -> list[ExportedFile]:
@@ -165,7 +206,7 @@ def _recipe_of(folder: Path) -> Recipe | None:
     recipe = Recipe.parse(values)
     if recipe.task != "causal":
         raise UserError(f"export: expected a run of the task causal for GGUF, got {recipe.task}.")
-    if not (folder / "student").is_dir():
+    if not (folder / STUDENT).is_dir():
         raise UserError(f"export: expected a finished run, got {folder} without student/. Finish it with --resume.")
     return recipe
 

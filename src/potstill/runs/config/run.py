@@ -9,13 +9,13 @@ from pydantic import AfterValidator, Field, model_validator
 
 from potstill.data.masking import MASKED_SHARE
 from potstill.data.sources import Source, in_parts
-from potstill.runs.formats.gguf_file import GgufType
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.declared import Either
 from potstill.models.adapters import adapter_conflicts
 from potstill.runs.config.document import Document, Part
 from potstill.runs.config.student import StudentPart
 from potstill.runs.config.training import TrainPart, argument_names
+from potstill.runs.formats.gguf_file import GgufType
 from potstill.teachers import cached, ensemble, model, self_taught, served  # noqa: F401  # kinds of teachers
 from potstill.teachers.source import TeacherSource
 from potstill.train.objective import task_mistakes

@@ -9,10 +9,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.files import atomic_path
-from potstill.errors import ModelError
+from potstill.errors import ModelError, UserError, one_line
+from potstill.models.locate import require_package
 from potstill.runs.formats.gguf_families import gguf_family, gguf_weight, rope_tensors, write_parameters
 from potstill.runs.formats.gguf_tokenizer import write_tokenizer
-from potstill.models.locate import require_package
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
@@ -51,6 +51,17 @@ def write_gguf(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path, quant
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def gguf_kind(path: Path) -> str:
+    """What most weights of any file are quantized to, by its header: q4_k_m, for example."""
+    gguf = require_package("gguf", "export", "export")
+    try:
+        field = gguf.GGUFReader(path).get_field("general.file_type")
+        name = "" if field is None else gguf.LlamaFileType(field.contents()).name
+    except (ValueError, OSError) as error:
+        raise UserError(f"student: expected a GGUF file, got {path}: {one_line(error)}.") from None
+    return name.lower().removeprefix("mostly_").removeprefix("all_")
 
 
 def _arch(gguf: Any, name: str) -> Any:

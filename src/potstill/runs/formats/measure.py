@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import in_batches
-from potstill.errors import RunError
-from potstill.evaluate.exported import ExportedFile
+from potstill.errors import RunError, UserError
+from potstill.evaluate.exported import ExportedFile, Exports
 from potstill.evaluate.quality import Quality, compare
-from potstill.runs.formats.llama_cpp import CHUNK, LlamaCpp
 from potstill.models.chat import end_token_ids
+from potstill.models.heads import token_rows
+from potstill.runs.formats.llama_cpp import CHUNK, LlamaCpp
 
 PROMPT, NEW_TOKENS = 128, 32  # tokens that are timed
 # Texts that tokenizers split in different ways.
@@ -52,6 +54,49 @@ class GgufModule(nn.Module):
         return SimpleNamespace(logits=logits)
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What files are measured on, and beside: held-out rows, the student in transformers and its teacher."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: Dataset | None = None
+    student: Any = None
+    teacher: Any = None
+
+    def start(self, program: str, student_bytes: int | None) -> Exports:
+        """Measure the student and the teacher themselves."""
+        exports = Exports(program=program, student_bytes=student_bytes)
+        if self.rows is None:
+            return exports
+        quality = self._compare({"student": self.student} if self.student is not None else {}, self.teacher)
+        if (student := quality.get("student")) is not None:
+            exports.student_loss, exports.student_teacher_kl = student.loss, student.kl
+        if (teacher := quality.get("teacher")) is not None:
+            exports.teacher_loss = teacher.loss
+        exports.tokens = next(iter(quality.values())).tokens if quality else 0
+        return exports
+
+    def quality(self, file: nn.Module) -> dict[str, Any]:
+        """The fields of an ExportedFile that compare it with the student and the teacher."""
+        if self.rows is None:
+            return {}
+        beside_student = self._compare({"file": file}, self.student)["file"]
+        names = ("tokens", "loss", "agreement", "kl")
+        quality = {name: getattr(beside_student, name) for name in names}
+        if self.teacher is not None:
+            quality["teacher_kl"] = self._compare({"file": file}, self.teacher)["file"].kl
+        return quality
+
+    def _compare(self, models: Mapping[str, nn.Module], reference: Any) -> Mapping[str, Quality]:
+        """Measure models row by row: the logits of few rows fit into memory."""
+        assert self.rows is not None
+        if reference is None and not models:
+            return {}
+        heads = [token_rows(model, "causal") for model in (self.student, self.teacher) if model is not None]
+        vocabulary = min(heads, default=None)
+        return compare(reference, models, in_batches(self.rows, self.tokenizer, 1), vocabulary=vocabulary)
+
+
 def measured_rows(rows: Dataset, tokens: int) -> Dataset:
     """Choose rows in random order until they have that many tokens."""
     order = np.random.default_rng(0).permutation(len(rows))
@@ -59,47 +104,21 @@ def measured_rows(rows: Dataset, tokens: int) -> Dataset:
     return rows.select(order[: int(np.searchsorted(lengths, tokens)) + 1])
 
 
-def compare_models(
-    models: Mapping[str, nn.Module],
-    reference: str | None,
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int | None,
-) -> Mapping[str, Quality]:
-    """Measure models on rows, beside one of them, row by row: the logits of few rows fit into memory."""
-    others = {name: model for name, model in models.items() if name != reference}
-    quality = compare(
-        None if reference is None else models[reference], others, in_batches(rows, tokenizer, 1), vocabulary=vocabulary
-    )
-    return {reference if name == "teacher" and reference is not None else name: x for name, x in quality.items()}
-
-
-def measure_gguf(
-    path: Path,
-    kind: str,
-    student: Any,
-    teacher: Any,
-    rows: Dataset | None,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    vocabulary: int | None,
-) -> ExportedFile:
+def measure_gguf(path: Path, kind: str, bench: Bench) -> ExportedFile:
     """Load a file in llama.cpp, check its tokens, and measure it.
 
     Raises:
         RunError: llama.cpp does not load it, or reads plain text as other tokens.
     """
-    longest = max((len(row) for row in rows["input_ids"]), default=0) if rows is not None else 0
+    longest = max((len(row) for row in bench.rows["input_ids"]), default=0) if bench.rows is not None else 0
     with LlamaCpp(path, max(longest, PROMPT + NEW_TOKENS)) as loaded:
-        notes = [*_token_notes(loaded, tokenizer), *_end_notes(loaded, tokenizer, student)]
-        quality: dict[str, Any] = {}
-        if rows is not None:
-            file = GgufModule(loaded)
-            own = compare_models({"student": student, "file": file}, "student", rows, tokenizer, vocabulary)["file"]
-            quality = {"loss": own.loss, "agreement": own.agreement, "kl": own.kl}
-            if teacher is not None:
-                beside = compare_models({"teacher": teacher, "file": file}, "teacher", rows, tokenizer, vocabulary)
-                quality["teacher_kl"] = beside["file"].kl
+        notes = [*_token_notes(loaded, bench.tokenizer), *_end_notes(loaded, bench.tokenizer, bench.student)]
+        if longest > loaded.context_length:
+            raise UserError(
+                f"data: expected rows of at most {loaded.context_length} tokens, the context of {path.name}, got "
+                f"{longest}. Lower --max-length."
+            )
+        quality = bench.quality(GgufModule(loaded))
         prompt, generation = _speeds(loaded)
     speeds = {"prompt_tokens_per_second": prompt, "tokens_per_second": generation}
     size = path.stat().st_size
