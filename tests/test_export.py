@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -27,6 +29,7 @@ from potstill.runs.formats import llama_cpp
 from potstill.runs.formats.gguf_families import gguf_family
 from potstill.runs.formats.gguf_file import write_gguf
 from potstill.runs.formats.llama_cpp import LlamaCpp
+from test_quantize import weights_of
 from test_report import run_directory, summary  # noqa: F401  # fixtures
 
 pytest.importorskip("gguf")
@@ -239,11 +242,16 @@ def test_recipes_name_their_exports(recipe_values: dict[str, Any]) -> None:
 def test_a_run_exports_its_student(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     from potstill.runs.run import run
 
+    recipe_values["student"] |= {"quantize": "q8_0", "design": {"hidden_size": 32, "num_hidden_layers": 1}}
     recipe_values |= {"export": [{"quantize": "q8_0"}], "evaluate": {"baseline": False, "continuations": 0}}
     recipe_values["train"] |= {"max_steps": 1}
     directory = run(Recipe.parse(recipe_values), console=Console(quiet=True)).directory
     records = read_exports(directory / "export")
     assert records is not None and records.files[0].teacher_kl is not None
+    trained = load_file(directory / "student" / "model.safetensors")
+    exported = weights_of(directory / "export" / "student-q8_0.gguf")
+    for name, own in (("model.embed_tokens", "token_embd"), ("model.layers.0.mlp.up_proj", "blk.0.ffn_up")):
+        assert np.array_equal(trained[f"{name}.weight"].numpy(), exported[f"{own}.weight"])
     assert "student-q8_0.gguf" in (directory / "report.html").read_text(encoding="utf-8")
     text = (directory / "recipe.yaml").read_text(encoding="utf-8")  # of an older transformers
     (directory / "recipe.yaml").write_text(text.replace("\ntrain:\n", "\ntrain:\n  no_longer: 1\n"), encoding="utf-8")

@@ -58,6 +58,8 @@ class StudentBuilder:
         auto is that of the checkpoint that it starts from, else its teacher's. Adapters stay in that of training.
         """
         part = self.recipe.student
+        if part.quantize is not None:
+            return None
         if part.save_dtype != "auto":
             return as_dtype(part.save_dtype)
         if (part.adapter is not None and not part.merges) or (part.model is not None and is_adapter(part.model)):

@@ -88,12 +88,13 @@ def _estimate(recipe: Recipe, built: BuiltRun, student: PreTrainedModel) -> Pref
     # tokens in chunks and needs no more than both models' logits and a gradient.
     memory = sum(weight.numel() * weight.element_size() for weight in student.parameters()) + 3 * trained + batch_bytes
     memory += sum(resident_bytes(model) for model in built.loaded.models.values())
-    memory += trained if recipe.teacher.copies_student else 0
+    copies = int(recipe.teacher.copies_student) + (recipe.student.quantize is not None)  # the weights before rounding
+    memory += copies * trained
     if isinstance(built.new_student, StudentBuilder) and built.new_student.source is not built.loaded.model:
         memory += built.new_student.source.get_memory_footprint()  # type: ignore[union-attr]  # what the student is cut from
     # A checkpoint has the trained weights and two moments; while one is written the one before still exists. A server
     # that samples reads the trained weights from a folder.
-    disk = runs * (2 * 3 * trained + exported) + (0 if built.writer is None else trained)
+    disk = runs * (2 * (3 + copies) * trained + exported) + (0 if built.writer is None else trained)
     free = shutil.disk_usage(existing).free
     rounds = (recipe.student.initialize.rounds - 1) * round_steps(built.plan.steps)
     batches = (runs * built.plan.steps + rounds) * max(built.plan.rows_per_step // built.plan.batch_rows, 1)

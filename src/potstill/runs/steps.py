@@ -22,6 +22,7 @@ from potstill.models.adapted import convert_saved, merged
 from potstill.models.loading import load_model
 from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun
+from potstill.runs.formats.gguf_file import weight_grids
 from potstill.runs.interruption import Interruption
 from potstill.runs.measure import EVAL_ROWS, summarize
 from potstill.runs.progress import part
@@ -120,8 +121,10 @@ def train(
     """Train one student, from its last checkpoint in `directory/checkpoints/name` if there is one."""
     recipe, checkpoints, shown = built.recipe, directory / "checkpoints" / name, TrainingProgress(name, console)
     interruption = Interruption(console)
+    student, quantize = built.new_student(), recipe.student.quantize
     trainer = DistillationTrainer(
-        student=built.new_student(),
+        student=student,
+        grids=None if quantize is None else weight_grids(student, quantize),
         teacher=built.teacher if objective.needs_teacher else None,
         objective=objective,
         args=training_arguments(built, name, checkpoints),

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, Protocol
 
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor
 
 from potstill.errors import UserError
 from potstill.teachers.teacher import Teacher
 
 TEACHER = "teacher.safetensors"  # in a checkpoint: the state of a teacher that changes in training
+
+
+class Stateful(Protocol):
+    """What has a state in checkpoints."""
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> Any: ...
 
 
 def last_checkpoint(directory: Path) -> Path | None:
@@ -25,7 +34,7 @@ def last_checkpoint(directory: Path) -> Path | None:
     return None
 
 
-def restore(owner: Teacher | nn.Module, path: Path, advice: str) -> None:
+def restore(owner: Stateful, path: Path, advice: str) -> None:
     """Load a state from a file of a checkpoint, or raise UserError without it; nothing for an owner without state."""
     if not owner.state_dict():
         return

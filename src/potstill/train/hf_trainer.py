@@ -25,6 +25,7 @@ from potstill.models.loading import load_adapter
 from potstill.models.split import run
 from potstill.train.checkpoints import TEACHER, last_checkpoint, restore, restore_teacher
 from potstill.train.distiller import Distiller, StepOutput
+from potstill.train.latent_weights import LATENT, LatentWeights
 from potstill.train.rollout import Rollout
 from potstill.train.signals import or_one
 
@@ -62,6 +63,7 @@ class StudentTrainer(Trainer):
     """transformers.Trainer whose batches hold on-policy samples and whose checkpoints hold the plain student."""
 
     rollout: Rollout | None = None
+    latent: LatentWeights | None = None
     loss_is_scaled_for_ga = True  # what `compute_loss` returns needs no division by accumulation steps
 
     _generator: nn.Module | None = None  # a copy of a sharded student, to generate with
@@ -163,6 +165,8 @@ class StudentTrainer(Trainer):
         states = {} if self.distiller.teacher is None else {TEACHER: self.distiller.teacher.state_dict()}
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # whose own files hold all that is trained
             states[OBJECTIVE] = self.distiller.objective.state_dict()
+        if self.latent is not None:
+            states[LATENT] = self.latent.state_dict()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         for name, state in states.items():
             if state and self.args.should_save:
@@ -190,6 +194,8 @@ class StudentTrainer(Trainer):
         self.load_student(folder)
         advice = ". The objective trains projections, which this checkpoint does not have."
         restore(self.distiller.objective, folder / OBJECTIVE, advice)
+        if self.latent is not None:
+            restore(self.latent, folder / LATENT, ": it is of a training without grids. Start again.")
 
     def load_student(self, folder: Path) -> None:
         """Load saved weights into the student."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from potstill.errors import UserError
 from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.chat import end_token_ids, set_end_tokens
 from potstill.models.heads import class_ids, set_pad_id, token_rows
+from potstill.models.weight_grid import WeightGrid
 from potstill.teachers.teacher import Teacher
 from potstill.train.arguments import DistillationConfig, check_arguments, check_sharding
 from potstill.train.callbacks import FollowTraining
@@ -31,6 +32,7 @@ from potstill.train.columns import columns_not_read, padding_id
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.encoding import RowsEncoder
 from potstill.train.hf_trainer import LogSums, StudentTrainer
+from potstill.train.latent_weights import LatentWeights
 from potstill.train.objective import OF_TEXT, Objective
 from potstill.train.rollout import Rollout
 from potstill.train.terms.term import Term
@@ -59,6 +61,7 @@ class DistillationTrainer(StudentTrainer):
         vocabulary: see `Distiller`; by default the number of tokens of processing_class.
         rollout: replaces a share of the training rows by on-policy samples; None for data alone.
         prefetch: run the teacher on the next batch while the student trains on this one.
+        grids: of the weights that the student computes with rounded, see `LatentWeights`; none by default.
         **kwargs: any other argument of transformers.Trainer (callbacks, optimizers, data_collator, compute_metrics).
             For compute_metrics and `predict` the student gives its logits in a second pass.
 
@@ -81,6 +84,7 @@ class DistillationTrainer(StudentTrainer):
         task: Task = "causal",
         rollout: Rollout | None = None,
         prefetch: bool = False,
+        grids: Mapping[str, WeightGrid] | None = None,
         **kwargs: Any,
     ) -> None:
         args = DistillationConfig.of(args)
@@ -133,6 +137,14 @@ class DistillationTrainer(StudentTrainer):
         # Under FSDP each rank generates with a copy of its own, so that none waits for the samples of another.
         if rollout is not None and self.is_fsdp_enabled:
             self._generator = nn.Module.to(deepcopy(student), args.device)
+        if grids:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise UserError(
+                    "grids: expected a student that is whole on each rank, got one that FSDP or DeepSpeed shards. "
+                    "Leave student.quantize out, or train without them."
+                )
+            self.latent = LatentWeights(student, grids)
+            self.add_callback(self.latent)
         self.add_callback(FollowTraining(distiller.teacher, train_dataset))
 
     def compute_loss(

@@ -119,6 +119,8 @@ class Recipe(Document):
         return self
 
     def _export_mistakes(self) -> Iterator[str]:
+        if self.student.quantize is not None and self.task != "causal":
+            yield f"student.quantize: expected the task causal, got {self.task}."
         if self.export and self.task != "causal":
             yield f"export: expected the task causal for GGUF, got {self.task}."
         kinds = [part.quantize for part in self.export]

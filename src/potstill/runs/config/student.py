@@ -137,6 +137,10 @@ class StudentPart(Part):
         None, description="a kind, or a kind with its options: the model is frozen, and this is trained on it"
     )
 
+    quantize: Literal["q4_0", "q8_0"] | None = Field(
+        None,
+        description="train for this kind of GGUF file: the student computes with the weights that the file will have",
+    )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="precision of the saved weights, whatever that of training: auto is that of the student's own "
@@ -171,6 +175,12 @@ class StudentPart(Part):
         if self.rounds and (adapter or self.vocabulary):
             what = "an adapter" if adapter else "vocabulary"
             raise ValueError(f"expected initialize.rounds without {what}, got both. Cut first, with a run of its own")
+        if self.quantize is not None and adapter is not None:
+            raise ValueError(f"expected no adapter with quantize, which trains all weights, got {adapter.name}")
+        if self.quantize is not None and self.save_dtype not in ("auto", "float32"):
+            raise ValueError(
+                f"expected save_dtype float32 with quantize, got {self.save_dtype}, which does not hold the weights"
+            )
         if adapter is None or self.design is None:
             return self
         if method == "random":
@@ -211,4 +221,6 @@ class StudentPart(Part):
             model += "" if self.initialize.method == "random" else f"; initialized by {self.initialize.method}"
         if self.vocabulary is not None:
             model += f", with {self.vocabulary.describe()}"
+        if self.quantize is not None:
+            model += f", trained for {self.quantize}"
         return model if self.adapter is None else f"{model}, with {self.adapter.title}"

@@ -187,19 +187,22 @@ def gguf_weight(name: str, weight: Tensor, config: Any, family: GgufFamily) -> T
     if family.interleaved and (".q_proj." in name or ".k_proj." in name):
         heads = config.num_attention_heads if ".q_proj." in name else kv_heads(config)
         weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-    if family.transposed and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+    if is_transposed(name, family):
         weight = weight.T
     if family.offset_norms and name.endswith("norm.weight"):
         weight = weight + 1
-    if name.endswith(("q_norm.weight",) if family.arch == "gemma3" else (".q_proj.weight",)):
-        weight = weight * _query_scale(config, family)
-    return weight
+    return weight * weight_scale(name, config, family)
 
 
-def _query_scale(config: Any, family: GgufFamily) -> float:
-    """How many times larger the queries must be, as llama.cpp divides by the root of another number."""
+def is_transposed(name: str, family: GgufFamily) -> bool:
+    """Whether a file has the transposed weight."""
+    return family.transposed and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def weight_scale(name: str, config: Any, family: GgufFamily) -> float:
+    """How many times larger a file has a weight: that of queries, as llama.cpp divides by another number's root."""
     divisor = getattr(config, "query_pre_attn_scalar", None)
-    if divisor is None:
+    if divisor is None or not name.endswith("q_norm.weight" if family.arch == "gemma3" else ".q_proj.weight"):
         return 1.0
     wide = config.num_hidden_layers == _SCALED_BY_WIDTH.get(family.arch)
     return math.sqrt((config.hidden_size // config.num_attention_heads if wide else head_size(config)) / divisor)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.files import atomic_path
 from potstill.errors import ModelError, UserError, one_line
 from potstill.models.locate import require_package
-from potstill.runs.formats.gguf_families import gguf_family, gguf_weight, rope_tensors, write_parameters
+from potstill.models.weight_grid import BLOCK, GridKind, WeightGrid
+from potstill.runs.formats.gguf_families import (
+    gguf_family,
+    gguf_weight,
+    is_transposed,
+    rope_tensors,
+    weight_scale,
+    write_parameters,
+)
 from potstill.runs.formats.gguf_tokenizer import write_tokenizer
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -36,14 +46,8 @@ def write_gguf(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path, quant
     write_tokenizer(writer, tokenizer, model.get_input_embeddings().weight.shape[0], model)
     writer.add_file_type(_FILE_TYPES[quantize])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    names = gguf.get_tensor_name_map(_arch(gguf, family.arch), config.num_hidden_layers)
-    tied = config.tie_word_embeddings
-    weights = {name: weight for name, weight in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    for name, weight in weights.items():
-        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if own is None:
-            raise ModelError(f"export: expected for GGUF weights that {family.arch} has, got {name}.")
-        _add(gguf, writer, own, gguf_weight(name, weight, config, family).numpy(), quantize, tied)
+    for name, own, weight, kind in _tensors(model, quantize):
+        _add(gguf, writer, own, gguf_weight(name, weight, config, family).numpy(), kind)
     for own, factors in rope_tensors(config).items():
         writer.add_tensor(own, factors.float().numpy())
     with atomic_path(path) as partial:
@@ -51,6 +55,41 @@ def write_gguf(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path, quant
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def weight_grids(model: Any, quantize: GridKind) -> dict[str, WeightGrid]:
+    """The grids that an exported file has for the weights of a model, by their names there.
+
+    Raises:
+        ModelError: llama.cpp does not compute this model.
+    """
+    require_package("gguf", "export", "student.quantize")
+    try:
+        tensors = [*_tensors(model, quantize)]
+    except ModelError as error:
+        raise ModelError(f"student.quantize: {str(error).removeprefix('export: ')}") from None
+    config, family = model.config, gguf_family(model.config)
+    return {
+        name: WeightGrid(kind, weight_scale(name, config, family), is_transposed(name, family))
+        for name, _, _, kind in tensors
+        if kind != "f32"
+    }
+
+
+def _tensors(model: Any, quantize: GgufType) -> Iterator[tuple[str, str, Tensor, Any]]:
+    """Each weight of a model: its name, its name in GGUF, itself, and how it is quantized."""
+    gguf = require_package("gguf", "export", "export")
+    config, arch = model.config, gguf_family(model.config).arch
+    names = gguf.get_tensor_name_map(_arch(gguf, arch), config.num_hidden_layers)
+    tied = config.tie_word_embeddings
+    for name, weight in model.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if own is None:
+            raise ModelError(f"export: expected for GGUF weights that {arch} has, got {name}.")
+        columns = weight.shape[0 if is_transposed(name, gguf_family(config)) else -1]
+        yield name, own, weight, _tensor_type(own, weight.ndim, columns, quantize, tied)
 
 
 def gguf_kind(path: Path) -> str:
@@ -68,19 +107,18 @@ def _arch(gguf: Any, name: str) -> Any:
     return next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
 
 
-def _add(gguf: Any, writer: Any, name: str, weight: np.ndarray, quantize: GgufType, tied: bool) -> None:
-    kind = _tensor_type(name, weight, quantize, tied)
+def _add(gguf: Any, writer: Any, name: str, weight: np.ndarray, kind: GgufType) -> None:
     if kind == "f16" and np.abs(weight).max() > np.finfo(np.float16).max:
-        raise ModelError(f"export: expected weights below 65,504 for {quantize}, got larger ones in {name}. Use bf16.")
+        raise ModelError(f"export: expected weights below 65,504 for f16, got larger ones in {name}. Use bf16.")
     raw = gguf.quants.quantize(np.ascontiguousarray(weight), gguf.GGMLQuantizationType[kind.upper()])
     writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
 
 
-def _tensor_type(name: str, weight: np.ndarray, quantize: GgufType, tied: bool) -> str:
-    if weight.ndim == 1 or name == "position_embd.weight":
+def _tensor_type(name: str, dimensions: int, columns: int, quantize: GgufType, tied: bool) -> GgufType:
+    if dimensions == 1 or name == "position_embd.weight":
         return "f32"
     if not quantize.startswith("q"):
         return quantize
-    if weight.shape[-1] % 32:
+    if columns % BLOCK:
         return "f16"
     return "q8_0" if name == (EMBEDDING if tied else HEAD) else quantize
