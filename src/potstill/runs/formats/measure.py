@@ -120,7 +120,7 @@ def measure_gguf(path: Path, kind: str, bench: Bench) -> ExportedFile:
             )
         quality = bench.quality(GgufModule(loaded))
         prompt, generation = _speeds(loaded)
-    speeds = {"prompt_tokens_per_second": prompt, "tokens_per_second": generation}
+    speeds: dict[str, Any] = {"prompt_tokens_per_second": prompt, "tokens_per_second": generation}
     size = path.stat().st_size
     return ExportedFile(file=path.name, kind=kind, bytes=size, **quality, **speeds, notes=notes)
 

@@ -1,0 +1,85 @@
+"""Push a finished run to the Hub: the student with its card, its exports and the report, in one commit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from httpx2 import HTTPError
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from potstill.errors import RunError, UserError, one_line
+from potstill.evaluate.exported import FOLDER
+
+TOKEN = "HF_TOKEN"
+
+
+def files_to_push(run: Path) -> dict[str, Path]:
+    """The files of a run by their paths in the repository: those of student/ at its top.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+    student = run / "student"
+    if not student.is_dir():
+        raise UserError(f"push: expected a finished run, got {run} without student/. Finish it with --resume.")
+    files = {path.relative_to(student).as_posix(): path for path in student.rglob("*") if path.is_file()}
+    others = [run / "report.html", *(run / FOLDER).rglob("*")]
+    files |= {path.relative_to(run).as_posix(): path for path in others if path.is_file() and _is_whole(path)}
+    return dict(sorted(files.items()))
+
+
+def _is_whole(path: Path) -> bool:
+    return not any(part.endswith(".partial") for part in path.parts)
+
+
+def push(run: str | Path, to: str, *, public: bool = False) -> str:
+    """Push a finished run to the repository `to` of the Hub, and return its address.
+
+    A repository that is not there is made, private unless `public`. The token is that of the environment, HF_TOKEN.
+
+    Raises:
+        UserError: the run is not finished, there is no token, or the repository is public without being meant to be.
+        RunError: the Hub cannot be reached, or refuses.
+    """
+    files = files_to_push(Path(run).expanduser())
+    check_name(to)
+    token = os.environ.get(TOKEN)
+    if not token:
+        raise UserError(
+            f"push: expected a token in {TOKEN}, got none. Make one that may write in the settings of your account, "
+            "and set that variable."
+        )
+    api = HfApi(token=token)
+    try:
+        api.create_repo(to, private=not public, exist_ok=True)
+        if not public and not api.repo_info(to).private:
+            raise UserError(f"--to: expected a private repository, got {to}, which is public. Add --public for it.")
+        commit = api.create_commit(to, _operations(files), commit_message="Push a student distilled with Potstill")
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled) as error:
+        raise RunError(
+            f"push: expected {constants.ENDPOINT} to take {to}, got {type(error).__name__}: {one_line(error, 300)}. "
+            f"Check that the token in {TOKEN} may write there."
+        ) from None
+    return str(commit.repo_url)
+
+
+def _operations(files: Mapping[str, Path]) -> list[CommitOperationAdd]:
+    return [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+
+
+def check_name(name: str) -> None:
+    """Check the name of a repository.
+
+    Raises:
+        UserError: it is not owner/name.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--to: expected owner/name, got {name}: {one_line(error)}.") from None
+    if "/" not in name:
+        raise UserError(f"--to: expected owner/name, got {name}. Put your account or organisation before it.")
