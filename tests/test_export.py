@@ -80,6 +80,8 @@ def test_files_are_evaluated_alone(model: Path, toys: Path, tmp_path: Path) -> N
     (file,) = exports.files
     assert (file.loss, file.kl, exports.student_bytes) == (before.files[1].loss, None, None)
     assert file.tokens == exports.tokens == before.tokens
+    (file,) = evaluate_files([alone], data, str(toys / "teacher"), max_length=32, tokens=100).files
+    assert (file.loss, file.teacher_kl) == (before.files[1].loss, before.files[1].teacher_kl)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(99))
     for name, options, message in (
         (alone, ["--generations", "2"], "--generations, .*: expected none of them with GGUF files"),

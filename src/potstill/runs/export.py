@@ -143,7 +143,7 @@ def evaluate_files(
 ) -> Exports:
     """Measure GGUF files in llama.cpp on held-out data, beside a teacher, and the student that an export is of.
 
-    The rows are read with that student's tokenizer, or without one with that of the first file.
+    The rows are read with the tokenizer of that student, else of the teacher, else of the first file.
 
     Args:
         files: of one tokenizer.
@@ -151,7 +151,7 @@ def evaluate_files(
     """
     console = console or Console(quiet=True)
     student = _student_beside(files[0])
-    name = str(files[0] if student is None else student)
+    name = str(student or teacher or files[0])
     with part(console, "reading models and data"):
         tokenizer = load_tokenizer(name, "student")
         rows = measured_rows(encode(data, tokenizer, max_length=max_length, packing=packing).dataset, tokens)

@@ -90,10 +90,11 @@ class Bench:
     def _compare(self, models: Mapping[str, nn.Module], reference: Any) -> Mapping[str, Quality]:
         """Measure models row by row: the logits of few rows fit into memory."""
         assert self.rows is not None
-        if reference is None and not models:
+        if reference is None and not models:  # files of no known student, and no teacher
             return {}
         heads = [token_rows(model, "causal") for model in (self.student, self.teacher) if model is not None]
-        vocabulary = min(heads, default=None)
+        heads += [model.loaded.num_tokens for model in models.values() if isinstance(model, GgufModule)]
+        vocabulary = min(heads)
         return compare(reference, models, in_batches(self.rows, self.tokenizer, 1), vocabulary=vocabulary)
 
 
