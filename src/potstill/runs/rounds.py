@@ -102,6 +102,6 @@ def _cut_to(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
 
 def _training(recipe: Recipe, folder: Path, train: dict[str, Any]) -> Recipe:
     """Return the recipe of a round: a training alone, whose student is saved as precisely as it was trained."""
-    student = recipe.student.model_copy(update={"save_dtype": "float32"})
+    student = recipe.student.model_copy(update={"save_dtype": "float32", "quantize": None})
     changes = {"student": student, "train": train, "output": str(folder), "export": []}
     return recipe.model_copy(update=changes | {"evaluate": EvaluatePart.model_validate({})})
