@@ -24,6 +24,7 @@ from potstill.data.rows import RowEncoder, in_groups
 from potstill.data.sources import Source
 from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE, target_positions
+from toy_encoders import make_bert_tokenizer
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}"
@@ -522,8 +523,12 @@ def test_ids_that_cannot_be(row, parts, write):
         {"input_ids": [5, 6]},
     ],
 )
-def test_only_text_is_packed(row, write):
-    refused(lambda: encode(Source(write([row])), PLAIN, max_length=9, packing=True), "text to pack", "Set packing")
+def test_rows_that_are_packed_later_stay_as_they_are(row, write):
+    source = Source(write([row]))
+    options = {"max_length": 9, "packing": True}
+    assert encode(source, PLAIN, **options).dataset[:] == encode(source, PLAIN, max_length=9).dataset[:]
+    assert not encode(source, PLAIN, **options).joined
+    refused(lambda: encode(source, make_bert_tokenizer(), **options, task="masked"), "text to pack", "Set packing")
 
 
 def test_max_length_must_leave_something_to_predict(write):

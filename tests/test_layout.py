@@ -41,7 +41,7 @@ PACKAGES: dict[str, set[str]] = {
 
 # What works in anyone's training loop, on a machine with torch and nothing else.
 PURE = re.compile(
-    r"potstill\.(errors|losses(\..+)?|models|models\.(split|shapes|structure|capture|layer_map)|teachers|teachers\.cache(\.codec)?)"
+    r"potstill\.(errors|losses(\..+)?|models|models\.(split|packing|shapes|structure|capture|layer_map)|teachers|teachers\.cache(\.codec)?)"
 )
 PACKAGES_OF_THE_REST = [
     *("accelerate", "datasets", "jinja2", "matplotlib", "peft", "pydantic", "rich", "safetensors"),

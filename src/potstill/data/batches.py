@@ -44,6 +44,7 @@ class Examples:
         tokens: number of target tokens in all, by `potstill.losses.alignment.target_positions`.
         notes: what to print: examples that were truncated, skipped or left out.
         teacher_longest: tokens of the longest row with a prompt of the teacher's own; 0 where there is none.
+        joined: whether its rows are joined plain text, which is not packed again.
         sources: the titles of the sources, and their rows before they were encoded, empty ones included.
     """
 
@@ -51,6 +52,7 @@ class Examples:
     tokens: int
     notes: tuple[str, ...]
     teacher_longest: int = 0
+    joined: bool = False
     sources: tuple[tuple[str, Dataset], ...] = ()
 
 
@@ -67,7 +69,9 @@ def encode(
 
     - text: the document with the tokenizer's special tokens, closed by EOS. Every token is a target. A longer document
       is split into windows and nothing of it is lost.
-    - text with `packing`: all documents in one stream, in rows of exactly `max_length`; the last may be shorter.
+    - text with `packing`: all documents in one stream, in rows of exactly `max_length`; the last may be shorter. The
+      documents in a row see one another. Rows of all other kinds stay as they are, and are packed in training, where no
+      row sees another: see `potstill.data.packing.PackedRows`.
     - prompt and completion: tokenized as one text, with special tokens, closed by EOS. The prompt has no labels; a
       token over the border of both is the completion's. Truncated on the right.
     - messages: by the chat template. Every turn of the assistant has labels, with the token that ends it; what the
@@ -88,14 +92,14 @@ def encode(
     Args:
         tokenizer: of the student.
         max_length: tokens of the longest example, >= 2.
-        packing: for text only, because the examples in a row see one another.
+        packing: joins plain text, see above.
         classes: for classification, the numbers of classes by their names: label2id of the model's config.
 
     Raises:
-        DataError: the source is not usable (see `load`), other rows than text are to be packed, a prompt leaves no room
-            for its answer, a conversation has no assistant or no usable template, ids are outside the vocabulary, a
-            label is not known, no token is a target, or the answer is tokenized differently behind the teacher's own
-            prompt.
+        DataError: the source is not usable (see `load`), other rows than text are to be packed for a task that is not
+            causal, a prompt leaves no room for its answer, a conversation has no assistant or no usable template, ids
+            are outside the vocabulary, a label is not known, no token is a target, or the answer is tokenized
+            differently behind the teacher's own prompt.
     """
     if max_length < 2:
         raise DataError(
@@ -106,11 +110,12 @@ def encode(
     columns, file, span_weights = set(dataset.column_names), source.title, source.span_weights
     _check_suitable(source, kind, columns, tokenizer, packing, task)
     classes, class_notes = numbered_classes(classes or {}, class_names, file)
-    options = [max_length, packing, task, sorted(classes.items()), str(span_weights)]
+    joined = packing and kind == "text"
+    options = [max_length, joined, task, sorted(classes.items()), str(span_weights)]
     loaded = Path(dataset.cache_files[0]["filename"]).stem
     path = cache_path(["encoded", loaded, tokenizer, transformers.__version__, tokenizers.__version__, *options])
     counts_path = path.with_suffix(".json")  # written last: while it is there the other is whole
-    encoder = RowEncoder(tokenizer, max_length, packing, file, Counter(), task, classes, span_weights)
+    encoder = RowEncoder(tokenizer, max_length, joined, file, Counter(), task, classes, span_weights)
     if not (path.exists() and counts_path.exists()):
         whole_texts = task in SEQUENCE_TASKS or task == "encoder"
         rows = sequence_rows(dataset, encoder) if whole_texts else encoder.rows(dataset, kind)
@@ -131,7 +136,7 @@ def encode(
     if task == "causal" and kind in ("text", "completion") and tokenizer.eos_token_id is None:
         notes = [f"tokenizer: expected an EOS token, got none: the texts of {file} have no end token.", *notes]
     encoded, sources, counts = Dataset.from_file(str(path)), ((file, dataset),), encoder.counts
-    return Examples(encoded, counts["tokens"], tuple(notes), counts["teacher_longest"], sources)
+    return Examples(encoded, counts["tokens"], tuple(notes), counts["teacher_longest"], joined, sources)
 
 
 def _check_suitable(
@@ -142,10 +147,10 @@ def _check_suitable(
         raise DataError(
             f"data: expected text for the task encoder, got {kind} in {file}. Name its column, as in `field: text`."
         )
-    if packing and (kind != "text" or task == "encoder"):
+    if packing and task != "causal" and (kind != "text" or task == "encoder"):
         raise DataError(
-            f"data: expected text to pack, got {kind} in {file}. Packed examples would see one another. "
-            "Set packing to false."
+            f"data: expected text to pack for the task {task}, got {kind} in {file}. Packed rows would see one "
+            "another. Set packing to false."
         )
     if kind == "messages" and tokenizer.chat_template is None:
         raise DataError(
@@ -201,6 +206,7 @@ def _pad(rows: Iterable[Any], value: int, dtype: torch.dtype = torch.long) -> Te
 # Columns of examples with a value for each token, beside input_ids and labels.
 BY_TOKEN = dict.fromkeys(("attention_mask", "token_type_ids", POSITIONS, *NUMBERS), torch.long)
 BY_TOKEN |= {f"{OWNER}attention_mask": torch.long, "weights": torch.float32}
+PACKED_ROWS = "packed_rows"  # of an example that is several, see `potstill.data.packing`
 COLLATED = {*BY_TOKEN, *TEACHER_ID_COLUMNS, "input_ids", "labels", "seq_lengths"}
 
 
@@ -218,6 +224,7 @@ class PaddingCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask (1 on tokens, 0 on padding) and labels, each [B, T] int64.
 
+        Of `PackedRows` each row of each bin is a row of the batch, in order: models pack them again when they read it.
         Labels are there if the examples have them. For classification and regression they are [B], float32 for numbers;
         token_type_ids are there if the examples have them. With prompts of the teacher's own, the first three once more
         with teacher_ before the names, of another T. With token weights, these too, [B, T] float32.
@@ -226,6 +233,7 @@ class PaddingCollator:
             DataError: only some of the examples have a column, a column is not as long as input_ids, or padding has no
                 attention_mask; see also `right_padded`.
         """
+        examples = [row for example in examples for row in example.get(PACKED_ROWS, (example,))]
         given = [{name for name in COLLATED if example.get(name) is not None} for example in examples]
         names = set.intersection(*given)
         if "input_ids" not in names:

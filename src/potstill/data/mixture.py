@@ -45,7 +45,8 @@ def encode_mixture(sources: Source | Sequence[Source], tokenizer: PreTrainedToke
             notes.append(f"{source.title}: {percent:.3g}% of the training rows, each of {size:,} {times:.3g} times.")
     longest = max(examples.teacher_longest for examples in encoded)
     rows = tuple(chain(*(examples.sources for examples in encoded)))
-    return Examples(concatenate_datasets(datasets), tokens, tuple(notes), longest, rows)
+    joined = all(examples.joined for examples in encoded)
+    return Examples(concatenate_datasets(datasets), tokens, tuple(notes), longest, joined, rows)
 
 
 def _counts(sources: Sequence[Source], sizes: list[int]) -> list[int]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from potstill.errors import ModelError
 from potstill.models import structure
 from potstill.models.layer_map import Layer
+from potstill.models.packing import PackedLayout
 from potstill.models.shapes import ModelShape, model_shape, text_config
 from potstill.models.split import probe_batch, run, undisturbed
 
@@ -65,6 +66,19 @@ class Activations:
             self,
             hidden={i: x[:, -length:] for i, x in self.hidden.items()},
             vectors={i: Vectors(*(x[:, -length:] for x in vectors)) for i, vectors in self.vectors.items()},
+        )
+
+    def of_rows(self, layout: PackedLayout | None, length: int) -> Activations:
+        """Move what was captured of packed rows back into a batch of some length; of others drop virtual tokens."""
+        if layout is None:
+            return self.last(length)
+        routers = {i: x.movedim(0, 1).unflatten(0, layout.shape) for i, x in self.routers.items()}
+        return Activations(
+            {i: layout.unpack(x) for i, x in self.hidden.items()},
+            {i: layout.unpack_pairs(x) for i, x in self.attentions.items()},
+            {i: Vectors(*map(layout.unpack, vectors)) for i, vectors in self.vectors.items()},
+            {i: layout.unpack(x) for i, x in self.exits.items()},
+            {i: layout.unpack(x).flatten(0, 1).movedim(1, 0) for i, x in routers.items()},
         )
 
     def to(self, device: torch.device) -> Activations:

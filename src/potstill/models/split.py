@@ -16,6 +16,7 @@ from potstill.losses.alignment import Alignment
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead
 from potstill.losses.token_losses import on_float64_device
 from potstill.losses.torch_compile import disable_compile
+from potstill.models.packing import PACKED_LENGTH, packed
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,9 @@ def forward_targets(
 ) -> HeadTargets | DenseTargets:
     """Run a model and return its output at the N target positions: hidden states and head if it is split, else logits.
 
-    A model without a head gives logits [N, 0].
+    A model without a head gives logits [N, 0]. The batch is read in packed rows where it says how long they are.
     """
+    batch, alignment = packed(batch, alignment, flat=flattens(model))
     head = None if split is None else split.head()
     if split is None or head is None:
         output = run(model, batch)
@@ -210,7 +212,8 @@ def probe_batch(model: Any) -> dict[str, Tensor]:
 
 def run(module: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     """Run a model or its body on a batch, with token_type_ids only where it has more than one type."""
-    names = INPUTS if reads_token_types(module) else INPUTS[:2]
+    read = INPUTS if reads_token_types(module) else INPUTS[:2]
+    names = (*read, "position_ids")  # which packed rows alone have
     return module(**{name: batch[name] for name in names if name in batch}, use_cache=False)
 
 
@@ -219,9 +222,14 @@ def reads_token_types(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "config", None), "type_vocab_size", 0) > 1)
 
 
+def flattens(module: nn.Module) -> bool:
+    """Whether a model's attention reads one packed row alone: FlashAttention, whatever its length."""
+    return "flash" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
+
+
 def inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Move the part of a batch that models read to a device."""
-    return {name: batch[name].to(device) for name in INPUTS if name in batch}
+    return {name: batch[name].to(device) for name in (*INPUTS, PACKED_LENGTH) if name in batch}
 
 
 @contextmanager

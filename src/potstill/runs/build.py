@@ -16,10 +16,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.data.batches import Examples, encode, in_batches, pad_token_id
+from potstill.data.batches import PACKED_ROWS, Examples, encode, in_batches, pad_token_id
 from potstill.data.duplicates import Duplicates, find_duplicates
 from potstill.data.masking import MaskedRows
 from potstill.data.mixture import encode_mixture
+from potstill.data.packing import PackedRows
 from potstill.data.vocabulary import checked_vocabulary, shared_vocabulary
 from potstill.errors import ModelError, RecipeError
 from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, TOKEN_TASKS, align, causal_alignment
@@ -39,6 +40,7 @@ from potstill.models.trimming import trim_model
 from potstill.runs.build_student import StudentBuilder, design_of, initialization_of, load_source
 from potstill.runs.chat_notes import chat_notes
 from potstill.runs.config.run import Recipe
+from potstill.runs.packing_notes import packing_notes
 from potstill.runs.vocabulary import keep_tokens, trim_teacher
 from potstill.teachers.byte_alignment import AlignmentStats
 from potstill.teachers.cached import CachedOrLiveTeacher, CachedTeacher
@@ -67,8 +69,9 @@ MIN_COVERAGE = 0.9  # of the bytes in chunks: below it a note says so
 class TrainingPlan(NamedTuple):
     """Batches and optimiser steps of the recipe's `train`."""
 
-    batch_rows: int  # of one batch of one rank
-    rows_per_step: int  # over accumulation and ranks
+    batch_rows: int  # of one batch of one rank, packed rows where rows are packed
+    batches: int  # of a step, over accumulation and ranks
+    rows_per_step: float  # rows of the data, on average
     steps: int  # of the whole training
     bf16: bool  # as the recipe says, where the device has instructions for it
 
@@ -85,6 +88,7 @@ class BuiltRun:
     new_random_student: Callable[[], Any]  # of the same design, with random weights
     size: ParameterCount  # of the student
     train: Examples
+    packed: PackedRows | None  # the training rows as batches have them, if they are packed
     eval: Examples
     plan: TrainingPlan
     objective: Objective  # with schedules as long as the run
@@ -107,6 +111,13 @@ class BuiltRun:
     def needs_whole_rows(self) -> bool:
         """Whether the teacher may know complete rows alone."""
         return self.teacher.needs_trial or self.train.teacher_longest > 0
+
+    @property
+    def first_batch(self) -> list[dict[str, Any]]:
+        """The rows of one batch of the training."""
+        rows: Any = self.train.dataset if self.packed is None else self.packed
+        examples = [rows[i] for i in range(min(self.plan.batch_rows, len(rows)))]
+        return [row for example in examples for row in example.get(PACKED_ROWS, [example])]
 
     @property
     def curve(self) -> Dataset:
@@ -144,7 +155,9 @@ def build_run(recipe: Recipe) -> BuiltRun:
             check_end_tokens(model, rows.dataset["input_ids"])
     teacher = _trained_on(recipe, loaded, train)
     teacher.attach(student)
-    plan = _training_plan(recipe.train, len(train.dataset))
+    joins = train.joined or not recipe.data.packing
+    packed = None if joins else PackedRows(train.dataset, recipe.data.max_length, seed=recipe.seed)
+    plan = _training_plan(recipe.train, len(train.dataset), len(packed or train.dataset))
     new_student = replace(new_student, initialization=initialization_of(new_student, train.dataset))
     shape = ActivationCapture(student).shape if any(term.reads_layers for term in recipe.objective) else None
     objective = build_objective(new_student, teacher, train.dataset, plan, shape)
@@ -160,6 +173,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
         new_random_student=replace(new_student, initialization=None),
         size=parameter_count(student),
         train=train,
+        packed=packed,
         eval=held_out,
         plan=plan,
         objective=objective,
@@ -195,8 +209,9 @@ def build_run(recipe: Recipe) -> BuiltRun:
         notes.append(f"student.initialize.rounds: these are figures of one cut; potstill run makes {rounds}.")
     notes += vocabulary_notes
     notes += new_student.initialization.notes if new_student.initialization else ()
+    notes += packing_notes(packed, plan.batch_rows, loaded) if packed is not None else ()
     notes += rollout.check_prompts(train.dataset) if rollout else ()
-    if rollout and rollout.own_weight is not None and plan.rows_per_step == 1:
+    if rollout and rollout.own_weight is not None and plan.rows_per_step <= 1:
         notes.append(
             "rollout.own_weight: it has no effect on a step of one row, which is a sample or data. Take more rows."
         )
@@ -312,13 +327,14 @@ def _trained_on(recipe: Recipe, loaded: LoadedTeacher, train: Examples) -> Teach
     return teacher
 
 
-def _training_plan(values: Mapping[str, Any], num_rows: int) -> TrainingPlan:
+def _training_plan(values: Mapping[str, Any], num_rows: int, num_packed: int) -> TrainingPlan:
     batch_rows = int(values.get("per_device_train_batch_size", 8))
-    rows_per_step = batch_rows * int(values.get("gradient_accumulation_steps", 1)) * PartialState().num_processes
+    batches = int(values.get("gradient_accumulation_steps", 1)) * PartialState().num_processes
     steps = int(values.get("max_steps", -1))
     if steps <= 0:
-        steps = math.ceil(math.ceil(num_rows / rows_per_step) * float(values.get("num_train_epochs", 3.0)))
-    return TrainingPlan(batch_rows, rows_per_step, steps, bool(values.get("bf16")) and has_bfloat16())
+        steps = math.ceil(math.ceil(num_packed / (batch_rows * batches)) * float(values.get("num_train_epochs", 3.0)))
+    rows_per_step = batch_rows * batches * num_rows / num_packed
+    return TrainingPlan(batch_rows, batches, rows_per_step, steps, bool(values.get("bf16")) and has_bfloat16())
 
 
 def build_objective(

@@ -97,7 +97,7 @@ def _estimate(recipe: Recipe, built: BuiltRun, student: PreTrainedModel) -> Pref
     disk = runs * (2 * (3 + copies) * trained + exported) + (0 if built.writer is None else trained)
     free = shutil.disk_usage(existing).free
     rounds = (recipe.student.initialize.rounds - 1) * round_steps(built.plan.steps)
-    batches = (runs * built.plan.steps + rounds) * max(built.plan.rows_per_step // built.plan.batch_rows, 1)
+    batches = (runs * built.plan.steps + rounds) * built.plan.batches
     flops, measured = training_flops(built, student), batch.bytes is not None
     search = plan_search(recipe.student.searches, built.plan.steps) if recipe.student.searches else None
     searched = search.batches(built.plan) * batch.seconds if search else 0.0
@@ -121,6 +121,8 @@ def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:
     device = PartialState().device
     recipe, plan, rollout = built.recipe, built.plan, built.new_rollout()
     options: dict[str, Any] = {"vocabulary": built.vocabulary or None, "task": recipe.task}
+    if built.packed is not None:
+        options["packed_length"] = built.packed.max_length
     distiller = Distiller(student, built.teacher, built.objective, **options).to(device).train()
     dtype, mixed = torch.bfloat16 if plan.bf16 else torch.float16, plan.bf16 or bool(recipe.train.get("fp16"))
     seconds = 0.0
@@ -140,18 +142,23 @@ def _batch_needs(built: BuiltRun, student: PreTrainedModel) -> BatchNeeds:
         if not measured:
             run(batch, 0)  # the first is slower
         extra = extra_bytes(partial(run, batch, len(measured) + 1), device)
-        measured.append(BatchNeeds(seconds, extra, batch["input_ids"].numel(), batch["input_ids"].numel()))
+        tokens = _positions(built, batch["attention_mask"].sum(1).tolist())
+        measured.append(BatchNeeds(seconds, extra, tokens, tokens))
         if seconds > PASS_SECONDS and len(measured) > 1:
             break
     if rollout is not None:
         rollout.close()
-    rows = [built.train.dataset[i] for i in range(min(plan.batch_rows, len(built.train.dataset)))]
-    return _scaled(built, measured, len(rows) * max(len(row["input_ids"]) for row in rows))
+    return _scaled(built, measured, _positions(built, [len(row["input_ids"]) for row in built.first_batch]))
+
+
+def _positions(built: BuiltRun, lengths: list[int]) -> int:
+    """The positions of a batch of rows that models read: with padding, where rows are not packed."""
+    return sum(lengths) if built.packed is not None else len(lengths) * max(lengths)
 
 
 def _growing_batches(built: BuiltRun, device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Batches of doubled size, up to one of the training: longer and longer pieces of a row, then more rows."""
-    rows = [built.train.dataset[i] for i in range(min(built.plan.batch_rows, len(built.train.dataset)))]
+    rows = built.first_batch
     rows.sort(key=lambda row: -len(row["input_ids"]))
     longest, number, length = len(rows[0]["input_ids"]), 1, SHORT_TOKENS
     if built.recipe.task not in TOKEN_TASKS or built.needs_whole_rows or built.recipe.rollout is not None:

@@ -58,7 +58,7 @@ class SearchPlan(NamedTuple):
         """Count the batches of training that a search takes as long as."""
         steps = sum(students * steps for students, steps in self.rounds)
         scored = (self.shapes + sum(students for students, _ in self.rounds)) * SCORED_ROWS / plan.batch_rows
-        return steps * max(plan.rows_per_step // plan.batch_rows, 1) + FORWARD_SHARE * scored
+        return steps * plan.batches + FORWARD_SHARE * scored
 
 
 def plan_search(shapes: int, steps: int) -> SearchPlan:

@@ -191,6 +191,7 @@ def training_arguments(built: BuiltRun, name: str, checkpoints: Path) -> Distill
     defaults = {"logging_steps": max(1, steps // 60), "save_total_limit": 1, "per_device_eval_batch_size": EVAL_ROWS}
     intervals = {"eval_strategy": "steps", "eval_steps": sixth, "save_strategy": "steps", "save_steps": sixth}
     values: dict[str, Any] = {**defaults, **intervals, **built.recipe.train, "bf16": built.plan.bf16}
+    values |= {"packing": built.packed is not None, "max_length": built.recipe.data.max_length}
     values["run_name"] = f"{values.get('run_name') or built.recipe.name} {name}"
     try:
         args = DistillationConfig(output_dir=str(checkpoints), seed=built.recipe.seed, disable_tqdm=True, **values)

@@ -17,6 +17,7 @@ from potstill.losses.cross_tokenizer import chunk_log_probs
 from potstill.losses.fused_linear import linear_cross_entropy
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.losses.token_losses import token_cross_entropy
+from potstill.models.packing import PACKED_LENGTH
 from potstill.teachers.byte_alignment import NONE, AlignedChunks, AlignedRow, AlignmentStats, TokenizerPair, renumber
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.pieces import TokenBytes
@@ -86,6 +87,7 @@ class CrossTokenizerTeacher(Teacher):
         in_chunk = joined.pop("teacher")
         teacher = in_chunk[in_chunk >= 0]
         teacher_batch, teacher_alignment = _batch(rows, home)
+        teacher_batch |= {name: batch[name] for name in (PACKED_LENGTH,) if name in batch}
         targets = self.teacher(teacher_batch, teacher_alignment).targets
         if not isinstance(targets, HeadTargets | DenseTargets):
             raise ShapeError(

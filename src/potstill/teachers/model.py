@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,11 +17,15 @@ from potstill.losses.alignment import Alignment, Task
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
 from potstill.models.loading import load_model, load_tokenizer
+from potstill.models.packing import PACKED_LENGTH, PackedLayout
+from potstill.models.packing_probe import packing_mistake
 from potstill.models.placement import is_spread
 from potstill.models.shapes import ModelShape
-from potstill.models.split import SplitModel, forward_targets, inputs, split_model
+from potstill.models.split import SplitModel, flattens, forward_targets, inputs, split_model
 from potstill.teachers.source import LoadedTeacher, MemberSource
 from potstill.teachers.teacher import Teacher, TeacherOutput
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 
@@ -66,7 +71,7 @@ class ModelTeacher(Teacher):
             targets, inside = self._run(inputs(batch, device), alignment)
             if isinstance(targets, DenseTargets) or targets.hidden.device != home:
                 targets = DenseTargets(targets.dense().to(home))
-        return TeacherOutput(targets, inside=inside.last(batch["input_ids"].shape[1]).to(home))
+        return TeacherOutput(targets, inside=inside.to(home))
 
     @property
     def model(self) -> Any:
@@ -87,13 +92,33 @@ class ModelTeacher(Teacher):
     def _use(self, model: nn.Module) -> None:
         """Run a model from now on, prepared for what has been requested before."""
         self._model = model
-        for cached in ("_capture", "_split"):
+        for cached in ("_capture", "_split", "_packed_lengths"):
             vars(self).pop(cached, None)
         self.prepare(self._needs)
 
     def _run(self, batch: Mapping[str, Tensor], alignment: Alignment) -> tuple[DenseTargets | HeadTargets, Activations]:
+        if PACKED_LENGTH in batch and not self._keeps_apart(int(batch[PACKED_LENGTH])):
+            batch = {name: column for name, column in batch.items() if name != PACKED_LENGTH}
         forward = partial(forward_targets, self.model, self._split, batch, alignment)
-        return self._capture.capture(self._needs, forward) if self._needs else (forward(), Activations())
+        if not self._needs:
+            return forward(), Activations()
+        targets, inside = self._capture.capture(self._needs, forward)
+        layout = PackedLayout.of(batch, flat=flattens(self.model))
+        return targets, inside.of_rows(layout, batch["input_ids"].shape[1])
+
+    def _keeps_apart(self, length: int) -> bool:
+        """Whether the model keeps the rows apart that are packed into some length, tried at the first batch."""
+        if length not in self._packed_lengths:
+            mistake = packing_mistake(self.model, self._split, length)
+            if mistake is not None:
+                logger.warning("teacher: it reads padded rows where the student reads packed ones: got %s.", mistake)
+            self._packed_lengths[length] = mistake is None
+        return self._packed_lengths[length]
+
+    @cached_property
+    def _packed_lengths(self) -> dict[int, bool]:
+        """Lengths of packed rows that were tried, and whether the model keeps the rows within them apart."""
+        return {}
 
     @cached_property
     def _capture(self) -> ActivationCapture:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from potstill.errors import DataError
 from potstill.losses.alignment import Alignment, causal_alignment
+from potstill.models.packing import PACKED_LENGTH
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 # In a batch and in its rows, beside the student's input_ids, attention_mask and labels.
@@ -44,7 +45,8 @@ class PrivilegedTeacher(Teacher):
                 f"PrivilegedTeacher: expected batches with {', '.join(OWN)}, got {', '.join(batch)}. Name the column "
                 "of the teacher's prompts: teacher_prompt beside the data's path."
             )
-        inner_batch = {name.removeprefix("teacher_"): batch[name] for name in OWN}
+        names = (*OWN, PACKED_LENGTH) if PACKED_LENGTH in batch else OWN
+        inner_batch = {name.removeprefix("teacher_"): batch[name] for name in names}
         inner = causal_alignment(inner_batch["labels"])
         if not torch.equal(inner.labels, alignment.labels):
             raise DataError(

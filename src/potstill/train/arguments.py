@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, Trainer, TrainingArguments
 
+from potstill.data.batches import PaddingCollator
 from potstill.errors import OTHER_NAMES, UserError, nearest
 from potstill.teachers.teacher import Teacher
 from potstill.train.distiller import Distiller
@@ -74,9 +75,12 @@ class DistillationConfig(TrainingArguments):
 
     Args:
         max_length: tokens of the longest example, where the trainer encodes texts or messages.
+        packing: in training, both models read rows side by side in rows of at most max_length tokens, with the same
+            numbers and less padding. A batch then has as many of these as per_device_train_batch_size says.
     """
 
     max_length: int = 1024
+    packing: bool = False
     remove_unused_columns: bool = False  # the student's signature does not have all columns of a batch
     report_to: str | list[str] | None = "none"
 
@@ -131,7 +135,12 @@ def check_arguments(
     known = {*own, *inspect.signature(Trainer).parameters}
     for name in options.keys() - known:
         raise UserError(f"DistillationTrainer: unknown argument {name}.{nearest(name, known - NO_ARGUMENTS.keys())}")
-    _check_collator(options.get("data_collator"))
+    _check_collator(options.get("data_collator"), args.packing)
+    if args.packing and args.train_sampling_strategy not in ("random", "sequential"):
+        raise UserError(
+            f"train.train_sampling_strategy: expected random or sequential with packing, got "
+            f"{args.train_sampling_strategy}. Leave it out: packed rows have no padding to save."
+        )
     metrics = options.get("compute_metrics") or options.get("preprocess_logits_for_metrics")
     if metrics is not None and distiller.task == "encoder":
         raise UserError(
@@ -154,8 +163,13 @@ def check_arguments(
         )
 
 
-def _check_collator(collator: Any) -> None:
-    """Find collators of transformers that lose where sequences begin, or end."""
+def _check_collator(collator: Any, packing: bool) -> None:
+    """Find collators of transformers that lose where sequences begin, or end, and any that cannot read packed rows."""
+    if packing and not isinstance(collator, PaddingCollator | None):
+        raise UserError(
+            f"data_collator: expected none with packing, got a {type(collator).__name__}. Leave it out, or set packing "
+            "to false."
+        )
     if isinstance(collator, DataCollatorWithFlattening):
         if not (collator.return_position_ids or collator.return_seq_idx or collator.return_flash_attn_kwargs):
             raise UserError(

@@ -8,14 +8,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from potstill.data.right_padding import right_padded
-from potstill.errors import ShapeError, VocabularyError
+from potstill.errors import ModelError, ShapeError, VocabularyError
 from potstill.losses.alignment import SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS, Task, align, attended_positions
 from potstill.models.capture import ActivationCapture, ActivationRequest, Activations
 from potstill.models.integrity import check_causal
-from potstill.models.split import forward_targets, split_model
+from potstill.models.packing import PACKED_LENGTH, PackedLayout
+from potstill.models.packing_probe import packing_mistake
+from potstill.models.split import flattens, forward_targets, split_model
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher
 from potstill.train.columns import check_columns, check_padding, padding_id
@@ -51,12 +54,15 @@ class Distiller(nn.Module):
             that rows of padding do not count.
         task: what both models predict, which defines the labels; see `potstill.losses.alignment.Task`.
         prefetch: run the teacher one batch ahead, while the student trains; see `prefetch`.
+        packed_length: in training, both models read the rows of a batch side by side in rows of at most so many tokens
+            (a longer row stays whole), with the same numbers and less padding. A teacher that does not keep such rows
+            apart reads them padded. None pads for both.
 
     Raises:
         ShapeError: a term needs a teacher and there is none, reads a layer that does not exist, or is not defined for
             the task.
         VocabularyError: a term compares tokens and the teacher has another tokenizer, or the other way round.
-        ModelError: student or teacher cannot give what a term reads.
+        ModelError: student or teacher cannot give what a term reads, or the student does not keep packed rows apart.
 
     >>> from potstill.losses.divergences import ForwardKL
     >>> from potstill.train.terms.logits import Logits
@@ -76,6 +82,7 @@ class Distiller(nn.Module):
         vocabulary: int | None = None,
         task: Task = "causal",
         prefetch: bool = False,
+        packed_length: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(student, nn.Module):
@@ -114,6 +121,9 @@ class Distiller(nn.Module):
             if self.teacher is not None:
                 self.teacher.prepare(of_teacher)
         self.split = split_model(student)  # here, before wrappers of the Distiller shard the weights
+        self.packed_length = packed_length
+        if packed_length is not None:
+            self._check_packing(packed_length)
 
     def step(
         self,
@@ -164,11 +174,12 @@ class Distiller(nn.Module):
             check_columns(batch, model)
         if self.task == "causal":
             check_padding(batch, padding_id(self.student), layers=bool(self._request))
-        batch = right_padded(batch, self.task)
+        batch = self._read_by_models(batch)
         alignment = align(batch["labels"], self.task, batch.get("weights"))
         run = partial(forward_targets, self.student, self.split, batch, alignment)
         student, inside = self._capture.capture(self._request, run) if self._request else (run(), Activations())
-        inside = inside.last(batch["input_ids"].shape[1])
+        layout = PackedLayout.of(batch, flat=flattens(self.student)) if self._request else None
+        inside = inside.of_rows(layout, batch["input_ids"].shape[1])
         teacher = None
         if self.uses_teacher and self.teacher is not None:
             teacher = (self._prefetch or self.teacher)(batch, alignment)
@@ -203,8 +214,24 @@ class Distiller(nn.Module):
         other batch.
         """
         if self._prefetch is not None:
-            batches = [right_padded(batch, self.task) for batch in batches]
+            batches = [self._read_by_models(batch) for batch in batches]
             self._prefetch.prefetch([(batch, align(batch["labels"], self.task)) for batch in batches])
+
+    def _read_by_models(self, batch: Batch) -> dict[str, Tensor]:
+        """The form of a batch that models read: in training with the length of packed rows."""
+        batch = right_padded(batch, self.task)
+        if self.packed_length is None or not self.training:
+            return batch
+        return {**batch, PACKED_LENGTH: torch.tensor(self.packed_length)}
+
+    def _check_packing(self, length: int) -> None:
+        if self.task != "causal":
+            raise ShapeError(f"packing: expected the task causal, got {self.task}. Set data.packing to false.")
+        if (mistake := packing_mistake(self.student, self.split, length)) is not None:
+            raise ModelError(
+                f"packing: expected a student that keeps packed rows apart, got {mistake}. Set data.packing to "
+                "false: rows are then padded."
+            )
 
     def _check_teacher(self) -> None:
         """Check that each term has its teacher: of the same tokenizer, or of another where it compares bytes."""

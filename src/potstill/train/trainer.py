@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from potstill.data.batches import PaddingCollator, pad_token_id
+from potstill.data.packing import PackedRows
 from potstill.data.vocabulary import checked_vocabulary
 from potstill.errors import UserError
 from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, TOKEN_TASKS, Task
@@ -96,7 +97,9 @@ class DistillationTrainer(StudentTrainer):
         if kwargs.get("data_collator") is None and processing_class is not None:
             kwargs["data_collator"] = PaddingCollator(pad_token_id(processing_class)[0])
         set_seed(args.seed)  # terms may begin with random weights
-        distiller = Distiller(student, teacher, objective, vocabulary=vocabulary, task=task, prefetch=prefetch)
+        options: dict[str, Any] = {"vocabulary": vocabulary, "task": task, "prefetch": prefetch}
+        packed_length = args.max_length if args.packing else None
+        distiller = Distiller(student, teacher, objective, **options, packed_length=packed_length)
         check_arguments(args, distiller, kwargs, inspect.signature(DistillationTrainer).parameters)
         if vocabulary is None and task in TOKEN_TASKS and isinstance(processing_class, PreTrainedTokenizerBase):
             distiller.vocabulary = _vocabulary(distiller, processing_class)
@@ -114,6 +117,8 @@ class DistillationTrainer(StudentTrainer):
         )
         train_dataset = self.rows_encoder(train_dataset, "train_dataset", training=True)
         eval_dataset = self.rows_encoder(eval_dataset, "eval_dataset")
+        if args.packing and train_dataset is not None:
+            train_dataset = PackedRows(train_dataset, args.max_length, seed=args.seed)
         if all(term.reads_layers for term in distiller.objective.terms):
             args.ddp_find_unused_parameters = True  # terms over layers do not use the head
         kwargs |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
@@ -234,7 +239,8 @@ class DistillationTrainer(StudentTrainer):
         """
         teacher = self.distiller.teacher
         if teacher is not None and self.distiller.uses_teacher:
-            teacher.require(self.train_dataset)
+            rows: Any = self.train_dataset
+            teacher.require(rows.rows if isinstance(rows, PackedRows) else rows)
         if resume_from_checkpoint is True:
             checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
             if checkpoint is None:

@@ -34,7 +34,11 @@ class DataPart(Part):
     ]
     eval: Source
     max_length: int = Field(512, ge=2, description="tokens in a row at most")
-    packing: bool = Field(False, description="concatenate plain text into rows of max_length instead of padding")
+    packing: bool = Field(
+        False,
+        description="fill rows of max_length instead of padding: plain text is joined, all other rows stand side by "
+        "side without seeing one another",
+    )
     chat_template: str | None = Field(None, description="a Jinja file, in place of the tokenizer's chat template")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
