@@ -93,9 +93,8 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(args.model, "model")
     rows = chats(args.data, tokenizer, args.out.parent)
-    print(
-        "| models | packed row | padded batch | tokens among positions | padded | packed | ratio |\n|---|---|---|---|---|---|---|"
-    )
+    print("| models | packed row | padded batch | tokens among positions | padded | packed | ratio |")
+    print("|---" * 7 + "|")
     for case in CASES:
         done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
         measure(case, rows, tokenizer, args, done)
