@@ -66,7 +66,7 @@ def test_a_student_that_carries_a_state_along_is_refused_before_the_training(
         make_tokenizer().save_pretrained(tmp_path / name)
     teacher, packed_values["teacher"] = packed_values["teacher"], {"model": str(tmp_path / "teacher")}
     built = build_run(Recipe.parse(packed_values))
-    assert any("reads padded rows, as it is MambaForCausalLM" in note for note in built.notes)
+    assert any("reads padded rows: it is MambaForCausalLM" in note for note in built.notes)
     packed_values |= {"teacher": teacher, "student": {"model": str(tmp_path / "mamba")}}
     with pytest.raises(ModelError, match=r"apart, got MambaForCausalLM.* Set data\.packing to false"):
         check(Recipe.parse(packed_values))

@@ -18,4 +18,4 @@ def packing_notes(packed: PackedRows, batch_rows: int, loaded: LoadedTeacher) ->
     )
     for key, model in loaded.models.items():
         if (mistake := packing_mistake(model, None, packed.max_length)) is not None:
-            yield f"data.packing: {key} reads padded rows, as it is a {mistake}."
+            yield f"data.packing: {key} reads padded rows: it is {mistake}."

@@ -111,7 +111,7 @@ class ModelTeacher(Teacher):
         if length not in self._packed_lengths:
             mistake = packing_mistake(self.model, self._split, length)
             if mistake is not None:
-                logger.warning("teacher: it reads padded rows where the student reads packed ones: got %s.", mistake)
+                logger.warning("teacher: it reads padded rows where the student reads packed ones: it is %s.", mistake)
             self._packed_lengths[length] = mistake is None
         return self._packed_lengths[length]
 

@@ -62,7 +62,8 @@ class Teacher(ABC):
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
         """Compute the teacher's signals for a batch at the N target positions of an alignment.
 
-        The batch has input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them.
+        The batch has input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them; with
+        packing also packed_length, a number, up to which a model may read rows side by side (`models.packing`).
         """
 
     def covers(self, dataset: Any) -> bool:
