@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a folder or a name on the hub")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k-train.jsonl"))
+    parser.add_argument("--models", nargs="+", choices=["small", "model"], default=["small", "model"])
     parser.add_argument("--steps", type=int, default=4, help="of each kind, beside a first one that is not counted")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-packing/steps.jsonl"))
     args = parser.parse_args()
@@ -95,7 +96,7 @@ def main() -> None:
     rows = chats(args.data, tokenizer, args.out.parent)
     print("| models | packed row | padded batch | tokens among positions | padded | packed | ratio |")
     print("|---" * 7 + "|")
-    for case in CASES:
+    for case in [case for case in CASES if case[0] in args.models]:
         done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
         measure(case, rows, tokenizer, args, done)
         done = [json.loads(line) for line in args.out.read_text().splitlines()]
