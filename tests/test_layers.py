@@ -83,5 +83,5 @@ def test_states_are_compared_by_name() -> None:
         value = Distiller(student, teacher, [Hidden(layers)]).step(batch).logs["hidden"]
         s, t = (hidden[place][attended].double() for hidden in states)
         torch.testing.assert_close(value.double(), (s - t).square().mean(), rtol=1e-5, atol=1e-7)
-        with pytest.raises(ShapeError, match=f"attention: expected layers that attend, by their numbers, got {name}"):
+        with pytest.raises(ShapeError, match=f"attention: expected layers by their numbers, got {name}"):
             Distiller(student, teacher, [Attention(layers)])

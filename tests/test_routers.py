@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import families
 from conftest import make_llama
 from potstill.errors import ModelError, ShapeError
 from potstill.losses.divergences import ForwardKL
+from potstill.models.layer_map import LayerMap
 from potstill.train.distiller import Distiller
 from potstill.train.terms.logits import Labels, Logits
-from potstill.train.terms.routers import RouterBalance
+from potstill.train.terms.routers import RouterBalance, RouterMatch
 
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "qwen3_next", "granitemoe", "phimoe"]
 ROWS = [[11, 23, 35, 47, 59, 71, 83], [20, 31, 42]]
@@ -76,3 +78,38 @@ def test_a_loss_that_is_left_out_is_noted(caplog: pytest.LogCaptureFixture) -> N
         assert not caplog.text
         Distiller(student, None, [Labels()])
     assert "balancing loss (output_router_logits) is left out" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_the_choice_of_experts_is_matched(family: str) -> None:
+    student, teacher = families.model(family), families.model(family, seed=1)
+    pairs = [(1, 1)]
+    inputs = batch()
+    output = Distiller(student, teacher, [RouterMatch(LayerMap.explicit(pairs), weight=0.5)]).eval().step(inputs)
+    attended, seen = inputs["attention_mask"].bool().flatten(), []
+    for model in (student, teacher):
+        router = model.get_submodule(f"model.layers.{pairs[0][0]}.mlp.{'router' if family == 'gpt_oss' else 'gate'}")
+        with router.register_forward_hook(lambda _, args, output: seen.append(output)), torch.no_grad():
+            model.eval()(**inputs)
+    logits = [output[0] if isinstance(output, tuple) else output for output in seen]
+    q, p = (x.reshape(14, -1)[attended].double().log_softmax(-1) for x in logits)
+    torch.testing.assert_close(output.loss.double(), 0.5 * (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-4, atol=1e-7)
+    assert torch.autograd.grad(output.loss, router_weight(student), allow_unused=True)[0] is not None
+
+
+def test_routers_that_cannot_be_matched_are_refused() -> None:
+    student = families.model("mixtral")
+    for teacher in (make_llama(), families.model("deepseek_v3")):  # transformers does not record DeepSeek's
+        with pytest.raises(ModelError, match="expected routers that give their logits for each token, got none"):
+            Distiller(student, teacher, [RouterMatch(LayerMap.explicit([(0, 0)]))])
+    config = families.model("qwen3_moe").config
+    config.mlp_only_layers = [0]
+    partly = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ShapeError, match="expected layers with a router, got layer 0 of the student"):
+        Distiller(partly, AutoModelForCausalLM.from_config(config), [RouterMatch()]).step(batch())
+    config.mlp_only_layers, config.num_experts = [], config.num_experts + 1
+    more = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ShapeError, match="expected as many experts in both, got"):
+        Distiller(families.model("qwen3_moe"), more, [RouterMatch()]).step(batch())
+    with pytest.raises(ShapeError, match="expected layers by their numbers, got embeddings"):
+        Distiller(student, families.model("mixtral"), [RouterMatch(LayerMap.explicit([("embeddings", "embeddings")]))])

@@ -111,5 +111,6 @@ from .train.terms.logits import Labels as Labels
 from .train.terms.logits import Logits as Logits
 from .train.terms.policy import PolicyGradient as PolicyGradient
 from .train.terms.routers import RouterBalance as RouterBalance
+from .train.terms.routers import RouterMatch as RouterMatch
 from .train.terms.supervision import DeepSupervision as DeepSupervision
 from .train.trainer import DistillationTrainer as DistillationTrainer

@@ -159,7 +159,7 @@ class ActivationCapture:
         if request.routers and rows != [6] * max(len(rows), 1):
             raise ModelError(
                 f"{self._name}: expected routers that give their logits for each token, got {rows or 'none'}. Leave "
-                "out router_balance."
+                "out router_balance and router_match."
             )
 
     def capture(self, request: ActivationRequest, call: Callable[[], T]) -> tuple[T, Activations]:

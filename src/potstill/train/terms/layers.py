@@ -41,7 +41,8 @@ class LayerTerm(Term):
     weight: Weight = 1.0
     reads_layers = True
     over: ClassVar[Literal["target", "attended"]] = "attended"
-    activations: ClassVar[Literal["hidden", "attentions", "vectors"]] = "hidden"  # what is read of each layer
+    # What is read of each layer:
+    activations: ClassVar[Literal["hidden", "attentions", "vectors", "routers"]] = "hidden"
     trained_as: ClassVar[str] = "trained"  # the name in checkpoints of what `make_trained` returns
 
     def fit(self, student: ModelShape, teacher: ModelShape) -> FittedTerm:
@@ -50,7 +51,7 @@ class LayerTerm(Term):
         named = [layer for pair in pairs for layer in pair if isinstance(layer, str)]
         if named and self.activations != "hidden":
             raise ShapeError(
-                f"{self.name}: expected layers that attend, by their numbers, got {named[0]}, which is a hidden state. "
+                f"{self.name}: expected layers by their numbers, got {named[0]}, which is a hidden state. "
                 "Use hidden or similarity for it."
             )
         compute = PairedLayers(self, pairs, self.make_trained(student, teacher, pairs))
