@@ -213,7 +213,7 @@ def train(name: str, row: Row, args: argparse.Namespace, texts: Texts, record: R
     if row.cached is not None:
         seconds += build_cache(recipe, row.cached)
     began, console = time.process_time(), Console()
-    recipe, notes = settle_student(recipe, args.out / name, console)
+    recipe, notes = settle_student(recipe, args.out / name, console, resume=True)
     built = build_run(recipe)
     print(*notes, *built.notes, sep="\n", flush=True)
     seconds += round(time.process_time() - began)

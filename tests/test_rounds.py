@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import LlamaForSequenceClassification
 
-from conftest import make_llama
+from conftest import make_llama, make_tokenizer
 from potstill.errors import RecipeError
 from potstill.models.loading import load_model
 from potstill.models.shapes import DesignShape
@@ -22,6 +23,7 @@ from potstill.runs.config.run import Recipe
 from potstill.runs.rounds import prune_in_rounds, shapes_between
 from potstill.runs.run import run
 from potstill.runs.search import search_shape
+from potstill.runs.steps import write_recipe
 
 QUIET = Console(file=io.StringIO())
 
@@ -100,6 +102,8 @@ def test_the_way_of_a_shape() -> None:
     first, last = DesignShape(12, 512, 8, 8, 64, 2048), DesignShape(3, 256, 4, 4, 64, 700)
     way = shapes_between(first, last, 3)
     assert [(x.layers, x.hidden, x.heads, x.kv_heads) for x in way] == [(8, 384, 6, 6), (5, 320, 5, 5)]
+    bert = DesignShape(12, 96, 12, 12, 8, 384), DesignShape(6, 48, 6, 6, 8, 192)
+    assert all(x.hidden == x.heads * x.head_size for x in shapes_between(*bert, 4))
     for before, after in zip([first, *way], [*way, last], strict=True):
         assert all(getattr(before, size) >= getattr(after, size) for size in vars(last))
     assert all(x.heads % x.kv_heads == 0 for x in shapes_between(first, DesignShape(3, 256, 8, 2, 64, 700), 4))
@@ -111,6 +115,7 @@ def test_the_way_of_a_shape() -> None:
 def test_a_run_cuts_in_rounds_and_goes_on_after_a_kill(cut: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cut["student"]["design"] = {"num_hidden_layers": 1}
     cut["student"]["initialize"] = {"method": "copy", "rounds": 2}
+    make_llama(hidden_size=24, layers=3, seed=5).bfloat16().save_pretrained(cut["student"]["model"])
     recipe, directory, walked = Recipe.parse(cut), Path(cut["output"]), []
     walk = rounds.walk
 
@@ -123,16 +128,22 @@ def test_a_run_cuts_in_rounds_and_goes_on_after_a_kill(cut: dict[str, Any], monk
     monkeypatch.setattr(rounds, "walk", killed)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, console=QUIET)
+    folder = directory / "rounds" / "1"
+    write_recipe(walked[0], folder, QUIET)
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(RecipeError, match=r"expected no earlier rounds in .*rounds, or with --resume"):
+        run(recipe, console=QUIET)
     result = run(recipe, resume=True, console=QUIET)
     between = load_model(str(directory / "rounds" / "1" / "student"), "student", "float32", "causal")
     assert between.config.num_hidden_layers == 2
     assert walked[1].plan.steps == 1  # a fifth of the run's six
     assert result.summary["rows"]["student"]["parameters"] < between.num_parameters()
     assert any(
-        note.startswith("student.initialize.rounds: before this one 1, with 1 steps")
+        note.startswith("student.initialize.rounds: 1 before this one, with 1 steps")
         for note in result.summary["notes"]
     )
-    final, note = prune_in_rounds(recipe, directory, QUIET)
+    assert result.summary["rows"]["student"]["saved_as"] == "bfloat16"  # as its source, not as the rounds between
+    final, note = prune_in_rounds(recipe, directory, QUIET, resume=True)
     assert len(walked) == 2  # finished rounds are kept
     builder = build_run(final).new_student
     assert isinstance(builder, StudentBuilder)
@@ -155,9 +166,28 @@ def test_check_counts_the_rounds_and_the_fit(cut: dict[str, Any]) -> None:
     rounds_too = check(Recipe.parse(cut))
     assert rounds_too.seconds / rounds_too.batch.seconds == pytest.approx(7)  # six steps, and a fifth of them
     assert rounds_too.fit_seconds > 0
-    assert "student.initialize.rounds: these are figures of one cut; potstill run makes 2." in rounds_too.built.notes
+    assert (
+        "student.initialize.rounds: these are figures of one cut; potstill run makes several." in rounds_too.built.notes
+    )
     del cut["student"]["model"]
     cut["student"] |= {"design": {"num_hidden_layers": 1}, "initialize": {"method": "copy", "fit": False}}
     once = check(Recipe.parse(cut))
     assert once.fit_seconds == 0
     assert once.seconds / once.batch.seconds == pytest.approx(6)
+
+
+def test_a_head_that_the_model_lacks_is_random_alike_and_noted(cut: dict[str, Any], toys: Path) -> None:
+    (Path(cut["output"]).parent / "rows.jsonl").write_text(
+        '{"text": "one two", "label": 0}\n{"text": "a", "label": 1}\n'
+    )
+    rows = {"path": str(Path(cut["output"]).parent / "rows.jsonl"), "field": "text", "label": "label"}
+    teacher = LlamaForSequenceClassification(make_llama().config)
+    teacher.save_pretrained(Path(cut["output"]).parent / "classifier")
+    make_tokenizer().save_pretrained(Path(cut["output"]).parent / "classifier")
+    cut |= {"task": "classification", "teacher": {"model": str(Path(cut["output"]).parent / "classifier")}}
+    cut |= {"data": {"train": rows, "eval": rows, "max_length": 16}, "objective": [{"term": "labels"}]}
+    cut["student"]["initialize"] = {"method": "prune", "fit": False}
+    built = [build_run(Recipe.parse(cut)) for _ in range(2)]
+    heads = [one.new_student().score.weight for one in built]
+    assert torch.equal(*heads)
+    assert any("score.weight: they start at random" in note for note in built[0].notes)

@@ -179,6 +179,11 @@ def _load_base(
     notes = [*check_weights(model, missing, info["unexpected_keys"], kind=kind, may_miss=may_miss, **names)]
     notes += [*check_values(model, **names), *config_notes(model, load_config(name, key), **names)]
     check_embeddings(model, key)
+    if placement and model.get_input_embeddings().weight.is_meta:
+        raise ModelError(
+            f"{key}: expected embeddings in memory with device_map, got them on the disk in {name}. Allow more "
+            "max_memory, or name a device for them in device_map."
+        )
     if task == "causal":
         check_generates(model, key)
         check_causal(model, key)

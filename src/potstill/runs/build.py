@@ -133,7 +133,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
         if (name := getattr(recipe.student, key)) is not None:
             tokenizer = load_tokenizer(name, f"student.{key}")
     set_chat_template(tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
-    source = load_source(recipe, loaded)
+    source = load_source(recipe, loaded, tokenizer)
     kept, whole = keep_tokens(recipe, tokenizer), copy.deepcopy(source.config if source else loaded.config)
     if kept is not None:
         loaded, vocabulary_note = trim_teacher(recipe, loaded, kept)
@@ -186,8 +186,9 @@ def build_run(recipe: Recipe) -> BuiltRun:
     )
     rollout = built.new_rollout()
     _check_teacher(built)
-    tokenizers = (loaded.tokenizer, *(() if tokenizer is loaded.tokenizer else (tokenizer,)))
-    notes = [note for part in (*loaded.models.values(), student, *tokenizers) for note in loading_notes(part)]
+    parts = [*loaded.models.values(), *([source] if source else []), student, loaded.tokenizer]
+    parts += [] if tokenizer is loaded.tokenizer else [tokenizer]
+    notes = [note for part in parts for note in loading_notes(part)]
     notes += [
         *([vocabulary_note] if kept else ()),
         *_teacher_notes(built),
@@ -205,8 +206,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
             "student.design.search: these are figures of the first shape; potstill run searches for a better one."
         )
     if recipe.student.rounds:
-        rounds = recipe.student.initialize.rounds
-        notes.append(f"student.initialize.rounds: these are figures of one cut; potstill run makes {rounds}.")
+        notes.append("student.initialize.rounds: these are figures of one cut; potstill run makes several.")
     notes += vocabulary_notes
     notes += new_student.initialization.notes if new_student.initialization else ()
     notes += packing_notes(packed, plan.batch_rows, loaded) if packed is not None else ()

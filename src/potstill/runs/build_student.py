@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from potstill.data.batches import in_batches
+from potstill.data.batches import in_batches, pad_token_id
 from potstill.errors import RecipeError
 from potstill.losses.alignment import Task
 from potstill.models.adapted import is_adapted, is_quantized
@@ -22,6 +22,7 @@ from potstill.models.adapters import adapt
 from potstill.models.budget import Budget, parse_count
 from potstill.models.chat import end_token_ids, set_end_tokens
 from potstill.models.design import student_config
+from potstill.models.heads import set_pad_id
 from potstill.models.initialize import Initialization, plan_initialization, random_student
 from potstill.models.loading import is_adapter, load_model, vocabulary_size
 from potstill.models.placement import move
@@ -119,7 +120,7 @@ def _check_reloads(model: Any, task: Task) -> None:
         )
 
 
-def load_source(recipe: Recipe, loaded: LoadedTeacher) -> PreTrainedModel | None:
+def load_source(recipe: Recipe, loaded: LoadedTeacher, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
     """Load student.model where a designed student is cut from it; None where it is cut from its teacher, or not cut."""
     name = recipe.student.model
     if name is None or recipe.student.design is None:
@@ -129,7 +130,11 @@ def load_source(recipe: Recipe, loaded: LoadedTeacher) -> PreTrainedModel | None
             f"student.model: expected a whole model, to be cut to the design, got an adapter, {name}. Merge it with "
             "its model first."
         )
-    return load_model(name, "student.model", "float32", recipe.task, labels_of=loaded.config)
+    set_seed(recipe.seed)  # a head that is missing is random
+    options: dict[str, Any] = {"labels_of": loaded.config, "may_miss": True}
+    model = load_model(name, "student.model", "float32", recipe.task, **options)
+    set_pad_id([model], pad_token_id(tokenizer)[0])
+    return model
 
 
 def design_of(

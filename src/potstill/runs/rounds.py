@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from potstill.errors import RecipeError
+from potstill.models.design import student_config
 from potstill.models.loading import suppress_warnings
 from potstill.models.shapes import DesignShape, config_fields, design_shape, text_config
 from potstill.runs.build import build_run
@@ -28,10 +31,10 @@ def round_steps(steps: int) -> int:
     return max(1, round(ROUND_SHARE * steps))
 
 
-def prune_in_rounds(recipe: Recipe, directory: Path, console: Console) -> tuple[Recipe, str]:
+def prune_in_rounds(recipe: Recipe, directory: Path, console: Console, resume: bool) -> tuple[Recipe, str]:
     """Prune and train a recipe's student in all rounds but the last; return the recipe of the last, and a note.
 
-    Each round is a run in `directory/rounds` without a report; one that was killed goes on where it was.
+    Each round is a run in `directory/rounds` without a report; with `resume` one that was killed goes on.
     """
     with suppress_warnings():
         with part(console, "reading models and data, for the rounds of pruning"):
@@ -42,6 +45,8 @@ def prune_in_rounds(recipe: Recipe, directory: Path, console: Console) -> tuple[
         assert builder.design is not None
         config, last = text_config(builder.source.config), design_shape(builder.design)
         shapes = shapes_between(design_shape(config), last, recipe.student.initialize.rounds)
+        for shape in shapes:
+            student_config(config, config_fields(shape, config), config.vocab_size)  # before the first round trains
         steps, current = round_steps(built.plan.steps), recipe
         for number, shape in enumerate(shapes, 1):
             folder = directory / "rounds" / str(number)
@@ -49,14 +54,16 @@ def prune_in_rounds(recipe: Recipe, directory: Path, console: Console) -> tuple[
             console.print(line, highlight=False, markup=False)
             current = _cut_to(current, config_fields(shape, config))
             trained = _training(current, folder, short_training(recipe.train, steps, built.plan.steps))
-            trained.check_directory(folder, resume=True)
+            _check_folder(trained, folder, resume)
             if not (folder / "student").exists():
                 walk(STEPS[:2], build_run(trained), folder, console)
             student = current.student.model_copy(update={"model": str(folder / "student")})
             current = current.model_copy(update={"student": student})
-    between = "; ".join(map(describe, shapes))
-    note = f"student.initialize.rounds: before this one {len(shapes)}, with {steps} steps of training each: {between}."
-    return _cut_to(current, config_fields(last, config)), note
+    between = "; ".join(map(describe, shapes)) or "none, as no size is between those of the two models"
+    note = f"student.initialize.rounds: {len(shapes)} before this one, with {steps} steps of training each: {between}."
+    if recipe.evaluate.baseline and shapes:
+        note += " The baseline begins with what they learned too."
+    return _cut_to(_saved_as(current, builder.save_dtype), config_fields(last, config)), note
 
 
 def shapes_between(first: DesignShape, last: DesignShape, rounds: int) -> list[DesignShape]:
@@ -79,6 +86,8 @@ def shapes_between(first: DesignShape, last: DesignShape, rounds: int) -> list[D
         if groups[0] >= groups[1] > 0:
             kv_heads = _between(first.kv_heads, last.kv_heads, share)
             shape = replace(shape, kv_heads=kv_heads, heads=kv_heads * _between(groups[0], groups[1], share))
+            if all(x.hidden == x.heads * x.head_size for x in (first, last)):  # in many families it has to be
+                shape = replace(shape, hidden=shape.heads * shape.head_size)
         if shape not in (first, last, *shapes):
             shapes.append(shape)
     return shapes
@@ -89,6 +98,23 @@ def _between(first: int, last: int, share: float, multiple: int = 1) -> int:
     if not last:
         return first
     return max(multiple * round(float(first ** (1 - share) * last**share) / multiple), last)
+
+
+def _check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """Check that a round's directory holds nothing, or with `resume` a training of the same recipe."""
+    try:
+        recipe.check_directory(folder, resume)
+    except RecipeError:
+        raise RecipeError(
+            f"output: expected no earlier rounds in {folder.parent}, or with --resume those of the same recipe, got "
+            "others. Remove that directory, or choose another output with --set output=DIR."
+        ) from None
+
+
+def _saved_as(recipe: Recipe, dtype: torch.dtype | None) -> Recipe:
+    """Return the recipe with the precision in which a student cut at once is saved."""
+    name = recipe.student.save_dtype if dtype is None else str(dtype).removeprefix("torch.")
+    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"save_dtype": name})})
 
 
 def _cut_to(recipe: Recipe, fields: dict[str, Any]) -> Recipe:

@@ -47,7 +47,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     shown = console if main else Console(quiet=True)
     if not resume:
         recipe.check_directory(directory, resume)
-    recipe, before = settle_student(recipe, directory, shown)
+    recipe, before = settle_student(recipe, directory, shown, resume)
     recipe.check_directory(directory, resume)
     with suppress_warnings():
         with part(shown, "reading models and data"):
@@ -68,11 +68,13 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))
 
 
-def settle_student(recipe: Recipe, directory: Path, console: Console) -> tuple[Recipe, list[str]]:
+def settle_student(recipe: Recipe, directory: Path, console: Console, resume: bool) -> tuple[Recipe, list[str]]:
     """Search the student's shape and cut it in rounds, where the recipe asks for it; return what is left, and notes."""
     notes = []
-    for wanted, settle in ((recipe.student.searches > 0, search_shape), (recipe.student.rounds, prune_in_rounds)):
-        if wanted:
-            recipe, note = settle(recipe, directory, console)
-            notes.append(note)
+    if recipe.student.searches:
+        recipe, note = search_shape(recipe, directory, console)
+        notes.append(note)
+    if recipe.student.rounds:
+        recipe, note = prune_in_rounds(recipe, directory, console, resume)
+        notes.append(note)
     return recipe, notes

@@ -24,7 +24,7 @@ from potstill.evaluate.sequence import measure
 from potstill.evaluate.speed import bytes_on_disk
 from potstill.evaluate.time_limit import TimeLimit
 from potstill.models.chat import set_chat_template
-from potstill.models.placement import move
+from potstill.models.placement import is_spread, move
 from potstill.models.precision import describe_precision
 from potstill.models.split import evaluation_mode, run
 from potstill.models.trimming import choose_tokens, trim_model, trim_tokenizer
@@ -76,6 +76,11 @@ def trim_teacher(recipe: Recipe, loaded: LoadedTeacher, kept: KeptTokens) -> tup
         raise RecipeError(
             "student.vocabulary: expected a teacher that is one model beside the student (teacher.model alone), whose "
             f"vocabulary is cut too, got {recipe.teacher.title}. Name one, or keep all tokens."
+        )
+    if is_spread(loaded.model):
+        raise RecipeError(
+            "student.vocabulary: expected a teacher on one device, whose vocabulary is cut too, got one with "
+            "device_map. Leave it out, or keep all tokens."
         )
     if recipe.task == "causal":
         rows = _held_out(recipe, kept.whole)

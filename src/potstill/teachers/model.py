@@ -166,7 +166,7 @@ class ModelSource(MemberSource):
 
     def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
         bits = {"int8": 8, "int4": 4}.get(self.dtype)
-        placement = {name: getattr(self, name) for name in ("device_map", "max_memory", "offload_folder")}
+        placement = {name: copy.copy(getattr(self, name)) for name in ("device_map", "max_memory", "offload_folder")}
         options: dict[str, Any] = {"bits": bits, "placement": {k: v for k, v in placement.items() if v is not None}}
         model = load_model(self.model, f"{key}.model", "auto" if bits else self.dtype, task, **options)
         tokenizer = load_tokenizer(self.model, f"{key}.model")
