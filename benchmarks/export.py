@@ -35,7 +35,7 @@ def main() -> None:
             export(args.model, quantize=(kind,), **options, console=Console(stderr=True))
     exports = read_exports(args.out)
     assert exports is not None
-    print(f"{exports.program}, {exports.tokens} held-out tokens\n")
+    print(f"{exports.tokens} held-out tokens\n")
     print(f"| {' | '.join(COLUMNS)} |\n|---{'|---:' * (len(COLUMNS) - 1)}|")
     for row in export_rows(exports):
         print(f"| {' | '.join(row)} |")

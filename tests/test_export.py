@@ -25,7 +25,7 @@ from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.runs import export as runs_export
 from potstill.runs.config.run import Recipe
 from potstill.runs.export import evaluate_files, export
-from potstill.runs.formats import llama_cpp
+from potstill.runs.formats import gguf_file, llama_cpp
 from potstill.runs.formats.gguf_families import gguf_family
 from potstill.runs.formats.gguf_file import write_gguf
 from potstill.runs.formats.llama_cpp import LlamaCpp
@@ -84,7 +84,7 @@ def test_files_are_evaluated_alone(model: Path, toys: Path, tmp_path: Path) -> N
     assert (file.loss, file.teacher_kl) == (before.files[1].loss, before.files[1].teacher_kl)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(99))
     for name, options, message in (
-        (alone, ["--generations", "2"], "--generations, .*: expected none of them with GGUF files"),
+        (alone, ["--generations", "2"], "--generations, .*: expected none of them with exported files"),
         (tmp_path / "broken.gguf", [], "student: expected .*broken.gguf"),
     ):
         result = CliRunner().invoke(app, ["evaluate", str(name), *arguments[:6], *options])
@@ -104,9 +104,7 @@ def test_a_second_export_keeps_the_first_and_clears_what_a_kill_left(model: Path
 
 
 def test_a_file_that_llama_cpp_does_not_load_is_not_left_behind(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        runs_export, "write_gguf", lambda *arguments: Path(arguments[2]).write_bytes(b"GGUF" + bytes(99))
-    )
+    monkeypatch.setattr(gguf_file, "write_gguf", lambda *arguments: Path(arguments[2]).write_bytes(b"GGUF" + bytes(99)))
     with pytest.raises(RunError, match=r"expected a file that llama.cpp loads, got .*: "):
         export(model)
     assert [*(model / "export").iterdir()] == []
@@ -193,8 +191,10 @@ def test_layers_with_windows_that_gguf_does_not_hold(tmp_path: Path) -> None:
 
 def test_wrong_options(model: Path, toys: Path) -> None:
     for arguments, message in (
+        (["--quantize", "int8"], "--quantize: expected some of f32, f16, .*, got int8"),
+        (["--to", "onnx", "--quantize", "q8_0"], "--quantize: expected some of f32, int8, got q8_0"),
         (["--quantize", "q4"], "--quantize: expected some of f32, f16, .*, got q4. Did you mean q4_"),
-        (["--to", "onnx"], "--to: expected gguf, got onnx"),
+        (["--to", "ggml"], "--to: expected gguf or onnx, got ggml"),
         (["--field", "text"], "--field: expected --data with it, got none"),
     ):
         result = CliRunner().invoke(app, ["export", str(model), *arguments])
@@ -224,7 +224,9 @@ def test_exports_stand_in_the_report_and_on_the_card(model: Path, run_directory:
     shutil.copytree(model, run / "student", dirs_exist_ok=True)
     tokenizer, student = AutoTokenizer.from_pretrained(model), make_llama(hidden_size=8, layers=1)
     measured: dict[str, Any] = {"rows": None, "teacher": None, "student_folder": run / "student"}
-    runs_export.export_model(student, tokenizer, ("q8_0",), run / "export", **measured, console=Console(quiet=True))
+    runs_export.export_model(
+        student, tokenizer, {"gguf": ["q8_0"]}, run / "export", **measured, console=Console(quiet=True)
+    )
     for page in (write_report(run), write_student_card(run)):
         text = page.read_text(encoding="utf-8")
         assert "student-q8_0.gguf" in text and "llama.cpp of xllamacpp" in text
@@ -232,12 +234,19 @@ def test_exports_stand_in_the_report_and_on_the_card(model: Path, run_directory:
 
 def test_recipes_name_their_exports(recipe_values: dict[str, Any]) -> None:
     recipe_values["export"] = [{"quantize": "q8_0"}, {"to": "gguf", "quantize": "q4_0"}]
-    assert [part.quantize for part in Recipe.parse(recipe_values).export] == ["q8_0", "q4_0"]
-    recipe_values["export"].append({"quantize": "q8_0"})
-    with pytest.raises(UserError, match="export: expected each file once, got q8_0 twice"):
-        Recipe.parse(recipe_values)
+    recipe_values["export"] += [{}, {"to": "onnx"}, {"to": "onnx", "quantize": "int8"}, {"quantize": "f32"}]
+    files = [(part.to, part.kind) for part in Recipe.parse(recipe_values).export]
+    assert files[:3] == [("gguf", "q8_0"), ("gguf", "q4_0"), ("gguf", "f16")]
+    assert files[3:] == [("onnx", "f32"), ("onnx", "int8"), ("gguf", "f32")]
+    for wrong, message in (
+        ({"quantize": "q8_0"}, "export: expected each file once, got gguf q8_0 twice"),
+        ({"to": "onnx", "quantize": "q4_1"}, r"export.6.quantize: expected some of f32, int8, got q4_1"),
+        ({"quantize": "int8"}, r"export.6.quantize: expected some of f32, f16, .*, got int8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Recipe.parse({**recipe_values, "export": [*recipe_values["export"], wrong]})
     recipe_values |= {"export": [{}], "task": "masked"}
-    with pytest.raises(UserError, match="export: expected the task causal for GGUF, got masked"):
+    with pytest.raises(UserError, match="export: expected the task causal, got masked"):
         Recipe.parse(recipe_values)
 
 

@@ -18,7 +18,9 @@ from potstill.losses.alignment import TASKS, Task
 def evaluate(
     student: Annotated[
         str,
-        typer.Argument(help="folder with a model and its tokenizer; GGUF file, or folder of them", show_default=False),
+        typer.Argument(
+            help="folder with a model and its tokenizer; exported file, or folder of them", show_default=False
+        ),
     ],
     data: Annotated[str, typer.Option(help="held-out data: .jsonl, .csv, .parquet, .txt")],
     out: Annotated[Path, typer.Option(help="JSON file to write all results to")],
@@ -36,25 +38,26 @@ def evaluate(
     batch_size: Annotated[str, typer.Option(help="batch sizes to time, comma-separated")] = "1",
     length: Annotated[str | None, typer.Option(help="row lengths to time; default: 128 or --max-length")] = None,
     time_limit: Annotated[float, typer.Option(help="seconds for all measurements, about", min=1)] = 600,
-    tokens: Annotated[int, typer.Option(help="of GGUF files: held-out tokens to measure on, about", min=1)] = 2048,
+    tokens: Annotated[int, typer.Option(help="of exported files: held-out tokens to measure on, about", min=1)] = 2048,
 ) -> None:
     """Evaluate a student on held-out data beside its teacher: quality, calibration, agreement, speed, memory, size.
 
     Finished parts are kept beside --out until all are there: the same command goes on from them.
-    GGUF files are run in llama.cpp, beside the student that they are exports of where it is there.
+    Exported files, GGUF or ONNX, run in their programs, beside the student that they are of where it is there.
     """
     from potstill.data.files import write_text
     from potstill.data.sources import Source
     from potstill.runs.evaluate import EvaluationOptions
     from potstill.runs.evaluate import evaluate as evaluate_models
+    from potstill.runs.formats.table import exported_files
 
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out: expected a file in an existing folder, got {out}. Create its folder first.")
-    if files := _gguf_files(student):
+    if files := exported_files(Path(student).expanduser()):
         if generations or lm_eval or task != "causal" or batch_size != "1" or length:
             raise UserError(
-                "--generations, --lm-eval, --task, --batch-size, --length: expected none of them with GGUF files, got "
-                "some. Files are measured on held-out text, and one row at a time."
+                "--generations, --lm-eval, --task, --batch-size, --length: expected none of them with exported files, "
+                "got some. Files are measured on held-out text, and one row at a time."
             )
         _evaluate_files(files, Source(data, field=field), out, teacher, max_length, packing, tokens)
         return
@@ -76,14 +79,6 @@ def evaluate(
     write_text(out, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     _show(results, task)
     console.print(f"results {out}", highlight=False)
-
-
-def _gguf_files(name: str) -> list[Path]:
-    """The GGUF files that a path names: itself, or those in a folder that is no model of transformers."""
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").exists():
-        return sorted(path.glob("*.gguf"))
-    return [path] if path.is_file() and path.suffix == ".gguf" else []
 
 
 def _evaluate_files(

@@ -14,10 +14,14 @@ from potstill.errors import UserError
 @app.command()
 def export(
     student: Annotated[str, typer.Argument(help="a run directory, or a folder with a model", show_default=False)],
-    to: Annotated[str, typer.Option(help="format: gguf")] = "gguf",
+    to: Annotated[str, typer.Option(help="format: gguf or onnx")] = "gguf",
     quantize: Annotated[
-        str, typer.Option(help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; several, comma-separated")
-    ] = "f16",
+        str | None,
+        typer.Option(
+            help="GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0, by default f16; ONNX: f32 or int8, by default "
+            "f32; several, comma-separated"
+        ),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="held-out data to measure a model on; a run has its own")] = None,
     field: Annotated[str | None, typer.Option(help="column of plain text in --data")] = None,
     teacher: Annotated[str | None, typer.Option(help="model to compare a model with; a run has its own")] = None,
@@ -25,7 +29,7 @@ def export(
     tokens: Annotated[int, typer.Option(help="held-out tokens to measure on, about", min=1)] = 2048,
     out: Annotated[Path | None, typer.Option(help="folder for a model's files; default: export/ in its folder")] = None,
 ) -> None:
-    """Write a student as GGUF, for llama.cpp, and measure each file in llama.cpp itself.
+    """Write a student for llama.cpp (GGUF) or onnxruntime (ONNX), and measure each file there.
 
     A run's files go to its export/, and their figures to its report and model card.
     """
@@ -35,7 +39,7 @@ def export(
     if field is not None and data is None:
         raise UserError("--field: expected --data with it, got none. A run has its own held-out data.")
     source = None if data is None else Source(data, field=field)
-    kinds: Any = [kind.strip() for kind in quantize.split(",")]
+    kinds: Any = [] if quantize is None else [kind.strip() for kind in quantize.split(",")]
     measured: dict[str, Any] = {"data": source, "teacher": teacher, "max_length": max_length, "tokens": tokens}
     exports = export_student(student, to, kinds, **measured, out=out, console=console)  # type: ignore[arg-type]
     show_exports(exports)
@@ -46,7 +50,7 @@ def show_exports(exports: Any) -> None:
     from potstill.evaluate.exported import COLUMNS, export_rows
 
     names, *measures = zip(*export_rows(exports), strict=True)
-    table = comparison_table(names, title=exports.program)
+    table = comparison_table(names)
     for name, values in zip(COLUMNS[1:], measures, strict=True):
         table.add_row(name, *values)
     show(table)

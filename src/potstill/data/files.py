@@ -34,13 +34,23 @@ def explain_disk_full(folder: Path, needed: int) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path that becomes `path` on success and is removed on failure."""
+    """Give a temporary path, for a file or a folder, that becomes `path` on success and is removed on failure."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial
+        if partial.is_dir():  # which does not replace another one
+            shutil.rmtree(path, ignore_errors=True)
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -22,8 +22,9 @@ class ExportedFile(BaseModel):
         teacher_kl: KL(teacher || file), nats per token.
     """
 
-    file: str
+    file: str  # or a folder
     kind: str  # of its weights
+    program: str  # that ran it, with its version
     bytes: int
     tokens: int = 0  # held-out tokens that it was measured on
     loss: float | None = None
@@ -38,7 +39,6 @@ class ExportedFile(BaseModel):
 class Exports(BaseModel):
     """The exported files of a student, and the student itself on the same rows."""
 
-    program: str
     tokens: int = 0  # held-out tokens that all were measured on
     student_bytes: int | None = None  # None for files of no known student
     student_loss: float | None = None
@@ -58,7 +58,15 @@ def read_exports(folder: Path) -> Exports | None:
 
 
 COLUMNS = (
-    *("file", "size", "held-out loss", "agreement with the student", "KL to the student", "KL to the teacher"),
+    *(
+        "file",
+        "program",
+        "size",
+        "held-out loss",
+        "agreement with the student",
+        "KL to the student",
+        "KL to the teacher",
+    ),
     *("prompt, tokens a second", "generation, tokens a second"),
 )
 
@@ -71,12 +79,13 @@ def export_rows(exports: Exports) -> Iterator[tuple[str, ...]]:
 
     student = (write(exports.student_loss, nats), "–", "–", write(exports.student_teacher_kl, nats))
     if exports.student_bytes is not None:
-        yield ("student/", size(exports.student_bytes), *student, "–", "–")
+        yield ("student/", "PyTorch", size(exports.student_bytes), *student, "–", "–")
     for file in exports.files:
         agreement = "–" if file.agreement is None else percent(file.agreement, 1)
         quality = (write(file.loss, nats), agreement, write(file.kl, "{:.5f}".format), write(file.teacher_kl, nats))
         yield (
             file.file,
+            file.program,
             size(file.bytes),
             *quality,
             count(file.prompt_tokens_per_second),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import encode
-from potstill.data.files import atomic_path, explain_disk_full
+from potstill.data.files import atomic_path, explain_disk_full, remove
 from potstill.data.sources import Source
 from potstill.errors import UserError, nearest
 from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, read_exports, write_exports
@@ -21,12 +22,10 @@ from potstill.models.adapted import is_adapted, merged
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.config.document import read
 from potstill.runs.config.run import Recipe
-from potstill.runs.formats.gguf_file import GgufType, gguf_kind, write_gguf
-from potstill.runs.formats.llama_cpp import program_version
-from potstill.runs.formats.measure import Bench, measure_gguf, measured_rows
+from potstill.runs.formats.measure import Bench, measured_rows
+from potstill.runs.formats.table import FORMATS, FileFormat, FileType, Format, format_of
 from potstill.runs.progress import part
 
-Format = Literal["gguf"]
 STUDENT = "student"  # folder of a run's student
 MEASURED_TOKENS = 2048  # held-out tokens that the files are measured on
 
@@ -35,7 +34,7 @@ MEASURED_TOKENS = 2048  # held-out tokens that the files are measured on
 def export(
     student: str | Path,
     to: Format = "gguf",
-    quantize: Sequence[GgufType] = ("f16",),
+    quantize: Sequence[FileType] = (),
     *,
     data: Source | None = None,
     teacher: str | None = None,
@@ -50,14 +49,19 @@ def export(
     model card. A file that cannot be loaded, or reads plain text as other tokens, is not left behind.
 
     Args:
-        quantize: of each file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
+        to: gguf for llama.cpp, or onnx for onnxruntime.
+        quantize: of each file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 for GGUF, by default f16; f32 or int8 for
+            ONNX, by default f32.
         data: held-out data to measure a model on; a run has its own.
         teacher: a model with the same tokens to compare a model with; a run has its own.
         max_length: tokens of a row of `data`.
         tokens: held-out tokens to measure on, about.
         out: folder for a model's files; by default `export` in its own.
     """
-    _check_kinds(to, quantize)
+    form = _format(to)
+    quantize = quantize or (form.default,)  # type: ignore[assignment]
+    for mistake in chain.from_iterable(form.mistakes("--quantize", kind) for kind in quantize):
+        raise UserError(mistake)
     folder, console = Path(student).expanduser(), console or Console(quiet=True)
     recipe = _recipe_of(folder)
     options: dict[str, Any] = {"max_length": max_length}
@@ -82,7 +86,7 @@ def export(
     exports = export_model(
         model,
         tokenizer,
-        quantize,
+        {to: quantize},
         out,
         rows=rows,
         teacher=other,
@@ -99,7 +103,7 @@ def export(
 def export_model(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    quantize: Sequence[GgufType],
+    kinds: Mapping[Format, Sequence[FileType]],
     out: Path,
     *,
     rows: Dataset | None,
@@ -108,23 +112,29 @@ def export_model(
     tokens: int = MEASURED_TOKENS,
     console: Console,
 ) -> Exports:
-    """Export a loaded model, and measure its files on held-out rows."""
+    """Export a loaded model to files of some kinds in each format, and measure them on held-out rows."""
+    for to in kinds:
+        FORMATS[to].program()  # a missing package is an error before anything is measured
     if is_adapted(model):
         model = merged(model)
     bench = Bench(tokenizer, None if rows is None else measured_rows(rows, tokens), model, teacher)
     with part(console, "measuring the student"):
-        exports = bench.start(program_version(), weight_bytes(student_folder))
+        exports = bench.start(weight_bytes(student_folder))
     out.mkdir(parents=True, exist_ok=True)
     for left in out.glob("student-*.partial"):  # by a kill during an earlier export
-        left.unlink()
-    for kind in quantize:
-        path = out / f"student-{kind}.gguf"
-        with explain_disk_full(out, 4 * model.num_parameters()), atomic_path(path) as partial:
-            with part(console, f"writing {path.name}"):
-                write_gguf(model, tokenizer, partial, kind)
-            with part(console, f"measuring {path.name} in llama.cpp"):
-                file = measure_gguf(partial, kind, bench)
-        exports.files.append(file.model_copy(update={"file": path.name}))
+        remove(left)
+    for to, quantize in kinds.items():
+        form = FORMATS[to]
+        with part(console, f"preparing {to}"):
+            prepared = form.prepare(model)
+        for kind in quantize:
+            path = out / form.file.format(kind)
+            with explain_disk_full(out, 4 * model.num_parameters()), atomic_path(path) as partial:
+                with part(console, f"writing {path.name}"):
+                    form.write(prepared, model, tokenizer, partial, kind)
+                with part(console, f"measuring {path.name} in {form.program()}"):
+                    file = form.measure(partial, kind, bench)
+            exports.files.append(file.model_copy(update={"file": path.name}))
     exports.files = [*_earlier(exports, out), *exports.files]
     write_exports(exports, out)
     return exports
@@ -141,7 +151,7 @@ def evaluate_files(
     tokens: int = MEASURED_TOKENS,
     console: Console | None = None,
 ) -> Exports:
-    """Measure GGUF files in llama.cpp on held-out data, beside a teacher, and the student that an export is of.
+    """Measure exported files in their programs on held-out data, beside a teacher, and the student that they are of.
 
     The rows are read with the tokenizer of that student, else of the teacher, else of the first file.
 
@@ -164,10 +174,11 @@ def evaluate_files(
     if teacher is not None and bench.teacher is None:
         raise UserError(f"--teacher: expected a model with the tokens of {name}, got {teacher}. Leave it out.")
     with part(console, "measuring in transformers"):
-        exports = bench.start(program_version(), None if student is None else weight_bytes(student))
+        exports = bench.start(None if student is None else weight_bytes(student))
     for path in files:
-        with part(console, f"measuring {path.name} in llama.cpp"):
-            exports.files.append(measure_gguf(path, gguf_kind(path), bench))
+        form = format_of(path)
+        with part(console, f"measuring {path.name} in {form.program()}"):
+            exports.files.append(form.measure(path, form.kind(path), bench))
     exports.tokens = exports.tokens or exports.files[0].tokens
     return exports
 
@@ -182,19 +193,15 @@ def _student_beside(file: Path) -> Path | None:
 def _earlier(exports: Exports, out: Path) -> list[ExportedFile]:
     """Files of an earlier export that were measured on the same rows, and are not written anew."""
     before, new = read_exports(out), {file.file for file in exports.files}
-    if before is None or (before.program, before.tokens) != (exports.program, exports.tokens):
+    if before is None or before.tokens != exports.tokens:
         return []
     return [file for file in before.files if file.file not in new and (out / file.file).exists()]
 
 
-def _check_kinds(to: str, quantize: Sequence[str]) -> None:
-    if to not in get_args(Format):
-        raise UserError(f"--to: expected {', '.join(get_args(Format))}, got {to}.")
-    known = get_args(GgufType)
-    if unknown := [kind for kind in quantize if kind not in known]:
-        raise UserError(
-            f"--quantize: expected some of {', '.join(known)}, got {unknown[0]}.{nearest(unknown[0], known)}"
-        )
+def _format(to: str) -> FileFormat:
+    if to not in FORMATS:
+        raise UserError(f"--to: expected {' or '.join(FORMATS)}, got {to}.{nearest(to, FORMATS)}")
+    return FORMATS[to]
 
 
 def _recipe_of(folder: Path) -> Recipe | None:
@@ -205,7 +212,7 @@ def _recipe_of(folder: Path) -> Recipe | None:
     values.pop("train", None)  # its arguments are done with, and checking them imports the Trainer: seconds
     recipe = Recipe.parse(values)
     if recipe.task != "causal":
-        raise UserError(f"export: expected a run of the task causal for GGUF, got {recipe.task}.")
+        raise UserError(f"export: expected a run of the task causal, got {recipe.task}.")
     if not (folder / STUDENT).is_dir():
         raise UserError(f"export: expected a finished run, got {folder} without student/. Finish it with --resume.")
     return recipe

@@ -23,6 +23,7 @@ from potstill.models.loading import load_model
 from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun
 from potstill.runs.formats.gguf_file import weight_grids
+from potstill.runs.formats.table import FileType, Format
 from potstill.runs.interruption import Interruption
 from potstill.runs.measure import EVAL_ROWS, summarize
 from potstill.runs.progress import part
@@ -73,7 +74,10 @@ def measure_models(built: BuiltRun, directory: Path, console: Console) -> None:
 
 def export_student(built: BuiltRun, directory: Path, console: Console) -> None:
     """Write the files that the recipe's `export` names, and measure them beside the teacher if it has their tokens."""
-    if not (kinds := [part.quantize for part in built.recipe.export]):
+    kinds: dict[Format, list[FileType]] = {}
+    for file in built.recipe.export:
+        kinds.setdefault(file.to, []).append(file.kind)
+    if not kinds:
         return
     from potstill.runs.export import export_model  # needs packages of an extra
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -15,7 +15,7 @@ from potstill.models.adapters import adapter_conflicts
 from potstill.runs.config.document import Document, Part
 from potstill.runs.config.student import StudentPart
 from potstill.runs.config.training import TrainPart, argument_names
-from potstill.runs.formats.gguf_file import GgufType
+from potstill.runs.formats.table import FORMATS, FileType, Format
 from potstill.teachers import cached, ensemble, model, self_taught, served  # noqa: F401  # kinds of teachers
 from potstill.teachers.source import TeacherSource
 from potstill.train.objective import task_mistakes
@@ -79,8 +79,13 @@ class EvaluatePart(Part):
 class ExportPart(Part):
     """A file of the student for another program, measured there."""
 
-    to: Literal["gguf"] = "gguf"
-    quantize: GgufType = Field("f16", description="of its matrices")
+    to: Format = Field("gguf", description="for llama.cpp, or for onnxruntime")
+    quantize: FileType | None = Field(None, description="of its matrices; by default f16 in GGUF, f32 in ONNX")
+
+    @property
+    def kind(self) -> FileType:
+        """What its matrices are quantized to."""
+        return self.quantize or FORMATS[self.to].default  # type: ignore[return-value]
 
 
 class Recipe(Document):
@@ -126,9 +131,11 @@ class Recipe(Document):
         if self.student.quantize is not None and self.task != "causal":
             yield f"student.quantize: expected the task causal, got {self.task}."
         if self.export and self.task != "causal":
-            yield f"export: expected the task causal for GGUF, got {self.task}."
-        kinds = [part.quantize for part in self.export]
-        if repeated := [kind for place, kind in enumerate(kinds) if kind in kinds[:place]]:
+            yield f"export: expected the task causal, got {self.task}."
+        for place, part in enumerate(self.export):
+            yield from FORMATS[part.to].mistakes(f"export.{place}.quantize", part.kind)
+        files = [f"{part.to} {part.kind}" for part in self.export]
+        if repeated := [file for place, file in enumerate(files) if file in files[:place]]:
             yield f"export: expected each file once, got {repeated[0]} twice."
 
     def _task_mistakes(self) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Students as files for other programs: GGUF for llama.cpp, read back and measured there."""
+"""Students as files for other programs: GGUF for llama.cpp, ONNX for onnxruntime, read back and measured there."""

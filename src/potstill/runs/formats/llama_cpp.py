@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
 from potstill.errors import RunError, UserError, one_line
 from potstill.models.locate import require_package
+from potstill.runs.formats.loaded import CHUNK, LoadedFile
 
-CHUNK = 256  # tokens of one pass: their logits are held at once
 _LOG_ERROR = 4  # level of ggml
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 
@@ -105,8 +105,8 @@ def _collect(level: int, text: bytes, _: Any) -> None:
         _errors.append(text.decode(errors="replace"))
 
 
-class LlamaCpp:
-    """A GGUF file, loaded by llama.cpp; close it, or use it in a with statement.
+class LlamaCpp(LoadedFile):
+    """A GGUF file, loaded by llama.cpp.
 
     Raises:
         RunError: llama.cpp does not load the file.
@@ -114,6 +114,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path, positions: int | None = None) -> None:
         self._library, self._context, self._model = _library(), None, None
+        self.program = program_version()
         _errors.clear()
         params = self._library.llama_model_default_params()
         self._model = self._library.llama_model_load_from_file(os.fsencode(path), params)
@@ -137,13 +138,8 @@ class LlamaCpp:
         threads = torch.get_num_threads()
         self._library.llama_set_n_threads(self._context, threads, threads)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
+        """Free the model and its context."""
         if self._context:
             self._library.llama_free(self._context)
         if self._model:
@@ -161,26 +157,10 @@ class LlamaCpp:
         number = self._library.llama_tokenize(self._vocabulary, raw, len(raw), room, len(room), True, special)
         return list(room[:number])
 
-    def logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Give the next-token logits of all positions of a row, float32 [up to CHUNK, V] at a time."""
+    def _clear(self) -> None:
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
-        for start in range(0, len(ids), CHUNK):
-            yield self._decode(ids[start : start + CHUNK], start).copy()
-
-    def generate(self, ids: Sequence[int], new_tokens: int, ends: frozenset[int] | None = None) -> list[int]:
-        """Continue a row greedily, to an end token, which is the last one then; by default to those of the file."""
-        ends = self.ends() if ends is None else ends
-        *_, logits = self.logits(ids)
-        written: list[int] = []
-        while len(written) < new_tokens:
-            written.append(int(logits[-1].argmax()))
-            if written[-1] in ends or len(written) == new_tokens:
-                break
-            logits = self._decode(written[-1:], len(ids) + len(written) - 1)
-        return written
 
     def _decode(self, ids: Sequence[int], start: int) -> np.ndarray:
-        """Read tokens at the positions from `start` on, and give their logits, which the next call overwrites."""
         batch = self._library.llama_batch_init(len(ids), 0, 1)
         for i, token in enumerate(ids):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, 1
@@ -190,4 +170,5 @@ class LlamaCpp:
         self._library.llama_batch_free(batch)
         if status:
             raise RunError(f"export: expected llama.cpp to read {len(ids)} tokens, got status {status}.")
-        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (len(ids), self.num_tokens))
+        logits = self._library.llama_get_logits(self._context)  # the next call overwrites them
+        return np.ctypeslib.as_array(logits, (len(ids), self.num_tokens)).copy()

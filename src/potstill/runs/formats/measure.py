@@ -1,9 +1,9 @@
-"""What llama.cpp computes from a GGUF file, beside the student and the teacher in transformers."""
+"""What a program computes from a file, beside the student and the teacher in transformers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,31 +16,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import in_batches
-from potstill.errors import RunError, UserError
+from potstill.errors import UserError
 from potstill.evaluate.exported import ExportedFile, Exports
 from potstill.evaluate.quality import Quality, compare
-from potstill.models.chat import end_token_ids
 from potstill.models.heads import token_rows
-from potstill.runs.formats.llama_cpp import CHUNK, LlamaCpp
+from potstill.runs.formats.loaded import CHUNK, LoadedFile
 
 PROMPT, NEW_TOKENS = 128, 32  # tokens that are timed
-# Texts that tokenizers split in different ways.
-PROBES = (
-    *("Hello world", "I'm here; you'LL see, don't you?", "def f(x):\n    return x != 3.14\n", "  two  spaces\n\n\ttab"),
-    *(
-        "12345 and 1,000,000",
-        "naïve ÉCOLE straße İstanbul",
-        "你好，世界。こんにちは 한국어 ไทย हिन्दी",
-        "Привет العربية עברית",
-    ),
-    *("😀 👩‍💻 🇫🇷 ❤️", "e\u0301 is \u00e9", "\u200b\u00a0\u3000", "a\x00b\x07c\r\n\x7f"),
-)
 
 
-class GgufModule(nn.Module):
-    """A GGUF file as a model of transformers: it gives the logits of rows that are padded on the right."""
+class FileModule(nn.Module):
+    """A file as a model of transformers: it gives the logits of rows that are padded on the right."""
 
-    def __init__(self, loaded: LlamaCpp) -> None:
+    def __init__(self, loaded: LoadedFile) -> None:
         super().__init__()
         self.loaded = loaded
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # says on which device the model is
@@ -63,9 +51,9 @@ class Bench:
     student: Any = None
     teacher: Any = None
 
-    def start(self, program: str, student_bytes: int | None) -> Exports:
+    def start(self, student_bytes: int | None) -> Exports:
         """Measure the student and the teacher themselves."""
-        exports = Exports(program=program, student_bytes=student_bytes)
+        exports = Exports(student_bytes=student_bytes)
         if self.rows is None:
             return exports
         quality = self._compare({"student": self.student} if self.student is not None else {}, self.teacher)
@@ -75,6 +63,11 @@ class Bench:
             exports.teacher_loss = teacher.loss
         exports.tokens = next(iter(quality.values())).tokens if quality else 0
         return exports
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return 0 if self.rows is None else max((len(row) for row in self.rows["input_ids"]), default=0)
 
     def quality(self, file: nn.Module) -> dict[str, Any]:
         """The fields of an ExportedFile that compare it with the student and the teacher."""
@@ -93,7 +86,7 @@ class Bench:
         if reference is None and not models:  # files of no known student, and no teacher
             return {}
         heads = [token_rows(model, "causal") for model in (self.student, self.teacher) if model is not None]
-        heads += [model.loaded.num_tokens for model in models.values() if isinstance(model, GgufModule)]
+        heads += [model.loaded.num_tokens for model in models.values() if isinstance(model, FileModule)]
         vocabulary = min(heads)
         return compare(reference, models, in_batches(self.rows, self.tokenizer, 1), vocabulary=vocabulary)
 
@@ -105,55 +98,22 @@ def measured_rows(rows: Dataset, tokens: int) -> Dataset:
     return rows.select(order[: int(np.searchsorted(lengths, tokens)) + 1])
 
 
-def measure_gguf(path: Path, kind: str, bench: Bench) -> ExportedFile:
-    """Load a file in llama.cpp, check its tokens, and measure it.
-
-    Raises:
-        RunError: llama.cpp does not load it, or reads plain text as other tokens.
-    """
-    longest = max((len(row) for row in bench.rows["input_ids"]), default=0) if bench.rows is not None else 0
-    with LlamaCpp(path, max(longest, PROMPT + NEW_TOKENS)) as loaded:
-        notes = [*_token_notes(loaded, bench.tokenizer), *_end_notes(loaded, bench.tokenizer, bench.student)]
-        if longest > loaded.context_length:
-            raise UserError(
-                f"data: expected rows of at most {loaded.context_length} tokens, the context of {path.name}, got "
-                f"{longest}. Lower --max-length."
-            )
-        quality = bench.quality(GgufModule(loaded))
-        prompt, generation = _speeds(loaded)
-    speeds: dict[str, Any] = {"prompt_tokens_per_second": prompt, "tokens_per_second": generation}
-    size = path.stat().st_size
-    return ExportedFile(file=path.name, kind=kind, bytes=size, **quality, **speeds, notes=notes)
-
-
-def _token_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    special = [str(token) for token in tokenizer.all_special_tokens]
-    texts = [*PROBES, *(f"text {token} text" for token in special)]
-    differ = [text for text in texts if not _same_tokens(loaded, tokenizer, text)]
-    plain = next((text for text in differ if text in PROBES and text.isascii() and text.isprintable()), None)
-    if plain is not None:
-        own, mine = loaded.tokenize(plain), tokenizer(plain)["input_ids"]
-        raise RunError(
-            f"export: expected the tokenizer's tokens {mine} for {plain!r} from llama.cpp, got {own}. Use a tokenizer "
-            "of a family that GGUF knows."
+def measure(loaded: LoadedFile, path: Path, kind: str, bench: Bench) -> ExportedFile:
+    """Measure a loaded file; its name is that of its path, its bytes those of the path or of what is in that folder."""
+    if bench.longest > loaded.context_length:
+        raise UserError(
+            f"data: expected rows of at most {loaded.context_length} tokens, the context of {path.name}, got "
+            f"{bench.longest}. Lower --max-length."
         )
-    if differ:
-        share = f"{len(differ)} of {len(texts)} texts that are hard to split"
-        yield f"llama.cpp gives other tokens than the tokenizer for {share}, such as {differ[0]!r}."
+    quality = bench.quality(FileModule(loaded))
+    prompt, generation = _speeds(loaded)
+    speeds: dict[str, Any] = {"prompt_tokens_per_second": prompt, "tokens_per_second": generation}
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return ExportedFile(file=path.name, kind=kind, program=loaded.program, bytes=size, **quality, **speeds)
 
 
-def _same_tokens(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return loaded.tokenize(text) == tokenizer(text, verbose=False)["input_ids"]
-
-
-def _end_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase, student: Any) -> Iterator[str]:
-    missing = sorted(end_token_ids(tokenizer, student) - loaded.ends())
-    if missing:
-        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(missing)))
-        yield f"llama.cpp does not end a text at {names}: a file has three end tokens. Give it the others as stops."
-
-
-def _speeds(loaded: LlamaCpp) -> tuple[float, float]:
+def _speeds(loaded: LoadedFile) -> tuple[float, float]:
     """Tokens a second of a prompt and of generation."""
     ids = [i % loaded.num_tokens for i in range(min(PROMPT, loaded.context_length // 2))]
     prompt = _seconds(lambda: [None for _ in loaded.logits(ids)])

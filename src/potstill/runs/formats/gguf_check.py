@@ -1,0 +1,65 @@
+"""Measure a GGUF file in llama.cpp, and check that it reads and ends texts as the student does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from potstill.errors import RunError
+from potstill.evaluate.exported import ExportedFile
+from potstill.models.chat import end_token_ids
+from potstill.runs.formats.llama_cpp import LlamaCpp
+from potstill.runs.formats.measure import NEW_TOKENS, PROMPT, Bench, measure
+
+# Texts that tokenizers split in different ways.
+PROBES = (
+    *("Hello world", "I'm here; you'LL see, don't you?", "def f(x):\n    return x != 3.14\n", "  two  spaces\n\n\ttab"),
+    *(
+        "12345 and 1,000,000",
+        "naïve ÉCOLE straße İstanbul",
+        "你好，世界。こんにちは 한국어 ไทย हिन्दी",
+        "Привет العربية עברית",
+    ),
+    *("😀 👩‍💻 🇫🇷 ❤️", "e\u0301 is \u00e9", "\u200b\u00a0\u3000", "a\x00b\x07c\r\n\x7f"),
+)
+
+
+def measure_gguf(path: Path, kind: str, bench: Bench) -> ExportedFile:
+    """Load a file in llama.cpp, check its tokens, and measure it.
+
+    Raises:
+        RunError: llama.cpp does not load it, or reads plain text as other tokens.
+    """
+    with LlamaCpp(path, max(bench.longest, PROMPT + NEW_TOKENS)) as loaded:
+        notes = [*_token_notes(loaded, bench.tokenizer), *_end_notes(loaded, bench.tokenizer, bench.student)]
+        return measure(loaded, path, kind, bench).model_copy(update={"notes": notes})
+
+
+def _token_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    special = [str(token) for token in tokenizer.all_special_tokens]
+    texts = [*PROBES, *(f"text {token} text" for token in special)]
+    differ = [text for text in texts if not _same_tokens(loaded, tokenizer, text)]
+    plain = next((text for text in differ if text in PROBES and text.isascii() and text.isprintable()), None)
+    if plain is not None:
+        own, mine = loaded.tokenize(plain), tokenizer(plain)["input_ids"]
+        raise RunError(
+            f"export: expected the tokenizer's tokens {mine} for {plain!r} from llama.cpp, got {own}. Use a tokenizer "
+            "of a family that GGUF knows."
+        )
+    if differ:
+        share = f"{len(differ)} of {len(texts)} texts that are hard to split"
+        yield f"llama.cpp gives other tokens than the tokenizer for {share}, such as {differ[0]!r}."
+
+
+def _same_tokens(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    return loaded.tokenize(text) == tokenizer(text, verbose=False)["input_ids"]
+
+
+def _end_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase, student: Any) -> Iterator[str]:
+    missing = sorted(end_token_ids(tokenizer, student) - loaded.ends())
+    if missing:
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(missing)))
+        yield f"llama.cpp does not end a text at {names}: a file has three end tokens. Give it the others as stops."

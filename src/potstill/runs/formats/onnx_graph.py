@@ -1,0 +1,152 @@
+"""Trace a causal model with its cache of keys and values as an ONNX graph, and write it as a folder."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from potstill.errors import ModelError, one_line
+from potstill.models.locate import require_package
+
+OnnxType = Literal["f32", "int8"]
+MODEL = "model.onnx"
+KIND = "quantize"  # name of the kind in the metadata of a graph
+_LARGEST = 1_800_000_000  # bytes of weights in one file: protobuf ends at 2 GB
+_BATCH, _PAST, _NEW = 2, 3, 5  # sizes of what is traced; none may be 1, which exporters take for a constant
+
+
+class _TensorsOnly(nn.Module):
+    """A causal model as a function of tensors: its cache is a pair of keys and values for each layer."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        past: Sequence[tuple[Tensor, Tensor]],
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=DynamicCache(ddp_cache_data=past),
+            use_cache=True,
+            **positions,
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+
+def trace(model: Any) -> Any:
+    """Trace a causal model as a torch.onnx.ONNXProgram, with names of inputs and outputs as those of Optimum.
+
+    Raises:
+        ModelError: torch cannot trace this model.
+    """
+    require_package("onnxscript", "onnx", "export")
+    layers = _cache_layers(model)
+    dynamic = torch.export.Dim.DYNAMIC
+    generator = torch.Generator().manual_seed(0)
+    values: dict[str, Any] = {
+        "input_ids": torch.randint(model.get_input_embeddings().weight.shape[0], (_BATCH, _NEW), generator=generator),
+        "attention_mask": torch.ones(_BATCH, _PAST + _NEW, dtype=torch.long),
+        "past": [tuple(torch.zeros(_BATCH, heads, _PAST, width) for heads, width in layer) for layer in layers],
+    }
+    axes: dict[str, Any] = {name: {0: dynamic, 1: dynamic} for name in ("input_ids", "attention_mask")}
+    axes["past"] = [({0: dynamic, 2: dynamic}, {0: dynamic, 2: dynamic}) for _ in layers]
+    inputs = ["input_ids", "attention_mask", *_cache_names("past_key_values", len(layers))]
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        values["position_ids"] = torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, _NEW).contiguous()
+        axes["position_ids"] = {0: dynamic, 1: dynamic}
+        inputs.append("position_ids")
+    outputs = ["logits", *_cache_names("present", len(layers))]
+    named: dict[str, Any] = {"dynamic_shapes": tuple(axes.values()), "input_names": inputs, "output_names": outputs}
+    with _silent():
+        try:
+            return torch.onnx.export(
+                _TensorsOnly(model).eval(), tuple(values.values()), dynamo=True, verbose=False, **named
+            )
+        except Exception as error:  # torch raises errors of many kinds, of which most derive from none of its own
+            cause = one_line(error.__cause__ or error, 200)
+            raise _refused(model, f"which torch does not export: {cause}") from error
+
+
+def write_onnx(
+    program: Any, model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, quantize: OnnxType = "f32"
+) -> None:
+    """Write a traced model into a new folder, with the configuration and the tokenizer that it is used with.
+
+    In int8, onnxruntime quantizes the matrices beforehand and the activations as it runs.
+    """
+    folder.mkdir()
+    tokenizer.save_pretrained(str(folder))
+    model.config.save_pretrained(str(folder))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(str(folder))
+    program.model.metadata_props[KIND] = quantize
+    large = sum(weight.nbytes for weight in model.parameters()) > _LARGEST
+    if quantize == "f32":
+        program.save(folder / MODEL, external_data=large)
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, _silent():
+        plain, prepared = Path(temporary) / "plain.onnx", Path(temporary) / "prepared.onnx"
+        program.save(plain, external_data=large)
+        _quantize(plain, prepared, folder / MODEL, large)
+
+
+def _quantize(plain: Path, prepared: Path, path: Path, large: bool) -> None:
+    quantization = require_package("onnxruntime.quantization", "onnx", "export")
+    # Folds what is computed from weights alone: only matrices that are weights are quantized.
+    quantization.quant_pre_process(plain, prepared, skip_symbolic_shape=True, save_as_external_data=large)
+    # Signed weights overflow in processors without VNNI, whose products of 8 bits are added up in 16.
+    quantization.quantize_dynamic(
+        prepared, path, weight_type=quantization.QuantType.QUInt8, use_external_data_format=large
+    )
+
+
+def _cache_layers(model: Any) -> list[list[tuple[int, int]]]:
+    """The numbers of heads, and their widths, of the keys and the values of each layer."""
+    with torch.no_grad():
+        output = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True)
+    layers = getattr(getattr(output, "past_key_values", None), "layers", None) or []
+    pairs: list[list[Any]] = [[getattr(layer, name, None) for name in ("keys", "values")] for layer in layers]
+    if not pairs or not all(isinstance(tensor, Tensor) and tensor.ndim == 4 for pair in pairs for tensor in pair):
+        raise _refused(model, "whose cache is not one of keys and values in each layer")
+    return [[(tensor.shape[1], tensor.shape[3]) for tensor in pair] for pair in pairs]
+
+
+def _cache_names(prefix: str, layers: int) -> list[str]:
+    return [f"{prefix}.{i}.{name}" for i in range(layers) for name in ("key", "value")]
+
+
+def _refused(model: Any, reason: str) -> ModelError:
+    return ModelError(
+        f"export: expected for ONNX a model that torch exports with its cache, got {model.config.model_type}, {reason}."
+    )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what the exporter and the quantizer print to themselves: their own steps, and pages of traced code."""
+    before, nowhere = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
