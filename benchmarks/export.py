@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from potstill import Source, export
-from potstill.evaluate.exported import COLUMNS, export_rows, read_exports
+from potstill.evaluate.exported import export_columns, export_rows, read_exports
 
 KINDS = ("f16", "q8_0", "q5_1", "q4_1", "q4_0")
 
@@ -36,7 +36,8 @@ def main() -> None:
     exports = read_exports(args.out)
     assert exports is not None
     print(f"{exports.tokens} held-out tokens\n")
-    print(f"| {' | '.join(COLUMNS)} |\n|---{'|---:' * (len(COLUMNS) - 1)}|")
+    columns = export_columns(exports)
+    print(f"| {' | '.join(columns)} |\n|---{'|---:' * (len(columns) - 1)}|")
     for row in export_rows(exports):
         print(f"| {' | '.join(row)} |")
 

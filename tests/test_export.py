@@ -195,7 +195,7 @@ def test_wrong_options(model: Path, toys: Path) -> None:
         (["--to", "onnx", "--quantize", "q8_0"], "--quantize: expected some of f32, int8, got q8_0"),
         (["--quantize", "q4"], "--quantize: expected some of f32, f16, .*, got q4. Did you mean q4_"),
         (["--to", "ggml"], "--to: expected gguf or onnx, got ggml"),
-        (["--field", "text"], "--field: expected --data with it, got none"),
+        (["--field", "text"], "--field, --pair, --label: expected --data with them, got none"),
     ):
         result = CliRunner().invoke(app, ["export", str(model), *arguments])
         assert isinstance(result.exception, UserError)
@@ -246,7 +246,7 @@ def test_recipes_name_their_exports(recipe_values: dict[str, Any]) -> None:
         with pytest.raises(UserError, match=message):
             Recipe.parse({**recipe_values, "export": [*recipe_values["export"], wrong]})
     recipe_values |= {"export": [{}], "task": "masked"}
-    with pytest.raises(UserError, match="export: expected the task causal, got masked"):
+    with pytest.raises(UserError, match=r"export: expected the task causal for this format, got masked. Use onnx"):
         Recipe.parse(recipe_values)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
@@ -17,14 +18,17 @@ from conftest import make_llama, make_tokenizer
 from potstill.cli import app
 from potstill.data.sources import Source
 from potstill.errors import ModelError, RunError, UserError
-from potstill.evaluate.exported import Exports, read_exports
+from potstill.evaluate.exported import Exports, export_columns, export_rows, read_exports
+from potstill.runs.config.run import Recipe
 from potstill.runs.export import export
 from potstill.runs.formats import loaded as loaded_file
 from potstill.runs.formats.measure import Bench
 from potstill.runs.formats.onnx_graph import trace, write_onnx
 from potstill.runs.formats.onnx_runtime import OnnxRuntime, measure_onnx
 from potstill.runs.formats.table import FORMATS, exported_files
+from potstill.runs.run import run
 from test_export_gguf import CASES, IDS, expected, make
+from toy_encoders import make_encoder, save, write_rows
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime", reason="install it with pip install 'potstill[onnx]'")
@@ -56,6 +60,7 @@ def test_graphs_are_measured_beside_the_teacher(exported: tuple[Path, Exports]) 
     assert plain.kl < 1e-6 and plain.agreement == 1 and abs(plain.loss - exports.student_loss) < 1e-5
     assert abs(plain.teacher_kl - exports.student_teacher_kl) < 1e-5
     assert small.kl is not None and plain.kl < small.kl < 0.1, "what 8 bits cost is measured"
+    assert str(Path.cwd()).encode() not in (model / "export" / plain.file / "model.onnx").read_bytes()
     assert small.loss is not None and small.teacher_kl is not None
     for file in exports.files:
         folder = model / "export" / file.file
@@ -134,20 +139,20 @@ def test_exported_files_are_found(tmp_path: Path) -> None:
 
 def test_a_graph_of_another_model_is_refused(exported: tuple[Path, Exports]) -> None:
     folder = exported[0] / "export" / "student-onnx-f32"
-    with pytest.raises(RunError, match=r"expected llama as ONNX within 0.001 nats of the student, got \d"):
+    with pytest.raises(RunError, match=r"expected llama as ONNX within 0.001 of the student, got \d"):
         measure_onnx(folder, "f32", Bench(make_tokenizer(), None, make_llama(seed=5).eval()))
 
 
 def test_what_onnx_does_not_hold_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     mamba = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, state_size=4, num_hidden_layers=1))
-    with pytest.raises(ModelError, match="torch exports with its cache, got mamba, whose cache is not one of keys"):
+    with pytest.raises(ModelError, match="torch exports, got mamba, whose cache is not one of keys"):
         trace(mamba.eval())
 
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("data-dependent\nbranch")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(ModelError, match="got llama, which torch does not export: data-dependent branch"):
+    with pytest.raises(ModelError, match="got llama, which it does not: data-dependent branch"):
         trace(make_llama().eval())
 
 
@@ -179,7 +184,7 @@ def test_nothing_is_left_half_written(
         (arguments[3] / "model.onnx").write_bytes(b"half")
 
     for writer, names in ((fail, FILES), (write, sorted([*FILES, "new.txt"]))):
-        patched = replace(FORMATS["onnx"], prepare=lambda model: None, write=writer)
+        patched = replace(FORMATS["onnx"], prepare=lambda model, task: None, write=writer)
         monkeypatch.setitem(FORMATS, "onnx", patched)  # type: ignore[arg-type]
         if writer is fail:
             with pytest.raises(RunError, match="a graph that onnxruntime loads"):
@@ -198,3 +203,70 @@ def test_families(family: str, tmp_path: Path) -> None:
     model = make(family, **CASES[family][1])
     write_onnx(trace(model), model, make_tokenizer(), tmp_path / "onnx", "f32")
     check_parity(tmp_path / "onnx", model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "task", "columns"),
+    [
+        ("bert", "masked", {}),
+        ("bert", "classification", {"label": "label", "pair": "text_pair"}),
+        ("bert", "regression", {"label": "score"}),
+        ("bert", "encoder", {}),
+        ("distilbert", "classification", {"label": "label"}),
+        ("roberta", "masked", {}),
+        ("modernbert", "masked", {}),
+    ],
+)
+def test_encoders(family: str, task: Any, columns: dict[str, str], tmp_path: Path) -> None:
+    """The export itself compares the graph with the student, on a row and a padded one."""
+    names = [save(make_encoder(family, task, seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
+    data = Source(str(write_rows(tmp_path / "eval.jsonl", 16, seed=7)), field="text", **columns)
+    exports = export(names[0], "onnx", ("f32", "int8"), data=data, teacher=names[1], task=task, max_length=30)
+    plain, small = exports.files
+    assert exports.task == task and plain.tokens == exports.tokens >= 16 and plain.tokens_per_second is None
+    assert plain.kl is not None and plain.kl < 1e-6 and small.kl is not None and small.kl < 0.05
+    assert exports.student_teacher_kl is not None and plain.teacher_kl is not None
+    assert abs(plain.teacher_kl - exports.student_teacher_kl) < 1e-4
+    assert (plain.loss is None) is (task == "encoder") and (plain.agreement is None) is (
+        task in ("encoder", "regression")
+    )
+    columns_of_table = export_columns(exports)
+    assert all(len(row) == len(columns_of_table) for row in export_rows(exports))
+    assert columns_of_table[5] == {
+        "regression": "squared distance to the student",
+        "encoder": "difference of similarities to the student",
+    }.get(task, "KL to the student")
+
+
+def test_a_student_that_onnx_does_not_hold_is_refused_before_it_is_trained(
+    recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: Any, task: str) -> None:
+        raise ModelError("export: expected for ONNX a model that torch exports, got llama")
+
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], prepare=refuse))  # type: ignore[arg-type]
+    recipe_values |= {"export": [{"to": "onnx"}], "evaluate": {"baseline": False, "continuations": 0}}
+    with pytest.raises(ModelError, match="expected for ONNX a model that torch exports, got llama"):
+        run(Recipe.parse(recipe_values), console=Console(quiet=True))
+    assert not Path(recipe_values["output"], "student").exists()
+
+
+def test_wrong_tasks(toys: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("kind: embedding\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match="expected a run that trains a model of transformers, got one of the kind embed"
+    ):
+        export(tmp_path, "onnx")
+    for arguments, message in (
+        (["--task", "masks"], "--task: expected one of causal, .*, got masks. Did you mean masked"),
+        (
+            ["--to", "gguf", "--task", "masked"],
+            "export: expected the task causal for this format, got masked. Use onnx",
+        ),
+        (["--label", "score"], "--field, --pair, --label: expected --data with them, got none"),
+    ):
+        result = CliRunner().invoke(app, ["export", str(toys / "student"), "--to", "onnx", *arguments])
+        assert isinstance(result.exception, UserError), result.exception
+        with pytest.raises(UserError, match=message):
+            raise result.exception

@@ -25,6 +25,11 @@ def export(
     data: Annotated[str | None, typer.Option(help="held-out data to measure a model on; a run has its own")] = None,
     field: Annotated[str | None, typer.Option(help="column of plain text in --data")] = None,
     teacher: Annotated[str | None, typer.Option(help="model to compare a model with; a run has its own")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="of a model: causal (default), masked, classification, regression or encoder")
+    ] = None,
+    pair: Annotated[str | None, typer.Option(help="column of second texts in --data")] = None,
+    label: Annotated[str | None, typer.Option(help="column of classes or numbers in --data")] = None,
     max_length: Annotated[int, typer.Option(help="most tokens in a row of --data", min=2)] = 512,
     tokens: Annotated[int, typer.Option(help="held-out tokens to measure on, about", min=1)] = 2048,
     out: Annotated[Path | None, typer.Option(help="folder for a model's files; default: export/ in its folder")] = None,
@@ -36,22 +41,30 @@ def export(
     from potstill.data.sources import Source
     from potstill.runs.export import export as export_student
 
-    if field is not None and data is None:
-        raise UserError("--field: expected --data with it, got none. A run has its own held-out data.")
-    source = None if data is None else Source(data, field=field)
+    if data is None and not field is pair is label is None:
+        raise UserError(
+            "--field, --pair, --label: expected --data with them, got none. A run has its own held-out data."
+        )
+    source = None if data is None else Source(data, field=field, pair=pair, label=label)
     kinds: Any = [] if quantize is None else [kind.strip() for kind in quantize.split(",")]
-    measured: dict[str, Any] = {"data": source, "teacher": teacher, "max_length": max_length, "tokens": tokens}
+    measured: dict[str, Any] = {
+        "data": source,
+        "teacher": teacher,
+        "task": task,
+        "max_length": max_length,
+        "tokens": tokens,
+    }
     exports = export_student(student, to, kinds, **measured, out=out, console=console)  # type: ignore[arg-type]
     show_exports(exports)
 
 
 def show_exports(exports: Any) -> None:
     """Print a column for the student and one for each file."""
-    from potstill.evaluate.exported import COLUMNS, export_rows
+    from potstill.evaluate.exported import export_columns, export_rows
 
     names, *measures = zip(*export_rows(exports), strict=True)
     table = comparison_table(names)
-    for name, values in zip(COLUMNS[1:], measures, strict=True):
+    for name, values in zip(export_columns(exports)[1:], measures, strict=True):
         table.add_row(name, *values)
     show(table)
     for file in exports.files:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from potstill.data.files import write_text
 from potstill.evaluate.formatting import count, nats, percent, size
+from potstill.losses.alignment import TOKEN_TASKS, Task
 
 FOLDER, FILE = "export", "export.json"
 
@@ -18,33 +19,41 @@ class ExportedFile(BaseModel):
     """A file, and what the program that it is for computed from it; None where there were no held-out rows.
 
     Args:
-        kl: KL(student || file), nats per token.
-        teacher_kl: KL(teacher || file), nats per token.
+        tokens: held-out target tokens that it was measured on, or rows where a row has one target.
+        kl: KL(student || file), nats; for numbers the mean squared distance from the student's, and for encoders the
+            mean squared difference of the cosines of all pairs of rows.
+        teacher_kl: the same from the teacher.
     """
 
     file: str  # or a folder
     kind: str  # of its weights
     program: str  # that ran it, with its version
     bytes: int
-    tokens: int = 0  # held-out tokens that it was measured on
+    tokens: int = 0
     loss: float | None = None
     agreement: float | None = None  # with the student
     kl: float | None = None
     teacher_kl: float | None = None
     prompt_tokens_per_second: float
-    tokens_per_second: float  # of generation
+    tokens_per_second: float | None = None  # of generation; None for models that do not generate
     notes: list[str] = []
 
 
 class Exports(BaseModel):
     """The exported files of a student, and the student itself on the same rows."""
 
-    tokens: int = 0  # held-out tokens that all were measured on
+    task: Task = "causal"
+    tokens: int = 0  # held-out tokens, or rows, that all were measured on
     student_bytes: int | None = None  # None for files of no known student
     student_loss: float | None = None
     student_teacher_kl: float | None = None
     teacher_loss: float | None = None
     files: list[ExportedFile] = []
+
+    @property
+    def unit(self) -> str:
+        """What `tokens` counts."""
+        return "tokens" if self.task in TOKEN_TASKS else "rows"
 
 
 def write_exports(exports: Exports, folder: Path) -> None:
@@ -57,22 +66,21 @@ def read_exports(folder: Path) -> Exports | None:
     return Exports.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-COLUMNS = (
-    *(
-        "file",
-        "program",
-        "size",
-        "held-out loss",
-        "agreement with the student",
-        "KL to the student",
-        "KL to the teacher",
-    ),
-    *("prompt, tokens a second", "generation, tokens a second"),
-)
+_DISTANCES: dict[Task, str] = {"regression": "squared distance", "encoder": "difference of similarities"}
+
+
+def export_columns(exports: Exports) -> tuple[str, ...]:
+    """Names of the columns of `export_rows`."""
+    distance = _DISTANCES.get(exports.task, "KL")
+    return (
+        *("file", "program", "size", "held-out loss", "agreement with the student"),
+        *(f"{distance} to the student", f"{distance} to the teacher"),
+        *("prompt, tokens a second", "generation, tokens a second"),
+    )
 
 
 def export_rows(exports: Exports) -> Iterator[tuple[str, ...]]:
-    """Rows of a table with COLUMNS: the student in transformers, then each file."""
+    """Rows of a table: the student in transformers, then each file."""
 
     def write(value: float | None, form: Any) -> str:
         return "–" if value is None else str(form(value))
@@ -82,12 +90,12 @@ def export_rows(exports: Exports) -> Iterator[tuple[str, ...]]:
         yield ("student/", "PyTorch", size(exports.student_bytes), *student, "–", "–")
     for file in exports.files:
         agreement = "–" if file.agreement is None else percent(file.agreement, 1)
-        quality = (write(file.loss, nats), agreement, write(file.kl, "{:.5f}".format), write(file.teacher_kl, nats))
+        quality = (write(file.loss, nats), agreement, write(file.kl, "{:z.5f}".format), write(file.teacher_kl, nats))
         yield (
             file.file,
             file.program,
             size(file.bytes),
             *quality,
             count(file.prompt_tokens_per_second),
-            count(file.tokens_per_second),
+            write(file.tokens_per_second, count),
         )

@@ -11,14 +11,17 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from potstill.data.batches import encode
+from potstill.data.batches import encode, pad_token_id
 from potstill.data.files import atomic_path, explain_disk_full, remove
+from potstill.data.masking import MaskedRows
 from potstill.data.sources import Source
 from potstill.errors import UserError, nearest
 from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, read_exports, write_exports
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.evaluate.speed import weight_bytes
+from potstill.losses.alignment import SEQUENCE_TASKS, TASKS, Task
 from potstill.models.adapted import is_adapted, merged
+from potstill.models.heads import class_ids, match_heads
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.config.document import read
 from potstill.runs.config.run import Recipe
@@ -38,6 +41,7 @@ def export(
     *,
     data: Source | None = None,
     teacher: str | None = None,
+    task: Task | None = None,
     max_length: int = 512,
     tokens: int = MEASURED_TOKENS,
     out: Path | None = None,
@@ -54,32 +58,45 @@ def export(
             ONNX, by default f32.
         data: held-out data to measure a model on; a run has its own.
         teacher: a model with the same tokens to compare a model with; a run has its own.
+        task: of a model, by default causal; a run has its own.
         max_length: tokens of a row of `data`.
         tokens: held-out tokens to measure on, about.
         out: folder for a model's files; by default `export` in its own.
     """
     form = _format(to)
     quantize = quantize or (form.default,)  # type: ignore[assignment]
-    for mistake in chain.from_iterable(form.mistakes("--quantize", kind) for kind in quantize):
-        raise UserError(mistake)
     folder, console = Path(student).expanduser(), console or Console(quiet=True)
     recipe = _recipe_of(folder)
     options: dict[str, Any] = {"max_length": max_length}
+    masks: dict[str, Any] = {}
     name = str(student)
     if recipe is not None:
-        if data is not None or teacher is not None or out is not None:
+        if not data is teacher is out is task is None:
             raise UserError(
-                f"export: expected no data, teacher or out with a run, got some with {folder}. It has its own."
+                f"export: expected no data, teacher, task or out with a run, got some with {folder}. It has its own."
             )
-        name, data = str(folder / STUDENT), recipe.data.eval
+        name, data, task = str(folder / STUDENT), recipe.data.eval, recipe.task
         options = {"max_length": recipe.data.max_length, "packing": recipe.data.packing}
+        masks = {"share": recipe.data.masked_share, "seed": recipe.seed}
         # The teacher of a student with fewer tokens was cut in memory alone.
         teacher = recipe.teacher.model_path if recipe.student.vocabulary is None else None
         out = folder / FOLDER
+    task = task or "causal"
+    if task not in TASKS:
+        raise UserError(f"--task: expected one of {', '.join(sorted(TASKS))}, got {task}.{nearest(task, TASKS)}")
+    for mistake in chain.from_iterable(form.mistakes("--quantize", kind, task) for kind in quantize):
+        raise UserError(mistake)
     with part(console, "reading models and data"):
-        tokenizer, model = load_tokenizer(name, "student"), load_model(name, "student", "float32")
-        rows = None if data is None else encode(data, tokenizer, **options).dataset
-        other = None if teacher is None or rows is None else _teacher(teacher, tokenizer)
+        tokenizer, model = load_tokenizer(name, "student"), load_model(name, "student", "float32", task)
+        rows = other = None
+        if data is not None:
+            classes = class_ids(model.config) if task == "classification" else None
+            rows = encode(data, tokenizer, **options, task=task, classes=classes).dataset
+            rows = MaskedRows(rows, tokenizer, **masks).fixed() if task == "masked" else rows
+            other = None if teacher is None else _teacher(teacher, tokenizer, task)
+        models = {"student": model} if other is None else {"student": model, "teacher": other}
+        if task in SEQUENCE_TASKS:
+            match_heads(task, models, pad_token_id(tokenizer)[0])
     if out is None and not folder.is_dir():
         raise UserError(f"--out: expected a folder for the files of {student}, got none. Name one.")
     out = folder / FOLDER if out is None else out
@@ -88,6 +105,7 @@ def export(
         tokenizer,
         {to: quantize},
         out,
+        task=task,
         rows=rows,
         teacher=other,
         student_folder=Path(name),
@@ -106,6 +124,7 @@ def export_model(
     kinds: Mapping[Format, Sequence[FileType]],
     out: Path,
     *,
+    task: Task = "causal",
     rows: Dataset | None,
     teacher: Any,
     student_folder: Path,
@@ -117,7 +136,7 @@ def export_model(
         FORMATS[to].program()  # a missing package is an error before anything is measured
     if is_adapted(model):
         model = merged(model)
-    bench = Bench(tokenizer, None if rows is None else measured_rows(rows, tokens), model, teacher)
+    bench = Bench(tokenizer, None if rows is None else measured_rows(rows, tokens), model, teacher, task)
     with part(console, "measuring the student"):
         exports = bench.start(weight_bytes(student_folder))
     out.mkdir(parents=True, exist_ok=True)
@@ -126,15 +145,18 @@ def export_model(
     for to, quantize in kinds.items():
         form = FORMATS[to]
         with part(console, f"preparing {to}"):
-            prepared = form.prepare(model)
+            prepared = form.prepare(model, task)
         for kind in quantize:
             path = out / form.file.format(kind)
-            with explain_disk_full(out, 4 * model.num_parameters()), atomic_path(path) as partial:
+            with explain_disk_full(out, form.disk * model.num_parameters()), atomic_path(path) as partial:
                 with part(console, f"writing {path.name}"):
                     form.write(prepared, model, tokenizer, partial, kind)
                 with part(console, f"measuring {path.name} in {form.program()}"):
                     file = form.measure(partial, kind, bench)
             exports.files.append(file.model_copy(update={"file": path.name}))
+    exports.tokens = (
+        exports.tokens or exports.files[0].tokens
+    )  # encoders without a teacher have no figures of their own
     exports.files = [*_earlier(exports, out), *exports.files]
     write_exports(exports, out)
     return exports
@@ -210,16 +232,16 @@ def _recipe_of(folder: Path) -> Recipe | None:
         return None
     values = read(folder / "recipe.yaml")
     values.pop("train", None)  # its arguments are done with, and checking them imports the Trainer: seconds
+    if (kind := values.get("kind")) is not None:
+        raise UserError(f"export: expected a run that trains a model of transformers, got one of the kind {kind}.")
     recipe = Recipe.parse(values)
-    if recipe.task != "causal":
-        raise UserError(f"export: expected a run of the task causal, got {recipe.task}.")
     if not (folder / STUDENT).is_dir():
         raise UserError(f"export: expected a finished run, got {folder} without student/. Finish it with --resume.")
     return recipe
 
 
-def _teacher(name: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _teacher(name: str, tokenizer: PreTrainedTokenizerBase, task: Task = "causal") -> Any:
     """Load the teacher if it has the student's tokens; else nothing compares them."""
     if load_tokenizer(name, "teacher").get_vocab() != tokenizer.get_vocab():
         return None
-    return load_model(name, "teacher", "float32")
+    return load_model(name, "teacher", "float32", task)

@@ -82,8 +82,14 @@ def export_student(built: BuiltRun, directory: Path, console: Console) -> None:
     from potstill.runs.export import export_model  # needs packages of an extra
 
     teacher = built.loaded.model if built.alignment_stats is None else None
-    model = load_model(str(directory / "student"), "student", "float32")
-    measured: dict[str, Any] = {"rows": built.eval.dataset, "teacher": teacher, "student_folder": directory / "student"}
+    task = built.recipe.task
+    model = load_model(str(directory / "student"), "student", "float32", task)
+    measured: dict[str, Any] = {
+        "task": task,
+        "rows": built.eval.dataset,
+        "teacher": teacher,
+        "student_folder": directory / "student",
+    }
     export_model(model, built.tokenizer, kinds, directory / FOLDER, **measured, console=console)
 
 

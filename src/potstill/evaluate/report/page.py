@@ -12,7 +12,7 @@ from potstill.data.files import write_text
 from potstill.data.show import ShownRow, runs
 from potstill.errors import DataError
 from potstill.evaluate import summary as records
-from potstill.evaluate.exported import COLUMNS, FOLDER, Exports, export_rows, read_exports
+from potstill.evaluate.exported import FOLDER, Exports, export_columns, export_rows, read_exports
 from potstill.evaluate.formatting import count, minus, nats, percent, size
 from potstill.evaluate.measures import TASK_LABELS, of_run
 from potstill.evaluate.report import pictures
@@ -92,7 +92,7 @@ def _facts(summary: Summary, exports: Exports | None) -> dict[str, Any]:
         "gap_formula": gap_formula and minus(gap_formula),
         "passes": passes,
         "exports": exports,
-        "export_columns": COLUMNS,
+        "export_columns": () if exports is None else export_columns(exports),
         "export_rows": [] if exports is None else list(export_rows(exports)),
     }
 

@@ -130,10 +130,8 @@ class Recipe(Document):
     def _export_mistakes(self) -> Iterator[str]:
         if self.student.quantize is not None and self.task != "causal":
             yield f"student.quantize: expected the task causal, got {self.task}."
-        if self.export and self.task != "causal":
-            yield f"export: expected the task causal, got {self.task}."
         for place, part in enumerate(self.export):
-            yield from FORMATS[part.to].mistakes(f"export.{place}.quantize", part.kind)
+            yield from FORMATS[part.to].mistakes(f"export.{place}.quantize", part.kind, self.task)
         files = [f"{part.to} {part.kind}" for part in self.export]
         if repeated := [file for place, file in enumerate(files) if file in files[:place]]:
             yield f"export: expected each file once, got {repeated[0]} twice."

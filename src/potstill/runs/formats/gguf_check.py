@@ -12,7 +12,7 @@ from potstill.errors import RunError
 from potstill.evaluate.exported import ExportedFile
 from potstill.models.chat import end_token_ids
 from potstill.runs.formats.llama_cpp import LlamaCpp
-from potstill.runs.formats.measure import NEW_TOKENS, PROMPT, Bench, measure
+from potstill.runs.formats.measure import NEW_TOKENS, PROMPT, Bench, measure_causal
 
 # Texts that tokenizers split in different ways.
 PROBES = (
@@ -35,7 +35,7 @@ def measure_gguf(path: Path, kind: str, bench: Bench) -> ExportedFile:
     """
     with LlamaCpp(path, max(bench.longest, PROMPT + NEW_TOKENS)) as loaded:
         notes = [*_token_notes(loaded, bench.tokenizer), *_end_notes(loaded, bench.tokenizer, bench.student)]
-        return measure(loaded, path, kind, bench).model_copy(update={"notes": notes})
+        return measure_causal(loaded, path, kind, bench).model_copy(update={"notes": notes})
 
 
 def _token_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

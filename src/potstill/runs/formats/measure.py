@@ -18,7 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from potstill.data.batches import in_batches
 from potstill.errors import UserError
 from potstill.evaluate.exported import ExportedFile, Exports
-from potstill.evaluate.quality import Quality, compare
+from potstill.evaluate.quality import Quality
+from potstill.evaluate.sequence import AnyQuality, EncoderQuality, RegressionQuality
+from potstill.evaluate.sequence import measure as measure_quality
+from potstill.losses.alignment import TOKEN_TASKS, Task
 from potstill.models.heads import token_rows
 from potstill.runs.formats.loaded import CHUNK, LoadedFile
 
@@ -26,12 +29,20 @@ PROMPT, NEW_TOKENS = 128, 32  # tokens that are timed
 
 
 class FileModule(nn.Module):
-    """A file as a model of transformers: it gives the logits of rows that are padded on the right."""
+    """A file as a model of transformers."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # says on which device the model is
+
+
+class CausalFile(FileModule):
+    """A language model in a file: it gives the logits of rows that are padded on the right."""
 
     def __init__(self, loaded: LoadedFile) -> None:
-        super().__init__()
+        super().__init__(loaded.num_tokens)
         self.loaded = loaded
-        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # says on which device the model is
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SimpleNamespace:
         lengths = [input_ids.shape[1]] * len(input_ids) if attention_mask is None else attention_mask.sum(1).tolist()
@@ -50,18 +61,18 @@ class Bench:
     rows: Dataset | None = None
     student: Any = None
     teacher: Any = None
+    task: Task = "causal"
 
     def start(self, student_bytes: int | None) -> Exports:
         """Measure the student and the teacher themselves."""
-        exports = Exports(student_bytes=student_bytes)
+        exports = Exports(task=self.task, student_bytes=student_bytes)
         if self.rows is None:
             return exports
-        quality = self._compare({"student": self.student} if self.student is not None else {}, self.teacher)
-        if (student := quality.get("student")) is not None:
-            exports.student_loss, exports.student_teacher_kl = student.loss, student.kl
-        if (teacher := quality.get("teacher")) is not None:
-            exports.teacher_loss = teacher.loss
-        exports.tokens = next(iter(quality.values())).tokens if quality else 0
+        figures = self._compare({} if self.student is None else {"student": self.student}, self.teacher)
+        student, teacher = figures.get("student", {}), figures.get("teacher", {})
+        exports.student_loss, exports.student_teacher_kl = student.get("loss"), student.get("kl")
+        exports.teacher_loss = teacher.get("loss")
+        exports.tokens = (student or teacher).get("tokens", 0)
         return exports
 
     @property
@@ -69,60 +80,85 @@ class Bench:
         """Tokens of the longest row."""
         return 0 if self.rows is None else max((len(row) for row in self.rows["input_ids"]), default=0)
 
-    def quality(self, file: nn.Module) -> dict[str, Any]:
+    def figures(self, file: FileModule) -> dict[str, Any]:
         """The fields of an ExportedFile that compare it with the student and the teacher."""
         if self.rows is None:
             return {}
-        beside_student = self._compare({"file": file}, self.student)["file"]
-        names = ("tokens", "loss", "agreement", "kl")
-        quality = {name: getattr(beside_student, name) for name in names}
+        figures = self._compare({"file": file}, self.student).get("file", {})
         if self.teacher is not None:
-            quality["teacher_kl"] = self._compare({"file": file}, self.teacher)["file"].kl
-        return quality
+            beside_teacher = self._compare({"file": file}, self.teacher)["file"]
+            figures = {"tokens": beside_teacher["tokens"], **figures, "teacher_kl": beside_teacher["kl"]}
+        return figures
 
-    def _compare(self, models: Mapping[str, nn.Module], reference: Any) -> Mapping[str, Quality]:
+    def _compare(self, models: Mapping[str, nn.Module], reference: Any) -> dict[str, dict[str, Any]]:
         """Measure models row by row: the logits of few rows fit into memory."""
         assert self.rows is not None
-        if reference is None and not models:  # files of no known student, and no teacher
+        if reference is None and (not models or self.task == "encoder"):  # nothing to measure it by
             return {}
-        heads = [token_rows(model, "causal") for model in (self.student, self.teacher) if model is not None]
-        heads += [model.loaded.num_tokens for model in models.values() if isinstance(model, FileModule)]
-        vocabulary = min(heads)
-        return compare(reference, models, in_batches(self.rows, self.tokenizer, 1), vocabulary=vocabulary)
+        vocabulary = None
+        if self.task in TOKEN_TASKS:
+            heads = [token_rows(model, self.task) for model in (self.student, self.teacher) if model is not None]
+            heads += [model.num_tokens for model in models.values() if isinstance(model, FileModule)]
+            vocabulary = min(heads)
+        batches = in_batches(self.rows, self.tokenizer, 1)
+        quality = measure_quality(self.task, reference, models, batches, vocabulary=vocabulary)
+        return {name: _figures(of_model) for name, of_model in quality.items()}
+
+
+def _figures(quality: AnyQuality) -> dict[str, Any]:
+    """Loss, agreement and distance from the reference of any task, as fields of an ExportedFile."""
+    if isinstance(quality, EncoderQuality):
+        return {"tokens": quality.rows, "loss": None, "agreement": None, "kl": quality.loss}
+    if isinstance(quality, RegressionQuality):
+        return {"tokens": quality.rows, "loss": quality.loss, "agreement": None, "kl": quality.to_teacher}
+    targets = quality.tokens if isinstance(quality, Quality) else quality.rows
+    return {"tokens": targets, "loss": quality.loss, "agreement": quality.agreement, "kl": quality.kl}
 
 
 def measured_rows(rows: Dataset, tokens: int) -> Dataset:
-    """Choose rows in random order until they have that many tokens."""
+    """Choose rows in random order until they have that many tokens, and 3 at least: encoders are compared on pairs."""
     order = np.random.default_rng(0).permutation(len(rows))
     lengths = np.cumsum([len(rows[int(i)]["input_ids"]) for i in order])
-    return rows.select(order[: int(np.searchsorted(lengths, tokens)) + 1])
+    return rows.select(order[: max(int(np.searchsorted(lengths, tokens)) + 1, 3)])
 
 
-def measure(loaded: LoadedFile, path: Path, kind: str, bench: Bench) -> ExportedFile:
-    """Measure a loaded file; its name is that of its path, its bytes those of the path or of what is in that folder."""
-    if bench.longest > loaded.context_length:
-        raise UserError(
-            f"data: expected rows of at most {loaded.context_length} tokens, the context of {path.name}, got "
-            f"{bench.longest}. Lower --max-length."
-        )
-    quality = bench.quality(FileModule(loaded))
+def measure_causal(loaded: LoadedFile, path: Path, kind: str, bench: Bench) -> ExportedFile:
+    """Measure a loaded language model."""
+    check_lengths(bench, path, loaded.context_length)
     prompt, generation = _speeds(loaded)
-    speeds: dict[str, Any] = {"prompt_tokens_per_second": prompt, "tokens_per_second": generation}
+    return measure(path, kind, loaded.program, bench, CausalFile(loaded), prompt, generation)
+
+
+def check_lengths(bench: Bench, path: Path, positions: int) -> None:
+    """Check that the longest row fits into a file."""
+    if bench.longest > positions:
+        raise UserError(
+            f"data: expected rows of at most {positions} tokens, the context of {path.name}, got {bench.longest}. "
+            "Lower --max-length."
+        )
+
+
+def measure(
+    path: Path, kind: str, program: str, bench: Bench, file: FileModule, prompt: float, generation: float | None
+) -> ExportedFile:
+    """Measure a file; its name is that of its path, its bytes those of the path or of what is in that folder."""
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
     size = sum(file.stat().st_size for file in files)
-    return ExportedFile(file=path.name, kind=kind, program=loaded.program, bytes=size, **quality, **speeds)
+    speeds: dict[str, Any] = {"prompt_tokens_per_second": prompt, "tokens_per_second": generation}
+    return ExportedFile(file=path.name, kind=kind, program=program, bytes=size, **bench.figures(file), **speeds)
 
 
 def _speeds(loaded: LoadedFile) -> tuple[float, float]:
     """Tokens a second of a prompt and of generation."""
     ids = [i % loaded.num_tokens for i in range(min(PROMPT, loaded.context_length // 2))]
-    prompt = _seconds(lambda: [None for _ in loaded.logits(ids)])
+    prompt = seconds(lambda: [None for _ in loaded.logits(ids)])
     new = min(NEW_TOKENS, loaded.context_length // 2)
-    together = _seconds(lambda: loaded.generate(ids, new, ends=frozenset()))
+    together = seconds(lambda: loaded.generate(ids, new, ends=frozenset()))
     return len(ids) / prompt, new / max(together - prompt, 1e-9)
 
 
-def _seconds(action: Any) -> float:
+def seconds(action: Any) -> float:
+    """Time an action once it has run before."""
     action()  # the first run reads the file
     start = time.perf_counter()
     action()

@@ -1,4 +1,4 @@
-"""Trace a causal model with its cache of keys and values as an ONNX graph, and write it as a folder."""
+"""Trace a model, a causal one with its cache of keys and values, as an ONNX graph, and write it as a folder."""
 
 from __future__ import annotations
 
@@ -10,23 +10,57 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from potstill.errors import ModelError, one_line
+from potstill.losses.alignment import Task
 from potstill.models.locate import require_package
+from potstill.models.split import reads_token_types
 
 OnnxType = Literal["f32", "int8"]
 MODEL = "model.onnx"
 KIND = "quantize"  # name of the kind in the metadata of a graph
 _LARGEST = 1_800_000_000  # bytes of weights in one file: protobuf ends at 2 GB
-_BATCH, _PAST, _NEW = 2, 3, 5  # sizes of what is traced; none may be 1, which exporters take for a constant
+_ROWS, _PAST, _NEW = 2, 3, 5  # sizes of what is traced; none may be 1, which exporters take for a constant
+_FREE = torch.export.Dim.DYNAMIC
 
 
-class _TensorsOnly(nn.Module):
+class _Signature(NamedTuple):
+    """A function of tensors, and what it is traced on.
+
+    Args:
+        values: of its arguments, by their names, in order.
+        axes: those of each argument that are free.
+        inputs: names of all tensors among the arguments.
+        outputs: names of all tensors that it gives.
+    """
+
+    function: nn.Module
+    values: dict[str, Any]
+    axes: dict[str, Any]
+    inputs: list[str]
+    outputs: list[str]
+
+
+class _Rows(nn.Module):
+    """A model without a cache as a function of tensors: it gives logits, or the last hidden states without a head."""
+
+    def __init__(self, model: Any, output: str) -> None:
+        super().__init__()
+        self.model, self.output = model, output
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **types)
+        tensor: Tensor = getattr(output, self.output)
+        return tensor
+
+
+class _Causal(nn.Module):
     """A causal model as a function of tensors: its cache is a pair of keys and values for each layer."""
 
     def __init__(self, model: Any) -> None:
@@ -51,38 +85,60 @@ class _TensorsOnly(nn.Module):
         return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
-def trace(model: Any) -> Any:
-    """Trace a causal model as a torch.onnx.ONNXProgram, with names of inputs and outputs as those of Optimum.
+def trace(model: Any, task: Task = "causal") -> Any:
+    """Trace a model as a torch.onnx.ONNXProgram, with names of inputs and outputs as those of Optimum.
 
     Raises:
         ModelError: torch cannot trace this model.
     """
     require_package("onnxscript", "onnx", "export")
-    layers = _cache_layers(model)
-    dynamic = torch.export.Dim.DYNAMIC
-    generator = torch.Generator().manual_seed(0)
-    values: dict[str, Any] = {
-        "input_ids": torch.randint(model.get_input_embeddings().weight.shape[0], (_BATCH, _NEW), generator=generator),
-        "attention_mask": torch.ones(_BATCH, _PAST + _NEW, dtype=torch.long),
-        "past": [tuple(torch.zeros(_BATCH, heads, _PAST, width) for heads, width in layer) for layer in layers],
-    }
-    axes: dict[str, Any] = {name: {0: dynamic, 1: dynamic} for name in ("input_ids", "attention_mask")}
-    axes["past"] = [({0: dynamic, 2: dynamic}, {0: dynamic, 2: dynamic}) for _ in layers]
-    inputs = ["input_ids", "attention_mask", *_cache_names("past_key_values", len(layers))]
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        values["position_ids"] = torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, _NEW).contiguous()
-        axes["position_ids"] = {0: dynamic, 1: dynamic}
-        inputs.append("position_ids")
-    outputs = ["logits", *_cache_names("present", len(layers))]
-    named: dict[str, Any] = {"dynamic_shapes": tuple(axes.values()), "input_names": inputs, "output_names": outputs}
+    model.eval()
+    traced = (
+        _causal(model) if task == "causal" else _rows(model, "last_hidden_state" if task == "encoder" else "logits")
+    )
+    named: dict[str, Any] = {"input_names": traced.inputs, "output_names": traced.outputs}
     with _silent():
         try:
-            return torch.onnx.export(
-                _TensorsOnly(model).eval(), tuple(values.values()), dynamo=True, verbose=False, **named
+            program = torch.onnx.export(
+                traced.function.eval(),
+                tuple(traced.values.values()),
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=tuple(traced.axes.values()),
+                **named,
             )
         except Exception as error:  # torch raises errors of many kinds, of which most derive from none of its own
-            cause = one_line(error.__cause__ or error, 200)
-            raise _refused(model, f"which torch does not export: {cause}") from error
+            raise _refused(model, f"which it does not: {one_line(error.__cause__ or error, 200)}") from error
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # lines of code with the paths of this machine
+    return program
+
+
+def _causal(model: Any) -> _Signature:
+    layers = _cache_layers(model)
+    values, axes = _row_values(model, _PAST + _NEW)
+    axes["past"] = [({0: _FREE, 2: _FREE}, {0: _FREE, 2: _FREE}) for _ in layers]
+    values["past"] = [tuple(torch.zeros(_ROWS, heads, _PAST, width) for heads, width in layer) for layer in layers]
+    inputs = ["input_ids", "attention_mask", *_cache_names("past_key_values", len(layers))]
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        values["position_ids"] = torch.arange(_PAST, _PAST + _NEW).expand(_ROWS, _NEW).contiguous()
+        axes["position_ids"] = {0: _FREE, 1: _FREE}
+        inputs.append("position_ids")
+    return _Signature(_Causal(model), values, axes, inputs, ["logits", *_cache_names("present", len(layers))])
+
+
+def _rows(model: Any, output: str) -> _Signature:
+    values, axes = _row_values(model, _NEW)
+    if reads_token_types(model):
+        values["token_type_ids"], axes["token_type_ids"] = torch.zeros_like(values["input_ids"]), axes["input_ids"]
+    return _Signature(_Rows(model, output), values, axes, [*values], [output])
+
+
+def _row_values(model: Any, attended: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    tokens = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(tokens, (_ROWS, _NEW), generator=torch.Generator().manual_seed(0))
+    values = {"input_ids": ids, "attention_mask": torch.ones(_ROWS, attended, dtype=torch.long)}
+    return values, {name: {0: _FREE, 1: _FREE} for name in values}
 
 
 def write_onnx(
@@ -95,7 +151,7 @@ def write_onnx(
     folder.mkdir()
     tokenizer.save_pretrained(str(folder))
     model.config.save_pretrained(str(folder))
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(str(folder))
     program.model.metadata_props[KIND] = quantize
     large = sum(weight.nbytes for weight in model.parameters()) > _LARGEST
@@ -134,9 +190,7 @@ def _cache_names(prefix: str, layers: int) -> list[str]:
 
 
 def _refused(model: Any, reason: str) -> ModelError:
-    return ModelError(
-        f"export: expected for ONNX a model that torch exports with its cache, got {model.config.model_type}, {reason}."
-    )
+    return ModelError(f"export: expected for ONNX a model that torch exports, got {model.config.model_type}, {reason}.")
 
 
 @contextmanager

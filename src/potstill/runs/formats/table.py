@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from potstill.errors import nearest
 from potstill.evaluate.exported import ExportedFile
+from potstill.losses.alignment import TASKS, Task
 from potstill.runs.formats import gguf_check, gguf_file, llama_cpp, onnx_graph, onnx_runtime
 from potstill.runs.formats.gguf_file import GgufType
 from potstill.runs.formats.measure import Bench
@@ -24,34 +25,41 @@ class FileFormat:
 
     Args:
         file: name of a file, or a folder, with a place for its kind.
+        disk: bytes for each weight while a file is written, at most.
         program: names that program and its version, or raises a UserError where a package is missing.
-        prepare: makes of a model what all its files are written from.
+        prepare: makes of a model and its task what all its files are written from.
         write: a file from what is prepared, the model, its tokenizer, a path and a kind.
         kind: reads the kind of any file of the format.
     """
 
     kinds: tuple[str, ...]
     default: str
+    tasks: frozenset[Task]
     file: str
+    disk: int
     program: Callable[[], str]
-    prepare: Callable[[Any], Any]
+    prepare: Callable[[Any, Task], Any]
     write: Callable[..., None]
     measure: Callable[[Path, str, Bench], ExportedFile]
     kind: Callable[[Path], str]
 
-    def mistakes(self, key: str, kind: str) -> Iterator[str]:
-        """Give the error of a kind that the format does not have."""
+    def mistakes(self, key: str, kind: str, task: Task) -> Iterator[str]:
+        """Give the errors of a kind that the format does not have, and of a task that it is not for."""
         if kind not in self.kinds:
             yield f"{key}: expected some of {', '.join(self.kinds)}, got {kind}.{nearest(kind, self.kinds)}"
+        if task not in self.tasks:
+            yield f"export: expected the task {', '.join(sorted(self.tasks))} for this format, got {task}. Use onnx."
 
 
 FORMATS: Mapping[str, FileFormat] = {
     "gguf": FileFormat(
         kinds=get_args(GgufType),
         default="f16",
+        tasks=frozenset({"causal"}),
         file="student-{}.gguf",
+        disk=4,
         program=llama_cpp.program_version,
-        prepare=lambda model: model,
+        prepare=lambda model, task: model,
         write=lambda prepared, *written: gguf_file.write_gguf(*written),
         measure=gguf_check.measure_gguf,
         kind=gguf_file.gguf_kind,
@@ -59,7 +67,9 @@ FORMATS: Mapping[str, FileFormat] = {
     "onnx": FileFormat(
         kinds=get_args(OnnxType),
         default="f32",
+        tasks=TASKS,
         file="student-onnx-{}",
+        disk=12,
         program=onnx_runtime.program_version,
         prepare=onnx_graph.trace,
         write=onnx_graph.write_onnx,
