@@ -99,7 +99,7 @@ def trace(model: Any, task: Task = "causal") -> Any:
     named: dict[str, Any] = {"input_names": traced.inputs, "output_names": traced.outputs}
     with _silent():
         try:
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(  # never None for dynamo
                 traced.function.eval(),
                 tuple(traced.values.values()),
                 dynamo=True,
