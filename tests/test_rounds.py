@@ -155,7 +155,8 @@ def test_a_run_cuts_in_rounds_and_goes_on_after_a_kill(cut: dict[str, Any], monk
 
 @pytest.mark.slow
 def test_a_searched_shape_is_cut_from_a_model_of_its_own(cut: dict[str, Any]) -> None:
-    cut["student"] |= {"design": {"compression": 1.5, "search": 2}, "initialize": "prune"}
+    make_llama(seed=5).save_pretrained(cut["student"]["model"])
+    cut["student"] |= {"design": {"params": 6500, "search": 2}, "initialize": "prune"}
     recipe, _ = search_shape(Recipe.parse(cut), Path(cut["output"]), QUIET)
     assert recipe.student.model == cut["student"]["model"]
     assert build_run(recipe).size.all > 0
