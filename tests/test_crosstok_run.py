@@ -194,3 +194,10 @@ def test_what_cannot_be_is_one_clear_line(
     with pytest.raises(kind, match=message) as caught:
         build_run(Recipe.parse(values))
     assert kind is RecipeError or "\n" not in str(caught.value)
+
+
+def test_a_text_does_not_end_at_the_tokens_of_another_tokenizer(values: dict[str, Any]) -> None:
+    built = build_run(Recipe.parse(values))
+    assert built.loaded.model is not None
+    built.loaded.model.generation_config.eos_token_id = 200
+    assert built.new_student().generation_config.eos_token_id == built.tokenizer.eos_token_id

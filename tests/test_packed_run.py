@@ -1,4 +1,4 @@
-"""Packed rows in a run: what is said of them before it, and caches and samples beside them."""
+"""Packed rows in a run: notes on them before it, and caches and samples beside them."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from potstill.errors import ModelError
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.targets import DenseTargets
 from potstill.losses.token_losses import on_float64_device, token_divergence
+from potstill.models.norms import norm_kind
 from potstill.models.pruning import SelectedParts
 from potstill.models.split import INPUTS, evaluation_mode, inputs, probe_batch, run, undisturbed
 from potstill.models.structure import LayerStructure, find_structure, is_transposed
@@ -334,13 +335,12 @@ def _branch(model: Any, structure: LayerStructure) -> _Branch | None:
                 hooks.enter_context(module.register_forward_hook(record))
             call.run(layer, call.state)
         product = seen[matrix][1]
-        for name, (given, output) in seen.items():
+        for name, (given, _) in seen.items():
             weight = getattr(layer.get_submodule(name), "weight", None)
             if given and given[0] is product and isinstance(weight, Tensor) and weight.shape == product.shape[-1:]:
-                scale = output / (product * product.square().mean(-1, keepdim=True).rsqrt())
-                offsets = [offset for offset in (0.0, 1.0) if torch.allclose(scale, weight + offset, 1e-2, 1e-2)]
-                if offsets and _adds(layer, name, call):
-                    return _Branch(matrix, name, offsets[0])
+                kind = norm_kind(layer.get_submodule(name))
+                if kind is not None and not kind.centred and _adds(layer, name, call):
+                    return _Branch(matrix, name, kind.offset)
     return None
 
 

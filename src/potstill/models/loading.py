@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -118,7 +117,7 @@ def load_model(
             )
         return _load_with_adapter(Path(name).expanduser(), key, dtype, task, trainable)
     quantization = None if bits is None else _quantization(bits, dtype, key)
-    return _load_base(name, key, dtype, task, quantization, labels_of, may_miss, placement or {})
+    return _load_base(name, key, dtype, task, quantization, labels_of, may_miss, placement)
 
 
 def loading_notes(model: Any) -> tuple[str, ...]:
@@ -135,14 +134,14 @@ def _load_base(
     quantization: Any,
     labels_of: PretrainedConfig | None,
     may_miss: bool = False,
-    placement: Mapping[str, Any] = MappingProxyType({}),
+    placement: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     auto_class, kind = AUTO_CLASSES[task]
     if task == "causal":
         auto_class = language_model_class(load_config(name, key))
     location = locate(name, key)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype, **location.options}
-    options |= placement
+    options |= placement or {}
     options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
     if task in TOKEN_TASKS and location.folder is not None and (location.folder / "modules.json").exists():
         raise ModelError(

@@ -49,7 +49,9 @@ def rescale_norms(
     for name, of_teacher in names.items():
         parameters = student.get_parameter(name), teacher.get_parameter(of_teacher)
         if parameters[0].ndim == 1 and parameters[0].shape != parameters[1].shape and name.endswith(".weight"):
-            kinds |= {name: kind} if (kind := norm_kind(student.get_submodule(name.removesuffix(".weight")))) else {}
+            kind = norm_kind(student.get_submodule(name.removesuffix(".weight")))
+            if kind is not None:
+                kinds[name] = kind
     paths = {name: names[name].removesuffix(".weight") for name in kinds}
     ratios = _ratios(teacher, {path: kinds[name].centred for name, path in paths.items()}, channels, batches)
     factors = {name: ratios[path] for name, path in paths.items()}

@@ -77,11 +77,10 @@ class StudentBuilder:
 
     def _end_tokens(self, model: Any) -> frozenset[int]:
         """Find the tokens that end a text: the student's own, its source's, and a teacher's of the same tokens."""
-        models = [model, self.source]
-        if self.teacher.tokenizer.get_vocab() == self.tokenizer.get_vocab():
-            models.append(self.teacher.model)
-        ids = [end_token_ids(self.tokenizer, model)] + [end_token_ids(None, x) for x in models if x is not None]
-        return frozenset().union(*ids)
+        same = self.teacher.tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        ends = end_token_ids(self.tokenizer, model) | (end_token_ids(None, self.teacher.model) if same else frozenset())
+        own_source = self.source is not self.teacher.model  # it has the student's tokenizer
+        return ends | (end_token_ids(None, self.source) if own_source else frozenset())
 
     def _new(self) -> Any:
         recipe, adapter = self.recipe, self.recipe.student.adapter

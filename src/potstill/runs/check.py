@@ -91,7 +91,7 @@ def _estimate(recipe: Recipe, built: BuiltRun, student: PreTrainedModel) -> Pref
     copies = int(recipe.teacher.copies_student) + (recipe.student.quantize is not None)  # the weights before rounding
     memory += copies * trained
     if isinstance(built.new_student, StudentBuilder) and built.new_student.source is not built.loaded.model:
-        memory += built.new_student.source.get_memory_footprint()  # type: ignore[union-attr]  # what the student is cut from
+        memory += resident_bytes(built.new_student.source)  # type: ignore[arg-type]  # what the student is cut from
     # A checkpoint has the trained weights and two moments; while one is written the one before still exists. A server
     # that samples reads the trained weights from a folder.
     disk = runs * (2 * (3 + copies) * trained + exported) + (0 if built.writer is None else trained)

@@ -166,9 +166,10 @@ class ModelSource(MemberSource):
 
     def load(self, student: str | None, task: Task = "causal", key: str = "teacher") -> LoadedTeacher:
         bits = {"int8": 8, "int4": 4}.get(self.dtype)
-        placement = {name: copy.copy(getattr(self, name)) for name in ("device_map", "max_memory", "offload_folder")}
-        options: dict[str, Any] = {"bits": bits, "placement": {k: v for k, v in placement.items() if v is not None}}
-        model = load_model(self.model, f"{key}.model", "auto" if bits else self.dtype, task, **options)
+        names = ("device_map", "max_memory", "offload_folder")  # copied, as accelerate changes them in place
+        placement = {name: copy.copy(value) for name in names if (value := getattr(self, name)) is not None}
+        dtype = "auto" if bits else self.dtype
+        model = load_model(self.model, f"{key}.model", dtype, task, bits=bits, placement=placement)
         tokenizer = load_tokenizer(self.model, f"{key}.model")
         config = copy.deepcopy(model.config)
         if hasattr(config, "quantization_config"):  # students derived from the config have full precision
