@@ -6,8 +6,9 @@
 A row is one training of a student on Wikipedia summaries and worked problems, and one of the same student on labels
 alone. Any Hugging Face folders can take the place of `models/smollm2` and `models/gemma3` (--models). Each student is
 measured at its start and at its end, on held-out summaries and answers, on PIQA and on BoolQ (lm-eval,
-length-normalized). What was measured goes to OUT/rows.jsonl as it is measured, and is not measured again. Prints a
-Markdown table of all that is there.
+length-normalized). Models are trained and measured in bfloat16 where the machine has instructions for it. What was
+measured goes to OUT/rows.jsonl as it is measured, and is not measured again. Prints a Markdown table of all that is
+there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from potstill.data.sources import Source, in_parts
 from potstill.evaluate.harness import Harness
 from potstill.evaluate.held_out import text_bytes
 from potstill.evaluate.sequence import measure
-from potstill.models.loading import load_model, load_tokenizer
+from potstill.models.loading import has_bfloat16, load_model, load_tokenizer
 from potstill.runs import cache
 from potstill.runs.build import build_run
 from potstill.runs.cache import CacheRequest
@@ -41,6 +42,7 @@ from potstill.runs.steps import STEPS, walk
 HELD_OUT = 48  # summaries, and as many problems
 EXAMPLES = {"real_piqa": 300, "real_boolq": 150}
 MAX_LENGTH, BATCH, RATE = 256, 4, 2e-4  # tokens in a row, rows in a batch
+DTYPE = "bfloat16" if has_bfloat16() else "float32"
 HALF = [{"term": "logits", "weight": 0.5}, {"term": "labels", "weight": 0.5}]
 
 
@@ -205,7 +207,7 @@ def train(name: str, row: Row, args: argparse.Namespace, texts: Texts, record: R
         return
     folder = str(args.models / row.teacher)
     if not record.has(row.teacher, "teacher"):
-        whole = load_model(folder, "teacher", "float32", "causal")
+        whole = load_model(folder, "teacher", DTYPE, "causal")
         facts = quality(whole, whole, load_tokenizer(folder, "teacher"), texts)
         record.add(row=row.teacher, model="teacher", tokens=0, **facts)
         del whole
@@ -219,21 +221,25 @@ def train(name: str, row: Row, args: argparse.Namespace, texts: Texts, record: R
     seconds += round(time.process_time() - began)
     teacher = built.loaded.model if built.alignment_stats is None else None  # whose tokens are the student's
     if not record.has(name, "start"):
-        facts = quality(built.new_student(), teacher, built.tokenizer, texts)
+        built.new_student().save_pretrained(args.out / name / "start")
+        facts = quality(saved(args.out / name / "start"), teacher, built.tokenizer, texts)
         record.add(row=name, model="start", tokens=0, seconds=seconds, **facts)
     if row.tokens:
         began = time.process_time()
         walk(STEPS, built, args.out / name, console)
         seconds += round(time.process_time() - began)
         for model in ("student", "baseline"):
-            trained = load_model(str(args.out / name / model), "student", "float32", "causal")
-            facts = quality(trained, teacher, built.tokenizer, texts)
+            facts = quality(saved(args.out / name / model), teacher, built.tokenizer, texts)
             record.add(row=name, model=model, tokens=row.tokens, seconds=seconds, **facts)
+
+
+def saved(folder: Path) -> Any:
+    return load_model(str(folder), "student", DTYPE, "causal")
 
 
 def recipe_of(name: str, row: Row, args: argparse.Namespace, texts: Texts) -> Recipe:
     folder = str(args.models / row.teacher)
-    teacher, student = {"model": folder, "dtype": "float32"}, dict(row.student)
+    teacher, student = {"model": folder, "dtype": DTYPE}, dict(row.student)
     if row.cached is not None:
         teacher["cache"] = str(args.out / f"{name}-cache")
     if "model" in student:
@@ -245,7 +251,7 @@ def recipe_of(name: str, row: Row, args: argparse.Namespace, texts: Texts) -> Re
                  "eval": {"path": str(args.out / "summaries.jsonl")}, "max_length": MAX_LENGTH, "packing": True},
         "objective": row.objective, "output": str(args.out / name),
         "train": {"num_train_epochs": 1, "per_device_train_batch_size": BATCH, "learning_rate": RATE,
-                  "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "bf16": torch.cuda.is_available()},
+                  "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "bf16": has_bfloat16()},
         "evaluate": {"baseline": True, "continuations": 4, "curve_rows": 8},
     })  # fmt: skip
 
