@@ -2,8 +2,9 @@
 
 Students of models/smollm2 (--teacher; `python ../shared/tools/real_models.py models` makes it) with the same first
 weights learn the same batches in the same order, each by an objective of its own; the teacher runs once a batch for all
-of them. Held-out loss and KL, at the start and at evenly spaced steps, go to OUT/rows.jsonl as they are measured; what
-is in there already is not trained again.
+of them, and products of matrices are in bfloat16 where the machine has instructions for it. Held-out loss and KL, at
+the start and at evenly spaced steps, go to OUT/rows.jsonl as they are measured; what is in there already is not trained
+again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from potstill.data.batches import in_batches
 from potstill.evaluate.sequence import measure
 from potstill.losses.alignment import Alignment
 from potstill.losses.schedule import Linear
+from potstill.models.loading import has_bfloat16
 from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.run import Recipe
 from potstill.teachers.model import ModelTeacher
@@ -44,6 +46,10 @@ def objectives(pairs: LayerMap, steps: int) -> dict[str, list[Any]]:
         "labels-first": [
             Logits(KL, weight=Linear(0.0, 1.0, steps=steps)),
             Labels(weight=Linear(1.0, 0.0, steps=steps)),
+        ],
+        "labels-last": [
+            Logits(KL, weight=Linear(0.75, 0.0, steps=steps)),
+            Labels(weight=Linear(0.25, 1.0, steps=steps)),
         ],
         "hidden-cosine": [*half, Hidden(pairs, "cosine", weight=1.0)],
         "hidden-cosine-5": [*half, Hidden(pairs, "cosine", weight=5.0)],
@@ -70,11 +76,12 @@ def recipe(args: argparse.Namespace, out: Path) -> Recipe:
         paths[name] = str(out / f"{name}.jsonl")
         Path(paths[name]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     student: dict[str, Any] = {"design": json.loads(args.design)}
+    dtype = "bfloat16" if has_bfloat16() else "float32"
     if args.start != "random":
         student["initialize"] = {"method": args.start, "fit": args.fit, "calibration_rows": args.calibration_rows}
         student["initialize"] |= {"layers": args.layers} if args.layers else {}
     return Recipe.parse({
-        "name": "objectives", "teacher": {"model": str(args.teacher), "dtype": "float32"}, "student": student,
+        "name": "objectives", "teacher": {"model": str(args.teacher), "dtype": dtype}, "student": student,
         "data": {"train": {"path": paths["train"]}, "eval": {"path": paths["dev"]}, "max_length": args.max_length,
                  "packing": args.text == "plain"},
         "objective": [{"term": "logits"}], "output": str(out / "run"),
@@ -161,7 +168,9 @@ def train(built: BuiltRun, names: dict[str, list[Any]], rate: float, args: argpa
             for group in adam[name].param_groups:
                 group["lr"] = rate * schedule(step, steps, args.schedule)
             distiller.train()
-            distiller.step(batch).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+                loss = distiller.step(batch).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(distiller.parameters(), 1.0)
             adam[name].step()
             adam[name].zero_grad()
