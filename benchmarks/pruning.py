@@ -4,9 +4,9 @@
 
 Half the feed-forward units, a third of the heads, or a quarter of the hidden channels of models/smollm2 (--model) are
 cut in all layers, those of least importance by four measures; no training, no fit. Then complete layers are cut, evenly
-spaced ones or those of least influence, and the rest fitted or not. Held-out loss and KL to the whole model, on
-Wikipedia summaries and worked problems, go to OUT/rows.jsonl as they are measured, and are not measured again. Prints a
-Markdown table.
+spaced ones or those of least influence, or as many parameters from all layers, and the rest fitted or not. Held-out
+loss and KL to the whole model, on Wikipedia summaries and worked problems, go to OUT/rows.jsonl as they are measured,
+and are not measured again. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -128,6 +128,16 @@ def rows(args: argparse.Namespace, tokenizer: Any) -> Iterator[dict[str, Tensor]
             yield {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
 
 
+def most_influential(influence: Tensor, kept: int) -> list[int]:
+    """Of each group of adjacent layers all but the least influential one, or the most influential one alone."""
+    total = len(influence)
+    groups = torch.arange(total).tensor_split(min(kept, total - kept))
+    one = [
+        group[influence[group].argmin() if 2 * kept > total else influence[group].argmax()].item() for group in groups
+    ]
+    return sorted({*range(total)} - {*one} if 2 * kept > total else {*one})
+
+
 class Bench:
     """Measures students of a model on held-out batches, each once, and notes what was measured."""
 
@@ -175,13 +185,19 @@ def main() -> None:
             for rescaled in (True, False) if "channels" in cut else (True,):
                 name = by if rescaled else f"{by}, norms as they were"
                 bench.note(cut, name, fields, "prune", rescaled=rescaled, layers="uniform", importance=of())
-    total = model.config.num_hidden_layers
+    total, units = model.config.num_hidden_layers, model.config.intermediate_size
     for kept in (total * 4 // 5, total // 2, total // 4):
-        for choice, by in {"uniform": "evenly spaced", "importance": "of most influence"}.items():
+        spread = most_influential(importance["activations"]().layers, kept)
+        for by, choice in {"evenly spaced": "uniform", "of most influence": "importance", "of groups": spread}.items():
             for fit in (False, True):
                 name = f"{by}, fitted" if fit else by
                 fields = {"num_hidden_layers": kept}
                 bench.note(f"{kept} of {total} layers", name, fields, "copy", layers=choice, fit=fit)
+    for kept, layers in {units * 3 // 4: total, units // 3: total, units * 2 // 3: total * 2 // 3}.items():
+        fields = {"num_hidden_layers": layers, "intermediate_size": kept}
+        for fit in (False, True):
+            name = "activations, fitted" if fit else "activations"
+            bench.note(f"{layers} layers of {kept} units", name, fields, "prune", layers="uniform", fit=fit)
     print("| kept | by | parameters | loss | KL |\n|---|---|---|---|---|")
     for row in bench.rows:
         print(f"| {row['cut']} | {row['by']} | {row['parameters']:,} | {row['loss']:.3f} | {row['kl']:.3f} |")
