@@ -128,16 +128,6 @@ def rows(args: argparse.Namespace, tokenizer: Any) -> Iterator[dict[str, Tensor]
             yield {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
 
 
-def most_influential(influence: Tensor, kept: int) -> list[int]:
-    """Of each group of adjacent layers all but the least influential one, or the most influential one alone."""
-    total = len(influence)
-    groups = torch.arange(total).tensor_split(min(kept, total - kept))
-    one = [
-        group[influence[group].argmin() if 2 * kept > total else influence[group].argmax()].item() for group in groups
-    ]
-    return sorted({*range(total)} - {*one} if 2 * kept > total else {*one})
-
-
 class Bench:
     """Measures students of a model on held-out batches, each once, and notes what was measured."""
 
@@ -187,10 +177,9 @@ def main() -> None:
                 bench.note(cut, name, fields, "prune", rescaled=rescaled, layers="uniform", importance=of())
     total, units = model.config.num_hidden_layers, model.config.intermediate_size
     for kept in (total * 4 // 5, total // 2, total // 4):
-        spread = most_influential(importance["activations"]().layers, kept)
-        for by, choice in {"evenly spaced": "uniform", "of most influence": "importance", "of groups": spread}.items():
+        for choice in ("uniform", "importance", "grouped"):
             for fit in (False, True):
-                name = f"{by}, fitted" if fit else by
+                name = f"{choice}, fitted" if fit else choice
                 fields = {"num_hidden_layers": kept}
                 bench.note(f"{kept} of {total} layers", name, fields, "copy", layers=choice, fit=fit)
     for kept, layers in {units * 3 // 4: total, units // 3: total, units * 2 // 3: total * 2 // 3}.items():

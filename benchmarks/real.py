@@ -46,6 +46,13 @@ DTYPE = "bfloat16" if has_bfloat16() else "float32"
 HALF = [{"term": "logits", "weight": 0.5}, {"term": "labels", "weight": 0.5}]
 
 
+def ramp(start: float, end: float) -> dict[str, Any]:
+    return {"schedule": "linear", "start": start, "end": end}
+
+
+ANNEALED = [{"term": "logits", "weight": ramp(0.5, 0.0)}, {"term": "labels", "weight": ramp(0.5, 1.0)}]
+
+
 class Row(NamedTuple):
     """A student, its teacher, and the tokens that it learns from; none for a student that is only measured."""
 
@@ -53,7 +60,13 @@ class Row(NamedTuple):
     tokens: int = 50_000
     teacher: str = "smollm2"
     cached: dict[str, Any] | None = None  # what to write of the teacher's signals, to learn from these
-    objective: list[dict[str, Any]] = HALF
+    objective: list[dict[str, Any]] = ANNEALED
+
+
+def cut(layers: int, units: int, **options: Any) -> dict[str, Any]:
+    """A student of some of its teacher's layers, and of some feed-forward units of each."""
+    design = {"num_hidden_layers": layers, "intermediate_size": units}
+    return {"design": design, "initialize": {"method": "prune", **options}}
 
 
 def depth(layers: int, **options: Any) -> dict[str, Any]:
@@ -71,17 +84,19 @@ def trimmed(tokens: int) -> dict[str, Any]:
     return {"vocabulary": {"keep": tokens}}
 
 
-OTHER = {"model": "smollm2", **depth(15)}  # cut from a model that does not teach
+OTHER = {"model": "smollm2", **cut(30, 512)}  # cut from a model that does not teach
 
 ROWS = {
-    "smollm2-85": Row(depth(24)),
-    "smollm2-60": Row(depth(15)),
-    "smollm2-40": Row(depth(7)),
-    "smollm2-60-unfitted": Row(depth(15, fit=False)),
+    "smollm2-85": Row(cut(30, 1152)),
+    "smollm2-60": Row(cut(30, 512)),
+    "smollm2-40": Row(cut(15, 512)),
+    "smollm2-60-half": Row(cut(30, 512), objective=HALF),
+    "smollm2-60-unfitted": Row(cut(30, 512, fit=False)),
+    "smollm2-60-depth": Row(depth(15)),
     "smollm2-60-rule": Row(pruned(0.6)),
     "smollm2-60-search": Row(pruned(0.6, search=6)),
-    "smollm2-60-top-k": Row(depth(15), cached={"codec": "top_k", "k": 64}),
-    "smollm2-60-sampled": Row(depth(15), cached={"codec": "sampled", "draws": 50}),
+    "smollm2-60-top-k": Row(cut(30, 512), cached={"codec": "top_k", "k": 64}),
+    "smollm2-60-sampled": Row(cut(30, 512), cached={"codec": "sampled", "draws": 50}),
     "gemma3-65k": Row({"model": "gemma3", **trimmed(65_536)}, 0, "gemma3"),
     "gemma3-32k": Row({"model": "gemma3", **trimmed(32_768)}, 50_000, "gemma3"),
     "gemma3-16k": Row({"model": "gemma3", **trimmed(16_384)}, 50_000, "gemma3"),
@@ -90,9 +105,9 @@ ROWS = {
     "gemma3-teaches-mapped": Row(OTHER, teacher="gemma3", objective=[{"term": "mapped_logits"}, {"term": "labels"}]),
     "smollm2-30-rounds": Row(pruned(0.3, rounds=3)),
     "smollm2-30-once": Row(pruned(0.3)),
-    "smollm2-85-200k": Row(depth(24), 200_000),
-    "smollm2-60-200k": Row(depth(15), 200_000),
-    "smollm2-40-200k": Row(depth(7), 200_000),
+    "smollm2-85-200k": Row(cut(30, 1152), 200_000),
+    "smollm2-60-200k": Row(cut(30, 512), 200_000),
+    "smollm2-40-200k": Row(cut(15, 512), 200_000),
 }
 
 

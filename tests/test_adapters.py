@@ -11,7 +11,13 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 from conftest import make_batch, make_llama, make_tokenizer
 from potstill.errors import ModelError, UserError
@@ -416,3 +422,30 @@ def test_a_base_that_is_gone_is_named(tmp_path: Path) -> None:
         ModelError, match=r"the base of student \(base_model_name_or_path in .*\): expected a folder with a model"
     ):
         load_model(str(tmp_path / "adapter"), "student")
+
+
+@pytest.mark.parametrize("loads", [load_model, None])
+def test_an_evaluation_leaves_the_gradients_of_4_bit_weights(loads: Any, tmp_path: Path) -> None:
+    """bitsandbytes packs them for evaluation on some CPUs, and gives no gradient from then on."""
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 32}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).save_pretrained(tmp_path)
+    if loads is None:  # as a user of the Python interface loads it
+        quantization = BitsAndBytesConfig(load_in_4bit=True)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.float32)
+    else:
+        model = loads(str(tmp_path), "student", "float32", bits=4)
+    with suppress_warnings():
+        student = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    distiller, batch = Distiller(student, make_llama(seed=1), [Labels()]), make_batch(2, 8, 300)
+
+    def gradients() -> list[Tensor]:
+        student.zero_grad()
+        distiller.train()
+        distiller.step(batch).loss.backward()
+        return [x.grad.clone() for x in student.parameters() if x.requires_grad]
+
+    before = gradients()
+    with torch.no_grad():
+        student.eval()(batch["input_ids"])
+    assert len(before) == 4
+    torch.testing.assert_close(gradients(), before)

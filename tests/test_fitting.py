@@ -27,7 +27,7 @@ def planned(
     teacher: Any, method: Any = "copy", fit: bool = True, batches: Any = BATCHES, **changes: Any
 ) -> Initialization:
     config = student_config(teacher.config, changes, 60)
-    return plan_initialization(teacher, config, method, fit=fit, calibration=lambda: batches)
+    return plan_initialization(teacher, config, method, layers="uniform", fit=fit, calibration=lambda: batches)
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:

@@ -26,7 +26,7 @@ from conftest import make_batch
 from potstill.errors import ModelError, RecipeError
 from potstill.models.design import student_config
 from potstill.models.initialize import plan_initialization, random_student
-from potstill.models.pruning import choose_layers, measure_importance, select_parts
+from potstill.models.pruning import choose_layers, measure_importance, measure_influence, select_parts
 from potstill.models.shapes import DesignShape
 from potstill.models.structure import find_structure
 from potstill.runs.build import build_run
@@ -224,6 +224,27 @@ def test_fewer_tokens_are_the_first_rows_and_ties_are_noted() -> None:
     tied = plan_initialization(teacher, config, "copy", calibration=lambda: [BATCH])
     assert any("own head is not copied" in note for note in tied.notes)
     assert torch.equal(tied.student(teacher, 0).lm_head.weight, teacher.model.embed_tokens.weight)
+
+
+def test_cuts_are_spread_over_groups_of_neighbours() -> None:
+    influence = torch.tensor([9.0, 1.0, 2.0, 8.0, 0.5, 7.0, 0.1, 0.2, 0.3, 6.0])
+    assert choose_layers("importance", 10, 8, influence) == [0, 1, 2, 3, 4, 5, 8, 9]
+    assert choose_layers("grouped", 10, 8, influence) == [0, 1, 2, 3, 5, 7, 8, 9]  # one of five goes
+    assert choose_layers("grouped", 10, 5, influence) == [0, 3, 5, 7, 9]  # one of two stays
+    assert choose_layers("grouped", 10, 2, influence) == [0, 5]
+    assert choose_layers("grouped", 10, 10, influence) == choose_layers("grouped", 10, 10, None) == [*range(10)]
+
+
+@pytest.mark.parametrize("method", ["copy", "prune"])
+def test_by_default_layers_are_the_most_influential_of_their_groups(method: Any) -> None:
+    teacher = model("llama")
+    influence = measure_importance(teacher, [BATCH]).layers
+    torch.testing.assert_close(measure_influence(teacher, teacher.model.layers, [BATCH]), influence)
+    student = begun(teacher, method, num_hidden_layers=3)
+    for layer, source in zip(student.model.layers, choose_layers("grouped", 5, 3, influence), strict=True):
+        assert torch.equal(layer.mlp.up_proj.weight, teacher.model.layers[source].mlp.up_proj.weight)
+    one = begun(teacher, method, num_hidden_layers=1)  # fewer than half: evenly spaced
+    assert torch.equal(one.model.layers[0].mlp.up_proj.weight, teacher.model.layers[0].mlp.up_proj.weight)
 
 
 @pytest.mark.parametrize(

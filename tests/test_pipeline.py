@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import processes
 from conftest import make_llama, make_tokenizer, mostly_slow
 from potstill.errors import DataError, ModelError, PotstillError, RecipeError, RunError, VocabularyError
+from potstill.evaluate.speed import latencies
+from potstill.models.loading import load_model
 from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
@@ -368,6 +370,31 @@ def test_bfloat16_is_left_out_where_a_cpu_has_no_instructions_for_it(
         assert built.loaded.model.dtype == (torch.bfloat16 if has else torch.float32)
         assert built.plan.bf16 is has
         assert any("train.bf16" in note for note in built.notes) is not has
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_no_cpu_computes_float16_weights_as_such(has: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which is several times slower than float32, and more than ten times slower than bfloat16."""
+    make_llama(seed=1).half().save_pretrained(tmp_path / "half")
+    monkeypatch.setattr("potstill.models.loading.multiplies_bfloat16", lambda: has)
+    assert load_model(str(tmp_path / "half"), "teacher").dtype == torch.float32
+    assert load_model(str(tmp_path / "half"), "teacher", "float16").dtype == torch.float16
+
+
+def test_all_models_are_timed_in_the_teachers_precision(
+    recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_values["teacher"]["dtype"] = "bfloat16"
+    timed = {}
+
+    def note(models: Any, *arguments: Any, **options: Any) -> Any:
+        timed.update({name: model.dtype for name, model in models.items()})
+        return latencies(models, *arguments, **options)
+
+    monkeypatch.setattr("potstill.runs.measure.latencies", note)
+    rows = quiet_run(recipe_values).summary["rows"]
+    assert timed == dict.fromkeys(("teacher", "baseline", "student"), torch.bfloat16)
+    assert rows["student"]["saved_as"] == "float32"
 
 
 def test_a_full_disk_is_told_as_one(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

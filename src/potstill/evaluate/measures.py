@@ -89,7 +89,12 @@ COSTS = (
     Measure("parameters", "Parameters", "Number of weights.", count),
     Measure("bytes", "Size", "Bytes of the weights on disk.", size),
     Measure("saved_as", "Precision", "That of the weights on disk.", str),
-    Measure("latency_ms", "Latency", "Median time of a forward pass over one row, on the machine below.", milliseconds),
+    Measure(
+        "latency_ms",
+        "Latency",
+        "Median time of a forward pass over one row, on the machine below, in the teacher's precision.",
+        milliseconds,
+    ),
 )
 _BITS_PER_BYTE = Measure("bits_per_byte", "Bits per byte", "Loss per byte of text, for any tokenizer.", nats, min)
 

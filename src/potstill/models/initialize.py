@@ -21,6 +21,7 @@ from potstill.models.pruning import (
     SelectedParts,
     choose_layers,
     measure_importance,
+    measure_influence,
     select_parts,
     whole_layers,
 )
@@ -75,10 +76,10 @@ def plan_initialization(
 
     The method is copy (complete layers; all widths are the teacher's), truncate (the first heads, units and channels),
     prune (the most important ones, by activations), or selective (all parameters whose shape is the teacher's; the
-    others are random). `layers` is a choice of `choose_layers`, by default importance
-    for prune, else uniform. With `fit`, the last matrix of each layer is fitted to the teacher's hidden states
-    (`fit_layers`). `calibration` gives batches of training data, on which layers are fitted, and importance is measured
-    unless it is given.
+    others are random). `layers` is a choice of `choose_layers`, by default grouped for copy and prune where half of the
+    layers stay, else uniform.
+    With `fit`, the last matrix of each layer is fitted to the teacher's hidden states (`fit_layers`). `calibration`
+    gives batches of training data, on which layers are fitted, and importance is measured unless it is given.
 
     References:
         Muralidharan et al. 2024 (Minitron), arXiv 2407.14679; Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, for
@@ -111,11 +112,16 @@ def plan_initialization(
             f"student.initialize: expected at most the larger model's {of_teacher.vocab_size} tokens, got "
             f"{config.vocab_size}. Use selective, whose embeddings are random then."
         )
-    choice = ("importance" if method == "prune" else "uniform") if layers is None else layers
-    measured = method == "prune" or choice == "importance"
-    if measured and importance is None:
+    choice: LayerChoice | Sequence[int] = "uniform" if layers is None else layers
+    if layers is None and method in ("copy", "prune") and 2 * shape.layers >= structure.shape.layers:
+        choice = "grouped"  # with fewer layers each stands for more of them, and evenly spaced ones are fitted better
+    influence = None
+    if method == "prune" and importance is None:
         importance = measure_importance(teacher, calibration())
-    chosen = choose_layers(choice, structure.shape.layers, shape.layers, importance)
+    if choice in ("grouped", "importance") and shape.layers < structure.shape.layers:
+        known = importance is not None
+        influence = importance.layers if known else measure_influence(teacher, structure.layers, calibration())
+    chosen = choose_layers(choice, structure.shape.layers, shape.layers, influence)
     if whole:
         parts = whole_layers(structure.shape, chosen, matching=method == "selective")
     else:

@@ -33,7 +33,7 @@ from potstill.models.integrity import (
     padding_notes,
 )
 from potstill.models.locate import ModelLocation, locate, require_package
-from potstill.models.precision import check_quantizable, saved_dtype
+from potstill.models.precision import check_quantizable, keep_gradients, saved_dtype
 from potstill.models.size import language_model_class
 from potstill.models.tokenizer_file import tokenizer_notes
 
@@ -99,8 +99,8 @@ def load_model(
     Args:
         name: of the model.
         key: the recipe's key, for errors.
-        dtype: float32, bfloat16, float16, or auto for that of the saved weights; auto is float32 on a CPU without
-            bfloat16 instructions, which would be several times slower otherwise.
+        dtype: float32, bfloat16, float16, or auto for that of the saved weights; auto is float32 on a CPU that has no
+            instructions for theirs, which would be several times slower otherwise.
         task: the model's task.
         bits: quantize linear layers but the head to 4 (nf4 with double quantization) or 8 bits (int8).
         labels_of: take over these classes where the saved model has no classifier.
@@ -108,16 +108,24 @@ def load_model(
         may_miss: whether weights that are not in the checkpoint may start at random, which `loading_notes` reports.
         placement: device_map, max_memory and offload_folder of `from_pretrained`, to spread the model.
     """
-    if dtype == "auto" and not has_bfloat16():
-        dtype = "float32"
     if is_adapter(name):
         if placement:
             raise ModelError(
                 f"{key}: expected a whole model with device_map, got an adapter, {name}. Merge it with its model first."
             )
         return _load_with_adapter(Path(name).expanduser(), key, dtype, task, trainable)
+    dtype = _computed_dtype(name, key, dtype)
     quantization = None if bits is None else _quantization(bits, dtype, key)
     return _load_base(name, key, dtype, task, quantization, labels_of, may_miss, placement)
+
+
+def _computed_dtype(name: str, key: str, dtype: str) -> str:
+    """`auto` as float32 where a CPU has no instructions for the precision of the saved weights."""
+    if dtype != "auto" or torch.accelerator.is_available():
+        return dtype
+    config = load_config(name, key)
+    in_float16 = torch.float16 in (config.dtype, config.get_text_config().dtype)
+    return "float32" if in_float16 or not multiplies_bfloat16() else dtype
 
 
 def loading_notes(model: Any) -> tuple[str, ...]:
@@ -169,6 +177,7 @@ def _load_base(
             expected = "for device_map expected auto, or a device of this machine, cpu or disk for each module"
             raise ModelError(f"{key}: {expected}, got: {one_line(error, 200)}.") from None
         raise unreadable(key, f"{kind} with weights in safetensors", name, location, error) from error
+    keep_gradients(model)
     missing = [weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight]
     if labels_of is not None:  # the adapter has the head, or the student's starts at random
         missing = [weight for weight in missing if may_miss or not weight.startswith(tuple(sequence_head_names(model)))]
@@ -233,7 +242,7 @@ def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable
             "merge_and_unload(), or save adapter and model in folders of their own."
         )
     labels_of = _labels_of_adapter(folder, base, weights, key) if task in SEQUENCE_TASKS else None
-    model = _load_base(base, base_key, dtype, task, quantization, labels_of)
+    model = _load_base(base, base_key, _computed_dtype(base, base_key, dtype), task, quantization, labels_of)
     _fit_embeddings(model, weights)
     try:
         with suppress_warnings():

@@ -56,6 +56,17 @@ def check_quantizable(model: nn.Module, *, key: str, name: str, bits: int) -> No
     )
 
 
+def keep_gradients(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights on a CPU with AVX512-BF16 instructions.
+
+    It packs them in the first pass without gradients, such as an evaluation. No later pass has a gradient then, without
+    an error; and a layer whose number of outputs 32 does not divide fails.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def _saved_weights(name: str | Path) -> Iterator[tuple[str, str, int]]:
     """Name, dtype and size of each weight of a saved model in safetensors, by the headers of its files."""
     for file in weight_files(name):

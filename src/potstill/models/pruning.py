@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from potstill.errors import ModelError
@@ -18,7 +19,8 @@ from potstill.models.spacing import evenly_spaced
 from potstill.models.split import evaluation_mode
 from potstill.models.structure import find_structure
 
-LayerChoice = Literal["uniform", "skip", "first_last", "importance"]
+Batches = Iterable[Mapping[str, Tensor]]
+LayerChoice = Literal["grouped", "importance", "uniform", "skip", "first_last"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,46 @@ class Importance:
     channels: Tensor  # [H] the size of each hidden channel where layers read it, after their norm; over all layers
 
 
+class _BlockInfluence:
+    """Measures how far each layer turns the hidden states, [L]; see `measure_importance`."""
+
+    def __init__(self, layers: Iterable[nn.Module], hooks: ExitStack) -> None:
+        self.sums: list[float] = []
+        self.tokens, self.mask = 0.0, torch.ones(0)
+        for number, layer in enumerate(layers):
+            self.sums.append(0.0)
+            hooks.enter_context(layer.register_forward_hook(partial(self._add, number), with_kwargs=True))
+
+    def begin(self, mask: Tensor) -> None:
+        """Note the positions [B, T] of the next batch that hold tokens, in float64."""
+        self.mask = mask
+        self.tokens += float(mask.sum())
+
+    def _add(self, layer: int, _: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Any) -> None:
+        before = inputs[0] if inputs else named["hidden_states"]
+        after = output if isinstance(output, Tensor) else output[0]
+        before, after = (on_float64_device(states).double() for states in (before, after))
+        cosine = torch.cosine_similarity(before, after, dim=-1)
+        self.sums[layer] += float(((1 - cosine) * self.mask.to(cosine.device)).sum())
+
+    @property
+    def scores(self) -> Tensor:
+        return torch.tensor([total / self.tokens for total in self.sums], dtype=torch.float64)
+
+
 @torch.no_grad()
-def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Importance:
+def measure_influence(model: PreTrainedModel, layers: Iterable[nn.Module], batches: Batches) -> Tensor:
+    """Measure the block influence [L] of layers alone; arguments as `measure_importance`."""
+    with ExitStack() as hooks, evaluation_mode(model):
+        influence = _BlockInfluence(layers, hooks)
+        for batch in batches:
+            influence.begin(batch["attention_mask"].double())
+            _run(model, batch)
+    return influence.scores
+
+
+@torch.no_grad()
+def measure_importance(model: PreTrainedModel, batches: Batches) -> Importance:
     """Measure importance by activations, in forward passes alone.
 
     A score is the L2 norm over rows of the mean absolute activation over tokens:
@@ -48,25 +88,13 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
     structure = find_structure(model)
     shape, matrices = structure.shape, structure.matrices
     squares: dict[Any, Any] = {}  # by activation: the sum over rows of squared means over tokens
-    distances = dict.fromkeys(range(shape.layers), 0.0)
-    tokens, mask = 0.0, torch.ones(0)
 
     def add_inputs(key: Any, size: Callable[[Tensor], Tensor]) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
             sizes = on_float64_device(size(inputs[0].float())).double()
-            row_mask = mask.to(sizes.device).unsqueeze(-1)
+            row_mask = influence.mask.to(sizes.device).unsqueeze(-1)
             means = (sizes * row_mask).sum(1) / row_mask.sum(1).clamp_min(1)
             squares[key] = squares.get(key, 0) + (means**2).sum(0).cpu()
-
-        return hook
-
-    def add_distance(layer: int) -> Callable[..., None]:
-        def hook(_: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Any) -> None:
-            before = inputs[0] if inputs else named["hidden_states"]
-            after = output if isinstance(output, Tensor) else output[0]
-            before, after = (on_float64_device(states).double() for states in (before, after))
-            cosine = torch.cosine_similarity(before, after, dim=-1)
-            distances[layer] += float(((1 - cosine) * mask.to(cosine.device)).sum())
 
         return hook
 
@@ -74,8 +102,8 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
         return x.unflatten(-1, (shape.heads, shape.head_size)).norm(dim=-1)
 
     with ExitStack() as hooks, evaluation_mode(model):
+        influence = _BlockInfluence(structure.layers, hooks)
         for number, layer in enumerate(structure.layers):
-            hooks.enter_context(layer.register_forward_hook(add_distance(number), with_kwargs=True))
             for path, key, size in (
                 (matrices.output, ("heads", number), head_norms),
                 (matrices.down, ("units", number), torch.abs),
@@ -84,15 +112,18 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
             ):
                 hooks.enter_context(layer.get_submodule(path).register_forward_pre_hook(add_inputs(key, size)))
         for batch in batches:
-            mask = batch["attention_mask"].double()
-            tokens += float(mask.sum())
-            model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")})
+            influence.begin(batch["attention_mask"].double())
+            _run(model, batch)
     return Importance(
-        layers=torch.tensor([distance / tokens for distance in distances.values()], dtype=torch.float64),
-        heads=torch.stack([squares["heads", number].sqrt() for number in distances]),
-        units=torch.stack([squares["units", number].sqrt() for number in distances]),
+        layers=influence.scores,
+        heads=torch.stack([squares["heads", number].sqrt() for number in range(shape.layers)]),
+        units=torch.stack([squares["units", number].sqrt() for number in range(shape.layers)]),
         channels=squares["channels"].sqrt(),
     )
+
+
+def _run(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")})
 
 
 @dataclass(frozen=True)
@@ -147,12 +178,14 @@ def select_parts(
 
 
 def choose_layers(
-    choice: LayerChoice | Sequence[int], teacher: int, student: int, importance: Importance | None
+    choice: LayerChoice | Sequence[int], teacher: int, student: int, influence: Tensor | None
 ) -> list[int]:
     """Choose the teacher's layer for each of the student's, of two numbers of layers.
 
-    The choice is uniform (evenly spaced, with the first and the last), skip (every n-th from the first on), first_last
-    (the first half and the last half), importance (those with the most block influence), or the layers themselves.
+    The choice is grouped (in each group of neighbours those of most influence, so that the cuts are spread), importance
+    (those of most influence), uniform (evenly spaced, with the first and the last), skip (every n-th from the first
+    on), first_last (the first half and the last half), or the layers themselves. `influence` is the block influence
+    [L], which grouped and importance need.
 
     >>> choose_layers("uniform", 12, 4, None), choose_layers("skip", 12, 4, None)
     ([0, 4, 7, 11], [0, 3, 6, 9])
@@ -161,15 +194,17 @@ def choose_layers(
     """
     if student > teacher:
         raise ModelError(f"student.initialize: expected at most the larger model's {teacher} layers, got {student}.")
+    if student == teacher and isinstance(choice, str):
+        return [*range(teacher)]
     if choice == "uniform":
         return [(2 * i * (teacher - 1) + student - 1) // (2 * max(student - 1, 1)) for i in range(student)]
     if choice == "skip":
         return evenly_spaced(student, teacher)
     if choice == "first_last":
         return [*range((student + 1) // 2), *range(teacher - student // 2, teacher)]
-    if choice == "importance":
-        assert importance is not None, "it is measured"
-        return [int(layer) for layer in _top(importance.layers, student)]
+    if choice in ("grouped", "importance"):
+        assert influence is not None, "it is measured"
+        return [int(layer) for layer in (_top if choice == "importance" else _top_of_groups)(influence, student)]
     if isinstance(choice, str):
         choices = ", ".join(get_args(LayerChoice))
         raise ModelError(f"student.initialize.layers: expected {choices} or numbers, got {choice}.")
@@ -184,6 +219,17 @@ def choose_layers(
 def _top(scores: Tensor, count: int) -> Tensor:
     """The indices of the largest scores, rising."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _top_of_groups(scores: Tensor, count: int) -> Tensor:
+    """The indices of the largest score of each group of neighbours, or of all but its smallest one; rising."""
+    total = len(scores)
+    cut = total - count
+    if cut < count:  # one of each group goes, and none where there is no group
+        groups = torch.arange(total).tensor_split(cut) if cut else ()
+        gone = [int(group[scores[group].argmin()]) for group in groups]
+        return torch.tensor([index for index in range(total) if index not in gone])
+    return torch.stack([group[scores[group].argmax()] for group in torch.arange(total).tensor_split(count)])
 
 
 def _select_heads(scores: Tensor, teacher: DesignShape, student: DesignShape) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from potstill.evaluate.speed import PASSES, Latency, bytes_on_disk, latencies, w
 from potstill.evaluate.time_limit import TimeLimit
 from potstill.evaluate.versions import versions
 from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
-from potstill.models.adapted import is_adapted, parameter_count
+from potstill.models.adapted import is_adapted, is_quantized, parameter_count
 from potstill.models.chat import end_token_ids
 from potstill.models.loading import load_model
 from potstill.models.placement import move
@@ -72,11 +72,11 @@ def summarize(
     if len(built.curve) < len(measured) or len(measured) < len(held_out.dataset):
         with PartProgress(console, "rows of the curves") as progress:
             curve_loss, curve_rows = _curve_loss(built, teacher, limit.share(0.5), progress)
-    with part(console, "latency"):
-        latency = latencies(models, recipe.data.max_length, limit=limit.share(0.5))
     number = min(recipe.evaluate.continuations, len(held_out.dataset)) if task == "causal" else 0
     with PartProgress(console, "continuations").start(total=number) as progress:
-        continuations = _continuations(built, models, limit, progress) if number else []
+        continuations = _continuations(built, models, limit.share(0.5), progress) if number else []
+    with part(console, "latency"):
+        latency = latencies(_in_teachers_precision(models), recipe.data.max_length, limit=limit)
     bounded = {
         "held-out rows": (len(measured), len(held_out.dataset)),
         "rows for the teacher's line in the curves": (len(curve_rows), len(built.curve)),
@@ -161,6 +161,17 @@ def _load_models(built: BuiltRun, students: Mapping[str, Path]) -> dict[str, Pre
     for name in sorted(students):
         models[name] = load_model(str(students[name]), name, dtype, recipe.task).to(device)
     return models
+
+
+def _in_teachers_precision(models: Models) -> Models:
+    """The students in the teacher's precision, so that times compare the models alone; quantized ones as they are."""
+    teacher = models.get("teacher")
+    if teacher is None or is_quantized(teacher):
+        return models
+    return {
+        name: model if model.dtype == teacher.dtype or is_quantized(model) else model.to(teacher.dtype)
+        for name, model in models.items()
+    }
 
 
 def _measure(

@@ -18,6 +18,7 @@ from potstill.models.capture import ActivationCapture, ActivationRequest, Activa
 from potstill.models.integrity import check_causal
 from potstill.models.packing import PACKED_LENGTH, PackedLayout
 from potstill.models.packing_probe import packing_mistake
+from potstill.models.precision import keep_gradients
 from potstill.models.split import flattens, forward_targets, split_model
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher
@@ -92,6 +93,7 @@ class Distiller(nn.Module):
             raise ShapeError(
                 f"Distiller: expected another model as the teacher, which is frozen, got the student. {hint}"
             )
+        keep_gradients(student)
         self.student, self.vocabulary, self.task = student, vocabulary, task
         self.objective = objective if isinstance(objective, Objective) else Objective(objective)
         for mistake in task_mistakes(self.objective.terms, task):

@@ -66,8 +66,10 @@ class InitializePart(Part):
         description="random; whole layers of the teacher; its first heads, units and channels; its most active ones; "
         "its parameters whose shape matches, and random ones"
     )
-    layers: Literal["uniform", "skip", "first_last", "importance"] | list[int] | None = Field(
-        None, description="which of the teacher's; by default those of most influence for prune, else evenly spread"
+    layers: Literal["grouped", "importance", "uniform", "skip", "first_last"] | list[int] | None = Field(
+        None,
+        description="which of the teacher's; by default the most influential of each group of neighbours for copy and "
+        "prune where half of the layers stay, else evenly spaced",
     )
     fit: bool = Field(
         True,
