@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+
+from file_faults import FileFault
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["potstill.runs.run", "potstill.cli", "torch._dynamo", "conftest"])
@@ -57,16 +59,21 @@ def finish(process: BaseProcess, seconds: float = 300) -> int:
     return process.exitcode
 
 
-def potstill(*arguments: str, said: Path, folder: Path | None = None) -> BaseProcess:
-    """`potstill` with these arguments, in a folder."""
-    return start(said, _potstill, arguments, folder)
+def potstill(
+    *arguments: str, said: Path, folder: Path | None = None, fault: FileFault | None = None, **environment: str
+) -> BaseProcess:
+    """`potstill` with these arguments, in a folder, killed by a fault."""
+    return start(said, potstill_here, arguments, folder, fault, **environment)
 
 
-def _potstill(arguments: tuple[str, ...], folder: Path | None) -> None:
+def potstill_here(arguments: Sequence[str], folder: Path | None, fault: FileFault | None) -> None:
+    """`potstill` in this process, which does not come back."""
     from potstill.cli import main
 
     if folder is not None:
         os.chdir(folder)
+    if fault is not None:
+        fault.arm()
     sys.argv = ["potstill", *arguments]
     main()
 
