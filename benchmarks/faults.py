@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import faults_kills
+import faults_ranks
 from drill import Drill
 
-PARTS: dict[str, Callable[[Drill], None]] = {**faults_kills.PARTS}
+PARTS: dict[str, Callable[[Drill], None]] = {**faults_kills.PARTS, **faults_ranks.PARTS}
 
 
 def main() -> None:

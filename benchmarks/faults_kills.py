@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -32,6 +33,7 @@ from file_faults import FileFault
 SECONDS = 120.0  # at most, for a process that is not killed
 TIMES = re.compile(r"seconds|runtime|per_second|latency|speed_up|created|_ms$")  # keys of what is measured by a clock
 PAGES = {"report.html", "sweep.html"}
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}-\d+-[0-9a-f]{8}\.partial")
 OPAQUE = {"training_args.bin"}  # holds paths and the time
 
 
@@ -65,7 +67,8 @@ def toys(out: Path) -> Path:
     return folder
 
 
-def _recipe(toys: Path, folder: Path, **changes: Any) -> None:
+def recipe(toys: Path, folder: Path, **changes: Any) -> None:
+    """Write the recipe of a small training into a folder."""
     values = {
         "name": "toy",
         "teacher": {"model": str(toys / "teacher")},
@@ -93,7 +96,7 @@ def _recipe(toys: Path, folder: Path, **changes: Any) -> None:
 
 def _sweep(toys: Path, folder: Path) -> None:
     train = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
-    _recipe(toys, folder, train=train, evaluate={"continuations": 0})
+    recipe(toys, folder, train=train, evaluate={"continuations": 0})
 
 
 def _generate(toys: Path, folder: Path) -> None:
@@ -136,13 +139,16 @@ def _model(toys: Path, folder: Path) -> None:
 _CACHE = ("cache", "build", "--teacher", "teacher", "--data", "train.jsonl", "--out", "run", "--max-length", "32")
 _EXPORT = ("export", "model", "--data", "eval.jsonl", "--teacher", "teacher", "--max-length", "32", "--tokens", "100")
 
+_EVALUATE = ("evaluate", "model", "--data", "eval.jsonl", "--teacher", "teacher", "--max-length", "32")
+
 COMMANDS = {
-    "train": Command(_recipe, ("run", "recipe.yaml", "--resume")),
+    "train": Command(recipe, ("run", "recipe.yaml", "--resume")),
     "cache": Command(_model, (*_CACHE, "--codec", "hidden", "--batch-size", "4")),
     "generate": Command(_generate, ("generate", "recipe.yaml", "--resume")),
     "sweep": Command(_sweep, ("sweep", "recipe.yaml", "--vary", "seed=0,1", "--out", "run", "--resume")),
     "export": Command(_model, (*_EXPORT, "--quantize", "f16", "--quantize", "q8_0")),
     "embedding": Command(_embedding, ("run", "recipe.yaml", "--resume")),
+    "evaluate": Command(_model, (*_EVALUATE, "--length", "16", "--out", "out.json")),
 }
 
 # Processes
@@ -150,10 +156,11 @@ COMMANDS = {
 
 def start(command: Command, folder: Path, fault: FileFault | None = None) -> BaseProcess:
     """Start a command in the folder of a case; what it prints goes to `said` there."""
-    return processes.start(folder / "said", _begin, command.arguments, folder, fault)
+    return processes.start(folder / "said", begin, command.arguments, folder, fault)
 
 
-def _begin(arguments: tuple[str, ...], folder: Path, fault: FileFault | None) -> None:
+def begin(arguments: tuple[str, ...], folder: Path, fault: FileFault | None) -> None:
+    """The command, in this process."""
     import gc
 
     import datasets
@@ -165,6 +172,7 @@ def _begin(arguments: tuple[str, ...], folder: Path, fault: FileFault | None) ->
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     cache.SHARD_TOKENS = 150
+    (folder / "said-begun").touch()
     processes.potstill_here(arguments, folder, fault)
 
 
@@ -191,7 +199,7 @@ def result(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())):
         name = path.relative_to(folder).as_posix()
-        if name != "said" and not name.startswith(("model/", "teacher/")) or name.startswith("model/export"):
+        if not name.startswith(("said", "rank-", "teacher/")):
             found[name] = "folder" if path.is_dir() else hashlib.sha256(_content(path)).hexdigest()[:16]
     return found
 
@@ -203,7 +211,7 @@ def _content(path: Path) -> bytes:
         return json.dumps(_timeless(json.loads(path.read_text()))).encode()
     if path.name == "metrics.jsonl":
         return "\n".join(json.dumps(_timeless(json.loads(line))) for line in path.read_text().splitlines()).encode()
-    if path.name in PAGES or path.parent.name == "student" and path.name == "README.md":
+    if path.name in PAGES or path.parts[-2:] == ("student", "README.md"):
         return b"current" if _page(path) == path.read_bytes() else b"not what its inputs give"
     return path.read_bytes()
 
@@ -250,20 +258,21 @@ class Whole:
     changes: list[str]
 
 
-@functools.cache
-def whole(name: str, out: Path) -> Whole:
-    folder, log = out / "whole" / name, out / "whole" / f"{name}.changes"
+def empty(folder: Path) -> None:
+    """Make an empty folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    log.unlink(missing_ok=True)
+
+
+@functools.cache
+def whole(name: str, out: Path) -> Whole:
+    """Run a command in a folder, and leave it alone."""
+    folder, log = out / "whole" / name, out / "whole" / f"{name}.changes"
     command = COMMANDS[name]
-    command.prepare(toys(out), folder)
-    for attempt in range(2):  # the first pays for what is imported late
-        if attempt:
-            shutil.rmtree(folder)
-            folder.mkdir()
-            log.unlink()
-            command.prepare(toys(out), folder)
+    for _ in range(2):  # the first pays for what is imported late
+        empty(folder)
+        log.unlink(missing_ok=True)
+        command.prepare(toys(out), folder)
         begun = time.monotonic()
         status = processes.finish(start(command, folder, FileFault(folder, log=log.absolute())), SECONDS)
         seconds = time.monotonic() - begun
@@ -316,7 +325,7 @@ def kill_at_writes(drill: Drill, name: str, count: int) -> None:
             drill.note(case.number, True, point="none: every point is tried")
             continue
         change, size, kind = points[case.number]
-        status = processes.finish(start(command, folder, FileFault(folder, change, size)), SECONDS)
+        status = processes.finish(start(command, folder, FileFault(folder, change, size=size)), SECONDS)
         wrong = finish(command, folder) if status else None
         differ = differences(alone.result, result(folder)) if wrong is None else {}
         held = not wrong and not differ and status in (-signal.SIGKILL, -signal.SIGXFSZ, 0)
@@ -325,10 +334,9 @@ def kill_at_writes(drill: Drill, name: str, count: int) -> None:
 
 def _write_points(alone: Whole, seed: int) -> list[tuple[int, int | None, str]]:
     """The number of a change, bytes behind which a file of this name is cut or None, and what it is; shuffled."""
-    import random
-
     rng = random.Random(f"points {seed}")
-    kinds = {re.sub(r"(rehearsal|json|jsonl|arrow|html|yaml|md)\.[\w-]+\.partial", r"\1.partial", line): n for n, line in enumerate(alone.changes)}
+    # A rehearsal changes hundreds of files of one folder, which is removed as a whole: each is tried once.
+    kinds = {_TEMPORARY.sub(".partial", line): number for number, line in enumerate(alone.changes)}
     points: list[tuple[int, int | None, str]] = [(n, None, line) for line, n in kinds.items()]
     folders = [line.partition(" ")[2].rpartition("/")[0] for line in alone.changes]
     for name, size in alone.sizes.items():
@@ -338,9 +346,35 @@ def _write_points(alone: Whole, seed: int) -> list[tuple[int, int | None, str]]:
     return points
 
 
-ANYTIME = {"train": 60, "cache": 60, "generate": 60, "sweep": 20, "export": 20, "embedding": 40}
+def signals(drill: Drill, count: int) -> None:
+    """SIGTERM or Ctrl-C at a random moment of each command: its exit status, one line, nothing unfinished left."""
+    warm(drill.folder.parent)
+    for case in drill.cases(count):
+        name = [*COMMANDS][case.number % len(COMMANDS)]
+        number = (signal.SIGTERM, signal.SIGINT)[case.number // len(COMMANDS) % 2]
+        out, folder, command = drill.folder.parent.absolute(), case.folder.absolute(), COMMANDS[name]
+        command.prepare(toys(out), folder)
+        alone = whole(name, out)
+        process = start(command, folder)
+        while not (folder / "said-begun").exists():
+            time.sleep(0.001)
+        process.join(case.rng.uniform(0.02, alone.seconds))
+        if process.exitcode is None:
+            os.kill(process.pid or 0, number)
+        status, said, last = processes.finish(process, SECONDS), (folder / "said").read_text(), _reached(folder)
+        left = [path.name for path in folder.rglob("*.partial")] if status else []
+        line = said.count("interrupted: saved work is kept") == 1 and "Traceback" not in said
+        wrong = finish(command, folder)
+        differ = differences(alone.result, result(folder)) if wrong is None else {}
+        held = not wrong and not differ and not left and (status == 0 or (status == 128 + number and line))
+        facts = {"command": name, "signal": number, "status": status, "left": left, "last": last}
+        drill.note(case.number, held, **facts, said=None if held else said[-2000:], wrong=wrong, differ=differ)
+
+
+ANYTIME = {"train": 60, "cache": 60, "generate": 60, "sweep": 20, "export": 20, "embedding": 40, "evaluate": 20}
 
 PARTS: dict[str, Callable[[Drill], None]] = {
     **{f"kill-{name}": functools.partial(kill_anytime, name=name, count=count) for name, count in ANYTIME.items()},
     **{f"write-{name}": functools.partial(kill_at_writes, name=name, count=10_000) for name in COMMANDS},
+    "signals": functools.partial(signals, count=98),
 }
