@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import processes
 from file_faults import FileFault
 
-SECONDS = 120.0  # at most, for a process that is not killed
+SECONDS = 900.0  # at most, for a process that is not killed, on a busy machine
 TIMES = re.compile(r"seconds|runtime|per_second|latency|speed_up|created|_ms$")  # keys of what is measured by a clock
 PAGES = {"report.html", "sweep.html"}
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}-\d+-[0-9a-f]{8}\.partial")
@@ -43,6 +44,9 @@ class Command:
 
     prepare: Callable[[Path, Path], None]  # of the folder with the toys, and the case's
     arguments: tuple[str, ...]
+
+
+_WARMING = threading.Lock()  # several parts may be tried at a time
 
 
 def toys(out: Path) -> Path:
@@ -177,7 +181,9 @@ def begin(arguments: tuple[str, ...], folder: Path, fault: FileFault | None) -> 
 
 
 def warm(out: Path) -> None:
-    """Let processes be forked from one that has imported what the commands need."""
+    """Let processes be forked from one that has imported what the commands need; make the toys."""
+    with _WARMING:
+        toys(out)
     preload = ["runs.run", "cli", "runs.cache", "runs.generate", "runs.sweep", "runs.export", "runs.embedding"]
     modules = [*(f"potstill.{name}" for name in preload), "torch._dynamo", "gguf", "xllamacpp", "conftest"]
     processes.CONTEXT.set_forkserver_preload(modules)
@@ -284,7 +290,6 @@ def whole(name: str, out: Path) -> Whole:
 
 def _prepared(drill: Drill, name: str, count: int) -> Iterator[tuple[Case, Command, Whole]]:
     out = drill.folder.parent.absolute()
-    warm(out)
     for case in drill.cases(count):
         COMMANDS[name].prepare(toys(out), case.folder)
         yield case, COMMANDS[name], whole(name, out)
@@ -295,6 +300,7 @@ def _prepared(drill: Drill, name: str, count: int) -> Iterator[tuple[Case, Comma
 
 def kill_anytime(drill: Drill, name: str, count: int) -> None:
     """SIGKILL at random moments, up to three times, then once more to the end."""
+    warm(drill.folder.parent.absolute())
     for case, command, alone in _prepared(drill, name, count):
         folder, kills = case.folder.absolute(), list[str]()
         for _ in range(case.rng.randint(1, 3)):
@@ -316,14 +322,13 @@ def _reached(folder: Path) -> str:
     return lines[-1][:80] if lines else "nothing"
 
 
-def kill_at_writes(drill: Drill, name: str, count: int) -> None:
-    """A kill before each change of a file, and one in the midst of writing each file; in random order."""
-    for case, command, alone in _prepared(drill, name, count):
+def kill_at_writes(drill: Drill, name: str) -> None:
+    """A kill before each change of a file, and two in the midst of writing each file; in random order."""
+    out = drill.folder.parent.absolute()
+    warm(out)
+    points = _write_points(whole(name, out), drill.seed)
+    for case, command, alone in _prepared(drill, name, len(points)):
         folder = case.folder.absolute()
-        points = _write_points(alone, drill.seed)
-        if case.number >= len(points):
-            drill.note(case.number, True, point="none: every point is tried")
-            continue
         change, size, kind = points[case.number]
         status = processes.finish(start(command, folder, FileFault(folder, change, size=size)), SECONDS)
         wrong = finish(command, folder) if status else None
@@ -348,7 +353,7 @@ def _write_points(alone: Whole, seed: int) -> list[tuple[int, int | None, str]]:
 
 def signals(drill: Drill, count: int) -> None:
     """SIGTERM or Ctrl-C at a random moment of each command: its exit status, one line, nothing unfinished left."""
-    warm(drill.folder.parent)
+    warm(drill.folder.parent.absolute())
     for case in drill.cases(count):
         name = [*COMMANDS][case.number % len(COMMANDS)]
         number = (signal.SIGTERM, signal.SIGINT)[case.number // len(COMMANDS) % 2]
@@ -375,6 +380,6 @@ ANYTIME = {"train": 60, "cache": 60, "generate": 60, "sweep": 20, "export": 20, 
 
 PARTS: dict[str, Callable[[Drill], None]] = {
     **{f"kill-{name}": functools.partial(kill_anytime, name=name, count=count) for name, count in ANYTIME.items()},
-    **{f"write-{name}": functools.partial(kill_at_writes, name=name, count=10_000) for name in COMMANDS},
+    **{f"write-{name}": functools.partial(kill_at_writes, name=name) for name in COMMANDS},
     "signals": functools.partial(signals, count=98),
 }
