@@ -23,7 +23,7 @@ import processes
 
 WAIT_S = 20  # train.ddp_timeout: how long a rank waits for the others
 BOUND_S = 300.0  # from the fault to the end of the other rank
-ONE_LINE = re.compile(r"^run: expected an answer of every one of 2 ranks, got .*$", re.MULTILINE)
+ONE_LINE = re.compile(r"^run: expected all 2 ranks to answer, got .*$", re.MULTILINE)
 
 
 def _prepare(drill: Drill, case: Case) -> Path:

@@ -191,7 +191,7 @@ def _wait_for_a_lost_rank(fault: str) -> None:
     state = ranks.join_ranks({"ddp_timeout": 3})
     if state.process_index == 1:
         os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
-    message = r"^run: expected an answer of every one of 2 ranks, got .*--resume\.$"
+    message = r"^run: expected all 2 ranks to answer, got .*--resume\.$"
     with pytest.raises(RunError, match=message), ranks.explain_lost_rank():
         try:
             torch.distributed.all_reduce(torch.ones(1))

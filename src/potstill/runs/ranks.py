@@ -14,8 +14,8 @@ from accelerate import PartialState
 from potstill.errors import RunError, one_line
 
 WAIT_S = 1800  # the Trainer's default of ddp_timeout
-_KINDS = (RuntimeError, torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
-_LOST = re.compile(r"connection (closed|reset|refused)|timed out|timeout|gloo|nccl", re.IGNORECASE)
+_KINDS = {"RuntimeError", "DistBackendError", "DistNetworkError"}  # by name: torch may be built without the others
+_LOST = re.compile(r"gloo|nccl|c10d|TCPStore|ProcessGroup|Connection (closed|reset) by peer|Timed out waiting", re.I)
 
 
 def join_ranks(train: Mapping[str, Any]) -> PartialState:
@@ -23,7 +23,8 @@ def join_ranks(train: Mapping[str, Any]) -> PartialState:
 
     The Trainer would set it too late: the ranks are joined before it is made.
     """
-    wait = timedelta(seconds=float(train.get("ddp_timeout", WAIT_S)))
+    seconds = train.get("ddp_timeout", WAIT_S)
+    wait = timedelta(seconds=seconds if isinstance(seconds, int | float) else WAIT_S)  # the Trainer refuses others
     # Asked without `cpu`, accelerate looks for GPUs alone: without one each rank would be the first.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=wait)
 
@@ -34,18 +35,19 @@ def explain_lost_rank() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        ranks = torch.distributed.get_world_size() if distributed else 1
         if ranks == 1 or (cause := _cause(error)) is None:
             raise
         raise RunError(
-            f"run: expected an answer of every one of {ranks} ranks, got none of another one: {one_line(cause, 200)}. "
-            "It was killed, is out of memory or hangs: see its output. Saved work is kept; continue with --resume."
+            f"run: expected all {ranks} ranks to answer, got no answer from one of them: {one_line(cause, 200)}. It "
+            "was killed, is out of memory or hangs: see its output. Saved work is kept; continue with --resume."
         ) from error
 
 
 def _cause(error: BaseException) -> BaseException | None:
     """The error of torch.distributed behind another one, if there is one."""
     cause: BaseException | None = error
-    while cause is not None and (type(cause) not in _KINDS or not _LOST.search(str(cause))):
+    while cause is not None and (type(cause).__name__ not in _KINDS or not _LOST.search(str(cause))):
         cause = cause.__cause__ or cause.__context__
     return cause
