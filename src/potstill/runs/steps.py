@@ -157,7 +157,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     try:
         with interruption.awaited(), own_run(trainer.args.report_to, recipe.name):
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         shown.progress.stop()
     return trainer
