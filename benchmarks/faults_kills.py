@@ -259,7 +259,7 @@ class Whole:
     """A command that was left alone: its result, its seconds, and its changes of files."""
 
     result: dict[str, str]
-    sizes: dict[str, int]
+    sizes: dict[str, int]  # of the files that the command made
     seconds: float
     changes: list[str]
 
@@ -279,12 +279,14 @@ def whole(name: str, out: Path) -> Whole:
         empty(folder)
         log.unlink(missing_ok=True)
         command.prepare(toys(out), folder)
+        given = result(folder)
         begun = time.monotonic()
         status = processes.finish(start(command, folder, FileFault(folder, log=log.absolute())), SECONDS)
         seconds = time.monotonic() - begun
         if status:
             sys.exit(f"{name}: exit status {status}: {(folder / 'said').read_text()}")
-    sizes = {name: (folder / name).stat().st_size for name, kind in result(folder).items() if kind != "folder"}
+    made = {name: kind for name, kind in result(folder).items() if name not in given}
+    sizes = {name: (folder / name).stat().st_size for name, kind in made.items() if kind != "folder"}
     return Whole(result(folder), sizes, seconds, log.read_text().splitlines())
 
 
