@@ -46,7 +46,7 @@ class Command:
     arguments: tuple[str, ...]
 
 
-_WARMING = threading.Lock()  # several parts may be tried at a time
+LOCK = threading.Lock()  # of what parts share, several of which may be tried at a time
 
 
 def toys(out: Path) -> Path:
@@ -182,7 +182,7 @@ def begin(arguments: tuple[str, ...], folder: Path, fault: FileFault | None) -> 
 
 def warm(out: Path) -> None:
     """Let processes be forked from one that has imported what the commands need; make the toys."""
-    with _WARMING:
+    with LOCK:
         toys(out)
     preload = ["runs.run", "cli", "runs.cache", "runs.generate", "runs.sweep", "runs.export", "runs.embedding"]
     modules = [*(f"potstill.{name}" for name in preload), "torch._dynamo", "gguf", "xllamacpp", "conftest"]
@@ -270,9 +270,14 @@ def empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-@functools.cache
 def whole(name: str, out: Path) -> Whole:
-    """Run a command in a folder, and leave it alone."""
+    """Run a command in a folder, once, and leave it alone."""
+    with LOCK:
+        return _whole(name, out)
+
+
+@functools.cache
+def _whole(name: str, out: Path) -> Whole:
     folder, log = out / "whole" / name, out / "whole" / f"{name}.changes"
     command = COMMANDS[name]
     for _ in range(2):  # the first pays for what is imported late
@@ -284,7 +289,7 @@ def whole(name: str, out: Path) -> Whole:
         status = processes.finish(start(command, folder, FileFault(folder, log=log.absolute())), SECONDS)
         seconds = time.monotonic() - begun
         if status:
-            sys.exit(f"{name}: exit status {status}: {(folder / 'said').read_text()}")
+            raise RuntimeError(f"{name}: exit status {status}: {(folder / 'said').read_text()}")
     made = {name: kind for name, kind in result(folder).items() if name not in given}
     sizes = {name: (folder / name).stat().st_size for name, kind in made.items() if kind != "folder"}
     return Whole(result(folder), sizes, seconds, log.read_text().splitlines())

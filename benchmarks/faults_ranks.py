@@ -63,16 +63,21 @@ def _run_out_of_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
 
 
-@functools.cache
 def whole(out: Path) -> tuple[dict[str, str], float]:
     """The result of two ranks that were left alone, and their seconds."""
+    with kills.LOCK:
+        return _whole(out)
+
+
+@functools.cache
+def _whole(out: Path) -> tuple[dict[str, str], float]:
     folder = out / "whole" / "ranks"
     kills.empty(folder)
     write_recipe(out, folder)
     begun = time.monotonic()
     statuses = [processes.finish(rank, kills.SECONDS) for rank in start(folder)]
     if any(statuses):
-        sys.exit(f"ranks: exit statuses {statuses}: {said(folder)}")
+        raise RuntimeError(f"ranks: exit statuses {statuses}: {said(folder)}")
     return kills.result(folder), time.monotonic() - begun
 
 
