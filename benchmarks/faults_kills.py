@@ -46,7 +46,7 @@ class Command:
     arguments: tuple[str, ...]
 
 
-LOCK = threading.Lock()  # of what parts share, several of which may be tried at a time
+LOCK = threading.RLock()  # of what parts share, several of which may be tried at a time
 
 
 def toys(out: Path) -> Path:
@@ -232,6 +232,11 @@ def _timeless(value: Any) -> Any:
 
 def _page(path: Path) -> bytes:
     """Write a page once more from the files that it is made of."""
+    with LOCK:  # threads that import torch at the same time fail
+        return _page_again(path)
+
+
+def _page_again(path: Path) -> bytes:
     from potstill.evaluate.report.embedding import write_embedding_report
     from potstill.evaluate.report.page import write_report, write_student_card
     from potstill.evaluate.report.sweep import write_sweep_report
