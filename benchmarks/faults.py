@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import faults_kills
+import faults_ranks
 from drill import Drill
 
-PARTS: dict[str, Callable[[Drill], None]] = {}
+PARTS: dict[str, Callable[[Drill], None]] = {**faults_kills.PARTS, **faults_ranks.PARTS}
 
 
 def main() -> None:
@@ -23,12 +26,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-faults"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, help="cases of each part; by default as many as docs/reliability.md has")
+    parser.add_argument("--jobs", type=int, default=1, help="parts at a time")
     args = parser.parse_args()
     if unknown := [name for name in args.parts if name not in PARTS]:
         parser.error(f"no part {unknown[0]}: expected {', '.join(PARTS)}")
     drills = [Drill(name, args.out, args.seed, args.count) for name in args.parts]
-    for drill in drills:
-        PARTS[drill.name](drill)
+    if args.jobs == 1:
+        for drill in drills:
+            PARTS[drill.name](drill)
+    else:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda drill: PARTS[drill.name](drill), drills))
     print("| part | cases | held |\n|---|---|---|")
     for drill in drills:
         print(f"| {drill.name} | {len(drill.rows)} | {sum(row['held'] for row in drill.rows)} |")

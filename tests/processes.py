@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+
+from file_faults import FileFault
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["potstill.runs.run", "potstill.cli", "torch._dynamo", "conftest"])
@@ -57,35 +59,45 @@ def finish(process: BaseProcess, seconds: float = 300) -> int:
     return process.exitcode
 
 
-def potstill(*arguments: str, said: Path, folder: Path | None = None) -> BaseProcess:
-    """`potstill` with these arguments, in a folder."""
-    return start(said, _potstill, arguments, folder)
+def potstill(
+    *arguments: str, said: Path, folder: Path | None = None, fault: FileFault | None = None, **environment: str
+) -> BaseProcess:
+    """`potstill` with these arguments, in a folder, killed by a fault."""
+    return start(said, potstill_here, arguments, folder, fault, **environment)
 
 
-def _potstill(arguments: tuple[str, ...], folder: Path | None) -> None:
+def potstill_here(arguments: Sequence[str], folder: Path | None, fault: FileFault | None) -> None:
+    """`potstill` in this process, which does not come back."""
     from potstill.cli import main
 
     if folder is not None:
         os.chdir(folder)
+    if fault is not None:
+        fault.arm()
     sys.argv = ["potstill", *arguments]
     main()
 
 
-def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, status: int = 0, **environment: str) -> None:
-    """A function in two processes that torch.distributed joins by gloo, as `torchrun` would start them; both end with
-    the exit status.
+def start_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, **environment: str) -> list[BaseProcess]:
+    """A function in two processes that torch.distributed joins by gloo, as `torchrun` would start them; what they print
+    goes to `rank-0` and `rank-1` in the folder.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    said = [folder / f"rank-{rank}" for rank in range(2)]
-    ranks = [
-        start(file, _rank, function, arguments, **together, RANK=str(rank), LOCAL_RANK=str(rank), **environment)
-        for rank, file in enumerate(said)
+    each = [{**together, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment} for rank in range(2)]
+    return [
+        start(folder / f"rank-{rank}", _rank, function, arguments, **variables) for rank, variables in enumerate(each)
     ]
+
+
+def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, status: int = 0, **environment: str) -> None:
+    """A function on two ranks, both of which end with the exit status."""
+    ranks = start_ranks(folder, function, *arguments, **environment)
     statuses = [finish(rank) for rank in ranks]
-    assert statuses == [status, status], "\n".join([str(statuses), *(file.read_text()[-3000:] for file in said)])
+    said = [(folder / f"rank-{rank}").read_text()[-3000:] for rank in range(2)]
+    assert statuses == [status, status], "\n".join([str(statuses), *said])
 
 
 def shard_on_cpu() -> None:

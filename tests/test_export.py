@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from conftest import make_llama, make_tokenizer
 from potstill.cli import app
+from potstill.data import files
 from potstill.data.sources import Source
 from potstill.errors import ModelError, RunError, UserError
 from potstill.evaluate.exported import Exports, read_exports
@@ -93,9 +94,13 @@ def test_files_are_evaluated_alone(model: Path, toys: Path, tmp_path: Path) -> N
             raise result.exception
 
 
-def test_a_second_export_keeps_the_first_and_clears_what_a_kill_left(model: Path) -> None:
+def test_a_second_export_keeps_the_first_and_clears_what_a_kill_left(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export(model, quantize=("f16",))
-    (model / "export" / "student-q8_0.gguf.0.partial").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "getpid", lambda: 2**22 + 1)  # no process has this number
+        files.temporary_path(model / "export" / "student-q8_0.gguf").write_bytes(b"half")
     export(model, quantize=("q4_0",))
     export(model, quantize=("q4_0",))
     records = read_exports(model / "export")

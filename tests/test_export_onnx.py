@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from conftest import make_llama, make_tokenizer
 from potstill.cli import app
+from potstill.data import files
 from potstill.data.sources import Source
 from potstill.errors import ModelError, RunError, UserError
 from potstill.evaluate.exported import Exports, export_columns, export_rows, read_exports
@@ -172,8 +173,11 @@ def test_nothing_is_left_half_written(
     """A second export replaces the first as a whole, one that fails leaves it, and what a kill left is cleared."""
     model = Path(shutil.copytree(exported[0], tmp_path / "model"))
     folder = model / "export" / "student-onnx-f32"
-    (model / "export" / "student-onnx-int8.0.partial").mkdir()
-    (model / "export" / "student-onnx-int8.0.partial" / "model.onnx").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "getpid", lambda: 2**22 + 1)  # no process has this number
+        left = files.temporary_path(model / "export" / "student-onnx-int8")
+    left.mkdir()
+    (left / "model.onnx").touch()
 
     def write(prepared: Any, student: Any, tokenizer: Any, path: Path, kind: str) -> None:
         shutil.copytree(exported[0] / "export" / f"student-onnx-{kind}", path)

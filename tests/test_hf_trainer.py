@@ -24,6 +24,7 @@ OVERRIDDEN = {
         "steps_trained_in_current_epoch",
     ],
     "_save_checkpoint": ["model", "trial"],
+    "_save_rng_state": ["output_dir"],
     "_save": ["output_dir", "state_dict"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],

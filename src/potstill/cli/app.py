@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from types import FrameType
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich import box
@@ -63,14 +66,18 @@ def version(version: Annotated[bool, typer.Option("--version", help="print the v
 def main() -> None:
     """Run the command line. Exit status: 0 success, 1 failure, 2 the user's mistake, 130 or 143 interrupted."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises optional packages
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and "WORLD_SIZE" not in os.environ:
+        signal.signal(signal.SIGTERM, _terminate)  # a rank that waits for others in C would not run it
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"])
     except SystemExit as stop:
         if stop.code not in (130, 143):  # Typer's status for Ctrl-C, and SIGTERM's
             raise
         console.print(
-            "interrupted: saved work is kept. `run`, `sweep` and `generate` continue with --resume, `demo` by itself.",
+            "interrupted: saved work is kept. `run`, `sweep` and `generate` continue with --resume, `demo` and "
+            "`cache build` by themselves.",
             highlight=False,
+            soft_wrap=True,
         )
         raise
     except Exception as error:
@@ -83,6 +90,11 @@ def main() -> None:
             message = f"failed: {type(error).__name__}: {error}. {hint}--debug shows the traceback."
         console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """End as an error does, so that unfinished files are removed."""
+    sys.exit(128 + number)
 
 
 def show(*parts: object) -> None:

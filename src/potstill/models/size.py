@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, cast
@@ -66,7 +67,8 @@ def build(config: PretrainedConfig, device: str = "cpu") -> PreTrainedModel:
         )
     try:
         with torch.device(device):
-            return auto_class.from_config(config, dtype=torch.float32)
+            # A copy, because a Trainer changes the config of its model.
+            return auto_class.from_config(copy.deepcopy(config), dtype=torch.float32)
     except Exception as error:
         raise invalid_config(config.model_type, error) from None
 

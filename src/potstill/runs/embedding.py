@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import pad
 
-from potstill.data.files import write_json, write_text
+from potstill.data.files import atomic_path, write_json, write_text
 from potstill.embedding.encoders import EmbeddingModel, embedder_with_head
 from potstill.embedding.heads import PCA_ROWS, VectorHead, fit_pca, random_projection
 from potstill.embedding.objective import FOCUSES, Focus, PairObjective
@@ -146,13 +145,10 @@ def _distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **cha
 
 def _save(student: EmbeddingModel, target: Path, teacher: Any) -> None:
     """Save a student; a head over a sentence-transformers model also together with it, as a model that reads text."""
-    partial = target.with_name(f"{target.name}.partial")
-    for folder in (partial, target):
-        shutil.rmtree(folder, ignore_errors=True)
-    student.save(partial)
-    if isinstance(student, VectorHead) and teacher is not None:
-        embedder_with_head(teacher, student).save_pretrained(str(partial), create_model_card=False)
-    partial.rename(target)
+    with atomic_path(target) as partial:
+        student.save(partial)
+        if isinstance(student, VectorHead) and teacher is not None:
+            embedder_with_head(teacher, student).save_pretrained(str(partial), create_model_card=False)
 
 
 def _summarize(

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import encode, pad_token_id
-from potstill.data.files import atomic_path, explain_disk_full, remove
+from potstill.data.files import atomic_path, explain_disk_full
 from potstill.data.masking import MaskedRows
 from potstill.data.sources import Source
 from potstill.errors import UserError, nearest
@@ -140,8 +140,6 @@ def export_model(
     with part(console, "measuring the student"):
         exports = bench.start(weight_bytes(student_folder))
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob("student-*.partial"):  # by a kill during an earlier export
-        remove(left)
     for to, quantize in kinds.items():
         form = FORMATS[to]
         with part(console, f"preparing {to}"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers.integrations import get_reporting_integration_callbacks
 
-from potstill.data.files import explain_disk_full
+from potstill.data.files import explain_disk_full, temporary_path
 from potstill.errors import PotstillError, RecipeError, RunError, one_line
 from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.spacing import evenly_spaced
@@ -151,7 +150,9 @@ def temporary_folder(output: Path) -> Iterator[Path]:
     parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if main:
         try:
-            names = [tempfile.mkdtemp(prefix=".potstill-", dir=parent)]
+            folder = temporary_path(parent / ".potstill-rehearsal")
+            folder.mkdir()
+            names = [str(folder)]
         except OSError as error:
             reason = f"got {output}: {error.strerror}. Choose another with --set output=DIR."
             raise RecipeError(f"output: expected a directory to write to, {reason}") from None

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from rich.console import Console
 
 from potstill.data.files import explain_disk_full
@@ -16,6 +14,7 @@ from potstill.models.loading import suppress_warnings
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
+from potstill.runs.ranks import explain_lost_rank, join_ranks
 from potstill.runs.rehearsal import rehearse
 from potstill.runs.rounds import prune_in_rounds
 from potstill.runs.search import search_shape
@@ -31,6 +30,7 @@ class RunResult:
     summary: dict[str, Any]
 
 
+@explain_lost_rank()
 def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> RunResult:
     """Distill as a recipe says, and write a report.
 
@@ -40,10 +40,10 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     Raises:
         UserError: the recipe, the data or the models need a correction; nothing is lost.
         DivergedError: the loss is NaN or infinite.
+        RunError: another rank of the run does not answer.
     """
     console = console or Console(stderr=True)
-    # Asked without `cpu`, accelerate looks for GPUs alone: without one each rank would be the first.
-    directory, main = Path(recipe.output), PartialState(cpu=not torch.accelerator.is_available()).is_main_process
+    directory, main = Path(recipe.output), join_ranks(recipe.train).is_main_process
     shown = console if main else Console(quiet=True)
     if not resume:
         recipe.check_directory(directory, resume)

@@ -29,7 +29,7 @@ from potstill.runs.measure import EVAL_ROWS, summarize
 from potstill.runs.progress import part
 from potstill.runs.training_progress import TrainingProgress
 from potstill.train.callbacks import MetricsFile, SamplesFile
-from potstill.train.checkpoints import last_checkpoint
+from potstill.train.checkpoints import check_ranks, last_checkpoint, remove_incomplete
 from potstill.train.objective import Objective
 from potstill.train.rollout import Rollout
 from potstill.train.terms.logits import Labels
@@ -130,7 +130,12 @@ def train(
 ) -> DistillationTrainer:
     """Train one student, from its last checkpoint in `directory/checkpoints/name` if there is one."""
     recipe, checkpoints, shown = built.recipe, directory / "checkpoints" / name, TrainingProgress(name, console)
-    interruption = Interruption(console)
+    interruption, checkpoint = Interruption(console), last_checkpoint(checkpoints)
+    if checkpoint is not None:
+        check_ranks(checkpoint, PartialState().num_processes)
+    if PartialState().is_main_process:
+        remove_incomplete(checkpoints)
+    PartialState().wait_for_everyone()
     student, quantize = built.new_student(), recipe.student.quantize
     trainer = DistillationTrainer(
         student=student,
@@ -152,7 +157,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     try:
         with interruption.awaited(), own_run(trainer.args.report_to, recipe.name):
-            trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) is not None)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         shown.progress.stop()
     return trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,11 +28,35 @@ class Stateful(Protocol):
 def last_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint, or None: the trainer's state is the last file that is written."""
     numbered = {int(path.name[11:]): path for path in directory.glob("checkpoint-*") if path.name[11:].isdigit()}
-    for _, path in sorted(numbered.items(), reverse=True):
-        with suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text())
-            return path
-    return None
+    return next((path for _, path in sorted(numbered.items(), reverse=True) if _is_complete(path)), None)
+
+
+def remove_incomplete(directory: Path) -> None:
+    """Remove what a kill left of a checkpoint: its files would mix with those of the next one of that step."""
+    for path in directory.glob("checkpoint-*"):
+        if not _is_complete(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check_ranks(checkpoint: Path, ranks: int) -> None:
+    """Check that a checkpoint was written by as many ranks: of others, a step would have other rows.
+
+    Each rank writes the state of its random numbers; a checkpoint of weights alone has none.
+    """
+    written = len(list(checkpoint.glob("rng_state*.pth"))) or ranks
+    if written != ranks:
+        raise UserError(
+            f"--resume: expected as many processes as wrote {checkpoint}, which is {written}, got {ranks}. Start as "
+            "many, with torchrun --nproc-per-node if they are several, or choose another directory with --set "
+            "output=DIR."
+        )
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    with suppress(OSError, ValueError):
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        return True
+    return False
 
 
 def restore(owner: Stateful, path: Path, advice: str) -> None:

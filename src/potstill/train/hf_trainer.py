@@ -176,6 +176,10 @@ class StudentTrainer(Trainer):
             self.rollout.save(folder, self.args.process_index)
         super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the main rank's next file marks the checkpoint of all as complete
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = str(output_dir or self.args.output_dir)
         if not self.args.should_save:
