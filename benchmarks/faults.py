@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import faults_fuzz
 from drill import Drill
 
-PARTS: dict[str, Callable[[Drill], None]] = {}
+PARTS: dict[str, Callable[[Drill], None]] = {**faults_fuzz.PARTS}
 
 
 def main() -> None:

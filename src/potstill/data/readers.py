@@ -174,6 +174,8 @@ def _rows_within(document: Any) -> list[Any] | None:
 def _parse_json(text: bytes, encoding: str) -> Any:
     try:
         return json.loads(text.decode(encoding).rstrip())
+    except RecursionError:
+        return ValueError("a value that is nested too deeply")
     except ValueError as error:
         return error
 
@@ -207,6 +209,10 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
                 f"column {value.colno}. Write one whole object a line, or one list of objects."
             ) from None
         row += 1
+        if isinstance(value, ValueError):
+            raise DataError(
+                f"data: expected JSON in {path.name}, got {one_line(value, 99)!r} in line {line}. Correct or remove it."
+            )
         if not isinstance(value, dict):
             raise DataError(
                 f"data: expected a JSON object in row {row} of {path.name}, got {describe_value(value)}. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,8 +67,14 @@ def unreadable(key: str, expected: str, name: str, location: ModelLocation, erro
         )
     else:
         folder = None if "gguf_file" in location.options else location.folder
-        cause = (folder and next(_causes(folder, expected), None)) or _of_error(error, expected, folder)
+        cause = (folder and _first_cause(folder, expected)) or _of_error(error, expected, folder)
     return ModelError(f"{key}: expected {expected} in {name}, got {cause.got} {cause.hint}".strip())
+
+
+def _first_cause(folder: Path, expected: str) -> Cause | None:
+    with suppress(TypeError, ValueError, AttributeError, LookupError, OSError):  # a file holds anything
+        return next(_causes(folder, expected), None)
+    return None
 
 
 def _causes(folder: Path, expected: str) -> Iterator[Cause]:

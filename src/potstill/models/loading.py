@@ -18,7 +18,7 @@ from transformers.models import auto
 from transformers.utils import logging
 
 from potstill.errors import ModelError, one_line
-from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
+from potstill.losses.alignment import MOST_TOKENS, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import has_tokenizer, unreadable
 from potstill.models.integrity import (
@@ -35,7 +35,7 @@ from potstill.models.integrity import (
 from potstill.models.locate import ModelLocation, locate, require_package
 from potstill.models.precision import check_quantizable, saved_dtype
 from potstill.models.size import language_model_class
-from potstill.models.tokenizer_file import tokenizer_notes
+from potstill.models.tokenizer_file import SAMPLE, tokenizer_notes
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -336,10 +336,16 @@ def load_tokenizer(name: str, key: str = "tokenizer", *, pad: bool = False) -> P
         name, key = base, f"the base of {key}"
     tokenizer: PreTrainedTokenizerBase = _load(auto.AutoTokenizer, "a tokenizer", name, key)
     location = locate(name, key)
-    if not has_words(tokenizer):
-        raise unreadable(key, "a tokenizer", name, location, ValueError("it has no words"))
-    if location.folder is not None:
-        setattr(tokenizer, NOTES, tokenizer_notes(tokenizer, location.folder, key))
+    try:  # its files are read whatever values they have, which are wrong where they are used first
+        if not has_words(tokenizer):
+            raise ValueError("it has no words")
+        if (largest := vocabulary_size(tokenizer) - 1) >= MOST_TOKENS:
+            raise ValueError(f"it has the token id {largest}, where less than {MOST_TOKENS} are expected")
+        tokenizer.decode(tokenizer(SAMPLE)["input_ids"])
+        if location.folder is not None:
+            setattr(tokenizer, NOTES, tokenizer_notes(tokenizer, location.folder, key))
+    except Exception as error:
+        raise unreadable(key, "a tokenizer", name, location, error) from error
     if pad and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -365,7 +371,11 @@ def adapter_base(name: str) -> str | None:
 
 
 def load_config(name: str, key: str) -> PretrainedConfig:
-    return _load(auto.AutoConfig, "a model's config.json", name, key)
+    config: PretrainedConfig = _load(auto.AutoConfig, "a model's config.json", name, key)
+    if not all(isinstance(architecture, str) for architecture in config.architectures or ()):
+        wrong = ValueError("architectures are no names")
+        raise unreadable(key, "a model's config.json", name, locate(name, key), wrong)
+    return config
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

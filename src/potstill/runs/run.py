@@ -21,6 +21,7 @@ from potstill.runs.rounds import prune_in_rounds
 from potstill.runs.search import search_shape
 from potstill.runs.start import weak_gradient
 from potstill.runs.steps import CHECKPOINT_BYTES, STEPS, walk
+from potstill.runs.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         UserError: the recipe, the data or the models need a correction; nothing is lost.
         DivergedError: the loss is NaN or infinite.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     # Asked without `cpu`, accelerate looks for GPUs alone: without one each rank would be the first.
     directory, main = Path(recipe.output), PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     shown = console if main else Console(quiet=True)
