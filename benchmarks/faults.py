@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import faults_fuzz
+import faults_servers
 from drill import Drill
 
-PARTS: dict[str, Callable[[Drill], None]] = {**faults_fuzz.PARTS}
+PARTS: dict[str, Callable[[Drill], None]] = {**faults_fuzz.PARTS, **faults_servers.PARTS}
 
 
 def main() -> None:

@@ -414,7 +414,7 @@ def answers(drill: Drill) -> None:
             toy.change = change
             if rng.random() < 0.5:
                 for completion in served.complete([prompt], sampling)[0]:
-                    tokenizer(completion.text)
+                    json.dumps(completion.text)
                     tokenizer.decode(completion.ids)
                 return
             teacher = ServedTeacher(served, tokenizer, top_k=3)

@@ -336,16 +336,14 @@ def load_tokenizer(name: str, key: str = "tokenizer", *, pad: bool = False) -> P
         name, key = base, f"the base of {key}"
     tokenizer: PreTrainedTokenizerBase = _load(auto.AutoTokenizer, "a tokenizer", name, key)
     location = locate(name, key)
-    try:  # its files are read whatever values they have, which are wrong where they are used first
+    with _explained("a tokenizer", name, key):  # its files are read whatever they hold, and fail where they are used
         if not has_words(tokenizer):
             raise ValueError("it has no words")
         if (largest := vocabulary_size(tokenizer) - 1) >= MOST_TOKENS:
             raise ValueError(f"it has the token id {largest}, where less than {MOST_TOKENS} are expected")
-        tokenizer.decode(tokenizer(SAMPLE)["input_ids"])
+        tokenizer.decode(tokenizer(SAMPLE, verbose=False)["input_ids"])
         if location.folder is not None:
             setattr(tokenizer, NOTES, tokenizer_notes(tokenizer, location.folder, key))
-    except Exception as error:
-        raise unreadable(key, "a tokenizer", name, location, error) from error
     if pad and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -386,8 +384,16 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def _load(auto_class: Any, kind: str, name: str, key: str) -> Any:
     location = locate(name, key)
     options = {option: value for option, value in location.options.items() if option == "gguf_file"}
+    with _explained(kind, name, key), suppress_warnings():
+        return auto_class.from_pretrained(location.path, trust_remote_code=False, **options)
+
+
+@contextmanager
+def _explained(kind: str, name: str, key: str) -> Iterator[None]:
+    """Raise a ModelError of one line for whatever files raise that are no such `kind`."""
     try:
-        with suppress_warnings():
-            return auto_class.from_pretrained(location.path, trust_remote_code=False, **options)
-    except Exception as error:
-        raise unreadable(key, kind, name, location, error) from error
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust, in tokenizers
+            raise
+        raise unreadable(key, kind, name, locate(name, key), error) from error

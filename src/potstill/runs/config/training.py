@@ -56,6 +56,7 @@ _OWN_ARGUMENTS = {
     "label_smoothing_factor": "The objective is the loss.",
     "remove_unused_columns": "The columns are the batch.",
     "push_to_hub": "Push the finished student/ folder instead.",
+    "hub_token": "Recipes are kept: log in with `hf auth login`.",
 }
 
 TrainPart = Annotated[dict[str, Any], BeforeValidator(_training_arguments)]
