@@ -147,11 +147,12 @@ def test_nothing_that_is_printed_moves_the_cursor(capsys: pytest.CaptureFixture[
     table = Table(title=ESCAPE)
     table.add_column(f"[link=http://x]{ESCAPE}")
     table.add_row(f"[/x]{ESCAPE}")
-    Terminal(width=200).print(table, f"[red]{ESCAPE}")
+    Terminal(width=200).print(table, f"[red]{ESCAPE} :warning:")
     printed = capsys.readouterr().out
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & {*printed}
     assert "[link=http://x]" in printed
     assert "[/x]" in printed
+    assert ":warning:" in printed
 
 
 # Models

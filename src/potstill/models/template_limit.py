@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,9 +34,16 @@ def limited_rendering() -> Iterator[None]:
     if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.signal(signal.SIGVTALRM, _stop)
+    start = time.thread_time()
+
+    def stop(number: int, frame: Any) -> None:
+        if time.thread_time() - start >= SECONDS:  # the timer counts all threads
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            raise TemplateLimitError(_message(f"{SECONDS} seconds of processor time"))
+
+    handler = signal.signal(signal.SIGVTALRM, stop)
     limits = _limit_memory()
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS / 10)
     try:
         yield
     except MemoryError:
@@ -44,10 +52,6 @@ def limited_rendering() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, handler)
         _set_limits(limits)
-
-
-def _stop(number: int, frame: Any) -> None:
-    raise TemplateLimitError(_message(f"{SECONDS} seconds of processor time"))
 
 
 def _message(bound: str) -> str:

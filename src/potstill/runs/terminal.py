@@ -12,10 +12,10 @@ from potstill.errors import printable
 
 
 class Terminal(Console):
-    """A console for names and texts of others: control characters are escaped, and [brackets] are no markup."""
+    """A console for texts of others: control characters are escaped, and [brackets] and :names: mean nothing."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"markup": False, "highlight": False, **options})
+        super().__init__(**{"markup": False, "highlight": False, "emoji": False, **options})
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render as `Console` does; what rich itself writes to move the cursor or to colour is no text."""
