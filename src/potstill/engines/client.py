@@ -107,7 +107,7 @@ class JsonClient:
         # `from None`: the exceptions below hold the request and its headers, with the key.
         try:
             with self._http.stream(method, self.url + path, json=body) as response:
-                text = _read(response)
+                text = self._without_key(_read(response))
         except httpx2.TimeoutException as error:
             raise _TransientError(f"no answer in time ({type(error).__name__})", overloaded=True) from None
         except httpx2.HTTPError as error:
@@ -125,9 +125,13 @@ class JsonClient:
         except (ValueError, RecursionError):
             raise _TransientError(self._redact(f"something that is not JSON: {text[:60]!r}")) from None
 
+    def _without_key(self, text: str) -> str:
+        """A text without the key, which a server may repeat."""
+        return text.replace(self._key, "***") if self._key else text
+
     def _redact(self, text: str) -> str:
-        """One line without the key, which a server may repeat."""
-        text = " ".join((text.replace(self._key, "***") if self._key else text).split())
+        """One line without the key."""
+        text = " ".join(self._without_key(text).split())
         return text if len(text) <= 500 else text[:500] + "..."
 
 
