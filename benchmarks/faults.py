@@ -13,11 +13,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import faults_fuzz
 import faults_kills
 import faults_ranks
+import faults_servers
 from drill import Drill
 
-PARTS: dict[str, Callable[[Drill], None]] = {**faults_kills.PARTS, **faults_ranks.PARTS}
+MODULES = (faults_kills, faults_ranks, faults_fuzz, faults_servers)
+PARTS: dict[str, Callable[[Drill], None]] = {name: part for module in MODULES for name, part in module.PARTS.items()}
 
 
 def main() -> None:

@@ -74,6 +74,11 @@ FILES = {
     "a changed mode": "import os; os.chmod(os.__file__, 0o777)",
     "a temporary file": "import tempfile; tempfile.TemporaryFile()",
     "a file by its handle": SYSCALL + "call('open_by_handle_at', 0, 0, 0)",
+    "the terminal": "open('/dev/tty')",
+    "keys of ssh": "import os; os.listdir('/root/.ssh')",
+    "the socket of docker": "open('/var/run/docker.sock')",
+    "the handler of crashes": "open('/proc/sys/kernel/core_pattern', 'w')",
+    "limits of groups": "import os; os.listdir('/sys/fs/cgroup')",
 }
 PROCESSES = {
     "fork": "import os; os.fork()",
@@ -111,6 +116,10 @@ RIGHTS = {
     "memory without a file": "import os; os.memfd_create('x')",
     "shared memory": SYSCALL + "call('shmget', 0, 1 << 20, 0o1600)",
     "the name of the machine": "import socket; socket.sethostname('x')",
+    "another file system": SYSCALL + "syscall(430, b'tmpfs', 0)",  # fsopen, move_mount: one number everywhere
+    "a mount that is moved": SYSCALL + "syscall(429, 0, b'/usr', 0, b'/dev', 0)",
+    "a copy of the tree": SYSCALL + "syscall(428, -100, b'/', 1)",
+    "memory that is hidden": SYSCALL + "syscall(447, 0)",
 }
 ATTEMPTS = NETWORK | FILES | PROCESSES | RIGHTS
 

@@ -19,6 +19,7 @@ Each message is one line: `<what was called>: expected <X>, got <Y>. <why>. <wha
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -110,12 +111,33 @@ OTHER_NAMES = {
 }
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: " Did you mean <known>?" by meaning or by spelling, or nothing."""
-    known = list(known)
+    name, known = str(name)[:100], list(known)
     meant = OTHER_NAMES.get(name, "").rpartition(".")[2]
     near = [meant] if meant in known else difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+# Characters that move a terminal's cursor, colour, hide or reorder what it shows, or that it cannot be sent.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+LINES, LINE_CHARACTERS = 50, 1000  # of a message
+
+
+def printable(text: str) -> str:
+    """Write control characters, such as those of terminal escapes, as Python's `ascii` does."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def shortened(message: str) -> str:
+    """Leave out the middle of long lines of a message, whose end says what to do, and lines after the fiftieth."""
+    lines = message.splitlines()
+    kept = [
+        line if len(line) <= LINE_CHARACTERS else f"{line[: LINE_CHARACTERS - 205]} ... {line[-200:]}"
+        for line in lines[:LINES]
+    ]
+    more = len(lines) - LINES
+    return "\n".join(kept + [f"  ... and {more} more lines"] * (more > 0))
 
 
 def one_line(error: object, limit: int | None = None) -> str:

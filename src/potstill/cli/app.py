@@ -14,10 +14,10 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from potstill.errors import PotstillError, UserError
+from potstill.errors import PotstillError, UserError, shortened
+from potstill.runs.terminal import Terminal
 
 RESUMABLE = {"run", "sweep", "generate"}  # commands with --resume
 
@@ -31,7 +31,7 @@ app = typer.Typer(
     "recipe for your own models and data and estimates its cost; [bold]potstill run RECIPE[/] trains it.\n\n"
     "Add --debug to any command for a traceback.",
 )
-console = Console(stderr=True)
+console = Terminal(stderr=True)
 
 
 def _import_files(paths: list[Path] | None) -> list[Path] | None:
@@ -88,7 +88,7 @@ def main() -> None:
         else:
             hint = "Saved work is kept; continue with --resume. " if RESUMABLE & {*sys.argv[1:2]} else ""
             message = f"failed: {type(error).__name__}: {error}. {hint}--debug shows the traceback."
-        console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+        console.print(shortened(message), style="red", soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 
@@ -99,7 +99,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 def show(*parts: object) -> None:
     """Print tables and lines to stdout."""
-    out = Console()
+    out = Terminal()
     for part in parts:
         out.print(part, highlight=False)
 

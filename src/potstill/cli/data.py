@@ -8,12 +8,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from potstill.cli.app import Imports, RecipePath, Sets, app
 from potstill.cli.embedding import kind_of
 from potstill.errors import UserError
+from potstill.runs.terminal import Terminal
 
 if TYPE_CHECKING:
     from potstill.data.show import ShownRow, ShownToken
@@ -43,9 +43,9 @@ def show(
 
     shown = show_data(Recipe.load(recipe, set_ or ()), rows, held_out=held_out)
     if json_:
-        print(json.dumps({**shown._asdict(), "rows": [asdict(row) for row in shown.rows]}, ensure_ascii=False))
+        print(json.dumps({**shown._asdict(), "rows": [asdict(row) for row in shown.rows]}))
         return
-    out = Console()
+    out = Terminal()
     for row in shown.rows:
         for part in _row(row, ids, out.is_terminal):
             out.print(part, soft_wrap=True)

@@ -40,8 +40,8 @@ def demo(
     recipe = demo_recipe(out, set_ or (), model=model, fast=fast)
     console.print(
         f"{TEACHERS[model]}, a student made of its parts, the same student trained on labels alone, and one from "
-        f"random weights.\n{recipe.name}\n[dim]The recipe: {out / 'recipe.yaml'}[/]",
-        highlight=False,
+        f"random weights.\n{recipe.name}"
     )
+    console.print(f"The recipe: {out / 'recipe.yaml'}", style="dim")
     cache_signals(recipe, console)
     show_result(run(recipe, resume=True, console=console))

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from potstill.cli.app import app, comparison_table, console, show
 from potstill.errors import UserError
+from potstill.runs.terminal import Terminal
 
 if TYPE_CHECKING:
     from potstill.models.capacity import TaskKind
@@ -219,7 +219,7 @@ def _compare(teacher: Any, student: Any, context: int, target: str | None, task:
         share = expected_share(ratio, task)
         caveat = ", beyond published sizes" if share.extrapolated else ""
         show(f"  {task}: {share.value:.0%}, from {share.low:.0%} to {share.high:.0%}{caveat}")
-        Console().print(f"    [dim]{share.source}[/]", highlight=False, soft_wrap=True)
+        Terminal().print(f"    {share.source}", style="dim", soft_wrap=True)
     plan = plan_compression(sizes[0].parameters, sizes[1].parameters, target=target, task=task)
     show(f"Rules of thumb for {task} tasks, to begin with:")
     show(f"  objective: {plan.method}, temperature {plan.temperature:g}")

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from potstill.cli.app import Engine, Imports, RecipePath, Sets, app, comparison_table, console
 from potstill.errors import RunError, UserError
+from potstill.runs.terminal import Terminal
 
 
 @app.command()
@@ -71,7 +71,7 @@ def _show_results(directory: Path) -> None:
 
     if PartialState().is_main_process:
         summary = read_sweep(directory)
-        out = Console()
+        out = Terminal()
         out.print(_table(summary), highlight=False)
         out.print(summary["recommended"]["why"], highlight=False, markup=False)
         out.print(f"report  {directory / 'sweep.html'}", highlight=False)

@@ -45,10 +45,13 @@ def _message(message: Any) -> Message:
     if not isinstance(sender, str) or not isinstance(content, str | list | None):
         raise TypeError
     others = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
+    if (calls := others.get("tool_calls")) is not None:
+        _check_calls(calls)
     name = sender.lower()
     if name in CALL_SENDERS and isinstance(content, str):
         return {"role": "assistant", "content": "", "tool_calls": _calls(content), **others}
     if isinstance(call := others.get("function_call"), dict):  # of one call, before there were several
+        _check_calls([call])
         others = {key: others[key] for key in others if key != "function_call"}
         others["tool_calls"] = [{"type": "function", "function": call}]
     if "role" in message:
@@ -61,10 +64,17 @@ def _message(message: Any) -> Message:
 
 def _calls(text: Any) -> list[dict[str, Any]]:
     calls = json.loads(text)
-    functions = [dict(call.get("function", call)) for call in (calls if isinstance(calls, list) else [calls])]
-    if not all(isinstance(function.get("name"), str) for function in functions):
-        raise ValueError
-    return [{"type": "function", "function": function} for function in functions]
+    calls = calls if isinstance(calls, list) else [calls]
+    _check_calls(calls)
+    return [{"type": "function", "function": call.get("function", call)} for call in calls]
+
+
+def _check_calls(calls: Any) -> None:
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise TypeError
+    functions = [call.get("function", call) for call in calls]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+        raise TypeError
 
 
 def read_objects(value: Any) -> list[dict[str, Any]] | None:

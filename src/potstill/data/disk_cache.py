@@ -16,6 +16,7 @@ import pyarrow as pa
 from datasets.fingerprint import Hasher
 
 from potstill.data.files import atomic_path
+from potstill.errors import DataError
 
 BATCH = 256  # rows read, tokenised and written at a time
 FORMAT = 4  # to be raised whenever the same input is encoded differently
@@ -37,7 +38,11 @@ def cache_path(inputs: list[Any]) -> Path:
     """Name the file for what these values determine; tokenizers are hashed by all that they hold."""
     folder = _folder.get() or Path(datasets.config.HF_DATASETS_CACHE) / "potstill"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{Hasher.hash([FORMAT, *inputs])}.arrow"
+    try:
+        return folder / f"{Hasher.hash([FORMAT, *inputs])}.arrow"
+    except RecursionError:
+        nested = "expected options and a tokenizer that can be hashed, got values that are nested too deeply"
+        raise DataError(f"data: {nested}. Correct tokenizer_config.json.") from None
 
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:

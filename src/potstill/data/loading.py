@@ -107,7 +107,8 @@ def _wrong_value(batch: Batch, i: int, column: str, expected: str, got: str, fix
 
 
 _CORRECT = "Correct or remove the row."
-_CONVERSION_ERRORS = (TypeError, ValueError, OverflowError, AttributeError)  # what Arrow and the converters below raise
+# What Arrow and the converters below raise.
+_CONVERSION_ERRORS = (TypeError, ValueError, OverflowError, AttributeError, RecursionError)
 
 
 def _convert(values: list[Any], standard: str, name: str, batch: Batch) -> pa.Array:

@@ -68,7 +68,44 @@ def file_format(path: Path) -> str:
 
 def open_binary(path: Path) -> BinaryIO:
     """Open a file to read, and decompress what has a suffix of `COMPRESSIONS`."""
-    return io.BufferedReader(pa.input_stream(str(path), compression="detect"))
+    raw = pa.input_stream(str(path), compression="detect")
+    if path.suffix.lower() in COMPRESSIONS:
+        raw = _Decompressed(raw, Expansion(path))
+    return io.BufferedReader(raw, 1 << 16)
+
+
+class Expansion:
+    """Counts the bytes that a file holds compressed; a file of kilobytes may mean terabytes of one letter."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.bytes = path.name, 0
+        self.most = max(MOST_BYTES, MOST_EXPANSION * path.stat().st_size)
+
+    def add(self, number: int) -> None:
+        self.bytes += number
+        if self.bytes > self.most:
+            raise DataError(
+                f"data: expected at most {MOST_EXPANSION} times the size of {self.name} when it is decompressed, got "
+                "more. Decompress it, if you trust it."
+            )
+
+
+class _Decompressed(io.RawIOBase):
+    def __init__(self, stream: Any, expansion: Expansion) -> None:
+        self._stream, self._expansion = stream, expansion
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        self._expansion.add(len(content))
+        return len(content)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 @contextmanager
@@ -174,6 +211,8 @@ def _rows_within(document: Any) -> list[Any] | None:
 def _parse_json(text: bytes, encoding: str) -> Any:
     try:
         return json.loads(text.decode(encoding).rstrip())
+    except RecursionError:
+        return ValueError("a value that is nested too deeply")
     except ValueError as error:
         return error
 
@@ -207,6 +246,10 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
                 f"column {value.colno}. Write one whole object a line, or one list of objects."
             ) from None
         row += 1
+        if isinstance(value, ValueError):
+            raise DataError(
+                f"data: expected JSON in {path.name}, got {one_line(value, 99)!r} in line {line}. Correct or remove it."
+            )
         if not isinstance(value, dict):
             raise DataError(
                 f"data: expected a JSON object in row {row} of {path.name}, got {describe_value(value)}. "
@@ -282,8 +325,10 @@ def _distinct(names: list[str], path: Path) -> list[str]:
 
 def _open_parquet(path: Path) -> Table:
     def read(names: list[str]) -> Iterator[Columns]:
+        expansion = Expansion(path)
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=BATCH, columns=names):
+                expansion.add(batch.nbytes)
                 yield without_filled_keys(batch.to_pydict())
 
     with parquet.ParquetFile(path) as file:
@@ -390,6 +435,7 @@ _READERS: dict[str, Callable[[Path], Table]] = {
 }
 TEXT_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".txt")  # that may be compressed
 COMPRESSIONS = (".gz", ".bz2", ".zst")
+MOST_BYTES, MOST_EXPANSION = 1 << 28, 200  # of a decompressed file: the larger one; texts have a tenth of the factor
 SUFFIXES = (*JSON_SUFFIXES, *_READERS)
 ROWS_KEYS = {
     "data",

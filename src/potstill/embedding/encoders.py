@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 KIND = "a sentence-transformers model"
+# Files that name classes, the field that does, and the package that they must be of.
+CLASSES = (("modules.json", "type", "sentence_transformers"), ("config.json", "activation_function", "torch.nn"))
 
 
 def load_embedder(name: str, key: str, *, pooled: bool = True) -> SentenceTransformer:
@@ -37,6 +39,8 @@ def load_embedder(name: str, key: str, *, pooled: bool = True) -> SentenceTransf
     from sentence_transformers import SentenceTransformer
 
     location = locate(name, key)
+    if location.folder is not None:
+        _check_classes(location.folder, key, name)
     try:
         model = SentenceTransformer(location.path, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except Exception as error:
@@ -56,6 +60,23 @@ def load_embedder(name: str, key: str, *, pooled: bool = True) -> SentenceTransf
     except Exception as error:  # of modules that do not go together
         raise unreadable(key, f"{KIND} whose modules go together", name, location, error) from None
     return model
+
+
+def _check_classes(folder: Path, key: str, name: str) -> None:
+    """Refuse modules and activations of other packages: earlier versions of sentence-transformers import them."""
+    for file, field, package in CLASSES:
+        for path in folder.rglob(file):
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise unreadable(key, KIND, name, locate(name, key), error) from None
+            entries = content if isinstance(content, list) else [content]
+            for named in (str(entry[field]) for entry in entries if isinstance(entry, dict) and field in entry):
+                if "." in named and not named.startswith(f"{package}."):
+                    raise ModelError(
+                        f"{key}: expected classes of {package} in {path}, got {named}. Code that comes with a model "
+                        "is not run: name another model."
+                    )
 
 
 def _check_modules(model: SentenceTransformer, folder: Path, key: str, name: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
+from json import loads
 from typing import Any
 
 import httpx2
@@ -20,6 +21,7 @@ from potstill.errors import RefusedError, ServerError, UserError
 KEYS = ("POTSTILL_API_KEY", "OPENAI_API_KEY")  # environment variables with a key, unless another is named
 FIRST_WAIT_S = 0.5  # before the second attempt; doubled before each further one
 MAX_WAIT_S = 60.0  # whatever Retry-After says
+MOST_BYTES = 1 << 30  # of an answer: the log-probabilities of 100,000 tokens have a fifth of it
 
 
 class JsonClient:
@@ -104,27 +106,32 @@ class JsonClient:
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None, json: bool) -> Any:
         # `from None`: the exceptions below hold the request and its headers, with the key.
         try:
-            response = self._http.request(method, self.url + path, json=body)
+            with self._http.stream(method, self.url + path, json=body) as response:
+                text = self._without_key(_read(response))
         except httpx2.TimeoutException as error:
             raise _TransientError(f"no answer in time ({type(error).__name__})", overloaded=True) from None
         except httpx2.HTTPError as error:
             raise _TransientError(self._redact(f"{type(error).__name__}: {error}")) from None
         status = response.status_code
         if status in (408, 429) or status >= 500:
-            message = self._redact(f"status {status}: {_reason(response)}")
+            message = self._redact(f"status {status}: {_reason(response, text)}")
             raise _TransientError(message, wait_s=_retry_after(response), overloaded=status in (408, 429, 503))
         if not response.is_success:
             hint = f" The API key is taken from {' or '.join(KEYS)}." if status in (401, 403) else ""
-            reason = self._redact(_reason(response)).removesuffix(".")
+            reason = self._redact(_reason(response, text)).removesuffix(".")
             raise RefusedError(f"{self.url}{path}: expected an answer, got status {status}: {reason}.{hint}", status)
         try:
-            return response.json() if json else response.text
-        except ValueError:
-            raise _TransientError(self._redact(f"something that is not JSON: {response.text[:60]!r}")) from None
+            return loads(text) if json else text
+        except (ValueError, RecursionError):
+            raise _TransientError(self._redact(f"something that is not JSON: {text[:60]!r}")) from None
+
+    def _without_key(self, text: str) -> str:
+        """A text without the key, which a server may repeat."""
+        return text.replace(self._key, "***") if self._key else text
 
     def _redact(self, text: str) -> str:
-        """One line without the key, which a server may repeat."""
-        text = " ".join((text.replace(self._key, "***") if self._key else text).split())
+        """One line without the key."""
+        text = " ".join(self._without_key(text).split())
         return text if len(text) <= 500 else text[:500] + "..."
 
 
@@ -193,12 +200,22 @@ def _api_key(variable: str | None) -> str | None:
     return keys[0].strip() if keys else None
 
 
-def _reason(response: httpx2.Response) -> str:
+def _read(response: httpx2.Response) -> str:
+    """All of an answer, as long as it has an end; a few bytes may decompress to any number."""
+    content = bytearray()
+    for part in response.iter_bytes():
+        content += part
+        if len(content) > MOST_BYTES:
+            raise _TransientError(f"more than {MOST_BYTES} bytes")
+    return content.decode(errors="replace")
+
+
+def _reason(response: httpx2.Response, text: str) -> str:
     """The error message in the server's JSON, or all of its text."""
     try:
-        content = response.json()
-    except ValueError:
-        return response.text or response.reason_phrase
+        content = loads(text)
+    except (ValueError, RecursionError):
+        return text or response.reason_phrase
     error = content.get("error", content) if isinstance(content, dict) else content
     return str(error.get("message", error.get("detail", error)) if isinstance(error, dict) else error)
 

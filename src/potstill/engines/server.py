@@ -13,6 +13,7 @@ from torch import Tensor
 from potstill.engines.client import JsonClient
 from potstill.engines.sampling import Completion, Sampling
 from potstill.errors import RefusedError, ServerError, nearest
+from potstill.losses.alignment import MOST_TOKENS
 from potstill.losses.declared import NonEmpty, Range, Record
 
 FLOOR = -9999.0  # what vLLM writes for log(0), which JSON cannot express
@@ -86,6 +87,9 @@ class ModelServer:
                 f"{self}: expected one of the models that are served there, got another. Served are "
                 f"{', '.join(cards) or 'none'}.{nearest(self.model, cards)}"
             )
+        limit = cards[self.model].get("max_model_len")
+        if limit is not None and (not isinstance(limit, int) or limit < 2):
+            raise ServerError(f"{self}: expected a number of tokens as max_model_len, got {limit!r:.40}.")
         return cards[self.model]
 
     def complete(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
@@ -153,7 +157,7 @@ class ModelServer:
             )
         try:
             return _parse_scores(entries, prompt, top_k)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ServerError(
                 f"{self}: expected log-probabilities of the likeliest tokens and of the token itself, for each of "
                 f"{len(prompt)} tokens but the first, got something else ({type(error).__name__}: {error})."
@@ -162,12 +166,22 @@ class ModelServer:
     def choices(self, answer: Any) -> dict[int, dict[str, Any]]:
         """The choices of an answer by their index, in whatever order they come."""
         try:
-            choices = {int(choice["index"]): {"text": str(choice["text"]), **choice} for choice in answer["choices"]}
-            if len(choices) < len(answer["choices"]):
-                raise ValueError("one index twice")
+            choices = {int(choice["index"]): dict(choice) for choice in answer["choices"]}
+            if len(choices) < len(answer["choices"]) or not all(map(_is_choice, choices.values())):
+                raise ValueError("one index twice, or a value of another type")
             return choices
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise ServerError(f"{self}: expected choices with index and text, got something else.") from None
+
+
+def _is_choice(choice: dict[str, Any]) -> bool:
+    """Whether a choice has a text, and no other token ids than whole numbers."""
+    ids = choice.get("token_ids")
+    return isinstance(choice["text"], str) and (ids is None or (isinstance(ids, list) and all(map(_is_id, ids))))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_TOKENS
 
 
 def _completion(choice: dict[str, Any]) -> Completion:
@@ -187,6 +201,8 @@ def _parse_scores(entries: list[Any], prompt: Sequence[int], top_k: int) -> Scor
     words: dict[int, str | None] = {}
     for token, entry in zip(prompt[1:], entries[1:], strict=True):
         by_id = {int(key): float(value["logprob"]) for key, value in entry.items()}
+        if not all(map(_is_id, by_id)):
+            raise ValueError("an id that no token has")
         likeliest = sorted(by_id, key=by_id.__getitem__, reverse=True)[:top_k]
         unused = top_k - len(likeliest)
         ids.append(likeliest + [0] * unused)
@@ -197,5 +213,7 @@ def _parse_scores(entries: list[Any], prompt: Sequence[int], top_k: int) -> Scor
     own = torch.tensor(actual, dtype=torch.float32)
     if not bool((top <= 1e-3).all() and (own <= 1e-3).all()):
         raise ValueError("a log-probability above 0")
+    if bool((top.exp().sum(-1) > 1 + 1e-2).any()):
+        raise ValueError("probabilities whose sum is above 1")
     top = top.masked_fill(top <= FLOOR, -math.inf)
     return Scores(torch.tensor(ids, dtype=torch.long).reshape(-1, top_k), top, own, words)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor  # the command line imports the tasks and should not wait for torch
 
 IGNORE = -100  # PyTorch's ignored label; regression uses NaN
+MOST_TOKENS = 1 << 24  # of a vocabulary; a larger id in a file or an answer is a mistake, or meant to fill the memory
 
 # What a model predicts:
 #     causal: the next token                labels [B, T], the tokens themselves, not shifted

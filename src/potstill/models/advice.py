@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ class Cause(NamedTuple):
     hint: str
 
 
-def unreadable(key: str, expected: str, name: str, location: ModelLocation, error: Exception) -> ModelError:
+def unreadable(key: str, expected: str, name: str, location: ModelLocation, error: BaseException) -> ModelError:
     """Explain in one line why a model cannot be loaded."""
     if "gguf_file" in location.options and OTHER_TASK not in str(error):
         cause = Cause(
@@ -66,8 +67,14 @@ def unreadable(key: str, expected: str, name: str, location: ModelLocation, erro
         )
     else:
         folder = None if "gguf_file" in location.options else location.folder
-        cause = (folder and next(_causes(folder, expected), None)) or _of_error(error, expected, folder)
+        cause = (folder and _first_cause(folder, expected)) or _of_error(error, expected, folder)
     return ModelError(f"{key}: expected {expected} in {name}, got {cause.got} {cause.hint}".strip())
+
+
+def _first_cause(folder: Path, expected: str) -> Cause | None:
+    with suppress(TypeError, ValueError, AttributeError, LookupError, OSError):  # a file holds anything
+        return next(_causes(folder, expected), None)
+    return None
 
 
 def _causes(folder: Path, expected: str) -> Iterator[Cause]:
@@ -200,7 +207,7 @@ def _of_pickles(folder: Path, config: dict[str, Any]) -> Iterator[Cause]:
     yield Cause(got, f'If you trust it, convert it once: python -c "{load}; {save}"')
 
 
-def _of_error(error: Exception, expected: str, folder: Path | None) -> Cause:
+def _of_error(error: BaseException, expected: str, folder: Path | None) -> Cause:
     """The error itself; for a package that is missing, how to install it."""
     reason, config = one_line(error), (folder and _json(folder / "config.json")) or {}
     if "tokenizer" in expected and re.search("sentencepiece|tiktoken|protobuf", reason):
@@ -224,7 +231,7 @@ def _of_error(error: Exception, expected: str, folder: Path | None) -> Cause:
     return Cause(f"{type(error).__name__}: {_short(error)}.", "")
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     reason = one_line(error)
     return reason if len(reason) <= 300 else reason[:300] + "..."
 

@@ -10,11 +10,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from potstill.errors import DataError, one_line
+from potstill.models.template_limit import TemplateLimitError, limited_rendering
 
 Message = dict[str, Any]
 
@@ -25,7 +25,6 @@ _SET = ("messages", "conversation", "add_generation_prompt", "continue_final_mes
 _CONTENT = "potstill"  # of a message: no template trims or changes it
 _CALL = "potstill_call"
 _NEXT: Message = {"role": "user", "content": "next"}
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 def render_chat(
@@ -55,8 +54,11 @@ def render_messages(
     failure: Exception | None = None
     for form in _forms(_plain_messages(messages, tokenizer, where)):
         try:
-            text = str(tokenizer.apply_chat_template(form, tokenize=False, **options))
-        except _RENDER_ERRORS as error:
+            with limited_rendering():
+                text = str(tokenizer.apply_chat_template(form, tokenize=False, **options))
+        except TemplateLimitError:
+            raise
+        except Exception as error:  # a template is a program, which may fail in any way
             failure = failure or error
             continue
         if not _quotes_arguments(form, text):
@@ -76,7 +78,8 @@ def generation_spans(
     """Find the characters that the template marks by {% generation %}, of messages from `render_messages`."""
     arguments: dict[str, Any] = {**tokenizer.special_tokens_map, **options, "return_assistant_tokens_mask": True}
     template = tokenizer.get_chat_template(tools=options.get("tools"))
-    rendered: Any = render_jinja_template(conversations=[messages], chat_template=template, **arguments)
+    with limited_rendering():
+        rendered: Any = render_jinja_template(conversations=[messages], chat_template=template, **arguments)
     return [(start, end) for start, end in rendered[1][0]]
 
 
@@ -131,8 +134,11 @@ def _reads_parts_alone(template: str) -> bool:
         messages = [{"role": role, "content": content} for role in ("user", "assistant")]
         special: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
         try:
-            rendered: Any = render_jinja_template(conversations=[messages], chat_template=template, **special)
-        except _RENDER_ERRORS:
+            with limited_rendering():
+                rendered: Any = render_jinja_template(conversations=[messages], chat_template=template, **special)
+        except TemplateLimitError:
+            raise
+        except Exception:  # as above
             rendered = [[""]]
         renders.append(rendered[0][0].count(_CONTENT) == 2)
     return renders == [False, True]
@@ -293,6 +299,8 @@ def _ids_behind(tokenizer: PreTrainedTokenizerBase, messages: list[Message], mar
         return []
     try:
         text = render_chat(tokenizer, messages, "a conversation of two turns")
+    except TemplateLimitError:
+        raise
     except DataError:
         return []
     _, found, closing = text.partition(mark) if mark == _CALL else text.rpartition(mark)

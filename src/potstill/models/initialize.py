@@ -115,12 +115,11 @@ def plan_initialization(
     choice: LayerChoice | Sequence[int] = "uniform" if layers is None else layers
     if layers is None and method in ("copy", "prune") and 2 * shape.layers >= structure.shape.layers:
         choice = "grouped"  # with fewer layers each stands for more of them, and evenly spaced ones are fitted better
-    influence = None
     if method == "prune" and importance is None:
         importance = measure_importance(teacher, calibration())
-    if choice in ("grouped", "importance") and shape.layers < structure.shape.layers:
-        known = importance is not None
-        influence = importance.layers if known else measure_influence(teacher, structure.layers, calibration())
+    influence = None if importance is None else importance.layers
+    if influence is None and choice in ("grouped", "importance") and shape.layers < structure.shape.layers:
+        influence = measure_influence(teacher, structure.layers, calibration())
     chosen = choose_layers(choice, structure.shape.layers, shape.layers, influence)
     if whole:
         parts = whole_layers(structure.shape, chosen, matching=method == "selective")

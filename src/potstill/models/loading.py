@@ -18,7 +18,7 @@ from transformers.models import auto
 from transformers.utils import logging
 
 from potstill.errors import ModelError, one_line
-from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
+from potstill.losses.alignment import MOST_TOKENS, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import has_tokenizer, unreadable
 from potstill.models.integrity import (
@@ -35,7 +35,7 @@ from potstill.models.integrity import (
 from potstill.models.locate import ModelLocation, locate, require_package
 from potstill.models.precision import check_quantizable, keep_gradients, saved_dtype
 from potstill.models.size import language_model_class
-from potstill.models.tokenizer_file import tokenizer_notes
+from potstill.models.tokenizer_file import SAMPLE, tokenizer_notes
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -345,10 +345,14 @@ def load_tokenizer(name: str, key: str = "tokenizer", *, pad: bool = False) -> P
         name, key = base, f"the base of {key}"
     tokenizer: PreTrainedTokenizerBase = _load(auto.AutoTokenizer, "a tokenizer", name, key)
     location = locate(name, key)
-    if not has_words(tokenizer):
-        raise unreadable(key, "a tokenizer", name, location, ValueError("it has no words"))
-    if location.folder is not None:
-        setattr(tokenizer, NOTES, tokenizer_notes(tokenizer, location.folder, key))
+    with _explained("a tokenizer", name, key):  # its files are read whatever they hold, and fail where they are used
+        if not has_words(tokenizer):
+            raise ValueError("it has no words")
+        if (largest := vocabulary_size(tokenizer) - 1) >= MOST_TOKENS:
+            raise ValueError(f"it has the token id {largest}, where less than {MOST_TOKENS} are expected")
+        tokenizer.decode(tokenizer(SAMPLE, verbose=False)["input_ids"])
+        if location.folder is not None:
+            setattr(tokenizer, NOTES, tokenizer_notes(tokenizer, location.folder, key))
     if pad and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -374,7 +378,11 @@ def adapter_base(name: str) -> str | None:
 
 
 def load_config(name: str, key: str) -> PretrainedConfig:
-    return _load(auto.AutoConfig, "a model's config.json", name, key)
+    config: PretrainedConfig = _load(auto.AutoConfig, "a model's config.json", name, key)
+    if not all(isinstance(architecture, str) for architecture in config.architectures or ()):
+        wrong = ValueError("architectures are no names")
+        raise unreadable(key, "a model's config.json", name, locate(name, key), wrong)
+    return config
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -385,8 +393,16 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def _load(auto_class: Any, kind: str, name: str, key: str) -> Any:
     location = locate(name, key)
     options = {option: value for option, value in location.options.items() if option == "gguf_file"}
+    with _explained(kind, name, key), suppress_warnings():
+        return auto_class.from_pretrained(location.path, trust_remote_code=False, **options)
+
+
+@contextmanager
+def _explained(kind: str, name: str, key: str) -> Iterator[None]:
+    """Raise a ModelError of one line for whatever files raise that are no such `kind`."""
     try:
-        with suppress_warnings():
-            return auto_class.from_pretrained(location.path, trust_remote_code=False, **options)
-    except Exception as error:
-        raise unreadable(key, kind, name, location, error) from error
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust, in tokenizers
+            raise
+        raise unreadable(key, kind, name, locate(name, key), error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -126,6 +127,8 @@ def weight_files(name: str | Path) -> list[Path]:
 
 
 def _in_folder(folder: Path, key: str) -> ModelLocation:
+    for index in folder.glob("*.index.json"):
+        _check_index(index, key)
     if (folder / "config.json").exists():
         return ModelLocation(str(folder))
     files = sorted(file for file in folder.glob("*.gguf") if not file.name.startswith("mmproj"))  # a vision tower
@@ -135,6 +138,21 @@ def _in_folder(folder: Path, key: str) -> ModelLocation:
             "parts of one model with llama-gguf-split --merge."
         )
     return _in_gguf(files[0], key) if files else ModelLocation(str(folder))
+
+
+def _check_index(path: Path, key: str) -> None:
+    """Check that an index of weights names files of its own folder alone."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = {*content["weight_map"].values()}
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return  # not an index of weights, or damaged, which is said where it is read
+    if outside:
+        raise ModelError(
+            f"{key}: expected the files of weights in {path.parent}, got {outside[0]} in {path.name}. "
+            "Copy it there, and name it without a folder."
+        )
 
 
 def _in_gguf(path: Path, key: str) -> ModelLocation:

@@ -39,6 +39,7 @@ from potstill.runs.embedding_sources import (
 from potstill.runs.progress import PartProgress, part
 from potstill.runs.rehearsal import failing_early, temporary_folder
 from potstill.runs.run import RunResult
+from potstill.runs.terminal import Terminal
 
 _PICTURE_ROWS = 1000  # held-out rows in the picture of the space
 _NEIGHBOUR_ROWS = 4000  # held-out rows that neighbours are looked for among
@@ -53,7 +54,7 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
         UserError: something in the recipe, the data or the models is to be corrected.
         RunError: the loss is NaN or infinite, or a server does not answer.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     directory = Path(recipe.output)
     recipe.check_directory(directory, resume)
     with suppress_warnings():

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from potstill.data.batches import in_batches
@@ -164,14 +164,14 @@ def _load_models(built: BuiltRun, students: Mapping[str, Path]) -> dict[str, Pre
 
 
 def _in_teachers_precision(models: Models) -> Models:
-    """The students in the teacher's precision, so that times compare the models alone; quantized ones as they are."""
+    """The models, the students in the teacher's precision, so that times compare the models alone; quantized ones as they are."""
     teacher = models.get("teacher")
     if teacher is None or is_quantized(teacher):
         return models
-    return {
-        name: model if model.dtype == teacher.dtype or is_quantized(model) else model.to(teacher.dtype)
-        for name, model in models.items()
-    }
+    for model in models.values():
+        if model.dtype != teacher.dtype and not is_quantized(model):
+            nn.Module.to(model, teacher.dtype)
+    return models
 
 
 def _measure(

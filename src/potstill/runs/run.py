@@ -20,6 +20,7 @@ from potstill.runs.rounds import prune_in_rounds
 from potstill.runs.search import search_shape
 from potstill.runs.start import weak_gradient
 from potstill.runs.steps import CHECKPOINT_BYTES, STEPS, walk
+from potstill.runs.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         DivergedError: the loss is NaN or infinite.
         RunError: another rank of the run does not answer.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     directory, main = Path(recipe.output), join_ranks(recipe.train).is_main_process
     shown = console if main else Console(quiet=True)
     if not resume:

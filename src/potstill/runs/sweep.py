@@ -35,6 +35,7 @@ from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
 from potstill.runs.ray import start_ray
 from potstill.runs.run import RunResult, run
+from potstill.runs.terminal import Terminal
 
 Engine = Literal["process", "ray"]
 
@@ -75,7 +76,7 @@ def read_axes(texts: Iterable[str]) -> dict[str, list[Any]]:
     axes: dict[str, list[Any]] = {}
     for text in texts:
         key, _, value_list = text.partition("=")
-        values = read_list(value_list)
+        values = read_list(value_list, "--vary")
         if not key or not values:
             raise RecipeError(f"--vary: expected KEY=VALUE,VALUE such as objective.0.temperature=1,2,4, got {text}.")
         for fixed, why in _FIXED.items():
@@ -140,7 +141,7 @@ def sweep(
         UserError: the recipe needs a correction; nothing has run.
         RunError: some runs failed; results of the others are in `out`.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     if engine not in get_args(Engine):
         raise UserError(f"--engine: expected {' or '.join(get_args(Engine))}, got {engine}.")
     points = grid(values, axes, out, origin)

@@ -105,7 +105,7 @@ class TeacherSource(Declared):
         if name is None:
             near = "" if given else "".join(nearest(key, cls.kinds) for key in value if key not in cls.kinds)
             keys = [f"{key} without a value" if key in cls.kinds else key for key in value]
-            got = " and ".join(given) or ", ".join(keys) or "none"
+            got = " and ".join(given) or ", ".join(map(str, keys)) or "none"
             raise ValueError(f"expected one of {', '.join(cls.kinds)}, got {got}.{near}")
         others = {f.name: f.default for kind in cls.kinds.values() for f in fields(kind) if f.name not in own[name]}
         for key in others.keys() & value.keys():

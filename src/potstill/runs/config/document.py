@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
@@ -20,6 +20,8 @@ from potstill.errors import OTHER_NAMES, RecipeError, nearest, one_line
 from potstill.losses.declared import Declared, is_tag
 
 UNKNOWN_KEY = "unknown key."
+MOST_CHARACTERS = 2**20  # of a recipe
+MOST_VALUES = 100_000  # in a recipe
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -105,19 +107,63 @@ def _subclasses(kind: type[Part]) -> list[type[Part]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with two repairs: 1e-3 is a number, and a key that stands twice is a mistake."""
+    """YAML 1.1 with two repairs: 1e-3 is a number, and a key that stands twice is a mistake.
+
+    Aliases may not stand for more than MOST_VALUES in all: ten lines of aliases of aliases can mean billions.
+    """
+
+    def get_single_node(self) -> Any:
+        root = super().get_single_node()
+        if root is not None and _values_in(root, {}) > MOST_VALUES:
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MOST_VALUES} values, with what aliases stand for"
+            )
+        return root
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"a key that is a {type(key).__name__}", node.start_mark
+                )
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _values_in(node: Any, counts: dict[int, int | None]) -> int:
+    """The number of values in a node, what an alias stands for at each place where it does."""
+    if id(node) not in counts:
+        counts[id(node)] = None  # while it is counted
+        inner = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else ()
+        parts = (part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,)))
+        counts[id(node)] = 1 + sum(_values_in(part, counts) for part in parts)
+    count = counts[id(node)]
+    if count is None:
+        raise yaml.composer.ComposerError(None, None, "an alias within what it stands for", node.start_mark)
+    return count
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML, safely; whatever cannot be read is a YAMLError."""
+    try:
+        return yaml.load(text, _Loader)  # _Loader is a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("values that are nested too deeply") from None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # a date, a number or a tag that cannot be one
+        raise yaml.YAMLError(f"a value that its type does not have: {error}") from None
 
 
 def locate_recipe(path: Path) -> Path:
@@ -134,7 +180,13 @@ def locate_recipe(path: Path) -> Path:
 def read(path: Path) -> Any:
     path = locate_recipe(path)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # _Loader is a SafeLoader
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+        if len(text) > MOST_CHARACTERS:
+            raise RecipeError(
+                f"recipe: expected at most {MOST_CHARACTERS} characters, got more in {path}. Name a recipe."
+            )
+        return load_yaml(text)
     except FileNotFoundError:
         names = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         near = nearest(path.name, names)
@@ -154,16 +206,16 @@ def apply(values: Any, sets: Iterable[str], origin: str = "recipe") -> dict[str,
     return values
 
 
-def read_list(text: str) -> list[Any]:
-    """Values with commas between them, each as YAML reads it.
+def read_list(text: str, key: str = "values") -> list[Any]:
+    """Values with commas between them, each as YAML reads it; `key` is for the error.
 
     >>> read_list("2, 1e-3, {hidden_size: 8, num_hidden_layers: 1}")
     [2, 0.001, {'hidden_size': 8, 'num_hidden_layers': 1}]
     """
     try:
-        return list(yaml.load(f"[{text}]", _Loader))  # _Loader is a SafeLoader
+        return list(load_yaml(f"[{text}]"))
     except yaml.YAMLError:
-        wrong = f"expected values with commas between them, got {text}. Brackets and quotes must close."
+        wrong = f"{key}: expected values with commas between them, got {text}. Brackets and quotes must close."
         raise RecipeError(wrong) from None
 
 
@@ -179,7 +231,7 @@ def _set(values: dict[str, Any], change: str) -> None:
         if not isinstance(here, dict | list):
             raise RecipeError(f"--set {change}: expected {name} to hold keys, got {here!r}.")
     try:
-        value = yaml.load(text, _Loader)  # _Loader is a SafeLoader
+        value = load_yaml(text)
     except yaml.YAMLError:
         value = text
     here[_index(here, last, change)] = value

@@ -22,7 +22,9 @@ def _training_arguments(values: Any) -> Any:
     settable = argument_names()
     mistakes, checked = [], {}
     for name, value in values.items():
-        if name in _OWN_ARGUMENTS:
+        if not isinstance(name, str):
+            mistakes.append(f"train.{name}: unknown key. Keys are text.")
+        elif name in _OWN_ARGUMENTS:
             mistakes.append(f"train.{name}: expected it not to be set here. {_OWN_ARGUMENTS[name]}")
         elif name not in settable:
             mistakes.append(f"train.{name}: unknown key.{nearest(name, settable)}")
@@ -54,6 +56,7 @@ _OWN_ARGUMENTS = {
     "label_smoothing_factor": "The objective is the loss.",
     "remove_unused_columns": "The columns are the batch.",
     "push_to_hub": "Push the finished student/ folder instead.",
+    "hub_token": "Recipes are kept: log in with `hf auth login`.",
 }
 
 TrainPart = Annotated[dict[str, Any], BeforeValidator(_training_arguments)]

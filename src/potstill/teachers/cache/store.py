@@ -137,7 +137,10 @@ def read_manifest(directory: Path) -> Manifest:
         version = body["plan"]["format"]
         body.pop("sha256", None)
         if version == FORMAT and text == manifest_text(body):
-            return TypeAdapter(Manifest).validate_python(body)
+            manifest = TypeAdapter(Manifest).validate_python(body)
+            names = [*(f"shards/{shard.name}" for shard in manifest.shards), *manifest.files]
+            if not any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+                return manifest
     except FileNotFoundError:
         if (directory / PLAN).exists():
             raise DataError(
