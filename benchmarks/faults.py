@@ -12,9 +12,27 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import faults_corruption
+import faults_disk
+import faults_memory
 from drill import Drill
 
-PARTS: dict[str, Callable[[Drill], None]] = {}
+PARTS: dict[str, Callable[[Drill], None]] = {
+    "disk-full": faults_disk.disk_full,
+    "disk-small": faults_disk.disk_small,
+    "disk-read-only": faults_disk.disk_read_only,
+    "disk-errors": faults_disk.disk_errors,
+    "file-handles": faults_disk.file_handles,
+    "memory": faults_memory.memory,
+    "corrupt-caches": faults_corruption.caches,
+    "corrupt-begun-caches": faults_corruption.begun_caches,
+    "corrupt-encoded-data": faults_corruption.encoded_data,
+    "corrupt-checkpoints": faults_corruption.checkpoints,
+    "corrupt-students": faults_corruption.students,
+    "corrupt-journals": faults_corruption.journals,
+    "corrupt-embedding-checkpoints": faults_corruption.embedding_checkpoints,
+    "cut-files": faults_corruption.truncated,
+}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from potstill.errors import PotstillError, UserError
+from potstill.errors import PotstillError, UserError, one_line, remedy
 
 RESUMABLE = {"run", "sweep", "generate"}  # commands with --resume
 
@@ -78,7 +78,8 @@ def main() -> None:
             message = str(error)
         else:
             hint = "Saved work is kept; continue with --resume. " if RESUMABLE & {*sys.argv[1:2]} else ""
-            message = f"failed: {type(error).__name__}: {error}. {hint}--debug shows the traceback."
+            advice = "" if (found := remedy(error)) is None else f"{found} "
+            message = f"failed: {type(error).__name__}: {one_line(error)}. {advice}{hint}--debug shows the traceback."
         console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
 
