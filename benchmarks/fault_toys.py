@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # whose toys these are
-import conftest
 
-COMMANDS = multiprocessing.get_context("forkserver")
-COMMANDS.set_forkserver_preload(
-    ["potstill.runs.run", "potstill.runs.embedding", "potstill.cli", "torch._dynamo", "fault_toys"]
+# The process of `faults.py` itself imports little: its forks have everything.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["potstill.runs.run", "potstill.runs.embedding", "potstill.cli", "torch._dynamo", "conftest", "fault_toys"]
 )
+SECONDS = 600  # that a fork may take
 
 TRAIN = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 EVALUATE = {"baseline": True, "time_limit": 1e-6, "continuations": 1, "curve_rows": 8}
@@ -64,13 +63,7 @@ def make_toys(folder: Path) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tokenizer = conftest.make_tokenizer()
-    # Matrices of llama.cpp's quantized kinds have rows of 32.
-    for name, model in {"teacher": conftest.make_llama(hidden_size=32, seed=1)}.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    for name, texts in (("train", conftest.TEXT[:40]), ("eval", conftest.TEXT[40:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert in_fork(_make_models, (folder,)) == 0
     data = {"train": {"path": "train.jsonl"}, "eval": {"path": "eval.jsonl"}, "max_length": 32, "packing": True}
     run = {
         "name": "toy",
@@ -108,10 +101,35 @@ def make_toys(folder: Path) -> Path:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     questions = [{"question": f"What is {i} plus {i}?", "answer": f"Add.\n#### {2 * i}"} for i in range(10)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    np.save(folder / "vectors.npy", torch.randn(400, 24, generator=torch.Generator().manual_seed(0)).numpy())
     done = potstill("run", "run.yaml", "--set", "output=finished", folder=folder)
     assert done.status == 0, done.output
     return folder
+
+
+def _make_models(folder: Path) -> None:
+    import numpy as np
+
+    import conftest
+
+    tokenizer = conftest.make_tokenizer()
+    model = conftest.make_llama(hidden_size=32, seed=1)  # llama.cpp quantizes in blocks of 32
+    model.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    for name, texts in (("train", conftest.TEXT[:40]), ("eval", conftest.TEXT[40:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    np.save(folder / "vectors.npy", np.random.default_rng(0).standard_normal((400, 24), dtype=np.float32))
+
+
+def in_fork(function: Callable[..., object], arguments: tuple[Any, ...] = ()) -> int:
+    """Call a function in a fork of a process that has imported everything; return its exit status."""
+    process = FORKS.Process(target=function, args=arguments, daemon=True)
+    process.start()
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 class Done(NamedTuple):
@@ -130,17 +148,10 @@ class Done(NamedTuple):
 def potstill(
     *arguments: str, folder: Path, before: Callable[..., object] | None = None, given: tuple[Any, ...] = ()
 ) -> Done:
-    """Run a command in a fork of a process that has imported everything; `before(*given)` brings the fault into it."""
+    """Run a command in a fork; `before(*given)` brings the fault into it."""
     output = folder.parent / f"{folder.name}.output"
-    process = COMMANDS.Process(target=_main, args=(arguments, folder, output, before, given), daemon=True)
-    process.start()
-    process.join(120)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        return Done(-9, "took more than 120 seconds")
-    assert process.exitcode is not None
-    return Done(process.exitcode, output.read_text(errors="replace"))
+    status = in_fork(_main, (arguments, folder, output, before, given))
+    return Done(status, output.read_text(errors="replace"))
 
 
 def _main(arguments: tuple[str, ...], folder: Path, output: Path, before: Any, given: tuple[Any, ...]) -> None:

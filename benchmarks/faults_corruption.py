@@ -5,6 +5,7 @@ Each is found (one line, exit status 1 or 2), or harmless: the command leaves wh
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drill import Case, Drill
-from fault_toys import COMMAND, TRAIN, Command, Done, make_toys, potstill, results
-from potstill.errors import DataError
-from potstill.teachers.cache.store import Cache
+from fault_toys import COMMAND, TRAIN, Command, Done, in_fork, make_toys, potstill, results
 
 RESUMED = Command((*COMMAND["run"].arguments, "--resume"), COMMAND["run"].results)
 STUDENT = "finished/student/*.[!m]*"  # but for the card
@@ -29,6 +28,14 @@ VERIFY = Command(("cache", "verify", "signals"), ("signals/**/*",))
 def caches(drill: Drill) -> None:
     """Flip a bit of a finished cache of teacher signals."""
     sound = _sound(drill, "cache", COMMAND["cache"].arguments)
+    assert in_fork(_flip_cache, (drill, sound)) == 0
+    drill.read()
+
+
+def _flip_cache(drill: Drill, sound: Path) -> None:
+    from potstill.errors import DataError
+    from potstill.teachers.cache.store import Cache
+
     for case in drill.cases(1000):
         work = case.folder / "signals"
         shutil.copytree(sound / "signals", work)
@@ -44,31 +51,31 @@ def encoded_data(drill: Drill) -> None:
     """Flip a bit of the encoded data that the next command reads in place of the text."""
     sound = _sound(drill, "encoded", COMMAND["cache"].arguments)
     shutil.rmtree(sound / "signals", ignore_errors=True)
-    _damage(drill, 60, sound, COMMAND["cache"], lambda work: work.glob("datasets/**/*"))
+    _damage(drill, 60, sound, COMMAND["cache"], "datasets/**/*")
 
 
 def begun_caches(drill: Drill) -> None:
     """Flip a bit of a cache that was being built."""
     sound = _sound(drill, "begun-cache", (*COMMAND["cache"].arguments, "--shard", "0/2"))
-    _damage(drill, 60, sound, COMMAND["cache"], lambda work: work.glob("signals/**/*"))
+    _damage(drill, 60, sound, COMMAND["cache"], "signals/**/*")
 
 
 def checkpoints(drill: Drill) -> None:
     """Flip a bit of the last checkpoint of a run that was killed."""
     sound = _sound(drill, "checkpoint", RESUMED.arguments, kill_after_checkpoint)
-    _damage(drill, 200, sound, RESUMED, lambda work: work.glob("run/checkpoints/student/*/*"))
+    _damage(drill, 200, sound, RESUMED, "run/checkpoints/student/*/*", _read_checkpoint)
 
 
 def students(drill: Drill) -> None:
     """Flip a bit of a finished student, which is then a teacher."""
-    _damage(drill, 200, make_toys(drill.folder.parent / "toys"), READ_STUDENT, lambda work: work.glob(STUDENT))
+    _damage(drill, 200, make_toys(drill.folder.parent / "toys"), READ_STUDENT, STUDENT, _read_student)
 
 
 def journals(drill: Drill) -> None:
     """Flip a bit of the texts of a teacher that are not all written yet."""
     sound = _sound(drill, "journal", COMMAND["generate"].arguments)
     command = Command((*COMMAND["generate"].arguments, "--resume"), COMMAND["generate"].results)
-    _damage(drill, 200, sound, command, lambda work: [work / "texts/texts.jsonl"])
+    _damage(drill, 200, sound, command, "texts/texts.jsonl", _read_journal)
 
 
 def embedding_checkpoints(drill: Drill) -> None:
@@ -76,7 +83,7 @@ def embedding_checkpoints(drill: Drill) -> None:
     sound = _sound(drill, "embedding", COMMAND["embedding"].arguments)
     shutil.rmtree(sound / "vectors/student", ignore_errors=True)
     command = Command((*COMMAND["embedding"].arguments, "--resume"), COMMAND["embedding"].results)
-    _damage(drill, 60, sound, command, lambda work: work.glob("vectors/checkpoints/*/*"))
+    _damage(drill, 60, sound, command, "vectors/checkpoints/*/*")
 
 
 def truncated(drill: Drill) -> None:
@@ -129,12 +136,64 @@ def _sound(drill: Drill, name: str, arguments: tuple[str, ...], before: Callable
     return folder
 
 
-def _damage(drill: Drill, count: int, sound: Path, command: Command, files: Callable[[Path], Any]) -> None:
-    """Flip one bit of one file in each case, and run the command that reads it."""
+def _damage(
+    drill: Drill,
+    count: int,
+    sound: Path,
+    command: Command,
+    files: str,
+    read: Callable[[Path], object] | None = None,
+) -> None:
+    """Flip one bit of one file in each case, and run the command that reads it.
+
+    With `read`, what the command reads first is tried alone; the command is run in each tenth case, and wherever that
+    finds nothing.
+    """
+    if read is not None:
+        assert in_fork(_try_reading, (drill, count, sound, files, read)) == 0
+        drill.read()
     for case in drill.cases(count):
         work = case.folder / "work"
         shutil.copytree(sound, work)
-        _note(drill, case, sound, work, command, _flip(case, files(work)))
+        _note(drill, case, sound, work, command, _flip(case, work.glob(files)))
+
+
+def _try_reading(drill: Drill, count: int, sound: Path, files: str, read: Callable[[Path], object]) -> None:
+    from potstill.errors import PotstillError
+
+    for case in drill.cases(count):
+        work = case.folder / "work"
+        shutil.copytree(sound, work)
+        facts = _flip(case, work.glob(files))
+        if case.number % 10:
+            try:
+                read(work)
+            except PotstillError as error:
+                line = str(error)
+                drill.note(case.number, "\n" not in line, **facts, found=True, line=line[:200], alone=True)
+
+
+def _read_checkpoint(work: Path) -> None:
+    from potstill.models.checksums import check_folder
+    from potstill.train.checkpoints import last_checkpoint
+
+    checkpoint = last_checkpoint(work / "run/checkpoints/student")
+    if checkpoint is not None:
+        check_folder(checkpoint, "checkpoint")
+
+
+def _read_student(work: Path) -> None:
+    from potstill.models.loading import load_tokenizer
+
+    load_tokenizer(str(work / "finished/student"), "teacher")
+
+
+def _read_journal(work: Path) -> None:
+    from potstill.generation import journal
+
+    path = work / "texts/texts.jsonl"
+    with path.open("a+b") as file:
+        journal._read(file, journal.without_checksum(json.loads(path.read_text().partition("\n")[0])), path)
 
 
 def _flip(case: Case, files: Iterator[Path]) -> dict[str, Any]:

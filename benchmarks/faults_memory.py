@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-import torch
-
 from drill import Drill
 from fault_toys import COMMAND, make_toys, potstill, results
 
@@ -17,12 +15,12 @@ PLACES = {
     "generate": {"forward": 20},
     "embedding": {"backward": 20, "embedding step": 20},
 }
-ERRORS: list[tuple[type[Exception], str]] = [
-    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB."),
-    (RuntimeError, "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to "
+ERRORS = (
+    ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB."),
+    ("RuntimeError", "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to "
      "allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)"),
-    (MemoryError, "Unable to allocate 64.0 GiB for an array"),
-]  # fmt: skip
+    ("MemoryError", "Unable to allocate 64.0 GiB for an array"),
+)  # fmt: skip
 
 
 def memory(drill: Drill) -> None:
@@ -52,6 +50,9 @@ def memory(drill: Drill) -> None:
 
 def fail_allocation(place: str, number: int, error: int) -> None:
     """Let the number-th call of a place raise one of ERRORS."""
+    import builtins
+
+    import torch
     from transformers import LlamaModel
 
     from potstill.train.trainer import DistillationTrainer
@@ -65,7 +66,8 @@ def fail_allocation(place: str, number: int, error: int) -> None:
     }
     owner, name = places[place]
     calls, real = 0, getattr(owner, name)
-    kind, words = ERRORS[error]
+    name_of_error, words = ERRORS[error]
+    kind = getattr(builtins, name_of_error, None) or getattr(torch, name_of_error)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls

@@ -27,8 +27,8 @@ from potstill.runs.steps import training_arguments
 from potstill.train.callbacks import MetricsFile
 from potstill.train.trainer import DistillationTrainer
 
-SHORT_STEPS = 200  # of the run that the beginning is compared with
-EVERY = 50  # steps between evaluations, checkpoints and measurements
+SHORT_STEPS = 100  # of the run that the beginning is compared with
+EVERY = 25  # steps between evaluations, checkpoints and measurements
 WARM = 0.25  # share of the soak after which memory is compared: allocators and caches have filled by then
 NOISE = 3.0  # standard errors of the slope of memory
 MOST_GROWTH = 0.01  # of the memory, over the measured part

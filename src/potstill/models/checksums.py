@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from potstill.errors import ModelError
 
-CHECKSUMS = "checksums.json"  # in a folder: the sha256 of its files
+CHECKSUMS = "potstill_checksums.json"  # in a folder: the sha256 of its files
 
 
 def digest(path: Path) -> str:
@@ -62,7 +63,9 @@ def write_checksums(folder: Path) -> None:
     """Write the sha256 of each file of a folder, but for texts that are written anew, into a file beside them."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md")
     names = {path.relative_to(folder).as_posix(): path for path in files if path.name != CHECKSUMS}
-    _write(folder / CHECKSUMS, json.dumps({name: digest(path) for name, path in names.items()}, indent=1) + "\n")
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(digest, names.values())
+    _write(folder / CHECKSUMS, json.dumps(dict(zip(names, digests, strict=True)), indent=1) + "\n")
 
 
 def check_folder(folder: Path, key: str) -> None:
