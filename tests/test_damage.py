@@ -31,6 +31,7 @@ from potstill.runs.finished_parts import FinishedParts
 from potstill.runs.run import run
 from potstill.runs.search import _read
 from potstill.train.arguments import DistillationConfig
+from potstill.train.callbacks import logged_lines
 from potstill.train.hf_trainer import StudentTrainer
 from test_embedding_training import HELD, TRAIN, distil
 
@@ -154,6 +155,17 @@ def test_a_damaged_journal_is_found(tmp_path: Path) -> None:
     (tmp_path / "texts").write_text(changed)
     with pytest.raises(DataError, match=r"^generate: expected a journal .* as it was written, got a line of something"):
         completed()
+
+
+def test_a_damaged_log_is_found_and_a_cut_one_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"run": "student", "step": step, "loss": 1.5} for step in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"run": "stu')
+    assert logged_lines(path) == lines
+    for damaged in (b"\xff", b"}"):
+        path.write_bytes(path.read_bytes().replace(b'"step": 1', b'"step"' + damaged + b"1"))
+        with pytest.raises(RunError, match=r"^log: expected JSON in line 2 of .*metrics\.jsonl, got something else"):
+            logged_lines(path)
 
 
 def test_a_damaged_embedding_checkpoint_is_found(tmp_path: Path) -> None:
