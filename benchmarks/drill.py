@@ -27,6 +27,10 @@ class Drill:
         self.name, self.seed, self.count = name, seed, count
         self.folder, self.path = out / name, out / f"{name}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.read()
+
+    def read(self) -> None:
+        """Read the cases that were tried, by other processes too."""
         self.rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
     def cases(self, count: int) -> Iterator[Case]:

@@ -13,13 +13,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import faults_corruption
+import faults_disk
 import faults_fuzz
 import faults_kills
+import faults_memory
 import faults_ranks
 import faults_servers
 from drill import Drill
 
-MODULES = (faults_kills, faults_ranks, faults_fuzz, faults_servers)
+MODULES = (faults_kills, faults_ranks, faults_disk, faults_memory, faults_corruption, faults_fuzz, faults_servers)
 PARTS: dict[str, Callable[[Drill], None]] = {name: part for module in MODULES for name, part in module.PARTS.items()}
 
 

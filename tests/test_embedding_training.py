@@ -140,7 +140,7 @@ def test_a_killed_training_goes_on_to_the_same_end(tmp_path: Path, after: int) -
 
     whole = plan()
     lines = whole.fit(TRAIN, HELD, checkpoints=tmp_path / "whole")
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["stage-1.pt", "stage-2.pt"]
+    assert sorted(path.name for path in (tmp_path / "whole").glob("*.pt")) == ["stage-1.pt", "stage-2.pt"]
     assert [(line.epoch, line.stage, line.heat) for line in lines] == [
         (0, 0, 4.0), (1, 1, 4.0), (2, 1, 4.0), (3, 2, 1.0), (4, 2, 1.0)
     ]  # fmt: skip

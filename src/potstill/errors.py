@@ -19,6 +19,8 @@ Each message is one line: `<what was called>: expected <X>, got <Y>. <why>. <wha
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Iterable
 
@@ -138,6 +140,42 @@ def shortened(message: str) -> str:
     ]
     more = len(lines) - LINES
     return "\n".join(kept + [f"  ... and {more} more lines"] * (more > 0))
+
+
+# What helps when the machine fails, by the error's number or, from a library of its own language, by its words.
+_LESS_MEMORY = "Lower the batch size, or the length of rows."
+REMEDIES = {
+    errno.ENOSPC: "Make room on the disk.",
+    errno.EDQUOT: "Make room within the disk quota.",
+    errno.EROFS: "Make the disk writable again, or choose a folder on another.",
+    errno.EIO: "The disk fails: check it, or choose a folder on another.",
+    errno.EMFILE: "Allow more open files: ulimit -n 4096.",
+    errno.ENFILE: "Close programs that hold many files open.",
+    errno.ENOMEM: _LESS_MEMORY,
+}
+
+
+def remedy(error: BaseException | None) -> str | None:
+    """What helps against a failure of the machine: its disks, file handles or memory; None for any other error."""
+    while error is not None:
+        if is_out_of_memory(error):
+            return _LESS_MEMORY
+        text = str(error)
+        if "unexpected pos" in text:  # of torch.save, on a disk that takes no more
+            return REMEDIES[errno.ENOSPC]
+        for number, advice in REMEDIES.items():
+            if getattr(error, "errno", None) == number or os.strerror(number) in text:
+                return advice
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, of this process's memory or an accelerator's."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 def one_line(error: object, limit: int | None = None) -> str:

@@ -16,7 +16,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from potstill.errors import PotstillError, UserError, shortened
+from potstill.errors import PotstillError, UserError, one_line, remedy, shortened
 from potstill.runs.terminal import Terminal
 
 RESUMABLE = {"run", "sweep", "generate"}  # commands with --resume
@@ -87,7 +87,8 @@ def main() -> None:
             message = str(error)
         else:
             hint = "Saved work is kept; continue with --resume. " if RESUMABLE & {*sys.argv[1:2]} else ""
-            message = f"failed: {type(error).__name__}: {error}. {hint}--debug shows the traceback."
+            advice = "" if (found := remedy(error)) is None else f"{found} "
+            message = f"failed: {type(error).__name__}: {one_line(error)}. {advice}{hint}--debug shows the traceback."
         console.print(shortened(message), style="red", soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
 

@@ -30,6 +30,7 @@ from potstill.data.sources import TEACHER_ID_COLUMNS, TEACHER_PROMPT_COLUMNS, So
 from potstill.data.token_weights import WEIGHT_COLUMNS
 from potstill.errors import DataError, EmptyDataError
 from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, Task, target_positions
+from potstill.models.checksums import is_whole, write_checksum
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def encode(
     path = cache_path(["encoded", loaded, tokenizer, transformers.__version__, tokenizers.__version__, *options])
     counts_path = path.with_suffix(".json")  # written last: while it is there the other is whole
     encoder = RowEncoder(tokenizer, max_length, joined, file, Counter(), task, classes, span_weights)
-    if not (path.exists() and counts_path.exists()):
+    if not (is_whole(path) and is_whole(counts_path)):
         whole_texts = task in SEQUENCE_TASKS or task == "encoder"
         rows = sequence_rows(dataset, encoder) if whole_texts else encoder.rows(dataset, kind)
         rows = encoder.maskable(rows) if task == "masked" else rows
@@ -125,6 +126,7 @@ def encode(
         if task == "causal" and (altered := altered_text(tokenizer, encoder.sample)):
             encoder.examples["altered"] = altered
         write_text(counts_path, json.dumps([encoder.counts, encoder.examples]))
+        write_checksum(counts_path)
     saved_counts, examples = json.loads(counts_path.read_text())
     encoder = replace(encoder, counts=Counter(saved_counts), examples=examples)
     if not encoder.counts["tokens"]:

@@ -17,6 +17,7 @@ from datasets.fingerprint import Hasher
 
 from potstill.data.files import atomic_path
 from potstill.errors import DataError
+from potstill.models.checksums import write_checksum
 
 BATCH = 256  # rows read, tokenised and written at a time
 FORMAT = 4  # to be raised whenever the same input is encoded differently
@@ -46,7 +47,7 @@ def cache_path(inputs: list[Any]) -> Path:
 
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write batches to an Arrow file atomically."""
+    """Write batches to an Arrow file atomically, and its checksum beside it, by which `is_whole` knows it."""
     with (
         atomic_path(path) as partial,
         pa.OSFile(str(partial), "wb") as sink,
@@ -54,3 +55,4 @@ def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
     ):
         for batch in batches:
             writer.write_batch(batch)
+    write_checksum(path)

@@ -1,4 +1,4 @@
-"""Write files atomically, hash them, and explain a full disk."""
+"""Write files atomically, and explain a full disk."""
 
 from __future__ import annotations
 
@@ -100,13 +100,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def digest(path: Path) -> str:
-    """Compute the sha256 of a file, or of the names and content of all files in a folder."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        parts = "\n".join(f"{file.relative_to(path).as_posix()} {digest(file)}" for file in files)
-        return hashlib.sha256(parts.encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,6 +22,7 @@ from potstill.data.sources import TEACHER_ID_COLUMNS, WRITTEN_COLUMNS, Source, S
 from potstill.data.token_weights import SPAN_COLUMNS
 from potstill.errors import DataError
 from potstill.losses.alignment import Task
+from potstill.models.checksums import is_whole
 
 
 class LoadedSource(NamedTuple):
@@ -55,7 +56,7 @@ def load(source: Source, task: Task = "causal", *, has_template: bool = True) ->
     location = locate(source)
     others = {field.name: getattr(source, field.name) for field in fields(source) if field.name not in _PLACE}
     cached = cache_path(["source", location.digest(), str(others), source.limit, task, has_template])
-    if not cached.exists():
+    if not is_whole(cached):
         choice = choose_columns(source, location.columns, location.first, task, has_template)
         facts: dict[str, Any] = {
             "kind": choice.kind,

@@ -13,12 +13,12 @@ from pathlib import Path
 import datasets
 from datasets.data_files import FILES_TO_IGNORE
 
-from potstill.data.files import digest
 from potstill.data.hub import HubData, check_split
 from potstill.data.location import Batch, DataLocation
 from potstill.data.readers import SUFFIXES, Table, empty, file_format, open_table, reading, suppress_output
 from potstill.data.sources import Source, is_glob, listed
 from potstill.errors import DataError, nearest, one_line
+from potstill.models.checksums import digest
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

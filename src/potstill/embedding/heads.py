@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from potstill.data.files import atomic_path
 from potstill.embedding.vectors import as_vector_array
 from potstill.errors import ModelError, ShapeError, one_line
+from potstill.models.checksums import check_folder
 
 PCAKind = Literal["centred", "uncentred", "whitened"]
 PCA_ROWS = 2**16  # that principal components are computed from
@@ -107,6 +108,7 @@ class VectorHead(nn.Module):
         path = Path(folder) / "head.safetensors"
         if not path.is_file():
             raise ModelError(f"VectorHead.load: expected head.safetensors in {folder}, got none. Check the path.")
+        check_folder(path.parent, "VectorHead.load")
         try:
             state = load_file(path)
             dimensions, inputs = state["map.weight"].shape

@@ -19,6 +19,7 @@ from potstill.embedding.vectors import VectorArray, open_vectors
 from potstill.engines.client import JsonClient
 from potstill.errors import DataError, ServerError
 from potstill.losses.declared import Declared, Record
+from potstill.models.checksums import is_whole, write_checksum
 
 BATCH = 64
 Encode = Callable[[Sequence[str]], Any]  # N texts to [N, H]
@@ -141,7 +142,7 @@ def encode_texts(
     """Encode texts into a .npy file, which is named after the texts and the teacher and reused if it exists."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(json.dumps([encoder.identity, *texts]).encode()).hexdigest()[:24]}.npy"
-    if path.exists():
+    if is_whole(path):
         return open_vectors(path)
     width = None
     with atomic_path(path) as partial, partial.open("wb") as file:
@@ -156,4 +157,5 @@ def encode_texts(
                 raise DataError(f"teacher: expected vectors of {width} dimensions, got {got} in a later batch.")
             file.write(batch.tobytes())
             on_progress(min(start + 4 * BATCH, len(texts)), len(texts))
+    write_checksum(path)
     return open_vectors(path)

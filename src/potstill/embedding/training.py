@@ -23,6 +23,7 @@ from potstill.evaluate.space import SpaceEvaluator, SpaceScores
 from potstill.losses import schedule
 from potstill.losses.declared import Range, Record
 from potstill.losses.embedding import reconstruction_error
+from potstill.models.checksums import is_changed, remove_checksum, write_checksum
 
 
 @dataclass(frozen=True)
@@ -238,13 +239,17 @@ class _Training:
         path.parent.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in STATEFUL}
         state |= {"best": self.best, "best_score": self.best_score, "history": [x.as_dict() for x in self.history]}
+        remove_checksum(path)
         with atomic_path(path) as partial:
             torch.save(state, partial)
+        write_checksum(path)
 
     def load_last(self, folder: Path) -> None:
         path = max(folder.glob("stage-*.pt"), key=lambda path: int(path.stem.partition("-")[2]), default=None)
         if path is None:
             return
+        if is_changed(path):
+            raise RunError(f"checkpoints: expected {path} as it was written, got another: it is damaged. Delete it.")
         try:
             state = torch.load(path, weights_only=True)
             for name in STATEFUL:

@@ -17,6 +17,7 @@ from potstill.engines.sampling import Completion, Engine, Prompt, Sampling
 from potstill.errors import DataError
 from potstill.generation.requests import GenerationRequest
 from potstill.models.chat import names_argument, render_chat
+from potstill.models.checksums import with_checksum, without_checksum
 
 
 class RequestCompletions(NamedTuple):
@@ -124,10 +125,11 @@ def _read(file: IO[bytes], head: dict[str, str], journal: Path) -> dict[int, Req
     content = file.read()
     whole = content[: content.rfind(b"\n") + 1]  # what follows was cut in two
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = [without_checksum(json.loads(line)) for line in whole.splitlines()]
     except ValueError:
         raise DataError(
-            f"generate: expected a journal of texts in {journal}, got something else. Choose another output."
+            f"generate: expected a journal of texts in {journal} as it was written, got a line of something else. "
+            "Choose another output, or delete that file."
         ) from None
     if lines and lines[0] != head:
         raise DataError(
@@ -147,6 +149,6 @@ def read_texts(texts: Sequence[tuple[str, bool, Sequence[int]]]) -> list[Complet
 
 def _append(file: IO[bytes], lines: Sequence[dict[str, Any]]) -> None:
     # ASCII: half a surrogate pair, which a model may write, is stored as its escape.
-    file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    file.write(b"".join(json.dumps(with_checksum(line)).encode() + b"\n" for line in lines))
     file.flush()
     os.fsync(file.fileno())

@@ -21,6 +21,7 @@ from potstill.errors import ModelError, one_line
 from potstill.losses.alignment import MOST_TOKENS, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import has_tokenizer, unreadable
+from potstill.models.checksums import check_folder
 from potstill.models.integrity import (
     check_causal,
     check_embeddings,
@@ -304,6 +305,7 @@ def load_adapter(
 
 def _adapter_weights(folder: Path, key: str) -> dict[str, Tensor]:
     path = folder / ADAPTER_WEIGHTS
+    check_folder(folder, key)
     try:
         return load_file(path)
     except Exception as error:

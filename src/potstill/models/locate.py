@@ -19,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidat
 from transformers.utils import quantization_config
 
 from potstill.errors import ModelError, UserError, one_line
+from potstill.models.checksums import check_folder
 
 HUB_SECONDS = 2.0  # to wait for an answer of the Hub, unless HF_HUB_ETAG_TIMEOUT is set
 
@@ -69,12 +70,14 @@ def locate(name: str, key: str) -> ModelLocation:
     """Find a model by its path or its name on the Hub.
 
     Raises:
-        ModelError: there is none, or the Hub cannot be reached; in seconds, and with what to do.
+        ModelError: there is none, a file of it has changed since Potstill saved it, or the Hub cannot be reached; in
+            seconds, and with what to do.
     """
     path = Path(name).expanduser()
     if not name.strip():
         raise ModelError(f"{key}: expected a folder or a model's name, got {name!r}. Name one.")
     if path.is_dir():
+        check_folder(path, key)
         return _in_folder(path, key)
     if path.is_file():
         if path.suffix == ".gguf":

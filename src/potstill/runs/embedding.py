@@ -26,6 +26,7 @@ from potstill.evaluate.formatting import duration
 from potstill.evaluate.report.embedding import write_embedding_report
 from potstill.evaluate.space import SpaceEvaluator, cosines
 from potstill.evaluate.versions import versions
+from potstill.models.checksums import write_checksums
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.embedding_sources import (
@@ -150,6 +151,7 @@ def _save(student: EmbeddingModel, target: Path, teacher: Any) -> None:
         student.save(partial)
         if isinstance(student, VectorHead) and teacher is not None:
             embedder_with_head(teacher, student).save_pretrained(str(partial), create_model_card=False)
+        write_checksums(partial)
 
 
 def _summarize(

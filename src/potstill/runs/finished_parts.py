@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.data.files import write_json
+from potstill.models.checksums import with_checksum, without_checksum
 
 
 class FinishedParts:
@@ -25,7 +26,7 @@ class FinishedParts:
         self._request = hashlib.sha256(json.dumps(request, default=str).encode()).hexdigest()
         self._results: dict[str, Any] = {}
         with suppress(OSError, ValueError, KeyError, TypeError):
-            content = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+            content = {} if path is None else without_checksum(json.loads(path.read_text(encoding="utf-8")))
             if content["request"] == self._request:
                 self._results = content["parts"]
 
@@ -36,7 +37,7 @@ class FinishedParts:
         result = compute()
         if keep(result) and self.path is not None:
             self._results[name] = result
-            write_json(self.path, {"request": self._request, "parts": self._results})
+            write_json(self.path, with_checksum({"request": self._request, "parts": self._results}))
         return result
 
     def remove(self) -> None:

@@ -164,7 +164,7 @@ def _load_models(built: BuiltRun, students: Mapping[str, Path]) -> dict[str, Pre
 
 
 def _in_teachers_precision(models: Models) -> Models:
-    """The models, the students in the teacher's precision, so that times compare the models alone; quantized ones as they are."""
+    """Put students into the teacher's precision, so that times compare the models alone; quantized ones stay."""
     teacher = models.get("teacher")
     if teacher is None or is_quantized(teacher):
         return models

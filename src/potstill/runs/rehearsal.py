@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers.integrations import get_reporting_integration_callbacks
 
 from potstill.data.files import explain_disk_full, temporary_path
-from potstill.errors import PotstillError, RecipeError, RunError, one_line
+from potstill.errors import PotstillError, RecipeError, RunError, one_line, remedy
 from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.spacing import evenly_spaced
 from potstill.runs import steps
@@ -97,7 +97,7 @@ def failing_early(step: str, rows: str) -> Iterator[None]:
     except Exception as error:
         raise RunError(
             f"run: expected the step '{step}' to work on {rows}, got {type(error).__name__}: {one_line(error, 300)}. "
-            "Nothing was trained. Mend its cause; --debug shows where it is."
+            f"Nothing was trained. {remedy(error) or 'Mend its cause.'} --debug shows where it is."
         ) from error
 
 

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ from potstill.evaluate.sequence import measure
 from potstill.evaluate.versions import versions
 from potstill.models.candidates import Candidates, next_shape
 from potstill.models.capture import ActivationCapture
+from potstill.models.checksums import with_checksum, without_checksum
 from potstill.models.loading import suppress_warnings
 from potstill.models.pruning import Importance, measure_importance
 from potstill.models.shapes import DesignShape, config_fields, text_config
@@ -84,7 +86,7 @@ def search_shape(recipe: Recipe, directory: Path, console: Console) -> tuple[Rec
     record = _read(directory, request)
     if record is None:
         record = _search(recipe, directory, request, console)
-        write_json(directory / "search.json", record)
+        write_json(directory / "search.json", with_checksum(record))
         write_search_report(directory)
     chosen = record["shapes"][record["chosen"]]
     student = recipe.student.model_copy(update={"design": chosen["design"]})
@@ -93,9 +95,10 @@ def search_shape(recipe: Recipe, directory: Path, console: Console) -> tuple[Rec
 
 def _read(directory: Path, request: Any) -> dict[str, Any] | None:
     """Read a finished search for the same recipe."""
-    path = directory / "search.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return record if record.get("request") == request else None
+    with suppress(OSError, ValueError):
+        record = without_checksum(json.loads((directory / "search.json").read_text(encoding="utf-8")))
+        return record if record.get("request") == request else None
+    return None  # there is none, or it is damaged
 
 
 def _search(recipe: Recipe, directory: Path, request: Any, console: Console) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from potstill.evaluate.exported import FOLDER
 from potstill.evaluate.report.page import write_report, write_rows, write_student_card
 from potstill.evaluate.summary import write_summary
 from potstill.models.adapted import convert_saved, merged
+from potstill.models.checksums import write_checksums
 from potstill.models.loading import load_model
 from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun
@@ -178,6 +179,7 @@ def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
         teacher, student = built.loaded.config, trainer.distiller.config
         if built.recipe.task == "encoder" and teacher is not None and teacher.hidden_size == student.hidden_size:
             copy_modules(str(built.recipe.teacher.model_path), partial)
+        write_checksums(partial)
         partial.rename(folder)
     trainer.accelerator.wait_for_everyone()
 

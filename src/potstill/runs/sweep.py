@@ -21,7 +21,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from potstill.data.files import write_json
-from potstill.errors import PotstillError, RecipeError, RunError, UserError, one_line
+from potstill.errors import PotstillError, RecipeError, RunError, UserError, is_out_of_memory, one_line
 from potstill.evaluate import tradeoff
 from potstill.evaluate.report.sweep import write_sweep_report
 from potstill.evaluate.speed import latency_ms
@@ -211,7 +211,9 @@ def _run(recipe: Recipe, console: Console | None = None, folder: Path = Path()) 
     os.chdir(folder)  # recipes' paths are relative to it
     try:
         run(recipe, resume=True, console=console or Console(quiet=True))
-    except (PotstillError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, PotstillError) and not is_out_of_memory(error):
+            raise
         return one_line(error)
     return None
 

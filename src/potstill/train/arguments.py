@@ -25,6 +25,10 @@ NOT_SHARDED = (
     "train.fsdp: expected several processes with an accelerator each, got a run that accelerate does not shard. Start "
     "it with torchrun on GPUs, or leave train.fsdp out."
 )
+SMALLER_BATCHES = (
+    "Lower train.per_device_train_batch_size, and raise train.gradient_accumulation_steps by the same factor: the loss "
+    "stays as it is"
+)
 _LOADER = (
     "Give its data set as {0}_dataset, its collate_fn as data_collator, and its batch_size as "
     "per_device_{0}_batch_size of args, or write a loop around Distiller.step."
@@ -101,6 +105,11 @@ class DistillationConfig(TrainingArguments):
             raise UserError(
                 f"train.label_smoothing_factor: expected 0, got {self.label_smoothing_factor}. "
                 "The objective is the loss: soften the labels with a logits term instead."
+            )
+        if self.auto_find_batch_size:
+            raise UserError(
+                "train.auto_find_batch_size: expected false, got true. Without memory transformers would begin again, "
+                f"with the weights as they are by then. {SMALLER_BATCHES}."
             )
         if self.fsdp and self.world_size == 1:
             raise UserError(NOT_SHARDED)

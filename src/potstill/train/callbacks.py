@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from potstill.data.files import write_text
+from potstill.errors import RunError
 from potstill.teachers.teacher import Teacher
 from potstill.train.rollout import Rollout
 from potstill.train.samples import collapse_warning
@@ -84,11 +84,20 @@ class SamplesFile(_RunFile):
 
 
 def logged_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON Lines file, without a last line that a kill cut off."""
+    """The lines of a JSON Lines file, without a last line that a kill cut off.
+
+    Raises:
+        RunError: a line is not JSON.
+    """
     lines: list[dict[str, Any]] = []
-    with suppress(ValueError):
-        for text in path.read_text().splitlines() if path.exists() else ():
+    content = path.read_bytes() if path.exists() else b""
+    for number, text in enumerate(content.split(b"\n")[:-1], 1):  # behind the last end of a line is nothing, or a part
+        try:
             lines.append(json.loads(text))
+        except ValueError:
+            raise RunError(
+                f"log: expected JSON in line {number} of {path}, got something else: it is damaged. Delete that line."
+            ) from None
     return lines
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from potstill.errors import UserError
+from potstill.models.checksums import CHECKSUMS, check_folder
 from potstill.teachers.teacher import Teacher
 
 TEACHER = "teacher.safetensors"  # in a checkpoint: the state of a teacher that changes in training
@@ -26,7 +27,7 @@ class Stateful(Protocol):
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint, or None: the trainer's state is the last file that is written."""
+    """The newest complete checkpoint, or None: the trainer's state, and then checksums, are written last."""
     numbered = {int(path.name[11:]): path for path in directory.glob("checkpoint-*") if path.name[11:].isdigit()}
     return next((path for _, path in sorted(numbered.items(), reverse=True) if _is_complete(path)), None)
 
@@ -53,6 +54,8 @@ def check_ranks(checkpoint: Path, ranks: int) -> None:
 
 
 def _is_complete(checkpoint: Path) -> bool:
+    if (checkpoint / CHECKSUMS).exists():
+        return True
     with suppress(OSError, ValueError):
         json.loads((checkpoint / "trainer_state.json").read_text())
         return True
@@ -65,6 +68,7 @@ def restore(owner: Stateful, path: Path, advice: str) -> None:
         return
     if not path.exists():
         raise UserError(f"train: expected {path.name} in {path.parent}, got none{advice}")
+    check_folder(path.parent, "checkpoint")
     owner.load_state_dict(load_file(path))
 
 

@@ -21,6 +21,7 @@ from potstill.data.right_padding import right_padded
 from potstill.errors import DivergedError, ModelError, one_line
 from potstill.losses.alignment import align, attended_positions, target_positions
 from potstill.models.adapted import is_adapted, save_student
+from potstill.models.checksums import CHECKSUMS, check_folder, write_checksums
 from potstill.models.loading import load_adapter
 from potstill.models.split import run
 from potstill.train.checkpoints import TEACHER, last_checkpoint, restore, restore_teacher
@@ -168,6 +169,8 @@ class StudentTrainer(Trainer):
         if self.latent is not None:
             states[LATENT] = self.latent.state_dict()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / CHECKSUMS).unlink(missing_ok=True)  # of a run that was resumed from an earlier checkpoint
         for name, state in states.items():
             if state and self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -175,6 +178,9 @@ class StudentTrainer(Trainer):
         if self.rollout is not None:
             self.rollout.save(folder, self.args.process_index)
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each rank has files of its own
+        if self.args.should_save and folder.exists():  # unless the newest is not among those that are kept
+            write_checksums(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -190,6 +196,7 @@ class StudentTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
+        check_folder(folder, "checkpoint")
         if self.distiller.teacher is not None:
             restore_teacher(self.distiller.teacher, folder)
         if self.is_fsdp_enabled:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +21,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from potstill.data.batches import PaddingCollator, pad_token_id
 from potstill.data.packing import PackedRows
 from potstill.data.vocabulary import checked_vocabulary
-from potstill.errors import UserError
+from potstill.errors import PotstillError, RunError, UserError, is_out_of_memory, one_line
 from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.chat import end_token_ids, set_end_tokens
+from potstill.models.checksums import check_folder
 from potstill.models.heads import class_ids, set_pad_id, token_rows
 from potstill.models.weight_grid import WeightGrid
 from potstill.teachers.teacher import Teacher
-from potstill.train.arguments import DistillationConfig, check_arguments, check_sharding
+from potstill.train.arguments import SMALLER_BATCHES, DistillationConfig, check_arguments, check_sharding
 from potstill.train.callbacks import FollowTraining
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
 from potstill.train.columns import columns_not_read, padding_id
@@ -202,7 +204,9 @@ class DistillationTrainer(StudentTrainer):
         teacher, uses_teacher = distiller.teacher, distiller.uses_teacher
         distiller.uses_teacher = uses_teacher and teacher is not None and teacher.covers(dataloader.dataset)
         self._eval_sums = LogSums()
-        result = super().evaluation_loop(dataloader, *args, **kwargs)
+        rows = self.args.per_device_eval_batch_size
+        with explain_out_of_memory("evaluation", rows, "Lower train.per_device_eval_batch_size"):
+            result = super().evaluation_loop(dataloader, *args, **kwargs)
         distiller.uses_teacher = uses_teacher
         over = {name: term.over for name, term in zip(objective.names, objective.terms, strict=True)}
         means = self._eval_sums.means(self.accelerator, over)
@@ -248,12 +252,15 @@ class DistillationTrainer(StudentTrainer):
             resume_from_checkpoint = str(checkpoint)
         if resume_from_checkpoint:
             folder = Path(str(resume_from_checkpoint))
+            check_folder(folder, "checkpoint")
             if self.rollout is not None:
                 self.rollout.load(folder, self.args.process_index)
             if teacher is not None and self.is_deepspeed_enabled:  # which loads everything else itself
                 restore_teacher(teacher, folder)
+        rows = self.args.per_device_train_batch_size
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with explain_out_of_memory("train", rows, f"{SMALLER_BATCHES}; then go on with --resume"):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.distiller.prefetch(())
             if self.rollout is not None and self.args.should_save:
@@ -274,6 +281,19 @@ class DistillationTrainer(StudentTrainer):
         self.load_student(path)
         if self.distiller.objective.state_dict():
             logger.warning("load_checkpoint: %s has a student alone: what the objective trains stays as it is.", path)
+
+
+@contextmanager
+def explain_out_of_memory(key: str, rows: int, advice: str) -> Iterator[None]:
+    """Raise a RunError in place of a failed allocation, with the rows in a batch and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PotstillError) or not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"{key}: expected memory for {rows} rows in a batch, got none: {one_line(error, 200)}. {advice}."
+        ) from error
 
 
 def _vocabulary(distiller: Distiller, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -87,11 +87,15 @@ class Document(Part):
                 "Resume it with --resume, or choose another with --set output=DIR."
             )
         earlier = self.load(record)
-        if changed := [key for key, value in self if value != getattr(earlier, key)]:
+        if changed := self.changes(earlier):
             raise RecipeError(
                 f"output: expected the recipe that the run in {directory} began with, got another "
                 f"{', '.join(changed)}. Use {record}, or choose another directory with --set output=DIR."
             )
+
+    def changes(self, earlier: Self) -> list[str]:
+        """The keys with other values than in the recipe that a training began with, which it cannot go on with."""
+        return [key for key, value in self if value != getattr(earlier, key)]
 
     def start(self, directory: Path) -> None:
         try:

@@ -127,6 +127,11 @@ class Recipe(Document):
             raise ValueError("\n".join(mistakes))
         return self
 
+    def changes(self, earlier: Self) -> list[str]:
+        """See Document; smaller batches, and more of them in a step, make the same steps."""
+        same = _with_rows_of_step(self.train) == _with_rows_of_step(earlier.train)
+        return [key for key in super().changes(earlier) if key != "train" or not same]
+
     def _export_mistakes(self) -> Iterator[str]:
         if self.student.quantize is not None and self.task != "causal":
             yield f"student.quantize: expected the task causal, got {self.task}."
@@ -209,3 +214,11 @@ class Recipe(Document):
                 "rollout: expected a teacher that is a local model for teacher_mix and teacher_top_k, got none. Name "
                 "it with teacher.model."
             )
+
+
+def _with_rows_of_step(train: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a training with the rows of an optimiser step in place of the batches that they come in."""
+    values = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **train}  # transformers' defaults
+    rows = values.pop("per_device_train_batch_size") * values.pop("gradient_accumulation_steps")
+    values.pop("per_device_eval_batch_size", None)
+    return {**values, "rows": rows}

@@ -53,6 +53,7 @@ _OWN_ARGUMENTS = {
     "output_dir": "The recipe's output says where the run goes.",
     "seed": "The recipe's seed is used.",
     "data_seed": "The recipe's seed is used.",
+    "auto_find_batch_size": "Set per_device_train_batch_size and gradient_accumulation_steps.",
     "label_smoothing_factor": "The objective is the loss.",
     "remove_unused_columns": "The columns are the batch.",
     "push_to_hub": "Push the finished student/ folder instead.",

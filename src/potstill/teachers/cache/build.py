@@ -14,10 +14,11 @@ from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 
-from potstill.data.files import atomic_path, digest, write_text
+from potstill.data.files import atomic_path, write_json, write_text
 from potstill.errors import DataError, RunError
 from potstill.losses.alignment import Alignment, causal_alignment
 from potstill.losses.targets import DenseTargets, HeadTargets, SparseTargets
+from potstill.models.checksums import digest, with_checksum, without_checksum
 from potstill.teachers.cache import store
 from potstill.teachers.cache.codec import Codec, HiddenStates, codec_of
 from potstill.teachers.cache.store import CachedRow, CachePlan, Manifest, Shard
@@ -46,8 +47,7 @@ class CacheBuilder:
         begun = self._begun_plan()
         if begun is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(asdict(self.plan), indent=1, ensure_ascii=False)
-            write_text(self.directory / store.PLAN, text + "\n")
+            write_json(self.directory / store.PLAN, with_checksum(asdict(self.plan)))
         elif changed := self.plan.differs(begun):
             raise DataError(
                 f"cache: expected the plan that the cache in {self.directory} was begun with, got another "
@@ -70,7 +70,7 @@ class CacheBuilder:
             cached |= zip(chosen, self._encode([dataset[row] for row in chosen]), strict=True)
         path = self._shard_path(number)
         shard = store.write_shard(path, (cached[row] for row in rows))
-        write_text(path.with_suffix(".json"), json.dumps(asdict(shard), separators=(",", ":")))  # marks it as complete
+        write_json(path.with_suffix(".json"), with_checksum({"shard": asdict(shard)}))  # marks it as complete
         return shard
 
     def finish(self) -> Manifest | None:
@@ -112,8 +112,9 @@ class CacheBuilder:
     def _completed(self, number: int) -> Shard | None:
         path = self._shard_path(number)
         try:
-            shard = TypeAdapter(Shard).validate_json(path.with_suffix(".json").read_bytes())
-        except (OSError, ValueError):
+            marker = without_checksum(json.loads(path.with_suffix(".json").read_bytes()))
+            shard = TypeAdapter(Shard).validate_python(marker["shard"])
+        except (OSError, ValueError, KeyError):
             return None
         return shard if path.exists() and digest(path) == shard.sha256 else None
 
@@ -122,7 +123,7 @@ class CacheBuilder:
             return store.read_manifest(self.directory).plan
         path = self.directory / store.PLAN
         try:
-            return TypeAdapter(CachePlan).validate_json(path.read_bytes())
+            return TypeAdapter(CachePlan).validate_python(without_checksum(json.loads(path.read_bytes())))
         except FileNotFoundError:
             return None
         except (OSError, ValueError):

@@ -15,9 +15,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from potstill.data.files import atomic_path, digest
+from potstill.data.files import atomic_path
 from potstill.errors import DataError
 from potstill.losses.declared import Record
+from potstill.models.checksums import digest, with_checksum
 from potstill.models.layer_map import Layer
 
 FORMAT = 2  # raised with every change that a reader must know of
@@ -125,8 +126,7 @@ def write_shard(path: Path, rows: Iterable[CachedRow]) -> Shard:
 
 
 def manifest_text(body: dict[str, Any]) -> str:
-    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**body, "sha256": checksum}, indent=1) + "\n"
+    return json.dumps(with_checksum(body), indent=1) + "\n"
 
 
 def read_manifest(directory: Path) -> Manifest:
