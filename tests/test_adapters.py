@@ -233,7 +233,7 @@ def test_a_quantized_base_is_trained_saved_and_merged(base: str, tmp_path: Path,
     pytest.importorskip("bitsandbytes")
     batch = make_batch()
     with suppress_warnings():
-        student = stirred(adapt(load_model(base, "student", bits=bits), Lora(rank=4)))
+        student = stirred(adapt(load_model(base, "student", "float32", bits=bits), Lora(rank=4)))
         assert is_quantized(student)
         assert student.get_memory_footprint() < 0.75 * make_llama(hidden_size=32).get_memory_footprint()
         distiller = Distiller(student, make_llama(seed=1), [Logits(ForwardKL()), Labels()])
