@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from potstill.errors import ModelError
 from potstill.losses.token_losses import on_float64_device
+from potstill.models.expert_importance import BlockImportance, BlockMeasurement
+from potstill.models.feed_forward import Mixture, find_mixture
 from potstill.models.shapes import DesignShape
 from potstill.models.spacing import evenly_spaced
 from potstill.models.split import evaluation_mode
@@ -29,6 +31,7 @@ class Importance:
     heads: Tensor  # [L, A] the norm of each query head's output
     units: Tensor  # [L, I] the size of each feed-forward unit
     channels: Tensor  # [H] the size of each hidden channel where layers read it, after their norm; over all layers
+    blocks: tuple[BlockImportance, ...] = ()  # of a mixture of experts, by layer, in place of `units`
 
 
 @torch.no_grad()
@@ -45,8 +48,8 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
         Muralidharan et al. 2024 (Minitron), arXiv 2407.14679, section 2.2; Men et al. 2024 (ShortGPT), arXiv
         2403.03853, for block influence.
     """
-    structure = find_structure(model)
-    shape, matrices = structure.shape, structure.matrices
+    structure = find_mixture(model) or find_structure(model)
+    shape = structure.shape
     squares: dict[Any, Any] = {}  # by activation: the sum over rows of squared means over tokens
     distances = dict.fromkeys(range(shape.layers), 0.0)
     tokens, mask = 0.0, torch.ones(0)
@@ -73,25 +76,45 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
     def head_norms(x: Tensor) -> Tensor:
         return x.unflatten(-1, (shape.heads, shape.head_size)).norm(dim=-1)
 
+    blocks: list[BlockMeasurement] = []
+    if isinstance(structure, Mixture):
+        layers = zip(structure.layers, structure.blocks, strict=True)
+        blocks = [BlockMeasurement(layer, block, type(model).__name__) for layer, block in layers]
+
+    def sizes(number: int) -> Iterator[tuple[str, Any, Callable[[Tensor], Tensor]]]:
+        """The modules of a layer whose inputs are measured, the keys of their sums, and the sizes."""
+        if isinstance(structure, Mixture):
+            attention, reads_channels = structure.attention, structure.blocks[number].path
+        else:
+            attention, reads_channels = structure.matrices, structure.matrices.up[0]
+            yield structure.matrices.down, ("units", number), torch.abs
+        if attention is not None:
+            yield attention.output, ("heads", number), head_norms
+            yield attention.query, "channels", torch.abs
+        yield reads_channels, "channels", torch.abs
+
     with ExitStack() as hooks, evaluation_mode(model):
+        for block in blocks:
+            hooks.enter_context(block.hooks(lambda: mask))
         for number, layer in enumerate(structure.layers):
             hooks.enter_context(layer.register_forward_hook(add_distance(number), with_kwargs=True))
-            for path, key, size in (
-                (matrices.output, ("heads", number), head_norms),
-                (matrices.down, ("units", number), torch.abs),
-                (matrices.query, "channels", torch.abs),
-                (matrices.up[0], "channels", torch.abs),
-            ):
+            for path, key, size in sizes(number):
                 hooks.enter_context(layer.get_submodule(path).register_forward_pre_hook(add_inputs(key, size)))
         for batch in batches:
             mask = batch["attention_mask"].double()
             tokens += float(mask.sum())
             model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")})
+
+    def stacked(kind: str) -> Tensor:
+        by_layer = [squares[kind, number].sqrt() for number in distances if (kind, number) in squares]
+        return torch.stack(by_layer) if by_layer else torch.zeros(shape.layers, 0)
+
     return Importance(
         layers=torch.tensor([distance / tokens for distance in distances.values()], dtype=torch.float64),
-        heads=torch.stack([squares["heads", number].sqrt() for number in distances]),
-        units=torch.stack([squares["units", number].sqrt() for number in distances]),
+        heads=stacked("heads"),
+        units=stacked("units"),
         channels=squares["channels"].sqrt(),
+        blocks=tuple(block.result() for block in blocks),
     )
 
 
@@ -108,6 +131,8 @@ class SelectedParts:
     kv_heads: tuple[Tensor, ...]  # [K, m]: a key or value head is the mean of m of the teacher's
     units: tuple[Tensor, ...]  # [I] feed-forward units
     matching: bool = False  # of these, only parameters of the student's shape
+    blocks: tuple[BlockImportance, ...] = ()  # of a mixture of experts, by which its units and experts are chosen
+    merge: bool = False  # experts that are alike into one, in place of leaving the least important out
 
 
 def whole_layers(teacher: DesignShape, layers: Sequence[int], *, matching: bool = False) -> SelectedParts:
@@ -139,10 +164,10 @@ def select_parts(
     selected = [_select_heads(importance.heads[layer], teacher, student) for layer in layers]
     return SelectedParts(
         layers=tuple(layers),
-        channels=_top(importance.channels, student.hidden),
+        channels=top(importance.channels, student.hidden),
         heads=tuple(query for query, _ in selected),
         kv_heads=tuple(kv for _, kv in selected),
-        units=tuple(_top(importance.units[layer], student.ffn) for layer in layers),
+        units=tuple(top(importance.units[layer], student.ffn) for layer in layers),
     )
 
 
@@ -169,7 +194,7 @@ def choose_layers(
         return [*range((student + 1) // 2), *range(teacher - student // 2, teacher)]
     if choice == "importance":
         assert importance is not None, "it is measured"
-        return [int(layer) for layer in _top(importance.layers, student)]
+        return [int(layer) for layer in top(importance.layers, student)]
     if isinstance(choice, str):
         choices = ", ".join(get_args(LayerChoice))
         raise ModelError(f"student.initialize.layers: expected {choices} or numbers, got {choice}.")
@@ -181,7 +206,7 @@ def choose_layers(
     return [*choice]
 
 
-def _top(scores: Tensor, count: int) -> Tensor:
+def top(scores: Tensor, count: int) -> Tensor:
     """The indices of the largest scores, rising."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
@@ -202,9 +227,9 @@ def _select_heads(scores: Tensor, teacher: DesignShape, student: DesignShape) ->
         )
     by_group = scores.view(teacher.kv_heads, teacher_group)
     strongest = by_group.sort(1, descending=True).values[:, : min(group, teacher_group)].sum(1)
-    kv_heads = _top(strongest, merged * student.kv_heads).view(student.kv_heads, merged)
+    kv_heads = top(strongest, merged * student.kv_heads).view(student.kv_heads, merged)
     heads = []
     for sources in kv_heads:
         members = (sources[:, None] * teacher_group + torch.arange(teacher_group)).flatten()
-        heads.append(members[_top(scores[members], group)])
+        heads.append(members[top(scores[members], group)])
     return torch.cat(heads), kv_heads
