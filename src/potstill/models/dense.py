@@ -8,12 +8,11 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from potstill.errors import ModelError
-from potstill.models.shapes import count_experts, experts_per_token, ffn_widths
+from potstill.models.shapes import count_experts, experts_per_token, ffn_widths, head_size
 
 # By family with experts, the dense ones whose layers are the same but for the experts.
 DENSE_FAMILIES = {
     "ernie4_5_moe": ("ernie4_5",),
-    "granitemoe": ("granite",),
     "hunyuan_v1_moe": ("hunyuan_v1_dense",),
     "mixtral": ("mistral", "llama"),
     "qwen2_moe": ("qwen2",),
@@ -46,6 +45,7 @@ def dense_config(teacher: PretrainedConfig, family: Any, changes: Mapping[str, A
     cls: Any = CONFIG_MAPPING[family]
     own = cls().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
     fields = {name: known[name] for name in own & known.keys()}
+    fields |= {"head_dim": head_size(teacher)} if "head_dim" in own else {}  # which some families do not save
     if "intermediate_size" not in changes:
         fields["intermediate_size"] = active_width(teacher)
     config: PretrainedConfig = cls.from_dict(fields)

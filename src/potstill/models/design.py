@@ -89,7 +89,7 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
             f"student.design: expected 4 coordinate_size + 2 shape_size to be hidden_size, {values[hidden]}, in which "
             f"{teacher.model_type} embeds places, got {4 * student.coordinate_size + 2 * student.shape_size}. Set both."
         )
-    if 0 < count_experts(student) < experts_per_token(student):
+    if 0 < count_experts(student) < experts_per_token(student) and count_experts(student) < count_experts(teacher):
         raise ModelError(
             f"student.design: expected at least the {experts_per_token(student)} experts that a token is sent to, got "
             f"{count_experts(student)}. Change both."

@@ -182,8 +182,9 @@ class BlockMeasurement:
         sums, together = self.sums, None
         networks, experts = range(len(sums.units)), len(sums.sizes)
         if experts and sums.of_all:
-            assert isinstance(sums.chosen, Tensor)
-            together = sums.probabilities / sums.chosen.clamp_min(1)[:, None]
+            assert isinstance(sums.chosen, Tensor) and isinstance(sums.probabilities, Tensor)
+            mean = sums.probabilities.sum(0) / sums.chosen.sum().clamp_min(1)  # for one that is never chosen
+            together = torch.where(sums.chosen[:, None] > 0, sums.probabilities / sums.chosen[:, None], mean)
         return BlockImportance(
             tuple(sums.units[i].sqrt() for i in networks),
             tuple(sums.products[i] / sums.squares[i].clamp_min(TINY) for i in networks),

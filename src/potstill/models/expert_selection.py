@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -68,30 +70,34 @@ class BlockSource:
             write_experts(layer, target, [self._merged(rows[i], rows, width) for i in range(number)])
         self._fill_router(layer, target, rows)
         if target.shared is not None and self.block.shared is not None:
-            units = top(self._scores([self.experts]), _width(layer, target.shared))
-            write_network(layer, target.shared, self.networks[self.experts].take(units))
+            kept = self.networks[self.experts].take(self._most([self.experts], _width(layer, target.shared)))
+            write_network(layer, target.shared, kept)
 
-    def one_of(self, networks: range, width: int) -> Units:
+    def one_of(self, networks: Sequence[int], width: int) -> Units:
         """Make one network of the units that add most, whose outputs are scaled by the weight of their network.
 
         A unit of an expert acts on the tokens alone that are sent to it, w a; in one network it acts on all. The scale
         E w a^2 / E a^2 has the least squared error of a unit by itself. It is w where that is constant, and those of
         an expert and its copies add up to the sum of their weights.
         """
-        if width > (most := sum(len(self.networks[i]) for i in networks)):
-            raise ModelError(f"{WHERE} at most the larger model's {most} feed-forward units of a layer, got {width}.")
-        if isinstance(self.block, Network):
+        if isinstance(self.block, Network):  # a layer without experts may be narrower
             return self.networks[0].take(top(self._scores(networks), width))
+        units = self._most(networks, width)
         scaled = [self.networks[i].scaled(self._scales(i), float(self.importance.weights[i])) for i in networks]
-        return joined(scaled).take(top(self._scores(networks), width))
+        return joined(scaled).take(units)
+
+    def _most(self, networks: Sequence[int], width: int) -> Tensor:
+        """The indices of the units of some networks, one after the other, that add most."""
+        if width > (most := sum(len(self.networks[i]) for i in networks)):
+            raise ModelError(f"{WHERE} at most the larger model's {most} feed-forward units, got {width}.")
+        return top(self._scores(networks), width)
 
     def _scales(self, network: int) -> Tensor:
         return self.importance.scales[network].float()[:, None]
 
-    def _scores(self, networks: Any) -> Tensor:
-        """The sizes of what units add to hidden states."""
-        sizes = [self.importance.units[i] * self.networks[i].outputs.double().norm(dim=1) for i in networks]
-        return torch.cat(sizes)
+    def _scores(self, networks: Sequence[int]) -> Tensor:
+        """The scores of the units of some networks, one after the other."""
+        return torch.cat([self.importance.units[i] for i in networks])
 
     def _groups(self, number: int, config: Any, merge: bool) -> Tensor:
         """The shares [E', E] of the teacher's experts in each of the student's.
@@ -230,12 +236,12 @@ def _constant_weight(layer: nn.Module, block: ExpertBlock) -> float:
     )
     router: Any = _tensor(layer, f"{block.router}.weight")
     states = torch.linspace(-1, 1, 4 * router.shape[1]).view(1, 4, -1).sin()
-    with hook:
+    with hook, suppress(RuntimeError):  # of a router that first chooses groups of at least two experts
         whole(states)
-    weights = seen[0].flatten().float()
+    weights = seen[0].flatten().float() if seen else torch.zeros(1)
     if not torch.allclose(weights, weights[:1]) or not float(weights[0]):
         raise ModelError(
-            f"{WHERE} a router that gives its only expert the same weight for all tokens, got {block.router}, "
-            "which does not. Keep two experts."
+            f"{WHERE} a router that gives its only expert the same weight for all tokens, got that of "
+            f"{type(whole).__name__}, which does not. Keep two experts."
         )
     return float(weights[0])

@@ -43,7 +43,7 @@ class Mixture(LayerList):
     """The layers of a mixture of experts, and their parts."""
 
     attention: AttentionMatrices | None  # None where heads cannot be pruned
-    blocks: tuple[ExpertBlock | Network, ...]  # of each layer
+    blocks: tuple[ExpertBlock | Network | None, ...]  # of each layer; None for one that is copied as it is
 
 
 def find_mixture(model: Any) -> Mixture | None:
@@ -56,20 +56,22 @@ def find_mixture(model: Any) -> Mixture | None:
         return None
     layers = find_layer_list(model)
     blocks = [find_feed_forward(layer) for layer in layers.layers]
-    for number, block in enumerate(blocks):
-        if block is None:
+    for number, (layer, block) in enumerate(zip(layers.layers, blocks, strict=True)):
+        if block is None and any(_is_experts(module) for module in layer.modules()):
             raise ModelError(
-                f"student.initialize: expected a router and its experts in each layer, or one network of linear "
-                f"layers, got {type(model).__name__}, whose layer {number} has other parts. Copy complete layers "
-                "(initialize: copy), or begin with random weights (initialize: random)."
+                f"student.initialize: expected a router with a row for each expert, and the experts, got "
+                f"{type(model).__name__}, whose layer {number} has other parts. Copy complete layers (initialize: "
+                "copy), or begin with random weights (initialize: random)."
             )
     attention = None
     for matrices in FAMILIES:
         own = AttentionMatrices(matrices.query, matrices.key, matrices.value, matrices.output)
         parts = zip(layers.layers, blocks, strict=True)
-        if layers.shape.heads and all(block and fits(layer, own, layers.shape, block.path) for layer, block in parts):
+        if layers.shape.heads and all(
+            fits(layer, own, layers.shape, block.path if block else "") for layer, block in parts
+        ):
             attention = own
-    return Mixture(layers.shape, layers.path, layers.layers, attention, tuple(block for block in blocks if block))
+    return Mixture(layers.shape, layers.path, layers.layers, attention, tuple(blocks))
 
 
 def find_feed_forward(layer: nn.Module) -> ExpertBlock | Network | None:
@@ -112,7 +114,7 @@ def _expert_block(layer: nn.Module, path: str) -> ExpertBlock | None:
             if shared is not None:
                 return None
             shared = network
-        elif is_linear(child) and tuple(child.weight.shape) == (1, width):  # type: ignore[arg-type]
+        elif type(child) is nn.Linear and tuple(child.weight.shape) == (1, width):
             gate = place
         else:
             rest |= {f"{place}.{n}": x for n, x in (*child.named_parameters(), *child.named_buffers())}
@@ -239,16 +241,16 @@ def _read(model: nn.Module, name: str) -> Tensor | None:
 
 @torch.no_grad()
 def write_network(layer: nn.Module, network: Network, units: Units) -> None:
-    """Fill a network with units."""
+    """Fill a network with units; what it has more of adds nothing at first, and can learn to."""
     for place, name in enumerate(network.inputs):
         module: Any = layer.get_submodule(f"{network.path}.{name}")
-        module.weight.copy_(units.inputs[:, place])
+        module.weight[: len(units)] = units.inputs[:, place]
         if module.bias is not None:
-            module.bias.copy_(0.0 if units.input_biases is None else units.input_biases[:, place])
+            module.bias[: len(units)] = 0.0 if units.input_biases is None else units.input_biases[:, place]
     output: Any = layer.get_submodule(f"{network.path}.{network.output}")
-    output.weight.copy_(units.outputs.T)
+    output.weight.zero_()[:, : len(units)] = units.outputs.T
     if output.bias is not None:
-        output.bias.copy_(0.0 if units.output_bias is None else units.output_bias)
+        output.bias.copy_(torch.zeros(()) if units.output_bias is None else units.output_bias)
 
 
 @torch.no_grad()

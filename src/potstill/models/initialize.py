@@ -301,8 +301,8 @@ def _in_block(structure: LayerList, parts: SelectedParts, place: tuple[int, str]
     """Whether a place in the student's layers is in a feed-forward network of a mixture, which `BlockSource` fills."""
     if not isinstance(structure, Mixture):
         return False
-    path = structure.blocks[parts.layers[place[0]]].path
-    return place[1] == path or place[1].startswith(f"{path}.")
+    block = structure.blocks[parts.layers[place[0]]]
+    return block is not None and f"{place[1]}.".startswith(f"{block.path}.")
 
 
 def _name_in(teacher: PreTrainedModel, student: PreTrainedModel, name: str) -> str:
@@ -371,8 +371,10 @@ def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedPar
     if isinstance(structure, Mixture):
         for number, layer in enumerate(find_layer_list(student).layers):
             source, path = parts.layers[number], f"{structure.path}.{parts.layers[number]}"
-            block = BlockSource(teacher, path, structure.blocks[source], parts.blocks[number], parts.channels)
-            block.fill(layer, student.config, parts.merge)
+            block, importance = structure.blocks[source], parts.blocks[number]
+            if block is not None and importance is not None:
+                filled = BlockSource(teacher, path, block, importance, parts.channels)
+                filled.fill(layer, student.config, parts.merge)
 
 
 def _axes(structure: LayerStructure | Mixture, parts: SelectedParts, layer: int) -> dict[str, tuple[Tensor, Tensor]]:

@@ -31,7 +31,7 @@ class Importance:
     heads: Tensor  # [L, A] the norm of each query head's output
     units: Tensor  # [L, I] the size of each feed-forward unit
     channels: Tensor  # [H] the size of each hidden channel where layers read it, after their norm; over all layers
-    blocks: tuple[BlockImportance, ...] = ()  # of a mixture of experts, by layer, in place of `units`
+    blocks: tuple[BlockImportance | None, ...] = ()  # of a mixture of experts, by layer, in place of `units`
 
 
 @torch.no_grad()
@@ -69,6 +69,11 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
             after = output if isinstance(output, Tensor) else output[0]
             before, after = (on_float64_device(states).double() for states in (before, after))
             cosine = torch.cosine_similarity(before, after, dim=-1)
+            if cosine.shape != mask.shape:
+                raise ModelError(
+                    f"student.initialize: expected one hidden state for each token, got {type(model).__name__}, which "
+                    "has several. Copy complete layers (initialize: copy), or begin with random weights."
+                )
             distances[layer] += float(((1 - cosine) * mask.to(cosine.device)).sum())
 
         return hook
@@ -76,25 +81,27 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
     def head_norms(x: Tensor) -> Tensor:
         return x.unflatten(-1, (shape.heads, shape.head_size)).norm(dim=-1)
 
-    blocks: list[BlockMeasurement] = []
+    blocks: list[BlockMeasurement | None] = []
     if isinstance(structure, Mixture):
         layers = zip(structure.layers, structure.blocks, strict=True)
-        blocks = [BlockMeasurement(layer, block, type(model).__name__) for layer, block in layers]
+        blocks = [block and BlockMeasurement(layer, block, type(model).__name__) for layer, block in layers]
 
     def sizes(number: int) -> Iterator[tuple[str, Any, Callable[[Tensor], Tensor]]]:
         """The modules of a layer whose inputs are measured, the keys of their sums, and the sizes."""
         if isinstance(structure, Mixture):
-            attention, reads_channels = structure.attention, structure.blocks[number].path
+            block = structure.blocks[number]
+            attention, reads_channels = structure.attention, "" if block is None else block.path
         else:
             attention, reads_channels = structure.matrices, structure.matrices.up[0]
             yield structure.matrices.down, ("units", number), torch.abs
         if attention is not None:
             yield attention.output, ("heads", number), head_norms
             yield attention.query, "channels", torch.abs
-        yield reads_channels, "channels", torch.abs
+        if reads_channels:
+            yield reads_channels, "channels", torch.abs
 
     with ExitStack() as hooks, evaluation_mode(model):
-        for block in blocks:
+        for block in filter(None, blocks):
             hooks.enter_context(block.hooks(lambda: mask))
         for number, layer in enumerate(structure.layers):
             hooks.enter_context(layer.register_forward_hook(add_distance(number), with_kwargs=True))
@@ -114,7 +121,7 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
         heads=stacked("heads"),
         units=stacked("units"),
         channels=squares["channels"].sqrt(),
-        blocks=tuple(block.result() for block in blocks),
+        blocks=tuple(block and block.result() for block in blocks),
     )
 
 
@@ -131,7 +138,9 @@ class SelectedParts:
     kv_heads: tuple[Tensor, ...]  # [K, m]: a key or value head is the mean of m of the teacher's
     units: tuple[Tensor, ...]  # [I] feed-forward units
     matching: bool = False  # of these, only parameters of the student's shape
-    blocks: tuple[BlockImportance, ...] = ()  # of a mixture of experts, by which its units and experts are chosen
+    blocks: tuple[
+        BlockImportance | None, ...
+    ] = ()  # of a mixture of experts, by which its units and experts are chosen
     merge: bool = False  # experts that are alike into one, in place of leaving the least important out
 
 

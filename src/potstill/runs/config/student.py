@@ -74,6 +74,11 @@ class InitializePart(Part):
         description="fit the last matrix of each layer to the teacher's hidden states by least squares, where layers "
         "add its output; not for random and selective",
     )
+    experts: Literal["prune", "merge"] = Field(
+        "prune",
+        description="of a student with fewer experts than the teacher: those that add most, or means of those whose "
+        "outputs are most alike; for prune",
+    )
     rounds: int = Field(
         1,
         ge=1,
@@ -91,6 +96,8 @@ class InitializePart(Part):
     def _layers_of_the_teacher(self) -> Self:
         if self.method == "random" and self.layers is not None:
             raise ValueError("expected no layers with random weights, got some")
+        if self.experts == "merge" and self.method != "prune":
+            raise ValueError(f"expected prune with experts: merge, got {self.method}")
         if self.rounds > 1 and self.method in ("random", "selective"):
             raise ValueError(f"expected prune, copy or truncate with rounds, got {self.method}")
         if self.rounds > 1 and isinstance(self.layers, list):
