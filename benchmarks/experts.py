@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for split, characters in (("teacher", 3_000_000), ("transfer", 1_000_000), ("heldout", 60_000)):
+    for split, characters in (("teacher", 1_500_000), ("transfer", 500_000), ("heldout", 40_000)):
         path = args.out / f"{split}.jsonl"
         if not path.exists():
             write_jsonl(path, split, characters)

@@ -13,6 +13,7 @@ from torch import nn
 import families
 from conftest import make_batch, make_llama
 from potstill.errors import ModelError
+from potstill.models.adapted import parameter_count
 from potstill.models.dense import DENSE_FAMILIES
 from potstill.models.design import student_config
 from potstill.models.expert_selection import matched_units, merged_shares, network_sizes
@@ -20,6 +21,8 @@ from potstill.models.feed_forward import ExpertBlock, Mixture, Units, find_mixtu
 from potstill.models.initialize import Initialization, plan_initialization
 from potstill.models.pruning import measure_importance
 from potstill.models.shapes import ACTIVE_FIELDS
+from potstill.models.size import size_of
+from potstill.runs.config.student import StudentPart
 
 BATCH = {name: value for name, value in make_batch(4, 12, 100).items() if name != "labels"}
 ALWAYS, NEVER = 60.0, -60.0  # entries of router rows on the channel that is the same for all tokens
@@ -408,3 +411,20 @@ def test_a_dense_family_is_for_pruning() -> None:
     with pytest.raises(ModelError, match=r"got MistralConfig\. Use prune, which makes one network of experts"):
         config = student_config(teacher.config, {"model_type": "mistral"}, 128)
         plan_initialization(teacher, config, "copy", calibration=list)
+
+
+def test_the_parameters_that_are_active_for_a_token_are_counted() -> None:
+    config = families.small("qwen2_moe")
+    found, of_expert = size_of(config, 16), 3 * 32 * 32
+    assert found.parameters - found.active_parameters == 2 * 2 * of_expert  # two of four experts, in two layers
+    assert parameter_count(families.model("qwen2_moe")).active == found.active_parameters
+    dense = size_of(make_llama().config, 16)
+    assert dense.active_parameters == dense.parameters
+
+
+def test_merging_is_an_option_of_pruning() -> None:
+    design = {"design": {"num_local_experts": 2}}
+    part = StudentPart.model_validate(design | {"initialize": {"method": "prune", "experts": "merge"}})
+    assert part.initialize.experts == "merge"
+    with pytest.raises(ValueError, match="expected prune with experts: merge, got copy"):
+        StudentPart.model_validate(design | {"initialize": {"method": "copy", "experts": "merge"}})

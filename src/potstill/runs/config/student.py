@@ -18,7 +18,9 @@ LIMITS = ("params", "compression", "memory_gb", "target", "min_share")
 class BudgetPart(Part):
     """The largest student of the teacher's family within all given limits; with min_share alone the smallest."""
 
-    params: int | float | str | None = Field(None, description="about so many parameters, such as 100M")
+    params: int | float | str | None = Field(
+        None, description="about so many parameters, with all experts, such as 100M"
+    )
     compression: float | None = Field(None, gt=1, description="so many times fewer parameters than the teacher's")
     memory_gb: float | None = Field(None, gt=0, description="to serve one row of context tokens in half precision")
     target: Literal["browser", "edge", "mobile", "server"] | None = Field(None, description="a kind of device")
