@@ -35,7 +35,7 @@ NORMALIZED: dict[str, dict[str, Any]] = {
     "phimoe": {},
     "minimax_m2": {},
 }
-OTHERS = ["qwen2_moe", "olmoe", "deepseek_v2", "jamba", "qwen3_next", "glm4_moe", "granitemoe", "nemotron_h"]
+OTHERS = ["qwen2_moe", "olmoe", "deepseek_v2", "jamba", "qwen3_next", "glm4_moe", "granitemoe"]
 
 
 def model(family: str, **fields: Any) -> Any:
@@ -245,11 +245,9 @@ def test_a_router_keeps_its_groups_of_experts() -> None:
     for router in routers(student):
         assert router.e_score_correction_bias[:2].tolist() == [9.0, 9.0]
     torch.testing.assert_close(logits(student), logits(teacher), rtol=1e-5, atol=1e-5)
-    with pytest.raises(
-        ModelError, match="a multiple of the router's 2 groups of experts, at least 2 in each, got 6"
-    ) as e:
-        pruned(teacher, {"n_routed_experts": 6}) and pruned(teacher, {"n_routed_experts": 5})
-    assert e
+    for number in (2, 5):
+        with pytest.raises(ModelError, match=f"router's 2 groups of experts, at least 2 in each, got {number}"):
+            pruned(teacher, {"n_routed_experts": number})
 
 
 def test_scores_are_what_loops_find() -> None:

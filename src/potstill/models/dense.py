@@ -41,10 +41,10 @@ def dense_config(teacher: PretrainedConfig, family: Any, changes: Mapping[str, A
             f"student.design.model_type: expected a teacher that predicts tokens for {family}, got "
             f"{teacher.architectures[0]}. Leave model_type out."  # type: ignore[index]
         )
-    known = teacher.to_dict()
+    values: dict[str, Any] = teacher.to_dict()
     cls: Any = CONFIG_MAPPING[family]
     own = cls().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
-    fields = {name: known[name] for name in own & known.keys()}
+    fields = {name: values[name] for name in own & values.keys()}
     fields |= {"head_dim": head_size(teacher)} if "head_dim" in own else {}  # which some families do not save
     if "intermediate_size" not in changes:
         fields["intermediate_size"] = active_width(teacher)

@@ -343,8 +343,8 @@ def _source(
 @torch.no_grad()
 def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedParts) -> None:
     """Fill a student's parameters and saved buffers from the teacher's, in place."""
-    structure = find_mixture(teacher) if parts.blocks else None
-    structure = structure or (find_structure(teacher) if parts.heads else find_layer_list(teacher))
+    mixture = find_mixture(teacher) if parts.blocks else None
+    structure: LayerList = mixture or (find_structure(teacher) if parts.heads else find_layer_list(teacher))
     configs, parameters = (text_config(teacher.config), student.config), dict(student.named_parameters())
     buffers = {name: x for name, x in student.state_dict(keep_vars=True).items() if name not in parameters}
     for own_name, parameter in (parameters | buffers).items():
@@ -368,11 +368,12 @@ def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedPar
             value = value if value.ndim == 1 else value.index_select(1, axes[1])
             value = value.T if transposed else value
         parameter.copy_(value)
-    if isinstance(structure, Mixture):
+    if mixture is not None:
         for number, layer in enumerate(find_layer_list(student).layers):
-            source, path = parts.layers[number], f"{structure.path}.{parts.layers[number]}"
-            block, importance = structure.blocks[source], parts.blocks[number]
+            of_teacher = parts.layers[number]
+            block, importance = mixture.blocks[of_teacher], parts.blocks[number]
             if block is not None and importance is not None:
+                path = f"{mixture.path}.{of_teacher}"
                 filled = BlockSource(teacher, path, block, importance, parts.channels)
                 filled.fill(layer, student.config, parts.merge)
 

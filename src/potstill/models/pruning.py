@@ -84,7 +84,8 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
     blocks: list[BlockMeasurement | None] = []
     if isinstance(structure, Mixture):
         layers = zip(structure.layers, structure.blocks, strict=True)
-        blocks = [block and BlockMeasurement(layer, block, type(model).__name__) for layer, block in layers]
+        name = type(model).__name__
+        blocks = [None if block is None else BlockMeasurement(layer, block, name) for layer, block in layers]
 
     def sizes(number: int) -> Iterator[tuple[str, Any, Callable[[Tensor], Tensor]]]:
         """The modules of a layer whose inputs are measured, the keys of their sums, and the sizes."""
@@ -121,7 +122,7 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
         heads=stacked("heads"),
         units=stacked("units"),
         channels=squares["channels"].sqrt(),
-        blocks=tuple(block and block.result() for block in blocks),
+        blocks=tuple(None if block is None else block.result() for block in blocks),
     )
 
 
