@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import families
 from conftest import make_batch, make_llama
+from potstill.cli.check import _parameters
 from potstill.errors import ModelError
 from potstill.models.adapted import parameter_count
 from potstill.models.dense import DENSE_FAMILIES
@@ -22,7 +26,10 @@ from potstill.models.initialize import Initialization, plan_initialization
 from potstill.models.pruning import measure_importance
 from potstill.models.shapes import ACTIVE_FIELDS
 from potstill.models.size import size_of
+from potstill.runs.build import build_run
 from potstill.runs.config.student import StudentPart
+from potstill.runs.run import run
+from walk import Walk
 
 BATCH = {name: value for name, value in make_batch(4, 12, 100).items() if name != "labels"}
 ALWAYS, NEVER = 60.0, -60.0  # entries of router rows on the channel that is the same for all tokens
@@ -426,3 +433,17 @@ def test_merging_is_an_option_of_pruning() -> None:
     assert part.initialize.experts == "merge"
     with pytest.raises(ValueError, match="expected prune with experts: merge, got copy"):
         StudentPart.model_validate(design | {"initialize": {"method": "copy", "experts": "merge"}})
+
+
+def test_a_run_counts_all_parameters_and_those_that_are_active(tmp_path: Path) -> None:
+    student = {"design": {"num_local_experts": 3}, "initialize": {"method": "prune", "experts": "merge"}}
+    recipe = Walk("mixtral", "causal", tmp_path).recipe(student=student)
+    result = run(recipe, console=Console(file=io.StringIO()))
+    teacher, of_student = (result.summary["rows"][name] for name in ("teacher", "student"))
+    assert of_student["active_parameters"] < of_student["parameters"] < teacher["parameters"]
+    assert teacher["active_parameters"] < teacher["parameters"]
+    assert "Active parameters" in (result.directory / "report.html").read_text()
+    assert any("3 of 4 experts (merged by their outputs)" in note for note in result.summary["notes"])
+    size = build_run(recipe).size
+    assert (size.all, size.active) == (of_student["parameters"], of_student["active_parameters"])
+    assert _parameters(size) == f"{size.all:,} parameters, {size.active:,} of them active for a token"

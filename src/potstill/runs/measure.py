@@ -213,7 +213,7 @@ def _scores(
     for name, model in models.items():
         rows[name] = {row.key: getattr(quality[name], row.key) for row in QUALITY[built.recipe.task]}
         rows[name] |= {"parameters": counts[name].all, "bytes": bytes_on_disk(folders[name], model)}
-        rows[name]["active_parameters"] = counts[name].active if has_experts else None
+        rows[name] |= {"active_parameters": counts[name].active} if has_experts else {}
         rows[name]["saved_as"] = describe_precision(folders[name])
         rows[name]["latency_ms"] = latency[name].median_ms
     if built.recipe.student.vocabulary is not None and "teacher" in models:  # it is smaller than on the disk
