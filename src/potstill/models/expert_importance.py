@@ -153,8 +153,8 @@ class BlockMeasurement:
         taken = torch.zeros_like(table).scatter_(1, chosen, 1.0)[rows.attended]
         totals, ratios = table[rows.attended].sum(1), (table[rows.attended] / probabilities)[taken.bool()]
         self.sums.of_all &= _spread(ratios) < TOLERANCE <= _spread(totals)  # not normalized among the chosen ones
-        self.sums.probabilities = self.sums.probabilities + (taken.T @ probabilities).double().cpu()
-        self.sums.chosen = self.sums.chosen + taken.sum(0).double().cpu()
+        self.sums.probabilities = self.sums.probabilities + (taken.T @ probabilities).cpu().double()
+        self.sums.chosen = self.sums.chosen + taken.sum(0).cpu().double()
 
     def _add_network(self, rows: _Rows) -> None:
         activations = self.seen["shared units"][0][0].flatten(0, -2).float()

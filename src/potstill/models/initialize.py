@@ -346,7 +346,8 @@ def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedPar
     mixture = find_mixture(teacher) if parts.blocks else None
     structure: LayerList = mixture or (find_structure(teacher) if parts.heads else find_layer_list(teacher))
     configs, parameters = (text_config(teacher.config), student.config), dict(student.named_parameters())
-    buffers = {name: x for name, x in student.state_dict(keep_vars=True).items() if name not in parameters}
+    saved = student.state_dict().keys()
+    buffers = {name: buffer for name, buffer in student.named_buffers() if name in saved}
     for own_name, parameter in (parameters | buffers).items():
         name = _name_in(teacher, student, own_name)
         place, source = structure.locate(name), _source(teacher, structure, name, parts, parameter)
