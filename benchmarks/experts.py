@@ -86,7 +86,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            print(f"  step {step}: {float(loss):.3f}", flush=True)
+            print(f"  step {step}: {float(loss.detach()):.3f}", flush=True)
 
 
 def make_teacher(args: argparse.Namespace) -> None:
@@ -105,7 +105,7 @@ def make_teacher(args: argparse.Namespace) -> None:
     begun = args.out / "begun"  # the teacher before training, for the run that reads the data
     model.save_pretrained(begun)
     tokenizer.save_pretrained(begun)
-    values = recipe(args, "teacher", {"model": str(begun)}, 0).model_dump(mode="json") | {}
+    values = recipe(args, "teacher", {"model": str(begun)}, 0).model_dump(mode="json")
     values["teacher"] = {"model": str(begun)}
     built = build_run(Recipe.parse(values))
     train(built, model, None, [Labels(), RouterBalance(weight=0.01)], args.teacher_steps, args.teacher_rate, 0)
