@@ -112,7 +112,8 @@ def magnitude(model: Any, structure: LayerStructure, activations: Importance) ->
 
 def random(activations: Importance) -> Importance:
     generator = torch.Generator().manual_seed(0)
-    drawn = {name: torch.rand(x.shape, generator=generator) for name, x in vars(activations).items()}
+    scores = {name: x for name, x in vars(activations).items() if isinstance(x, Tensor)}
+    drawn = {name: torch.rand(x.shape, generator=generator) for name, x in scores.items()}
     return replace(activations, **drawn)
 
 

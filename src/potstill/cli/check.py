@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from potstill.cli.app import Imports, RecipePath, Sets, app, console, print_facts
 from potstill.cli.embedding import check_embedding, kind_of
 from potstill.cli.generate import check_generate
 from potstill.cli.schema import KINDS
 from potstill.errors import UserError
+
+if TYPE_CHECKING:
+    from potstill.models.adapted import ParameterCount
 
 
 @app.command()
@@ -32,18 +35,24 @@ def check(recipe: RecipePath, set_: Sets = None, import_: Imports = None) -> Non
     return None
 
 
+def _parameters(size: ParameterCount) -> str:
+    active = f", {size.active:,} of them active for a token" if size.active < size.all else ""
+    return f"{size.all:,} parameters{active}"
+
+
 def _facts(needs: Any) -> Iterator[tuple[str, str]]:
     from potstill.evaluate import formatting
+    from potstill.models.adapted import parameter_count
 
     built = needs.built
     size, train_rows = built.size, len(built.train.dataset)
-    student = f"{size.all:,} parameters"
+    student = _parameters(size)
     if size.trained < size.all:
         student += f", {size.trained:,} of them trained ({formatting.percent(size.trained / size.all, 2)})"
     if built.loaded.model is not None:
-        teacher = built.loaded.model.num_parameters()
-        student += f", {teacher / size.all:.1f} times smaller"
-        yield "teacher", f"{teacher:,} parameters"
+        teacher = parameter_count(built.loaded.model)
+        student += f", {teacher.all / size.all:.1f} times smaller"
+        yield "teacher", _parameters(teacher)
     yield "student", student
     if built.vocabulary:
         shared = "the same for both" if built.alignment_stats is None else "the student's own: compared by bytes"

@@ -29,7 +29,7 @@ SHAPE = {  # rows of the table: fields of `DesignShape`
 @app.command()
 def design(
     teacher: Annotated[str | None, typer.Option(help="folder with a config.json; weights are not needed")] = None,
-    params: Annotated[str | None, typer.Option(help="number of parameters: 100M, 1.5B")] = None,
+    params: Annotated[str | None, typer.Option(help="number of parameters, with all experts: 100M, 1.5B")] = None,
     compression: Annotated[float | None, typer.Option(help="how many times smaller than the teacher")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="to serve one row of --context in half precision")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="forward pass over a row of --context, timed here")] = None,
@@ -208,6 +208,8 @@ def _compare(teacher: Any, student: Any, context: int, target: str | None, task:
             table.add_row(name, *(f"{getattr(shape, field):,}" for shape in shapes))
     table.add_row("vocabulary", *(f"{config.vocab_size:,}" for config in configs))
     table.add_row("parameters", *(f"{size.parameters:,}" for size in sizes))
+    if any(size.active_parameters < size.parameters for size in sizes):
+        table.add_row("active for a token", *(f"{size.active_parameters:,}" for size in sizes))
     table.add_row("of embeddings and head", *(f"{size.token_parameters:,}" for size in sizes))
     table.add_row("FLOPs a token, forward", *(formatting.count(size.flops_per_token) for size in sizes))
     table.add_row("KV cache a token", *(formatting.size(size.kv_cache_bytes_per_token) for size in sizes))

@@ -43,7 +43,9 @@ def show_result(result: Any) -> None:
     rows = summary["rows"]
     table = comparison_table([name.replace("_", " ") for name in rows], title=summary["name"])
     for measure in of_run(summary["task"], "bits_per_byte" in rows["student"]):
-        values = [row[measure.key] for row in rows.values()]
+        if measure.key == "active_parameters" and measure.key not in rows["student"]:  # no model has experts
+            continue
+        values = [row.get(measure.key) for row in rows.values()]
         table.add_row(measure.name, *("–" if value is None else measure.write(value) for value in values))
     show(table, verdict(summary))
     spreads = [

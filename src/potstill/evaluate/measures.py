@@ -87,6 +87,7 @@ FURTHER: Measures = {"causal": _TOKENS, "masked": _TOKENS, "classification": (_J
 
 COSTS = (
     Measure("parameters", "Parameters", "Number of weights.", count),
+    Measure("active_parameters", "Active parameters", "Weights that a token passes through.", count),
     Measure("bytes", "Size", "Bytes of the weights on disk.", size),
     Measure("saved_as", "Precision", "That of the weights on disk.", str),
     Measure(

@@ -36,6 +36,7 @@ class ModelScores(BaseModel):
     all_pairs: float | None = None
     recall: float | None = None
     parameters: int | None = None
+    active_parameters: int | None = None  # where a model has experts
     bytes: int | None = None
     saved_as: str | None = None
     latency_ms: float | None = None

@@ -24,6 +24,7 @@ from potstill.models.loading import (
 )
 from potstill.models.locate import require_package, weight_files
 from potstill.models.precision import saved_dtype
+from potstill.models.size import inactive_parameters
 
 
 def is_adapted(model: Any) -> bool:
@@ -44,6 +45,7 @@ def virtual_tokens(model: Any) -> int:
 class ParameterCount(NamedTuple):
     trained: int
     all: int
+    active: int  # that a token passes through: of a mixture of experts, those of its own alone
 
 
 def parameter_count(model: Any) -> ParameterCount:
@@ -51,8 +53,10 @@ def parameter_count(model: Any) -> ParameterCount:
     if is_adapted(model):
         trained, total = model.get_nb_trainable_parameters()
         replaced = [module.original_module for module in model.modules() if hasattr(module, "original_module")]
-        return ParameterCount(trained, total - sum(x.numel() for module in replaced for x in module.parameters()))
-    return ParameterCount(model.num_parameters(only_trainable=True), model.num_parameters())
+        total -= sum(x.numel() for module in replaced for x in module.parameters())
+    else:
+        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    return ParameterCount(trained, total, total - inactive_parameters(model))
 
 
 def save_adapter(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:

@@ -35,7 +35,7 @@ class Budget(Record):
     """Limits on a student's size and cost; at least one, and all of them hold.
 
     Args:
-        params: number of parameters (within 5%).
+        params: number of parameters, with all experts (within 5%).
         compression: the teacher's parameters over the student's (within 5%).
         memory_gb: at most so many gigabytes (10^9 bytes) to serve one row of `context` tokens in half precision.
         latency_ms: at most so long for one forward pass over a row of `context` tokens.

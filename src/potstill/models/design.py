@@ -13,7 +13,16 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from potstill.errors import ModelError, nearest
-from potstill.models.shapes import DesignShape, attention_layers, config_fields, design_shape, text_config
+from potstill.models.dense import dense_config
+from potstill.models.shapes import (
+    DesignShape,
+    attention_layers,
+    config_fields,
+    count_experts,
+    design_shape,
+    experts_per_token,
+    text_config,
+)
 from potstill.models.size import build, count_parameters, invalid_config, layer_parameters
 
 Keep = Literal["balanced", "depth", "width"]
@@ -33,14 +42,17 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
     """Change fields of the teacher's config, or of its text part; `vocabulary` is the number of token ids.
 
     Names may be transformers' common ones, such as num_hidden_layers for GPT-2. Those of `rope_parameters`, such as
-    rope_theta, may stand alone; the teacher's others stay. Fields with an entry for each layer are those of the first
+    rope_theta, may stand alone; the teacher's others stay. With `model_type`, a teacher with experts has a student of a
+    dense family (`dense_config`). Fields with an entry for each layer are those of the first
     layers. Those that the family computes from other fields are computed again.
 
     >>> from transformers import LlamaConfig
     >>> student_config(LlamaConfig(), {"num_hidden_layers": 2}, 1000).vocab_size
     1000
     """
-    teacher = text_config(teacher)
+    teacher, changes = text_config(teacher), dict(changes)
+    if (family := changes.pop("model_type", teacher.model_type)) != teacher.model_type:
+        teacher = dense_config(teacher, family, changes)
     known = teacher.to_dict()
     own = teacher.attribute_map
     layers, hidden, heads = (
@@ -76,6 +88,11 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
         raise ModelError(
             f"student.design: expected 4 coordinate_size + 2 shape_size to be hidden_size, {values[hidden]}, in which "
             f"{teacher.model_type} embeds places, got {4 * student.coordinate_size + 2 * student.shape_size}. Set both."
+        )
+    if 0 < count_experts(student) < experts_per_token(student) and count_experts(student) < count_experts(teacher):
+        raise ModelError(
+            f"student.design: expected at least the {experts_per_token(student)} experts that a token is sent to, got "
+            f"{count_experts(student)}. Change both."
         )
     if attention_layers(teacher) and not attention_layers(student):
         raise ModelError(

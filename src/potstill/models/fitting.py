@@ -15,10 +15,11 @@ from potstill.errors import ModelError
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.targets import DenseTargets
 from potstill.losses.token_losses import on_float64_device, token_divergence
+from potstill.models.feed_forward import find_mixture
 from potstill.models.norms import norm_kind
 from potstill.models.pruning import SelectedParts
 from potstill.models.split import INPUTS, evaluation_mode, inputs, probe_batch, run, undisturbed
-from potstill.models.structure import LayerStructure, find_structure, is_transposed
+from potstill.models.structure import LayerList, LayerStructure, find_structure, is_transposed
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # over the mean squared feature
 ROUNDING_ULPS = 4  # an error of this size in a hidden state is rounding, and is left as it is
@@ -59,7 +60,8 @@ def fit_layers(
     """
     batches = list(batches)
     try:
-        of_teacher, of_student = find_structure(teacher), find_structure(student)
+        of_student = find_structure(student)
+        of_teacher: LayerList = find_mixture(teacher) or find_structure(teacher)
     except ModelError:  # of another family, whose layers were copied whole
         return None
     branch = _branch(student, of_student)
@@ -251,7 +253,7 @@ class _Regression:
 class _HiddenStates:
     """The hidden states of batches in front of one of a model's layers: those behind it are computed on request."""
 
-    def __init__(self, model: Any, structure: LayerStructure, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(self, model: Any, structure: LayerList, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self.layers, self.next = structure.layers, 0
         self.calls = [_layer_calls(model, structure, batch) for batch in batches]
         self.states = [calls[0].state for calls in self.calls]
@@ -299,7 +301,7 @@ class _LayerCall(NamedTuple):
         return changed
 
 
-def _layer_calls(model: Any, structure: LayerStructure, batch: Mapping[str, Tensor]) -> list[_LayerCall]:
+def _layer_calls(model: Any, structure: LayerList, batch: Mapping[str, Tensor]) -> list[_LayerCall]:
     """Record the arguments of a model's layers for a batch; of the layers, the first alone is run."""
     calls: list[_LayerCall] = []
     outputs: list[Any] = []

@@ -11,7 +11,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
 from potstill.errors import ModelError
+from potstill.models.dense import DENSE_FAMILIES
 from potstill.models.design import layer_fields
+from potstill.models.expert_selection import BlockSource, network_sizes
+from potstill.models.feed_forward import Mixture, find_mixture
 from potstill.models.fitting import fit_layers
 from potstill.models.norms import rescale_norms
 from potstill.models.placement import weight_in_memory
@@ -25,9 +28,16 @@ from potstill.models.pruning import (
     select_parts,
     whole_layers,
 )
-from potstill.models.shapes import design_shape, text_config
+from potstill.models.shapes import ATTENTION_WIDTHS, DesignShape, count_experts, design_shape, text_config
 from potstill.models.size import build
-from potstill.models.structure import LayerList, LayerStructure, find_layer_list, find_structure, is_transposed
+from potstill.models.structure import (
+    LayerList,
+    LayerMatrices,
+    LayerStructure,
+    find_layer_list,
+    find_structure,
+    is_transposed,
+)
 
 InitMethod = Literal["copy", "truncate", "prune", "selective"]
 WIDTHS = {
@@ -69,6 +79,7 @@ def plan_initialization(
     *,
     layers: LayerChoice | Sequence[int] | None = None,
     fit: bool = False,
+    merge: bool = False,
     calibration: Callable[[], Iterable[Mapping[str, Tensor]]],
     importance: Importance | None = None,
 ) -> Initialization:
@@ -77,9 +88,11 @@ def plan_initialization(
     The method is copy (complete layers; all widths are the teacher's), truncate (the first heads, units and channels),
     prune (the most important ones, by activations), or selective (all parameters whose shape is the teacher's; the
     others are random). `layers` is a choice of `choose_layers`, by default grouped for copy and prune where half of the
-    layers stay, else uniform.
-    With `fit`, the last matrix of each layer is fitted to the teacher's hidden states (`fit_layers`). `calibration`
-    gives batches of training data, on which layers are fitted, and importance is measured unless it is given.
+    layers stay, else uniform. With `fit`, the last matrix of each layer is fitted to the teacher's hidden states
+    (`fit_layers`). Of a mixture of experts, prune keeps the experts that add most, with `merge` it merges those whose
+    outputs are most alike; for a student without experts it makes one network of the units that add most
+    (`BlockSource`). `calibration` gives batches of training data, on which layers are fitted, and importance is
+    measured unless it is given.
 
     References:
         Muralidharan et al. 2024 (Minitron), arXiv 2407.14679; Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, for
@@ -88,13 +101,22 @@ def plan_initialization(
     if method not in get_args(InitMethod):
         raise ModelError(f"student.initialize: expected {', '.join(get_args(InitMethod))}, got {method}.")
     of_teacher: Any = text_config(teacher.config)
-    if type(config) is not type(of_teacher):
+    dense = config.model_type in DENSE_FAMILIES.get(of_teacher.model_type, ())
+    if type(config) is not type(of_teacher) and not (dense and method == "prune"):
         family, other = type(of_teacher).__name__, type(config).__name__
-        raise ModelError(f"student.initialize: expected a student of the larger model's {family}, got {other}.")
+        hint = " Use prune, which makes one network of experts." if dense else ""
+        raise ModelError(f"student.initialize: expected a student of the larger model's {family}, got {other}.{hint}")
     whole = method in ("copy", "selective")
-    structure: LayerList = find_layer_list(teacher) if whole else find_structure(teacher)
+    mixture = find_mixture(teacher) if method == "prune" else None
+    structure: LayerList = mixture or (find_layer_list(teacher) if whole else find_structure(teacher))
     shape = design_shape(config)
-    sizes = {name: (getattr(shape, field), getattr(structure.shape, field)) for name, field in WIDTHS.items()}
+    if merge and (mixture is None or not 1 < count_experts(config) < count_experts(of_teacher)):
+        raise ModelError(
+            "student.initialize.experts: expected a student with at least two and fewer experts than the larger model "
+            "for merge, got another. Leave it out, or change the number of experts in student.design."
+        )
+    widths_of = {name: field for name, field in WIDTHS.items() if mixture is None or field != "ffn"}
+    sizes = {name: (getattr(shape, field), getattr(structure.shape, field)) for name, field in widths_of.items()}
     changed = {name: (kept, total) for name, (kept, total) in sizes.items() if kept != total and kept and total}
     widths = ", ".join(f"{kept} of {total} {name}" for name, (kept, total) in changed.items())
     if method == "copy" and widths:
@@ -119,10 +141,19 @@ def plan_initialization(
         importance = measure_importance(teacher, calibration())
     influence = None if importance is None else importance.layers
     if influence is None and choice in ("grouped", "importance") and shape.layers < structure.shape.layers:
-        influence = measure_influence(teacher, structure.layers, calibration())
+        try:
+            influence = measure_influence(teacher, structure.layers, calibration())
+        except ModelError:
+            if layers is not None:
+                raise
+            choice = "uniform"
     chosen = choose_layers(choice, structure.shape.layers, shape.layers, influence)
     if whole:
         parts = whole_layers(structure.shape, chosen, matching=method == "selective")
+    elif mixture is not None:
+        assert importance is not None, "it is measured"
+        parts = _select_around_experts(mixture, shape, chosen, importance, type(teacher).__name__)
+        parts = replace(parts, blocks=tuple(importance.blocks[layer] for layer in chosen), merge=merge)
     else:
         parts = select_parts(structure.shape, shape, chosen, importance if method == "prune" else None)
     fields, first = config.to_dict(), layer_fields(of_teacher, range(shape.layers))
@@ -138,6 +169,8 @@ def plan_initialization(
         widths = "the parameters whose shape matches"
     elif widths:
         widths += " (the most active)" if method == "prune" else " (the first)"
+    if mixture is not None:
+        widths = ", ".join([*filter(None, [widths]), *_expert_words(mixture, student, chosen, merge)])
     notes = (
         f"student: the larger model's {of_layers}, {widths or 'complete'}.",
         *_notes(teacher, student, structure, parts),
@@ -146,6 +179,37 @@ def plan_initialization(
     if "channels" in changed and not parts.matching:
         initialization = _rescaled(initialization, teacher, calibration())
     return _fitted(initialization, teacher, calibration()) if fit and not parts.matching else initialization
+
+
+def _select_around_experts(
+    mixture: Mixture, shape: DesignShape, layers: Sequence[int], importance: Importance, name: str
+) -> SelectedParts:
+    """Select channels and heads of a mixture's layers; both stay where heads are not known."""
+    of_teacher = replace(mixture.shape, ffn=0)
+    if mixture.attention is not None:
+        return select_parts(of_teacher, replace(shape, ffn=0), layers, importance)
+    for width in ATTENTION_WIDTHS:
+        if (size := getattr(shape, width)) != (own := getattr(of_teacher, width)):
+            raise ModelError(
+                f"student.initialize: expected {width} {own} as in {name}, whose attention cannot be pruned, got "
+                f"{size}. Change experts, units and layers alone."
+            )
+    return whole_layers(of_teacher, layers)
+
+
+def _expert_words(mixture: Mixture, student: PreTrainedModel, layers: Sequence[int], merge: bool) -> Iterator[str]:
+    """What becomes of experts, in words."""
+    counts: dict[tuple[tuple[int, int], tuple[int, int]], None] = {}
+    for number, layer in zip(layers, find_layer_list(student).layers, strict=True):
+        teacher, own = (network_sizes(x) for x in (mixture.layers[number], layer))
+        counts[teacher, own] = None
+    for (experts, units), (kept, width) in counts:
+        if kept > 1 and kept < experts:
+            yield f"{kept} of {experts} experts ({'merged by their outputs' if merge else 'those that add most'})"
+        if kept == 1 < experts:
+            yield f"one network of the {width} most important units of {experts} experts"
+        elif width < units:
+            yield f"{width} of {units} feed-forward units (the most active)"
 
 
 def _rescaled(
@@ -196,6 +260,8 @@ def _check_kinds(
     for name, parameter in student.named_parameters():
         name = _name_in(teacher, student, name)
         place, source = structure.locate(name), _source(teacher, structure, name, parts, parameter)
+        if place and _in_block(structure, parts, place):
+            continue
         if place and (source is None or (not parts.heads and source.shape != parameter.shape)):
             first = [*range(len(parts.layers))]
             others = (
@@ -220,8 +286,11 @@ def _notes(
     random: dict[str, int] = {}
     for own_name, parameter in student.named_parameters():
         name = _name_in(teacher, student, own_name)
-        names = random if _source(teacher, structure, name, parts, parameter) is None else copied
-        own_name = own_name.replace(f".{place[0]}.", ".*.", 1) if (place := structure.locate(name)) else own_name
+        place = structure.locate(name)
+        of_block = place is not None and _in_block(structure, parts, place)
+        known = of_block or _source(teacher, structure, name, parts, parameter) is not None
+        names = copied if known else random
+        own_name = own_name.replace(f".{place[0]}.", ".*.", 1) if place else own_name
         names[own_name] = names.get(own_name, 0) + parameter.numel()
     if parts.matching:
         if not copied:
@@ -236,6 +305,14 @@ def _notes(
         yield f"student: {what}, and random: {', '.join(random)}."
     if getattr(config, "tie_word_embeddings", False) and not getattr(of_teacher, "tie_word_embeddings", False):
         yield "student: its head is its embedding (tied); the larger model's own head is not copied."
+
+
+def _in_block(structure: LayerList, parts: SelectedParts, place: tuple[int, str]) -> bool:
+    """Whether a place in the student's layers is in a feed-forward network of a mixture, which `BlockSource` fills."""
+    if not isinstance(structure, Mixture):
+        return False
+    block = structure.blocks[parts.layers[place[0]]]
+    return block is not None and f"{place[1]}.".startswith(f"{block.path}.")
 
 
 def _name_in(teacher: PreTrainedModel, student: PreTrainedModel, name: str) -> str:
@@ -260,10 +337,13 @@ def _source_name(structure: LayerList, name: str, parts: SelectedParts) -> str:
 def _source(
     teacher: PreTrainedModel, structure: LayerList, name: str, parts: SelectedParts, parameter: Tensor
 ) -> Tensor | None:
-    """The teacher's parameter that a student's comes from."""
+    """The teacher's parameter or buffer that a student's comes from."""
+    path, _, own = _source_name(structure, name, parts).rpartition(".")
     try:
-        source = teacher.get_parameter(_source_name(structure, name, parts))
+        source: Any = getattr(teacher.get_submodule(path), own, None)
     except AttributeError:
+        return None
+    if not isinstance(source, Tensor):
         return None
     of_tokens = len(source) == text_config(teacher.config).vocab_size > len(parameter)  # of which it may have fewer
     matches = source.shape == parameter.shape or (of_tokens and source.shape[1:] == parameter.shape[1:])
@@ -272,19 +352,22 @@ def _source(
 
 @torch.no_grad()
 def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedParts) -> None:
-    """Fill a student's parameters from the teacher's, in place."""
-    structure = find_structure(teacher) if parts.heads else find_layer_list(teacher)
-    configs = text_config(teacher.config), student.config
-    for own_name, parameter in student.named_parameters():
+    """Fill a student's parameters and saved buffers from the teacher's, in place."""
+    mixture = find_mixture(teacher) if parts.blocks else None
+    structure: LayerList = mixture or (find_structure(teacher) if parts.heads else find_layer_list(teacher))
+    configs, parameters = (text_config(teacher.config), student.config), dict(student.named_parameters())
+    saved = student.state_dict().keys()
+    buffers = {name: buffer for name, buffer in student.named_buffers() if name in saved}
+    for own_name, parameter in (parameters | buffers).items():
         name = _name_in(teacher, student, own_name)
-        source = _source(teacher, structure, name, parts, parameter)
-        if source is None:
+        place, source = structure.locate(name), _source(teacher, structure, name, parts, parameter)
+        of_block = place is not None and _in_block(structure, parts, place)
+        if source is None or of_block or (own_name in buffers and source.shape != parameter.shape):
             continue
         with weight_in_memory(teacher, _source_name(structure, name, parts)) as weight:
-            value = weight.detach().to("cpu", torch.float32)
-        place = structure.locate(name)
+            value = weight.detach().to("cpu", parameter.dtype)
         axes = None
-        if place is not None and isinstance(structure, LayerStructure):
+        if place is not None and isinstance(structure, LayerStructure | Mixture) and parts.heads:
             axes = _axes(structure, parts, place[0]).get(place[1])
         if axes is None:
             value = _select_outside(value, parameter, *configs, parts, name)
@@ -296,20 +379,31 @@ def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedPar
             value = value if value.ndim == 1 else value.index_select(1, axes[1])
             value = value.T if transposed else value
         parameter.copy_(value)
+    if mixture is not None:
+        for number, layer in enumerate(find_layer_list(student).layers):
+            of_teacher = parts.layers[number]
+            block, importance = mixture.blocks[of_teacher], parts.blocks[number]
+            if block is not None and importance is not None:
+                path = f"{mixture.path}.{of_teacher}"
+                filled = BlockSource(teacher, path, block, importance, parts.channels)
+                filled.fill(layer, student.config, parts.merge)
 
 
-def _axes(structure: LayerStructure, parts: SelectedParts, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _axes(structure: LayerStructure | Mixture, parts: SelectedParts, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
     """By matrix of a student's layer, the teacher's rows [out, m], averaged over m, and columns [in]."""
-    matrices, size, channels = structure.matrices, structure.shape.head_size, parts.channels
+    matrices = structure.attention if isinstance(structure, Mixture) else structure.matrices
+    assert matrices is not None, "heads are selected"
+    size, channels = structure.shape.head_size, parts.channels
     heads, units = parts.heads[layer].unsqueeze(1), parts.units[layer]
     queries, keys = _head_rows(heads, size), _head_rows(parts.kv_heads[layer], size)
     axes = {
         **dict.fromkeys((matrices.key, matrices.value), (keys, channels)),
         matrices.query: (queries, channels),
         matrices.output: (channels.unsqueeze(1), queries.squeeze(1)),
-        **dict.fromkeys(matrices.up, (units.unsqueeze(1), channels)),
-        matrices.down: (channels.unsqueeze(1), units),
     }
+    if isinstance(matrices, LayerMatrices):
+        axes |= dict.fromkeys(matrices.up, (units.unsqueeze(1), channels))
+        axes[matrices.down] = channels.unsqueeze(1), units
     if matrices.fused:
         width = structure.shape.heads * size
         axes[matrices.query] = torch.cat([queries, keys + width, keys + 2 * width]), channels

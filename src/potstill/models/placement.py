@@ -30,7 +30,8 @@ def resident_bytes(model: nn.Module) -> int:
 
 @contextmanager
 def weight_in_memory(model: nn.Module, name: str) -> Iterator[Tensor]:
-    """Give a parameter by its name; one on the disk is read for as long."""
-    module = model.get_submodule(name.rpartition(".")[0])
+    """Give a parameter or buffer by its name; one on the disk is read for as long."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
     with align_module_device(module):
-        yield model.get_parameter(name)
+        yield getattr(module, own)

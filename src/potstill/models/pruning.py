@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from potstill.errors import ModelError
 from potstill.losses.token_losses import on_float64_device
+from potstill.models.expert_importance import BlockImportance, BlockMeasurement
+from potstill.models.feed_forward import Mixture, find_mixture
 from potstill.models.shapes import DesignShape
 from potstill.models.spacing import evenly_spaced
 from potstill.models.split import evaluation_mode
@@ -31,12 +33,14 @@ class Importance:
     heads: Tensor  # [L, A] the norm of each query head's output
     units: Tensor  # [L, I] the size of each feed-forward unit
     channels: Tensor  # [H] the size of each hidden channel where layers read it, after their norm; over all layers
+    blocks: tuple[BlockImportance | None, ...] = ()  # of a mixture of experts, by layer, in place of `units`
 
 
 class _BlockInfluence:
     """Measures how far each layer turns the hidden states, [L]; see `measure_importance`."""
 
-    def __init__(self, layers: Iterable[nn.Module], hooks: ExitStack) -> None:
+    def __init__(self, name: str, layers: Iterable[nn.Module], hooks: ExitStack) -> None:
+        self.name = name  # of the model, for errors
         self.sums: list[float] = []
         self.tokens, self.mask = 0.0, torch.ones(0)
         for number, layer in enumerate(layers):
@@ -53,6 +57,11 @@ class _BlockInfluence:
         after = output if isinstance(output, Tensor) else output[0]
         before, after = (on_float64_device(states).double() for states in (before, after))
         cosine = torch.cosine_similarity(before, after, dim=-1)
+        if cosine.shape != self.mask.shape:
+            raise ModelError(
+                f"student.initialize: expected one hidden state for each token, got {self.name}, whose layers have "
+                "others. Copy evenly spaced layers (method: copy, layers: uniform), or begin with random weights."
+            )
         self.sums[layer] += float(((1 - cosine) * self.mask.to(cosine.device)).sum())
 
     @property
@@ -64,7 +73,7 @@ class _BlockInfluence:
 def measure_influence(model: PreTrainedModel, layers: Iterable[nn.Module], batches: Batches) -> Tensor:
     """Measure the block influence [L] of layers alone; arguments as `measure_importance`."""
     with ExitStack() as hooks, evaluation_mode(model):
-        influence = _BlockInfluence(layers, hooks)
+        influence = _BlockInfluence(type(model).__name__, layers, hooks)
         for batch in batches:
             influence.begin(batch["attention_mask"].double())
             _run(model, batch)
@@ -85,8 +94,8 @@ def measure_importance(model: PreTrainedModel, batches: Batches) -> Importance:
         Muralidharan et al. 2024 (Minitron), arXiv 2407.14679, section 2.2; Men et al. 2024 (ShortGPT), arXiv
         2403.03853, for block influence.
     """
-    structure = find_structure(model)
-    shape, matrices = structure.shape, structure.matrices
+    structure = find_mixture(model) or find_structure(model)
+    shape = structure.shape
     squares: dict[Any, Any] = {}  # by activation: the sum over rows of squared means over tokens
 
     def add_inputs(key: Any, size: Callable[[Tensor], Tensor]) -> Callable[[Any, tuple[Tensor, ...]], None]:
@@ -101,24 +110,47 @@ def measure_importance(model: PreTrainedModel, batches: Batches) -> Importance:
     def head_norms(x: Tensor) -> Tensor:
         return x.unflatten(-1, (shape.heads, shape.head_size)).norm(dim=-1)
 
+    blocks: list[BlockMeasurement | None] = []
+    if isinstance(structure, Mixture):
+        layers = zip(structure.layers, structure.blocks, strict=True)
+        name = type(model).__name__
+        blocks = [None if block is None else BlockMeasurement(layer, block, name) for layer, block in layers]
+
+    def sizes(number: int) -> Iterator[tuple[str, Any, Callable[[Tensor], Tensor]]]:
+        """The modules of a layer whose inputs are measured, the keys of their sums, and the sizes."""
+        if isinstance(structure, Mixture):
+            block = structure.blocks[number]
+            attention, reads_channels = structure.attention, "" if block is None else block.path
+        else:
+            attention, reads_channels = structure.matrices, structure.matrices.up[0]
+            yield structure.matrices.down, ("units", number), torch.abs
+        if attention is not None:
+            yield attention.output, ("heads", number), head_norms
+            yield attention.query, "channels", torch.abs
+        if reads_channels:
+            yield reads_channels, "channels", torch.abs
+
     with ExitStack() as hooks, evaluation_mode(model):
-        influence = _BlockInfluence(structure.layers, hooks)
+        influence = _BlockInfluence(type(model).__name__, structure.layers, hooks)
+        for block in filter(None, blocks):
+            hooks.enter_context(block.hooks(lambda: influence.mask))
         for number, layer in enumerate(structure.layers):
-            for path, key, size in (
-                (matrices.output, ("heads", number), head_norms),
-                (matrices.down, ("units", number), torch.abs),
-                (matrices.query, "channels", torch.abs),
-                (matrices.up[0], "channels", torch.abs),
-            ):
+            for path, key, size in sizes(number):
                 hooks.enter_context(layer.get_submodule(path).register_forward_pre_hook(add_inputs(key, size)))
         for batch in batches:
             influence.begin(batch["attention_mask"].double())
             _run(model, batch)
+
+    def stacked(kind: str) -> Tensor:
+        by_layer = [squares[kind, number].sqrt() for number in range(shape.layers) if (kind, number) in squares]
+        return torch.stack(by_layer) if by_layer else torch.zeros(shape.layers, 0)
+
     return Importance(
         layers=influence.scores,
-        heads=torch.stack([squares["heads", number].sqrt() for number in range(shape.layers)]),
-        units=torch.stack([squares["units", number].sqrt() for number in range(shape.layers)]),
+        heads=stacked("heads"),
+        units=stacked("units"),
         channels=squares["channels"].sqrt(),
+        blocks=tuple(None if block is None else block.result() for block in blocks),
     )
 
 
@@ -139,6 +171,10 @@ class SelectedParts:
     kv_heads: tuple[Tensor, ...]  # [K, m]: a key or value head is the mean of m of the teacher's
     units: tuple[Tensor, ...]  # [I] feed-forward units
     matching: bool = False  # of these, only parameters of the student's shape
+    blocks: tuple[
+        BlockImportance | None, ...
+    ] = ()  # of a mixture of experts, by which its units and experts are chosen
+    merge: bool = False  # experts that are alike into one, in place of leaving the least important out
 
 
 def whole_layers(teacher: DesignShape, layers: Sequence[int], *, matching: bool = False) -> SelectedParts:
@@ -170,10 +206,10 @@ def select_parts(
     selected = [_select_heads(importance.heads[layer], teacher, student) for layer in layers]
     return SelectedParts(
         layers=tuple(layers),
-        channels=_top(importance.channels, student.hidden),
+        channels=top(importance.channels, student.hidden),
         heads=tuple(query for query, _ in selected),
         kv_heads=tuple(kv for _, kv in selected),
-        units=tuple(_top(importance.units[layer], student.ffn) for layer in layers),
+        units=tuple(top(importance.units[layer], student.ffn) for layer in layers),
     )
 
 
@@ -204,7 +240,7 @@ def choose_layers(
         return [*range((student + 1) // 2), *range(teacher - student // 2, teacher)]
     if choice in ("grouped", "importance"):
         assert influence is not None, "it is measured"
-        return [int(layer) for layer in (_top if choice == "importance" else _top_of_groups)(influence, student)]
+        return [int(layer) for layer in (top if choice == "importance" else _top_of_groups)(influence, student)]
     if isinstance(choice, str):
         choices = ", ".join(get_args(LayerChoice))
         raise ModelError(f"student.initialize.layers: expected {choices} or numbers, got {choice}.")
@@ -216,7 +252,7 @@ def choose_layers(
     return [*choice]
 
 
-def _top(scores: Tensor, count: int) -> Tensor:
+def top(scores: Tensor, count: int) -> Tensor:
     """The indices of the largest scores, rising."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
@@ -248,9 +284,9 @@ def _select_heads(scores: Tensor, teacher: DesignShape, student: DesignShape) ->
         )
     by_group = scores.view(teacher.kv_heads, teacher_group)
     strongest = by_group.sort(1, descending=True).values[:, : min(group, teacher_group)].sum(1)
-    kv_heads = _top(strongest, merged * student.kv_heads).view(student.kv_heads, merged)
+    kv_heads = top(strongest, merged * student.kv_heads).view(student.kv_heads, merged)
     heads = []
     for sources in kv_heads:
         members = (sources[:, None] * teacher_group + torch.arange(teacher_group)).flatten()
-        heads.append(members[_top(scores[members], group)])
+        heads.append(members[top(scores[members], group)])
     return torch.cat(heads), kv_heads

@@ -22,6 +22,7 @@ FFN_FIELDS = (
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Families with other heads in layers with a sliding window, and DBRX, which keeps the number of keys elsewhere.
 FIXED_HEADS = {"mimo_v2_flash", "inkling_text", "inkling2_text", "dbrx"}
+ATTENTION_WIDTHS = ("hidden", "heads", "kv_heads", "head_size")  # of `DesignShape`, that layers share
 ACTIVE_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
 
 
@@ -168,11 +169,19 @@ def cache_width(config: Any) -> int:
     return kv_heads(config) * (head_size(config) + value_size(config))
 
 
+def count_experts(config: Any) -> int:
+    """Return the number of experts of a layer, without shared ones; 0 for a family without experts."""
+    return max(_number(config, name) for name in EXPERT_FIELDS)
+
+
+def experts_per_token(config: Any) -> int:
+    """Return how many experts a token is sent to; 0 for a family without experts."""
+    return max(_number(config, name) for name in ACTIVE_FIELDS)
+
+
 def active_experts(config: Any) -> float:
     """Return the share of a mixture's experts that a token passes through; 1 without experts."""
-    experts, active = (
-        max((_number(config, name) for name in names), default=0) for names in (EXPERT_FIELDS, ACTIVE_FIELDS)
-    )
+    experts, active = count_experts(config), experts_per_token(config)
     return active / experts if experts and active else 1.0
 
 

@@ -38,6 +38,7 @@ class ModelSize:
     """
 
     parameters: int  # tied ones once
+    active_parameters: int  # of these, those that a token passes through: of routed experts, its own alone
     token_parameters: int  # of these, those of the embeddings of tokens and the head
     flops_per_token: int
     kv_cache_bytes_per_token: int  # in half precision; 0 for an encoder, or where no layer attends
@@ -130,7 +131,26 @@ def size_of(config: PretrainedConfig, context: int) -> ModelSize:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     of_tokens = {id(p): p.numel() for end in ends if end is not None for p in end.parameters()}
     flops = round(forward_flops(model, context))
-    return ModelSize(parameters, sum(of_tokens.values()), flops, cache, train, serve, context)
+    return ModelSize(
+        parameters,
+        parameters - inactive_parameters(model),
+        sum(of_tokens.values()),
+        flops,
+        cache,
+        train,
+        serve,
+        context,
+    )
+
+
+def inactive_parameters(model: Any) -> int:
+    """Count the parameters that a token does not pass through: of the routed experts that it is not sent to."""
+    of_experts = sum(x.numel() for name, x in model.named_parameters() if _is_of_expert(name))
+    return round((1 - active_experts(text_config(model.config))) * of_experts)
+
+
+def _is_of_expert(path: str) -> bool:
+    return "experts" in path.split(".")
 
 
 def forward_flops(model: PreTrainedModel, context: int) -> float:
@@ -147,7 +167,7 @@ def _products(model: PreTrainedModel) -> float:
     """Count the numbers in the matrices that a token is multiplied with: of the experts, those that it is sent to."""
     share, total = active_experts(text_config(model.config)), 0.0
     for path, module in model.named_modules():
-        of_expert = "experts" in path.split(".")
+        of_expert = _is_of_expert(path)
         if is_linear(module):
             sizes = (
                 getattr(module, "in_features", 0),

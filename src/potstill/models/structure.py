@@ -129,21 +129,27 @@ def find_final_norm(model: Any, layers: str) -> str:
 
 
 @dataclass(frozen=True)
-class LayerMatrices:
-    """Paths of the weight matrices within a layer."""
+class AttentionMatrices:
+    """Paths of the weight matrices of the attention within a layer."""
 
     query: str  # the same as key and value where one module makes all three
     key: str
     value: str
-    output: str  # of the attention
-    _: KW_ONLY
-    up: tuple[str, ...]  # two where the feed-forward network has a gate
-    down: str
+    output: str
 
     @property
     def fused(self) -> bool:
         """Whether one module projects to queries, keys and values."""
         return self.query == self.key
+
+
+@dataclass(frozen=True)
+class LayerMatrices(AttentionMatrices):
+    """Paths of the weight matrices within a layer."""
+
+    _: KW_ONLY
+    up: tuple[str, ...]  # two where the feed-forward network has a gate
+    down: str
 
 
 FAMILIES = (
@@ -215,11 +221,14 @@ def find_layer_list(model: Any) -> LayerList:
 
 
 def find_structure(model: Any) -> LayerStructure:
-    """Find where the weight matrices of a model's layers are; mixtures of experts and fused gates are not known."""
+    """Find where the weight matrices of a model's layers are; fused gates are not known.
+
+    `find_mixture` is for layers with experts.
+    """
     shape = design_shape(model.config)
     for path, layers in layer_lists(model):
         for matrices in FAMILIES:
-            if len({*map(type, layers)}) == 1 and _fits(layers[0], matrices, shape):
+            if len({*map(type, layers)}) == 1 and fits(layers[0], matrices, shape):
                 return LayerStructure(shape, path, layers, matrices)
     raise ModelError(
         f"student.initialize: expected a model built like Llama, Mistral, Qwen, Gemma, GPT-2, BERT or DistilBERT, got "
@@ -228,17 +237,17 @@ def find_structure(model: Any) -> LayerStructure:
     )
 
 
-def _fits(layer: nn.Module, matrices: LayerMatrices, shape: DesignShape) -> bool:
-    """Whether a layer has exactly these matrices, in the sizes of the config."""
+def fits(layer: nn.Module, matrices: AttentionMatrices, shape: DesignShape, besides: str = "") -> bool:
+    """Whether a layer has exactly these matrices, in the sizes of the config; `besides` is the path of another part."""
     modules: dict[str, Any] = dict(layer.named_modules())
     heads, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     sizes = {
         **({} if matrices.fused else dict.fromkeys((matrices.key, matrices.value), (kv, shape.hidden))),
         matrices.query: (heads + 2 * kv if matrices.fused else heads, shape.hidden),
         matrices.output: (shape.hidden, heads),
-        matrices.down: (shape.hidden, shape.ffn),
-        **dict.fromkeys(matrices.up, (shape.ffn, shape.hidden)),
     }
+    if isinstance(matrices, LayerMatrices):
+        sizes |= {matrices.down: (shape.hidden, shape.ffn), **dict.fromkeys(matrices.up, (shape.ffn, shape.hidden))}
     for path, size in sizes.items():
         module: Any = modules.get(path)
         if not is_linear(module) or tuple(module.weight.shape) != (size[::-1] if is_transposed(module) else size):
@@ -246,6 +255,8 @@ def _fits(layer: nn.Module, matrices: LayerMatrices, shape: DesignShape) -> bool
     attention = matrices.query.rpartition(".")[0]
     for name, parameter in layer.named_parameters():
         path = name.rpartition(".")[0]
+        if besides and name.startswith(f"{besides}."):
+            continue
         per_head = path.startswith(f"{attention}.")  # a norm over all heads at once cannot be pruned
         if path == attention:  # a number for each head, as attention sinks are
             return False

@@ -194,6 +194,7 @@ def initialization_of(
         )
     calibration = partial(calibration_batches, builder, train)
     options: dict[str, Any] = {"layers": part.layers, "fit": part.fit, "importance": importance}
+    options["merge"] = part.experts == "merge"
     return plan_initialization(source, builder.design, part.method, calibration=calibration, **options)
 
 

@@ -219,9 +219,12 @@ def _scores(
 ) -> records.ScoresByModel:
     folders = {"teacher": Path(str(built.recipe.teacher.model_path)), **students}
     rows: dict[str, dict[str, Any]] = {}
+    counts = {name: parameter_count(model) for name, model in models.items()}
+    has_experts = any(count.active < count.all for count in counts.values())
     for name, model in models.items():
         rows[name] = {row.key: getattr(quality[name], row.key) for row in QUALITY[built.recipe.task]}
-        rows[name] |= {"parameters": parameter_count(model).all, "bytes": bytes_on_disk(folders[name], model)}
+        rows[name] |= {"parameters": counts[name].all, "bytes": bytes_on_disk(folders[name], model)}
+        rows[name] |= {"active_parameters": counts[name].active} if has_experts else {}
         rows[name]["saved_as"] = describe_precision(folders[name])
         rows[name]["latency_ms"] = latency[name].median_ms
     if built.recipe.student.vocabulary is not None and "teacher" in models:  # it is smaller than on the disk

@@ -13,7 +13,7 @@ from rich.console import Console
 from potstill.errors import RecipeError
 from potstill.models.design import student_config
 from potstill.models.loading import suppress_warnings
-from potstill.models.shapes import DesignShape, config_fields, design_shape, text_config
+from potstill.models.shapes import DesignShape, config_fields, count_experts, design_shape, text_config
 from potstill.runs.build import build_run
 from potstill.runs.build_student import StudentBuilder, calibrated_quickly
 from potstill.runs.config.run import EvaluatePart, Recipe
@@ -44,6 +44,11 @@ def prune_in_rounds(recipe: Recipe, directory: Path, console: Console, resume: b
         assert builder.source is not None
         assert builder.design is not None
         config, last = text_config(builder.source.config), design_shape(builder.design)
+        if count_experts(builder.design) != count_experts(config):
+            raise RecipeError(
+                "student.initialize.rounds: expected a student with as many experts as the larger model, got another. "
+                "Experts are cut at once: leave rounds out, or cut them with a run of its own."
+            )
         shapes = shapes_between(design_shape(config), last, recipe.student.initialize.rounds)
         for shape in shapes:
             student_config(config, config_fields(shape, config), config.vocab_size)  # before the first round trains

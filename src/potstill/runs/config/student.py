@@ -18,7 +18,9 @@ LIMITS = ("params", "compression", "memory_gb", "target", "min_share")
 class BudgetPart(Part):
     """The largest student of the teacher's family within all given limits; with min_share alone the smallest."""
 
-    params: int | float | str | None = Field(None, description="about so many parameters, such as 100M")
+    params: int | float | str | None = Field(
+        None, description="about so many parameters, with all experts, such as 100M"
+    )
     compression: float | None = Field(None, gt=1, description="so many times fewer parameters than the teacher's")
     memory_gb: float | None = Field(None, gt=0, description="to serve one row of context tokens in half precision")
     target: Literal["browser", "edge", "mobile", "server"] | None = Field(None, description="a kind of device")
@@ -76,6 +78,11 @@ class InitializePart(Part):
         description="fit the last matrix of each layer to the teacher's hidden states by least squares, where layers "
         "add its output; not for random and selective",
     )
+    experts: Literal["prune", "merge"] = Field(
+        "prune",
+        description="of a student with fewer experts than the teacher: those that add most, or means of those whose "
+        "outputs are most alike; for prune",
+    )
     rounds: int = Field(
         1,
         ge=1,
@@ -93,6 +100,8 @@ class InitializePart(Part):
     def _layers_of_the_teacher(self) -> Self:
         if self.method == "random" and self.layers is not None:
             raise ValueError("expected no layers with random weights, got some")
+        if self.experts == "merge" and self.method != "prune":
+            raise ValueError(f"expected prune with experts: merge, got {self.method}")
         if self.rounds > 1 and self.method in ("random", "selective"):
             raise ValueError(f"expected prune, copy or truncate with rounds, got {self.method}")
         if self.rounds > 1 and isinstance(self.layers, list):

@@ -18,6 +18,7 @@ from potstill.data.locate import locate
 from potstill.data.sources import Source
 from potstill.errors import DataError, ModelError
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
+from potstill.models.feed_forward import find_mixture
 from potstill.models.heads import class_ids, max_positions
 from potstill.models.loading import AUTO_CLASSES, adapter_base, load_config, load_tokenizer
 from potstill.models.size import build
@@ -46,7 +47,7 @@ def inspect_model(path: str, key: str, task: Task | None = None) -> ModelInfo:
     max_length = min(limits, default=2048)  # 10^30 means no limit
     info = ModelInfo(config, tokenizer, _task(config, path, key, task), max_length, model.num_parameters())
     with suppress(ModelError):
-        find_structure(model)
+        find_mixture(model) or find_structure(model)
         info = info._replace(can_initialize=True)
     return info
 
