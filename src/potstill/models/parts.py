@@ -22,7 +22,7 @@ from potstill.errors import ModelError
 from potstill.models.integrity import check_values
 from potstill.models.loading import SPREAD_INSTEAD, load_config, load_outline, suppress_warnings
 from potstill.models.precision import saved_weights
-from potstill.models.structure import find_layer_list
+from potstill.models.structure import layer_lists
 
 Part = int | str  # the number of a layer, or a name below
 EMBEDDINGS, HEAD, REST = "embeddings", "head", "rest"
@@ -47,8 +47,14 @@ class ModelParts:
         self.bytes_of: Counter[Part] = Counter()  # on the disk
         self.bytes_read = 0
         self._give_buffers()
-        found = find_layer_list(self.model)
-        self.path, self.layers = found.path, list(found.layers)
+        lists = layer_lists(self.model)
+        if len(lists) != 1:
+            found = ", ".join(path for path, _ in lists) or "none"
+            raise ModelError(
+                f"{key}: expected a model with one list of its layers for --stream, got {type(self.model).__name__} "
+                f"with {found}. {SPREAD_INSTEAD}"
+            )
+        self.path, self.layers = lists[0][0], list(lists[0][1])
         names = {module: path for path, module in self.model.named_modules()}
         ends: tuple[Any, Any] = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         self.embeddings, self.head = ends
@@ -84,7 +90,7 @@ class ModelParts:
     def _part_of(self, weight: str) -> Part:
         if weight.startswith(f"{self.path}."):
             return int(weight.removeprefix(f"{self.path}.").partition(".")[0])
-        part = self._ends.get(weight.rpartition(".")[0], REST)
+        part = next((part for path, part in self._ends.items() if weight.startswith(f"{path}.")), REST)
         return EMBEDDINGS if part == HEAD and self.is_tied else part
 
     def _modules(self, part: Part) -> list[nn.Module]:
@@ -141,7 +147,8 @@ class ModelParts:
                     loaded.enter_context(self.loaded(needed))
                     check_values(self.model, key=self.key, name=self.name)
                     part = needed
-                yield name, self.model.state_dict()[name]
+                path, _, own = name.rpartition(".")
+                yield name, getattr(self.model.get_submodule(path), own)
 
 
 def _release(module: nn.Module) -> None:

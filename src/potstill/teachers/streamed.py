@@ -160,7 +160,7 @@ class StreamedTeacher(ModelTeacher):
         weight = self.parts.embeddings.weight
         if self._replay.embeds:
             return self._embed_tokens(ids, *args, **kwargs)
-        return torch.zeros(*ids.shape, weight.shape[1], dtype=weight.dtype, device=ids.device)
+        return torch.zeros(*ids.shape, weight.shape[1], dtype=weight.dtype, device=self.parts.device)
 
     @contextmanager
     def _replaying(self, replay: Replay) -> Iterator[None]:
@@ -204,9 +204,9 @@ class StreamedTeacher(ModelTeacher):
                 hooks.enter_context(layer.register_forward_pre_hook(partial(record, i), with_kwargs=True))
             with self.parts.loaded(0):
                 logits(Replay(layer=0, embeds=True, ends=False))  # which is refused here, not in check_causal
+                states = _states(*inputs[0][0], **dict(inputs[0][1]))
                 with self._replaying(Replay(layer=0, embeds=True, ends=False)):
                     check_causal(model, self.parts.key)
-            states = _states(*inputs[0][0], **dict(inputs[0][1]))
             outputs = {i: torch.rand_like(states) for i in range(len(layers))}
             expected, of_full_pass = logits(Replay(outputs, embeds=True)), dict(inputs)
             for i in range(len(layers)):
