@@ -60,8 +60,8 @@ class ModelParts:
         self.embeddings, self.head = ends
         self._ends = {names[module]: part for module, part in zip(ends, (EMBEDDINGS, HEAD), strict=True) if module}
         self.is_tied = self.head is not None and self.head.weight is self.embeddings.weight
-        self.model.hf_device_map = {"": device, self.path: "disk"}  # so that nothing moves it as a whole
-        self._conversions = get_model_conversion_mapping(self.model)
+        vars(self.model)["hf_device_map"] = {"": device, self.path: "disk"}  # so that nothing moves it as a whole
+        self._conversions: Any = get_model_conversion_mapping(self.model)
         self._saved: dict[Part, list[tuple[Any, str]]] = defaultdict(list)  # file and name of each saved weight
         self._index()
         self.load(REST)
@@ -123,8 +123,7 @@ class ModelParts:
             config = LoadStateDictConfig(
                 device_map={"": self.device}, dtype=self.model.dtype, weight_mapping=self._conversions
             )
-            loader: Any = self.model
-            loader._load_pretrained_model(self.model, weights, None, config, expected_keys=[])
+            type(self.model)._load_pretrained_model(self.model, weights, None, config, expected_keys=[])
         if part == EMBEDDINGS and self.is_tied:
             weight = self.head.weight if self.embeddings.weight.is_meta else self.embeddings.weight
             self.embeddings.weight = self.head.weight = weight
