@@ -140,7 +140,7 @@ def main() -> None:
         folder = args.out / case
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "teacher").mkdir(parents=True)
-        total = write_teacher(folder / "teacher", width, layers)
+        total = fresh(write_teacher, folder / "teacher", width, layers)  # getrusage counts what the parent had
         write_rows(folder / "rows.jsonl", rows, tokens)
         for way in ("streamed", "offloaded"):
             found = fresh(run_build, way, folder, batch_rows, memory)
