@@ -62,9 +62,7 @@ def version(version: Annotated[bool, typer.Option("--version", help="print the v
 
 def main() -> None:
     """Run the command line. Exit status: 0 success, 1 failure, 2 the user's mistake, 130 or 143 interrupted."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # with transformers it is imported, and wants more packages
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # with transformers it is imported, and wants more packages
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"])
     except SystemExit as stop:
