@@ -132,6 +132,10 @@ def test_another_tokenizer_is_refused(cached: dict[str, Any], tmp_path: Path) ->
         (["--teacher", "t", "--data", "d"], "expected --out DIR"),
         (["--teacher", "t", "--data", "d", "--out", "o", "--shard", "4/4"], "expected I/N with 0 <= I < N"),
         (["--teacher", "t", "--data", "d", "--out", "o", "--top-k", "4"], "expected no --top-k with --codec sampled"),
+        (
+            ["--teacher", "./nowhere", "--data", "d", "--out", "o", "--stream"],
+            "expected a folder with a model, got ./now",
+        ),
         (["--teacher", "./nowhere", "--data", "d", "--out", "o"], "expected a folder with a model, got ./nowhere"),
     ],
 )
@@ -151,7 +155,7 @@ def test_what_the_page_about_caches_shows_works(
     (shown,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     values = yaml.safe_load(shown)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values | {"teacher": {"model": "teacher"}}))
-    (commands,) = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
+    commands = "".join(re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL))
     for line in commands.splitlines():
         done = CliRunner().invoke(app, shlex.split(line.partition("#")[0])[1:], catch_exceptions=False)
         assert done.exit_code == 0, done.output

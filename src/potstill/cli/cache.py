@@ -52,6 +52,10 @@ def build(
     dtype: Annotated[str, typer.Option(help="precision of the teacher, with --teacher")] = "auto",
     device: Annotated[str | None, typer.Option(help="device of the teacher, with --teacher")] = None,
     shard: Annotated[str, typer.Option(metavar="I/N", help="build part I of N (from 0), for any scheduler")] = "0/1",
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="run the teacher one layer at a time over all rows: it need not fit into memory"),
+    ] = False,
     engine: Engine = "process",
     set_: Sets = None,
     import_: Imports = None,
@@ -104,7 +108,7 @@ def build(
     settings["layers"] = _layers("--layers", layers, STATES)
     settings["attentions"] = _layers("--attention-layers", attention_layers)
     request = CacheRequest(
-        config, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, **settings
+        config, sources, max_length, packing, codec, parameters, out, batch_size, tokenizer, stream=stream, **settings
     )
     manifest = build_cache(request, part=_part(shard), engine=engine, console=console)
     if manifest is None:

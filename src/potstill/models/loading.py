@@ -33,8 +33,8 @@ from potstill.models.integrity import (
     config_notes,
     padding_notes,
 )
-from potstill.models.locate import ModelLocation, locate, require_package
-from potstill.models.precision import check_quantizable, keep_gradients, saved_dtype
+from potstill.models.locate import ModelLocation, locate, require_package, weight_files
+from potstill.models.precision import DTYPES, check_quantizable, keep_gradients, saved_dtype, saved_weights
 from potstill.models.size import language_model_class
 from potstill.models.tokenizer_file import SAMPLE, tokenizer_notes
 
@@ -43,6 +43,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NOTES = "_potstill_notes"  # an attribute of loaded models and tokenizers, see `loading_notes`
 CLASSIFIERS = ("score.weight", "classifier.weight", "out_proj.weight")  # of a saved adapter; the last gives classes
 SAVED_EMBEDDINGS = "_potstill_saved_embeddings"  # an attribute of bases whose embeddings are saved with their adapter
+SPREAD_INSTEAD = "Leave --stream out, and spread the teacher: teacher.device_map with teacher.offload_folder."
 QUANTIZATION = "quantization_config.json"  # of the adapter's base, beside both
 
 # The class that loads a task's model, and its name in errors.
@@ -120,6 +121,27 @@ def load_model(
     return _load_base(name, key, dtype, task, quantization, labels_of, may_miss, placement)
 
 
+def load_outline(name: str, key: str, dtype: str = "auto") -> PreTrainedModel:
+    """Load a causal language model on the meta device: names and shapes are checked, and no weight is read.
+
+    Raises:
+        ModelError: it is not a plain model in safetensors on this disk; or see `load_model`.
+    """
+    files, config = weight_files(name), load_config(name, key)
+    if is_adapter(name) or not files or any(file.suffix != ".safetensors" for file in files):
+        kind = "an adapter" if is_adapter(name) else files[0].name if files else "none"
+        hint = "Download it (hf download), or merge an adapter." if files == [] else "Merge an adapter with its model."
+        raise ModelError(f"{key}: expected a whole model in safetensors on this disk, got {kind} for {name}. {hint}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{key}: expected weights that are not quantized, got those of {name}. {SPREAD_INSTEAD}")
+    state = {
+        weight: torch.empty(shape, dtype=DTYPES.get(kind, torch.int64), device="meta")
+        for _, weight, kind, shape in saved_weights(name)
+    }
+    options = {"config": config, "state_dict": state, "device_map": {"": "meta"}}
+    return _load_base(name, key, _computed_dtype(name, key, dtype), "causal", None, None, placement=options)
+
+
 def _computed_dtype(name: str, key: str, dtype: str) -> str:
     """`auto` as float32 where a CPU has no instructions for the precision of the saved weights."""
     if dtype != "auto" or torch.accelerator.is_available():
@@ -170,9 +192,14 @@ def _load_base(
         if task in SEQUENCE_TASKS:
             quantization.llm_int8_skip_modules = sequence_head_names(unloaded)
         options["quantization_config"] = quantization
+    path: str | None = location.path
+    if "state_dict" in options:  # an outline: its class is given no name, to find no files
+        path = None
+        with torch.device("meta"):
+            auto_class = type(auto_class.from_config(options["config"]))
     try:
         with suppress_warnings():  # of missing weights, which are checked below
-            model, info = auto_class.from_pretrained(location.path, output_loading_info=True, **options)
+            model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:
         if placement and "device" in one_line(error).lower() + type(error).__name__:
             expected = "for device_map expected auto, or a device of this machine, cpu or disk for each module"
@@ -188,7 +215,7 @@ def _load_base(
     notes = [*check_weights(model, missing, info["unexpected_keys"], kind=kind, may_miss=may_miss, **names)]
     notes += [*check_values(model, **names), *config_notes(model, load_config(name, key), **names)]
     check_embeddings(model, key)
-    if placement and model.get_input_embeddings().weight.is_meta:
+    if path and placement and model.get_input_embeddings().weight.is_meta:
         raise ModelError(
             f"{key}: expected embeddings in memory with device_map, got them on the disk in {name}. Allow more "
             "max_memory, or name a device for them in device_map."

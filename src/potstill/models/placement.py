@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,3 +35,10 @@ def weight_in_memory(model: nn.Module, name: str) -> Iterator[Tensor]:
     module = model.get_submodule(path)
     with align_module_device(module):
         yield getattr(module, own)
+
+
+def weights_by_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Give all weights and persistent buffers in order of their names; those on the disk are read one by one."""
+    for name, value in sorted(model.state_dict().items()):
+        with weight_in_memory(model, name) if value.is_meta else nullcontext(value) as weight:
+            yield name, weight

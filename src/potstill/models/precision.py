@@ -28,15 +28,15 @@ def saved_dtype(name: str | Path) -> torch.dtype | None:
     sizes: Counter[torch.dtype] = Counter()
     if any(file.suffix == ".gguf" for file in weight_files(name)):
         return torch.bfloat16  # what is quantized there loses nothing in half precision
-    for _, dtype, size in _saved_weights(name):
+    for _, _, dtype, shape in saved_weights(name):
         if dtype in DTYPES:
-            sizes[DTYPES[dtype]] += size
+            sizes[DTYPES[dtype]] += math.prod(shape)
     return max(sizes, key=sizes.__getitem__, default=None)
 
 
 def integer_weights(name: str | Path) -> list[str]:
     """Names of the weights that a saved model has as integers."""
-    return [weight for weight, dtype, _ in _saved_weights(name) if weight.endswith("weight") and dtype[0] in "IU"]
+    return [weight for _, weight, dtype, _ in saved_weights(name) if weight.endswith("weight") and dtype[0] in "IU"]
 
 
 def check_quantizable(model: nn.Module, *, key: str, name: str, bits: int) -> None:
@@ -67,14 +67,14 @@ def keep_gradients(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _saved_weights(name: str | Path) -> Iterator[tuple[str, str, int]]:
-    """Name, dtype and size of each weight of a saved model in safetensors, by the headers of its files."""
+def saved_weights(name: str | Path) -> Iterator[tuple[Path, str, str, list[int]]]:
+    """File, name, dtype and shape of each weight of a saved model in safetensors, by the headers of its files."""
     for file in weight_files(name):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as weights:
                 for weight in weights.keys():  # noqa: SIM118  # it is no mapping
                     part = weights.get_slice(weight)
-                    yield weight, part.get_dtype(), math.prod(part.get_shape())
+                    yield file, weight, part.get_dtype(), part.get_shape()
 
 
 def describe_precision(name: str | Path) -> str | None:

@@ -6,18 +6,19 @@ import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from potstill.data.batches import PaddingCollator, encode, in_batches, pad_token_id
+from potstill.data.files import remove
 from potstill.data.sources import Source
 from potstill.data.vocabulary import fingerprint
 from potstill.errors import ModelError, UserError
@@ -28,7 +29,7 @@ from potstill.models.capture import ActivationRequest
 from potstill.models.chat import set_chat_template
 from potstill.models.layer_map import Layer, layer_index
 from potstill.models.loading import accelerator, suppress_warnings, vocabulary_size
-from potstill.models.placement import weight_in_memory
+from potstill.models.placement import weights_by_name
 from potstill.runs.progress import PartProgress
 from potstill.runs.ray import Row, RowFunction, map_rows
 from potstill.teachers.cache.build import CacheBuilder
@@ -36,6 +37,7 @@ from potstill.teachers.cache.codec import Codec, codec_of
 from potstill.teachers.cache.store import FORMAT, CachedLayers, CachePlan, Manifest
 from potstill.teachers.cached import COMPANIONS, keys_of
 from potstill.teachers.source import TeacherSource
+from potstill.teachers.streamed import StreamedTeacher, load_streamed
 from potstill.teachers.teacher import Teacher
 
 SHARD_TOKENS = 2**17  # the most work that a kill can cost, in tokens of the teacher
@@ -59,6 +61,7 @@ class CacheRequest:
     attentions: Sequence[int] = ()  # whose attention maps are stored too
     chat_template: str | None = None  # a Jinja file, in place of the tokenizer's
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # its arguments
+    stream: bool = False  # run the teacher layer by layer, with its activations on the disk
 
 
 def build(
@@ -68,10 +71,15 @@ def build(
 
     `part` (i, n) is the i-th of n parts, counted from 0; whoever writes the last shard finishes the cache.
     """
+    if request.stream and engine == "ray":
+        raise UserError("cache build: expected --engine process with --stream, got ray. Use --shard on each machine.")
     with suppress_warnings():
         builder = prepare(request, console)
         builder.begin()
         todo = builder.todo(part)
+        activations = request.out / f"activations-{part[0]}-of-{part[1]}"
+        if request.stream and todo:
+            _run_layers(builder, todo, activations, console)
         with PartProgress(console, "shards").start(total=len(todo)) as progress:
             done: Iterable[Any] = map(builder.build, todo)
             if engine == "ray":  # each of its processes has a teacher of its own
@@ -79,7 +87,38 @@ def build(
                 done = map_rows("cache build", shards, _begin, request, gpus=int(torch.cuda.is_available()))
             for number, _ in enumerate(done, 1):
                 progress.update(number)
+        remove(activations)
         return builder.finish()
+
+
+def _run_layers(builder: CacheBuilder, todo: Sequence[int], folder: Path, console: Console) -> None:
+    """Run all layers of a streamed teacher over the rows of some shards, with what they give in a folder."""
+    teacher = cast(StreamedTeacher, builder.teacher)
+    disk, weights = teacher.disk_bytes(builder.positions(todo)), teacher.parts.bytes_of.total()
+    room = _room(folder)
+    if disk > room:
+        raise UserError(
+            f"cache build: expected {size(disk)} of disk for the activations of all rows, got {size(room)} in "
+            f"{builder.directory}. Build it in parts (--shard), or choose another --out."
+        )
+    console.print(
+        f"cache: runs layer by layer: reads {size(weights)} of weights once more, and keeps up to {size(disk)} of "
+        f"activations of {size(room)} of disk.",
+        style="dim",
+        highlight=False,
+        markup=False,
+    )
+    with PartProgress(console, "layers").start(total=len(teacher.parts.layers)) as progress:
+        for number, _ in enumerate(builder.precompute(todo, folder), 1):
+            progress.update(number)
+    read = f"cache: read {size(teacher.parts.bytes_read)} of weights in all, with their checksum"
+    console.print(read, style="dim", highlight=False, markup=False)
+
+
+def _room(folder: Path) -> int:
+    """Count the bytes that a folder may take: those free on its disk, and its own."""
+    own = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return own + shutil.disk_usage(next(x for x in (folder, *folder.absolute().parents) if x.exists())).free
 
 
 def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
@@ -87,7 +126,7 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
     source = request.teacher.live
     if source is None:
         raise UserError("cache build: expected teacher.model or teacher.server, got neither.")
-    loaded = source.load(request.tokenizer)
+    loaded = load_streamed(source) if request.stream else source.load(request.tokenizer)
     tokenizer = loaded.tokenizer
     set_chat_template(tokenizer, request.chat_template, request.chat_template_kwargs)
     options: dict[str, Any] = {"max_length": request.max_length, "packing": request.packing}
@@ -106,10 +145,13 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
     for part, encoded in zip(request.sources, examples, strict=True):
         key = hashlib.sha256(b"".join(keys_of(encoded.dataset))).hexdigest()
         sources.append((str(part.path), len(encoded.dataset), encoded.tokens, key))
+    weights = None if loaded.model is None else weights_by_name(loaded.model)
+    if isinstance(loaded.teacher, StreamedTeacher):
+        weights = loaded.teacher.parts.weights()
     plan = CachePlan(
         format=FORMAT,
         teacher=source.title,
-        weights=source.title if loaded.model is None else _weights_digest(loaded.model),
+        weights=source.title if weights is None else _digest(weights),
         tokenizer=fingerprint(tokenizer),
         vocabulary=vocabulary,
         codec=_codec(request, vocabulary, loaded.teacher, batch).record(),
@@ -138,7 +180,7 @@ def _layers(request: CacheRequest, teacher: Teacher, batch: dict[str, torch.Tens
     kept = {layer_index("teacher", layer, shape.layers) for layer in request.layers}
     attentions = sorted({layer_index("teacher", layer, shape.layers) for layer in request.attentions})
     teacher.prepare(ActivationRequest(hidden=frozenset(kept), attentions=frozenset(attentions)))
-    inside = teacher(batch, causal_alignment(batch["labels"])).inside
+    inside = teacher.outline(batch, causal_alignment(batch["labels"])).inside
     dtype = str(next(chain(inside.hidden.values(), inside.attentions.values())).dtype).removeprefix("torch.")
     ordered = sorted(kept, key=lambda layer: (isinstance(layer, str), layer))
     return CachedLayers(ordered, shape.layers, shape.width, shape.heads, shape.narrowest, dtype, attentions)
@@ -147,8 +189,7 @@ def _layers(request: CacheRequest, teacher: Teacher, batch: dict[str, torch.Tens
 def _check_room(layers: CachedLayers, datasets: Iterable[Any], out: Path) -> str:
     """Say how much the layers of all rows may take; a UserError where the disk has less."""
     largest = sum(layers.bytes_of_row(len(row["input_ids"])) for dataset in datasets for row in dataset)
-    begun = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    room = begun + shutil.disk_usage(next(x for x in (out, *out.absolute().parents) if x.exists())).free
+    room = _room(out)
     if largest > room:
         raise UserError(
             f"cache build: expected {size(largest)} of disk for the layers of all rows, got {size(room)} in {out}. "
@@ -160,7 +201,7 @@ def _check_room(layers: CachedLayers, datasets: Iterable[Any], out: Path) -> str
 def _codec(request: CacheRequest, vocabulary: int, teacher: Teacher, batch: dict[str, torch.Tensor]) -> Codec:
     parameters = {"name": request.codec, "vocabulary": vocabulary, **request.parameters}
     if request.codec == "hidden":
-        targets = teacher(batch, causal_alignment(batch["labels"])).targets
+        targets = teacher.outline(batch, causal_alignment(batch["labels"])).targets
         if not isinstance(targets, HeadTargets):
             raise ModelError(
                 "cache build: expected a teacher with a plain head for the codec hidden, got "
@@ -188,11 +229,10 @@ def _save_companions(config: PretrainedConfig | None, tokenizer: PreTrainedToken
     tokenizer.save_pretrained(directory / COMPANIONS)
 
 
-def _weights_digest(model: PreTrainedModel) -> str:
+def _digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     """Compute sha256 over the names, shapes and bytes of all weights."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        with weight_in_memory(model, name) if value.is_meta else nullcontext(value) as weight:
-            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for name, weight in weights:
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -65,6 +66,17 @@ class Teacher(ABC):
         The batch has input_ids and attention_mask, [B, T] each; token_type_ids where the tokenizer makes them; with
         packing also packed_length, a number, up to which a model may read rows side by side (`models.packing`).
         """
+
+    def outline(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
+        """Give an output whose shapes, dtypes and head are those of a call; its other numbers need not be."""
+        return self(batch, alignment)
+
+    def precompute(self, batches: Callable[[], Iterable[Mapping[str, Tensor]]], folder: Path) -> Iterator[None]:
+        """Compute ahead what calls with these batches read from a folder, in steps; most teachers compute in the call.
+
+        What a killed process has computed into the same folder is used.
+        """
+        return iter(())
 
     def covers(self, dataset: Any) -> bool:
         """Whether the teacher has signals for every row of a dataset with input_ids and labels."""

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from potstill.data.files import atomic_path, write_json, write_text
 from potstill.errors import DataError, RunError
-from potstill.losses.alignment import Alignment, causal_alignment
+from potstill.losses.alignment import causal_alignment
 from potstill.losses.targets import DenseTargets, HeadTargets, SparseTargets
 from potstill.models.checksums import digest, with_checksum, without_checksum
 from potstill.teachers.cache import store
 from potstill.teachers.cache.codec import Codec, HiddenStates, codec_of
 from potstill.teachers.cache.store import CachedRow, CachePlan, Manifest, Shard
 from potstill.teachers.cached import COMPANIONS, HEAD, keys_of_batch, layers_of_batch
-from potstill.teachers.teacher import Teacher, TeacherOutput
+from potstill.teachers.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,32 @@ class CacheBuilder:
 
     def build(self, number: int) -> Shard:
         source, rows = self._shards[number]
-        dataset = self.datasets[source]
         cached: dict[int, CachedRow] = {}
-        by_length = sorted(rows, key=lambda row: (-len(dataset[row]["input_ids"]), row))
-        for start in range(0, len(by_length), self.plan.batch_rows):
-            chosen = by_length[start : start + self.plan.batch_rows]
-            cached |= zip(chosen, self._encode([dataset[row] for row in chosen]), strict=True)
+        for chosen in self._batches(number):
+            batch = self._batch([self.datasets[source][row] for row in chosen])
+            cached |= zip(chosen, self._encode(batch, len(chosen)), strict=True)
         path = self._shard_path(number)
         shard = store.write_shard(path, (cached[row] for row in rows))
         write_json(path.with_suffix(".json"), with_checksum({"shard": asdict(shard)}))  # marks it as complete
         return shard
+
+    def precompute(self, todo: Sequence[int], folder: Path) -> Iterator[None]:
+        """Let the teacher compute ahead, in steps, what it computes for the batches of some shards at once."""
+
+        def batches() -> Iterator[Mapping[str, Tensor]]:
+            for number in todo:
+                dataset = self.datasets[self._shards[number][0]]
+                yield from (self._batch([dataset[row] for row in chosen]) for chosen in self._batches(number))
+
+        return self.teacher.precompute(batches, folder)
+
+    def positions(self, todo: Sequence[int]) -> int:
+        """Count the positions of the batches of some shards, with padding."""
+        total = 0
+        for number in todo:
+            dataset = self.datasets[self._shards[number][0]]
+            total += sum(len(rows) * len(dataset[rows[0]]["input_ids"]) for rows in self._batches(number))
+        return total
 
     def finish(self) -> Manifest | None:
         """Write the manifest once all shards are there, whoever wrote them; None while some are missing."""
@@ -132,17 +148,24 @@ class CacheBuilder:
                 "again."
             ) from None
 
-    @torch.no_grad()
-    def _run_teacher(self, examples: Sequence[Any]) -> tuple[Mapping[str, Tensor], Alignment, TeacherOutput]:
-        batch = {name: value.to(self.device) for name, value in self.collate(examples).items()}
-        alignment = causal_alignment(batch["labels"])
-        return batch, alignment, self.teacher(batch, alignment)
+    def _batches(self, number: int) -> Iterator[list[int]]:
+        """The rows of each batch of a shard, the longest first."""
+        source, rows = self._shards[number]
+        dataset = self.datasets[source]
+        by_length = sorted(rows, key=lambda row: (-len(dataset[row]["input_ids"]), row))
+        for start in range(0, len(by_length), self.plan.batch_rows):
+            yield by_length[start : start + self.plan.batch_rows]
 
-    def _encode(self, examples: Sequence[Any]) -> Iterator[CachedRow]:
-        batch, alignment, output = self._run_teacher(examples)
+    def _batch(self, examples: Sequence[Any]) -> Mapping[str, Tensor]:
+        return {name: value.to(self.device) for name, value in self.collate(examples).items()}
+
+    @torch.no_grad()
+    def _encode(self, batch: Mapping[str, Tensor], rows: int) -> Iterator[CachedRow]:
+        alignment = causal_alignment(batch["labels"])
+        output = self.teacher(batch, alignment)
         targets = output.targets.slice(self.plan.vocabulary)
         keys = keys_of_batch(batch, alignment)
-        if len(keys) < len(examples):
+        if len(keys) < rows:
             raise RunError("cache: expected a target token in every row, got a row without one.")
         kept = self.plan.layers
         layers = [b""] * len(keys) if kept is None else layers_of_batch(batch, alignment, output.inside, kept)
@@ -160,7 +183,8 @@ class CacheBuilder:
             yield CachedRow(key, count, signal, states)
 
     def _write_head(self, path: Path) -> None:
-        targets = self._run_teacher([self.datasets[0][0]])[2].targets
+        batch = self._batch([self.datasets[0][0]])
+        targets = self.teacher.outline(batch, causal_alignment(batch["labels"])).targets
         assert isinstance(targets, HeadTargets)
         head = targets.head
         rows = {"weight": head.weight, "bias": head.bias}
