@@ -37,7 +37,7 @@ def extra(way: str, length: int, device: str) -> dict[str, Any]:
     teacher = model(TEACHER, 2).to(device)
     distiller = Distiller(model(STUDENT, 1), teacher, [Logits(ForwardKL()), Labels()]).to(device).train()
     if "checkpointing" in way:
-        distiller.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        distiller.activation_checkpointing_enable()
     ids = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     short = {name: column[:, :64] for name, column in batch.items()}

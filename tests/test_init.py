@@ -212,7 +212,7 @@ def test_without_data_the_teacher_writes_it(chat: bool) -> None:
     columns = {"messages": "messages"} if chat else {"field": "text"}
     for split in ("train", "eval"):
         assert found["data"][split] == {"path": f"{texts['output']}/{split}.jsonl", **columns}
-    assert found["data"].get("packing", False) != chat
+    assert found["data"]["packing"]
     output_of("check", "recipe-texts.yaml")
 
 
