@@ -42,7 +42,9 @@ def load_sharded(load: Callable[[], Any], key: str) -> Any:
             model = load().requires_grad_(False)
             lists, kind = layer_lists(model), type(model).__name__
             if getattr(model, "is_quantized", False):
-                raise ModelError(f"{key}: expected a model in full precision, got a {kind} saved quantized. Leave it out.")
+                raise ModelError(
+                    f"{key}: expected a model in full precision, got a {kind} saved quantized. Leave it out."
+                )
             if not lists:
                 raise ModelError(f"{key}: expected a model with a list of layers, got a {kind}. Leave it out.")
             for layer in (layer for _, layers in lists for layer in layers):
