@@ -48,19 +48,13 @@ from potstill.teachers.cache.store import (
     manifest_text,
     write_shard,
 )
-from potstill.teachers.teacher import Teacher, TeacherOutput
+from potstill.teachers.teacher import Teacher
+from recorded import Recorded, speech
 from task import stdlib_task
 
 QUIET = Console(quiet=True)
 VOCABULARIES = (32_000, 151_936)
 LEARN_FROM: dict[str, dict[str, int] | None] = {"live": None, "sampled": {"draws": 50}, "top_k": {"k": 64}}
-
-
-def speech(n: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
-    """Logits [n, V] like a language model's: frequent tokens first, a few likely ones in each context."""
-    generator = torch.Generator().manual_seed(seed)
-    prior = -1.65 * torch.arange(1, vocabulary + 1).log()
-    return prior + 4.0 * torch.randn(n, vocabulary, generator=generator)
 
 
 def timed(call: Callable[[], Any], rounds: int = 5) -> float:
@@ -140,28 +134,15 @@ def encode_part(_: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     return ["codec", f"forward of {parameters / 1e6:,.0f}M parameters, ms", "packing, ms", "share"], cells
 
 
-class Recorded(Teacher):
-    """What a cache gives: rows of packed bytes, unpacked at every step."""
-
-    def __init__(self, codec: Codec, rows: int, length: int) -> None:
-        self.codec, self.tokens = codec, [length - 1] * rows
-        said = [DenseTargets(speech(length - 1, codec.vocabulary, seed)) for seed in range(rows)]
-        packed = [codec.encode(each, 0) for each in said]
-        self.rows = [(COMPRESSION.compress(row, asbytes=True), len(row)) for row in packed]
-
-    def __call__(self, batch: Any, alignment: Any) -> TeacherOutput:
-        signals = [COMPRESSION.decompress(row, size, asbytes=True) for row, size in self.rows]
-        return TeacherOutput(self.codec.decode(signals, self.tokens)[0])
-
-
 def step_part(_: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     vocabulary, rows, length = 32_000, 8, 512
     student = llama(256, 4, vocabulary)
     batch = batch_of(rows, length, vocabulary)
+    said = [DenseTargets(speech(length - 1, vocabulary, seed)) for seed in range(rows)]
     teachers: dict[str, Teacher | None] = {
         "labels": None,
-        "cache, sampled": Recorded(Sampled(vocabulary), rows, length),
-        "cache, top_k": Recorded(TopK(vocabulary), rows, length),
+        "cache, sampled": Recorded(Sampled(vocabulary), said),
+        "cache, top_k": Recorded(TopK(vocabulary), said),
         "live, 10 times": ModelTeacher(llama(1024, 6, vocabulary)),
         "live, 30 times": ModelTeacher(llama(1536, 9, vocabulary)),
     }

@@ -45,10 +45,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from measure import (
-    BACKENDS,
     DTYPES,
     Peak,
     attempt,
+    backends,
     checks,
     distance,
     fresh,
@@ -135,13 +135,16 @@ Loss = Callable[[Inputs], Tensor]
 
 def contestants(row: Row) -> dict[str, Loss | str]:
     """By column: the loss, or why there is none."""
-    found: dict[str, Loss | str] = {name: partial(ours, name) for name in BACKENDS[row.device]}
+    found: dict[str, Loss | str] = {name: partial(ours, name) for name in backends(row.device)}
     beta = PEER_BETA.get(row.divergence)
     for name, package, peer in (("TRL", "trl", trl), ("Liger", "liger-kernel", liger)):
         there = installed(package)
-        found[name] = "not installed" if there is None else "none" if beta is None else peer(beta)
+        try:
+            found[name] = "not installed" if there is None else "none" if beta is None else peer(beta)
+        except ImportError as error:
+            found[name] = f"needs {error.name}"
     found |= {"reference": partial(ours, "eager"), "eager": plain}
-    return {name: loss if name in (*BACKENDS[row.device], *row.others) else "left out" for name, loss in found.items()}
+    return {name: loss if name in (*backends(row.device), *row.others) else "left out" for name, loss in found.items()}
 
 
 def ours(backend: Any, x: Inputs) -> Tensor:
@@ -262,7 +265,7 @@ def errors(row: Row) -> dict[str, list[float] | str]:
     true = exact_gradients(x)
     results: dict[str, list[float] | str] = {}
     for name, loss in contestants(row).items():
-        if name in (*BACKENDS[row.device], "eager") and not isinstance(loss, str):
+        if name in (*backends(row.device), "eager") and not isinstance(loss, str):
             why = attempt(step, loss, x)
             both = zip((x.hidden.grad, x.weight.grad), true, strict=True)
             results[name] = why or [distance(got, to) for got, to in both if got is not None]
@@ -298,7 +301,7 @@ def checks_table(lines: list[dict[str, Any]]) -> str:
 
 def rows_tables(rows: list[dict[str, Any]]) -> str:
     """Time; memory and errors."""
-    mine = BACKENDS[rows[0]["device"]]
+    mine = backends(rows[0]["device"])
     who, judged = (*mine, *OTHERS), (*mine, "eager")
     title = {name: f"ours ({name})" if name in mine else name for name in who}
     time_cells, memory_cells = [], []
@@ -378,7 +381,7 @@ def main() -> None:
             print(f"{row}: killed, as where memory ends", file=sys.stderr)
     for N, Hs, Ht, V in (*GROWTH_N, *GROWTH_V) if "growth" in args.parts else ():
         row = Row("growth", N // quick, Hs, Ht, V // quick, "forward KL", dtypes[0], device)
-        for backend in BACKENDS[device]:
+        for backend in backends(device):
             extra_bytes, spent = apart(once, row, backend)
             if not isinstance(extra_bytes, str):
                 note("growth", asdict(row) | {"backend": backend, "seconds": spent, "extra_bytes": extra_bytes})

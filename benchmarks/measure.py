@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -33,7 +33,6 @@ from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTar
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-BACKENDS = {"cpu": ("auto",), "cuda": ("triton", "chunked")}  # "ours" is the first that runs
 LIMITS = {"float32": 2e-5, "bf16": 2e-2}  # of the relative errors in the checks
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -46,6 +45,11 @@ def fresh(task: Callable[..., T], *arguments: Any) -> T:
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(task, *arguments).result()
+
+
+def backends(device: str) -> tuple[str, ...]:
+    """The backends that are measured, "ours" first; where Triton interprets its kernels, as on a GPU."""
+    return ("triton", "chunked") if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else ("auto",)
 
 
 def synchronize(device: str) -> None:
@@ -84,6 +88,34 @@ def train(
         start = time.process_time()
         trainer.train()
         return time.process_time() - start
+
+
+def steps(distiller: Any, batches: Sequence[Any], device: str, *, skipped: int, bf16: bool = False) -> dict[str, Any]:
+    """Train by a loop over `Distiller.step`, with AdamW: the median step after the first ones, peaks and losses.
+
+    Under autocast with `bf16`. A distiller that prefetches is told the next batch before each step.
+    """
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-4)
+    peak, times, losses = Peak(device), [], []
+    for number, batch in enumerate(batches):
+
+        def step(number: int = number, batch: Any = batch) -> None:
+            distiller.prefetch(batches[number : number + 2])
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                loss = distiller.step(batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+
+        times.append(seconds(step, device))
+    distiller.prefetch(())
+    return {
+        "seconds": statistics.median(times[skipped:]),
+        "peak_bytes": peak.bytes(),
+        "extra_bytes": peak.extra(),
+        "losses": [float(loss) for loss in losses],
+    }
 
 
 class Peak:
@@ -201,6 +233,23 @@ def keep(path: Path | None, result: dict[str, Any]) -> None:
         path.write_text(json.dumps(result, indent=2) + "\n")
 
 
+class Record:
+    """What was measured, a line of JSON for each, written as soon as it is measured."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def has(self, **keys: Any) -> bool:
+        return any(keys.items() <= line.items() for line in self.lines)
+
+    def add(self, **line: Any) -> None:
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(line, flush=True)
+
+
 def ms(spent: float | str, by: float | None = None) -> str:
     return spent if isinstance(spent, str) else f"{spent * 1e3:,.1f}" + (f" ({spent / by:.2f})" if by else "")
 
@@ -240,7 +289,7 @@ def distance(got: Tensor, to: Tensor) -> float:
 # Every divergence against float64 on small inputs.
 
 
-def checks(device: str) -> list[dict[str, Any]]:
+def checks(device: str, kinds: Iterable[str] = Divergence.kinds, tokens: int = 300) -> list[dict[str, Any]]:
     """The worst relative errors of loss and gradients, by dtype, targets and backend.
 
     In bf16 some gradients are worse than any fixed limit (total variation jumps where p = q): there they may be no
@@ -249,13 +298,13 @@ def checks(device: str) -> list[dict[str, Any]]:
     numbers = {"alpha_beta": AlphaBeta(0.5, 0.7)}
     lines = []
     for dtype, kind in product(LIMITS, ("head", "dense", "sparse")):
-        far: dict[str, list[tuple[float, float, str]]] = {backend: [] for backend in BACKENDS[device]}
-        for name, more in product(Divergence.kinds, (False, True)):
+        far: dict[str, list[tuple[float, float, str]]] = {backend: [] for backend in backends(device)}
+        for name, more in product(kinds, (False, True)):
             divergence = numbers.get(name) or Divergence.kinds[name]()
-            true = small(divergence, kind, more, dtype, "cpu", "eager", torch.float64)
-            eager = furthest(small(divergence, kind, more, dtype, "cpu", "eager"), true)
+            true = small(divergence, kind, more, dtype, "cpu", "eager", torch.float64, tokens)
+            eager = furthest(small(divergence, kind, more, dtype, "cpu", "eager", None, tokens), true)
             for backend, found in far.items():
-                got = attempt(small, divergence, kind, more, dtype, device, backend)
+                got = attempt(small, divergence, kind, more, dtype, device, backend, None, tokens)
                 if not isinstance(got, str):
                     found.append((furthest(got, true), eager, name + ", with everything" * more))
         for backend, found in far.items():
@@ -271,14 +320,21 @@ def furthest(got: list[Tensor], true: list[Tensor]) -> float:
 
 
 def small(
-    divergence: Divergence, kind: str, more: bool, dtype: str, device: str, backend: Any, wide: Any = None
+    divergence: Divergence,
+    kind: str,
+    more: bool,
+    dtype: str,
+    device: str,
+    backend: Any,
+    wide: Any = None,
+    N: int = 300,
 ) -> list[Tensor]:
     """Loss and gradients of small inputs, rounded to dtype and computed in `wide`.
 
     `more` is all that a head and a loss can have: padding, bias, scale, soft cap; temperature, weights, labels.
     """
     torch.manual_seed(1)
-    N, H, V, temperature = 300, 64, 1003, 2.0 if more else 1.0
+    H, V, temperature = 64, 1003, 2.0 if more else 1.0
 
     def draw(scale: float, *shape: int) -> Tensor:
         return (torch.randn(*shape) * scale).to(DTYPES[dtype]).to(device, wide)

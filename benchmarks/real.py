@@ -26,6 +26,7 @@ import yaml
 from datasets import Dataset
 from rich.console import Console
 
+from measure import Record
 from potstill.data.batches import encode, in_batches
 from potstill.data.sources import Source, in_parts
 from potstill.evaluate.harness import Harness
@@ -126,23 +127,6 @@ def main() -> None:
     print_table(record.lines)
 
 
-class Record:
-    """What was measured, a line for each model."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def has(self, row: str, model: str) -> bool:
-        return any((line["row"], line["model"]) == (row, model) for line in self.lines)
-
-    def add(self, **line: Any) -> None:
-        self.lines.append(line)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(line, flush=True)
-
-
 class Texts:
     """Training text, held-out text and tasks."""
 
@@ -218,10 +202,10 @@ def tasks(models: Path, out: Path) -> Iterator[Path]:
 def train(name: str, row: Row, args: argparse.Namespace, texts: Texts, record: Record) -> None:
     """Train a row's student, and the same on labels alone; measure what is not measured yet."""
     last = "baseline" if row.tokens else "start"
-    if record.has(row.teacher, "teacher") and record.has(name, last):
+    if record.has(row=row.teacher, model="teacher") and record.has(row=name, model=last):
         return
     folder = str(args.models / row.teacher)
-    if not record.has(row.teacher, "teacher"):
+    if not record.has(row=row.teacher, model="teacher"):
         whole = load_model(folder, "teacher", DTYPE, "causal")
         facts = quality(whole, whole, load_tokenizer(folder, "teacher"), texts)
         record.add(row=row.teacher, model="teacher", tokens=0, **facts)
@@ -235,7 +219,7 @@ def train(name: str, row: Row, args: argparse.Namespace, texts: Texts, record: R
     print(*notes, *built.notes, sep="\n", flush=True)
     seconds += round(time.process_time() - began)
     teacher = built.loaded.model if built.alignment_stats is None else None  # whose tokens are the student's
-    if not record.has(name, "start"):
+    if not record.has(row=name, model="start"):
         built.new_student().save_pretrained(args.out / name / "start")
         facts = quality(saved(args.out / name / "start"), teacher, built.tokenizer, texts)
         record.add(row=name, model="start", tokens=0, seconds=seconds, **facts)

@@ -12,7 +12,6 @@ its own. The time is that of the median step after the first ones, the peak that
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 
 import torch
 
-from measure import Peak, fresh, keep, machine, seconds, table
+import measure
+from measure import fresh, keep, machine, table
 from step import VOCABULARY, model
 
 SIGNALS = [
@@ -87,25 +87,10 @@ def train(name: str, device: str, rows: int, length: int, steps: int, skipped: i
     with torch.no_grad():  # 4 nats a token, about as sure as a trained model: what adaptive KL costs depends on it
         teacher.lm_head.weight.mul_(8)
     distiller = Distiller(model((256, 4), 1), teacher.to(device), objective(name)).to(device)
-    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(0)
-    peak = Peak(device)
-    times = []
-    for _ in range(steps):
-        ids = torch.randint(VOCABULARY, (rows, length), generator=generator).to(device)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-        def step(batch: dict[str, torch.Tensor] = batch) -> None:
-            distiller.step(batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        times.append(seconds(step, device))
-    return {
-        "seconds": statistics.median(times[skipped:]),
-        "peak_bytes": peak.bytes(),
-        "extra_bytes": peak.extra(),
-    }
+    ids = [torch.randint(VOCABULARY, (rows, length), generator=generator).to(device) for _ in range(steps)]
+    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
+    return measure.steps(distiller, batches, device, skipped=skipped)
 
 
 def show(results: dict[str, Any]) -> str:

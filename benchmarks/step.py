@@ -80,11 +80,11 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def model(size: tuple[int, int], seed: int) -> LlamaForCausalLM:
+def model(size: tuple[int, int], seed: int, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     width, layers = size
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from transformers import OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 from conftest import TEXT, make_llama, make_tokenizer, mostly_slow
@@ -82,8 +83,7 @@ def test_prompts_and_completions_into_a_budget() -> None:
     found = drafted(*DATA, "--compression", "2", "--max-length", "48")
     columns = {"prompt": "question", "completion": "answer", "chat": True}
     assert found["data"]["train"] == {"path": "train.jsonl", **columns}
-    assert found["data"]["max_length"] == 48
-    assert "packing" not in found["data"]
+    assert (found["data"]["max_length"], found["data"]["packing"]) == (48, True)
     assert found["student"] == {"design": {"compression": 2.0}, "initialize": "prune"}
     ran()
     assert ran_parameters("student") == pytest.approx(ran_parameters("teacher") / 2, rel=0.06)
@@ -95,8 +95,22 @@ def test_chats_into_an_adapter() -> None:
     found = drafted(*DATA, "--student", "student", "--adapter", "prompt", "--output", "runs/teacher-small")
     assert found["data"]["train"] == {"path": "train.jsonl", "messages": "conversations"}
     assert found["data"]["max_length"] <= 64 - 20  # virtual tokens take positions
+    assert "packing" not in found["data"]
+    page = Path("recipe.yaml").read_text()
+    assert "# Rows are padded, not packed: an adapter of kind prompt puts virtual tokens in front" in page
     assert found["student"] == {"model": "student", "adapter": "prompt"}
     assert ran()["adapter"]["title"] == "a prompt of 20 tokens"
+
+
+def test_rows_of_a_student_that_would_mix_them_are_padded() -> None:
+    config = OPTConfig(vocab_size=300, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=2)
+    config.word_embed_proj_dim = 64
+    OPTForCausalLM(config).save_pretrained("teacher")
+    write(train=[{"prompt": text[:9], "completion": text[9:20]} for text in TEXT[:40]])
+    write(eval=[{"prompt": text[:9], "completion": text[9:20]} for text in TEXT[40:]])
+    assert "packing" not in drafted(*DATA)["data"]
+    page = Path("recipe.yaml").read_text()
+    assert "# Rows are padded, not packed: the student would be OPTForCausalLM, whose predictions" in page
 
 
 @pytest.mark.parametrize("has_template", [True, False])
@@ -198,7 +212,7 @@ def test_without_data_the_teacher_writes_it(chat: bool) -> None:
     columns = {"messages": "messages"} if chat else {"field": "text"}
     for split in ("train", "eval"):
         assert found["data"][split] == {"path": f"{texts['output']}/{split}.jsonl", **columns}
-    assert found["data"].get("packing", False) != chat
+    assert found["data"]["packing"]
     output_of("check", "recipe-texts.yaml")
 
 

@@ -10,7 +10,15 @@ import torch
 
 from potstill.errors import PotstillError
 from potstill.losses.alignment import causal_alignment
-from potstill.models.placement import is_spread, move, resident_bytes, weight_in_memory, weights_by_name
+from potstill.models.placement import (
+    is_spread,
+    layer_bytes,
+    move,
+    resident_bytes,
+    weight_in_memory,
+    weights_by_name,
+)
+from potstill.runs import check as checks
 from potstill.runs.build import build_run
 from potstill.runs.cache import _digest
 from potstill.runs.check import check
@@ -94,3 +102,18 @@ def test_the_recipe_stays_as_it_was_and_its_tokens_too(spread: dict[str, Any], t
     spread["student"]["vocabulary"] = {"keep": 290}
     with pytest.raises(PotstillError, match=r"student\.vocabulary: expected a teacher on one device"):
         build_run(Recipe.parse(spread))
+
+
+def test_check_says_where_a_teacher_fits(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build_run(Recipe.parse(recipe_values))
+    model: Any = built.loaded.model
+    layers, memory = layer_bytes(model), resident_bytes(model) + 1000
+    assert sum(layers) == sum(p.numel() * 4 for name, p in model.named_parameters() if ".layers." in name)
+    for room, said in (
+        (memory, "a copy on each process fits into"),
+        (memory - 1, "; teacher.shard fits, on 3 processes or more"),
+        (memory - sum(layers) + max(layers), "; teacher.device_map: auto fits, or a cache"),
+        (1000, ", and the student with its batch does not fit either: make them smaller"),
+    ):
+        monkeypatch.setattr(checks, "device_bytes", lambda device, room=room: room)
+        assert said in (checks._placement(built, memory) or "")

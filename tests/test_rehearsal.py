@@ -16,8 +16,10 @@ from transformers.integrations import integration_utils
 
 from conftest import make_llama
 from potstill.errors import ModelError, RecipeError, RunError
-from potstill.runs import steps
-from potstill.runs.build import piece
+from potstill.models.capture import ActivationCapture
+from potstill.models.placement import device_bytes
+from potstill.runs import map_memory, steps
+from potstill.runs.build import build_run, piece
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
@@ -192,3 +194,25 @@ def test_models_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == ["teacher", "student"] * 8
     assert found["teacher"].passes == 5
     assert found["teacher"].low_ms <= found["teacher"].median_ms <= found["teacher"].high_ms
+
+
+@pytest.mark.parametrize("term", ["attention", "relations"])
+def test_maps_that_memory_cannot_hold_are_refused(
+    recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, term: str
+) -> None:
+    values = recipe_values | {"objective": [{"term": "logits"}, {"term": term, "layers": {"last_k": 1}}]}
+    built = build_run(Recipe.parse(values))
+    shapes = ActivationCapture(built.new_student()).shape, built.teacher.shape
+    heads = sum(shape.heads for shape in shapes) if term == "attention" else 3 * 2 * shapes[1].heads
+    rows, tokens = built.plan.batch_rows, values["data"]["max_length"]
+    needed = 4 * heads * rows * tokens**2
+    monkeypatch.setattr(map_memory, "device_bytes", lambda device: needed)
+    map_memory.check_map_memory(built, built.new_student())
+    monkeypatch.setattr(map_memory, "device_bytes", lambda device: needed - 1)
+    message = rf"objective\.1: .* got at least [\d.]+ [kM]B for a batch of {rows} x {tokens} tokens, .* Lower data.max_"
+    refused_before_training(values, RecipeError, message)
+
+
+def test_the_memory_of_this_machine() -> None:
+    assert device_bytes(torch.device("meta")) is None
+    assert (device_bytes(torch.device("cpu")) or 2**30) >= 2**30

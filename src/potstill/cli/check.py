@@ -66,6 +66,8 @@ def _facts(needs: Any) -> Iterator[tuple[str, str]]:
     one_batch = f"{formatting.size(needs.batch_bytes)} of it for one batch"
     batch = one_batch if needs.batch_measured else "without activations"
     yield "memory", f"about {formatting.size(needs.memory_bytes)}, {batch}"
+    if needs.placement is not None:
+        yield "teacher", needs.placement
     yield "disk", f"about {formatting.size(needs.disk_bytes)} of {formatting.size(needs.disk_free_bytes)} free"
     measured = f", within a factor of 2: from {needs.batch.measured:,} of a batch's {needs.batch.tokens:,} tokens"
     estimated = measured if needs.batch.measured < needs.batch.tokens else ""

@@ -247,9 +247,9 @@ def _read_own_tokens(recipe: Recipe, loaded: LoadedTeacher, student: PreTrainedT
             "rollout: expected a teacher of the student's tokens for teacher_mix and teacher_top_k, got one that is "
             "compared by bytes. Leave them out: the student samples alone."
         )
-    assert loaded.model is not None
-    checked_vocabulary(loaded.tokenizer, {"teacher": token_rows(loaded.model, "causal")})
-    limit = max_positions(loaded.model)
+    model = loaded.models["teacher"]
+    checked_vocabulary(loaded.tokenizer, {"teacher": token_rows(model, "causal")})
+    limit = max_positions(model)
     return replace(loaded, teacher=CrossTokenizerTeacher(loaded.teacher, loaded.tokenizer, student, max_length=limit))
 
 

@@ -182,7 +182,8 @@ def initialization_of(
     if source is None:
         raise RecipeError(
             f"student.initialize: expected a teacher that is a local model for {part.method}, got none. Name it with "
-            "teacher.model, or a model of the teacher's tokens with student.model, or start from random weights."
+            "teacher.model, without shard, or a model of the teacher's tokens with student.model, or start from random "
+            "weights."
         )
     if getattr(source, "is_quantized", False):
         hint = "Leave teacher.dtype out"

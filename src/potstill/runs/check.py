@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from potstill.data.batches import in_batches
+from potstill.evaluate.formatting import size
 from potstill.evaluate.speed import extra_bytes
 from potstill.losses.alignment import TOKEN_TASKS
+from potstill.models.adapted import is_quantized
 from potstill.models.loading import suppress_warnings
-from potstill.models.placement import resident_bytes
+from potstill.models.placement import device_bytes, is_spread, layer_bytes, resident_bytes
 from potstill.runs.build import BuiltRun, build_run, piece
 from potstill.runs.build_student import StudentBuilder, calibrated_quickly, calibration_rows
 from potstill.runs.compute import training_flops
@@ -59,6 +61,7 @@ class Preflight(NamedTuple):
     search: SearchPlan | None  # of the student's shape, before the training
     search_seconds: float
     fit_seconds: float  # of fitting the first weights to the larger model's hidden states
+    placement: str | None  # where its teacher fits, in words; None where that is not one model, or has been chosen
 
 
 def check(recipe: Recipe, console: Console | None = None) -> Preflight:
@@ -103,7 +106,30 @@ def _estimate(recipe: Recipe, built: BuiltRun, student: PreTrainedModel) -> Pref
     searched = search.batches(built.plan) * batch.seconds if search else 0.0
     seconds = batches * batch.seconds
     fit = _fit_seconds(recipe, built, batch)
-    return Preflight(built, memory, batch_bytes, measured, disk, free, seconds, batch, flops, search, searched, fit)
+    place = _placement(built, memory)
+    return Preflight(
+        built, memory, batch_bytes, measured, disk, free, seconds, batch, flops, search, searched, fit, place
+    )
+
+
+def _placement(built: BuiltRun, memory: int) -> str | None:
+    """Say where a teacher fits beside the student, by what one process needs with a whole copy of it."""
+    model, room = built.loaded.model, device_bytes(PartialState().device)
+    if model is None or room is None or built.teacher.of_student:
+        return None
+    if is_spread(model) or built.recipe.teacher.model_device is not None:
+        return None
+    layers = layer_bytes(model)
+    gathered = memory - sum(layers) + max(layers, default=0)  # a sharded layer is whole while it runs
+    offloaded = memory - resident_bytes(model) + max(layers, default=0)
+    if memory <= room:
+        return f"a copy on each process fits into {size(room)}"
+    copy = f"a copy on each process needs {size(memory)} of {size(room)}"
+    if layers and gathered < room and not is_quantized(model):
+        return f"{copy}; teacher.shard fits, on {-(-sum(layers) // (room - gathered))} processes or more"
+    if offloaded < room:
+        return f"{copy}; teacher.device_map: auto fits, or a cache"
+    return f"{copy}, and the student with its batch does not fit either: make them smaller"
 
 
 def _fit_seconds(recipe: Recipe, built: BuiltRun, batch: BatchNeeds) -> float:

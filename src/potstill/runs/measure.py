@@ -29,7 +29,7 @@ from potstill.losses.alignment import TOKEN_TASKS, causal_alignment
 from potstill.models.adapted import is_adapted, is_quantized, parameter_count
 from potstill.models.chat import end_token_ids
 from potstill.models.loading import load_model
-from potstill.models.placement import move
+from potstill.models.placement import is_sharded, move
 from potstill.models.precision import describe_precision, saved_dtype
 from potstill.runs.build import BuiltRun
 from potstill.runs.compute import training_flops
@@ -186,9 +186,10 @@ def _teacher_loss(built: BuiltRun, dataset: Dataset) -> float | None:
     """Compute the cross-entropy of a teacher without a model here, from its log-probabilities of the data's tokens.
 
     A teacher with another tokenizer is measured on the same text, per token of the student. None if the teacher does
-    not know the rows or their probabilities, or is made of the student.
+    not know the rows or their probabilities, is made of the student, or is sharded: one process measures.
     """
-    if built.teacher.of_student or not built.teacher.covers(dataset):
+    sharded = any(map(is_sharded, built.loaded.models.values()))
+    if sharded or built.teacher.of_student or not built.teacher.covers(dataset):
         return None
     total, tokens = 0.0, 0
     for batch in in_batches(dataset, built.tokenizer, EVAL_ROWS, PartialState().device):

@@ -25,6 +25,7 @@ from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.spacing import evenly_spaced
 from potstill.runs import steps
 from potstill.runs.build import BuiltRun, piece
+from potstill.runs.map_memory import check_map_memory
 
 ROWS = 3  # for each rank; encoders are compared on 3 at least
 TOKENS = 16  # of a row that is cut
@@ -43,6 +44,7 @@ def rehearse(built: BuiltRun, student: Any) -> None:
         PotstillError: a step's own.
     """
     _check_trackers(built.recipe.train.get("report_to"))
+    check_map_memory(built, student)
     teacher, quiet = built.teacher, Console(quiet=True)
     state = {} if teacher.of_student else {name: value.clone() for name, value in teacher.state_dict().items()}
     if built.recipe.student.adapter is None:  # a copy is quicker to make; peft changes what it is given

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from potstill.errors import ModelError, ShapeError, one_line
@@ -19,7 +20,7 @@ from potstill.models.capture import ActivationCapture, ActivationRequest, Activa
 from potstill.models.loading import load_model, load_tokenizer
 from potstill.models.packing import PACKED_LENGTH, PackedLayout
 from potstill.models.packing_probe import packing_mistake
-from potstill.models.placement import is_spread
+from potstill.models.placement import is_spread, load_sharded
 from potstill.models.shapes import ModelShape
 from potstill.models.split import SplitModel, flattens, forward_targets, inputs, split_model
 from potstill.teachers.source import LoadedTeacher, MemberSource
@@ -140,6 +141,7 @@ class ModelSource(MemberSource):
         device_map: auto spreads the layers over GPUs, memory and disk; or a device, cpu or disk by module
         max_memory: with device_map auto, by device: {0: 20GiB, cpu: 8GiB}
         offload_folder: with device_map, for weights on the disk that are not read from the model's own files
+        shard: under torchrun, split the layers over all processes instead of a copy on each
     """
 
     model: str
@@ -148,6 +150,7 @@ class ModelSource(MemberSource):
     device_map: Literal["auto"] | dict[str, int | str] | None = None
     max_memory: dict[int | str, str] | None = None
     offload_folder: str | None = None
+    shard: bool = False
     name = "model"
     other_tokenizer = True
 
@@ -159,6 +162,11 @@ class ModelSource(MemberSource):
             raise ShapeError("expected device or device_map, got both")
         if isinstance(self.device_map, dict) and self.max_memory:
             raise ShapeError("expected max_memory with device_map: auto, got a device for each module")
+        if self.shard and self.dtype in ("int8", "int4"):
+            raise ShapeError(f"expected shard with a dtype in full precision, got {self.dtype}, which is not split")
+        for key in ("device", "device_map", "prefetch"):
+            if self.shard and getattr(self, key):
+                raise ShapeError(f"expected shard without {key}, got both: all processes run the layers together")
 
     @property
     def title(self) -> str:
@@ -169,9 +177,12 @@ class ModelSource(MemberSource):
         names = ("device_map", "max_memory", "offload_folder")  # copied, as accelerate changes them in place
         placement = {name: copy.copy(value) for name in names if (value := getattr(self, name)) is not None}
         dtype = "auto" if bits else self.dtype
-        model = load_model(self.model, f"{key}.model", dtype, task, bits=bits, placement=placement)
+        load = partial(load_model, self.model, f"{key}.model", dtype, task, bits=bits, placement=placement)
+        sharded = self.shard and PartialState().num_processes > 1
+        model = load_sharded(load, f"{key}.shard") if sharded else load()
         tokenizer = load_tokenizer(self.model, f"{key}.model")
         config = copy.deepcopy(model.config)
         if hasattr(config, "quantization_config"):  # students derived from the config have full precision
             del config.quantization_config
-        return LoadedTeacher(ModelTeacher(model, device=self.device), tokenizer, model, config, {key: model})
+        alone = None if sharded else model  # what one process can run
+        return LoadedTeacher(ModelTeacher(model, device=self.device), tokenizer, alone, config, {key: model})

@@ -21,7 +21,7 @@ class LoadedTeacher:
 
     teacher: Teacher
     tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel | None = None  # where it runs here and can be measured
+    model: PreTrainedModel | None = None  # where one process can run and measure it
     config: PretrainedConfig | None = None  # where known: a designed student's is derived from it
     models: Mapping[str, PreTrainedModel] = field(default_factory=dict)  # all that run here, by their key in the recipe
     live: Teacher | None = None  # beside a cache, the teacher for what the cache does not hold
@@ -74,6 +74,11 @@ class TeacherSource(Declared):
     @property
     def model_path(self) -> str | None:
         return vars(self).get("model")
+
+    @property
+    def guides(self) -> bool:
+        """Whether it is a model that can generate beside the student."""
+        return self.model_path is not None and not vars(self).get("shard")
 
     @property
     def model_device(self) -> str | None:

@@ -209,10 +209,10 @@ class Recipe(Document):
                     f"objective.{place}: expected sampling_temperature 1, top_p 1 and top_k 0 in the rollout, or "
                     "importance: false, got neither. A server does not return the sampler's log-probabilities."
                 )
-        if self.rollout.guided and self.teacher.model_path is None:
+        if self.rollout.guided and not self.teacher.guides:
             yield (
                 "rollout: expected a teacher that is a local model for teacher_mix and teacher_top_k, got none. Name "
-                "it with teacher.model."
+                "it with teacher.model, without shard."
             )
 
 

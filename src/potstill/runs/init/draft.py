@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
+from transformers import PretrainedConfig
 
 from potstill.data.locate import locate
 from potstill.data.sources import Source
@@ -143,7 +144,7 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
             f"init: expected --data FILE and --eval FILE, got no {'--eval' if request.data else '--data'}. "
             "Hold some rows out in a file of their own, to measure what the student is worth."
         )
-    student, design = _student(request, teacher)
+    student, design, config = _student(request, teacher)
     reader = existing or teacher
     positions = min(teacher.max_length, reader.max_length)
     positions -= VIRTUAL_TOKENS if request.adapter in ("prompt", "prefix") else 0
@@ -152,11 +153,15 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     else:
         rows = _sample(request.train, request.columns, teacher, reader.tokenizer, positions)
         _sample(request.held_out, rows.columns, teacher, reader.tokenizer, positions)
-    packing = teacher.task == "causal" and "field" in rows.columns
-    needed = PACKED_LENGTH if packing else min(MAX_LENGTH, 32 * math.ceil(rows.longest / 32))
+    joins = teacher.task == "causal" and "field" in rows.columns
+    needed = PACKED_LENGTH if joins else min(MAX_LENGTH, 32 * math.ceil(rows.longest / 32))
     max_length = request.max_length or min(positions, needed)
     if max_length > positions:
         raise UserError(f"init: expected --max-length of at most {positions}, the models' positions, got {max_length}.")
+    unpacked = None  # why rows that stay whole are padded
+    if teacher.task == "causal" and not joins:
+        unpacked = inspection.unpacked(config or reader.config, max_length, request.adapter)
+    packing = teacher.task == "causal" and unpacked is None
     batch = max(1, min(32, BATCH_TOKENS // max_length))
     if rows.is_whole_file:
         num_rows = rows.num_tokens // max_length if packing else rows.num_rows
@@ -166,7 +171,8 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     accumulation = 1 if rows.is_whole_file else math.ceil(8 / batch)
     models = {"teacher": teacher, "student": student, "design": design, "other_tokenizer": other}
     tasks = {"task": teacher.task, "sequence_level": teacher.task in SEQUENCE_TASKS}
-    data = {"rows": rows, "train": train, "held_out": held_out, "packing": packing, "positions": positions}
+    data = {"rows": rows, "train": train, "held_out": held_out, "positions": positions}
+    data |= {"joins": joins, "packing": packing, "unpacked": unpacked}
     training = {"batch": batch, "accumulation": accumulation, "rate": _learning_rate(request, teacher)}
     return {**models, **tasks, **data, **training, "max_length": max_length, "bf16": has_bfloat16()}
 
@@ -199,11 +205,14 @@ def _own_text(teacher: inspection.ModelInfo) -> dict[str, Any]:
     }
 
 
-def _student(request: DraftRequest, teacher: inspection.ModelInfo) -> tuple[dict[str, Any], str | None]:
+def _student(
+    request: DraftRequest, teacher: inspection.ModelInfo
+) -> tuple[dict[str, Any], str | None, PretrainedConfig | None]:
+    """The recipe's student; for a new one also its size in words, and its config."""
     if request.student is not None:
         if request.budget:
             raise UserError("init: expected --student or a budget, got both. An existing model has its size.")
-        return {"model": request.student, **({"adapter": request.adapter} if request.adapter else {})}, None
+        return {"model": request.student, **({"adapter": request.adapter} if request.adapter else {})}, None, None
     if request.adapter:
         raise UserError("init: expected --student with --adapter, got none. An adapter needs a trained model.")
     layers = text_config(teacher.config).attribute_map.get(
@@ -222,7 +231,7 @@ def _student(request: DraftRequest, teacher: inspection.ModelInfo) -> tuple[dict
     assert config is not None
     shape, parameters = design_shape(config), count_parameters(config)
     ratio = f"{teacher.parameters / parameters:.1f} times smaller than the teacher"
-    return student, f"{shape.layers} layers of width {shape.hidden}, {parameters:,} parameters: {ratio}"
+    return student, f"{shape.layers} layers of width {shape.hidden}, {parameters:,} parameters: {ratio}", config
 
 
 def _learning_rate(request: DraftRequest, teacher: inspection.ModelInfo) -> float:

@@ -18,12 +18,16 @@ from potstill.data.locate import locate
 from potstill.data.sources import Source
 from potstill.errors import DataError, ModelError
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
+from potstill.models.design import student_config
 from potstill.models.feed_forward import find_mixture
 from potstill.models.heads import class_ids, max_positions
 from potstill.models.loading import AUTO_CLASSES, adapter_base, load_config, load_tokenizer
-from potstill.models.size import build
+from potstill.models.packing_probe import packing_mistake
+from potstill.models.shapes import config_fields, design_shape, text_config
+from potstill.models.size import build, count_parameters
 from potstill.models.structure import find_structure
 
+PROBE_PARAMETERS, PROBE_VOCABULARY = 10**8, 64  # at most, of a small model on which packed rows are tried
 VECTORS = (".npy", ".safetensors", ".pt")
 
 
@@ -50,6 +54,36 @@ def inspect_model(path: str, key: str, task: Task | None = None) -> ModelInfo:
         find_mixture(model) or find_structure(model)
         info = info._replace(can_initialize=True)
     return info
+
+
+def unpacked(config: PretrainedConfig, length: int, adapter: str | None) -> str | None:
+    """Say why a student of a config cannot read rows packed into `length` tokens, with an adapter of this kind.
+
+    Tried on a small model of its family with random weights. None where it can.
+    """
+    if adapter in ("prompt", "prefix"):
+        return f"an adapter of kind {adapter} puts virtual tokens in front of a whole packed row"
+    try:
+        small = _small_config(config)
+        if count_parameters(small) > PROBE_PARAMETERS:
+            raise ModelError(f"{config.model_type} is too large")
+        mistake = packing_mistake(build(small).eval(), None, length)
+    except ModelError:
+        return f"{config.model_type} was not tried here; set packing to true, and `potstill check` tries it"
+    return None if mistake is None else f"the student would be {mistake}"
+
+
+def _small_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A narrow model of a family with few layers, among them each kind that it has."""
+    config, shape = text_config(config), design_shape(config)
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    shape = replace(shape, layers=min(shape.layers, max([2, *(kinds.index(kind) + 1 for kind in kinds)])))
+    if shape.heads:
+        kv_heads = 4 if shape.kv_heads == shape.heads else 2
+        shape = replace(shape, hidden=4 * shape.head_size, heads=4, kv_heads=kv_heads, ffn=64)
+    small = student_config(config, config_fields(shape, config), PROBE_VOCABULARY)
+    small.pad_token_id = None  # which has no row in so few
+    return small
 
 
 def is_embedder(path: str) -> bool:
@@ -95,7 +129,7 @@ class RowSample(NamedTuple):
     num_rows: int
     is_whole_file: bool
     longest: int  # most tokens in a row, after truncation to the model's limit
-    num_tokens: int  # that are targets
+    num_tokens: int  # of all rows together
 
 
 def find_columns(source: Source, names: Sequence[str], task: Task, given: Mapping[str, str]) -> dict[str, Any]:
@@ -150,8 +184,8 @@ def sample_rows(
         sample.write_text("".join(lines), encoding="utf-8")
         task, classes = teacher.task, class_ids(teacher.config)
         examples = encode(Source(sample, **columns), tokenizer, max_length=max_length, task=task, classes=classes)
-    longest = max(len(ids) for ids in examples.dataset["input_ids"])
-    return RowSample(columns, choice.unused, len(lines), len(rows) <= SAMPLE_ROWS, longest, examples.tokens)
+    lengths = [len(ids) for ids in examples.dataset["input_ids"]]
+    return RowSample(columns, choice.unused, len(lines), len(rows) <= SAMPLE_ROWS, max(lengths), sum(lengths))
 
 
 def _as_chat(columns: dict[str, Any]) -> dict[str, Any]:

@@ -185,7 +185,8 @@ Heads = Literal["overlap", "entropy", "variance", "learned"] | HeadPairs
 class Attention(LayerTerm):
     """Match the teacher's attention maps; a mean over the attended positions as queries.
 
-    Both models compute eager attention, because no other implementation returns the maps.
+    Both models compute eager attention, because no other implementation returns the maps, whose memory grows with the
+    square of the row's length.
 
     Args:
         divergence: between a query's attention weights as distributions; by default the squared distance of their
@@ -232,6 +233,12 @@ class Attention(LayerTerm):
         # Near the overlap, and nowhere so far from it that a head could not be chosen any more.
         start = (attention.head_overlap(teacher.heads, student.heads) + 0.1).log()
         return nn.ParameterList(nn.Parameter(start.clone()) for _ in pairs)
+
+    def map_bytes(self, student: ModelShape, teacher: ModelShape, tokens: int) -> int:
+        of_student, of_teacher = (
+            {*side} for side in zip(*self.layers.pairs(student.layers, teacher.layers), strict=True)
+        )
+        return 4 * tokens**2 * (len(of_student) * student.heads + len(of_teacher) * teacher.heads)
 
     def compare(self, signals: Signals, student: Layer, teacher: Layer, trained: Any) -> Tensor:
         s, t, attended = self.captured(signals, student, teacher)
@@ -281,6 +288,10 @@ class Relations(LayerTerm):
         if heads > narrowest:
             raise ShapeError(f"Relations: expected heads in 1..{narrowest}, the narrowest keys' width, got {heads}.")
         return LayerTerm.fit(replace(self, heads=heads), student, teacher)
+
+    def map_bytes(self, student: ModelShape, teacher: ModelShape, tokens: int) -> int:
+        maps = len(self.of) * len(self.layers.pairs(student.layers, teacher.layers))  # kept until the backward pass
+        return 4 * tokens**2 * maps * 2 * (self.heads or teacher.heads)
 
     def compare(self, signals: Signals, student: Layer, teacher: Layer, trained: Any) -> Tensor:
         s, t, attended = self.captured(signals, student, teacher)

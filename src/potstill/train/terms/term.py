@@ -67,6 +67,10 @@ class Term(Declared):
         """Choose layers and widths for two models, and make what is trained; raises UserError where that fails."""
         return FittedTerm(self)
 
+    def map_bytes(self, student: ModelShape, teacher: ModelShape, tokens: int) -> int:
+        """Count the bytes of the maps [tokens, tokens] that a row needs in memory at once, at least; most need none."""
+        return 0
+
     def select(self, dimensions: SelectDimensions) -> Self:
         """Return the term with what it takes from the teacher's gradients on the training data; most take nothing."""
         return self
