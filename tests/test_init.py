@@ -13,6 +13,7 @@ import yaml
 from transformers import OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
+import families
 from conftest import TEXT, make_llama, make_tokenizer, mostly_slow
 from potstill.cli import app
 from potstill.cli import init as command
@@ -138,6 +139,29 @@ def test_splits_of_a_folder() -> None:
     found = drafted("--data", "rows", "--split", "train", "--eval", "rows", "--eval-split", "test")["data"]
     assert found["eval"] == {"path": "rows", "split": "test", "field": "text"}
     ran()
+
+
+@pytest.mark.parametrize(
+    ("family", "wide", "design"),
+    [
+        ("llama", {"intermediate_size": 200}, {"intermediate_size": 64}),
+        ("gpt2", {"n_inner": None, "n_embd": 48}, {"n_inner": 64}),  # four times the width
+        ("mixtral", {"intermediate_size": 200}, None),
+    ],
+)
+def test_language_models_lose_feed_forward_units(
+    family: str, wide: dict[str, Any], design: dict[str, int] | None
+) -> None:
+    families.model(family, vocab_size=300, **wide).save_pretrained("wide")
+    make_tokenizer().save_pretrained("wide")
+    output_of("init", "--teacher", "wide", *DATA, "--force")
+    found = yaml.safe_load(Path("recipe.yaml").read_text())
+    if design is None:
+        assert found["student"] == {"design": {"num_hidden_layers": 1}, "initialize": "copy"}
+    else:
+        assert found["student"] == {"design": design, "initialize": "prune"}
+        assert "with 64 feed-forward units" in Path("recipe.yaml").read_text()
+    output_of("check", "recipe.yaml")
 
 
 def test_another_tokenizer_is_seen() -> None:

@@ -19,7 +19,7 @@ from potstill.embedding.vectors import open_vectors
 from potstill.errors import RecipeError, UserError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.models.loading import has_bfloat16, load_config, suppress_warnings
-from potstill.models.shapes import design_shape, text_config
+from potstill.models.shapes import EXPERT_FIELDS, FFN_FIELDS, design_shape, text_config
 from potstill.models.size import count_parameters
 from potstill.runs.build_student import design_of
 from potstill.runs.config.document import Document
@@ -215,13 +215,10 @@ def _student(
         return {"model": request.student, **({"adapter": request.adapter} if request.adapter else {})}, None, None
     if request.adapter:
         raise UserError("init: expected --student with --adapter, got none. An adapter needs a trained model.")
-    layers = text_config(teacher.config).attribute_map.get(
-        "num_hidden_layers", "num_hidden_layers"
-    )  # the family's own name
-    half = {layers: max(1, design_shape(teacher.config).layers // 2)}
-    student: dict[str, Any] = {"design": dict(request.budget) or half}
+    units = {} if request.budget else _fewer_units(teacher)
+    student: dict[str, Any] = {"design": dict(request.budget) or units or _fewer_layers(teacher)}
     if teacher.can_initialize:
-        student["initialize"] = "prune" if request.budget else "copy"
+        student["initialize"] = "prune" if request.budget or units else "copy"
     try:
         part = StudentPart.model_validate(student)
     except ValidationError as error:
@@ -231,7 +228,26 @@ def _student(
     assert config is not None
     shape, parameters = design_shape(config), count_parameters(config)
     ratio = f"{teacher.parameters / parameters:.1f} times smaller than the teacher"
-    return student, f"{shape.layers} layers of width {shape.hidden}, {parameters:,} parameters: {ratio}", config
+    wide = f"{shape.layers} layers of width {shape.hidden}" + (f" with {shape.ffn} feed-forward units" if units else "")
+    return student, f"{wide}, {parameters:,} parameters: {ratio}", config
+
+
+def _fewer_units(teacher: inspection.ModelInfo) -> dict[str, int]:
+    """A third of the feed-forward units of each layer, about half the weights of all layers.
+
+    That keeps more of a language model than half of its layers. Empty where it is another model, or a small one.
+    """
+    config = text_config(teacher.config)
+    if teacher.task != "causal" or not teacher.can_initialize or any(getattr(config, x, None) for x in EXPERT_FIELDS):
+        return {}
+    units = design_shape(config).ffn // 3 // 32 * 32  # whole blocks of a quantized file
+    name = next((name for name in FFN_FIELDS if hasattr(config, name)), None)
+    return {name: units} if name and units else {}
+
+
+def _fewer_layers(teacher: inspection.ModelInfo) -> dict[str, int]:
+    own_name = text_config(teacher.config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return {own_name: max(1, design_shape(teacher.config).layers // 2)}
 
 
 def _learning_rate(request: DraftRequest, teacher: inspection.ModelInfo) -> float:
