@@ -51,6 +51,7 @@ def objectives(pairs: LayerMap, steps: int) -> dict[str, list[Any]]:
             Logits(KL, weight=Linear(0.75, 0.0, steps=steps)),
             Labels(weight=Linear(0.25, 1.0, steps=steps)),
         ],
+        "anneal": [Logits(KL, weight=Linear(0.5, 0.0, steps=steps)), Labels(weight=Linear(0.5, 1.0, steps=steps))],
         "hidden-cosine": [*half, Hidden(pairs, "cosine", weight=1.0)],
         "hidden-cosine-5": [*half, Hidden(pairs, "cosine", weight=5.0)],
         "labels+hidden-cosine": [Labels(), Hidden(pairs, "cosine", weight=1.0)],
@@ -144,7 +145,7 @@ def train(built: BuiltRun, names: dict[str, list[Any]], rate: float, args: argpa
     tokens = 0
 
     def note(step: int) -> None:
-        batches = list(in_batches(built.eval.dataset, built.tokenizer, 16))
+        batches = list(in_batches(built.eval.dataset, built.tokenizer, 4))
         quality: Any = measure("causal", built.teacher.model, students, batches, vocabulary=built.vocabulary)
         for name in ("teacher", *names) if step == 0 else names:
             of = quality[name]
