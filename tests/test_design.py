@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,17 @@ def test_a_public_config_is_counted_exactly_and_made_smaller(name: str) -> None:
     assert shape.ffn % (64 if shape.ffn < 1024 else 128) == 0
     for size in ("layers", "hidden", "heads", "kv_heads", "ffn"):
         assert 1 <= getattr(shape, size) <= getattr(whole, size)
+
+
+def test_keeping_attention_cuts_units_before_layers() -> None:
+    teacher = design_shape(LLAMA_8B)
+    most = design_shape(design(LLAMA_8B, 5_000_000_000, keep="attention"))
+    assert replace(most, ffn=teacher.ffn) == teacher
+    assert teacher.ffn / 3 < most.ffn < teacher.ffn
+    fewer = design_shape(design(LLAMA_8B, 3_000_000_000, keep="attention"))
+    assert replace(fewer, ffn=teacher.ffn, layers=teacher.layers) == teacher
+    assert fewer.ffn == pytest.approx(teacher.ffn / 3, rel=0.05)
+    assert fewer.layers < teacher.layers
 
 
 @pytest.mark.parametrize("keep", ["balanced", "depth", "width"])

@@ -25,17 +25,19 @@ from potstill.models.shapes import (
 )
 from potstill.models.size import build, count_parameters, invalid_config, layer_parameters
 
-Keep = Literal["balanced", "depth", "width"]
+Keep = Literal["balanced", "depth", "width", "attention"]
 KEEP_WORDS = {
     "balanced": "of the teacher's family",
     "depth": "as deep as the teacher",
     "width": "as wide as the teacher",
+    "attention": "with the teacher's attention",
 }
 HEAD_MULTIPLES = {"codegen": 4}  # it splits its heads over four devices
 TOLERANCE = 0.05
 OF_ANY_CONFIG = PretrainedConfig().to_dict().keys()  # how a model is saved and called, not its shape
 UNSCALED = {"rope_theta", "rope_type"}  # parameters of rotary positions that all families read
-FFN_RANGE = 1.5  # the feed-forward width may differ by this factor from the teacher's proportion
+FFN_RANGE = 1.5  # the feed-forward width may differ by this factor from the teacher's proportion,
+LEAST_FFN = 3  # or be so many times smaller where a student is pruned: units are what costs least to cut
 
 
 def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabulary: int) -> PretrainedConfig:
@@ -220,7 +222,9 @@ def design(
     Args:
         teacher: the teacher's config.
         parameters: the budget.
-        keep: the teacher's depth, its width (of hidden states and heads), or neither: both shrink in proportion.
+        keep: the teacher's depth; its width (of hidden states and heads); its attention, so that feed-forward networks
+            shrink, down to a third, and only then the number of layers; or nothing: depth and width shrink in
+            proportion.
         vocabulary: number of token ids; the teacher's by default.
     """
     if keep not in get_args(Keep):
@@ -321,8 +325,9 @@ class ShapeSearch:
     def _candidates(self, parameters: int) -> Iterator[SizedShape]:
         """All widths and depths, each with the feed-forward width that brings it nearest to the budget."""
         depths = [self.shape.layers] if self.keep == "depth" else self._depths
+        narrowest = LEAST_FFN if self.vary_heads or self.keep == "attention" else FFN_RANGE
         for width, counts in self._widths:
-            least, most = width.ffn / FFN_RANGE, min(width.ffn * FFN_RANGE, self.shape.ffn)
+            least, most = width.ffn / narrowest, min(width.ffn * FFN_RANGE, self.shape.ffn)
             for layers in depths:
                 base, unit, ffn = counts.base[layers], counts.unit[layers], width.ffn
                 if unit:
@@ -349,7 +354,7 @@ class ShapeSearch:
     def _all_widths(self) -> Iterator[DesignShape]:
         """The teacher's shape in all widths, its feed-forward network in proportion."""
         teacher = self.shape
-        for hidden in [teacher.hidden] if self.keep == "width" else range(8, teacher.hidden + 1, 8):
+        for hidden in [teacher.hidden] if self.keep in ("width", "attention") else range(8, teacher.hidden + 1, 8):
             if hidden != teacher.hidden and hidden % _multiple(hidden, teacher.hidden):
                 continue
             ratio = hidden / teacher.hidden
@@ -424,6 +429,8 @@ class ShapeSearch:
         distances = [
             abs(math.log(own / teacher)) if teacher else 0.0 for own, teacher in zip(*proportions, strict=True)
         ]
+        if self.keep == "attention":
+            return self.shape.layers - shape.layers
         return sum(distances if self.keep == "balanced" else distances[:2])
 
 
