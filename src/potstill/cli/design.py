@@ -36,9 +36,7 @@ def design(
     target: Annotated[str | None, typer.Option(help="kind of device: browser, edge, mobile, server")] = None,
     min_share: Annotated[float | None, typer.Option(help="of the teacher's score, by published results: 0.9")] = None,
     task: Annotated[str, typer.Option(help="kind of task: general, classification, generation, ...")] = "general",
-    keep: Annotated[
-        str, typer.Option(help="what to keep: depth, width, attention or balanced")
-    ] = "balanced",
+    keep: Annotated[str, typer.Option(help="what to keep: depth, width, attention or balanced")] = "balanced",
     context: Annotated[int | None, typer.Option(help="tokens in a row; default: at most 2048", min=1)] = None,
     vocabulary: Annotated[str | None, typer.Option(help="tokens to keep: data (those of --data), or a number")] = None,
     data: Annotated[Path | None, typer.Option(help="text of the use, for --vocabulary and --search")] = None,
