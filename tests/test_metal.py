@@ -42,6 +42,7 @@ ON_CPU = {
     "evaluate/diagnosis.py",
     "evaluate/sequence.py",
     "evaluate/space.py",
+    "models/expert_selection.py",
     "runs/diagnose.py",
 }
 METAL = torch.device("mps")

@@ -12,6 +12,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from conftest import make_batch, make_llama, make_tokenizer
 from potstill.errors import ModelError, RecipeError, UserError
+from potstill.models.checksums import CHECKSUMS
 from potstill.models.weight_grid import WeightGrid
 from potstill.runs.config.run import Recipe
 from potstill.runs.formats.gguf_file import weight_grids, write_gguf
@@ -107,6 +108,7 @@ def test_a_resumed_training_ends_in_the_same_weights(tmp_path: Path) -> None:
     trainer_of(again, tmp_path, rows, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(map(torch.equal, student.parameters(), again.parameters()))
     (tmp_path / "checkpoint-2" / "latent.safetensors").unlink()
+    (tmp_path / "checkpoint-2" / CHECKSUMS).unlink()
     with pytest.raises(UserError, match=r"expected latent.safetensors in .*: it is of a training without grids"):
         trainer_of(again, tmp_path, rows, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 

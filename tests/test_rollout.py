@@ -24,6 +24,7 @@ from potstill.losses.divergences import JSD, ForwardKL, ReverseKL, SkewForwardKL
 from potstill.losses.schedule import linear
 from potstill.losses.targets import DenseTargets
 from potstill.losses.token_losses import token_divergence
+from potstill.models.checksums import CHECKSUMS
 from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
@@ -301,6 +302,7 @@ def test_a_checkpoint_of_other_ranks_is_told(tmp_path: Path) -> None:
     one = on_policy(tmp_path, save_strategy="steps", save_steps=3)
     one.train()
     (tmp_path / "checkpoint-3" / "rollout-0.json").unlink()
+    (tmp_path / "checkpoint-3" / CHECKSUMS).unlink()
     with pytest.raises(UserError, match=r"expected rollout-0\.json in .*checkpoint-3, got none"):
         on_policy(tmp_path).train(resume_from_checkpoint=True)
 

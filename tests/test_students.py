@@ -93,7 +93,11 @@ def test_a_field_that_may_differ_by_layer_can_be_given() -> None:
         (GPT2Config(), {"num_hidden_layers": 1.5}, "student.design.n_layer: expected a whole number >= 1, got 1.5."),
         (LlamaConfig(), {"num_attention_heads": 0}, "expected a whole number >= 1, got 0."),
         (LlamaConfig(), {"dtype": "float16"}, "expected a field of LlamaConfig, got dtype."),
-        (LlamaConfig(), {"model_type": "gpt2"}, "expected a field of LlamaConfig, got model_type."),
+        (
+            LlamaConfig(),
+            {"model_type": "gpt2"},
+            "expected llama for a teacher of llama, got gpt2. Leave model_type out.",
+        ),
         (LlamaConfig(), {"rope_theta": 0}, "expected rope_theta > 0, got 0."),
         (LlamaConfig(), {"rope_theta": "1e6"}, "expected rope_theta > 0, got '1e6'."),
         (LlamaConfig(), {"factor": 2.0}, "got factor. Leave it out, or name a rope_type that reads it."),

@@ -27,6 +27,7 @@ from potstill.losses.hidden import hidden_mse, linear_cka
 from potstill.losses.rkd import rkd_distance
 from potstill.losses.targets import DenseTargets
 from potstill.models.capture import ActivationRequest
+from potstill.models.checksums import CHECKSUMS
 from potstill.models.layer_map import LayerMap
 from potstill.teachers.model import ModelTeacher
 from potstill.teachers.teacher import Teacher, TeacherOutput
@@ -349,6 +350,7 @@ def test_projections_are_in_checkpoints_and_not_in_what_is_exported(tmp_path: Pa
     assert not (tmp_path / "student/objective.safetensors").exists()
     assert set(load_file(tmp_path / "student/model.safetensors")) == set(one.distiller.student.state_dict())
     (tmp_path / "run/checkpoint-3/objective.safetensors").unlink()
+    (tmp_path / "run/checkpoint-3" / CHECKSUMS).unlink()  # else that says so first
     with pytest.raises(UserError, match=r"objective\.safetensors in .*checkpoint-3, got none"):
         inside_trainer(tmp_path / "run", max_steps=5).train(resume_from_checkpoint=True)
 
