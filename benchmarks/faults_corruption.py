@@ -5,7 +5,6 @@ Each is found (one line, exit status 1 or 2), or harmless: the command leaves wh
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -191,9 +190,11 @@ def _read_student(work: Path) -> None:
 def _read_journal(work: Path) -> None:
     from potstill.generation import journal
 
-    path = work / "texts/texts.jsonl"
+    path, header = work / "texts/texts.jsonl", {}
+    with suppress(ValueError):  # a damaged header is none that is expected
+        header = json.loads(path.read_bytes().partition(b"\n")[0])
     with path.open("a+b") as file:
-        journal._read(file, journal.without_checksum(json.loads(path.read_text().partition("\n")[0])), path)
+        journal._read(file, journal.without_checksum(header), path)
 
 
 def _flip(case: Case, files: Iterator[Path]) -> dict[str, Any]:
