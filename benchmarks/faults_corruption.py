@@ -5,10 +5,12 @@ Each is found (one line, exit status 1 or 2), or harmless: the command leaves wh
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
