@@ -51,7 +51,7 @@ LOCK = threading.RLock()  # of what parts share, several of which may be tried a
 
 def toys(out: Path) -> Path:
     """A folder with a teacher, a student, texts and vectors, made once."""
-    folder = (out / "toys").absolute()
+    folder = (out / "toys-killed").absolute()
     if not folder.exists():
         import numpy as np
 
