@@ -32,7 +32,9 @@ import processes
 from file_faults import FileFault
 
 SECONDS = 900.0  # at most, for a process that is not killed, on a busy machine
-TIMES = re.compile(r"seconds|runtime|per_second|latency|speed_up|created|_ms$")  # keys of what is measured by a clock
+TIMES = re.compile(
+    r"seconds|runtime|per_second|latency|speed_up|created|_ms$|peak_bytes"
+)  # keys of what differs each time
 PAGES = {"report.html", "sweep.html"}
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}-\d+-[0-9a-f]{8}\.partial")
 OPAQUE = {"training_args.bin", "potstill_checksums.json"}  # of paths and times; checked files are compared themselves
@@ -213,6 +215,12 @@ def result(folder: Path) -> dict[str, str]:
 def _content(path: Path) -> bytes:
     if path.name in OPAQUE:
         return b""
+    if path.name.endswith(".pt.sha256"):
+        return b""
+    if path.name.startswith("stage-"):  # its pickle depends on which objects are the same one
+        import torch
+
+        return repr(_values(torch.load(path, weights_only=True))).encode()
     if path.suffix == ".json":
         return json.dumps(_timeless(json.loads(path.read_text()))).encode()
     if path.name == "metrics.jsonl":
@@ -221,6 +229,15 @@ def _content(path: Path) -> bytes:
     if path.name in PAGES or (path.parts[-2:] == ("student", "README.md") and not of_head):
         return b"current" if _page(path) == path.read_bytes() else b"not what its inputs give"
     return path.read_bytes()
+
+
+def _values(content: Any) -> Any:
+    """What torch loaded, with lists in place of tensors."""
+    if isinstance(content, dict):
+        return {key: _values(item) for key, item in content.items()}
+    if isinstance(content, list | tuple):
+        return [_values(item) for item in content]
+    return content.tolist() if hasattr(content, "tolist") else content
 
 
 def _timeless(value: Any) -> Any:

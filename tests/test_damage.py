@@ -116,11 +116,24 @@ def test_a_damaged_student_is_found(recipe_values: dict[str, Any]) -> None:
         with pytest.raises(ModelError, match=r"^student: expected .* as it was written, got another or none"):
             load(str(folder), "student")
         (folder / name).write_bytes(sound)
+    (folder / ".#config.json").symlink_to("nobody@nowhere")  # as an editor locks a file
+    load_model(str(folder), "student")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"^student: expected tokenizer\.json in"):
         load_model(str(folder), "student")
     (folder / CHECKSUMS).unlink()  # meant
     load_model(str(folder), "student")
+
+
+def test_an_interrupted_save_leaves_nothing(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("potstill.runs.steps.write_checksums", interrupted)
+    monkeypatch.setattr("potstill.runs.run.rehearse", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        quiet_run(recipe_values)
+    assert not [path for path in Path(recipe_values["output"]).iterdir() if path.name.startswith("student")]
 
 
 def test_damaged_encoded_data_is_encoded_again(toys: Path, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -240,8 +240,8 @@ class _Training:
         state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in STATEFUL}
         state |= {"best": self.best, "best_score": self.best_score, "history": [x.as_dict() for x in self.history]}
         remove_checksum(path)
-        with atomic_path(path) as partial:
-            torch.save(state, partial)
+        with atomic_path(path) as partial, partial.open("wb") as file:  # torch writes the name of a path into the file
+            torch.save(state, file)
         write_checksum(path)
 
     def load_last(self, folder: Path) -> None:

@@ -76,7 +76,8 @@ def check_folder(folder: Path, key: str) -> None:
     """
     if not (folder / CHECKSUMS).exists():
         return
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.rglob("*"))]
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())  # a link to nothing is none
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     if (name := _changed_file(folder, tuple(stamps))) is not None:
         raise ModelError(
             f"{key}: expected {name} in {folder} as it was written, got another or none: it is damaged or was changed. "

@@ -168,20 +168,29 @@ def _save(built: BuiltRun, trainer: DistillationTrainer, folder: Path) -> None:
     """Save the student under a temporary name first, so that a folder with the final name is complete."""
     if built.recipe.student.merges:
         trainer.distiller.student = merged(trainer.distiller.student)
-    partial = folder.with_name(f"{folder.name}.partial")
-    if trainer.is_world_process_zero():
+    partial, main = folder.with_name(f"{folder.name}.partial"), trainer.is_world_process_zero()  # one name on all ranks
+    if main:
         shutil.rmtree(partial, ignore_errors=True)  # left by a kill during an earlier save
-    trainer.save_model(str(partial))
-    unset_hf_deepspeed_config()  # ZeRO-3 would shard every model that is loaded from here on
-    if trainer.is_world_process_zero():
-        if built.save_dtype is not None:
-            convert_saved(partial, built.save_dtype, built.recipe.task)
-        teacher, student = built.loaded.config, trainer.distiller.config
-        if built.recipe.task == "encoder" and teacher is not None and teacher.hidden_size == student.hidden_size:
-            copy_modules(str(built.recipe.teacher.model_path), partial)
-        write_checksums(partial)
-        partial.rename(folder)
+    try:
+        trainer.save_model(str(partial))
+        unset_hf_deepspeed_config()  # ZeRO-3 would shard every model that is loaded from here on
+        if main:
+            _complete(built, trainer, partial)
+            partial.rename(folder)
+    finally:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)  # of a save that was interrupted
     trainer.accelerator.wait_for_everyone()
+
+
+def _complete(built: BuiltRun, trainer: DistillationTrainer, saved: Path) -> None:
+    """Bring a saved student into its precision, and add the modules of an encoder's teacher and the checksums."""
+    if built.save_dtype is not None:
+        convert_saved(saved, built.save_dtype, built.recipe.task)
+    teacher, student = built.loaded.config, trainer.distiller.config
+    if built.recipe.task == "encoder" and teacher is not None and teacher.hidden_size == student.hidden_size:
+        copy_modules(str(built.recipe.teacher.model_path), saved)
+    write_checksums(saved)
 
 
 def walk(steps: Iterable[Step], built: BuiltRun, directory: Path, console: Console) -> None:

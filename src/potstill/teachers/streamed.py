@@ -103,8 +103,6 @@ class StreamedTeacher(ModelTeacher):
     def precompute(self, batches: Batches, folder: Path) -> Iterator[None]:
         """Run the layers that did not run yet, over all batches; their outputs are in the folder meanwhile."""
         complete = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal()]
-        for partial_folder in folder.glob("*.partial"):  # of a process that was killed
-            remove(partial_folder)
         for layer in range(self._last + 1):
             if layer > max(complete, default=-1):
                 self._compute(layer, batches(), folder)
