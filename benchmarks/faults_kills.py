@@ -75,28 +75,10 @@ def toys(out: Path) -> Path:
 
 def recipe(toys: Path, folder: Path, **changes: Any) -> None:
     """Write the recipe of a small training into a folder."""
-    values = {
-        "name": "toy",
-        "teacher": {"model": str(toys / "teacher")},
-        "student": {"design": {"hidden_size": 8, "num_hidden_layers": 1}},
-        "data": {
-            "train": {"path": str(toys / "train.jsonl")},
-            "eval": {"path": str(toys / "eval.jsonl")},
-            "max_length": 32,
-            "packing": True,
-        },
-        "objective": [{"term": "logits"}, {"term": "labels", "weight": 0.5}],
-        "train": {
-            "max_steps": 12,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_steps": 3,
-            "eval_steps": 6,
-        },
-        "evaluate": {"baseline": True, "continuations": 0},
-        "output": "run",
-    }
+    from conftest import toy_recipe
+
+    values = toy_recipe(toys, "run") | {"evaluate": {"baseline": True, "continuations": 0}}
+    values["train"] |= {"max_steps": 12, "save_steps": 3, "eval_steps": 6}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values | changes))
 
 

@@ -154,6 +154,10 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe_values(toys: Path, tmp_path: Path) -> dict[str, Any]:
     """A whole recipe over the toys; tests change it."""
+    return toy_recipe(toys, tmp_path / "run")
+
+
+def toy_recipe(toys: Path, output: Path | str) -> dict[str, Any]:
     return {
         "name": "toy",
         "teacher": {"model": str(toys / "teacher")},
@@ -172,7 +176,7 @@ def recipe_values(toys: Path, tmp_path: Path) -> dict[str, Any]:
             "logging_steps": 1,
         },
         "evaluate": {"baseline": True},
-        "output": str(tmp_path / "run"),
+        "output": str(output),
     }
 
 

@@ -10,9 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +22,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from conftest import make_llama, make_tokenizer
+from local_http import QuietHandler, serving
 from potstill import cli
 from potstill.cli import app
 from potstill.data import readers
@@ -438,11 +437,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(client, "FIRST_WAIT_S", 0.001)
     monkeypatch.setenv("NO_PROXY", "*")
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            http.keys.append(self.headers.get("Authorization"))
+    class Handler(QuietHandler):
+        def do_POST(self) -> None:  # noqa: N802
+            self.server.keys.append(self.headers.get("Authorization"))
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, headers, content = http.answer
+            status, headers, content = self.server.answer
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -452,17 +451,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
         do_GET = do_POST  # noqa: N815
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    http: Any = HTTPServer(("127.0.0.1", 0), Handler)
-    http.keys, http.url = [], f"http://127.0.0.1:{http.server_port}"
-    thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield http
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with serving(Handler, keys=[]) as http:
+        yield http
 
 
 def test_a_key_follows_no_redirect(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

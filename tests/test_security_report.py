@@ -7,13 +7,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 
+from local_http import QuietHandler, serving
 from potstill.data.show import ShownRow, ShownToken
 from potstill.evaluate.report.page import write_report, write_rows
 from test_report import full_summary, metrics
@@ -27,23 +26,14 @@ RAN = "document.documentElement.setAttribute('data-ran', '1')"
 def asked() -> Iterator[Any]:
     """A server on this machine that a page may want something of."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            http.paths.append(self.path)
+    class Handler(QuietHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            self.server.paths.append(self.path)
             self.send_response(404)
             self.end_headers()
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    http: Any = HTTPServer(("127.0.0.1", 0), Handler)
-    http.paths, http.url = [], f"http://127.0.0.1:{http.server_port}"
-    thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield http
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with serving(Handler, paths=[]) as http:
+        yield http
 
 
 def payload(url: str) -> str:
