@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,10 @@ def lose_a_rank(drill: Drill, fault: str, count: int) -> None:
             lost = 1
         else:
             time.sleep(moment)
-            os.kill(ranks[lost].pid or 0, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+            process = ranks[lost].pid
+            assert process is not None, "it was started"
+            with suppress(ProcessLookupError):  # it may be done
+                os.kill(process, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
         begun = time.monotonic()
         status = processes.finish(ranks[1 - lost], BOUND_S + (moment if fault == "memory" else 0))
         waited = time.monotonic() - begun
