@@ -49,7 +49,7 @@ from potstill.teachers.cache.store import (
     write_shard,
 )
 from potstill.teachers.teacher import Teacher
-from recorded import Recorded, speech
+from recorded import Recorded, language_like_logits
 from task import stdlib_task
 
 QUIET = Console(quiet=True)
@@ -72,7 +72,7 @@ def bytes_part(_: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     torch.set_num_threads(1)
     cells = []
     for vocabulary in VOCABULARIES:
-        logits, labels = speech(256, vocabulary), torch.randint(vocabulary, (256,))
+        logits, labels = language_like_logits(256, vocabulary), torch.randint(vocabulary, (256,))
         for codec in (Sampled(vocabulary), TopK(vocabulary), Dense(vocabulary)):
             row = codec.encode(DenseTargets(logits), 0, labels=labels)
             packed = COMPRESSION.compress(row, asbytes=True)
@@ -138,7 +138,7 @@ def step_part(_: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     vocabulary, rows, length = 32_000, 8, 512
     student = llama(256, 4, vocabulary)
     batch = batch_of(rows, length, vocabulary)
-    said = [DenseTargets(speech(length - 1, vocabulary, seed)) for seed in range(rows)]
+    said = [DenseTargets(language_like_logits(length - 1, vocabulary, seed)) for seed in range(rows)]
     teachers: dict[str, Teacher | None] = {
         "labels": None,
         "cache, sampled": Recorded(Sampled(vocabulary), said),
@@ -210,7 +210,7 @@ def scale_part(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     """Synthetic signals: 512-token rows that repeat, under keys that do not."""
     rows, per_shard = args.tokens // 512, 512
     codec = Sampled(32_000)
-    signals = [codec.encode(DenseTargets(speech(512, 32_000, seed)), seed) for seed in range(8)]
+    signals = [codec.encode(DenseTargets(language_like_logits(512, 32_000, seed)), seed) for seed in range(8)]
     keys = np.random.default_rng(0).bytes(16 * rows)
     plan = CachePlan(
         format=FORMAT,

@@ -143,8 +143,8 @@ COMMANDS = {
 
 
 def start(command: Command, folder: Path, fault: FileFault | None = None) -> BaseProcess:
-    """Start a command in the folder of a case; what it prints goes to `said` there."""
-    return processes.start(folder / "said", begin, command.arguments, folder, fault)
+    """Start a command in the folder of a case; what it prints goes to `printed` there."""
+    return processes.start(folder / "printed", begin, command.arguments, folder, fault)
 
 
 def begin(arguments: tuple[str, ...], folder: Path, fault: FileFault | None) -> None:
@@ -160,7 +160,7 @@ def begin(arguments: tuple[str, ...], folder: Path, fault: FileFault | None) -> 
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     cache.SHARD_TOKENS = 150
-    (folder / "said-begun").touch()
+    (folder / "printed-begun").touch()
     processes.potstill_here(arguments, folder, fault)
 
 
@@ -177,7 +177,7 @@ def warm(out: Path) -> None:
 def finish(command: Command, folder: Path) -> str | None:
     """Start a command until it is done; what went wrong, if anything."""
     if status := processes.finish(start(command, folder), SECONDS):
-        return f"exit status {status}: {(folder / 'said').read_text()[-2000:]}"
+        return f"exit status {status}: {(folder / 'printed').read_text()[-2000:]}"
     return None
 
 
@@ -189,7 +189,7 @@ def result(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())):
         name = path.relative_to(folder).as_posix()
-        if not name.startswith(("said", "rank-", "teacher/")):
+        if not name.startswith(("printed", "rank-", "teacher/")):
             found[name] = "folder" if path.is_dir() else hashlib.sha256(_content(path)).hexdigest()[:16]
     return found
 
@@ -294,7 +294,7 @@ def _whole(name: str, out: Path) -> Whole:
         status = processes.finish(start(command, folder, FileFault(folder, log=log.absolute())), SECONDS)
         seconds = time.monotonic() - begun
         if status:
-            raise RuntimeError(f"{name}: exit status {status}: {(folder / 'said').read_text()}")
+            raise RuntimeError(f"{name}: exit status {status}: {(folder / 'printed').read_text()}")
     made = {name: kind for name, kind in result(folder).items() if name not in given}
     sizes = {name: (folder / name).stat().st_size for name, kind in made.items() if kind != "folder"}
     return Whole(result(folder), sizes, seconds, log.read_text().splitlines())
@@ -330,7 +330,7 @@ def kill_anytime(drill: Drill, name: str, count: int) -> None:
 
 def _reached(folder: Path) -> str:
     """The last line that a process printed."""
-    lines = (folder / "said").read_text().splitlines() if (folder / "said").exists() else []
+    lines = (folder / "printed").read_text().splitlines() if (folder / "printed").exists() else []
     return lines[-1][:80] if lines else "nothing"
 
 
@@ -373,19 +373,19 @@ def signals(drill: Drill, count: int) -> None:
         command.prepare(toys(out), folder)
         alone = whole(name, out)
         process = start(command, folder)
-        while not (folder / "said-begun").exists():
+        while not (folder / "printed-begun").exists():
             time.sleep(0.001)
         process.join(case.rng.uniform(0.02, alone.seconds))
         if process.exitcode is None:
             os.kill(process.pid or 0, number)
-        status, said, last = processes.finish(process, SECONDS), (folder / "said").read_text(), _reached(folder)
+        status, printed, last = processes.finish(process, SECONDS), (folder / "printed").read_text(), _reached(folder)
         left = [path.name for path in folder.rglob("*.partial")] if status else []
-        line = said.count("interrupted: saved work is kept") == 1 and "Traceback" not in said
+        line = printed.count("interrupted: saved work is kept") == 1 and "Traceback" not in printed
         wrong = finish(command, folder)
         differ = differences(alone.result, result(folder)) if wrong is None else {}
         held = not wrong and not differ and not left and (status == 0 or (status == 128 + number and line))
         facts = {"command": name, "signal": number, "status": status, "left": left, "last": last}
-        drill.note(case.number, held, **facts, said=None if held else said[-2000:], wrong=wrong, differ=differ)
+        drill.note(case.number, held, **facts, printed=None if held else printed[-2000:], wrong=wrong, differ=differ)
 
 
 ANYTIME = {"train": 60, "cache": 60, "generate": 60, "sweep": 20, "export": 20, "embedding": 40, "evaluate": 20}

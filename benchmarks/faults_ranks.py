@@ -78,11 +78,11 @@ def _whole(out: Path) -> tuple[dict[str, str], float]:
     begun = time.monotonic()
     statuses = [processes.finish(rank, kills.SECONDS) for rank in start(folder)]
     if any(statuses):
-        raise RuntimeError(f"ranks: exit statuses {statuses}: {said(folder)}")
+        raise RuntimeError(f"ranks: exit statuses {statuses}: {printed(folder)}")
     return kills.result(folder), time.monotonic() - begun
 
 
-def said(folder: Path) -> list[str]:
+def printed(folder: Path) -> list[str]:
     return [path.read_text()[-1500:] for path in sorted(folder.glob("rank-*"))]
 
 
@@ -107,7 +107,7 @@ def lose_a_rank(drill: Drill, fault: str, count: int) -> None:
         if fault == "hung":
             ranks[lost].kill()
         lost_status = processes.finish(ranks[lost], BOUND_S)
-        words = said(folder)
+        words = printed(folder)
         survived = status == 0  # the other rank had nothing to wait for any more
         line = ONE_LINE.search(words[1 - lost])
         lines = survived or (status == 1 and line is not None and "Traceback" not in words[1 - lost])
@@ -115,7 +115,7 @@ def lose_a_rank(drill: Drill, fault: str, count: int) -> None:
         differ = {} if any(again) else kills.differences(result, kills.result(folder))
         held = lines and not any(again) and not differ
         facts = {"status": status, "lost": lost_status, "waited": round(waited, 1), "line": line and line.group()[:200]}
-        drill.note(case.number, held, **facts, again=again, differ=differ, said=None if held else words)
+        drill.note(case.number, held, **facts, again=again, differ=differ, printed=None if held else words)
 
 
 PARTS: dict[str, Callable[[Drill], None]] = {

@@ -15,7 +15,7 @@ from potstill.teachers.cache.store import COMPRESSION
 from potstill.teachers.teacher import Teacher, TeacherOutput
 
 
-def speech(n: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
+def language_like_logits(n: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
     """Logits [n, V] like a language model's: frequent tokens first, a few likely ones in each context."""
     generator = torch.Generator().manual_seed(seed)
     prior = -1.65 * torch.arange(1, vocabulary + 1).log()

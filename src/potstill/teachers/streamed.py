@@ -31,7 +31,7 @@ Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
-class Replay:
+class ReplayedLayers:
     """What layers and embeddings do in one pass of the model."""
 
     outputs: Mapping[int, Tensor] = field(default_factory=dict)  # of layers that ran before; others pass their input on
@@ -63,7 +63,7 @@ class StreamedTeacher(ModelTeacher):
     def __init__(self, parts: ModelParts) -> None:
         super().__init__(parts.model)
         self.parts = parts
-        self._replay = Replay()
+        self._replay = ReplayedLayers()
         self._folder: Path | None = None  # of the outputs that calls read
         for i, layer in enumerate(parts.layers):
             layer.forward = partial(self._run_layer, i)
@@ -81,11 +81,11 @@ class StreamedTeacher(ModelTeacher):
             raise RunError("StreamedTeacher: expected precompute to run before the first call. Call it.")
         key, device = _key(batch), self.parts.device
         outputs = {i: _read(self._folder, i, key).to(device) for i in self._kept | {self._last}}
-        with self._replaying(Replay(outputs, embeds=self._reads_embeddings)):
+        with self._replaying(ReplayedLayers(outputs, embeds=self._reads_embeddings)):
             return super().__call__(batch, alignment)
 
     def outline(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        with self._replaying(Replay()):
+        with self._replaying(ReplayedLayers()):
             if self._folder is not None:
                 return super().__call__(batch, alignment)
             with self.parts.loaded(HEAD):
@@ -97,7 +97,7 @@ class StreamedTeacher(ModelTeacher):
                 f"{self.parts.key}: expected no attention maps with --stream, got --attention-layers. {SPREAD_INSTEAD}"
             )
         if needs:
-            with self.parts.loaded(EMBEDDINGS, HEAD), self._replaying(Replay(embeds=True)):
+            with self.parts.loaded(EMBEDDINGS, HEAD), self._replaying(ReplayedLayers(embeds=True)):
                 super().prepare(needs)
 
     def precompute(self, batches: Batches, folder: Path) -> Iterator[None]:
@@ -131,7 +131,7 @@ class StreamedTeacher(ModelTeacher):
             for batch in batches:
                 path = partial_folder / _key(batch)
                 before = {layer - 1: _read(folder, layer - 1, path.name).to(self.parts.device)} if layer else {}
-                with self._replaying(Replay(before, layer, embeds=layer == 0)):
+                with self._replaying(ReplayedLayers(before, layer, embeds=layer == 0)):
                     try:
                         super().__call__(batch, causal_alignment(batch["labels"]))
                     except _LayerDone as output:
@@ -161,7 +161,7 @@ class StreamedTeacher(ModelTeacher):
         return torch.zeros(*ids.shape, weight.shape[1], dtype=weight.dtype, device=self.parts.device)
 
     @contextmanager
-    def _replaying(self, replay: Replay) -> Iterator[None]:
+    def _replaying(self, replay: ReplayedLayers) -> Iterator[None]:
         before, self._replay = self._replay, replay
         try:
             yield
@@ -191,7 +191,7 @@ class StreamedTeacher(ModelTeacher):
         def record(i: int, _: Any, args: Any, kwargs: Any) -> None:
             inputs[i] = args, tuple(kwargs.items())
 
-        def logits(replay: Replay) -> Tensor:
+        def logits(replay: ReplayedLayers) -> Tensor:
             with self._replaying(replay):
                 output: Tensor = run(model, batch).logits
             return output
@@ -201,19 +201,19 @@ class StreamedTeacher(ModelTeacher):
             for i, layer in enumerate(layers):
                 hooks.enter_context(layer.register_forward_pre_hook(partial(record, i), with_kwargs=True))
             with self.parts.loaded(0):
-                logits(Replay(layer=0, embeds=True, ends=False))  # which is refused here, not in check_causal
+                logits(ReplayedLayers(layer=0, embeds=True, ends=False))  # which is refused here, not in check_causal
                 states = _states(*inputs[0][0], **dict(inputs[0][1]))
-                with self._replaying(Replay(layer=0, embeds=True, ends=False)):
+                with self._replaying(ReplayedLayers(layer=0, embeds=True, ends=False)):
                     check_causal(model, self.parts.key)
             outputs = {i: torch.rand_like(states) for i in range(len(layers))}
-            expected, of_full_pass = logits(Replay(outputs, embeds=True)), dict(inputs)
+            expected, of_full_pass = logits(ReplayedLayers(outputs, embeds=True)), dict(inputs)
             for i in range(len(layers)):
-                found = logits(Replay({i: outputs[i]}))
+                found = logits(ReplayedLayers({i: outputs[i]}))
                 if i < self._last and not _same(inputs[i + 1], of_full_pass[i + 1]):
                     raise self._refusal(f"layer {i + 1} reads more than the output of layer {i}")
             if not torch.equal(found, expected):
                 raise self._refusal("its head reads more than the output of the last layer")
-            with self._replaying(Replay(embeds=True)):
+            with self._replaying(ReplayedLayers(embeds=True)):
                 _ = self._split
 
     def _refusal(self, reason: str) -> ModelError:
