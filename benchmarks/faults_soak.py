@@ -37,18 +37,18 @@ MOST_GROWTH = 0.01  # of the memory, over the measured part
 class Soak(TrainerCallback):
     """Measures the process at every evaluation, and ends the training when its time is over."""
 
-    def __init__(self, seconds: float, log: Path, lines: list[dict[str, Any]]) -> None:
-        self.end, self.log, self.lines, self.process = time.monotonic() + seconds, log, lines, psutil.Process()
+    def __init__(self, seconds: float, log: Path, out: Path) -> None:
+        self.end, self.log, self.out, self.process = time.monotonic() + seconds, log, out, psutil.Process()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.lines.append(
-            {
-                "step": state.global_step,
-                "resident_mb": self.process.memory_info().rss / 1e6,
-                "files": self.process.num_fds(),
-                "log": self.log.stat().st_size,
-            }
-        )
+        line = {
+            "step": state.global_step,
+            "resident": self.process.memory_info().rss,
+            "files": self.process.num_fds(),
+            "log": self.log.stat().st_size,
+        }
+        with self.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
         if time.monotonic() > self.end:
             control.should_training_stop = True
 
@@ -58,16 +58,18 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=6.0)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-soak"))
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     toys = make_toys(args.out / "toys")
     if not (toys / "signals").exists():
         build = ("cache", "build", "run.yaml", "--codec", "top_k", "--top-k", "16", "--out", "signals")
         done = potstill(*build, folder=toys)
         assert done.status == 0, done.output
-    lines: list[dict[str, Any]] = []
+    measured = args.out / "soak.jsonl"
+    measured.write_text("")
     short = train(toys, args.out / "short", SHORT_STEPS, [])
     log = args.out / "long" / "metrics.jsonl"
-    long = train(toys, log.parent, 10**7, [Soak(3600 * args.hours, log, lines)])
-    (args.out / "soak.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    long = train(toys, log.parent, 10**7, [Soak(3600 * args.hours, log, measured)])
+    lines = [json.loads(line) for line in measured.read_text().splitlines()]
     sys.exit(not report(lines, short, long))
 
 
