@@ -36,7 +36,9 @@ from potstill.models.loading import has_bfloat16, load_model, load_tokenizer
 from potstill.runs import cache
 from potstill.runs.build import build_run
 from potstill.runs.cache import CacheRequest
+from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.config.run import Recipe
+from potstill.runs.generate import generate
 from potstill.runs.run import settle_student
 from potstill.runs.steps import STEPS, walk
 
@@ -62,6 +64,8 @@ class Row(NamedTuple):
     teacher: str = "smollm2"
     cached: dict[str, Any] | None = None  # what to write of the teacher's signals, to learn from these
     objective: list[dict[str, Any]] = ANNEALED
+    rate: float = RATE
+    own_text: bool = False  # the teacher writes what the student learns from, as chats
 
 
 def cut(layers: int, units: int, **options: Any) -> dict[str, Any]:
@@ -82,6 +86,7 @@ def pruned(share: float, search: int | None = None, rounds: int = 1) -> dict[str
 
 
 def trimmed(tokens: int) -> dict[str, Any]:
+    """A student with its teacher's most frequent tokens, counted on all the text that there is to train on."""
     return {"vocabulary": {"keep": tokens}}
 
 
@@ -93,6 +98,7 @@ ROWS = {
     "smollm2-40": Row(cut(15, 512)),
     "smollm2-60-half": Row(cut(30, 512), objective=HALF),
     "smollm2-60-unfitted": Row(cut(30, 512, fit=False)),
+    "smollm2-60-own": Row(cut(30, 512), objective=HALF, own_text=True),
     "smollm2-60-depth": Row(depth(15)),
     "smollm2-60-rule": Row(pruned(0.6)),
     "smollm2-60-search": Row(pruned(0.6, search=6)),
@@ -136,6 +142,7 @@ class Texts:
         worked = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in read(problems)]
         held_out = summaries[-HELD_OUT:], read(problems)[-HELD_OUT:]
         self.train = [text for pair in zip(summaries[:-HELD_OUT], worked[:-HELD_OUT], strict=False) for text in pair]
+        write(out / "all.jsonl", ({"text": text} for text in (*summaries[:-HELD_OUT], *worked[:-HELD_OUT])))
         write(out / "summaries.jsonl", ({"text": text} for text in held_out[0]))
         answers = ({"prompt": f"Question: {x['question']}\nAnswer: ", "completion": x["answer"]} for x in held_out[1])
         write(out / "answers.jsonl", answers)
@@ -150,6 +157,28 @@ class Texts:
                 break
             chosen.append({"text": text})
             total += len(tokenizer(text)["input_ids"]) + 1
+        write(path, chosen)
+        return path
+
+    def own_file(self, teacher: str, tokens: int, tokenizer: Any) -> Path:
+        """As many chats that the teacher writes, as `potstill init --no-data` has it do, as have so many tokens."""
+        path, out = self.out / f"own-{tokens}.jsonl", self.out / "own"
+        if path.exists():
+            return path
+        recipe = GenerateRecipe.parse({
+            "kind": "generate", "name": "own", "teacher": {"model": teacher, "dtype": DTYPE}, "held_out": 0.0,
+            "task": {"task": "own_text", "number": max(8, tokens // 150), "question_tokens": 128},
+            "sampling": {"sampling_temperature": 1.0, "top_p": 0.95, "max_new_tokens": 384},
+            "filter": {"distinct_words": 0.3}, "output": str(out),
+        })  # fmt: skip
+        generate(recipe, resume=True, console=Console())
+        total, chosen = 0, []
+        for row in read(out / "train.jsonl"):
+            total += min(MAX_LENGTH, len(tokenizer.apply_chat_template(row["messages"], return_dict=False)))
+            chosen.append({"messages": row["messages"]})
+            if total >= tokens:
+                break
+        assert total >= tokens, f"{out}: expected {tokens:,} tokens, got {total:,}"
         write(path, chosen)
         return path
 
@@ -243,13 +272,19 @@ def recipe_of(name: str, row: Row, args: argparse.Namespace, texts: Texts) -> Re
         teacher["cache"] = str(args.out / f"{name}-cache")
     if "model" in student:
         student["model"] = str(args.models / student["model"])
-    tokens = row.tokens or 50_000
+    if "vocabulary" in student:
+        student["vocabulary"] = student["vocabulary"] | {"text": {"path": str(texts.out / "all.jsonl")}}
+    tokens, tokenizer = row.tokens or 50_000, load_tokenizer(folder, "teacher")
+    if row.own_text:
+        train = {"path": str(texts.own_file(folder, tokens, tokenizer)), "messages": "messages"}
+    else:
+        train = {"path": str(texts.training_file(tokens, tokenizer))}
     return Recipe.parse({
         "name": name, "teacher": teacher, "student": student,
-        "data": {"train": {"path": str(texts.training_file(tokens, load_tokenizer(folder, "teacher")))},
-                 "eval": {"path": str(args.out / "summaries.jsonl")}, "max_length": MAX_LENGTH, "packing": True},
+        "data": {"train": train, "eval": {"path": str(args.out / "summaries.jsonl")}, "max_length": MAX_LENGTH,
+                 "packing": True},
         "objective": row.objective, "output": str(args.out / name),
-        "train": {"num_train_epochs": 1, "per_device_train_batch_size": BATCH, "learning_rate": RATE,
+        "train": {"num_train_epochs": 1, "per_device_train_batch_size": BATCH, "learning_rate": row.rate,
                   "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "bf16": has_bfloat16()},
         "evaluate": {"baseline": True, "continuations": 4, "curve_rows": 8},
     })  # fmt: skip
