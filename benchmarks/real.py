@@ -45,6 +45,7 @@ from potstill.runs.steps import STEPS, walk
 HELD_OUT = 48  # summaries, and as many problems
 EXAMPLES = {"real_piqa": 300, "real_boolq": 150}
 MAX_LENGTH, BATCH, RATE = 256, 4, 2e-4  # tokens in a row, rows in a batch
+WHOLE_RATE = 2e-5  # where no layer is cut
 DTYPE = "bfloat16" if has_bfloat16() else "float32"
 HALF = [{"term": "logits", "weight": 0.5}, {"term": "labels", "weight": 0.5}]
 
@@ -94,6 +95,7 @@ OTHER = {"model": "smollm2", **cut(30, 512)}  # cut from a model that does not t
 
 ROWS = {
     "smollm2-85": Row(cut(30, 1152)),
+    "smollm2-85-vocabulary": Row(cut(30, 1328) | trimmed(32_768)),
     "smollm2-60": Row(cut(30, 512)),
     "smollm2-40": Row(cut(15, 512)),
     "smollm2-60-half": Row(cut(30, 512), objective=HALF),
@@ -105,8 +107,8 @@ ROWS = {
     "smollm2-60-top-k": Row(cut(30, 512), cached={"codec": "top_k", "k": 64}),
     "smollm2-60-sampled": Row(cut(30, 512), cached={"codec": "sampled", "draws": 50}),
     "gemma3-65k": Row({"model": "gemma3", **trimmed(65_536)}, 0, "gemma3"),
-    "gemma3-32k": Row({"model": "gemma3", **trimmed(32_768)}, 50_000, "gemma3"),
-    "gemma3-16k": Row({"model": "gemma3", **trimmed(16_384)}, 50_000, "gemma3"),
+    "gemma3-32k": Row({"model": "gemma3", **trimmed(32_768)}, 50_000, "gemma3", rate=WHOLE_RATE),
+    "gemma3-16k": Row({"model": "gemma3", **trimmed(16_384)}, 50_000, "gemma3", rate=WHOLE_RATE),
     "gemma3-32k-60": Row(depth(11) | trimmed(32_768), 50_000, "gemma3"),
     "gemma3-teaches-chunks": Row(OTHER, teacher="gemma3", objective=[{"term": "chunks"}, {"term": "labels"}]),
     "gemma3-teaches-mapped": Row(OTHER, teacher="gemma3", objective=[{"term": "mapped_logits"}, {"term": "labels"}]),
