@@ -115,6 +115,7 @@ ROWS = {
     "smollm2-30-rounds": Row(pruned(0.3, rounds=3)),
     "smollm2-30-once": Row(pruned(0.3)),
     "smollm2-85-200k": Row(cut(30, 1152), 200_000),
+    "smollm2-85-vocabulary-200k": Row(cut(30, 1328) | trimmed(32_768), 200_000),
     "smollm2-60-200k": Row(cut(30, 512), 200_000),
     "smollm2-40-200k": Row(cut(15, 512), 200_000),
 }

@@ -18,6 +18,7 @@ from conftest import TEXT, make_llama, make_tokenizer, mostly_slow
 from potstill.cli import app
 from potstill.cli import init as command
 from potstill.errors import DataError, ModelError, RecipeError, UserError
+from potstill.runs.init.draft import DraftRequest, draft
 from toy_encoders import make_encoder, save, write_rows
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -36,6 +37,13 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tokenizer.save_pretrained(name)
     write(train=[{"text": text} for text in TEXT[:40]], eval=[{"text": text} for text in TEXT[40:]])
     return tmp_path
+
+
+@pytest.mark.parametrize("tokens, suggested", [(50_000, True), (300, False)])
+def test_a_smaller_vocabulary_is_suggested_where_embeddings_are_large(tokens: int, suggested: bool) -> None:
+    make_llama(hidden_size=32, layers=4, seed=4, vocab_size=tokens).save_pretrained("teacher")
+    text = draft(DraftRequest("teacher", Path("train.jsonl"), Path("eval.jsonl")))
+    assert ("vocabulary: {keep: 32768" in text) == suggested
 
 
 def write(**files: list[dict[str, Any]]) -> None:

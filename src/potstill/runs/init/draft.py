@@ -20,7 +20,7 @@ from potstill.errors import ModelError, RecipeError, UserError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.models.loading import has_bfloat16, load_config, suppress_warnings
 from potstill.models.shapes import EXPERT_FIELDS, FFN_FIELDS, design_shape, text_config
-from potstill.models.size import count_parameters
+from potstill.models.size import count_parameters, size_of
 from potstill.runs.build_student import design_of
 from potstill.runs.config.document import Document
 from potstill.runs.config.embedding import EmbeddingRecipe
@@ -41,6 +41,9 @@ ADAPTER_RATES = {"lora": 2e-4, "qlora": 2e-4, "ia3": 3e-3, "prefix": 1e-2, "prom
 
 # For students cut from a teacher of at most so many parameters: measured for 5M and 135M, a guess above.
 CUT_RATES = ((20e6, 5e-4), (500e6, 2e-4), (math.inf, 1e-4))
+
+# The recipe suggests fewer tokens to students of a teacher with at least so many, and such a share of embeddings.
+MANY_TOKENS, TOKEN_SHARE = 40_000, 0.15
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     train, held_out = ({**place, **rows.columns} for place in (request.train, request.held_out))
     accumulation = 1 if rows.is_whole_file else math.ceil(8 / batch)
     models = {"teacher": teacher, "student": student, "design": design, "other_tokenizer": other}
+    models["token_share"] = _token_share(request, teacher)
     tasks = {"task": teacher.task, "sequence_level": teacher.task in SEQUENCE_TASKS}
     data = {"rows": rows, "train": train, "held_out": held_out, "positions": positions}
     data |= {"joins": joins, "packing": packing, "unpacked": unpacked}
@@ -255,6 +259,15 @@ def _fewer_units(teacher: inspection.ModelInfo) -> dict[str, int]:
 def _fewer_layers(teacher: inspection.ModelInfo) -> dict[str, int]:
     own_name = text_config(teacher.config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     return {own_name: max(1, design_shape(teacher.config).layers // 2)}
+
+
+def _token_share(request: DraftRequest, teacher: inspection.ModelInfo) -> float:
+    """The embeddings' share of the teacher's parameters, or 0 where a student is not to have fewer tokens."""
+    if teacher.task != "causal" or not teacher.can_initialize or request.student is not None or request.no_data:
+        return 0.0
+    size = size_of(teacher.config, 1)
+    share = size.token_parameters / size.parameters
+    return share if text_config(teacher.config).vocab_size >= MANY_TOKENS and share >= TOKEN_SHARE else 0.0
 
 
 def _learning_rate(request: DraftRequest, teacher: inspection.ModelInfo) -> float:
