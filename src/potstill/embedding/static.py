@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.functional import embedding_bag, normalize
 
 from potstill.embedding.encoders import TextStudent
 from potstill.losses.token_losses import on_float64_device
@@ -25,7 +24,6 @@ BATCH_TOKENS = 512
 _BLOCK = 2**16  # tokens of texts whose vectors are in memory at a time
 # Chosen on dev data, as docs/benchmarks.md says: STS-B, BoolQ and Wikipedia titles, all-MiniLM-L6-v2.
 SIF = 1e-3  # smooth inverse frequency: a token of this frequency counts half (Arora et al. 2017, section 3)
-RIDGE = 1e-2  # strength of the pull of the map towards the teacher's own axes
 COMMON_DIRECTIONS = 4  # strongest directions that are removed from all tokens (Mu and Viswanath 2018)
 _UNUSED = re.compile(r"[\[<]\|?/?(unused|extra_id_|reserved)[\w ]*\|?[\]>]", re.IGNORECASE)
 _MARKERS = ("##", "▁", "Ġ", "</w>")  # which say that a token continues a word, starts or ends one
@@ -169,28 +167,11 @@ def spread_tokens(tokens: TokenTable) -> Tensor:
     return x - x @ common @ common.T
 
 
-def reduce_tokens(tokens: TokenTable, dimensions: int) -> Tensor:
-    """Reduce the vectors of tokens to [N, d], by PCA of what `spread_tokens` makes of them."""
-    x = spread_tokens(tokens)
+def reduce_rows(rows: Tensor, dimensions: int) -> Tensor:
+    """Reduce vectors of tokens, [N, H], to [N, d], by a PCA that does not centre them."""
+    x = on_float64_device(rows).double()
     _, directions = torch.linalg.eigh(x.T @ x)
     return (x @ directions.flip(1)[:, :dimensions]).float()
-
-
-def fit_tokens(tokens: TokenTable, texts: Sequence[str], start: Tensor, components: Tensor) -> Tensor:
-    """Map the vectors of tokens to [N, d] so that texts come near their vectors `start`, [M, d].
-
-    The map is a ridge regression that is pulled towards `components`, [H, d], which maps the teacher's own vectors: it
-    is the same for all tokens, so that those which the texts lack learn with the others.
-    """
-    x = spread_tokens(tokens)
-    ids, lengths = token_ids(tokens.tokenizer, texts)
-    sums = embedding_bag(ids, tokens.table(x), lengths.cumsum(0) - lengths, mode="sum")
-    means, target = normalize(sums, dim=-1), start.double()
-    gram = means.T @ means
-    ridge = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
-    prior = components.double()
-    change = torch.linalg.solve(gram + ridge, means.T @ (target - means @ prior))
-    return (x @ (prior + change)).float()
 
 
 def mean_of_texts(tokenizer: Any, texts: Sequence[str], start: Tensor) -> Tensor:
