@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -238,23 +238,19 @@ def size_and_speed(model: Any, texts: list[str]) -> dict[str, float]:
 def cases(args: argparse.Namespace, students: Students) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
     """Every row: its name, and how its student is made."""
     for dimensions in args.dimensions:
-        name = {"dimensions": dimensions}
+        name, make = {"dimensions": dimensions}, partial(students.make, dimensions)
         if "no text" in args.parts:
-            yield {"kind": "no text", **name}, lambda d=dimensions: students.make(d)
+            yield {"kind": "no text", **name}, make
         if "with text" in args.parts:
             for seed in args.seeds:
-                yield {"kind": "with text", **name, "seed": seed}, lambda d=dimensions, s=seed: students.make(d, s)
+                yield {"kind": "with text", **name, "seed": seed}, partial(make, seed)
         if "budget" in args.parts:
             for size in (2, 4, 8):
-                make = lambda d=dimensions, mb=size: students.make(d, 0, max_mb=mb)  # noqa: E731
-                yield {"kind": f"with text, {size} MB", **name, "seed": 0}, make
-            yield (
-                {"kind": "with text, tokens of the text", **name, "seed": 0},
-                lambda d=dimensions: students.make(d, 0, vocabulary="data"),
-            )
+                yield {"kind": f"with text, {size} MB", **name, "seed": 0}, partial(make, 0, max_mb=size)
+            yield {"kind": "with text, tokens of the text", **name, "seed": 0}, partial(make, 0, vocabulary="data")
         if "model2vec" in args.parts:
             for folder in sorted(args.work.glob(f"model2vec-*-{dimensions}*")):
-                yield {"kind": folder.name, **name}, lambda folder=folder: students.model2vec(folder)
+                yield {"kind": folder.name, **name}, partial(students.model2vec, folder)
     if "teacher" in args.parts:
         yield {"kind": "teacher", "dimensions": 384}, lambda: students.teacher().to(torch.bfloat16)
 

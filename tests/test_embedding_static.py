@@ -27,7 +27,7 @@ from potstill.embedding.static import (
 )
 from potstill.embedding.students import EncoderLayers, StaticStudent, TokenVectors
 from potstill.embedding.token_fit import CHANGE_RIDGE, MAP_RIDGE, WEIGHT_RIDGE, TokenTexts, fit_tokens
-from potstill.errors import ShapeError
+from potstill.errors import DataError, ShapeError
 
 NAMES = ["[PAD]", "[unused1]", "[UNK]", ".", "a", "##b", "the", "of", "##ing", "aardvark", "<extra_id_3>"]
 
@@ -148,6 +148,32 @@ def test_the_vocabulary_is_cut_to_a_budget_or_to_the_texts() -> None:
         EncoderLayers(vocabulary="date")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="expected one of vocabulary and max_mb, got both"):
         TokenVectors(vocabulary="data", max_mb=1.0)
+
+
+def test_words_of_a_file_become_tokens_that_the_teacher_reads_as_text(embedder: Path, tmp_path: Path) -> None:
+    teacher = load_embedder(str(embedder), "teacher")
+    path, student = (
+        tmp_path / "words.txt",
+        StaticStudent(dimensions=4, static=TokenVectors(words=str(tmp_path / "words.txt"))),
+    )
+    with pytest.raises(DataError, match=r"student\.static\.words: expected a text file, got"):
+        student.read_tokens(teacher)
+    path.write_text("\n\n")
+    with pytest.raises(DataError, match="expected a word on each line"):
+        student.read_tokens(teacher)
+    path.write_text("potstillery\nnew town\npotstillery\n")
+    plain, tokens = (made.read_tokens(teacher) for made in (StaticStudent(dimensions=4), student))
+    assert plain is not None and tokens is not None and len(tokens.ids) == len(plain.ids) + 2
+    torch.testing.assert_close(tokens.vectors[:-2], plain.vectors)
+    pieces = teacher.tokenizer("new town", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        ids = torch.tensor([pieces])
+        hidden = teacher[0].auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    torch.testing.assert_close(tokens.vectors[-1], hidden[0].mean(0))
+    ids, _ = token_ids(tokens.tokenizer, ["the new town potstillery", "a potstillerying"])
+    assert [int(id) for id in ids].count(len(tokens.tokenizer) - 1) == 1
+    assert [int(id) for id in ids].count(len(tokens.tokenizer) - 2) == 1
+    assert len(teacher.tokenizer) == len(tokens.tokenizer) - 2
 
 
 def test_a_static_student_reads_texts_of_any_length() -> None:

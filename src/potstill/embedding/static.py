@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from potstill.embedding.encoders import TextStudent
+from potstill.errors import DataError, one_line
 from potstill.losses.token_losses import on_float64_device
 from potstill.models.locate import require_package
 from potstill.models.spacing import evenly_spaced
@@ -75,6 +78,20 @@ def token_names(tokenizer: Any) -> list[str]:
     return names
 
 
+def add_words(tokenizer: Any, path: str) -> Any:
+    """Copy a tokenizer, and add the words of a text file, one on a line, as whole tokens."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"student.static.words: expected a text file, got {path}: {one_line(error, 200)}") from None
+    words = [*dict.fromkeys(filter(None, map(str.strip, lines)))]
+    if not words:
+        raise DataError(f"student.static.words: expected a word on each line of {path}, got none. Add some.")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+    return tokenizer
+
+
 def text_tokens(tokenizer: Any) -> Tensor:
     """The ids of the tokens that texts are made of: no special and no unused ones. Sorted."""
     special = {*tokenizer.all_special_ids}
@@ -116,16 +133,17 @@ def token_vectors(
 ) -> Tensor:
     """Compute the teacher's vectors of single tokens, [len(ids), H]: each as a text, by its own pooling.
 
-    A mean leaves out the closing special tokens, which say little about a text of one token. Tokens of another
-    tokenizer are read as text.
+    A mean leaves out the closing special tokens, which say little about a text of one token. Tokens that the teacher's
+    own tokenizer lacks are read as text.
     """
     own: Any = model.tokenizer
     opening, closing = _special_tokens(own)
-    if own.get_vocab() == tokenizer.get_vocab():
-        pieces = [[id] for id in ids]
-    else:
-        texts = [tokenizer.decode([id]).strip() or tokenizer.decode([id]) for id in ids]
-        pieces = own(texts, add_special_tokens=False)["input_ids"]
+    own_names, names = token_names(own), token_names(tokenizer)
+    others_ids = [id for id in ids if id >= len(own_names) or own_names[id] != names[id]]
+    texts = [tokenizer.decode([id]).strip() or tokenizer.decode([id]) for id in others_ids]
+    read = own(texts, add_special_tokens=False)["input_ids"] if texts else []
+    as_text = dict(zip(others_ids, read, strict=True))
+    pieces = [as_text.get(id, [id]) for id in ids]
     first, *others = model
     pools_mean = any(getattr(module, "pooling_mode", None) == "mean" for module in others)
     order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
@@ -198,10 +216,10 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 def text_tokenizer(tokenizer: Any) -> Tokenizer:
     """Copy a tokenizer for whole texts: a mean of token vectors has no maximum length."""
-    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
+    whole = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    whole.no_truncation()
+    whole.no_padding()
+    return whole
 
 
 def static_student(tokenizer: Any, vectors: Tensor) -> TextStudent:

@@ -18,6 +18,7 @@ from potstill.embedding.objective import START, Focus
 from potstill.embedding.static import (
     OnProgress,
     TokenTable,
+    add_words,
     mean_of_texts,
     no_progress,
     reduce_rows,
@@ -157,11 +158,13 @@ class TokenVectors(Record):
 
     Args:
         tokenizer: a folder, or a name on the hub; default: the embedder's.
+        words: a text file with a word on each line, which become tokens of their own.
         vocabulary: tokens to keep: data for all that the texts have, or a number of the most frequent; default: all.
         max_mb: size of the saved vectors; as many of the most frequent tokens are kept; default: any size.
     """
 
     tokenizer: str | None = None
+    words: str | None = None
     vocabulary: Literal["data"] | Annotated[int, Range(ge=1)] | None = None
     max_mb: Annotated[float, Range(gt=0)] | None = None
 
@@ -218,4 +221,5 @@ class StaticStudent(EmbeddingStudent):
         path = self.static.tokenizer
         if path is None and teacher is None:
             raise UserError("student.static.tokenizer: expected a folder with a tokenizer, got none. Name one.")
-        return load_tokenizer(path, "student.static.tokenizer") if path else teacher.tokenizer
+        tokenizer = load_tokenizer(path, "student.static.tokenizer") if path else teacher.tokenizer
+        return add_words(tokenizer, self.static.words) if self.static.words else tokenizer
