@@ -245,7 +245,7 @@ def cases(args: argparse.Namespace, students: Students) -> Iterator[tuple[dict[s
             for seed in args.seeds:
                 yield {"kind": "with text", **name, "seed": seed}, partial(make, seed)
         if "budget" in args.parts:
-            for size in (2, 4, 8):
+            for size in (dimensions // 32, dimensions // 16):  # about a quarter and a half
                 yield {"kind": f"with text, {size} MB", **name, "seed": 0}, partial(make, 0, max_mb=size)
             yield {"kind": "with text, tokens of the text", **name, "seed": 0}, partial(make, 0, vocabulary="data")
         if "model2vec" in args.parts:

@@ -27,7 +27,7 @@ from potstill.embedding.static import (
 )
 from potstill.embedding.students import EncoderLayers, StaticStudent, TokenVectors
 from potstill.embedding.token_fit import CHANGE_RIDGE, MAP_RIDGE, WEIGHT_RIDGE, TokenTexts, fit_tokens
-from potstill.errors import DataError, ShapeError
+from potstill.errors import DataError, ShapeError, UserError
 
 NAMES = ["[PAD]", "[unused1]", "[UNK]", ".", "a", "##b", "the", "of", "##ing", "aardvark", "<extra_id_3>"]
 
@@ -139,6 +139,8 @@ def test_the_vocabulary_is_cut_to_a_budget_or_to_the_texts() -> None:
     assert {*vocabulary(max_mb=6 * 8e-6)} == always | {"of"}
     assert {*vocabulary(vocabulary=7)} == always | {"of", "aardvark"}
     assert {*vocabulary(max_mb=1)} == {*NAMES}
+    with pytest.raises(UserError, match=r"max_mb: expected at least 4e-05 MB, for special tokens and"):
+        vocabulary(max_mb=4 * 8e-6)
     student = StaticStudent(dimensions=2, static=TokenVectors(vocabulary="data"))
     cut = student.from_table(word_pieces(), vectors, ["aardvark of"])
     whole = static_student(word_pieces(), vectors)

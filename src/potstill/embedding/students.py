@@ -206,7 +206,13 @@ class StaticStudent(EmbeddingStudent):
         keep = self.static.vocabulary
         if (size := self.static.max_mb) is not None:
             dtype = as_dtype(self.save_dtype if self.save_dtype != "auto" else "float32")
-            keep = int(size * 1e6 / (self.dimensions * torch.empty((), dtype=dtype).element_size()))
+            row_bytes = self.dimensions * torch.empty((), dtype=dtype).element_size()
+            keep, least = int(size * 1e6 / row_bytes), len(choose_tokens(tokenizer, {}, "data"))
+            if keep < least:
+                raise UserError(
+                    f"student.static.max_mb: expected at least {least * row_bytes / 1e6:.3g} MB, for special tokens "
+                    f"and single characters, got {size:g}. Allow more, or use fewer dimensions."
+                )
         if keep is None or (keep != "data" and keep >= len(token_names(tokenizer))):
             return static_student(tokenizer, table)
         kept = choose_tokens(tokenizer, Counter(token_ids(tokenizer, texts)[0].tolist()), keep)
