@@ -433,3 +433,19 @@ def test_tokens_that_no_text_has_are_not_at_zero(values: dict[str, Any], embedde
     table = load_file("run/student/model.safetensors")["embedding.weight"]
     kept = text_tokens(make_tokenizer())
     assert (table[kept].abs().amax(1) > 0).all() and len(kept) > 250
+    values["student"]["start"] = "centred"
+    with pytest.raises(RecipeError, match=r"expected no student\.start, as the student starts from the"):
+        run(values | {"data": {"train": {"path": "train.jsonl"}}})
+
+
+def test_the_verdict_names_another_domain(values: dict[str, Any]) -> None:
+    other = torch.cat([HELD, HELD + 0.01]) + 3 * torch.randn(HELD.shape[1], generator=torch.Generator().manual_seed(5))
+    np.save("held.npy", other.numpy())
+    summary = run(values | {"teacher": {"vectors": "embeddings.npy", "eval_vectors": "held.npy"}}).summary
+    assert summary["domain_auc"] > 0.95
+    assert "out of domain, the student is" in Path("run/report.html").read_text()
+    np.save("same.npy", HELD.numpy())
+    same = {"vectors": "embeddings.npy", "eval_vectors": "same.npy"}
+    summary = run(values | {"teacher": same, "output": "same"}).summary
+    assert 0.3 < summary["domain_auc"] < 0.8
+    assert "held out, the student is" in Path("same/report.html").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,16 +16,18 @@ from transformers import PreTrainedTokenizerFast
 from potstill.embedding.encoders import load_embedder
 from potstill.embedding.static import (
     COMMON_DIRECTIONS,
-    RIDGE,
     SIF,
     TokenTable,
-    fit_tokens,
-    reduce_tokens,
+    reduce_rows,
+    spread_tokens,
     static_student,
     text_tokens,
     token_ids,
     token_table,
 )
+from potstill.embedding.students import EncoderLayers, StaticStudent, TokenVectors
+from potstill.embedding.token_fit import CHANGE_RIDGE, MAP_RIDGE, WEIGHT_RIDGE, TokenTexts, fit_tokens
+from potstill.errors import DataError, ShapeError, UserError
 
 NAMES = ["[PAD]", "[unused1]", "[UNK]", ".", "a", "##b", "the", "of", "##ing", "aardvark", "<extra_id_3>"]
 
@@ -67,27 +70,112 @@ def test_the_reduction_is_a_weighted_pca_without_the_strongest_directions() -> N
     x = (x - (x * w).sum(0) / w.sum()) * w
     u, s, _ = np.linalg.svd(x)
     expected = u[:, COMMON_DIRECTIONS : COMMON_DIRECTIONS + 2] * s[COMMON_DIRECTIONS : COMMON_DIRECTIONS + 2]
-    reduced = reduce_tokens(table(vectors, weights), 2).double().numpy()
+    reduced = reduce_rows(spread_tokens(table(vectors, weights)), 2).double().numpy()
     np.testing.assert_allclose(np.abs(reduced), np.abs(expected), atol=1e-6)
 
 
-def test_the_map_of_texts_is_a_ridge_regression_that_is_pulled_to_the_teachers_axes() -> None:
+TEXTS = ["the aardvark", "of a aardvarking .", "the the of", "ab a", "[UNK]", "aardvark"]
+
+
+def test_the_tokens_of_texts_and_the_texts_of_tokens() -> None:
+    bags = TokenTexts.of(table(torch.zeros(7, 1)), TEXTS)
+    rows = [[3, 6], [4, 1, 6, 5, 0], [3, 3, 4], [1, 2, 1], [], [6]]
+    counts = torch.tensor([[float(row.count(token)) for token in range(7)] for row in rows])
+    torch.testing.assert_close(bags.sum_tokens(torch.eye(7)), counts)
+    torch.testing.assert_close(bags.sum_texts(torch.eye(6)), counts.T)
+
+
+def test_vectors_of_tokens_are_fitted_by_three_ridge_regressions() -> None:
     generator = torch.Generator().manual_seed(1)
-    tokens = table(torch.randn(7, 6, generator=generator))
-    texts = ["the aardvark", "of a aardvarking .", "the the of", "ab a", "aardvark"]
-    start, components = torch.randn(5, 2, generator=generator), torch.randn(6, 2, generator=generator)
-    x = tokens.vectors.double().numpy()
-    x = x - x.mean(0)
-    u, s, v = np.linalg.svd(x, full_matrices=False)
-    s[:COMMON_DIRECTIONS] = 0
-    x = u * s @ v
-    rows = [[3, 6], [4, 1, 6, 5, 0], [3, 3, 4], [1, 2, 1], [6]]
-    means = np.stack([x[row].mean(0) for row in rows])
-    means /= np.linalg.norm(means, axis=1, keepdims=True)
-    prior, gram = components.double().numpy(), means.T @ means
-    ridge = RIDGE * np.trace(gram) / 6 * np.eye(6)
-    mapped = np.linalg.solve(gram + ridge, means.T @ start.double().numpy() + ridge @ prior)
-    np.testing.assert_allclose(fit_tokens(tokens, texts, start, components), x @ mapped, atol=1e-5)
+    tokens, vectors = table(torch.randn(7, 6, generator=generator)), torch.randn(6, 6, generator=generator)
+    counts = TokenTexts.of(tokens, TEXTS).sum_tokens(torch.eye(7)).double()
+    unit = torch.nn.functional.normalize(vectors.double(), dim=-1)
+    target = torch.nn.functional.normalize(unit - unit.mean(0), dim=-1)
+
+    def mapped(x: torch.Tensor) -> torch.Tensor:
+        means = torch.nn.functional.normalize(counts @ x, dim=-1)
+        gram = means.T @ means
+        ridge = MAP_RIDGE * gram.trace() / 6 * torch.eye(6).double()
+        return x @ torch.linalg.solve(gram + ridge, means.T @ target + ridge)
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        norms = (counts @ x).norm(dim=1, keepdim=True)
+        return torch.where(norms > 0, counts / norms, 0.0)
+
+    def diagonal(x: torch.Tensor) -> torch.Tensor:
+        norms = (counts @ x).norm(dim=1)
+        return counts.T @ torch.where(norms > 0, norms**-2, 0.0)
+
+    x = spread_tokens(tokens).double()
+    y = mapped(x)
+    # One column for each token: what the texts get of it.
+    design = torch.stack([torch.outer(scaled(y)[:, i], y[i]).flatten() for i in range(7)], 1)
+    ridge = WEIGHT_RIDGE * (diagonal(y) * y.square().sum(1)).mean() * torch.eye(7).double()
+    weights = torch.linalg.solve(design.T @ design + ridge, design.T @ target.flatten() + ridge.sum(1)).clamp_min(0)
+    x = mapped(x * weights[:, None])
+    bags = scaled(x)
+    ridge = CHANGE_RIDGE * diagonal(x).mean() * torch.eye(7).double()
+    expected = torch.linalg.solve(bags.T @ bags + ridge, bags.T @ target + ridge @ x)
+    torch.testing.assert_close(fit_tokens(tokens, TEXTS, vectors).double(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_token_that_no_text_has_keeps_its_weight_and_only_follows_the_map() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tokens, vectors = table(torch.randn(7, 6, generator=generator)), torch.randn(2, 6, generator=generator)
+    fitted = fit_tokens(tokens, ["the of", "of of a"], vectors)
+    assert torch.isfinite(fitted).all() and (fitted.norm(dim=1) > 0).all()
+    assert torch.isfinite(fit_tokens(tokens, ["[UNK]", "[UNK]"], vectors)).all()
+
+
+def test_the_vocabulary_is_cut_to_a_budget_or_to_the_texts() -> None:
+    vectors = torch.arange(22.0).reshape(11, 2)
+
+    def vocabulary(**static: Any) -> dict[str, int]:
+        student = StaticStudent(dimensions=2, static=TokenVectors(**static))
+        return student.from_table(word_pieces(), vectors, ["aardvark of"]).model.tokenizer.get_vocab()
+
+    always = {"[PAD]", "[UNK]", ".", "a", "##b"}
+    assert {*vocabulary(vocabulary="data")} == always | {"aardvark", "of"}
+    assert {*vocabulary(max_mb=6 * 8e-6)} == always | {"of"}
+    assert {*vocabulary(vocabulary=7)} == always | {"of", "aardvark"}
+    assert {*vocabulary(max_mb=1)} == {*NAMES}
+    with pytest.raises(UserError, match=r"max_mb: expected at least 4e-05 MB, for special tokens and"):
+        vocabulary(max_mb=4 * 8e-6)
+    student = StaticStudent(dimensions=2, static=TokenVectors(vocabulary="data"))
+    cut = student.from_table(word_pieces(), vectors, ["aardvark of"])
+    whole = static_student(word_pieces(), vectors)
+    torch.testing.assert_close(cut(["of aardvark a", "."]), whole(["of aardvark a", "."]))
+    assert EncoderLayers(vocabulary="data").vocabulary == "data"
+    with pytest.raises(ShapeError, match="expected one of data, got 'date'"):
+        EncoderLayers(vocabulary="date")  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="expected one of vocabulary and max_mb, got both"):
+        TokenVectors(vocabulary="data", max_mb=1.0)
+
+
+def test_words_of_a_file_become_tokens_that_the_teacher_reads_as_text(embedder: Path, tmp_path: Path) -> None:
+    teacher = load_embedder(str(embedder), "teacher")
+    path, student = (
+        tmp_path / "words.txt",
+        StaticStudent(dimensions=4, static=TokenVectors(words=str(tmp_path / "words.txt"))),
+    )
+    with pytest.raises(DataError, match=r"student\.static\.words: expected a text file, got"):
+        student.read_tokens(teacher)
+    path.write_text("\n\n")
+    with pytest.raises(DataError, match="expected a word on each line"):
+        student.read_tokens(teacher)
+    path.write_text("potstillery\nnew town\npotstillery\n")
+    plain, tokens = (made.read_tokens(teacher) for made in (StaticStudent(dimensions=4), student))
+    assert plain is not None and tokens is not None and len(tokens.ids) == len(plain.ids) + 2
+    torch.testing.assert_close(tokens.vectors[:-2], plain.vectors)
+    pieces = teacher.tokenizer("new town", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        ids = torch.tensor([pieces])
+        hidden = teacher[0].auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    torch.testing.assert_close(tokens.vectors[-1], hidden[0].mean(0))
+    ids, _ = token_ids(tokens.tokenizer, ["the new town potstillery", "a potstillerying"])
+    assert [int(id) for id in ids].count(len(tokens.tokenizer) - 1) == 1
+    assert [int(id) for id in ids].count(len(tokens.tokenizer) - 2) == 1
+    assert len(teacher.tokenizer) == len(tokens.tokenizer) - 2
 
 
 def test_a_static_student_reads_texts_of_any_length() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
-from torch.nn.functional import embedding_bag, normalize
 
 from potstill.embedding.encoders import TextStudent
+from potstill.errors import DataError, one_line
 from potstill.losses.token_losses import on_float64_device
 from potstill.models.locate import require_package
 from potstill.models.spacing import evenly_spaced
@@ -25,7 +27,6 @@ BATCH_TOKENS = 512
 _BLOCK = 2**16  # tokens of texts whose vectors are in memory at a time
 # Chosen on dev data, as docs/benchmarks.md says: STS-B, BoolQ and Wikipedia titles, all-MiniLM-L6-v2.
 SIF = 1e-3  # smooth inverse frequency: a token of this frequency counts half (Arora et al. 2017, section 3)
-RIDGE = 1e-2  # strength of the pull of the map towards the teacher's own axes
 COMMON_DIRECTIONS = 4  # strongest directions that are removed from all tokens (Mu and Viswanath 2018)
 _UNUSED = re.compile(r"[\[<]\|?/?(unused|extra_id_|reserved)[\w ]*\|?[\]>]", re.IGNORECASE)
 _MARKERS = ("##", "▁", "Ġ", "</w>")  # which say that a token continues a word, starts or ends one
@@ -77,6 +78,20 @@ def token_names(tokenizer: Any) -> list[str]:
     return names
 
 
+def add_words(tokenizer: Any, path: str) -> Any:
+    """Copy a tokenizer, and add the words of a text file, one on a line, as whole tokens."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"student.static.words: expected a text file, got {path}: {one_line(error, 200)}") from None
+    words = [*dict.fromkeys(filter(None, map(str.strip, lines)))]
+    if not words:
+        raise DataError(f"student.static.words: expected a word on each line of {path}, got none. Add some.")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+    return tokenizer
+
+
 def text_tokens(tokenizer: Any) -> Tensor:
     """The ids of the tokens that texts are made of: no special and no unused ones. Sorted."""
     special = {*tokenizer.all_special_ids}
@@ -118,16 +133,17 @@ def token_vectors(
 ) -> Tensor:
     """Compute the teacher's vectors of single tokens, [len(ids), H]: each as a text, by its own pooling.
 
-    A mean leaves out the closing special tokens, which say little about a text of one token. Tokens of another
-    tokenizer are read as text.
+    A mean leaves out the closing special tokens, which say little about a text of one token. Tokens that the teacher's
+    own tokenizer lacks are read as text.
     """
     own: Any = model.tokenizer
     opening, closing = _special_tokens(own)
-    if own.get_vocab() == tokenizer.get_vocab():
-        pieces = [[id] for id in ids]
-    else:
-        texts = [tokenizer.decode([id]).strip() or tokenizer.decode([id]) for id in ids]
-        pieces = own(texts, add_special_tokens=False)["input_ids"]
+    own_names, names = token_names(own), token_names(tokenizer)
+    others_ids = [id for id in ids if id >= len(own_names) or own_names[id] != names[id]]
+    texts = [tokenizer.decode([id]).strip() or tokenizer.decode([id]) for id in others_ids]
+    read = own(texts, add_special_tokens=False)["input_ids"] if texts else []
+    as_text = dict(zip(others_ids, read, strict=True))
+    pieces = [as_text.get(id, [id]) for id in ids]
     first, *others = model
     pools_mean = any(getattr(module, "pooling_mode", None) == "mean" for module in others)
     order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
@@ -169,28 +185,11 @@ def spread_tokens(tokens: TokenTable) -> Tensor:
     return x - x @ common @ common.T
 
 
-def reduce_tokens(tokens: TokenTable, dimensions: int) -> Tensor:
-    """Reduce the vectors of tokens to [N, d], by PCA of what `spread_tokens` makes of them."""
-    x = spread_tokens(tokens)
+def reduce_rows(rows: Tensor, dimensions: int) -> Tensor:
+    """Reduce vectors of tokens, [N, H], to [N, d], by a PCA that does not centre them."""
+    x = on_float64_device(rows).double()
     _, directions = torch.linalg.eigh(x.T @ x)
     return (x @ directions.flip(1)[:, :dimensions]).float()
-
-
-def fit_tokens(tokens: TokenTable, texts: Sequence[str], start: Tensor, components: Tensor) -> Tensor:
-    """Map the vectors of tokens to [N, d] so that texts come near their vectors `start`, [M, d].
-
-    The map is a ridge regression that is pulled towards `components`, [H, d], which maps the teacher's own vectors: it
-    is the same for all tokens, so that those which the texts lack learn with the others.
-    """
-    x = spread_tokens(tokens)
-    ids, lengths = token_ids(tokens.tokenizer, texts)
-    sums = embedding_bag(ids, tokens.table(x), lengths.cumsum(0) - lengths, mode="sum")
-    means, target = normalize(sums, dim=-1), start.double()
-    gram = means.T @ means
-    ridge = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
-    prior = components.double()
-    change = torch.linalg.solve(gram + ridge, means.T @ (target - means @ prior))
-    return (x @ (prior + change)).float()
 
 
 def mean_of_texts(tokenizer: Any, texts: Sequence[str], start: Tensor) -> Tensor:
@@ -217,10 +216,10 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 def text_tokenizer(tokenizer: Any) -> Tokenizer:
     """Copy a tokenizer for whole texts: a mean of token vectors has no maximum length."""
-    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
+    whole = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    whole.no_truncation()
+    whole.no_padding()
+    return whole
 
 
 def static_student(tokenizer: Any, vectors: Tensor) -> TextStudent:

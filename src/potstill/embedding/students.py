@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,18 +18,25 @@ from potstill.embedding.objective import START, Focus
 from potstill.embedding.static import (
     OnProgress,
     TokenTable,
-    fit_tokens,
+    add_words,
     mean_of_texts,
     no_progress,
-    reduce_tokens,
+    reduce_rows,
+    spread_tokens,
     static_student,
+    token_ids,
+    token_names,
     token_table,
 )
+from potstill.embedding.token_fit import fit_tokens
 from potstill.embedding.vectors import VectorArray
 from potstill.errors import ShapeError, UserError
 from potstill.losses.declared import Declared, Range, Record
 from potstill.models.loading import load_tokenizer
 from potstill.models.precision import as_dtype
+from potstill.models.trimming import choose_tokens, trim_tokenizer
+
+FIT_TEXTS = 200_000  # at most, that the vectors of tokens are fitted to before training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +158,20 @@ class TokenVectors(Record):
 
     Args:
         tokenizer: a folder, or a name on the hub; default: the embedder's.
+        words: a text file with a word on each line, which become tokens of their own.
+        vocabulary: tokens to keep: data for all that the texts have, or a number of the most frequent; default: all.
+        max_mb: size of the saved vectors; as many of the most frequent tokens are kept; default: any size.
     """
 
     tokenizer: str | None = None
+    words: str | None = None
+    vocabulary: Literal["data"] | Annotated[int, Range(ge=1)] | None = None
+    max_mb: Annotated[float, Range(gt=0)] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocabulary is not None and self.max_mb is not None:
+            raise ShapeError("expected one of vocabulary and max_mb, got both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +190,33 @@ class StaticStudent(EmbeddingStudent):
     ) -> TextStudent:
         if tokens is None:  # a server or a file of vectors, which cannot tell what a token means
             tokenizer = self._tokenizer(teacher)
-            return static_student(tokenizer, mean_of_texts(tokenizer, texts, self._first_vectors(vectors, focus, seed)))
-        if not texts:
-            return static_student(tokens.tokenizer, tokens.table(reduce_tokens(tokens, self.dimensions)))
-        head = self._pca_head(vectors, focus, seed)
-        start, components = torch.from_numpy(head.transform(vectors)), head.map.weight.detach().T
-        return static_student(tokens.tokenizer, tokens.table(fit_tokens(tokens, texts, start, components)))
+            return self.from_table(
+                tokenizer, mean_of_texts(tokenizer, texts, self._first_vectors(vectors, focus, seed)), texts
+            )
+        if texts:
+            spans = vectors.sample_spans(FIT_TEXTS)
+            chosen = [text for start, stop in spans for text in texts[start:stop]]
+            rows = fit_tokens(tokens, chosen, vectors.sample(FIT_TEXTS))
+        else:
+            rows = spread_tokens(tokens)
+        return self.from_table(tokens.tokenizer, tokens.table(reduce_rows(rows, self.dimensions)), texts)
+
+    def from_table(self, tokenizer: Any, table: Tensor, texts: Sequence[str] = ()) -> TextStudent:
+        """Make the student of a vector for each token, [V, d], and keep the tokens that `static` asks for."""
+        keep = self.static.vocabulary
+        if (size := self.static.max_mb) is not None:
+            dtype = as_dtype(self.save_dtype if self.save_dtype != "auto" else "float32")
+            row_bytes = self.dimensions * torch.empty((), dtype=dtype).element_size()
+            keep, least = int(size * 1e6 / row_bytes), len(choose_tokens(tokenizer, {}, "data"))
+            if keep < least:
+                raise UserError(
+                    f"student.static.max_mb: expected at least {least * row_bytes / 1e6:.3g} MB, for special tokens "
+                    f"and single characters, got {size:g}. Allow more, or use fewer dimensions."
+                )
+        if keep is None or (keep != "data" and keep >= len(token_names(tokenizer))):
+            return static_student(tokenizer, table)
+        kept = choose_tokens(tokenizer, Counter(token_ids(tokenizer, texts)[0].tolist()), keep)
+        return static_student(trim_tokenizer(tokenizer, kept), table[kept])
 
     def read_tokens(
         self, teacher: Any, limit: int | None = None, on_progress: OnProgress = no_progress
@@ -186,4 +227,5 @@ class StaticStudent(EmbeddingStudent):
         path = self.static.tokenizer
         if path is None and teacher is None:
             raise UserError("student.static.tokenizer: expected a folder with a tokenizer, got none. Name one.")
-        return load_tokenizer(path, "student.static.tokenizer") if path else teacher.tokenizer
+        tokenizer = load_tokenizer(path, "student.static.tokenizer") if path else teacher.tokenizer
+        return add_words(tokenizer, self.static.words) if self.static.words else tokenizer

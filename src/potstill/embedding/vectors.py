@@ -33,14 +33,18 @@ class VectorArray(ABC):
     def read(self, start: int, stop: int) -> Tensor:
         """Copy rows into a tensor [stop - start, H], float32."""
 
-    def sample(self, max_rows: int) -> Tensor:
-        """Read at most `max_rows` rows, in up to 64 evenly spaced pieces."""
+    def sample_spans(self, max_rows: int) -> list[tuple[int, int]]:
+        """Choose at most `max_rows` rows, in up to 64 evenly spaced pieces: (first row, row behind the last)."""
         if self.rows <= max_rows:
-            return self.read(0, self.rows)
+            return [(0, self.rows)]
         pieces = min(_PIECES, max_rows)
         length = max_rows // pieces
         starts = [i * (self.rows - length) // max(pieces - 1, 1) for i in range(pieces)]
-        return torch.cat([self.read(start, start + length) for start in starts])
+        return [(start, start + length) for start in starts]
+
+    def sample(self, max_rows: int) -> Tensor:
+        """Read the rows of `sample_spans`."""
+        return torch.cat([self.read(start, stop) for start, stop in self.sample_spans(max_rows)])
 
     def blocks(self) -> Iterator[Tensor]:
         for start in range(0, self.rows, BLOCK_ROWS):

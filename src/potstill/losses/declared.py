@@ -38,7 +38,9 @@ class Record:
         """Check each field against its annotation, in Python as in a recipe."""
         for name, rules in _rules(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
             value = getattr(self, name)
-            for rule in rules if value is not None else ():
+            words = [word for rule in rules if isinstance(rule, OneOf) for word in rule.words]
+            is_word = isinstance(value, str) and value in words  # the other rules are of another arm of a union
+            for rule in rules if value is not None and not is_word else ():
                 if (wrong := rule.wrong(value)) is not None:
                     raise ShapeError(f"{type(self).__name__}.{name}: expected {rule}, got {wrong}.")
 

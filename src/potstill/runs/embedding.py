@@ -24,7 +24,7 @@ from potstill.embedding.vectors import TensorVectors, VectorSlice
 from potstill.errors import UserError, one_line
 from potstill.evaluate.formatting import duration
 from potstill.evaluate.report.embedding import write_embedding_report
-from potstill.evaluate.space import SpaceEvaluator, cosines
+from potstill.evaluate.space import MOST_ROWS, SpaceEvaluator, cosines, domain_auc
 from potstill.evaluate.versions import versions
 from potstill.models.checksums import write_checksums
 from potstill.models.loading import suppress_warnings
@@ -190,6 +190,7 @@ def _summarize(
         "space": _picture(held_out, student),
         "neighbours": _neighbours(held_out, student, data.held_out_texts, recipe.evaluate.texts),
         "eval_in_train": data.eval_in_train,
+        "domain_auc": domain_auc(data.vectors.sample(MOST_ROWS), held_out) if recipe.trains else None,
         "notes": list(data.notes),
         "versions": versions(),
     }

@@ -95,9 +95,10 @@ class EmbeddingRecipe(Document):
 
     @model_validator(mode="after")
     def _check_texts(self) -> Self:
+        if self.student.start is not None and self.teacher.has_vocabulary and not self.student.needs_data:
+            raise ValueError("expected no student.start, as the student starts from the teacher's tokens. Remove it")
         if not self.trains:
             unused = {"train": self.train != EmbeddingTrainPart(), "evaluate.front": self.evaluate.front}
-            unused["student.start"] = self.student.start is not None
             for key in [key for key, given in unused.items() if given]:
                 raise ValueError(f"expected data.train with texts beside {key}, got none. Add texts, or remove {key}")
             return self
