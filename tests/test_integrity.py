@@ -42,9 +42,7 @@ def test_a_model_of_linear_attention_alone_is_refused(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
         if "full_attention" in types:
             load_model(str(tmp_path), "student")
-    with pytest.raises(
-        ModelError, match=r"^student: .* can generate text with, got .* linear attention alone"
-    ):
+    with pytest.raises(ModelError, match=r"^student: .* can generate text with, got .* linear attention alone"):
         load_model(str(tmp_path), "student")
 
 

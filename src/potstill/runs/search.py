@@ -106,6 +106,7 @@ def _search(recipe: Recipe, directory: Path, request: Any, console: Console) -> 
     with suppress_warnings():
         with part(console, "reading models and data, for the search"):
             search = _Search.build(recipe)
+        directory.mkdir(parents=True, exist_ok=True)
         finished = FinishedParts(directory / "search-parts.json", request)
 
         def loss(shape: DesignShape, steps: int, compute: Callable[[], float]) -> float:
