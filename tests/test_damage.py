@@ -31,6 +31,7 @@ from potstill.runs.finished_parts import FinishedParts
 from potstill.runs.search import _read
 from potstill.train.arguments import DistillationConfig
 from potstill.train.callbacks import logged_lines
+from potstill.train.checkpoints import remove_incomplete
 from potstill.train.hf_trainer import StudentTrainer
 from test_embedding_training import HELD, TRAIN, distil
 
@@ -88,6 +89,14 @@ def test_without_a_damaged_checkpoint_resuming_goes_on_from_the_earlier_one(kill
     resumed = quiet_run(killed, resume=True)
     names = [result.directory / "student" / "model.safetensors" for result in (resumed, whole)]
     assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_checksums_that_a_kill_prevented_are_written_on_resuming(killed: dict[str, Any]) -> None:
+    checksums = checkpoint_of(killed) / CHECKSUMS
+    written = checksums.read_bytes()
+    checksums.unlink()
+    remove_incomplete(checksums.parents[1])
+    assert checksums.read_bytes() == written
 
 
 def test_a_failed_allocation_is_followed_by_smaller_batches(killed: dict[str, Any], tmp_path: Path) -> None:
