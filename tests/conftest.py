@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ if not Path("/dev/nvidiactl").exists():
 import datasets
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -155,6 +157,14 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_values(toys: Path, tmp_path: Path) -> dict[str, Any]:
     """A whole recipe over the toys; tests change it."""
     return toy_recipe(toys, tmp_path / "run")
+
+
+def quiet_run(values: dict[str, Any], **options: Any) -> Any:
+    """Run a recipe without output."""
+    from potstill.runs.config.run import Recipe
+    from potstill.runs.run import run
+
+    return run(Recipe.parse(values), console=Console(file=io.StringIO()), **options)
 
 
 def toy_recipe(toys: Path, output: Path | str) -> dict[str, Any]:

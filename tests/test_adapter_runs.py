@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import signal
@@ -15,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from conftest import make_llama, mostly_slow
+from conftest import make_llama, mostly_slow, quiet_run
 from potstill.data.sources import Source
 from potstill.errors import ModelError, RecipeError, UserError
 from potstill.models.adapted import is_adapted, parameter_count
@@ -29,7 +27,6 @@ from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.evaluate import EvaluationOptions, evaluate
-from potstill.runs.run import run
 from test_trainer import CHECKPOINTING, losses, trainer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -51,10 +48,6 @@ def values(recipe_values: dict[str, Any], toys: Path) -> dict[str, Any]:
 
 def adapter_of(one: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in one.distiller.student.parameters() if p.requires_grad])
-
-
-def quiet_run(values: dict[str, Any], **kwargs: Any) -> Any:
-    return run(Recipe.parse(values), console=Console(file=io.StringIO()), **kwargs)
 
 
 @pytest.mark.parametrize("kind", mostly_slow(KINDS, "lora", "prompt"))

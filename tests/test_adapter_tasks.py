@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
+from conftest import quiet_run
 from potstill.data.sources import Source
 from potstill.errors import RecipeError
 from potstill.evaluate.measures import QUALITY
@@ -21,7 +20,7 @@ from potstill.models.adapters import Ia3, Lora, adapt, linear_layers
 from potstill.models.loading import load_model, sequence_head_names, suppress_warnings
 from potstill.runs.config.run import Recipe
 from potstill.runs.evaluate import EvaluationOptions, evaluate
-from potstill.runs.run import RunResult, run
+from potstill.runs.run import RunResult
 from toy_encoders import make_encoder, save
 
 LOGITS, LABELS = {"term": "logits"}, {"term": "labels", "weight": 0.5}
@@ -59,7 +58,7 @@ def values(task: str, adapter: Any, name: str = "run") -> dict[str, Any]:
 
 
 def done(recipe: dict[str, Any], *, resume: bool = False) -> RunResult:
-    return run(Recipe.parse(recipe), console=Console(file=io.StringIO()), resume=resume)
+    return quiet_run(recipe, resume=resume)
 
 
 def answer(model: Any) -> torch.Tensor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_tokenizer, quiet_run
 from potstill.cli import app
 from potstill.cli.run import show_result
 from potstill.data.batches import in_batches
@@ -23,7 +21,6 @@ from potstill.losses.alignment import causal_alignment
 from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.run import run
 from potstill.runs.steps import training_arguments
 from potstill.train.trainer import DistillationTrainer
 from reference_across import byte_level, llama_like, lower_case
@@ -45,10 +42,6 @@ def values(recipe_values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     recipe_values["objective"] = EVERY
     recipe_values["evaluate"] = {"baseline": True, "continuations": 1}
     return recipe_values
-
-
-def quiet_run(values: dict[str, Any], **options: Any) -> Any:
-    return run(Recipe.parse(values), console=Console(file=io.StringIO()), **options)
 
 
 def test_a_run_says_bits_per_byte(values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

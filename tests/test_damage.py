@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,27 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from conftest import quiet_run
 from potstill.data.batches import encode
 from potstill.data.sources import Source
 from potstill.embedding.heads import VectorHead
 from potstill.embedding.teachers import TextEncoder, encode_texts
 from potstill.engines.sampling import Completion, Sampling
-from potstill.errors import DataError, ModelError, RecipeError, RunError, UserError, remedy
+from potstill.errors import DataError, ModelError, RecipeError, RunError, ServerError, UserError, remedy
 from potstill.generation.journal import complete_in_order, complete_requests
 from potstill.models.checksums import CHECKSUMS, with_checksum, without_checksum
-from potstill.models.loading import load_model, load_tokenizer
+from potstill.models.loading import load_model, load_tokenizer, loading_notes
 from potstill.runs.config.run import Recipe
 from potstill.runs.finished_parts import FinishedParts
-from potstill.runs.run import run
 from potstill.runs.search import _read
 from potstill.train.arguments import DistillationConfig
 from potstill.train.callbacks import logged_lines
+from potstill.train.checkpoints import remove_incomplete
 from potstill.train.hf_trainer import StudentTrainer
 from test_embedding_training import HELD, TRAIN, distil
-
-
-def quiet_run(values: dict[str, Any], **options: Any) -> Any:
-    return run(Recipe.parse(values), console=Console(file=io.StringIO()), **options)
 
 
 def flip(path: Path, place: float = 0.5) -> None:
@@ -50,7 +46,7 @@ def flip(path: Path, place: float = 0.5) -> None:
 @pytest.fixture
 def killed(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The recipe of a run that ended behind its fourth step, with a checkpoint of it."""
-    recipe_values["train"] |= {"max_steps": 6, "save_steps": 2, "eval_strategy": "no"}
+    recipe_values["train"] |= {"max_steps": 6, "save_steps": 2, "save_total_limit": 2, "eval_strategy": "no"}
     recipe_values["evaluate"] = {"baseline": False, "continuations": 0, "time_limit": 1e-6}
     step = StudentTrainer.training_step
     with monkeypatch.context() as patch:
@@ -75,6 +71,32 @@ def test_a_damaged_checkpoint_is_found(killed: dict[str, Any], name: str) -> Non
     flip(checkpoint_of(killed) / name)
     with pytest.raises(ModelError, match=rf"^checkpoint: expected {name} in .*checkpoint-4 as it was written, got"):
         quiet_run(killed, resume=True)
+
+
+def test_without_a_damaged_checkpoint_resuming_goes_on_from_the_earlier_one(killed: dict[str, Any]) -> None:
+    whole = quiet_run(killed | {"output": killed["output"] + "-whole"})
+    newest = checkpoint_of(killed)
+    flip(newest / "model.safetensors")
+    for earlier in ("checkpoint-2", "step 0: there is no other"):
+        with pytest.raises(ModelError, match=rf"Delete {newest}: --resume then continues from {earlier}\. If"):
+            quiet_run(killed, resume=True)
+        if earlier == "checkpoint-2":
+            shutil.copytree(newest.parent, newest.parent.with_name("both"))
+            shutil.rmtree(newest.with_name(earlier))
+    shutil.rmtree(newest.parent)
+    newest.parent.with_name("both").rename(newest.parent)
+    shutil.rmtree(newest)
+    resumed = quiet_run(killed, resume=True)
+    names = [result.directory / "student" / "model.safetensors" for result in (resumed, whole)]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_checksums_that_a_kill_prevented_are_written_on_resuming(killed: dict[str, Any]) -> None:
+    checksums = checkpoint_of(killed) / CHECKSUMS
+    written = checksums.read_bytes()
+    checksums.unlink()
+    remove_incomplete(checksums.parents[1])
+    assert checksums.read_bytes() == written
 
 
 def test_a_failed_allocation_is_followed_by_smaller_batches(killed: dict[str, Any], tmp_path: Path) -> None:
@@ -116,8 +138,20 @@ def test_a_damaged_student_is_found(recipe_values: dict[str, Any]) -> None:
         with pytest.raises(ModelError, match=r"^student: expected .* as it was written, got another or none"):
             load(str(folder), "student")
         (folder / name).write_bytes(sound)
+    sound = (folder / CHECKSUMS).read_bytes()
+    for other in ("[]", "[[]]", "[1]", '["config.json"]', "5", "null", '{"config.json": 1}'):
+        (folder / CHECKSUMS).write_text(other)
+        with pytest.raises(ModelError, match=r"^student: expected .* as it was written, got another or none"):
+            load_model(str(folder), "student")
+    (folder / CHECKSUMS).write_bytes(sound)
     (folder / ".#config.json").symlink_to("nobody@nowhere")  # as an editor locks a file
     load_model(str(folder), "student")
+    generation = folder / "generation_config.json"
+    assert not [note for note in loading_notes(load_model(str(folder), "student")) if generation.name in note]
+    for change, now in ((lambda: generation.write_text("{}"), "was changed"), (generation.unlink, "is gone")):
+        change()
+        note = f"student: {generation.name} in {folder} {now} since it was written."
+        assert note in loading_notes(load_model(str(folder), "student"))
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"^student: expected tokenizer\.json in"):
         load_model(str(folder), "student")
@@ -230,7 +264,21 @@ def test_damaged_results_are_computed_again(tmp_path: Path) -> None:
 )
 def test_a_failure_of_the_machine_has_advice(error: Exception, advice: str) -> None:
     assert str(remedy(error)).startswith(advice) or advice in str(remedy(error))
-    outer = ValueError("could not save")
-    outer.__cause__ = error
-    assert remedy(outer) == remedy(error)
-    assert remedy(ValueError("something else")) is None
+    with pytest.raises(ValueError, match="something else") as caught:
+        try:
+            raise error
+        finally:
+            raise ValueError("something else")
+    assert remedy(caught.value) is None
+
+
+class RayTaskError(RuntimeError):
+    """An error of another machine, as Ray's library raises it here."""
+
+    __module__ = "ray.exceptions"
+
+
+@pytest.mark.parametrize("kind", [RayTaskError, ServerError])
+@pytest.mark.parametrize("text", ["No space left on device", "CUDA out of memory.", "unexpected pos 8384 vs 8278"])
+def test_a_failure_of_another_machine_has_none(kind: type[Exception], text: str) -> None:
+    assert remedy(kind(text)) is None

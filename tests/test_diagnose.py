@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -13,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import make_batch, make_llama
+from conftest import make_batch, make_llama, quiet_run
 from potstill.cli import app
 from potstill.data.batches import encode
 from potstill.data.sources import Source
@@ -41,7 +39,6 @@ from potstill.models.loading import load_tokenizer
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.config.run import Recipe
 from potstill.runs.diagnose import diagnose, teacher_temperatures
-from potstill.runs.run import run
 
 
 def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -338,7 +335,7 @@ def test_a_temperature_that_is_too_low_for_a_sure_teacher() -> None:
 @pytest.fixture
 def finished(recipe_values: dict[str, Any]) -> Path:
     recipe_values["evaluate"]["continuations"] = 0
-    return run(Recipe.parse(recipe_values), console=Console(file=io.StringIO())).directory
+    return quiet_run(recipe_values).directory
 
 
 def test_a_finished_run_is_looked_at_and_its_report_shows_it(finished: Path, recipe_values: dict[str, Any]) -> None:

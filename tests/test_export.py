@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, PreTrainedTok
 from typer.testing import CliRunner
 
 from conftest import make_llama, make_tokenizer
+from potstill import files
 from potstill.cli import app
-from potstill.data import files
 from potstill.data.sources import Source
 from potstill.errors import ModelError, RunError, UserError
 from potstill.evaluate.exported import Exports, read_exports

@@ -164,15 +164,6 @@ def test_a_file_that_is_no_journal(tmp_path: Path, content: bytes) -> None:
     assert (tmp_path / "journal").read_bytes() == content
 
 
-def test_two_processes_do_not_write_one_journal(tmp_path: Path) -> None:
-    def again(prompt: Prompt, sample: int, seed: int) -> Completion:
-        with pytest.raises(DataError, match="expected to be the only one who writes"):
-            written(Scripted(echo), tmp_path / "journal")
-        return echo(prompt, sample, seed)
-
-    written(Scripted(again), tmp_path / "journal")
-
-
 # Chains
 
 

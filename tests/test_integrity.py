@@ -34,6 +34,18 @@ NOT_CAUSAL = {  # encoders without is_decoder, and models that read the whole te
 OF_LENGTH = {"prophetnet"}  # it reads the relative positions of heads and tokens in another order than they are in
 
 
+def test_a_model_of_linear_attention_alone_is_refused(tmp_path: Path) -> None:
+    """transformers generates no text with it: its cache asks a layer of full attention for the length."""
+    config = families.small("qwen3_next")
+    for types in (["linear_attention", "full_attention"], ["linear_attention"] * 2):
+        config.layer_types = types
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        if "full_attention" in types:
+            load_model(str(tmp_path), "student")
+    with pytest.raises(ModelError, match=r"^student: .* can generate text with, got .* linear attention alone"):
+        load_model(str(tmp_path), "student")
+
+
 def saved(folder: Path, rename: Any = lambda name: name, **fields: Any) -> str:
     """Save a small Llama whose weights have other names, or None for those that are left out."""
     config = families.small("llama")

@@ -19,9 +19,9 @@ import yaml
 import processes
 from conftest import make_llama
 from file_faults import FileFault
-from potstill.data import files
-from potstill.data.files import atomic_path, temporary_path
+from potstill import files
 from potstill.errors import RunError, UserError
+from potstill.files import atomic_path, temporary_path
 from potstill.models.size import build
 from potstill.runs import ranks
 from potstill.train.checkpoints import check_ranks, remove_incomplete

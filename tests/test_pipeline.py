@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import processes
-from conftest import make_llama, make_tokenizer, mostly_slow
+from conftest import make_llama, make_tokenizer, mostly_slow, quiet_run
 from potstill.errors import DataError, ModelError, PotstillError, RecipeError, RunError, VocabularyError
 from potstill.evaluate.speed import latencies
 from potstill.models.loading import load_model
@@ -31,10 +31,6 @@ from potstill.runs.config.run import Recipe
 from potstill.runs.progress import PartProgress
 from potstill.runs.run import run
 from processes import finish
-
-
-def quiet_run(values: dict[str, Any], **kwargs: Any) -> Any:
-    return run(Recipe.parse(values), console=Console(file=io.StringIO()), **kwargs)
 
 
 class Done(NamedTuple):

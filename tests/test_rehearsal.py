@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from conftest import make_llama
+from conftest import make_llama, quiet_run
 from potstill.errors import ModelError, RecipeError, RunError
 from potstill.models.capture import ActivationCapture
 from potstill.models.placement import device_bytes
@@ -22,11 +20,6 @@ from potstill.runs import map_memory, steps
 from potstill.runs.build import build_run, piece
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.run import run
-
-
-def quiet_run(values: dict[str, Any], **options: Any) -> Any:
-    return run(Recipe.parse(values), console=Console(file=io.StringIO()), **options)
 
 
 def refused_before_training(values: dict[str, Any], kind: type[Exception], message: str) -> None:

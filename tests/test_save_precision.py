@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_tokenizer, quiet_run
 from potstill.models.adapted import convert_saved
 from potstill.models.loading import load_model
 from potstill.models.precision import describe_precision, saved_dtype
 from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.run import run
 from test_locate import write_gguf
 
 TINY = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "eval_strategy": "no", "save_steps": 2}
@@ -31,9 +28,9 @@ def save_half(folder: Path, **options: Any) -> str:
     return str(folder)
 
 
-def quiet_run(values: dict[str, Any]) -> Any:
+def short_run(values: dict[str, Any]) -> Any:
     values["train"], values["evaluate"] = TINY, {"baseline": False, "continuations": 0, "curve_rows": 2}
-    return run(Recipe.parse(values), console=Console(file=io.StringIO()))
+    return quiet_run(values)
 
 
 def dtypes(folder: Path) -> set[torch.dtype]:
@@ -42,7 +39,7 @@ def dtypes(folder: Path) -> set[torch.dtype]:
 
 def test_a_designed_student_has_its_teachers_precision(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     recipe_values["teacher"]["model"] = save_half(tmp_path / "half", seed=1)
-    result = quiet_run(recipe_values)
+    result = short_run(recipe_values)
     folder, rows = result.directory / "student", result.summary["rows"]
     assert dtypes(folder) == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(folder).config.dtype == torch.bfloat16
@@ -66,7 +63,7 @@ def test_a_designed_student_has_its_teachers_precision(recipe_values: dict[str, 
 def test_the_recipe_decides_otherwise(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     recipe_values["teacher"]["model"] = save_half(tmp_path / "half", seed=1)
     recipe_values["student"]["save_dtype"] = "float32"
-    assert dtypes(quiet_run(recipe_values).directory / "student") == {torch.float32}
+    assert dtypes(short_run(recipe_values).directory / "student") == {torch.float32}
 
 
 def test_check_counts_the_bytes_that_are_saved(recipe_values: dict[str, Any]) -> None:
@@ -80,7 +77,7 @@ def test_check_counts_the_bytes_that_are_saved(recipe_values: dict[str, Any]) ->
 
 def test_an_existing_student_keeps_its_own_precision(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     recipe_values["student"] = {"model": save_half(tmp_path / "half", hidden_size=8, layers=1)}
-    rows = quiet_run(recipe_values).summary["rows"]
+    rows = short_run(recipe_values).summary["rows"]
     assert (rows["student"]["saved_as"], rows["teacher"]["saved_as"]) == ("bfloat16", "float32")
 
 
@@ -91,13 +88,13 @@ def test_adapters_stay_as_trained_and_merged_students_do_not(
     adapter = {"kind": "lora", "rank": 2, "dtype": "float32", "merge": merge}
     half = save_half(tmp_path / "half", hidden_size=8, layers=1)
     recipe_values["student"] = {"model": half, "adapter": adapter}
-    assert dtypes(quiet_run(recipe_values).directory / "student") == {torch.bfloat16 if merge else torch.float32}
+    assert dtypes(short_run(recipe_values).directory / "student") == {torch.bfloat16 if merge else torch.float32}
 
 
 def test_an_adapter_in_half_precision_is_loaded_again(recipe_values: dict[str, Any], toys: Path) -> None:
     adapter = {"kind": "lora", "rank": 2}
     recipe_values["student"] = {"model": str(toys / "student"), "adapter": adapter, "save_dtype": "bfloat16"}
-    result = quiet_run(recipe_values)
+    result = short_run(recipe_values)
     assert dtypes(result.directory / "student") == {torch.bfloat16}
     assert result.summary["rows"]["student"]["loss"] > 0
 
@@ -143,6 +140,6 @@ def test_a_student_of_a_gguf_teacher_is_saved_in_half_precision(recipe_values: d
     write_gguf(make_llama(seed=1), tmp_path / "teacher.gguf")
     recipe_values["teacher"]["model"] = str(tmp_path / "teacher.gguf")
     recipe_values["student"] = {"design": {"num_hidden_layers": 1}, "initialize": "copy"}
-    rows = quiet_run(recipe_values).summary["rows"]
+    rows = short_run(recipe_values).summary["rows"]
     assert (rows["student"]["saved_as"], rows["teacher"]["saved_as"]) == ("bfloat16", "GGUF")
     assert rows["teacher"]["bytes"] == (tmp_path / "teacher.gguf").stat().st_size

@@ -8,11 +8,14 @@ import os
 import pickle
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -42,6 +45,7 @@ from potstill.runs.run import run
 from potstill.runs.terminal import Terminal
 from potstill.teachers.cache.store import manifest_text, read_manifest
 
+BIDI_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 ESCAPE = "\x1b]0;title\x07\x1b[2J\x9b1m\u202e"
 
 
@@ -138,6 +142,16 @@ def test_long_messages_keep_their_ends() -> None:
     assert lines[0].endswith("Do this.")
     assert lines[-1] == "  ... and 51 more lines"
     assert printable("é\n\t\x1b\x9b\ud800\u202e") == "é\n\t\\x1b\\x9b\\ud800\\u202e"
+
+
+def test_nothing_that_is_printed_is_reordered() -> None:
+    reordering = [chr(c) for c in range(sys.maxunicode) if unicodedata.bidirectional(chr(c)) in BIDI_CONTROLS]
+    marks = ["\u061c", "\u200e", "\u200f"]
+    assert len(reordering) == 9
+    for character in [*reordering, *marks]:
+        assert printable(f"runs/1{character}/2") == f"runs/1\\u{ord(character):04x}/2"
+    kept = "שלום می\u200cخواهم \U0001f469\u200d\U0001f52c"  # joiners reorder nothing
+    assert printable(kept) == kept
 
 
 def test_nothing_that_is_printed_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,6 +367,16 @@ def test_templates_end(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resource.getrlimit(resource.RLIMIT_AS) == before
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert render_chat(tokenizer, TALK, "row 1") == "hiyes"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limits are those of Linux")
+def test_other_threads_have_memory_while_a_template_renders() -> None:
+    taken = []
+    with template_limit.limited_rendering():
+        thread = Thread(target=lambda: taken.append(np.empty(template_limit.MEMORY_BYTES // 2, np.uint8).nbytes))
+        thread.start()
+        thread.join()
+    assert taken == [template_limit.MEMORY_BYTES // 2]
 
 
 # Data

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from conftest import make_batch, make_llama, make_tokenizer
+from conftest import make_batch, make_llama, make_tokenizer, quiet_run
 from potstill.engines import client
 from potstill.engines.server import ModelServer
 from potstill.errors import PotstillError, RecipeError, RefusedError, ServerError, ShapeError, VocabularyError
@@ -27,7 +27,6 @@ from potstill.runs import run as pipeline
 from potstill.runs.cache import CacheRequest, build
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.run import run
 from potstill.teachers.served import ServedTeacher
 from potstill.train.distiller import Distiller
 from potstill.train.terms.logits import Labels, Logits
@@ -179,10 +178,6 @@ def served_values(recipe_values: dict[str, Any], toys: Path, toy: ToyServer) -> 
     recipe_values["teacher"] = {"server": {"url": toy.url, "model": "toy", "top_k": 20}}
     recipe_values["student"] = {"model": str(toys / "student")}
     return recipe_values
-
-
-def quiet_run(values: dict[str, Any]) -> Any:
-    return run(Recipe.parse(values), console=Console(file=io.StringIO()))
 
 
 def test_a_run_from_a_server_is_a_run_from_its_top_k(

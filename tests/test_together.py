@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
+from conftest import quiet_run
 from potstill.models.loading import load_model
 from potstill.runs.config.run import Recipe
 from potstill.runs.diagnose import diagnose
-from potstill.runs.run import RunResult, run
 from reference_across import byte_level
-
-
-def quiet_run(values: dict[str, Any]) -> RunResult:
-    return run(Recipe.parse(values), console=Console(file=io.StringIO()))
 
 
 def test_a_run_with_a_teacher_of_other_tokens_is_diagnosed(recipe_values: dict[str, Any], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -27,13 +25,12 @@ from transformers import (
 from transformers.models.gemma3n import Gemma3nForCausalLM
 from typer.testing import CliRunner
 
-from conftest import make_llama
+from conftest import make_llama, quiet_run
 from potstill.cli import app
 from potstill.errors import ModelError, RecipeError
 from potstill.models.trimming import choose_tokens, trim_model, trim_tokenizer
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
-from potstill.runs.run import run
 from potstill.runs.show import show_data
 from toy_encoders import make_encoder, save
 
@@ -214,7 +211,7 @@ def test_an_existing_student_is_cut_and_a_run_saves_it(recipe_values: dict[str, 
     recipe_values["student"] = {"model": str(toys / "student"), "vocabulary": {"keep": 280}}
     recipe_values["data"] |= {"packing": False, "max_length": 64}
     recipe_values["evaluate"] = {"continuations": 1}
-    result = run(Recipe.parse(recipe_values), console=Console(file=io.StringIO()))
+    result = quiet_run(recipe_values)
     saved = AutoModelForCausalLM.from_pretrained(result.directory / "student")
     tokenizer = AutoTokenizer.from_pretrained(result.directory / "student")
     assert saved.config.vocab_size == len(tokenizer.get_vocab()) == 280

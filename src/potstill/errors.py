@@ -121,7 +121,8 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
-# Characters that move a terminal's cursor, colour, hide or reorder what it shows, or that it cannot be sent.
+# Characters that move a terminal's cursor, colour, hide or reorder what it shows, or that it cannot be sent. The marks
+# of right-to-left scripts are among them: they reorder digits, slashes and brackets beside them, and so paths.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LINES, LINE_CHARACTERS = 50, 1000  # of a message
 
@@ -155,27 +156,27 @@ REMEDIES = {
 }
 
 
-def remedy(error: BaseException | None) -> str | None:
-    """What helps against a failure of the machine: its disks, file handles or memory; None for any other error."""
-    while error is not None:
-        if is_out_of_memory(error):
-            return _LESS_MEMORY
-        text = str(error)
-        if "unexpected pos" in text:  # of torch.save, on a disk that takes no more
-            return REMEDIES[errno.ENOSPC]
-        for number, advice in REMEDIES.items():
-            if getattr(error, "errno", None) == number or os.strerror(number) in text:
-                return advice
-        error = error.__cause__ or error.__context__
-    return None
+def remedy(error: BaseException) -> str | None:
+    """What helps against a failure of this machine: its disks, file handles or memory; None for any other error."""
+    if is_out_of_memory(error):
+        return _LESS_MEMORY
+    text = str(error) if _is_local(error) else ""
+    if "unexpected pos" in text:  # of torch.save, on a disk that takes no more
+        return REMEDIES[errno.ENOSPC]
+    numbers = (n for n in REMEDIES if getattr(error, "errno", None) == n or os.strerror(n) in text)
+    return next((REMEDIES[number] for number in numbers), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, of this process's memory or an accelerator's."""
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    in_text = isinstance(error, RuntimeError) and _is_local(error) and any(word in str(error) for word in words)
+    return isinstance(error, MemoryError) or in_text
+
+
+def _is_local(error: BaseException) -> bool:
+    """Whether the words of an error are about this machine: those of a server or of Ray repeat another's."""
+    return type(error).__module__.partition(".")[0] in ("builtins", "safetensors", "torch")
 
 
 def one_line(error: object, limit: int | None = None) -> str:

@@ -45,8 +45,8 @@ def evaluate(
     Finished parts are kept beside --out until all are there: the same command goes on from them.
     Exported files, GGUF or ONNX, run in their programs, beside the student that they are of where it is there.
     """
-    from potstill.data.files import write_text
     from potstill.data.sources import Source
+    from potstill.files import write_text
     from potstill.runs.evaluate import EvaluationOptions
     from potstill.runs.evaluate import evaluate as evaluate_models
     from potstill.runs.formats.table import exported_files
@@ -85,7 +85,7 @@ def _evaluate_files(
     files: list[Path], data: Any, out: Path, teacher: str | None, max_length: int, packing: bool, tokens: int
 ) -> None:
     from potstill.cli.export import show_exports
-    from potstill.data.files import write_text
+    from potstill.files import write_text
     from potstill.runs.export import evaluate_files
 
     rows: dict[str, Any] = {"max_length": max_length, "packing": packing, "tokens": tokens}

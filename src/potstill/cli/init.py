@@ -71,7 +71,7 @@ def init(
         _ask_for_missing(given)
     if "teacher" not in given:
         raise UserError("init: expected --teacher, got none. Give a folder with a model, or a name on the hub.")
-    from potstill.data.files import write_text
+    from potstill.files import write_text
     from potstill.runs.init.draft import DraftRequest, draft
 
     request = DraftRequest(**{"data": None, **given})

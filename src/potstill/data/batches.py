@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.disk_cache import BATCH, cache_path, write_arrow
 from potstill.data.encoding_notes import altered_text, encoding_notes, plural
-from potstill.data.files import write_text
 from potstill.data.labelled import has_token_types, numbered_classes, sequence_rows
 from potstill.data.loading import load
 from potstill.data.right_padding import NUMBERS, OWNER, POSITIONS, right_padded
@@ -29,6 +28,7 @@ from potstill.data.rows import EncodedRow, RowEncoder
 from potstill.data.sources import TEACHER_ID_COLUMNS, TEACHER_PROMPT_COLUMNS, Source, SourceKind
 from potstill.data.token_weights import WEIGHT_COLUMNS
 from potstill.errors import DataError, EmptyDataError
+from potstill.files import write_text
 from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, Task, target_positions
 from potstill.models.checksums import is_whole, write_checksum
 

@@ -15,8 +15,8 @@ import datasets
 import pyarrow as pa
 from datasets.fingerprint import Hasher
 
-from potstill.data.files import atomic_path
 from potstill.errors import DataError
+from potstill.files import atomic_path
 from potstill.models.checksums import write_checksum
 
 BATCH = 256  # rows read, tokenised and written at a time

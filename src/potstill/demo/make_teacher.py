@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from potstill.data.files import atomic_path
 from potstill.demo.corpus import Split, documents
+from potstill.files import atomic_path
 
 VOCABULARY = 2048
 CONTEXT = 256

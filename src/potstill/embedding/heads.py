@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from potstill.data.files import atomic_path
 from potstill.embedding.vectors import as_vector_array
 from potstill.errors import ModelError, ShapeError, one_line
+from potstill.files import atomic_path
 from potstill.models.checksums import check_folder
 
 PCAKind = Literal["centred", "uncentred", "whitened"]

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from potstill.data.files import atomic_path
 from potstill.embedding.by_key import ChosenByKey
 from potstill.embedding.encoders import load_embedder
 from potstill.embedding.vectors import VectorArray, open_vectors
 from potstill.engines.client import JsonClient
 from potstill.errors import DataError, ServerError
+from potstill.files import atomic_path
 from potstill.losses.declared import Declared, Record
 from potstill.models.checksums import is_whole, write_checksum
 

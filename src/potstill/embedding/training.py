@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from potstill.data.files import atomic_path
 from potstill.embedding.encoders import TextStudent
 from potstill.embedding.heads import VectorHead
 from potstill.embedding.objective import EmbeddingObjective, PairObjective
 from potstill.embedding.vectors import BLOCK_ROWS, VectorArray, as_vector_array
 from potstill.errors import DataError, DivergedError, RunError, ShapeError, one_line
 from potstill.evaluate.space import SpaceEvaluator, SpaceScores
+from potstill.files import atomic_path
 from potstill.losses import schedule
 from potstill.losses.declared import Range, Record
 from potstill.losses.embedding import reconstruction_error

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from potstill.data.files import write_text
 from potstill.evaluate.formatting import count, nats, percent, size
+from potstill.files import write_text
 from potstill.losses.alignment import TOKEN_TASKS, Task
 
 FOLDER, FILE = "export", "export.json"

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from potstill.data.files import write_text
 from potstill.errors import DataError
+from potstill.files import write_text
 from potstill.losses.alignment import Task
 
 MODELS = ("teacher", "random", "baseline", "student")

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from potstill.data.files import atomic_path, write_text
 from potstill.data.sources import WRITTEN_COLUMNS
 from potstill.errors import one_line
+from potstill.files import atomic_path, write_text
 from potstill.generation.requests import UnusableRow
 
 

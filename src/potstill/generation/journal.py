@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -90,16 +89,10 @@ def complete_requests(
     was killed, or that many processes share, writes what it would have written.
 
     Raises:
-        DataError: the journal was written with other settings, or another process is writing it.
+        DataError: the journal was written with other settings.
     """
     head = {"made_of": hashlib.sha256(json.dumps([settings, list(prompts)]).encode()).hexdigest()}
     with journal.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(
-                f"generate: expected to be the only one who writes {journal}, got another process. Wait for it."
-            ) from None
         done = _read(file, head, journal)
         progress(len(done))
         missing = []

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from potstill.errors import ModelError
+from potstill.files import write_text
 
 CHECKSUMS = "potstill_checksums.json"  # in a folder: the sha256 of its files
+# A user may edit these or leave them out, which a note reports: of all here they decide only where generated text ends.
+OPTIONAL = {"generation_config.json"}
 
 
 def digest(path: Path) -> str:
@@ -40,7 +43,7 @@ def without_checksum(content: Any) -> dict[str, Any]:
 
 def write_checksum(path: Path) -> None:
     """Write the sha256 of a file beside it."""
-    _write(_beside(path), digest(path))
+    write_text(_beside(path), digest(path))
 
 
 def is_whole(path: Path) -> bool:
@@ -61,49 +64,52 @@ def is_changed(path: Path) -> bool:
 
 def write_checksums(folder: Path) -> None:
     """Write the sha256 of each file of a folder, but for texts that are written anew, into a file beside them."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md")
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in (".md", ".partial"))
     names = {path.relative_to(folder).as_posix(): path for path in files if path.name != CHECKSUMS}
     with ThreadPoolExecutor() as pool:
         digests = pool.map(digest, names.values())
-    _write(folder / CHECKSUMS, json.dumps(dict(zip(names, digests, strict=True)), indent=1) + "\n")
+    write_text(folder / CHECKSUMS, json.dumps(dict(zip(names, digests, strict=True)), indent=1) + "\n")
 
 
-def check_folder(folder: Path, key: str) -> None:
+def check_folder(folder: Path, key: str, advice: str = "Copy the folder again.") -> None:
     """Check that the files of a folder are as `write_checksums` found them; nothing for a folder without its file.
 
     Raises:
-        ModelError: a file has changed, or is gone.
+        ModelError: a file has changed, or is gone, that is not optional.
     """
-    if not (folder / CHECKSUMS).exists():
-        return
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())  # a link to nothing is none
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    if (name := _changed_file(folder, tuple(stamps))) is not None:
+    if name := next((name for name in _changed(folder) if name not in OPTIONAL), None):
         raise ModelError(
             f"{key}: expected {name} in {folder} as it was written, got another or none: it is damaged or was changed. "
-            f"Copy the folder again; if the change was meant, delete {CHECKSUMS} in it."
+            f"{advice} If the change was meant, delete {CHECKSUMS} in it."
         )
 
 
+def changed_notes(folder: Path, key: str) -> Iterator[str]:
+    """Report optional files that have changed, or are gone."""
+    for name in OPTIONAL.intersection(_changed(folder)):
+        now = "was changed" if (folder / name).exists() else "is gone"
+        yield f"{key}: {name} in {folder} {now} since it was written."
+
+
+def _changed(folder: Path) -> tuple[str, ...]:
+    if not (folder / CHECKSUMS).exists():
+        return ()
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())  # a link to nothing is none
+    return _changed_files(folder, tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
 @lru_cache(maxsize=64)
-def _changed_file(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str | None:
-    """The first file that has changed; a folder is read once for all that is loaded from it."""
+def _changed_files(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> tuple[str, ...]:
+    """Names of files that have changed; a folder is read once for all that is loaded from it."""
     try:
-        checksums: dict[str, str] = json.loads((folder / CHECKSUMS).read_bytes())
-        files = {name: folder / name for name in checksums}
-        return next((n for n, file in files.items() if not file.is_file() or digest(file) != checksums[n]), None)
-    except (ValueError, AttributeError):
-        return CHECKSUMS
+        checksums = json.loads((folder / CHECKSUMS).read_bytes())
+    except ValueError:
+        checksums = None
+    if not isinstance(checksums, dict):
+        return (CHECKSUMS,)
+    files = {name: folder / name for name in checksums}
+    return tuple(n for n, file in files.items() if not file.is_file() or digest(file) != checksums[n])
 
 
 def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -164,11 +165,19 @@ def check_embeddings(model: Any, key: str) -> None:
 
 
 def check_generates(model: Any, key: str) -> None:
-    """Refuse a causal model that transformers generates no text with: its cache asks for the number of layers."""
+    """Refuse a causal model that transformers generates no text with: its cache asks for the number of layers,
+    and in models with two kinds of attention for a layer of full attention.
+    """
     if not hasattr(text_config(model.config), "num_hidden_layers"):
         raise ModelError(
             f"{key}: expected a model that transformers can generate text with, got {type(model).__name__}, whose "
             "config has no num_hidden_layers. Name a model of another family."
+        )
+    kinds = set(getattr(text_config(model.config), "layer_types", None) or ())
+    if kinds == {"linear_attention"} and "past_key_values" in signature(model.forward).parameters:
+        raise ModelError(
+            f"{key}: expected a model that transformers can generate text with, got {type(model).__name__} with layers "
+            "of linear attention alone. Keep a layer of full attention: name layers in student.initialize.layers."
         )
 
 

@@ -21,7 +21,7 @@ from potstill.errors import ModelError, one_line
 from potstill.losses.alignment import MOST_TOKENS, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import has_tokenizer, unreadable
-from potstill.models.checksums import check_folder
+from potstill.models.checksums import changed_notes, check_folder
 from potstill.models.integrity import (
     check_causal,
     check_embeddings,
@@ -214,6 +214,7 @@ def _load_base(
     check_stored(model, **names)
     notes = [*check_weights(model, missing, info["unexpected_keys"], kind=kind, may_miss=may_miss, **names)]
     notes += [*check_values(model, **names), *config_notes(model, load_config(name, key), **names)]
+    notes += changed_notes(location.folder, key) if location.folder is not None else ()
     check_embeddings(model, key)
     if path and placement and model.get_input_embeddings().weight.is_meta:
         raise ModelError(

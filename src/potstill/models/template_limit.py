@@ -1,6 +1,8 @@
 """Bounds of time and memory for rendering a chat template: Jinja's sandbox keeps it from files, not from endless loops.
 
-Both are limits of the kernel for this process. They hold on Linux, and where the main thread renders.
+Both are limits of the kernel for this process. They hold on Linux, and where the main thread renders. The kernel
+limits no single thread's memory: all threads share the gibibyte meanwhile. Potstill renders before a training, when
+none of its own threads loads a model or computes.
 """
 
 from __future__ import annotations

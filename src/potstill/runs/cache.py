@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from potstill.data.batches import PaddingCollator, encode, in_batches, pad_token_id
-from potstill.data.files import remove
 from potstill.data.sources import Source
 from potstill.data.vocabulary import fingerprint
 from potstill.errors import ModelError, UserError
 from potstill.evaluate.formatting import size
+from potstill.files import lock_folder, remove
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
@@ -73,11 +73,12 @@ def build(
     """
     if request.stream and engine == "ray":
         raise UserError("cache build: expected --engine process with --stream, got ray. Use --shard on each machine.")
-    with suppress_warnings():
+    name = f"{part[0]}-of-{part[1]}"
+    with lock_folder(request.out, "--out", name), suppress_warnings():
         builder = prepare(request, console)
         builder.begin()
         todo = builder.todo(part)
-        activations = request.out / f"activations-{part[0]}-of-{part[1]}"
+        activations = request.out / f"activations-{name}"
         if request.stream and todo:
             _run_layers(builder, todo, activations, console)
         with PartProgress(console, "shards").start(total=len(todo)) as progress:
@@ -88,7 +89,8 @@ def build(
             for number, _ in enumerate(done, 1):
                 progress.update(number)
         remove(activations)
-        return builder.finish()
+        with lock_folder(request.out, "--out", "finish", wait=True):
+            return builder.finish()
 
 
 def _run_layers(builder: CacheBuilder, todo: Sequence[int], folder: Path, console: Console) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from potstill.data.batches import encode, in_batches
-from potstill.data.files import write_json
 from potstill.data.sources import Source
 from potstill.data.vocabulary import checked_vocabulary
 from potstill.errors import RecipeError, UserError
@@ -27,6 +26,7 @@ from potstill.evaluate.findings import conclusion, interpret, recommended_temper
 from potstill.evaluate.quality import logits_at
 from potstill.evaluate.summary import read_metrics
 from potstill.evaluate.versions import versions
+from potstill.files import write_json
 from potstill.losses.alignment import IGNORE, Alignment
 from potstill.losses.schedule import value_at
 from potstill.losses.targets import SparseTargets

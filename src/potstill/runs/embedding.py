@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import pad
 
-from potstill.data.files import atomic_path, write_json, write_text
 from potstill.embedding.encoders import EmbeddingModel, embedder_with_head
 from potstill.embedding.heads import PCA_ROWS, VectorHead, fit_pca, random_projection
 from potstill.embedding.objective import FOCUSES, Focus, PairObjective
@@ -26,6 +25,7 @@ from potstill.evaluate.formatting import duration
 from potstill.evaluate.report.embedding import write_embedding_report
 from potstill.evaluate.space import MOST_ROWS, SpaceEvaluator, cosines, domain_auc
 from potstill.evaluate.versions import versions
+from potstill.files import atomic_path, lock_folder, write_json, write_text
 from potstill.models.checksums import write_checksums
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
@@ -57,8 +57,8 @@ def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Con
     """
     console = console or Terminal(stderr=True)
     directory = Path(recipe.output)
-    recipe.check_directory(directory, resume)
-    with suppress_warnings():
+    with lock_folder(directory, "output"), suppress_warnings():
+        recipe.check_directory(directory, resume)
         with PartProgress(console, "teacher") as progress:
             data = load_data(recipe, progress.update)
         for note in data.notes:

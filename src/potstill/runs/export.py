@@ -12,13 +12,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import encode, pad_token_id
-from potstill.data.files import atomic_path, explain_disk_full
 from potstill.data.masking import MaskedRows
 from potstill.data.sources import Source
 from potstill.errors import UserError, nearest
 from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, read_exports, write_exports
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.evaluate.speed import weight_bytes
+from potstill.files import atomic_path, explain_disk_full
 from potstill.losses.alignment import SEQUENCE_TASKS, TASKS, Task
 from potstill.models.adapted import is_adapted, merged
 from potstill.models.heads import class_ids, match_heads

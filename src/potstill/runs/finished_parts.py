@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from potstill.data.files import write_json
+from potstill.files import write_json
 from potstill.models.checksums import with_checksum, without_checksum
 
 

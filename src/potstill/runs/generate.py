@@ -18,6 +18,7 @@ from potstill.engines.local import LocalEngine
 from potstill.engines.sampling import Completion, Engine, Prompt
 from potstill.engines.server import ModelServer
 from potstill.errors import RecipeError
+from potstill.files import lock_folder
 from potstill.generation.card import write_card, write_rows
 from potstill.generation.filters import TextPair, apply_filters
 from potstill.generation.journal import (
@@ -83,6 +84,11 @@ def generate(
         UserError: something in the recipe or the data is to be corrected.
     """
     directory = Path(recipe.output).expanduser()
+    with lock_folder(directory, "output"):
+        return _generate(recipe, directory, resume, engine, console or Console(quiet=True))
+
+
+def _generate(recipe: GenerateRecipe, directory: Path, resume: bool, engine: str, console: Console) -> Generated:
     journal, questions = directory / "texts.jsonl", directory / "questions.jsonl"
     if (journal.exists() or questions.exists()) and not resume:
         raise RecipeError(
@@ -92,7 +98,7 @@ def generate(
     with suppress_warnings():
         plan = check(recipe, on_device=engine == "process")
         recipe.start(directory)
-        console, notes = console or Console(quiet=True), list[str]()
+        notes = list[str]()
         if not plan.requests:
             plan, note = _own_questions(recipe, plan, questions, engine, console)
             notes.append(note)

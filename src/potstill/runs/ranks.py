@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
-from potstill.errors import RunError, one_line
+from potstill.errors import RecipeError, RunError, one_line
+from potstill.files import lock_folder
 
 WAIT_S = 1800  # the Trainer's default of ddp_timeout
 _KINDS = {"RuntimeError", "DistBackendError", "DistNetworkError"}  # by name: torch may be built without the others
@@ -27,6 +30,22 @@ def join_ranks(train: Mapping[str, Any]) -> PartialState:
     wait = timedelta(seconds=seconds if isinstance(seconds, int | float) else WAIT_S)  # the Trainer refuses others
     # Asked without `cpu`, accelerate looks for GPUs alone: without one each rank would be the first.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=wait)
+
+
+@contextmanager
+def lock_for_ranks(directory: Path, key: str = "output") -> Iterator[None]:
+    """Lock a run directory for all ranks of this run: the main process holds the lock, and all raise its error."""
+    with ExitStack() as lock:
+        refusals = [""]
+        if PartialState().is_main_process:
+            try:
+                lock.enter_context(lock_folder(directory, key))
+            except RecipeError as error:
+                refusals = [str(error)]
+        broadcast_object_list(refusals)
+        if refusals[0]:
+            raise RecipeError(refusals[0])
+        yield
 
 
 @contextmanager

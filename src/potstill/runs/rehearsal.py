@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,8 @@ from datasets import Dataset
 from rich.console import Console
 from transformers.integrations import get_reporting_integration_callbacks
 
-from potstill.data.files import explain_disk_full, temporary_path
 from potstill.errors import PotstillError, RecipeError, RunError, one_line, remedy
+from potstill.files import explain_disk_full, remove, temporary_path
 from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.spacing import evenly_spaced
 from potstill.runs import steps
@@ -35,9 +34,9 @@ NO_TIME = 1e-6  # seconds: one batch, one pass and one continuation are measured
 
 
 def rehearse(built: BuiltRun, student: Any) -> None:
-    """Walk the steps of a run in a temporary folder beside its output: one optimiser step, resumed for a second one.
+    """Walk the steps of a run in a temporary folder: one optimiser step, resumed for a second one.
 
-    The student is one that `built.new_student` made; it does not change.
+    The folder is on the disk of the run's output. The student is one that `built.new_student` made; it does not change.
 
     Raises:
         RunError: a step failed; the message names it.
@@ -163,4 +162,5 @@ def temporary_folder(output: Path) -> Iterator[Path]:
         yield Path(names[0])
     finally:
         if main:
-            shutil.rmtree(names[0], ignore_errors=True)
+            with suppress(OSError):
+                remove(Path(names[0]))

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from potstill.data.files import explain_disk_full
+from potstill.files import explain_disk_full
 from potstill.models.loading import suppress_warnings
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
-from potstill.runs.ranks import explain_lost_rank, join_ranks
+from potstill.runs.ranks import explain_lost_rank, join_ranks, lock_for_ranks
 from potstill.runs.rehearsal import rehearse
 from potstill.runs.rounds import prune_in_rounds
 from potstill.runs.search import search_shape
@@ -39,13 +39,19 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     weights. Progress is shown on the console, by default standard error.
 
     Raises:
-        UserError: the recipe, the data or the models need a correction; nothing is lost.
+        UserError: the recipe, the data or the models need a correction, or another process writes the directory;
+            nothing is lost.
         DivergedError: the loss is NaN or infinite.
         RunError: another rank of the run does not answer.
     """
     console = console or Terminal(stderr=True)
     directory, main = Path(recipe.output), join_ranks(recipe.train).is_main_process
     shown = console if main else Console(quiet=True)
+    with lock_for_ranks(directory):
+        return _run(recipe, directory, resume, shown)
+
+
+def _run(recipe: Recipe, directory: Path, resume: bool, shown: Console) -> RunResult:
     if not resume:
         recipe.check_directory(directory, resume)
     recipe, before = settle_student(recipe, directory, shown, resume)

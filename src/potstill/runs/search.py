@@ -18,11 +18,11 @@ from datasets import Dataset
 from rich.console import Console
 
 from potstill.data.batches import in_batches
-from potstill.data.files import write_json
 from potstill.errors import PotstillError, RecipeError, RunError, one_line
 from potstill.evaluate.report.search import write_search_report
 from potstill.evaluate.sequence import measure
 from potstill.evaluate.versions import versions
+from potstill.files import write_json
 from potstill.models.candidates import Candidates, next_shape
 from potstill.models.capture import ActivationCapture
 from potstill.models.checksums import with_checksum, without_checksum
@@ -106,12 +106,8 @@ def _search(recipe: Recipe, directory: Path, request: Any, console: Console) -> 
     with suppress_warnings():
         with part(console, "reading models and data, for the search"):
             search = _Search.build(recipe)
+        directory.mkdir(parents=True, exist_ok=True)
         finished = FinishedParts(directory / "search-parts.json", request)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"got {directory}: {error.strerror}. Choose another with --set output=DIR."
-            raise RecipeError(f"output: expected a directory to write to, {reason}") from None
 
         def loss(shape: DesignShape, steps: int, compute: Callable[[], float]) -> float:
             title = f"{describe(shape)}, {f'{steps} steps' if steps else 'pruned'}"

@@ -20,19 +20,20 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from potstill.data.files import write_json
 from potstill.errors import PotstillError, RecipeError, RunError, UserError, is_out_of_memory, one_line
 from potstill.evaluate import tradeoff
 from potstill.evaluate.report.sweep import write_sweep_report
 from potstill.evaluate.speed import latency_ms
 from potstill.evaluate.verdict import leakage
 from potstill.evaluate.versions import versions
+from potstill.files import write_json
 from potstill.losses.alignment import DISTRIBUTION_TASKS
 from potstill.models.loading import load_model, suppress_warnings
 from potstill.models.size import size_of
 from potstill.runs.config.document import read_list
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
+from potstill.runs.ranks import join_ranks, lock_for_ranks
 from potstill.runs.ray import start_ray
 from potstill.runs.run import RunResult, run
 from potstill.runs.terminal import Terminal
@@ -153,11 +154,21 @@ def sweep(
         raise RecipeError(f"--out: expected a sweep's or a new directory, got {out}, which holds a run.")
     for point in points:
         point.recipe.check_directory(point.directory, resume)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"got {out}: {error.strerror}. Choose another."
-        raise RecipeError(f"--out: expected a directory to write to, {reason}") from None
+    join_ranks(points[0].recipe.train)
+    with lock_for_ranks(out, "--out"):
+        facts = {"kind": "sweep", "name": values.get("name", "a sweep"), "vary": dict(axes)}
+        return _sweep(points, facts, out, limits, engine, console)
+
+
+def _sweep(
+    points: Sequence[Point],
+    facts: Mapping[str, Any],
+    out: Path,
+    limits: tradeoff.Limits,
+    engine: Engine,
+    console: Console,
+) -> SweepResult:
+    """Run what is missing, compare all and write the report."""
     remaining = [point for point in points if not (point.directory / "report.html").exists()]
     if len(remaining) < len(points):
         done = len(points) - len(remaining)
@@ -167,8 +178,8 @@ def sweep(
         with suppress_warnings(), part(console, "timing the students"):
             compared = _summarize([point for point in points if point.label not in failures], limits)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        facts = {"kind": "sweep", "name": values.get("name", "a sweep"), "created": created, "vary": dict(axes)}
-        write_json(out / "sweep.json", {**facts, "failed": failures, **compared, "versions": versions()})
+        record = {**facts, "created": created, "failed": failures, **compared, "versions": versions()}
+        write_json(out / "sweep.json", record)
         write_sweep_report(out)
     PartialState().wait_for_everyone()
     if failures:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from potstill.data.files import atomic_path, remove
 from potstill.errors import ModelError, PotstillError, RunError, UserError, one_line
+from potstill.files import atomic_path, remove
 from potstill.losses.alignment import Alignment, causal_alignment
 from potstill.models.capture import ActivationRequest
 from potstill.models.integrity import check_causal

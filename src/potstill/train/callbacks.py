@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from potstill.data.files import write_text
 from potstill.errors import RunError
+from potstill.files import write_text
 from potstill.teachers.teacher import Teacher
 from potstill.train.rollout import Rollout
 from potstill.train.samples import collapse_warning

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from potstill.errors import UserError
-from potstill.models.checksums import CHECKSUMS, check_folder
+from potstill.models.checksums import CHECKSUMS, check_folder, write_checksums
 from potstill.teachers.teacher import Teacher
 
 TEACHER = "teacher.safetensors"  # in a checkpoint: the state of a teacher that changes in training
@@ -26,14 +26,32 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor], /) -> Any: ...
 
 
-def last_checkpoint(directory: Path) -> Path | None:
+def last_checkpoint(directory: Path, other_than: Path | None = None) -> Path | None:
     """The newest complete checkpoint, or None: the trainer's state, and then checksums, are written last."""
     numbered = {int(path.name[11:]): path for path in directory.glob("checkpoint-*") if path.name[11:].isdigit()}
-    return next((path for _, path in sorted(numbered.items(), reverse=True) if _is_complete(path)), None)
+    newest_first = (path for _, path in sorted(numbered.items(), reverse=True) if path != other_than)
+    return next(filter(_is_complete, newest_first), None)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Check that the files of a checkpoint are as they were written.
+
+    Raises:
+        ModelError: a file has changed; the message names the checkpoint that a training goes on from without this one.
+    """
+    earlier = last_checkpoint(folder.parent, other_than=folder)
+    start = "step 0: there is no other" if earlier is None else earlier.name
+    check_folder(folder, "checkpoint", f"Delete {folder}: --resume then continues from {start}.")
 
 
 def remove_incomplete(directory: Path) -> None:
-    """Remove what a kill left of a checkpoint: its files would mix with those of the next one of that step."""
+    """Remove what a kill left of a checkpoint: its files would mix with those of the next one of that step.
+
+    A kill may also come between the newest checkpoint and its checksums, which are then written here.
+    """
+    newest = last_checkpoint(directory)
+    if newest is not None and not (newest / CHECKSUMS).exists():
+        write_checksums(newest)
     for path in directory.glob("checkpoint-*"):
         if not _is_complete(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -68,7 +86,7 @@ def restore(owner: Stateful, path: Path, advice: str) -> None:
         return
     if not path.exists():
         raise UserError(f"train: expected {path.name} in {path.parent}, got none{advice}")
-    check_folder(path.parent, "checkpoint")
+    check_checkpoint(path.parent)
     owner.load_state_dict(load_file(path))
 
 

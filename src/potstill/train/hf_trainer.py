@@ -21,10 +21,10 @@ from potstill.data.right_padding import right_padded
 from potstill.errors import DivergedError, ModelError, one_line
 from potstill.losses.alignment import align, attended_positions, target_positions
 from potstill.models.adapted import is_adapted, save_student
-from potstill.models.checksums import CHECKSUMS, check_folder, write_checksums
+from potstill.models.checksums import CHECKSUMS, write_checksums
 from potstill.models.loading import load_adapter
 from potstill.models.split import run
-from potstill.train.checkpoints import TEACHER, last_checkpoint, restore, restore_teacher
+from potstill.train.checkpoints import TEACHER, check_checkpoint, last_checkpoint, restore, restore_teacher
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.latent_weights import LATENT, LatentWeights
 from potstill.train.rollout import Rollout
@@ -196,7 +196,7 @@ class StudentTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        check_folder(folder, "checkpoint")
+        check_checkpoint(folder)
         if self.distiller.teacher is not None:
             restore_teacher(self.distiller.teacher, folder)
         if self.is_fsdp_enabled:

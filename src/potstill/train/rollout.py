@@ -17,10 +17,10 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import PaddingCollator, pad_token_id
-from potstill.data.files import write_text
 from potstill.engines.decode import GeneratedTokens, Guide, generate_tokens
 from potstill.engines.sampling import Sampling, TokenSampling
 from potstill.errors import RecipeError, ShapeError, UserError
+from potstill.files import write_text
 from potstill.losses.alignment import IGNORE, SAMPLER_LOG_PROBS, STUDENT_LOG_PROBS, target_positions
 from potstill.losses.declared import Range, Record
 from potstill.losses.schedule import Schedule, Share, for_run, value_at

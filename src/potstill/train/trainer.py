@@ -24,13 +24,12 @@ from potstill.data.vocabulary import checked_vocabulary
 from potstill.errors import PotstillError, RunError, UserError, is_out_of_memory, one_line
 from potstill.losses.alignment import IGNORE, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.chat import end_token_ids, set_end_tokens
-from potstill.models.checksums import check_folder
 from potstill.models.heads import class_ids, set_pad_id, token_rows
 from potstill.models.weight_grid import WeightGrid
 from potstill.teachers.teacher import Teacher
 from potstill.train.arguments import SMALLER_BATCHES, DistillationConfig, check_arguments, check_sharding
 from potstill.train.callbacks import FollowTraining
-from potstill.train.checkpoints import last_checkpoint, restore_teacher
+from potstill.train.checkpoints import check_checkpoint, last_checkpoint, restore_teacher
 from potstill.train.columns import columns_not_read, padding_id
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.encoding import RowsEncoder
@@ -252,7 +251,7 @@ class DistillationTrainer(StudentTrainer):
             resume_from_checkpoint = str(checkpoint)
         if resume_from_checkpoint:
             folder = Path(str(resume_from_checkpoint))
-            check_folder(folder, "checkpoint")
+            check_checkpoint(folder)
             if self.rollout is not None:
                 self.rollout.load(folder, self.args.process_index)
             if teacher is not None and self.is_deepspeed_enabled:  # which loads everything else itself

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from potstill.data.files import write_text
 from potstill.data.show import ShownRow, runs
 from potstill.errors import DataError
 from potstill.evaluate import summary as records
@@ -21,6 +20,7 @@ from potstill.evaluate.report.diagnosis import read_diagnosis
 from potstill.evaluate.report.render import FASTER, SMALLER, WITHIN_SPREAD, Headline, ratio_headline, render
 from potstill.evaluate.summary import RUNS, Summary
 from potstill.evaluate.verdict import leakage, verdict
+from potstill.files import write_text
 
 ROWS_FILE = "rows.json"
 _GAP = ("teacher", "baseline", "student")

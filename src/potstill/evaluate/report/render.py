@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from potstill.data.files import write_text
 from potstill.evaluate import formatting
+from potstill.files import write_text
 
 
 def render(template: str, path: Path, **data: Any) -> Path:

@@ -15,8 +15,8 @@ from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from potstill.data.files import write_text
 from potstill.errors import OTHER_NAMES, RecipeError, nearest, one_line
+from potstill.files import write_text
 from potstill.losses.declared import Declared, is_tag
 
 UNKNOWN_KEY = "unknown key."
@@ -98,12 +98,9 @@ class Document(Part):
         return [key for key, value in self if value != getattr(earlier, key)]
 
     def start(self, directory: Path) -> None:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_text(directory / "recipe.yaml", self.dump())
-        except OSError as error:
-            reason = f"got {directory}: {error.strerror}. Choose another with --set output=DIR."
-            raise RecipeError(f"output: expected a directory to write to, {reason}") from None
+        """Make a run directory, and write this recipe into it."""
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / "recipe.yaml", self.dump())
 
 
 def _subclasses(kind: type[Part]) -> list[type[Part]]:

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from potstill.data.files import atomic_path
 from potstill.errors import ModelError, UserError, one_line
+from potstill.files import atomic_path
 from potstill.models.locate import require_package
 from potstill.models.weight_grid import BLOCK, GridKind, WeightGrid
 from potstill.runs.formats.gguf_families import (

@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 
-from potstill.data.files import atomic_path, write_json, write_text
 from potstill.errors import DataError, RunError
+from potstill.files import atomic_path, write_json, write_text
 from potstill.losses.alignment import causal_alignment
 from potstill.losses.targets import DenseTargets, HeadTargets, SparseTargets
 from potstill.models.checksums import digest, with_checksum, without_checksum

@@ -15,8 +15,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from potstill.data.files import atomic_path
 from potstill.errors import DataError
+from potstill.files import atomic_path
 from potstill.losses.declared import Record
 from potstill.models.checksums import digest, with_checksum
 from potstill.models.layer_map import Layer

@@ -1,0 +1,144 @@
+"""One process at a time writes a run directory, and whoever is killed leaves no lock behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import processes
+from conftest import quiet_run
+from potstill import files
+from potstill.data.sources import Source
+from potstill.errors import RecipeError
+from potstill.files import lock_folder, remove
+from potstill.runs.cache import CacheRequest, build
+from potstill.runs.config.embedding import EmbeddingRecipe
+from potstill.runs.config.generate import GenerateRecipe
+from potstill.runs.embedding import run_embedding
+from potstill.runs.generate import generate
+from potstill.runs.ranks import join_ranks, lock_for_ranks
+from potstill.runs.sweep import sweep
+from potstill.teachers.model import ModelSource
+
+BUSY = (
+    r"{}: expected a directory that no other process writes to, got .*, which another process is writing \(pid {} on "
+)
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+
+
+def hold(folder: Path) -> None:
+    """Hold a lock until this process is killed, with a child of its own that is not."""
+    with lock_folder(folder, "output"):
+        if child := os.fork():
+            (folder / "child").write_text(str(child))
+        time.sleep(60)
+
+
+def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
+    owner = processes.start(tmp_path / "printed", hold, tmp_path / "run")
+    child = tmp_path / "run" / "child"
+    while not (child.exists() and child.read_text()):
+        time.sleep(0.01)
+    try:
+        with pytest.raises(RecipeError, match=BUSY.format("output", owner.pid) + r".*, since \d{4}-\d\d-\d\d"):
+            lock_folder(tmp_path / "run", "output").__enter__()
+        owner.kill()
+        owner.join()
+        with lock_folder(tmp_path / "run", "output"):
+            assert f"pid {os.getpid()} on" in (tmp_path / "run" / ".potstill.lock").read_text()
+    finally:
+        owner.kill()
+        os.kill(int(child.read_text()), signal.SIGKILL)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["child"]
+
+
+def test_a_lock_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with lock_folder(folder, "output"):
+        assert folder.is_dir()
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match=r"^--out: expected a directory to write to, got .* Choose another --out\.$"):
+        lock_folder(tmp_path / "file" / "run", "--out").__enter__()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_written_to(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with lock_folder(tmp_path, "output"), lock_folder(tmp_path, "output"):
+        pass
+
+
+def refused(lock: Path, key: str, start: Any, *arguments: Any, **options: Any) -> None:
+    """Start something while its folder is locked, which changes nothing there."""
+    with lock_folder(lock, key, options.pop("name", "potstill")):
+        before = sorted(lock.rglob("*"))
+        with pytest.raises(RecipeError, match=BUSY.format(key, os.getpid())):
+            start(*arguments, **options)
+        assert sorted(lock.rglob("*")) == before
+
+
+def test_commands_refuse_a_directory_that_is_being_written(recipe_values: dict[str, Any], toys: Path) -> None:
+    run, console = Path(recipe_values["output"]), Console(quiet=True)
+    refused(run, "output", quiet_run, recipe_values)
+    refused(run, "output", quiet_run, recipe_values, resume=True)
+    refused(run, "--out", sweep, recipe_values, {"seed": [0, 1]}, run, console=console)
+    rows = {"path": str(toys / "train.jsonl"), "field": "text"}
+    task = {"task": "responses", "prompts": rows}
+    values = {"kind": "generate", "name": "x", "teacher": recipe_values["teacher"], "task": task, "output": str(run)}
+    refused(run, "output", generate, GenerateRecipe.parse(values), resume=True)
+    values = {"kind": "embedding", "name": "x", "teacher": {"vectors": "x.npy"}, "output": str(run)}
+    values["student"] = {"head": "linear", "dimensions": 2}
+    refused(run, "output", run_embedding, EmbeddingRecipe.parse(values), console=console)
+    data = [Source(str(toys / "train.jsonl"))]
+    request = CacheRequest(ModelSource(str(toys / "teacher")), data, 16, False, "hidden", {}, run)
+    refused(run, "--out", build, request, console=console, name="0-of-1")
+    with lock_folder(run, "--out", "0-of-1"):  # the other part is another process's
+        assert build(request, part=(1, 2), console=console) is None
+
+
+def both_refused(folder: Path) -> None:
+    join_ranks({})
+    with pytest.raises(RecipeError, match="which another process is writing"), lock_for_ranks(folder):
+        pass
+
+
+def both_allowed(folder: Path) -> None:
+    join_ranks({})
+    with lock_for_ranks(folder):
+        pass
+
+
+def test_ranks_of_one_run_share_a_lock(tmp_path: Path) -> None:
+    processes.two_ranks(tmp_path, both_allowed, tmp_path / "run")
+    with lock_folder(tmp_path / "run", "output"):
+        processes.two_ranks(tmp_path, both_refused, tmp_path / "run")
+
+
+def test_deep_folders_are_removed_with_few_open_files(tmp_path: Path) -> None:
+    deep = tmp_path / "a"
+    (deep / "/".join("bcdefghi")).mkdir(parents=True)
+    (deep / "b" / "c" / "file").touch()
+    (deep / "b" / "link").symlink_to(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 3, limits[1]))
+    try:
+        remove(deep)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not [*tmp_path.iterdir()]
