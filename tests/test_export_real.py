@@ -69,9 +69,9 @@ def far(loaded: Any, real: Real) -> tuple[float, float]:
     return float(kl), float((mine - theirs)[:-1].gather(1, following).abs().max())
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("f32", 1e-2), ("f16", 1e-2)])
+@pytest.mark.parametrize(("kind", "limit"), [("f32", 1e-2), ("f16", 3e-2)])
 def test_llama_cpp_computes_what_transformers_does(real: Real, kind: Any, limit: float, tmp_path: Path) -> None:
-    """Its cache is in half precision in files of either kind."""
+    """Its cache is in half precision in files of either kind, its activations too where the weights are."""
     path = real.gguf
     if kind != "f32":
         path = tmp_path / "model.gguf"
@@ -79,7 +79,7 @@ def test_llama_cpp_computes_what_transformers_does(real: Real, kind: Any, limit:
     with LlamaCpp(path, 512) as loaded:
         kl, distance = far(loaded, real)
     print(f"{real.name} {kind}: KL {kl:.2g}, log-probability {distance:.2g}")
-    assert kl < 1e-4 and distance < limit
+    assert kl < 1e-3 and distance < limit
 
 
 def test_onnxruntime_computes_what_transformers_does(real: Real, tmp_path: Path) -> None:
@@ -164,5 +164,5 @@ def test_generation_ends_where_it_does_in_transformers(real: Real) -> None:
         own = real.model.generate(torch.tensor([ids]), max_new_tokens=48, do_sample=False)[0, len(ids) :].tolist()
     with LlamaCpp(real.gguf, 512) as loaded:
         more = real.tokenizer.convert_ids_to_tokens(sorted(loaded.ends() - ends))  # llama.cpp knows their names
-        assert loaded.ends() >= ends and {*more} <= {"<|endoftext|>", "<file_sep>", "<end_of_turn>", "</s>"}
+        assert loaded.ends() >= ends and {*more} <= {"<|endoftext|>", "<reponame>", "<end_of_turn>", "</s>"}
         assert loaded.generate(ids, 48) == own
