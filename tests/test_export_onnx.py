@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from potstill.runs.config.run import Recipe
 from potstill.runs.export import export
 from potstill.runs.formats import loaded as loaded_file
 from potstill.runs.formats.measure import Bench
-from potstill.runs.formats.onnx_graph import trace, write_onnx
+from potstill.runs.formats.onnx_graph import _silent, trace, write_onnx
 from potstill.runs.formats.onnx_runtime import OnnxRuntime, measure_onnx
 from potstill.runs.formats.table import FORMATS, exported_files
 from potstill.runs.run import run
@@ -255,6 +258,16 @@ def test_a_student_that_onnx_does_not_hold_is_refused_before_it_is_trained(
     with pytest.raises(ModelError, match="expected for ONNX a model that torch exports, got llama"):
         run(Recipe.parse(recipe_values), console=Console(quiet=True))
     assert not Path(recipe_values["output"], "student").exists()
+
+
+def test_the_quantizer_does_not_change_the_logging_of_the_process() -> None:
+    before = logging.root.handlers[:], logging.root.level
+    with _silent():
+        sys.modules.pop("onnxruntime.quantization.matmul_nbits_quantizer", None)
+        logging.root.handlers.clear()
+        import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+        assert logging.root.handlers, "its import adds one"
+    assert (logging.root.handlers, logging.root.level) == before
 
 
 def test_wrong_tasks(toys: Path, tmp_path: Path) -> None:

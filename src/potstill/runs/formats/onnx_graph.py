@@ -233,8 +233,12 @@ def _refused(model: Any, reason: str) -> ModelError:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep what the exporter and the quantizer print to themselves: their own steps, and pages of traced code."""
+    """Keep what the exporter and the quantizer print to themselves: their own steps, and pages of traced code.
+
+    The quantizer's import configures the logging of the whole process, which is undone.
+    """
     before, nowhere = logging.root.manager.disable, io.StringIO()
+    handlers, level = logging.root.handlers[:], logging.root.level
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
@@ -242,3 +246,5 @@ def _silent() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
