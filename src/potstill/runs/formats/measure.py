@@ -78,7 +78,7 @@ class RecordedModel(nn.Module):
             values = np.ascontiguousarray(getattr(output, name).float().numpy())
             with explain_disk_full(Path(tempfile.gettempdir()), values.nbytes):
                 self._places[key] = (name, self._file.seek(0, 2), values.shape)
-                self._file.write(values)
+                self._file.write(values.data)
                 self._file.flush()
         name, offset, shape = self._places[key]
         return SimpleNamespace(**{name: torch.from_numpy(np.memmap(self._file, np.float32, "c", offset, shape))})
