@@ -35,6 +35,7 @@ from test_export_gguf import CASES, IDS, expected, make
 from toy_encoders import make_encoder, save, write_rows
 
 pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="install it with pip install 'potstill[onnx]'")
 
 FILES = ["config.json", "generation_config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json"]
@@ -65,6 +66,9 @@ def test_graphs_are_measured_beside_the_teacher(exported: tuple[Path, Exports]) 
     assert abs(plain.teacher_kl - exports.student_teacher_kl) < 1e-5
     assert small.kl is not None and plain.kl < small.kl < 1e-3, "8 bits in blocks of 32 cost little"
     assert small.bytes < plain.bytes
+    graph = onnx.load(model / "export" / small.file / "model.onnx").graph
+    operators = {node.op_type for node in graph.node}
+    assert "MatMulNBits" in operators and "DynamicQuantizeLinear" not in operators, "no scale for all activations"
     assert str(Path.cwd()).encode() not in (model / "export" / plain.file / "model.onnx").read_bytes()
     assert small.loss is not None and small.teacher_kl is not None
     for file in exports.files:
