@@ -1,38 +1,46 @@
-"""Exported files beside the model they are of: loss, agreement and KL in llama.cpp, sizes and speeds.
+"""Exported files beside the model they are of: loss, agreement and KL in their program, sizes, speeds and memory.
 
-    python benchmarks/export.py --model ../models/smollm2 --data ../shared/data/gsm8k-train.jsonl --field question --out runs/export-smollm2
+    python benchmarks/export.py --model models/smollm2 --data models/wiki.jsonl --out runs/export-smollm2
 
-Files that are there are not written again. The table is printed as Markdown, and stands in docs/benchmarks.md.
-"""  # noqa: E501
+GGUF files are measured in llama.cpp, ONNX files in onnxruntime. Files that are there are not written again. The table
+is printed as Markdown, and stands in docs/benchmarks.md.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from potstill import Source, export
 from potstill.evaluate.exported import export_columns, export_rows, read_exports
+from potstill.runs.formats.table import FORMATS
 
-KINDS = ("f16", "q8_0", "q5_1", "q4_1", "q4_0")
+KINDS = {"gguf": "f16,q8_0,q5_1,q4_k_m,q4_0", "onnx": "f32,int8"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", default="../shared/data/gsm8k-train.jsonl")
-    parser.add_argument("--field", default="question")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--field", default="text")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    for to, kinds in KINDS.items():
+        parser.add_argument(f"--{to}", default=kinds, help="kinds of files; empty for none")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    source = Source(args.data, field=args.field)
-    for kind in args.kinds.split(","):
+    print(f"{torch.get_num_threads()} threads")
+    options: dict[str, Any] = {"data": Source(args.data, field=args.field), "tokens": args.tokens, "out": args.out}
+    for to in KINDS:
+        kinds = [kind for kind in getattr(args, to).split(",") if kind]
         exports = read_exports(args.out)
-        if exports is None or kind not in {file.kind for file in exports.files}:
-            options = {"data": source, "tokens": args.tokens, "out": args.out}
-            export(args.model, quantize=(kind,), **options, console=Console(stderr=True))
+        there = set() if exports is None else {file.file for file in exports.files}
+        missing = [kind for kind in kinds if FORMATS[to].file.format(kind) not in there]
+        if missing:
+            export(args.model, to, missing, **options, console=Console(stderr=True))  # type: ignore[arg-type]
     exports = read_exports(args.out)
     assert exports is not None
     print(f"{exports.tokens} held-out tokens\n")

@@ -26,7 +26,7 @@ from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.runs import export as runs_export
 from potstill.runs.config.run import Recipe
 from potstill.runs.export import evaluate_files, export
-from potstill.runs.formats import gguf_file, llama_cpp
+from potstill.runs.formats import gguf_file, llama_cpp, measure
 from potstill.runs.formats.gguf_families import gguf_family
 from potstill.runs.formats.gguf_file import write_gguf
 from potstill.runs.formats.llama_cpp import LlamaCpp
@@ -60,7 +60,25 @@ def test_a_model_is_measured_beside_its_teacher(model: Path, toys: Path) -> None
         assert file.kl < 1e-3 and abs(file.loss - exports.student_loss) < 2e-2
         assert abs(file.teacher_kl - exports.student_teacher_kl) < 2e-2
         assert file.prompt_tokens_per_second > 0 and file.tokens_per_second > 0
-        assert file.notes == []
+        assert file.notes == [] and (file.peak_bytes is None or file.peak_bytes > 0)
+
+
+def test_each_model_runs_once_on_each_row(model: Path, toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    forward = measure.RecordedModel.forward
+
+    def count(self: Any, **batch: Any) -> Any:
+        before = len(self._places)
+        output = forward(self, **batch)
+        calls.append(type(self.model).__name__ if len(self._places) > before else "recorded")
+        return output
+
+    monkeypatch.setattr(measure.RecordedModel, "forward", count)
+    data = Source(str(toys / "eval.jsonl"))
+    options: dict[str, Any] = {"data": data, "teacher": str(toys / "teacher"), "max_length": 32, "tokens": 100}
+    export(model, quantize=("f16", "q8_0"), **options)
+    rows = calls.count("CausalFile") // 2
+    assert rows > 1 and calls.count("LlamaForCausalLM") == 2 * rows, "the student and the teacher"
 
 
 def test_files_are_evaluated_alone(model: Path, toys: Path, tmp_path: Path) -> None:

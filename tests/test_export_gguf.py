@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from conftest import TEXT, make_llama, make_tokenizer
 from potstill.runs.formats.gguf_families import FAMILIES
-from potstill.runs.formats.gguf_file import write_gguf
+from potstill.runs.formats.gguf_file import gguf_kind, write_gguf
 from potstill.runs.formats.gguf_tokenizer import _SPLITS
 from potstill.runs.formats.llama_cpp import LlamaCpp
 
@@ -39,7 +39,7 @@ LONGROPE = {
 }  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama, untied": ("llama", {"tie_word_embeddings": False}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "llama, biases": ("llama", {"attention_bias": True}),
     "llama, llama3 frequencies": ("llama", {"rope_parameters": LLAMA3}),
     "llama, linear frequencies": (
@@ -102,6 +102,32 @@ def test_llama_cpp_computes_what_transformers_does(case: str, tmp_path: Path) ->
         mine, theirs = expected(model, IDS), log_probs(tmp_path / "model.gguf", IDS)
         assert (mine.exp() * (mine - theirs)).sum(-1).max() < 1e-5, kind
         assert (mine - theirs).abs().max() < 1e-2, kind
+
+
+def test_k_quants_are_those_of_llama_cpp(tmp_path: Path) -> None:
+    """Blocks of 256 where they divide the rows, else of 32; more bits for the values and half of the layers."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    wide = {"hidden_size": 256, "intermediate_size": 288, "num_hidden_layers": 8, "head_dim": 64}
+    model = make("llama", **wide, tie_word_embeddings=True)
+    weight = model.model.layers[0].self_attn.o_proj.weight.detach().numpy()
+    types = {
+        "q6_k": ({"Q6_K", "Q8_0"}, 0.02),
+        "q5_k_m": ({"Q5_K", "Q6_K", "Q5_1", "Q8_0"}, 0.04),
+        "q4_k_m": ({"Q4_K", "Q6_K", "Q5_0", "Q8_0"}, 0.08),
+    }
+    for kind, (named, furthest) in types.items():
+        write_gguf(model, make_tokenizer(), tmp_path / "model.gguf", kind)
+        tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+        of = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+        assert {*of.values()} == named | {"F32"} and gguf_kind(tmp_path / "model.gguf") == kind
+        assert of["token_embd.weight"] == "Q6_K", "tied: it is the head"
+        assert (of["blk.0.ffn_down.weight"], of["blk.3.attn_v.weight"]) == ("Q8_0", "Q6_K"), "288 columns"
+        tensor = tensors["blk.0.attn_output.weight"]
+        error = dequantize(tensor.data, tensor.tensor_type).reshape(weight.shape) - weight
+        assert np.square(error).mean() < np.square(furthest * weight).mean(), kind
+        log_probs(tmp_path / "model.gguf", IDS)
 
 
 def test_every_family_has_a_case() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from potstill.runs.config.run import Recipe
 from potstill.runs.export import export
 from potstill.runs.formats import loaded as loaded_file
 from potstill.runs.formats.measure import Bench
-from potstill.runs.formats.onnx_graph import trace, write_onnx
+from potstill.runs.formats.onnx_graph import _silent, trace, write_onnx
 from potstill.runs.formats.onnx_runtime import OnnxRuntime, measure_onnx
 from potstill.runs.formats.table import FORMATS, exported_files
 from potstill.runs.run import run
@@ -32,6 +35,7 @@ from test_export_gguf import CASES, IDS, expected, make
 from toy_encoders import make_encoder, save, write_rows
 
 pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="install it with pip install 'potstill[onnx]'")
 
 FILES = ["config.json", "generation_config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json"]
@@ -60,7 +64,11 @@ def test_graphs_are_measured_beside_the_teacher(exported: tuple[Path, Exports]) 
     assert plain.kl is not None and plain.teacher_kl is not None and plain.loss is not None
     assert plain.kl < 1e-6 and plain.agreement == 1 and abs(plain.loss - exports.student_loss) < 1e-5
     assert abs(plain.teacher_kl - exports.student_teacher_kl) < 1e-5
-    assert small.kl is not None and plain.kl < small.kl < 0.1, "what 8 bits cost is measured"
+    assert small.kl is not None and plain.kl < small.kl < 1e-3, "8 bits in blocks of 32 cost little"
+    assert small.bytes < plain.bytes
+    graph = onnx.load(model / "export" / small.file / "model.onnx").graph
+    operators = {node.op_type for node in graph.node}
+    assert "MatMulNBits" in operators and "DynamicQuantizeLinear" not in operators, "no scale for all activations"
     assert str(Path.cwd()).encode() not in (model / "export" / plain.file / "model.onnx").read_bytes()
     assert small.loss is not None and small.teacher_kl is not None
     for file in exports.files:
@@ -254,6 +262,16 @@ def test_a_student_that_onnx_does_not_hold_is_refused_before_it_is_trained(
     with pytest.raises(ModelError, match="expected for ONNX a model that torch exports, got llama"):
         run(Recipe.parse(recipe_values), console=Console(quiet=True))
     assert not Path(recipe_values["output"], "student").exists()
+
+
+def test_the_quantizer_does_not_change_the_logging_of_the_process() -> None:
+    before = logging.root.handlers[:], logging.root.level
+    with _silent():
+        sys.modules.pop("onnxruntime.quantization.matmul_nbits_quantizer", None)
+        logging.root.handlers.clear()
+        import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+        assert logging.root.handlers, "its import adds one"
+    assert (logging.root.handlers, logging.root.level) == before
 
 
 def test_wrong_tasks(toys: Path, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +13,10 @@ from unittest.mock import create_autospec
 
 import pytest
 from httpx2 import ConnectError
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from typer.testing import CliRunner
 
+from local_http import QuietHandler, serving
 from potstill.cli import app
 from potstill.errors import RunError, UserError
 from potstill.runs import push as runs_push
@@ -49,6 +54,108 @@ def test_a_run_is_pushed_in_one_commit_to_a_private_repository(run: Path, api: A
     assert name == "me/small" and [operation.path_in_repo for operation in operations] == FILES
     push(run, "me/small", public=True)
     assert api.create_repo.call_args.kwargs["private"] is False
+
+
+class Hub(QuietHandler):
+    """What the Hub's client asks for in a push; `server` keeps the requests, and what is in the repository."""
+
+    def do_GET(self) -> None:  # noqa: N802
+        self.requested("")
+        self.answer({"id": "me/small", "private": self.server.private, "sha": "1" * 40, "siblings": [], "tags": []})
+
+    def do_POST(self) -> None:  # noqa: N802
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.requested(body.decode())
+        if self.server.refuses:
+            self.answer({"error": "You may not write here"}, 403)
+        elif self.path == "/api/repos/create":
+            self.answer({"url": f"{self.server.url}/me/small"})
+        elif "/preupload/" in self.path:
+            files = [file["path"] for file in json.loads(body)["files"]]
+            modes = {True: "lfs", False: "regular"}
+            listed = [
+                {"path": path, "uploadMode": modes[path.endswith(("safetensors", "gguf"))], "shouldIgnore": False}
+                for path in files
+            ]
+            self.answer({"files": listed})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**of, "actions": {"upload": {"href": f"{self.server.url}/lfs/{of['oid']}", "header": {}}}}
+                for of in json.loads(body)["objects"]
+            ]
+            self.answer({"transfer": "basic", "objects": objects})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        else:
+            assert self.path == "/api/models/me/small/commit/main"
+            self.server.commits.append([json.loads(line) for line in body.decode().splitlines()])
+            self.answer({"commitUrl": f"{self.server.url}/me/small/commit/2", "commitOid": "2" * 40, "success": True})
+
+    def do_PUT(self) -> None:  # noqa: N802
+        if self.server.loses:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            return self.answer({"error": "lost"}, 400)
+        self.server.stored[self.path.removeprefix("/lfs/")] = self.rfile.read(int(self.headers["Content-Length"]))
+        return self.answer({})
+
+    def requested(self, body: str) -> None:
+        self.server.requests.append((f"{self.command} {self.path}", self.headers["Authorization"], body))
+
+    def answer(self, content: dict[str, Any], status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with serving(Hub, requests=[], commits=[], stored={}, private=True, refuses=False, loses=False) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        yield server
+
+
+# huggingface_hub 1 calls httpx in an old way when it sends a large file.
+old_call = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@old_call
+def test_a_run_is_pushed_over_http(run: Path, hub: Any) -> None:
+    command = ["push", str(run), "--to", "me/small"]
+    assert CliRunner().invoke(app, [*command, "--dry-run"]).exit_code == 0 and hub.requests == []
+    pushed = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert pushed.exit_code == 0
+    created = json.loads(hub.requests[0][2])
+    assert (created["organization"], created["name"], created["visibility"]) == ("me", "small", "private")
+    assert all(token == "Bearer secret" for _, token, _ in hub.requests)
+    ((header, *parts),) = hub.commits
+    assert header["key"] == "header" and sorted(part["value"]["path"] for part in parts) == FILES
+    of = {part["value"]["path"]: part for part in parts}
+    assert of["model.safetensors"]["key"] == of["export/student-q8_0.gguf"]["key"] == "lfsFile"
+    assert base64.b64decode(of["README.md"]["value"]["content"]) == b"x" * 1000
+    assert hub.stored == {hashlib.sha256(b"x" * 1000).hexdigest(): b"x" * 1000}
+
+
+@old_call
+def test_a_file_that_does_not_arrive_is_one_line(run: Path, hub: Any) -> None:
+    hub.loses = True
+    with pytest.raises(RunError, match=r"to take me/small, got BadRequestError: Bad request: lost\. Check") as lost:
+        push(run, "me/small")
+    assert "\n" not in str(lost.value) and hub.commits == []
+
+
+def test_a_hub_that_refuses_or_has_a_public_repository_gets_no_file(run: Path, hub: Any) -> None:
+    hub.private = False
+    with pytest.raises(UserError, match=r"expected a private repository, got me/small, which is public. Add --public"):
+        push(run, "me/small")
+    hub.private, hub.refuses = True, True
+    with pytest.raises(RunError, match=r"to take me/small, got .*403.* may write there\.$") as refused:
+        push(run, "me/small")
+    assert "secret" not in str(refused.value) and (hub.commits, hub.stored) == ([], {})
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

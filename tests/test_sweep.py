@@ -70,6 +70,27 @@ def test_a_sweep_leaves_what_it_promises(values: dict[str, Any], tmp_path: Path)
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
 
 
+def test_exported_files_are_compared_by_their_sizes_and_speeds(values: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'potstill[export]'")
+    values["export"] = [{"quantize": "f16"}, {"quantize": "q8_0"}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    command = ["sweep", str(tmp_path / "recipe.yaml"), "--vary", "student.design.hidden_size=4,8"]
+    printed = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "sweep")], catch_exceptions=False).stdout
+    summary = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    files = [(file["run"], file["kind"]) for file in summary["files"]]
+    assert files == [(0, "f16"), (0, "q8_0"), (1, "f16"), (1, "q8_0")]
+    for file in summary["files"]:
+        folder = tmp_path / "sweep" / summary["runs"][file["run"]]["directory"] / "export"
+        assert file["bytes"] == (folder / file["file"]).stat().st_size and file["ms_per_token"] > 0
+        assert abs(file["quality"] - summary["runs"][file["run"]]["quality"]) < 0.05
+    for cost in ("bytes", "ms_per_token"):
+        front = [summary["files"][place][cost] for place in summary["file_fronts"][cost]]
+        assert front == sorted(front) and front[0] == min(file[cost] for file in summary["files"])
+    page = (tmp_path / "sweep" / "sweep.html").read_text()
+    assert "pareto-file-bytes" in page and "pareto-file-ms_per_token" in page and "student-q8_0.gguf" in page
+    assert "exported files" in printed and "student-q8_0.gguf" in printed
+
+
 def test_finished_runs_are_not_repeated_and_more_values_may_come(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

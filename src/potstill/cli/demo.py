@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from potstill.cli.app import Sets, app, console
+from potstill.cli.app import Sets, app, console, show
 from potstill.cli.run import show_result
 
 TEACHERS = {
@@ -45,3 +46,4 @@ def demo(
     console.print(f"The recipe: {out / 'recipe.yaml'}", style="dim")
     cache_signals(recipe, console)
     show_result(run(recipe, resume=True, console=console))
+    show(f"next    potstill export {shlex.quote(str(out))} --to gguf")

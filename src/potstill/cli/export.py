@@ -18,8 +18,8 @@ def export(
     quantize: Annotated[
         str | None,
         typer.Option(
-            help="GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0, by default f16; ONNX: f32 or int8, by default "
-            "f32; several, comma-separated"
+            help="GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or q4_k_m, by default f16; ONNX: "
+            "f32 or int8, by default f32; several, comma-separated"
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="held-out data to measure a model on; a run has its own")] = None,

@@ -73,6 +73,8 @@ def _show_results(directory: Path) -> None:
         summary = read_sweep(directory)
         out = Terminal()
         out.print(_table(summary), highlight=False)
+        if summary.get("files"):
+            out.print(_file_table(summary), highlight=False)
         out.print(summary["recommended"]["why"], highlight=False, markup=False)
         out.print(f"report  {directory / 'sweep.html'}", highlight=False)
 
@@ -96,4 +98,21 @@ def _table(summary: dict[str, Any]) -> Table:
             style="bold" if place == summary["recommended"]["place"] else None,
         )
     table.caption = "fronts: " + ", ".join(f"{name[0]} {name}" for name in COSTS.values())
+    return table
+
+
+def _file_table(summary: dict[str, Any]) -> Table:
+    from potstill.evaluate import formatting
+    from potstill.evaluate.report.sweep import FILE_COSTS
+
+    table = comparison_table(("quality", "size", "tokens a second", "fronts"), title="exported files", wraps=True)
+    for place, file in enumerate(summary["files"]):
+        table.add_row(
+            f"{summary['runs'][file['run']]['label']}: {file['file']}",
+            formatting.percent(file["quality"], 1),
+            formatting.size(file["bytes"]),
+            formatting.count(1000 / file["ms_per_token"]),
+            " ".join(FILE_COSTS[cost][0] for cost, places in summary["file_fronts"].items() if place in places),
+        )
+    table.caption = "fronts: " + ", ".join(f"{name[0]} {name}" for name in FILE_COSTS.values())
     return table

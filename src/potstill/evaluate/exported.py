@@ -36,6 +36,7 @@ class ExportedFile(BaseModel):
     teacher_kl: float | None = None
     prompt_tokens_per_second: float
     tokens_per_second: float | None = None  # of generation; None for models that do not generate
+    peak_bytes: int | None = None  # of memory, to load it and run a prompt; None where the system does not count it
     notes: list[str] = []
 
 
@@ -75,7 +76,7 @@ def export_columns(exports: Exports) -> tuple[str, ...]:
     return (
         *("file", "program", "size", "held-out loss", "agreement with the student"),
         *(f"{distance} to the student", f"{distance} to the teacher"),
-        *("prompt, tokens a second", "generation, tokens a second"),
+        *("prompt, tokens a second", "generation, tokens a second", "peak memory"),
     )
 
 
@@ -87,7 +88,7 @@ def export_rows(exports: Exports) -> Iterator[tuple[str, ...]]:
 
     student = (write(exports.student_loss, nats), "–", "–", write(exports.student_teacher_kl, nats))
     if exports.student_bytes is not None:
-        yield ("student/", "PyTorch", size(exports.student_bytes), *student, "–", "–")
+        yield ("student/", "PyTorch", size(exports.student_bytes), *student, "–", "–", "–")
     for file in exports.files:
         agreement = "–" if file.agreement is None else percent(file.agreement, 1)
         quality = (write(file.loss, nats), agreement, write(file.kl, "{:z.5f}".format), write(file.teacher_kl, nats))
@@ -98,4 +99,5 @@ def export_rows(exports: Exports) -> Iterator[tuple[str, ...]]:
             *quality,
             count(file.prompt_tokens_per_second),
             write(file.tokens_per_second, count),
+            write(file.peak_bytes, size),
         )

@@ -54,8 +54,8 @@ def export(
 
     Args:
         to: gguf for llama.cpp, or onnx for onnxruntime.
-        quantize: of each file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 for GGUF, by default f16; f32 or int8 for
-            ONNX, by default f32.
+        quantize: of each file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or q4_k_m for GGUF, by
+            default f16; f32 or int8 for ONNX, by default f32.
         data: held-out data to measure a model on; a run has its own.
         teacher: a model with the same tokens to compare a model with; a run has its own.
         task: of a model, by default causal; a run has its own.
@@ -138,7 +138,7 @@ def export_model(
         model = merged(model)
     bench = Bench(tokenizer, None if rows is None else measured_rows(rows, tokens), model, teacher, task)
     with part(console, "measuring the student"):
-        exports = bench.start(weight_bytes(student_folder))
+        exports = together = bench.start(weight_bytes(student_folder))
     out.mkdir(parents=True, exist_ok=True)
     for to, quantize in kinds.items():
         form = FORMATS[to]
@@ -152,12 +152,10 @@ def export_model(
                 with part(console, f"measuring {path.name} in {form.program()}"):
                     file = form.measure(partial, kind, bench)
             exports.files.append(file.model_copy(update={"file": path.name}))
-    exports.tokens = (
-        exports.tokens or exports.files[0].tokens
-    )  # encoders without a teacher have no figures of their own
-    exports.files = [*_earlier(exports, out), *exports.files]
-    write_exports(exports, out)
-    return exports
+            exports.tokens = exports.tokens or file.tokens  # encoders without a teacher have no figures of their own
+            together = exports.model_copy(update={"files": [*_earlier(exports, out), *exports.files]})
+            write_exports(together, out)  # after each file, so that an interruption costs one
+    return together
 
 
 @suppress_warnings()

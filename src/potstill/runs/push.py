@@ -59,9 +59,11 @@ def push(run: str | Path, to: str, *, public: bool = False) -> str:
         if not public and not api.repo_info(to).private:
             raise UserError(f"--to: expected a private repository, got {to}, which is public. Add --public for it.")
         commit = api.create_commit(to, _operations(files), commit_message="Push a student distilled with Potstill")
-    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled) as error:
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RuntimeError) as error:
+        # A file that did not arrive is a RuntimeError that hides the reason.
+        reason = error.__cause__ or error if isinstance(error, RuntimeError) else error
         raise RunError(
-            f"push: expected {constants.ENDPOINT} to take {to}, got {type(error).__name__}: {one_line(error, 300)}. "
+            f"push: expected {constants.ENDPOINT} to take {to}, got {type(reason).__name__}: {one_line(reason, 300)}. "
             f"Check that the token in {TOKEN} may write there."
         ) from None
     return str(commit.repo_url)

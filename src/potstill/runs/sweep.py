@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import product
@@ -22,6 +22,7 @@ from rich.console import Console
 
 from potstill.errors import PotstillError, RecipeError, RunError, UserError, is_out_of_memory, one_line
 from potstill.evaluate import tradeoff
+from potstill.evaluate.exported import FOLDER, read_exports
 from potstill.evaluate.report.sweep import write_sweep_report
 from potstill.evaluate.speed import latency_ms
 from potstill.evaluate.verdict import leakage
@@ -242,6 +243,7 @@ def _summarize(done: Sequence[Point], limits: tradeoff.Limits) -> dict[str, Any]
     candidates = [tradeoff.Candidate(*(row[name] for name in figures)) for row in rows]
     sizes = [row.get("parameters") or math.nan for row in teachers]
     compressions = [size / row["parameters"] for size, row in zip(sizes, rows, strict=True)]
+    files = [file for place, point in enumerate(done) for file in _files(place, point)]
     recommended = tradeoff.recommend(candidates, limits)._asdict()
     if leak := leakage(max((summary["data"].get("eval_in_train") or 0.0 for summary in summaries), default=0.0)):
         recommended["why"] = f"{leak} Among these figures: {recommended['why']}"
@@ -249,6 +251,11 @@ def _summarize(done: Sequence[Point], limits: tradeoff.Limits) -> dict[str, Any]
         "teacher": teacher,
         "runs": rows,
         "fronts": {cost: tradeoff.pareto_front([row[cost] for row in rows], qualities) for cost in costs},
+        "files": files,
+        "file_fronts": {
+            cost: tradeoff.pareto_front([file[cost] for file in files], [file["quality"] for file in files])
+            for cost in ("bytes", "ms_per_token")
+        },
         "predictions": [asdict(prediction) for prediction in tradeoff.predict(compressions, qualities)],
         "limits": asdict(limits),
         "recommended": recommended,
@@ -274,6 +281,24 @@ def _row(point: Point, summary: dict[str, Any], teacher_loss: float) -> dict[str
         "gap_closed": summary["gap_closed"],
         "seconds": summary["training"]["seconds"].get("student"),
     }
+
+
+def _files(place: int, point: Point) -> Iterator[dict[str, Any]]:
+    """The exported files of a run that generate text, and were measured beside the teacher, by their costs."""
+    exports = read_exports(point.directory / FOLDER)
+    for file in [] if exports is None else exports.files:
+        if (
+            exports is not None
+            and exports.teacher_loss is not None
+            and file.loss is not None
+            and file.tokens_per_second
+        ):
+            yield {
+                "run": place,
+                **file.model_dump(include={"file", "kind", "program", "bytes", "peak_bytes", "loss", "teacher_kl"}),
+                "ms_per_token": 1000 / file.tokens_per_second,
+                "quality": tradeoff.relative_quality(exports.teacher_loss, file.loss),
+            }
 
 
 def _short_keys(keys: Sequence[str]) -> dict[str, str]:

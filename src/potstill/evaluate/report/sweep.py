@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
-from potstill.evaluate.formatting import count, milliseconds, percent
+from potstill.evaluate.formatting import count, milliseconds, percent, size
 from potstill.evaluate.report import canvas
 from potstill.evaluate.report.render import SMALLER, Headline, ratio_headline, render
 from potstill.evaluate.summary import read_record
@@ -19,6 +19,7 @@ from potstill.evaluate.tradeoff import Limits
 from potstill.models.capacity import expected_share
 
 COSTS = {"parameters": "parameters", "bytes": "size", "latency_ms": "latency"}
+FILE_COSTS = {"bytes": "size", "ms_per_token": "time"}  # of exported files
 # The teacher, at 100%, is drawn if some student is better than this; otherwise students would be drawn on one spot.
 _SHOW_TEACHER = 0.6
 # Multiples of a power of ten for the ticks of a logarithmic axis, from the finest.
@@ -36,7 +37,10 @@ def write_sweep_report(run_directory: Path) -> Path:
         verdict=summary["recommended"]["why"],
         headlines=list(_headlines(summary)),
         costs=COSTS,
-        pictures={key: _pareto(summary, key) for key in ("parameters", "latency_ms")} if summary["runs"] else {},
+        pictures={key: _students(summary, key) for key in ("parameters", "latency_ms")} if summary["runs"] else {},
+        files=summary.get("files", []),
+        file_costs=FILE_COSTS,
+        file_pictures={key: _files(summary, key) for key in FILE_COSTS} if summary.get("files") else {},
         expected=_expected(summary),
         limits=str(Limits(**summary["limits"])),
     )
@@ -84,31 +88,67 @@ def _expected(summary: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _pareto(summary: Mapping[str, Any], cost: str) -> Markup:
-    """Quality over "parameters" or "latency_ms" on a logarithmic axis, with the Pareto front as a line."""
-    chosen, front, teacher_cost = summary["recommended"]["place"], summary["fronts"][cost], summary["teacher"].get(cost)
-    runs = enumerate(summary["runs"])
-    dots = {i: (row[cost], row["quality"]) for i, row in runs if math.isfinite(row["quality"])}
+def _students(summary: Mapping[str, Any], cost: str) -> Markup:
+    """Quality of the students over "parameters" or "latency_ms"."""
+    dots = {i: (row[cost], row["quality"]) for i, row in enumerate(summary["runs"]) if math.isfinite(row["quality"])}
+    label, write = ("parameters", count) if cost == "parameters" else ("one row, one forward pass", milliseconds)
+    return _pareto(
+        dots,
+        {i: str(i + 1) for i in dots},
+        summary["fronts"][cost],
+        (label, write, f"pareto-{cost}", f"Share of the teacher's quality over {COSTS[cost]}"),
+        chosen=summary["recommended"]["place"],
+        teacher_cost=summary["teacher"].get(cost),
+    )
+
+
+def _files(summary: Mapping[str, Any], cost: str) -> Markup:
+    """Quality of the exported files over "bytes" or "ms_per_token"."""
+    files = summary["files"]
+    dots = {i: (file[cost], file["quality"]) for i, file in enumerate(files)}
+    label, write = ("size of the file", size) if cost == "bytes" else ("generation, for one token", milliseconds)
+    return _pareto(
+        dots,
+        {i: f"{files[i]['run'] + 1} {files[i]['kind']}" for i in dots},
+        summary["file_fronts"][cost],
+        (label, write, f"pareto-file-{cost}", f"Share of the teacher's quality over {label}"),
+    )
+
+
+def _pareto(
+    dots: Mapping[int, tuple[float, float]],
+    names: Mapping[int, str],
+    front: Sequence[int],
+    words: tuple[str, Callable[[float], str], str, str],
+    *,
+    chosen: int | None = None,
+    teacher_cost: float | None = None,
+) -> Markup:
+    """Quality over a cost on a logarithmic axis, with the Pareto front as a line.
+
+    Args:
+        words: the axis, how its values are written, the id of the picture and what it shows.
+    """
+    label, write, key, shows = words
     if not dots:
         return Markup("")
-    figure, axes = canvas.create("parameters" if cost == "parameters" else "one row, one forward pass", 0.1, 0.86)
+    figure, axes = canvas.create(label, 0.1, 0.86)
     if line := sorted(dots[i] for i in dots if i in front):
         canvas.line(axes, "student", line, drawstyle="steps-post", linewidth=1.4, zorder=1)
     for i in sorted(dots, key=lambda i: (i == chosen, i in front)):
         model, above, edge, dot_size = ("student", 8, "bottom", 6) if i in front else ("baseline", -8, "top", 5)
         canvas.dots(axes, model, [dots[i]], markersize=9.5 if i == chosen else dot_size, zorder=2)
         style = {"ha": "center", "va": edge, "fontweight": "bold" if i == chosen else "normal"}
-        canvas.annotate(axes, str(i + 1), dots[i], model, (0, above), **style)
+        canvas.annotate(axes, names[i], dots[i], model, (0, above), **style)
     if teacher_cost is not None and max(quality for _, quality in dots.values()) > _SHOW_TEACHER:
         canvas.dots(axes, "teacher", [(teacher_cost, 1.0)], markeredgewidth=0)
         canvas.annotate(axes, "teacher", (teacher_cost, 1.0), "teacher", (-7, 0), ha="right", va="center")
     axes.margins(x=0.08, y=0.14)
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
-    write = count if cost == "parameters" else milliseconds
     _logarithmic(axes, write)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    values = "; ".join(f"{i + 1}: {write(x)}, {quality:.1%}" for i, (x, quality) in dots.items())
-    return canvas.svg(figure, f"pareto-{cost}", f"Share of the teacher's quality over {COSTS[cost]}: {values}.")
+    values = "; ".join(f"{names[i]}: {write(x)}, {quality:.1%}" for i, (x, quality) in dots.items())
+    return canvas.svg(figure, key, f"{shows}: {values}.")
 
 
 def _expectations(measured: canvas.Curve, published: Mapping[str, canvas.Curve], fitted: canvas.Curve) -> Markup:

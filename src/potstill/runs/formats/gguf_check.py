@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ def measure_gguf(path: Path, kind: str, bench: Bench) -> ExportedFile:
     Raises:
         RunError: llama.cpp does not load it, or reads plain text as other tokens.
     """
-    with LlamaCpp(path, max(bench.longest, PROMPT + NEW_TOKENS)) as loaded:
-        notes = [*_token_notes(loaded, bench.tokenizer), *_end_notes(loaded, bench.tokenizer, bench.student)]
-        return measure_causal(loaded, path, kind, bench).model_copy(update={"notes": notes})
+
+    def check(loaded: LlamaCpp) -> list[str]:
+        return [*_token_notes(loaded, bench.tokenizer), *_end_notes(loaded, bench.tokenizer, bench.student)]
+
+    return measure_causal(partial(LlamaCpp, path, max(bench.longest, PROMPT + NEW_TOKENS)), path, kind, bench, check)
 
 
 def _token_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

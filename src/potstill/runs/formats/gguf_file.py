@@ -23,9 +23,15 @@ from potstill.runs.formats.gguf_families import (
     write_parameters,
 )
 from potstill.runs.formats.gguf_tokenizer import write_tokenizer
+from potstill.runs.formats.llama_cpp import quantize_rows
 
-GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m"]
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
+_FILE_TYPES |= {"q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
+# Of a matrix in k-quants: what rows get that no block of 256 divides.
+_SMALL_BLOCKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+_K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m")
+SUPER_BLOCK = 256
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
@@ -33,7 +39,8 @@ def write_gguf(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path, quant
     """Write a causal model; matrices are quantized, vectors are in float32.
 
     The head, or the embeddings where they are the head too, have at least 8 bits, as llama.cpp's own files; rows that
-    no block of 32 divides have 16.
+    no block of 32 divides have 16. The k-quants have the mixture of llama.cpp's own quantizer, without an importance
+    matrix.
 
     Raises:
         ModelError: llama.cpp does not compute this model or its tokenizer.
@@ -89,7 +96,11 @@ def _tensors(model: Any, quantize: GgufType) -> Iterator[tuple[str, str, Tensor,
         if own is None:
             raise ModelError(f"export: expected for GGUF weights that {arch} has, got {name}.")
         columns = weight.shape[0 if is_transposed(name, gguf_family(config)) else -1]
-        yield name, own, weight, _tensor_type(own, weight.ndim, columns, quantize, tied)
+        if weight.ndim == 1 or own == "position_embd.weight":
+            yield name, own, weight, "f32"
+        else:
+            is_head = own == (EMBEDDING if tied else HEAD)
+            yield name, own, weight, _matrix_type(own, columns, quantize, is_head, config.num_hidden_layers)
 
 
 def gguf_kind(path: Path) -> str:
@@ -107,18 +118,35 @@ def _arch(gguf: Any, name: str) -> Any:
     return next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
 
 
-def _add(gguf: Any, writer: Any, name: str, weight: np.ndarray, kind: GgufType) -> None:
+def _add(gguf: Any, writer: Any, name: str, weight: np.ndarray, kind: str) -> None:
     if kind == "f16" and np.abs(weight).max() > np.finfo(np.float16).max:
         raise ModelError(f"export: expected weights below 65,504 for f16, got larger ones in {name}. Use bf16.")
-    raw = gguf.quants.quantize(np.ascontiguousarray(weight), gguf.GGMLQuantizationType[kind.upper()])
-    writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
+    ggml_type, weight = gguf.GGMLQuantizationType[kind.upper()], np.ascontiguousarray(weight)
+    if kind.endswith("_k"):  # which the package reads, but does not write
+        raw = quantize_rows(weight, ggml_type, gguf.quant_shape_to_byte_shape(weight.shape, ggml_type))
+    else:
+        raw = gguf.quants.quantize(weight, ggml_type)
+    writer.add_tensor(name, raw, raw_dtype=ggml_type)
 
 
-def _tensor_type(name: str, dimensions: int, columns: int, quantize: GgufType, tied: bool) -> GgufType:
-    if dimensions == 1 or name == "position_embd.weight":
-        return "f32"
+def _matrix_type(name: str, columns: int, quantize: GgufType, is_head: bool, layers: int) -> str:
     if not quantize.startswith("q"):
         return quantize
     if columns % BLOCK:
         return "f16"
-    return "q8_0" if name == (EMBEDDING if tied else HEAD) else quantize
+    if not quantize.startswith(_K_QUANTS):
+        return "q8_0" if is_head else quantize
+    kind = "q6_k" if is_head else _mixture(name, quantize, layers)
+    return kind if columns % SUPER_BLOCK == 0 else _SMALL_BLOCKS[kind]
+
+
+def _mixture(name: str, quantize: str, layers: int) -> str:
+    """The k-quant of a matrix, as llama.cpp's quantizer chooses it."""
+    part = name.partition(".weight")[0].split(".")
+    if part[-1] in ("attn_v", "ffn_down"):
+        layer, eighth = int(part[1]), layers // 8
+        if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
+            return "q6_k"
+    if part[-1] == "attn_qkv":
+        return {"q4_k_m": "q5_k"}.get(quantize, "q6_k")
+    return quantize.removesuffix("_m")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_batch_free": (None, [_Batch]),
     "llama_decode": (c_int32, [c_void_p, _Batch]),
     "llama_get_logits": (POINTER(c_float), [c_void_p]),
+    "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
 }
 
@@ -88,6 +89,14 @@ def _library() -> Any:
     library.llama_log_set(_collect, None)
     library.llama_backend_init()
     return library
+
+
+def quantize_rows(weight: np.ndarray, ggml_type: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Quantize a float32 matrix, as llama.cpp does without an importance matrix, to bytes of that shape."""
+    raw = np.empty(shape, np.uint8)
+    rows, columns = weight.shape
+    _library().ggml_quantize_chunk(int(ggml_type), weight.ctypes.data, raw.ctypes.data, 0, rows, columns, None)
+    return raw
 
 
 def program_version() -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import in_batches
+from potstill.data.files import explain_disk_full
 from potstill.errors import UserError
 from potstill.evaluate.exported import ExportedFile, Exports
 from potstill.evaluate.quality import Quality
 from potstill.evaluate.sequence import AnyQuality, EncoderQuality, RegressionQuality
 from potstill.evaluate.sequence import measure as measure_quality
+from potstill.evaluate.speed import extra_bytes
 from potstill.losses.alignment import TOKEN_TASKS, Task
 from potstill.models.heads import token_rows
 from potstill.runs.formats.loaded import CHUNK, LoadedFile
@@ -53,6 +59,31 @@ class CausalFile(FileModule):
         return SimpleNamespace(logits=logits)
 
 
+class RecordedModel(nn.Module):
+    """A model that runs once on each batch; its output is read from a temporary file after that."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, getattr(model, "config", None)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as this
+        self._places = dict[Any, tuple[str, int, tuple[int, ...]]]()
+        weakref.finalize(self, self._file.close)
+
+    def forward(self, **batch: Any) -> SimpleNamespace:
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        key = tuple((name, value.shape, value.numpy().tobytes()) for name, value in tensors.items())
+        if key not in self._places:
+            output = self.model(**batch)
+            name = "logits" if getattr(output, "logits", None) is not None else "last_hidden_state"
+            values = np.ascontiguousarray(getattr(output, name).float().numpy())
+            with explain_disk_full(Path(tempfile.gettempdir()), values.nbytes):
+                self._places[key] = (name, self._file.seek(0, 2), values.shape)
+                self._file.write(values.data)
+                self._file.flush()
+        name, offset, shape = self._places[key]
+        return SimpleNamespace(**{name: torch.from_numpy(np.memmap(self._file, np.float32, "c", offset, shape))})
+
+
 @dataclass(frozen=True)
 class Bench:
     """What files are measured on, and beside: held-out rows, the student in transformers and its teacher."""
@@ -68,7 +99,7 @@ class Bench:
         exports = Exports(task=self.task, student_bytes=student_bytes)
         if self.rows is None:
             return exports
-        figures = self._compare({} if self.student is None else {"student": self.student}, self.teacher)
+        figures = self._compare({} if self.student is None else {"student": self._student}, self._teacher)
         student, teacher = figures.get("student", {}), figures.get("teacher", {})
         exports.student_loss, exports.student_teacher_kl = student.get("loss"), student.get("kl")
         exports.teacher_loss = teacher.get("loss")
@@ -84,13 +115,24 @@ class Bench:
         """The fields of an ExportedFile that compare it with the student and the teacher."""
         if self.rows is None:
             return {}
-        figures = self._compare({"file": file}, self.student).get("file", {})
+        recorded = {"file": RecordedModel(file)}
+        figures = self._compare(recorded, self._student, file.num_tokens).get("file", {})
         if self.teacher is not None:
-            beside_teacher = self._compare({"file": file}, self.teacher)["file"]
+            beside_teacher = self._compare(recorded, self._teacher, file.num_tokens)["file"]
             figures = {"tokens": beside_teacher["tokens"], **figures, "teacher_kl": beside_teacher["kl"]}
         return figures
 
-    def _compare(self, models: Mapping[str, nn.Module], reference: Any) -> dict[str, dict[str, Any]]:
+    @cached_property
+    def _student(self) -> RecordedModel | None:
+        return None if self.student is None else RecordedModel(self.student)
+
+    @cached_property
+    def _teacher(self) -> RecordedModel | None:
+        return None if self.teacher is None else RecordedModel(self.teacher)
+
+    def _compare(
+        self, models: Mapping[str, Any], reference: Any, file_tokens: int | None = None
+    ) -> dict[str, dict[str, Any]]:
         """Measure models row by row: the logits of few rows fit into memory."""
         assert self.rows is not None
         if reference is None and (not models or self.task == "encoder"):  # nothing to measure it by
@@ -98,8 +140,7 @@ class Bench:
         vocabulary = None
         if self.task in TOKEN_TASKS:
             heads = [token_rows(model, self.task) for model in (self.student, self.teacher) if model is not None]
-            heads += [model.num_tokens for model in models.values() if isinstance(model, FileModule)]
-            vocabulary = min(heads)
+            vocabulary = min([*heads, *([] if file_tokens is None else [file_tokens])])
         batches = in_batches(self.rows, self.tokenizer, 1)
         quality = measure_quality(self.task, reference, models, batches, vocabulary=vocabulary)
         return {name: _figures(of_model) for name, of_model in quality.items()}
@@ -122,11 +163,23 @@ def measured_rows(rows: Dataset, tokens: int) -> Dataset:
     return rows.select(order[: max(int(np.searchsorted(lengths, tokens)) + 1, 3)])
 
 
-def measure_causal(loaded: LoadedFile, path: Path, kind: str, bench: Bench) -> ExportedFile:
-    """Measure a loaded language model."""
-    check_lengths(bench, path, loaded.context_length)
-    prompt, generation = _speeds(loaded)
-    return measure(path, kind, loaded.program, bench, CausalFile(loaded), prompt, generation)
+def measure_causal(
+    load: Callable[[], LoadedFile], path: Path, kind: str, bench: Bench, check: Callable[[Any], list[str]]
+) -> ExportedFile:
+    """Load and measure a language model; `check` gives the notes on the loaded file, or raises an error."""
+    with ExitStack() as stack:
+        loaded, speeds = stack.enter_context(load()), (0.0, 0.0)
+        notes = check(loaded)
+        check_lengths(bench, path, loaded.context_length)
+        figures = bench.figures(CausalFile(loaded))
+    with ExitStack() as stack:
+
+        def serve() -> None:
+            nonlocal speeds
+            speeds = _speeds(stack.enter_context(load()))
+
+        peak = extra_bytes(serve, torch.device("cpu"))
+    return exported_file(path, kind, loaded.program, figures, speeds, peak, notes)
 
 
 def check_lengths(bench: Bench, path: Path, positions: int) -> None:
@@ -138,14 +191,28 @@ def check_lengths(bench: Bench, path: Path, positions: int) -> None:
         )
 
 
-def measure(
-    path: Path, kind: str, program: str, bench: Bench, file: FileModule, prompt: float, generation: float | None
+def exported_file(
+    path: Path,
+    kind: str,
+    program: str,
+    figures: Mapping[str, Any],
+    speeds: tuple[float, float | None],
+    peak_bytes: int | None,
+    notes: list[str],
 ) -> ExportedFile:
-    """Measure a file; its name is that of its path, its bytes those of the path or of what is in that folder."""
+    """Describe a measured file; its name is that of its path, its bytes those of the path or of what is in it."""
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
-    speeds: dict[str, Any] = {"prompt_tokens_per_second": prompt, "tokens_per_second": generation}
-    return ExportedFile(file=path.name, kind=kind, program=program, bytes=size, **bench.figures(file), **speeds)
+    return ExportedFile(
+        file=path.name,
+        kind=kind,
+        program=program,
+        bytes=sum(file.stat().st_size for file in files),
+        **figures,
+        prompt_tokens_per_second=speeds[0],
+        tokens_per_second=speeds[1],
+        peak_bytes=peak_bytes,
+        notes=notes,
+    )
 
 
 def _speeds(loaded: LoadedFile) -> tuple[float, float]:
@@ -158,8 +225,9 @@ def _speeds(loaded: LoadedFile) -> tuple[float, float]:
 
 
 def seconds(action: Any) -> float:
-    """Time an action once it has run before."""
+    """Time an action once it has run before; on one thread by the processor's time, as others may run there too."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     action()  # the first run reads the file
-    start = time.perf_counter()
+    start = clock()
     action()
-    return time.perf_counter() - start
+    return clock() - start

@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -26,6 +27,7 @@ MODEL = "model.onnx"
 KIND = "quantize"  # name of the kind in the metadata of a graph
 _LARGEST = 1_800_000_000  # bytes of weights in one file: protobuf ends at 2 GB
 _ROWS, _PAST, _NEW = 2, 3, 5  # sizes of what is traced; none may be 1, which exporters take for a constant
+_BLOCK, _INT8_PRODUCTS = 32, 4  # of int8: weights with one scale; onnxruntime multiplies in 8 bits as well
 _FREE = torch.export.Dim.DYNAMIC
 
 
@@ -146,7 +148,7 @@ def write_onnx(
 ) -> None:
     """Write a traced model into a new folder, with the configuration and the tokenizer that it is used with.
 
-    In int8, onnxruntime quantizes the matrices beforehand and the activations as it runs.
+    In int8, matrices and embeddings have 8 bits in blocks of 32 with a scale each.
     """
     folder.mkdir()
     tokenizer.save_pretrained(str(folder))
@@ -168,10 +170,46 @@ def _quantize(plain: Path, prepared: Path, path: Path, large: bool) -> None:
     quantization = require_package("onnxruntime.quantization", "onnx", "export")
     # Folds what is computed from weights alone: only matrices that are weights are quantized.
     quantization.quant_pre_process(plain, prepared, skip_symbolic_shape=True, save_as_external_data=large)
-    # Signed weights overflow in processors without VNNI, whose products of 8 bits are added up in 16.
-    quantization.quantize_dynamic(
-        prepared, path, weight_type=quantization.QuantType.QUInt8, use_external_data_format=large
+    from onnxruntime.quantization import matmul_nbits_quantizer as blocks
+
+    # Weights alone: one scale for all activations of a matrix costs a language model tenths of a nat.
+    quantizer = blocks.MatMulNBitsQuantizer(
+        str(prepared), bits=8, block_size=_BLOCK, is_symmetric=True, accuracy_level=_INT8_PRODUCTS
     )
+    quantizer.process()
+    _quantize_embeddings(quantizer.model.model.graph)
+    quantizer.model.save_model_to_file(str(path), large)
+
+
+def _quantize_embeddings(graph: Any) -> None:
+    """Replace tables of rows in float32 by tables in 8 bits, with a scale for each row."""
+    onnx = require_package("onnx", "onnx", "export")
+    tables = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == 1 and len(tensor.dims) == 2}
+    nodes, replaced = list[Any](), set[str]()
+    for node in graph.node:
+        name = node.input[0] if node.op_type == "Gather" else ""
+        if name not in tables or any(part.name == "axis" and part.i for part in node.attribute):
+            nodes.append(node)
+            continue
+        replaced.add(name)
+        output, make = node.output[0], onnx.helper.make_node
+        nodes += [
+            make("Gather", [f"{name}_rows", node.input[1]], [f"{output}_rows"]),
+            make("Gather", [f"{name}_scale", node.input[1]], [f"{output}_scale"]),
+            make("Cast", [f"{output}_rows"], [f"{output}_float"], to=1),
+            make("Mul", [f"{output}_float", f"{output}_scale"], [output]),
+        ]
+    graph.ClearField("node")
+    graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input}
+    for name in replaced:
+        table = onnx.numpy_helper.to_array(tables[name])
+        scale = np.maximum(np.abs(table).max(1, keepdims=True), 1e-30) / 127
+        rows = np.rint(table / scale).astype(np.int8)
+        if name not in read:
+            graph.initializer.remove(tables[name])
+        quantized = {f"{name}_rows": rows, f"{name}_scale": scale}
+        graph.initializer.extend([onnx.numpy_helper.from_array(values, key) for key, values in quantized.items()])
 
 
 def _cache_layers(model: Any) -> list[list[tuple[int, int]]]:
@@ -195,8 +233,12 @@ def _refused(model: Any, reason: str) -> ModelError:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep what the exporter and the quantizer print to themselves: their own steps, and pages of traced code."""
+    """Keep what the exporter and the quantizer print to themselves: their own steps, and pages of traced code.
+
+    The quantizer's import configures the logging of the whole process, which is undone.
+    """
     before, nowhere = logging.root.manager.disable, io.StringIO()
+    handlers, level = logging.root.handlers[:], logging.root.level
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
@@ -204,3 +246,5 @@ def _silent() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)

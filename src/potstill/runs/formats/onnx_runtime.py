@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from potstill.errors import RunError, UserError, one_line
 from potstill.evaluate.exported import ExportedFile
+from potstill.evaluate.speed import extra_bytes
 from potstill.models.chat import end_token_ids
 from potstill.models.loading import load_tokenizer
 from potstill.models.locate import require_package
@@ -24,7 +26,7 @@ from potstill.runs.formats.measure import (
     Bench,
     FileModule,
     check_lengths,
-    measure,
+    exported_file,
     measure_causal,
     seconds,
 )
@@ -146,19 +148,31 @@ def measure_onnx(folder: Path, kind: str, bench: Bench) -> ExportedFile:
     Raises:
         RunError: onnxruntime does not load it, or computes something else than the model in float32.
     """
+    compared = bench.student if kind == "f32" else None
     if bench.task == "causal":
-        with OnnxRuntime(folder) as loaded:
-            if kind == "f32" and bench.student is not None:
-                _check_causal(loaded, bench.student)
-            return measure_causal(loaded, folder, kind, bench)
+
+        def check(loaded: OnnxRuntime) -> list[str]:
+            if compared is not None:
+                _check_causal(loaded, compared)
+            return []
+
+        return measure_causal(partial(OnnxRuntime, folder), folder, kind, bench, check)
     rows = OnnxRows(folder)
     limit = position_limit(rows.config) or _UNLIMITED
     check_lengths(bench, folder, limit)
-    if kind == "f32" and bench.student is not None:
-        _check_rows(rows, bench.student)
-    ids = _random_ids(rows.config.vocab_size, min(PROMPT, limit // 2))
-    time = seconds(lambda: rows(ids, torch.ones_like(ids)))
-    return measure(folder, kind, program_version(), bench, rows, ids.shape[1] / time, None)
+    if compared is not None:
+        _check_rows(rows, compared)
+    figures = bench.figures(rows)
+    ids, time = _random_ids(rows.config.vocab_size, min(PROMPT, limit // 2)), 0.0
+    del rows
+
+    def serve() -> None:
+        nonlocal time
+        again = OnnxRows(folder)
+        time = seconds(lambda: again(ids, torch.ones_like(ids)))
+
+    peak = extra_bytes(serve, torch.device("cpu"))
+    return exported_file(folder, kind, program_version(), figures, (ids.shape[1] / time, None), peak, [])
 
 
 def onnx_kind(folder: Path) -> str:
