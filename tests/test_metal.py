@@ -38,6 +38,7 @@ ON_CPU = {
     "data/batches.py",
     "embedding/encoders.py",
     "embedding/heads.py",
+    "embedding/token_fit.py",
     "embedding/vectors.py",
     "evaluate/diagnosis.py",
     "evaluate/sequence.py",

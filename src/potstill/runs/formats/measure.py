@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import in_batches
-from potstill.data.files import explain_disk_full
 from potstill.errors import UserError
 from potstill.evaluate.exported import ExportedFile, Exports
 from potstill.evaluate.quality import Quality
 from potstill.evaluate.sequence import AnyQuality, EncoderQuality, RegressionQuality
 from potstill.evaluate.sequence import measure as measure_quality
 from potstill.evaluate.speed import extra_bytes
+from potstill.files import explain_disk_full
 from potstill.losses.alignment import TOKEN_TASKS, Task
 from potstill.models.heads import token_rows
 from potstill.runs.formats.loaded import CHUNK, LoadedFile

@@ -173,12 +173,20 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     train, held_out = ({**place, **rows.columns} for place in (request.train, request.held_out))
     accumulation = 1 if rows.is_whole_file else math.ceil(8 / batch)
     models = {"teacher": teacher, "student": student, "design": design, "other_tokenizer": other}
-    models["token_share"] = _token_share(request, teacher)
     tasks = {"task": teacher.task, "sequence_level": teacher.task in SEQUENCE_TASKS}
     data = {"rows": rows, "train": train, "held_out": held_out, "positions": positions}
     data |= {"joins": joins, "packing": packing, "unpacked": unpacked}
     training = {"batch": batch, "accumulation": accumulation, "rate": _learning_rate(request, teacher)}
-    return {**models, **tasks, **data, **training, "max_length": max_length, "bf16": has_bfloat16()}
+    share = _token_share(request, teacher)
+    return {
+        **models,
+        **tasks,
+        **data,
+        **training,
+        "token_share": share,
+        "max_length": max_length,
+        "bf16": has_bfloat16(),
+    }
 
 
 def _sample(place: dict[str, Any], columns: Mapping[str, Any], *models: Any) -> inspection.RowSample:
