@@ -81,7 +81,7 @@ def _check_classes(folder: Path, key: str, name: str) -> None:
 
 def _check_modules(model: SentenceTransformer, folder: Path, key: str, name: str) -> None:
     """Check that modules.json names all modules that are there, and that the first has the words of its tokenizer."""
-    paths = _module_paths(folder)
+    paths = module_paths(folder)
     there = sorted(path.name for path in folder.glob("[0-9]_*") if path.is_dir())
     unnamed = [path for path in there if paths and path not in paths]
     if unnamed:
@@ -90,11 +90,11 @@ def _check_modules(model: SentenceTransformer, folder: Path, key: str, name: str
             "there, or remove it."
         )
     tokenizer: Any = getattr(model[0], "tokenizer", None)
-    if hasattr(tokenizer, "get_vocab") and not has_words(tokenizer):
+    if hasattr(tokenizer, "all_special_tokens") and not has_words(tokenizer):
         raise ModelError(f"{key}: expected {KIND} in {name}, got no tokenizer. Copy its files from the original model.")
 
 
-def _module_paths(folder: Path) -> list[str]:
+def module_paths(folder: Path) -> list[str]:
     """The folders of the modules that modules.json names, within that of the model; "" is that folder itself."""
     modules = folder / "modules.json"
     return [module.get("path", "") for module in json.loads(modules.read_text("utf-8"))] if modules.exists() else []
@@ -105,7 +105,7 @@ def _check_body(model: SentenceTransformer, folder: Path, key: str, name: str) -
     body = getattr(model[0], "auto_model", None)
     if body is None or (folder / "adapter_config.json").exists():
         return
-    path = next(iter(_module_paths(folder)), "")
+    path = next(iter(module_paths(folder)), "")
     with suppress_warnings():
         _, info = type(body).from_pretrained(folder / path, device_map="meta", output_loading_info=True)
     missing = [weight for weight in info["missing_keys"] if "pooler" not in weight]

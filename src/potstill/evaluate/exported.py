@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -13,6 +13,7 @@ from potstill.files import write_text
 from potstill.losses.alignment import TOKEN_TASKS, Task
 
 FOLDER, FILE = "export", "export.json"
+ExportTask = Literal[Task, "embedding"]  # of a sentence-transformers model: a vector for each text
 
 
 class ExportedFile(BaseModel):
@@ -20,8 +21,8 @@ class ExportedFile(BaseModel):
 
     Args:
         tokens: held-out target tokens that it was measured on, or rows where a row has one target.
-        kl: KL(student || file), nats; for numbers the mean squared distance from the student's, and for encoders the
-            mean squared difference of the cosines of all pairs of rows.
+        kl: KL(student || file), nats; for numbers the mean squared distance from the student's, and for encoders
+            and embeddings the mean squared difference of the cosines of all pairs of rows.
         teacher_kl: the same from the teacher.
     """
 
@@ -43,7 +44,7 @@ class ExportedFile(BaseModel):
 class Exports(BaseModel):
     """The exported files of a student, and the student itself on the same rows."""
 
-    task: Task = "causal"
+    task: ExportTask = "causal"
     tokens: int = 0  # held-out tokens, or rows, that all were measured on
     student_bytes: int | None = None  # None for files of no known student
     student_loss: float | None = None
@@ -67,7 +68,12 @@ def read_exports(folder: Path) -> Exports | None:
     return Exports.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-_DISTANCES: dict[Task, str] = {"regression": "squared distance", "encoder": "difference of similarities"}
+_SIMILARITIES = "difference of similarities"
+_DISTANCES: dict[ExportTask, str] = {
+    "regression": "squared distance",
+    "encoder": _SIMILARITIES,
+    "embedding": _SIMILARITIES,
+}
 
 
 def export_columns(exports: Exports) -> tuple[str, ...]:
@@ -101,3 +107,13 @@ def export_rows(exports: Exports) -> Iterator[tuple[str, ...]]:
             write(file.tokens_per_second, count),
             write(file.peak_bytes, size),
         )
+
+
+def export_facts(run_directory: Path) -> dict[str, Any]:
+    """The exports of a run directory, as its report and its card show them."""
+    exports = read_exports(run_directory / FOLDER)
+    return {
+        "exports": exports,
+        "export_columns": () if exports is None else export_columns(exports),
+        "export_rows": [] if exports is None else list(export_rows(exports)),
+    }

@@ -142,6 +142,16 @@ def held_out_rows(rows: int) -> int:
     return min(rows // 10, 2 * MOST_ROWS)
 
 
+def held_out_texts(recipe: EmbeddingRecipe, tokenizer: Any) -> list[str]:
+    """The texts that a student was measured on; without any in the recipe, words of its vocabulary."""
+    train, held = read_texts(recipe)
+    if held is not None:
+        return held.texts
+    if train is None:
+        return vocabulary_words(tokenizer, 2 * MOST_ROWS)
+    return train.texts[len(train.texts) - held_out_rows(len(train.texts)) :]
+
+
 def read_texts(recipe: EmbeddingRecipe) -> tuple[Texts | None, Texts | None]:
     """Read the texts to learn from and the held-out ones, if the recipe names any."""
     return _read(recipe.data.train), _read(recipe.data.eval)

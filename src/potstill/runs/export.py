@@ -12,10 +12,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import encode, pad_token_id
+from potstill.data.loading import load
 from potstill.data.masking import MaskedRows
 from potstill.data.sources import Source
+from potstill.embedding.encoders import load_embedder, module_paths
 from potstill.errors import UserError, nearest
-from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, read_exports, write_exports
+from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, ExportTask, read_exports, write_exports
+from potstill.evaluate.report.embedding import write_embedding_report
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.evaluate.speed import weight_bytes
 from potstill.files import atomic_path, explain_disk_full
@@ -24,8 +27,11 @@ from potstill.models.adapted import is_adapted, merged
 from potstill.models.heads import class_ids, match_heads
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.runs.config.document import read
+from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.config.run import Recipe
+from potstill.runs.embedding_sources import held_out_texts
 from potstill.runs.formats.measure import Bench, measured_rows
+from potstill.runs.formats.sentences import SentenceModel
 from potstill.runs.formats.table import FORMATS, FileFormat, FileType, Format, format_of
 from potstill.runs.progress import part
 
@@ -58,7 +64,7 @@ def export(
             default f16; f32 or int8 for ONNX, by default f32.
         data: held-out data to measure a model on; a run has its own.
         teacher: a model with the same tokens to compare a model with; a run has its own.
-        task: of a model, by default causal; a run has its own.
+        task: of a model, by default causal; a run has its own, and a folder with modules.json gives sentence vectors.
         max_length: tokens of a row of `data`.
         tokens: held-out tokens to measure on, about.
         out: folder for a model's files; by default `export` in its own.
@@ -75,21 +81,31 @@ def export(
             raise UserError(
                 f"export: expected no data, teacher, task or out with a run, got some with {folder}. It has its own."
             )
-        name, data, task = str(folder / STUDENT), recipe.data.eval, recipe.task
+        name, out = str(folder / STUDENT), folder / FOLDER
+    if isinstance(recipe, Recipe):
+        data, task = recipe.data.eval, recipe.task
         options = {"max_length": recipe.data.max_length, "packing": recipe.data.packing}
         masks = {"share": recipe.data.masked_share, "seed": recipe.seed}
         # The teacher of a student with fewer tokens was cut in memory alone.
         teacher = recipe.teacher.model_path if recipe.student.vocabulary is None else None
-        out = folder / FOLDER
+    embeds = isinstance(recipe, EmbeddingRecipe) or (task is None and (folder / "modules.json").exists())
     task = task or "causal"
     if task not in TASKS:
         raise UserError(f"--task: expected one of {', '.join(sorted(TASKS))}, got {task}.{nearest(task, TASKS)}")
-    for mistake in chain.from_iterable(form.mistakes("--quantize", kind, task) for kind in quantize):
+    exported: ExportTask = "embedding" if embeds else task
+    for mistake in chain.from_iterable(form.mistakes("--quantize", kind, exported) for kind in quantize):
         raise UserError(mistake)
+    if embeds and teacher is not None:
+        raise UserError(f"--teacher: expected none for a sentence-transformers model, got {teacher}. Leave it out.")
     with part(console, "reading models and data"):
-        tokenizer, model = load_tokenizer(name, "student"), load_model(name, "student", "float32", task)
+        model: Any
         rows = other = None
-        if data is not None:
+        if embeds:
+            model = SentenceModel(load_embedder(name, "student"))
+            tokenizer, rows = model.tokenizer, _texts(recipe, data, model.tokenizer)
+        else:
+            tokenizer, model = load_tokenizer(name, "student"), load_model(name, "student", "float32", task)
+        if data is not None and not embeds:
             classes = class_ids(model.config) if task == "classification" else None
             rows = encode(data, tokenizer, **options, task=task, classes=classes).dataset
             rows = MaskedRows(rows, tokenizer, **masks).fixed() if task == "masked" else rows
@@ -105,14 +121,18 @@ def export(
         tokenizer,
         {to: quantize},
         out,
-        task=task,
+        task=exported,
         rows=rows,
         teacher=other,
         student_folder=Path(name),
         tokens=tokens,
         console=console,
     )
-    if recipe is not None and (folder / "summary.json").exists():
+    if recipe is None or not (folder / "summary.json").exists():
+        return exports
+    if embeds:
+        write_embedding_report(folder)
+    else:
         write_student_card(folder)
         write_report(folder)
     return exports
@@ -124,7 +144,7 @@ def export_model(
     kinds: Mapping[Format, Sequence[FileType]],
     out: Path,
     *,
-    task: Task = "causal",
+    task: ExportTask = "causal",
     rows: Dataset | None,
     teacher: Any,
     student_folder: Path,
@@ -138,7 +158,8 @@ def export_model(
         model = merged(model)
     bench = Bench(tokenizer, None if rows is None else measured_rows(rows, tokens), model, teacher, task)
     with part(console, "measuring the student"):
-        exports = together = bench.start(weight_bytes(student_folder))
+        modules = module_paths(student_folder) or [""]
+        exports = together = bench.start(sum(weight_bytes(student_folder / path) for path in modules))
     out.mkdir(parents=True, exist_ok=True)
     for to, quantize in kinds.items():
         form = FORMATS[to]
@@ -222,18 +243,37 @@ def _format(to: str) -> FileFormat:
     return FORMATS[to]
 
 
-def _recipe_of(folder: Path) -> Recipe | None:
+def _recipe_of(folder: Path) -> Recipe | EmbeddingRecipe | None:
     """The recipe of a run directory; None for a model."""
     if not (folder / "recipe.yaml").exists():
         return None
     values = read(folder / "recipe.yaml")
     values.pop("train", None)  # its arguments are done with, and checking them imports the Trainer: seconds
-    if (kind := values.get("kind")) is not None:
-        raise UserError(f"export: expected a run that trains a model of transformers, got one of the kind {kind}.")
-    recipe = Recipe.parse(values)
+    if (kind := values.get("kind")) not in (None, "embedding"):
+        raise UserError(f"export: expected a run that trains a student, got one of the kind {kind}.")
+    recipe = Recipe.parse(values) if kind is None else EmbeddingRecipe.parse(values)
     if not (folder / STUDENT).is_dir():
         raise UserError(f"export: expected a finished run, got {folder} without student/. Finish it with --resume.")
+    if kind is not None and not (folder / STUDENT / "modules.json").exists():
+        raise UserError(
+            f"export: expected a student that reads text, got a head over vectors of a server or a file in {folder}. "
+            "Export one that is trained with teacher.embedder, or a static or encoder student."
+        )
     return recipe
+
+
+def _texts(recipe: Any, data: Source | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+    """The held-out texts of an embedding run, or those of a file, with the tokens of each."""
+    if recipe is not None:
+        texts = held_out_texts(recipe, tokenizer)
+    elif data is None:
+        return None
+    else:
+        source = load(data)
+        if "text" not in source.dataset.column_names:
+            raise UserError(f"--data: expected a column of texts in {data.title}, got none. Name it with --field.")
+        texts = [*source.dataset["text"]]
+    return Dataset.from_dict({"text": texts, "input_ids": tokenizer(texts, truncation=True)["input_ids"]})
 
 
 def _teacher(name: str, tokenizer: PreTrainedTokenizerBase, task: Task = "causal") -> Any:

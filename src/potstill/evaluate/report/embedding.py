@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from potstill.evaluate.exported import export_facts
 from potstill.evaluate.formatting import times
 from potstill.evaluate.report import pictures
 from potstill.evaluate.report.render import Headline, render
@@ -28,6 +29,7 @@ def write_embedding_report(run_directory: Path) -> Path:
     summary = read_record(path, "embedding", expected, "Finish the run first.", "none")
     rows, space = summary["rows"], summary["space"]
     facts = {"summary": summary, "verdict": embedding_verdict(summary), "table": embedding_table(rows)}
+    facts |= export_facts(run_directory)
     front = {f"focus: {name}": row for name, row in summary["front"].items()}
     front |= {name: rows[name] for name in ("PCA", "PCA uncentred")}
     close = "recall" if rows["student"]["scores"] is None else "scores"

@@ -11,7 +11,7 @@ from typing import Any
 from potstill.data.show import ShownRow, runs
 from potstill.errors import DataError
 from potstill.evaluate import summary as records
-from potstill.evaluate.exported import FOLDER, Exports, export_columns, export_rows, read_exports
+from potstill.evaluate.exported import export_facts
 from potstill.evaluate.formatting import count, minus, nats, percent, size
 from potstill.evaluate.measures import TASK_LABELS, of_run
 from potstill.evaluate.report import pictures
@@ -29,7 +29,7 @@ _LABEL_DISTANCE = 25  # least distance of two labels on a phone, in percent of t
 
 def write_report(run_directory: Path) -> Path:
     """Write report.html, one self-contained page, from summary.json, metrics.jsonl and recipe.yaml; return its path."""
-    summary, exports = records.read_summary(run_directory), read_exports(run_directory / FOLDER)
+    summary = records.read_summary(run_directory)
     held_out, training = records.read_metrics(run_directory / "metrics.jsonl")
     losses = (summary.curve.teacher_loss, summary.rows.teacher.loss if summary.rows.teacher else None)
     floor = next((loss for loss in losses if loss is not None), math.nan)
@@ -44,7 +44,7 @@ def write_report(run_directory: Path) -> Path:
     return render(
         "report.html.j2",
         run_directory / "report.html",
-        **_facts(summary, exports),
+        **_facts(summary, run_directory),
         headlines=list(_headlines(summary)),
         gap=_gap(summary.rows),
         curves=curves,
@@ -71,10 +71,10 @@ def write_student_card(run_directory: Path) -> Path:
     folder = run_directory / "student"
     if not folder.is_dir():
         raise DataError(f"report: expected a saved student in {folder}, got nothing. Finish the run first.")
-    return render("student_card.md.j2", folder / "README.md", **_facts(summary, read_exports(run_directory / FOLDER)))
+    return render("student_card.md.j2", folder / "README.md", **_facts(summary, run_directory))
 
 
-def _facts(summary: Summary, exports: Exports | None) -> dict[str, Any]:
+def _facts(summary: Summary, run_directory: Path) -> dict[str, Any]:
     """Data of both the page and the card."""
     training, train_tokens, rows = summary.training, summary.data.train_tokens, summary.rows
     passes = gap_formula = None
@@ -91,9 +91,7 @@ def _facts(summary: Summary, exports: Exports | None) -> dict[str, Any]:
         "labels": TASK_LABELS[summary.task],
         "gap_formula": gap_formula and minus(gap_formula),
         "passes": passes,
-        "exports": exports,
-        "export_columns": () if exports is None else export_columns(exports),
-        "export_rows": [] if exports is None else list(export_rows(exports)),
+        **export_facts(run_directory),
     }
 
 

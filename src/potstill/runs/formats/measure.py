@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.batches import in_batches
 from potstill.errors import UserError
-from potstill.evaluate.exported import ExportedFile, Exports
+from potstill.evaluate.exported import ExportedFile, Exports, ExportTask
 from potstill.evaluate.quality import Quality
 from potstill.evaluate.sequence import AnyQuality, EncoderQuality, RegressionQuality
 from potstill.evaluate.sequence import measure as measure_quality
 from potstill.evaluate.speed import extra_bytes
 from potstill.files import explain_disk_full
-from potstill.losses.alignment import TOKEN_TASKS, Task
+from potstill.losses.alignment import TOKEN_TASKS
 from potstill.models.heads import token_rows
 from potstill.runs.formats.loaded import CHUNK, LoadedFile
 
@@ -92,7 +92,7 @@ class Bench:
     rows: Dataset | None = None
     student: Any = None
     teacher: Any = None
-    task: Task = "causal"
+    task: ExportTask = "causal"
 
     def start(self, student_bytes: int | None) -> Exports:
         """Measure the student and the teacher themselves."""
@@ -135,7 +135,8 @@ class Bench:
     ) -> dict[str, dict[str, Any]]:
         """Measure models row by row: the logits of few rows fit into memory."""
         assert self.rows is not None
-        if reference is None and (not models or self.task == "encoder"):  # nothing to measure it by
+        if self.task == "embedding" or (reference is None and (not models or self.task == "encoder")):
+            # Texts are measured in place of rows, or there is nothing to measure by.
             return {}
         vocabulary = None
         if self.task in TOKEN_TASKS:

@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
 from potstill.errors import ModelError, one_line
-from potstill.losses.alignment import Task
+from potstill.evaluate.exported import ExportTask
 from potstill.models.locate import require_package
 from potstill.models.split import reads_token_types
 
@@ -29,6 +29,7 @@ _LARGEST = 1_800_000_000  # bytes of weights in one file: protobuf ends at 2 GB
 _ROWS, _PAST, _NEW = 2, 3, 5  # sizes of what is traced; none may be 1, which exporters take for a constant
 _BLOCK, _INT8_PRODUCTS = 32, 4  # of int8: weights with one scale; onnxruntime multiplies in 8 bits as well
 _FREE = torch.export.Dim.DYNAMIC
+_OUTPUTS: dict[ExportTask, str] = {"encoder": "last_hidden_state", "embedding": "sentence_embedding"}  # else logits
 
 
 class _Signature(NamedTuple):
@@ -49,7 +50,7 @@ class _Signature(NamedTuple):
 
 
 class _Rows(nn.Module):
-    """A model without a cache as a function of tensors: it gives logits, or the last hidden states without a head."""
+    """A model without a cache as a function of tensors: it gives its output of that name."""
 
     def __init__(self, model: Any, output: str) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class _Causal(nn.Module):
         return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
-def trace(model: Any, task: Task = "causal") -> Any:
+def trace(model: Any, task: ExportTask = "causal") -> Any:
     """Trace a model as a torch.onnx.ONNXProgram, with names of inputs and outputs as those of Optimum.
 
     Raises:
@@ -95,9 +96,7 @@ def trace(model: Any, task: Task = "causal") -> Any:
     """
     require_package("onnxscript", "onnx", "export")
     model.eval()
-    traced = (
-        _causal(model) if task == "causal" else _rows(model, "last_hidden_state" if task == "encoder" else "logits")
-    )
+    traced = _causal(model) if task == "causal" else _rows(model, _OUTPUTS.get(task, "logits"))
     named: dict[str, Any] = {"input_names": traced.inputs, "output_names": traced.outputs}
     with _silent():
         try:
@@ -152,7 +151,8 @@ def write_onnx(
     """
     folder.mkdir()
     tokenizer.save_pretrained(str(folder))
-    model.config.save_pretrained(str(folder))
+    if type(model.config) is not PretrainedConfig:  # as of a static model, which has none of its own
+        model.config.save_pretrained(str(folder))
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(str(folder))
     program.model.metadata_props[KIND] = quantize

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from potstill.errors import RunError, UserError, one_line
 from potstill.evaluate.exported import ExportedFile
 from potstill.evaluate.speed import extra_bytes
+from potstill.losses.embedding import similarity_error
 from potstill.models.chat import end_token_ids
 from potstill.models.loading import load_tokenizer
 from potstill.models.locate import require_package
@@ -31,6 +32,7 @@ from potstill.runs.formats.measure import (
     seconds,
 )
 from potstill.runs.formats.onnx_graph import KIND, MODEL
+from potstill.runs.formats.sentences import PROBES
 
 _UNLIMITED = 1 << 20  # positions of a model without a limit
 _PROBED, _SPLIT = 24, 9  # tokens that a graph reads in two passes, and those of the first
@@ -119,19 +121,19 @@ class OnnxRuntime(LoadedFile):
 
 
 class OnnxRows(FileModule):
-    """The folder of an exported graph without a cache, as a model of transformers.
+    """The folder of an exported graph without a cache, as a model of transformers with the configuration of its model.
 
     Raises:
         RunError: onnxruntime does not load the graph.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: PretrainedConfig) -> None:
         session = _open(folder)
         (output,) = session.get_outputs()
         super().__init__(int(output.shape[-1]))
         self.session, self.output = session, str(output.name)
         self.inputs = [tensor.name for tensor in session.get_inputs()]
-        self.config = AutoConfig.from_pretrained(folder)  # says whether it reads token types
+        self.config = config  # says whether it reads token types
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **_: Any
@@ -157,22 +159,27 @@ def measure_onnx(folder: Path, kind: str, bench: Bench) -> ExportedFile:
             return []
 
         return measure_causal(partial(OnnxRuntime, folder), folder, kind, bench, check)
-    rows = OnnxRows(folder)
-    limit = position_limit(rows.config) or _UNLIMITED
+    config, tokens = bench.student.config, bench.student.get_input_embeddings().weight.shape[0]
+    rows, limit = OnnxRows(folder, config), position_limit(config) or _UNLIMITED
     check_lengths(bench, folder, limit)
-    if compared is not None:
-        _check_rows(rows, compared)
-    figures = bench.figures(rows)
-    ids, time = _random_ids(rows.config.vocab_size, min(PROMPT, limit // 2)), 0.0
+    if bench.task == "embedding":
+        figures = _compare_sentences(rows, folder, compared, bench)
+    else:
+        if compared is not None:
+            _check_rows(rows, compared, tokens)
+        figures = bench.figures(rows)
+    ids, time = _random_ids(tokens, min(PROMPT, limit // 2)), 0.0
     del rows
 
     def serve() -> None:
         nonlocal time
-        again = OnnxRows(folder)
+        again = OnnxRows(folder, config)
         time = seconds(lambda: again(ids, torch.ones_like(ids)))
 
     peak = extra_bytes(serve, torch.device("cpu"))
-    return exported_file(folder, kind, program_version(), figures, (ids.shape[1] / time, None), peak, [])
+    return exported_file(
+        folder, kind, program_version(), figures, (ids.shape[1] / time, None), peak, getattr(bench.student, "notes", [])
+    )
 
 
 def onnx_kind(folder: Path) -> str:
@@ -194,16 +201,29 @@ def _check_causal(loaded: OnnxRuntime, model: Any) -> None:
 
 
 @torch.no_grad()
-def _check_rows(rows: OnnxRows, model: Any) -> None:
+def _check_rows(rows: OnnxRows, model: Any, tokens: int) -> None:
     """Check the output for a row and a shorter one, which is padded."""
     limit = position_limit(rows.config) or _UNLIMITED
-    ids = _random_ids(rows.config.vocab_size, 2 * min(_PROBED, limit // 2)).view(2, -1)
+    ids = _random_ids(tokens, 2 * min(_PROBED, limit // 2)).view(2, -1)
     mask = torch.ones_like(ids)
     mask[1, _SPLIT:] = 0
     output, expected = (getattr(module(input_ids=ids, attention_mask=mask), rows.output) for module in (rows, model))
     if output.ndim == 3:
         output, expected = output[mask.bool()], expected[mask.bool()]
     _check_close(output, expected, model)
+
+
+def _compare_sentences(rows: OnnxRows, folder: Path, compared: Any, bench: Bench) -> dict[str, Any]:
+    """Compare vectors of texts with those of sentence-transformers, and check those of the model `compared`."""
+    texts = [] if bench.rows is None else [*bench.rows["text"]]
+    tokenizer = load_tokenizer(str(folder), "student")
+    vectors, expected = bench.student.compare(rows, tokenizer, [*PROBES, *texts])
+    if compared is not None:
+        _check_close(vectors, expected, compared)
+    if len(texts) < 2:  # no pair
+        return {"tokens": len(texts)}
+    measured = (vectors[len(PROBES) :], expected[len(PROBES) :])
+    return {"tokens": len(texts), "kl": float(similarity_error(*measured))}
 
 
 def _check_close(output: Tensor, expected: Tensor, model: Any) -> None:

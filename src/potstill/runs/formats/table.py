@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from potstill.errors import nearest
-from potstill.evaluate.exported import ExportedFile
-from potstill.losses.alignment import TASKS, Task
+from potstill.evaluate.exported import ExportedFile, ExportTask
 from potstill.runs.formats import gguf_check, gguf_file, llama_cpp, onnx_graph, onnx_runtime
 from potstill.runs.formats.gguf_file import GgufType
 from potstill.runs.formats.measure import Bench
@@ -34,16 +33,16 @@ class FileFormat:
 
     kinds: tuple[str, ...]
     default: str
-    tasks: frozenset[Task]
+    tasks: frozenset[ExportTask]
     file: str
     disk: int
     program: Callable[[], str]
-    prepare: Callable[[Any, Task], Any]
+    prepare: Callable[[Any, ExportTask], Any]
     write: Callable[..., None]
     measure: Callable[[Path, str, Bench], ExportedFile]
     kind: Callable[[Path], str]
 
-    def mistakes(self, key: str, kind: str, task: Task) -> Iterator[str]:
+    def mistakes(self, key: str, kind: str, task: ExportTask) -> Iterator[str]:
         """Give the errors of a kind that the format does not have, and of a task that it is not for."""
         if kind not in self.kinds:
             yield f"{key}: expected some of {', '.join(self.kinds)}, got {kind}.{nearest(kind, self.kinds)}"
@@ -67,7 +66,7 @@ FORMATS: Mapping[str, FileFormat] = {
     "onnx": FileFormat(
         kinds=get_args(OnnxType),
         default="f32",
-        tasks=TASKS,
+        tasks=frozenset(get_args(ExportTask)),
         file="student-onnx-{}",
         disk=12,
         program=onnx_runtime.program_version,
