@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -18,11 +20,14 @@ from potstill.cli import app
 from potstill.data.sources import Source
 from potstill.embedding.static import static_student
 from potstill.errors import ModelError, RunError, UserError
-from potstill.evaluate.exported import Exports, read_exports
+from potstill.evaluate.exported import read_exports
+from potstill.runs import export as runs_export
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.embedding import run_embedding
 from potstill.runs.export import export
-from potstill.runs.formats.sentences import SentenceModel
+from potstill.runs.formats.measure import Bench
+from potstill.runs.formats.onnx_runtime import measure_onnx
+from potstill.runs.formats.sentences import SentenceModel, static_tokenizer
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime", reason="install it with pip install 'potstill[onnx]'")
@@ -57,20 +62,21 @@ def vectors_of(folder: Path, texts: list[str]) -> np.ndarray:
 
 
 def check_parity(folder: Path, student: Path) -> None:
-    """Together, which pads them, and one by one."""
+    """Together, which pads them, and one by one; layers do not read a row of no tokens alone."""
     model = sentence_transformers.SentenceTransformer(str(student), device="cpu")
-    expected = model.encode(PROBES, batch_size=len(PROBES), show_progress_bar=False)
-    np.testing.assert_allclose(vectors_of(folder, PROBES), expected, atol=2e-5)
-    for text in PROBES:
-        np.testing.assert_allclose(
-            vectors_of(folder, [text]), model.encode([text], show_progress_bar=False), atol=2e-5
-        )
+    is_static = not hasattr(model[0], "auto_model")
+    for texts in (PROBES, *([text] for text in PROBES if text or is_static)):
+        expected = model.encode(texts, batch_size=len(texts), show_progress_bar=False)
+        np.testing.assert_allclose(vectors_of(folder, texts), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(
     "student",
-    [{"static": None}, {"encoder": {"layers": 1, "vocabulary": "data"}}, {"head": "mlp", "hidden": 4}],
-    ids=["static", "encoder", "head"],
+    [
+        pytest.param({"static": None}, id="static"),
+        pytest.param({"encoder": {"layers": 1, "vocabulary": "data"}}, id="encoder", marks=pytest.mark.slow),
+        pytest.param({"head": "mlp", "hidden": 4}, id="head"),
+    ],
 )
 def test_students_of_embedding_runs(student: dict[str, Any], embedder: Path, tmp_path: Path) -> None:
     run = train(tmp_path, embedder, student)
@@ -87,3 +93,48 @@ def test_students_of_embedding_runs(student: dict[str, Any], embedder: Path, tmp
     for file in ("report.html", "student/README.md"):
         page = (run / file).read_text(encoding="utf-8")
         assert "student-onnx-int8" in page and "difference of similarities to the student" in page, file
+    other = SentenceModel(static_student(AutoTokenizer.from_pretrained(embedder), torch.randn(300, 4)).model)
+    with pytest.raises(RunError, match=r"expected a static model as ONNX within 0.001 of the student, got \d"):
+        measure_onnx(run / "export/student-onnx-f32", "f32", Bench(other.tokenizer, None, other, None, "embedding"))
+    with pytest.raises(UserError, match="expected the task causal for this format, got embedding. Use onnx"):
+        export(run, "gguf")
+
+
+def test_a_head_over_vectors_alone_is_refused(embedder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "vectors.npy", torch.randn(len(WORDS), 9).numpy())
+    run = train(tmp_path, embedder, {"head": "linear"}, teacher={"vectors": str(tmp_path / "vectors.npy")}, data={})
+    with pytest.raises(UserError, match="expected a student that reads text, got a head over vectors of a server"):
+        export(run, "onnx")
+    assert not (run / "export").exists()
+
+
+def test_a_folder_of_sentence_transformers_is_read_as_one(
+    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_export, "export_model", lambda *arguments, **options: (arguments, options))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
+    arguments, options = export(embedder, "onnx", data=Source(str(tmp_path / "texts.jsonl")), out=tmp_path / "out")
+    assert options["task"] == "embedding" and options["rows"]["text"][:3] == WORDS[:3]
+    assert max(map(len, options["rows"]["input_ids"])) <= 32, "the tokens that the model reads"
+    assert export(embedder, "onnx")[1]["rows"] is None
+    with pytest.raises(UserError, match="--teacher: expected none for a sentence-transformers model, got other"):
+        export(embedder, "onnx", teacher="other")
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    with pytest.raises(UserError, match="--data: expected a column of texts in .*, got none. Name it with --field"):
+        export(embedder, "onnx", data=Source(str(tmp_path / "chats.jsonl")))
+
+
+def test_what_a_graph_of_tokens_does_not_hold(embedder: Path) -> None:
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    model = sentence_transformers.SentenceTransformer(str(embedder), device="cpu", prompts={"query": "say: "})
+    assert SentenceModel(model).notes == []
+    model.default_prompt_name = "query"
+    assert SentenceModel(model).notes == ["put 'say: ' before texts, as sentence-transformers does"]
+    model[1].include_prompt = False
+    with pytest.raises(ModelError, match="got one whose pooling leaves out the tokens of a prompt"):
+        SentenceModel(model)
+    with pytest.raises(ModelError, match="of a transformer or of token vectors, got one that begins with Normalize"):
+        SentenceModel(sentence_transformers.SentenceTransformer(modules=[Normalize()], device="cpu"))
+    with pytest.raises(ModelError, match="got one whose tokenizer has no special token to pad with"):
+        static_tokenizer(Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))

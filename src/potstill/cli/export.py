@@ -26,7 +26,10 @@ def export(
     field: Annotated[str | None, typer.Option(help="column of plain text in --data")] = None,
     teacher: Annotated[str | None, typer.Option(help="model to compare a model with; a run has its own")] = None,
     task: Annotated[
-        str | None, typer.Option(help="of a model: causal (default), masked, classification, regression or encoder")
+        str | None,
+        typer.Option(
+            help="of a model: causal (default), masked, classification, regression or encoder; none for sentence vectors"
+        ),
     ] = None,
     pair: Annotated[str | None, typer.Option(help="column of second texts in --data")] = None,
     label: Annotated[str | None, typer.Option(help="column of classes or numbers in --data")] = None,
