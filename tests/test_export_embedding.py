@@ -75,7 +75,7 @@ def check_parity(folder: Path, student: Path) -> None:
     [
         pytest.param({"static": None}, id="static"),
         pytest.param({"encoder": {"layers": 1, "vocabulary": "data"}}, id="encoder", marks=pytest.mark.slow),
-        pytest.param({"head": "mlp", "hidden": 4}, id="head"),
+        pytest.param({"head": "mlp", "hidden": 4}, id="head", marks=pytest.mark.slow),
     ],
 )
 def test_students_of_embedding_runs(student: dict[str, Any], embedder: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_students_of_embedding_runs(student: dict[str, Any], embedder: Path, tmp
     other = SentenceModel(static_student(AutoTokenizer.from_pretrained(embedder), torch.randn(300, 4)).model)
     with pytest.raises(RunError, match=r"expected a static model as ONNX within 0.001 of the student, got \d"):
         measure_onnx(run / "export/student-onnx-f32", "f32", Bench(other.tokenizer, None, other, None, "embedding"))
-    with pytest.raises(UserError, match="expected the task causal for this format, got embedding. Use onnx"):
+    with pytest.raises(UserError, match=r"expected the task causal for this format, got embedding. Use onnx"):
         export(run, "gguf")
 
 
@@ -113,14 +113,14 @@ def test_a_folder_of_sentence_transformers_is_read_as_one(
 ) -> None:
     monkeypatch.setattr(runs_export, "export_model", lambda *arguments, **options: (arguments, options))
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
-    arguments, options = export(embedder, "onnx", data=Source(str(tmp_path / "texts.jsonl")), out=tmp_path / "out")
+    _, options = export(embedder, "onnx", data=Source(str(tmp_path / "texts.jsonl")), out=tmp_path / "out")
     assert options["task"] == "embedding" and options["rows"]["text"][:3] == WORDS[:3]
     assert max(map(len, options["rows"]["input_ids"])) <= 32, "the tokens that the model reads"
     assert export(embedder, "onnx")[1]["rows"] is None
     with pytest.raises(UserError, match="--teacher: expected none for a sentence-transformers model, got other"):
         export(embedder, "onnx", teacher="other")
     (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
-    with pytest.raises(UserError, match="--data: expected a column of texts in .*, got none. Name it with --field"):
+    with pytest.raises(UserError, match=r"--data: expected a column of texts in .*, got none. Name it with --field"):
         export(embedder, "onnx", data=Source(str(tmp_path / "chats.jsonl")))
 
 

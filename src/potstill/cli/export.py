@@ -28,7 +28,7 @@ def export(
     task: Annotated[
         str | None,
         typer.Option(
-            help="of a model: causal (default), masked, classification, regression or encoder; none for sentence vectors"
+            help="of a model: causal (default), masked, classification, regression, encoder; none: sentence vectors"
         ),
     ] = None,
     pair: Annotated[str | None, typer.Option(help="column of second texts in --data")] = None,

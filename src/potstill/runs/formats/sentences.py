@@ -36,21 +36,22 @@ class SentenceModel(nn.Module):
 
         super().__init__()
         self.text_model = TextStudent(model.cpu().float().eval())
-        self.first, *others = model
+        first, *others = model
+        self.first: Any = first
         self.others = nn.ModuleList(others)
         self.is_static = isinstance(self.first, StaticEmbedding)
         if not self.is_static and (not isinstance(self.first, Transformer) or not self.first.tokenizer):
             raise _refused(f"one that begins with {type(self.first).__name__}")
         if any(getattr(module, "include_prompt", True) is False for module in self.others):
             raise _refused("one whose pooling leaves out the tokens of a prompt")
-        self.config = PretrainedConfig() if self.is_static else self.first.auto_model.config
+        self.config: Any = PretrainedConfig() if self.is_static else self.first.auto_model.config
         if self.is_static:
             self.config.model_type = "a static model"  # for errors
         self.tokenizer = static_tokenizer(self.first.tokenizer) if self.is_static else self.first.tokenizer
         prompt = model.prompts.get(model.default_prompt_name or "")
         self.notes = [f"put {prompt!r} before texts, as sentence-transformers does"] if prompt else []
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.first.embedding if self.is_static else self.first.auto_model.get_input_embeddings()
 
     def num_parameters(self) -> int:
