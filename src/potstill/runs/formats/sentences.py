@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -37,14 +37,14 @@ class SentenceModel(nn.Module):
         super().__init__()
         self.text_model = TextStudent(model.cpu().float().eval())
         first, *others = model
-        self.first: Any = first
+        self.first = cast(Any, first)
         self.others = nn.ModuleList(others)
         self.is_static = isinstance(self.first, StaticEmbedding)
         if not self.is_static and (not isinstance(self.first, Transformer) or not self.first.tokenizer):
             raise _refused(f"one that begins with {type(self.first).__name__}")
         if any(getattr(module, "include_prompt", True) is False for module in self.others):
             raise _refused("one whose pooling leaves out the tokens of a prompt")
-        self.config: Any = PretrainedConfig() if self.is_static else self.first.auto_model.config
+        self.config = cast(Any, PretrainedConfig()) if self.is_static else self.first.auto_model.config
         if self.is_static:
             self.config.model_type = "a static model"  # for errors
         self.tokenizer = static_tokenizer(self.first.tokenizer) if self.is_static else self.first.tokenizer
