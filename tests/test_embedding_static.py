@@ -27,7 +27,9 @@ from potstill.embedding.static import (
 )
 from potstill.embedding.students import EncoderLayers, StaticStudent, TokenVectors
 from potstill.embedding.token_fit import CHANGE_RIDGE, MAP_RIDGE, WEIGHT_RIDGE, TokenTexts, fit_tokens
-from potstill.errors import DataError, ShapeError, UserError
+from potstill.errors import DataError, RecipeError, ShapeError, UserError
+from potstill.runs.config.embedding import EmbeddingRecipe
+from potstill.runs.embedding_sources import load_data
 
 NAMES = ["[PAD]", "[unused1]", "[UNK]", ".", "a", "##b", "the", "of", "##ing", "aardvark", "<extra_id_3>"]
 
@@ -139,7 +141,7 @@ def test_the_vocabulary_is_cut_to_a_budget_or_to_the_texts() -> None:
     assert {*vocabulary(max_mb=6 * 8e-6)} == always | {"of"}
     assert {*vocabulary(vocabulary=7)} == always | {"of", "aardvark"}
     assert {*vocabulary(max_mb=1)} == {*NAMES}
-    with pytest.raises(UserError, match=r"max_mb: expected at least 4e-05 MB, for special tokens and"):
+    with pytest.raises(UserError, match=r"max_mb: expected at least 4e-05 MB, for special tokens, single characters"):
         vocabulary(max_mb=4 * 8e-6)
     student = StaticStudent(dimensions=2, static=TokenVectors(vocabulary="data"))
     cut = student.from_table(word_pieces(), vectors, ["aardvark of"])
@@ -185,3 +187,28 @@ def test_a_static_student_reads_texts_of_any_length() -> None:
     counts = student(["the of the of aardvark"])[0] * 5
     assert counts[NAMES.index("the")] == 2 and counts[NAMES.index("aardvark")] == 1
     assert token_ids(tokenizer, ["the of the of aardvark", "a"])[1].tolist() == [5, 1]
+
+
+def test_words_are_kept_whatever_is_cut(embedder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("\ufeffpotstillery\n\u6771\u4eac\ndef\n<end>\n", encoding="utf-8")
+    plain = load_embedder(str(embedder), "teacher").tokenizer
+    for cut in ({"vocabulary": 262}, {"vocabulary": "data"}, {"max_mb": 262 * 8e-6}, {"max_mb": float("inf")}, {}):
+        student = StaticStudent(dimensions=2, static=TokenVectors(words=str(path), **cut))
+        tokens = student.read_tokens(load_embedder(str(embedder), "teacher"))
+        assert tokens is not None and len(tokens.tokenizer) == len(plain) + 2  # "def" and "<end>" are tokens
+        made = student.from_table(tokens.tokenizer, torch.ones(tokens.size, 2), ["a + b"]).model.tokenizer
+        assert made.encode("a potstillery", add_special_tokens=False).tokens[-1] == "potstillery"
+        assert "\u6771\u4eac" in made.encode("\u79c1\u306f\u6771\u4eac\u306b", add_special_tokens=False).tokens
+    with pytest.raises(UserError, match="special ones and the alphabet and words of your own, got 260"):
+        cut_short = StaticStudent(dimensions=2, static=TokenVectors(words=str(path), vocabulary=260))
+        cut_short.from_table(tokens.tokenizer, torch.ones(tokens.size, 2))
+
+
+def test_a_student_without_texts_has_no_tokens_of_texts_and_no_training_rows(embedder: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"kind": "embedding", "name": "x", "teacher": {"embedder": str(embedder)}}
+    values |= {"student": {"static": {"vocabulary": "data"}, "dimensions": 4}, "output": str(tmp_path / "run")}
+    with pytest.raises(RecipeError, match=r"expected data\.train with texts beside static\.vocabulary: data, got none"):
+        EmbeddingRecipe.parse(values)
+    values["student"]["static"] = {}
+    assert not any("held-out rows are training rows" in note for note in load_data(EmbeddingRecipe.parse(values)).notes)

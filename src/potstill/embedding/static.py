@@ -29,6 +29,8 @@ _BLOCK = 2**16  # tokens of texts whose vectors are in memory at a time
 SIF = 1e-3  # smooth inverse frequency: a token of this frequency counts half (Arora et al. 2017, section 3)
 COMMON_DIRECTIONS = 4  # strongest directions that are removed from all tokens (Mu and Viswanath 2018)
 _UNUSED = re.compile(r"[\[<]\|?/?(unused|extra_id_|reserved)[\w ]*\|?[\]>]", re.IGNORECASE)
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese, which put no spaces between words.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _MARKERS = ("##", "▁", "Ġ", "</w>")  # which say that a token continues a word, starts or ends one
 
 
@@ -78,17 +80,23 @@ def token_names(tokenizer: Any) -> list[str]:
     return names
 
 
-def add_words(tokenizer: Any, path: str) -> Any:
-    """Copy a tokenizer, and add the words of a text file, one on a line, as whole tokens."""
+def read_words(path: str) -> list[str]:
+    """Read the words of a text file, one on a line, without blank lines and repeated words."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"student.static.words: expected a text file, got {path}: {one_line(error, 200)}") from None
     words = [*dict.fromkeys(filter(None, map(str.strip, lines)))]
     if not words:
         raise DataError(f"student.static.words: expected a word on each line of {path}, got none. Add some.")
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+    return words
+
+
+def add_words(tokenizer: Any, words: Sequence[str]) -> Any:
+    """Copy a tokenizer, and add words as whole tokens, except for those that are tokens already."""
+    tokenizer, known = copy.deepcopy(tokenizer), tokenizer.get_vocab()
+    added = [AddedToken(word, single_word=not _UNSPACED.search(word), normalized=True) for word in words]
+    tokenizer.add_tokens([token for token in added if token.content not in known])
     return tokenizer
 
 

@@ -21,6 +21,7 @@ from potstill.embedding.static import (
     add_words,
     mean_of_texts,
     no_progress,
+    read_words,
     reduce_rows,
     spread_tokens,
     static_student,
@@ -203,19 +204,21 @@ class StaticStudent(EmbeddingStudent):
 
     def from_table(self, tokenizer: Any, table: Tensor, texts: Sequence[str] = ()) -> TextStudent:
         """Make the student of a vector for each token, [V, d], and keep the tokens that `static` asks for."""
-        keep = self.static.vocabulary
+        keep, words = self.static.vocabulary, self.static.words
+        always = tokenizer.convert_tokens_to_ids(read_words(words)) if words else []
         if (size := self.static.max_mb) is not None:
             dtype = as_dtype(self.save_dtype if self.save_dtype != "auto" else "float32")
             row_bytes = self.dimensions * torch.empty((), dtype=dtype).element_size()
-            keep, least = int(size * 1e6 / row_bytes), len(choose_tokens(tokenizer, {}, "data"))
+            keep = int(min(size * 1e6 / row_bytes, len(token_names(tokenizer))))
+            least = len(choose_tokens(tokenizer, {}, "data", always))
             if keep < least:
                 raise UserError(
-                    f"student.static.max_mb: expected at least {least * row_bytes / 1e6:.3g} MB, for special tokens "
-                    f"and single characters, got {size:g}. Allow more, or use fewer dimensions."
+                    f"student.static.max_mb: expected at least {least * row_bytes / 1e6:.3g} MB, for special tokens, "
+                    f"single characters and words, got {size:g}. Allow more, or use fewer dimensions."
                 )
         if keep is None or (keep != "data" and keep >= len(token_names(tokenizer))):
             return static_student(tokenizer, table)
-        kept = choose_tokens(tokenizer, Counter(token_ids(tokenizer, texts)[0].tolist()), keep)
+        kept = choose_tokens(tokenizer, Counter(token_ids(tokenizer, texts)[0].tolist()), keep, always)
         return static_student(trim_tokenizer(tokenizer, kept), table[kept])
 
     def read_tokens(
@@ -228,4 +231,4 @@ class StaticStudent(EmbeddingStudent):
         if path is None and teacher is None:
             raise UserError("student.static.tokenizer: expected a folder with a tokenizer, got none. Name one.")
         tokenizer = load_tokenizer(path, "student.static.tokenizer") if path else teacher.tokenizer
-        return add_words(tokenizer, self.static.words) if self.static.words else tokenizer
+        return add_words(tokenizer, read_words(self.static.words)) if self.static.words else tokenizer

@@ -23,7 +23,10 @@ TOKEN_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def choose_tokens(
-    tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int], keep: Literal["data"] | int
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Mapping[int, int],
+    keep: Literal["data"] | int,
+    always: Sequence[int] = (),
 ) -> list[int]:
     """Choose the ids of the tokens to keep, in their order.
 
@@ -34,16 +37,17 @@ def choose_tokens(
     Args:
         counts: token id -> how often the text has it.
         keep: data, all tokens of the text; or a number of tokens: the most frequent ones, then those of lowest id.
+        always: more ids of tokens that are kept in any case.
     """
     vocabulary = _Vocabulary.of(tokenizer)
-    kept = vocabulary.needed()
+    kept = vocabulary.needed().union(*(vocabulary.with_parts(token) for token in always))
     frequent = sorted((token for token in counts if counts[token]), key=lambda token: (-counts[token], token))
     if keep == "data":
         return sorted(kept.union(*(vocabulary.with_parts(token) for token in frequent)))
     if len(kept) > keep:
         raise ModelError(
-            f"vocabulary: expected at least {len(kept)} tokens, the special ones and the alphabet, got {keep}. "
-            "Keep more."
+            f"vocabulary: expected at least {len(kept)} tokens, the special ones and the alphabet"
+            f"{' and words of your own' if always else ''}, got {keep}. Keep more."
         )
     rest = (token for token in sorted(vocabulary.names) if token not in counts and not vocabulary.is_free(token))
     for token in (*frequent, *rest):

@@ -53,7 +53,7 @@ def load_data(
     `on_progress` is called with the number of texts that are encoded, and of all.
     """
     data = _read_data(recipe, on_progress)
-    if (overlap := _find_overlap(data)) is None:
+    if not recipe.trains or (overlap := _find_overlap(data)) is None:
         return data
     warning = (
         f"data.eval: {overlap.rows:,} of {overlap.of:,} held-out rows are training rows too, such as held-out row "

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from potstill.embedding.objective import Focus
-from potstill.embedding.students import EmbeddingStudent
+from potstill.embedding.students import EmbeddingStudent, StaticStudent
 from potstill.embedding.teachers import EmbeddingTeacher, FileTeacher
 from potstill.losses.schedule import Schedule
 from potstill.runs.config.document import Document, Part
@@ -98,8 +98,13 @@ class EmbeddingRecipe(Document):
         if self.student.start is not None and self.teacher.has_vocabulary and not self.student.needs_data:
             raise ValueError("expected no student.start, as the student starts from the teacher's tokens. Remove it")
         if not self.trains:
-            unused = {"train": self.train != EmbeddingTrainPart(), "evaluate.front": self.evaluate.front}
-            for key in [key for key, given in unused.items() if given]:
+            needs_texts = {
+                "train": self.train != EmbeddingTrainPart(),
+                "evaluate.front": self.evaluate.front,
+                "static.vocabulary: data": isinstance(self.student, StaticStudent)
+                and self.student.static.vocabulary == "data",
+            }
+            for key in [key for key, given in needs_texts.items() if given]:
                 raise ValueError(f"expected data.train with texts beside {key}, got none. Add texts, or remove {key}")
             return self
         if (self.teacher.reads_text or self.student.reads_text) and self.data.train is None:
