@@ -43,7 +43,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_smaller_vocabulary_is_suggested_where_embeddings_are_large(tokens: int, suggested: bool) -> None:
     make_llama(hidden_size=32, layers=4, seed=4, vocab_size=tokens).save_pretrained("teacher")
     text = draft(DraftRequest("teacher", Path("train.jsonl"), Path("eval.jsonl")))
-    assert ("vocabulary: {keep: 32768" in text) == suggested
+    line = "  # vocabulary: {keep: 32768, text: {path: FILE}}\n"
+    assert (line in text) == suggested
+    assert not suggested or yaml.safe_load(text.replace(line, line.replace("# ", "")))["student"]["vocabulary"]
 
 
 def write(**files: list[dict[str, Any]]) -> None:
