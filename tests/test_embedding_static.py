@@ -212,3 +212,10 @@ def test_a_student_without_texts_has_no_tokens_of_texts_and_no_training_rows(emb
         EmbeddingRecipe.parse(values)
     values["student"]["static"] = {}
     assert not any("held-out rows are training rows" in note for note in load_data(EmbeddingRecipe.parse(values)).notes)
+
+
+def test_directions_that_are_removed_are_no_dimensions_of_a_student_without_texts() -> None:
+    nothing: Any = None
+    tokens = TokenTable(nothing, 40, torch.arange(40), torch.randn(40, 8), torch.ones(40))
+    with pytest.raises(UserError, match="expected at most 4 without texts to learn from"):
+        StaticStudent(dimensions=5).build(nothing, [], nothing, tokens, nothing, 0)

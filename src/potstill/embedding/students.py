@@ -16,6 +16,7 @@ from potstill.embedding.encoders import EmbeddingModel, TextStudent, encoder_stu
 from potstill.embedding.heads import PCA_ROWS, PCAKind, VectorHead
 from potstill.embedding.objective import START, Focus
 from potstill.embedding.static import (
+    COMMON_DIRECTIONS,
     OnProgress,
     TokenTable,
     add_words,
@@ -199,6 +200,13 @@ class StaticStudent(EmbeddingStudent):
             chosen = [text for start, stop in spans for text in texts[start:stop]]
             rows = fit_tokens(tokens, chosen, vectors.sample(FIT_TEXTS))
         else:
+            most = tokens.vectors.shape[1] - COMMON_DIRECTIONS
+            if self.dimensions > most:
+                raise UserError(
+                    f"student.dimensions: expected at most {most} without texts to learn from, as the teacher's "
+                    f"{COMMON_DIRECTIONS} most common directions are removed, got {self.dimensions}. Ask for fewer, or "
+                    "name data.train."
+                )
             rows = spread_tokens(tokens)
         return self.from_table(tokens.tokenizer, tokens.table(reduce_rows(rows, self.dimensions)), texts)
 
