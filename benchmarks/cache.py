@@ -138,11 +138,11 @@ def step_part(_: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     vocabulary, rows, length = 32_000, 8, 512
     student = llama(256, 4, vocabulary)
     batch = batch_of(rows, length, vocabulary)
-    said = [DenseTargets(language_like_logits(length - 1, vocabulary, seed)) for seed in range(rows)]
+    stored = [DenseTargets(language_like_logits(length - 1, vocabulary, seed)) for seed in range(rows)]
     teachers: dict[str, Teacher | None] = {
         "labels": None,
-        "cache, sampled": Recorded(Sampled(vocabulary), said),
-        "cache, top_k": Recorded(TopK(vocabulary), said),
+        "cache, sampled": Recorded(Sampled(vocabulary), stored),
+        "cache, top_k": Recorded(TopK(vocabulary), stored),
         "live, 10 times": ModelTeacher(llama(1024, 6, vocabulary)),
         "live, 30 times": ModelTeacher(llama(1536, 9, vocabulary)),
     }

@@ -126,7 +126,7 @@ def right(
     drawn = Sampling(max_new_tokens=48, sampling_temperature=temperature, seed=0)
     texts = [text.text for (text,) in LocalEngine(model, words, 256).complete(prompts, drawn)]
     answers = list(map(READ[way], texts))
-    return statistics.mean(same_answer(said, one.answer) for said, one in zip(answers, asked, strict=True))
+    return statistics.mean(same_answer(text, one.answer) for text, one in zip(answers, asked, strict=True))
 
 
 READ: dict[str, Callable[[str], str | None]] = {
@@ -163,8 +163,8 @@ def make_teacher(folder: Path, results: dict[str, Any], words: PreTrainedTokeniz
         solved = problems(ROUND * ROWS, "train", 1000 + len(rounds))
         asked = [(PROGRAM_PROMPT, one.program) if i % 2 else (PROMPT, one.chain) for i, one in enumerate(solved)]
         rows = [
-            {"prompt": fill(prompt, one.question), "completion": said}
-            for one, (prompt, said) in zip(solved, asked, strict=True)
+            {"prompt": fill(prompt, one.question), "completion": text}
+            for one, (prompt, text) in zip(solved, asked, strict=True)
         ]
         source = Source(written(folder / "solved.jsonl", rows), prompt="prompt", completion="completion")
         seconds = learn(teacher, None, [Labels()], source, words, steps=ROUND, rate=3e-3, seed=len(rounds))

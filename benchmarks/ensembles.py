@@ -147,8 +147,8 @@ def main() -> None:
     def ensemble(options: dict[str, Any]) -> EnsembleTeacher:
         return EnsembleTeacher(list(of.values()), names=KINDS, **options)
 
-    said = {f"{kind} teacher": losses(model, held_out, tokenizer) for kind, model in teachers.items()}
-    said |= {name: told(ensemble(o), held_out, tokenizer) for name, o in list(several.items())[:2]}
+    by_teacher = {f"{kind} teacher": losses(model, held_out, tokenizer) for kind, model in teachers.items()}
+    by_teacher |= {name: told(ensemble(o), held_out, tokenizer) for name, o in list(several.items())[:2]}
     students: dict[str, list[dict[str, float]]] = {}
     weights = []
     for seed in args.seeds:
@@ -159,10 +159,10 @@ def main() -> None:
             students.setdefault(name, []).append(losses(model, held_out, tokenizer))
             print(name, seed, students[name][-1], file=sys.stderr, flush=True)
             weights += [json.loads((folder / "done").read_text())] if "learned" in name else []
-    results = {"teachers": said, "students": students, "weights": weights}
+    results = {"teachers": by_teacher, "students": students, "weights": weights}
     keep(args.out / "results.json", {"command": " ".join(sys.argv), "machine": machine("cpu"), "results": results})
 
-    cells = [[f"*{name}*", *(f"{found[kind]:.3f}" for kind in (*KINDS, "both"))] for name, found in said.items()]
+    cells = [[f"*{name}*", *(f"{found[kind]:.3f}" for kind in (*KINDS, "both"))] for name, found in by_teacher.items()]
     for name, found in students.items():
         means = [sum(one[kind] for one in found) / len(found) for kind in (*KINDS, "both")]
         cells.append([f"student: {name}", *(f"{mean:.3f}" for mean in means)])

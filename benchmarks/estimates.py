@@ -98,9 +98,9 @@ def main() -> None:
     for size in given.sizes.split(","):
         with tempfile.TemporaryDirectory() as folder, FORK.Pool(1, maxtasksperchild=1) as alone:
             recipe = alone.apply(make, (Path(folder), size, given.steps))
-            said, took = (alone.apply(measure, (what, recipe)) for what in ("check", "run"))
-        memory = " | ".join(words.size(int(one["bytes"])) for one in (said, took))
-        seconds = " | ".join(f"{one['seconds']:.2f} s" for one in (said, took))
+            estimated, took = (alone.apply(measure, (what, recipe)) for what in ("check", "run"))
+        memory = " | ".join(words.size(int(one["bytes"])) for one in (estimated, took))
+        seconds = " | ".join(f"{one['seconds']:.2f} s" for one in (estimated, took))
         print(f"| {size} | {memory} | {seconds} |", flush=True)
 
 

@@ -118,10 +118,10 @@ def make(row: Row) -> Inputs:
         hidden, weight = (torch.randn(size, width, device=row.device) for size in (row.N, row.V))
         return hidden.to(DTYPES[row.dtype]), weight.mul_(2 / math.sqrt(width)).to(DTYPES[row.dtype])
 
-    said, head = side(row.Ht)
-    targets: HeadTargets | SparseTargets = HeadTargets(said, LMHead(head))
+    outputs, head = side(row.Ht)
+    targets: HeadTargets | SparseTargets = HeadTargets(outputs, LMHead(head))
     if row.divergence == SPARSE:
-        logits = (LMHead(head).logits(piece).float() for piece in said.split(64))
+        logits = (LMHead(head).logits(piece).float() for piece in outputs.split(64))
         values, ids = zip(*(torch.log_softmax(z, -1).topk(64) for z in logits), strict=True)
         targets = SparseTargets(torch.cat(ids), torch.cat(values))
     hidden, weight = side(row.Hs)
@@ -204,13 +204,13 @@ def plain(x: Inputs) -> Tensor:
 def floor(x: Inputs) -> Callable[[], None]:
     """The products that no exact loss can do without, as a call."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
-    logits, said = (hidden.new_empty(len(hidden), len(weight)) for _ in range(2))
+    logits, outputs = (hidden.new_empty(len(hidden), len(weight)) for _ in range(2))
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def run() -> None:
         torch.mm(hidden, weight.t(), out=logits)
         if isinstance(x.targets, HeadTargets):
-            torch.mm(x.targets.hidden, x.targets.head.weight.t(), out=said)
+            torch.mm(x.targets.hidden, x.targets.head.weight.t(), out=outputs)
         torch.mm(logits, weight, out=d_hidden)
         torch.mm(logits.t(), hidden, out=d_weight)
 
@@ -278,13 +278,13 @@ def exact_gradients(x: Inputs) -> tuple[Tensor, Tensor]:
     hidden, weight = (a.detach().double().requires_grad_() for a in (x.hidden, x.weight))
     head = LMHead(x.targets.head.weight.double()) if isinstance(x.targets, HeadTargets) else None
     for part in (slice(start, start + 64) for start in range(0, len(hidden), 64)):
-        said: Any = x.targets
-        said = (
-            HeadTargets(said.hidden[part].double(), head)
+        outputs: Any = x.targets
+        outputs = (
+            HeadTargets(outputs.hidden[part].double(), head)
             if head is not None
-            else SparseTargets(said.ids[part], said.log_probs[part].double())
+            else SparseTargets(outputs.ids[part], outputs.log_probs[part].double())
         )
-        piece = Inputs(hidden[part], weight, said, x.divergence)
+        piece = Inputs(hidden[part], weight, outputs, x.divergence)
         (plain(piece) * (len(piece.hidden) / len(hidden))).backward()
     assert hidden.grad is not None and weight.grad is not None
     return hidden.grad, weight.grad

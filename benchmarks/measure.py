@@ -177,8 +177,8 @@ def _cpu() -> tuple[str, set[str]]:
     """The processor's name and its flags, lower case; both empty where /proc/cpuinfo does not say."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    said = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return said.get("model name", ""), set((said.get("flags") or said.get("features") or "").lower().split())
+    facts = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return facts.get("model name", ""), set((facts.get("flags") or facts.get("features") or "").lower().split())
 
 
 def has_bf16(device: str) -> bool:
@@ -193,18 +193,18 @@ def machine(device: str) -> dict[str, str]:
     name, flags = _cpu()
     has = [text for flag, text in (("avx512f", "AVX-512"), ("avx512_bf16", "AVX-512 bf16")) if flag in flags]
     has += ["AMX bf16"] if "amx_bf16" in flags else []
-    said = {
+    facts = {
         "cpu": f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, {' and '.join(has) or 'neither AVX-512 nor bf16 instructions'}"
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        said["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+        facts["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     packages = ("torch", "triton", "transformers", "trl", "liger-kernel")
-    said["software"] = f"Python {platform.python_version()}, " + ", ".join(
+    facts["software"] = f"Python {platform.python_version()}, " + ", ".join(
         f"{package} {found}" for package in packages if (found := installed(package))
     )
-    return said
+    return facts
 
 
 def installed(package: str) -> str | None:

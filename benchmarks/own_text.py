@@ -103,7 +103,7 @@ def answered(asked: list[list[int]], seed: int) -> list[Row]:
     return [row(one, [*chance.sample(one, len(one)), END]) for one in asked]
 
 
-def said(model: LlamaForCausalLM, asked: list[list[int]], temperature: float, seed: int = 0) -> list[list[int]]:
+def sample_texts(model: LlamaForCausalLM, asked: list[list[int]], temperature: float, seed: int = 0) -> list[list[int]]:
     drawn = Sampling(max_new_tokens=NEW, sampling_temperature=temperature, seed=seed)
     return [
         text.ids for text in generate_tokens(model, [[*one, ASK] for one in asked], drawn, eos_ids=ENDS, batch_size=500)
@@ -179,7 +179,7 @@ def make_teacher(kept: Path) -> LlamaForCausalLM:
     for round_ in range(10):
         rows = answered(questions(64_000, f"teacher {round_}"), round_)
         learn(teacher, None, Labels(), rows, steps=500, rate=3e-3 * 0.75**round_, seed=round_, batch=4 * ROWS)
-        share = right(dev, said(teacher, dev, 1.0))
+        share = right(dev, sample_texts(teacher, dev, 1.0))
         print(f"teacher after {500 * (round_ + 1)} steps: {share:.3f}", file=sys.stderr, flush=True)
         if share >= 0.99:
             break
@@ -188,11 +188,11 @@ def make_teacher(kept: Path) -> LlamaForCausalLM:
 
 
 def measured(model: LlamaForCausalLM, teacher: LlamaForCausalLM, asked: list[list[int]]) -> dict[str, float]:
-    drawn = said(model, asked, 1.0)
-    rows = [row(one, text) for one, text in zip(asked, said(teacher, asked, 1.0, seed=1), strict=True)]
+    drawn = sample_texts(model, asked, 1.0)
+    rows = [row(one, text) for one, text in zip(asked, sample_texts(teacher, asked, 1.0, seed=1), strict=True)]
     found = compare(teacher, {"student": model}, [PaddingCollator(PAD)(rows)])["student"]
     return {
-        "greedy": right(asked, said(model, asked, 0.0)),
+        "greedy": right(asked, sample_texts(model, asked, 0.0)),
         "drawn": right(asked, drawn),
         "length": statistics.mean(map(len, drawn)),
         "repeated": statistics.mean(map(repeated, drawn)),
@@ -222,7 +222,7 @@ def one(
     method = METHODS[name]
     rows = data
     if method.texts != "data":
-        theirs = [row(one, text) for one, text in zip(known, said(teacher, known, 1.0, seed), strict=True)]
+        theirs = [row(one, text) for one, text in zip(known, sample_texts(teacher, known, 1.0, seed), strict=True)]
         rows = theirs if method.texts == "teacher" else data + theirs
     guide = teacher_mix(teacher, method.guide) if method.guide else None
     draws = Sampling(max_new_tokens=NEW)

@@ -57,12 +57,12 @@ def main() -> None:
     dressed = wrong = 0
     for row in rows:
         work, _, gold = row["answer"].rpartition("\n#### ")
-        said = number(gold)
-        assert said is not None, gold
+        parsed = number(gold)
+        assert parsed is not None, gold
         for form, text in forms(work, gold).items():
             agree[form] += same_answer(parse(text).answer, gold)
-        dressed += all(same_answer(text, gold) for text in clothes(said.value))
-        others = {said.value + 1, said.value - 1, said.value * 10, -said.value} - {said.value}
+        dressed += all(same_answer(text, gold) for text in clothes(parsed.value))
+        others = {parsed.value + 1, parsed.value - 1, parsed.value * 10, -parsed.value} - {parsed.value}
         wrong += any(same_answer(str(other), gold) for other in others)
     for form, count in agree.items():
         print(f"{form}: {count} of {len(rows)} agree")

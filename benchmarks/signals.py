@@ -122,7 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     rows, length = (2, 128) if args.quick else (args.rows, args.length)
 
-    said = machine(args.device)
+    system = machine(args.device)
     setting = {"rows": rows, "length": length, "steps": args.steps, "skipped": args.skipped}
     results: dict[str, Any] = {}
     for name in args.only:
@@ -130,9 +130,9 @@ def main() -> None:
             results[name] = fresh(train, name, args.device, rows, length, args.steps, args.skipped)
         except BrokenProcessPool:
             results[name] = "out of memory"
-        keep(args.out, {"command": " ".join(sys.argv), "machine": said, "setting": setting, "results": results})
+        keep(args.out, {"command": " ".join(sys.argv), "machine": system, "setting": setting, "results": results})
         print(name, results[name], file=sys.stderr, flush=True)
-    print("\n".join(f"{key}: {value}" for key, value in said.items()))
+    print("\n".join(f"{key}: {value}" for key, value in system.items()))
     print(f"float32, {rows} x {length} tokens, {args.steps} steps, {args.skipped} not timed\n\n{show(results)}")
 
 

@@ -234,9 +234,9 @@ def main() -> None:
             results[name] = fresh(train, name, setting)
         except BrokenProcessPool:
             results[name] = "out of memory"
-    said = machine(args.device)
-    keep(args.out, {"command": " ".join(sys.argv), "machine": said, "setting": vars(setting), "results": results})
-    print("\n".join(f"{key}: {value}" for key, value in said.items()))
+    system = machine(args.device)
+    keep(args.out, {"command": " ".join(sys.argv), "machine": system, "setting": vars(setting), "results": results})
+    print("\n".join(f"{key}: {value}" for key, value in system.items()))
     kind = "bf16" if setting.bf16 else "float32"
     print(f"{kind}, {setting.steps} steps, {setting.skipped} not timed\n\n{show(results)}")
 

@@ -13,7 +13,7 @@ from potstill.errors import ShapeError
 
 MOST_ROWS = 1000  # half a million pairs
 _NEIGHBOURS = 10
-_DOMAIN_ROWS = 100  # at least, of each set that is told apart
+_DOMAIN_ROWS = 100  # of each set, the fewest for a classifier that separates them
 Pairs = tuple[Sequence[int], Sequence[int], Sequence[float]]
 
 

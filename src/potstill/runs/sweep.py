@@ -23,7 +23,7 @@ from rich.console import Console
 from potstill.errors import PotstillError, RecipeError, RunError, UserError, is_out_of_memory, one_line
 from potstill.evaluate import tradeoff
 from potstill.evaluate.exported import FOLDER, read_exports
-from potstill.evaluate.report.sweep import write_sweep_report
+from potstill.evaluate.report.sweep import FILE_COSTS, write_sweep_report
 from potstill.evaluate.speed import latency_ms
 from potstill.evaluate.verdict import leakage
 from potstill.evaluate.versions import versions
@@ -254,7 +254,7 @@ def _summarize(done: Sequence[Point], limits: tradeoff.Limits) -> dict[str, Any]
         "files": files,
         "file_fronts": {
             cost: tradeoff.pareto_front([file[cost] for file in files], [file["quality"] for file in files])
-            for cost in ("bytes", "ms_per_token")
+            for cost in FILE_COSTS
         },
         "predictions": [asdict(prediction) for prediction in tradeoff.predict(compressions, qualities)],
         "limits": asdict(limits),
@@ -286,13 +286,10 @@ def _row(point: Point, summary: dict[str, Any], teacher_loss: float) -> dict[str
 def _files(place: int, point: Point) -> Iterator[dict[str, Any]]:
     """The exported files of a run that generate text, and were measured beside the teacher, by their costs."""
     exports = read_exports(point.directory / FOLDER)
-    for file in [] if exports is None else exports.files:
-        if (
-            exports is not None
-            and exports.teacher_loss is not None
-            and file.loss is not None
-            and file.tokens_per_second
-        ):
+    if exports is None or exports.teacher_loss is None:
+        return
+    for file in exports.files:
+        if file.loss is not None and file.tokens_per_second:
             yield {
                 "run": place,
                 **file.model_dump(include={"file", "kind", "program", "bytes", "peak_bytes", "loss", "teacher_kl"}),
