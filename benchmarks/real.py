@@ -97,6 +97,7 @@ ROWS = {
     "smollm2-85": Row(cut(30, 1152)),
     "smollm2-85-vocabulary": Row(cut(30, 1328) | trimmed(32_768)),
     "smollm2-60": Row(cut(30, 512)),
+    "smollm2-60-vocabulary": Row(cut(30, 688) | trimmed(32_768)),
     "smollm2-40": Row(cut(15, 512)),
     "smollm2-60-half": Row(cut(30, 512), objective=HALF),
     "smollm2-60-unfitted": Row(cut(30, 512, fit=False)),
@@ -117,6 +118,8 @@ ROWS = {
     "smollm2-85-200k": Row(cut(30, 1152), 200_000),
     "smollm2-85-vocabulary-200k": Row(cut(30, 1328) | trimmed(32_768), 200_000),
     "smollm2-60-200k": Row(cut(30, 512), 200_000),
+    "smollm2-60-vocabulary-200k": Row(cut(30, 688) | trimmed(32_768), 200_000),
+    "smollm2-60-vocabulary-500k": Row(cut(30, 688) | trimmed(32_768), 500_000),
     "smollm2-40-200k": Row(cut(15, 512), 200_000),
 }
 
@@ -260,6 +263,8 @@ def train(name: str, row: Row, args: argparse.Namespace, texts: Texts, record: R
         walk(STEPS, built, args.out / name, console)
         seconds += round(time.process_time() - began)
         for model in ("student", "baseline"):
+            if record.has(row=name, model=model):
+                continue
             facts = quality(saved(args.out / name / model), teacher, built.tokenizer, texts)
             record.add(row=name, model=model, tokens=row.tokens, seconds=seconds, **facts)
 

@@ -22,6 +22,7 @@ from potstill.data.batches import encode
 from potstill.data.sources import Source
 from potstill.errors import DataError, RecipeError, UserError
 from potstill.evaluate import diagnosis as measures
+from potstill.evaluate import quality
 from potstill.evaluate.diagnosis import (
     TOP_COUNTS,
     distributions,
@@ -35,6 +36,7 @@ from potstill.evaluate.findings import conclusion, interpret, recommended_temper
 from potstill.evaluate.report.diagnosis import write_diagnosis_page
 from potstill.evaluate.report.page import write_report
 from potstill.losses.alignment import causal_alignment
+from potstill.losses.targets import DenseTargets
 from potstill.models.loading import load_tokenizer
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.config.run import Recipe
@@ -47,13 +49,16 @@ def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return causal_alignment(batch["labels"]).select(said)
 
 
-@pytest.mark.parametrize("elements", [2**24, 2000])  # whole batches, and a few tokens at a time
+@pytest.mark.parametrize("elements", [2**25, 2000])  # whole batches, and a few tokens at a time
 def test_every_number_is_what_a_loop_gives(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measures, "ELEMENTS", elements)
+    monkeypatch.setattr(quality, "ELEMENTS", elements)
     teacher, student = make_llama(seed=1), make_llama(hidden_size=8, layers=1).train()
     batches = [make_batch(seed=seed) for seed in (1, 2)]
     tokens, softenings = token_stats(
-        lambda batch, alignment: logits_of(teacher, batch), {"student": student}, batches, temperatures=(1.0, 3.0)
+        lambda batch, alignment: DenseTargets(logits_of(teacher, batch)),
+        {"student": student},
+        batches,
+        temperatures=(1.0, 3.0),
     )
     assert student.training
     theirs, mine = (
@@ -106,7 +111,7 @@ def test_tokens_that_a_teacher_rules_out_are_no_nan() -> None:
     batch = make_batch()
     ruled_out = logits_of(make_llama(seed=1), batch)
     ruled_out[:, 100:] = -math.inf
-    tokens, softenings = token_stats(lambda *_: ruled_out, {"student": student}, [batch])
+    tokens, softenings = token_stats(lambda *_: DenseTargets(ruled_out), {"student": student}, [batch])
     assert all(
         torch.isfinite(values).all()
         for values in (*(stats["entropy"] for stats in tokens.models.values()), tokens.models["student"]["kl"])
@@ -125,7 +130,7 @@ def test_labels_that_a_sure_teacher_contradicts_are_found() -> None:
     sure[5] = 0.0
     sure[5, : int(labels[5])] = 9.0  # finds it unlikely, sure of nothing
     sure[5, int(labels[5]) + 1 :] = 9.0
-    tokens, _ = token_stats(lambda *_: sure, {}, [batch])
+    tokens, _ = token_stats(lambda *_: DenseTargets(sure), {}, [batch])
     noise = label_noise(tokens)
     assert noise["unlikely"] == pytest.approx(2 / count)
     assert noise["contradicted"] == pytest.approx(1 / count)

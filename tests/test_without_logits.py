@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_batch, make_llama
+from potstill.evaluate.quality import compare
 from potstill.losses.alignment import target_positions
 from potstill.losses.divergences import JSD, ForwardKL, ReverseKL
 from potstill.losses.fused_linear import linear_divergence
@@ -160,3 +161,26 @@ def test_the_distiller_may_be_compiled() -> None:
         return seen
 
     assert steps(compiled=True) == pytest.approx(steps(compiled=False), rel=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_evaluation_builds_logits_of_some_positions_at_a_time(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+    """A batch of long rows times a large vocabulary is gigabytes for each model, more than the training needed."""
+    V, at_once = 4000, 16
+    monkeypatch.setattr("potstill.evaluate.quality.ELEMENTS", at_once * (V + 8 * padded))
+    batch = make_batch(rows=8, length=32, vocab_size=V)
+    teacher, student = make_llama(V + 8 * padded, seed=1), make_llama(V, hidden_size=8)
+
+    def measured() -> Any:
+        return compare(teacher, {"student": student}, [batch], vocabulary=V)
+
+    in_parts = measured()
+    with Largest() as seen:
+        measured()
+    assert seen.elements <= max(at_once * (V + 8 * padded), teacher.lm_head.weight.numel())
+    assert seen.elements < int(target_positions(batch["labels"]).sum()) * V / 2
+    monkeypatch.setattr("potstill.evaluate.quality.ELEMENTS", 2**30)
+    monkeypatch.setattr("potstill.evaluate.quality.split_model", lambda model: None)
+    for name, expected in measured().items():
+        for key, value in vars(expected).items():
+            assert getattr(in_parts[name], key) == pytest.approx(value, rel=1e-5, abs=1e-6)

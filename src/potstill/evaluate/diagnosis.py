@@ -13,23 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ShapeError
-from potstill.evaluate.quality import logits_at, teacher_distances
+from potstill.evaluate.quality import FullTargets, logits_in_parts, outputs_at, teacher_distances
 from potstill.losses.alignment import Alignment, causal_alignment
 from potstill.losses.divergences import LOG_ZERO
 from potstill.losses.token_losses import on_float64_device
-from potstill.models.split import evaluation_mode
+from potstill.models.split import evaluation_mode, split_model
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 TOP_COUNTS = (1, 5, 10, 100)  # numbers of most likely tokens whose total probability is reported
 UNLIKELY = 0.001  # label probability under the teacher
 CONFIDENT = 0.9  # probability of the teacher's top token
-ELEMENTS = 2**24  # of logits at a time
 EXAMPLES = 5
 # Groups of tokens, and how often each occurs at least in the training data.
 FREQUENCIES = {"never": 0, "1 to 9 times": 1, "10 to 99": 10, "100 to 999": 100, "1,000 or more": 1000}
 
-# Logits [N, V] of the teacher at the target positions, or None if it has no full distributions.
-TeacherLogits = Callable[[Mapping[str, Tensor], Alignment], Tensor | None]
+# The teacher's distributions at the N target positions, or None if it has no full ones.
+TeacherOutputs = Callable[[Mapping[str, Tensor], Alignment], FullTargets | None]
 Stats = dict[str, Tensor]  # quantity -> [N], on the CPU
 
 
@@ -101,7 +100,7 @@ def soften(logits: Tensor, temperatures: Sequence[float] = TEMPERATURES) -> list
 
 @torch.no_grad()
 def token_stats(
-    teacher_logits: TeacherLogits,
+    teacher_outputs: TeacherOutputs,
     models: Mapping[str, nn.Module],
     batches: Iterable[Mapping[str, Tensor]],
     *,
@@ -112,27 +111,25 @@ def token_stats(
     temperatures = sorted(temperatures)
     sums, softened, rows = torch.zeros(len(temperatures), 2 + len(TOP_COUNTS), dtype=torch.float64), 0, 0
     collected: dict[str, list[Stats]] = defaultdict(list)
+    splits = {name: split_model(model) for name, model in models.items()}
     with evaluation_mode(*models.values()):
         for batch in batches:
             alignment = causal_alignment(batch["labels"])
-            expected = teacher_logits(batch, alignment)
-            logits = {name: logits_at(model, batch, alignment, vocabulary) for name, model in models.items()}
+            expected = teacher_outputs(batch, alignment)
+            outputs = {name: outputs_at(model, splits[name], batch, alignment) for name, model in models.items()}
+            measured: dict[str, FullTargets] = {**outputs} if expected is None else {**outputs, "teacher": expected}
             row = rows + alignment.positions // alignment.length
             rows += len(batch["labels"])
             collected[""].append({"label": alignment.labels.cpu(), "column": alignment.column.cpu(), "row": row.cpu()})
-            widths = [x.shape[-1] for x in (expected, *logits.values()) if x is not None]
-            step = max(1, ELEMENTS // (vocabulary or max(widths, default=1)))
-            for part in (slice(start, start + step) for start in range(0, len(alignment), step)):
-                labels = alignment.labels[part].cpu()
-                teacher = None if expected is None else expected[part].float().cpu()
+            for part, logits in logits_in_parts(measured, vocabulary, torch.device("cpu")):
+                labels, teacher = alignment.labels[part].cpu(), logits.pop("teacher", None)
                 if teacher is not None:
                     best = teacher.log_softmax(-1).clamp_min(LOG_ZERO).max(-1)
                     top = {"confidence": best.values.exp(), "prediction": best.indices}
                     collected["teacher"].append(_own_stats(teacher, labels) | top)
                     sums += _softening_sums(teacher, temperatures)
                     softened += len(teacher)
-                for name in models:
-                    student = logits[name][part].cpu()
+                for name, student in logits.items():
                     distances = {} if teacher is None else teacher_distances(student, teacher)
                     collected[name].append(_own_stats(student, labels) | distances)
     tables = {name: {key: torch.cat([p[key] for p in parts]) for key in parts[0]} for name, parts in collected.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,11 +17,12 @@ from potstill.engines.decode import generate_tokens
 from potstill.engines.sampling import Sampling
 from potstill.losses.alignment import Alignment, Task, align
 from potstill.losses.divergences import JSD, ForwardKL
-from potstill.losses.targets import DenseTargets
+from potstill.losses.targets import DenseTargets, HeadTargets, MixtureTargets
 from potstill.losses.token_losses import token_cross_entropy, token_divergence
-from potstill.models.split import evaluation_mode, forward_targets, inputs
+from potstill.models.split import SplitModel, evaluation_mode, forward_targets, inputs, split_model
 
 TOP_K = 10
+ELEMENTS = 2**25  # logits of a model that exist at a time
 BINS = 15  # of confidence, as in Guo et al. 2017, arXiv 1706.04599
 
 
@@ -61,15 +62,16 @@ class _Sums:
             torch.zeros(length, dtype=torch.float64) for length in (BINS, 4, 0, 0)
         )
 
-    def add(self, logits: Tensor, expected: Tensor | None, alignment: Alignment) -> None:
-        self.tokens += len(alignment)
-        self.loss += float(token_cross_entropy(logits, alignment.labels).cpu().double().sum())
-        self.overconfidence += overconfidence(logits, alignment.labels)
+    def add(self, logits: Tensor, expected: Tensor | None, labels: Tensor, column: Tensor, length: int) -> None:
+        """Add positions with logits [C, V] of the model and of the reference; `column` are their places in rows."""
+        self.tokens += len(labels)
+        self.loss += float(token_cross_entropy(logits, labels).cpu().double().sum())
+        self.overconfidence += overconfidence(logits, labels)
         if expected is None:
             return
         distances = {name: values.cpu().double() for name, values in teacher_distances(logits, expected).items()}
         self.distances += torch.stack([values.sum() for values in distances.values()])
-        column, longer = alignment.column.cpu(), (0, max(alignment.length - len(self.kl_at), 0))
+        longer = (0, max(length - len(self.kl_at), 0))
         self.kl_at = pad(self.kl_at, longer).index_add(0, column, distances["kl"])
         self.count_at = pad(self.count_at, longer).index_add(0, column, torch.ones_like(distances["kl"]))
 
@@ -108,21 +110,45 @@ def compare(
     """
     measured = dict(models) if reference is None else {"teacher": reference, **models}
     sums = {name: _Sums() for name in measured}
+    splits = {name: split_model(model) for name, model in measured.items()}
     with evaluation_mode(*measured.values()):
         for batch in (right_padded(batch, task) for batch in batches):
             alignment = align(batch["labels"], task)
-            expected = None
-            for name, model in measured.items():  # the reference is the first
-                logits = logits_at(model, batch, alignment, vocabulary)
-                expected = logits if model is reference else expected
-                sums[name].add(logits, expected, alignment)
+            outputs = {name: outputs_at(model, splits[name], batch, alignment) for name, model in measured.items()}
+            labels, column = alignment.labels, alignment.column.cpu()
+            for part, logits in logits_in_parts(outputs, vocabulary, labels.device):
+                expected = None if reference is None else logits["teacher"]
+                for name, own in logits.items():
+                    sums[name].add(own, expected, labels[part], column[part], alignment.length)
     return {name: model_sums.means(bins) for name, model_sums in sums.items()}
 
 
-def logits_at(model: Any, batch: Mapping[str, Tensor], alignment: Alignment, vocabulary: int | None) -> Tensor:
-    """Compute a model's logits [N, V] at the target positions, float32, on the batch's device."""
-    targets = forward_targets(model, None, inputs(batch, next(model.parameters()).device), alignment)
-    return targets.dense()[:, :vocabulary].float().to(batch["labels"].device)
+FullTargets = HeadTargets | DenseTargets | MixtureTargets
+
+
+def outputs_at(
+    model: Any, split: SplitModel | None, batch: Mapping[str, Tensor], alignment: Alignment
+) -> HeadTargets | DenseTargets:
+    """Run a model, wherever it is, and return its output at the target positions; see `forward_targets`."""
+    return forward_targets(model, split, inputs(batch, next(model.parameters()).device), alignment)
+
+
+def logits_in_parts(
+    outputs: Mapping[str, FullTargets], vocabulary: int | None, device: torch.device
+) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """Give the logits [C, V] of models at the same positions, float32 and on a device, for some positions at a time.
+
+    All positions of a batch at once would need more memory than the training: gigabytes for each model.
+
+    Args:
+        vocabulary: the first tokens only, where there are more.
+    """
+    widest = max((output.vocabulary for output in outputs.values()), default=0)
+    size = max(1, ELEMENTS // max(1, widest))
+    length = max((output.leading[0] for output in outputs.values()), default=0)
+    for part in (slice(start, start + size) for start in range(0, length, size)):
+        logits = {name: output.rows(part).dense()[:, :vocabulary] for name, output in outputs.items()}
+        yield part, {name: values.float().to(device) for name, values in logits.items()}
 
 
 def teacher_distances(logits: Tensor, expected: Tensor) -> dict[str, Tensor]:

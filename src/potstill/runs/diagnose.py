@@ -23,7 +23,7 @@ from potstill.errors import RecipeError, UserError
 from potstill.evaluate import diagnosis as stats
 from potstill.evaluate.diagnosis import Softening, TokenStats
 from potstill.evaluate.findings import conclusion, interpret, recommended_temperature
-from potstill.evaluate.quality import logits_at
+from potstill.evaluate.quality import FullTargets, outputs_at
 from potstill.evaluate.summary import read_metrics
 from potstill.evaluate.versions import versions
 from potstill.files import write_json
@@ -34,6 +34,7 @@ from potstill.models.heads import token_rows
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
 from potstill.models.placement import move
 from potstill.models.spacing import evenly_spaced
+from potstill.models.split import evaluation_mode, split_model
 from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.run import Recipe
 from potstill.runs.start import weak_gradient
@@ -73,7 +74,7 @@ def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> di
     used = _temperatures(built, run is not None)
     batches = in_batches(sample, built.tokenizer, built.plan.batch_rows, device)
     options: dict[str, Any] = {"vocabulary": built.vocabulary, "temperatures": sorted({*stats.TEMPERATURES, *used})}
-    tokens, softenings = stats.token_stats(partial(_teacher_logits, built), models, batches, **options)
+    tokens, softenings = stats.token_stats(partial(_teacher_outputs, built), models, batches, **options)
     student, step = models["student"], built.plan.steps if run else 0
     diagnosis = {
         "kind": "diagnosis",
@@ -109,8 +110,10 @@ def teacher_temperatures(model: str, data: str | Path, *, rows: int = ROWS, max_
     vocabulary = checked_vocabulary(tokenizer, {"teacher": token_rows(teacher, "causal")})
     sample = _evenly_spaced(encode(Source(data), tokenizer, max_length=max_length).dataset, rows)
     device = PartialState().device
-    logits = partial(logits_at, teacher.to(device), vocabulary=vocabulary)
-    softenings = stats.token_stats(logits, {}, in_batches(sample, tokenizer, TEACHER_BATCH, device))[1]
+    outputs = partial(outputs_at, teacher.to(device), split_model(teacher))
+    batches = in_batches(sample, tokenizer, TEACHER_BATCH, device)
+    with evaluation_mode(teacher):
+        softenings = stats.token_stats(outputs, {}, batches, vocabulary=vocabulary)[1]
     table = _temperature_table(softenings, [])
     assert table is not None  # encode refuses a file without a target token
     return table
@@ -147,11 +150,11 @@ def _evenly_spaced(dataset: Dataset, number: int) -> Dataset:
     return dataset.select(evenly_spaced(number, len(dataset)))
 
 
-def _teacher_logits(built: BuiltRun, batch: Mapping[str, Tensor], alignment: Alignment) -> Tensor | None:
+def _teacher_outputs(built: BuiltRun, batch: Mapping[str, Tensor], alignment: Alignment) -> FullTargets | None:
     if built.alignment_stats is not None:  # its vocabulary is another
         return None
     targets = built.teacher(batch, alignment).targets.slice(built.vocabulary)
-    return None if isinstance(targets, SparseTargets) else targets.dense()
+    return None if isinstance(targets, SparseTargets) else targets
 
 
 def _temperatures(built: BuiltRun, after_run: bool) -> list[float]:

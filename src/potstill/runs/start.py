@@ -9,7 +9,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from potstill.data.batches import in_batches
-from potstill.evaluate.quality import logits_at
+from potstill.evaluate.quality import outputs_at
 from potstill.losses.alignment import TOKEN_TASKS, align
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.schedule import value_at
@@ -39,7 +39,7 @@ def weak_gradient(built: BuiltRun, student: Any) -> str | None:
     alignment = align(batch["labels"], built.recipe.task)
     with torch.no_grad():
         targets = built.teacher(batch, alignment).targets
-        logits = logits_at(student.eval(), batch, alignment, built.vocabulary)
+        logits = outputs_at(student.eval(), None, batch, alignment).dense()[:, : built.vocabulary].float()
     full = _pull(logits, targets, Logits(ForwardKL()))
     shares = {term.describe(): _pull(logits, targets, term) / max(full, 1e-12) for term in divergences}
     name, share = max(shares.items(), key=lambda pair: pair[1])

@@ -20,13 +20,15 @@ from potstill.data.mixture import encode_mixture
 from potstill.data.sources import Source
 from potstill.errors import RecipeError
 from potstill.evaluate.held_out import measure_rows, text_bytes
+from potstill.evaluate.quality import logits_in_parts, outputs_at
 from potstill.evaluate.sequence import measure
 from potstill.evaluate.speed import bytes_on_disk
 from potstill.evaluate.time_limit import TimeLimit
+from potstill.losses.alignment import causal_alignment
 from potstill.models.chat import set_chat_template
 from potstill.models.placement import is_spread, move
 from potstill.models.precision import describe_precision
-from potstill.models.split import evaluation_mode, run
+from potstill.models.split import evaluation_mode, split_model
 from potstill.models.trimming import choose_tokens, trim_model, trim_tokenizer
 from potstill.runs.config.run import Recipe
 from potstill.teachers.source import LoadedTeacher
@@ -124,14 +126,17 @@ def bits_per_byte(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTo
 
 
 def kept_share(model: PreTrainedModel, rows: Dataset, kept: KeptTokens) -> float:
-    """Compute the mean probability that a causal model gives to the kept tokens, over the attended positions."""
-    ids, total, positions = torch.tensor(kept.ids, device=model.device), 0.0, 0
+    """Compute the mean probability that a causal model gives to the kept tokens, over the rows' targets."""
+    ids, total, tokens, split = torch.tensor(kept.ids, device=model.device), 0.0, 0, split_model(model)
     with torch.no_grad(), evaluation_mode(model):
         for batch in in_batches(rows, kept.whole, PROBE_BATCH, model.device):
-            logits = run(model, batch).logits[batch["attention_mask"].bool()].float()
-            shares = logits[:, ids].logsumexp(-1) - logits.logsumexp(-1)
-            total, positions = total + float(shares.exp().sum()), positions + len(shares)
-    return total / max(1, positions)
+            alignment = causal_alignment(batch["labels"])
+            outputs = {"model": outputs_at(model, split, batch, alignment)}
+            for _, parts in logits_in_parts(outputs, None, model.device):
+                logits = parts["model"]
+                total += float((logits[:, ids].logsumexp(-1) - logits.logsumexp(-1)).exp().sum())
+            tokens += len(alignment)
+    return total / max(1, tokens)
 
 
 def _options(recipe: Recipe) -> dict[str, Any]:
