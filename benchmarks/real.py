@@ -86,7 +86,7 @@ def pruned(share: float, search: int | None = None, rounds: int = 1) -> dict[str
     return {"design": design, "initialize": {"method": "prune", "rounds": rounds}}
 
 
-def trimmed(tokens: int) -> dict[str, Any]:
+def trimmed(tokens: int | str) -> dict[str, Any]:
     """A student with its teacher's most frequent tokens, counted on all the text that there is to train on."""
     return {"vocabulary": {"keep": tokens}}
 
@@ -105,6 +105,7 @@ ROWS = {
     "smollm2-60-depth": Row(depth(15)),
     "smollm2-60-rule": Row(pruned(0.6)),
     "smollm2-60-search": Row(pruned(0.6, search=6)),
+    "smollm2-60-auto": Row(pruned(0.6) | trimmed("auto")),
     "smollm2-60-top-k": Row(cut(30, 512), cached={"codec": "top_k", "k": 64}),
     "smollm2-60-sampled": Row(cut(30, 512), cached={"codec": "sampled", "draws": 50}),
     "gemma3-65k": Row({"model": "gemma3", **trimmed(65_536)}, 0, "gemma3"),

@@ -308,9 +308,13 @@ def test_the_command_counts_fewer_tokens(toys: Path) -> None:
     part = yaml.safe_load(smaller.output[smaller.output.index("student:\n") :])["student"]
     assert count_parameters(student_config(whole, part["design"], 270)) == pytest.approx(6100, rel=0.05)
     for options, message in (
+        ((*data, "--vocabulary", "auto"), "expected a limit such as --params 80M with --search and --vocabulary auto"),
         (("--vocabulary", "270"), "expected --data FILE with --vocabulary and --search"),
         (data, "expected --vocabulary or --search with --data, got neither"),
-        ((*data, "--vocabulary", "many"), "--vocabulary: expected data or a number of tokens such as 32000, got many."),
+        (
+            (*data, "--vocabulary", "many"),
+            "--vocabulary: expected data, auto or a number of tokens such as 32000, got many.",
+        ),
         ((*data, "--vocabulary", "7"), "the special ones and the alphabet, got 7. Keep more."),
     ):
         assert message in str(potstill(*teacher, *options).exception)

@@ -18,6 +18,7 @@ from conftest import TEXT, make_llama, make_tokenizer, mostly_slow
 from potstill.cli import app
 from potstill.cli import init as command
 from potstill.errors import DataError, ModelError, RecipeError, UserError
+from potstill.runs.config.run import Recipe
 from potstill.runs.init.draft import DraftRequest, draft
 from toy_encoders import make_encoder, save, write_rows
 
@@ -39,13 +40,18 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("tokens, suggested", [(50_000, True), (300, False)])
-def test_a_smaller_vocabulary_is_suggested_where_embeddings_are_large(tokens: int, suggested: bool) -> None:
+@pytest.mark.parametrize(
+    "tokens, budget, suggested", [(50_000, {}, "32768"), (50_000, {"params": 50_000}, "auto"), (300, {}, None)]
+)
+def test_a_smaller_vocabulary_is_suggested_where_embeddings_are_large(
+    tokens: int, budget: dict[str, Any], suggested: str | None
+) -> None:
     make_llama(hidden_size=32, layers=4, seed=4, vocab_size=tokens).save_pretrained("teacher")
-    text = draft(DraftRequest("teacher", Path("train.jsonl"), Path("eval.jsonl")))
-    line = "  # vocabulary: {keep: 32768, text: {path: FILE}}\n"
-    assert (line in text) == suggested
-    assert not suggested or yaml.safe_load(text.replace(line, line.replace("# ", "")))["student"]["vocabulary"]
+    text = draft(DraftRequest("teacher", Path("train.jsonl"), Path("eval.jsonl"), budget=budget))
+    line = f"  # vocabulary: {{keep: {suggested}, text: {{path: FILE}}}}\n"
+    assert (line in text) == (suggested is not None)
+    if suggested:
+        Recipe.parse(yaml.safe_load(text.replace(line, line.replace("# ", ""))))
 
 
 def write(**files: list[dict[str, Any]]) -> None:

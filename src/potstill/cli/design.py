@@ -38,7 +38,9 @@ def design(
     task: Annotated[str, typer.Option(help="kind of task: general, classification, generation, ...")] = "general",
     keep: Annotated[str, typer.Option(help="what to keep: depth, width, attention or balanced")] = "balanced",
     context: Annotated[int | None, typer.Option(help="tokens in a row; default: at most 2048", min=1)] = None,
-    vocabulary: Annotated[str | None, typer.Option(help="tokens to keep: data (those of --data), or a number")] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="tokens to keep: data (those of --data), a number, or auto")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="text of the use, for --vocabulary and --search")] = None,
     search: Annotated[int | None, typer.Option(help="prune the teacher to so many shapes, and compare", min=2)] = None,
     out: Annotated[Path | None, typer.Option(help="folder to write config.json to")] = None,
@@ -48,7 +50,8 @@ def design(
 
     Nothing is trained and no weights are read; --latency-ms builds and times models with random weights. With
     --vocabulary and no limit, it is the teacher with fewer tokens. With --search, shapes of the same size
-    are pruned from the teacher and measured on --data, and the best trained for a few steps; files go to --out.
+    are pruned from the teacher and measured on --data, and the best trained for a few steps; with --vocabulary auto
+    students with fewer and fewer tokens are. Files of both go to --out.
     """
     from potstill.evaluate.speed import latency_ms as measure_latency
     from potstill.models.budget import Budget, parse_count
@@ -77,7 +80,7 @@ def design(
         limits: dict[str, Any] = {"params": None if params is None else parse_count(params), "compression": compression}
         limits |= {"memory_gb": memory_gb, "latency_ms": latency_ms, "target": target, "min_share": min_share}
         part = _vocabulary_part(vocabulary, data, search)
-        if search is not None:
+        if search is not None or vocabulary == "auto":
             assert data is not None, "it is checked"
             return _search(teacher, search, data, limits | {"keep": keep, "context": tokens}, part, out)
         size = None if part is None else _count_kept(teacher, part, tokens)
@@ -101,36 +104,41 @@ def design(
 
 def _search(
     teacher: str,
-    number: int,
+    number: int | None,
     data: Path,
     limits: dict[str, Any],
     vocabulary: dict[str, Any] | None,
     out: Path | None,
 ) -> None:
-    """Search a shape within a budget, and print those that were compared and the recipe's `student` of the best."""
+    """Search tokens and shape within a budget, and print what was compared and the recipe's `student` of the best."""
     import yaml
 
     from potstill.runs.config.run import Recipe
     from potstill.runs.init.draft import DraftRequest, draft
-    from potstill.runs.search import search_shape
+    from potstill.runs.run import settle_student
 
     if limits.pop("latency_ms") is not None:
         raise UserError(
-            "design: expected --params, --compression, --memory-gb, --target or --min-share with --search, "
-            "got --latency-ms. Find the number of parameters without --search first."
+            "design: expected --params, --compression, --memory-gb, --target or --min-share with --search and "
+            "--vocabulary auto, got --latency-ms. Find the number of parameters without them first."
         )
     budget = {name: limit for name, limit in limits.items() if limit is not None}
     if not budget.keys() - {"keep", "context"}:
-        raise UserError("design: expected a limit such as --params 80M with --search, got none.")
+        raise UserError("design: expected a limit such as --params 80M with --search and --vocabulary auto, got none.")
     directory = out or Path("runs") / f"{Path(teacher).name}-search"
     request = DraftRequest(teacher, data, data, budget=budget, name=directory.name, output=str(directory))
     values = yaml.safe_load(draft(request))
     values["student"] = {"design": budget | {"search": number}, "initialize": "prune", "vocabulary": vocabulary}
-    found, _ = search_shape(Recipe.parse(values, "design"), directory, console)
-    _print_search(directory)
+    found, notes = settle_student(Recipe.parse(values, "design"), directory, console, resume=True)
+    if number is None:
+        show(*notes)
+    else:
+        _print_search(directory)
+    student = found.student.model_dump(mode="json", include={"design", "vocabulary"}, exclude_none=True)
     show("In a recipe:")
-    show(_dump_student({"design": found.student.design, "initialize": "prune"}, vocabulary))
-    show(f"report  {directory / 'search.html'}")
+    show(_dump_student({"design": student["design"], "initialize": "prune"}, student.get("vocabulary")))
+    if number is not None:
+        show(f"report  {directory / 'search.html'}")
 
 
 def _print_search(directory: Path) -> None:
@@ -165,9 +173,10 @@ def _vocabulary_part(vocabulary: str | None, data: Path | None, search: int | No
         raise UserError("design: expected --vocabulary or --search with --data, got neither. Leave --data out.")
     if vocabulary is None:
         return None
-    if vocabulary != "data" and not (vocabulary.isdecimal() and int(vocabulary)):
-        raise UserError(f"--vocabulary: expected data or a number of tokens such as 32000, got {vocabulary}.")
-    return {"keep": vocabulary if vocabulary == "data" else int(vocabulary), "text": {"path": str(data)}}
+    named = vocabulary in ("data", "auto")
+    if not named and not (vocabulary.isdecimal() and int(vocabulary)):
+        raise UserError(f"--vocabulary: expected data, auto or a number of tokens such as 32000, got {vocabulary}.")
+    return {"keep": vocabulary if named else int(vocabulary), "text": {"path": str(data)}}
 
 
 def _count_kept(teacher: str, part: dict[str, Any], max_length: int) -> int:

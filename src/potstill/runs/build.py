@@ -201,13 +201,7 @@ def build_run(recipe: Recipe) -> BuiltRun:
         notes += chat_notes(loaded, tokenizer, train.dataset, recipe.data.eval)
     if recipe.train.get("bf16") and not plan.bf16:
         notes.append("train.bf16: this CPU has no bfloat16 instructions; training in float32, which is faster here.")
-    if recipe.student.searches:
-        notes.append(
-            "student.design.search: these are figures of the first shape; potstill run searches for a better one."
-        )
-    if recipe.student.rounds:
-        notes.append("student.initialize.rounds: these are figures of one cut; potstill run makes several.")
-    notes += vocabulary_notes
+    notes += [*recipe.student.open_choices, *vocabulary_notes]
     notes += new_student.initialization.notes if new_student.initialization else ()
     notes += packing_notes(packed, plan.batch_rows, loaded) if packed is not None else ()
     notes += rollout.check_prompts(train.dataset) if rollout else ()

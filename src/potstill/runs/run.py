@@ -21,6 +21,7 @@ from potstill.runs.search import search_shape
 from potstill.runs.start import weak_gradient
 from potstill.runs.steps import CHECKPOINT_BYTES, STEPS, walk
 from potstill.runs.terminal import Terminal
+from potstill.runs.vocabulary_size import choose_vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,14 @@ def _run(recipe: Recipe, directory: Path, resume: bool, shown: Console) -> RunRe
 
 
 def settle_student(recipe: Recipe, directory: Path, console: Console, resume: bool) -> tuple[Recipe, list[str]]:
-    """Search the student's shape and cut it in rounds, where the recipe asks for it; return what is left, and notes."""
+    """Choose the student's tokens and shape and cut it in rounds, where the recipe asks for it.
+
+    Return what is left to do, and notes.
+    """
     notes = []
+    if recipe.student.chooses_tokens:
+        recipe, note = choose_vocabulary_size(recipe, directory, console)
+        notes.append(note)
     if recipe.student.searches:
         recipe, note = search_shape(recipe, directory, console)
         notes.append(note)

@@ -46,9 +46,12 @@ class KeptTokens(NamedTuple):
 
 
 def keep_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> KeptTokens | None:
-    """Choose the tokens that the recipe asks for, and make a tokenizer of them; None where it keeps all."""
+    """Choose the tokens that the recipe asks for, and make a tokenizer of them; None where it keeps all.
+
+    All are kept where their number is not chosen yet.
+    """
     part = recipe.student.vocabulary
-    if part is None:
+    if part is None or part.keep == "auto":
         return None
     source = recipe.data.train if part.text is None else part.text
     kept = tokens_of(source, tokenizer, part.keep, **_options(recipe))

@@ -114,13 +114,15 @@ class InitializePart(Part):
 class VocabularyPart(Part):
     """The tokens of a student that is to have fewer than its tokenizer; those of its teacher are cut with them."""
 
-    keep: Literal["data"] | Annotated[int, Field(ge=1)] = Field(
-        description="data, all tokens of the text; or a number: the most frequent. Special tokens and the alphabet stay"
+    keep: Literal["data", "auto"] | Annotated[int, Field(ge=1)] = Field(
+        description="data, all tokens of the text; or a number: the most frequent; or auto: the number with which a "
+        "pruned student of the design's size loses least. Special tokens and the alphabet stay"
     )
     text: Source | None = Field(None, description="where tokens are counted, as a source of data; default: data.train")
 
     def describe(self) -> str:
-        return "the tokens of its text alone" if self.keep == "data" else f"{self.keep:,} tokens"
+        names = {"data": "the tokens of its text alone", "auto": "as many tokens as lose least"}
+        return names[self.keep] if isinstance(self.keep, str) else f"{self.keep:,} tokens"
 
 
 class StudentPart(Part):
@@ -185,6 +187,11 @@ class StudentPart(Part):
             raise ValueError(
                 "expected a choice of layers such as importance with design.search, got numbers. Shapes differ in depth"
             )
+        if self.chooses_tokens and (not isinstance(self.design, BudgetPart) or method in ("random", "selective")):
+            raise ValueError(
+                "expected vocabulary.keep: auto with a budget such as design: {compression: 2} and initialize: prune, "
+                "got another design or start. Sizes are compared as what pruning leaves"
+            )
         if self.rounds and (adapter or self.vocabulary):
             what = "an adapter" if adapter else "vocabulary"
             raise ValueError(f"expected initialize.rounds without {what}, got both. Cut first, with a run of its own")
@@ -212,6 +219,25 @@ class StudentPart(Part):
     def searches(self) -> int:
         """The number of shapes among which a search chooses; 0 where the design is one shape."""
         return (self.design.search or 0) if isinstance(self.design, BudgetPart) else 0
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether a run chooses how many tokens the student keeps."""
+        return self.vocabulary is not None and self.vocabulary.keep == "auto"
+
+    @property
+    def open_choices(self) -> list[str]:
+        """Notes about what a run chooses before it trains, for figures that are computed without it."""
+        notes = {
+            "vocabulary.keep: these are figures of all tokens; potstill run chooses how many to keep.": (
+                self.chooses_tokens
+            ),
+            "design.search: these are figures of the first shape; potstill run searches for a better one.": (
+                self.searches
+            ),
+            "initialize.rounds: these are figures of one cut; potstill run makes several.": self.rounds,
+        }
+        return [f"student.{note}" for note, is_open in notes.items() if is_open]
 
     @property
     def rounds(self) -> bool:

@@ -184,6 +184,7 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
         **data,
         **training,
         "token_share": share,
+        "kept_tokens": "auto" if request.budget else 32_768,
         "max_length": max_length,
         "bf16": has_bfloat16(),
     }

@@ -1,0 +1,149 @@
+"""How many tokens a student keeps, where a run chooses: `student.vocabulary.keep: auto`."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from conftest import quiet_run
+from potstill.cli import app
+from potstill.errors import ModelError, RecipeError
+from potstill.models.spacing import evenly_spaced
+from potstill.runs import vocabulary_size
+from potstill.runs.build import build_run
+from potstill.runs.config.run import Recipe
+from potstill.runs.vocabulary import bits_per_byte
+from potstill.runs.vocabulary_size import choose_vocabulary_size
+
+SIZES = [300, 284, 268]  # of the toys' 300 tokens; 252 are fewer than the alphabet
+
+
+@pytest.fixture
+def automatic(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(vocabulary_size, "MULTIPLE", 4)
+    monkeypatch.setattr(vocabulary_size, "LEAST", 250)
+    monkeypatch.setattr(vocabulary_size, "RATIO", 0.95)
+    recipe_values["student"] = {
+        "design": {"params": 6000}, "initialize": {"method": "prune", "calibration_rows": 4},
+        "vocabulary": {"keep": "auto"},
+    }  # fmt: skip
+    recipe_values["evaluate"] = {"continuations": 0}
+    return recipe_values
+
+
+def choose(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, bits: dict[int, Any]) -> tuple[Any, str, str]:
+    """Choose among students of known quality; ModelError where one cannot be made."""
+
+    def measure(recipe: Recipe, size: int, whole: int) -> float:
+        if isinstance(bits[size], Exception):
+            raise bits[size]
+        return float(bits[size])
+
+    monkeypatch.setattr(vocabulary_size, "_pruned_bits", measure)
+    shown = io.StringIO()
+    console = Console(file=shown, width=200)
+    recipe, note = choose_vocabulary_size(Recipe.parse(values), Path(values["output"]), console)
+    return recipe.student.vocabulary, note, shown.getvalue()
+
+
+def test_fewer_tokens_are_tried_until_one_is_worse(automatic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    part, note, _ = choose(automatic, monkeypatch, {300: 3.0, 284: 2.5, 268: 2.75})
+    assert part.keep == 284
+    assert note == (
+        "student.vocabulary: 284 tokens; a student of this size then needs 2.500 bits a byte of training text before "
+        "it is trained, and 3.000 with 300, 2.750 with 268."
+    )
+
+
+def test_all_tokens_stay_where_fewer_are_worse(automatic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    part, note, _ = choose(automatic, monkeypatch, {300: 2.0, 284: 2.5})
+    assert part is None
+    assert note.startswith("student.vocabulary: 300 tokens;")
+
+
+def test_a_budget_that_only_fewer_tokens_meet(automatic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    none = ModelError("design: expected a larger model, got 5 parameters.")
+    part, _, shown = choose(automatic, monkeypatch, {300: none, 284: 2.5, 268: 2.0, 252: none})
+    assert part.keep == 268
+    assert "300 tokens: left out. design: expected a larger model" in shown
+
+
+def test_a_budget_that_no_tokens_meet(automatic: dict[str, Any]) -> None:
+    automatic["student"]["design"] = {"params": 10}
+    with pytest.raises(RecipeError, match=r"vocabulary\.keep: expected a budget .* params 10.*Raise it\."):
+        choose_vocabulary_size(Recipe.parse(automatic), Path(automatic["output"]), Console(file=io.StringIO()))
+
+
+def test_a_student_is_measured_as_pruning_leaves_it(automatic: dict[str, Any]) -> None:
+    found = vocabulary_size._pruned_bits(Recipe.parse(automatic), 284, 300)
+    automatic["student"]["vocabulary"] = {"keep": 284}
+    built = build_run(Recipe.parse(automatic))
+    rows = built.train.dataset
+    scored = rows.select([*evenly_spaced(min(64, len(rows) // 4), len(rows))])
+    assert built.vocabulary == 284
+    assert found == pytest.approx(bits_per_byte(built.new_student(), scored, built.tokenizer), rel=0.05)
+
+
+def test_a_run_chooses_and_a_resumed_one_measures_nothing_again(
+    automatic: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = quiet_run(automatic)
+    saved = yaml.safe_load((result.directory / "recipe.yaml").read_text())["student"].get("vocabulary")
+    (note,) = (note for note in result.summary["notes"] if "before it is trained" in note)
+    chosen = int(note.split()[1])
+    assert chosen in SIZES
+    assert saved == (None if chosen == 300 else {"keep": chosen})
+    assert result.summary["rows"]["student"]["parameters"] == pytest.approx(6000, rel=0.05)
+    measured: list[int] = []
+    pruned_bits = vocabulary_size._pruned_bits
+    monkeypatch.setattr(vocabulary_size, "_pruned_bits", lambda *a: (measured.append(a[1]), pruned_bits(*a))[1])
+    assert choose_vocabulary_size(Recipe.parse(automatic), result.directory, Console(quiet=True))[1] == note
+    assert not {*SIZES} & {*measured}
+
+
+def test_figures_without_a_choice_are_those_of_all_tokens(automatic: dict[str, Any]) -> None:
+    built = build_run(Recipe.parse(automatic))
+    assert built.vocabulary == 300
+    assert any("these are figures of all tokens" in note for note in built.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"design": {"num_hidden_layers": 1}}, "keep: auto with a budget"),
+        ({"initialize": "random"}, "keep: auto with a budget"),
+        ({"initialize": {"method": "prune", "rounds": 2}}, "rounds without vocabulary"),
+    ],
+)
+def test_a_choice_needs_a_budget_and_weights(automatic: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    automatic["student"] |= changes
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse(automatic)
+
+
+def test_a_teacher_whose_tokens_cannot_be_cut_is_refused_at_once(automatic: dict[str, Any], toys: Path) -> None:
+    automatic["teacher"] = {"ensemble": [{"model": str(toys / "teacher")}, {"model": str(toys / "teacher")}]}
+    with pytest.raises(RecipeError, match=r"vocabulary\.keep: expected a teacher that is one model"):
+        choose_vocabulary_size(Recipe.parse(automatic), Path(automatic["output"]), Console(quiet=True))
+
+
+def test_the_command_writes_the_number_into_the_recipe(
+    automatic: dict[str, Any], toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        vocabulary_size, "_pruned_bits", lambda recipe, size, whole: {300: 3.0, 284: 2.0}.get(size, 4.0)
+    )
+    command = ["design", "--teacher", str(toys / "teacher"), "--data", str(toys / "train.jsonl")]
+    done = CliRunner().invoke(
+        app, [*command, "--vocabulary", "auto", "--params", "6000", "--out", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 0, done.output
+    part = yaml.safe_load(done.output[done.output.index("student:\n") :])["student"]
+    assert part["vocabulary"]["keep"] == 284
+    assert part["design"]["params"] == 6000
