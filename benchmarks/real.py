@@ -54,7 +54,12 @@ def ramp(start: float, end: float) -> dict[str, Any]:
     return {"schedule": "linear", "start": start, "end": end}
 
 
-ANNEALED = [{"term": "logits", "weight": ramp(0.5, 0.0)}, {"term": "labels", "weight": ramp(0.5, 1.0)}]
+def annealed(term: str) -> list[dict[str, Any]]:
+    """From half of a teacher's term and half labels to labels alone."""
+    return [{"term": term, "weight": ramp(0.5, 0.0)}, {"term": "labels", "weight": ramp(0.5, 1.0)}]
+
+
+ANNEALED = annealed("logits")
 
 
 class Row(NamedTuple):
@@ -112,8 +117,9 @@ ROWS = {
     "gemma3-32k": Row({"model": "gemma3", **trimmed(32_768)}, 50_000, "gemma3", rate=WHOLE_RATE),
     "gemma3-16k": Row({"model": "gemma3", **trimmed(16_384)}, 50_000, "gemma3", rate=WHOLE_RATE),
     "gemma3-32k-60": Row(depth(11) | trimmed(32_768), 50_000, "gemma3"),
-    "gemma3-teaches-chunks": Row(OTHER, teacher="gemma3", objective=[{"term": "chunks"}, {"term": "labels"}]),
-    "gemma3-teaches-mapped": Row(OTHER, teacher="gemma3", objective=[{"term": "mapped_logits"}, {"term": "labels"}]),
+    "gemma3-teaches-chunks": Row(OTHER, teacher="gemma3", objective=annealed("chunks")),
+    "gemma3-teaches-mapped": Row(OTHER, teacher="gemma3", objective=annealed("mapped_logits")),
+    "gemma3-teaches-chunks-half": Row(OTHER, teacher="gemma3", objective=[{"term": "chunks"}, {"term": "labels"}]),
     "smollm2-30-rounds": Row(pruned(0.3, rounds=3)),
     "smollm2-30-once": Row(pruned(0.3)),
     "smollm2-85-200k": Row(cut(30, 1152), 200_000),

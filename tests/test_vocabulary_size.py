@@ -85,7 +85,7 @@ def test_a_student_is_measured_as_pruning_leaves_it(automatic: dict[str, Any]) -
     automatic["student"]["vocabulary"] = {"keep": 284}
     built = build_run(Recipe.parse(automatic))
     rows = built.train.dataset
-    scored = rows.select([*evenly_spaced(min(64, len(rows) // 4), len(rows))])
+    scored = rows.select([*evenly_spaced(min(48, len(rows) // 4), len(rows))])
     assert built.vocabulary == 284
     assert found == pytest.approx(bits_per_byte(built.new_student(), scored, built.tokenizer), rel=0.05)
 

@@ -23,7 +23,8 @@ from potstill.runs.vocabulary import bits_per_byte
 
 RATIO = 0.7  # of the tokens that were compared last
 MULTIPLE, LEAST = 64, 1024  # numbers of tokens are multiples of the one, and at least the other
-ROWS = 64  # of the training data, on which students are compared
+ROWS = 48  # of the training data, on which students are compared
+CALIBRATION_ROWS = 16  # at most: enough to compare students, not to begin with one
 PARTS = "vocabulary-sizes.json"
 
 
@@ -90,12 +91,14 @@ def _check(recipe: Recipe) -> None:
 
 def _pruned_bits(recipe: Recipe, size: int, whole: int) -> float:
     """Prune the recipe's student with so many of all tokens; return its bits per byte of training text."""
-    part, design = recipe.student.vocabulary, recipe.student.design
+    part, design, start = recipe.student.vocabulary, recipe.student.design, recipe.student.initialize
     assert part is not None
     assert isinstance(design, BudgetPart)
+    calibration = min(start.calibration_rows, CALIBRATION_ROWS)
     changes = {
         "vocabulary": None if size == whole else part.model_copy(update={"keep": size}),
         "design": design.model_copy(update={"search": None}),
+        "initialize": start.model_copy(update={"calibration_rows": calibration}),
     }
     with_size = recipe.model_copy(update={"student": recipe.student.model_copy(update=changes)})
     with suppress_warnings():
