@@ -85,9 +85,9 @@ def depth(layers: int, **options: Any) -> dict[str, Any]:
     return {"design": {"num_hidden_layers": layers}, "initialize": {"method": "copy", **options}}
 
 
-def pruned(share: float, search: int | None = None, rounds: int = 1) -> dict[str, Any]:
+def pruned(share: float, rounds: int = 1, **options: Any) -> dict[str, Any]:
     """A student of a share of its teacher's parameters, of the shape that a rule or a search gives."""
-    design = {"compression": round(1 / share, 4)} | ({"search": search} if search else {})
+    design = {"compression": round(1 / share, 4), **options}
     return {"design": design, "initialize": {"method": "prune", "rounds": rounds}}
 
 
@@ -110,7 +110,7 @@ ROWS = {
     "smollm2-60-depth": Row(depth(15)),
     "smollm2-60-rule": Row(pruned(0.6)),
     "smollm2-60-search": Row(pruned(0.6, search=6)),
-    "smollm2-60-auto": Row(pruned(0.6) | trimmed("auto")),
+    "smollm2-60-auto": Row(pruned(0.6, keep="attention") | trimmed("auto")),
     "smollm2-60-top-k": Row(cut(30, 512), cached={"codec": "top_k", "k": 64}),
     "smollm2-60-sampled": Row(cut(30, 512), cached={"codec": "sampled", "draws": 50}),
     "gemma3-65k": Row({"model": "gemma3", **trimmed(65_536)}, 0, "gemma3"),
