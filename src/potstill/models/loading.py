@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging as stdlib_logging
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +18,6 @@ from transformers.models import auto
 from transformers.utils import logging
 
 from potstill.errors import ModelError, PotstillError
-from potstill.files import remove
 from potstill.losses.alignment import MOST_TOKENS, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import has_tokenizer, unreadable
@@ -36,7 +34,7 @@ from potstill.models.integrity import (
     padding_notes,
 )
 from potstill.models.locate import ModelLocation, locate, require_package, weight_files
-from potstill.models.placement import check_fits, placing, weight_notes
+from potstill.models.placement import check_fits, placing, remove_with, weight_notes
 from potstill.models.precision import (
     DTYPES,
     as_dtype,
@@ -216,7 +214,8 @@ def _load_base(
     placed: Any = nullcontext({})
     if placement and not is_outline:
         precision = as_dtype(None if dtype == "auto" else dtype) or saved_dtype(name) or torch.float32
-        placed = placing(unloaded, placement, key.removesuffix(".model"), precision)
+        itemsize = precision.itemsize if quantization is None else 0.5 if quantization.load_in_4bit else 1.0
+        placed = placing(unloaded, placement, key.removesuffix(".model"), itemsize)
     try:
         with suppress_warnings(), placed as own:  # of missing weights, which are checked below
             model, info = auto_class.from_pretrained(path, output_loading_info=True, **options, **own)
@@ -224,8 +223,7 @@ def _load_base(
         raise
     except Exception as error:
         raise unreadable(key, f"{kind} with weights in safetensors", name, location, error) from error
-    if "offload_folder" in own:
-        weakref.finalize(model, remove, Path(own["offload_folder"]))
+    remove_with(model, own)
     keep_gradients(model)
     missing = [weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight]
     if labels_of is not None:  # the adapter has the head, or the student's starts at random

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -35,21 +36,21 @@ def move(model: Any, device: torch.device | str) -> Any:
 
 
 @contextmanager
-def placing(model: nn.Module, placement: Mapping[str, Any], key: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def placing(model: nn.Module, placement: Mapping[str, Any], key: str, itemsize: float) -> Iterator[dict[str, Any]]:
     """Check device_map, max_memory and offload_folder; give them as `from_pretrained` takes them, which runs within.
 
     Args:
         model: without its weights, on the meta device.
         placement: as a recipe has it.
         key: of the recipe, that has device_map and the others.
-        dtype: of the weights in memory.
+        itemsize: bytes of a weight in memory; of a quantized model those of most.
 
     Raises:
         ModelError: a module, a device or a folder is not there, a part has no device, a device has too little memory,
             or loading fails for want of a folder or of room in it.
     """
     options, mapped = dict(placement), placement["device_map"]
-    sizes = {name: weight.numel() * dtype.itemsize for name, weight in model.named_parameters()}
+    sizes = {name: int(weight.numel() * itemsize) for name, weight in model.named_parameters()}
     if isinstance(mapped, Mapping):
         options["device_map"] = mapped = _device_of_each(model, mapped, key)
         needed = Counter[Place]()
@@ -88,6 +89,19 @@ def placing(model: nn.Module, placement: Mapping[str, Any], key: str, dtype: tor
             expected = "expected a folder for weights on the disk, which the model's files have in another form"
             raise ModelError(f"{key}.offload_folder: {expected}, got none. Set it.") from None
         raise
+
+
+def remove_with(model: nn.Module, placed: Mapping[str, Any]) -> None:
+    """Remove a model's own offload folder, if it has one, when this process has no use for the model any more."""
+    if "offload_folder" in placed:
+        weakref.finalize(model, _remove_in, os.getpid(), Path(placed["offload_folder"]))
+
+
+def _remove_in(process: int, folder: Path) -> None:
+    """Remove a folder, in the process alone that made it, not in its forked children."""
+    if os.getpid() == process:
+        with suppress(OSError):
+            remove(folder)
 
 
 def _device_of_each(model: nn.Module, device_map: Mapping[str, Place], key: str) -> dict[str, Place]:
