@@ -14,6 +14,7 @@ import families
 from conftest import make_batch, make_tokenizer
 from potstill.errors import ModelError, PotstillError
 from potstill.losses.alignment import causal_alignment
+from potstill.losses.divergences import ForwardKL
 from potstill.models import placement
 from potstill.models.loading import load_model, loading_notes
 from potstill.models.placement import (
@@ -31,6 +32,10 @@ from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.run import run
 from potstill.teachers.model import ModelSource
+from potstill.train.distiller import Distiller
+from potstill.train.terms.layers import Attention, Hidden, Relations
+from potstill.train.terms.logits import Logits
+from potstill.train.terms.routers import RouterMatch
 
 ON_DISK = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
 ON_DISK |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
@@ -107,7 +112,7 @@ def test_check_counts_what_is_in_memory(spread: dict[str, Any]) -> None:
         ({"device_map": "auto", "max_memory": {"cpu": "lots"}}, "expected a size such as 20GiB for cpu, got lots"),
         (
             {"device_map": "auto", "max_memory": {"cpu": "20KB"}, "offload_folder": __file__},
-            "folder to write to.*test_pl",
+            "folder with room.*test_pl",
         ),
     ],
 )
@@ -173,6 +178,31 @@ def test_teachers_with_one_offload_folder_do_not_read_each_others_weights(expert
     assert not [*(tmp_path / "offload").iterdir()]
 
 
+@pytest.mark.parametrize("design", [{"num_experts": 2}, {"model_type": "qwen3"}], ids=["fewer experts", "dense"])
+def test_experts_on_the_disk_start_students(
+    experts: list[Path], tmp_path: Path, recipe_values: dict[str, Any], design: dict[str, Any]
+) -> None:
+    places = {"device_map": {"": "cpu", "model.layers": "disk"}, "offload_folder": str(tmp_path / "offload")}
+    recipe_values["student"] = {"design": design, "initialize": {"method": "prune", "fit": False}}
+    students = []
+    for placed in ({}, places):
+        values = recipe_values | {"teacher": {"model": str(experts[0])} | placed}
+        students.append(build_run(Recipe.parse(values)).new_student().state_dict())
+    assert all(torch.equal(value, students[1][name]) for name, value in students[0].items())
+
+
+def test_terms_over_layers_read_those_on_the_disk(experts: list[Path], tmp_path: Path) -> None:
+    places = {"device_map": {"": "cpu", "model.layers": "disk"}, "offload_folder": str(tmp_path / "offload")}
+    logs = []
+    for placed in ({}, places):
+        teacher = ModelSource(str(experts[0]), **placed).load(None).teacher
+        terms = [Logits(ForwardKL()), Hidden(), Attention(), Relations(heads=2), RouterMatch()]
+        student = families.model("qwen3_moe", vocab_size=300, seed=2)
+        logs.append(Distiller(student, teacher, terms).step(make_batch()).logs)
+    assert len(logs[0]) > 4
+    assert {n: float(x) for n, x in logs[1].items()} == pytest.approx({n: float(x) for n, x in logs[0].items()})
+
+
 def test_a_missing_or_full_offload_folder_is_one_line(
     experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +216,9 @@ def test_a_missing_or_full_offload_folder_is_one_line(
     monkeypatch.setattr("transformers.integrations.accelerate.save_file", fail)
     with pytest.raises(ModelError, match=r"t\.offload_folder: expected .* with room .*No space left.* Choose another"):
         load_model(str(experts[0]), "t.model", placement=places | {"offload_folder": str(tmp_path / "offload")})
+    (experts[1] / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"t\.model: expected a causal language model"):
+        load_model(str(experts[1]), "t.model", placement=places | {"offload_folder": str(tmp_path / "offload")})
     assert not [*(tmp_path / "offload").iterdir()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections import Counter
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from potstill.errors import ModelError, PotstillError, nearest, one_line
+from potstill.errors import ModelError, nearest, one_line
 from potstill.files import remove, temporary_path
 from potstill.models.structure import layer_lists
 
@@ -53,11 +54,9 @@ def placing(model: nn.Module, placement: Mapping[str, Any], key: str, itemsize: 
     sizes = {name: int(weight.numel() * itemsize) for name, weight in model.named_parameters()}
     if isinstance(mapped, Mapping):
         options["device_map"] = mapped = _device_of_each(model, mapped, key)
-        needed = Counter[Place]()
-        for name, size in sizes.items():
-            needed[place_of(name, mapped)] += size
-        for place, size in needed.items():
-            _check_room(place, size, f"{key}.device_map")
+        for place in {*mapped.values()}:
+            needed = sum(size for name, size in sizes.items() if place_of(name, mapped) == place)
+            _check_room(place, needed, f"{key}.device_map")
     for place, limit in (placement.get("max_memory") or {}).items():
         try:
             most = convert_file_size_to_int(limit)
@@ -66,28 +65,26 @@ def placing(model: nn.Module, placement: Mapping[str, Any], key: str, itemsize: 
         _check_place(place, f"{key}.max_memory", ("cpu",))
         _check_room(place, min(most, sum(sizes.values())), f"{key}.max_memory")
     folder = placement.get("offload_folder")
+    expected = (
+        f"{key}.offload_folder: expected a folder with room for weights that the model's files have in another form"
+    )
     if folder is not None:
         # A folder of its own: files there are named by their weights alone, which other models have too.
-        options["offload_folder"] = str(temporary_path(Path(folder).expanduser() / "weights"))
+        own = temporary_path(Path(folder).expanduser() / "weights")
+        try:
+            own.mkdir(parents=True)
+        except OSError as error:
+            raise ModelError(f"{expected}, got {folder}: {error.strerror}. Choose another.") from None
+        options["offload_folder"] = str(own)
     try:
-        if folder is not None:
-            Path(options["offload_folder"]).mkdir(parents=True)
         yield options
-    except PotstillError:
-        raise
     except Exception as error:
-        text = one_line(error, 200)
         if folder is not None:
-            with suppress(OSError):
-                remove(Path(options["offload_folder"]))
-        if folder is not None and (isinstance(error, OSError) or "No space left" in text):
-            expected = (
-                "expected a folder to write to, with room for weights that the model's files have in another form"
-            )
-            raise ModelError(f"{key}.offload_folder: {expected}, got {folder}: {text}. Choose another.") from None
-        if folder is None and "offload_folder" in str(error):
-            expected = "expected a folder for weights on the disk, which the model's files have in another form"
-            raise ModelError(f"{key}.offload_folder: {expected}, got none. Set it.") from None
+            remove(own)
+            if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
+                raise ModelError(f"{expected}, got {folder}: {one_line(error, 100)}. Choose another.") from None
+        elif "offload_folder" in str(error):
+            raise ModelError(f"{expected}, got none. Set it.") from None
         raise
 
 
@@ -139,11 +136,11 @@ def _device_of_each(model: nn.Module, device_map: Mapping[str, Place], key: str)
     return result
 
 
-def place_of(name: str, device_map: Mapping[str, Place]) -> Place:
-    """Return the place of a parameter by the names of the modules that it is in."""
+def place_of(name: str, device_map: Mapping[str, Place]) -> Place | None:
+    """Return the place of a parameter by the names of the modules that it is in; None where none of them has one."""
     while name not in device_map and name:
         name = name.rpartition(".")[0]
-    return device_map[name]
+    return device_map.get(name)
 
 
 def _check_place(place: Place, key: str, others: tuple[str, ...]) -> None:
@@ -186,7 +183,7 @@ def weight_notes(model: Any, key: str) -> Iterator[str]:
         sizes = Counter[str]()
         for name, weight in model.named_parameters():
             place = place_of(name, model.hf_device_map)
-            sizes[f"on the GPU {place}" if isinstance(place, int) else f"on {place}"] += weight.nbytes
+            sizes[f"on the GPU {place}" if isinstance(place, int) else f"on {place or weight.device}"] += weight.nbytes
         yield f"{key}: weights by device: {_listed(sizes)}."
     if getattr(model, "is_quantized", False):
         sizes = Counter[str]()
