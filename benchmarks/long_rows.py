@@ -49,21 +49,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--out", type=Path, default=Path("runs/bench-long-rows"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     record = Record(args.out / "rows.jsonl")
     for length in args.lengths:
-        for way in WAYS:
+        for way in args.ways:
             if not record.has(way=way, length=length):
                 record.add(way=way, length=length, **fresh(extra, way, length, args.device))
     print("\n".join(f"{key}: {value}" for key, value in machine(args.device).items()) + "\n")
     found = {(line["way"], line["length"]): line for line in record.lines}
     cells = []
     for length in args.lengths:
-        lines = [found[way, length] for way in WAYS]
+        lines = [found[way, length] for way in args.ways]
         cells.append([f"{length:,}", *(mb(line["bytes"]) for line in lines), *(f"{x['seconds']:.1f}" for x in lines)])
-    print(table(["tokens", *(f"{way}, MB" for way in WAYS), *(f"{way}, s" for way in WAYS)], cells))
+    print(table(["tokens", *(f"{way}, MB" for way in args.ways), *(f"{way}, s" for way in args.ways)], cells))
 
 
 if __name__ == "__main__":

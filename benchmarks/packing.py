@@ -42,14 +42,19 @@ def chats(path: Path, tokenizer: Any, folder: Path) -> Any:
     return encode(Source(file), tokenizer, max_length=512).dataset
 
 
-def two_models(kind: str, name: str, tokenizer: Any) -> tuple[Any, Any]:
+def two_models(kind: str, name: str, tokenizer: Any, dtype: str) -> tuple[Any, Any]:
     """A student and a teacher."""
     if kind == "model":
-        return tuple(load_model(name, "model", "float32") for _ in range(2))  # type: ignore[return-value]
+        return tuple(load_model(name, "model", dtype) for _ in range(2))  # type: ignore[return-value]
     set_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tokenizer), **sizes)
-    return LlamaForCausalLM(config), LlamaForCausalLM(config)
+    config, precision = LlamaConfig(vocab_size=len(tokenizer), **sizes), getattr(torch, dtype)
+    return LlamaForCausalLM(config).to(precision), LlamaForCausalLM(config).to(precision)
+
+
+def of_case(lines: list[Any], case: tuple[str, int, int], packed: int, dtype: str) -> list[Any]:
+    """The steps of a case that were timed."""
+    return [x for x in lines if (x["case"], x["packed"], x["dtype"]) == ([*case], packed, dtype)]
 
 
 def measure(case: tuple[str, int, int], rows: Any, tokenizer: Any, args: argparse.Namespace, done: list[Any]) -> None:
@@ -58,10 +63,10 @@ def measure(case: tuple[str, int, int], rows: Any, tokenizer: Any, args: argpars
     bins, random = PackedRows(rows, length), np.random.default_rng(0)
     num_bins = max(1, round(batch_rows * bins.lengths.mean() / (bins.lengths.sum() / len(bins))))
     orders = random.permutation(len(rows)), random.permutation(len(bins))
-    timed = [len([row for row in done if row["case"] == [*case] and row["packed"] == packed]) for packed in (0, 1)]
+    timed = [len(of_case(done, case, packed, args.dtype)) for packed in (0, 1)]
     if min(timed) >= args.steps:
         return
-    student, teacher = two_models(kind, args.model, tokenizer)
+    student, teacher = two_models(kind, args.model, tokenizer, args.dtype)
     objective, collate = [Logits(ForwardKL()), Labels()], PaddingCollator(pad_token_id(tokenizer)[0])
     distiller = Distiller(student, teacher, objective, vocabulary=len(tokenizer), packed_length=length).train()
     for step in range(-1, args.steps):  # the first is not counted
@@ -76,6 +81,7 @@ def measure(case: tuple[str, int, int], rows: Any, tokenizer: Any, args: argpars
             seconds = time.process_time() - start
             tokens = int(batch["attention_mask"].sum())
             line = {"case": case, "packed": int(packed), "tokens": tokens, "seconds": round(seconds, 3)}
+            line |= {"dtype": args.dtype}
             if step >= 0:
                 with args.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -87,6 +93,7 @@ def main() -> None:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a folder or a name on the hub")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k-train.jsonl"))
     parser.add_argument("--models", nargs="+", choices=["small", "model"], default=["small", "model"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--steps", type=int, default=4, help="of each kind, beside a first one that is not counted")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-packing/steps.jsonl"))
     args = parser.parse_args()
@@ -103,7 +110,7 @@ def main() -> None:
         shares = PackedRows(rows, case[1]).shares(case[2])
         speeds = []
         for packed in (0, 1):
-            steps = [row for row in done if row["case"] == [*case] and row["packed"] == packed]
+            steps = of_case(done, case, packed, args.dtype)
             speeds.append(sum(row["tokens"] for row in steps) / sum(row["seconds"] for row in steps))
         filled = " → ".join(f"{share:.0%}" for share in shares)
         cells = [case[0], f"{case[1]} tokens", f"{case[2]} rows", filled, *(f"{speed:,.0f}" for speed in speeds)]

@@ -144,6 +144,58 @@ def test_packing_loses_nothing(tokenizer, max_length, write):
     check_tokens(examples)
 
 
+LONG = {
+    "text": [{"text": "the cat sat on the mat " * 4}, {"text": "the cat"}],
+    "completion": [{"prompt": "the cat ", "completion": "sat on the mat " * 4}, {"prompt": "a ", "completion": "cat"}],
+    "messages": [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "the cat sat " * n}]}
+        for n in (6, 1)
+    ],
+    "input_ids": [{"input_ids": [*range(5, 34)], "weights": [0.5] * 29}, {"input_ids": [7, 8, 9]}],
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_rows_that_are_too_long_are_cut_left_out_or_split_and_counted(kind: str, write: Any) -> None:
+    tokenizer = byte_level(chat=CHAT, eos_token="<eos>", pad_token="<pad>")
+    whole = encode(Source(write(LONG[kind])), tokenizer, max_length=10_000).dataset
+    assert len(whole[0]["input_ids"]) > 12 >= len(whole[1]["input_ids"])
+    found: dict[Any, Any] = {}
+    for way, done in (("cut", "truncated to max_length 12"), ("drop", "left out"), ("split", "split")):
+        examples = encode(Source(write(LONG[kind]), long_rows=way), tokenizer, max_length=12)
+        note = f"1 example {done}." if way == "cut" else f"1 example longer than max_length 12 {done}."
+        assert any(note in x for x in examples.notes)
+        assert all(len(row["input_ids"]) <= 12 for row in examples.dataset)
+        assert examples.dataset[-1] == whole[1]
+        found[way] = examples.dataset
+    for name, values in whole[0].items():
+        assert [found["cut"][0][name], len(found["cut"])] == [values[:12], 2]
+        parts = [row[name] for row in found["split"]][:-1]
+        joined = [value for part in parts for value in part]
+        assert joined == values[: len(joined)]
+        assert len(values) - len(joined) < 3  # a last part without a target is left out
+    assert len(found["drop"]) == 1
+    assert min(len(row["input_ids"]) for row in found["split"]) > 1
+
+
+def test_long_rows_and_what_they_cannot_go_with(write: Any) -> None:
+    tokenizer = byte_level(eos_token="<eos>", pad_token="<pad>")
+    long_prompt = [{"prompt": "the cat sat " * 8, "completion": "a"}, {"prompt": "the ", "completion": "cat"}]
+    with pytest.raises(DataError, match="expected prompts shorter than max_length 12"):
+        encode(Source(write(long_prompt), long_rows="cut"), tokenizer, max_length=12)
+    assert len(encode(Source(write(long_prompt), long_rows="drop"), tokenizer, max_length=12).dataset) == 1
+    own = [row | {"teacher_prompt": "so: " + str(row["prompt"])} for row in LONG["completion"]]
+    source = Source(write(own), long_rows="drop", teacher_prompt="teacher_prompt")
+    (kept,) = encode(source, tokenizer, max_length=12).dataset
+    assert tokenizer.decode(kept["teacher_input_ids"]).startswith("so: a cat")
+    with pytest.raises(DataError, match=r"expected long_rows cut or drop beside prompts .*, got split"):
+        encode(Source(write(own), long_rows="split", teacher_prompt="teacher_prompt"), tokenizer, max_length=12)
+    with pytest.raises(DataError, match="expected no long_rows for the task encoder, got drop"):
+        encode(Source(write(LONG["text"]), long_rows="drop"), tokenizer, max_length=12, task="encoder")
+    packed = encode(Source(write(LONG["text"]), long_rows="drop"), tokenizer, max_length=12, packing=True)
+    assert packed.tokens < 12
+
+
 @every_tokenizer
 @pytest.mark.parametrize("max_length", [3, 8, 10_000])
 def test_windows_lose_nothing(tokenizer, max_length, write):

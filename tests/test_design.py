@@ -13,6 +13,7 @@ import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, LayoutLMv3Config, LlamaConfig, PretrainedConfig
 from typer.testing import CliRunner
 
+import families
 from conftest import make_llama
 from potstill.cli import app
 from potstill.errors import ModelError, ShapeError, UserError
@@ -134,6 +135,16 @@ def test_budgets_of_all_kinds() -> None:
         Budget(memory_gb=100).student(LLAMA_8B)
 
 
+def test_a_budget_of_active_parameters() -> None:
+    teacher = families.small("mixtral")
+    limit = 0.6 * size_of(teacher, 64).active_parameters
+    student = Budget(active_params=int(limit), context=64).student(teacher)
+    size = size_of(student, 64)
+    assert 0.8 * limit < size.active_parameters <= limit < size.parameters
+    both = Budget(active_params=int(limit), params=int(0.8 * size.parameters), context=64).student(teacher)
+    assert size_of(both, 64).parameters < size.parameters
+
+
 def test_all_limits_hold_at_once() -> None:
     whole = count_parameters(LLAMA_8B)
     seconds = lambda config: count_parameters(config) * 1e-11  # noqa: E731
@@ -160,7 +171,7 @@ def test_all_limits_hold_at_once() -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({}, "at least one of params, compression, memory_gb, latency_ms, target, min_share, got none"),
+        ({}, "at least one of params, active_params, compression, memory_gb, latency_ms, target, min_share, got none"),
         ({"params": 5, "compression": 0.5}, "above 1"),
         ({"min_share": 1.0}, "min_share between 0 and 1, got 1"),
         ({"min_share": 0.9, "task": "poetry"}, "Budget.task: expected one of understanding"),

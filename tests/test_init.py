@@ -314,7 +314,7 @@ def test_nothing_is_overwritten_unasked() -> None:
             "can have, got: Input should be greater than 1",
         ),
         ((*DATA, "--params", "1B"), ModelError, "expected a budget below the teacher's"),
-        ((*DATA, "--keep", "width"), RecipeError, "expected at least one of params, compression"),
+        ((*DATA, "--keep", "width"), RecipeError, "expected at least one of params, active_params"),
         ((*DATA, "--adapter", "lora"), UserError, "expected --student with --adapter, got none"),
         ((*DATA, "--student", "student", "--params", "1M"), UserError, "expected --student or a budget, got both"),
         ((*DATA, "--max-length", "100"), UserError, "at most 64, the models' positions, got 100"),

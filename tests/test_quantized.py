@@ -18,7 +18,7 @@ from potstill.losses.alignment import causal_alignment
 from potstill.losses.divergences import ForwardKL
 from potstill.losses.targets import DenseTargets, HeadTargets
 from potstill.losses.token_losses import token_divergence
-from potstill.models.loading import load_model, suppress_warnings
+from potstill.models.loading import load_model, loading_notes, suppress_warnings
 from potstill.models.precision import keep_gradients
 from potstill.models.split import run, split_model
 from potstill.runs.build import build_run
@@ -64,6 +64,9 @@ def test_its_layers_are_rounded_and_its_head_is_not(folder: Path) -> None:
         torch.testing.assert_close(said.dense(), logits, atol=1e-4, rtol=1e-5)
         apart[dtype] = float(token_divergence(said.dense(), exact, ForwardKL()).mean())
         size[dtype] = speaker.model.get_memory_footprint()
+        (note,) = [note for note in loading_notes(speaker.model) if "by precision" in note]
+        rounded = sum(x.nbytes for x in speaker.model.parameters() if x.dtype.itemsize == 1)
+        assert f"{rounded / 1e9:.3g} GB in {'int8' if dtype == 'int8' else 'uint8'}" in note
     assert 0 < apart["int8"] < 0.05 < apart["int4"] < 2
     assert size["int4"] < size["int8"] < 0.5 * whole.model.get_memory_footprint()
 

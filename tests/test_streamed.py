@@ -162,6 +162,15 @@ def test_it_says_what_it_reads_and_keeps(toys: Path, tmp_path: Path) -> None:
     assert f"read {size(read)} of weights in all, with their checksum" in text
 
 
+def test_a_build_says_where_the_weights_of_a_spread_teacher_are(toys: Path, tmp_path: Path) -> None:
+    console = Console(record=True, file=StringIO(), width=200)
+    teacher = ModelSource(str(toys / "teacher"), device_map={"": "cpu", "model.layers.1": "disk"})
+    build(request(toys, tmp_path / "cache", teacher=teacher), console=console)
+    assert "teacher.model: weights by device: " in console.export_text()
+    build(request(toys, tmp_path / "ordinary"), console=QUIET)
+    assert files(tmp_path / "cache") == files(tmp_path / "ordinary")
+
+
 def test_a_full_disk_is_refused_before_it_begins(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"of disk for the activations of all rows, got 1.0 kB"):

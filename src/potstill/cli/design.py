@@ -30,6 +30,7 @@ SHAPE = {  # rows of the table: fields of `DesignShape`
 def design(
     teacher: Annotated[str | None, typer.Option(help="folder with a config.json; weights are not needed")] = None,
     params: Annotated[str | None, typer.Option(help="number of parameters, with all experts: 100M, 1.5B")] = None,
+    active_params: Annotated[str | None, typer.Option(help="at most so many that a token passes through")] = None,
     compression: Annotated[float | None, typer.Option(help="how many times smaller than the teacher")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="to serve one row of --context in half precision")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="forward pass over a row of --context, timed here")] = None,
@@ -77,8 +78,15 @@ def design(
             raise UserError(
                 f"--context: expected at most {positions}, the teacher's number of positions, got {tokens}."
             )
-        limits: dict[str, Any] = {"params": None if params is None else parse_count(params), "compression": compression}
-        limits |= {"memory_gb": memory_gb, "latency_ms": latency_ms, "target": target, "min_share": min_share}
+        counts = {"params": params, "active_params": active_params}
+        limits: dict[str, Any] = {n: None if count is None else parse_count(count) for n, count in counts.items()}
+        limits |= {
+            "compression": compression,
+            "memory_gb": memory_gb,
+            "latency_ms": latency_ms,
+            "target": target,
+            "min_share": min_share,
+        }
         part = _vocabulary_part(vocabulary, data, search)
         if search is not None or vocabulary == "auto":
             assert data is not None, "it is checked"
@@ -119,8 +127,8 @@ def _search(
 
     if limits.pop("latency_ms") is not None:
         raise UserError(
-            "design: expected --params, --compression, --memory-gb, --target or --min-share with --search and "
-            "--vocabulary auto, got --latency-ms. Find the number of parameters without them first."
+            "design: expected --params, --active-params, --compression, --memory-gb, --target or --min-share with "
+            "--search and --vocabulary auto, got --latency-ms. Find the number of parameters without them first."
         )
     budget = {name: limit for name, limit in limits.items() if limit is not None}
     if not budget.keys() - {"keep", "context"}:

@@ -74,13 +74,15 @@ def encode(
       documents in a row see one another. Rows of all other kinds stay as they are, and are packed in training, where no
       row sees another: see `potstill.data.packing.PackedRows`.
     - prompt and completion: tokenized as one text, with special tokens, closed by EOS. The prompt has no labels; a
-      token over the border of both is the completion's. Truncated on the right.
+      token over the border of both is the completion's.
     - messages: by the chat template. Every turn of the assistant has labels, with the token that ends it; what the
       template opens for the assistant has none. A template that changes earlier turns gives several examples, see
-      `potstill.data.chat_texts.ChatRenderer`. Truncated on the right.
-    - input_ids: as they are; without labels all of them are targets. Truncated on the right.
+      `potstill.data.chat_texts.ChatRenderer`.
+    - input_ids: as they are; without labels all of them are targets.
     - a prompt of the teacher's own (`Source.teacher_prompt`): encoded as the student's, before the same answer, as much
       of it as the student's row holds; `max_length` is the student's alone.
+
+    Rows other than text are truncated on the right; `Source.long_rows` says otherwise.
 
     For the task masked the labels are those of tokens that may be masked, special ones excepted, and each window of a
     document has the special tokens around it; see `MaskedRows`. For classification and regression a row is a text, or a
@@ -112,11 +114,11 @@ def encode(
     _check_suitable(source, kind, columns, tokenizer, packing, task)
     classes, class_notes = numbered_classes(classes or {}, class_names, file)
     joined = packing and kind == "text"
-    options = [max_length, joined, task, sorted(classes.items()), str(span_weights)]
+    options = [max_length, joined, task, sorted(classes.items()), str(span_weights), source.long_rows]
     loaded = Path(dataset.cache_files[0]["filename"]).stem
     path = cache_path(["encoded", loaded, tokenizer, transformers.__version__, tokenizers.__version__, *options])
     counts_path = path.with_suffix(".json")  # written last: while it is there the other is whole
-    encoder = RowEncoder(tokenizer, max_length, joined, file, Counter(), task, classes, span_weights)
+    encoder = RowEncoder(tokenizer, max_length, joined, file, Counter(), task, classes, span_weights, source.long_rows)
     if not (is_whole(path) and is_whole(counts_path)):
         whole_texts = task in SEQUENCE_TASKS or task == "encoder"
         rows = sequence_rows(dataset, encoder) if whole_texts else encoder.rows(dataset, kind)
@@ -158,6 +160,16 @@ def _check_suitable(
         raise DataError(
             f"data: expected a tokenizer with a chat template for the messages in {file}, got none. "
             "Set tokenizer.chat_template, or give prompt and completion."
+        )
+    own_prompts = not columns.isdisjoint({*TEACHER_PROMPT_COLUMNS.values(), *TEACHER_ID_COLUMNS})
+    if source.long_rows == "split" and own_prompts:
+        raise DataError(
+            f"data: expected long_rows cut or drop beside prompts of the teacher's own, got split for {file}: only the "
+            "first part would have the prompt."
+        )
+    if source.long_rows is not None and (task in SEQUENCE_TASKS or task == "encoder"):
+        raise DataError(
+            f"data: expected no long_rows for the task {task}, got {source.long_rows} for {file}. Long texts are cut."
         )
     if task != "causal" and (not columns.isdisjoint(WEIGHT_COLUMNS) or source.weight or source.span_weights):
         raise DataError(

@@ -32,6 +32,8 @@ def encoding_notes(encoder: RowEncoder, rows: int) -> Iterator[str]:
     for name, singular, rest in (
         ("empty", "empty row", "skipped"),
         ("cut", "example", f"truncated to max_length {encoder.max_length}"),
+        ("drop", "example", f"longer than max_length {encoder.max_length} left out"),
+        ("split", "example", f"longer than max_length {encoder.max_length} split"),
         ("left_out", "example", "without a target token left out"),
         ("written", "row", "learnt as the token ids that their teacher wrote"),
         ("retokenized", "row", "tokenized anew: their token ids are behind another prompt, or of another text"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from heapq import merge
-from itertools import pairwise
+from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.data.chat_texts import ChatRenderer, ChatText, Conversation
 from potstill.data.disk_cache import BATCH
-from potstill.data.sources import TEACHER_PROMPT_COLUMNS, SourceKind
+from potstill.data.sources import TEACHER_PROMPT_COLUMNS, LongRows, SourceKind
 from potstill.data.token_places import LocatedTokens, locate
 from potstill.data.token_weights import SPAN_COLUMNS, Span, SpanWeights, token_weights
+from potstill.data.windows import bounds, packed, windows
 from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE, Task, check_unshifted
 from potstill.models.chat import end_token_ids, render_chat, unread_keys
@@ -49,9 +50,9 @@ AnswerRows = Iterator[AnswerRow]
 class RowEncoder:
     """Encodes rows of one source, and counts those that it skips or truncates.
 
-    The counts are `empty` rows that were skipped, rows `cut` at max_length, `teacher_longest`, the tokens of the
-    longest row of the teacher's own, and what `potstill.data.encoding_notes` has sentences for; `examples` has the
-    first of each of those.
+    The counts are `empty` rows that were skipped, rows longer than max_length that were `cut`, `drop` and `split`,
+    `teacher_longest`, the tokens of the longest row of the teacher's own, and what `potstill.data.encoding_notes` has
+    sentences for; `examples` has the first of each of those.
     """
 
     tokenizer: PreTrainedTokenizerBase  # of the student
@@ -62,6 +63,7 @@ class RowEncoder:
     task: Task
     classes: Mapping[str, int]  # their numbers by their names, for classification
     span_weights: SpanWeights | None
+    long_rows: LongRows | None = None
     examples: dict[str, str] = field(default_factory=dict)
     sample: list[str] = field(default_factory=list)  # the first texts
 
@@ -70,11 +72,20 @@ class RowEncoder:
         if kind == "text":
             return _text_rows(dataset, self)
         encode, prompt, teacher_prompt = _ANSWER_ENCODERS[kind]
-        rows = _truncated(encode(dataset, self, prompt), self)
+        rows = _shortened(encode(dataset, self, prompt), self)
         if teacher_prompt not in dataset.column_names:
-            return rows
+            return chain.from_iterable(rows)
         uncounted = replace(self, counts=Counter(), examples={})  # the student's rows count what is empty
         return _with_teacher_rows(rows, encode(dataset, uncounted, teacher_prompt), self)
+
+    def texts(self, documents: Iterator[list[int]], limit: int) -> Iterator[list[int]]:
+        """Cut plain texts of more than so many tokens, or leave them out, where that is asked for."""
+        for ids in documents:
+            if self.long_rows is not None and len(ids) > limit:
+                self.counts[self.long_rows] += 1
+                ids = {"cut": ids[:limit], "drop": [], "split": ids}[self.long_rows]
+            if ids:
+                yield ids
 
     def tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """Tokenize texts, with or without the special tokens that the tokenizer adds."""
@@ -171,7 +182,8 @@ def _text_rows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]:
     )
     if not framed:
         split = packed if encoder.packing else windows
-        return (EncodedRow(ids, ids) for ids in split(map(encoder.with_eos, documents), length))
+        texts = encoder.texts(map(encoder.with_eos, documents), length)
+        return (EncodedRow(ids, ids) for ids in split(texts, length))
     # Each window has the special tokens around it, as masked language models know them.
     before, after = encoder.special_tokens()
     room = length - len(before) - len(after)
@@ -180,45 +192,28 @@ def _text_rows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]:
             f"data: expected max_length above {length - room}, the special tokens of a row, got {length}. "
             "Raise max_length."
         )
-    parts = (ids[start : start + room] for ids in documents for start in range(0, len(ids), room))
+    texts = encoder.texts(documents, room)
+    parts = (ids[start : start + room] for ids in texts for start in range(0, len(ids), room))
     return (EncodedRow(ids, ids) for ids in ([*before, *part, *after] for part in parts))
-
-
-def packed(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
-    """Concatenate documents and split them into rows of `length`; the last may be shorter, but not a lone token."""
-    stream: list[int] = []
-    for ids in documents:
-        stream += ids
-        whole = len(stream) - len(stream) % length
-        yield from (stream[start : start + length] for start in range(0, whole, length))
-        stream = stream[whole:]
-    if len(stream) > 1:
-        yield stream
-
-
-def windows(documents: Iterator[list[int]], length: int) -> Iterator[list[int]]:
-    """Split each document into windows of at most `length` that do not overlap."""
-    for ids in documents:
-        bounds = [*range(0, len(ids), length), len(ids)] if ids else [0, 0]
-        # The first token of a row is never predicted, so a lone last one gets company from the window before.
-        if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 and length > 2:
-            bounds[-2] -= 1
-        yield from (ids[start:end] for start, end in pairwise(bounds))
 
 
 # Rows with an answer
 
 
-def _truncated(rows: AnswerRows, encoder: RowEncoder) -> Iterator[EncodedRow]:
-    """Truncate rows, each of which must keep a token of its answer; of several rows of a conversation the first."""
-    limit, last_number = encoder.max_length, 0
+def _shortened(rows: AnswerRows, encoder: RowEncoder) -> Iterator[list[EncodedRow]]:
+    """What each row becomes: itself where it is short enough, else what `long_rows` says.
+
+    A row that is cut must keep a token of its answer; of several rows of a conversation the first.
+    """
+    limit, last_number, way = encoder.max_length, 0, encoder.long_rows or "cut"
     full: list[tuple[int, int]] = []
     for number, prompt_length, row in rows:
-        if prompt_length >= limit and number != last_number:
+        if way == "cut" and prompt_length >= limit and number != last_number:
             full.append((number, prompt_length))
-        last_number = number
-        encoder.counts["cut"] += len(row.input_ids) > limit
-        yield EncodedRow(row.input_ids[:limit], row.labels[:limit], weights=row.weights and row.weights[:limit])
+        last_number, tokens = number, len(row.input_ids)
+        encoder.counts[way] += tokens > limit
+        parts = [*bounds(tokens, limit)][: None if way == "split" else 1]
+        yield [_part(row, start, end) for start, end in parts] if way != "drop" or tokens <= limit else []
     if full:
         number, length = full[0]
         raise DataError(
@@ -227,11 +222,17 @@ def _truncated(rows: AnswerRows, encoder: RowEncoder) -> Iterator[EncodedRow]:
         )
 
 
+def _part(row: EncodedRow, start: int, end: int) -> EncodedRow:
+    weights = None if row.weights is None else row.weights[start:end]
+    return EncodedRow(row.input_ids[start:end], row.labels[start:end], weights=weights)
+
+
 def _with_teacher_rows(
-    rows: Iterator[EncodedRow], teacher_rows: AnswerRows, encoder: RowEncoder
+    rows: Iterator[list[EncodedRow]], teacher_rows: AnswerRows, encoder: RowEncoder
 ) -> Iterator[EncodedRow]:
     """Add what the teacher reads, up to the last token of the answer that the student's row holds."""
-    for row, (number, _, teacher) in zip(rows, teacher_rows, strict=True):
+    pairs = zip(rows, teacher_rows, strict=True)
+    for row, (number, _, teacher) in ((row, other) for kept, other in pairs for row in kept):
         answer = [label for label in row.labels[1:] if label != IGNORE]
         places = [i for i, label in enumerate(teacher.labels) if label != IGNORE and i][: len(answer)]
         if [teacher.labels[i] for i in places] != answer:

@@ -13,6 +13,8 @@ from potstill.losses.declared import Range, Record
 
 SourceKind = Literal["text", "completion", "messages", "input_ids", "labelled"]
 
+LongRows = Literal["cut", "drop", "split"]
+
 # The prompt that the teacher reads in place of the student's: its standard column by kind. Of ids both or none.
 TEACHER_PROMPT_COLUMNS: dict[SourceKind, str] = {"completion": "teacher_prompt", "messages": "teacher_messages"}
 TEACHER_ID_COLUMNS = ("teacher_input_ids", "teacher_labels")
@@ -34,6 +36,8 @@ class Source(Record):
         revision: of a data set on the hub: a branch, a tag or a commit.
         streaming: read a data set on the hub without storing its files.
         limit: read that many rows, the first ones.
+        long_rows: what becomes of rows of more than max_length tokens: cut loses their end, drop leaves them out, split
+            makes several rows of each. By default plain text is split, and all others are cut.
         share: of the training rows, where there are several sources; only the ratio matters.
         field: the column of plain text.
         prompt: the column of prompts, texts or lists of messages; needs completion. Only completions have a loss. A
@@ -80,6 +84,7 @@ class Source(Record):
     revision: str | None = None
     streaming: bool = False
     limit: Annotated[int, Range(ge=1)] | None = None
+    long_rows: LongRows | None = None
     share: Annotated[float, Range(gt=0, lt=float("inf"))] | None = None
 
     def __post_init__(self) -> None:

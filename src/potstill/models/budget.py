@@ -36,6 +36,7 @@ class Budget(Record):
 
     Args:
         params: number of parameters, with all experts (within 5%).
+        active_params: at most so many parameters that a token passes through, which are fewer in a mixture of experts.
         compression: the teacher's parameters over the student's (within 5%).
         memory_gb: at most so many gigabytes (10^9 bytes) to serve one row of `context` tokens in half precision.
         latency_ms: at most so long for one forward pass over a row of `context` tokens.
@@ -51,6 +52,7 @@ class Budget(Record):
     """
 
     params: int | None = None
+    active_params: int | None = None
     compression: float | None = None
     memory_gb: float | None = None
     latency_ms: float | None = None
@@ -62,7 +64,7 @@ class Budget(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:6]}
+        limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:7]}
         given = {name: limit for name, limit in limits.items() if limit is not None}
         if not given:
             raise ModelError(f"design: expected at least one of {', '.join(limits)}, got none.")
@@ -105,6 +107,9 @@ class Budget(Record):
         return student
 
     def _costs(self, seconds: Measure | None) -> Iterator[CostLimit]:
+        if self.active_params is not None:
+            active: Measure = lambda config: size_of(config, self.context).active_parameters  # noqa: E731
+            yield CostLimit(active, self.active_params, f"at most {self.active_params:,} active parameters")
         if self.memory_gb is not None:
             memory: Measure = lambda config: size_of(config, self.context).serve_bytes / 1e9  # noqa: E731
             yield CostLimit(memory, self.memory_gb, f"at most {self.memory_gb:g} GB")

@@ -6,7 +6,7 @@ import json
 import logging as stdlib_logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, 
 from transformers.models import auto
 from transformers.utils import logging
 
-from potstill.errors import ModelError, one_line
+from potstill.errors import ModelError, PotstillError
 from potstill.losses.alignment import MOST_TOKENS, SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import has_tokenizer, unreadable
@@ -34,7 +34,17 @@ from potstill.models.integrity import (
     padding_notes,
 )
 from potstill.models.locate import ModelLocation, locate, require_package, weight_files
-from potstill.models.precision import DTYPES, check_quantizable, keep_gradients, saved_dtype, saved_weights
+from potstill.models.placement import check_fits, placing, remove_with, weight_notes
+from potstill.models.precision import (
+    DTYPES,
+    as_dtype,
+    bitsandbytes_config,
+    check_quantizable,
+    keep_gradients,
+    saved_bytes,
+    saved_dtype,
+    saved_weights,
+)
 from potstill.models.size import language_model_class
 from potstill.models.tokenizer_file import SAMPLE, tokenizer_notes
 
@@ -67,18 +77,21 @@ MINOR_WARNINGS = (
 def suppress_warnings() -> Iterator[None]:
     """Suppress progress bars and warnings of transformers, peft and bitsandbytes that do not matter here."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    bitsandbytes = stdlib_logging.getLogger("bitsandbytes")  # "inputs will be cast", at every product
-    level = bitsandbytes.level
+    # "inputs will be cast" at every product, and "on the meta device because they were offloaded"
+    others = [stdlib_logging.getLogger(name) for name in ("bitsandbytes", "accelerate.big_modeling")]
+    levels = [logger.level for logger in others]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    bitsandbytes.setLevel(stdlib_logging.ERROR)
+    for logger in others:
+        logger.setLevel(stdlib_logging.ERROR)
     try:
         with warnings.catch_warnings():
             for message in MINOR_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        bitsandbytes.setLevel(level)
+        for logger, level in zip(others, levels, strict=True):
+            logger.setLevel(level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
@@ -117,7 +130,7 @@ def load_model(
             )
         return _load_with_adapter(Path(name).expanduser(), key, dtype, task, trainable)
     dtype = _computed_dtype(name, key, dtype)
-    quantization = None if bits is None else _quantization(bits, dtype, key)
+    quantization = None if bits is None else bitsandbytes_config(bits, dtype, key)
     return _load_base(name, key, dtype, task, quantization, labels_of, may_miss, placement)
 
 
@@ -172,7 +185,8 @@ def _load_base(
         auto_class = language_model_class(load_config(name, key))
     location = locate(name, key)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype, **location.options}
-    options |= placement or {}
+    is_outline = placement is not None and "state_dict" in placement
+    options |= placement if placement and is_outline else {}
     options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
     if task in TOKEN_TASKS and location.folder is not None and (location.folder / "modules.json").exists():
         raise ModelError(
@@ -183,28 +197,33 @@ def _load_base(
         saved = load_config(name, key)
         if not any("SequenceClassification" in architecture for architecture in saved.architectures or ()):
             options |= {"id2label": labels_of.id2label, "label2id": labels_of.label2id}
+    with torch.device("meta"):
+        unloaded: Any = auto_class.from_config(load_config(name, key)) if quantization or placement else None
+    if unloaded is None:
+        check_fits(saved_bytes(name, as_dtype(None if dtype == "auto" else dtype)), key, name)
     if quantization is not None:
         if "gguf_file" in options:
             raise ModelError(f"{key}: expected a GGUF file without another quantization, got both. Leave dtype out.")
-        with torch.device("meta"):
-            unloaded = auto_class.from_config(load_config(name, key))
         check_quantizable(unloaded, key=key, name=name, bits=4 if quantization.load_in_4bit else 8)
         if task in SEQUENCE_TASKS:
             quantization.llm_int8_skip_modules = sequence_head_names(unloaded)
         options["quantization_config"] = quantization
     path: str | None = location.path
-    if "state_dict" in options:  # an outline: its class is given no name, to find no files
-        path = None
-        with torch.device("meta"):
-            auto_class = type(auto_class.from_config(options["config"]))
+    if is_outline:  # its class is given no name, to find no files
+        path, auto_class = None, type(unloaded)
+    placed: Any = nullcontext({})
+    if placement and not is_outline:
+        precision = as_dtype(None if dtype == "auto" else dtype) or saved_dtype(name) or torch.float32
+        itemsize = precision.itemsize if quantization is None else 0.5 if quantization.load_in_4bit else 1.0
+        placed = placing(unloaded, placement, key.removesuffix(".model"), itemsize)
     try:
-        with suppress_warnings():  # of missing weights, which are checked below
-            model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
+        with suppress_warnings(), placed as own:  # of missing weights, which are checked below
+            model, info = auto_class.from_pretrained(path, output_loading_info=True, **options, **own)
+    except PotstillError:
+        raise
     except Exception as error:
-        if placement and "device" in one_line(error).lower() + type(error).__name__:
-            expected = "for device_map expected auto, or a device of this machine, cpu or disk for each module"
-            raise ModelError(f"{key}: {expected}, got: {one_line(error, 200)}.") from None
         raise unreadable(key, f"{kind} with weights in safetensors", name, location, error) from error
+    remove_with(model, own)
     keep_gradients(model)
     missing = [weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight]
     if labels_of is not None:  # the adapter has the head, or the student's starts at random
@@ -215,6 +234,7 @@ def _load_base(
     notes = [*check_weights(model, missing, info["unexpected_keys"], kind=kind, may_miss=may_miss, **names)]
     notes += [*check_values(model, **names), *config_notes(model, load_config(name, key), **names)]
     notes += changed_notes(location.folder, key) if location.folder is not None else ()
+    notes += () if is_outline else weight_notes(model, key)
     check_embeddings(model, key)
     if path and placement and model.get_input_embeddings().weight.is_meta:
         raise ModelError(
@@ -237,16 +257,6 @@ def _load_base(
     if task in SEQUENCE_TASKS:
         model.config.problem_type = "regression" if task == "regression" else "single_label_classification"
     return model
-
-
-def _quantization(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
-    require_package("bitsandbytes", "quantized", key)
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
 
 
 def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable: bool) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +20,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from potstill.errors import ModelError
 from potstill.models.integrity import check_values
 from potstill.models.loading import SPREAD_INSTEAD, load_config, load_outline, suppress_warnings
-from potstill.models.precision import saved_weights
+from potstill.models.precision import saved_weights, weight_bytes
 from potstill.models.structure import layer_lists
 
 Part = int | str  # the number of a layer, or a name below
@@ -83,9 +82,9 @@ class ModelParts:
             renamed, _ = rename_source_key(saved, renamings, converters, prefix, own)
             name = renamed if renamed in own else saved
             if name in own:
-                part, bits = self._part_of(name), int("".join(filter(str.isdigit, dtype.split("_")[0])) or 8)
+                part = self._part_of(name)
                 self._saved[part].append((file, saved))
-                self.bytes_of[part] += math.prod(shape) * bits // 8
+                self.bytes_of[part] += weight_bytes(shape, dtype)
 
     def _part_of(self, weight: str) -> Part:
         if weight.startswith(f"{self.path}."):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import align_module_device
+from accelerate.utils import align_module_device, convert_file_size_to_int
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from potstill.errors import ModelError
+from potstill.errors import ModelError, nearest, one_line
+from potstill.files import remove, temporary_path
 from potstill.models.structure import layer_lists
+
+Place = int | str  # a GPU's number or name, cpu or disk
 
 
 def is_spread(model: Any) -> bool:
@@ -27,6 +34,166 @@ def is_spread(model: Any) -> bool:
 def move(model: Any, device: torch.device | str) -> Any:
     """Move a model to a device, in place; one that is spread stays where it is, and reads batches of any device."""
     return model if is_spread(model) else model.to(device)
+
+
+@contextmanager
+def placing(model: nn.Module, placement: Mapping[str, Any], key: str, itemsize: float) -> Iterator[dict[str, Any]]:
+    """Check device_map, max_memory and offload_folder; give them as `from_pretrained` takes them, which runs within.
+
+    Args:
+        model: without its weights, on the meta device.
+        placement: as a recipe has it.
+        key: of the recipe, that has device_map and the others.
+        itemsize: bytes of a weight in memory; of a quantized model those of most.
+
+    Raises:
+        ModelError: a module, a device or a folder is not there, a part has no device, a device has too little memory,
+            or loading fails for want of a folder or of room in it.
+    """
+    options, mapped = dict(placement), placement["device_map"]
+    sizes = {name: int(weight.numel() * itemsize) for name, weight in model.named_parameters()}
+    if isinstance(mapped, Mapping):
+        options["device_map"] = mapped = _device_of_each(model, mapped, key)
+        for place in {*mapped.values()}:
+            needed = sum(size for name, size in sizes.items() if place_of(name, mapped) == place)
+            _check_room(place, needed, f"{key}.device_map")
+    for place, limit in (placement.get("max_memory") or {}).items():
+        try:
+            most = convert_file_size_to_int(limit)
+        except ValueError:
+            raise ModelError(f"{key}.max_memory: expected a size such as 20GiB for {place}, got {limit}.") from None
+        _check_place(place, f"{key}.max_memory", ("cpu",))
+        _check_room(place, min(most, sum(sizes.values())), f"{key}.max_memory")
+    folder = placement.get("offload_folder")
+    expected = (
+        f"{key}.offload_folder: expected a folder with room for weights that the model's files have in another form"
+    )
+    if folder is not None:
+        # A folder of its own: files there are named by their weights alone, which other models have too.
+        own = temporary_path(Path(folder).expanduser() / "weights")
+        try:
+            own.mkdir(parents=True)
+        except OSError as error:
+            raise ModelError(f"{expected}, got {folder}: {error.strerror}. Choose another.") from None
+        options["offload_folder"] = str(own)
+    try:
+        yield options
+    except Exception as error:
+        if folder is not None:
+            remove(own)
+            if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
+                raise ModelError(f"{expected}, got {folder}: {one_line(error, 100)}. Choose another.") from None
+        elif "offload_folder" in str(error):
+            raise ModelError(f"{expected}, got none. Set it.") from None
+        raise
+
+
+def remove_with(model: nn.Module, placed: Mapping[str, Any]) -> None:
+    """Remove a model's own offload folder, if it has one, when this process has no use for the model any more."""
+    if "offload_folder" in placed:
+        weakref.finalize(model, _remove_in, os.getpid(), Path(placed["offload_folder"]))
+
+
+def _remove_in(process: int, folder: Path) -> None:
+    """Remove a folder, in the process alone that made it, not in its forked children."""
+    if os.getpid() == process:
+        with suppress(OSError):
+            remove(folder)
+
+
+def _device_of_each(model: nn.Module, device_map: Mapping[str, Place], key: str) -> dict[str, Place]:
+    """Name the device of each part: that of the innermost named module that it is in.
+
+    accelerate itself does not take a device for all ('') beside the disk for some.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    for name, place in device_map.items():
+        if name not in modules:
+            raise ModelError(
+                f"{key}.device_map: expected modules of {type(model).__name__}, got {name}."
+                f"{nearest(name, modules - {''})}"
+            )
+        _check_place(place, f"{key}.device_map", ("cpu", "disk"))
+    result: dict[str, Place] = {}
+
+    def add(path: str, part: nn.Module | None, place: Place | None) -> None:
+        place = device_map.get(path, place)
+        within = f"{path}." if path else ""
+        if part is not None and any(name != path and name.startswith(within) for name in device_map):
+            for name, child in part.named_children():
+                add(f"{within}{name}", child, place)
+            for name, _ in part.named_parameters(recurse=False):
+                add(f"{within}{name}", None, place)
+        elif place is not None:
+            result[path] = place
+        elif part is None or next(part.parameters(), None) is not None:
+            raise ModelError(
+                f"{key}.device_map: expected a device for each module, got none for {path or 'any'}. Add '': cpu, or "
+                "another device, for all that have no other."
+            )
+
+    add("", model, None)
+    return result
+
+
+def place_of(name: str, device_map: Mapping[str, Place]) -> Place | None:
+    """Return the place of a parameter by the names of the modules that it is in; None where none of them has one."""
+    while name not in device_map and name:
+        name = name.rpartition(".")[0]
+    return device_map.get(name)
+
+
+def _check_place(place: Place, key: str, others: tuple[str, ...]) -> None:
+    """Refuse a place that is no GPU of this machine, nor one of the others."""
+    accelerator, number = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    try:
+        device = torch.device(place) if place not in others else None
+    except RuntimeError:  # also of a number, where there is no GPU
+        device = torch.device("meta")
+    if device is not None and (accelerator is None or device.type != accelerator.type or (device.index or 0) >= number):
+        gpus = f" or a GPU from 0 to {number - 1}" if number else ""
+        lacking = "" if number else " This machine has no GPU."
+        raise ModelError(f"{key}: expected {' or '.join(others)}{gpus}, got {place}.{lacking}")
+
+
+def _check_room(place: Place, needed: int, key: str) -> None:
+    """Refuse more bytes than a device has, before they are read."""
+    room = None if place == "disk" else device_bytes(torch.device(place))
+    if room is not None and needed > room:
+        raise ModelError(
+            f"{key}: expected weights that fit into the {room / 1e9:.3g} GB of {place}, got {needed / 1e9:.3g} GB. "
+            "Place less there: layers may be on the disk."
+        )
+
+
+def check_fits(needed: int, key: str, name: str) -> None:
+    """Refuse a model that is larger than the memory of this machine, before it is read."""
+    room = device_bytes(torch.device("cpu"))
+    if room is not None and needed > room:
+        raise ModelError(
+            f"{key}: expected weights that fit into the {room / 1e9:.3g} GB of memory, got {needed / 1e9:.3g} GB in "
+            f"{name}. Choose a smaller model; a teacher can be spread (teacher.device_map: auto), run layer by layer "
+            "into a cache (potstill cache build --stream), or run behind a server."
+        )
+
+
+def weight_notes(model: Any, key: str) -> Iterator[str]:
+    """Say where the weights of a model are that is spread, and in which precision those of a quantized one are."""
+    if is_spread(model):
+        sizes = Counter[str]()
+        for name, weight in model.named_parameters():
+            place = place_of(name, model.hf_device_map)
+            sizes[f"on the GPU {place}" if isinstance(place, int) else f"on {place or weight.device}"] += weight.nbytes
+        yield f"{key}: weights by device: {_listed(sizes)}."
+    if getattr(model, "is_quantized", False):
+        sizes = Counter[str]()
+        for weight in model.parameters():
+            sizes[f"in {weight.dtype}".replace("torch.", "")] += weight.nbytes
+        yield f"{key}: weights by precision: {_listed(sizes)}."
+
+
+def _listed(sizes: Counter[str]) -> str:
+    return ", ".join(f"{size / 1e9:.3g} GB {name}" for name, size in sizes.most_common())
 
 
 def load_sharded(load: Callable[[], Any], key: str) -> Any:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from potstill.errors import ModelError
-from potstill.models.locate import weight_files
+from potstill.models.locate import require_package, weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -56,6 +57,17 @@ def check_quantizable(model: nn.Module, *, key: str, name: str, bits: int) -> No
     )
 
 
+def bitsandbytes_config(bits: int, dtype: str, key: str) -> BitsAndBytesConfig:
+    """Quantize linear layers to 8 bits, or to 4 (nf4 with double quantization)."""
+    require_package("bitsandbytes", "quantized", key)
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
 def keep_gradients(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights on a CPU with AVX512-BF16 instructions.
 
@@ -75,6 +87,17 @@ def saved_weights(name: str | Path) -> Iterator[tuple[Path, str, str, list[int]]
                 for weight in weights.keys():  # noqa: SIM118  # it is no mapping
                     part = weights.get_slice(weight)
                     yield file, weight, part.get_dtype(), part.get_shape()
+
+
+def weight_bytes(shape: list[int], kind: str, dtype: torch.dtype | None = None) -> int:
+    """Count the bytes of a saved weight of some kind (F32, BF16, I8, ...), in another precision if that is given."""
+    bits = int("".join(filter(str.isdigit, kind.split("_")[0])) or 8)
+    return math.prod(shape) * (dtype.itemsize if dtype and kind in DTYPES else bits // 8)
+
+
+def saved_bytes(name: str | Path, dtype: torch.dtype | None) -> int:
+    """Count the bytes that a saved model's weights take in a precision, or in their own; 0 for one that is not here."""
+    return sum(weight_bytes(shape, kind, dtype) for _, _, kind, shape in saved_weights(name))
 
 
 def describe_precision(name: str | Path) -> str | None:

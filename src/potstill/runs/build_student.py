@@ -164,8 +164,9 @@ def design_of(
     if whole is not None:
         source = copy.deepcopy(text_config(source))
         source.vocab_size = text_config(whole).vocab_size
-    params = None if design.params is None else parse_count(design.params)
-    limits = design.model_dump(exclude={"search"}) | {"params": params}
+    counts = {name: getattr(design, name) for name in ("params", "active_params")}
+    limits = design.model_dump(exclude={"search"})
+    limits |= {name: None if count is None else parse_count(count) for name, count in counts.items()}
     return Budget(**limits).student(source, vocabulary=vocabulary)
 
 

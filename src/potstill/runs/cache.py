@@ -28,7 +28,7 @@ from potstill.losses.targets import HeadTargets
 from potstill.models.capture import ActivationRequest
 from potstill.models.chat import set_chat_template
 from potstill.models.layer_map import Layer, layer_index
-from potstill.models.loading import accelerator, suppress_warnings, vocabulary_size
+from potstill.models.loading import accelerator, loading_notes, suppress_warnings, vocabulary_size
 from potstill.models.placement import weights_by_name
 from potstill.runs.progress import PartProgress
 from potstill.runs.ray import Row, RowFunction, map_rows
@@ -133,7 +133,8 @@ def prepare(request: CacheRequest, console: Console) -> CacheBuilder:
     set_chat_template(tokenizer, request.chat_template, request.chat_template_kwargs)
     options: dict[str, Any] = {"max_length": request.max_length, "packing": request.packing}
     examples = [encode(part, tokenizer, **options) for part in request.sources]
-    for note in (note for encoded in examples for note in encoded.notes):
+    parts = (*loaded.models.values(), *((loaded.model,) if request.stream else ()), tokenizer)
+    for note in (*chain(*map(loading_notes, parts)), *chain(*(encoded.notes for encoded in examples))):
         console.print(note, style="dim", highlight=False, markup=False)
     device = torch.device(source.model_device or (accelerator() if loaded.model is not None else "cpu"))
     datasets = [encoded.dataset for encoded in examples]

@@ -12,7 +12,7 @@ from potstill.models.adapters import Adapter
 from potstill.models.capacity import TaskKind
 from potstill.runs.config.document import Part
 
-LIMITS = ("params", "compression", "memory_gb", "target", "min_share")
+LIMITS = ("params", "active_params", "compression", "memory_gb", "target", "min_share")
 
 
 class BudgetPart(Part):
@@ -20,6 +20,9 @@ class BudgetPart(Part):
 
     params: int | float | str | None = Field(
         None, description="about so many parameters, with all experts, such as 100M"
+    )
+    active_params: int | float | str | None = Field(
+        None, description="at most so many that a token passes through, such as 30M: of a mixture of experts its own"
     )
     compression: float | None = Field(None, gt=1, description="so many times fewer parameters than the teacher's")
     memory_gb: float | None = Field(None, gt=0, description="to serve one row of context tokens in half precision")
