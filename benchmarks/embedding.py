@@ -150,7 +150,7 @@ def text(args: argparse.Namespace) -> None:
             continue
         start = torch.from_numpy(VectorHead.from_pca(train, d).transform(train))
         make = (
-            static_student(model.tokenizer, mean_of_texts(model.tokenizer, texts, start))
+            static_student(model.tokenizer, mean_of_texts(model.tokenizer, texts, [start], d))
             if name == "static"
             else encoder_student(model, 2, texts, start)
         )

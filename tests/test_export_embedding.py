@@ -25,8 +25,9 @@ from potstill.runs import export as runs_export
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.embedding import run_embedding
 from potstill.runs.export import export
+from potstill.runs.formats.graphs import measure_graph
 from potstill.runs.formats.measure import Bench
-from potstill.runs.formats.onnx_runtime import measure_onnx
+from potstill.runs.formats.onnx_runtime import open_onnx
 from potstill.runs.formats.sentences import SentenceModel, static_tokenizer
 
 pytest.importorskip("onnxscript")
@@ -94,8 +95,10 @@ def test_students_of_embedding_runs(student: dict[str, Any], embedder: Path, tmp
         page = (run / file).read_text(encoding="utf-8")
         assert "student-onnx-int8" in page and "difference of similarities to the student" in page, file
     other = SentenceModel(static_student(AutoTokenizer.from_pretrained(embedder), torch.randn(300, 4)).model)
-    with pytest.raises(RunError, match=r"expected a static model as ONNX within 0.001 of the student, got \d"):
-        measure_onnx(run / "export/student-onnx-f32", "f32", Bench(other.tokenizer, None, other, None, "embedding"))
+    with pytest.raises(RunError, match=r"expected a static model as a graph within 0.001 of the student, got \d"):
+        measure_graph(
+            open_onnx, run / "export/student-onnx-f32", "f32", Bench(other.tokenizer, None, other, None, "embedding")
+        )
     with pytest.raises(UserError, match=r"expected the task causal for this format, got embedding. Use onnx"):
         export(run, "gguf")
 
