@@ -63,12 +63,12 @@ def vectors_of(folder: Path, texts: list[str]) -> np.ndarray:
 
 
 def check_parity(folder: Path, student: Path) -> None:
-    """Together, which pads them, and one by one; layers do not read a row of no tokens alone."""
+    """Together, which pads them, and one by one; sentence-transformers does not read a row of no tokens alone."""
     model = sentence_transformers.SentenceTransformer(str(student), device="cpu")
-    is_static = not hasattr(model[0], "auto_model")
-    for texts in (PROBES, *([text] for text in PROBES if text or is_static)):
-        expected = model.encode(texts, batch_size=len(texts), show_progress_bar=False)
-        np.testing.assert_allclose(vectors_of(folder, texts), expected, atol=2e-5)
+    expected = model.encode(PROBES, batch_size=len(PROBES), show_progress_bar=False)
+    np.testing.assert_allclose(vectors_of(folder, PROBES), expected, atol=2e-5)
+    for text, vector in zip(PROBES, expected, strict=True):
+        np.testing.assert_allclose(vectors_of(folder, [text])[0], vector, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,26 @@ def test_students_of_embedding_runs(student: dict[str, Any], embedder: Path, tmp
         )
     with pytest.raises(UserError, match=r"expected the task causal for this format, got embedding. Use onnx"):
         export(run, "gguf")
+
+
+def test_recipes_name_the_exports_of_embedding_runs(embedder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "vectors.npy", torch.randn(len(WORDS), 9).numpy())
+    files: list[Any] = [{"to": "onnx"}, {"to": "onnx", "quantize": "int8"}]
+    run = train(tmp_path, embedder, {"static": None}, export=files)
+    exports = read_exports(run / "export")
+    assert exports is not None and [file.kind for file in exports.files] == ["f32", "int8"]
+    assert all(file.kl is not None for file in exports.files) and exports.tokens >= 3
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "student-onnx-f32" in page and "student-onnx-int8" in page
+    vectors = {"teacher": {"vectors": str(tmp_path / "vectors.npy")}, "data": {}}
+    for student, parts, message in (
+        ({"static": None}, {"export": [{}]}, "expected the task causal for this format, got embedding. Use onnx"),
+        ({"static": None}, {"export": [*files, files[0]]}, "export: expected each file once, got onnx f32 twice"),
+        ({"head": "linear"}, {"export": files, **vectors}, "expected a student that reads text, got a head over vect"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(tmp_path, embedder, student, **parts, output=str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_head_over_vectors_alone_is_refused(embedder: Path, tmp_path: Path) -> None:

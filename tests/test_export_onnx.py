@@ -26,7 +26,7 @@ from potstill.evaluate.exported import Exports, export_columns, export_rows, rea
 from potstill.runs.config.run import Recipe
 from potstill.runs.export import export
 from potstill.runs.formats import loaded as loaded_file
-from potstill.runs.formats.graphs import CausalGraph, measure_graph
+from potstill.runs.formats.graphs import CausalGraph, OpenGraph, measure_graph
 from potstill.runs.formats.measure import Bench
 from potstill.runs.formats.onnx_graph import _silent, trace, write_onnx
 from potstill.runs.formats.onnx_runtime import open_onnx
@@ -99,11 +99,11 @@ def test_onnxruntime_computes_what_transformers_does(exported: tuple[Path, Expor
     assert (logits - reference)[mask.bool()].abs().max() < 1e-4
 
 
-def check_parity(folder: Path, model: Any) -> None:
+def check_parity(folder: Path, model: Any, open_graph: OpenGraph = open_onnx) -> None:
     """Compare log-probabilities at every position, in one pass and in passes of some tokens that use the cache."""
     reference = expected(model, IDS)
     for chunk in (len(IDS), 7, 1):
-        with pytest.MonkeyPatch.context() as patch, CausalGraph(open_onnx, folder) as loaded:
+        with pytest.MonkeyPatch.context() as patch, CausalGraph(open_graph, folder) as loaded:
             patch.setattr(loaded_file, "CHUNK", chunk)
             logits = torch.from_numpy(np.concatenate([*loaded.logits(IDS)]))
         assert (logits.log_softmax(-1) - reference).abs().max() < 1e-4, chunk
