@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from potstill.runs.formats.graphs import CausalGraph, OpenGraph, measure_graph
 from potstill.runs.formats.measure import Bench
 from potstill.runs.formats.onnx_graph import _silent, trace, write_onnx
 from potstill.runs.formats.onnx_runtime import open_onnx
+from potstill.runs.formats.openvino import open_openvino, write_openvino
 from potstill.runs.formats.table import FORMATS, exported_files
 from potstill.runs.run import run
 from test_export_gguf import CASES, IDS, expected, make
@@ -213,9 +215,13 @@ def test_nothing_is_left_half_written(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, tmp_path: Path) -> None:
-    model = make(family, **CASES[family][1])
-    write_onnx(trace(model), model, make_tokenizer(), tmp_path / "onnx", "f32")
+    model, tokenizer = make(family, **CASES[family][1]), make_tokenizer()
+    traced = trace(model)
+    write_onnx(traced, model, tokenizer, tmp_path / "onnx", "f32")
     check_parity(tmp_path / "onnx", model)
+    if find_spec("openvino") is not None:
+        write_openvino(traced, model, tokenizer, tmp_path / "openvino", "f32")
+        check_parity(tmp_path / "openvino", model, open_openvino)
 
 
 @pytest.mark.slow
