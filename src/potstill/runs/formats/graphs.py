@@ -50,8 +50,8 @@ class Graph:
         program: what runs it, with its version.
     """
 
-    inputs: dict[str, Sequence[Any]]
-    outputs: dict[str, Sequence[Any]]
+    inputs: Mapping[str, Sequence[Any]]
+    outputs: Mapping[str, Sequence[Any]]
     run: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
     kind: str
     program: str
