@@ -2,8 +2,8 @@
 
     python benchmarks/export.py --model models/smollm2 --data models/wiki.jsonl --out runs/export-smollm2
 
-GGUF files are measured in llama.cpp, ONNX files in onnxruntime, and graphs for OpenVINO there. Files that are there are not written again. The table
-is printed as Markdown, and stands in docs/benchmarks.md.
+GGUF files are measured in llama.cpp, ONNX files in onnxruntime, and graphs for OpenVINO there. Files that exist are not
+written again. The table is printed as Markdown, and stands in docs/benchmarks.md.
 """
 
 from __future__ import annotations
