@@ -4,6 +4,7 @@
     HF_HUB_OFFLINE=1 python benchmarks/embedding.py heads        # 5, 16, 64 dimensions, three focuses, three seeds
     HF_HUB_OFFLINE=1 python benchmarks/embedding.py umap
     HF_HUB_OFFLINE=1 python benchmarks/embedding.py text         # a static student and one of two layers
+    HF_HUB_OFFLINE=1 python benchmarks/embedding.py exported     # the teacher in onnxruntime and OpenVINO
     python benchmarks/embedding.py million                       # 1M vectors of 1,536 dimensions on disk to 5
 
 Trained on the train sentences, the epoch chosen on dev, measured on test (or on dev, with --split dev). The teacher's
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from measure import seconds
@@ -150,7 +152,7 @@ def text(args: argparse.Namespace) -> None:
             continue
         start = torch.from_numpy(VectorHead.from_pca(train, d).transform(train))
         make = (
-            static_student(model.tokenizer, mean_of_texts(model.tokenizer, texts, start))
+            static_student(model.tokenizer, mean_of_texts(model.tokenizer, texts, [start], d))
             if name == "static"
             else encoder_student(model, 2, texts, start)
         )
@@ -166,6 +168,52 @@ def text(args: argparse.Namespace) -> None:
         vectors = torch.from_numpy(make.model.encode(test_texts, show_progress_bar=False))
         shown(f"{name}, {d}", [on_test(vectors)], spent)
         print(f"{name}: {size / 1e6:.2f} MB, {throughput(make.model):.0f} texts/s", flush=True)
+
+
+def exported(args: argparse.Namespace) -> None:
+    """The teacher itself as files, which onnxruntime, OpenVINO and the tokenizer in the folder alone read."""
+    from transformers import AutoTokenizer
+
+    from potstill import Source, export
+    from potstill.evaluate.exported import FOLDER, read_exports
+    from potstill.evaluate.formatting import size
+    from potstill.runs.export import load_sentence_model
+    from potstill.runs.formats.graphs import GraphRows
+    from potstill.runs.formats.onnx_runtime import open_onnx
+    from potstill.runs.formats.openvino import open_openvino
+
+    texts, (first, second, scores) = sentences(args.data, args.split)
+    openers, folder, dev = {"onnx": open_onnx, "openvino": open_openvino}, args.work / FOLDER, args.work / "dev.jsonl"
+    args.work.mkdir(parents=True, exist_ok=True)
+    dev.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(args.data, "dev")[0]))
+    for to in openers:
+        if not (folder / f"student-{to}-int8").exists():
+            export(teacher_folder(), to, ("f32", "int8"), data=Source(str(dev), field="text"), out=folder)  # type: ignore[arg-type]
+
+    def correlation(vectors: Tensor) -> float:
+        unit = torch.nn.functional.normalize(vectors, dim=-1)
+        return float(spearmanr((unit[first] * unit[second]).sum(1), scores).statistic)
+
+    print("| file | size | STS-B | difference of similarities | texts/s | peak memory |\n|---|---|---|---|---|---|")
+    model, exports = load_sentence_model(teacher_folder()), read_exports(folder)
+    began = time.process_time()
+    vectors = torch.from_numpy(model.text_model.model.encode(texts, batch_size=64, show_progress_bar=False))
+    speed = len(texts) / (time.process_time() - began)
+    print(f"| sentence-transformers | | {correlation(vectors):.4f} | | {speed:.0f} | |", flush=True)
+    assert exports is not None
+    for file in exports.files:
+        opener = next(opener for to, opener in openers.items() if f"-{to}-" in file.file)
+        rows, tokenizer = (
+            GraphRows(opener(folder / file.file), model.config),
+            AutoTokenizer.from_pretrained(folder / file.file),
+        )
+        parts, began = [], time.process_time()
+        for start in range(0, len(texts), 64):
+            batch = tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
+            parts.append(rows(**batch).sentence_embedding)
+        speed, peak = len(texts) / (time.process_time() - began), size(file.peak_bytes or 0)
+        figures = f"{size(file.bytes)} | {correlation(torch.cat(parts)):.4f} | {file.kl:.2g} | {speed:.0f} | {peak}"
+        print(f"| {file.file} | {figures} |", flush=True)
 
 
 def million(args: argparse.Namespace) -> None:
@@ -203,7 +251,7 @@ def million(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["heads", "umap", "text", "million"])
+    parser.add_argument("part", choices=["heads", "umap", "text", "exported", "million"])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("runs/embedding-benchmark"))
     parser.add_argument("--split", choices=["dev", "test"], default="test")
@@ -214,4 +262,4 @@ if __name__ == "__main__":
     parser.add_argument("--encoder-epochs", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1_000_000)
     arguments = parser.parse_args()
-    {"heads": heads, "umap": umap, "text": text, "million": million}[arguments.part](arguments)
+    {"heads": heads, "umap": umap, "text": text, "exported": exported, "million": million}[arguments.part](arguments)

@@ -2,8 +2,8 @@
 
     python benchmarks/export.py --model models/smollm2 --data models/wiki.jsonl --out runs/export-smollm2
 
-GGUF files are measured in llama.cpp, ONNX files in onnxruntime. Files that are there are not written again. The table
-is printed as Markdown, and stands in docs/benchmarks.md.
+GGUF files are measured in llama.cpp, ONNX files in onnxruntime, and graphs for OpenVINO there. Files that exist are not
+written again. The table is printed as Markdown, and stands in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from potstill import Source, export
 from potstill.evaluate.exported import export_columns, export_rows, read_exports
 from potstill.runs.formats.table import FORMATS
 
-KINDS = {"gguf": "f16,q8_0,q5_1,q4_k_m,q4_0", "onnx": "f32,int8"}
+KINDS = {"gguf": "f16,q8_0,q5_1,q4_k_m,q4_0", "onnx": "f32,int8", "openvino": "f32,int8"}
 
 
 def main() -> None:

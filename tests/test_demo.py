@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 from importlib.machinery import ModuleSpec
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from potstill.cli import app
 from potstill.data.batches import encode
 from potstill.data.sources import Source
 from potstill.demo import recipe as demo
@@ -101,17 +104,25 @@ def test_all_students_of_the_demo_are_trained_from_one_cache(
     monkeypatch.setitem(demo.AMOUNTS, "stdlib", demo.Amounts(3000, 1500))
     sets = [f"teacher.model={toys / 'teacher'}", "data.max_length=32", "train.max_steps=2", "evaluate.curve_rows=2"]
     sets += ["student.design={hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 1}", "train.eval_steps=1"]
-    recipe, console = demo_recipe(tmp_path / "demo", sets), Console(file=io.StringIO())
-    demo.cache_signals(recipe, console)
-    result = run(recipe, console=console)
-    assert set(result.summary["rows"]) == {"teacher", "random", "baseline", "student"}
-    lines = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()]
+    out = tmp_path / "the demo"
+    done = CliRunner().invoke(
+        app, ["demo", "--out", str(out), *(part for change in sets for part in ("--set", change))]
+    )
+    assert done.exit_code == 0, done.exception
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert set(rows) == {"teacher", "random", "baseline", "student"}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     first = {line["run"]: line["loss"] for line in reversed(lines) if "loss" in line}
     assert len({*first.values()}) == 3  # the start differs, and the objective
-    shapes = [json.loads((tmp_path / "demo" / name / "config.json").read_text()) for name in ("student", "random")]
+    shapes = [json.loads((out / name / "config.json").read_text()) for name in ("student", "random")]
     assert shapes[0] == shapes[1]
-    table = (tmp_path / "demo" / "student" / "README.md").read_text()
+    table = (out / "student" / "README.md").read_text()
     assert "| | teacher | random | baseline | student |" in table
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'potstill[export]'")
+    (step,) = [line.removeprefix("next") for line in done.output.splitlines() if line.startswith("next ")]
+    program, *command = shlex.split(step)
+    assert program == "potstill" and CliRunner().invoke(app, command).exit_code == 0
+    assert (out / "export" / "student-f16.gguf").is_file()
 
 
 def test_a_real_teacher_names_the_package_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

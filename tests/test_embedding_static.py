@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from potstill.data.texts import StoredTexts
+from potstill.embedding import static, token_fit
+from potstill.embedding import vectors as embedding_vectors
 from potstill.embedding.encoders import load_embedder
 from potstill.embedding.static import (
     COMMON_DIRECTIONS,
@@ -21,12 +25,13 @@ from potstill.embedding.static import (
     reduce_rows,
     spread_tokens,
     static_student,
+    text_tokenizer,
     text_tokens,
     token_ids,
     token_table,
 )
 from potstill.embedding.students import EncoderLayers, StaticStudent, TokenVectors
-from potstill.embedding.token_fit import CHANGE_RIDGE, MAP_RIDGE, WEIGHT_RIDGE, TokenTexts, fit_tokens
+from potstill.embedding.token_fit import CHANGE_RIDGE, MAP_RIDGE, WEIGHT_RIDGE, FitTexts, fit_tokens
 from potstill.errors import DataError, RecipeError, ShapeError, UserError
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.embedding_sources import load_data
@@ -77,20 +82,26 @@ def test_the_reduction_is_a_weighted_pca_without_the_strongest_directions() -> N
 
 
 TEXTS = ["the aardvark", "of a aardvarking .", "the the of", "ab a", "[UNK]", "aardvark"]
+ROWS = [[3, 6], [4, 1, 6, 5, 0], [3, 3, 4], [1, 2, 1], [], [6]]  # of their tokens
+COUNTS = torch.tensor([[float(row.count(token)) for token in range(7)] for row in ROWS])
 
 
 def test_the_tokens_of_texts_and_the_texts_of_tokens() -> None:
-    bags = TokenTexts.of(table(torch.zeros(7, 1)), TEXTS)
-    rows = [[3, 6], [4, 1, 6, 5, 0], [3, 3, 4], [1, 2, 1], [], [6]]
-    counts = torch.tensor([[float(row.count(token)) for token in range(7)] for row in rows])
-    torch.testing.assert_close(bags.sum_tokens(torch.eye(7)), counts)
-    torch.testing.assert_close(bags.sum_texts(torch.eye(6)), counts.T)
+    (block,) = FitTexts(table(torch.zeros(7, 1)), TEXTS, torch.ones(6, 1)).blocks
+    torch.testing.assert_close(block.sum_tokens(torch.eye(7)), COUNTS)
+    sums = torch.ones(7, 6)
+    block.add_texts(sums, torch.eye(6))
+    torch.testing.assert_close(sums, 1 + COUNTS.T)
 
 
-def test_vectors_of_tokens_are_fitted_by_three_ridge_regressions() -> None:
+@pytest.mark.parametrize("block_rows", [6, 4, 1])
+def test_vectors_of_tokens_are_fitted_by_three_ridge_regressions(
+    block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding_vectors, "BLOCK_ROWS", block_rows)
     generator = torch.Generator().manual_seed(1)
     tokens, vectors = table(torch.randn(7, 6, generator=generator)), torch.randn(6, 6, generator=generator)
-    counts = TokenTexts.of(tokens, TEXTS).sum_tokens(torch.eye(7)).double()
+    counts = COUNTS.double()
     unit = torch.nn.functional.normalize(vectors.double(), dim=-1)
     target = torch.nn.functional.normalize(unit - unit.mean(0), dim=-1)
 
@@ -174,7 +185,7 @@ def test_words_of_a_file_become_tokens_that_the_teacher_reads_as_text(embedder: 
         ids = torch.tensor([pieces])
         hidden = teacher[0].auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     torch.testing.assert_close(tokens.vectors[-1], hidden[0].mean(0))
-    ids, _ = token_ids(tokens.tokenizer, ["the new town potstillery", "a potstillerying"])
+    ids, _ = token_ids(text_tokenizer(tokens.tokenizer), ["the new town potstillery", "a potstillerying"])
     assert [int(id) for id in ids].count(len(tokens.tokenizer) - 1) == 1
     assert [int(id) for id in ids].count(len(tokens.tokenizer) - 2) == 1
     assert len(teacher.tokenizer) == len(tokens.tokenizer) - 2
@@ -186,7 +197,56 @@ def test_a_static_student_reads_texts_of_any_length() -> None:
     student = static_student(tokenizer, torch.eye(len(NAMES)))
     counts = student(["the of the of aardvark"])[0] * 5
     assert counts[NAMES.index("the")] == 2 and counts[NAMES.index("aardvark")] == 1
-    assert token_ids(tokenizer, ["the of the of aardvark", "a"])[1].tolist() == [5, 1]
+    assert token_ids(text_tokenizer(tokenizer), ["the of the of aardvark", "a"])[1].tolist() == [5, 1]
+
+
+def test_the_words_of_a_file_are_read_once(embedder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("potstillery\n")
+    student = StaticStudent(dimensions=2, static=TokenVectors(words=str(path), vocabulary="data"))
+    tokens = student.read_tokens(load_embedder(str(embedder), "teacher"))
+    path.unlink()
+    assert tokens is not None
+    made = student.from_table(tokens.tokenizer, torch.ones(tokens.size, 2), ["a + b"]).model.tokenizer
+    assert "potstillery" in made.get_vocab()
+
+
+def test_texts_are_read_from_the_disk_when_they_are_needed(
+    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the texts nor their tokens are ever in memory as a whole."""
+    rows = [{"text": f"a text of number {i}", "other": f"{i} is another"} for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values: dict[str, Any] = {"kind": "embedding", "name": "x", "teacher": {"embedder": str(embedder)}}
+    values |= {"student": {"static": {"vocabulary": "data"}, "dimensions": 4}, "output": str(tmp_path / "run")}
+    values["data"] = {"train": {"path": str(tmp_path / "texts.jsonl"), "fields": ["text", "other"]}}
+    values["data"]["train"]["prompts"] = {"other": "query: "}
+    recipe, largest = EmbeddingRecipe.parse(values), 0
+    data = load_data(recipe)
+    assert isinstance(data.texts, StoredTexts) and isinstance(data.held_out_texts, StoredTexts)
+    expected = [*(row["text"] for row in rows), *(f"query: {row['other']}" for row in rows)]
+    assert [*data.texts, *data.held_out_texts] == expected and data.texts[-1] == expected[71]
+    assert [*data.texts[30:50][5:15]] == expected[35:45]
+    with pytest.raises(IndexError):
+        data.texts[len(data.texts)]
+
+    def count(tokenizer: Tokenizer, texts: Any) -> Any:
+        nonlocal largest
+        largest = max(largest, len(texts))
+        return token_ids(tokenizer, texts)
+
+    for module in (static, token_fit):
+        monkeypatch.setattr(module, "token_ids", count)
+    for module in (static, embedding_vectors):
+        monkeypatch.setattr(module, "BLOCK_ROWS", 16)
+    fit: Any = recipe.student.build(data.vectors, data.texts, data.teacher, data.tokens, "balanced", 0)
+    means: Any = recipe.student.build(data.vectors, data.texts, data.teacher, None, "balanced", 0)
+    assert largest == 16
+    monkeypatch.undo()
+    for student, tokens in ((fit, data.tokens), (means, None)):
+        whole: Any = recipe.student.build(data.vectors, [*data.texts], data.teacher, tokens, "balanced", 0)
+        similarities = [(vectors @ vectors.T) for vectors in (student(expected[:9]), whole(expected[:9]))]
+        torch.testing.assert_close(*similarities, atol=1e-4, rtol=1e-3)
 
 
 def test_words_are_kept_whatever_is_cut(embedder: Path, tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from potstill.runs import export as runs_export
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.embedding import run_embedding
 from potstill.runs.export import export
+from potstill.runs.formats.graphs import measure_graph
 from potstill.runs.formats.measure import Bench
-from potstill.runs.formats.onnx_runtime import measure_onnx
+from potstill.runs.formats.onnx_runtime import open_onnx
 from potstill.runs.formats.sentences import SentenceModel, static_tokenizer
 
 pytest.importorskip("onnxscript")
@@ -62,12 +63,12 @@ def vectors_of(folder: Path, texts: list[str]) -> np.ndarray:
 
 
 def check_parity(folder: Path, student: Path) -> None:
-    """Together, which pads them, and one by one; layers do not read a row of no tokens alone."""
+    """Together, which pads them, and one by one; sentence-transformers does not read a row of no tokens alone."""
     model = sentence_transformers.SentenceTransformer(str(student), device="cpu")
-    is_static = not hasattr(model[0], "auto_model")
-    for texts in (PROBES, *([text] for text in PROBES if text or is_static)):
-        expected = model.encode(texts, batch_size=len(texts), show_progress_bar=False)
-        np.testing.assert_allclose(vectors_of(folder, texts), expected, atol=2e-5)
+    expected = model.encode(PROBES, batch_size=len(PROBES), show_progress_bar=False)
+    np.testing.assert_allclose(vectors_of(folder, PROBES), expected, atol=2e-5)
+    for text, vector in zip(PROBES, expected, strict=True):
+        np.testing.assert_allclose(vectors_of(folder, [text])[0], vector, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +95,32 @@ def test_students_of_embedding_runs(student: dict[str, Any], embedder: Path, tmp
         page = (run / file).read_text(encoding="utf-8")
         assert "student-onnx-int8" in page and "difference of similarities to the student" in page, file
     other = SentenceModel(static_student(AutoTokenizer.from_pretrained(embedder), torch.randn(300, 4)).model)
-    with pytest.raises(RunError, match=r"expected a static model as ONNX within 0.001 of the student, got \d"):
-        measure_onnx(run / "export/student-onnx-f32", "f32", Bench(other.tokenizer, None, other, None, "embedding"))
+    with pytest.raises(RunError, match=r"expected a static model as a graph within 0.001 of the student, got \d"):
+        measure_graph(
+            open_onnx, run / "export/student-onnx-f32", "f32", Bench(other.tokenizer, None, other, None, "embedding")
+        )
     with pytest.raises(UserError, match=r"expected the task causal for this format, got embedding. Use onnx"):
         export(run, "gguf")
+
+
+def test_recipes_name_the_exports_of_embedding_runs(embedder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "vectors.npy", torch.randn(len(WORDS), 9).numpy())
+    files: list[Any] = [{"to": "onnx"}, {"to": "onnx", "quantize": "int8"}]
+    run = train(tmp_path, embedder, {"static": None}, export=files)
+    exports = read_exports(run / "export")
+    assert exports is not None and [file.kind for file in exports.files] == ["f32", "int8"]
+    assert all(file.kl is not None for file in exports.files) and exports.tokens >= 3
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "student-onnx-f32" in page and "student-onnx-int8" in page
+    vectors = {"teacher": {"vectors": str(tmp_path / "vectors.npy")}, "data": {}}
+    for student, parts, message in (
+        ({"static": None}, {"export": [{}]}, "expected the task causal for this format, got embedding. Use onnx"),
+        ({"static": None}, {"export": [*files, files[0]]}, "export: expected each file once, got onnx f32 twice"),
+        ({"head": "linear"}, {"export": files, **vectors}, "expected a student that reads text, got a head over vect"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(tmp_path, embedder, student, **parts, output=str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_head_over_vectors_alone_is_refused(embedder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,35 @@ def test_k_quants_are_those_of_llama_cpp(tmp_path: Path) -> None:
         error = dequantize(tensor.data, tensor.tensor_type).reshape(weight.shape) - weight
         assert np.square(error).mean() < np.square(furthest * weight).mean(), kind
         log_probs(tmp_path / "model.gguf", IDS)
+    write_gguf(make("gpt2", n_embd=256, n_layer=8), make_tokenizer(), tmp_path / "model.gguf", "q4_k_m")
+    of = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    kinds = [of[f"blk.{layer}.attn_qkv.weight"] for layer in range(8)]
+    assert kinds == ["Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q6_K"], "as the values alone"
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_files_are_those_of_llama_quantize(family: str, tmp_path: Path) -> None:
+    """Byte for byte, but for the head of files of 4 and 5 bits: it has 8 bits here, and 6 there."""
+    from gguf import GGUFReader
+
+    program = shutil.which("llama-quantize")
+    if program is None:
+        pytest.skip("no llama-quantize on PATH")
+    wide = {"hidden_size": 256, "intermediate_size": 288, "num_hidden_layers": 9, "head_dim": 64}
+    model = make(family, **({"n_embd": 256, "n_layer": 9} if family == "gpt2" else wide))
+    write_gguf(model, make_tokenizer(), tmp_path / "f32.gguf", "f32")
+    for kind in ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0"):
+        write_gguf(model, make_tokenizer(), tmp_path / "ours.gguf", kind)  # type: ignore[arg-type]
+        command = [program, str(tmp_path / "f32.gguf"), str(tmp_path / "theirs.gguf"), kind.upper(), "1"]
+        subprocess.run(command, check=True, capture_output=True)
+        ours, theirs = (
+            {t.name: (t.tensor_type.name, t.data.tobytes()) for t in GGUFReader(tmp_path / f"{name}.gguf").tensors}
+            for name in ("ours", "theirs")
+        )
+        assert ours.keys() == theirs.keys()
+        different = [name for name in ours if ours[name] != theirs[name]]
+        head = "token_embd.weight" if family == "gpt2" else "output.weight"
+        assert different == ([head] if kind == "q4_0" else []), kind
 
 
 def test_every_family_has_a_case() -> None:
@@ -227,8 +258,8 @@ def test_tokenizers_agree_on_a_thousand_texts(kind: str, tmp_path: Path) -> None
 
 
 def test_the_page_lists_the_families() -> None:
-    """Of both formats: test_export_onnx.py exports each of them to ONNX."""
+    """Of all formats: test_export_onnx.py exports each of them to ONNX and OpenVINO."""
     page = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
     rows = [f"| `{name}` | `{family.arch}` | `{family.activation}` | yes |" for name, family in FAMILIES.items()]
-    head = ["| Family | Architecture in GGUF | Activation there | ONNX |", "|---|---|---|---|"]
+    head = ["| Family | Architecture in GGUF | Activation there | ONNX, OpenVINO |", "|---|---|---|---|"]
     assert "\n".join([*head, *rows]) in page

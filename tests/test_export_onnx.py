@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from potstill.evaluate.exported import Exports, export_columns, export_rows, rea
 from potstill.runs.config.run import Recipe
 from potstill.runs.export import export
 from potstill.runs.formats import loaded as loaded_file
+from potstill.runs.formats.graphs import CausalGraph, OpenGraph, measure_graph
 from potstill.runs.formats.measure import Bench
 from potstill.runs.formats.onnx_graph import _silent, trace, write_onnx
-from potstill.runs.formats.onnx_runtime import OnnxRuntime, measure_onnx
+from potstill.runs.formats.onnx_runtime import open_onnx
+from potstill.runs.formats.openvino import open_openvino, write_openvino
 from potstill.runs.formats.table import FORMATS, exported_files
 from potstill.runs.run import run
 from test_export_gguf import CASES, IDS, expected, make
@@ -98,11 +101,11 @@ def test_onnxruntime_computes_what_transformers_does(exported: tuple[Path, Expor
     assert (logits - reference)[mask.bool()].abs().max() < 1e-4
 
 
-def check_parity(folder: Path, model: Any) -> None:
+def check_parity(folder: Path, model: Any, open_graph: OpenGraph = open_onnx) -> None:
     """Compare log-probabilities at every position, in one pass and in passes of some tokens that use the cache."""
     reference = expected(model, IDS)
     for chunk in (len(IDS), 7, 1):
-        with pytest.MonkeyPatch.context() as patch, OnnxRuntime(folder) as loaded:
+        with pytest.MonkeyPatch.context() as patch, CausalGraph(open_graph, folder) as loaded:
             patch.setattr(loaded_file, "CHUNK", chunk)
             logits = torch.from_numpy(np.concatenate([*loaded.logits(IDS)]))
         assert (logits.log_softmax(-1) - reference).abs().max() < 1e-4, chunk
@@ -110,7 +113,7 @@ def check_parity(folder: Path, model: Any) -> None:
 
 def test_generation_ends_where_it_does_in_transformers(exported: tuple[Path, Exports]) -> None:
     model, tokenizer = (auto.from_pretrained(exported[0]) for auto in (AutoModelForCausalLM, AutoTokenizer))
-    with OnnxRuntime(exported[0] / "export" / "student-onnx-f32") as loaded:
+    with CausalGraph(open_onnx, exported[0] / "export" / "student-onnx-f32") as loaded:
         assert loaded.ends() == {tokenizer.eos_token_id}
         ids = tokenizer("def f(a")["input_ids"]
         own = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
@@ -134,7 +137,7 @@ def test_graphs_are_evaluated_alone(exported: tuple[Path, Exports], toys: Path, 
     assert (file.kind, file.loss, file.kl) == ("int8", before.files[1].loss, None)
     (alone / "model.onnx").write_bytes(b"half")
     with pytest.raises(RunError, match=r"expected a graph that onnxruntime loads, got .*model.onnx: "):
-        OnnxRuntime(alone)
+        CausalGraph(open_onnx, alone)
 
 
 def test_exported_files_are_found(tmp_path: Path) -> None:
@@ -148,8 +151,8 @@ def test_exported_files_are_found(tmp_path: Path) -> None:
 
 def test_a_graph_of_another_model_is_refused(exported: tuple[Path, Exports]) -> None:
     folder = exported[0] / "export" / "student-onnx-f32"
-    with pytest.raises(RunError, match=r"expected llama as ONNX within 0.001 of the student, got \d"):
-        measure_onnx(folder, "f32", Bench(make_tokenizer(), None, make_llama(seed=5).eval()))
+    with pytest.raises(RunError, match=r"expected llama as a graph within 0.001 of the student, got \d"):
+        measure_graph(open_onnx, folder, "f32", Bench(make_tokenizer(), None, make_llama(seed=5).eval()))
 
 
 def test_what_onnx_does_not_hold_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,9 +215,13 @@ def test_nothing_is_left_half_written(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, tmp_path: Path) -> None:
-    model = make(family, **CASES[family][1])
-    write_onnx(trace(model), model, make_tokenizer(), tmp_path / "onnx", "f32")
+    model, tokenizer = make(family, **CASES[family][1]), make_tokenizer()
+    traced = trace(model)
+    write_onnx(traced, model, tokenizer, tmp_path / "onnx", "f32")
     check_parity(tmp_path / "onnx", model)
+    if find_spec("openvino") is not None:
+        write_openvino(traced, model, tokenizer, tmp_path / "openvino", "f32")
+        check_parity(tmp_path / "openvino", model, open_openvino)
 
 
 @pytest.mark.slow

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from potstill.models.chat import end_token_ids
 from potstill.runs.formats.gguf_file import write_gguf
+from potstill.runs.formats.graphs import CausalGraph
 from potstill.runs.formats.llama_cpp import LlamaCpp
 from potstill.runs.formats.onnx_graph import trace, write_onnx
-from potstill.runs.formats.onnx_runtime import OnnxRuntime
+from potstill.runs.formats.onnx_runtime import open_onnx
 from test_export_gguf import PIECES, texts
 
 pytest.importorskip("gguf")
@@ -85,7 +86,7 @@ def test_llama_cpp_computes_what_transformers_does(real: Real, kind: Any, limit:
 def test_onnxruntime_computes_what_transformers_does(real: Real, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="install it with pip install 'potstill[onnx]'")
     write_onnx(trace(real.model), real.model, real.tokenizer, tmp_path / "onnx", "f32")
-    with OnnxRuntime(tmp_path / "onnx") as loaded:
+    with CausalGraph(open_onnx, tmp_path / "onnx") as loaded:
         kl, distance = far(loaded, real)
     print(f"{real.name} onnx: KL {kl:.2g}, log-probability {distance:.2g}")
     assert kl < 1e-6 and distance < 1e-3

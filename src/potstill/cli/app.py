@@ -98,11 +98,11 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def show(*parts: object) -> None:
-    """Print tables and lines to stdout."""
+def show(*parts: object, wrap: bool = True) -> None:
+    """Print tables and lines to stdout; without `wrap`, a line is never broken, as of a command to copy."""
     out = Terminal()
     for part in parts:
-        out.print(part, highlight=False)
+        out.print(part, highlight=False, soft_wrap=not wrap)
 
 
 def print_facts(rows: Iterable[tuple[str, ...]]) -> None:

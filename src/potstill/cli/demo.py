@@ -46,4 +46,4 @@ def demo(
     console.print(f"The recipe: {out / 'recipe.yaml'}", style="dim")
     cache_signals(recipe, console)
     show_result(run(recipe, resume=True, console=console))
-    show(f"next    potstill export {shlex.quote(str(out))} --to gguf")
+    show(f"next    potstill export {shlex.quote(str(out))} --to gguf", wrap=False)

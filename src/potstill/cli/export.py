@@ -14,12 +14,12 @@ from potstill.errors import UserError
 @app.command()
 def export(
     student: Annotated[str, typer.Argument(help="a run directory, or a folder with a model", show_default=False)],
-    to: Annotated[str, typer.Option(help="format: gguf or onnx")] = "gguf",
+    to: Annotated[str, typer.Option(help="format: gguf, onnx or openvino")] = "gguf",
     quantize: Annotated[
         str | None,
         typer.Option(
-            help="GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or q4_k_m, by default f16; ONNX: "
-            "f32 or int8, by default f32; several, comma-separated"
+            help="GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or q4_k_m, by default f16; ONNX, "
+            "OpenVINO: f32 or int8, by default f32; several, comma-separated"
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="held-out data to measure a model on; a run has its own")] = None,
@@ -37,7 +37,7 @@ def export(
     tokens: Annotated[int, typer.Option(help="held-out tokens to measure on, about", min=1)] = 2048,
     out: Annotated[Path | None, typer.Option(help="folder for a model's files; default: export/ in its folder")] = None,
 ) -> None:
-    """Write a student for llama.cpp (GGUF) or onnxruntime (ONNX), and measure each file there.
+    """Write a student for llama.cpp (GGUF), onnxruntime (ONNX) or OpenVINO, and measure each file there.
 
     A run's files go to its export/, and their figures to its report and model card.
     """

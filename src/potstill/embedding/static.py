@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from potstill.embedding.encoders import TextStudent
+from potstill.embedding.vectors import BLOCK_ROWS
 from potstill.errors import DataError, one_line
 from potstill.losses.token_losses import on_float64_device
 from potstill.models.locate import require_package
@@ -200,24 +202,34 @@ def reduce_rows(rows: Tensor, dimensions: int) -> Tensor:
     return (x @ directions.flip(1)[:, :dimensions]).float()
 
 
-def mean_of_texts(tokenizer: Any, texts: Sequence[str], start: Tensor) -> Tensor:
-    """Make vectors of tokens, [V, d]: the mean of `start`, [M, d], over the texts with a token, smaller if frequent.
+def mean_of_texts(tokenizer: Any, texts: Sequence[str], blocks: Iterable[Tensor], dimensions: int) -> Tensor:
+    """Make vectors of tokens, [V, d]: the mean of texts' vectors over those with a token, smaller if frequent.
 
-    A token that no text has is 0.
+    `blocks` has the vectors of all texts in order, [m, d] at a time. A token that no text has is 0.
     """
-    ids, lengths = token_ids(tokenizer, texts)
-    rows, size = torch.arange(len(texts)).repeat_interleave(lengths), len(token_names(tokenizer))
-    sums = torch.zeros(size, start.shape[1])
-    for first in range(0, len(ids), _BLOCK):
-        sums.index_add_(0, ids[first : first + _BLOCK], start[rows[first : first + _BLOCK]])
-    counts = torch.bincount(ids, minlength=size)
+    whole, size, first = text_tokenizer(tokenizer), len(token_names(tokenizer)), 0
+    sums, counts = torch.zeros(size, dimensions), torch.zeros(size, dtype=torch.long)
+    for block in blocks:
+        ids, lengths = token_ids(whole, texts[first : first + len(block)])
+        rows, first = torch.arange(len(block)).repeat_interleave(lengths), first + len(block)
+        for part, of_rows in zip(ids.split(_BLOCK), rows.split(_BLOCK), strict=True):
+            sums.index_add_(0, part, block[of_rows])
+        counts += torch.bincount(ids, minlength=size)
     frequencies = counts / counts.sum().clamp_min(1)
     return sums * (SIF / (SIF + frequencies) / counts.clamp_min(1))[:, None]
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Split texts into tokens: the ids of all texts, one after the other, and the number of each text."""
-    encoded = text_tokenizer(tokenizer).encode_batch(list(texts), add_special_tokens=False)
+def count_tokens(tokenizer: Any, texts: Sequence[str]) -> Counter[int]:
+    """Count the ids of the tokens of texts."""
+    whole, counts = text_tokenizer(tokenizer), Counter[int]()
+    for start in range(0, len(texts), BLOCK_ROWS):
+        counts.update(token_ids(whole, texts[start : start + BLOCK_ROWS])[0].tolist())
+    return counts
+
+
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Split few texts into tokens: the ids of all texts, one after the other, and the number of each text."""
+    encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     ids = torch.tensor([id for text in encoded for id in text.ids], dtype=torch.long)
     return ids, torch.tensor([len(text.ids) for text in encoded])
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -20,13 +20,13 @@ from potstill.embedding.static import (
     OnProgress,
     TokenTable,
     add_words,
+    count_tokens,
     mean_of_texts,
     no_progress,
     read_words,
     reduce_rows,
     spread_tokens,
     static_student,
-    token_ids,
     token_names,
     token_table,
 )
@@ -37,8 +37,6 @@ from potstill.losses.declared import Declared, Range, Record
 from potstill.models.loading import load_tokenizer
 from potstill.models.precision import as_dtype
 from potstill.models.trimming import choose_tokens, trim_tokenizer
-
-FIT_TEXTS = 200_000  # at most, that the vectors of tokens are fitted to before training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +78,13 @@ class EmbeddingStudent(ChosenByKey, Declared):
 
     @abstractmethod
     def build(
-        self, vectors: VectorArray, texts: list[str], teacher: Any, tokens: TokenTable | None, focus: Focus, seed: int
+        self,
+        vectors: VectorArray,
+        texts: Sequence[str],
+        teacher: Any,
+        tokens: TokenTable | None,
+        focus: Focus,
+        seed: int,
     ) -> EmbeddingModel:
         """Make the student with its first weights.
 
@@ -115,7 +119,13 @@ class HeadStudent(EmbeddingStudent):
     learning_rate = 3e-3
 
     def build(
-        self, vectors: VectorArray, texts: list[str], teacher: Any, tokens: TokenTable | None, focus: Focus, seed: int
+        self,
+        vectors: VectorArray,
+        texts: Sequence[str],
+        teacher: Any,
+        tokens: TokenTable | None,
+        focus: Focus,
+        seed: int,
     ) -> VectorHead:
         return self._pca_head(vectors, focus, seed, self.hidden if self.head == "mlp" else 0)
 
@@ -145,7 +155,13 @@ class EncoderStudent(EmbeddingStudent):
     learning_rate = 3e-4
 
     def build(
-        self, vectors: VectorArray, texts: list[str], teacher: Any, tokens: TokenTable | None, focus: Focus, seed: int
+        self,
+        vectors: VectorArray,
+        texts: Sequence[str],
+        teacher: Any,
+        tokens: TokenTable | None,
+        focus: Focus,
+        seed: int,
     ) -> TextStudent:
         if self.encoder.model is None and teacher is None:
             raise UserError("student.encoder.model: expected a sentence-transformers model, got none. Name one.")
@@ -175,6 +191,11 @@ class TokenVectors(Record):
         if self.vocabulary is not None and self.max_mb is not None:
             raise ShapeError("expected one of vocabulary and max_mb, got both")
 
+    @cached_property
+    def added_words(self) -> list[str]:
+        """The words of the file, which is read once: all of a run has the same ones."""
+        return read_words(self.words) if self.words else []
+
 
 @dataclass(frozen=True, kw_only=True)
 class StaticStudent(EmbeddingStudent):
@@ -188,17 +209,20 @@ class StaticStudent(EmbeddingStudent):
     fitted_learning_rate = 1e-3  # more makes tokens of the texts good for these texts alone
 
     def build(
-        self, vectors: VectorArray, texts: list[str], teacher: Any, tokens: TokenTable | None, focus: Focus, seed: int
+        self,
+        vectors: VectorArray,
+        texts: Sequence[str],
+        teacher: Any,
+        tokens: TokenTable | None,
+        focus: Focus,
+        seed: int,
     ) -> TextStudent:
         if tokens is None:  # a server or a file of vectors, which cannot tell what a token means
-            tokenizer = self._tokenizer(teacher)
-            return self.from_table(
-                tokenizer, mean_of_texts(tokenizer, texts, self._first_vectors(vectors, focus, seed)), texts
-            )
+            tokenizer, head = self._tokenizer(teacher), self._pca_head(vectors, focus, seed)
+            blocks = (torch.from_numpy(head.transform(block)) for block in vectors.blocks())
+            return self.from_table(tokenizer, mean_of_texts(tokenizer, texts, blocks, self.dimensions), texts)
         if texts:
-            spans = vectors.sample_spans(FIT_TEXTS)
-            chosen = [text for start, stop in spans for text in texts[start:stop]]
-            rows = fit_tokens(tokens, chosen, vectors.sample(FIT_TEXTS))
+            rows = fit_tokens(tokens, texts, vectors)
         else:
             most = tokens.vectors.shape[1] - COMMON_DIRECTIONS
             if self.dimensions > most:
@@ -212,8 +236,7 @@ class StaticStudent(EmbeddingStudent):
 
     def from_table(self, tokenizer: Any, table: Tensor, texts: Sequence[str] = ()) -> TextStudent:
         """Make the student of a vector for each token, [V, d], and keep the tokens that `static` asks for."""
-        keep, words = self.static.vocabulary, self.static.words
-        always = tokenizer.convert_tokens_to_ids(read_words(words)) if words else []
+        keep, always = self.static.vocabulary, tokenizer.convert_tokens_to_ids(self.static.added_words)
         if (size := self.static.max_mb) is not None:
             dtype = as_dtype(self.save_dtype if self.save_dtype != "auto" else "float32")
             row_bytes = self.dimensions * torch.empty((), dtype=dtype).element_size()
@@ -226,7 +249,7 @@ class StaticStudent(EmbeddingStudent):
                 )
         if keep is None or (keep != "data" and keep >= len(token_names(tokenizer))):
             return static_student(tokenizer, table)
-        kept = choose_tokens(tokenizer, Counter(token_ids(tokenizer, texts)[0].tolist()), keep, always)
+        kept = choose_tokens(tokenizer, count_tokens(tokenizer, texts), keep, always)
         return static_student(trim_tokenizer(tokenizer, kept), table[kept])
 
     def read_tokens(
@@ -239,4 +262,4 @@ class StaticStudent(EmbeddingStudent):
         if path is None and teacher is None:
             raise UserError("student.static.tokenizer: expected a folder with a tokenizer, got none. Name one.")
         tokenizer = load_tokenizer(path, "student.static.tokenizer") if path else teacher.tokenizer
-        return add_words(tokenizer, read_words(self.static.words)) if self.static.words else tokenizer
+        return add_words(tokenizer, self.static.added_words) if self.static.words else tokenizer

@@ -141,7 +141,11 @@ def encode_texts(
 ) -> VectorArray:
     """Encode texts into a .npy file, which is named after the texts and the teacher and reused if it exists."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{hashlib.sha256(json.dumps([encoder.identity, *texts]).encode()).hexdigest()[:24]}.npy"
+    digest = hashlib.sha256(f"[{json.dumps(encoder.identity)}".encode())  # of a JSON list, one text at a time
+    for text in texts:
+        digest.update(f", {json.dumps(text)}".encode())
+    digest.update(b"]")
+    path = folder / f"{digest.hexdigest()[:24]}.npy"
     if is_whole(path):
         return open_vectors(path)
     width = None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
-from potstill.embedding.static import TokenTable, spread_tokens, token_ids
+from potstill.embedding.static import TokenTable, spread_tokens, text_tokenizer, token_ids
+from potstill.embedding.vectors import as_vector_array
 
+FIT_TEXTS = 200_000  # at most, from all over the texts
 # Strengths of the pull towards the start, relative to the mean diagonal of the least squares. Chosen on dev data, as
 # docs/benchmarks.md says. A token that is rare in the texts is pulled more strongly, and one that they lack stays.
 MAP_RIDGE = 1e-2
@@ -19,30 +21,31 @@ CHANGE_RIDGE = 1.0
 _STEPS = 15  # of conjugate gradients: later ones change the figures by less than 0.001
 
 
-class TokenTexts(NamedTuple):
-    """Which tokens M texts have, and which texts have each of N tokens."""
+class TextBlock(NamedTuple):
+    """Which tokens m texts have, and which of these texts have each of the P tokens that are in them."""
 
     tokens: Tensor  # rows of all texts, one text after the other
-    text_starts: Tensor  # [M]
-    texts: Tensor  # of all tokens, one token after the other
-    token_starts: Tensor  # [N]
+    text_starts: Tensor  # [m]
+    present: Tensor  # [P], rows of tokens
+    texts: Tensor  # of all present tokens, one token after the other
+    token_starts: Tensor  # [P]
 
     @classmethod
-    def of(cls, tokens: TokenTable, texts: Sequence[str]) -> Self:
-        """Split texts into tokens; those that the table lacks are left out."""
-        ids, lengths = token_ids(tokens.tokenizer, texts)
-        row = torch.full((tokens.size,), -1).scatter_(0, tokens.ids, torch.arange(len(tokens.ids)))[ids]
-        text = torch.arange(len(texts)).repeat_interleave(lengths)[row >= 0]
-        row = row[row >= 0]
-        return cls(row, _starts(text, len(texts)), text[row.argsort(stable=True)], _starts(row, len(tokens.ids)))
+    def of(cls, rows: Tensor, lengths: Tensor) -> Self:
+        """Describe texts whose tokens `rows` has one text after the other; those below 0 are left out."""
+        text = torch.arange(len(lengths)).repeat_interleave(lengths)[rows >= 0]
+        present, place = rows[rows >= 0].unique(return_inverse=True)
+        starts = _starts(text, len(lengths)), _starts(place, len(present))
+        described = rows[rows >= 0], starts[0], present, text[place.argsort(stable=True)], starts[1]
+        return cls(*(part.int() for part in described))
 
     def sum_tokens(self, rows: Tensor) -> Tensor:
-        """Sum rows of tokens, [N, d], over the tokens of each text: [M, d]."""
+        """Sum rows of tokens, [N, d], over the tokens of each text: [m, d]."""
         return embedding_bag(self.tokens, rows, self.text_starts, mode="sum")
 
-    def sum_texts(self, rows: Tensor) -> Tensor:
-        """Sum rows of texts, [M, d], over the texts of each token: [N, d]."""
-        return embedding_bag(self.texts, rows, self.token_starts, mode="sum")
+    def add_texts(self, sums: Tensor, rows: Tensor) -> None:
+        """Add to each token's row of `sums`, [N, d], the rows of the texts that have it, [m, d]."""
+        sums.index_add_(0, self.present, embedding_bag(self.texts, rows, self.token_starts, mode="sum"))
 
 
 def _starts(groups: Tensor, number: int) -> Tensor:
@@ -50,60 +53,91 @@ def _starts(groups: Tensor, number: int) -> Tensor:
     return counts.cumsum(0) - counts
 
 
-def fit_tokens(tokens: TokenTable, texts: Sequence[str], vectors: Tensor) -> Tensor:
+class FitTexts:
+    """At most `FIT_TEXTS` texts in blocks: their tokens are in memory, the teacher's vectors are read when needed."""
+
+    def __init__(self, tokens: TokenTable, texts: Sequence[str], vectors: Any) -> None:
+        self._vectors = as_vector_array(vectors)
+        self._spans = [*self._vectors.sample_blocks(FIT_TEXTS)]
+        whole = text_tokenizer(tokens.tokenizer)
+        row = torch.full((tokens.size,), -1).scatter_(0, tokens.ids, torch.arange(len(tokens.ids)))
+        self.blocks = list[TextBlock]()
+        total = torch.zeros(self._vectors.dimensions, dtype=torch.float64)
+        for start, stop in self._spans:
+            ids, lengths = token_ids(whole, texts[start:stop])
+            self.blocks.append(TextBlock.of(row[ids], lengths))
+            total += normalize(self._vectors.read(start, stop), dim=-1).sum(0)
+        self._mean = (total / sum(stop - start for start, stop in self._spans)).float()
+
+    def targets(self) -> Iterator[tuple[TextBlock, Tensor]]:
+        """Give each block with the centred unit vectors of its texts, [m, H]."""
+        for block, span in zip(self.blocks, self._spans, strict=True):
+            yield block, normalize(normalize(self._vectors.read(*span), dim=-1) - self._mean, dim=-1)
+
+
+def fit_tokens(tokens: TokenTable, texts: Sequence[str], vectors: Any) -> Tensor:
     """Fit vectors of tokens, [N, H], so that the means of texts come near the teacher's vectors of them, [M, H].
 
     Three ridge regressions onto the centred unit vectors of the texts, each pulled towards where it starts: one linear
     map of all tokens, so that those which the texts lack learn with the others; a weight for each token; and, after the
-    map once more, a change of each token's vector.
+    map once more, a change of each token's vector. `vectors` is a tensor or a `VectorArray`, of which blocks are read.
     """
-    unit = normalize(vectors.float(), dim=-1)
-    target = normalize(unit - unit.mean(0), dim=-1)
-    bags, x = TokenTexts.of(tokens, texts), spread_tokens(tokens).float()
-    weights = _fit_weights(bags, _map(bags, x, target), target)
-    x = _map(bags, x * weights[:, None], target)
-    return x + _fit_changes(bags, x, target)
+    fitted, x = FitTexts(tokens, texts, vectors), spread_tokens(tokens).float()
+    x = x * _fit_weights(fitted, _map(fitted, x))[:, None]
+    x = _map(fitted, x)
+    return x + _fit_changes(fitted, x)
 
 
-def _text_scales(bags: TokenTexts, x: Tensor) -> Tensor:
-    """Compute the factors [M, 1] by which the sums of texts become unit vectors; 0 for a text without tokens."""
-    norms = bags.sum_tokens(x).norm(dim=1, keepdim=True)
-    return torch.where(norms > 0, 1 / norms.clamp_min(1e-12), 0.0)
-
-
-def _map(bags: TokenTexts, x: Tensor, target: Tensor) -> Tensor:
-    means = normalize(bags.sum_tokens(x), dim=-1).double()
-    gram, identity = means.T @ means, torch.eye(x.shape[1], dtype=torch.float64)
+def _map(texts: FitTexts, x: Tensor) -> Tensor:
+    identity = torch.eye(x.shape[1], dtype=torch.float64)
+    gram, right = torch.zeros_like(identity), torch.zeros_like(identity)
+    for block, target in texts.targets():
+        means = normalize(block.sum_tokens(x), dim=-1).double()
+        gram += means.T @ means
+        right += means.T @ (target.double() - means)
     ridge = MAP_RIDGE * gram.trace().clamp_min(1e-6) / len(gram) * identity
-    change = torch.linalg.solve(gram + ridge, means.T @ (target.double() - means))
-    return (x.double() @ (identity + change)).float()
+    return (x.double() @ (identity + torch.linalg.solve(gram + ridge, right))).float()
 
 
-def _fit_weights(bags: TokenTexts, x: Tensor, target: Tensor) -> Tensor:
+class _LeastSquares:
+    """Least squares of rows of tokens whose sums, which are unit vectors for rows `x`, are to be the targets."""
+
+    def __init__(self, texts: FitTexts, x: Tensor) -> None:
+        self._parts = list[tuple[TextBlock, Tensor]]()
+        self.diagonal, self.right = x.new_zeros(len(x), 1), torch.zeros_like(x)  # [N, 1]; [N, H], of the residual
+        for block, target in texts.targets():
+            sums = block.sum_tokens(x)
+            norms = sums.norm(dim=1, keepdim=True)
+            scales = torch.where(norms > 0, 1 / norms.clamp_min(1e-12), 0.0)  # [m, 1]; 0 for a text without tokens
+            block.add_texts(self.diagonal, scales.square())
+            block.add_texts(self.right, scales * (target - scales * sums))
+            self._parts.append((block, scales.square()))
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """Multiply rows of tokens, [N, H], by the matrix of the normal equations."""
+        product = torch.zeros_like(rows)
+        for block, squares in self._parts:
+            block.add_texts(product, squares * block.sum_tokens(rows))
+        return product
+
+
+def _fit_weights(texts: FitTexts, x: Tensor) -> Tensor:
     """Fit a factor >= 0 of each row of `x`, [N], which is pulled towards 1."""
-    scales = _text_scales(bags, x)
-    diagonal = bags.sum_texts(scales.square())[:, 0] * x.square().sum(1)
+    squares = _LeastSquares(texts, x)
+    diagonal = squares.diagonal[:, 0] * x.square().sum(1)
     ridge = WEIGHT_RIDGE * diagonal.sum() / (diagonal > 0).sum().clamp_min(1)
-
-    def project(texts: Tensor) -> Tensor:
-        return (bags.sum_texts(scales * texts) * x).sum(1)
-
     change = _solve(
-        lambda weights: project(scales * bags.sum_tokens(weights[:, None] * x)) + ridge * weights,
-        project(target - scales * bags.sum_tokens(x)),
+        lambda weights: (squares.multiply(weights[:, None] * x) * x).sum(1) + ridge * weights,
+        (squares.right * x).sum(1),
     )
     return (1 + change).clamp_min(0)
 
 
-def _fit_changes(bags: TokenTexts, x: Tensor, target: Tensor) -> Tensor:
+def _fit_changes(texts: FitTexts, x: Tensor) -> Tensor:
     """Fit what is added to each row of `x`, [N, H], which is pulled towards 0."""
-    scales = _text_scales(bags, x)
-    diagonal = bags.sum_texts(scales.square())[:, 0]
-    ridge = CHANGE_RIDGE * diagonal.sum() / (diagonal > 0).sum().clamp_min(1)
-    return _solve(
-        lambda rows: bags.sum_texts(scales.square() * bags.sum_tokens(rows)) + ridge * rows,
-        bags.sum_texts(scales * (target - scales * bags.sum_tokens(x))),
-    )
+    squares = _LeastSquares(texts, x)
+    ridge = CHANGE_RIDGE * squares.diagonal.sum() / (squares.diagonal > 0).sum().clamp_min(1)
+    return _solve(lambda rows: squares.multiply(rows) + ridge * rows, squares.right)
 
 
 def _solve(multiply: Callable[[Tensor], Tensor], right: Tensor) -> Tensor:

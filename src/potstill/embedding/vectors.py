@@ -46,9 +46,15 @@ class VectorArray(ABC):
         """Read the rows of `sample_spans`."""
         return torch.cat([self.read(start, stop) for start, stop in self.sample_spans(max_rows)])
 
+    def sample_blocks(self, max_rows: int) -> Iterator[tuple[int, int]]:
+        """Cut `sample_spans` into blocks of few rows."""
+        for start, stop in self.sample_spans(max_rows):
+            for first in range(start, stop, BLOCK_ROWS):
+                yield first, min(first + BLOCK_ROWS, stop)
+
     def blocks(self) -> Iterator[Tensor]:
-        for start in range(0, self.rows, BLOCK_ROWS):
-            yield self.read(start, min(start + BLOCK_ROWS, self.rows))
+        for start, stop in self.sample_blocks(self.rows):
+            yield self.read(start, stop)
 
     def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Read all rows once in random order: (row numbers [B], vectors [B, H]).

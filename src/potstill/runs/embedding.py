@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from potstill.embedding.static import text_tokens
 from potstill.embedding.training import EmbeddingDistiller, Epoch, embed
 from potstill.embedding.vectors import TensorVectors, VectorSlice
 from potstill.errors import UserError, one_line
+from potstill.evaluate.exported import FOLDER
 from potstill.evaluate.formatting import duration
 from potstill.evaluate.report.embedding import write_embedding_report
 from potstill.evaluate.space import MOST_ROWS, SpaceEvaluator, cosines, domain_auc
@@ -29,6 +31,7 @@ from potstill.files import atomic_path, lock_folder, write_json, write_text
 from potstill.models.checksums import write_checksums
 from potstill.models.loading import suppress_warnings
 from potstill.runs.config.embedding import EmbeddingRecipe
+from potstill.runs.config.export import export_kinds
 from potstill.runs.embedding_sources import (
     EmbeddingData,
     Texts,
@@ -98,8 +101,22 @@ def _walk(recipe: EmbeddingRecipe, data: EmbeddingData, directory: Path, console
     with part(console, "measuring"):
         summary = _summarize(recipe, data, evaluator, students)
     write_json(directory / "summary.json", summary)
+    _export(recipe, data, directory, console)
     write_embedding_report(directory)
     return summary
+
+
+def _export(recipe: EmbeddingRecipe, data: EmbeddingData, directory: Path, console: Console) -> None:
+    """Write the files that the recipe's `export` names, and measure them on the held-out texts."""
+    if not recipe.export:
+        return
+    from potstill.runs.export import export_model, load_sentence_model, text_rows  # needs packages of an extra
+
+    model = load_sentence_model(str(directory / "student"))
+    rows = text_rows(data.held_out_texts or [], model.tokenizer)
+    measured: dict[str, Any] = {"rows": rows, "teacher": None, "student_folder": directory / "student"}
+    kinds = export_kinds(recipe.export)
+    export_model(model, model.tokenizer, kinds, directory / FOLDER, task="embedding", **measured, console=console)
 
 
 def _rehearse(recipe: EmbeddingRecipe, data: EmbeddingData) -> None:
@@ -117,9 +134,9 @@ def _rehearse(recipe: EmbeddingRecipe, data: EmbeddingData) -> None:
     train = {"epochs": 1, "batch_size": max(2, min(recipe.train.batch_size, rows // 2))}
     short = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
     with temporary_folder(Path(recipe.output)) as folder:
-        for _ in range(2):
-            with failing_early("train, save, measure or report", "few rows"):
-                _walk(short, few, folder, Console(quiet=True))
+        for exports in (recipe.export, []):  # once is enough, as it takes seconds
+            with failing_early("train, save, measure, export or report", "few rows"):
+                _walk(short.model_copy(update={"export": exports}), few, folder, Console(quiet=True))
 
 
 def _build(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData) -> EmbeddingModel:
@@ -210,7 +227,7 @@ def _picture(teacher: Tensor, student: Tensor) -> dict[str, Any]:
     return {**points, "hues": hues.tolist()}
 
 
-def _neighbours(teacher: Tensor, student: Tensor, texts: list[str] | None, number: int) -> list[dict[str, Any]]:
+def _neighbours(teacher: Tensor, student: Tensor, texts: Sequence[str] | None, number: int) -> list[dict[str, Any]]:
     """Evenly spaced held-out rows, and the nearest rows to each for the teacher and for the student."""
     rows = min(len(teacher), _NEIGHBOUR_ROWS)
     number = min(number, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 from potstill.data.duplicates import Overlap, find_overlap, hash_rows
 from potstill.data.loading import load
 from potstill.data.sources import Source
+from potstill.data.texts import StoredTexts
 from potstill.embedding.static import TokenTable, vocabulary_words
 from potstill.embedding.teachers import FileTeacher, TextEncoder, encode_texts
 from potstill.embedding.vectors import TensorVectors, VectorArray, VectorSlice, check_vectors
@@ -27,7 +28,7 @@ ScoredPairs = tuple[list[int], list[int], list[float]]
 class Texts(NamedTuple):
     """The texts of a file, and the pairs of them that have human scores."""
 
-    texts: list[str]
+    texts: Sequence[str]
     pairs: ScoredPairs | None = None
 
 
@@ -36,8 +37,8 @@ class EmbeddingData(NamedTuple):
 
     vectors: VectorArray  # the teacher's, to learn from
     held_out: Tensor  # [M, H], the teacher's
-    texts: list[str] | None = None  # of the vectors
-    held_out_texts: list[str] | None = None
+    texts: Sequence[str] | None = None  # of the vectors
+    held_out_texts: Sequence[str] | None = None
     pairs: ScoredPairs | None = None  # held-out rows with human scores
     teacher: Any = None  # the sentence-transformers model, if the teacher is one
     tokens: TokenTable | None = None  # what the teacher makes of single tokens, if the student starts from it
@@ -142,7 +143,7 @@ def held_out_rows(rows: int) -> int:
     return min(rows // 10, 2 * MOST_ROWS)
 
 
-def held_out_texts(recipe: EmbeddingRecipe, tokenizer: Any) -> list[str]:
+def held_out_texts(recipe: EmbeddingRecipe, tokenizer: Any) -> Sequence[str]:
     """The texts that a student was measured on; without any in the recipe, words of its vocabulary."""
     train, held = read_texts(recipe)
     if held is not None:
@@ -162,16 +163,16 @@ def _read(part: TextsPart | None) -> Texts | None:
         return None
     place = Source(part.path, split=part.split, config=part.config)
     file = place.title
-    columns = [list(load(replace(place, field=name)).dataset["text"]) for name in part.fields]
+    columns = [load(replace(place, field=name)).dataset.data.column("text") for name in part.fields]
     for name, column in zip(part.fields, columns, strict=True):
         for row, text in enumerate(column, 1):
-            if not text.strip():
+            if not text.as_py().strip():
                 raise DataError(
                     f"data: expected text in column {name!r} of {file}, got none in row {row}. Remove the row."
                 )
-    prompts = [part.prompts.get(name, "") for name in part.fields]
-    columns = [[prompt + text for text in column] for prompt, column in zip(prompts, columns, strict=True)]
-    texts = [text for column in columns for text in column]
+    texts = StoredTexts(
+        [(column, part.prompts.get(name, "")) for name, column in zip(part.fields, columns, strict=True)]
+    )
     if not part.score:
         return Texts(texts)
     first_name, second_name = part.fields
@@ -181,5 +182,5 @@ def _read(part: TextsPart | None) -> Texts | None:
     except ValueError as error:
         raise DataError(f"data: expected numbers in column {part.score!r} of {file}, got: {error}.") from None
     index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    first, second = ([index[text] for text in column] for column in columns)
+    first, second = ([index[text] for text in column] for column in (texts[: len(scores)], texts[len(scores) :]))
     return Texts(list(index), (first, second, scores))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,9 @@ def export(
     model card. A file that cannot be loaded, or reads plain text as other tokens, is not left behind.
 
     Args:
-        to: gguf for llama.cpp, or onnx for onnxruntime.
+        to: gguf for llama.cpp, onnx for onnxruntime, or openvino.
         quantize: of each file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or q4_k_m for GGUF, by
-            default f16; f32 or int8 for ONNX, by default f32.
+            default f16; f32 or int8 for ONNX and OpenVINO, by default f32.
         data: held-out data to measure a model on; a run has its own.
         teacher: a model with the same tokens to compare a model with; a run has its own.
         task: of a model, by default causal; a run has its own, and a folder with modules.json gives sentence vectors.
@@ -101,7 +101,7 @@ def export(
         model: Any
         rows = other = None
         if embeds:
-            model = SentenceModel(load_embedder(name, "student"))
+            model = load_sentence_model(name)
             tokenizer, rows = model.tokenizer, _texts(recipe, data, model.tokenizer)
         else:
             tokenizer, model = load_tokenizer(name, "student"), load_model(name, "student", "float32", task)
@@ -161,15 +161,17 @@ def export_model(
         modules = module_paths(student_folder) or [""]
         exports = together = bench.start(sum(weight_bytes(student_folder / path) for path in modules))
     out.mkdir(parents=True, exist_ok=True)
+    prepared = dict[Any, Any]()
     for to, quantize in kinds.items():
         form = FORMATS[to]
-        with part(console, f"preparing {to}"):
-            prepared = form.prepare(model, task)
+        if form.prepare not in prepared:  # a graph is traced once for all formats that are made of it
+            with part(console, f"preparing {to}"):
+                prepared[form.prepare] = form.prepare(model, task)
         for kind in quantize:
             path = out / form.file.format(kind)
             with explain_disk_full(out, form.disk * model.num_parameters()), atomic_path(path) as partial:
                 with part(console, f"writing {path.name}"):
-                    form.write(prepared, model, tokenizer, partial, kind)
+                    form.write(prepared[form.prepare], model, tokenizer, partial, kind)
                 with part(console, f"measuring {path.name} in {form.program()}"):
                     file = form.measure(partial, kind, bench)
             exports.files.append(file.model_copy(update={"file": path.name}))
@@ -177,6 +179,17 @@ def export_model(
             together = exports.model_copy(update={"files": [*_earlier(exports, out), *exports.files]})
             write_exports(together, out)  # after each file, so that an interruption costs one
     return together
+
+
+def load_sentence_model(name: str) -> SentenceModel:
+    """Load the student of an embedding run as it is exported: a function of tokens."""
+    return SentenceModel(load_embedder(name, "student"))
+
+
+def text_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Make rows of texts with their tokens, which sentence vectors are measured on."""
+    texts = [*texts]
+    return Dataset.from_dict({"text": texts, "input_ids": tokenizer(texts, truncation=True)["input_ids"]})
 
 
 @suppress_warnings()
@@ -239,7 +252,7 @@ def _earlier(exports: Exports, out: Path) -> list[ExportedFile]:
 
 def _format(to: str) -> FileFormat:
     if to not in FORMATS:
-        raise UserError(f"--to: expected {' or '.join(FORMATS)}, got {to}.{nearest(to, FORMATS)}")
+        raise UserError(f"--to: expected one of {', '.join(FORMATS)}, got {to}.{nearest(to, FORMATS)}")
     return FORMATS[to]
 
 
@@ -265,15 +278,13 @@ def _recipe_of(folder: Path) -> Recipe | EmbeddingRecipe | None:
 def _texts(recipe: Any, data: Source | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
     """The held-out texts of an embedding run, or those of a file, with the tokens of each."""
     if recipe is not None:
-        texts = held_out_texts(recipe, tokenizer)
-    elif data is None:
+        return text_rows(held_out_texts(recipe, tokenizer), tokenizer)
+    if data is None:
         return None
-    else:
-        source = load(data)
-        if "text" not in source.dataset.column_names:
-            raise UserError(f"--data: expected a column of texts in {data.title}, got none. Name it with --field.")
-        texts = [*source.dataset["text"]]
-    return Dataset.from_dict({"text": texts, "input_ids": tokenizer(texts, truncation=True)["input_ids"]})
+    source = load(data)
+    if "text" not in source.dataset.column_names:
+        raise UserError(f"--data: expected a column of texts in {data.title}, got none. Name it with --field.")
+    return text_rows(source.dataset["text"], tokenizer)
 
 
 def _teacher(name: str, tokenizer: PreTrainedTokenizerBase, task: Task = "causal") -> Any:

@@ -23,8 +23,8 @@ from potstill.models.checksums import write_checksums
 from potstill.models.loading import load_model
 from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun
+from potstill.runs.config.export import export_kinds
 from potstill.runs.formats.gguf_file import weight_grids
-from potstill.runs.formats.table import FileType, Format
 from potstill.runs.interruption import Interruption
 from potstill.runs.measure import EVAL_ROWS, summarize
 from potstill.runs.progress import part
@@ -75,10 +75,7 @@ def measure_models(built: BuiltRun, directory: Path, console: Console) -> None:
 
 def export_student(built: BuiltRun, directory: Path, console: Console) -> None:
     """Write the files that the recipe's `export` names, and measure them beside the teacher if it has their tokens."""
-    kinds: dict[Format, list[FileType]] = {}
-    for file in built.recipe.export:
-        kinds.setdefault(file.to, []).append(file.kind)
-    if not kinds:
+    if not built.recipe.export:
         return
     from potstill.runs.export import export_model  # needs packages of an extra
 
@@ -91,6 +88,7 @@ def export_student(built: BuiltRun, directory: Path, console: Console) -> None:
         "teacher": teacher,
         "student_folder": directory / "student",
     }
+    kinds = export_kinds(built.recipe.export)
     export_model(model, built.tokenizer, kinds, directory / FOLDER, **measured, console=console)
 
 

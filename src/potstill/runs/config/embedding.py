@@ -11,6 +11,7 @@ from potstill.embedding.students import EmbeddingStudent, StaticStudent
 from potstill.embedding.teachers import EmbeddingTeacher, FileTeacher
 from potstill.losses.schedule import Schedule
 from potstill.runs.config.document import Document, Part
+from potstill.runs.config.export import ExportPart, export_mistakes
 
 
 class TextsPart(Part):
@@ -86,12 +87,24 @@ class EmbeddingRecipe(Document):
     data: EmbeddingDataPart = EmbeddingDataPart()
     train: EmbeddingTrainPart = EmbeddingTrainPart()
     evaluate: EmbeddingEvaluatePart = EmbeddingEvaluatePart()
+    export: list[ExportPart] = Field(default=[], description="files of the student, in export/")
     output: str = Field(min_length=1, description="the run directory")
 
     @property
     def trains(self) -> bool:
         """Whether the student is trained; a static one can be made of the teacher's vocabulary alone."""
         return self.data.train is not None or self.student.needs_data or not self.teacher.has_vocabulary
+
+    @model_validator(mode="after")
+    def _check_exports(self) -> Self:
+        if mistakes := [*export_mistakes(self.export, "embedding")]:
+            raise ValueError("\n".join(mistakes))
+        if self.export and not self.student.reads_text and not self.teacher.has_vocabulary:
+            raise ValueError(
+                "export: expected a student that reads text, got a head over vectors of a server or a file. Name "
+                "teacher.embedder, or a static or encoder student."
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_texts(self) -> Self:

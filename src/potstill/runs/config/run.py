@@ -13,9 +13,9 @@ from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.declared import Either
 from potstill.models.adapters import adapter_conflicts
 from potstill.runs.config.document import Document, Part
+from potstill.runs.config.export import ExportPart, export_mistakes
 from potstill.runs.config.student import StudentPart
 from potstill.runs.config.training import TrainPart, argument_names
-from potstill.runs.formats.table import FORMATS, FileType, Format
 from potstill.teachers import cached, ensemble, model, self_taught, served  # noqa: F401  # kinds of teachers
 from potstill.teachers.source import TeacherSource
 from potstill.train.objective import task_mistakes
@@ -76,18 +76,6 @@ class EvaluatePart(Part):
         return ("student", *(name for name, wanted in compared.items() if wanted))
 
 
-class ExportPart(Part):
-    """A file of the student for another program, measured there."""
-
-    to: Format = Field("gguf", description="for llama.cpp, or for onnxruntime")
-    quantize: FileType | None = Field(None, description="of its matrices; by default f16 in GGUF, f32 in ONNX")
-
-    @property
-    def kind(self) -> FileType:
-        """What its matrices are quantized to."""
-        return self.quantize or FORMATS[self.to].default  # type: ignore[return-value]
-
-
 class Recipe(Document):
     """A distillation run."""
 
@@ -135,11 +123,7 @@ class Recipe(Document):
     def _export_mistakes(self) -> Iterator[str]:
         if self.student.quantize is not None and self.task != "causal":
             yield f"student.quantize: expected the task causal, got {self.task}."
-        for place, part in enumerate(self.export):
-            yield from FORMATS[part.to].mistakes(f"export.{place}.quantize", part.kind, self.task)
-        files = [f"{part.to} {part.kind}" for part in self.export]
-        if repeated := [file for place, file in enumerate(files) if file in files[:place]]:
-            yield f"export: expected each file once, got {repeated[0]} twice."
+        yield from export_mistakes(self.export, self.task)
 
     def _task_mistakes(self) -> Iterator[str]:
         """Find what is not defined for the task, each mistake as a line that begins with its key."""

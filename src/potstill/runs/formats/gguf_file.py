@@ -143,10 +143,8 @@ def _matrix_type(name: str, columns: int, quantize: GgufType, is_head: bool, lay
 def _mixture(name: str, quantize: str, layers: int) -> str:
     """The k-quant of a matrix, as llama.cpp's quantizer chooses it."""
     part = name.partition(".weight")[0].split(".")
-    if part[-1] in ("attn_v", "ffn_down"):
+    if part[-1] in ("attn_v", "attn_qkv", "ffn_down"):
         layer, eighth = int(part[1]), layers // 8
         if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
             return "q6_k"
-    if part[-1] == "attn_qkv":
-        return {"q4_k_m": "q5_k"}.get(quantize, "q6_k")
     return quantize.removesuffix("_m")

@@ -112,7 +112,28 @@ def trace(model: Any, task: ExportTask = "causal") -> Any:
             raise _refused(model, f"which it does not: {one_line(error.__cause__ or error, 200)}") from error
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # lines of code with the paths of this machine
+    if getattr(model, "may_read_no_tokens", False):
+        _pad_empty_rows(program.model.graph)
     return program
+
+
+def _pad_empty_rows(graph: Any) -> None:
+    """Let a graph read rows of no tokens: they get one position, which their mask leaves out.
+
+    In the graph, as torch takes the number of positions for one of 2 or more.
+    """
+    ir = require_package("onnxscript", "onnx", "export").ir
+    used = [(value, [*value.uses()]) for value in graph.inputs]
+    zero, begins = (ir.node("Constant", [], {"value_ints": [0] * number}) for number in (1, 3))
+    length = ir.node("Shape", [graph.inputs[0]], {"start": 1})
+    is_empty = ir.node("Equal", [length.outputs[0], zero.outputs[0]])
+    missing = ir.node("Cast", [is_empty.outputs[0]], {"to": int(ir.DataType.INT64)})
+    pads = ir.node("Concat", [begins.outputs[0], missing.outputs[0]], {"axis": 0})  # before and behind each axis
+    padded = [ir.node("Pad", [value, pads.outputs[0]]) for value, _ in used]
+    graph.insert_before(graph[0], [zero, begins, length, is_empty, missing, pads, *padded])
+    for (_, uses), node in zip(used, padded, strict=True):
+        for user, place in uses:
+            user.replace_input_with(place, node.outputs[0])
 
 
 def _causal(model: Any) -> _Signature:

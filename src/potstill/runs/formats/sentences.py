@@ -48,6 +48,8 @@ class SentenceModel(nn.Module):
         if self.is_static:
             self.config.model_type = "a static model"  # for errors
         self.tokenizer = static_tokenizer(self.first.tokenizer) if self.is_static else self.first.tokenizer
+        # Of "", for example; a sum over the tokens of a static model is one over none too.
+        self.may_read_no_tokens = not self.is_static and self.tokenizer.num_special_tokens_to_add() == 0
         prompt = model.prompts.get(model.default_prompt_name or "")
         self.notes = [f"put {prompt!r} before texts, as sentence-transformers does"] if prompt else []
 

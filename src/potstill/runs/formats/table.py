@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from potstill.errors import nearest
 from potstill.evaluate.exported import ExportedFile, ExportTask
-from potstill.runs.formats import gguf_check, gguf_file, llama_cpp, onnx_graph, onnx_runtime
+from potstill.runs.formats import gguf_check, gguf_file, llama_cpp, onnx_graph, onnx_runtime, openvino
 from potstill.runs.formats.gguf_file import GgufType
+from potstill.runs.formats.graphs import OpenGraph, measure_graph
 from potstill.runs.formats.measure import Bench
 from potstill.runs.formats.onnx_graph import OnnxType
 
-Format = Literal["gguf", "onnx"]
+Format = Literal["gguf", "onnx", "openvino"]
 FileType = Literal[GgufType, OnnxType]
 
 
@@ -24,6 +26,7 @@ class FileFormat:
 
     Args:
         file: name of a file, or a folder, with a place for its kind.
+        graph: name of the graph in such a folder; None for a file.
         disk: bytes for each weight while a file is written, at most.
         program: names that program and its version, or raises a UserError where a package is missing.
         prepare: makes of a model and its task what all its files are written from.
@@ -35,6 +38,7 @@ class FileFormat:
     default: str
     tasks: frozenset[ExportTask]
     file: str
+    graph: str | None
     disk: int
     program: Callable[[], str]
     prepare: Callable[[Any, ExportTask], Any]
@@ -50,12 +54,32 @@ class FileFormat:
             yield f"export: expected the task {', '.join(sorted(self.tasks))} for this format, got {task}. Use onnx."
 
 
+def _of_graphs(
+    name: str, graph: str, disk: int, program: Callable[[], str], write: Any, opened: OpenGraph
+) -> FileFormat:
+    """A format whose files are folders with a graph that torch traces."""
+    return FileFormat(
+        kinds=get_args(OnnxType),
+        default="f32",
+        tasks=frozenset(get_args(ExportTask)),
+        file=f"student-{name}-{{}}",
+        graph=graph,
+        disk=disk,
+        program=program,
+        prepare=onnx_graph.trace,
+        write=write,
+        measure=partial(measure_graph, opened),
+        kind=lambda folder: opened(folder).kind,
+    )
+
+
 FORMATS: Mapping[str, FileFormat] = {
     "gguf": FileFormat(
         kinds=get_args(GgufType),
         default="f16",
         tasks=frozenset({"causal"}),
         file="student-{}.gguf",
+        graph=None,
         disk=4,
         program=llama_cpp.program_version,
         prepare=lambda model, task: model,
@@ -63,32 +87,32 @@ FORMATS: Mapping[str, FileFormat] = {
         measure=gguf_check.measure_gguf,
         kind=gguf_file.gguf_kind,
     ),
-    "onnx": FileFormat(
-        kinds=get_args(OnnxType),
-        default="f32",
-        tasks=frozenset(get_args(ExportTask)),
-        file="student-onnx-{}",
-        disk=12,
-        program=onnx_runtime.program_version,
-        prepare=onnx_graph.trace,
-        write=onnx_graph.write_onnx,
-        measure=onnx_runtime.measure_onnx,
-        kind=onnx_runtime.onnx_kind,
+    "onnx": _of_graphs(
+        "onnx",
+        onnx_graph.MODEL,
+        12,
+        onnx_runtime.program_version,
+        onnx_graph.write_onnx,
+        onnx_runtime.open_onnx,
+    ),
+    "openvino": _of_graphs(
+        "openvino", openvino.MODEL, 16, openvino.program_version, openvino.write_openvino, openvino.open_openvino
     ),
 }
+GRAPHS = {form.graph: form for form in FORMATS.values() if form.graph}
 
 
 def format_of(file: Path) -> FileFormat:
-    """The format of a file that stands alone."""
-    return FORMATS["onnx" if file.is_dir() else "gguf"]
+    """The format of a file that stands alone, or of a folder with a graph."""
+    return next((form for graph, form in GRAPHS.items() if (file / graph).is_file()), FORMATS["gguf"])
 
 
 def exported_files(path: Path) -> list[Path]:
     """The exported files that a path names: itself, or those in a folder that is no model of transformers."""
-    if (path / onnx_graph.MODEL).is_file() and not [*path.glob("*.safetensors")]:
+    if any((path / graph).is_file() for graph in GRAPHS) and not [*path.glob("*.safetensors")]:
         return [path]
-    if path.name == onnx_graph.MODEL and path.is_file():
+    if path.name in GRAPHS and path.is_file():
         return [path.parent]
     if path.is_dir() and not (path / "config.json").exists():
-        return sorted([*path.glob("*.gguf"), *(model.parent for model in path.glob(f"*/{onnx_graph.MODEL}"))])
+        return sorted([*path.glob("*.gguf"), *(file.parent for graph in GRAPHS for file in path.glob(f"*/{graph}"))])
     return [path] if path.is_file() and path.suffix == ".gguf" else []
