@@ -189,7 +189,8 @@ def result(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())):
         name = path.relative_to(folder).as_posix()
-        if not name.startswith(("printed", "rank-", "teacher/")):
+        # A killed process leaves the file of its lock, which the next command there takes and removes.
+        if not name.startswith(("printed", "rank-", "teacher/")) and path.name != ".potstill.lock":
             found[name] = "folder" if path.is_dir() else hashlib.sha256(_content(path)).hexdigest()[:16]
     return found
 

@@ -37,6 +37,34 @@ def mistakes(change: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": True}, "seed: expected a number, got true."),
+        ({"train": {"max_steps": True}}, "train.max_steps: expected int, got True."),
+        (
+            {"student": {"model": "b", "vocabulary": {"keep": True}}},
+            "student.vocabulary.keep: expected a number, got true.",
+        ),
+        ({"objective": [{"term": "logits", "weight": False}]}, "objective.0.weight: expected a number, got false."),
+        (
+            {"student": {"model": "b", "vocabulary": {"keep": "x"}}},
+            "student.vocabulary.keep: expected 'data' or a valid integer, got 'x'.",
+        ),
+        (
+            {"student": {"model": "b", "vocabulary": {"keep": 0}}},
+            "student.vocabulary.keep: expected 'data' or a number >= 1, got 0.",
+        ),
+        (
+            {"student": {"model": "b", "vocabulary": "data"}},
+            "student.vocabulary: expected a mapping of keys, got 'data'.",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_key_of_the_recipe(change: dict[str, Any], message: str) -> None:
+    assert mistakes(change) == f"recipe: 1 mistake\n  {message}"
+
+
 def test_several_sources_and_rows_without_labels() -> None:
     parts = [
         {"path": "a.jsonl", "share": 3},
