@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from potstill.errors import OTHER_NAMES, RecipeError, nearest, one_line
 from potstill.files import write_text
 from potstill.losses.declared import Declared, is_tag
+from potstill.runs.config.inputs import changed_inputs, write_inputs
 
 UNKNOWN_KEY = "unknown key."
 MOST_CHARACTERS = 2**20  # of a recipe
@@ -97,14 +98,20 @@ class Document(Part):
                 f"output: expected the recipe that the run in {directory} began with, got another "
                 f"{', '.join(changed)}. Use {record}, or choose another directory with --set output=DIR."
             )
+        if changed := changed_inputs(directory, self.model_dump(mode="json")):
+            raise RecipeError(
+                f"output: expected {changed[0]} as it was when the run in {directory} began, got another content. "
+                "Restore it, or choose another directory with --set output=DIR."
+            )
 
     def changes(self, earlier: Self) -> list[str]:
         """The keys with other values than in the recipe that a training began with, which it cannot go on with."""
         return [key for key, value in self if value != getattr(earlier, key)]
 
     def start(self, directory: Path) -> None:
-        """Make a run directory, and write this recipe into it."""
+        """Make a run directory, and write this recipe and the checksums of its files into it."""
         directory.mkdir(parents=True, exist_ok=True)
+        write_inputs(directory, self.model_dump(mode="json"))
         write_text(directory / "recipe.yaml", self.dump())
 
 
