@@ -526,6 +526,19 @@ def test_filters_drop_to_their_own_file_and_the_card_says_so(values, monkeypatch
     assert len(loaded) == 7
 
 
+@pytest.mark.parametrize(("kept", "held_out"), [(0, 0.0), (1, 0.2)])
+def test_too_few_texts_to_train_and_measure_on_are_an_error(values, monkeypatch, kept: int, held_out: float) -> None:
+    def say(prompt: Prompt, sample: int, seed: int) -> Completion:
+        return sums(prompt, 0, seed) if kept and "1 plus" in str(prompt) else Completion("I'm sorry, but no.", True)
+
+    values["held_out"] = held_out
+    with pytest.raises(
+        DataError, match=rf"keep of {kept + 1} prompts or more, got those of {kept}\. Of 20 texts were drop"
+    ):
+        made(values, say, monkeypatch)
+    assert (Path(values["output"]) / "dropped.jsonl").stat().st_size
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("chat", [False, True])
 def test_rows_go_straight_into_a_run(values, monkeypatch, tmp_path, form: str, chat: bool) -> None:

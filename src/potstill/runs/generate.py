@@ -17,7 +17,7 @@ from potstill.data.sources import WRITTEN_COLUMNS
 from potstill.engines.local import LocalEngine
 from potstill.engines.sampling import Completion, Engine, Prompt
 from potstill.engines.server import ModelServer
-from potstill.errors import RecipeError
+from potstill.errors import DataError, RecipeError
 from potstill.files import lock_folder
 from potstill.generation.card import write_card, write_rows
 from potstill.generation.filters import TextPair, apply_filters
@@ -287,6 +287,14 @@ def _write_files(
         bad=plan.unusable,
     )
     by_filter = dict(Counter(name for _, name, _ in dropped))
+    prompts, least = len({text.request.number for text in kept}), 2 if recipe.held_out else 1
+    if prompts < least:
+        reasons = ", ".join(f"{name} {count:,}" for name, count in by_filter.items()) or "nothing"
+        raise DataError(
+            f"generate: expected texts to keep of {least} prompts or more, got those of {prompts}. Of {len(judged):,} "
+            f"texts were dropped: {reasons}. dropped.{recipe.format} has the reasons. Change filter and go on with "
+            "--resume, or ask for more texts in another output."
+        )
     return Generated(directory, path, eval_path if recipe.held_out else None, counts, by_filter, notes)
 
 
