@@ -526,17 +526,15 @@ def test_filters_drop_to_their_own_file_and_the_card_says_so(values, monkeypatch
     assert len(loaded) == 7
 
 
-@pytest.mark.parametrize(("kept", "held_out"), [(0, 0.0), (1, 0.2)])
-def test_too_few_texts_to_train_and_measure_on_are_an_error(values, monkeypatch, kept: int, held_out: float) -> None:
+@pytest.mark.parametrize(("kept", "held_out", "empty"), [(0, 0.0, "train.jsonl"), (1, 0.2, "eval.jsonl")])
+def test_files_without_rows_are_noted(values, monkeypatch, kept: int, held_out: float, empty: str) -> None:
     def say(prompt: Prompt, sample: int, seed: int) -> Completion:
         return sums(prompt, 0, seed) if kept and "1 plus" in str(prompt) else Completion("I'm sorry, but no.", True)
 
     values["held_out"] = held_out
-    with pytest.raises(
-        DataError, match=rf"keep of {kept + 1} prompts or more, got those of {kept}\. Of 20 texts were drop"
-    ):
-        made(values, say, monkeypatch)
-    assert (Path(values["output"]) / "dropped.jsonl").stat().st_size
+    result = made(values, say, monkeypatch)
+    assert (result.directory / empty).stat().st_size == 0
+    assert result.notes[-1].startswith(f"{empty} without rows: no run can read that. Of 20 texts were dropped: answer ")
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
