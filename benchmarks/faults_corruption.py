@@ -129,9 +129,9 @@ def kill_after_checkpoint() -> None:
 
 def _sound(drill: Drill, name: str, arguments: tuple[str, ...], before: Callable[[], None] | None = None) -> Path:
     """The folder of toys behind a command."""
-    folder = drill.folder.parent / f"sound-{name}"
+    toys, folder = make_toys(drill.folder.parent / "toys"), drill.folder.parent / f"sound-{name}"
     if not folder.exists():
-        shutil.copytree(make_toys(drill.folder.parent / "toys"), folder)
+        shutil.copytree(toys, folder)
         done = potstill(*arguments, folder=folder, before=before)
         assert done.status == (0 if before is None else -signal.SIGKILL), done.output
     return folder
@@ -194,9 +194,9 @@ def _read_journal(work: Path) -> None:
 
     path, header = work / "texts/texts.jsonl", {}
     with suppress(ValueError):  # a damaged header is none that is expected
-        header = json.loads(path.read_bytes().partition(b"\n")[0])
+        header = journal.without_checksum(json.loads(path.read_bytes().partition(b"\n")[0]))
     with path.open("a+b") as file:
-        journal._read(file, journal.without_checksum(header), path)
+        journal._read(file, header, path)
 
 
 def _flip(case: Case, files: Iterator[Path]) -> dict[str, Any]:

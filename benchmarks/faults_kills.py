@@ -134,7 +134,7 @@ COMMANDS = {
     "cache": Command(_model, (*_CACHE, "--codec", "hidden", "--batch-size", "4")),
     "generate": Command(_generate, ("generate", "recipe.yaml", "--resume")),
     "sweep": Command(_sweep, ("sweep", "recipe.yaml", "--vary", "seed=0,1", "--out", "run", "--resume")),
-    "export": Command(_model, (*_EXPORT, "--quantize", "f16", "--quantize", "q8_0")),
+    "export": Command(_model, (*_EXPORT, "--quantize", "f16,q8_0")),
     "embedding": Command(_embedding, ("run", "recipe.yaml", "--resume")),
     "evaluate": Command(_model, (*_EVALUATE, "--length", "16", "--out", "out.json")),
 }
@@ -189,7 +189,8 @@ def result(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())):
         name = path.relative_to(folder).as_posix()
-        if not name.startswith(("printed", "rank-", "teacher/")):
+        # A killed process leaves the file of its lock, which the next command there takes and removes.
+        if not name.startswith(("printed", "rank-", "teacher/")) and path.name != ".potstill.lock":
             found[name] = "folder" if path.is_dir() else hashlib.sha256(_content(path)).hexdigest()[:16]
     return found
 
@@ -363,6 +364,40 @@ def _write_points(alone: Whole, seed: int) -> list[tuple[int, int | None, str]]:
     return points
 
 
+# Commands that are started at about the same time in one folder, and the command alone that leaves the same.
+PAIRS = {
+    "export": [(*_EXPORT, "--quantize", kind) for kind in ("f16", "q8_0")],
+    "cache": [(*COMMANDS["cache"].arguments, "--shard", part) for part in ("0/2", "1/2")],
+    "train": [COMMANDS["train"].arguments] * 2,
+    "embedding": [COMMANDS["embedding"].arguments] * 2,
+}
+
+
+def side_by_side(drill: Drill, count: int) -> None:
+    """Start two commands in one folder; one that is refused starts again once the other has ended."""
+    warm(drill.folder.parent.absolute())
+    for case in drill.cases(count):
+        name = [*PAIRS][case.number % len(PAIRS)]
+        out, folder = drill.folder.parent.absolute(), case.folder.absolute()
+        COMMANDS[name].prepare(toys(out), folder)
+        alone, offset = whole(name, out), case.rng.uniform(0, 1)
+        pair = [Command(COMMANDS[name].prepare, arguments) for arguments in PAIRS[name]]
+        printed = [folder / "printed-0", folder / "printed-1"]
+        started = []
+        for command, path in zip(pair, printed, strict=True):
+            started.append(processes.start(path, begin, command.arguments, folder, None))
+            time.sleep(offset * alone.seconds)
+        statuses = [processes.finish(process, SECONDS) for process in started]
+        busy = ["which another process is writing" in path.read_text() for path in printed]
+        held = all(status == (2 if refused else 0) for status, refused in zip(statuses, busy, strict=True))
+        wrong = [finish(command, folder) for command, refused in zip(pair, busy, strict=True) if refused]
+        found = result(folder)
+        differ = differences(alone.result, found)
+        differ.pop("model/export/export.json", None)  # its files are in the order in which they were written
+        held = held and not any(wrong) and not differ and not [*folder.rglob("*.partial")]
+        drill.note(case.number, held, command=name, statuses=statuses, busy=busy, wrong=wrong, differ=differ)
+
+
 def signals(drill: Drill, count: int) -> None:
     """SIGTERM or Ctrl-C at a random moment of each command: its exit status, one line, nothing unfinished left."""
     warm(drill.folder.parent.absolute())
@@ -394,4 +429,5 @@ PARTS: dict[str, Callable[[Drill], None]] = {
     **{f"kill-{name}": functools.partial(kill_anytime, name=name, count=count) for name, count in ANYTIME.items()},
     **{f"write-{name}": functools.partial(kill_at_writes, name=name) for name in COMMANDS},
     "signals": functools.partial(signals, count=98),
+    "side-by-side": functools.partial(side_by_side, count=24),
 }

@@ -364,6 +364,9 @@ def test_a_finished_run_is_looked_at_and_its_report_shows_it(finished: Path, rec
     write_report(finished)
     assert (finished / "report.html").read_text() == page
     assert not (finished / "diagnose.html").exists()
+    (finished / "report.html").unlink()  # of a run that was killed before its report: that it is there means the end
+    done = CliRunner().invoke(app, ["diagnose", str(finished), "--rows", "2"], catch_exceptions=False)
+    assert done.exit_code == 0 and (finished / "diagnose.html").exists() and not (finished / "report.html").exists()
 
 
 def test_what_is_measured_is_what_the_run_measured(finished: Path, recipe_values: dict[str, Any]) -> None:

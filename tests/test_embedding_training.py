@@ -18,6 +18,7 @@ from potstill.embedding.vectors import open_vectors
 from potstill.errors import DataError, DivergedError, ModelError, RunError, ShapeError
 from potstill.evaluate.space import SpaceEvaluator
 from potstill.losses.embedding import reconstruction_error, similarity_error
+from potstill.models.checksums import is_whole
 
 
 def clustered(rows: int, seed: int = 0) -> torch.Tensor:
@@ -162,6 +163,14 @@ def test_a_killed_training_goes_on_to_the_same_end(tmp_path: Path, after: int) -
         assert torch.equal(value, again.student.state_dict()[name])
     for name in ("stage-1.pt", "stage-2.pt"):
         assert numbers(tmp_path / "whole" / name) == numbers(tmp_path / "killed" / name)
+
+
+def test_a_checkpoint_that_a_kill_left_without_a_checksum_gets_one(tmp_path: Path) -> None:
+    plan, _ = distil(VectorHead.from_pca(TRAIN, 3), epochs=1)
+    plan.fit(TRAIN, HELD, checkpoints=tmp_path)
+    (tmp_path / "stage-1.pt.sha256").unlink()
+    plan.fit(TRAIN, HELD, checkpoints=tmp_path)
+    assert is_whole(tmp_path / "stage-1.pt")
 
 
 def test_a_stage_ends_when_nothing_gets_better() -> None:

@@ -526,6 +526,17 @@ def test_filters_drop_to_their_own_file_and_the_card_says_so(values, monkeypatch
     assert len(loaded) == 7
 
 
+@pytest.mark.parametrize(("kept", "held_out", "empty"), [(0, 0.0, "train.jsonl"), (1, 0.2, "eval.jsonl")])
+def test_files_without_rows_are_noted(values, monkeypatch, kept: int, held_out: float, empty: str) -> None:
+    def say(prompt: Prompt, sample: int, seed: int) -> Completion:
+        return sums(prompt, 0, seed) if kept and "1 plus" in str(prompt) else Completion("I'm sorry, but no.", True)
+
+    values["held_out"] = held_out
+    result = made(values, say, monkeypatch)
+    assert (result.directory / empty).stat().st_size == 0
+    assert result.notes[-1].startswith(f"{empty} without rows: no run can read that. Of 20 texts were dropped: answer ")
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("chat", [False, True])
 def test_rows_go_straight_into_a_run(values, monkeypatch, tmp_path, form: str, chat: bool) -> None:

@@ -22,6 +22,7 @@ from file_faults import FileFault
 from potstill import files
 from potstill.errors import RunError, UserError
 from potstill.files import atomic_path, temporary_path
+from potstill.models.checksums import write_checksums
 from potstill.models.size import build
 from potstill.runs import ranks
 from potstill.train.checkpoints import check_ranks, remove_incomplete
@@ -184,6 +185,18 @@ def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     remove_incomplete(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_what_a_kill_left_of_an_older_checkpoint_is_removed(tmp_path: Path) -> None:
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("trainer_state.json", "model.safetensors"):
+            (folder / name).write_text("{}")
+        write_checksums(folder)
+        (folder / "model.safetensors").unlink()
+    remove_incomplete(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"], "of the newest one it is damage"
 
 
 def _wait_for_a_lost_rank(fault: str) -> None:

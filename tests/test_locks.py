@@ -5,27 +5,34 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
 import processes
-from conftest import quiet_run
+from conftest import quiet_run, toy_recipe
 from potstill import files
+from potstill.cli import app
 from potstill.data.sources import Source
-from potstill.errors import RecipeError
+from potstill.errors import RecipeError, UserError
 from potstill.files import lock_folder, remove
 from potstill.runs.cache import CacheRequest, build
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.embedding import run_embedding
+from potstill.runs.export import export
 from potstill.runs.generate import generate
-from potstill.runs.ranks import join_ranks, lock_for_ranks
+from potstill.runs.push import push
+from potstill.runs.ranks import alone_in_process, join_ranks, lock_for_ranks
 from potstill.runs.sweep import sweep
 from potstill.teachers.model import ModelSource
 
@@ -111,6 +118,39 @@ def test_commands_refuse_a_directory_that_is_being_written(recipe_values: dict[s
         assert build(request, part=(1, 2), console=console) is None
 
 
+def finished_run(toys: Path, folder: Path) -> Path:
+    """A run directory with what `push` and `export` look for."""
+    shutil.copytree(toys / "student", folder / "student")
+    recipe = toy_recipe(toys, folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "report.html").touch()
+    return folder
+
+
+def test_what_is_written_beside_a_student_is_written_by_one_process(toys: Path, tmp_path: Path) -> None:
+    run, model = finished_run(toys, tmp_path / "run"), Path(shutil.copytree(toys / "student", tmp_path / "model"))
+    refused(run, "run", export, run)
+    refused(run, "run", push, run, "me/small")
+    refused(model / "export", "--out", export, model)
+    with lock_folder(run, "output"):
+        result = CliRunner().invoke(app, ["report", str(run)])
+    assert isinstance(result.exception, RecipeError) and "which another process is writing" in str(result.exception)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written_to_is_read(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "_lock", refuse)
+    with lock_folder(tmp_path, "run", write=False):
+        pass
+    with pytest.raises(RecipeError, match="run: expected a directory to write to"), lock_folder(tmp_path, "run"):
+        pass
+
+
 def both_refused(folder: Path) -> None:
     join_ranks({})
     with pytest.raises(RecipeError, match="which another process is writing"), lock_for_ranks(folder):
@@ -127,6 +167,22 @@ def test_ranks_of_one_run_share_a_lock(tmp_path: Path) -> None:
     processes.two_ranks(tmp_path, both_allowed, tmp_path / "run")
     with lock_folder(tmp_path / "run", "output"):
         processes.two_ranks(tmp_path, both_refused, tmp_path / "run")
+
+
+def test_one_thread_of_a_process_trains(recipe_values: dict[str, Any]) -> None:
+    def start() -> None:
+        with pytest.raises(UserError, match="run: expected one run at a time in a process, got another in a thread"):
+            quiet_run(recipe_values)
+        refusals.append(True)
+
+    refusals: list[bool] = []
+    with alone_in_process(), alone_in_process():  # a sweep has runs
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+    assert refusals and not Path(recipe_values["output"]).exists()
+    with alone_in_process():
+        pass
 
 
 def test_deep_folders_are_removed_with_few_open_files(tmp_path: Path) -> None:

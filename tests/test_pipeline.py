@@ -52,8 +52,8 @@ def test_a_run_leaves_what_it_promises(recipe_values: dict[str, Any]) -> None:
     result = quiet_run(recipe_values)
     names = {path.name for path in result.directory.iterdir()}
     assert names == {
-        "recipe.yaml", "metrics.jsonl", "rows.json", "summary.json", "checkpoints", "student", "baseline",
-        "report.html",
+        "recipe.yaml", "inputs.json", "metrics.jsonl", "rows.json", "summary.json", "checkpoints", "student",
+        "baseline", "report.html",
     }  # fmt: skip
     rows = result.summary["rows"]
     assert list(rows) == ["teacher", "baseline", "student"]

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from local_http import QuietHandler, serving
 from potstill.cli import app
-from potstill.errors import RunError, UserError
+from potstill.errors import ModelError, RunError, UserError
+from potstill.models.checksums import write_checksums
 from potstill.runs import push as runs_push
 from potstill.runs.push import push
 
@@ -184,3 +185,16 @@ def test_what_is_refused(run: Path, api: Any, monkeypatch: pytest.MonkeyPatch) -
         push(run, "me/small")
     with pytest.raises(UserError, match=r"expected a finished run, got .* without student/"):
         push(run / "export", "me/small")
+    (run / "report.html").unlink()  # killed before its last step
+    with pytest.raises(UserError, match=r"expected a finished run, got .* without report.html. Finish it with"):
+        push(run, "me/small")
+
+
+def test_a_damaged_student_is_not_pushed(run: Path, api: Any) -> None:
+    write_checksums(run / "student")
+    (run / "student" / "README.md").write_bytes(b"edited")  # a card is text of its own
+    push(run, "me/small")
+    (run / "student" / "model.safetensors").write_bytes(b"x" * 999)
+    with pytest.raises(ModelError, match=r"push: expected model.safetensors in .* as it was written"):
+        push(run, "me/small")
+    api.create_commit.assert_called_once()

@@ -13,6 +13,7 @@ from potstill.errors import OTHER_NAMES, RecipeError
 from potstill.losses.divergences import JSD, AlphaBeta, Divergence, ReverseKL
 from potstill.losses.schedule import Schedule
 from potstill.runs.config.document import _paths
+from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.config.run import Recipe
 
 MINIMAL = """
@@ -35,6 +36,51 @@ def mistakes(change: dict[str, Any]) -> str:
     with pytest.raises(RecipeError) as caught:
         Recipe.parse(values)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": True}, "seed: expected a number, got true."),
+        ({"train": {"max_steps": True}}, "train.max_steps: expected int, got True."),
+        (
+            {"student": {"model": "b", "vocabulary": {"keep": True}}},
+            "student.vocabulary.keep: expected a number, got true.",
+        ),
+        ({"objective": [{"term": "logits", "weight": False}]}, "objective.0.weight: expected a number, got false."),
+        (
+            {"student": {"model": "b", "vocabulary": {"keep": "x"}}},
+            "student.vocabulary.keep: expected 'data' or a valid integer, got 'x'.",
+        ),
+        (
+            {"student": {"model": "b", "vocabulary": {"keep": 0}}},
+            "student.vocabulary.keep: expected 'data' or a number >= 1, got 0.",
+        ),
+        (
+            {"student": {"model": "b", "vocabulary": "data"}},
+            "student.vocabulary: expected a mapping of keys, got 'data'.",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_key_of_the_recipe(change: dict[str, Any], message: str) -> None:
+    assert mistakes(change) == f"recipe: 1 mistake\n  {message}"
+
+
+def test_a_run_is_resumed_with_the_files_that_it_began_with(tmp_path: Path) -> None:
+    words, run = tmp_path / "words.txt", tmp_path / "run"
+    words.write_text("a")
+    values = {"kind": "embedding", "name": "x", "teacher": {"embedder": "x"}, "output": str(run)}
+    recipe = EmbeddingRecipe.parse(values | {"student": {"static": {"words": str(words)}, "dimensions": 8}})
+    recipe.start(run)
+    (run / "metrics.jsonl").touch()
+    recipe.check_directory(run, resume=True)
+    words.write_text("b")
+    with pytest.raises(
+        RecipeError, match=r"output: expected .*words\.txt as it was when the run in .* began, got another"
+    ):
+        recipe.check_directory(run, resume=True)
+    (run / "inputs.json").unlink()  # which an earlier version did not write
+    recipe.check_directory(run, resume=True)
 
 
 def test_several_sources_and_rows_without_labels() -> None:

@@ -135,7 +135,9 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def lock_folder(folder: Path, key: str, name: str = "potstill", *, wait: bool = False) -> Iterator[None]:
+def lock_folder(
+    folder: Path, key: str, name: str = "potstill", *, wait: bool = False, write: bool = True
+) -> Iterator[None]:
     """Make a folder, and hold its lock so that no other process writes there; an empty new folder is removed again.
 
     The kernel holds the lock for as long as this process has a file open: that of a killed process is free at once.
@@ -146,6 +148,7 @@ def lock_folder(folder: Path, key: str, name: str = "potstill", *, wait: bool = 
         key: of the recipe, or the option, that names the folder; for errors.
         name: of the lock, where several processes may write different parts of the folder.
         wait: for another process to end, instead of an error.
+        write: false for a folder that is only read, which is not locked where it cannot be written to.
 
     Raises:
         RecipeError: another process holds the lock, or the folder cannot be written to.
@@ -158,16 +161,18 @@ def lock_folder(folder: Path, key: str, name: str = "potstill", *, wait: bool = 
             folder.mkdir(parents=True, exist_ok=True)
             file = _lock(path, wait)
         except OSError as error:
-            advice = remedy(error) or f"Choose another {key}."
-            raise RecipeError(
-                f"{key}: expected a directory to write to, got {folder}: {error.strerror}. {advice}"
-            ) from None
-        if file is None:
-            raise RecipeError(
-                f"{key}: expected a directory that no other process writes to, got {folder}, which another process is "
-                f"writing{_owner(path)}. Wait until it ends, or choose another {key}."
-            )
-        _held.add(file)
+            if write or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                advice = remedy(error) or f"Choose another {key}."
+                raise RecipeError(
+                    f"{key}: expected a directory to write to, got {folder}: {error.strerror}. {advice}"
+                ) from None
+        else:
+            if file is None:
+                raise RecipeError(
+                    f"{key}: expected a directory that no other process writes to, got {folder}, which another process "
+                    f"is writing{_owner(path)}. Wait until it ends, or choose another {key}."
+                )
+            _held.add(file)
         yield
     finally:
         if file in _held:  # not in a forked child

@@ -194,7 +194,7 @@ def _count_kept(teacher: str, part: dict[str, Any], max_length: int) -> int:
     from potstill.runs.vocabulary import tokens_of
 
     tokenizer = load_tokenizer(teacher, "--teacher")
-    kept = tokens_of(Source(**part["text"]), tokenizer, part["keep"], max_length=max_length)
+    kept = tokens_of(Source(**part["text"]), tokenizer, part["keep"], "--vocabulary", max_length=max_length)
     return len(kept)
 
 

@@ -53,14 +53,19 @@ def diagnose(
     recipe = Recipe.load(path, set_ or ())
     from potstill.evaluate.report.diagnosis import write_diagnosis_page
     from potstill.evaluate.report.page import write_report
+    from potstill.evaluate.summary import is_finished
+    from potstill.files import lock_folder
     from potstill.runs.diagnose import diagnose as diagnose_recipe
     from potstill.runs.diagnose import write_diagnosis
 
     diagnosis = diagnose_recipe(recipe, run=run, rows=rows)
     folder = run or out or Path(f"{recipe.output}-diagnosis")
     write_diagnosis(diagnosis, folder / "diagnose.json")
-    finished = run is not None and (run / "summary.json").exists()
-    page = write_report(folder) if finished else write_diagnosis_page(folder)
+    if run is not None and is_finished(run):
+        with lock_folder(run, "run", wait=True):  # of an export, which the report shows too
+            page = write_report(run)
+    else:
+        page = write_diagnosis_page(folder)
     _show(diagnosis, page)
 
 

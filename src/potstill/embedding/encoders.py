@@ -226,6 +226,7 @@ def _keep_tokens(transformer: Any, texts: Sequence[str], keep: Literal["data"] |
             "student.encoder.vocabulary: expected a model of text alone, got one that reads other data. Leave it out."
         )
     counts = Counter(chain.from_iterable(whole(list(texts))["input_ids"]))
-    kept = choose_tokens(whole, counts, keep)
-    transformer.processor = trim_tokenizer(whole, kept)  # that of a model of text alone is its tokenizer
-    trim_model(transformer.auto_model, kept)
+    key = "student.encoder.vocabulary"
+    kept = choose_tokens(whole, counts, keep, key=key)
+    transformer.processor = trim_tokenizer(whole, kept, key)  # that of a model of text alone is its tokenizer
+    trim_model(transformer.auto_model, kept, key)

@@ -241,7 +241,7 @@ class StaticStudent(EmbeddingStudent):
             dtype = as_dtype(self.save_dtype if self.save_dtype != "auto" else "float32")
             row_bytes = self.dimensions * torch.empty((), dtype=dtype).element_size()
             keep = int(min(size * 1e6 / row_bytes, len(token_names(tokenizer))))
-            least = len(choose_tokens(tokenizer, {}, "data", always))
+            least = len(choose_tokens(tokenizer, {}, "data", always, "student.static.max_mb"))
             if keep < least:
                 raise UserError(
                     f"student.static.max_mb: expected at least {least * row_bytes / 1e6:.3g} MB, for special tokens, "
@@ -249,8 +249,9 @@ class StaticStudent(EmbeddingStudent):
                 )
         if keep is None or (keep != "data" and keep >= len(token_names(tokenizer))):
             return static_student(tokenizer, table)
-        kept = choose_tokens(tokenizer, count_tokens(tokenizer, texts), keep, always)
-        return static_student(trim_tokenizer(tokenizer, kept), table[kept])
+        key = "student.static.vocabulary"
+        kept = choose_tokens(tokenizer, count_tokens(tokenizer, texts), keep, always, key)
+        return static_student(trim_tokenizer(tokenizer, kept, key), table[kept])
 
     def read_tokens(
         self, teacher: Any, limit: int | None = None, on_progress: OnProgress = no_progress

@@ -259,6 +259,7 @@ class _Training:
         except Exception as error:
             wrong = f"expected {path} to be of this training, got: {one_line(error, 200)} Choose another folder."
             raise RunError(f"checkpoints: {wrong}") from None
+        write_checksum(path)  # a kill may have come before it
 
 
 @torch.no_grad()

@@ -187,6 +187,11 @@ class Summary(BaseModel):
     versions: dict[str, str] = {}
 
 
+def is_finished(run_directory: Path) -> bool:
+    """Whether a run took all its steps: the report is the last one."""
+    return (run_directory / "report.html").exists()
+
+
 def write_summary(summary: Summary, run_directory: Path) -> None:
     """Write summary.json, without fields that were never set."""
     values = summary.model_dump(exclude_unset=True)

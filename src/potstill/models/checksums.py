@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,13 @@ def check_folder(folder: Path, key: str, advice: str = "Copy the folder again.")
             f"{key}: expected {name} in {folder} as it was written, got another or none: it is damaged or was changed. "
             f"{advice} If the change was meant, delete {CHECKSUMS} in it."
         )
+
+
+def missing_files(folder: Path) -> list[str]:
+    """The files that `write_checksums` found in a folder and that are gone; none where its file cannot be read."""
+    with suppress(OSError, ValueError, TypeError):
+        return [name for name in json.loads((folder / CHECKSUMS).read_bytes()) if not (folder / name).exists()]
+    return []
 
 
 def changed_notes(folder: Path, key: str) -> Iterator[str]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from potstill.errors import ModelError
 from potstill.models.shapes import text_config
 
+KEY = "student.vocabulary"  # of the recipe
 FREE = ("unused", "reserved")  # in the names of added tokens that stand for nothing yet
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 TOKEN_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # of a trimmed tokenizer
@@ -27,6 +28,7 @@ def choose_tokens(
     counts: Mapping[int, int],
     keep: Literal["data"] | int,
     always: Sequence[int] = (),
+    key: str = KEY,
 ) -> list[int]:
     """Choose the ids of the tokens to keep, in their order.
 
@@ -38,15 +40,16 @@ def choose_tokens(
         counts: token id -> how often the text has it.
         keep: data, all tokens of the text; or a number of tokens: the most frequent ones, then those of lowest id.
         always: more ids of tokens that are kept in any case.
+        key: of the recipe, for errors.
     """
-    vocabulary = _Vocabulary.of(tokenizer)
+    vocabulary = _Vocabulary.of(tokenizer, key)
     kept = vocabulary.needed().union(*(vocabulary.with_parts(token) for token in always))
     frequent = sorted((token for token in counts if counts[token]), key=lambda token: (-counts[token], token))
     if keep == "data":
         return sorted(kept.union(*(vocabulary.with_parts(token) for token in frequent)))
     if len(kept) > keep:
         raise ModelError(
-            f"vocabulary: expected at least {len(kept)} tokens, the special ones and the alphabet"
+            f"{key}: expected at least {len(kept)} tokens, the special ones and the alphabet"
             f"{' and words of your own' if always else ''}, got {keep}. Keep more."
         )
     rest = (token for token in sorted(vocabulary.names) if token not in counts and not vocabulary.is_free(token))
@@ -58,7 +61,7 @@ def choose_tokens(
     return sorted(kept)
 
 
-def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
+def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int], key: str = KEY) -> PreTrainedTokenizerBase:
     """Make a tokenizer of the kept tokens alone, with ids 0, 1, 2 and so on in the order of `kept`."""
     names = {number: token for token, number in tokenizer.get_vocab().items()}
     ids = {names[old]: new for new, old in enumerate(kept)}
@@ -77,17 +80,15 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> P
         settings.write_text(json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
         trimmed = PreTrainedTokenizerFast.from_pretrained(folder)
     if trimmed.get_vocab() != ids:
-        raise ModelError(
-            f"vocabulary: expected a tokenizer of {len(ids)} tokens, got one of {len(trimmed.get_vocab())}."
-        )
+        raise ModelError(f"{key}: expected a tokenizer of {len(ids)} tokens, got one of {len(trimmed.get_vocab())}.")
     return trimmed
 
 
-def trim_model(model: PreTrainedModel, kept: Sequence[int]) -> None:
+def trim_model(model: PreTrainedModel, kept: Sequence[int], key: str = KEY) -> None:
     """Cut a model's embeddings, head and token ids to the kept tokens, in place."""
     embeddings: Any = model.get_input_embeddings()
     ids = {old: new for new, old in enumerate(kept)}
-    _check_tables(model, len(embeddings.weight))
+    _check_tables(model, len(embeddings.weight), key)
     order = torch.tensor([*kept])
     with torch.no_grad():
         for weight in {id(w): w for w in _by_token(model)}.values():
@@ -104,13 +105,13 @@ def _by_token(model: PreTrainedModel) -> Iterator[torch.Tensor]:
                 yield getattr(module, name)
 
 
-def _check_tables(model: PreTrainedModel, rows: int) -> None:
+def _check_tables(model: PreTrainedModel, rows: int, key: str) -> None:
     """Check that no other weights have a row for each token."""
     own = {weight.data_ptr() for weight in _by_token(model)}
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if weight.shape[:1] == (rows,) and weight.data_ptr() not in own:
             raise ModelError(
-                f"vocabulary: expected a model whose embeddings and head alone have rows for tokens, got "
+                f"{key}: expected a model whose embeddings and head alone have rows for tokens, got "
                 f"{type(model).__name__}, where {name} has too. Keep all tokens."
             )
 
@@ -146,17 +147,17 @@ class _Vocabulary:
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, key: str) -> _Vocabulary:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ModelError(
-                f"vocabulary: expected a tokenizer with a tokenizer.json, got {type(tokenizer).__name__}, which has "
+                f"{key}: expected a tokenizer with a tokenizer.json, got {type(tokenizer).__name__}, which has "
                 "none. Keep all tokens."
             )
         content = json.loads(backend.to_str())
         ids, model = tokenizer.get_vocab(), content["model"]
         if model.get("continuing_subword_prefix") and model["type"] == "BPE":
-            raise ModelError("vocabulary: expected merges of plain parts, got a prefix of parts. Keep all tokens.")
+            raise ModelError(f"{key}: expected merges of plain parts, got a prefix of parts. Keep all tokens.")
         merges = (tuple(merge.split(" ")) if isinstance(merge, str) else (*merge,) for merge in model.get("merges", ()))
         ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
         return cls({number: token for token, number in ids.items()}, ids, content, ranks, tokenizer)

@@ -27,6 +27,7 @@ from potstill.runs.build_student import StudentBuilder, calibrated_quickly, cali
 from potstill.runs.compute import training_flops
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
+from potstill.runs.ranks import alone_in_process
 from potstill.runs.rehearsal import quick_collection, rehearse
 from potstill.runs.rounds import round_steps
 from potstill.runs.search import SearchPlan, plan_search
@@ -64,6 +65,7 @@ class Preflight(NamedTuple):
     placement: str | None  # where its teacher fits, in words; None where that is not one model, or has been chosen
 
 
+@alone_in_process()
 def check(recipe: Recipe, console: Console | None = None) -> Preflight:
     """Load everything that a recipe names, try every step of the run on short rows, and estimate what it needs."""
     console = console or Console(quiet=True)

@@ -37,6 +37,7 @@ from potstill.models.spacing import evenly_spaced
 from potstill.models.split import evaluation_mode, split_model
 from potstill.runs.build import BuiltRun, build_run
 from potstill.runs.config.run import Recipe
+from potstill.runs.ranks import alone_in_process
 from potstill.runs.start import weak_gradient
 from potstill.train.callbacks import logged_lines
 from potstill.train.checkpoints import last_checkpoint
@@ -50,6 +51,7 @@ TEACHER_BATCH = 8  # rows, for a teacher alone
 CONTEXT = 40  # tokens of text before an example
 
 
+@alone_in_process()
 @suppress_warnings()
 def diagnose(recipe: Recipe, *, run: Path | None = None, rows: int = ROWS) -> dict[str, Any]:
     """Diagnose a run, or a recipe before it runs; the content of diagnose.json.

@@ -41,6 +41,7 @@ from potstill.runs.embedding_sources import (
     tokens_alone,
 )
 from potstill.runs.progress import PartProgress, part
+from potstill.runs.ranks import alone_in_process
 from potstill.runs.rehearsal import failing_early, temporary_folder
 from potstill.runs.run import RunResult
 from potstill.runs.terminal import Terminal
@@ -51,6 +52,7 @@ _NEIGHBOURS = 5
 _SAMPLE_TEXTS = 128  # that are encoded to time the teacher
 
 
+@alone_in_process()
 def run_embedding(recipe: EmbeddingRecipe, *, resume: bool = False, console: Console | None = None) -> RunResult:
     """Train an embedding student as a recipe says, and write the report; `resume` and `console` as for `run`.
 
@@ -243,6 +245,7 @@ def _neighbours(teacher: Tensor, student: Tensor, texts: Sequence[str] | None, n
     return [{"text": names[row], **nearby} for row, nearby in zip(chosen, lists, strict=True)]
 
 
+@alone_in_process()
 def check(recipe: EmbeddingRecipe) -> list[tuple[str, str]]:
     """Read everything that a recipe names, encode some texts, try the run on few rows, and time two steps.
 

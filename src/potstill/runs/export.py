@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, ExportTask
 from potstill.evaluate.report.embedding import write_embedding_report
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.evaluate.speed import weight_bytes
-from potstill.files import atomic_path, explain_disk_full
+from potstill.evaluate.summary import is_finished
+from potstill.files import atomic_path, explain_disk_full, lock_folder
 from potstill.losses.alignment import SEQUENCE_TASKS, TASKS, Task
 from potstill.models.adapted import is_adapted, merged
 from potstill.models.heads import class_ids, match_heads
@@ -97,44 +99,43 @@ def export(
         raise UserError(mistake)
     if embeds and teacher is not None:
         raise UserError(f"--teacher: expected none for a sentence-transformers model, got {teacher}. Leave it out.")
-    with part(console, "reading models and data"):
-        model: Any
-        rows = other = None
-        if embeds:
-            model = load_sentence_model(name)
-            tokenizer, rows = model.tokenizer, _texts(recipe, data, model.tokenizer)
-        else:
-            tokenizer, model = load_tokenizer(name, "student"), load_model(name, "student", "float32", task)
-        if data is not None and not embeds:
-            classes = class_ids(model.config) if task == "classification" else None
-            rows = encode(data, tokenizer, **options, task=task, classes=classes).dataset
-            rows = MaskedRows(rows, tokenizer, **masks).fixed() if task == "masked" else rows
-            other = None if teacher is None else _teacher(teacher, tokenizer, task)
-        models = {"student": model} if other is None else {"student": model, "teacher": other}
-        if task in SEQUENCE_TASKS:
-            match_heads(task, models, pad_token_id(tokenizer)[0])
-    if out is None and not folder.is_dir():
-        raise UserError(f"--out: expected a folder for the files of {student}, got none. Name one.")
-    out = folder / FOLDER if out is None else out
-    exports = export_model(
-        model,
-        tokenizer,
-        {to: quantize},
-        out,
-        task=exported,
-        rows=rows,
-        teacher=other,
-        student_folder=Path(name),
-        tokens=tokens,
-        console=console,
-    )
-    if recipe is None or not (folder / "summary.json").exists():
-        return exports
-    if embeds:
-        write_embedding_report(folder)
-    else:
-        write_student_card(folder)
-        write_report(folder)
+    if out is None and folder.is_dir():
+        out = folder / FOLDER
+    with lock_folder(folder, "run") if recipe else nullcontext() if out is None else lock_folder(out, "--out"):
+        with part(console, "reading models and data"):
+            model: Any
+            rows = other = None
+            if embeds:
+                model = load_sentence_model(name)
+                tokenizer, rows = model.tokenizer, _texts(recipe, data, model.tokenizer)
+            else:
+                tokenizer, model = load_tokenizer(name, "student"), load_model(name, "student", "float32", task)
+            if data is not None and not embeds:
+                classes = class_ids(model.config) if task == "classification" else None
+                rows = encode(data, tokenizer, **options, task=task, classes=classes).dataset
+                rows = MaskedRows(rows, tokenizer, **masks).fixed() if task == "masked" else rows
+                other = None if teacher is None else _teacher(teacher, tokenizer, task)
+            models = {"student": model} if other is None else {"student": model, "teacher": other}
+            if task in SEQUENCE_TASKS:
+                match_heads(task, models, pad_token_id(tokenizer)[0])
+        if out is None:
+            raise UserError(f"--out: expected a folder for the files of {student}, got none. Name one.")
+        exports = export_model(
+            model,
+            tokenizer,
+            {to: quantize},
+            out,
+            task=exported,
+            rows=rows,
+            teacher=other,
+            student_folder=Path(name),
+            tokens=tokens,
+            console=console,
+        )
+        if recipe is not None and is_finished(folder):  # else --resume writes the report
+            if not embeds:
+                write_student_card(folder)
+            (write_embedding_report if embeds else write_report)(folder)
     return exports
 
 

@@ -265,9 +265,11 @@ def _write_files(
     ]
     held_out = _held_out(kept, recipe.held_out)
     path, eval_path = (directory / f"{split}.{recipe.format}" for split in ("train", "eval"))
-    write_rows(path, [row for row in rows if row["provenance"]["row"] not in held_out])
+    splits = {path: [row for row in rows if row["provenance"]["row"] not in held_out]}
     if recipe.held_out:
-        write_rows(eval_path, [row for row in rows if row["provenance"]["row"] in held_out])
+        splits[eval_path] = [row for row in rows if row["provenance"]["row"] in held_out]
+    for file, rows_of_split in splits.items():
+        write_rows(file, rows_of_split)
     write_rows(directory / f"dropped.{recipe.format}", dropped_rows)
     stages = {"asked": plan.requests, "texts": judged, "dropped": dropped, "texts kept": kept, "rows": rows}
     counts = {name: len(items) for name, items in stages.items()}  # type: ignore[arg-type]  # lists of several types
@@ -276,6 +278,15 @@ def _write_files(
     by_ids = sum(WRITTEN_COLUMNS[0] in row for row in rows)
     if by_ids:
         notes.append(f"{by_ids} of {len(rows)} rows keep their token ids: their text would be encoded as others.")
+    by_filter = dict(Counter(name for _, name, _ in dropped))
+    empty = [file.name for file, rows_of_split in splits.items() if not rows_of_split]
+    if empty:
+        reasons = ", ".join(f"{name} {count:,}" for name, count in by_filter.items()) or "nothing"
+        notes.append(
+            f"{' and '.join(empty)} without rows: no run can read that. Of {len(judged):,} texts were dropped: "
+            f"{reasons}. dropped.{recipe.format} has each with its reason; change filter and go on with --resume, or "
+            "ask for more texts."
+        )
     write_card(
         directory / "README.md",
         name=recipe.name,
@@ -286,7 +297,6 @@ def _write_files(
         lengths=[len(text.completion) for text in kept],
         bad=plan.unusable,
     )
-    by_filter = dict(Counter(name for _, name, _ in dropped))
     return Generated(directory, path, eval_path if recipe.held_out else None, counts, by_filter, notes)
 
 

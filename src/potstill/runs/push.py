@@ -13,6 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from potstill.errors import RunError, UserError, one_line
 from potstill.evaluate.exported import FOLDER
+from potstill.files import lock_folder
+from potstill.models.checksums import check_folder
 
 TOKEN = "HF_TOKEN"
 
@@ -21,19 +23,21 @@ def files_to_push(run: Path) -> dict[str, Path]:
     """The files of a run by their paths in the repository: those of student/ at its top.
 
     Raises:
-        UserError: the run is not finished.
+        UserError: the run is not finished, or a file of its student has changed.
     """
     student = run / "student"
-    if not student.is_dir():
-        raise UserError(f"push: expected a finished run, got {run} without student/. Finish it with --resume.")
-    files = {path.relative_to(student).as_posix(): path for path in student.rglob("*") if path.is_file()}
-    others = [run / "report.html", *(run / FOLDER).rglob("*")]
-    files |= {path.relative_to(run).as_posix(): path for path in others if path.is_file() and _is_whole(path)}
+    for missing in [name for name in ("student/", "report.html") if not (run / name).exists()]:
+        raise UserError(f"push: expected a finished run, got {run} without {missing}. Finish it with --resume.")
+    check_folder(student, "push")
+    files = {path.relative_to(student).as_posix(): path for path in _whole_files(student)}
+    files |= {path.relative_to(run).as_posix(): path for path in [run / "report.html", *_whole_files(run / FOLDER)]}
     return dict(sorted(files.items()))
 
 
-def _is_whole(path: Path) -> bool:
-    return not any(part.endswith(".partial") for part in path.parts)
+def _whole_files(folder: Path) -> list[Path]:
+    """The files of a folder, without what another process has not finished, and without locks."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return [path for path in files if not any(part.endswith(".partial") for part in path.relative_to(folder).parts)]
 
 
 def push(run: str | Path, to: str, *, public: bool = False) -> str:
@@ -42,10 +46,16 @@ def push(run: str | Path, to: str, *, public: bool = False) -> str:
     A repository that is not there is made, private unless `public`. The token is that of the environment, HF_TOKEN.
 
     Raises:
-        UserError: the run is not finished, there is no token, or the repository is public without being meant to be.
+        UserError: the run is not finished, or another process writes its directory; there is no token, or the
+            repository is public without being meant to be.
         RunError: the Hub cannot be reached, or refuses.
     """
-    files = files_to_push(Path(run).expanduser())
+    directory = Path(run).expanduser()
+    with lock_folder(directory, "run", write=False):
+        return _push(files_to_push(directory), to, public)
+
+
+def _push(files: Mapping[str, Path], to: str, public: bool) -> str:
     check_name(to)
     token = os.environ.get(TOKEN)
     if not token:

@@ -1,8 +1,12 @@
-"""Ranks of one run, as torchrun starts them: how long they wait for each other, and what a lost one causes."""
+"""Ranks of one run, as torchrun starts them: how long they wait for each other, and what a lost one causes.
+
+And what is of a whole process: one run at a time.
+"""
 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -13,12 +17,32 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from potstill.errors import RecipeError, RunError, one_line
+from potstill.errors import RecipeError, RunError, UserError, one_line
 from potstill.files import lock_folder
 
 WAIT_S = 1800  # the Trainer's default of ddp_timeout
 _KINDS = {"RuntimeError", "DistBackendError", "DistNetworkError"}  # by name: torch may be built without the others
 _LOST = re.compile(r"gloo|nccl|c10d|TCPStore|ProcessGroup|Connection (closed|reset) by peer|Timed out waiting", re.I)
+
+_training = threading.RLock()  # of the thread that trains
+
+
+@contextmanager
+def alone_in_process() -> Iterator[None]:
+    """Refuse a training beside that of another thread: they would share random numbers and the Trainer's state.
+
+    Raises:
+        UserError: another thread of this process is in this context.
+    """
+    if not _training.acquire(blocking=False):
+        raise UserError(
+            "run: expected one run at a time in a process, got another in a thread beside it. Start it in a process of "
+            "its own."
+        )
+    try:
+        yield
+    finally:
+        _training.release()
 
 
 def join_ranks(train: Mapping[str, Any]) -> PartialState:

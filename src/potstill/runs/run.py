@@ -14,7 +14,7 @@ from potstill.models.loading import suppress_warnings
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
-from potstill.runs.ranks import explain_lost_rank, join_ranks, lock_for_ranks
+from potstill.runs.ranks import alone_in_process, explain_lost_rank, join_ranks, lock_for_ranks
 from potstill.runs.rehearsal import rehearse
 from potstill.runs.rounds import prune_in_rounds
 from potstill.runs.search import search_shape
@@ -32,6 +32,7 @@ class RunResult:
     summary: dict[str, Any]
 
 
+@alone_in_process()
 @explain_lost_rank()
 def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> RunResult:
     """Distill as a recipe says, and write a report.

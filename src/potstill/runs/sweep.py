@@ -25,6 +25,7 @@ from potstill.evaluate import tradeoff
 from potstill.evaluate.exported import FOLDER, read_exports
 from potstill.evaluate.report.sweep import FILE_COSTS, write_sweep_report
 from potstill.evaluate.speed import latency_ms
+from potstill.evaluate.summary import is_finished
 from potstill.evaluate.verdict import leakage
 from potstill.evaluate.versions import versions
 from potstill.files import write_json
@@ -34,7 +35,7 @@ from potstill.models.size import size_of
 from potstill.runs.config.document import read_list
 from potstill.runs.config.run import Recipe
 from potstill.runs.progress import part
-from potstill.runs.ranks import join_ranks, lock_for_ranks
+from potstill.runs.ranks import alone_in_process, join_ranks, lock_for_ranks
 from potstill.runs.ray import start_ray
 from potstill.runs.run import RunResult, run
 from potstill.runs.terminal import Terminal
@@ -116,6 +117,7 @@ def grid(values: dict[str, Any], axes: Mapping[str, Sequence[Any]], out: Path, o
     return points
 
 
+@alone_in_process()
 def sweep(
     values: dict[str, Any],
     axes: Mapping[str, Sequence[Any]],
@@ -170,7 +172,7 @@ def _sweep(
     console: Console,
 ) -> SweepResult:
     """Run what is missing, compare all and write the report."""
-    remaining = [point for point in points if not (point.directory / "report.html").exists()]
+    remaining = [point for point in points if not is_finished(point.directory)]
     if len(remaining) < len(points):
         done = len(points) - len(remaining)
         console.print(f"{done} of {len(points)} runs are finished", style="dim", highlight=False)

@@ -29,7 +29,7 @@ from potstill.models.chat import set_chat_template
 from potstill.models.placement import is_spread, move
 from potstill.models.precision import describe_precision
 from potstill.models.split import evaluation_mode, split_model
-from potstill.models.trimming import choose_tokens, trim_model, trim_tokenizer
+from potstill.models.trimming import KEY, choose_tokens, trim_model, trim_tokenizer
 from potstill.runs.config.run import Recipe
 from potstill.teachers.source import LoadedTeacher
 
@@ -59,13 +59,17 @@ def keep_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> KeptToken
 
 
 def tokens_of(
-    source: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, keep: Literal["data"] | int, **options: Any
+    source: Source | Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    keep: Literal["data"] | int,
+    key: str = KEY,
+    **options: Any,
 ) -> tuple[int, ...]:
     """Choose the tokens to keep by how often a text has them; `options` are those of `encode`."""
     counts: Counter[int] = Counter()
     for row in encode_mixture(source, tokenizer, **options).dataset:
         counts.update(row["input_ids"])
-    return tuple(choose_tokens(tokenizer, counts, keep))
+    return tuple(choose_tokens(tokenizer, counts, keep, key=key))
 
 
 def trim_teacher(recipe: Recipe, loaded: LoadedTeacher, kept: KeptTokens) -> tuple[LoadedTeacher, str]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from potstill.errors import UserError
-from potstill.models.checksums import CHECKSUMS, check_folder, write_checksums
+from potstill.models.checksums import CHECKSUMS, check_folder, missing_files, write_checksums
 from potstill.teachers.teacher import Teacher
 
 TEACHER = "teacher.safetensors"  # in a checkpoint: the state of a teacher that changes in training
@@ -47,13 +47,14 @@ def check_checkpoint(folder: Path) -> None:
 def remove_incomplete(directory: Path) -> None:
     """Remove what a kill left of a checkpoint: its files would mix with those of the next one of that step.
 
-    A kill may also come between the newest checkpoint and its checksums, which are then written here.
+    A kill may also come between the newest checkpoint and its checksums, which are then written here, or in the midst
+    of the removal of an older one.
     """
     newest = last_checkpoint(directory)
     if newest is not None and not (newest / CHECKSUMS).exists():
         write_checksums(newest)
     for path in directory.glob("checkpoint-*"):
-        if not _is_complete(path):
+        if not _is_complete(path) or (path != newest and missing_files(path)):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from potstill.errors import OTHER_NAMES, RecipeError, nearest, one_line
 from potstill.files import write_text
 from potstill.losses.declared import Declared, is_tag
+from potstill.runs.config.inputs import changed_inputs, write_inputs
 
 UNKNOWN_KEY = "unknown key."
 MOST_CHARACTERS = 2**20  # of a recipe
@@ -48,12 +49,17 @@ class Document(Part):
     def parse(cls, values: Any, origin: str = "recipe", sets: Iterable[str] = ()) -> Self:
         """Read values that are already loaded; `origin` is their name in errors."""
         cls.know_all_kinds()
+        values = apply(values, sets, origin)
+        errors = _booleans_for_numbers(cls, values)
         try:
-            return cls.model_validate(apply(values, sets, origin))
+            document = cls.model_validate(values)
         except ValidationError as error:
-            lines = [_with_place(cls, line) for one in error.errors() for line in _explain(cls, one)]
-            count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-            raise RecipeError("\n  ".join([f"{origin}: {count}", *lines])) from None
+            errors += error.errors()
+        if not errors:
+            return document
+        lines = [_with_place(cls, line) for one in _joined(cls, errors) for line in _explain(cls, one)]
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise RecipeError("\n  ".join([f"{origin}: {count}", *lines]))
 
     @classmethod
     def mapping_keys(cls) -> Iterable[str]:
@@ -92,14 +98,20 @@ class Document(Part):
                 f"output: expected the recipe that the run in {directory} began with, got another "
                 f"{', '.join(changed)}. Use {record}, or choose another directory with --set output=DIR."
             )
+        if changed := changed_inputs(directory, self.model_dump(mode="json")):
+            raise RecipeError(
+                f"output: expected {changed[0]} as it was when the run in {directory} began, got another content. "
+                "Restore it, or choose another directory with --set output=DIR."
+            )
 
     def changes(self, earlier: Self) -> list[str]:
         """The keys with other values than in the recipe that a training began with, which it cannot go on with."""
         return [key for key, value in self if value != getattr(earlier, key)]
 
     def start(self, directory: Path) -> None:
-        """Make a run directory, and write this recipe into it."""
+        """Make a run directory, and write this recipe and the checksums of its files into it."""
         directory.mkdir(parents=True, exist_ok=True)
+        write_inputs(directory, self.model_dump(mode="json"))
         write_text(directory / "recipe.yaml", self.dump())
 
 
@@ -246,6 +258,44 @@ def _index(holder: dict[str, Any] | list[Any], name: str, change: str) -> Any:
     return int(name)
 
 
+# In a message of pydantic, beside what it expects.
+_BESIDE_WANTED = re.compile("^(Input should be|Value error, expected|Input is not) |, (unable to|got) .*$| for <.*$")
+
+
+class _Spelled(str):
+    """A truth value of a recipe, which pydantic would read as a number, as its text, which it does not."""
+
+
+def _booleans_for_numbers(document: type[Part], values: Any) -> list[Any]:
+    """Find truth values where a recipe has numbers; return errors as pydantic has them."""
+
+    def spelled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: spelled(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [spelled(inner) for inner in value]
+        return _Spelled(str(value).lower()) if isinstance(value, bool) else value
+
+    try:
+        document.model_validate(spelled(values))
+    except ValidationError as error:
+        kinds = ("int_parsing", "float_parsing")
+        return [one for one in error.errors() if one["type"] in kinds and isinstance(one["input"], _Spelled)]
+    return []
+
+
+def _joined(document: type[Part], errors: Iterable[Any]) -> Iterator[Any]:
+    """Make one error of those that the arms of a union have about one value."""
+    by_key: dict[Any, list[Any]] = {}
+    for number, error in enumerate(errors):
+        keys = _follow(document, error["loc"])[0]
+        in_arm = len(keys) < len([step for step in error["loc"] if not is_tag(step)])
+        by_key.setdefault(tuple(keys) if in_arm else number, []).append(error)
+    for same in by_key.values():
+        arms = [_BESIDE_WANTED.sub("", one["msg"]).replace("greater than or equal to", "a number >=") for one in same]
+        yield same[0] if len(same) == 1 else {**same[0], "type": "union", "msg": f"expected {' or '.join(arms)}"}
+
+
 def _explain(document: type[Part], error: Any) -> list[str]:
     """Turn one error of pydantic into lines `<key>: <what is wrong>`."""
     keys, known = _follow(document, error["loc"])
@@ -264,6 +314,10 @@ def _explain(document: type[Part], error: Any) -> list[str]:
         message = str(context["error"])
         names_keys = not key or all(line.startswith(f"{key}.") for line in message.splitlines())  # of several parts
         return message.splitlines() if names_keys else [f"{key}: {message.removesuffix('.')}."]
+    if kind in {"model_type", "dataclass_type"}:
+        return [f"{key}: expected a mapping of keys, got {error['input']!r}."]
+    if isinstance(error["input"], _Spelled):
+        return [f"{key}: expected a number, got {error['input']}."]
     return [f"{key}: {error['msg'].lower()}, got {error['input']!r}."]
 
 
@@ -308,14 +362,19 @@ def _follow(document: type[Part], place: tuple[str | int, ...]) -> tuple[list[st
     keys: list[str] = []
     known: list[str] = []
     annotation: Any = document
+    above: Any = None
     for step in place:
         if is_tag(step):  # the kind of a family of declarations by its name, or an arm of a union without names
             tag = _bare(str(step))
             kinds = (arm.kinds for arm in _arms(annotation) if hasattr(arm, "kinds"))
             annotation = next((names[tag] for names in kinds if tag in names), annotation)
+            above = annotation
+            continue
+        arms = [arm for arm in _arms(annotation) if arm is not types.NoneType]
+        if len(arms) > 1 and above is not annotation:  # pydantic names the arm of a union
+            above = annotation
             continue
         keys.append(str(step))
-        arms = _arms(annotation)
         fields = dict(field for arm in arms for field in _fields(arm).items())
         known = list(fields)
         entries = (get_args(arm)[0] for arm in arms if get_origin(arm) in (list, tuple))

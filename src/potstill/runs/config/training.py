@@ -30,7 +30,10 @@ def _training_arguments(values: Any) -> Any:
             mistakes.append(f"train.{name}: unknown key.{nearest(name, settable)}")
         else:
             try:
-                checked[name] = TypeAdapter(types[name]).validate_python(value)
+                kind = TypeAdapter(types[name])
+                if isinstance(value, bool):
+                    kind.validate_python(str(value).lower())  # which is no number, where a truth value is read as one
+                checked[name] = kind.validate_python(value)
             except ValidationError:
                 wanted = getattr(types[name], "__name__", str(types[name]))
                 mistakes.append(f"train.{name}: expected {wanted}, got {value!r}.")
