@@ -94,7 +94,7 @@ def test_check_counts_what_is_in_memory(spread: dict[str, Any]) -> None:
         ({"max_memory": {"cpu": "1GiB"}}, "expected device_map with max_memory and offload_folder, got none"),
         ({"device_map": "auto", "device": "cpu"}, "expected device or device_map, got both"),
         ({"device_map": {"": "cpu"}, "max_memory": {"cpu": "1GiB"}}, "expected max_memory with device_map: auto"),
-        ({"device_map": "balanced"}, "input should be 'auto', got 'balanced'"),
+        ({"device_map": "balanced"}, "expected 'auto' or a valid dictionary, got 'balanced'"),
         ({"device_map": {"": "disk"}}, "expected embeddings in memory with device_map, got them on the disk"),
         ({"device_map": {"lm_head": "disk"}}, "expected a device for each module, got none for model.*Add '': cpu"),
         ({"device_map": {}}, "expected a device for each module, got none for any"),

@@ -50,11 +50,11 @@ def mistakes(change: dict[str, Any]) -> str:
         ({"objective": [{"term": "logits", "weight": False}]}, "objective.0.weight: expected a number, got false."),
         (
             {"student": {"model": "b", "vocabulary": {"keep": "x"}}},
-            "student.vocabulary.keep: expected 'data' or a valid integer, got 'x'.",
+            "student.vocabulary.keep: expected 'data', 'auto' or a valid integer, got 'x'.",
         ),
         (
             {"student": {"model": "b", "vocabulary": {"keep": 0}}},
-            "student.vocabulary.keep: expected 'data' or a number >= 1, got 0.",
+            "student.vocabulary.keep: expected 'data', 'auto' or a number >= 1, got 0.",
         ),
         (
             {"student": {"model": "b", "vocabulary": "data"}},

@@ -488,7 +488,8 @@ def test_sources_are_mixed_by_their_shares(write):
 def test_prompts_of_embedders(write):
     columns = {"fields": ["query", "passage"], "prompts": {"query": "query: "}}
     part = TextsPart.model_validate({"path": write([{"query": "a", "passage": "b"}]), **columns})
-    assert _read(part) == (["query: a", "b"], None)
+    texts, pairs = _read(part)
+    assert [*texts] == ["query: a", "b"] and pairs is None
     with pytest.raises(ValueError, match="columns of fields, got one for title"):
         TextsPart.model_validate({"path": "a", "prompts": {"title": "t: "}})
 

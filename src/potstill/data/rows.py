@@ -83,9 +83,10 @@ class RowEncoder:
         for ids in documents:
             if self.long_rows is not None and len(ids) > limit:
                 self.counts[self.long_rows] += 1
-                ids = {"cut": ids[:limit], "drop": [], "split": ids}[self.long_rows]
-            if ids:
-                yield ids
+                if self.long_rows == "drop":
+                    continue
+                ids = ids[:limit] if self.long_rows == "cut" else ids
+            yield ids
 
     def tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """Tokenize texts, with or without the special tokens that the tokenizer adds."""
@@ -212,7 +213,7 @@ def _shortened(rows: AnswerRows, encoder: RowEncoder) -> Iterator[list[EncodedRo
             full.append((number, prompt_length))
         last_number, tokens = number, len(row.input_ids)
         encoder.counts[way] += tokens > limit
-        parts = [*bounds(tokens, limit)][: None if way == "split" else 1]
+        parts = bounds(tokens, limit) if way == "split" else [(0, limit)]
         yield [_part(row, start, end) for start, end in parts] if way != "drop" or tokens <= limit else []
     if full:
         number, length = full[0]

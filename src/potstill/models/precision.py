@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -96,8 +96,14 @@ def weight_bytes(shape: list[int], kind: str, dtype: torch.dtype | None = None) 
 
 
 def saved_bytes(name: str | Path, dtype: torch.dtype | None) -> int:
-    """Count the bytes that a saved model's weights take in a precision, or in their own; 0 for one that is not here."""
-    return sum(weight_bytes(shape, kind, dtype) for _, _, kind, shape in saved_weights(name))
+    """Count the bytes that a saved model's weights take in a precision, or in their own.
+
+    0 for one that is not here, or whose files cannot be read: loading says why.
+    """
+    try:
+        return sum(weight_bytes(shape, kind, dtype) for _, _, kind, shape in saved_weights(name))
+    except (OSError, SafetensorError):
+        return 0
 
 
 def describe_precision(name: str | Path) -> str | None:

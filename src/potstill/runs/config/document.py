@@ -293,6 +293,7 @@ def _joined(document: type[Part], errors: Iterable[Any]) -> Iterator[Any]:
         by_key.setdefault(tuple(keys) if in_arm else number, []).append(error)
     for same in by_key.values():
         arms = [_BESIDE_WANTED.sub("", one["msg"]).replace("greater than or equal to", "a number >=") for one in same]
+        arms = [arm.replace("' or '", "', '") for arm in arms]
         yield same[0] if len(same) == 1 else {**same[0], "type": "union", "msg": f"expected {' or '.join(arms)}"}
 
 
