@@ -268,8 +268,9 @@ def _check_kinds(
                 "Begin with random weights" if first == [*parts.layers] else f"Choose others, such as layers: {first}"
             )
             raise ModelError(
-                f"student.initialize: expected layers of the student's kinds, got the larger model's layer "
-                f"{parts.layers[place[0]]} for layer {place[0]}, which differ in {name.rpartition('.')[0]}. {others}."
+                f"student.initialize: expected layers of the student's kinds, got layer {parts.layers[place[0]]} of the "
+                f"larger model, a {type(teacher).__name__}, for layer {place[0]}, which differ in "
+                f"{name.rpartition('.')[0]}. {others}."
             )
 
 
@@ -345,9 +346,11 @@ def _source(
         return None
     if not isinstance(source, Tensor):
         return None
-    of_tokens = len(source) == text_config(teacher.config).vocab_size > len(parameter)  # of which it may have fewer
-    matches = source.shape == parameter.shape or (of_tokens and source.shape[1:] == parameter.shape[1:])
-    return source if matches or not parts.matching else None
+    if source.shape == parameter.shape or not parts.matching:
+        return source
+    sizes = [*source.shape[:1], *parameter.shape[:1]]
+    fewer_tokens = len(sizes) == 2 and sizes[0] == text_config(teacher.config).vocab_size > sizes[1]
+    return source if fewer_tokens and source.shape[1:] == parameter.shape[1:] else None
 
 
 @torch.no_grad()
