@@ -268,9 +268,9 @@ def _check_kinds(
                 "Begin with random weights" if first == [*parts.layers] else f"Choose others, such as layers: {first}"
             )
             raise ModelError(
-                f"student.initialize: expected layers of the student's kinds, got layer {parts.layers[place[0]]} of the "
-                f"larger model, a {type(teacher).__name__}, for layer {place[0]}, which differ in "
-                f"{name.rpartition('.')[0]}. {others}."
+                "student.initialize: expected layers of the student's kinds, got layer "
+                f"{parts.layers[place[0]]} of the larger model, a {type(teacher).__name__}, for layer {place[0]}, "
+                f"which differ in {name.rpartition('.')[0]}. {others}."
             )
 
 
