@@ -241,6 +241,11 @@ def test_empty_rows_are_skipped_and_blank_ones_are_not(write):
     assert packed.notes == examples.notes
 
 
+def test_rows_that_are_all_too_long_are_an_error_of_their_length(write):
+    source = Source(write([{"text": "the cat sat on the mat"}]), long_rows="drop")
+    refused(lambda: encode(source, PLAIN, max_length=2), "at most max_length 2", "Raise max_length")
+
+
 def test_what_cannot_be_predicted_is_left_out(write):
     gone = byte_level(pad_token="<pad>")
     gone.backend_tokenizer.normalizer = normalizers.Strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,17 @@ def test_a_run_is_resumed_with_the_files_that_it_began_with(tmp_path: Path) -> N
         recipe.check_directory(run, resume=True)
     (run / "inputs.json").unlink()  # which an earlier version did not write
     recipe.check_directory(run, resume=True)
+
+
+def test_a_file_with_the_name_of_a_field_is_none_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("a")
+    (tmp_path / "rows.jsonl").write_text("a")
+    train = {"path": "rows.jsonl", "field": "text"}
+    Recipe.parse(yaml.safe_load(MINIMAL) | {"data": {"train": train, "eval": {"path": "e.jsonl"}}}).start(
+        tmp_path / "run"
+    )
+    assert [*json.loads((tmp_path / "run" / "inputs.json").read_text())] == ["rows.jsonl"]
 
 
 def test_several_sources_and_rows_without_labels() -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import io
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
 from conftest import quiet_run
 from potstill.cli import app
-from potstill.errors import ModelError, RecipeError
-from potstill.models.spacing import evenly_spaced
+from potstill.errors import ModelError, RecipeError, UserError
 from potstill.runs import vocabulary_size
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
-from potstill.runs.vocabulary import bits_per_byte
 from potstill.runs.vocabulary_size import choose_vocabulary_size
 
 SIZES = [300, 284, 268]  # of the toys' 300 tokens; 252 are fewer than the alphabet
@@ -27,7 +28,6 @@ SIZES = [300, 284, 268]  # of the toys' 300 tokens; 252 are fewer than the alpha
 @pytest.fixture
 def automatic(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(vocabulary_size, "MULTIPLE", 4)
-    monkeypatch.setattr(vocabulary_size, "LEAST", 250)
     monkeypatch.setattr(vocabulary_size, "RATIO", 0.95)
     recipe_values["student"] = {
         "design": {"params": 6000}, "initialize": {"method": "prune", "calibration_rows": 4},
@@ -38,14 +38,15 @@ def automatic(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def choose(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, bits: dict[int, Any]) -> tuple[Any, str, str]:
-    """Choose among students of known quality; ModelError where one cannot be made."""
+    """Choose among students of known quality; None where the family has no model of that size."""
 
-    def measure(recipe: Recipe, size: int, whole: int) -> float:
-        if isinstance(bits[size], Exception):
-            raise bits[size]
-        return float(bits[size])
+    def design(budget: Any, config: Any, size: int) -> None:
+        if bits[size] is None:
+            raise ModelError("design: expected a larger model, got 5 parameters.")
 
-    monkeypatch.setattr(vocabulary_size, "_pruned_bits", measure)
+    monkeypatch.setattr(vocabulary_size, "budget_config", design)
+    monkeypatch.setattr(vocabulary_size, "_texts", lambda recipe: ["text"])
+    monkeypatch.setattr(vocabulary_size, "_pruned_bits", lambda recipe, size, whole, texts: float(bits[size]))
     shown = io.StringIO()
     console = Console(file=shown, width=200)
     recipe, note = choose_vocabulary_size(Recipe.parse(values), Path(values["output"]), console)
@@ -67,27 +68,68 @@ def test_all_tokens_stay_where_fewer_are_worse(automatic: dict[str, Any], monkey
     assert note.startswith("student.vocabulary: 300 tokens;")
 
 
-def test_a_budget_that_only_fewer_tokens_meet(automatic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    none = ModelError("design: expected a larger model, got 5 parameters.")
-    part, _, shown = choose(automatic, monkeypatch, {300: none, 284: 2.5, 268: 2.0, 252: none})
+def test_numbers_without_a_design_are_left_out(automatic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    part, _, shown = choose(automatic, monkeypatch, {300: None, 284: 2.5, 268: 2.0})
     assert part.keep == 268
     assert "300 tokens: left out. design: expected a larger model" in shown
+    Path(automatic["output"], vocabulary_size.PARTS).unlink()
+    part, note, _ = choose(automatic, monkeypatch, {300: 2.5, 284: None, 268: 2.0})
+    assert part.keep == 268
+    assert "284" not in note
 
 
 def test_a_budget_that_no_tokens_meet(automatic: dict[str, Any]) -> None:
     automatic["student"]["design"] = {"params": 10}
-    with pytest.raises(RecipeError, match=r"vocabulary\.keep: expected a budget .* params 10.*Raise it\."):
+    with pytest.raises(RecipeError, match=r"vocabulary\.keep: expected a budget .* params 10.*Change it\."):
         choose_vocabulary_size(Recipe.parse(automatic), Path(automatic["output"]), Console(file=io.StringIO()))
 
 
 def test_a_student_is_measured_as_pruning_leaves_it(automatic: dict[str, Any]) -> None:
-    found = vocabulary_size._pruned_bits(Recipe.parse(automatic), 284, 300)
+    recipe = Recipe.parse(automatic)
+    texts = vocabulary_size._texts(recipe)
+    found = vocabulary_size._pruned_bits(recipe, 284, 300, texts)
     automatic["student"]["vocabulary"] = {"keep": 284}
     built = build_run(Recipe.parse(automatic))
-    rows = built.train.dataset
-    scored = rows.select([*evenly_spaced(min(48, len(rows) // 4), len(rows))])
     assert built.vocabulary == 284
-    assert found == pytest.approx(bits_per_byte(built.new_student(), scored, built.tokenizer), rel=0.05)
+    student, nats = built.new_student().eval(), 0.0
+    for text in texts:
+        ids = torch.tensor([built.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            nats += float(student(ids, labels=ids).loss) * (ids.shape[1] - 1)
+    size = sum(len(text.encode()) for text in texts)
+    assert found == pytest.approx(nats / math.log(2) / size, rel=0.02)  # it is calibrated on other rows
+
+
+def test_figures_of_other_data_are_not_read(automatic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(automatic, monkeypatch, {300: 3.0, 284: 2.5, 268: 2.75})[0].keep == 284
+    assert choose(automatic, monkeypatch, {300: 3.0, 284: 3.5, 268: 3.0})[0].keep == 284
+    path = Path(automatic["data"]["train"]["path"])
+    path.write_text(path.read_text() + path.read_text())
+    assert choose(automatic, monkeypatch, {300: 3.0, 284: 3.5})[0] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("none.jsonl", "none.jsonl"), (None, r"at least 8 rows in data\.train with auto, got [12]\.")]
+)
+def test_data_that_nothing_can_be_chosen_on(
+    automatic: dict[str, Any], tmp_path: Path, text: str | None, message: str
+) -> None:
+    if text:
+        automatic["student"]["vocabulary"]["text"] = {"path": text}
+    else:
+        automatic["data"]["train"] = {"path": str(tmp_path / "short.jsonl")}
+        (tmp_path / "short.jsonl").write_text('{"text": "the cat sat on the mat"}\n')
+    with pytest.raises(UserError, match=message):
+        choose_vocabulary_size(Recipe.parse(automatic), Path(automatic["output"]), Console(quiet=True))
+
+
+def test_a_damaged_teacher_is_no_budget(automatic: dict[str, Any], tmp_path: Path, toys: Path) -> None:
+    shutil.copytree(toys / "teacher", tmp_path / "damaged")
+    file = tmp_path / "damaged" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    automatic["teacher"] = {"model": str(tmp_path / "damaged")}
+    with pytest.raises(ModelError, match="cut off or damaged"):
+        choose_vocabulary_size(Recipe.parse(automatic), Path(automatic["output"]), Console(quiet=True))
 
 
 def test_a_run_chooses_and_a_resumed_one_measures_nothing_again(
@@ -137,7 +179,7 @@ def test_the_command_writes_the_number_into_the_recipe(
     automatic: dict[str, Any], toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        vocabulary_size, "_pruned_bits", lambda recipe, size, whole: {300: 3.0, 284: 2.0}.get(size, 4.0)
+        vocabulary_size, "_pruned_bits", lambda recipe, size, whole, texts: {300: 3.0, 284: 2.0}.get(size, 4.0)
     )
     command = ["design", "--teacher", str(toys / "teacher"), "--data", str(toys / "train.jsonl")]
     done = CliRunner().invoke(

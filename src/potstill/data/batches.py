@@ -132,6 +132,11 @@ def encode(
     saved_counts, examples = json.loads(counts_path.read_text())
     encoder = replace(encoder, counts=Counter(saved_counts), examples=examples)
     if not encoder.counts["tokens"]:
+        if encoder.counts["drop"]:
+            raise EmptyDataError(
+                f"data: expected rows of at most max_length {max_length} tokens in {file}, got longer ones alone, "
+                "which long_rows: drop leaves out. Raise max_length, or take long_rows: split."
+            )
         raise EmptyDataError(
             f"data: expected a target token in {file}, got empty data: none in {plural(len(dataset), 'row')}. "
             "Give longer texts, or labels that are not all -100."

@@ -83,7 +83,7 @@ def saved_weights(name: str | Path) -> Iterator[tuple[Path, str, str, list[int]]
     """File, name, dtype and shape of each weight of a saved model in safetensors, by the headers of its files."""
     for file in weight_files(name):
         if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as weights:
+            with safe_open(file, "np") as weights:
                 for weight in weights.keys():  # noqa: SIM118  # it is no mapping
                     part = weights.get_slice(weight)
                     yield file, weight, part.get_dtype(), part.get_shape()

@@ -164,6 +164,11 @@ def design_of(
     if whole is not None:
         source = copy.deepcopy(text_config(source))
         source.vocab_size = text_config(whole).vocab_size
+    return budget_config(design, source, vocabulary)
+
+
+def budget_config(design: BudgetPart, source: PretrainedConfig, vocabulary: int) -> PretrainedConfig:
+    """Derive the config of the student of a budget with so many tokens; ModelError where the family has none."""
     counts = {name: getattr(design, name) for name in ("params", "active_params")}
     limits = design.model_dump(exclude={"search"})
     limits |= {name: None if count is None else parse_count(count) for name, count in counts.items()}

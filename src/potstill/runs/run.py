@@ -54,8 +54,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
 
 
 def _run(recipe: Recipe, directory: Path, resume: bool, shown: Console) -> RunResult:
-    if not resume:
-        recipe.check_directory(directory, resume)
+    recipe.check_directory(directory, resume, undecided=["student"])
     recipe, before = settle_student(recipe, directory, shown, resume)
     recipe.check_directory(directory, resume)
     with suppress_warnings():

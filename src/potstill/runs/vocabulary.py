@@ -51,9 +51,12 @@ def keep_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> KeptToken
     All are kept where their number is not chosen yet.
     """
     part = recipe.student.vocabulary
-    if part is None or part.keep == "auto":
+    if part is None:
         return None
     source = recipe.data.train if part.text is None else part.text
+    if part.keep == "auto":
+        encode_mixture(source, tokenizer, **_options(recipe))  # it is kept on the disk: mistakes in it are found now
+        return None
     kept = tokens_of(source, tokenizer, part.keep, **_options(recipe))
     return KeptTokens(kept, trim_tokenizer(tokenizer, kept), tokenizer)
 

@@ -82,8 +82,11 @@ class Document(Part):
     def dump(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
-    def check_directory(self, directory: Path, resume: bool) -> None:
-        """Check that a run directory holds no training, or one of the same recipe to resume."""
+    def check_directory(self, directory: Path, resume: bool, undecided: Iterable[str] = ()) -> None:
+        """Check that a run directory holds no training, or one of the same recipe to resume.
+
+        Keys that are `undecided` may differ: the run has not made its choices yet.
+        """
         record = directory / "recipe.yaml"
         if not record.exists() or not (directory / "metrics.jsonl").exists():
             return
@@ -93,7 +96,7 @@ class Document(Part):
                 "Resume it with --resume, or choose another with --set output=DIR."
             )
         earlier = self.load(record)
-        if changed := self.changes(earlier):
+        if changed := [key for key in self.changes(earlier) if key not in undecided]:
             raise RecipeError(
                 f"output: expected the recipe that the run in {directory} began with, got another "
                 f"{', '.join(changed)}. Use {record}, or choose another directory with --set output=DIR."

@@ -25,7 +25,7 @@ def changed_inputs(directory: Path, recipe: Mapping[str, Any]) -> list[str]:
     """The files that have another content than when `write_inputs` read them, by their paths in the recipe."""
     try:
         before = dict(json.loads((directory / INPUTS).read_bytes()))
-    except (OSError, ValueError, TypeError):  # of an earlier version, or damaged
+    except (OSError, ValueError, TypeError):  # missing or damaged
         return []
     return [path for path, now in _digests(recipe).items() if before.get(path, now) != now]
 
@@ -36,7 +36,8 @@ def _digests(recipe: Mapping[str, Any]) -> dict[str, str]:
     for text in _texts({key: value for key, value in recipe.items() if key not in _NO_INPUTS}):
         with suppress(OSError):  # a text that is too long for a path
             path = Path(text).expanduser()
-            if path.is_file():
+            # A word alone, such as the name of a field, is no path, though a file may have the name.
+            if (path.suffix or len(path.parts) > 1) and path.is_file():
                 stamp = path.stat()
                 digests[text] = _digest(path.absolute(), stamp.st_size, stamp.st_mtime_ns)
     return digests
