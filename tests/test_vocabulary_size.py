@@ -20,6 +20,7 @@ from potstill.errors import ModelError, RecipeError, UserError
 from potstill.runs import vocabulary_size
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
+from potstill.runs.run import run
 from potstill.runs.vocabulary_size import choose_vocabulary_size
 
 SIZES = [300, 284, 268]  # of the toys' 300 tokens; 252 are fewer than the alphabet
@@ -147,6 +148,10 @@ def test_a_run_chooses_and_a_resumed_one_measures_nothing_again(
     monkeypatch.setattr(vocabulary_size, "_pruned_bits", lambda *a: (measured.append(a[1]), pruned_bits(*a))[1])
     assert choose_vocabulary_size(Recipe.parse(automatic), result.directory, Console(quiet=True))[1] == note
     assert not {*SIZES} & {*measured}
+    figures = (result.directory / vocabulary_size.PARTS).read_bytes()
+    with pytest.raises(RecipeError, match="got another seed"):
+        run(Recipe.parse(automatic | {"seed": 5}), resume=True, console=Console(quiet=True))
+    assert (result.directory / vocabulary_size.PARTS).read_bytes() == figures
 
 
 def test_figures_without_a_choice_are_those_of_all_tokens(automatic: dict[str, Any]) -> None:
