@@ -11,6 +11,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     LlamaConfig,
     PretrainedConfig,
     Qwen2Config,
@@ -165,6 +166,25 @@ def test_layers_of_another_kind_are_not_copied() -> None:
     config = student_config(config, {"num_hidden_layers": 1}, families.VOCABULARY)
     with pytest.raises(ModelError, match=r"layer 1 of the larger model, a .*, for layer 0, .* such as layers: \[0\]"):
         plan_initialization(teacher, config, "copy", layers=[1], calibration=list)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "auto"),
+    [
+        ("apertus", "copy", AutoModelForCausalLM),  # its activation has scalars as parameters
+        ("electra", "prune", AutoModelForSequenceClassification),  # its embeddings are narrower than its layers
+        ("rembert", "prune", AutoModelForMaskedLM),  # or wider
+    ],
+)
+def test_models_with_other_parts_begin_a_student(family: str, method: Any, auto: Any) -> None:
+    teacher = families.model(family, auto)
+    whole = teacher.config
+    width = {} if method == "copy" else {"intermediate_size": whole.intermediate_size // 2}
+    fields = {"num_hidden_layers": max(1, whole.num_hidden_layers - 1), **width}
+    config = student_config(whole, fields, families.VOCABULARY)
+    planned = plan_initialization(teacher, config, method, calibration=lambda: [make_batch(vocab_size=50)])
+    student = planned.student(teacher, 7).eval()
+    assert student(input_ids=rows()["input_ids"]).logits.isfinite().all()
 
 
 def test_positions_of_rotary_models_are_the_scaled_ones() -> None:

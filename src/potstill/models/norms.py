@@ -123,5 +123,7 @@ def _embedding_scale(model: Any) -> float:
     with undisturbed(model), find_layer_list(model).layers[0].register_forward_pre_hook(record, with_kwargs=True):
         run(model, batch)
     rows = model.get_input_embeddings().weight[batch["input_ids"]]
+    if seen[0].shape != rows.shape:  # a projection is between them, as in ELECTRA
+        return 1.0
     scale = float((seen[0] * rows).sum().detach() / rows.square().sum().detach())
     return scale if torch.allclose(seen[0], scale * rows, TOLERANCE, TOLERANCE) else 1.0
