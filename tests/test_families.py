@@ -179,8 +179,9 @@ def test_layers_of_another_kind_are_not_copied() -> None:
 def test_models_with_other_parts_begin_a_student(family: str, method: Any, auto: Any) -> None:
     teacher = families.model(family, auto)
     whole = teacher.config
-    width = {} if method == "copy" else {"intermediate_size": whole.intermediate_size // 2}
-    fields = {"num_hidden_layers": max(1, whole.num_hidden_layers - 1), **width}
+    fields = {"num_hidden_layers": max(1, whole.num_hidden_layers - 1)}
+    if method == "prune":
+        fields |= {name: getattr(whole, name) // 2 for name in ("hidden_size", "num_attention_heads")}
     config = student_config(whole, fields, families.VOCABULARY)
     planned = plan_initialization(teacher, config, method, calibration=lambda: [make_batch(vocab_size=50)])
     student = planned.student(teacher, 7).eval()
