@@ -46,8 +46,16 @@ def choose(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, bits: dict[i
             raise ModelError("design: expected a larger model, got 5 parameters.")
 
     monkeypatch.setattr(vocabulary_size, "budget_config", design)
-    monkeypatch.setattr(vocabulary_size, "_texts", lambda recipe: ["text"])
-    monkeypatch.setattr(vocabulary_size, "_pruned_bits", lambda recipe, size, whole, texts: float(bits[size]))
+
+    def size_of(recipe: Recipe) -> int:
+        return 300 if recipe.student.vocabulary is None else int(recipe.student.vocabulary.keep)
+
+    def texts(recipe: Recipe) -> list[str]:
+        assert bits[size_of(recipe)] is not None  # they are read beside a model that there is
+        return ["text"]
+
+    monkeypatch.setattr(vocabulary_size, "_texts", texts)
+    monkeypatch.setattr(vocabulary_size, "_pruned_bits", lambda recipe, texts: float(bits[size_of(recipe)]))
     shown = io.StringIO()
     console = Console(file=shown, width=200)
     recipe, note = choose_vocabulary_size(Recipe.parse(values), Path(values["output"]), console)
@@ -86,9 +94,9 @@ def test_a_budget_that_no_tokens_meet(automatic: dict[str, Any]) -> None:
 
 
 def test_a_student_is_measured_as_pruning_leaves_it(automatic: dict[str, Any]) -> None:
-    recipe = Recipe.parse(automatic)
+    recipe = vocabulary_size._with_tokens(Recipe.parse(automatic), 284)
     texts = vocabulary_size._texts(recipe)
-    found = vocabulary_size._pruned_bits(recipe, 284, 300, texts)
+    found = vocabulary_size._pruned_bits(recipe, texts)
     automatic["student"]["vocabulary"] = {"keep": 284}
     built = build_run(Recipe.parse(automatic))
     assert built.vocabulary == 284
@@ -143,11 +151,10 @@ def test_a_run_chooses_and_a_resumed_one_measures_nothing_again(
     assert chosen in SIZES
     assert saved == (None if chosen == 300 else {"keep": chosen})
     assert result.summary["rows"]["student"]["parameters"] == pytest.approx(6000, rel=0.05)
-    measured: list[int] = []
-    pruned_bits = vocabulary_size._pruned_bits
-    monkeypatch.setattr(vocabulary_size, "_pruned_bits", lambda *a: (measured.append(a[1]), pruned_bits(*a))[1])
+    measured: list[Any] = []
+    monkeypatch.setattr(vocabulary_size, "_pruned_bits", lambda *a: measured.append(a))
     assert choose_vocabulary_size(Recipe.parse(automatic), result.directory, Console(quiet=True))[1] == note
-    assert not {*SIZES} & {*measured}
+    assert not measured
     figures = (result.directory / vocabulary_size.PARTS).read_bytes()
     with pytest.raises(RecipeError, match="got another seed"):
         run(Recipe.parse(automatic | {"seed": 5}), resume=True, console=Console(quiet=True))
@@ -183,8 +190,12 @@ def test_a_teacher_whose_tokens_cannot_be_cut_is_refused_at_once(automatic: dict
 def test_the_command_writes_the_number_into_the_recipe(
     automatic: dict[str, Any], toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bits = {None: 3.0, 284: 2.0}
+    monkeypatch.setattr(vocabulary_size, "_texts", lambda recipe: ["text"])
     monkeypatch.setattr(
-        vocabulary_size, "_pruned_bits", lambda recipe, size, whole, texts: {300: 3.0, 284: 2.0}.get(size, 4.0)
+        vocabulary_size,
+        "_pruned_bits",
+        lambda recipe, texts: bits.get(recipe.student.vocabulary and recipe.student.vocabulary.keep, 4.0),
     )
     command = ["design", "--teacher", str(toys / "teacher"), "--data", str(toys / "train.jsonl")]
     done = CliRunner().invoke(

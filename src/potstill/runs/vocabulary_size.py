@@ -55,14 +55,15 @@ def choose_vocabulary_size(recipe: Recipe, directory: Path, console: Console) ->
     finished = FinishedParts(directory / PARTS, [request, *(fingerprint(str(path)) for path in paths)])
     whole = size = vocabulary_size(tokenizer)
     least, measured = len(choose_tokens(tokenizer, {}, "data")), dict[int, float]()
-    while size >= least and (size not in measured):
+    while size >= least:
         try:
             budget_config(design, config, size)
         except ModelError as error:  # the family has no model of this size with so many tokens
             console.print(f"{size:,} tokens: left out. {one_line(error)}", highlight=False, markup=False)
         else:
-            texts = finished.get("texts", partial(_texts, recipe), keep=bool)
-            bits = finished.get(str(size), partial(_pruned_bits, recipe, size, whole, texts), keep=math.isfinite)
+            with_tokens = _with_tokens(recipe, None if size == whole else size)
+            texts = finished.get("texts", partial(_texts, with_tokens), keep=bool)
+            bits = finished.get(str(size), partial(_pruned_bits, with_tokens, texts), keep=math.isfinite)
             console.print(f"{size:,} tokens, pruned: {bits:.3f} bits a byte", highlight=False, markup=False)
             measured[size] = bits
             if bits > min(measured.values()):
@@ -105,7 +106,7 @@ def _check(recipe: Recipe) -> None:
 def _texts(recipe: Recipe) -> list[str]:
     """Choose the texts that all students are compared on: halves of rows, which have room for more tokens."""
     with suppress_warnings():
-        built = build_run(calibrated_quickly(_with_tokens(recipe, None)))
+        built = build_run(calibrated_quickly(recipe))
     rows = built.train.dataset
     if len(rows) < LEAST_ROWS:
         raise RecipeError(
@@ -135,13 +136,12 @@ def _with_tokens(recipe: Recipe, size: int | None) -> Recipe:
     return recipe.model_copy(update={"student": recipe.student.model_copy(update=changes)})
 
 
-def _pruned_bits(recipe: Recipe, size: int, whole: int, texts: Sequence[str]) -> float:
-    """Prune the recipe's student with so many of all tokens; return its bits per byte of texts."""
-    with_tokens = _with_tokens(recipe, None if size == whole else size)
+def _pruned_bits(recipe: Recipe, texts: Sequence[str]) -> float:
+    """Prune the recipe's student; return its bits per byte of texts."""
     with suppress_warnings():
-        built = build_run(calibrated_quickly(with_tokens))
+        built = build_run(calibrated_quickly(recipe))
         assert isinstance(built.new_student, StudentBuilder)
-        builder, rows = replace(built.new_student, recipe=with_tokens), built.train.dataset
+        builder, rows = replace(built.new_student, recipe=recipe), built.train.dataset
         others = rows.select(range(_first_scored(rows)))
         student = replace(builder, initialization=initialization_of(builder, others))().to(PartialState().device)
         encoded = [built.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
