@@ -106,8 +106,8 @@ def losses(model: Any, held_out: dict[str, Dataset], tokenizer: Any) -> dict[str
 
 
 @torch.no_grad()
-def told(teacher: Teacher, held_out: dict[str, Dataset], tokenizer: Any) -> dict[str, float]:
-    """The same of several teachers as one."""
+def losses_of(teacher: Teacher, held_out: dict[str, Dataset], tokenizer: Any) -> dict[str, float]:
+    """Losses of several teachers as one, by kind of text."""
     sums = {}
     for kind, part in held_out.items():
         total, tokens = 0.0, 0
@@ -148,7 +148,7 @@ def main() -> None:
         return EnsembleTeacher(list(of.values()), names=KINDS, **options)
 
     by_teacher = {f"{kind} teacher": losses(model, held_out, tokenizer) for kind, model in teachers.items()}
-    by_teacher |= {name: told(ensemble(o), held_out, tokenizer) for name, o in list(several.items())[:2]}
+    by_teacher |= {name: losses_of(ensemble(o), held_out, tokenizer) for name, o in list(several.items())[:2]}
     students: dict[str, list[dict[str, float]]] = {}
     weights = []
     for seed in args.seeds:

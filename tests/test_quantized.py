@@ -52,20 +52,20 @@ def test_its_layers_are_rounded_and_its_head_is_not(folder: Path) -> None:
     whole = ModelTeacher(load_model(str(folder), "teacher"))
     exact = whole(batch, alignment).targets
     for dtype, kind in KINDS.items():
-        speaker = ModelSource(model=str(folder), dtype=dtype, device="cpu").load(None)
-        assert speaker.model is not None
-        kinds = {type(module).__name__ for module in speaker.model.model.layers.modules()}
+        loaded = ModelSource(model=str(folder), dtype=dtype, device="cpu").load(None)
+        assert loaded.model is not None
+        kinds = {type(module).__name__ for module in loaded.model.model.layers.modules()}
         assert kind in kinds and "Linear" not in kinds
-        said = speaker.teacher(batch, alignment).targets
-        assert isinstance(said, HeadTargets)
-        assert torch.equal(said.head.weight, exact.head.weight)
+        targets = loaded.teacher(batch, alignment).targets
+        assert isinstance(targets, HeadTargets)
+        assert torch.equal(targets.head.weight, exact.head.weight)
         with torch.no_grad():
-            logits = alignment.select(run(speaker.model, batch).logits)
-        torch.testing.assert_close(said.dense(), logits, atol=1e-4, rtol=1e-5)
-        apart[dtype] = float(token_divergence(said.dense(), exact, ForwardKL()).mean())
-        size[dtype] = speaker.model.get_memory_footprint()
-        (note,) = [note for note in loading_notes(speaker.model) if "by precision" in note]
-        rounded = sum(x.nbytes for x in speaker.model.parameters() if x.dtype.itemsize == 1)
+            logits = alignment.select(run(loaded.model, batch).logits)
+        torch.testing.assert_close(targets.dense(), logits, atol=1e-4, rtol=1e-5)
+        apart[dtype] = float(token_divergence(targets.dense(), exact, ForwardKL()).mean())
+        size[dtype] = loaded.model.get_memory_footprint()
+        (note,) = [note for note in loading_notes(loaded.model) if "by precision" in note]
+        rounded = sum(x.nbytes for x in loaded.model.parameters() if x.dtype.itemsize == 1)
         assert f"{rounded / 1e9:.3g} GB in {'int8' if dtype == 'int8' else 'uint8'}" in note
     assert 0 < apart["int8"] < 0.05 < apart["int4"] < 2
     assert size["int4"] < size["int8"] < 0.5 * whole.model.get_memory_footprint()
@@ -78,10 +78,10 @@ def test_a_head_that_is_rounded_too_gives_whole_logits(folder: Path) -> None:
     assert type(model.lm_head) is not nn.Linear and split_model(model) is None
     batch = make_batch()
     alignment = causal_alignment(batch["labels"])
-    said = ModelTeacher(model)(batch, alignment).targets
-    assert isinstance(said, DenseTargets)
+    targets = ModelTeacher(model)(batch, alignment).targets
+    assert isinstance(targets, DenseTargets)
     with torch.no_grad():
-        assert torch.equal(said.logits, alignment.select(run(model, batch).logits))
+        assert torch.equal(targets.logits, alignment.select(run(model, batch).logits))
 
 
 @pytest.mark.parametrize("dtype", KINDS)

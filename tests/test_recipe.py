@@ -80,7 +80,7 @@ def test_a_run_is_resumed_with_the_files_that_it_began_with(tmp_path: Path) -> N
         RecipeError, match=r"output: expected .*words\.txt as it was when the run in .* began, got another"
     ):
         recipe.check_directory(run, resume=True)
-    (run / "inputs.json").unlink()  # which an earlier version did not write
+    (run / "inputs.json").unlink()  # without them nothing is compared
     recipe.check_directory(run, resume=True)
 
 
