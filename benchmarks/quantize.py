@@ -54,7 +54,7 @@ def recipe_of(args: argparse.Namespace, arm: str, tokens: int, rate: float) -> R
         sets += [f"teacher={{model: {args.model}, dtype: auto}}", f"student={{model: {args.model}}}"]
         sets += [f"data.train.path={args.out / 'train.jsonl'}", f"data.eval.path={args.out / 'dev.jsonl'}"]
     else:
-        sets += ["student={design: {compression: 2}, initialize: prune}"]
+        sets += ["student={design: {compression: 2, keep: balanced}, initialize: prune}"]
     if arm != "plain":
         sets.append(f"student.quantize={arm}")
     return stdlib_task(out, sets)

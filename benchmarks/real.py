@@ -86,8 +86,11 @@ def depth(layers: int, **options: Any) -> dict[str, Any]:
 
 
 def pruned(share: float, rounds: int = 1, **options: Any) -> dict[str, Any]:
-    """A student of a share of its teacher's parameters, of the shape that a rule or a search gives."""
-    design = {"compression": round(1 / share, 4), **options}
+    """A student of a share of its teacher's parameters, of the shape that a rule or a search gives.
+
+    The rule cuts depth and width, unless `options` say otherwise: what `keep: attention` leaves is in `cut`.
+    """
+    design = {"compression": round(1 / share, 4), "keep": "balanced"} | options
     return {"design": design, "initialize": {"method": "prune", "rounds": rounds}}
 
 
@@ -109,6 +112,7 @@ ROWS = {
     "smollm2-60-own": Row(cut(30, 512), objective=HALF, own_text=True),
     "smollm2-60-depth": Row(depth(15)),
     "smollm2-60-rule": Row(pruned(0.6)),
+    "smollm2-40-rule": Row(pruned(0.4)),
     "smollm2-60-search": Row(pruned(0.6, search=6)),
     "smollm2-60-auto": Row(pruned(0.6, keep="attention") | trimmed("auto")),
     "smollm2-60-top-k": Row(cut(30, 512), cached={"codec": "top_k", "k": 64}),

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-sweep"))
     args = parser.parse_args()
     sets = [
-        "student.design={compression: 2}",
+        "student.design={compression: 2, keep: balanced}",
         f"train.max_steps={args.steps}",
         f"train.warmup_steps={args.steps // 10}",
     ]

@@ -145,6 +145,31 @@ def test_a_budget_of_active_parameters() -> None:
     assert size_of(both, 64).parameters < size.parameters
 
 
+def test_a_language_model_loses_units_first_where_that_is_enough() -> None:
+    student = design_shape(Budget(compression=1.5).student(LLAMA_8B))
+    whole = design_shape(LLAMA_8B)
+    assert (student.layers, student.hidden, student.heads) == (whole.layers, whole.hidden, whole.heads)
+    assert student.ffn < whole.ffn
+
+    tokens = make_llama(vocab_size=5000, hidden_size=64).config  # most weights are embeddings
+    assert design_shape(Budget(compression=2).student(tokens)).hidden < 64
+    with pytest.raises(ModelError, match="with the teacher's attention"):
+        Budget(compression=2, keep="attention").student(tokens)
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        CONFIG_MAPPING["bert"](),
+        CONFIG_MAPPING["llama"](**PUBLIC["Llama 3.1 8B"][1], architectures=["LlamaForSequenceClassification"]),
+        CONFIG_MAPPING["qwen3_moe"](),
+    ],
+)
+def test_other_models_lose_depth_and_width(teacher: PretrainedConfig) -> None:
+    by_default, balanced = (Budget(compression=2, keep=keep).student(teacher) for keep in (None, "balanced"))
+    assert design_shape(by_default) == design_shape(balanced)
+
+
 def test_all_limits_hold_at_once() -> None:
     whole = count_parameters(LLAMA_8B)
     seconds = lambda config: count_parameters(config) * 1e-11  # noqa: E731

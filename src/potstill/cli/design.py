@@ -37,7 +37,9 @@ def design(
     target: Annotated[str | None, typer.Option(help="kind of device: browser, edge, mobile, server")] = None,
     min_share: Annotated[float | None, typer.Option(help="of the teacher's score, by published results: 0.9")] = None,
     task: Annotated[str, typer.Option(help="kind of task: general, classification, generation, ...")] = "general",
-    keep: Annotated[str, typer.Option(help="what to keep: depth, width, attention or balanced")] = "balanced",
+    keep: Annotated[
+        str | None, typer.Option(help="depth, width, attention or balanced; default: attention where it can be kept")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="tokens in a row; default: at most 2048", min=1)] = None,
     vocabulary: Annotated[
         str | None, typer.Option(help="tokens to keep: data (those of --data), a number, or auto")
@@ -69,7 +71,7 @@ def design(
             return _list(context or CONTEXT)
         if teacher is None:
             raise UserError("design: expected --teacher DIR, got none. The student is of the teacher's family.")
-        if keep not in get_args(Keep):
+        if keep is not None and keep not in get_args(Keep):
             raise UserError(f"--keep: expected {', '.join(get_args(Keep))}, got {keep}.")
         config = load_config(teacher, "--teacher")
         positions = position_limit(config) or context or CONTEXT

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +17,8 @@ from potstill.losses.declared import Record
 from potstill.models.capacity import TaskKind, smallest_student
 from potstill.models.compression import TARGETS
 from potstill.models.design import KEEP_WORDS, TOLERANCE, Keep, ShapeSearch, design
-from potstill.models.shapes import text_config
-from potstill.models.size import count_parameters, size_of
+from potstill.models.shapes import count_experts, text_config
+from potstill.models.size import count_parameters, is_encoder, size_of
 
 Measure = Callable[[PretrainedConfig], float]
 
@@ -43,7 +44,8 @@ class Budget(Record):
         target: at most the parameters for a kind of device, see `TARGETS`.
         min_share: at least the parameters that published students keep this share of the teacher's score with.
         task: of min_share, see `expected_share`.
-        keep: see `design`.
+        keep: see `design`. By default attention for a causal language model without experts, where a student that
+            keeps it can meet the limits, else balanced.
         context: tokens in a row.
 
     Raises:
@@ -59,7 +61,7 @@ class Budget(Record):
     target: str | None = None
     min_share: float | None = None
     task: TaskKind = "general"
-    keep: Keep = "balanced"
+    keep: Keep | None = None
     context: int = 2048
 
     def __post_init__(self) -> None:
@@ -87,6 +89,14 @@ class Budget(Record):
         if not isinstance(teacher, PretrainedConfig):
             hint = "Give the config of a model, or AutoConfig.from_pretrained(name)."
             raise ModelError(f"design: expected a config of the teacher, got a {type(teacher).__name__}. {hint}")
+        if self.keep is None and loses_least_with_units(teacher):
+            with suppress(ModelError):
+                return self._student(teacher, "attention", vocabulary, seconds)
+        return self._student(teacher, self.keep or "balanced", vocabulary, seconds)
+
+    def _student(
+        self, teacher: PretrainedConfig, keep: Keep, vocabulary: int | None, seconds: Measure | None
+    ) -> PretrainedConfig:
         teacher = text_config(teacher)
         whole, costs = count_parameters(teacher), [*self._costs(seconds)]
         least = 0 if self.min_share is None else math.ceil(smallest_student(whole, self.min_share, self.task).value)
@@ -97,7 +107,7 @@ class Budget(Record):
             sizes = [size for size in sizes if size < whole]
         elif not sizes:
             sizes = [least]
-        student = self._largest(teacher, min(sizes, default=None), costs, vocabulary or teacher.vocab_size)
+        student = _largest(teacher, keep, min(sizes, default=None), costs, vocabulary or teacher.vocab_size)
         if (parameters := count_parameters(student)) < least * (1 - TOLERANCE):
             raise ModelError(
                 f"design: expected limits that leave {least:,} parameters, with which published students keep "
@@ -121,37 +131,46 @@ class Budget(Record):
                 )
             yield CostLimit(lambda config: 1000 * seconds(config), self.latency_ms, f"at most {self.latency_ms:g} ms")
 
-    def _largest(
-        self, teacher: PretrainedConfig, parameters: int | None, costs: Sequence[CostLimit], vocabulary: int
-    ) -> PretrainedConfig:
-        """Find the largest student of at most so many parameters, if given, that no cost is too high for."""
-        if parameters is not None:
-            student = design(teacher, parameters, keep=self.keep, vocabulary=vocabulary)
-            if all(cost.measure(student) <= cost.most for cost in costs):
-                return student
-        search = ShapeSearch(teacher, self.keep, vocabulary)
-        smallest = search.smallest()
-        fitting = search.config(smallest.shape)
-        for cost in costs:
-            if (least := cost.measure(fitting)) > cost.most:
-                raise ModelError(
-                    f"design: expected a limit that a student {KEEP_WORDS[search.keep]} can meet, got {cost.text}: the "
-                    f"smallest one takes {least:.3g}. It has {smallest}, {smallest.parameters:,} parameters."
-                )
-        low, high, everything_fits = smallest.parameters, parameters or count_parameters(teacher), parameters is None
-        while high / low > 1 + TOLERANCE / 4:
-            middle = round(math.sqrt(low * high))
-            config = search.config(search.best(middle).shape)
-            if all(cost.measure(config) <= cost.most for cost in costs):
-                low, fitting = middle, config
-            else:
-                high, everything_fits = middle, False
-        if everything_fits:
-            limits = " and ".join(cost.text for cost in costs)
+
+def _largest(
+    teacher: PretrainedConfig, keep: Keep, parameters: int | None, costs: Sequence[CostLimit], vocabulary: int
+) -> PretrainedConfig:
+    """Find the largest student of at most so many parameters, if given, that no cost is too high for."""
+    if parameters is not None:
+        student = design(teacher, parameters, keep=keep, vocabulary=vocabulary)
+        if all(cost.measure(student) <= cost.most for cost in costs):
+            return student
+    search = ShapeSearch(teacher, keep, vocabulary)
+    smallest = search.smallest()
+    fitting = search.config(smallest.shape)
+    for cost in costs:
+        if (least := cost.measure(fitting)) > cost.most:
             raise ModelError(
-                f"design: expected a limit that the teacher does not meet, got {limits}. Take the teacher."
+                f"design: expected a limit that a student {KEEP_WORDS[keep]} can meet, got {cost.text}: the "
+                f"smallest one takes {least:.3g}. It has {smallest}, {smallest.parameters:,} parameters."
             )
-        return fitting
+    low, high, everything_fits = smallest.parameters, parameters or count_parameters(teacher), parameters is None
+    while high / low > 1 + TOLERANCE / 4:
+        middle = round(math.sqrt(low * high))
+        config = search.config(search.best(middle).shape)
+        if all(cost.measure(config) <= cost.most for cost in costs):
+            low, fitting = middle, config
+        else:
+            high, everything_fits = middle, False
+    if everything_fits:
+        limits = " and ".join(cost.text for cost in costs)
+        raise ModelError(f"design: expected a limit that the teacher does not meet, got {limits}. Take the teacher.")
+    return fitting
+
+
+def loses_least_with_units(teacher: PretrainedConfig) -> bool:
+    """Whether a teacher is a causal language model without experts.
+
+    Of one that was pruned, fewer feed-forward units cost less than fewer layers or channels (docs/benchmarks.md).
+    """
+    heads = ("CausalLM", "LMHead", "ConditionalGeneration")
+    causal = all(any(head in name for head in heads) for name in teacher.architectures or ())
+    return causal and not is_encoder(text_config(teacher)) and not count_experts(text_config(teacher))
 
 
 def parse_count(text: str | float) -> int:

@@ -220,7 +220,7 @@ class _Search:
         assert isinstance(budget, BudgetPart)
         assert builder.design is not None
         assert builder.source is not None
-        candidates = Candidates(text_config(builder.source.config), builder.design, budget.keep)
+        candidates = Candidates(text_config(builder.source.config), builder.design, budget.keep or "balanced")
         rows = built.train.dataset
         scored = {*evenly_spaced(min(SCORED_ROWS, max(1, len(rows) // 4)), len(rows))}
         others = [number for number in range(len(rows)) if number not in scored]

@@ -34,8 +34,10 @@ class BudgetPart(Part):
         description="with enough parameters for this share of the teacher's score, by published results",
     )
     task: TaskKind = Field("general", description="kind of task, for min_share")
-    keep: Literal["balanced", "depth", "width", "attention"] = Field(
-        "balanced", description="what stays as in the teacher; attention: all but feed-forward units, then layers"
+    keep: Literal["balanced", "depth", "width", "attention"] | None = Field(
+        None,
+        description="what stays as in the teacher; attention: all but feed-forward units, then layers. By default "
+        "attention for a causal language model where it can meet the limits, else balanced: depth and width",
     )
     context: int = Field(2048, ge=1, description="tokens in a row, for memory_gb")
     search: int | None = Field(

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from potstill.data.locate import locate
 from potstill.data.sources import Source
 from potstill.embedding.vectors import open_vectors
-from potstill.errors import ModelError, RecipeError, UserError
+from potstill.errors import RecipeError, UserError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.models.loading import has_bfloat16, load_config, suppress_warnings
 from potstill.models.shapes import EXPERT_FIELDS, FFN_FIELDS, design_shape, text_config
@@ -230,7 +230,7 @@ def _student(
         raise UserError("init: expected --student with --adapter, got none. An adapter needs a trained model.")
     units = _fewer_units(teacher)
     design = dict(request.budget) or units or _fewer_layers(teacher)
-    student: dict[str, Any] = {"design": design | ({"keep": "attention"} if request.budget and units else {})}
+    student: dict[str, Any] = {"design": design}
     if teacher.can_initialize:
         student["initialize"] = "prune" if request.budget or units else "copy"
     try:
@@ -238,13 +238,7 @@ def _student(
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise RecipeError(f"init: expected a budget that a recipe can have, got: {reason}.") from None
-    try:
-        config = design_of(part, teacher.config, teacher.tokenizer)
-    except ModelError:
-        if "keep" not in student["design"]:
-            raise
-        student["design"] = design  # less than attention takes
-        config = design_of(StudentPart.model_validate(student), teacher.config, teacher.tokenizer)
+    config = design_of(part, teacher.config, teacher.tokenizer)
     assert config is not None
     shape, parameters = design_shape(config), count_parameters(config)
     ratio = f"{teacher.parameters / parameters:.1f} times smaller than the teacher"
