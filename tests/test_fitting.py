@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForSequenceClassification
 
 from conftest import make_batch
 from potstill.models.design import student_config
@@ -54,6 +54,35 @@ def test_fitted_layers_are_nearer_to_the_teacher(kind: str) -> None:
     of_teacher = logits(teacher)
     before, after = (divergence(of_teacher, logits(plan.student(teacher, 0))) for plan in (copied, fitted))
     assert after < 0.8 * before
+
+
+def builder_of(source: Any, **train: Any) -> Any:
+    recipe = SimpleNamespace(train=train, teacher=SimpleNamespace(model_device=torch.device("cpu")))
+    return SimpleNamespace(recipe=recipe, source=source)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_layers_are_fitted_in_half_precision(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(build_student, "has_bfloat16", lambda: True)
+    teacher = model(kind)
+    fewer = {LAYERS.get(kind, "num_hidden_layers"): 3}
+    whole = planned(teacher, "prune", **fewer)
+    with build_student.calibration_precision(builder_of(teacher, bf16=True)):
+        half, same = planned(teacher, "prune", **fewer), planned(teacher, "prune")
+    assert not same.changed
+    assert {weight.dtype for weight in half.changed.values()} == {torch.float32}
+    of_teacher = logits(teacher)
+    first, second = (divergence(of_teacher, logits(plan.student(teacher, 0))) for plan in (whole, half))
+    assert second == pytest.approx(first, rel=0.02)
+    assert any(not torch.equal(weight, whole.changed[name]) for name, weight in half.changed.items())
+
+
+def test_experts_and_other_trainings_are_calibrated_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_student, "has_bfloat16", lambda: True)
+    experts = SimpleNamespace(config=CONFIG_MAPPING["mixtral"](num_local_experts=4))
+    for builder in builder_of(model("llama")), builder_of(experts, bf16=True):
+        with build_student.calibration_precision(builder):
+            assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

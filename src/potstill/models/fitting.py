@@ -141,7 +141,7 @@ class _FittedLayer:
     ) -> None:
         self.states, self.targets, self.batches, self.channels, self.branch = states, targets, batches, channels, branch
         self.layer = states.layers[states.next]
-        self.rounding = (ROUNDING_ULPS * torch.finfo(targets.states[0].dtype).eps) ** 2
+        self.rounding = _rounding(targets.states[0]) ** 2
         self.weights: dict[str, Tensor] = {}  # that changed
 
     def fit(self) -> tuple[float, float]:
@@ -222,6 +222,13 @@ class _FittedLayer:
         return factors, error(torch.ones_like(factors)), error(factors)
 
 
+def _rounding(state: Tensor) -> float:
+    """The relative error of a hidden state that is rounding."""
+    device = state.device.type
+    products = torch.finfo(torch.get_autocast_dtype(device)).eps if torch.is_autocast_enabled(device) else 0.0
+    return max(ROUNDING_ULPS * torch.finfo(state.dtype).eps, products)
+
+
 class _Regression:
     """Sums over tokens, of errors [H] on features [I]; relative to the size of what they are errors of."""
 
@@ -233,8 +240,9 @@ class _Regression:
     def add(self, features: Tensor, errors: Tensor, of: Tensor) -> None:
         scale = of.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
         features, errors = features * scale, errors * scale
-        self.features = self.features + on_float64_device(features.T @ features).double()
-        self.products = self.products + on_float64_device(features.T @ errors).double()
+        with torch.autocast(features.device.type, enabled=False):  # forward passes alone may be in half precision
+            self.features = self.features + on_float64_device(features.T @ features).double()
+            self.products = self.products + on_float64_device(features.T @ errors).double()
         self.error += float(errors.square().sum())
         self.tokens += len(features)
 

@@ -155,7 +155,7 @@ def measure_importance(model: PreTrainedModel, batches: Batches) -> Importance:
 
 
 def _run(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
-    model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")})
+    model.base_model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")})
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from potstill.models.chat import end_token_ids, set_end_tokens
 from potstill.models.design import student_config
 from potstill.models.heads import set_pad_id
 from potstill.models.initialize import Initialization, plan_initialization, random_student
-from potstill.models.loading import is_adapter, load_model, vocabulary_size
+from potstill.models.loading import has_bfloat16, is_adapter, load_model, vocabulary_size
 from potstill.models.placement import move
 from potstill.models.precision import as_dtype, saved_dtype
 from potstill.models.pruning import Importance
-from potstill.models.shapes import text_config
+from potstill.models.shapes import count_experts, text_config
 from potstill.models.size import language_model_class
 from potstill.models.spacing import evenly_spaced
 from potstill.models.trimming import trim_model
@@ -202,7 +202,20 @@ def initialization_of(
     calibration = partial(calibration_batches, builder, train)
     options: dict[str, Any] = {"layers": part.layers, "fit": part.fit, "importance": importance}
     options["merge"] = part.experts == "merge"
-    return plan_initialization(source, builder.design, part.method, calibration=calibration, **options)
+    with calibration_precision(builder):
+        return plan_initialization(source, builder.design, part.method, calibration=calibration, **options)
+
+
+def calibration_precision(builder: StudentBuilder) -> torch.autocast:
+    """Forward passes in the precision of the training, but for experts, whose outputs are compared.
+
+    Weights are fitted between passes, so none are cached.
+    """
+    assert builder.source is not None
+    device = torch.device(builder.recipe.teacher.model_device or PartialState().device)
+    bf16 = bool(builder.recipe.train.get("bf16")) and has_bfloat16()
+    bf16 = bf16 and not count_experts(text_config(builder.source.config))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def calibration_batches(builder: StudentBuilder, train: Dataset) -> Iterator[dict[str, Tensor]]:

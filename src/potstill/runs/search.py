@@ -32,7 +32,13 @@ from potstill.models.shapes import DesignShape, config_fields, text_config
 from potstill.models.size import count_parameters
 from potstill.models.spacing import evenly_spaced
 from potstill.runs.build import BuiltRun, TrainingPlan, build_objective, build_run
-from potstill.runs.build_student import StudentBuilder, calibrated_quickly, calibration_batches, initialization_of
+from potstill.runs.build_student import (
+    StudentBuilder,
+    calibrated_quickly,
+    calibration_batches,
+    calibration_precision,
+    initialization_of,
+)
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import BudgetPart
 from potstill.runs.finished_parts import FinishedParts
@@ -231,7 +237,8 @@ class _Search:
     def importance(self) -> Importance:
         """Of the parts of the model that is pruned, measured once."""
         assert self.builder.source is not None
-        return measure_importance(self.builder.source, calibration_batches(self.builder, self.train))
+        with calibration_precision(self.builder):
+            return measure_importance(self.builder.source, calibration_batches(self.builder, self.train))
 
     def design(self, shape: DesignShape) -> dict[str, Any]:
         """The recipe's student.design of a shape."""
