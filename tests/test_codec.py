@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from potstill.errors import ShapeError
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTargets
+from potstill.teachers.cache import codec as codec_module
 from potstill.teachers.cache.codec import Codec, Dense, HiddenStates, Sampled, TopK, codec_of
 
 VOCABULARIES = [2, 3, 255, 256, 257, 70_000, 300_000]  # one, two and three bytes for an id; beyond 2^18
@@ -248,3 +251,21 @@ def test_the_log_probabilities_of_the_datas_own_tokens_are_kept() -> None:
         torch.testing.assert_close(codec.decode(rows, [2, 3], head)[1], told, atol=1e-5, rtol=1e-3)
         rows[1] = codec.encode(parts[1], 0)
         assert codec.decode(rows, [2, 3], head)[1] is None
+
+
+@pytest.mark.parametrize("kind", ["dense", "top_k", "sampled", "hidden"])
+def test_logits_are_computed_for_some_positions_at_a_time(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    codec: Any = {"dense": Dense(30), "top_k": TopK(30, 4), "sampled": Sampled(30), "hidden": HiddenStates(30, 8)}[kind]
+    targets, labels = HeadTargets(torch.randn(11, 8), LMHead(torch.randn(30, 8))), torch.arange(11)
+    whole = codec.decode([codec.encode(targets, 7, labels=labels)], [11], targets.head)
+    sizes = []
+    logits = LMHead.logits
+    monkeypatch.setattr(LMHead, "logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden))
+    monkeypatch.setattr(codec_module, "ELEMENTS", 4 * 30 + 1)
+    in_parts = codec.decode([codec.encode(targets, 7, labels=labels)], [11], targets.head)
+    assert sizes == [4, 4, 3]
+    torch.testing.assert_close(in_parts[1], whole[1])
+    values = [
+        read[0].events(1.0) if isinstance(read[0], SparseTargets) else read[0].dense() for read in (in_parts, whole)
+    ]
+    torch.testing.assert_close(*values, atol=1e-3, rtol=1e-3)

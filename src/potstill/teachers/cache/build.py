@@ -17,7 +17,7 @@ from torch import Tensor
 from potstill.errors import DataError, RunError
 from potstill.files import atomic_path, write_json, write_text
 from potstill.losses.alignment import causal_alignment
-from potstill.losses.targets import DenseTargets, HeadTargets, SparseTargets
+from potstill.losses.targets import HeadTargets, SparseTargets
 from potstill.models.checksums import digest, with_checksum, without_checksum
 from potstill.teachers.cache import store
 from potstill.teachers.cache.codec import Codec, HiddenStates, codec_of
@@ -178,7 +178,6 @@ class CacheBuilder:
                 known = None if output.label_log_probs is None else output.label_log_probs[positions]
                 signal = self._codec.encode(row, seed, label_log_probs=known)
             else:
-                row = row if isinstance(self._codec, HiddenStates) else DenseTargets(row.dense())
                 signal = self._codec.encode(row, seed, labels=alignment.labels[positions])
             yield CachedRow(key, count, signal, states)
 

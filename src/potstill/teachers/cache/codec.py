@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from potstill.losses.declared import Declared, Range
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
 from potstill.losses.token_losses import on_float64_device
 
+ELEMENTS = 2**26  # of logits at a time, in float32 and with what a codec makes of them
 BLOCK = 64  # tokens of the vocabulary that are sampled from together
 SCALE = 56.0  # the code of a log-probability of -x nats is round(SCALE * sqrt(x)): fine for large mass, to 20.6 nats
 UNUSED = 255  # the code of a slot without a token; that before it stands for everything less likely
@@ -44,12 +45,28 @@ class Codec(Declared):
         Full distributions come with labels [n], other targets with log-probabilities of the labels [n] where known. A
         ShapeError where the codec cannot pack these targets, or they are NaN.
         """
-        arrays, normalizer = self._encode(targets, seed)
+        if isinstance(targets, MixtureTargets):
+            raise ShapeError(
+                f"{self.name}: expected one teacher, got a mixture, which is not known at another temperature. Cache "
+                "each member, and mix the caches."
+            )
+        (size,) = targets.leading
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
+        uniform = torch.rand((size, 1), generator=generator, dtype=torch.float64)
+        pieces, known = [], []
+        for some in _parts(size, self.vocabulary):
+            part = targets.rows(some)
+            logits = None if isinstance(part, SparseTargets) else part.dense()
+            kept, normalizer = self._keep(part, logits, uniform[some])
+            pieces.append(kept)
+            if labels is not None:
+                assert logits is not None, "labels are of full distributions"
+                normalizer = logits.float().logsumexp(-1) if normalizer is None else normalizer
+                known.append(logits.gather(-1, labels[some].unsqueeze(-1)).squeeze(-1).float() - normalizer)
         if labels is not None:
-            logits = self._logits(targets)
-            normalizer = logits.float().logsumexp(-1) if normalizer is None else normalizer
-            label_log_probs = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1).float() - normalizer
-        log_probs = torch.full(targets.leading, math.nan) if label_log_probs is None else label_log_probs.cpu()
+            label_log_probs = torch.cat(known)
+        log_probs = torch.full((size,), math.nan) if label_log_probs is None else label_log_probs.cpu()
+        arrays = self._pack(*(torch.cat(tensors) for tensors in zip(*pieces, strict=True)))
         return b"".join([pack(log_probs.half().numpy()), *arrays])
 
     def decode(
@@ -67,8 +84,17 @@ class Codec(Declared):
         return targets, None if np.isnan(log_probs).any() else torch.from_numpy(log_probs.astype("f4"))
 
     @abstractmethod
-    def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
-        """The arrays of this codec; and log(sum(exp(logits))) [n] at temperature 1, if it is a by-product."""
+    def _keep(
+        self, targets: Targets, logits: Tensor | None, uniform: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What is kept of m positions, [m, ...] each, and log(sum(exp(logits))) [m] at temperature 1 as a by-product.
+
+        `logits` [m, V] are those of full distributions, and `uniform` [m, 1] random numbers in [0, 1).
+        """
+
+    @abstractmethod
+    def _pack(self, *kept: Tensor) -> list[bytes]:
+        """The arrays of this codec, of what is kept of all n positions."""
 
     @abstractmethod
     def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> Targets: ...
@@ -77,17 +103,12 @@ class Codec(Declared):
         """Name and parameters, for `codec_of`."""
         return {"name": self.name, **asdict(self)}
 
-    def _logits(self, targets: Targets) -> Tensor:
-        if isinstance(targets, SparseTargets):
+    def _full(self, logits: Tensor | None) -> Tensor:
+        if logits is None:
             raise ShapeError(
                 f"{self.name}: expected a teacher with full distributions, got sparse targets. Use the codec top_k."
             )
-        if isinstance(targets, MixtureTargets):
-            raise ShapeError(
-                f"{self.name}: expected one teacher, got a mixture, which is not known at another temperature. Cache "
-                "each member, and mix the caches."
-            )
-        return targets.dense()
+        return logits
 
     @property
     def _id_bytes(self) -> int:
@@ -117,10 +138,11 @@ class Sampled(Codec):
     temperature: Temperature = 1.0
     name = "sampled"
 
-    def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
-        logits = on_float64_device(self._logits(targets))
-        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
-        offsets = torch.rand((len(logits), 1), generator=generator, dtype=torch.float64).to(logits.device)
+    def _keep(
+        self, targets: Targets, logits: Tensor | None, uniform: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        logits = on_float64_device(self._full(logits))
+        offsets = uniform.to(logits.device)
         drawn, normalizers = [], []
         width = max(self.vocabulary, self.draws * BLOCK)
         for part, offset in zip(_chunks(logits, width), _chunks(offsets, width), strict=True):
@@ -129,17 +151,20 @@ class Sampled(Codec):
             points = (offset + torch.arange(self.draws, device=offset.device)) / self.draws
             drawn.append(_tokens_at(points, blocks, ends).cpu())
             normalizers.append(top.squeeze(-1) + ends[:, -1].log())
-        ids, normalizer = torch.cat(drawn), _check_nan(torch.cat(normalizers))
+        normalizer = _check_nan(torch.cat(normalizers))
+        return (torch.cat(drawn),), normalizer if self.temperature == 1 else None
+
+    def _pack(self, *kept: Tensor) -> list[bytes]:
+        (ids,) = kept
         steps = torch.diff(ids, prepend=torch.zeros_like(ids[:, :1]))
         first = steps != 0
         first[:, 0] = True
         counts = torch.diff(first.flatten().nonzero().squeeze(-1), append=torch.tensor([ids.numel()]))
-        arrays = [
+        return [
             pack(first.sum(-1).numpy().astype("u1")),
             pack(steps[first].numpy().astype("<u4"), self._id_bytes),
             pack((counts - 1).numpy().astype("u1")),
         ]
-        return arrays, normalizer if self.temperature == 1 else None
 
     def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> SparseTargets:
         unique = reader.take("u1", tokens)
@@ -171,22 +196,26 @@ class TopK(Codec):
         if not 1 <= self.k <= self.vocabulary:
             raise ShapeError(f"TopK: expected k in 1..{self.vocabulary}, got {self.k}.")
 
-    def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
+    def _keep(
+        self, targets: Targets, logits: Tensor | None, uniform: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         if isinstance(targets, SparseTargets):
-            kept = [self._of_sparse(targets)]
-        else:
-            kept = [self._of_logits(part) for part in _chunks(self._logits(targets), self.vocabulary)]
-        ids, log_probs, others, normalizer = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            return self._of_sparse(targets), None
+        kept = [self._of_logits(part) for part in _chunks(self._full(logits), self.vocabulary)]
+        *tensors, normalizer = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        return tuple(tensors), normalizer if self.temperature == 1 else None
+
+    def _pack(self, *kept: Tensor) -> list[bytes]:
+        ids, log_probs, others = kept
         log_probs = _check_nan(log_probs).cpu()
         codes = (SCALE * (-log_probs).clamp_min(0).sqrt()).round().clamp_max(UNUSED - 1)
         codes = codes.masked_fill(log_probs == -math.inf, UNUSED)
         steps = torch.diff(codes, prepend=torch.zeros_like(codes[:, :1]))
-        arrays = [
+        return [
             pack(ids.cpu().numpy().astype("<u4").ravel(), self._id_bytes),
             pack(steps.numpy().astype("u1").ravel()),
             pack(others.cpu().numpy().astype("<f4")),
         ]
-        return arrays, normalizer if self.temperature == 1 else None  # of sparse targets nobody reads it
 
     def _of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         top, blocks = _relative(logits, self.temperature)
@@ -201,7 +230,7 @@ class TopK(Codec):
         ids = ids.clamp_max(self.vocabulary - 1)
         return ids, kept - total.unsqueeze(-1), rest / (mass + rest), top.squeeze(-1) + total
 
-    def _of_sparse(self, targets: SparseTargets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _of_sparse(self, targets: SparseTargets) -> tuple[Tensor, Tensor, Tensor]:
         if targets.kind != "bucket" or targets.temperature != self.temperature:
             raise ShapeError(
                 f"top_k: expected a teacher's likeliest tokens at temperature {self.temperature:g}, got {targets.kind} "
@@ -213,7 +242,7 @@ class TopK(Codec):
         rest = events[..., :-1].exp().sum(-1) - kept.exp().sum(-1) + events[..., -1].exp()
         rest = rest.clamp_min(0.0)
         missing = (0, self.k - width)
-        return pad(targets.ids.gather(-1, places), missing), pad(kept, missing, value=-math.inf), rest, rest
+        return pad(targets.ids.gather(-1, places), missing), pad(kept, missing, value=-math.inf), rest
 
     def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> SparseTargets:
         ids = reader.take("<u4", tokens * self.k, self._id_bytes).reshape(-1, self.k)
@@ -233,10 +262,15 @@ class Dense(Codec):
 
     name = "dense"
 
-    def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
-        logits = self._logits(targets).float()
-        normalizer = _check_nan(logits.logsumexp(-1, keepdim=True))
-        return [pack((logits - normalizer).half().cpu().numpy().ravel())], normalizer.squeeze(-1)
+    def _keep(
+        self, targets: Targets, logits: Tensor | None, uniform: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        values = self._full(logits).float()
+        normalizer = _check_nan(values.logsumexp(-1, keepdim=True))
+        return ((values - normalizer).half().cpu(),), normalizer.squeeze(-1)
+
+    def _pack(self, *kept: Tensor) -> list[bytes]:
+        return [pack(kept[0].numpy().ravel())]
 
     def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> DenseTargets:
         values = torch.from_numpy(reader.take("<f2", tokens * self.vocabulary))
@@ -256,13 +290,18 @@ class HiddenStates(Codec):
     dtype: str = "float32"
     name = "hidden"
 
-    def _encode(self, targets: Targets, seed: int) -> tuple[list[bytes], Tensor | None]:
+    def _keep(
+        self, targets: Targets, logits: Tensor | None, uniform: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         if not isinstance(targets, HeadTargets):
             raise ShapeError(
                 f"hidden: expected a teacher with a plain head, got {type(targets).__name__}. "
                 "Use the codec top_k or sampled."
             )
-        return [pack_floats(_check_nan(targets.hidden).to(getattr(torch, self.dtype)))], None
+        return (_check_nan(targets.hidden).to(getattr(torch, self.dtype)),), None
+
+    def _pack(self, *kept: Tensor) -> list[bytes]:
+        return [pack_floats(kept[0])]
 
     def _decode(self, reader: Reader, tokens: NDArray[np.int64], head: LMHead | None) -> HeadTargets:
         assert head is not None
@@ -358,6 +397,13 @@ def _check_nan(values: Tensor) -> Tensor:
     if values.isnan().any():
         raise ShapeError("teacher: expected numbers, got NaN. Check its weights, or run it in float32 or bfloat16.")
     return values
+
+
+def _parts(size: int, vocabulary: int) -> Iterator[slice]:
+    """Split positions so that the logits of a part have about ELEMENTS numbers; one empty part where there are none."""
+    step = max(1, ELEMENTS // vocabulary)
+    for start in range(0, max(1, size), step):
+        yield slice(start, start + step)
 
 
 def _chunks(rows: Tensor, width: int) -> tuple[Tensor, ...]:
