@@ -19,7 +19,7 @@ from potstill.losses.declared import Declared, Range
 from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, MixtureTargets, SparseTargets, Targets
 from potstill.losses.token_losses import on_float64_device
 
-ELEMENTS = 2**26  # of logits at a time, in float32 and with what a codec makes of them
+ELEMENTS = 2**24  # of logits at a time
 BLOCK = 64  # tokens of the vocabulary that are sampled from together
 SCALE = 56.0  # the code of a log-probability of -x nats is round(SCALE * sqrt(x)): fine for large mass, to 20.6 nats
 UNUSED = 255  # the code of a slot without a token; that before it stands for everything less likely
