@@ -121,6 +121,7 @@ ROWS = {
     "gemma3-32k": Row({"model": "gemma3", **trimmed(32_768)}, 50_000, "gemma3", rate=WHOLE_RATE),
     "gemma3-16k": Row({"model": "gemma3", **trimmed(16_384)}, 50_000, "gemma3", rate=WHOLE_RATE),
     "gemma3-32k-60": Row(depth(11) | trimmed(32_768), 50_000, "gemma3"),
+    "gemma3-32k-60-units": Row(cut(18, 928) | trimmed(32_768), 50_000, "gemma3"),
     "gemma3-teaches-chunks": Row(OTHER, teacher="gemma3", objective=annealed("chunks")),
     "gemma3-teaches-mapped": Row(OTHER, teacher="gemma3", objective=annealed("mapped_logits")),
     "gemma3-teaches-chunks-half": Row(OTHER, teacher="gemma3", objective=[{"term": "chunks"}, {"term": "labels"}]),
