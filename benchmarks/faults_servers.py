@@ -1,6 +1,7 @@
 """A network and a server that fail: what `generate` and a served teacher get through them is what they get without.
 
-A proxy stands in front of the toy server of the tests, on loopback addresses alone. Waits are a fiftieth of real ones.
+A proxy stands in front of the toy server of the tests, on loopback addresses alone; its waits are a fiftieth of real
+ones. A real server, llama.cpp's, is killed and started again, with real waits.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ import http.client
 import json
 import random
 import shutil
+import socket
+import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,7 @@ from potstill.engines.server import ModelServer
 from potstill.errors import ServerError
 from potstill.losses.alignment import causal_alignment
 from potstill.runs.config.generate import GenerateRecipe
+from potstill.runs.formats.gguf_file import write_gguf
 from potstill.runs.generate import generate
 from potstill.teachers.served import ServedTeacher
 
@@ -33,6 +40,7 @@ from conftest import TEXT, make_llama, make_tokenizer
 from toy_server import ToyServer
 
 PROMPTS, BATCH = 300, 30
+START_S = 120  # of a real server, on a busy machine
 FIRST_WAIT_S = client.FIRST_WAIT_S / 50
 KINDS = ("drop", "delay", "429", "5xx", "restart", "outage", "all")
 
@@ -67,6 +75,9 @@ class Proxy:
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
+
+    def end_trouble(self) -> None:
+        self.lasts_s = 0.0
 
     def fault(self) -> str:
         """What happens to the next request, counted."""
@@ -135,8 +146,51 @@ class Proxy:
         return Handler
 
 
-def _rows(url: str, folder: Path, proxy: Proxy | None = None) -> tuple[bytes, int]:
-    """The rows that `generate` writes, and how often it had to be resumed, with a server that is back."""
+# llama.cpp's server: a model and a port.
+SERVE = """
+import sys, threading, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.model_alias, params.port = sys.argv[1], {"toy"}, int(sys.argv[2])
+params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 2048, 2, False, 0
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cache_prompt = False  # a prompt is computed in the same parts, whichever came before
+server = xllamacpp.Server(params)
+threading.Event().wait()
+"""
+
+
+class LlamaCpp:
+    """A server of llama.cpp, in a process of its own that is killed and started again at the same port."""
+
+    def __init__(self, model: Path) -> None:
+        self.model, self.starts = model, 0
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it, and return when it answers."""
+        self.starts += 1
+        self._process = subprocess.Popen([sys.executable, "-c", SERVE, str(self.model), str(self.port)])
+        deadline = time.monotonic() + START_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("llama.cpp did not start")
+            time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2) as response:
+            return bool(response.status == 200)
+        return False
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _rows(url: str, folder: Path, repair: Callable[[], None] | None = None, concurrency: int = 8) -> tuple[bytes, int]:
+    """The rows that `generate` writes, and how often it had to be resumed, after `repair` of the server."""
     prompts = folder / "prompts.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     prompts.write_text(
@@ -146,7 +200,7 @@ def _rows(url: str, folder: Path, proxy: Proxy | None = None) -> tuple[bytes, in
         {
             "kind": "generate",
             "name": "faults",
-            "teacher": {"server": {"url": url, "model": "toy", "timeout_s": 5.0, "concurrency": 8}},
+            "teacher": {"server": {"url": url, "model": "toy", "timeout_s": 5.0, "concurrency": concurrency}},
             "task": {"task": "responses", "prompts": {"path": str(prompts), "field": "prompt"}},
             "sampling": {"samples": 2, "max_new_tokens": 8},
             "filter": {"cut": False, "repetition": None},
@@ -161,9 +215,9 @@ def _rows(url: str, folder: Path, proxy: Proxy | None = None) -> tuple[bytes, in
             return result.rows.read_bytes() + (result.directory / "dropped.jsonl").read_bytes(), resumed
         except ServerError:
             resumed += 1
-            if proxy is None or resumed > 3:
+            if repair is None or resumed > 3:
                 raise
-            proxy.lasts_s = 0.0
+            repair()
 
 
 def generated(drill: Drill) -> None:
@@ -180,7 +234,7 @@ def generated(drill: Drill) -> None:
                 proxy = Proxy(toy.url, trouble, case.rng)
                 start = time.perf_counter()
                 try:
-                    rows, resumed = _rows(proxy.url, case.folder / trouble, proxy)
+                    rows, resumed = _rows(proxy.url, case.folder / trouble, proxy.end_trouble)
                 finally:
                     proxy.close()
                 seconds.append(time.perf_counter() - start)
@@ -232,4 +286,45 @@ def signals(drill: Drill) -> None:
         toy.close()
 
 
-PARTS = {"server-rows": generated, "server-signals": signals}
+def killed(drill: Drill) -> None:
+    """Rows from a server that is killed and started again are those of an undisturbed one.
+
+    Of four cases one is a server that comes back only when the command has ended. It gets one request at a time: what
+    it computes together with other rows is rounded in other ways.
+    """
+    drill.folder.mkdir(parents=True, exist_ok=True)
+    write_gguf(make_llama(), make_tokenizer(), drill.folder / "toy.gguf")
+    server = LlamaCpp(drill.folder / "toy.gguf")
+    server.start()
+    try:
+        expected = None
+        for case in drill.cases(20):
+            if expected is None:
+                expected, _ = _rows(server.url, case.folder / "alone", concurrency=1)
+            gone, server.starts, done = case.number % 4 == 3, 0, list[int]()
+            journal = case.folder / "disturbed" / "out" / "texts.jsonl"
+            trouble = threading.Thread(target=_kill, args=(server, journal, gone, case.rng, done))
+            trouble.start()
+            rows, resumed = _rows(server.url, case.folder / "disturbed", server.start, concurrency=1)
+            trouble.join()
+            held = rows == expected and (resumed > 0) == gone and server.starts == 1
+            drill.note(case.number, held, gone=gone, resumed=resumed, prompts_before=done[0])
+    finally:
+        server.kill()
+
+
+def _kill(server: LlamaCpp, journal: Path, gone: bool, rng: random.Random, done: list[int]) -> None:
+    """Kill a server when some batches of a run are done, and start it again unless it is to be gone."""
+    batches, deadline = rng.randrange(PROMPTS // BATCH), time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if journal.exists() and journal.read_bytes().count(b"\n") > batches * BATCH:
+            break
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.1))
+    server.kill()
+    done.append(journal.read_bytes().count(b"\n") - 1)  # the first line is about the run
+    if not gone:
+        server.start()
+
+
+PARTS = {"server-rows": generated, "server-signals": signals, "server-killed": killed}

@@ -34,14 +34,18 @@ class Served(NamedTuple):
     folder: Path
 
 
-@contextmanager
-def serve(folder: Path, *options: str) -> Iterator[Served]:
-    """A vLLM that serves the model in folder/model, until the end of the block."""
-    if not PYTHON.exists():
-        pytest.skip("vLLM is set up by make test-server")
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def serve(folder: Path, *options: str, port: int | None = None) -> Iterator[Served]:
+    """A vLLM that serves the model in folder/model, until the end of the block, when it is killed."""
+    if not PYTHON.exists():
+        pytest.skip("vLLM is set up by make test-server")
+    port = port or free_port()
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "model", *OPTIONS, *options]
     command += ["--served-model-name", "toy", "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"

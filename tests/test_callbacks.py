@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from potstill.train.callbacks import MetricsFile, logged_lines, seconds_of
+from test_trainer import trainer
 
 
 def written(path: Path, *lines: str) -> None:
@@ -46,3 +47,24 @@ def test_only_the_first_rank_writes(tmp_path: Path) -> None:
     writer.on_train_begin(args, state, control)
     writer.on_log(args, state, control, {"loss": 0.9})
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_checkpoints_do_not_grow_with_the_lines_that_are_logged(tmp_path: Path) -> None:
+    path, steps = tmp_path / "metrics.jsonl", {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    whole = trainer(tmp_path, **steps, **best)
+    whole.train()  # its checkpoints hold the lines, as those of earlier versions do
+    checkpoint, lines = tmp_path / "checkpoint-2", whole.state.log_history[:-1]
+    kept = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert len(kept) == 4
+    written(path, *(json.dumps({"run": "student", "seconds": 0.0, **one}) for one in kept), "")
+
+    resumed = trainer(tmp_path, **steps, **best)
+    resumed.add_callback(MetricsFile(path, "student"))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    states = [json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text()) for step in (3, 4)]
+    assert resumed.state.log_history == [] and [state["log_history"] for state in states] == [[], []]
+    assert resumed.state.best_metric == whole.state.best_metric
+    without_times = [[{k: v for k, v in one.items() if k in ("step", "loss", "eval_loss")} for one in found]
+                     for found in (lines, logged_lines(path))]  # fmt: skip
+    assert without_times[0] == without_times[1] and len(lines) == 8

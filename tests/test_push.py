@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from httpx2 import ConnectError
 from huggingface_hub import HfApi, constants
 from typer.testing import CliRunner
 
+import processes
 from local_http import QuietHandler, serving
 from potstill.cli import app
 from potstill.errors import ModelError, RunError, UserError
@@ -58,7 +60,25 @@ def test_a_run_is_pushed_in_one_commit_to_a_private_repository(run: Path, api: A
 
 
 class Hub(QuietHandler):
-    """What the Hub's client asks for in a push; `server` keeps the requests, and what is in the repository."""
+    """What the Hub's client asks for in a push; `server` keeps the requests, and what is in the repository.
+
+    It holds the request with the number `server.holds` until `server.released`, and never answers it: behind half of
+    its body, or, where `server.accepts`, once it has done what is asked for.
+    """
+
+    def parse_request(self) -> bool:
+        parsed = super().parse_request()
+        self.held, self.server.received = self.server.received == self.server.holds, self.server.received + 1
+        if not self.held or self.server.accepts:
+            return parsed
+        self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+        self.hold()
+        return False
+
+    def hold(self) -> None:
+        self.server.waiting.set()
+        self.server.released.wait()
+        self.close_connection = True
 
     def do_GET(self) -> None:  # noqa: N802
         self.requested("")
@@ -82,6 +102,8 @@ class Hub(QuietHandler):
         elif self.path.endswith("/info/lfs/objects/batch"):
             objects = [
                 {**of, "actions": {"upload": {"href": f"{self.server.url}/lfs/{of['oid']}", "header": {}}}}
+                if of["oid"] not in self.server.stored
+                else of
                 for of in json.loads(body)["objects"]
             ]
             self.answer({"transfer": "basic", "objects": objects})
@@ -93,16 +115,19 @@ class Hub(QuietHandler):
             self.answer({"commitUrl": f"{self.server.url}/me/small/commit/2", "commitOid": "2" * 40, "success": True})
 
     def do_PUT(self) -> None:  # noqa: N802
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.server.loses:
-            self.rfile.read(int(self.headers["Content-Length"]))
             return self.answer({"error": "lost"}, 400)
-        self.server.stored[self.path.removeprefix("/lfs/")] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.stored[self.path.removeprefix("/lfs/")] = body
         return self.answer({})
 
     def requested(self, body: str) -> None:
         self.server.requests.append((f"{self.command} {self.path}", self.headers["Authorization"], body))
 
     def answer(self, content: dict[str, Any], status: int = 200) -> None:
+        if self.held:
+            self.hold()
+            return
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -115,7 +140,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with serving(Hub, requests=[], commits=[], stored={}, private=True, refuses=False, loses=False) as server:
+    content = {"requests": [], "commits": [], "stored": {}, "private": True, "refuses": False, "loses": False}
+    faults = {"waiting": threading.Event(), "released": threading.Event(), "holds": None, "accepts": False}
+    with serving(Hub, received=0, **content, **faults) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         yield server
 
@@ -157,6 +184,34 @@ def test_a_hub_that_refuses_or_has_a_public_repository_gets_no_file(run: Path, h
     with pytest.raises(RunError, match=r"to take me/small, got .*403.* may write there\.$") as refused:
         push(run, "me/small")
     assert "secret" not in str(refused.value) and (hub.commits, hub.stored) == ([], {})
+
+
+def push_to(url: str, run: Path) -> None:
+    """Push in a process of its own, to a stand-in for the Hub."""
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = url, False, True
+    push(run, "me/small")
+
+
+@pytest.mark.slow
+@old_call
+def test_a_push_that_is_killed_at_any_request_leaves_no_part_of_a_run(run: Path, hub: Any) -> None:
+    push(run, "me/small")
+    (whole,), stored, requests = hub.commits, dict(hub.stored), hub.received
+    assert requests > 5 and hub.requests[-1][0].endswith("/commit/main")  # the last one is what others can see
+    for number in range(requests):
+        for accepts in (False, True):
+            hub.commits.clear(), hub.stored.clear(), hub.waiting.clear(), hub.released.clear()
+            hub.received, hub.holds, hub.accepts = 0, number, accepts
+            process = processes.start(run.parent / "printed", push_to, hub.url, run, HF_TOKEN="secret")
+            assert hub.waiting.wait(60), (run.parent / "printed").read_text()
+            process.kill()
+            process.join()
+            hub.holds = None
+            hub.released.set()
+            accepted = accepts and number == requests - 1
+            assert hub.commits == [whole] * accepted
+            push(run, "me/small")
+            assert hub.commits == [whole] * (1 + accepted) and hub.stored == stored
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

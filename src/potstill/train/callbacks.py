@@ -56,12 +56,14 @@ class _RunFile(TrainerCallback):
 class MetricsFile(_RunFile):
     """Appends every log line: {"run", "step", "seconds", ...}.
 
-    Not the Trainer's last one, whose mean loss and speed are those of the steps of this process.
+    Not the Trainer's last one, whose mean loss and speed are those of the steps of this process. The Trainer's own list
+    of these lines, which would grow in memory and be written whole into every checkpoint, is emptied.
     """
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             self.append(state.global_step, {"seconds": round(time.monotonic() - self._start, 2), **logs})
+        state.log_history.clear()
 
 
 class SamplesFile(_RunFile):
