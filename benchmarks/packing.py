@@ -28,7 +28,7 @@ from potstill.train.distiller import Distiller
 from potstill.train.terms.logits import Labels, Logits
 
 # (models, tokens of a packed row, rows of a padded batch)
-CASES = [("small", 512, 8), ("small", 512, 32), ("small", 1024, 8), ("model", 512, 8)]
+CASES = [("small", 512, 8), ("small", 512, 32), ("small", 1024, 8), ("model", 512, 8), ("model", 512, 16)]
 
 
 def chats(path: Path, tokenizer: Any, folder: Path) -> Any:
