@@ -99,7 +99,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The student's hidden states [N, Hs] and weight [V, Hs], both with gradient, and what the teacher says."""
+    """The student's hidden states [N, Hs] and weight [V, Hs], both with gradient, and the teacher's targets."""
 
     hidden: Tensor
     weight: Tensor

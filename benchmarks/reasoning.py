@@ -75,10 +75,10 @@ def filtered(rows: list[dict[str, str]]) -> None:
     before = (
         "You are a careful tutor. Solve the problem below. Explain every step to a pupil of ten years.\n\nProblem: "
     )
-    asked = [before + fill(TEMPLATES["structured"], row["question"]) for row in rows]
+    prompts = [before + fill(TEMPLATES["structured"], row["question"]) for row in rows]
     filters = (Length(), Repetition(), Charset(("latin",)), Refusals(), NearDuplicates(0.9))
-    questions = [TextPair(question, "") for question in asked]
-    solved = [TextPair(question, row["answer"]) for question, row in zip(asked, rows, strict=True)]
+    questions = [TextPair(question, "") for question in prompts]
+    solved = [TextPair(question, row["answer"]) for question, row in zip(prompts, rows, strict=True)]
     for name, found in (
         ("questions with their solutions, all filters", apply_filters(solved, filters)),
         ("questions alone, near-duplicates", apply_filters(questions, filters[-1:])),
@@ -86,7 +86,7 @@ def filtered(rows: list[dict[str, str]]) -> None:
         print(f"{name}: {len(found.dropped)} of {len(rows)} dropped")
         for drop in found.dropped:
             print(f"  {drop.filter}: {drop.reason}: {rows[drop.row]['question']}")
-    print(f"a hash of the first 100 characters: {len({question[:100] for question in asked})} of {len(rows)} kept")
+    print(f"a hash of the first 100 characters: {len({question[:100] for question in prompts})} of {len(rows)} kept")
 
 
 if __name__ == "__main__":

@@ -175,8 +175,8 @@ def test_a_run_from_it_is_the_run_from_the_teacher(recipe_values: dict[str, Any]
     command = ["cache", "build", str(tmp_path / "recipe.yaml"), "--codec", "hidden", "--layers", "-1", "--out", out]
     shown = CliRunner().invoke(app, command, catch_exceptions=False).output
     assert "1 of 2: hidden states in float32" in shown
-    told = json.loads(CliRunner().invoke(app, ["cache", "info", out, "--json"]).output)
-    assert told["layers"]["kept"] == [1]
+    info = json.loads(CliRunner().invoke(app, ["cache", "info", out, "--json"]).output)
+    assert info["layers"]["kept"] == [1]
     rows = []
     for name, teacher in (("live", recipe_values["teacher"]), ("cached", {"cache": out})):
         values = recipe_values | {"teacher": teacher, "output": str(tmp_path / name)}

@@ -1,4 +1,4 @@
-"""A teacher that reads in tokens of its own: what it says of chunks, and the terms that compare them."""
+"""A teacher with a tokenizer of its own: its log-probabilities of chunks, and the terms that compare them."""
 
 from __future__ import annotations
 
@@ -187,9 +187,11 @@ def test_bias_is_what_longer_tokens_keep() -> None:
         own, student = int(across.teacher_tokens[theirs[i]]), int(across.student_tokens[mine[i]])
         piece, other = pair.teacher.bytes_of[own], pair.student.bytes_of[student]
         longer = 0.0
-        for id, said in pair.teacher.bytes_of.items():
-            if piece and said and said.startswith(piece) and said != piece:
-                longer += 0.0 if other + said[len(piece) :] in pair.student.bytes_of.values() else p[i, id].item()
+        for id, longer_piece in pair.teacher.bytes_of.items():
+            if piece and longer_piece and longer_piece.startswith(piece) and longer_piece != piece:
+                longer += (
+                    0.0 if other + longer_piece[len(piece) :] in pair.student.bytes_of.values() else p[i, id].item()
+                )
         assert bias == pytest.approx(longer / (longer + p[i, own].item()), abs=1e-5)
 
 

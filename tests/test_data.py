@@ -109,7 +109,7 @@ def check_tokens(examples: Examples) -> None:
 
 
 def refused(call, *parts: str) -> None:
-    """The call is refused in one line that says each of these."""
+    """The call is refused in one line with each of these."""
     with pytest.raises(DataError) as caught:
         call()
     message = str(caught.value)
@@ -300,7 +300,7 @@ def metaspace() -> PreTrainedTokenizerFast:
 
 
 class Slow(PreTrainedTokenizerFast):
-    """A tokenizer that does not tell where its tokens stand."""
+    """A tokenizer without offsets of its tokens."""
 
     is_fast = False
 
@@ -768,7 +768,7 @@ def test_what_is_kept_is_found_again_and_never_stale(write, kept, monkeypatch):
     write([{"text": "the mat"}])  # of the same name, size and time
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert first() == "the mat<eos>"
-    for file in kept.glob("*.json"):  # a run that was killed before it could vouch
+    for file in kept.glob("*.json"):  # a run that was killed before it wrote the checksum
         file.unlink()
     assert first() == "the mat<eos>"
 

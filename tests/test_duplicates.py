@@ -138,9 +138,9 @@ def test_a_run_on_its_own_training_rows_says_so_everywhere(recipe_values: dict[s
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_values))
     checked = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
     assert "all held-out rows are training rows" in " ".join(checked.stdout.split())
-    said = io.StringIO()
-    result = run(Recipe.parse(recipe_values), console=Console(file=said, width=500))
-    assert "warning: data.eval: all held-out rows are training rows too" in said.getvalue()
+    printed = io.StringIO()
+    result = run(Recipe.parse(recipe_values), console=Console(file=printed, width=500))
+    assert "warning: data.eval: all held-out rows are training rows too" in printed.getvalue()
     assert result.summary["data"]["eval_in_train"] == 1
     assert "all held-out rows are training rows" in result.summary["notes"][0]
     for page in ("report.html", "student/README.md"):

@@ -1,4 +1,4 @@
-"""potstill evaluate: every figure against a loop, the command, and what is told when something is wrong."""
+"""potstill evaluate: every figure against a loop, the command, and its errors."""
 
 from __future__ import annotations
 

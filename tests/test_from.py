@@ -151,8 +151,8 @@ def workplace(toys: Path, embedder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """A folder as the pages' reader has it."""
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     shutil.copytree(embedder, tmp_path / "embedder")
-    asked = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(20)]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    rows = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(20)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     vectors = torch.randn(400, 12) @ torch.randn(12, 1536)
     np.save(tmp_path / "embeddings.npy", vectors.numpy())
     torch.save({"embeddings": vectors, "model_state": {}}, tmp_path / "teacher.pt")

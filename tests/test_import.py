@@ -45,7 +45,7 @@ def recipe(recipe_values: dict[str, Any], tmp_path: Path) -> Path:
 def potstill(folder: Path, *arguments: str | Path, status: int = 0) -> str:
     """Return what a command prints in a process of its own, which ends with the status."""
     output = folder / "output.txt"
-    assert processes.finish(processes.potstill(*map(str, arguments), said=output)) == status, output.read_text()
+    assert processes.finish(processes.potstill(*map(str, arguments), printed=output)) == status, output.read_text()
     return output.read_text()
 
 

@@ -1,4 +1,4 @@
-"""potstill init: what it writes passes potstill check and runs, for every kind and task; its mistakes are told."""
+"""potstill init: what it writes passes potstill check and runs, for every kind and task; mistakes are errors."""
 
 from __future__ import annotations
 

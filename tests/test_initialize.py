@@ -126,7 +126,7 @@ def test_units_that_do_nothing_are_pruned_without_a_trace(kind: str) -> None:
                     module.bias[silent] = 0
         group = int(torch.randint(2, (1,), generator=generator))  # a key and value head, with its query heads
         groups = slice(2 * group * size, 2 * (group + 1) * size)
-        with torch.no_grad():  # what is said by the heads of a silent group is 0
+        with torch.no_grad():  # the heads of a silent group give 0
             if kind == "gpt2":
                 value = layer.get_submodule("attn.c_attn")
                 value.weight[:, 64:][:, groups] = 0
@@ -190,8 +190,8 @@ def test_importance_is_what_loops_find() -> None:
         real = mask[row].bool()
         units += seen["mlp.down_proj"][row][real].double().abs().mean(0) ** 2
         for head in range(4):
-            said = seen["self_attn.o_proj"][row][real][:, 8 * head : 8 * head + 8].double()
-            heads[head] += said.norm(dim=-1).mean() ** 2
+            head_output = seen["self_attn.o_proj"][row][real][:, 8 * head : 8 * head + 8].double()
+            heads[head] += head_output.norm(dim=-1).mean() ** 2
     torch.testing.assert_close(found.units[2], units.sqrt(), rtol=1e-5, atol=0)
     torch.testing.assert_close(found.heads[2], heads.sqrt(), rtol=1e-5, atol=0)
 

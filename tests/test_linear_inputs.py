@@ -20,10 +20,10 @@ from linear_cases import (
     every_dtype,
     every_kind,
     every_reduction,
+    make_targets,
     plain,
     rand,
     randn,
-    said,
     some_labels,
     student,
     wanting,
@@ -40,7 +40,7 @@ from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTar
 def test_no_tokens(kind, backend, reduction):
     tensors = hidden, weight, bias = student(0)
     output = linear_divergence(
-        *(hidden, LMHead(weight, bias, softcap=2.0, size=V - 2), said(kind, 0, V - 2)),
+        *(hidden, LMHead(weight, bias, softcap=2.0, size=V - 2), make_targets(kind, 0, V - 2)),
         None if kind == "nothing" else JSD(),
         labels=torch.zeros(0, dtype=torch.long),
         label_weight=0.5,
@@ -62,7 +62,7 @@ def test_labels_that_do_not_count_add_nothing(dtype, backend, reduction):
     assert (alone.loss == 0).all() and (alone.cross_entropy == 0).all()
     assert all((x == 0).all() for x in torch.autograd.grad(alone.loss.sum(), tensors))
     for kind in ("dense", "bucket"):
-        run = partial(linear_divergence, hidden, LMHead(weight, bias), said(kind, dtype=dtype), JSD())
+        run = partial(linear_divergence, hidden, LMHead(weight, bias), make_targets(kind, dtype=dtype), JSD())
         beside = run(labels=none, label_weight=0.5, backend=backend, reduction=reduction)
         without = run(backend=backend, reduction=reduction)
         close(beside.loss, without.loss, dtype)
@@ -75,7 +75,7 @@ def test_labels_that_do_not_count_add_nothing(dtype, backend, reduction):
 def test_token_weights_of_zero_leave_nothing(dtype, backend, reduction):
     tensors = hidden, weight, bias = student(dtype=dtype)
     output = linear_divergence(
-        *(hidden, LMHead(weight, bias), said("dense", dtype=dtype), JSD()),
+        *(hidden, LMHead(weight, bias), make_targets("dense", dtype=dtype), JSD()),
         token_weights=torch.zeros(N),
         labels=some_labels(),
         label_weight=0.5,
@@ -92,7 +92,7 @@ def test_token_weights_of_zero_leave_nothing(dtype, backend, reduction):
 @every_reduction
 def test_tensors_need_not_be_contiguous(kind, dtype, backend, reduction):
     hidden, weight, bias = student(dtype=dtype)
-    whole = said(kind, dtype=dtype)
+    whole = make_targets(kind, dtype=dtype)
     tensors = wide, turned, spread = (
         torch.stack([hidden, hidden], -1).detach().requires_grad_(),
         weight.detach().t().contiguous().requires_grad_(),
@@ -121,7 +121,7 @@ def test_tensors_need_not_be_contiguous(kind, dtype, backend, reduction):
 @every_backend
 def test_hidden_states_may_be_one_row_many_times(backend):
     row, weight = student(1)[0], student()[1]
-    targets = said("dense")
+    targets = make_targets("dense")
     output = linear_divergence(row.expand(N, H), LMHead(weight), targets, JSD(), backend=backend)
     expected = plain(LMHead(weight), row.expand(N, H), targets, JSD()).mean()
     close(output.loss, expected)
@@ -134,7 +134,7 @@ def test_hidden_states_may_be_one_row_many_times(backend):
 def test_a_head_that_is_also_the_embedding_gets_both_gradients(dtype, backend, reduction):
     _, weight, bias = student(dtype=dtype)
     ids, turn = torch.tensor([0, 3, 3, 8, 1, 0]), randn(H, H, seed=11, dtype=dtype)
-    targets = said("dense", dtype=dtype)
+    targets = make_targets("dense", dtype=dtype)
     hidden = torch.tanh(weight[ids] @ turn)
     loss = linear_divergence(
         hidden, LMHead(weight, bias), targets, JSD(), reduction=reduction, backend=backend
@@ -152,7 +152,7 @@ def test_a_head_that_is_also_the_embedding_gets_both_gradients(dtype, backend, r
 @every_reduction
 def test_token_ids_may_be_short_integers(integer, kind, backend, reduction):
     tensors = hidden, weight, bias = student()
-    targets = said(kind)
+    targets = make_targets(kind)
     short = targets if kind != "bucket" else dataclasses.replace(targets, ids=targets.ids.to(integer))
     run = partial(linear_divergence, label_weight=0.5, reduction=reduction, backend=backend)
     divergence = None if targets is None else JSD()
@@ -168,7 +168,7 @@ def test_token_ids_may_be_short_integers(integer, kind, backend, reduction):
 @every_reduction
 def test_no_gradient_flows_to_the_teacher(kind, backend, reduction):
     hidden, weight, _ = student()
-    targets = said(kind)
+    targets = make_targets(kind)
     if isinstance(targets, DenseTargets):
         theirs = [targets.logits]
     elif isinstance(targets, HeadTargets):

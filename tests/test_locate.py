@@ -1,4 +1,4 @@
-"""What is no model is told in one line: what it is, and what to do; in seconds, with or without the Hub."""
+"""What is no model is an error in one line: what it is, and what to do; in seconds, with or without the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that Ray spreads: no row lost or doubled, and mistakes told in one line."""
+"""Work that Ray spreads: no row lost or doubled, and mistakes reported in one line."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_ray_killed_and_resumed_writes_what_one_process_writes(recipe: Path, tmp
     assert 4 <= len(asks(journal)) < 60
     for more in ((*spread, "--resume"), ()):
         one = generate(recipe, *more)
-        said = one.communicate()[1]
-        assert one.returncode == 0, said
+        stderr = one.communicate()[1]
+        assert one.returncode == 0, stderr
     assert sorted(asks(journal)) == list(range(60))
     alone, many = ((tmp_path / name / "train.jsonl").read_bytes() for name in ("alone", "many"))
     assert alone == many

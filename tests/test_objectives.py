@@ -52,9 +52,9 @@ def test_every_term_runs_from_a_recipe(recipe_values: dict[str, Any]) -> None:
     result = run(recipe(recipe_values, EVERY), console=Console(file=io.StringIO()))
     assert (result.directory / "student/model.safetensors").exists()
     assert not (result.directory / "student/objective.safetensors").exists()
-    said = result.summary["objective"]
-    assert "select_batches 2" in said
-    assert "relations" in said
+    objective = result.summary["objective"]
+    assert "select_batches 2" in objective
+    assert "relations" in objective
     assert check(recipe({**recipe_values, "output": recipe_values["output"] + "2"}, EVERY)).seconds > 0
 
 

@@ -42,7 +42,7 @@ def test_a_server_writes(workplace: Path, tokenizer: PreTrainedTokenizerFast) ->
     try:
         part["rollout"]["server"]["url"] = server.url
         run(Recipe.parse(recipe | part), console=Console(quiet=True))
-        assert server.lent
+        assert server.received
     finally:
         server.close()
 

@@ -238,11 +238,11 @@ def test_check_says_where_a_teacher_fits(recipe_values: dict[str, Any], monkeypa
     model: Any = built.loaded.model
     layers, memory = layer_bytes(model), resident_bytes(model) + 1000
     assert sum(layers) == sum(p.numel() * 4 for name, p in model.named_parameters() if ".layers." in name)
-    for room, said in (
+    for room, message in (
         (memory, "a copy on each process fits into"),
         (memory - 1, "; teacher.shard fits, on 3 processes or more"),
         (memory - sum(layers) + max(layers), "; teacher.device_map: auto fits, or a cache"),
         (1000, ", and the student with its batch does not fit either: make them smaller"),
     ):
         monkeypatch.setattr(checks, "device_bytes", lambda device, room=room: room)
-        assert said in (checks._placement(built, memory) or "")
+        assert message in (checks._placement(built, memory) or "")

@@ -242,7 +242,7 @@ SCRIPTS: dict[str, tuple[GenerationRequest, dict[str, Any]]] = {
 
 
 def script(tokenizer: Any, request: GenerationRequest, message: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt, and those with which a model of this template says a message."""
+    """The tokens of a prompt, and those that a model of this template writes for a message."""
     prompt = render_chat(tokenizer, request.messages, "", add_generation_prompt=True, **request.template_arguments)
     whole = render_chat(tokenizer, [*request.messages, message], "", **request.template_arguments)
     thoughts = "I add.\n</think>\n\n" if prompt.endswith("<think>\n") else ""

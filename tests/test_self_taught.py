@@ -221,9 +221,9 @@ def test_what_the_base_says_is_what_it_said(tmp_path: Path) -> None:
             for p in student.parameters():
                 if p.requires_grad:
                     p.add_(0.1)
-        said = teacher(batch, alignment).targets
-        assert isinstance(said, HeadTargets | DenseTargets)
-        torch.testing.assert_close(said.dense(), ModelTeacher(base)(batch, alignment).targets.dense())
+        targets = teacher(batch, alignment).targets
+        assert isinstance(targets, HeadTargets | DenseTargets)
+        torch.testing.assert_close(targets.dense(), ModelTeacher(base)(batch, alignment).targets.dense())
         assert student.training
     hidden = Distiller(lora(copy.deepcopy(base)), BaseModelTeacher(), [Hidden()])
     assert hidden.step(batch).logs["hidden"] > 0
@@ -313,12 +313,12 @@ def test_deep_supervision_is_its_formula() -> None:
     found = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    said = student(**inputs, output_hidden_states=True)
+    outputs = student(**inputs, output_hidden_states=True)
     alignment = causal_alignment(batch["labels"])
-    final = alignment.select(said.logits)
+    final = alignment.select(outputs.logits)
     apart = [
         token_divergence(
-            student.lm_head(student.model.norm(alignment.select(said.hidden_states[layer + 1]))),
+            student.lm_head(student.model.norm(alignment.select(outputs.hidden_states[layer + 1]))),
             DenseTargets(final.detach()),
             JSD(),
             temperature=2.0,
@@ -338,9 +338,9 @@ def test_deep_supervision_counts_tokens_by_their_weights() -> None:
     output = Distiller(student, None, [DeepSupervision([0])]).step({**batch, "weights": weights})
     alignment = causal_alignment(batch["labels"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    said = student(**inputs, output_hidden_states=True)
-    early = student.lm_head(student.model.norm(alignment.select(said.hidden_states[1])))
-    apart = token_divergence(early, DenseTargets(alignment.select(said.logits)), ForwardKL())
+    outputs = student(**inputs, output_hidden_states=True)
+    early = student.lm_head(student.model.norm(alignment.select(outputs.hidden_states[1])))
+    apart = token_divergence(early, DenseTargets(alignment.select(outputs.logits)), ForwardKL())
     of_labels = weights[:, 1:][batch["labels"][:, 1:] != -100]
     torch.testing.assert_close(output.loss, (apart * of_labels).sum() / of_labels.sum())
 

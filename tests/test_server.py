@@ -57,13 +57,13 @@ def test_what_is_asked_is_what_was_meant(toy: ToyServer) -> None:
     server = connect(toy)
     plain = Sampling(max_new_tokens=7, sampling_temperature=0.5, top_p=0.9)
     server.complete(["def f", torch.tensor([3, 4])], plain)
-    assert sorted(toy.asked, key=lambda body: str(body["prompt"])) == [
+    assert sorted(toy.requests, key=lambda body: str(body["prompt"])) == [
         {"model": "toy", "prompt": prompt, "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "n": 1}
         | {"skip_special_tokens": False, "return_token_ids": True}
         for prompt in ([3, 4], "def f")
     ]
     server.complete(["def f"], Sampling(top_k=5, stop=("\n",), seed=0, max_new_tokens=2))
-    assert {"top_k": 5, "stop": ["\n"], "seed": 0}.items() <= toy.asked[-1].items()
+    assert {"top_k": 5, "stop": ["\n"], "seed": 0}.items() <= toy.requests[-1].items()
 
 
 def test_special_tokens_stay_and_token_ids_come_back(toy: ToyServer) -> None:
@@ -76,18 +76,18 @@ def test_special_tokens_stay_and_token_ids_come_back(toy: ToyServer) -> None:
     (completions,) = connect(toy, end_ids=frozenset({5, 0})).complete([[3, 4]], Sampling(samples=3, max_new_tokens=2))
     assert [completion.ids for completion in completions] == [(), (7, 1), (7, 2)]  # a stop string cuts within tokens
     expected = {"skip_special_tokens": False, "return_token_ids": True, "stop_token_ids": [0, 5]}
-    assert expected.items() <= toy.asked[-1].items()
+    assert expected.items() <= toy.requests[-1].items()
 
 
 def test_a_server_that_refuses_keys_of_vllm_gets_none_of_them(toy: ToyServer) -> None:
     expected = texts(connect(toy), PROMPTS[:2])
-    toy.refused, toy.asked[:] = {"return_token_ids"}, []
+    toy.refused, toy.requests[:] = {"return_token_ids"}, []
     server = connect(toy, end_ids=frozenset({5}))
     assert texts(server, PROMPTS[:2]) == expected
-    asked = len(toy.asked)
+    before = len(toy.requests)
     assert texts(server, PROMPTS[:2]) == expected
-    assert len(toy.asked) == asked + 2
-    assert not {"skip_special_tokens", "return_token_ids", "stop_token_ids"} & {*toy.asked[-1]}
+    assert len(toy.requests) == before + 2
+    assert not {"skip_special_tokens", "return_token_ids", "stop_token_ids"} & {*toy.requests[-1]}
     assert server.complete([[3, 4]], Sampling(max_new_tokens=1))[0][0].ids == ()
     with pytest.raises(RefusedError, match="longer than the maximum"):
         server.complete([[3] * 70], Sampling(max_new_tokens=1))
@@ -96,15 +96,15 @@ def test_a_server_that_refuses_keys_of_vllm_gets_none_of_them(toy: ToyServer) ->
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_passes_is_asked_again(toy: ToyServer, fault: str) -> None:
     expected = texts(connect(toy), PROMPTS[:6])
-    before = len(toy.asked)
+    before = len(toy.requests)
     toy.faults = [fault, fault]
     assert texts(connect(toy), PROMPTS[:6]) == expected
-    assert len(toy.asked) == before + 8
+    assert len(toy.requests) == before + 8
 
 
 def test_nothing_is_lost_and_nothing_doubled_among_many_faults(toy: ToyServer) -> None:
     expected = connect(toy).score(PROMPTS, 3)
-    toy.asked.clear()
+    toy.requests.clear()
     faults = [fault for fault in FAULTS if fault != "hang"] * 3 + [""] * 21
     random.Random(0).shuffle(faults)
     toy.faults = list(faults)
@@ -112,7 +112,7 @@ def test_nothing_is_lost_and_nothing_doubled_among_many_faults(toy: ToyServer) -
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.ids, other.ids)
         assert torch.equal(one.log_probs, other.log_probs)
-    assert len(toy.asked) == len(PROMPTS) + 21
+    assert len(toy.requests) == len(PROMPTS) + 21
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -137,7 +137,7 @@ def test_a_refusal_is_told_at_once_in_the_servers_words(toy: ToyServer) -> None:
         RefusedError, match=r"got status 400: the prompt is longer than the maximum model length of 64\."
     ):
         connect(toy).score([[3] * 64], 3)
-    assert len(toy.asked) == 1
+    assert len(toy.requests) == 1
     with pytest.raises(RefusedError, match="max allowed: 20") as caught:
         connect(toy).score([[3, 4]], 21)
     assert caught.value.status == 400
@@ -242,7 +242,7 @@ def test_damaged_log_probabilities_are_not_taken(toy: ToyServer, kind: str) -> N
 
 
 def test_a_server_of_openais_kind_says_why_it_cannot_score(toy: ToyServer) -> None:
-    toy.tells_prompts = False
+    toy.scores_prompts = False
     with pytest.raises(RefusedError, match=r"of generated tokens alone.*enough to generate data"):
         connect(toy).score([[3, 4]], 3)
     assert texts(connect(toy), ["def"]) == [["def!0"]]

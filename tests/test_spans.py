@@ -1,4 +1,4 @@
-"""Spans of characters and the tokens that say them, on tokenizers that cut in different ways."""
+"""Spans of characters and the tokens that cover them, on tokenizers that cut in different ways."""
 
 from __future__ import annotations
 

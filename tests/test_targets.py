@@ -150,10 +150,10 @@ def test_padding_of_the_vocabulary_is_sliced_off_before_the_normaliser():
     """Rows of zeros give logits of 0, which is real probability: the two models below differ only by them."""
     hidden, weight, teacher = randn(5, H), randn(V, H), randn(5, V)
     head = LMHead(torch.cat([weight, torch.zeros(3, H, dtype=torch.float64)]))
-    said = DenseTargets(torch.nn.functional.pad(teacher, (0, 3)))
+    wide_targets = DenseTargets(torch.nn.functional.pad(teacher, (0, 3)))
     unpadded = token_divergence(LMHead(weight).logits(hidden), DenseTargets(teacher), ForwardKL())
-    sliced = token_divergence(head.slice(V).logits(hidden), said.slice(V), ForwardKL())
-    padded = token_divergence(head.logits(hidden), said, ForwardKL())
+    sliced = token_divergence(head.slice(V).logits(hidden), wide_targets.slice(V), ForwardKL())
+    padded = token_divergence(head.logits(hidden), wide_targets, ForwardKL())
     assert torch.equal(sliced, unpadded)
     assert ((padded - unpadded).abs() > 0.01).all()
 

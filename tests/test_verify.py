@@ -1,4 +1,4 @@
-"""Answers compared as what they say, and votes over them."""
+"""Answers compared by their meaning, and votes over them."""
 
 from __future__ import annotations
 

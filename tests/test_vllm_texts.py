@@ -40,7 +40,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def generated(recipe: Path, *options: str, kill_at: int | None = None) -> int:
     """The exit status of `potstill generate`, killed as soon as so many asks are answered."""
     folder = Path(yaml.safe_load(recipe.read_text())["output"])
-    process = processes.potstill("generate", str(recipe), *options, said=recipe.with_suffix(".log"))
+    process = processes.potstill("generate", str(recipe), *options, printed=recipe.with_suffix(".log"))
     while kill_at is not None and process.exitcode is None:
         if len(lines_of(folder / "texts.jsonl")) > kill_at:
             process.kill()
