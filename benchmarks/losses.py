@@ -301,16 +301,16 @@ def checks_table(lines: list[dict[str, Any]]) -> str:
 
 def rows_tables(rows: list[dict[str, Any]]) -> str:
     """Time; memory and errors."""
-    mine = backends(rows[0]["device"])
-    who, judged = (*mine, *OTHERS), (*mine, "eager")
-    title = {name: f"ours ({name})" if name in mine else name for name in who}
+    measured_backends = backends(rows[0]["device"])
+    who, judged = (*measured_backends, *OTHERS), (*measured_backends, "eager")
+    title = {name: f"ours ({name})" if name in measured_backends else name for name in who}
     time_cells, memory_cells = [], []
     for row in rows:
         spent, extra, far = row["seconds"], row["extra_bytes"], row["errors"]
-        runs = next((name for name in mine if not isinstance(spent[name], str)), None)
+        runs = next((name for name in measured_backends if not isinstance(spent[name], str)), None)
         best = None if runs is None else spent[runs]
         first = [row["case"], row["divergence"], row["dtype"]]
-        by_column = (ms(spent[name], spent["floor"] if name in mine else best) for name in who)
+        by_column = (ms(spent[name], spent["floor"] if name in measured_backends else best) for name in who)
         time_cells.append([*first, ms(spent["floor"]), *by_column])
         pair = (extra["eager"], extra.get(runs))
         ratio = f"{pair[0] / max(pair[1], 1):.1f}" if all(isinstance(each, int) for each in pair) else "-"
@@ -318,7 +318,7 @@ def rows_tables(rows: list[dict[str, Any]]) -> str:
         digits = [each if isinstance(each, str) else ", ".join(f"{e:.1e}" for e in each) for each in known]
         memory_cells.append([*first, *(mb(extra[name]) for name in who), ratio, *digits])
     first = ["case", "divergence", "dtype"]
-    columns = [f"{title[name]}, ms (/ {'floor' if name in mine else 'ours'})" for name in who]
+    columns = [f"{title[name]}, ms (/ {'floor' if name in measured_backends else 'ours'})" for name in who]
     times_table = table([*first, "floor, ms", *columns], time_cells)
     columns = [*(f"{title[name]}, MB" for name in who), "eager / ours", *(f"{title[name]}: error" for name in judged)]
     return f"{times_table}\n\nExtra memory; errors of hidden, weight:\n\n{table([*first, *columns], memory_cells)}"

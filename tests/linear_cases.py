@@ -210,4 +210,4 @@ def check(divergence: Divergence, temperature: float, kind: str, dtype: torch.dt
 
 
 def error(actual: Iterable[Tensor], exact: Iterable[Tensor]) -> list[float]:
-    return [float((ours.double() - theirs).norm()) for ours, theirs in zip(actual, exact, strict=True)]
+    return [float((one.double() - other).norm()) for one, other in zip(actual, exact, strict=True)]

@@ -80,7 +80,7 @@ def run_commands(block: str, *more: str, only: bool = False) -> str:
 
 
 def run_python(code: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Run a block as a file of its own, which knows some names; the names that it leaves."""
+    """Run a block as a file of its own, in which some names are defined; the names that it leaves."""
     Path("example.py").write_text(code, encoding="utf-8")
     found = runpy.run_path("example.py", names)
     return {name: value for name, value in found.items() if not name.startswith("__")}

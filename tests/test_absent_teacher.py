@@ -49,7 +49,7 @@ def has_label_log_probs(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     return bool(request.param)
 
 
-def test_a_run_says_what_it_knows(
+def test_a_run_reports_what_it_can_measure(
     recipe_values: dict[str, Any], toys: Any, has_label_log_probs: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe_values["student"] = {"model": str(toys / "student")}
@@ -79,9 +79,7 @@ def test_a_run_says_what_it_knows(
         assert missing not in report
 
 
-def test_check_leaves_out_what_it_cannot_know(
-    recipe_values: dict[str, Any], toys: Any, has_label_log_probs: bool
-) -> None:
+def test_check_needs_no_local_teacher(recipe_values: dict[str, Any], toys: Any, has_label_log_probs: bool) -> None:
     recipe_values["student"] = {"model": str(toys / "student")}
     found = preflight.check(Recipe.parse(recipe_values))
     assert found.built.loaded.model is None

@@ -88,7 +88,7 @@ def both(toys: Path, directory: Path, rows: Dataset, numbers: list[int]):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_in_any_order_and_batch_a_cache_says_what_the_teacher_said(
+def test_a_cache_has_the_teachers_targets_in_any_order_and_batch(
     toys: Path, caches: Path, rows: Dataset, codec: str
 ) -> None:
     numbers = random.Random(1).sample(range(len(rows)), 9)
@@ -236,7 +236,7 @@ def test_a_later_version_is_told_apart_from_damage(caches: Path, tmp_path: Path)
         CachedTeacher(directory)
 
 
-def test_what_is_no_cache_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"got no manifest.json there\. Check the path"):
         CachedTeacher(tmp_path)
 

@@ -187,7 +187,7 @@ def test_a_run_from_it_is_the_run_from_the_teacher(recipe_values: dict[str, Any]
         check(Recipe.parse(values | {"output": str(tmp_path / "other")}))
 
 
-def test_layers_that_are_no_numbers_say_so(toys: Path, tmp_path: Path) -> None:
+def test_layers_that_are_no_numbers_are_refused(toys: Path, tmp_path: Path) -> None:
     command = ["cache", "build", "--teacher", str(toys / "teacher"), "--data", str(toys / "train.jsonl")]
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "c"), "--layers", "1;2"])
     assert isinstance(

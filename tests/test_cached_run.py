@@ -97,7 +97,7 @@ def test_a_cache_of_the_training_data_alone(toys: Path, recipe_values: dict[str,
         ({"data.max_length": 16}, DataError, "a cache that holds every row"),
     ],
 )
-def test_what_a_cache_cannot_serve_is_told_before_training(
+def test_what_a_cache_does_not_hold_is_refused_before_training(
     recipe_values: dict[str, Any], tmp_path: Path, change: dict[str, Any], error: type[Exception], expected: str
 ) -> None:
     recipe_values["objective"] = [{"term": "logits"}]
@@ -139,7 +139,7 @@ def test_another_tokenizer_is_refused(cached: dict[str, Any], tmp_path: Path) ->
         (["--teacher", "./nowhere", "--data", "d", "--out", "o"], "expected a folder with a model, got ./nowhere"),
     ],
 )
-def test_a_build_that_cannot_be_says_why(arguments: list[str], expected: str) -> None:
+def test_impossible_builds_are_refused(arguments: list[str], expected: str) -> None:
     with pytest.raises(UserError) as caught:
         build(*arguments)
     assert expected in str(caught.value)

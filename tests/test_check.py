@@ -112,7 +112,7 @@ def test_a_generate_recipe_is_checked(toys: Path) -> None:
         checked(values, "--set", "sampling.max_new_tokens=4000")
 
 
-def test_an_unknown_kind_is_told() -> None:
+def test_an_unknown_kind_is_refused() -> None:
     Path("recipe.yaml").write_text("kind: embeding\n")
     with pytest.raises(RecipeError, match=r"distillation, embedding, generate, got embeding. Did you mean embedding"):
         CliRunner().invoke(app, ["check", "recipe.yaml"], catch_exceptions=False)

@@ -65,17 +65,17 @@ def test_a_chunk_has_the_probability_of_its_bytes(other: Any, whole: bool, monke
         logits = brain(input_ids=torch.tensor([reading.ids])).logits[0]
         log_probs = logits[:, : len(other)].log_softmax(-1)
         for i in range(len(reading.sizes)):
-            mine = (reading.student == i).nonzero()[0].tolist()
-            theirs = (reading.teacher == i).nonzero()[0].tolist()
-            if any(batch["labels"][row, t] == -100 for t in mine) or 0 in (mine[0], theirs[0]):
+            student_at = (reading.student == i).nonzero()[0].tolist()
+            teacher_at = (reading.teacher == i).nonzero()[0].tolist()
+            if any(batch["labels"][row, t] == -100 for t in student_at) or 0 in (student_at[0], teacher_at[0]):
                 continue
-            expected = sum(log_probs[t - 1, reading.ids[t]].item() for t in theirs)
+            expected = sum(log_probs[t - 1, reading.ids[t]].item() for t in teacher_at)
             assert across.log_probs[chunk].item() == pytest.approx(expected, rel=1e-4)
             places = (across.student == chunk).nonzero()[:, 0]
-            assert alignment.labels[places].tolist() == [int(ids[t]) for t in mine]
+            assert alignment.labels[places].tolist() == [int(ids[t]) for t in student_at]
             assert across.sizes[chunk] == reading.sizes[i]
             chunk += 1
-            seen += len(mine)
+            seen += len(student_at)
     assert chunk == len(across) > 10
     assert (across.student >= 0).sum() == seen
 
@@ -139,7 +139,7 @@ def test_equal_tokenizers_match_token_by_token(whole: bool, monkeypatch: pytest.
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_a_student_that_says_the_same_has_no_loss() -> None:
+def test_a_student_equal_to_its_teacher_has_no_loss() -> None:
     brain, batch = model(SMALL), batch_of(SMALL, TEXTS)
     teacher = CrossTokenizerTeacher(brain, SMALL, SMALL)
     for term in (Chunks(divergence=JSD()), MappedLogits(ReverseKL(), top_k=1000), ULD()):
@@ -180,11 +180,11 @@ def test_bias_is_what_longer_tokens_keep() -> None:
     brain, batch = model(LARGE, seed=1), batch_of(SMALL, TEXTS[:1])
     teacher = CrossTokenizerTeacher(brain, LARGE, SMALL)
     across = across_of(teacher, batch)
-    mine, theirs = across.last()
-    p = across.logits(theirs).softmax(-1)
+    student_ends, teacher_ends = across.last()
+    p = across.logits(teacher_ends).softmax(-1)
     pair = teacher.pair
     for i, bias in enumerate(across.bias().tolist()):
-        own, student = int(across.teacher_tokens[theirs[i]]), int(across.student_tokens[mine[i]])
+        own, student = int(across.teacher_tokens[teacher_ends[i]]), int(across.student_tokens[student_ends[i]])
         piece, other = pair.teacher.bytes_of[own], pair.student.bytes_of[student]
         longer = 0.0
         for id, longer_piece in pair.teacher.bytes_of.items():
@@ -204,12 +204,12 @@ def test_mapped_logits_by_the_definition() -> None:
     there = target_positions(batch["labels"])
     q, total = student(**inputs).logits[:, :-1][there], 0.0
     for i in range(len(across)):
-        mine, theirs = ((x == i).nonzero()[0] for x in (across.student, across.teacher))
+        student_places, teacher_places = ((x == i).nonzero()[0] for x in (across.student, across.teacher))
         p = [0.0] * q.shape[-1]
-        for id, share in enumerate((across.logits(theirs)[0] / 2).softmax(-1).tolist()):
+        for id, share in enumerate((across.logits(teacher_places)[0] / 2).softmax(-1).tolist()):
             p[begins[id]] += share
         targets = DenseTargets(2 * torch.tensor([p]).log())
-        total += 4 * token_divergence(q[mine], targets, ForwardKL(), temperature=2.0).item()
+        total += 4 * token_divergence(q[student_places], targets, ForwardKL(), temperature=2.0).item()
     loss = Distiller(student, teacher, [MappedLogits(temperature=2.0, top_k=1000)]).step(batch).loss
     assert loss.item() == pytest.approx(total / int(there.sum()), rel=1e-3)
     fewer = Distiller(student, teacher, [MappedLogits(temperature=2.0, top_k=5)]).step(batch).loss
@@ -242,8 +242,8 @@ def test_uld_pairs_what_begins_at_the_same_byte() -> None:
     q = student(**inputs).logits[:, :-1][there]
     total = 0.0
     for i in range(len(across)):
-        mine, theirs = ((x == i).nonzero()[0, 0] for x in (across.student, across.teacher))
-        total += uld(q[mine].tolist(), across.logits(theirs[None])[0].tolist())
+        student_place, teacher_place = ((x == i).nonzero()[0, 0] for x in (across.student, across.teacher))
+        total += uld(q[student_place].tolist(), across.logits(teacher_place[None])[0].tolist())
     loss = Distiller(student, teacher, [ULD()]).step(batch).loss
     assert loss.item() == pytest.approx(total / int(there.sum()), rel=1e-3)
     assert sorted_distance(q, q.flip(-1)).abs().max() < 1e-6

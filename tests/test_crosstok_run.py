@@ -44,7 +44,7 @@ def values(recipe_values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return recipe_values
 
 
-def test_a_run_says_bits_per_byte(values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_reports_bits_per_byte(values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     result = quiet_run(values)
     rows = result.summary["rows"]
     assert list(rows) == ["teacher", "baseline", "student"]
@@ -127,7 +127,7 @@ def test_the_same_tokenizer_works_too(values: dict[str, Any]) -> None:
     assert built.alignment_stats.covered > 0.9 * built.alignment_stats.bytes
 
 
-def test_check_says_which_way_a_pair_goes(values: dict[str, Any], tmp_path: Path) -> None:
+def test_check_reports_how_a_pair_is_compared(values: dict[str, Any], tmp_path: Path) -> None:
     found = check(Recipe.parse(values))
     assert found.built.alignment_stats is not None
     assert any("compared by bytes; 258 of the student's 258 tokens" in note for note in found.built.notes)

@@ -510,10 +510,13 @@ def test_a_template_that_rewrites_gives_an_example_for_each_turn(write):
 
 
 def test_a_template_without_its_generation_prompt_is_refused(write):
-    silent = byte_level(eos_token="<eos>", chat="{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}?")
+    without_end = byte_level(eos_token="<eos>", chat="{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}?")
     path = write([{"messages": [turn("user", "a"), turn("assistant", "b")]}])
     refused(
-        lambda: encode(Source(path), silent, max_length=99), "behind its generation prompt", "row 1", "Name another"
+        lambda: encode(Source(path), without_end, max_length=99),
+        "behind its generation prompt",
+        "row 1",
+        "Name another",
     )
 
 
@@ -569,7 +572,7 @@ def test_ids_that_cannot_be(row, parts, write):
     refused(lambda: encode(Source(write([first, row])), PLAIN, max_length=6), *parts)
 
 
-# What is asked for
+# Options of a source
 
 
 @pytest.mark.parametrize(

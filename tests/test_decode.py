@@ -151,7 +151,7 @@ def test_draws_follow_the_distribution_and_its_nucleus() -> None:
         assert ((share - expected).abs() < 4.5 * (expected / 4000).sqrt() + 1e-9).all()
 
 
-def test_a_guide_has_its_say_and_the_sampler_is_told() -> None:
+def test_a_guide_changes_the_sampler_log_probs_alone() -> None:
     student, teacher = toy(), make_llama(seed=4, vocab_size=50)
     sampling = Sampling(max_new_tokens=8, seed=10)
     mixed = generate_tokens(

@@ -266,7 +266,7 @@ def warnings_and_conclusion(found: dict[str, Any]) -> tuple[list[str], str]:
     return [one.text for one in sentences if one.level != "note"], conclusion(found, sentences)
 
 
-def test_where_nothing_is_wrong_nothing_is_said_to_be() -> None:
+def test_a_healthy_run_has_no_warnings() -> None:
     warnings, last = warnings_and_conclusion(healthy())
     assert warnings == []
     assert last == (
@@ -452,7 +452,7 @@ def test_a_run_that_was_stopped_is_looked_at_by_its_last_checkpoint(
         diagnose(Recipe.parse(recipe_values), run=finished)
 
 
-def test_a_teacher_that_tells_a_part_leaves_its_part_out(
+def test_a_cache_of_top_k_leaves_out_what_needs_distributions(
     recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe_values["teacher"]["cache"] = str(tmp_path / "cache")

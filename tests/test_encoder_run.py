@@ -124,7 +124,7 @@ def test_a_resumed_run_ends_in_the_same_weights(name: str, judged_rows: Path, mo
 # A sentence-transformers teacher
 
 
-def test_a_sentence_transformers_teacher_lends_its_modules(judged_rows: Path) -> None:
+def test_a_student_gets_the_modules_of_a_sentence_transformers_teacher(judged_rows: Path) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     save(make_encoder("bert", "encoder", seed=1), judged_rows / "teacher")
     (judged_rows / "teacher" / "1_Pooling").mkdir()
@@ -223,7 +223,7 @@ def test_the_commands_measure_and_check(name: str, judged_rows: Path, monkeypatc
         ),
     ],
 )
-def test_what_does_not_go_with_a_task_is_told_at_once(name: str, changes: list[str], messages: list[str]) -> None:
+def test_what_does_not_go_with_a_task_is_refused_at_once(name: str, changes: list[str], messages: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.load(RECIPES[name], changes)
     for message in messages:
@@ -255,7 +255,7 @@ def test_a_teacher_whose_head_would_be_random_is_refused(judged_rows: Path) -> N
             build_run(Recipe.load(RECIPES[name], SMALL))
 
 
-def test_an_unknown_label_is_told_with_its_row(judged_rows: Path) -> None:
+def test_the_error_for_an_unknown_label_has_its_row(judged_rows: Path) -> None:
     save(make_encoder("bert", "classification", seed=1), judged_rows / "teacher")
     row = {"text": "the cat", "text_pair": "a dog", "label": "wild"}
     with (judged_rows / "train.jsonl").open("a") as file:

@@ -208,7 +208,7 @@ def test_a_sample_beside_whole_distributions() -> None:
             refused()
 
 
-def test_a_mixture_of_likeliest_tokens_is_exact_over_the_events_that_all_know() -> None:
+def test_a_mixture_of_likeliest_tokens_is_exact_over_the_events_that_all_have() -> None:
     logits = [numbers(N, V, seed=i) for i in range(3)]
     parts: list[Targets] = [top(logits[0], 8, 2.0), DenseTargets(logits[1]), top(logits[2], 12, 2.0)]
     mixed = mix(parts, torch.tensor(WEIGHTS), "probabilities")
@@ -385,7 +385,7 @@ def test_learned_weights_are_resumed_and_logged(tmp_path: Path) -> None:
     assert torch.equal(one.weights, held_out)  # held-out rows teach it nothing
 
 
-def test_weights_that_are_learned_are_not_asked_ahead() -> None:
+def test_an_ensemble_with_learned_weights_is_not_prefetched() -> None:
     members = [ModelTeacher(make_llama(seed=i)) for i in (1, 2)]
     with pytest.raises(ModelError, match="does not change in training, got EnsembleTeacher"):
         Distiller(make_llama(), EnsembleTeacher(members, learned=True), [Logits(ForwardKL())], prefetch=True)

@@ -167,7 +167,7 @@ def test_another_number_and_another_answer_are_no_duplicates() -> None:
     )
 
 
-def test_without_datasketch_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_datasketch_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(DataError, match=r"pip install 'potstill\[data\]'"):
         apply_filters([TextPair("a", "b")], [NearDuplicates()])

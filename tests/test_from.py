@@ -1,4 +1,4 @@
-"""The pages in docs/from say how what other projects describe is done here. Each is held to this:
+"""The pages in docs/from describe how to do here what other projects do. Each page is tested for this:
 
 1. Its first table has the columns There and Here. Each row of Here names at least one thing in backticks, a Python
    name, a `potstill` command, a key or a piece of a recipe, or a file (`named.py` says how); all of it exists.
@@ -78,7 +78,7 @@ def topics(page: Path) -> list[tuple[str, str]]:
 
 
 @named
-def test_everything_that_was_promised_is_there(page: Path) -> None:
+def test_everything_in_the_list_of_the_page_exists(page: Path) -> None:
     promised = (ROOT / f"tests/promised/{page.stem}.txt").read_text(encoding="utf-8").splitlines()
     assert len(promised) > 5
     missing = []

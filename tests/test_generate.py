@@ -462,7 +462,7 @@ BAD = b'{"question": "What is 1 plus 1?"}\n{"question": }\n\n{"questoin": "x"}\n
 BAD += b'{"question": "caf\xe9"}\n{"question": 5}\n{"question": "What is 2 plus 2?"}\n'
 
 
-def test_bad_rows_are_told_with_their_lines_and_skipped_when_asked_to(values, monkeypatch) -> None:
+def test_bad_rows_are_errors_with_their_lines_or_skipped_on_request(values, monkeypatch) -> None:
     Path(values["task"]["questions"]["path"]).write_bytes(BAD)
     del values["task"]["questions"]["answer"]
     with pytest.raises(DataError) as caught:
@@ -501,7 +501,7 @@ def test_lists_and_tables_have_row_numbers(values, monkeypatch, tmp_path) -> Non
 # Filters, files and the command
 
 
-def test_filters_drop_to_their_own_file_and_the_card_says_so(values, monkeypatch, tmp_path) -> None:
+def test_filtered_rows_go_to_their_own_file_and_into_the_card(values, monkeypatch, tmp_path) -> None:
     (tmp_path / "test.jsonl").write_text('{"q": "What is 3 plus 3?"}\n')
 
     def respond(prompt: Prompt, sample: int, seed: int) -> Completion:
@@ -577,7 +577,7 @@ def test_the_command_writes_resumes_and_refuses(values, tmp_path) -> None:
     assert (tmp_path / "out/train.jsonl").read_bytes() == rows
 
 
-def test_mistakes_of_a_recipe_are_told_at_once(values) -> None:
+def test_all_mistakes_of_a_recipe_are_reported_at_once(values) -> None:
     values["task"] |= {"chose": "all", "target": "chian"}
     values |= {"sampling": {"sampling_temperature": 0, "samples": 2}, "filter": {"near_duplicates": 2}}
     with pytest.raises(RecipeError) as caught:
@@ -625,7 +625,7 @@ def test_a_chat_model_writes_the_questions_too(values: dict[str, Any], monkeypat
     assert len(lines(result.held_out)) == 2  # a quarter of the questions
     assert not any("chat_template_kwargs" in row for row in rows)
     assert "questions: 10 of 12 were kept, 1 length, 1 repeated." in result.notes
-    # Nothing is asked again: the same rows come from the journals.
+    # No prompt is sent again: the same rows come from the journals.
     before = result.rows.read_bytes()
     again = made(own_text(values), lambda *_: 1 / 0, monkeypatch, resume=True, chat=True)
     assert again.rows.read_bytes() == before

@@ -93,7 +93,7 @@ def test_a_file_that_cannot_be_imported_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_class_that_is_loaded_already_knows_the_new_kind(recipe: Path) -> None:
+def test_a_recipe_class_that_is_loaded_already_accepts_the_new_kind(recipe: Path) -> None:
     from potstill.runs.config.imports import import_file
     from potstill.runs.config.run import Recipe
 

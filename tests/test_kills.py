@@ -125,9 +125,7 @@ def test_killed_at_the_change_of_a_file_it_goes_on_to_the_same_bytes(name: str, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("command", [CACHE, KILLED["generate"][0], RUN], ids=["cache", "generate", "report"])
-def test_interrupted_beside_a_training_it_says_so_in_one_line(
-    command: tuple[str, ...], number: int, folder: Path
-) -> None:
+def test_an_interrupt_outside_training_prints_one_line(command: tuple[str, ...], number: int, folder: Path) -> None:
     before = {"cache": "open cache/plan.json.*", "generate": "open texts/texts.jsonl", "run": "open run/summary.json.*"}
     assert ended(folder, command, before=before[command[0]], number=number) == 128 + number
     printed = (folder / "printed").read_text()

@@ -196,10 +196,10 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(kind, backe
         actual = loss()
     assert actual.dtype == torch.float32 and actual != expected
     close(actual, expected, tolerance=0.02)
-    ours, theirs = torch.autograd.grad(actual, tensors), torch.autograd.grad(expected, tensors)
-    assert [x.dtype for x in ours] == [torch.float32] * 3
-    for our, gradient in zip(error(ours, theirs), theirs, strict=True):
-        assert 0 < our <= 0.03 * float(gradient.norm())
+    gradients, expected_gradients = torch.autograd.grad(actual, tensors), torch.autograd.grad(expected, tensors)
+    assert [x.dtype for x in gradients] == [torch.float32] * 3
+    for error_norm, gradient in zip(error(gradients, expected_gradients), expected_gradients, strict=True):
+        assert 0 < error_norm <= 0.03 * float(gradient.norm())
 
 
 @every_backend
@@ -217,8 +217,8 @@ def test_autocast_takes_half_states_with_a_float32_head(backend, reduction):
     assert output.loss.dtype == weight.grad.dtype == layer.weight.grad.dtype == torch.float32
     exact = wanting(hidden, weight)
     plain(LMHead(exact[1]), exact[0], doubled(targets), JSD()).mean().backward()
-    for our, theirs in zip(error((hidden.grad, weight.grad), (x.grad for x in exact)), exact, strict=True):
-        assert our <= 0.03 * float(theirs.grad.norm())
+    for error_norm, tensor in zip(error((hidden.grad, weight.grad), (x.grad for x in exact)), exact, strict=True):
+        assert error_norm <= 0.03 * float(tensor.grad.norm())
 
 
 @every_backend

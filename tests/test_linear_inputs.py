@@ -112,10 +112,10 @@ def test_tensors_need_not_be_contiguous(kind, dtype, backend, reduction):
         token_weights=w.repeat_interleave(2)[::2],
     )
     close(actual.loss, expected.loss, dtype)
-    ours = torch.autograd.grad(actual.loss.sum(), tensors)
-    theirs = torch.autograd.grad(expected.loss.sum(), (hidden, weight, bias))
-    close((ours[0][..., 0], ours[1].t(), ours[2][..., 0]), theirs, dtype)
-    assert (ours[0][..., 1] == 0).all() and (ours[2][..., 1] == 0).all()
+    gradients = torch.autograd.grad(actual.loss.sum(), tensors)
+    expected_gradients = torch.autograd.grad(expected.loss.sum(), (hidden, weight, bias))
+    close((gradients[0][..., 0], gradients[1].t(), gradients[2][..., 0]), expected_gradients, dtype)
+    assert (gradients[0][..., 1] == 0).all() and (gradients[2][..., 1] == 0).all()
 
 
 @every_backend
@@ -159,8 +159,8 @@ def test_token_ids_may_be_short_integers(integer, kind, backend, reduction):
     expected = run(hidden, LMHead(weight, bias), targets, divergence, labels=some_labels())
     actual = run(hidden, LMHead(weight, bias), short, divergence, labels=some_labels().to(integer))
     assert torch.equal(actual.loss, expected.loss)
-    for ours, theirs in zip(*(torch.autograd.grad(x.loss.sum(), tensors) for x in (actual, expected)), strict=True):
-        assert torch.equal(ours, theirs)
+    for one, other in zip(*(torch.autograd.grad(x.loss.sum(), tensors) for x in (actual, expected)), strict=True):
+        assert torch.equal(one, other)
 
 
 @every_kind
@@ -170,20 +170,20 @@ def test_no_gradient_flows_to_the_teacher(kind, backend, reduction):
     hidden, weight, _ = student()
     targets = make_targets(kind)
     if isinstance(targets, DenseTargets):
-        theirs = [targets.logits]
+        teacher_tensors = [targets.logits]
     elif isinstance(targets, HeadTargets):
-        theirs = [targets.hidden, targets.head.weight, targets.head.bias]
+        teacher_tensors = [targets.hidden, targets.head.weight, targets.head.bias]
     else:
-        theirs = [targets.log_probs]
-    for tensor in theirs:
+        teacher_tensors = [targets.log_probs]
+    for tensor in teacher_tensors:
         tensor.requires_grad_()
-    before = [x.clone() for x in theirs]
+    before = [x.clone() for x in teacher_tensors]
     output = linear_divergence(
         *(hidden, LMHead(weight), targets, JSD()), reduction=reduction, backend=backend, temperature=1.0
     )
     output.loss.sum().backward()
-    assert hidden.grad is not None and all(x.grad is None for x in theirs)
-    assert all(torch.equal(x, y) for x, y in zip(theirs, before, strict=True))
+    assert hidden.grad is not None and all(x.grad is None for x in teacher_tensors)
+    assert all(torch.equal(x, y) for x, y in zip(teacher_tensors, before, strict=True))
 
 
 def sparse(kind: str = "bucket", temperature: float = 1.0, token: int = 1) -> SparseTargets:

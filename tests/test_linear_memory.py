@@ -118,5 +118,5 @@ def test_no_gradient_is_made_where_none_is_recorded(mode, dtype, backend, reduct
         output = run(hidden, LMHead(weight, bias), targets, JSD(), **labels)
     assert not output.loss.requires_grad
     assert not {(rows, width), (vocabulary, width)} & set(made.shapes)
-    for ours, theirs in zip(output, expected, strict=True):
-        close(ours, theirs.detach(), dtype)
+    for actual, exact in zip(output, expected, strict=True):
+        close(actual, exact.detach(), dtype)

@@ -110,7 +110,7 @@ def test_important_dimensions_are_those_of_the_loss() -> None:
         ({"term": "bild"}, "bild: expected the teacher's whole distributions, got a few tokens"),
     ],
 )
-def test_a_cache_says_what_it_does_not_hold(
+def test_terms_that_need_more_than_a_cache_holds_are_refused(
     recipe_values: dict[str, Any], tmp_path: Path, term: dict[str, Any], message: str
 ) -> None:
     recipe_values["teacher"]["cache"] = str(tmp_path / "cache")

@@ -100,7 +100,7 @@ def test_prompts_that_cannot_be(tmp_path: Path) -> None:
 # Recipes.
 
 
-def test_recipes_find_who_speaks(recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
+def test_recipes_build_their_teachers(recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
     model = {"model": str(toys / "teacher")}
     recipe_values |= {"student": {"model": str(toys / "student")}, "teacher": {"ema": {"decay": 0.9}}}
     assert isinstance(build_run(Recipe.parse(recipe_values)).teacher, EMATeacher)

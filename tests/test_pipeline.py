@@ -48,7 +48,7 @@ def written(values: dict[str, Any], folder: Path) -> str:
     return str(folder / "recipe.yaml")
 
 
-def test_a_run_leaves_what_it_promises(recipe_values: dict[str, Any]) -> None:
+def test_a_run_writes_its_files_and_summary(recipe_values: dict[str, Any]) -> None:
     result = quiet_run(recipe_values)
     names = {path.name for path in result.directory.iterdir()}
     assert names == {
@@ -156,7 +156,7 @@ def test_killed_after_the_last_checkpoint_it_takes_no_step_more(recipe_values: d
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_how_to_go_on(
+def test_an_interrupted_run_prints_how_to_resume(
     recipe_values: dict[str, Any], tmp_path: Path, number: int, status: int
 ) -> None:
     recipe_values["train"] |= {"max_steps": 100_000, "save_steps": 100_000, "eval_strategy": "no"}
@@ -295,7 +295,7 @@ def test_bad_input_is_one_clear_line(
         assert not Path(values["output"]).exists() or not (Path(values["output"]) / "metrics.jsonl").exists()
 
 
-def test_a_padded_teacher_head_is_sliced_and_said(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_padded_teacher_head_is_sliced_with_a_note(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     make_llama(vocab_size=320, seed=1).save_pretrained(tmp_path / "padded")
     make_tokenizer().save_pretrained(tmp_path / "padded")
     recipe_values["teacher"]["model"] = str(tmp_path / "padded")
@@ -303,7 +303,7 @@ def test_a_padded_teacher_head_is_sliced_and_said(recipe_values: dict[str, Any],
     assert any("vocabulary: 300 tokens" in note and "teacher 320" in note for note in result.summary["notes"])
 
 
-def test_a_tokenizer_without_pad_uses_its_end_and_says_so(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_tokenizer_without_pad_uses_its_eos_with_a_note(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     make_llama(seed=1).save_pretrained(tmp_path / "padless")
     make_tokenizer(eos_token="<end>").save_pretrained(tmp_path / "padless")
     recipe_values["teacher"]["model"] = str(tmp_path / "padless")
@@ -340,7 +340,7 @@ def test_the_command_line(recipe_values: dict[str, Any], tmp_path: Path) -> None
         (["rum"], 2, "No such command"),
     ],
 )
-def test_the_command_line_says_what_is_wrong(
+def test_the_command_line_prints_the_error(
     recipe_values: dict[str, Any], tmp_path: Path, arguments: list[str], status: int, message: str
 ) -> None:
     written(recipe_values, tmp_path)
@@ -393,7 +393,7 @@ def test_all_models_are_timed_in_the_teachers_precision(
     assert rows["student"]["saved_as"] == "float32"
 
 
-def test_a_full_disk_is_told_as_one(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_as_one(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1659136 vs 1659028")
 

@@ -233,7 +233,7 @@ def test_the_recipe_stays_as_it_was_and_its_tokens_too(spread: dict[str, Any], t
         build_run(Recipe.parse(spread))
 
 
-def test_check_says_where_a_teacher_fits(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reports_where_a_teacher_fits(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     built = build_run(Recipe.parse(recipe_values))
     model: Any = built.loaded.model
     layers, memory = layer_bytes(model), resident_bytes(model) + 1000

@@ -70,13 +70,13 @@ def reference(term: PolicyGradient, one: dict[str, Any]) -> list[float]:
         returns[t] = sum(share * (p[s] - q[s]) for share, s in zip(shares, used, strict=True))
         if term.length_normalization:
             returns[t] = returns[t] / sum(shares) if sum(shares) else 0.0
-    mine = [t for t in range(N) if one["own"][t]]
+    own = [t for t in range(N) if one["own"][t]]
     if term.whiten:
-        mean = sum(returns[t] for t in mine) / len(mine)
-        deviation = math.sqrt(sum((returns[t] - mean) ** 2 for t in mine) / (len(mine) - 1))
+        mean = sum(returns[t] for t in own) / len(own)
+        deviation = math.sqrt(sum((returns[t] - mean) ** 2 for t in own) / (len(own) - 1))
         returns = [(r - mean) / deviation for r in returns]
     found = [0.0] * N
-    for t in mine:
+    for t in own:
         ratio = math.exp(-float(one["apart"][0, t]))  # log_probs then = log_probs now + apart
         weight = math.exp(-float(one["apart"][1, t])) if term.importance else 1.0
         outside = term.clip is not None and (
@@ -210,7 +210,7 @@ def test_importance_weights_undo_the_teachers_share() -> None:
 # What it is given.
 
 
-def test_a_teacher_that_tells_each_token_alone_is_enough() -> None:
+def test_log_probs_of_the_sampled_tokens_are_enough() -> None:
     one = case()
     q = log_probs_of((one["hidden"] @ one["weight"].T).detach(), one["labels"])
     label_log_probs = log_probs_of(one["p"], one["labels"])

@@ -99,7 +99,7 @@ def test_what_goes_wrong_comes_up_at_the_step_that_needs_it(tmp_path: Path) -> N
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("teacher")]
 
 
-def test_the_teacher_speaks_while_the_student_learns() -> None:
+def test_the_teacher_runs_while_the_student_trains() -> None:
     teacher, batches = Watched(), [make_batch(seed=seed) for seed in range(3)]
     distiller = Distiller(student(), teacher, [Logits(ForwardKL())], prefetch=True)
     distiller.prefetch(batches)
@@ -113,7 +113,7 @@ def test_the_teacher_speaks_while_the_student_learns() -> None:
     assert teacher.seen[:2] == [int(batch["input_ids"].sum()) for batch in batches[:2]]
 
 
-def test_batches_that_were_not_foretold_are_asked_on_the_spot() -> None:
+def test_batches_that_were_not_prefetched_are_computed_when_needed() -> None:
     teacher, plain = Watched(), Watched()
     ahead, alone = (Distiller(make_llama(hidden_size=8), each, [Logits(ForwardKL())], prefetch=each is teacher).eval()
                     for each in (teacher, plain))  # fmt: skip
@@ -134,7 +134,7 @@ def test_a_teacher_made_of_the_student_is_refused() -> None:
         Distiller(student(), teacher, [Logits(ForwardKL())], prefetch=True)
 
 
-def test_a_recipe_asks_for_it(recipe_values: dict[str, Any]) -> None:
+def test_prefetching_in_a_recipe_changes_no_result(recipe_values: dict[str, Any]) -> None:
     results = []
     for prefetch in (False, True):
         recipe_values["teacher"]["prefetch"] = prefetch
@@ -144,7 +144,7 @@ def test_a_recipe_asks_for_it(recipe_values: dict[str, Any]) -> None:
     assert [results[0][name] for name in measured] == [results[1][name] for name in measured]
 
 
-def test_all_tensors_of_an_answer_are_found() -> None:
+def test_all_tensors_of_an_output_are_found() -> None:
     batch = make_batch()
     teacher = ModelTeacher(make_llama())
     output = teacher(batch, causal_alignment(batch["labels"]))

@@ -298,7 +298,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     assert torch.equal(weights(resumed), weights(whole))
 
 
-def test_a_checkpoint_of_other_ranks_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_ranks_is_refused(tmp_path: Path) -> None:
     one = on_policy(tmp_path, save_strategy="steps", save_steps=3)
     one.train()
     (tmp_path / "checkpoint-3" / "rollout-0.json").unlink()
@@ -432,7 +432,7 @@ def test_a_recipe_learns_from_its_students_own_text(recipe_values: dict[str, Any
         assert [text["step"] for text in summary["own_texts"]] == sorted(text["step"] for text in summary["own_texts"])
 
 
-def test_the_report_tells_of_a_collapse() -> None:
+def test_the_report_has_a_note_on_a_collapse() -> None:
     lines = [{"step": i, "own_share": 1.0, "own_repetition": r} for i, r in enumerate((0.1, 0.9, 0.95))]
     (note,) = collapse_notes(lines)
     assert note.startswith("From step 1 to the end: rollout: expected varied on-policy samples, got 95%")
@@ -464,7 +464,7 @@ def test_minillm_is_a_term_with_switches(recipe_values: dict[str, Any]) -> None:
     assert bare == MiniLLM(1.0, 1.0, False, False, False, None, False)
 
 
-def test_what_makes_no_sense_is_told_at_once(recipe_values: dict[str, Any]) -> None:
+def test_impossible_rollouts_are_refused_at_once(recipe_values: dict[str, Any]) -> None:
     values = on_policy_recipe(recipe_values, teacher={"cache": "somewhere"})
     values["rollout"] |= {"teacher_mix": 0.2}
     with pytest.raises(RecipeError) as caught:

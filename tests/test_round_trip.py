@@ -147,7 +147,7 @@ def test_plain_texts() -> None:
     assert nobody == ({"role": "assistant", "content": " Four."}, None)
 
 
-def test_a_tokenizer_that_parses_its_model_is_asked() -> None:
+def test_the_parser_of_a_tokenizer_is_used() -> None:
     template = PLAIN.replace(
         "{{ m.content }}", "{% if m.calls %}<call>{{ m.calls[0].name }}</call>{% endif %}{{ m.content | trim }}"
     )

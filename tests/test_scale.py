@@ -80,16 +80,16 @@ def losses(folder: Path) -> list[tuple[int, str, float]]:
 
 
 def same_losses(one: Path, other: Path, rel: float = 1e-5) -> None:
-    mine, theirs = losses(one), losses(other)
-    assert [line[:2] for line in mine] == [line[:2] for line in theirs]
-    assert [line[2] for line in mine] == pytest.approx([line[2] for line in theirs], rel=rel)
+    expected, actual = losses(one), losses(other)
+    assert [line[:2] for line in expected] == [line[:2] for line in actual]
+    assert [line[2] for line in expected] == pytest.approx([line[2] for line in actual], rel=rel)
 
 
 def same_students(one: Path, other: Path) -> None:
-    mine, theirs = (load_file(folder / "student" / "model.safetensors") for folder in (one, other))
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
+    expected, actual = (load_file(folder / "student" / "model.safetensors") for folder in (one, other))
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        torch.testing.assert_close(expected[name], actual[name], rtol=1e-4, atol=1e-5)
 
 
 def in_one(values: dict[str, Any], folder: Path) -> Path:
@@ -141,7 +141,9 @@ REFUSED = {"the student's average"}  # by FSDP
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_else_a_recipe_may_say(values: dict[str, Any], toys: Path, tmp_path: Path, name: str, way: str) -> None:
+def test_other_keys_of_a_recipe_work_on_two_processes(
+    values: dict[str, Any], toys: Path, tmp_path: Path, name: str, way: str
+) -> None:
     places = {"TEACHER": toys / "teacher", "STUDENT": toys / "student", "CACHE": tmp_path / "cache"}
     text = json.dumps(values | OTHERS[name])
     for word, path in places.items():

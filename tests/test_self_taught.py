@@ -116,10 +116,10 @@ def test_the_average_is_resumed_bit_for_bit(tmp_path: Path) -> None:
 def test_beside_an_adapter_only_the_adapter_is_there_twice(tmp_path: Path) -> None:
     student, teacher = lora(), EMATeacher(0.5)
     one = trainer(tmp_path, student=student, teacher=teacher)
-    mine, theirs = dict(student.named_parameters()), dict(teacher.model.named_parameters())
-    for name, p in mine.items():
-        assert (theirs[name] is p) == (not p.requires_grad)
-    assert set(teacher.state_dict()) == {name for name in mine if "lora" in name}
+    student_parameters, teacher_parameters = dict(student.named_parameters()), dict(teacher.model.named_parameters())
+    for name, p in student_parameters.items():
+        assert (teacher_parameters[name] is p) == (not p.requires_grad)
+    assert set(teacher.state_dict()) == {name for name in student_parameters if "lora" in name}
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     one.train()
     assert any(not torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -194,9 +194,9 @@ def test_the_base_teaches_without_a_second_copy(tmp_path: Path) -> None:
         outputs.append(one.step(batch))  # with dropout in the student's adapter, and none in the teacher
         outputs[-1].loss.backward()
     assert outputs[0].loss == outputs[1].loss and outputs[0].logs["logits"] > 1e-3
-    for mine, theirs in zip(found.student.parameters(), beside.student.parameters(), strict=True):
-        assert mine.requires_grad == theirs.requires_grad
-        assert (mine.grad is None and theirs.grad is None) or torch.equal(mine.grad, theirs.grad)
+    for actual, expected in zip(found.student.parameters(), beside.student.parameters(), strict=True):
+        assert actual.requires_grad == expected.requires_grad
+        assert (actual.grad is None and expected.grad is None) or torch.equal(actual.grad, expected.grad)
     one = trainer(tmp_path, student=student, teacher=BaseModelTeacher())
     one.train()
     trained = {name for name, p in one.distiller.named_parameters() if p.requires_grad}
@@ -206,7 +206,7 @@ def test_the_base_teaches_without_a_second_copy(tmp_path: Path) -> None:
         assert torch.equal(value, kept.get(name, kept.get(name.replace(".weight", ".base_layer.weight"))))
 
 
-def test_what_the_base_says_is_what_it_said(tmp_path: Path) -> None:
+def test_the_targets_of_the_base_model_do_not_change(tmp_path: Path) -> None:
     base, batch = make_llama(hidden_size=8), make_batch()
     alignment = causal_alignment(batch["labels"])
     for student in (
@@ -328,8 +328,8 @@ def test_deep_supervision_is_its_formula() -> None:
     term = 4 * (apart[0] + apart[1]) / 2
     torch.testing.assert_close(output.logs["deep_supervision"], term.detach())
     (0.5 * term + torch.nn.functional.cross_entropy(final, alignment.labels)).backward()
-    for mine, p in zip(found, student.parameters(), strict=True):
-        torch.testing.assert_close(mine, p.grad)
+    for actual, p in zip(found, student.parameters(), strict=True):
+        torch.testing.assert_close(actual, p.grad)
 
 
 def test_deep_supervision_counts_tokens_by_their_weights() -> None:

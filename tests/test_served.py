@@ -49,7 +49,7 @@ def serve(toy: ToyServer, tokenizer: Any, top_k: int = 5) -> ServedTeacher:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_it_says_what_the_live_model_says(toy: ToyServer, tokenizer: Any, side: str) -> None:
+def test_its_targets_are_those_of_the_live_model(toy: ToyServer, tokenizer: Any, side: str) -> None:
     batch = make_batch(5, 12)
     batch["labels"][3] = -100  # a row where nothing counts
     if side == "left":
@@ -159,7 +159,7 @@ def without_words(answer: Any) -> Any:
     return answer
 
 
-def test_what_it_cannot_be_is_told_when_it_is_made(toy: ToyServer, tokenizer: Any) -> None:
+def test_impossible_settings_are_refused_at_its_creation(toy: ToyServer, tokenizer: Any) -> None:
     with pytest.raises(RefusedError, match="max allowed: 20"):
         serve(toy, tokenizer, top_k=21)
     toy.scores_prompts = False
@@ -218,7 +218,7 @@ def test_what_the_page_about_servers_shows_works(
     exec(compile(code, "servers.md", "exec"), {})
 
 
-def test_check_asks_the_server(served_values: dict[str, Any], toy: ToyServer) -> None:
+def test_check_sends_requests_to_the_server(served_values: dict[str, Any], toy: ToyServer) -> None:
     found = check(Recipe.parse(served_values))
     assert found.built.loaded.model is None
     assert found.built.vocabulary == 300
@@ -258,7 +258,7 @@ def test_check_asks_the_server(served_values: dict[str, Any], toy: ToyServer) ->
         ),
     ],
 )
-def test_what_a_recipe_with_a_server_cannot_say(
+def test_recipes_that_do_not_go_with_a_server_are_refused(
     served_values: dict[str, Any], change: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):

@@ -141,7 +141,7 @@ def test_weights_are_as_old_as_they_may_be(toy: ToyStudentServer, tmp_path: Path
     assert all(line["own_age"] == 0 for line in new.state.log_history if "own_age" in line)
 
 
-def test_nothing_is_lent_where_nothing_is_to_be_written(toy: ToyStudentServer, tmp_path: Path) -> None:
+def test_without_on_policy_samples_no_weights_are_sent(toy: ToyStudentServer, tmp_path: Path) -> None:
     on_policy(toy, tmp_path, 0.0).train()
     assert not toy.received
 
@@ -178,9 +178,7 @@ def of(model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
     return padded.where(~made[STUDENT_LOG_PROBS].isnan(), torch.nan)
 
 
-def test_what_it_was_drawn_from_is_not_told_where_that_is_not_the_student(
-    toy: ToyStudentServer, tmp_path: Path
-) -> None:
+def test_truncated_sampling_has_no_sampler_log_probs(toy: ToyStudentServer, tmp_path: Path) -> None:
     model = student()
     (made,) = served(toy, tmp_path, sampling={"top_p": 0.9, "sampling_temperature": 0.8})([make_batch()], model, step=0)
     must_be_written_by(model, made)
@@ -210,7 +208,7 @@ def test_resumed_equals_uninterrupted(tokenizer: Any, tmp_path: Path, adapter: b
         toy.close()
 
 
-def test_of_an_adapter_the_adapter_alone_is_lent(tokenizer: Any, tmp_path: Path) -> None:
+def test_of_an_adapted_student_only_the_adapter_is_sent(tokenizer: Any, tmp_path: Path) -> None:
     base = student(seed=2)
     toy = ToyStudentServer(tokenizer, copy.deepcopy(base))
     try:
@@ -244,7 +242,7 @@ def _of_two_ranks(folder: Path, url: str) -> None:
 
 
 @pytest.mark.slow
-def test_one_rank_lends_and_all_write(toy: ToyStudentServer, tmp_path: Path) -> None:
+def test_one_rank_sends_the_weights_and_all_sample(toy: ToyStudentServer, tmp_path: Path) -> None:
     processes.two_ranks(tmp_path, _of_two_ranks, tmp_path / "run", toy.url, NO_PROXY="*")
     assert len(toy.received) == 2
     assert len([body for body in toy.requests if "return_token_ids" in body]) == 3 * 8
@@ -262,7 +260,7 @@ def test_a_server_that_takes_no_weights(toy: ToyStudentServer, tmp_path: Path) -
         served(toy, tmp_path, adapter=True)([make_batch()], lora(student()), step=0)
 
 
-def test_a_server_that_says_that_it_took_them(toy: ToyStudentServer, tmp_path: Path) -> None:
+def test_a_server_that_ignores_new_weights_is_an_error(toy: ToyStudentServer, tmp_path: Path) -> None:
     toy.ignores_weights = True
     with pytest.raises(ServerError, match=r"expected the student's log-probabilities, .*served, got"):
         served(toy, tmp_path)([make_batch()], student(), step=0)
@@ -304,7 +302,7 @@ def test_a_guide_does_not_read_along_there(toy: ToyStudentServer, tmp_path: Path
         served(toy, tmp_path, guide=teacher_mix(make_llama(), 0.2))
 
 
-def test_a_server_that_stumbles_is_asked_again(toy: ToyStudentServer, tmp_path: Path) -> None:
+def test_failed_requests_are_sent_again(toy: ToyStudentServer, tmp_path: Path) -> None:
     expected = on_policy(toy, tmp_path / "a")
     expected.train()
     found = on_policy(toy, tmp_path / "b")
@@ -359,7 +357,7 @@ def test_a_recipe_learns_from_what_a_server_writes(
         assert not (directory / "served").exists()
 
 
-def test_check_lends_weights_and_leaves_nothing(
+def test_check_sends_weights_and_leaves_no_files(
     toy: ToyStudentServer, recipe_values: dict[str, Any], toys: Path
 ) -> None:
     found = check(recipe(recipe_values, toy, toys))
@@ -403,7 +401,9 @@ def test_biases_that_no_server_takes(toy: ToyStudentServer, recipe_values: dict[
         wanted.rollout.server.writer(adapted, make_tokenizer(), Path(wanted.output))
 
 
-def test_what_makes_no_sense_is_told_at_once(toy: ToyStudentServer, recipe_values: dict[str, Any], toys: Path) -> None:
+def test_impossible_rollouts_are_refused_at_once(
+    toy: ToyStudentServer, recipe_values: dict[str, Any], toys: Path
+) -> None:
     for wrong, objective, message in [
         ({"teacher_mix": 0.2}, None, "rollout: expected teacher_mix without server, got both"),
         ({"teacher_top_k": 3}, None, "rollout: expected teacher_top_k without server, got both"),

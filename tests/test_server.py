@@ -53,7 +53,7 @@ def test_completions_come_in_the_order_of_prompts_and_samples(toy: ToyServer, to
     assert connect(toy).complete([], Sampling()) == []
 
 
-def test_what_is_asked_is_what_was_meant(toy: ToyServer) -> None:
+def test_requests_hold_the_prompts_and_sampling_settings(toy: ToyServer) -> None:
     server = connect(toy)
     plain = Sampling(max_new_tokens=7, sampling_temperature=0.5, top_p=0.9)
     server.complete(["def f", torch.tensor([3, 4])], plain)
@@ -94,7 +94,7 @@ def test_a_server_that_refuses_keys_of_vllm_gets_none_of_them(toy: ToyServer) ->
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_passes_is_asked_again(toy: ToyServer, fault: str) -> None:
+def test_requests_are_sent_again_after_faults_that_pass(toy: ToyServer, fault: str) -> None:
     expected = texts(connect(toy), PROMPTS[:6])
     before = len(toy.requests)
     toy.faults = [fault, fault]
@@ -132,7 +132,7 @@ def test_a_refused_connection_has_a_clear_end(toy: ToyServer) -> None:
         ModelServer(url, "toy", attempts=3).card()
 
 
-def test_a_refusal_is_told_at_once_in_the_servers_words(toy: ToyServer) -> None:
+def test_a_refusal_is_an_error_at_once_with_the_servers_message(toy: ToyServer) -> None:
     with pytest.raises(
         RefusedError, match=r"got status 400: the prompt is longer than the maximum model length of 64\."
     ):
@@ -170,7 +170,7 @@ def test_retry_after_is_honoured(toy: ToyServer, monkeypatch: pytest.MonkeyPatch
     assert 0.02 <= waited[2] <= 0.04  # the third wait doubles the first twice, and is random
 
 
-def test_a_server_that_is_overloaded_is_asked_less_at_once() -> None:
+def test_an_overloaded_server_gets_fewer_requests_at_once() -> None:
     window = ConcurrencyLimit(8)
     with window.slot() as one, window.slot() as two:
         window.shrink(one)
@@ -241,7 +241,7 @@ def test_damaged_log_probabilities_are_not_taken(toy: ToyServer, kind: str) -> N
         connect(toy).score([[3, 4, 5]], 3)
 
 
-def test_a_server_of_openais_kind_says_why_it_cannot_score(toy: ToyServer) -> None:
+def test_the_error_for_a_server_that_cannot_score_has_the_reason(toy: ToyServer) -> None:
     toy.scores_prompts = False
     with pytest.raises(RefusedError, match=r"of generated tokens alone.*enough to generate data"):
         connect(toy).score([[3, 4]], 3)
@@ -297,7 +297,7 @@ def test_v1_may_stand_in_the_url(toy: ToyServer) -> None:
         assert ModelServer(url, "toy").card()["max_model_len"] == 64
 
 
-def test_a_model_that_is_not_served_is_told_with_the_nearest(toy: ToyServer) -> None:
+def test_the_error_for_a_model_that_is_not_served_has_the_nearest(toy: ToyServer) -> None:
     with pytest.raises(RefusedError, match=r"toy, other.*Did you mean toy\?"):
         ModelServer(toy.url, "toyy").card()
 

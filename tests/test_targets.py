@@ -113,7 +113,7 @@ def test_the_rest_of_a_bucket_is_never_below_nothing(dtype):
     assert rest.isfinite() and rest < -15 and rest.dtype == torch.promote_types(dtype, torch.float32)
 
 
-def test_sparse_targets_know_whether_they_speak_of_the_first_tokens():
+def test_sparse_targets_are_sliced_only_where_no_token_is_lost():
     targets = SparseTargets(torch.tensor([[0, 3], [2, 99]]), torch.tensor([[-1.0, -1.0], [-1.0, -math.inf]]))
     assert targets.slice(4) is targets  # a slot that is not used may hold any id
     with pytest.raises(VocabularyError, match=r"^SparseTargets: expected token ids in 0\.\.2, got 0\.\.3\. .*another"):

@@ -78,7 +78,7 @@ def test_rows_that_do_not_count_are_not_attended_to() -> None:
 
 
 @pytest.mark.parametrize("kind", MASKED)
-def test_a_masked_head_is_cut_and_says_the_same(kind: str) -> None:
+def test_a_masked_head_is_split_off_with_the_same_logits(kind: str) -> None:
     model, batch = make_encoder(kind, "masked").eval(), make_batch("masked")
     alignment = align(batch["labels"], "masked")
     found = split_model(model)
@@ -117,7 +117,7 @@ def test_classifiers_and_encoders_stay_whole() -> None:
     assert targets.dense().shape == (6, 0)
 
 
-def test_types_of_tokens_go_to_models_that_know_them() -> None:
+def test_types_of_tokens_go_to_models_that_have_them() -> None:
     batch = make_batch("classification")
     plain = {name: value for name, value in batch.items() if name != "token_type_ids"}
     for kind, differs in (("bert", True), ("roberta", False), ("distilbert", False)):

@@ -95,7 +95,7 @@ def test_upstream_gradients_weigh_each_token():
     torch.testing.assert_close(weighed, plain * weights.unsqueeze(-1))
 
 
-def test_head_targets_say_what_their_dense_logits_say_and_get_no_gradient():
+def test_head_targets_equal_their_dense_logits_and_get_no_gradient():
     student, _ = pair(2, 3, 7)
     hidden, weight, bias = (pair(*shape)[0] for shape in ((2, 3, 4), (7, 4), (7,)))
     targets = HeadTargets(hidden, LMHead(weight, bias, logit_scale=0.5, softcap=3.0))

@@ -32,7 +32,7 @@ from toy_server import LiveTopK, logged, prepared_with_top_k
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 
-def test_it_says_what_the_live_model_says(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_its_targets_are_those_of_the_live_model(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
     batch = make_batch(6, 60)
     alignment = causal_alignment(batch["labels"])
     output = ServedTeacher(ModelServer(vllm.url, "toy"), tokenizer, top_k=20)(batch, alignment)
@@ -95,7 +95,7 @@ def test_it_writes_what_the_live_model_writes(vllm: Served, tokenizer: PreTraine
     assert [len(found) for found in server.complete(prompts, drawn)] == [2, 2, 2]
 
 
-def test_what_it_refuses_is_told(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_refused_requests_are_errors(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
     server = ModelServer(vllm.url, "toy")
     teacher = ServedTeacher(server, tokenizer)
     assert teacher.max_length == 63

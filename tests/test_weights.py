@@ -244,7 +244,7 @@ def test_bad_weights_are_one_clear_line(row: Any, options: Any, words: str | Non
     assert "\n" not in str(error.value)
 
 
-def test_recipes_take_weights_and_tell_mistakes(recipe_values: dict[str, Any]) -> None:
+def test_recipes_accept_weights_and_refuse_mistakes(recipe_values: dict[str, Any]) -> None:
     recipe_values["data"]["train"] |= {"weight": "share", "span_weights": WEIGHTS}
     assert Recipe.parse(recipe_values).data.train.span_weights.answer == 0.75
     for wrong, words in (

@@ -61,7 +61,7 @@ class ToyServer:
         self.model, self.tokenizer, self.scores_prompts = model.eval(), tokenizer, scores_prompts
         self.name = "toy"
         self.detokenizes = scores_prompts
-        self.faults: list[str] = []  # what befalls the next questions to /v1/completions
+        self.faults: list[str] = []  # the faults of the next requests to /v1/completions
         self.change: Any = None  # what is done to an answer of /v1/completions
         self.key: str | None = None  # the only key that is let in
         self.refused: set[str] = set()  # keys of /v1/completions that it does not know
