@@ -36,7 +36,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], i
 every_kind = pytest.mark.parametrize("kind", ["dense", "head", "bucket"])
 
 WAYS = [(dtype, backend) for dtype in (torch.float64, torch.float32) for backend in BACKENDS]
-# Triton's kernels know float32 alone. Without a GPU its interpreter runs them (conftest.py), slowly: one of each kind.
+# Triton's kernels have float32 alone. Without a GPU its interpreter runs them (conftest.py), slowly: one of a kind.
 SHOWN = [kind for i, kind in enumerate(DIVERGENCES) if type(kind) not in map(type, DIVERGENCES[:i])]
 every_way = pytest.mark.parametrize(
     ("dtype", "backend"), [*WAYS, pytest.param(torch.float32, "triton", marks=WITH_TRITON)], ids=str

@@ -1,6 +1,6 @@
 """The pages of the documentation: their blocks, and how a reader runs them, in the folder where one is.
 
-Where a page runs as a whole (`run_page`), a python block knows what those before it have defined; a yaml block begins
+Where a page runs as a whole (`run_page`), a python block sees what those before it have defined; a yaml block begins
 with a comment that names its file; each line of a console block is a `potstill` command that succeeds (a backslash at
 its end joins two; comments are skipped); a text block is what the block before it prints, `...` standing for anything.
 """

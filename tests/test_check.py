@@ -1,4 +1,4 @@
-"""potstill check and potstill schema know every kind of recipe."""
+"""potstill check and potstill schema accept every kind of recipe."""
 
 from __future__ import annotations
 

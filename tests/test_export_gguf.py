@@ -251,7 +251,7 @@ def test_tokenizers_agree_on_a_thousand_texts(kind: str, tmp_path: Path) -> None
     special = ["<end>", "<pad>", "<think>"] if kind != "sentencepiece" else ["<end>", "<pad>"]
     with LlamaCpp(written(tokenizer, tmp_path)) as loaded:
         differ = [text for text in texts(special) if loaded.tokenize(text) != tokenizer(text)["input_ids"]]
-    if kind in ("tekken", "gpt-4o"):  # llama.cpp's expressions know the capitals of ASCII alone, and no marks
+    if kind in ("tekken", "gpt-4o"):  # llama.cpp's expressions match the capitals of ASCII alone, and no marks
         assert differ
         differ = [text for text in differ if text.isascii()]
     assert differ == []

@@ -120,7 +120,7 @@ class _Biased(LlamaForCausalLM):
 
 
 class _Bounded(LlamaForCausalLM):
-    """A soft cap that its config does not know."""
+    """A soft cap that its config does not have."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
