@@ -138,7 +138,7 @@ def test_it_goes_on_and_merges_into_the_same(judged_rows: Path) -> None:
     torch.testing.assert_close(answer(plain), answer(apart), atol=1e-5, rtol=1e-5)
 
 
-def test_what_judges_is_found_by_where_it_stands() -> None:
+def test_heads_of_sequence_tasks_are_found_by_their_place() -> None:
     found = {
         (kind, task): sequence_head_names(make_encoder(kind, task))
         for kind in ("bert", "distilbert", "roberta")

@@ -41,9 +41,11 @@ QUIET = Console(quiet=True)
 def request(
     toys: Path, out: Path, layers: tuple[Layer, ...], attentions: tuple[int, ...] = (), **teacher: Any
 ) -> CacheRequest:
-    who = ModelSource(model=str(toys / "teacher"), **teacher)
+    source_model = ModelSource(model=str(toys / "teacher"), **teacher)
     source = Source(str(toys / "train.jsonl"))
-    return CacheRequest(who, [source], 32, False, "hidden", {}, out, batch_rows=4, layers=layers, attentions=attentions)
+    return CacheRequest(
+        source_model, [source], 32, False, "hidden", {}, out, batch_rows=4, layers=layers, attentions=attentions
+    )
 
 
 @pytest.fixture(scope="module")

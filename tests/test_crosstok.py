@@ -55,14 +55,14 @@ def test_a_chunk_has_the_probability_of_its_bytes(other: Any, whole: bool, monke
     """By brute force: each row of the teacher alone, token by token."""
     if whole:
         monkeypatch.setattr("potstill.teachers.model.split_model", lambda model: None)
-    brain, batch = model(other, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
-    teacher = CrossTokenizerTeacher(brain, other, SMALL)
+    teacher_model, batch = model(other, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
+    teacher = CrossTokenizerTeacher(teacher_model, other, SMALL)
     across = across_of(teacher, batch)
     alignment = causal_alignment(batch["labels"])
     chunk, seen = 0, 0
     for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
         reading = teacher.align(ids[mask.bool()].tolist())
-        logits = brain(input_ids=torch.tensor([reading.ids])).logits[0]
+        logits = teacher_model(input_ids=torch.tensor([reading.ids])).logits[0]
         log_probs = logits[:, : len(other)].log_softmax(-1)
         for i in range(len(reading.sizes)):
             student_at = (reading.student == i).nonzero()[0].tolist()
@@ -120,14 +120,14 @@ def test_equal_tokenizers_match_token_by_token(whole: bool, monkeypatch: pytest.
     if whole:
         for module in ("potstill.train.distiller", "potstill.teachers.model"):
             monkeypatch.setattr(f"{module}.split_model", lambda model: None)
-    student, brain, batch = model(SMALL, hidden_size=8), model(SMALL, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
-    distiller = Distiller(student, CrossTokenizerTeacher(brain, SMALL, SMALL), [Chunks(temperature=7.0)])
+    student, teacher_model, batch = model(SMALL, hidden_size=8), model(SMALL, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
+    distiller = Distiller(student, CrossTokenizerTeacher(teacher_model, SMALL, SMALL), [Chunks(temperature=7.0)])
     output = distiller.step(batch)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     there, labels = target_positions(batch["labels"]), batch["labels"][:, 1:][target_positions(batch["labels"])]
     log_q, log_p = (
         each(**inputs).logits[:, :-1][there].log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-        for each in (student, brain)
+        for each in (student, teacher_model)
     )
     expected = [alm(p, q, 7.0) for p, q in zip(log_p.tolist(), log_q.tolist(), strict=True)]
     assert output.loss.item() == pytest.approx(sum(expected) / len(expected), rel=1e-3)
@@ -140,8 +140,8 @@ def test_equal_tokenizers_match_token_by_token(whole: bool, monkeypatch: pytest.
 
 
 def test_a_student_equal_to_its_teacher_has_no_loss() -> None:
-    brain, batch = model(SMALL), batch_of(SMALL, TEXTS)
-    teacher = CrossTokenizerTeacher(brain, SMALL, SMALL)
+    teacher_model, batch = model(SMALL), batch_of(SMALL, TEXTS)
+    teacher = CrossTokenizerTeacher(teacher_model, SMALL, SMALL)
     for term in (Chunks(divergence=JSD()), MappedLogits(ReverseKL(), top_k=1000), ULD()):
         output = Distiller(model(SMALL), teacher, [term]).step(batch)
         assert output.loss.item() == pytest.approx(0, abs=1e-5)
@@ -177,8 +177,8 @@ def test_biased_chunks_are_merged_or_dropped(biased: Any) -> None:
 
 def test_bias_is_what_longer_tokens_keep() -> None:
     """By brute force, from bytes: all tokens of the teacher that go on over the end where the student's do not."""
-    brain, batch = model(LARGE, seed=1), batch_of(SMALL, TEXTS[:1])
-    teacher = CrossTokenizerTeacher(brain, LARGE, SMALL)
+    teacher_model, batch = model(LARGE, seed=1), batch_of(SMALL, TEXTS[:1])
+    teacher = CrossTokenizerTeacher(teacher_model, LARGE, SMALL)
     across = across_of(teacher, batch)
     student_ends, teacher_ends = across.last()
     p = across.logits(teacher_ends).softmax(-1)
@@ -197,8 +197,8 @@ def test_bias_is_what_longer_tokens_keep() -> None:
 
 def test_mapped_logits_by_the_definition() -> None:
     """For each of the student's tokens, the teacher's probability of all tokens that it would begin with it."""
-    student, brain, batch = model(SMALL, hidden_size=8), model(LARGE, seed=1), batch_of(SMALL, TEXTS)
-    teacher = CrossTokenizerTeacher(brain, LARGE, SMALL)
+    student, teacher_model, batch = model(SMALL, hidden_size=8), model(LARGE, seed=1), batch_of(SMALL, TEXTS)
+    teacher = CrossTokenizerTeacher(teacher_model, LARGE, SMALL)
     across, begins = across_of(teacher, batch), teacher.pair.first_student_token
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     there = target_positions(batch["labels"])
@@ -217,11 +217,11 @@ def test_mapped_logits_by_the_definition() -> None:
 
 
 def test_mapped_logits_of_one_tokenizer_are_logits() -> None:
-    student, brain, batch = model(SMALL, hidden_size=8), model(SMALL, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
-    mapped = CrossTokenizerTeacher(brain, SMALL, SMALL)
+    student, teacher_model, batch = model(SMALL, hidden_size=8), model(SMALL, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
+    mapped = CrossTokenizerTeacher(teacher_model, SMALL, SMALL)
     for divergence in (ForwardKL(), ReverseKL()):
         one = Distiller(student, mapped, [MappedLogits(divergence, temperature=2.0, top_k=1000)]).step(batch)
-        two = Distiller(student, brain, [Logits(divergence, temperature=2.0)]).step(batch)
+        two = Distiller(student, teacher_model, [Logits(divergence, temperature=2.0)]).step(batch)
         torch.testing.assert_close(one.loss, two.loss, rtol=1e-4, atol=1e-5)
 
 
@@ -234,8 +234,8 @@ def test_where_only_one_puts_a_space_before_the_text() -> None:
 
 
 def test_uld_pairs_what_begins_at_the_same_byte() -> None:
-    student, brain, batch = model(SMALL, hidden_size=8), model(LARGE, seed=1), batch_of(SMALL, TEXTS)
-    teacher = CrossTokenizerTeacher(brain, LARGE, SMALL)
+    student, teacher_model, batch = model(SMALL, hidden_size=8), model(LARGE, seed=1), batch_of(SMALL, TEXTS)
+    teacher = CrossTokenizerTeacher(teacher_model, LARGE, SMALL)
     across = across_of(teacher, batch)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     there = target_positions(batch["labels"])

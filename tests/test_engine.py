@@ -52,7 +52,7 @@ def test_texts_and_their_ids_are_one(model) -> None:
     assert engine.complete([tokenizer(p)["input_ids"] for p in PROMPTS], GREEDY) == engine.complete(PROMPTS, GREEDY)
 
 
-def test_the_seed_decides_and_nobody_else_notices(model) -> None:
+def test_the_seed_decides_and_the_global_generator_stays(model) -> None:
     engine = LocalEngine(model, make_tokenizer(), 3)
     sampling = Sampling(samples=3, max_new_tokens=8, seed=5)
     torch.manual_seed(1)

@@ -146,8 +146,8 @@ MISTAKES = {
         {"server": {"url": "u", "model": "m"}, "model": "a"},
         "expected one of .*, got model and server",
     ),
-    "nobody": ({}, f"expected one of {KINDS}, got none"),
-    "weights of nobody": (
+    "no teacher": ({}, f"expected one of {KINDS}, got none"),
+    "weights without an ensemble": (
         {"model": "a", "weights": "learned"},
         "expected weights with ensemble alone, got it with model",
     ),

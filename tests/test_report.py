@@ -401,7 +401,7 @@ def test_the_verdict_is_honest(losses, phrases):
         assert phrase in sentence
 
 
-def test_the_verdict_wants_a_student():
+def test_the_verdict_needs_a_student():
     with pytest.raises(DataError, match=r"rows\.student"):
         verdict({"rows": {"teacher": {"loss": 2.0}}})
 

@@ -514,7 +514,7 @@ def test_a_cache_serves_the_data_and_the_model_the_rest(recipe_values: dict[str,
     assert held == [False, True]
     for batch in made:
         alignment = causal_alignment(batch["labels"])
-        actual, live = (who(batch, alignment).targets.dense() for who in (teacher, teacher.live))
+        actual, live = (scorer(batch, alignment).targets.dense() for scorer in (teacher, teacher.live))
         torch.testing.assert_close(actual.float().log_softmax(-1), live.log_softmax(-1), atol=1e-2, rtol=1e-2)
 
 

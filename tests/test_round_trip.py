@@ -143,8 +143,8 @@ def test_plain_texts() -> None:
     assert reader.read(request, prompt, Completion(" Four.", True, (*ids, 0))).token_ids is None
     cut = Completion(" Four.", False, tuple(ids))
     assert reader.read(request, "Two and two?", cut).token_ids == (prompt, ids)
-    nobody = TurnReader(None, "completion").read(request, USER["content"], Completion(" Four.", True))
-    assert nobody == ({"role": "assistant", "content": " Four."}, None)
+    without_tokenizer = TurnReader(None, "completion").read(request, USER["content"], Completion(" Four.", True))
+    assert without_tokenizer == ({"role": "assistant", "content": " Four."}, None)
 
 
 def test_the_parser_of_a_tokenizer_is_used() -> None:

@@ -59,8 +59,8 @@ def writer(toy: ToyServer, folder: Path, **options: Any) -> ServedWriter:
 def served(toy: ToyServer, folder: Path, share: Any = 1.0, max_staleness: int = 0, **options: Any) -> Rollout:
     sampling = Sampling(max_new_tokens=6, **options.pop("sampling", {}))
     adapter = options.pop("adapter", False)
-    who = writer(toy, folder, adapter=adapter, max_staleness=max_staleness)
-    return Rollout(make_tokenizer(), sampling, share=share, prompt_tokens=3, server=who, **options)
+    server = writer(toy, folder, adapter=adapter, max_staleness=max_staleness)
+    return Rollout(make_tokenizer(), sampling, share=share, prompt_tokens=3, server=server, **options)
 
 
 def must_be_written_by(model: Any, made: dict[str, torch.Tensor], apart: float = 1e-5) -> None:
@@ -297,7 +297,7 @@ def test_answers_without_tokens_are_refused(toy: ToyStudentServer, tmp_path: Pat
         one([make_batch()], student(), step=0)
 
 
-def test_a_guide_does_not_read_along_there(toy: ToyStudentServer, tmp_path: Path) -> None:
+def test_a_guide_with_a_server_is_refused(toy: ToyStudentServer, tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match="expected a guide or a server, got both"):
         served(toy, tmp_path, guide=teacher_mix(make_llama(), 0.2))
 

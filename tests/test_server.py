@@ -207,7 +207,7 @@ def test_the_window_is_kept(toy: ToyServer) -> None:
         (lambda answer: {"choices": None}, "expected choices"),
     ],
 )
-def test_an_answer_that_is_none_is_not_taken(toy: ToyServer, change: Any, message: str) -> None:
+def test_malformed_answers_are_errors(toy: ToyServer, change: Any, message: str) -> None:
     toy.change = change
     with pytest.raises(ServerError, match=message):
         texts(connect(toy), [[3]], samples=2)

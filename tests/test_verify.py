@@ -73,7 +73,7 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
-def test_the_same_answer_in_other_clothes(one: str, other: str) -> None:
+def test_the_same_answer_in_another_form(one: str, other: str) -> None:
     assert same_answer(one, other)
     assert same_answer(other, one)
 
