@@ -165,11 +165,11 @@ def step_part(_: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
             if turn:
                 spent[name].append(time.perf_counter() - start)
     times = {name: statistics.median(each) for name, each in spent.items()}
-    mine = sum(each.numel() for each in student.parameters())
+    student_parameters = sum(each.numel() for each in student.parameters())
     cells = []
     for name, teacher in teachers.items():
         of_teacher = sum(p.numel() for p in teacher.model.parameters()) if isinstance(teacher, ModelTeacher) else 0
-        size = f"{of_teacher / mine:.1f}" if of_teacher else ""
+        size = f"{of_teacher / student_parameters:.1f}" if of_teacher else ""
         cells.append([name, size, f"{times[name]:.2f}", f"{times[name] / times['labels']:.2f}"])
     return ["teacher", "times the student's size", "s per step", "relative to labels only"], cells
 
@@ -229,8 +229,8 @@ def scale_part(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
         directory = Path(folder)
         shards = []
         for start in range(0, rows, per_shard):
-            mine = range(start, min(start + per_shard, rows))
-            content = (CachedRow(keys[16 * row : 16 * row + 16], 512, signals[row % 8]) for row in mine)
+            shard_rows = range(start, min(start + per_shard, rows))
+            content = (CachedRow(keys[16 * row : 16 * row + 16], 512, signals[row % 8]) for row in shard_rows)
             shards.append(write_shard(directory / "shards" / f"{start:08d}.arrow", content))
         manifest = Manifest(plan=plan, shards=shards, files={})
         (directory / MANIFEST).write_text(manifest_text(asdict(manifest)), encoding="utf-8")

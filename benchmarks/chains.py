@@ -117,16 +117,16 @@ def learn(
 def right(
     model: LlamaForCausalLM,
     words: PreTrainedTokenizerFast,
-    asked: list[Problem],
+    examples: list[Problem],
     way: str = "chains",
     temperature: float = 0.0,
 ) -> float:
     """The share of problems that a model answers right, in one of WAYS."""
-    prompts = [fill(WAYS[way], one.question) for one in asked]
+    prompts = [fill(WAYS[way], one.question) for one in examples]
     drawn = Sampling(max_new_tokens=48, sampling_temperature=temperature, seed=0)
     texts = [text.text for (text,) in LocalEngine(model, words, 256).complete(prompts, drawn)]
     answers = list(map(READ[way], texts))
-    return statistics.mean(same_answer(text, one.answer) for text, one in zip(answers, asked, strict=True))
+    return statistics.mean(same_answer(text, one.answer) for text, one in zip(answers, examples, strict=True))
 
 
 READ: dict[str, Callable[[str], str | None]] = {
@@ -161,10 +161,10 @@ def make_teacher(folder: Path, results: dict[str, Any], words: PreTrainedTokeniz
     dev = problems(300, "dev", 1)
     while not rounds or (rounds[-1]["right"] < 0.97 and len(rounds) < ROUNDS):
         solved = problems(ROUND * ROWS, "train", 1000 + len(rounds))
-        asked = [(PROGRAM_PROMPT, one.program) if i % 2 else (PROMPT, one.chain) for i, one in enumerate(solved)]
+        pairs = [(PROGRAM_PROMPT, one.program) if i % 2 else (PROMPT, one.chain) for i, one in enumerate(solved)]
         rows = [
             {"prompt": fill(prompt, one.question), "completion": text}
-            for one, (prompt, text) in zip(solved, asked, strict=True)
+            for one, (prompt, text) in zip(solved, pairs, strict=True)
         ]
         source = Source(written(folder / "solved.jsonl", rows), prompt="prompt", completion="completion")
         seconds = learn(teacher, None, [Labels()], source, words, steps=ROUND, rate=3e-3, seed=len(rounds))
@@ -178,9 +178,9 @@ def make_teacher(folder: Path, results: dict[str, Any], words: PreTrainedTokeniz
 
 def choose_temperature(teacher: LlamaForCausalLM, words: PreTrainedTokenizerFast, share: float) -> dict[str, float]:
     """The first one at which so many of its chains are wrong, on problems of the kind that students learn from."""
-    asked = problems(200, "train", 1)
+    examples = problems(200, "train", 1)
     for temperature in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0):
-        wrong = 1 - right(teacher, words, asked, temperature=temperature)
+        wrong = 1 - right(teacher, words, examples, temperature=temperature)
         if wrong >= share:
             break
     return {"temperature": temperature, "wrong": wrong}
@@ -190,9 +190,9 @@ def make_data(
     folder: Path, questions: int, temperature: float, wild: float
 ) -> tuple[dict[str, Source], dict[str, int]]:
     """What each method learns from, and how many rows that is: chains are written once, then judged anew."""
-    asked = problems(questions, "train", 0)
-    file = written(folder / "questions.jsonl", [{"question": one.question, "answer": one.answer} for one in asked])
-    alone = [{"prompt": fill(ANSWER_PROMPT, one.question), "completion": f" {one.answer}"} for one in asked]
+    examples = problems(questions, "train", 0)
+    file = written(folder / "questions.jsonl", [{"question": one.question, "answer": one.answer} for one in examples])
+    alone = [{"prompt": fill(ANSWER_PROMPT, one.question), "completion": f" {one.answer}"} for one in examples]
     files, counts = {"answers": written(folder / "answers.jsonl", alone)}, {"answers": questions}
     chain = {"task": "chain_of_thought", "template": PROMPT}
     for name, task in {
@@ -247,9 +247,9 @@ def one(
     objective = [Labels(), Logits(ForwardKL())] if beside else [Labels()]
     seconds = learn(student, teacher if beside else None, objective, source, words, steps=updates, rate=4e-3, seed=seed)
     shares = {
-        f"{name}, {way}": right(student, words, asked, way)
+        f"{name}, {way}": right(student, words, examples, way)
         for way in LEARNT.get(method, ["chains"])
-        for name, asked in sets.items()
+        for name, examples in sets.items()
     }
     return {"seconds": seconds, "student parameters": student.num_parameters(), **shares}
 
@@ -261,9 +261,9 @@ def measure(args: argparse.Namespace, results: dict[str, Any]) -> None:
     sets = unseen(args.split, args.problems)
     if "teacher" not in results:
         shares = {
-            f"{name}, {way}": right(teacher, words, asked, way)
+            f"{name}, {way}": right(teacher, words, examples, way)
             for way in LEARNT["mixed"]
-            for name, asked in sets.items()
+            for name, examples in sets.items()
         }
         results["teacher"] = {"parameters": teacher.num_parameters(), **shares}
         keep(file, results)

@@ -120,8 +120,8 @@ def main(args: argparse.Namespace) -> None:
         options = {"steps": args.steps, "rate": args.rate, "seed": args.seed}
         for names in [("teacher",), *sets]:
             trains = names not in [("teacher",), ()]
-            asked = {"split": split, "terms": list(names), **(options if trains else {})}
-            if any(asked.items() <= line.items() for line in done):
+            settings = {"split": split, "terms": list(names), **(options if trains else {})}
+            if any(settings.items() <= line.items() for line in done):
                 continue
             began = time.process_time()
             model = teacher if names == ("teacher",) else begin.student(teacher, args.seed)
@@ -129,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
                 model.set_attn_implementation("eager")
                 learn(teacher, model, [term(name) for name in names], rows, tokenizer, args)
             seconds = time.process_time() - began  # of one core
-            line = {**asked, "spearman": spearman(model, tokenizer, args.data, split), "seconds": round(seconds)}
+            line = {**settings, "spearman": spearman(model, tokenizer, args.data, split), "seconds": round(seconds)}
             with record.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(line, flush=True)

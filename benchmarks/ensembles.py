@@ -152,8 +152,8 @@ def main() -> None:
     students: dict[str, list[dict[str, float]]] = {}
     weights = []
     for seed in args.seeds:
-        who = {"labels only": None, **of, **{name: ensemble(options) for name, options in several.items()}}
-        for name, teacher in who.items():
+        named_teachers = {"labels only": None, **of, **{name: ensemble(options) for name, options in several.items()}}
+        for name, teacher in named_teachers.items():
             folder = args.out / f"seed{seed}" / name.replace(" ", "-")
             model = train(folder, STUDENT, text, args.student_steps, seed, teacher)
             students.setdefault(name, []).append(losses(model, held_out, tokenizer))

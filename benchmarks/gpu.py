@@ -1,4 +1,4 @@
-"""What only a GPU can tell, in one command of nine minutes that goes on where it ended:
+"""What only a GPU can measure, in one command of nine minutes that goes on where it ended:
 
     PYTHONPATH=src python benchmarks/gpu.py --out runs/bench-gpu                  # on an H200 (or a GPU with 100 GB)
     PYTHONPATH=src python benchmarks/gpu.py --out runs/bench-gpu --models models  # with SmolLM2, see benchmarks/real.py

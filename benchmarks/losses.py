@@ -94,12 +94,12 @@ class Row:
     divergence: str
     dtype: str
     device: str
-    others: tuple[str, ...] = OTHERS  # who is measured beside ours
+    others: tuple[str, ...] = OTHERS  # what is measured beside ours
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The student's hidden states [N, Hs] and weight [V, Hs], both with gradient, and what the teacher says."""
+    """The student's hidden states [N, Hs] and weight [V, Hs], both with gradient, and the teacher's targets."""
 
     hidden: Tensor
     weight: Tensor
@@ -301,26 +301,26 @@ def checks_table(lines: list[dict[str, Any]]) -> str:
 
 def rows_tables(rows: list[dict[str, Any]]) -> str:
     """Time; memory and errors."""
-    mine = backends(rows[0]["device"])
-    who, judged = (*mine, *OTHERS), (*mine, "eager")
-    title = {name: f"ours ({name})" if name in mine else name for name in who}
+    measured_backends = backends(rows[0]["device"])
+    shown, judged = (*measured_backends, *OTHERS), (*measured_backends, "eager")
+    title = {name: f"ours ({name})" if name in measured_backends else name for name in shown}
     time_cells, memory_cells = [], []
     for row in rows:
         spent, extra, far = row["seconds"], row["extra_bytes"], row["errors"]
-        runs = next((name for name in mine if not isinstance(spent[name], str)), None)
+        runs = next((name for name in measured_backends if not isinstance(spent[name], str)), None)
         best = None if runs is None else spent[runs]
         first = [row["case"], row["divergence"], row["dtype"]]
-        by_column = (ms(spent[name], spent["floor"] if name in mine else best) for name in who)
+        by_column = (ms(spent[name], spent["floor"] if name in measured_backends else best) for name in shown)
         time_cells.append([*first, ms(spent["floor"]), *by_column])
         pair = (extra["eager"], extra.get(runs))
         ratio = f"{pair[0] / max(pair[1], 1):.1f}" if all(isinstance(each, int) for each in pair) else "-"
         known = [far.get(name, "left out") for name in judged]
         digits = [each if isinstance(each, str) else ", ".join(f"{e:.1e}" for e in each) for each in known]
-        memory_cells.append([*first, *(mb(extra[name]) for name in who), ratio, *digits])
+        memory_cells.append([*first, *(mb(extra[name]) for name in shown), ratio, *digits])
     first = ["case", "divergence", "dtype"]
-    columns = [f"{title[name]}, ms (/ {'floor' if name in mine else 'ours'})" for name in who]
+    columns = [f"{title[name]}, ms (/ {'floor' if name in measured_backends else 'ours'})" for name in shown]
     times_table = table([*first, "floor, ms", *columns], time_cells)
-    columns = [*(f"{title[name]}, MB" for name in who), "eager / ours", *(f"{title[name]}: error" for name in judged)]
+    columns = [*(f"{title[name]}, MB" for name in shown), "eager / ours", *(f"{title[name]}: error" for name in judged)]
     return f"{times_table}\n\nExtra memory; errors of hidden, weight:\n\n{table([*first, *columns], memory_cells)}"
 
 
@@ -347,7 +347,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", help="default: those with instructions")
     parser.add_argument("--cases", nargs="+", metavar="NAME")
     parser.add_argument("--divergences", nargs="+", choices=list(DIVERGENCES), default=list(DIVERGENCES))
-    parser.add_argument("--others", nargs="*", choices=OTHERS, default=OTHERS, help="who is measured beside ours")
+    parser.add_argument("--others", nargs="*", choices=OTHERS, default=OTHERS, help="what is measured beside ours")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--rounds", type=int, help="default: 3, on CUDA 10")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the tokens and of the vocabulary")
@@ -374,8 +374,8 @@ def main() -> None:
         row = Row(name, N // quick, Hs, Ht, V // quick, divergence, dtype, device, tuple(args.others))
         try:
             spent = apart(times, row, args.rounds or (10 if device == "cuda" else 3))
-            extra = {who: spent[who] for who in spent if isinstance(spent[who], str)}
-            extra |= {who: apart(once, row, who)[0] for who in spent if who not in ("floor", *extra)}
+            extra = {other: spent[other] for other in spent if isinstance(spent[other], str)}
+            extra |= {other: apart(once, row, other)[0] for other in spent if other not in ("floor", *extra)}
             note("rows", asdict(row) | {"seconds": spent, "extra_bytes": extra, "errors": apart(errors, row)})
         except BrokenProcessPool:
             print(f"{row}: killed, as where memory ends", file=sys.stderr)

@@ -93,7 +93,7 @@ def train(
 def steps(distiller: Any, batches: Sequence[Any], device: str, *, skipped: int, bf16: bool = False) -> dict[str, Any]:
     """Train by a loop over `Distiller.step`, with AdamW: the median step after the first ones, peaks and losses.
 
-    Under autocast with `bf16`. A distiller that prefetches is told the next batch before each step.
+    Under autocast with `bf16`. A distiller that prefetches is given the next batch before each step.
     """
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-4)
     peak, times, losses = Peak(device), [], []
@@ -122,7 +122,7 @@ class Peak:
     """The most bytes in use since this was made, and what was in use then.
 
     On CUDA what torch's tensors take. On a CPU the memory of the whole process that the kernel counts (VmHWM, reset
-    through /proc/self/clear_refs), libraries' own buffers included; None where the kernel does not tell.
+    through /proc/self/clear_refs), libraries' own buffers included; None where the kernel does not count it.
     """
 
     def __init__(self, device: str) -> None:

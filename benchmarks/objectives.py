@@ -95,9 +95,9 @@ def split(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     lines = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()]
     lines = lines[: args.rows + args.dev_rows]
     if args.text == "chat":
-        asked, answered = ("question", "answer") if "question" in lines[0] else ("prompt", "completion")
+        question, answer = ("question", "answer") if "question" in lines[0] else ("prompt", "completion")
         lines = [
-            {"messages": [{"role": "user", "content": row[asked]}, {"role": "assistant", "content": row[answered]}]}
+            {"messages": [{"role": "user", "content": row[question]}, {"role": "assistant", "content": row[answer]}]}
             for row in lines
         ]
     elif args.text == "instructions":

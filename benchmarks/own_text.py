@@ -97,22 +97,25 @@ def row(question: list[int], answer: list[int]) -> Row:
     return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
 
-def answered(asked: list[list[int]], seed: int) -> list[Row]:
+def answered(prompts: list[list[int]], seed: int) -> list[Row]:
     """Each with one of its right answers."""
     chance = random.Random(seed)
-    return [row(one, [*chance.sample(one, len(one)), END]) for one in asked]
+    return [row(one, [*chance.sample(one, len(one)), END]) for one in prompts]
 
 
-def sample_texts(model: LlamaForCausalLM, asked: list[list[int]], temperature: float, seed: int = 0) -> list[list[int]]:
+def sample_texts(
+    model: LlamaForCausalLM, prompts: list[list[int]], temperature: float, seed: int = 0
+) -> list[list[int]]:
     drawn = Sampling(max_new_tokens=NEW, sampling_temperature=temperature, seed=seed)
     return [
-        text.ids for text in generate_tokens(model, [[*one, ASK] for one in asked], drawn, eos_ids=ENDS, batch_size=500)
+        text.ids
+        for text in generate_tokens(model, [[*one, ASK] for one in prompts], drawn, eos_ids=ENDS, batch_size=500)
     ]
 
 
-def right(asked: list[list[int]], texts: list[list[int]]) -> float:
+def right(prompts: list[list[int]], texts: list[list[int]]) -> float:
     return statistics.mean(
-        text[-1] == END and sorted(text[:-1]) == sorted(one) for one, text in zip(asked, texts, strict=True)
+        text[-1] == END and sorted(text[:-1]) == sorted(one) for one, text in zip(prompts, texts, strict=True)
     )
 
 
@@ -187,13 +190,13 @@ def make_teacher(kept: Path) -> LlamaForCausalLM:
     return teacher.eval()
 
 
-def measured(model: LlamaForCausalLM, teacher: LlamaForCausalLM, asked: list[list[int]]) -> dict[str, float]:
-    drawn = sample_texts(model, asked, 1.0)
-    rows = [row(one, text) for one, text in zip(asked, sample_texts(teacher, asked, 1.0, seed=1), strict=True)]
+def measured(model: LlamaForCausalLM, teacher: LlamaForCausalLM, prompts: list[list[int]]) -> dict[str, float]:
+    drawn = sample_texts(model, prompts, 1.0)
+    rows = [row(one, text) for one, text in zip(prompts, sample_texts(teacher, prompts, 1.0, seed=1), strict=True)]
     found = compare(teacher, {"student": model}, [PaddingCollator(PAD)(rows)])["student"]
     return {
-        "greedy": right(asked, sample_texts(model, asked, 0.0)),
-        "drawn": right(asked, drawn),
+        "greedy": right(prompts, sample_texts(model, prompts, 0.0)),
+        "drawn": right(prompts, drawn),
         "length": statistics.mean(map(len, drawn)),
         "repeated": statistics.mean(map(repeated, drawn)),
         "KL": found.kl or 0.0,
@@ -211,25 +214,27 @@ def beginning(kept: Path, data: list[Row], seed: int) -> LlamaForCausalLM:
 
 
 def one(
-    name: str, seed: int, teacher: LlamaForCausalLM, asked: list[list[int]], updates: int, folder: Path
+    name: str, seed: int, teacher: LlamaForCausalLM, prompts: list[list[int]], updates: int, folder: Path
 ) -> dict[str, float]:
     """A student of a method: what it is like, and its seconds."""
     known = questions(DATA, f"train {seed}")
     data = answered(known, seed)
     student = beginning(folder / f"beginning-{seed}", data, seed)
     if name == "(before)":
-        return {"seconds": 0.0, **measured(student, teacher, asked)}
+        return {"seconds": 0.0, **measured(student, teacher, prompts)}
     method = METHODS[name]
     rows = data
     if method.texts != "data":
-        theirs = [row(one, text) for one, text in zip(known, sample_texts(teacher, known, 1.0, seed), strict=True)]
-        rows = theirs if method.texts == "teacher" else data + theirs
+        teacher_rows = [
+            row(one, text) for one, text in zip(known, sample_texts(teacher, known, 1.0, seed), strict=True)
+        ]
+        rows = teacher_rows if method.texts == "teacher" else data + teacher_rows
     guide = teacher_mix(teacher, method.guide) if method.guide else None
     draws = Sampling(max_new_tokens=NEW)
     rollout = Rollout(words(), draws, share=method.own, seed=seed, guide=guide) if method.own else None
     steps = updates * method.times
     seconds = learn(student, teacher, method.term, rows, steps=steps, rate=2e-3, seed=seed, rollout=rollout)
-    return {"seconds": seconds, **measured(student, teacher, asked)}
+    return {"seconds": seconds, **measured(student, teacher, prompts)}
 
 
 def report(results: dict[str, Any], names: list[str]) -> None:
@@ -265,13 +270,13 @@ def main() -> None:
         folder = args.out.with_suffix("")
         folder.mkdir(parents=True, exist_ok=True)
         results["machine"] = machine("cpu")
-        asked, teacher = questions(500, args.split), make_teacher(folder / "teacher")
-        results["teacher"] = measured(teacher, teacher, asked)
+        prompts, teacher = questions(500, args.split), make_teacher(folder / "teacher")
+        results["teacher"] = measured(teacher, teacher, prompts)
         students = results.setdefault("students", {})
         for seed in range(args.seeds):
             for name in names:
                 if f"{name} {seed}" not in students:
-                    students[f"{name} {seed}"] = one(name, seed, teacher, asked, args.updates, folder)
+                    students[f"{name} {seed}"] = one(name, seed, teacher, prompts, args.updates, folder)
                     print(name, seed, students[f"{name} {seed}"], file=sys.stderr, flush=True)
                     keep(args.out, results)
     report(results, names)

@@ -5,9 +5,9 @@
     .venv/bin/python benchmarks/served.py --url http://127.0.0.1:8000 --pid $!
 
 Both write 64 tokens behind each of 32 prompts of 32 tokens with the demo's teacher of 5.3M parameters in float32, at
-temperature 1; the end of text is as unlikely in both. The server is asked by as many requests at once as the local
+temperature 1; the end of text is as unlikely in both. The server gets as many requests at once as the local
 engine has rows in a batch. The best of two rounds after one that is not counted. `--pid` is the server's process: the
-processor's seconds are then told of it and its children, which are what counts where other work runs beside.
+processor's seconds are then counted for it and its children, which are what counts where other work runs beside.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def main() -> None:
         for name, (engine, processor) in engines.items():
             spent = [_round(engine, prompts, processor, seed) for seed in range(ROUNDS + 1)][1:]
             clock, own = (min(each) for each in zip(*spent, strict=True))
-            told = [f"{PROMPTS / clock:.1f}", "" if processor is None else f"{PROMPTS / own:.1f}"]
-            rows.append([name, str(at_once), *told])
+            rates = [f"{PROMPTS / clock:.1f}", "" if processor is None else f"{PROMPTS / own:.1f}"]
+            rows.append([name, str(at_once), *rates])
             print(rows[-1], flush=True)
     print(table(["engine", "batch size", "rows per second", "rows per CPU second"], rows))
     print(machine("cpu"))

@@ -154,8 +154,8 @@ def potstill(setting: Setting, directory: str) -> Trainer:
 def trl(setting: Setting, directory: str) -> Trainer:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    mine = {"lmbda": 0.0, "beta": 0.5, "gradient_checkpointing": False, "max_length": setting.length}
-    arguments = GKDConfig(**options(setting, directory), **mine)
+    without_teacher_text = {"lmbda": 0.0, "beta": 0.5, "gradient_checkpointing": False, "max_length": setting.length}
+    arguments = GKDConfig(**options(setting, directory), **without_teacher_text)
     return GKDTrainer(
         model(setting.student, 1),
         model(setting.teacher, 2),

@@ -85,7 +85,7 @@ def write_rows(path: Path, rows: int, tokens: int) -> None:
 
 
 def run_build(way: str, folder: Path, batch_rows: int, memory: str) -> dict[str, float]:
-    """Build a cache in this process, and tell what it cost."""
+    """Build a cache in this process, and measure what it cost."""
     took = 0
 
     def count(self: Any, name: str) -> Any:

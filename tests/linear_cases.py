@@ -24,7 +24,7 @@ FUSED = [backend for backend in BACKENDS if backend != "eager"]
 N, H, V = 6, 4, 9
 WITH_TRITON = [
     pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton"),
-    # Its interpreter computes in numpy, which tells of what a GPU rounds to inf or 0 in silence.
+    # Its interpreter computes in numpy, which warns of what a GPU silently rounds to inf or 0.
     pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning"),
 ]
 
@@ -36,7 +36,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], i
 every_kind = pytest.mark.parametrize("kind", ["dense", "head", "bucket"])
 
 WAYS = [(dtype, backend) for dtype in (torch.float64, torch.float32) for backend in BACKENDS]
-# Triton's kernels know float32 alone. Without a GPU its interpreter runs them (conftest.py), slowly: one of each kind.
+# Triton's kernels have float32 alone. Without a GPU its interpreter runs them (conftest.py), slowly: one of a kind.
 SHOWN = [kind for i, kind in enumerate(DIVERGENCES) if type(kind) not in map(type, DIVERGENCES[:i])]
 every_way = pytest.mark.parametrize(
     ("dtype", "backend"), [*WAYS, pytest.param(torch.float32, "triton", marks=WITH_TRITON)], ids=str
@@ -74,10 +74,10 @@ def student(N: int = N, H: int = H, V: int = V, dtype: torch.dtype = torch.float
     return hidden, weight, bias
 
 
-def said(
+def make_targets(
     kind: str, N: int = N, V: int = V, *, temperature: float = 1.0, K: int = 4, dtype: torch.dtype = torch.float64
 ) -> Targets | None:
-    """What a teacher says of N positions."""
+    """A teacher's targets for N positions."""
     logits = 1.5 * randn(N, V, seed=4)
     if kind == "nothing":
         return None
@@ -178,7 +178,7 @@ def loops_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def expectation(divergence: Divergence, temperature: float, kind: str, dtype: torch.dtype) -> tuple[Any, ...]:
     """Divergence, cross-entropy and loss by loops, and the gradients by whole float64 logits."""
     exact = wanting(*student(dtype=dtype))
-    targets, labels = doubled(said(kind, temperature=temperature, dtype=dtype)), some_labels()
+    targets, labels = doubled(make_targets(kind, temperature=temperature, dtype=dtype)), some_labels()
     w = 0.5 + rand(N, seed=10, dtype=dtype).double()
     logits = reference.head_logits(*(x.detach() for x in exact))
     each, entropies = loops(logits, targets, divergence, temperature), loops_cross_entropy(logits, labels)
@@ -191,7 +191,7 @@ def check(divergence: Divergence, temperature: float, kind: str, dtype: torch.dt
     """Loss, parts and gradients, with labels, weights and bias, are what is expected."""
     tensors = hidden, weight, bias = student(dtype=dtype)
     output = linear_divergence(
-        *(hidden, LMHead(weight, bias), said(kind, temperature=temperature, dtype=dtype), divergence),
+        *(hidden, LMHead(weight, bias), make_targets(kind, temperature=temperature, dtype=dtype), divergence),
         temperature=temperature,
         token_weights=0.5 + rand(N, seed=10, dtype=dtype),
         labels=some_labels(),
@@ -210,4 +210,4 @@ def check(divergence: Divergence, temperature: float, kind: str, dtype: torch.dt
 
 
 def error(actual: Iterable[Tensor], exact: Iterable[Tensor]) -> list[float]:
-    return [float((ours.double() - theirs).norm()) for ours, theirs in zip(actual, exact, strict=True)]
+    return [float((one.double() - other).norm()) for one, other in zip(actual, exact, strict=True)]

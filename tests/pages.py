@@ -1,6 +1,6 @@
 """The pages of the documentation: their blocks, and how a reader runs them, in the folder where one is.
 
-Where a page runs as a whole (`run_page`), a python block knows what those before it have defined; a yaml block begins
+Where a page runs as a whole (`run_page`), a python block sees what those before it have defined; a yaml block begins
 with a comment that names its file; each line of a console block is a `potstill` command that succeeds (a backslash at
 its end joins two; comments are skipped); a text block is what the block before it prints, `...` standing for anything.
 """
@@ -80,7 +80,7 @@ def run_commands(block: str, *more: str, only: bool = False) -> str:
 
 
 def run_python(code: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Run a block as a file of its own, which knows some names; the names that it leaves."""
+    """Run a block as a file of its own, in which some names are defined; the names that it leaves."""
     Path("example.py").write_text(code, encoding="utf-8")
     found = runpy.run_path("example.py", names)
     return {name: value for name, value in found.items() if not name.startswith("__")}

@@ -26,22 +26,24 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["potstill.runs.run", "potstill.cli", "torch._dynamo", "conftest"])
 
 
-def start(said: Path, function: Callable[..., Any], *arguments: Any, **environment: str) -> BaseProcess:
+def start(printed: Path, function: Callable[..., Any], *arguments: Any, **environment: str) -> BaseProcess:
     """A function of a module of the tests in a process of its own.
 
     Args:
-        said: the file that its output goes to.
+        printed: the file that its output goes to.
         function: at a module's top.
         arguments: that can be pickled.
         environment: variables for it.
     """
-    process = CONTEXT.Process(target=_begin, args=(said, environment, function, arguments), daemon=True)
+    process = CONTEXT.Process(target=_begin, args=(printed, environment, function, arguments), daemon=True)
     process.start()
     return process
 
 
-def _begin(said: Path, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    with said.open("w") as file:
+def _begin(
+    printed: Path, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    with printed.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= environment
@@ -60,10 +62,10 @@ def finish(process: BaseProcess, seconds: float = 300) -> int:
 
 
 def potstill(
-    *arguments: str, said: Path, folder: Path | None = None, fault: FileFault | None = None, **environment: str
+    *arguments: str, printed: Path, folder: Path | None = None, fault: FileFault | None = None, **environment: str
 ) -> BaseProcess:
     """`potstill` with these arguments, in a folder, killed by a fault."""
-    return start(said, potstill_here, arguments, folder, fault, **environment)
+    return start(printed, potstill_here, arguments, folder, fault, **environment)
 
 
 def potstill_here(arguments: Sequence[str], folder: Path | None, fault: FileFault | None) -> None:
@@ -96,12 +98,12 @@ def two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, statu
     """A function on two ranks, both of which end with the exit status."""
     ranks = start_ranks(folder, function, *arguments, **environment)
     statuses = [finish(rank) for rank in ranks]
-    said = [(folder / f"rank-{rank}").read_text()[-3000:] for rank in range(2)]
-    assert statuses == [status, status], "\n".join([str(statuses), *said])
+    outputs = [(folder / f"rank-{rank}").read_text()[-3000:] for rank in range(2)]
+    assert statuses == [status, status], "\n".join([str(statuses), *outputs])
 
 
 def shard_on_cpu() -> None:
-    """Let FSDP shard in this process. On a CPU accelerate trains whole copies, and says nothing."""
+    """Let FSDP shard in this process. On a CPU accelerate trains whole copies without a warning."""
     begin = AcceleratorState.__init__
 
     def begin_sharded(self: AcceleratorState, *arguments: Any, **named: Any) -> None:

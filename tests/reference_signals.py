@@ -55,14 +55,14 @@ def cka(s: Matrix, t: Matrix) -> float:
 def attention_mse(s: Matrix, t: Matrix) -> float:
     """Zagoruyko and Komodakis, arXiv 1612.03928, equation 2 with p = 2, of one row in each head; heads averaged."""
     total = 0.0
-    for mine, theirs in zip(s, t, strict=True):
-        total += sum((x / norm(mine) - y / norm(theirs)) ** 2 for x, y in zip(mine, theirs, strict=True))
+    for student, teacher in zip(s, t, strict=True):
+        total += sum((x / norm(student) - y / norm(teacher)) ** 2 for x, y in zip(student, teacher, strict=True))
     return total / len(s)
 
 
 def attention_kl(s: Matrix, t: Matrix) -> float:
     """MiniLM, arXiv 2002.10957, equation 3, of one row in each head; heads averaged."""
-    return sum(forward_kl(theirs, mine) for mine, theirs in zip(s, t, strict=True)) / len(s)
+    return sum(forward_kl(teacher, student) for student, teacher in zip(s, t, strict=True)) / len(s)
 
 
 def relations(x: Matrix, heads: int, row: int, there: list[bool]) -> Matrix:
@@ -83,7 +83,7 @@ def relations(x: Matrix, heads: int, row: int, there: list[bool]) -> Matrix:
 
 def relation_kl(s: Matrix, t: Matrix, heads: int, row: int, there: list[bool]) -> float:
     pairs = zip(relations(s, heads, row, there), relations(t, heads, row, there), strict=True)
-    return sum(forward_kl(theirs, mine) for mine, theirs in pairs) / heads
+    return sum(forward_kl(teacher, student) for student, teacher in pairs) / heads
 
 
 def huber(x: float) -> float:
@@ -99,7 +99,7 @@ def rkd_distance(s: Matrix, t: Matrix) -> float:
         return [each / mean for each in found]
 
     pairs = list(zip(distances(s), distances(t), strict=True))
-    return sum(huber(mine - theirs) for mine, theirs in pairs) / len(pairs)
+    return sum(huber(student - teacher) for student, teacher in pairs) / len(pairs)
 
 
 def rkd_angle(s: Matrix, t: Matrix) -> float:
@@ -130,8 +130,8 @@ def bild(s: Vector, t: Vector, top_k: int, temperature: float) -> float:
     for leader in (t, s):
         ranked = sorted(range(len(leader)), key=lambda v: -leader[v])[:top_k]
         pairs = [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]]
-        theirs, mine = (softmax([z[a] - z[b] for a, b in pairs], temperature) for z in (t, s))
-        total += forward_kl(theirs, mine)
+        teacher, student = (softmax([z[a] - z[b] for a, b in pairs], temperature) for z in (t, s))
+        total += forward_kl(teacher, student)
     return total
 
 

@@ -23,21 +23,21 @@ from potstill.teachers.teacher import Teacher, TeacherOutput
 
 
 class Absent(Teacher):
-    """Speaks through another teacher and tells the log-probabilities of the labels, or a few tokens of each alone."""
+    """Another teacher, with the log-probabilities of the labels or with a few tokens of each distribution alone."""
 
-    def __init__(self, through: Teacher, knows_labels: bool) -> None:
-        self.through, self.knows_labels = through, knows_labels
+    def __init__(self, teacher: Teacher, has_label_log_probs: bool) -> None:
+        self.teacher, self.has_label_log_probs = teacher, has_label_log_probs
 
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        said = self.through(batch, alignment).targets.dense()
-        told = said.log_softmax(-1).gather(-1, alignment.labels[:, None])[:, 0]
-        if self.knows_labels:
-            return TeacherOutput(DenseTargets(said), told)
-        return TeacherOutput(top_tokens(DenseTargets(said), 8))
+        logits = self.teacher(batch, alignment).targets.dense()
+        label_log_probs = logits.log_softmax(-1).gather(-1, alignment.labels[:, None])[:, 0]
+        if self.has_label_log_probs:
+            return TeacherOutput(DenseTargets(logits), label_log_probs)
+        return TeacherOutput(top_tokens(DenseTargets(logits), 8))
 
 
-@pytest.fixture(params=[True, False], ids=["knows labels", "does not"])
-def knows_labels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+@pytest.fixture(params=[True, False], ids=["label log-probs", "top 8"])
+def has_label_log_probs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Every recipe is prepared with a teacher that is not here."""
 
     def absent(recipe: Recipe) -> Any:
@@ -49,8 +49,8 @@ def knows_labels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return bool(request.param)
 
 
-def test_a_run_says_what_it_knows(
-    recipe_values: dict[str, Any], toys: Any, knows_labels: bool, capsys: pytest.CaptureFixture[str]
+def test_a_run_reports_what_it_can_measure(
+    recipe_values: dict[str, Any], toys: Any, has_label_log_probs: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe_values["student"] = {"model": str(toys / "student")}
     console = Console(file=io.StringIO())
@@ -62,8 +62,8 @@ def test_a_run_says_what_it_knows(
         assert row["kl"] is None
     assert result.summary["kl_by_position"] is None
     assert list(result.summary["continuations"][0]) == ["prompt", "truth", "baseline", "student"]
-    assert ("teacher" in rows) == knows_labels
-    if knows_labels:
+    assert ("teacher" in rows) == has_label_log_probs
+    if has_label_log_probs:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "build_run", build_run)
             live = pipeline.run(Recipe.parse(recipe_values | {"output": recipe_values["output"] + "-live"}))
@@ -79,7 +79,7 @@ def test_a_run_says_what_it_knows(
         assert missing not in report
 
 
-def test_check_leaves_out_what_it_cannot_know(recipe_values: dict[str, Any], toys: Any, knows_labels: bool) -> None:
+def test_check_needs_no_local_teacher(recipe_values: dict[str, Any], toys: Any, has_label_log_probs: bool) -> None:
     recipe_values["student"] = {"model": str(toys / "student")}
     found = preflight.check(Recipe.parse(recipe_values))
     assert found.built.loaded.model is None

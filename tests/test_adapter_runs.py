@@ -1,4 +1,4 @@
-"""Runs whose student is an adapter: what is optimised, kept, resumed, merged, measured and told."""
+"""Runs whose student is an adapter: what is optimised, kept, resumed, merged, measured and reported."""
 
 from __future__ import annotations
 
@@ -58,24 +58,24 @@ def test_a_run_keeps_the_adapter_alone(values: dict[str, Any], toys: Path, kind:
     folder = result.directory / "student"
     assert not list(folder.glob("model*.safetensors"))
     weights = load_file(folder / "adapter_model.safetensors")
-    told = result.summary["adapter"]
-    assert told["trained"] == sum(x.numel() for x in weights.values())
-    assert told["bytes"] == (folder / "adapter_model.safetensors").stat().st_size
-    assert Path(told["base"]) == (toys / "student").resolve()
+    adapter_summary = result.summary["adapter"]
+    assert adapter_summary["trained"] == sum(x.numel() for x in weights.values())
+    assert adapter_summary["bytes"] == (folder / "adapter_model.safetensors").stat().st_size
+    assert Path(adapter_summary["base"]) == (toys / "student").resolve()
     row = result.summary["rows"]["student"]
     assert row["parameters"] == parameter_count(load_model(str(folder), "student")).all
-    assert row["bytes"] == told["bytes"] + (toys / "student" / "model.safetensors").stat().st_size
-    assert told["share"] == pytest.approx(told["trained"] / row["parameters"])
+    assert row["bytes"] == adapter_summary["bytes"] + (toys / "student" / "model.safetensors").stat().st_size
+    assert adapter_summary["share"] == pytest.approx(adapter_summary["trained"] / row["parameters"])
     (checkpoint,) = (result.directory / "checkpoints" / "student").glob("checkpoint-4")
     assert not list(checkpoint.glob("model*.safetensors"))
     moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    assert sum(one["exp_avg"].numel() for one in moments.values()) == told["trained"]
+    assert sum(one["exp_avg"].numel() for one in moments.values()) == adapter_summary["trained"]
     if kind == "lora":
         baseline = load_file(result.directory / "baseline" / "adapter_model.safetensors")
         assert {name: x.shape for name, x in baseline.items()} == {name: x.shape for name, x in weights.items()}
         assert any(not torch.equal(baseline[name], weights[name]) for name in weights)
     page = (result.directory / "report.html").read_text()
-    assert f"{told['trained']:,} parameters trained" in page
+    assert f"{adapter_summary['trained']:,} parameters trained" in page
     assert "of its parameters trained" in page
     card = (folder / "README.md").read_text()
     assert "library_name: peft\n" in card
@@ -100,12 +100,12 @@ def test_the_reports_continuations_are_the_students(values: dict[str, Any]) -> N
     folder = str(result.directory / "student")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load_model(folder, "student").eval()
     ids = tokenizer(sample["prompt"])["input_ids"]
-    said: list[int] = []
-    while len(said) < 5:
-        row = torch.tensor([ids + said])
+    generated: list[int] = []
+    while len(generated) < 5:
+        row = torch.tensor([ids + generated])
         logits = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits
-        said.append(int(logits[0, -1].argmax()))
-    assert sample["student"].startswith(tokenizer.decode(said))
+        generated.append(int(logits[0, -1].argmax()))
+    assert sample["student"].startswith(tokenizer.decode(generated))
 
 
 @pytest.mark.parametrize("kind", mostly_slow(["lora", "ia3", "qlora"], "lora"))

@@ -63,8 +63,8 @@ def done(recipe: dict[str, Any], *, resume: bool = False) -> RunResult:
 
 def answer(model: Any) -> torch.Tensor:
     ids = torch.tensor([[2, 7, 12, 9, 3], [2, 8, 14, 6, 3]])
-    said = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
-    found: torch.Tensor = said.logits if "logits" in said else said.last_hidden_state
+    output = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    found: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
     return found.detach()
 
 
@@ -87,8 +87,8 @@ def test_a_run_keeps_the_adapter_and_what_judges(task: str, kind: str, judged_ro
     weights = load_file(folder / "adapter_model.safetensors")
     heads = {name.split(".")[-2] for name in weights if "lora" not in name and "ia3" not in name}
     assert heads == ({"classifier", "dense"} if task in COLUMNS else set())  # the head, and the pooler's layer
-    told, row = result.summary["adapter"], result.summary["rows"]["student"]
-    assert told["trained"] == sum(x.numel() for x in weights.values())
+    adapter_summary, row = result.summary["adapter"], result.summary["rows"]["student"]
+    assert adapter_summary["trained"] == sum(x.numel() for x in weights.values())
     loaded = load_model(str(folder), "student", task=task)  # type: ignore[arg-type]  # a parameter of the test
     base = load_model("student", "student", task=task)  # type: ignore[arg-type]  # likewise
     alone = sum(x.numel() for name, x in weights.items() if "lora" in name or "ia3" in name)
@@ -138,7 +138,7 @@ def test_it_goes_on_and_merges_into_the_same(judged_rows: Path) -> None:
     torch.testing.assert_close(answer(plain), answer(apart), atol=1e-5, rtol=1e-5)
 
 
-def test_what_judges_is_found_by_where_it_stands() -> None:
+def test_heads_of_sequence_tasks_are_found_by_their_place() -> None:
     found = {
         (kind, task): sequence_head_names(make_encoder(kind, task))
         for kind in ("bert", "distilbert", "roberta")

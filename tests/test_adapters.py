@@ -178,9 +178,9 @@ def test_the_head_is_fused_and_frozen(kind: str) -> None:
     student = stirred(adapt(made(), ADAPTERS[kind]))
     distiller = Distiller(student, made(), [Logits(ForwardKL()), Labels()])
     assert distiller.split is not None
-    said = forward_targets(student, distiller.split, batch, causal_alignment(batch["labels"]))
-    assert isinstance(said, HeadTargets)
-    assert not said.head.weight.requires_grad
+    targets = forward_targets(student, distiller.split, batch, causal_alignment(batch["labels"]))
+    assert isinstance(targets, HeadTargets)
+    assert not targets.head.weight.requires_grad
     distiller.step(batch).loss.backward()
     trained = {name for name, p in distiller.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in distiller.named_parameters() if p.grad is not None}

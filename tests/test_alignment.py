@@ -66,16 +66,16 @@ def test_every_byte_is_in_one_chunk(student: str, teacher: str) -> None:
         assert len(reading.ids) == len(reading.teacher)
         assert len(reading.student) == len(ids)
         for i in range(len(reading.sizes)):
-            mine = [ids[t] for t in np.flatnonzero(reading.student == i)]
-            theirs = [reading.ids[t] for t in np.flatnonzero(reading.teacher == i)]
-            assert mine
-            assert theirs
-            spoken = [said(both, mine, "student", i), said(both, theirs, "teacher", i)]
+            student_ids = [ids[t] for t in np.flatnonzero(reading.student == i)]
+            teacher_ids = [reading.ids[t] for t in np.flatnonzero(reading.teacher == i)]
+            assert student_ids
+            assert teacher_ids
+            chunks = [content(both, student_ids, "student", i), content(both, teacher_ids, "teacher", i)]
             if reading.sizes[i]:
-                assert len(spoken[0]) == reading.sizes[i] or spoken[0].startswith(b" ")
-                assert spoken[0].lstrip(b" ") == spoken[1].lstrip(b" ")
+                assert len(chunks[0]) == reading.sizes[i] or chunks[0].startswith(b" ")
+                assert chunks[0].lstrip(b" ") == chunks[1].lstrip(b" ")
             else:  # a special token
-                assert both.student.bytes_of[mine[0]] is None
+                assert both.student.bytes_of[student_ids[0]] is None
         # Chunks follow one another, in both.
         for chunk in (reading.student, reading.teacher):
             assert (np.diff(chunk[chunk >= 0]) >= 0).all()
@@ -88,7 +88,7 @@ def test_every_byte_is_in_one_chunk(student: str, teacher: str) -> None:
     assert covered > 200
 
 
-def said(both: TokenizerPair, ids: list[int], whose: str, chunk: int) -> bytes:
+def content(both: TokenizerPair, ids: list[int], whose: str, chunk: int) -> bytes:
     """The bytes of tokens; special tokens that were found in plain text stand for their own characters."""
     pieces = getattr(both, whose)
     return b"".join(pieces.content(id) if pieces.bytes_of[id] is None else pieces.bytes_of[id] for id in ids)
@@ -120,13 +120,13 @@ def test_equal_tokenizers_meet_in_every_token() -> None:
 
 
 def test_the_shortest_chunks() -> None:
-    mine, theirs, sizes = align_sizes([1, 2, 3, 4], [3, 1, 1, 5])
-    assert mine.tolist() == [0, 0, 1, 1]
-    assert theirs.tolist() == [0, 1, 1, 1]
+    student_chunks, teacher_chunks, sizes = align_sizes([1, 2, 3, 4], [3, 1, 1, 5])
+    assert student_chunks.tolist() == [0, 0, 1, 1]
+    assert teacher_chunks.tolist() == [0, 1, 1, 1]
     assert sizes.tolist() == [3, 7]
-    mine, theirs, sizes = align_sizes([0, 2, 0, 2], [2, 2])
-    assert mine.tolist() == [0, 0, 1, 1]
-    assert theirs.tolist() == [0, 1]
+    student_chunks, teacher_chunks, sizes = align_sizes([0, 2, 0, 2], [2, 2])
+    assert student_chunks.tolist() == [0, 0, 1, 1]
+    assert teacher_chunks.tolist() == [0, 1]
     assert sizes.tolist() == [2, 2]
     assert [x.tolist() for x in align_sizes([0], [])] == [[-1], [], []]
 
@@ -195,16 +195,16 @@ def test_longer_tokens_that_only_the_teacher_has() -> None:
 @pytest.mark.parametrize(("student", "teacher"), [("BPE 300", "Llama"), ("Llama", "BPE 600"), ("Unigram", "bytes")])
 def test_tokens_begin_with_what_the_student_reads_first(student: str, teacher: str) -> None:
     both = pair(student, teacher)
-    begins, mine, theirs = both.first_student_token, both.student, both.teacher
-    assert begins[theirs.tokenizer.eos_token_id] == mine.tokenizer.eos_token_id
-    assert teacher != "Llama" or begins[theirs.tokenizer.unk_token_id] == -1
+    begins, student_pieces, teacher_pieces = both.first_student_token, both.student, both.teacher
+    assert begins[teacher_pieces.tokenizer.eos_token_id] == student_pieces.tokenizer.eos_token_id
+    assert teacher != "Llama" or begins[teacher_pieces.tokenizer.unk_token_id] == -1
     shared = len(both._counterparts)
-    for id, piece in theirs.bytes_of.items():
+    for id, piece in teacher_pieces.bytes_of.items():
         if piece:
-            said = mine.bytes_of[begins[id]]
-            assert piece.startswith(said)
-            read = mine.tokenize(piece)
-            assert mine.adds_space or said == piece or read[0].id == begins[id]
-            shared += said == piece and theirs.ids[piece] == id
+            first = student_pieces.bytes_of[begins[id]]
+            assert piece.startswith(first)
+            read = student_pieces.tokenize(piece)
+            assert student_pieces.adds_space or first == piece or read[0].id == begins[id]
+            shared += first == piece and teacher_pieces.ids[piece] == id
     assert both.num_shared == shared > 50
     assert pair("bytes", "bytes").first_student_token == list(range(258))

@@ -155,7 +155,7 @@ def test_what_has_no_plain_meaning_is_refused(batch: Any, message: str) -> None:
         Distiller(make_llama(), None, [Labels()]).step(batch)
 
 
-def test_padding_that_only_the_mask_would_tell_of_is_refused() -> None:
+def test_padding_that_only_a_mask_would_mark_is_refused() -> None:
     """Labels of -100 keep it out of means over tokens alone."""
     ids = torch.tensor([[*A, 1, 1, 1, 1], [1, 1, 1, 1, *A]])
     batch = {"input_ids": ids, "labels": ids.masked_fill(ids == 1, -100)}

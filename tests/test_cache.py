@@ -80,7 +80,7 @@ def batch_of(rows: Dataset, numbers: list[int]) -> dict[str, torch.Tensor]:
 
 
 def both(toys: Path, directory: Path, rows: Dataset, numbers: list[int]):
-    """What the live teacher and the cache say of a batch."""
+    """The targets of the live teacher and of the cache for a batch."""
     batch = batch_of(rows, numbers)
     alignment = causal_alignment(batch["labels"])
     live = ModelTeacher(AutoModelForCausalLM.from_pretrained(toys / "teacher"))(batch, alignment)
@@ -88,7 +88,7 @@ def both(toys: Path, directory: Path, rows: Dataset, numbers: list[int]):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_in_any_order_and_batch_a_cache_says_what_the_teacher_said(
+def test_a_cache_has_the_teachers_targets_in_any_order_and_batch(
     toys: Path, caches: Path, rows: Dataset, codec: str
 ) -> None:
     numbers = random.Random(1).sample(range(len(rows)), 9)
@@ -96,14 +96,14 @@ def test_in_any_order_and_batch_a_cache_says_what_the_teacher_said(
     student = torch.randn(len(alignment), 300)
     divergence = ForwardKL() if codec == "top_k" else SoftCrossEntropy()
     true, found = (token_divergence(student, each.targets, divergence).double() for each in (live, cached))
-    if codec == "top_k":  # what lies in the bucket is not told apart
+    if codec == "top_k":  # tokens within the bucket are not distinguished
         assert ((found > 0) & (found < true + 1e-3)).all()
     elif codec == "sampled":
         assert found.mean() == pytest.approx(float(true.mean()), rel=0.02)
     else:
         torch.testing.assert_close(found, true, atol=2e-3, rtol=1e-3)
-    told = live.targets.dense().log_softmax(-1).gather(-1, alignment.labels[:, None]).squeeze(-1)
-    torch.testing.assert_close(cached.label_log_probs, told, atol=1e-2, rtol=1e-3)
+    expected = live.targets.dense().log_softmax(-1).gather(-1, alignment.labels[:, None]).squeeze(-1)
+    torch.testing.assert_close(cached.label_log_probs, expected, atol=1e-2, rtol=1e-3)
 
 
 def test_hidden_states_train_like_the_live_teacher(toys: Path, caches: Path, rows: Dataset) -> None:
@@ -126,8 +126,8 @@ def test_a_batch_with_padding_on_the_left_finds_its_rows(toys: Path, caches: Pat
         shift = int((right["attention_mask"][row] == 0).sum())
         for value in left.values():
             value[row] = value[row].roll(shift)
-    said = [teacher(each, causal_alignment(each["labels"])).targets.dense() for each in (right, left)]
-    assert torch.equal(*said)
+    targets = [teacher(each, causal_alignment(each["labels"])).targets.dense() for each in (right, left)]
+    assert torch.equal(*targets)
 
 
 def test_the_same_bytes_after_kills_in_parts_and_at_once(toys: Path, tmp_path: Path, caches: Path) -> None:
@@ -140,21 +140,21 @@ def test_the_same_bytes_after_kills_in_parts_and_at_once(toys: Path, tmp_path: P
     assert files(parts) == whole
 
     torn = tmp_path / "torn"
-    asked = request(toys, torn)
-    capture = caching.prepare(asked, QUIET)
+    torn_request = request(toys, torn)
+    capture = caching.prepare(torn_request, QUIET)
     capture.begin()
     capture.build(1)
-    (torn / "shards" / "00000.arrow").write_bytes(b"half")  # no word beside it vouches for it
+    (torn / "shards" / "00000.arrow").write_bytes(b"half")  # without a checksum beside it
     (torn / "shards" / "00001.json").write_text("{")
-    build(asked, console=QUIET)
+    build(torn_request, console=QUIET)
     assert files(torn) == whole
 
-    assert build(asked, console=QUIET) == read_manifest(torn)  # nothing to do
+    assert build(torn_request, console=QUIET) == read_manifest(torn)  # nothing to do
     assert files(torn) == whole
 
 
 def _build_and_wait(toys: Path, out: Path) -> None:
-    """Build a part, say so, and go no further."""
+    """Build a part, print that, and go no further."""
     caching.SHARD_TOKENS = 300
     build_part = caching.CacheBuilder.build
 
@@ -168,10 +168,10 @@ def _build_and_wait(toys: Path, out: Path) -> None:
 
 
 def test_a_build_that_is_killed_goes_on(toys: Path, tmp_path: Path, caches: Path) -> None:
-    out, said = tmp_path / "killed", tmp_path / "said"
-    process = processes.start(said, _build_and_wait, toys, out)
+    out, printed = tmp_path / "killed", tmp_path / "printed"
+    process = processes.start(printed, _build_and_wait, toys, out)
     deadline = time.monotonic() + 120
-    while not (said.exists() and "built 0" in said.read_text()) and process.is_alive():
+    while not (printed.exists() and "built 0" in printed.read_text()) and process.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
@@ -236,7 +236,7 @@ def test_a_later_version_is_told_apart_from_damage(caches: Path, tmp_path: Path)
         CachedTeacher(directory)
 
 
-def test_what_is_no_cache_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"got no manifest.json there\. Check the path"):
         CachedTeacher(tmp_path)
 

@@ -41,9 +41,11 @@ QUIET = Console(quiet=True)
 def request(
     toys: Path, out: Path, layers: tuple[Layer, ...], attentions: tuple[int, ...] = (), **teacher: Any
 ) -> CacheRequest:
-    who = ModelSource(model=str(toys / "teacher"), **teacher)
+    source_model = ModelSource(model=str(toys / "teacher"), **teacher)
     source = Source(str(toys / "train.jsonl"))
-    return CacheRequest(who, [source], 32, False, "hidden", {}, out, batch_rows=4, layers=layers, attentions=attentions)
+    return CacheRequest(
+        source_model, [source], 32, False, "hidden", {}, out, batch_rows=4, layers=layers, attentions=attentions
+    )
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +177,8 @@ def test_a_run_from_it_is_the_run_from_the_teacher(recipe_values: dict[str, Any]
     command = ["cache", "build", str(tmp_path / "recipe.yaml"), "--codec", "hidden", "--layers", "-1", "--out", out]
     shown = CliRunner().invoke(app, command, catch_exceptions=False).output
     assert "1 of 2: hidden states in float32" in shown
-    told = json.loads(CliRunner().invoke(app, ["cache", "info", out, "--json"]).output)
-    assert told["layers"]["kept"] == [1]
+    info = json.loads(CliRunner().invoke(app, ["cache", "info", out, "--json"]).output)
+    assert info["layers"]["kept"] == [1]
     rows = []
     for name, teacher in (("live", recipe_values["teacher"]), ("cached", {"cache": out})):
         values = recipe_values | {"teacher": teacher, "output": str(tmp_path / name)}
@@ -187,7 +189,7 @@ def test_a_run_from_it_is_the_run_from_the_teacher(recipe_values: dict[str, Any]
         check(Recipe.parse(values | {"output": str(tmp_path / "other")}))
 
 
-def test_layers_that_are_no_numbers_say_so(toys: Path, tmp_path: Path) -> None:
+def test_layers_that_are_no_numbers_are_refused(toys: Path, tmp_path: Path) -> None:
     command = ["cache", "build", "--teacher", str(toys / "teacher"), "--data", str(toys / "train.jsonl")]
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "c"), "--layers", "1;2"])
     assert isinstance(

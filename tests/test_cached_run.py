@@ -51,7 +51,7 @@ def test_a_run_from_a_cache_is_the_run_from_the_teacher(cached: dict[str, Any], 
     assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "live"), rel=1e-4)
     rows = {name: result.summary["rows"] for name, result in results.items()}
     assert rows["alone"]["student"]["loss"] == pytest.approx(rows["live"]["student"]["loss"], rel=1e-4)
-    # The cache knows the teacher's own loss to half precision; what needs its model is left out.
+    # The cache holds the teacher's own loss to half precision; what needs its model is left out.
     assert rows["alone"]["teacher"]["loss"] == pytest.approx(rows["live"]["teacher"]["loss"], rel=1e-3)
     assert rows["alone"]["teacher"]["kl"] is None is rows["alone"]["student"]["agreement"]
     gaps = [result.summary["gap_closed"] for result in results.values()]
@@ -72,8 +72,8 @@ def test_a_cache_of_the_training_data_alone(toys: Path, recipe_values: dict[str,
         *("--max-length", "32", "--packing", "--codec", "top_k", "--top-k", "8", "--out", out),
     )
     assert "top_k (k 8, temperature 1.0)" in shown
-    told = json.loads(CliRunner().invoke(app, ["cache", "info", out, "--json"]).output)
-    assert told["codec"] == "top_k" and told["tokens"] > 1000 and 5 < told["bytes_per_token"] < 60
+    info = json.loads(CliRunner().invoke(app, ["cache", "info", out, "--json"]).output)
+    assert info["codec"] == "top_k" and info["tokens"] > 1000 and 5 < info["bytes_per_token"] < 60
     assert "as they were written" in CliRunner().invoke(app, ["cache", "verify", out]).output
 
     recipe_values |= {"teacher": {"cache": out}, "evaluate": {"baseline": True}}
@@ -97,7 +97,7 @@ def test_a_cache_of_the_training_data_alone(toys: Path, recipe_values: dict[str,
         ({"data.max_length": 16}, DataError, "a cache that holds every row"),
     ],
 )
-def test_what_a_cache_cannot_serve_is_told_before_training(
+def test_what_a_cache_does_not_hold_is_refused_before_training(
     recipe_values: dict[str, Any], tmp_path: Path, change: dict[str, Any], error: type[Exception], expected: str
 ) -> None:
     recipe_values["objective"] = [{"term": "logits"}]
@@ -139,7 +139,7 @@ def test_another_tokenizer_is_refused(cached: dict[str, Any], tmp_path: Path) ->
         (["--teacher", "./nowhere", "--data", "d", "--out", "o"], "expected a folder with a model, got ./nowhere"),
     ],
 )
-def test_a_build_that_cannot_be_says_why(arguments: list[str], expected: str) -> None:
+def test_impossible_builds_are_refused(arguments: list[str], expected: str) -> None:
     with pytest.raises(UserError) as caught:
         build(*arguments)
     assert expected in str(caught.value)

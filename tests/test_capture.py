@@ -70,7 +70,7 @@ def test_captured_activations_are_the_models_own_outputs(family: str) -> None:
     needs = NO_MAPS if "falcon" in family else EVERYTHING
     inside = captured(model, needs)
     assert not any(module._forward_hooks for module in model.modules())
-    told = model(
+    output = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True,
         output_attentions=bool(needs.attentions),
     )  # fmt: skip
@@ -78,9 +78,9 @@ def test_captured_activations_are_the_models_own_outputs(family: str) -> None:
     assert set(inside.vectors) == {1}
     there = batch["attention_mask"].bool()
     for layer, place in {"embeddings": 0, 0: 1, "last_hidden_state": -1}.items():
-        torch.testing.assert_close(inside.hidden[layer][there], told.hidden_states[place][there])
+        torch.testing.assert_close(inside.hidden[layer][there], output.hidden_states[place][there])
     if needs.attentions:
-        torch.testing.assert_close(inside.attentions[1], told.attentions[1])
+        torch.testing.assert_close(inside.attentions[1], output.attentions[1])
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.split(",")[0] not in ("bloom", "mpt")])
@@ -143,7 +143,7 @@ EVERYTHING_OF_TWO = ActivationRequest(frozenset({0}), frozenset({1}), frozenset(
 
 
 class _Odd(nn.Module):
-    """An attention that no one knows."""
+    """An attention whose projections have other names."""
 
     def __init__(self, whole: nn.Module) -> None:
         super().__init__()

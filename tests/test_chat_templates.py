@@ -42,7 +42,7 @@ def test_targets_are_what_the_model_writes(name: str, tmp_path: Path) -> None:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         written = [_written(part.text, part.targets) for part in texts]
         joined = "".join(written)
-        for i in turns:  # all that is said is learnt once, and in order
+        for i in turns:  # every turn is learnt once, and in order
             place = joined.find(messages[i]["content"])
             assert place >= 0
             for thought in filter(None, [messages[i].get("reasoning_content")]):
@@ -63,7 +63,7 @@ def _written(text: str, targets: list[tuple[int, int]]) -> str:
 
 
 def _learnt(rows: list[dict[str, Any]], tokenizer: Any, path: Path) -> list[str]:
-    """What the target tokens of encoded rows say; the last of them ends generation."""
+    """The text of the target tokens of encoded rows; the last of them ends generation."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     targets = [
         [label for label in row["labels"] if label != IGNORE]

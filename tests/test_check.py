@@ -1,4 +1,4 @@
-"""potstill check and potstill schema know every kind of recipe."""
+"""potstill check and potstill schema accept every kind of recipe."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def embedding() -> dict[str, Any]:
 
 
 def test_an_embedding_recipe_is_checked(embedding: dict[str, Any]) -> None:
-    said = checked(embedding)
-    assert "teacher 12 dimensions" in said
-    assert "student 4 dimensions" in said
-    assert "train 360 vectors eval 40 vectors steps 18" in said
-    assert "time about" in said
-    assert "encoding" not in said
+    output = checked(embedding)
+    assert "teacher 12 dimensions" in output
+    assert "student 4 dimensions" in output
+    assert "train 360 vectors eval 40 vectors steps 18" in output
+    assert "time about" in output
+    assert "encoding" not in output
     more = {"train": {**embedding["train"], "temperature": {"stages": 2}}, "evaluate": {"front": True}}
     assert "steps 108" in checked(embedding | more)
     with pytest.raises(UserError, match="dimension"):
@@ -63,8 +63,8 @@ def test_an_embedding_recipe_is_checked(embedding: dict[str, Any]) -> None:
         checked(embedding, "--set", "student.dimension=4")
 
 
-class Said:
-    """A sentence-transformers model, as far as it is asked."""
+class StubModel:
+    """A sentence-transformers model with `encode` alone."""
 
     def encode(self, texts: list[str], **_: Any) -> np.ndarray:
         generator = np.random.default_rng(0)
@@ -74,19 +74,19 @@ class Said:
 def test_a_teacher_that_reads_text_encodes_some_and_is_timed(
     embedding: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    sizes: list[int] = []
 
     def encode(texts: Any) -> Any:
-        asked.append(len(texts))
-        return model_encoder(Said())(texts)
+        sizes.append(len(texts))
+        return model_encoder(StubModel())(texts)
 
     monkeypatch.setattr(EmbedderTeacher, "load", lambda self: TextEncoder(encode, "toy"))
     Path("train.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(1000)))
     embedding |= {"teacher": {"embedder": "there"}, "data": {"train": {"path": "train.jsonl"}}}
-    said = checked(embedding)
-    assert "train 900 vectors eval 100 vectors steps 45" in said
-    assert "encoding about" in said
-    assert sum(asked) < 200
+    output = checked(embedding)
+    assert "train 900 vectors eval 100 vectors steps 45" in output
+    assert "encoding about" in output
+    assert sum(sizes) < 200
 
 
 def test_a_generate_recipe_is_checked(toys: Path) -> None:
@@ -105,14 +105,14 @@ def test_a_generate_recipe_is_checked(toys: Path) -> None:
         "skip_bad_rows": True,
         "output": "rows",
     }
-    said = checked(values)
-    assert "prompts 3 texts 6 of at most 4 new tokens left out 1 rows" in said
-    assert "as completion, to rows" in said
+    output = checked(values)
+    assert "prompts 3 texts 6 of at most 4 new tokens left out 1 rows" in output
+    assert "as completion, to rows" in output
     with pytest.raises(UserError, match="positions"):
         checked(values, "--set", "sampling.max_new_tokens=4000")
 
 
-def test_an_unknown_kind_is_told() -> None:
+def test_an_unknown_kind_is_refused() -> None:
     Path("recipe.yaml").write_text("kind: embeding\n")
     with pytest.raises(RecipeError, match=r"distillation, embedding, generate, got embeding. Did you mean embedding"):
         CliRunner().invoke(app, ["check", "recipe.yaml"], catch_exceptions=False)

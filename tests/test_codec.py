@@ -1,4 +1,4 @@
-"""What a teacher said survives packing: each codec against the numbers that went in."""
+"""A teacher's targets survive packing: each codec against the numbers that went in."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def logits_of(n: int, vocabulary: int, spread: float = 3.0) -> torch.Tensor:
     return torch.randn(n, vocabulary) * spread
 
 
-def again(codec: Codec, said, rows: list[int] | None = None, head: LMHead | None = None):
+def again(codec: Codec, targets, rows: list[int] | None = None, head: LMHead | None = None):
     """Encode row by row, decode together: the targets."""
-    rows = rows or [said.leading[0]]
+    rows = rows or [targets.leading[0]]
     parts, start = [], 0
     for count in rows:
         part = slice(start, start + count)
-        mine = (
-            HeadTargets(said.hidden[part], said.head)
-            if isinstance(said, HeadTargets)
-            else SparseTargets(said.ids[part], said.log_probs[part], said.kind, said.temperature)
-            if isinstance(said, SparseTargets)
-            else DenseTargets(said.logits[part])
+        of_row = (
+            HeadTargets(targets.hidden[part], targets.head)
+            if isinstance(targets, HeadTargets)
+            else SparseTargets(targets.ids[part], targets.log_probs[part], targets.kind, targets.temperature)
+            if isinstance(targets, SparseTargets)
+            else DenseTargets(targets.logits[part])
         )
-        parts.append(codec.encode(mine, start))
+        parts.append(codec.encode(of_row, start))
         start += count
     return codec.decode(parts, rows, head)[0]
 
@@ -73,15 +73,15 @@ def test_top_k_of_a_teacher_that_gives_its_likeliest_tokens_only() -> None:
     true = torch.log_softmax(logits_of(4, 50), -1)
     given, ids = true.topk(6)
     order = torch.randperm(6)
-    said = SparseTargets(ids[:, order], given[:, order])
-    fewer, more = again(TopK(50, 3), said), again(TopK(50, 9), said)
+    targets = SparseTargets(ids[:, order], given[:, order])
+    fewer, more = again(TopK(50, 3), targets), again(TopK(50, 9), targets)
     assert torch.equal(fewer.ids, ids[:, :3])
     assert more.used().sum(-1).tolist() == [6] * 4
     for found in (fewer, more):
         kept = found.log_probs.exp().sum(-1)
         torch.testing.assert_close(kept, given[:, : found.used()[0].sum()].exp().sum(-1), atol=1e-6, rtol=1e-5)
     with pytest.raises(ShapeError, match="at temperature 2, got bucket targets at 1"):
-        again(TopK(50, 3, temperature=2.0), said)
+        again(TopK(50, 3, temperature=2.0), targets)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -122,8 +122,8 @@ def test_draws_follow_the_teacher(temperature: float) -> None:
     logits = torch.cat([logits_of(1, 700, 2.0), torch.full((1, 700), -torch.inf)])
     logits[1, [3, 300, 699]] = torch.tensor([0.0, 1.0, -3.0])
     rows, draws = 2000, 50
-    said = DenseTargets(logits.repeat_interleave(rows, 0))
-    found = again(Sampled(700, draws, temperature), said, [rows, rows])
+    targets = DenseTargets(logits.repeat_interleave(rows, 0))
+    found = again(Sampled(700, draws, temperature), targets, [rows, rows])
     counts = counts_of(found, 700, draws).reshape(2, rows, 700)
     true = torch.softmax(logits.double() / temperature, -1)
     fraction = draws * true - (draws * true).floor()
@@ -145,9 +145,9 @@ def test_the_order_of_the_vocabulary_makes_no_bias() -> None:
 
 
 def test_draws_depend_on_the_seed_alone() -> None:
-    said = DenseTargets(logits_of(3, 100))
+    targets = DenseTargets(logits_of(3, 100))
     codec = Sampled(100)
-    assert codec.encode(said, 1) == codec.encode(said, 1) != codec.encode(said, 2)
+    assert codec.encode(targets, 1) == codec.encode(targets, 1) != codec.encode(targets, 2)
 
 
 def test_a_certain_teacher_is_drawn_whole() -> None:
@@ -175,8 +175,8 @@ def test_hidden_states_are_kept_as_they_are(dtype: str) -> None:
 
 @pytest.mark.parametrize("codec", [Sampled(30), TopK(30, 4), Dense(30)], ids=lambda codec: codec.name)
 def test_rows_without_tokens_are_empty(codec: Codec) -> None:
-    said = DenseTargets(torch.zeros(0, 30))
-    assert codec.decode([codec.encode(said, 0)], [0])[0].leading == (0,)
+    targets = DenseTargets(torch.zeros(0, 30))
+    assert codec.decode([codec.encode(targets, 0)], [0])[0].leading == (0,)
 
 
 @pytest.mark.parametrize("codec", [Sampled(30), TopK(30, 4), Dense(30)], ids=lambda codec: codec.name)
@@ -242,13 +242,13 @@ def test_bytes_of_a_row_are_those_that_are_documented() -> None:
 
 def test_the_log_probabilities_of_the_datas_own_tokens_are_kept() -> None:
     hidden, head, labels = torch.randn(5, 8), LMHead(torch.randn(30, 8)), torch.arange(5)
-    said = HeadTargets(hidden, head)
-    told = torch.log_softmax(said.dense(), -1)[range(5), range(5)]
+    targets = HeadTargets(hidden, head)
+    expected = torch.log_softmax(targets.dense(), -1)[range(5), range(5)]
     codecs = [Dense(30), TopK(30, 4), Sampled(30), TopK(30, 4, 2.0), Sampled(30, temperature=2.0), HiddenStates(30, 8)]
     for codec in codecs:
         parts = [HeadTargets(hidden[part], head) for part in (slice(0, 2), slice(2, 5))]
         rows = [codec.encode(part, 0, labels=some) for part, some in zip(parts, (labels[:2], labels[2:]), strict=True)]
-        torch.testing.assert_close(codec.decode(rows, [2, 3], head)[1], told, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(codec.decode(rows, [2, 3], head)[1], expected, atol=1e-5, rtol=1e-3)
         rows[1] = codec.encode(parts[1], 0)
         assert codec.decode(rows, [2, 3], head)[1] is None
 

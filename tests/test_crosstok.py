@@ -1,4 +1,4 @@
-"""A teacher that reads in tokens of its own: what it says of chunks, and the terms that compare them."""
+"""A teacher with a tokenizer of its own: its log-probabilities of chunks, and the terms that compare them."""
 
 from __future__ import annotations
 
@@ -55,27 +55,27 @@ def test_a_chunk_has_the_probability_of_its_bytes(other: Any, whole: bool, monke
     """By brute force: each row of the teacher alone, token by token."""
     if whole:
         monkeypatch.setattr("potstill.teachers.model.split_model", lambda model: None)
-    brain, batch = model(other, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
-    teacher = CrossTokenizerTeacher(brain, other, SMALL)
+    teacher_model, batch = model(other, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
+    teacher = CrossTokenizerTeacher(teacher_model, other, SMALL)
     across = across_of(teacher, batch)
     alignment = causal_alignment(batch["labels"])
     chunk, seen = 0, 0
     for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
         reading = teacher.align(ids[mask.bool()].tolist())
-        logits = brain(input_ids=torch.tensor([reading.ids])).logits[0]
+        logits = teacher_model(input_ids=torch.tensor([reading.ids])).logits[0]
         log_probs = logits[:, : len(other)].log_softmax(-1)
         for i in range(len(reading.sizes)):
-            mine = (reading.student == i).nonzero()[0].tolist()
-            theirs = (reading.teacher == i).nonzero()[0].tolist()
-            if any(batch["labels"][row, t] == -100 for t in mine) or 0 in (mine[0], theirs[0]):
+            student_at = (reading.student == i).nonzero()[0].tolist()
+            teacher_at = (reading.teacher == i).nonzero()[0].tolist()
+            if any(batch["labels"][row, t] == -100 for t in student_at) or 0 in (student_at[0], teacher_at[0]):
                 continue
-            expected = sum(log_probs[t - 1, reading.ids[t]].item() for t in theirs)
+            expected = sum(log_probs[t - 1, reading.ids[t]].item() for t in teacher_at)
             assert across.log_probs[chunk].item() == pytest.approx(expected, rel=1e-4)
             places = (across.student == chunk).nonzero()[:, 0]
-            assert alignment.labels[places].tolist() == [int(ids[t]) for t in mine]
+            assert alignment.labels[places].tolist() == [int(ids[t]) for t in student_at]
             assert across.sizes[chunk] == reading.sizes[i]
             chunk += 1
-            seen += len(mine)
+            seen += len(student_at)
     assert chunk == len(across) > 10
     assert (across.student >= 0).sum() == seen
 
@@ -120,14 +120,14 @@ def test_equal_tokenizers_match_token_by_token(whole: bool, monkeypatch: pytest.
     if whole:
         for module in ("potstill.train.distiller", "potstill.teachers.model"):
             monkeypatch.setattr(f"{module}.split_model", lambda model: None)
-    student, brain, batch = model(SMALL, hidden_size=8), model(SMALL, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
-    distiller = Distiller(student, CrossTokenizerTeacher(brain, SMALL, SMALL), [Chunks(temperature=7.0)])
+    student, teacher_model, batch = model(SMALL, hidden_size=8), model(SMALL, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
+    distiller = Distiller(student, CrossTokenizerTeacher(teacher_model, SMALL, SMALL), [Chunks(temperature=7.0)])
     output = distiller.step(batch)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     there, labels = target_positions(batch["labels"]), batch["labels"][:, 1:][target_positions(batch["labels"])]
     log_q, log_p = (
         each(**inputs).logits[:, :-1][there].log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-        for each in (student, brain)
+        for each in (student, teacher_model)
     )
     expected = [alm(p, q, 7.0) for p, q in zip(log_p.tolist(), log_q.tolist(), strict=True)]
     assert output.loss.item() == pytest.approx(sum(expected) / len(expected), rel=1e-3)
@@ -139,9 +139,9 @@ def test_equal_tokenizers_match_token_by_token(whole: bool, monkeypatch: pytest.
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_a_student_that_says_the_same_has_no_loss() -> None:
-    brain, batch = model(SMALL), batch_of(SMALL, TEXTS)
-    teacher = CrossTokenizerTeacher(brain, SMALL, SMALL)
+def test_a_student_equal_to_its_teacher_has_no_loss() -> None:
+    teacher_model, batch = model(SMALL), batch_of(SMALL, TEXTS)
+    teacher = CrossTokenizerTeacher(teacher_model, SMALL, SMALL)
     for term in (Chunks(divergence=JSD()), MappedLogits(ReverseKL(), top_k=1000), ULD()):
         output = Distiller(model(SMALL), teacher, [term]).step(batch)
         assert output.loss.item() == pytest.approx(0, abs=1e-5)
@@ -177,37 +177,39 @@ def test_biased_chunks_are_merged_or_dropped(biased: Any) -> None:
 
 def test_bias_is_what_longer_tokens_keep() -> None:
     """By brute force, from bytes: all tokens of the teacher that go on over the end where the student's do not."""
-    brain, batch = model(LARGE, seed=1), batch_of(SMALL, TEXTS[:1])
-    teacher = CrossTokenizerTeacher(brain, LARGE, SMALL)
+    teacher_model, batch = model(LARGE, seed=1), batch_of(SMALL, TEXTS[:1])
+    teacher = CrossTokenizerTeacher(teacher_model, LARGE, SMALL)
     across = across_of(teacher, batch)
-    mine, theirs = across.last()
-    p = across.logits(theirs).softmax(-1)
+    student_ends, teacher_ends = across.last()
+    p = across.logits(teacher_ends).softmax(-1)
     pair = teacher.pair
     for i, bias in enumerate(across.bias().tolist()):
-        own, student = int(across.teacher_tokens[theirs[i]]), int(across.student_tokens[mine[i]])
+        own, student = int(across.teacher_tokens[teacher_ends[i]]), int(across.student_tokens[student_ends[i]])
         piece, other = pair.teacher.bytes_of[own], pair.student.bytes_of[student]
         longer = 0.0
-        for id, said in pair.teacher.bytes_of.items():
-            if piece and said and said.startswith(piece) and said != piece:
-                longer += 0.0 if other + said[len(piece) :] in pair.student.bytes_of.values() else p[i, id].item()
+        for id, longer_piece in pair.teacher.bytes_of.items():
+            if piece and longer_piece and longer_piece.startswith(piece) and longer_piece != piece:
+                longer += (
+                    0.0 if other + longer_piece[len(piece) :] in pair.student.bytes_of.values() else p[i, id].item()
+                )
         assert bias == pytest.approx(longer / (longer + p[i, own].item()), abs=1e-5)
 
 
 def test_mapped_logits_by_the_definition() -> None:
     """For each of the student's tokens, the teacher's probability of all tokens that it would begin with it."""
-    student, brain, batch = model(SMALL, hidden_size=8), model(LARGE, seed=1), batch_of(SMALL, TEXTS)
-    teacher = CrossTokenizerTeacher(brain, LARGE, SMALL)
+    student, teacher_model, batch = model(SMALL, hidden_size=8), model(LARGE, seed=1), batch_of(SMALL, TEXTS)
+    teacher = CrossTokenizerTeacher(teacher_model, LARGE, SMALL)
     across, begins = across_of(teacher, batch), teacher.pair.first_student_token
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     there = target_positions(batch["labels"])
     q, total = student(**inputs).logits[:, :-1][there], 0.0
     for i in range(len(across)):
-        mine, theirs = ((x == i).nonzero()[0] for x in (across.student, across.teacher))
+        student_places, teacher_places = ((x == i).nonzero()[0] for x in (across.student, across.teacher))
         p = [0.0] * q.shape[-1]
-        for id, share in enumerate((across.logits(theirs)[0] / 2).softmax(-1).tolist()):
+        for id, share in enumerate((across.logits(teacher_places)[0] / 2).softmax(-1).tolist()):
             p[begins[id]] += share
         targets = DenseTargets(2 * torch.tensor([p]).log())
-        total += 4 * token_divergence(q[mine], targets, ForwardKL(), temperature=2.0).item()
+        total += 4 * token_divergence(q[student_places], targets, ForwardKL(), temperature=2.0).item()
     loss = Distiller(student, teacher, [MappedLogits(temperature=2.0, top_k=1000)]).step(batch).loss
     assert loss.item() == pytest.approx(total / int(there.sum()), rel=1e-3)
     fewer = Distiller(student, teacher, [MappedLogits(temperature=2.0, top_k=5)]).step(batch).loss
@@ -215,11 +217,11 @@ def test_mapped_logits_by_the_definition() -> None:
 
 
 def test_mapped_logits_of_one_tokenizer_are_logits() -> None:
-    student, brain, batch = model(SMALL, hidden_size=8), model(SMALL, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
-    mapped = CrossTokenizerTeacher(brain, SMALL, SMALL)
+    student, teacher_model, batch = model(SMALL, hidden_size=8), model(SMALL, seed=1), batch_of(SMALL, TEXTS, [0, 5, 2])
+    mapped = CrossTokenizerTeacher(teacher_model, SMALL, SMALL)
     for divergence in (ForwardKL(), ReverseKL()):
         one = Distiller(student, mapped, [MappedLogits(divergence, temperature=2.0, top_k=1000)]).step(batch)
-        two = Distiller(student, brain, [Logits(divergence, temperature=2.0)]).step(batch)
+        two = Distiller(student, teacher_model, [Logits(divergence, temperature=2.0)]).step(batch)
         torch.testing.assert_close(one.loss, two.loss, rtol=1e-4, atol=1e-5)
 
 
@@ -232,16 +234,16 @@ def test_where_only_one_puts_a_space_before_the_text() -> None:
 
 
 def test_uld_pairs_what_begins_at_the_same_byte() -> None:
-    student, brain, batch = model(SMALL, hidden_size=8), model(LARGE, seed=1), batch_of(SMALL, TEXTS)
-    teacher = CrossTokenizerTeacher(brain, LARGE, SMALL)
+    student, teacher_model, batch = model(SMALL, hidden_size=8), model(LARGE, seed=1), batch_of(SMALL, TEXTS)
+    teacher = CrossTokenizerTeacher(teacher_model, LARGE, SMALL)
     across = across_of(teacher, batch)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     there = target_positions(batch["labels"])
     q = student(**inputs).logits[:, :-1][there]
     total = 0.0
     for i in range(len(across)):
-        mine, theirs = ((x == i).nonzero()[0, 0] for x in (across.student, across.teacher))
-        total += uld(q[mine].tolist(), across.logits(theirs[None])[0].tolist())
+        student_place, teacher_place = ((x == i).nonzero()[0, 0] for x in (across.student, across.teacher))
+        total += uld(q[student_place].tolist(), across.logits(teacher_place[None])[0].tolist())
     loss = Distiller(student, teacher, [ULD()]).step(batch).loss
     assert loss.item() == pytest.approx(total / int(there.sum()), rel=1e-3)
     assert sorted_distance(q, q.flip(-1)).abs().max() < 1e-6

@@ -1,4 +1,4 @@
-"""Recipes with a teacher of another tokenizer: what they do, what they say, and what they refuse."""
+"""Recipes with a teacher of another tokenizer: what they do, report and refuse."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def values(recipe_values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return recipe_values
 
 
-def test_a_run_says_bits_per_byte(values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_reports_bits_per_byte(values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     result = quiet_run(values)
     rows = result.summary["rows"]
     assert list(rows) == ["teacher", "baseline", "student"]
     built = build_run(Recipe.parse(values))
-    said, nats, tokens = 0, 0.0, 0
+    num_bytes, nats, tokens = 0, 0.0, 0
     for batch in in_batches(built.eval.dataset, built.tokenizer, 4):
         across = built.teacher(batch, causal_alignment(batch["labels"])).chunks
-        said += int(across.sizes.sum())
+        num_bytes += int(across.sizes.sum())
         nats -= float(across.log_probs.sum())
         tokens += int((across.student >= 0).sum())
     whole = built.teacher.alignment_stats(built.eval.dataset)
@@ -62,7 +62,7 @@ def test_a_run_says_bits_per_byte(values: dict[str, Any], capsys: pytest.Capture
     for row in rows.values():
         bits = row["loss"] * whole.tokens / whole.bytes / math.log(2)
         assert row["bits_per_byte"] == pytest.approx(bits)
-    assert rows["teacher"]["bits_per_byte"] == pytest.approx(nats / said / math.log(2), rel=0.05)
+    assert rows["teacher"]["bits_per_byte"] == pytest.approx(nats / num_bytes / math.log(2), rel=0.05)
     assert rows["teacher"]["parameters"] > rows["student"]["parameters"]
     assert rows["student"]["agreement"] is None
     assert rows["student"]["kl"] is None
@@ -127,14 +127,14 @@ def test_the_same_tokenizer_works_too(values: dict[str, Any]) -> None:
     assert built.alignment_stats.covered > 0.9 * built.alignment_stats.bytes
 
 
-def test_check_says_which_way_a_pair_goes(values: dict[str, Any], tmp_path: Path) -> None:
+def test_check_reports_how_a_pair_is_compared(values: dict[str, Any], tmp_path: Path) -> None:
     found = check(Recipe.parse(values))
     assert found.built.alignment_stats is not None
     assert any("compared by bytes; 258 of the student's 258 tokens" in note for note in found.built.notes)
     (tmp_path / "recipe.yaml").write_text(Recipe.parse(values).dump())
-    said = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
-    assert said.exit_code == 0, said.output
-    assert "258 tokens, the student's own: compared by bytes" in " ".join(said.output.split())
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 0, result.output
+    assert "258 tokens, the student's own: compared by bytes" in " ".join(result.output.split())
 
 
 def test_it_warns_where_little_aligns(values: dict[str, Any], tmp_path: Path) -> None:

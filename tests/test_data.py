@@ -109,7 +109,7 @@ def check_tokens(examples: Examples) -> None:
 
 
 def refused(call, *parts: str) -> None:
-    """The call is refused in one line that says each of these."""
+    """The call is refused in one line with each of these."""
     with pytest.raises(DataError) as caught:
         call()
     message = str(caught.value)
@@ -300,7 +300,7 @@ def metaspace() -> PreTrainedTokenizerFast:
 
 
 class Slow(PreTrainedTokenizerFast):
-    """A tokenizer that does not tell where its tokens stand."""
+    """A tokenizer without offsets of its tokens."""
 
     is_fast = False
 
@@ -510,10 +510,13 @@ def test_a_template_that_rewrites_gives_an_example_for_each_turn(write):
 
 
 def test_a_template_without_its_generation_prompt_is_refused(write):
-    silent = byte_level(eos_token="<eos>", chat="{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}?")
+    without_end = byte_level(eos_token="<eos>", chat="{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}?")
     path = write([{"messages": [turn("user", "a"), turn("assistant", "b")]}])
     refused(
-        lambda: encode(Source(path), silent, max_length=99), "behind its generation prompt", "row 1", "Name another"
+        lambda: encode(Source(path), without_end, max_length=99),
+        "behind its generation prompt",
+        "row 1",
+        "Name another",
     )
 
 
@@ -569,7 +572,7 @@ def test_ids_that_cannot_be(row, parts, write):
     refused(lambda: encode(Source(write([first, row])), PLAIN, max_length=6), *parts)
 
 
-# What is asked for
+# Options of a source
 
 
 @pytest.mark.parametrize(
@@ -768,7 +771,7 @@ def test_what_is_kept_is_found_again_and_never_stale(write, kept, monkeypatch):
     write([{"text": "the mat"}])  # of the same name, size and time
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert first() == "the mat<eos>"
-    for file in kept.glob("*.json"):  # a run that was killed before it could vouch
+    for file in kept.glob("*.json"):  # a run that was killed before it wrote the checksum
         file.unlink()
     assert first() == "the mat<eos>"
 

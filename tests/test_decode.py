@@ -1,4 +1,4 @@
-"""Tokens one after another: padding, cache, batches and rows that end change nothing, and the numbers told are true."""
+"""Tokens one after another: padding, cache, batches and ended rows change nothing, and log-probabilities are right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def toy(**changes: Any) -> Any:
     return make_llama(seed=3, vocab_size=50, **changes)
 
 
-def told(model: Any, prompt: list[int], text: GeneratedTokens, sampling: Sampling) -> tuple[list[float], list[float]]:
+def expected_log_probs(
+    model: Any, prompt: list[int], text: GeneratedTokens, sampling: Sampling
+) -> tuple[list[float], list[float]]:
     """The log-probabilities of a text in one plain forward pass over its row alone, in float64 behind the logits."""
     ids = torch.tensor([prompt + text.ids])
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
@@ -45,7 +47,7 @@ def test_left_padding_and_cache_give_the_log_probs_of_each_row_alone(sampling: S
     written = generate_tokens(model, PROMPTS, sampling, eos_ids=ENDS)
     assert len({len(text.ids) for text in written}) > 1  # rows left while others went on
     for prompt, text in zip(PROMPTS, written, strict=True):
-        own, sampler = told(model, prompt, text, sampling)
+        own, sampler = expected_log_probs(model, prompt, text, sampling)
         assert text.log_probs == pytest.approx(own, abs=1e-5)
         assert text.sampler_log_probs == pytest.approx(sampler, abs=1e-5)
         assert text.ended == (text.ids[-1] in ENDS)
@@ -83,7 +85,7 @@ def test_absolute_positions_are_those_of_each_row() -> None:
     model.transformer.wpe.weight.data.mul_(50)  # so that a wrong position is seen
     sampling = Sampling(max_new_tokens=10, seed=5)
     for prompt, text in zip(PROMPTS, generate_tokens(model, PROMPTS, sampling, eos_ids=ENDS), strict=True):
-        assert text.log_probs == pytest.approx(told(model, prompt, text, sampling)[0], abs=1e-5)
+        assert text.log_probs == pytest.approx(expected_log_probs(model, prompt, text, sampling)[0], abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by the old name
@@ -149,13 +151,15 @@ def test_draws_follow_the_distribution_and_its_nucleus() -> None:
         assert ((share - expected).abs() < 4.5 * (expected / 4000).sqrt() + 1e-9).all()
 
 
-def test_a_guide_has_its_say_and_the_sampler_is_told() -> None:
+def test_a_guide_changes_the_sampler_log_probs_alone() -> None:
     student, teacher = toy(), make_llama(seed=4, vocab_size=50)
     sampling = Sampling(max_new_tokens=8, seed=10)
     mixed = generate_tokens(
         student, PROMPTS, sampling, eos_ids=ENDS, guide=Guide(teacher, lambda q, p: 0.25 * q + 0.75 * p)
     )
     for prompt, text in zip(PROMPTS, mixed, strict=True):
-        q, p = (torch.tensor(told(model, prompt, text, sampling)[0]).exp() for model in (student, teacher))
+        q, p = (
+            torch.tensor(expected_log_probs(model, prompt, text, sampling)[0]).exp() for model in (student, teacher)
+        )
         assert text.log_probs == pytest.approx(q.log().tolist(), abs=1e-5)
         assert text.sampler_log_probs == pytest.approx((0.25 * q + 0.75 * p).log().tolist(), abs=1e-5)

@@ -40,13 +40,13 @@ def test_each_file_is_in_one_split_and_stays_there() -> None:
     assert not any("/test/" in name or name.startswith(("test/", "encodings/")) for name in everything)
 
 
-def test_a_split_is_cut_where_it_is_told(tmp_path: Path) -> None:
+def test_a_split_has_the_given_size(tmp_path: Path) -> None:
     assert write_jsonl(tmp_path / "a.jsonl", "transfer", 5000) == 5000
     texts = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sum(map(len, texts)) == 5000
 
 
-def test_a_python_without_source_is_told(tmp_path: Path) -> None:
+def test_a_python_without_source_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="demo corpus: expected the standard library's source"):
         list(documents("dev", tmp_path))
 
@@ -89,7 +89,7 @@ def test_the_demos_recipe_is_ready(tmp_path: Path) -> None:
     assert recipe.evaluate.trained == ("student", "baseline", "random")
 
 
-def test_the_fast_one_is_small_and_says_so(tmp_path: Path) -> None:
+def test_the_fast_demo_is_small_and_named_so(tmp_path: Path) -> None:
     whole, fast = demo_recipe(tmp_path / "whole"), demo_recipe(tmp_path / "fast", fast=True)
     for split in ("train", "eval"):
         sizes = [Path(getattr(each.data, split).path).stat().st_size for each in (fast, whole)]

@@ -93,7 +93,7 @@ def test_a_design_can_be_built_saved_and_read(tmp_path: Path) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(student)
 
 
-def test_an_impossible_budget_says_what_the_smallest_is() -> None:
+def test_an_impossible_budget_is_refused_with_the_smallest_one() -> None:
     with pytest.raises(
         ModelError, match=r"at least ([\d,]+) parameters, got 1,000,000\. The smallest .* 1 layer"
     ) as error:

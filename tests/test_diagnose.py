@@ -45,8 +45,8 @@ from potstill.runs.diagnose import diagnose, teacher_temperatures
 
 def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        said = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return causal_alignment(batch["labels"]).select(said)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return causal_alignment(batch["labels"]).select(logits)
 
 
 @pytest.mark.parametrize("elements", [2**25, 2000])  # whole batches, and a few tokens at a time
@@ -61,13 +61,13 @@ def test_every_number_is_what_a_loop_gives(elements: int, monkeypatch: pytest.Mo
         temperatures=(1.0, 3.0),
     )
     assert student.training
-    theirs, mine = (
+    teacher_logits, student_logits = (
         torch.cat([logits_of(model, batch) for batch in batches]).double() for model in (teacher, student.eval())
     )
     labels = torch.cat([causal_alignment(batch["labels"]).labels for batch in batches]).tolist()
     assert tokens.label.tolist() == labels
     assert len(tokens) == len(labels) > 10
-    p, q = theirs.softmax(-1).tolist(), mine.softmax(-1).tolist()
+    p, q = teacher_logits.softmax(-1).tolist(), student_logits.softmax(-1).tolist()
     teacher_stats, student_stats = tokens.models["teacher"], tokens.models["student"]
     for i, label in enumerate(labels):
         m = [(a + b) / 2 for a, b in zip(p[i], q[i], strict=True)]
@@ -82,7 +82,7 @@ def test_every_number_is_what_a_loop_gives(elements: int, monkeypatch: pytest.Mo
         assert student_stats["label_log_prob"][i].item() == pytest.approx(math.log(q[i][label]), abs=1e-5)
         assert teacher_stats["confidence"][i].item() == pytest.approx(max(p[i]), abs=1e-6)
     for temperature, found in zip((1.0, 3.0), softenings, strict=True):
-        soft = (theirs / temperature).softmax(-1)
+        soft = (teacher_logits / temperature).softmax(-1)
         entropy = float(-(soft * soft.log()).sum(-1).mean())
         assert found.temperature == temperature
         assert found.entropy == pytest.approx(entropy, abs=1e-5)
@@ -91,7 +91,7 @@ def test_every_number_is_what_a_loop_gives(elements: int, monkeypatch: pytest.Mo
         for k in TOP_COUNTS:
             assert found.mass[k] == pytest.approx(float(soft.sort(-1).values[:, -k:].sum(-1).mean()), abs=1e-5)
     floor = irreducible(tokens)
-    cross = float(-(theirs.softmax(-1) * mine.log_softmax(-1)).sum(-1).mean())
+    cross = float(-(teacher_logits.softmax(-1) * student_logits.log_softmax(-1)).sum(-1).mean())
     assert floor["models"]["student"]["soft_cross_entropy"] == pytest.approx(cross, abs=1e-5)
     assert floor["models"]["student"]["share"] == pytest.approx(softenings[0].entropy / cross, abs=1e-5)
     frequency = torch.arange(300)  # token i was seen i times
@@ -261,13 +261,13 @@ def healthy() -> dict[str, Any]:
     }
 
 
-def said(found: dict[str, Any]) -> tuple[list[str], str]:
+def warnings_and_conclusion(found: dict[str, Any]) -> tuple[list[str], str]:
     sentences = interpret(found)
     return [one.text for one in sentences if one.level != "note"], conclusion(found, sentences)
 
 
-def test_where_nothing_is_wrong_nothing_is_said_to_be() -> None:
-    warnings, last = said(healthy())
+def test_a_healthy_run_has_no_warnings() -> None:
+    warnings, last = warnings_and_conclusion(healthy())
     assert warnings == []
     assert last == (
         "The student is better than the baseline, 2.500 against 2.900 nats, and closer to the teacher (KL 0.500 "
@@ -277,7 +277,7 @@ def test_where_nothing_is_wrong_nothing_is_said_to_be() -> None:
     assert any("80% is the teacher's own entropy" in note for note in notes)
     worse = healthy()
     worse["losses"]["student"] = 3.0
-    assert said(worse)[1].endswith("and no measurement here explains it: try another seed first.")
+    assert warnings_and_conclusion(worse)[1].endswith("and no measurement here explains it: try another seed first.")
 
 
 def change(found: dict[str, Any], key: str, value: Any) -> None:
@@ -318,7 +318,7 @@ def test_what_is_wrong_is_why_the_student_is_worse(key: str, value: Any, reason:
     found = healthy()
     change(found, "losses.student", 3.0)
     change(found, key, value)
-    warnings, last = said(found)
+    warnings, last = warnings_and_conclusion(found)
     assert len(warnings) == 1
     assert not warnings[0].startswith("It ")
 
@@ -328,13 +328,13 @@ def test_what_is_wrong_is_why_the_student_is_worse(key: str, value: Any, reason:
     change(found, "losses.student", 2.5)
     change(found, "of", "recipe")
     if "student.entropy" not in key and "by_frequency" not in key:
-        assert re.search(f"^Before this runs, check: .*{reason}", said(found)[1])
+        assert re.search(f"^Before this runs, check: .*{reason}", warnings_and_conclusion(found)[1])
 
 
 def test_a_temperature_that_is_too_low_for_a_sure_teacher() -> None:
     found = healthy()
     found["temperature"] |= {"rows": [at(1.0, 0.99, 1.0, 1.0), at(3.0, 0.6, 0.9, 0.99)], "recommended": 3.0}
-    assert "at temperature 1 the teacher gives its most likely token 99%" in said(found)[1]
+    assert "at temperature 1 the teacher gives its most likely token 99%" in warnings_and_conclusion(found)[1]
 
 
 @pytest.fixture
@@ -434,7 +434,7 @@ def test_a_student_that_is_better_than_its_teacher_is_below_it() -> None:
     found = healthy()
     del found["losses"]["baseline"]
     found["losses"]["student"] = 1.713
-    assert said(found)[1] == "The student's loss is 0.287 nats below its teacher's."
+    assert warnings_and_conclusion(found)[1] == "The student's loss is 0.287 nats below its teacher's."
 
 
 def test_a_run_that_was_stopped_is_looked_at_by_its_last_checkpoint(
@@ -452,7 +452,7 @@ def test_a_run_that_was_stopped_is_looked_at_by_its_last_checkpoint(
         diagnose(Recipe.parse(recipe_values), run=finished)
 
 
-def test_a_teacher_that_tells_a_part_leaves_its_part_out(
+def test_a_cache_of_top_k_leaves_out_what_needs_distributions(
     recipe_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe_values["teacher"]["cache"] = str(tmp_path / "cache")

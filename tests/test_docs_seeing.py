@@ -50,7 +50,7 @@ def test_the_diagnosis() -> None:
     assert "A closer look" in Path("runs/mine/report.html").read_text()
 
 
-def test_the_rules_are_as_the_page_says() -> None:
+def test_the_page_has_the_thresholds_of_the_rules() -> None:
     from potstill.evaluate import diagnosis as diagnose
     from potstill.evaluate import findings
 

@@ -132,15 +132,15 @@ def test_the_verdict_does_not_praise_what_was_memorised() -> None:
     assert "better than its own teacher" in verdict({"rows": rows, "data": {"eval_in_train": 0.001}})
 
 
-def test_a_run_on_its_own_training_rows_says_so_everywhere(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+def test_held_out_training_rows_are_reported_everywhere(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     recipe_values["data"]["eval"] = recipe_values["data"]["train"]
     recipe_values["data"]["near_duplicates"] = True
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_values))
     checked = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
     assert "all held-out rows are training rows" in " ".join(checked.stdout.split())
-    said = io.StringIO()
-    result = run(Recipe.parse(recipe_values), console=Console(file=said, width=500))
-    assert "warning: data.eval: all held-out rows are training rows too" in said.getvalue()
+    printed = io.StringIO()
+    result = run(Recipe.parse(recipe_values), console=Console(file=printed, width=500))
+    assert "warning: data.eval: all held-out rows are training rows too" in printed.getvalue()
     assert result.summary["data"]["eval_in_train"] == 1
     assert "all held-out rows are training rows" in result.summary["notes"][0]
     for page in ("report.html", "student/README.md"):

@@ -113,7 +113,7 @@ def test_reconstruction_is_a_share_of_the_spread(spaces) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_does_not_fit_is_told(loss) -> None:
+def test_inputs_that_do_not_fit_are_refused(loss) -> None:
     with pytest.raises(ShapeError, match=r"same B examples, got \[3, 2\] and \[4, 5\]"):
         loss(torch.randn(3, 2), torch.randn(4, 5))
     with pytest.raises(ShapeError, match="at least two rows, got 1"):

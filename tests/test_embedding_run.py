@@ -230,7 +230,7 @@ def test_mistakes_of_a_recipe_name_their_key(values: dict[str, Any], change: dic
     assert message in str(caught.value)
 
 
-def test_a_device_that_is_not_here_is_told(values: dict[str, Any]) -> None:
+def test_a_missing_device_is_an_error(values: dict[str, Any]) -> None:
     assert run(values | {"train": {**values["train"], "device": "cpu"}}).summary["rows"]
     for device in ("nowhere", "meta:-2"):
         with pytest.raises(UserError, match=f"train.device: expected an available device, .* got {device}") as caught:
@@ -264,7 +264,7 @@ def test_bad_input_is_one_line_of_the_command(values: dict[str, Any], capsys: py
         CliRunner().invoke(app, ["run", "r.yaml"], catch_exceptions=False)
 
 
-def test_a_missing_package_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_package_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     from potstill.embedding.encoders import load_embedder
@@ -322,7 +322,7 @@ def test_a_server_gives_vectors_once(address: str, tmp_path: Path, monkeypatch: 
     assert not [path for path in tmp_path.iterdir() if b"secret" in path.read_bytes()]
 
 
-def test_a_server_that_fails_is_told_without_the_key(
+def test_the_error_of_a_failing_server_has_no_key(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")

@@ -198,7 +198,7 @@ def test_an_objective_of_ones_own_is_minimised() -> None:
 
 
 class OwnStudent(torch.nn.Module):
-    """As someone writes one who knows torch alone."""
+    """As a user writes one with torch alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class FirstColumn(torch.nn.Module):
         return x.sum(0)
 
 
-def test_a_checkpoint_of_another_student_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_student_is_refused(tmp_path: Path) -> None:
     plan, _ = distil(VectorHead.from_pca(TRAIN, 3), epochs=1)
     plan.fit(TRAIN, HELD, checkpoints=tmp_path)
     with pytest.raises(RunError, match=r"expected .*stage-1\.pt to be of this training"):
@@ -279,12 +279,12 @@ def test_a_checkpoint_of_another_student_is_told(tmp_path: Path) -> None:
         ({"reconstruction": 1.5}, r"reconstruction: expected a number in \[0, 1\], got 1.5"),
     ],
 )
-def test_settings_that_cannot_be_are_told(change, message) -> None:
+def test_impossible_settings_are_refused(change, message) -> None:
     with pytest.raises(ShapeError, match=message):
         EmbeddingDistiller(VectorHead(4, 2), **change)
 
 
-def test_what_does_not_fit_together_is_told() -> None:
+def test_inputs_that_do_not_fit_together_are_refused() -> None:
     plan = EmbeddingDistiller(VectorHead.from_pca(TRAIN, 3), epochs=1)
     with pytest.raises(ShapeError, match="expected vectors of 24 dimensions, got 24 to learn from and 5 held out"):
         plan.fit(TRAIN, torch.randn(9, 5))

@@ -70,7 +70,7 @@ def test_a_pickle_inside_npy_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_files_that_are_no_matrix_are_told(tmp_path: Path) -> None:
+def test_files_that_are_no_matrix_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "flat.npy", np.zeros(3, dtype="f4"))
     np.save(tmp_path / "whole.npy", np.zeros((3, 2), dtype="i8"))
     np.save(tmp_path / "columns.npy", np.asfortranarray(np.zeros((3, 2), dtype="f4")))
@@ -112,7 +112,7 @@ def test_every_row_comes_once_in_an_order_of_the_seed(monkeypatch: pytest.Monkey
         assert all(torch.equal(batch, X[rows]) for rows, batch in whole.batches(16, seed=3))
 
 
-def test_no_read_is_larger_than_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_read_is_larger_than_requested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", X.numpy())
     opened = open_vectors(tmp_path / "x.npy")
     sizes = []

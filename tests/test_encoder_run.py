@@ -124,7 +124,7 @@ def test_a_resumed_run_ends_in_the_same_weights(name: str, judged_rows: Path, mo
 # A sentence-transformers teacher
 
 
-def test_a_sentence_transformers_teacher_lends_its_modules(judged_rows: Path) -> None:
+def test_a_student_gets_the_modules_of_a_sentence_transformers_teacher(judged_rows: Path) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     save(make_encoder("bert", "encoder", seed=1), judged_rows / "teacher")
     (judged_rows / "teacher" / "1_Pooling").mkdir()
@@ -155,18 +155,18 @@ def test_what_is_measured_of_classes_is_the_formula() -> None:
     found = measure("classification", teacher, {"student": student}, [batch])
     z = student.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits.double()
     t = teacher.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits.double()
-    said, labels = z.argmax(-1), batch["labels"]
+    predicted, labels = z.argmax(-1), batch["labels"]
     f1 = []
     for k in range(3):
-        tp = int(((said == k) & (labels == k)).sum())
-        wrong = int(((said == k) != (labels == k)).sum())
+        tp = int(((predicted == k) & (labels == k)).sum())
+        wrong = int(((predicted == k) != (labels == k)).sum())
         f1.append(2 * tp / (2 * tp + wrong))
-    mine: Any = found["student"]
-    assert mine.accuracy == pytest.approx((said == labels).double().mean().item())
-    assert mine.f1_macro == pytest.approx(sum(f1) / 3)
-    assert mine.agreement == pytest.approx((said == t.argmax(-1)).double().mean().item())
+    measured: Any = found["student"]
+    assert measured.accuracy == pytest.approx((predicted == labels).double().mean().item())
+    assert measured.f1_macro == pytest.approx(sum(f1) / 3)
+    assert measured.agreement == pytest.approx((predicted == t.argmax(-1)).double().mean().item())
     kl = (t.softmax(-1) * (t.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
-    assert mine.kl == pytest.approx(kl.item(), rel=1e-4)
+    assert measured.kl == pytest.approx(kl.item(), rel=1e-4)
     assert found["teacher"].kl == pytest.approx(0, abs=1e-6)  # type: ignore[union-attr]
 
 
@@ -223,12 +223,12 @@ def test_the_commands_measure_and_check(name: str, judged_rows: Path, monkeypatc
         ),
     ],
 )
-def test_what_does_not_go_with_a_task_is_told_at_once(name: str, changes: list[str], messages: list[str]) -> None:
-    with pytest.raises(RecipeError) as told:
+def test_what_does_not_go_with_a_task_is_refused_at_once(name: str, changes: list[str], messages: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
         Recipe.load(RECIPES[name], changes)
     for message in messages:
-        assert message in str(told.value)
-    assert not any(line.strip().startswith(":") for line in str(told.value).splitlines())
+        assert message in str(caught.value)
+    assert not any(line.strip().startswith(":") for line in str(caught.value).splitlines())
 
 
 def test_heads_that_do_not_match_are_refused(judged_rows: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_teacher_whose_head_would_be_random_is_refused(judged_rows: Path) -> N
             build_run(Recipe.load(RECIPES[name], SMALL))
 
 
-def test_an_unknown_label_is_told_with_its_row(judged_rows: Path) -> None:
+def test_the_error_for_an_unknown_label_has_its_row(judged_rows: Path) -> None:
     save(make_encoder("bert", "classification", seed=1), judged_rows / "teacher")
     row = {"text": "the cat", "text_pair": "a dog", "label": "wild"}
     with (judged_rows / "train.jsonl").open("a") as file:

@@ -52,7 +52,7 @@ def test_texts_and_their_ids_are_one(model) -> None:
     assert engine.complete([tokenizer(p)["input_ids"] for p in PROMPTS], GREEDY) == engine.complete(PROMPTS, GREEDY)
 
 
-def test_the_seed_decides_and_nobody_else_notices(model) -> None:
+def test_the_seed_decides_and_the_global_generator_stays(model) -> None:
     engine = LocalEngine(model, make_tokenizer(), 3)
     sampling = Sampling(samples=3, max_new_tokens=8, seed=5)
     torch.manual_seed(1)
@@ -120,7 +120,7 @@ def test_end_of_text_of_the_model_and_of_the_tokenizer_both_end() -> None:
     assert written.text == tokenizer.decode(new[: new.index(third)])
 
 
-def test_what_does_not_fit_is_told(model) -> None:
+def test_prompts_that_do_not_fit_are_refused(model) -> None:
     engine = LocalEngine(model, make_tokenizer())
     with pytest.raises(DataError, match=r"expected at most 64 tokens.* prompt 2 and 12 new ones"):
         engine.complete(["a", "def f(a, b):\n" * 10], GREEDY)

@@ -1,4 +1,4 @@
-"""Several teachers as one: the mixture at every temperature, of everything a teacher may say; learned weights."""
+"""Several teachers as one: the mixture at every temperature, of every form of targets; learned weights."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ def members(dtype: torch.dtype = torch.float64) -> tuple[list[Any], list[torch.T
     """A dense one, one with a head and one with a soft cap, and their logits."""
     heads = [LMHead(numbers(V, H, seed=i).to(dtype), softcap=cap) for i, cap in ((1, None), (2, 3.0))]
     hidden = [numbers(N, H, seed=3).to(dtype), numbers(N, H, seed=4).to(dtype)]
-    said = [
+    member_targets = [
         DenseTargets(numbers(N, V).to(dtype)),
         *(HeadTargets(h, head) for h, head in zip(hidden, heads, strict=True)),
     ]
-    return said, [one.dense() for one in said]
+    return member_targets, [one.dense() for one in member_targets]
 
 
 @pytest.mark.parametrize("of", ["probabilities", "log_probs"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_a_mixture_is_its_definition_at_every_temperature(of: Any, temperature: float) -> None:
-    said, logits = members()
-    mixed = MixtureTargets(tuple(said), torch.tensor(WEIGHTS), of)
+    member_targets, logits = members()
+    mixed = MixtureTargets(tuple(member_targets), torch.tensor(WEIGHTS), of)
     expected = reference(logits, WEIGHTS, of, temperature)
     torch.testing.assert_close(torch.log_softmax(mixed.dense(temperature) / temperature, -1), expected)
     torch.testing.assert_close(teacher_entropy(mixed, temperature), -(expected.exp() * expected).sum(-1))
@@ -82,8 +82,8 @@ def test_a_mixture_is_its_definition_at_every_temperature(of: Any, temperature: 
 def test_the_fused_loss_and_its_gradient_are_those_of_the_mixed_distribution(
     of: Any, divergence: Divergence, dtype: torch.dtype
 ) -> None:
-    said, logits = members(dtype)
-    mixed = MixtureTargets(tuple(said), torch.tensor(WEIGHTS), of)
+    member_targets, logits = members(dtype)
+    mixed = MixtureTargets(tuple(member_targets), torch.tensor(WEIGHTS), of)
     target = DenseTargets(2.0 * reference(logits, WEIGHTS, of, 2.0).to(dtype))
     found = []
     for targets, options in ((target, {"backend": "eager"}), (mixed, {}), (mixed, {"chunk_tokens": 2})):
@@ -98,16 +98,16 @@ def test_the_fused_loss_and_its_gradient_are_those_of_the_mixed_distribution(
 
 
 def test_equal_members_are_one_and_a_weight_of_zero_is_none() -> None:
-    said, _ = members()
+    member_targets, _ = members()
     student = numbers(N, V, seed=5)
     for of in ("probabilities", "log_probs"):
         for one in (
-            MixtureTargets((said[1], said[1]), torch.tensor([0.3, 0.7]), of),
-            MixtureTargets((said[1], said[0]), torch.tensor([1.0, 0.0]), of),
+            MixtureTargets((member_targets[1], member_targets[1]), torch.tensor([0.3, 0.7]), of),
+            MixtureTargets((member_targets[1], member_targets[0]), torch.tensor([1.0, 0.0]), of),
         ):
             torch.testing.assert_close(
                 token_divergence(student, one, ReverseKL(), temperature=3.0),
-                token_divergence(student, said[1], ReverseKL(), temperature=3.0),
+                token_divergence(student, member_targets[1], ReverseKL(), temperature=3.0),
             )
 
 
@@ -144,22 +144,22 @@ def test_padding_is_sliced_off_before_members_are_normalised() -> None:
 
 def sample(logits: torch.Tensor, draws: int, seed: int, temperature: float = 1.0) -> SparseTargets:
     codec = Sampled(V, draws, temperature)
-    said = codec.decode([codec.encode(DenseTargets(logits), seed)], [len(logits)])[0]
-    assert isinstance(said, SparseTargets)
-    return said
+    targets = codec.decode([codec.encode(DenseTargets(logits), seed)], [len(logits)])[0]
+    assert isinstance(targets, SparseTargets)
+    return targets
 
 
 def top(logits: torch.Tensor, k: int, temperature: float = 1.0) -> SparseTargets:
-    said = top_tokens(DenseTargets(logits), k, temperature)
-    assert isinstance(said, SparseTargets)
-    return said
+    targets = top_tokens(DenseTargets(logits), k, temperature)
+    assert isinstance(targets, SparseTargets)
+    return targets
 
 
-def whole(said: SparseTargets) -> torch.Tensor:
+def whole(targets: SparseTargets) -> torch.Tensor:
     """[N, V] the probabilities of targets that leave nothing to others, by a loop."""
     result = torch.zeros(N, V, dtype=torch.float64)
     for n in range(N):
-        for token, log_p in zip(said.ids[n].tolist(), said.log_probs[n].tolist(), strict=True):
+        for token, log_p in zip(targets.ids[n].tolist(), targets.log_probs[n].tolist(), strict=True):
             result[n, token] += math.exp(log_p)
     return result
 
@@ -208,7 +208,7 @@ def test_a_sample_beside_whole_distributions() -> None:
             refused()
 
 
-def test_a_mixture_of_likeliest_tokens_is_exact_over_the_events_that_all_know() -> None:
+def test_a_mixture_of_likeliest_tokens_is_exact_over_the_events_that_all_have() -> None:
     logits = [numbers(N, V, seed=i) for i in range(3)]
     parts: list[Targets] = [top(logits[0], 8, 2.0), DenseTargets(logits[1]), top(logits[2], 12, 2.0)]
     mixed = mix(parts, torch.tensor(WEIGHTS), "probabilities")
@@ -281,15 +281,15 @@ def test_what_is_not_known_is_refused(name: str) -> None:
 # The teacher.
 
 
-class Says(Teacher):
-    """The same logits [V] everywhere, or the labels' log-probabilities alone."""
+class ConstantTeacher(Teacher):
+    """The same logits [V] everywhere, whole or only the three likeliest tokens of them."""
 
-    def __init__(self, logits: torch.Tensor, told: bool = True) -> None:
-        self.logits, self.told = logits, told
+    def __init__(self, logits: torch.Tensor, whole: bool = True) -> None:
+        self.logits, self.whole = logits, whole
 
     def __call__(self, batch: Any, alignment: Any) -> TeacherOutput:
-        said = DenseTargets(self.logits.expand(len(alignment), -1))
-        return TeacherOutput(said if self.told else top(said.logits, 3))
+        targets = DenseTargets(self.logits.expand(len(alignment), -1))
+        return TeacherOutput(targets if self.whole else top(targets.logits, 3))
 
 
 def test_an_ensemble_trains_as_one_teacher(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_an_ensemble_trains_as_one_teacher(tmp_path: Path) -> None:
 
 
 def test_one_member_is_looked_into() -> None:
-    ensemble = EnsembleTeacher([Says(torch.zeros(300)), ModelTeacher(make_llama(seed=1))])
+    ensemble = EnsembleTeacher([ConstantTeacher(torch.zeros(300)), ModelTeacher(make_llama(seed=1))])
     alone = Distiller(make_llama(hidden_size=8), make_llama(seed=1), [Hidden(distance="cka")])
     found = Distiller(make_llama(hidden_size=8), ensemble, [Hidden(distance="cka")])
     torch.testing.assert_close(found.step(make_batch()).loss, alone.step(make_batch()).loss)
@@ -324,7 +324,7 @@ def test_learned_weights_make_the_data_likeliest() -> None:
     truth = torch.tensor([0.7, 0.2, 0.1])
     p = sum(w * z.softmax(-1) for w, z in zip(truth, logits, strict=True))
     assert isinstance(p, torch.Tensor)
-    ensemble = EnsembleTeacher([Says(z) for z in logits], learned=True)
+    ensemble = EnsembleTeacher([ConstantTeacher(z) for z in logits], learned=True)
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 200):
         for _ in range(2):
@@ -341,7 +341,9 @@ def test_a_step_of_em_is_its_formula_whatever_the_batches() -> None:
     logits = [numbers(300, seed=i).float() for i in range(2)]
     batch = make_batch()
     alignment = causal_alignment(batch["labels"])
-    whole_batch, parts = (EnsembleTeacher([Says(z) for z in logits], [0.9, 0.1], learned=True) for _ in range(2))
+    whole_batch, parts = (
+        EnsembleTeacher([ConstantTeacher(z) for z in logits], [0.9, 0.1], learned=True) for _ in range(2)
+    )
     whole_batch.update(whole_batch(batch, alignment))
     for row in range(len(batch["input_ids"])):
         some = {name: value[row : row + 1] for name, value in batch.items()}
@@ -383,7 +385,7 @@ def test_learned_weights_are_resumed_and_logged(tmp_path: Path) -> None:
     assert torch.equal(one.weights, held_out)  # held-out rows teach it nothing
 
 
-def test_weights_that_are_learned_are_not_asked_ahead() -> None:
+def test_an_ensemble_with_learned_weights_is_not_prefetched() -> None:
     members = [ModelTeacher(make_llama(seed=i)) for i in (1, 2)]
     with pytest.raises(ModelError, match="does not change in training, got EnsembleTeacher"):
         Distiller(make_llama(), EnsembleTeacher(members, learned=True), [Logits(ForwardKL())], prefetch=True)
@@ -391,7 +393,7 @@ def test_weights_that_are_learned_are_not_asked_ahead() -> None:
 
 
 def test_ensembles_that_cannot_be() -> None:
-    two: list[Teacher] = [Says(torch.zeros(300)), Says(torch.zeros(300), told=False)]
+    two: list[Teacher] = [ConstantTeacher(torch.zeros(300)), ConstantTeacher(torch.zeros(300), whole=False)]
     with pytest.raises(ShapeError, match="two members or more"):
         EnsembleTeacher(two[:1])
     with pytest.raises(ShapeError, match="expected models or Teachers as members, got a str"):

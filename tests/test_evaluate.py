@@ -1,4 +1,4 @@
-"""potstill evaluate: every figure against a loop, the command, and what is told when something is wrong."""
+"""potstill evaluate: every figure against a loop, the command, and its errors."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_of_several_references_the_nearest_counts() -> None:
     assert (both.rouge2, round(both.bleu), both.brevity_penalty) == (1.0, 100, 1.0)
 
 
-def test_a_missing_library_is_told_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_library_has_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(UserError, match=r"pip install 'potstill\[generations\]'"):

@@ -206,10 +206,10 @@ def test_units_that_do_nothing_go_without_a_trace(family: str) -> None:
     for layer, block in blocks(teacher):
         units = units_of(layer, block)
         for number, own in enumerate(units):
-            silent = torch.randperm(len(own), generator=torch.Generator().manual_seed(number))[: len(own) // 2]
-            own.inputs[silent] = 0.0
+            dead = torch.randperm(len(own), generator=torch.Generator().manual_seed(number))[: len(own) // 2]
+            own.inputs[dead] = 0.0
             if own.input_biases is not None:
-                own.input_biases[silent] = 0.0
+                own.input_biases[dead] = 0.0
         write_experts(layer, block, units)
     width = next(name for name in ("moe_intermediate_size", "intermediate_size") if name in teacher.config.to_dict())
     half = network_sizes(blocks(teacher)[0][0])[1] // 2
@@ -222,12 +222,12 @@ def test_units_that_do_nothing_go_without_a_trace(family: str) -> None:
 
 def test_heads_and_channels_go_as_in_other_models() -> None:
     teacher = model("mixtral")
-    silent = torch.tensor([i for i in range(1, 32) if i % 4 == 1])
+    dead = torch.tensor([i for i in range(1, 32) if i % 4 == 1])
     with torch.no_grad():
-        teacher.model.embed_tokens.weight[:, silent] = 0
+        teacher.model.embed_tokens.weight[:, dead] = 0
         for layer in layers(teacher):
-            layer.self_attn.o_proj.weight[silent] = 0
-            layer.mlp.experts.down_proj[:, silent] = 0
+            layer.self_attn.o_proj.weight[dead] = 0
+            layer.mlp.experts.down_proj[:, dead] = 0
             layer.self_attn.v_proj.weight[8:] = 0  # the second key and value head, with its two query heads
     fields = {"hidden_size": 24, "head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
     torch.testing.assert_close(logits(pruned(teacher, fields)), logits(teacher), rtol=1e-3, atol=1e-3)

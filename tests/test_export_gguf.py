@@ -101,9 +101,9 @@ def test_llama_cpp_computes_what_transformers_does(case: str, tmp_path: Path) ->
     model = make(CASES[case][0], **CASES[case][1])
     for kind in ("f32", "f16"):
         write_gguf(model, make_tokenizer(), tmp_path / "model.gguf", kind)
-        mine, theirs = expected(model, IDS), log_probs(tmp_path / "model.gguf", IDS)
-        assert (mine.exp() * (mine - theirs)).sum(-1).max() < 1e-5, kind
-        assert (mine - theirs).abs().max() < 1e-2, kind
+        expected_log_probs, actual = expected(model, IDS), log_probs(tmp_path / "model.gguf", IDS)
+        assert (expected_log_probs.exp() * (expected_log_probs - actual)).sum(-1).max() < 1e-5, kind
+        assert (expected_log_probs - actual).abs().max() < 1e-2, kind
 
 
 def test_k_quants_are_those_of_llama_cpp(tmp_path: Path) -> None:
@@ -149,14 +149,14 @@ def test_files_are_those_of_llama_quantize(family: str, tmp_path: Path) -> None:
     write_gguf(model, make_tokenizer(), tmp_path / "f32.gguf", "f32")
     for kind in ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0"):
         write_gguf(model, make_tokenizer(), tmp_path / "ours.gguf", kind)  # type: ignore[arg-type]
-        command = [program, str(tmp_path / "f32.gguf"), str(tmp_path / "theirs.gguf"), kind.upper(), "1"]
+        command = [program, str(tmp_path / "f32.gguf"), str(tmp_path / "llama_cpp.gguf"), kind.upper(), "1"]
         subprocess.run(command, check=True, capture_output=True)
-        ours, theirs = (
+        ours, llama_cpp = (
             {t.name: (t.tensor_type.name, t.data.tobytes()) for t in GGUFReader(tmp_path / f"{name}.gguf").tensors}
-            for name in ("ours", "theirs")
+            for name in ("ours", "llama_cpp")
         )
-        assert ours.keys() == theirs.keys()
-        different = [name for name in ours if ours[name] != theirs[name]]
+        assert ours.keys() == llama_cpp.keys()
+        different = [name for name in ours if ours[name] != llama_cpp[name]]
         head = "token_embd.weight" if family == "gpt2" else "output.weight"
         assert different == ([head] if kind == "q4_0" else []), kind
 
@@ -251,7 +251,7 @@ def test_tokenizers_agree_on_a_thousand_texts(kind: str, tmp_path: Path) -> None
     special = ["<end>", "<pad>", "<think>"] if kind != "sentencepiece" else ["<end>", "<pad>"]
     with LlamaCpp(written(tokenizer, tmp_path)) as loaded:
         differ = [text for text in texts(special) if loaded.tokenize(text) != tokenizer(text)["input_ids"]]
-    if kind in ("tekken", "gpt-4o"):  # llama.cpp's expressions know the capitals of ASCII alone, and no marks
+    if kind in ("tekken", "gpt-4o"):  # llama.cpp's expressions match the capitals of ASCII alone, and no marks
         assert differ
         differ = [text for text in differ if text.isascii()]
     assert differ == []

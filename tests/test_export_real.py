@@ -64,10 +64,10 @@ def far(loaded: Any, real: Real) -> tuple[float, float]:
     """The largest KL of a position, nats, and the largest distance of the log-probability of a token that follows."""
     ids = real.tokenizer(TEXT)["input_ids"]
     with torch.no_grad():
-        mine = real.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    theirs = torch.from_numpy(np.concatenate([*loaded.logits(ids)])).log_softmax(-1)
-    kl, following = (mine.exp() * (mine - theirs)).sum(-1).max(), torch.tensor([ids[1:]]).T
-    return float(kl), float((mine - theirs)[:-1].gather(1, following).abs().max())
+        expected = real.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    actual = torch.from_numpy(np.concatenate([*loaded.logits(ids)])).log_softmax(-1)
+    kl, following = (expected.exp() * (expected - actual)).sum(-1).max(), torch.tensor([ids[1:]]).T
+    return float(kl), float((expected - actual)[:-1].gather(1, following).abs().max())
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("f32", 1e-2), ("f16", 3e-2)])

@@ -136,10 +136,10 @@ def test_refusals(text: str, refuses: bool) -> None:
 
 def test_a_template_makes_no_duplicates() -> None:
     """A hash of the first 100 characters would keep one."""
-    asked = [TEMPLATE.format(question) for question in questions()]
-    assert len({text[:80] for text in asked}) == 1
+    prompts = [TEMPLATE.format(question) for question in questions()]
+    assert len({text[:80] for text in prompts}) == 1
     for completion in ("", "Answer: 5"):
-        assert not apply_filters([TextPair(text, completion) for text in asked], [NearDuplicates()]).dropped
+        assert not apply_filters([TextPair(text, completion) for text in prompts], [NearDuplicates()]).dropped
 
 
 def test_near_duplicates_are_found_behind_a_template() -> None:
@@ -167,7 +167,7 @@ def test_another_number_and_another_answer_are_no_duplicates() -> None:
     )
 
 
-def test_without_datasketch_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_datasketch_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(DataError, match=r"pip install 'potstill\[data\]'"):
         apply_filters([TextPair("a", "b")], [NearDuplicates()])

@@ -1,4 +1,4 @@
-"""The pages in docs/from say how what other projects describe is done here. Each is held to this:
+"""The pages in docs/from describe how to do here what other projects do. Each page is tested for this:
 
 1. Its first table has the columns There and Here. Each row of Here names at least one thing in backticks, a Python
    name, a `potstill` command, a key or a piece of a recipe, or a file (`named.py` says how); all of it exists.
@@ -78,7 +78,7 @@ def topics(page: Path) -> list[tuple[str, str]]:
 
 
 @named
-def test_everything_that_was_promised_is_there(page: Path) -> None:
+def test_everything_in_the_list_of_the_page_exists(page: Path) -> None:
     promised = (ROOT / f"tests/promised/{page.stem}.txt").read_text(encoding="utf-8").splitlines()
     assert len(promised) > 5
     missing = []
@@ -151,8 +151,8 @@ def workplace(toys: Path, embedder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """A folder as the pages' reader has it."""
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     shutil.copytree(embedder, tmp_path / "embedder")
-    asked = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(20)]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    rows = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(20)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     vectors = torch.randn(400, 12) @ torch.randn(12, 1536)
     np.save(tmp_path / "embeddings.npy", vectors.numpy())
     torch.save({"embeddings": vectors, "model_state": {}}, tmp_path / "teacher.pt")

@@ -41,18 +41,18 @@ CHAT += "{% if tools %}<tools>{{ tools | tojson }}{% endif %}{% if add_generatio
 
 
 class Scripted:
-    """An engine that knows what to say: a function of the prompt, the sample and the seed."""
+    """An engine whose texts are a function of the prompt, the sample and the seed."""
 
-    def __init__(self, say: Any, dies_after: int | None = None) -> None:
-        self.say, self.left, self.asked = say, dies_after, []
+    def __init__(self, respond: Any, dies_after: int | None = None) -> None:
+        self.respond, self.left, self.prompts = respond, dies_after, []
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         self.left = None if self.left is None else self.left - 1
-        self.asked += prompts
+        self.prompts += prompts
         texts = [prompt if isinstance(prompt, str) else make_tokenizer().decode(prompt) for prompt in prompts]
-        return [[self.say(text, sample, sampling.seed) for sample in range(sampling.samples)] for text in texts]
+        return [[self.respond(text, sample, sampling.seed) for sample in range(sampling.samples)] for text in texts]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -81,13 +81,13 @@ def values(toys: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def made(
-    values: dict[str, Any], say: Any, monkeypatch: pytest.MonkeyPatch, resume: bool = False, chat: bool = False
+    values: dict[str, Any], respond: Any, monkeypatch: pytest.MonkeyPatch, resume: bool = False, chat: bool = False
 ) -> Generated:
-    """What comes of a recipe when the teacher says what `say` does."""
+    """What comes of a recipe when the teacher writes what `respond` gives."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT if chat else None
     monkeypatch.setattr(generation, "load_tokenizer", lambda *_: tokenizer)
-    monkeypatch.setattr(generation, "_engine", lambda *_: Scripted(say))
+    monkeypatch.setattr(generation, "_engine", lambda *_: Scripted(respond))
     return generate(GenerateRecipe.parse(json.loads(json.dumps(values))), resume=resume)
 
 
@@ -126,10 +126,10 @@ def test_killed_anywhere_it_goes_on_without_losing_or_repeating_a_row(tmp_path: 
         assert written(engine, journal) == whole
         assert journal.read_bytes() == content
         done = max(content[:cut].count(b"\n") - 1, 0)
-        assert len(engine.asked) <= 11 - done + 2  # the rest of a batch is written again, and thrown away
+        assert len(engine.prompts) <= 11 - done + 2  # the rest of a batch is written again, and thrown away
     engine = Scripted(echo)
     written(engine, journal)
-    assert not engine.asked
+    assert not engine.prompts
 
 
 def test_sigkill_twice(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_sigkill_twice(tmp_path: Path) -> None:
     assert journal.read_bytes().count(b"\n") == 1 + 3 + 6
     engine = Scripted(echo)
     assert written(engine, journal) == whole
-    assert engine.asked == PROMPTS[9:]
+    assert engine.prompts == PROMPTS[9:]
     assert journal.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
@@ -243,7 +243,7 @@ def test_the_program_is_the_last_block() -> None:
 
 @needs_sandbox
 def test_programs_are_run_and_their_output_is_the_answer(values, monkeypatch) -> None:
-    def say(prompt: Prompt, sample: int, seed: int) -> Completion:
+    def respond(prompt: Prompt, sample: int, seed: int) -> Completion:
         number = int("".join(sign for sign in str(prompt).partition(" plus")[0] if sign.isdigit()))
         lines = [f"x = {number}\nprint(x + x)", "print(1 / 0)", "x = 5", "while True: pass"]
         return Completion(f"So:\n```python\n{lines[sample]}\n```", True)
@@ -252,7 +252,7 @@ def test_programs_are_run_and_their_output_is_the_answer(values, monkeypatch) ->
     values["sampling"]["samples"] = 4
     values["programs"] = {"cpu_seconds": 1, "wall_seconds": 3}
     (Path(values["task"]["questions"]["path"])).write_text('{"question": "What is 4 plus 4?", "answer": "8"}\n')
-    result = made(values, say, monkeypatch)
+    result = made(values, respond, monkeypatch)
     (row,) = lines(result.rows)
     assert (row["answer"], row["provenance"]["verdict"]) == ("8", "right")
     assert row["completion"][slice(*row["reasoning_span"])] == "x = 4\nprint(x + x)\n"
@@ -265,12 +265,12 @@ def test_programs_are_run_and_their_output_is_the_answer(values, monkeypatch) ->
 
 @needs_sandbox
 def test_chains_and_programs_vote_together(values, monkeypatch) -> None:
-    def say(prompt: Prompt, sample: int, seed: int) -> Completion:
+    def respond(prompt: Prompt, sample: int, seed: int) -> Completion:
         return Completion("print(4)" if "Python" in str(prompt) else f"Answer: {4 + sample}", True)
 
     values["task"] = {"task": "mixed", "questions": {"path": values["task"]["questions"]["path"]}}
     (Path(values["task"]["questions"]["path"])).write_text('{"question": "What is 2 plus 2?"}\n')
-    rows = lines(made(values, say, monkeypatch).rows)
+    rows = lines(made(values, respond, monkeypatch).rows)
     assert [row["provenance"]["task"] for row in rows] == [
         "chain_of_thought",
         "program_of_thought",
@@ -338,11 +338,11 @@ def test_chats_and_tools_survive_unchanged(values, monkeypatch, tmp_path, form: 
     values |= {"format": form, "sampling": {"samples": 1}}
     seen: list[Prompt] = []
 
-    def say(prompt: Prompt, sample: int, seed: int) -> Completion:
+    def respond(prompt: Prompt, sample: int, seed: int) -> Completion:
         seen.append(prompt)
         return Completion(" Three. ", True)
 
-    result = made(values, say, monkeypatch, chat=True)
+    result = made(values, respond, monkeypatch, chat=True)
     rows = datasets.Dataset.from_parquet(str(result.rows)) if form == "parquet" else lines(result.rows)
     for row, chat in zip(rows, CHATS, strict=True):
         loads = json.loads if form == "parquet" else lambda value: value
@@ -369,7 +369,7 @@ def test_a_server_writes_too(values, monkeypatch, toys: Path, words: str | None)
             assert options == {"concurrency": 4, "key_variable": None, "timeout_s": 120.0, "end_ids": ends}
 
         def card(self) -> None:
-            self.say = sums
+            self.respond = sums
 
     monkeypatch.setattr("potstill.engines.server.ModelServer", Served)
     values["teacher"] = {"server": {"url": "http://here", "model": "big", "concurrency": 4}}
@@ -395,16 +395,16 @@ def test_arguments_of_the_template_are_read_and_kept(values, monkeypatch, tmp_pa
     values["teacher"] |= {"chat_template": str(tmp_path / "chat.jinja"), "chat_template_kwargs": {"thinking": True}}
     seen: list[Prompt] = []
 
-    def say(prompt: Prompt, sample: int, seed: int) -> Completion:
+    def respond(prompt: Prompt, sample: int, seed: int) -> Completion:
         seen.append(prompt)
         return Completion("Hi.", True)
 
-    rows = lines(made(values, say, monkeypatch).rows)
+    rows = lines(made(values, respond, monkeypatch).rows)
     assert [prompt.endswith("<think>") for prompt in seen] == [False, True]
     assert [row["chat_template_kwargs"] for row in rows] == [{"thinking": True}, {"thinking": False}]
     values["teacher"]["chat_template_kwargs"] = {"thinkin": True}
     with pytest.raises(DataError, match=r"teacher.chat_template_kwargs: expected arguments .* reads, got thinkin"):
-        made(values | {"output": values["output"] + "2"}, say, monkeypatch)
+        made(values | {"output": values["output"] + "2"}, respond, monkeypatch)
     values["teacher"] = {"server": {"url": "http://here", "model": "big"}, "chat_template": "chat.jinja"}
     with pytest.raises(RecipeError, match="expected a tokenizer for chat_template"):
         GenerateRecipe.parse(values)
@@ -436,16 +436,16 @@ def sums_of_nothing(prompt: Prompt, sample: int, seed: int) -> Completion:
 
 
 def test_rows_of_other_tokens_are_counted(values, monkeypatch) -> None:
-    def say(prompt: Prompt, sample: int, seed: int) -> Completion:
+    def respond(prompt: Prompt, sample: int, seed: int) -> Completion:
         return Completion("Answer: 2", True, (*make_tokenizer()("Answer: 2")["input_ids"], *[0] * (1 + sample)))
 
-    result = made(values, say, monkeypatch)
+    result = made(values, respond, monkeypatch)
     rows = lines(result.rows)
     assert ["completion_ids" in row for row in rows] == [False, True] * 10
     note = "10 of 20 rows keep their token ids: their text would be encoded as others."
     assert result.notes == [note]
     assert note in (result.directory / "README.md").read_text().replace("\\", "")
-    result = made(values | {"rows": "completion", "output": values["output"] + "2"}, say, monkeypatch, chat=True)
+    result = made(values | {"rows": "completion", "output": values["output"] + "2"}, respond, monkeypatch, chat=True)
     assert result.notes == ["rows: the teacher read its chat template, and the rows have the bare prompts."]
 
 
@@ -462,7 +462,7 @@ BAD = b'{"question": "What is 1 plus 1?"}\n{"question": }\n\n{"questoin": "x"}\n
 BAD += b'{"question": "caf\xe9"}\n{"question": 5}\n{"question": "What is 2 plus 2?"}\n'
 
 
-def test_bad_rows_are_told_with_their_lines_and_skipped_when_asked_to(values, monkeypatch) -> None:
+def test_bad_rows_are_errors_with_their_lines_or_skipped_on_request(values, monkeypatch) -> None:
     Path(values["task"]["questions"]["path"]).write_bytes(BAD)
     del values["task"]["questions"]["answer"]
     with pytest.raises(DataError) as caught:
@@ -501,10 +501,10 @@ def test_lists_and_tables_have_row_numbers(values, monkeypatch, tmp_path) -> Non
 # Filters, files and the command
 
 
-def test_filters_drop_to_their_own_file_and_the_card_says_so(values, monkeypatch, tmp_path) -> None:
+def test_filtered_rows_go_to_their_own_file_and_into_the_card(values, monkeypatch, tmp_path) -> None:
     (tmp_path / "test.jsonl").write_text('{"q": "What is 3 plus 3?"}\n')
 
-    def say(prompt: Prompt, sample: int, seed: int) -> Completion:
+    def respond(prompt: Prompt, sample: int, seed: int) -> Completion:
         if "0 plus" in str(prompt):
             return Completion("I'm sorry, but <b>I | can't</b>. Answer: 0", True)
         if "1 plus" in str(prompt):
@@ -516,7 +516,7 @@ def test_filters_drop_to_their_own_file_and_the_card_says_so(values, monkeypatch
         "near_duplicates": 0.9,
         "contamination": {"files": [str(tmp_path / "test.jsonl")], "words": 5},
     }
-    result = made(values, say, monkeypatch)
+    result = made(values, respond, monkeypatch)
     assert result.dropped == {"refusal": 2, "repetition": 2, "near-duplicate": 8, "contamination": 1}
     card = (result.directory / "README.md").read_text()
     assert "| refusal | 2 | I'm sorry, but &lt;b&gt;I \\| can't&lt;/b&gt;. Answer: 0 | begins with" in card
@@ -528,11 +528,11 @@ def test_filters_drop_to_their_own_file_and_the_card_says_so(values, monkeypatch
 
 @pytest.mark.parametrize(("kept", "held_out", "empty"), [(0, 0.0, "train.jsonl"), (1, 0.2, "eval.jsonl")])
 def test_files_without_rows_are_noted(values, monkeypatch, kept: int, held_out: float, empty: str) -> None:
-    def say(prompt: Prompt, sample: int, seed: int) -> Completion:
+    def respond(prompt: Prompt, sample: int, seed: int) -> Completion:
         return sums(prompt, 0, seed) if kept and "1 plus" in str(prompt) else Completion("I'm sorry, but no.", True)
 
     values["held_out"] = held_out
-    result = made(values, say, monkeypatch)
+    result = made(values, respond, monkeypatch)
     assert (result.directory / empty).stat().st_size == 0
     assert result.notes[-1].startswith(f"{empty} without rows: no run can read that. Of 20 texts were dropped: answer ")
 
@@ -577,7 +577,7 @@ def test_the_command_writes_resumes_and_refuses(values, tmp_path) -> None:
     assert (tmp_path / "out/train.jsonl").read_bytes() == rows
 
 
-def test_mistakes_of_a_recipe_are_told_at_once(values) -> None:
+def test_all_mistakes_of_a_recipe_are_reported_at_once(values) -> None:
     values["task"] |= {"chose": "all", "target": "chian"}
     values |= {"sampling": {"sampling_temperature": 0, "samples": 2}, "filter": {"near_duplicates": 2}}
     with pytest.raises(RecipeError) as caught:
@@ -606,16 +606,16 @@ def own_text(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def test_a_chat_model_writes_the_questions_too(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = iter(
+    written_questions = iter(
         ["What is a tree?", "Why is water wet?", "What is a tree?", "Hm?", *(f"What is number {i}?" for i in range(8))]
     )
 
-    def say(prompt: str, sample: int, seed: int) -> Completion:
+    def respond(prompt: str, sample: int, seed: int) -> Completion:
         if prompt.endswith("<user>"):
-            return Completion(f" {next(asked)}\n", True)
+            return Completion(f" {next(written_questions)}\n", True)
         return Completion(f"About {prompt}", True)
 
-    result = made(own_text(values), say, monkeypatch, chat=True)
+    result = made(own_text(values), respond, monkeypatch, chat=True)
     rows = [*lines(result.rows), *lines(result.held_out)]
     questions = [row["messages"][0]["content"] for row in rows]
     assert len(questions) == len({*questions}) == 10 and "Why is water wet?" in questions
@@ -625,7 +625,7 @@ def test_a_chat_model_writes_the_questions_too(values: dict[str, Any], monkeypat
     assert len(lines(result.held_out)) == 2  # a quarter of the questions
     assert not any("chat_template_kwargs" in row for row in rows)
     assert "questions: 10 of 12 were kept, 1 length, 1 repeated." in result.notes
-    # Nothing is asked again: the same rows come from the journals.
+    # No prompt is sent again: the same rows come from the journals.
     before = result.rows.read_bytes()
     again = made(own_text(values), lambda *_: 1 / 0, monkeypatch, resume=True, chat=True)
     assert again.rows.read_bytes() == before
@@ -639,7 +639,7 @@ def test_another_model_writes_texts_from_their_first_token(
     result = generate(GenerateRecipe.parse(own_text(values, filter={"cut": False})))
     tokenizer = make_tokenizer()
     start = tokenizer.bos_token_id or tokenizer.eos_token_id
-    assert engine.asked[0] == [start] and engine.asked[1] == [start, *tokenizer("The ")["input_ids"]]
+    assert engine.prompts[0] == [start] and engine.prompts[1] == [start, *tokenizer("The ")["input_ids"]]
     rows = [*lines(result.rows), *lines(result.held_out)]
     assert {row["text"] for row in rows} == {"house of cards", "The house of cards"}
     assert encode(Source(result.rows, field="text"), tokenizer, max_length=32, packing=True).tokens

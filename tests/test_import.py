@@ -45,7 +45,7 @@ def recipe(recipe_values: dict[str, Any], tmp_path: Path) -> Path:
 def potstill(folder: Path, *arguments: str | Path, status: int = 0) -> str:
     """Return what a command prints in a process of its own, which ends with the status."""
     output = folder / "output.txt"
-    assert processes.finish(processes.potstill(*map(str, arguments), said=output)) == status, output.read_text()
+    assert processes.finish(processes.potstill(*map(str, arguments), printed=output)) == status, output.read_text()
     return output.read_text()
 
 
@@ -93,7 +93,7 @@ def test_a_file_that_cannot_be_imported_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_class_that_is_loaded_already_knows_the_new_kind(recipe: Path) -> None:
+def test_a_recipe_class_that_is_loaded_already_accepts_the_new_kind(recipe: Path) -> None:
     from potstill.runs.config.imports import import_file
     from potstill.runs.config.run import Recipe
 

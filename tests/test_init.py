@@ -1,4 +1,4 @@
-"""potstill init: what it writes passes potstill check and runs, for every kind and task; its mistakes are told."""
+"""potstill init: what it writes passes potstill check and runs, for every kind and task; mistakes are errors."""
 
 from __future__ import annotations
 
@@ -330,7 +330,7 @@ def test_a_mistake_is_one_line(flags: tuple[str, ...], error: type[Exception], e
     assert not Path("recipe.yaml").exists()
 
 
-def test_columns_that_could_be_either_are_asked_for() -> None:
+def test_ambiguous_columns_are_refused() -> None:
     write(train=[{"text": "a b c", "prompt": "a", "completion": "b"}])
     with pytest.raises(
         DataError, match=r"columns of one kind in train\.jsonl, got text, prompt, completion\. Say which"

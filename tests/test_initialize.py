@@ -116,17 +116,17 @@ def test_units_that_do_nothing_are_pruned_without_a_trace(kind: str) -> None:
     generator = torch.Generator().manual_seed(3)
     size = structure.shape.head_size
     for layer in structure.layers:
-        silent = torch.randperm(48, generator=generator)[:32]
+        dead = torch.randperm(48, generator=generator)[:32]
         for path in (*structure.matrices.up,):
             module = layer.get_submodule(path)
             weight = module.weight.T if kind == "gpt2" else module.weight
             with torch.no_grad():
-                weight[silent] = 0
+                weight[dead] = 0
                 if module.bias is not None:
-                    module.bias[silent] = 0
+                    module.bias[dead] = 0
         group = int(torch.randint(2, (1,), generator=generator))  # a key and value head, with its query heads
         groups = slice(2 * group * size, 2 * (group + 1) * size)
-        with torch.no_grad():  # what is said by the heads of a silent group is 0
+        with torch.no_grad():  # the heads of a dead group give 0
             if kind == "gpt2":
                 value = layer.get_submodule("attn.c_attn")
                 value.weight[:, 64:][:, groups] = 0
@@ -152,12 +152,12 @@ def test_units_that_do_nothing_are_pruned_without_a_trace(kind: str) -> None:
 
 def test_channels_that_carry_nothing_are_pruned_without_a_trace() -> None:
     teacher = model("llama")
-    silent = torch.tensor([i for i in range(32) if i % 4 == 1])
+    dead = torch.tensor([i for i in range(32) if i % 4 == 1])
     with torch.no_grad():
-        teacher.model.embed_tokens.weight[:, silent] = 0
+        teacher.model.embed_tokens.weight[:, dead] = 0
         for layer in teacher.model.layers:
             for output in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                output.weight[silent] = 0
+                output.weight[dead] = 0
     student = begun(teacher, "prune", hidden_size=24, head_dim=8)
     torch.testing.assert_close(logits(student), logits(teacher), rtol=2e-4, atol=2e-4)
 
@@ -190,8 +190,8 @@ def test_importance_is_what_loops_find() -> None:
         real = mask[row].bool()
         units += seen["mlp.down_proj"][row][real].double().abs().mean(0) ** 2
         for head in range(4):
-            said = seen["self_attn.o_proj"][row][real][:, 8 * head : 8 * head + 8].double()
-            heads[head] += said.norm(dim=-1).mean() ** 2
+            head_output = seen["self_attn.o_proj"][row][real][:, 8 * head : 8 * head + 8].double()
+            heads[head] += head_output.norm(dim=-1).mean() ** 2
     torch.testing.assert_close(found.units[2], units.sqrt(), rtol=1e-5, atol=0)
     torch.testing.assert_close(found.heads[2], heads.sqrt(), rtol=1e-5, atol=0)
 

@@ -257,14 +257,14 @@ for targets in (here.DenseTargets(torch.randn(7, 50)), sparse):
         found[backend] = (loss, *torch.autograd.grad(loss, (hidden, weight)))
     torch.testing.assert_close(found["triton"], found["eager"])
 
-with warnings.catch_warnings(record=True) as said:
+with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("default")
     for _ in range(3):
         here.linear_divergence(hidden, here.LMHead(weight), targets=here.DenseTargets(torch.randn(7, 50)),
                                divergence=here.Unusual("reduction"), backend="triton")
-assert [str(each.message) for each in said] == [
+assert [str(each.message) for each in caught] == [
     "linear_divergence: Unusual has no Triton kernel; the chunked backend is used."
-], said
+], caught
 """
 
 COMPILED = """

@@ -63,7 +63,7 @@ def folder(recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> Path:
 def ended(folder: Path, command: tuple[str, ...], **fault: Any) -> int:
     """The exit status of a command, with a fault if one is given."""
     at = FileFault(folder, **fault) if fault else None
-    return processes.finish(processes.potstill(*command, said=folder / "said", folder=folder, fault=at))
+    return processes.finish(processes.potstill(*command, printed=folder / "printed", folder=folder, fault=at))
 
 
 def unfinished(folder: Path) -> list[Path]:
@@ -110,8 +110,8 @@ def test_killed_at_the_change_of_a_file_it_goes_on_to_the_same_bytes(name: str, 
         pytest.importorskip("xllamacpp")
     for fault in faults:
         expected = -signal.SIGXFSZ if "size" in fault else -signal.SIGKILL
-        assert ended(folder, command, **fault) == expected, (fault, (folder / "said").read_text())
-    assert ended(folder, command) == 0, (folder / "said").read_text()
+        assert ended(folder, command, **fault) == expected, (fault, (folder / "printed").read_text())
+    assert ended(folder, command) == 0, (folder / "printed").read_text()
     killed = {path: (folder / path).read_bytes() for path in results}
     if name == "train":
         steps = [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -125,13 +125,11 @@ def test_killed_at_the_change_of_a_file_it_goes_on_to_the_same_bytes(name: str, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("command", [CACHE, KILLED["generate"][0], RUN], ids=["cache", "generate", "report"])
-def test_interrupted_beside_a_training_it_says_so_in_one_line(
-    command: tuple[str, ...], number: int, folder: Path
-) -> None:
+def test_an_interrupt_outside_training_prints_one_line(command: tuple[str, ...], number: int, folder: Path) -> None:
     before = {"cache": "open cache/plan.json.*", "generate": "open texts/texts.jsonl", "run": "open run/summary.json.*"}
     assert ended(folder, command, before=before[command[0]], number=number) == 128 + number
-    said = (folder / "said").read_text()
-    assert said.splitlines()[-1].startswith("interrupted: saved work is kept.") and "Traceback" not in said
+    printed = (folder / "printed").read_text()
+    assert printed.splitlines()[-1].startswith("interrupted: saved work is kept.") and "Traceback" not in printed
     assert not unfinished(folder)
 
 
@@ -200,7 +198,7 @@ def test_what_a_kill_left_of_an_older_checkpoint_is_removed(tmp_path: Path) -> N
 
 
 def _wait_for_a_lost_rank(fault: str) -> None:
-    """On rank 1 the fault; on rank 0 what it then says."""
+    """On rank 1 the fault; on rank 0 the error that follows."""
     state = ranks.join_ranks({"ddp_timeout": 3})
     if state.process_index == 1:
         os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGSTOP)

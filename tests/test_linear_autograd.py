@@ -21,9 +21,9 @@ from linear_cases import (
     every_fused_backend,
     every_kind,
     every_reduction,
+    make_targets,
     plain,
     randn,
-    said,
     some_labels,
     student,
     wanting,
@@ -41,7 +41,7 @@ from potstill.losses.torch_compile import disable_compile
 def test_the_loss_may_be_scaled_and_added_to_others(dtype, backend, reduction):
     tensors = hidden, weight, bias = student(dtype=dtype)
     exact = wanting(*tensors)
-    targets = said("dense", dtype=dtype)
+    targets = make_targets("dense", dtype=dtype)
     loss = linear_divergence(hidden, LMHead(weight, bias), targets, JSD(), reduction=reduction, backend=backend).loss
     other = linear_cross_entropy(hidden, LMHead(weight, bias), some_labels(), reduction=reduction, backend=backend).loss
     total = (-3 * loss + loss**2 + other / 7).mean() + hidden.square().sum() + weight.sum()
@@ -62,10 +62,10 @@ def test_gradients_add_up_over_two_calls(backend, reduction):
     exact = wanting(*tensors)
     for divergence in (JSD(), ForwardKL()):
         output = linear_divergence(
-            hidden, LMHead(weight, bias), said("dense"), divergence, reduction=reduction, backend=backend
+            hidden, LMHead(weight, bias), make_targets("dense"), divergence, reduction=reduction, backend=backend
         )
         output.loss.mean().backward()
-        plain(LMHead(*exact[1:]), exact[0], said("dense"), divergence).mean().backward()
+        plain(LMHead(*exact[1:]), exact[0], make_targets("dense"), divergence).mean().backward()
     close([x.grad for x in tensors], [x.grad for x in exact])
 
 
@@ -74,10 +74,10 @@ def test_gradients_add_up_over_two_calls(backend, reduction):
 def test_one_backward_pass_may_keep_the_graph(backend, reduction):
     tensors = hidden, weight, bias = student()
     loss = linear_divergence(
-        hidden, LMHead(weight, bias), said("dense"), JSD(), reduction=reduction, backend=backend
+        hidden, LMHead(weight, bias), make_targets("dense"), JSD(), reduction=reduction, backend=backend
     ).loss.mean()
     loss.backward(retain_graph=True)
-    expected = plain(LMHead(weight, bias), hidden, said("dense"), JSD()).mean()
+    expected = plain(LMHead(weight, bias), hidden, make_targets("dense"), JSD()).mean()
     close([x.grad for x in tensors], list(torch.autograd.grad(expected, tensors)))
 
 
@@ -85,7 +85,7 @@ def test_one_backward_pass_may_keep_the_graph(backend, reduction):
 @every_fused_backend
 def test_a_second_backward_pass_is_an_error_that_says_what_to_do(backend, retain_graph):
     hidden, weight, _ = student()
-    loss = linear_divergence(hidden, LMHead(weight), said("dense"), JSD(), backend=backend).loss
+    loss = linear_divergence(hidden, LMHead(weight), make_targets("dense"), JSD(), backend=backend).loss
     loss.backward(retain_graph=retain_graph)
     before = hidden.grad.clone()
     with pytest.raises(UserError, match=r'^linear_divergence: expected one backward pass.*reduction="none"') as caught:
@@ -96,7 +96,9 @@ def test_a_second_backward_pass_is_an_error_that_says_what_to_do(backend, retain
 @every_backend
 def test_without_a_reduction_the_backward_pass_may_happen_twice(backend):
     tensors = hidden, weight, bias = student()
-    loss = linear_divergence(hidden, LMHead(weight, bias), said("dense"), JSD(), reduction="none", backend=backend).loss
+    loss = linear_divergence(
+        hidden, LMHead(weight, bias), make_targets("dense"), JSD(), reduction="none", backend=backend
+    ).loss
     once = torch.autograd.grad(loss.sum(), tensors, retain_graph=True)
     twice = torch.autograd.grad(2 * loss.sum(), tensors)
     close(twice, [2 * x for x in once])
@@ -106,7 +108,9 @@ def test_without_a_reduction_the_backward_pass_may_happen_twice(backend):
 @every_reduction
 def test_a_second_derivative_is_refused(backend, reduction):
     hidden, weight, _ = student()
-    loss = linear_divergence(hidden, LMHead(weight), said("dense"), JSD(), reduction=reduction, backend=backend).loss
+    loss = linear_divergence(
+        hidden, LMHead(weight), make_targets("dense"), JSD(), reduction=reduction, backend=backend
+    ).loss
     with pytest.raises(UserError, match=r"^\w+: .* first derivative, got create_graph=True") as caught:
         torch.autograd.grad(loss.sum(), hidden, create_graph=True)
     assert "\n" not in str(caught.value)
@@ -118,10 +122,10 @@ def test_a_second_derivative_is_refused(backend, reduction):
 def test_the_gradient_of_one_input_alone(which, backend, reduction):
     tensors = hidden, weight, bias = student()
     loss = linear_divergence(
-        hidden, LMHead(weight, bias), said("dense"), JSD(), reduction=reduction, backend=backend
+        hidden, LMHead(weight, bias), make_targets("dense"), JSD(), reduction=reduction, backend=backend
     ).loss.mean()
     (actual,) = torch.autograd.grad(loss, tensors[which])
-    expected = plain(LMHead(weight, bias), hidden, said("dense"), JSD()).mean()
+    expected = plain(LMHead(weight, bias), hidden, make_targets("dense"), JSD()).mean()
     close(actual, torch.autograd.grad(expected, tensors)[which])
     assert all(x.grad is None for x in tensors)
 
@@ -133,7 +137,7 @@ def test_the_gradient_of_one_input_alone(which, backend, reduction):
 def test_it_goes_beside_and_into_a_compiled_function(inside, reduction, backend):
     dtype = torch.float32
     layer, head = torch.nn.Linear(5, H, dtype=dtype), torch.nn.Linear(H, V, dtype=dtype)
-    inputs, targets = randn(N, 5, seed=12, dtype=dtype), said("dense", dtype=dtype)
+    inputs, targets = randn(N, 5, seed=12, dtype=dtype), make_targets("dense", dtype=dtype)
     parameters = [*layer.parameters(), *head.parameters()]
 
     def model(x: Tensor) -> Tensor:
@@ -181,7 +185,7 @@ def test_what_is_uncompiled_is_no_part_of_a_graph():
 def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(kind, backend, reduction, monkeypatch):
     monkeypatch.setattr("potstill.losses.fused_linear.multiplies_bfloat16", lambda: True)
     tensors = hidden, weight, bias = student(24, 16, 50, dtype=torch.float32)
-    targets = said(kind, 24, 50, dtype=torch.float32)
+    targets = make_targets(kind, 24, 50, dtype=torch.float32)
     run = partial(linear_divergence, divergence=JSD(0.3), labels=some_labels(24, 50), label_weight=0.5)
 
     def loss() -> Tensor:
@@ -192,10 +196,10 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(kind, backe
         actual = loss()
     assert actual.dtype == torch.float32 and actual != expected
     close(actual, expected, tolerance=0.02)
-    ours, theirs = torch.autograd.grad(actual, tensors), torch.autograd.grad(expected, tensors)
-    assert [x.dtype for x in ours] == [torch.float32] * 3
-    for our, gradient in zip(error(ours, theirs), theirs, strict=True):
-        assert 0 < our <= 0.03 * float(gradient.norm())
+    gradients, expected_gradients = torch.autograd.grad(actual, tensors), torch.autograd.grad(expected, tensors)
+    assert [x.dtype for x in gradients] == [torch.float32] * 3
+    for error_norm, gradient in zip(error(gradients, expected_gradients), expected_gradients, strict=True):
+        assert 0 < error_norm <= 0.03 * float(gradient.norm())
 
 
 @every_backend
@@ -203,7 +207,7 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(kind, backe
 def test_autocast_takes_half_states_with_a_float32_head(backend, reduction):
     """As a layer in front of the head gives them."""
     layer, weight = torch.nn.Linear(5, H), student(dtype=torch.float32)[1]
-    inputs, targets = randn(N, 5, seed=12, dtype=torch.float32), said("dense", dtype=torch.float32)
+    inputs, targets = randn(N, 5, seed=12, dtype=torch.float32), make_targets("dense", dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         hidden = layer(inputs)
         hidden.retain_grad()
@@ -213,14 +217,14 @@ def test_autocast_takes_half_states_with_a_float32_head(backend, reduction):
     assert output.loss.dtype == weight.grad.dtype == layer.weight.grad.dtype == torch.float32
     exact = wanting(hidden, weight)
     plain(LMHead(exact[1]), exact[0], doubled(targets), JSD()).mean().backward()
-    for our, theirs in zip(error((hidden.grad, weight.grad), (x.grad for x in exact)), exact, strict=True):
-        assert our <= 0.03 * float(theirs.grad.norm())
+    for error_norm, tensor in zip(error((hidden.grad, weight.grad), (x.grad for x in exact)), exact, strict=True):
+        assert error_norm <= 0.03 * float(tensor.grad.norm())
 
 
 @every_backend
 def test_autocast_leaves_float64_alone(backend):
     hidden, weight, _ = student()
-    expected = linear_divergence(hidden, LMHead(weight), said("dense"), JSD(), backend=backend).loss
+    expected = linear_divergence(hidden, LMHead(weight), make_targets("dense"), JSD(), backend=backend).loss
     with torch.autocast("cpu", torch.bfloat16):
-        actual = linear_divergence(hidden, LMHead(weight), said("dense"), JSD(), backend=backend).loss
+        actual = linear_divergence(hidden, LMHead(weight), make_targets("dense"), JSD(), backend=backend).loss
     assert torch.equal(actual, expected)

@@ -22,10 +22,10 @@ from linear_cases import (
     every_dtype,
     every_kind,
     every_reduction,
+    make_targets,
     plain,
     rand,
     randn,
-    said,
     some_labels,
     student,
     wanting,
@@ -79,7 +79,7 @@ def test_its_gradient_is_the_slope_of_its_value(kind, name, backend, reduction):
     changes = HEADS[name]
     tensors = student(3, 2, 5)[: 2 if "bias" in changes else 3]
     real = changes.get("size", 5)
-    targets = said(kind, 3, real, temperature=2.0, K=2)
+    targets = make_targets(kind, 3, real, temperature=2.0, K=2)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear_divergence(
@@ -127,7 +127,7 @@ def test_padding_of_the_vocabulary_may_hold_anything(backend, dtype):
 @every_backend
 def test_without_a_reduction_each_token_has_a_weight_of_its_own(divergence, kind, dtype, backend):
     tensors = hidden, weight, bias = student(dtype=dtype)
-    targets, labels, w = said(kind, dtype=dtype), some_labels(), rand(N, seed=10, dtype=dtype)
+    targets, labels, w = make_targets(kind, dtype=dtype), some_labels(), rand(N, seed=10, dtype=dtype)
     output = linear_divergence(
         *(hidden, LMHead(weight, bias), targets, divergence),
         labels=labels,
@@ -210,7 +210,7 @@ def test_half_precision_is_no_worse_than_a_softmax_in_float32_over_half_logits(d
 @every_reduction
 def test_a_large_normaliser_does_not_flush_float16_gradients_to_zero(kind, backend, reduction):
     tensors = hidden, weight, bias = student(48, 16, 100, dtype=torch.float16)
-    targets = said(kind, 48, 100, dtype=torch.float16)
+    targets = make_targets(kind, 48, 100, dtype=torch.float16)
     run = partial(linear_divergence, divergence=JSD(0.3), labels=some_labels(48, 100), label_weight=0.5)
     many, scaling = 1e6, 2.0**16
     output = run(hidden, LMHead(weight, bias), targets, normalizer=many, reduction=reduction, backend=backend)
@@ -226,7 +226,7 @@ def test_a_large_normaliser_does_not_flush_float16_gradients_to_zero(kind, backe
 def test_small_token_weights_do_not_flush_float16_gradients_to_zero(backend):
     """1 / normalizer may also be folded into the weights."""
     tensors = hidden, weight, bias = student(48, 16, 100, dtype=torch.float16)
-    targets, small, scaling = said("dense", 48, 100, dtype=torch.float16), torch.full((48,), 1e-6), 2.0**16
+    targets, small, scaling = make_targets("dense", 48, 100, dtype=torch.float16), torch.full((48,), 1e-6), 2.0**16
     run = partial(linear_divergence, divergence=JSD(0.3), token_weights=small, normalizer=1.0)
     ours = torch.autograd.grad(run(hidden, LMHead(weight, bias), targets, backend=backend).loss * scaling, tensors)
     exact = wanting(*tensors)

@@ -20,10 +20,10 @@ from linear_cases import (
     every_dtype,
     every_kind,
     every_reduction,
+    make_targets,
     plain,
     rand,
     randn,
-    said,
     some_labels,
     student,
     wanting,
@@ -40,7 +40,7 @@ from potstill.losses.targets import DenseTargets, HeadTargets, LMHead, SparseTar
 def test_no_tokens(kind, backend, reduction):
     tensors = hidden, weight, bias = student(0)
     output = linear_divergence(
-        *(hidden, LMHead(weight, bias, softcap=2.0, size=V - 2), said(kind, 0, V - 2)),
+        *(hidden, LMHead(weight, bias, softcap=2.0, size=V - 2), make_targets(kind, 0, V - 2)),
         None if kind == "nothing" else JSD(),
         labels=torch.zeros(0, dtype=torch.long),
         label_weight=0.5,
@@ -62,7 +62,7 @@ def test_labels_that_do_not_count_add_nothing(dtype, backend, reduction):
     assert (alone.loss == 0).all() and (alone.cross_entropy == 0).all()
     assert all((x == 0).all() for x in torch.autograd.grad(alone.loss.sum(), tensors))
     for kind in ("dense", "bucket"):
-        run = partial(linear_divergence, hidden, LMHead(weight, bias), said(kind, dtype=dtype), JSD())
+        run = partial(linear_divergence, hidden, LMHead(weight, bias), make_targets(kind, dtype=dtype), JSD())
         beside = run(labels=none, label_weight=0.5, backend=backend, reduction=reduction)
         without = run(backend=backend, reduction=reduction)
         close(beside.loss, without.loss, dtype)
@@ -75,7 +75,7 @@ def test_labels_that_do_not_count_add_nothing(dtype, backend, reduction):
 def test_token_weights_of_zero_leave_nothing(dtype, backend, reduction):
     tensors = hidden, weight, bias = student(dtype=dtype)
     output = linear_divergence(
-        *(hidden, LMHead(weight, bias), said("dense", dtype=dtype), JSD()),
+        *(hidden, LMHead(weight, bias), make_targets("dense", dtype=dtype), JSD()),
         token_weights=torch.zeros(N),
         labels=some_labels(),
         label_weight=0.5,
@@ -92,7 +92,7 @@ def test_token_weights_of_zero_leave_nothing(dtype, backend, reduction):
 @every_reduction
 def test_tensors_need_not_be_contiguous(kind, dtype, backend, reduction):
     hidden, weight, bias = student(dtype=dtype)
-    whole = said(kind, dtype=dtype)
+    whole = make_targets(kind, dtype=dtype)
     tensors = wide, turned, spread = (
         torch.stack([hidden, hidden], -1).detach().requires_grad_(),
         weight.detach().t().contiguous().requires_grad_(),
@@ -112,16 +112,16 @@ def test_tensors_need_not_be_contiguous(kind, dtype, backend, reduction):
         token_weights=w.repeat_interleave(2)[::2],
     )
     close(actual.loss, expected.loss, dtype)
-    ours = torch.autograd.grad(actual.loss.sum(), tensors)
-    theirs = torch.autograd.grad(expected.loss.sum(), (hidden, weight, bias))
-    close((ours[0][..., 0], ours[1].t(), ours[2][..., 0]), theirs, dtype)
-    assert (ours[0][..., 1] == 0).all() and (ours[2][..., 1] == 0).all()
+    gradients = torch.autograd.grad(actual.loss.sum(), tensors)
+    expected_gradients = torch.autograd.grad(expected.loss.sum(), (hidden, weight, bias))
+    close((gradients[0][..., 0], gradients[1].t(), gradients[2][..., 0]), expected_gradients, dtype)
+    assert (gradients[0][..., 1] == 0).all() and (gradients[2][..., 1] == 0).all()
 
 
 @every_backend
 def test_hidden_states_may_be_one_row_many_times(backend):
     row, weight = student(1)[0], student()[1]
-    targets = said("dense")
+    targets = make_targets("dense")
     output = linear_divergence(row.expand(N, H), LMHead(weight), targets, JSD(), backend=backend)
     expected = plain(LMHead(weight), row.expand(N, H), targets, JSD()).mean()
     close(output.loss, expected)
@@ -134,7 +134,7 @@ def test_hidden_states_may_be_one_row_many_times(backend):
 def test_a_head_that_is_also_the_embedding_gets_both_gradients(dtype, backend, reduction):
     _, weight, bias = student(dtype=dtype)
     ids, turn = torch.tensor([0, 3, 3, 8, 1, 0]), randn(H, H, seed=11, dtype=dtype)
-    targets = said("dense", dtype=dtype)
+    targets = make_targets("dense", dtype=dtype)
     hidden = torch.tanh(weight[ids] @ turn)
     loss = linear_divergence(
         hidden, LMHead(weight, bias), targets, JSD(), reduction=reduction, backend=backend
@@ -152,15 +152,15 @@ def test_a_head_that_is_also_the_embedding_gets_both_gradients(dtype, backend, r
 @every_reduction
 def test_token_ids_may_be_short_integers(integer, kind, backend, reduction):
     tensors = hidden, weight, bias = student()
-    targets = said(kind)
+    targets = make_targets(kind)
     short = targets if kind != "bucket" else dataclasses.replace(targets, ids=targets.ids.to(integer))
     run = partial(linear_divergence, label_weight=0.5, reduction=reduction, backend=backend)
     divergence = None if targets is None else JSD()
     expected = run(hidden, LMHead(weight, bias), targets, divergence, labels=some_labels())
     actual = run(hidden, LMHead(weight, bias), short, divergence, labels=some_labels().to(integer))
     assert torch.equal(actual.loss, expected.loss)
-    for ours, theirs in zip(*(torch.autograd.grad(x.loss.sum(), tensors) for x in (actual, expected)), strict=True):
-        assert torch.equal(ours, theirs)
+    for one, other in zip(*(torch.autograd.grad(x.loss.sum(), tensors) for x in (actual, expected)), strict=True):
+        assert torch.equal(one, other)
 
 
 @every_kind
@@ -168,22 +168,22 @@ def test_token_ids_may_be_short_integers(integer, kind, backend, reduction):
 @every_reduction
 def test_no_gradient_flows_to_the_teacher(kind, backend, reduction):
     hidden, weight, _ = student()
-    targets = said(kind)
+    targets = make_targets(kind)
     if isinstance(targets, DenseTargets):
-        theirs = [targets.logits]
+        teacher_tensors = [targets.logits]
     elif isinstance(targets, HeadTargets):
-        theirs = [targets.hidden, targets.head.weight, targets.head.bias]
+        teacher_tensors = [targets.hidden, targets.head.weight, targets.head.bias]
     else:
-        theirs = [targets.log_probs]
-    for tensor in theirs:
+        teacher_tensors = [targets.log_probs]
+    for tensor in teacher_tensors:
         tensor.requires_grad_()
-    before = [x.clone() for x in theirs]
+    before = [x.clone() for x in teacher_tensors]
     output = linear_divergence(
         *(hidden, LMHead(weight), targets, JSD()), reduction=reduction, backend=backend, temperature=1.0
     )
     output.loss.sum().backward()
-    assert hidden.grad is not None and all(x.grad is None for x in theirs)
-    assert all(torch.equal(x, y) for x, y in zip(theirs, before, strict=True))
+    assert hidden.grad is not None and all(x.grad is None for x in teacher_tensors)
+    assert all(torch.equal(x, y) for x, y in zip(teacher_tensors, before, strict=True))
 
 
 def sparse(kind: str = "bucket", temperature: float = 1.0, token: int = 1) -> SparseTargets:

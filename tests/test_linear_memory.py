@@ -18,8 +18,8 @@ from linear_cases import (
     every_backend,
     every_dtype,
     every_reduction,
+    make_targets,
     plain,
-    said,
     some_labels,
     student,
     wanting,
@@ -56,7 +56,7 @@ class Made(TorchDispatchMode):
 def test_whole_logits_never_exist(kind, dtype, backend, reduction):
     rows, width, vocabulary, chunk = 128, 8, 300, 8
     tensors = hidden, weight, bias = student(rows, width, vocabulary, dtype=dtype)
-    targets = said(kind, rows, vocabulary, dtype=dtype)
+    targets = make_targets(kind, rows, vocabulary, dtype=dtype)
     with Made() as made:
         output = linear_divergence(
             *(hidden, LMHead(weight, bias, softcap=2.0), targets, None if targets is None else JSD()),
@@ -84,7 +84,7 @@ def test_a_gradient_is_made_only_where_it_is_wanted(wanted, kind, backend, reduc
         x.detach().requires_grad_(want) for x, want in zip(student(rows, width, vocabulary), wanted, strict=True)
     ]
     hidden, weight, bias = tensors
-    targets = said(kind, rows, vocabulary)
+    targets = make_targets(kind, rows, vocabulary)
     with Made() as made:
         output = linear_divergence(
             hidden, LMHead(weight, bias), targets, JSD(), reduction=reduction, backend=backend, chunk_tokens=3
@@ -111,12 +111,12 @@ def test_no_gradient_is_made_where_none_is_recorded(mode, dtype, backend, reduct
     rows, width, vocabulary = 5, 17, 31
     hidden, weight, bias = student(rows, width, vocabulary, dtype=dtype)
     run = partial(linear_divergence, reduction=reduction, backend=backend)
-    targets = said("dense", rows, vocabulary, dtype=dtype)
+    targets = make_targets("dense", rows, vocabulary, dtype=dtype)
     labels = {"labels": some_labels(rows, vocabulary), "label_weight": 0.5}
     expected = run(hidden, LMHead(weight, bias), targets, JSD(), **labels)
     with mode(), Made() as made:
         output = run(hidden, LMHead(weight, bias), targets, JSD(), **labels)
     assert not output.loss.requires_grad
     assert not {(rows, width), (vocabulary, width)} & set(made.shapes)
-    for ours, theirs in zip(output, expected, strict=True):
-        close(ours, theirs.detach(), dtype)
+    for actual, exact in zip(output, expected, strict=True):
+        close(actual, exact.detach(), dtype)

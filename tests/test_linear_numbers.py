@@ -21,9 +21,9 @@ from linear_cases import (
     every_kind,
     every_reduction,
     loops_cross_entropy,
+    make_targets,
     plain,
     rand,
-    said,
     some_labels,
     student,
     wanting,
@@ -48,7 +48,7 @@ def test_it_is_the_papers_formula_with_the_gradient_of_whole_logits(divergence, 
 @every_backend
 def test_vocabularies_of_any_size(divergence, V, dtype, backend):
     tensors = hidden, weight, bias = student(3, V=V, dtype=dtype)
-    targets = None if divergence is None else said("dense", 3, V, dtype=dtype)
+    targets = None if divergence is None else make_targets("dense", 3, V, dtype=dtype)
     labels = torch.tensor([0, V - 1, -100])
     options = {"temperature": 2.0, "labels": labels, "label_weight": 0.5}
     output = linear_divergence(hidden, LMHead(weight, bias), targets, divergence, **options, backend=backend)
@@ -63,7 +63,7 @@ def test_vocabularies_of_any_size(divergence, V, dtype, backend):
 @every_backend
 def test_two_threads_give_the_numbers_of_one(kind, dtype, backend):
     tensors = hidden, weight, bias = student(37, dtype=dtype)
-    targets = said(kind, 37, dtype=dtype)
+    targets = make_targets(kind, 37, dtype=dtype)
 
     def run() -> list[Tensor]:
         output = linear_divergence(
@@ -84,7 +84,7 @@ def test_two_threads_give_the_numbers_of_one(kind, dtype, backend):
 @every_backend
 def test_nothing_but_a_divergence(backend):
     hidden, weight, _ = student()
-    output = linear_divergence(hidden, LMHead(weight), said("dense"), JSD(), backend=backend)
+    output = linear_divergence(hidden, LMHead(weight), make_targets("dense"), JSD(), backend=backend)
     assert output.cross_entropy is None
     assert output.loss.shape == () and output.divergence.shape == (N,)
     close(output.loss, output.divergence.mean())
@@ -97,7 +97,7 @@ def test_nothing_but_a_divergence(backend):
 @every_reduction
 def test_cross_entropy_without_a_weight_is_reported_and_no_more(temperature, kind, dtype, backend, reduction):
     hidden, weight, bias = student(dtype=dtype)
-    targets, labels = said(kind, temperature=temperature, dtype=dtype), some_labels()
+    targets, labels = make_targets(kind, temperature=temperature, dtype=dtype), some_labels()
     run = partial(
         linear_divergence, hidden, LMHead(weight, bias), targets, JSD(0.3), temperature=temperature, backend=backend
     )
@@ -143,7 +143,7 @@ def test_cross_entropy_alone(dtype, backend, reduction):
 def test_what_the_sum_is_divided_by(weights, normalizer, divisor, dtype, backend):
     tensors = hidden, weight, bias = student(dtype=dtype)
     weights = None if weights is None else torch.tensor(weights)
-    targets, w = said("dense", dtype=dtype), torch.ones(N).double() if weights is None else weights.double()
+    targets, w = make_targets("dense", dtype=dtype), torch.ones(N).double() if weights is None else weights.double()
     output = linear_divergence(
         hidden, LMHead(weight, bias), targets, JSD(), token_weights=weights, normalizer=normalizer, backend=backend
     )
@@ -163,7 +163,7 @@ def test_chunks_of_any_size_give_the_same_numbers(kind, dtype, backend, reductio
     divergence = None if kind == "nothing" else JSD(0.3)
     run = partial(
         linear_divergence,
-        *(hidden, LMHead(weight, bias, softcap=2.0), said(kind, rows, dtype=dtype), divergence),
+        *(hidden, LMHead(weight, bias, softcap=2.0), make_targets(kind, rows, dtype=dtype), divergence),
         labels=some_labels(rows),
         label_weight=0.5,
         token_weights=rand(rows, seed=10),
@@ -192,7 +192,7 @@ class Averaged(Divergence):
 
 
 class Flat(Divergence):
-    """A user's own that says nothing."""
+    """A user's own that is zero everywhere."""
 
     def pointwise(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(log_q), torch.zeros_like(log_q)
@@ -224,7 +224,7 @@ class Clamped(Divergence):
 @every_backend
 def test_a_divergence_of_ones_own_may_be_any_torch_code(divergence, dtype, backend):
     tensors = hidden, weight, bias = student(dtype=dtype)
-    targets = said("dense", dtype=dtype)
+    targets = make_targets("dense", dtype=dtype)
     output = linear_divergence(hidden, LMHead(weight, bias), targets, divergence, temperature=2.0, backend=backend)
     exact = wanting(*tensors)
     expected = plain(LMHead(*exact[1:]), exact[0], doubled(targets), divergence, 2.0).mean()

@@ -1,4 +1,4 @@
-"""What is no model is told in one line: what it is, and what to do; in seconds, with or without the Hub."""
+"""What is no model is an error in one line: what it is, and what to do; in seconds, with or without the Hub."""
 
 from __future__ import annotations
 
@@ -448,8 +448,8 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
             if part in name:
                 split = array.reshape(heads, 2, len(array) // heads // 2, array.shape[1])
                 array = split.swapaxes(1, 2).reshape(array.shape)
-        for own, theirs in names.items():
-            name = name.replace(own, theirs)
+        for own, gguf_name in names.items():
+            name = name.replace(own, gguf_name)
         writer.add_tensor(name, np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -545,7 +545,7 @@ def test_a_name_on_the_hub(hub: None) -> None:
     assert locate_module.locate("maker/model", "teacher.model").path == "maker/model"
 
 
-def test_without_a_connection_it_is_said_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_connection_the_error_comes_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     use_hub(monkeypatch, "http://127.0.0.1:9")  # nothing listens there
     start = time.monotonic()
     message = refused(load_model, "maker/model", "teacher.model")

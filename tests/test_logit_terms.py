@@ -35,9 +35,13 @@ def test_bild_and_adaptive_kl_are_their_formulas() -> None:
     found, adaptive = bild(s, t, 5, 2.0), adaptive_kl(s, t, 0.7, 2.0)
     for b in range(2):
         for n in range(3):
-            mine, theirs = s[b, n].tolist(), t[b, n].tolist()
-            assert found[b, n].item() == pytest.approx(reference.bild(mine, theirs, 5, 2.0), rel=1e-10)
-            assert adaptive[b, n].item() == pytest.approx(reference.adaptive_kl(mine, theirs, 0.7, 2.0), rel=1e-10)
+            student_logits, teacher_logits = s[b, n].tolist(), t[b, n].tolist()
+            assert found[b, n].item() == pytest.approx(
+                reference.bild(student_logits, teacher_logits, 5, 2.0), rel=1e-10
+            )
+            assert adaptive[b, n].item() == pytest.approx(
+                reference.adaptive_kl(student_logits, teacher_logits, 0.7, 2.0), rel=1e-10
+            )
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 0.1])  # the head lies within the tokens that are looked at first, or not
@@ -103,7 +107,7 @@ def test_what_is_out_of_range_is_named() -> None:
             call()
 
 
-def test_what_a_teacher_says_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entropy_confidence_and_top_tokens_of_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head = logits(7, 4), LMHead(logits(9, 4, seed=1))
     dense = DenseTargets(head.logits(hidden))
     p = torch.softmax(dense.logits / 2, -1)

@@ -1,4 +1,4 @@
-"""Work that Ray spreads: no row lost or doubled, and mistakes told in one line."""
+"""Work that Ray spreads: no row lost or doubled, and mistakes reported in one line."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def generate(recipe: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-def asks(journal: Path) -> list[int]:
-    """The asks of the journal's whole lines, in their order."""
+def request_numbers(journal: Path) -> list[int]:
+    """The numbers of the requests in the journal's whole lines, in their order."""
     if not journal.exists():
         return []
     whole = journal.read_bytes().rpartition(b"\n")[0]
@@ -58,17 +58,17 @@ def test_ray_killed_and_resumed_writes_what_one_process_writes(recipe: Path, tmp
     spread = ("--engine", "ray", "--set", f"output={tmp_path / 'many'}")
     journal = tmp_path / "many" / "texts.jsonl"
     killed = generate(recipe, *spread)
-    while len(asks(journal)) < 4:
+    while len(request_numbers(journal)) < 4:
         assert killed.poll() is None, killed.communicate()[1]
         time.sleep(0.05)
     killed.kill()
     killed.communicate()
-    assert 4 <= len(asks(journal)) < 60
+    assert 4 <= len(request_numbers(journal)) < 60
     for more in ((*spread, "--resume"), ()):
         one = generate(recipe, *more)
-        said = one.communicate()[1]
-        assert one.returncode == 0, said
-    assert sorted(asks(journal)) == list(range(60))
+        stderr = one.communicate()[1]
+        assert one.returncode == 0, stderr
+    assert sorted(request_numbers(journal)) == list(range(60))
     alone, many = ((tmp_path / name / "train.jsonl").read_bytes() for name in ("alone", "many"))
     assert alone == many
 

@@ -81,7 +81,7 @@ def test_what_layers_read_keeps_its_size() -> None:
     assert torch.equal(student.transformer.h[1].ln_2.bias, norm.bias[channels])
 
 
-def test_norms_are_told_from_other_modules_by_what_they_do() -> None:
+def test_norms_are_recognised_by_what_they_compute() -> None:
     class Scale(nn.Module):
         def __init__(self, offset: float) -> None:
             super().__init__()

@@ -52,9 +52,9 @@ def test_every_term_runs_from_a_recipe(recipe_values: dict[str, Any]) -> None:
     result = run(recipe(recipe_values, EVERY), console=Console(file=io.StringIO()))
     assert (result.directory / "student/model.safetensors").exists()
     assert not (result.directory / "student/objective.safetensors").exists()
-    said = result.summary["objective"]
-    assert "select_batches 2" in said
-    assert "relations" in said
+    objective = result.summary["objective"]
+    assert "select_batches 2" in objective
+    assert "relations" in objective
     assert check(recipe({**recipe_values, "output": recipe_values["output"] + "2"}, EVERY)).seconds > 0
 
 
@@ -110,7 +110,7 @@ def test_important_dimensions_are_those_of_the_loss() -> None:
         ({"term": "bild"}, "bild: expected the teacher's whole distributions, got a few tokens"),
     ],
 )
-def test_a_cache_says_what_it_does_not_hold(
+def test_terms_that_need_more_than_a_cache_holds_are_refused(
     recipe_values: dict[str, Any], tmp_path: Path, term: dict[str, Any], message: str
 ) -> None:
     recipe_values["teacher"]["cache"] = str(tmp_path / "cache")

@@ -42,12 +42,12 @@ def test_a_server_writes(workplace: Path, tokenizer: PreTrainedTokenizerFast) ->
     try:
         part["rollout"]["server"]["url"] = server.url
         run(Recipe.parse(recipe | part), console=Console(quiet=True))
-        assert server.lent
+        assert server.received
     finally:
         server.close()
 
 
-def test_the_table_says_recipes() -> None:
+def test_the_rows_of_the_table_are_recipes() -> None:
     base, _ = blocks(PAGE, "yaml")
     page = text(PAGE)
     table = page[page.index("| method |") : page.index("- `policy` needs")]

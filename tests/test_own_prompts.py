@@ -46,11 +46,11 @@ def completions(n: int = 5) -> list[dict[str, Any]]:
 def conversations(n: int = 5) -> list[dict[str, Any]]:
     rows = []
     for i in range(n):
-        asked = {"role": "user", "content": f"{i} + {i}?"}
-        answered = {"role": "assistant", "content": f"It is {2 * i}."}
+        question = {"role": "user", "content": f"{i} + {i}?"}
+        answer = {"role": "assistant", "content": f"It is {2 * i}."}
         more = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "No more."}]
-        told = {"role": "system", "content": f"The answer is {2 * i}."}
-        rows.append({"messages": [asked, answered, *more], "hint": [told, asked]})
+        hint = {"role": "system", "content": f"The answer is {2 * i}."}
+        rows.append({"messages": [question, answer, *more], "hint": [hint, question]})
     return rows
 
 
@@ -71,8 +71,8 @@ def test_positions_align_one_by_one(kind: str, max_length: int, tmp_path: Path) 
         text = tokenizer.decode(row["teacher_input_ids"])
         assert text.startswith(given["hint"] if kind == "completion" else f"<system>{given['hint'][0]['content']}")
     batch = PaddingCollator(1)(list(found.dataset))
-    mine, theirs = (causal_alignment(batch[name]) for name in ("labels", "teacher_labels"))
-    assert torch.equal(mine.labels, theirs.labels) and len(mine) == found.tokens
+    student, teacher = (causal_alignment(batch[name]) for name in ("labels", "teacher_labels"))
+    assert torch.equal(student.labels, teacher.labels) and len(student) == found.tokens
     assert set(PaddingCollator(1)(list(plain.dataset))) == {"input_ids", "attention_mask", "labels"}
 
 
@@ -100,7 +100,7 @@ def test_prompts_that_cannot_be(tmp_path: Path) -> None:
 # Recipes.
 
 
-def test_recipes_find_who_speaks(recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
+def test_recipes_build_their_teachers(recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
     model = {"model": str(toys / "teacher")}
     recipe_values |= {"student": {"model": str(toys / "student")}, "teacher": {"ema": {"decay": 0.9}}}
     assert isinstance(build_run(Recipe.parse(recipe_values)).teacher, EMATeacher)
@@ -140,14 +140,14 @@ def test_a_member_with_another_tokenizer_is_refused(recipe_values: dict[str, Any
 KINDS = "adapter_off, cache, ema, ensemble, model, server"
 MISTAKES = {
     "an ensemble of one": ({"ensemble": [{"model": "a"}]}, "expected two members or more, got 1"),
-    "two who speak": ({"model": "a", "ema": {}}, f"teacher: expected one of {KINDS}, got ema and model"),
+    "two teachers": ({"model": "a", "ema": {}}, f"teacher: expected one of {KINDS}, got ema and model"),
     "two others": ({"adapter_off": True, "ema": {}}, f"teacher: expected one of {KINDS}, got adapter_off and ema"),
     "a server and more": (
         {"server": {"url": "u", "model": "m"}, "model": "a"},
         "expected one of .*, got model and server",
     ),
-    "nobody": ({}, f"expected one of {KINDS}, got none"),
-    "weights of nobody": (
+    "no teacher": ({}, f"expected one of {KINDS}, got none"),
+    "weights without an ensemble": (
         {"model": "a", "weights": "learned"},
         "expected weights with ensemble alone, got it with model",
     ),

@@ -38,7 +38,7 @@ def packed_values(recipe_values: dict[str, Any], tmp_path: Path) -> dict[str, An
     return recipe_values
 
 
-def test_bins_are_built_once_and_said(packed_values: dict[str, Any]) -> None:
+def test_bins_are_built_once_and_reported(packed_values: dict[str, Any]) -> None:
     packed_values["train"] |= {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2}
     built = build_run(Recipe.parse(packed_values))
     assert built.packed is not None

@@ -52,7 +52,7 @@ def make_rows(lengths: tuple[int, ...] = LENGTHS, vocabulary: int = 100) -> list
 
 
 def strong(model: Any) -> Any:
-    """A model whose layers say more than its embeddings."""
+    """A model whose layers change its outputs more than its embeddings do."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4 if weight.ndim > 1 else 1)

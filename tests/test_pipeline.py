@@ -35,12 +35,12 @@ from processes import finish
 
 class Done(NamedTuple):
     status: int
-    said: str
+    printed: str
 
 
 def potstill(*arguments: str, folder: Path) -> Done:
-    said = folder / "said"
-    return Done(finish(processes.potstill(*arguments, said=said, folder=folder)), said.read_text())
+    printed = folder / "printed"
+    return Done(finish(processes.potstill(*arguments, printed=printed, folder=folder)), printed.read_text())
 
 
 def written(values: dict[str, Any], folder: Path) -> str:
@@ -48,7 +48,7 @@ def written(values: dict[str, Any], folder: Path) -> str:
     return str(folder / "recipe.yaml")
 
 
-def test_a_run_leaves_what_it_promises(recipe_values: dict[str, Any]) -> None:
+def test_a_run_writes_its_files_and_summary(recipe_values: dict[str, Any]) -> None:
     result = quiet_run(recipe_values)
     names = {path.name for path in result.directory.iterdir()}
     assert names == {
@@ -124,7 +124,7 @@ def test_killed_and_resumed_equals_uninterrupted(recipe_values: dict[str, Any], 
     path = written(recipe_values, tmp_path)
     kills = 0
     for wanted in ("student/checkpoint-10", "baseline/checkpoint-10"):
-        process = processes.potstill("run", path, "--resume", said=tmp_path / "said")
+        process = processes.potstill("run", path, "--resume", printed=tmp_path / "printed")
         deadline = time.monotonic() + 120
         seen = tmp_path / "killed" / "checkpoints" / wanted
         while process.is_alive() and not seen.exists() and time.monotonic() < deadline:
@@ -134,7 +134,7 @@ def test_killed_and_resumed_equals_uninterrupted(recipe_values: dict[str, Any], 
         assert finish(process) == -signal.SIGKILL
     assert kills == 2
     done = potstill("run", path, "--resume", folder=tmp_path)
-    assert done.status == 0, done.said
+    assert done.status == 0, done.printed
     for name in ("student", "baseline"):
         one, two = (load_file(d / name / "model.safetensors") for d in (whole.directory, tmp_path / "killed"))
         assert all(torch.equal(one[key], two[key]) for key in one)
@@ -156,19 +156,19 @@ def test_killed_after_the_last_checkpoint_it_takes_no_step_more(recipe_values: d
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_how_to_go_on(
+def test_an_interrupted_run_prints_how_to_resume(
     recipe_values: dict[str, Any], tmp_path: Path, number: int, status: int
 ) -> None:
     recipe_values["train"] |= {"max_steps": 100_000, "save_steps": 100_000, "eval_strategy": "no"}
-    process = processes.potstill("run", written(recipe_values, tmp_path), said=tmp_path / "said")
+    process = processes.potstill("run", written(recipe_values, tmp_path), printed=tmp_path / "printed")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, number)
     assert finish(process, 60) == status
-    said = (tmp_path / "said").read_text()
-    assert "interrupted: saved work is kept" in said
-    assert "Traceback" not in said
+    printed = (tmp_path / "printed").read_text()
+    assert "interrupted: saved work is kept" in printed
+    assert "Traceback" not in printed
     assert list(tmp_path.glob("run/checkpoints/student/checkpoint-*"))
 
 
@@ -295,7 +295,7 @@ def test_bad_input_is_one_clear_line(
         assert not Path(values["output"]).exists() or not (Path(values["output"]) / "metrics.jsonl").exists()
 
 
-def test_a_padded_teacher_head_is_sliced_and_said(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_padded_teacher_head_is_sliced_with_a_note(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     make_llama(vocab_size=320, seed=1).save_pretrained(tmp_path / "padded")
     make_tokenizer().save_pretrained(tmp_path / "padded")
     recipe_values["teacher"]["model"] = str(tmp_path / "padded")
@@ -303,7 +303,7 @@ def test_a_padded_teacher_head_is_sliced_and_said(recipe_values: dict[str, Any],
     assert any("vocabulary: 300 tokens" in note and "teacher 320" in note for note in result.summary["notes"])
 
 
-def test_a_tokenizer_without_pad_uses_its_end_and_says_so(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_tokenizer_without_pad_uses_its_eos_with_a_note(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     make_llama(seed=1).save_pretrained(tmp_path / "padless")
     make_tokenizer(eos_token="<end>").save_pretrained(tmp_path / "padless")
     recipe_values["teacher"]["model"] = str(tmp_path / "padless")
@@ -321,14 +321,14 @@ def test_the_command_line(recipe_values: dict[str, Any], tmp_path: Path) -> None
     assert "300 tokens, the same for both" in checked.stdout
     options = ["--set", "train.max_steps=2", "--set", "evaluate.continuations=1"]
     done = potstill("run", path, *options, folder=tmp_path)
-    assert done.status == 0, done.said
-    assert "student" in done.said
+    assert done.status == 0, done.printed
+    assert "student" in done.printed
     report = Path(recipe_values["output"]) / "report.html"
     report.unlink()
     assert potstill("report", recipe_values["output"], folder=tmp_path).status == 0
     assert report.exists()
-    assert "potstill demo" in potstill("--help", folder=tmp_path).said
-    assert json.loads(potstill("schema", folder=tmp_path).said)["title"] == "Recipe"
+    assert "potstill demo" in potstill("--help", folder=tmp_path).printed
+    assert json.loads(potstill("schema", folder=tmp_path).printed)["title"] == "Recipe"
 
 
 @pytest.mark.parametrize(
@@ -340,16 +340,16 @@ def test_the_command_line(recipe_values: dict[str, Any], tmp_path: Path) -> None
         (["rum"], 2, "No such command"),
     ],
 )
-def test_the_command_line_says_what_is_wrong(
+def test_the_command_line_prints_the_error(
     recipe_values: dict[str, Any], tmp_path: Path, arguments: list[str], status: int, message: str
 ) -> None:
     written(recipe_values, tmp_path)
     done = potstill(*arguments, folder=tmp_path)
-    assert done.status == status, done.said
-    assert message in done.said
-    assert "Traceback" not in done.said
+    assert done.status == status, done.printed
+    assert message in done.printed
+    assert "Traceback" not in done.printed
     if arguments[0] == "run":
-        assert "Traceback" in potstill(*arguments, "--debug", folder=tmp_path).said
+        assert "Traceback" in potstill(*arguments, "--debug", folder=tmp_path).printed
 
 
 def test_bfloat16_is_left_out_where_a_cpu_has_no_instructions_for_it(
@@ -393,7 +393,7 @@ def test_all_models_are_timed_in_the_teachers_precision(
     assert rows["student"]["saved_as"] == "float32"
 
 
-def test_a_full_disk_is_told_as_one(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_as_one(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1659136 vs 1659028")
 

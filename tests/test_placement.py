@@ -233,16 +233,16 @@ def test_the_recipe_stays_as_it_was_and_its_tokens_too(spread: dict[str, Any], t
         build_run(Recipe.parse(spread))
 
 
-def test_check_says_where_a_teacher_fits(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reports_where_a_teacher_fits(recipe_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     built = build_run(Recipe.parse(recipe_values))
     model: Any = built.loaded.model
     layers, memory = layer_bytes(model), resident_bytes(model) + 1000
     assert sum(layers) == sum(p.numel() * 4 for name, p in model.named_parameters() if ".layers." in name)
-    for room, said in (
+    for room, message in (
         (memory, "a copy on each process fits into"),
         (memory - 1, "; teacher.shard fits, on 3 processes or more"),
         (memory - sum(layers) + max(layers), "; teacher.device_map: auto fits, or a cache"),
         (1000, ", and the student with its batch does not fit either: make them smaller"),
     ):
         monkeypatch.setattr(checks, "device_bytes", lambda device, room=room: room)
-        assert said in (checks._placement(built, memory) or "")
+        assert message in (checks._placement(built, memory) or "")

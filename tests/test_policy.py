@@ -70,13 +70,13 @@ def reference(term: PolicyGradient, one: dict[str, Any]) -> list[float]:
         returns[t] = sum(share * (p[s] - q[s]) for share, s in zip(shares, used, strict=True))
         if term.length_normalization:
             returns[t] = returns[t] / sum(shares) if sum(shares) else 0.0
-    mine = [t for t in range(N) if one["own"][t]]
+    own = [t for t in range(N) if one["own"][t]]
     if term.whiten:
-        mean = sum(returns[t] for t in mine) / len(mine)
-        deviation = math.sqrt(sum((returns[t] - mean) ** 2 for t in mine) / (len(mine) - 1))
+        mean = sum(returns[t] for t in own) / len(own)
+        deviation = math.sqrt(sum((returns[t] - mean) ** 2 for t in own) / (len(own) - 1))
         returns = [(r - mean) / deviation for r in returns]
     found = [0.0] * N
-    for t in mine:
+    for t in own:
         ratio = math.exp(-float(one["apart"][0, t]))  # log_probs then = log_probs now + apart
         weight = math.exp(-float(one["apart"][1, t])) if term.importance else 1.0
         outside = term.clip is not None and (
@@ -105,10 +105,12 @@ def test_the_gradient_is_the_papers(term: PolicyGradient, head: bool) -> None:
     logits = one["hidden"] @ one["weight"].T
     q = log_probs_of(logits, one["labels"])
     then = q.detach() + one["apart"][0]
-    said = HeadTargets(one["hidden"], LMHead(one["weight"])) if head else DenseTargets(logits)
+    student_targets = HeadTargets(one["hidden"], LMHead(one["weight"])) if head else DenseTargets(logits)
     teacher = TeacherOutput(DenseTargets(one["p"]))
-    told = signals(said, teacher, one["labels"], one["rows"], one["own"], then, then + one["apart"][1])
-    found = torch.autograd.grad(term(told), (one["hidden"], one["weight"]), retain_graph=True)
+    term_signals = signals(
+        student_targets, teacher, one["labels"], one["rows"], one["own"], then, then + one["apart"][1]
+    )
+    found = torch.autograd.grad(term(term_signals), (one["hidden"], one["weight"]), retain_graph=True)
     coefficients = torch.tensor(reference(term, one), dtype=torch.float64)
     expected = -(coefficients * q).sum() / len(q)
     if term.single_step:
@@ -116,8 +118,8 @@ def test_the_gradient_is_the_papers(term: PolicyGradient, head: bool) -> None:
         log_q, log_p = logits.log_softmax(-1), one["p"].log_softmax(-1)
         kl = (log_q.exp() * (log_q - log_p)).sum(-1)
         expected = expected + (weights * one["own"] * kl).sum() / len(q)
-    for mine, theirs in zip(found, torch.autograd.grad(expected, (one["hidden"], one["weight"])), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for actual, gradient in zip(found, torch.autograd.grad(expected, (one["hidden"], one["weight"])), strict=True):
+        torch.testing.assert_close(actual, gradient)
 
 
 # An environment in which all texts can be listed: three tokens, of which 0 ends, and at most three of them.
@@ -152,11 +154,11 @@ class Listed:
         for text in self.texts():
             at, labels = self.states(text), torch.tensor(text)
             then, drawn = (log_probs_of(x[at], labels) for x in (self.q.detach(), mixed))
-            told = signals(
+            term_signals = signals(
                 DenseTargets(self.q[at]), TeacherOutput(DenseTargets(self.p[at])), labels,
                 torch.zeros(len(text)).long(), torch.ones(len(text)).bool(), then, drawn, normalizer=1.0,
             )  # fmt: skip
-            total = total + drawn.sum().exp() * term(told)
+            total = total + drawn.sum().exp() * term(term_signals)
         return torch.autograd.grad(total, self.q)[0]
 
     def exact_gradient(self) -> Tensor:
@@ -208,17 +210,19 @@ def test_importance_weights_undo_the_teachers_share() -> None:
 # What it is given.
 
 
-def test_a_teacher_that_tells_each_token_alone_is_enough() -> None:
+def test_log_probs_of_the_sampled_tokens_are_enough() -> None:
     one = case()
     q = log_probs_of((one["hidden"] @ one["weight"].T).detach(), one["labels"])
-    told = log_probs_of(one["p"], one["labels"])
+    label_log_probs = log_probs_of(one["p"], one["labels"])
     sparse = SparseTargets(torch.zeros(11, 1).long(), torch.full((11, 1), -1.0, dtype=torch.float64))
-    said = HeadTargets(one["hidden"], LMHead(one["weight"]))
+    student_targets = HeadTargets(one["hidden"], LMHead(one["weight"]))
     args = (one["labels"], one["rows"], one["own"], q, q)
-    whole = PolicyGradient()(signals(said, TeacherOutput(DenseTargets(one["p"])), *args))
-    torch.testing.assert_close(PolicyGradient()(signals(said, TeacherOutput(sparse, told), *args)), whole)
+    whole = PolicyGradient()(signals(student_targets, TeacherOutput(DenseTargets(one["p"])), *args))
+    torch.testing.assert_close(
+        PolicyGradient()(signals(student_targets, TeacherOutput(sparse, label_log_probs), *args)), whole
+    )
     with pytest.raises(ShapeError, match="expected a teacher that gives the log-probability of every sampled token"):
-        PolicyGradient()(signals(said, TeacherOutput(sparse), *args))
+        PolicyGradient()(signals(student_targets, TeacherOutput(sparse), *args))
 
 
 def test_it_learns_from_own_rows_alone() -> None:
@@ -237,9 +241,9 @@ def test_a_token_that_the_teacher_rules_out_stays_a_number() -> None:
     one = case()
     one["p"][0, one["labels"][0]] = -math.inf
     q = log_probs_of((one["hidden"] @ one["weight"].T).detach(), one["labels"])
-    said = HeadTargets(one["hidden"], LMHead(one["weight"]))
+    student_targets = HeadTargets(one["hidden"], LMHead(one["weight"]))
     args = (one["labels"], one["rows"], one["own"], q, q)
-    assert torch.isfinite(PolicyGradient()(signals(said, TeacherOutput(DenseTargets(one["p"])), *args)))
+    assert torch.isfinite(PolicyGradient()(signals(student_targets, TeacherOutput(DenseTargets(one["p"])), *args)))
 
 
 def test_what_cannot_be() -> None:

@@ -1,4 +1,4 @@
-"""A teacher that is asked one batch ahead: the same training, and what goes wrong comes up where it matters."""
+"""A teacher that runs one batch ahead: the same training, and what goes wrong comes up where it matters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from test_trainer import losses, trainer, weights
 
 
 class Watched(Teacher):
-    """A live teacher that notes in which thread it is asked, and breaks at a question."""
+    """A live teacher that notes in which thread it runs, and breaks at a call."""
 
     def __init__(self, breaks_at: int | None = None) -> None:
         self.live, self.breaks_at = ModelTeacher(make_llama(seed=1)), breaks_at
@@ -38,7 +38,7 @@ class Watched(Teacher):
         self._alone = threading.Lock()
 
     def __call__(self, batch: Mapping[str, Tensor], alignment: Alignment) -> TeacherOutput:
-        assert self._alone.acquire(blocking=False), "asked twice at once"
+        assert self._alone.acquire(blocking=False), "called twice at once"
         try:
             if len(self.threads) == self.breaks_at:
                 raise ConnectionError("the teacher went away")
@@ -99,7 +99,7 @@ def test_what_goes_wrong_comes_up_at_the_step_that_needs_it(tmp_path: Path) -> N
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("teacher")]
 
 
-def test_the_teacher_speaks_while_the_student_learns() -> None:
+def test_the_teacher_runs_while_the_student_trains() -> None:
     teacher, batches = Watched(), [make_batch(seed=seed) for seed in range(3)]
     distiller = Distiller(student(), teacher, [Logits(ForwardKL())], prefetch=True)
     distiller.prefetch(batches)
@@ -113,7 +113,7 @@ def test_the_teacher_speaks_while_the_student_learns() -> None:
     assert teacher.seen[:2] == [int(batch["input_ids"].sum()) for batch in batches[:2]]
 
 
-def test_batches_that_were_not_foretold_are_asked_on_the_spot() -> None:
+def test_batches_that_were_not_prefetched_are_computed_when_needed() -> None:
     teacher, plain = Watched(), Watched()
     ahead, alone = (Distiller(make_llama(hidden_size=8), each, [Logits(ForwardKL())], prefetch=each is teacher).eval()
                     for each in (teacher, plain))  # fmt: skip
@@ -134,7 +134,7 @@ def test_a_teacher_made_of_the_student_is_refused() -> None:
         Distiller(student(), teacher, [Logits(ForwardKL())], prefetch=True)
 
 
-def test_a_recipe_asks_for_it(recipe_values: dict[str, Any]) -> None:
+def test_prefetching_in_a_recipe_changes_no_result(recipe_values: dict[str, Any]) -> None:
     results = []
     for prefetch in (False, True):
         recipe_values["teacher"]["prefetch"] = prefetch
@@ -144,10 +144,10 @@ def test_a_recipe_asks_for_it(recipe_values: dict[str, Any]) -> None:
     assert [results[0][name] for name in measured] == [results[1][name] for name in measured]
 
 
-def test_all_tensors_of_an_answer_are_found() -> None:
+def test_all_tensors_of_an_output_are_found() -> None:
     batch = make_batch()
     teacher = ModelTeacher(make_llama())
-    said = teacher(batch, causal_alignment(batch["labels"]))
-    assert [id(x) for x in tensors_of(said)] == [id(said.targets.hidden), id(said.targets.head.weight)]
-    told = TeacherOutput(DenseTargets(torch.zeros(2, 3)), torch.zeros(2))
-    assert [list(x.shape) for x in tensors_of(told)] == [[2, 3], [2]]
+    output = teacher(batch, causal_alignment(batch["labels"]))
+    assert [id(x) for x in tensors_of(output)] == [id(output.targets.hidden), id(output.targets.head.weight)]
+    with_label_log_probs = TeacherOutput(DenseTargets(torch.zeros(2, 3)), torch.zeros(2))
+    assert [list(x.shape) for x in tensors_of(with_label_log_probs)] == [[2, 3], [2]]

@@ -100,7 +100,7 @@ def test_its_weights_cannot_be_taken_over(folder: Path, recipe_values: dict[str,
         build_run(Recipe.parse(recipe_values))
 
 
-def test_without_the_package_the_command_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_the_package_has_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'potstill\[quantized\]'"):
         load_model(str(folder), "teacher.model", bits=4)

@@ -166,7 +166,7 @@ def test_sets_change_any_key(tmp_path: Path) -> None:
             Recipe.load(path, [wrong])
 
 
-def test_all_mistakes_are_told_at_once_with_the_nearest_key() -> None:
+def test_all_mistakes_are_reported_at_once_with_the_nearest_key() -> None:
     text = mistakes(
         {
             "nmae": "x",
@@ -309,7 +309,7 @@ def test_a_schedule_is_as_long_as_the_run() -> None:
     assert [built(0), built(2), built(7), built(12)] == [0.0, 4.0, 2.5, 1.0]
 
 
-def test_a_warm_up_starts_where_it_is_told() -> None:
+def test_a_warm_up_starts_at_the_given_value() -> None:
     rising = read_schedule({"schedule": "linear", "start": 4.0, "end": 1.0, "warmup": 2, "warmup_start": 1.0}).over(12)
     assert [rising(0), rising(1), rising(2), rising(12)] == [1.0, 2.5, 4.0, 1.0]
     held = read_schedule({"schedule": "linear", "start": 0.9, "end": 0.1, "warmup": 4, "warmup_start": 0.9}).over(8)

@@ -160,7 +160,7 @@ def test_pieces_of_rows_have_targets() -> None:
     assert piece({name: values[:9] for name, values in plain.items()}, 32)["input_ids"] == [*range(9)]
 
 
-def test_a_time_limit_ends_the_measurement_and_the_report_says_so(recipe_values: dict[str, Any]) -> None:
+def test_a_time_limit_ends_the_measurement_with_a_note_in_the_report(recipe_values: dict[str, Any]) -> None:
     recipe_values["evaluate"] = {"baseline": False, "time_limit": 1e-6, "continuations": 3}
     result = quiet_run(recipe_values)
     data, latency = result.summary["data"], result.summary["latency"]

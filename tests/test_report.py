@@ -128,7 +128,7 @@ def report_of(directory):
 def test_the_page_has_all_its_parts(run_directory, summary):
     page = report_of(run_directory(summary))
     assert page.all("html") == [{"lang": "en"}]
-    for said in (
+    for text in (
         verdict(summary),
         *("4.1×", "45%", "61.3%", "6.5×"),
         *("2.856", "17.4", "5.3M", "10.5 MB", "3.2 ms", "(3.303 − 2.856) / (3.303 − 2.310) = 45%"),
@@ -136,7 +136,7 @@ def test_the_page_has_all_its_parts(run_directory, summary):
         *("in 2 of 2 parts", "200K tokens in 800 examples", "6.1 passes", "1 min 25 s", "22 November 2026"),
         *("llama, 4 layers of width 128", "its EOS token is used", "Linux x86_64", "<b>1 & 2</b>"),
     ):
-        assert said in page.text, said
+        assert text in page.text, text
 
 
 def test_the_page_needs_nothing_from_outside(run_directory, summary):
@@ -375,7 +375,7 @@ def verdict_of(teacher, baseline, student, gap_closed=None):
 
 
 @pytest.mark.parametrize(
-    ("losses", "said"),
+    ("losses", "phrases"),
     [
         ((2.31, 3.303, 2.856), ["closes 45% of the gap", "4.1 times fewer parameters", "2.856", "3.303", "2.310"]),
         ((2.31, 3.303, 3.27), ["only slightly better than the baseline", "3% of the gap", "may be chance"]),
@@ -395,13 +395,13 @@ def verdict_of(teacher, baseline, student, gap_closed=None):
         ((2.31, 3.303, math.inf), ["not a number", "diverged"]),
     ],
 )
-def test_the_verdict_is_honest(losses, said):
+def test_the_verdict_is_honest(losses, phrases):
     sentence = verdict_of(*losses)
-    for words in said:
-        assert words in sentence
+    for phrase in phrases:
+        assert phrase in sentence
 
 
-def test_the_verdict_wants_a_student():
+def test_the_verdict_needs_a_student():
     with pytest.raises(DataError, match=r"rows\.student"):
         verdict({"rows": {"teacher": {"loss": 2.0}}})
 

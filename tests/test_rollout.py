@@ -298,7 +298,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     assert torch.equal(weights(resumed), weights(whole))
 
 
-def test_a_checkpoint_of_other_ranks_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_ranks_is_refused(tmp_path: Path) -> None:
     one = on_policy(tmp_path, save_strategy="steps", save_steps=3)
     one.train()
     (tmp_path / "checkpoint-3" / "rollout-0.json").unlink()
@@ -357,8 +357,10 @@ def test_a_teacher_with_its_own_prompt_reads_own_text_behind_it() -> None:
         alignments = [causal_alignment(made[name]) for name in ("labels", "teacher_labels")]
         assert torch.equal(alignments[0].labels, alignments[1].labels)
         for i in range(2):
-            mine, theirs = (made[name][i][made[name][i] != -100] for name in ("labels", "teacher_labels"))
-            assert torch.equal(mine, theirs)
+            student_targets, teacher_targets = (
+                made[name][i][made[name][i] != -100] for name in ("labels", "teacher_labels")
+            )
+            assert torch.equal(student_targets, teacher_targets)
             short = made["input_ids"][i, 0] == 5 and made["input_ids"][i, 1] != 6
             assert made["teacher_input_ids"][i, :2].tolist() == ([8, 5] if short else [8, 9])
     (tight,) = rollout(limit=4)([PaddingCollator(1)(rows)], student(), step=0)
@@ -430,7 +432,7 @@ def test_a_recipe_learns_from_its_students_own_text(recipe_values: dict[str, Any
         assert [text["step"] for text in summary["own_texts"]] == sorted(text["step"] for text in summary["own_texts"])
 
 
-def test_the_report_tells_of_a_collapse() -> None:
+def test_the_report_has_a_note_on_a_collapse() -> None:
     lines = [{"step": i, "own_share": 1.0, "own_repetition": r} for i, r in enumerate((0.1, 0.9, 0.95))]
     (note,) = collapse_notes(lines)
     assert note.startswith("From step 1 to the end: rollout: expected varied on-policy samples, got 95%")
@@ -462,18 +464,18 @@ def test_minillm_is_a_term_with_switches(recipe_values: dict[str, Any]) -> None:
     assert bare == MiniLLM(1.0, 1.0, False, False, False, None, False)
 
 
-def test_what_makes_no_sense_is_told_at_once(recipe_values: dict[str, Any]) -> None:
+def test_impossible_rollouts_are_refused_at_once(recipe_values: dict[str, Any]) -> None:
     values = on_policy_recipe(recipe_values, teacher={"cache": "somewhere"})
     values["rollout"] |= {"teacher_mix": 0.2}
-    with pytest.raises(RecipeError) as told:
+    with pytest.raises(RecipeError) as caught:
         Recipe.parse(values)
-    assert "2 mistakes" in str(told.value)
-    assert "teacher: expected a teacher that can score samples, got a cache alone" in str(told.value)
-    assert "rollout: expected a teacher that is a local model for teacher_mix" in str(told.value)
+    assert "2 mistakes" in str(caught.value)
+    assert "teacher: expected a teacher that can score samples, got a cache alone" in str(caught.value)
+    assert "rollout: expected a teacher that is a local model for teacher_mix" in str(caught.value)
     own = on_policy_recipe(recipe_values, objective=[{"term": "logits", "text": "own"}], rollout=None)
     with pytest.raises(RecipeError, match=r"objective\.0: expected a rollout for a term on on-policy samples"):
         Recipe.parse(own)
-    for wrong, said in [
+    for wrong, message in [
         ({"teacher_mix": 0.2, "teacher_top_k": 3}, "rollout: expected teacher_mix or teacher_top_k, got both"),
         ({"adapt": {}, "on_policy_fraction": {"schedule": "linear", "start": 0, "end": 1}}, "got a schedule"),
         ({"on_policy_fraction": 1.5}, r"rollout.on_policy_fraction: expected a number in \[0, 1\], got 1.5"),
@@ -482,7 +484,7 @@ def test_what_makes_no_sense_is_told_at_once(recipe_values: dict[str, Any]) -> N
     ]:
         values = on_policy_recipe(recipe_values)
         values["rollout"] |= wrong
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(RecipeError, match=message):
             Recipe.parse(values)
 
 
@@ -512,8 +514,8 @@ def test_a_cache_serves_the_data_and_the_model_the_rest(recipe_values: dict[str,
     assert held == [False, True]
     for batch in made:
         alignment = causal_alignment(batch["labels"])
-        said, live = (who(batch, alignment).targets.dense() for who in (teacher, teacher.live))
-        torch.testing.assert_close(said.float().log_softmax(-1), live.log_softmax(-1), atol=1e-2, rtol=1e-2)
+        actual, live = (scorer(batch, alignment).targets.dense() for scorer in (teacher, teacher.live))
+        torch.testing.assert_close(actual.float().log_softmax(-1), live.log_softmax(-1), atol=1e-2, rtol=1e-2)
 
 
 TWO_RANKS = """

@@ -143,11 +143,11 @@ def test_plain_texts() -> None:
     assert reader.read(request, prompt, Completion(" Four.", True, (*ids, 0))).token_ids is None
     cut = Completion(" Four.", False, tuple(ids))
     assert reader.read(request, "Two and two?", cut).token_ids == (prompt, ids)
-    nobody = TurnReader(None, "completion").read(request, USER["content"], Completion(" Four.", True))
-    assert nobody == ({"role": "assistant", "content": " Four."}, None)
+    without_tokenizer = TurnReader(None, "completion").read(request, USER["content"], Completion(" Four.", True))
+    assert without_tokenizer == ({"role": "assistant", "content": " Four."}, None)
 
 
-def test_a_tokenizer_that_parses_its_model_is_asked() -> None:
+def test_the_parser_of_a_tokenizer_is_used() -> None:
     template = PLAIN.replace(
         "{{ m.content }}", "{% if m.calls %}<call>{{ m.calls[0].name }}</call>{% endif %}{{ m.content | trim }}"
     )
@@ -242,7 +242,7 @@ SCRIPTS: dict[str, tuple[GenerationRequest, dict[str, Any]]] = {
 
 
 def script(tokenizer: Any, request: GenerationRequest, message: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt, and those with which a model of this template says a message."""
+    """The tokens of a prompt, and those that a model of this template writes for a message."""
     prompt = render_chat(tokenizer, request.messages, "", add_generation_prompt=True, **request.template_arguments)
     whole = render_chat(tokenizer, [*request.messages, message], "", **request.template_arguments)
     thoughts = "I add.\n</think>\n\n" if prompt.endswith("<think>\n") else ""

@@ -51,10 +51,10 @@ def expected(codec: Codec, p: torch.Tensor, repeats: int) -> torch.Tensor:
     total = torch.zeros_like(p)
     for seed in range(repeats):
         row = codec.encode(DenseTargets(p.log().float()), seed)
-        said = codec.decode([row], [len(p)])[0]
-        assert isinstance(said, SparseTargets)
-        chances = said.log_probs.double().exp()
-        total.scatter_add_(-1, said.ids, chances / chances.sum(-1, keepdim=True))
+        targets = codec.decode([row], [len(p)])[0]
+        assert isinstance(targets, SparseTargets)
+        chances = targets.log_probs.double().exp()
+        total.scatter_add_(-1, targets.ids, chances / chances.sum(-1, keepdim=True))
     return total / repeats
 
 

@@ -257,11 +257,11 @@ def test_the_sandbox_dies_with_the_one_who_started_it() -> None:
     assert starter.stdout is not None
     assert starter.stdout.readline() == "up\n"
     assert soon(lambda: len(descendants(starter.pid)) >= 3)  # outside, the first of its processes, and the program
-    theirs = descendants(starter.pid)
+    pids = descendants(starter.pid)
     starter.kill()
     starter.wait()
     starter.stdout.close()
-    assert soon(lambda: not any(Path(f"/proc/{pid}").exists() for pid in theirs))
+    assert soon(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 @needs_sandbox

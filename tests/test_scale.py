@@ -80,16 +80,16 @@ def losses(folder: Path) -> list[tuple[int, str, float]]:
 
 
 def same_losses(one: Path, other: Path, rel: float = 1e-5) -> None:
-    mine, theirs = losses(one), losses(other)
-    assert [line[:2] for line in mine] == [line[:2] for line in theirs]
-    assert [line[2] for line in mine] == pytest.approx([line[2] for line in theirs], rel=rel)
+    expected, actual = losses(one), losses(other)
+    assert [line[:2] for line in expected] == [line[:2] for line in actual]
+    assert [line[2] for line in expected] == pytest.approx([line[2] for line in actual], rel=rel)
 
 
 def same_students(one: Path, other: Path) -> None:
-    mine, theirs = (load_file(folder / "student" / "model.safetensors") for folder in (one, other))
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
+    expected, actual = (load_file(folder / "student" / "model.safetensors") for folder in (one, other))
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        torch.testing.assert_close(expected[name], actual[name], rtol=1e-4, atol=1e-5)
 
 
 def in_one(values: dict[str, Any], folder: Path) -> Path:
@@ -109,8 +109,8 @@ def test_two_processes_do_what_one_does(values: dict[str, Any], tmp_path: Path, 
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
     rows = [json.loads((run / "summary.json").read_text())["rows"]["student"] for run in (one, two)]
     assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
-    said = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
-    assert ["Held-out loss" in text for text in said] == [True, False]
+    printed = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
+    assert ["Held-out loss" in text for text in printed] == [True, False]
 
 
 @pytest.mark.slow
@@ -141,7 +141,9 @@ REFUSED = {"the student's average"}  # by FSDP
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_else_a_recipe_may_say(values: dict[str, Any], toys: Path, tmp_path: Path, name: str, way: str) -> None:
+def test_other_keys_of_a_recipe_work_on_two_processes(
+    values: dict[str, Any], toys: Path, tmp_path: Path, name: str, way: str
+) -> None:
     places = {"TEACHER": toys / "teacher", "STUDENT": toys / "student", "CACHE": tmp_path / "cache"}
     text = json.dumps(values | OTHERS[name])
     for word, path in places.items():
@@ -151,9 +153,9 @@ def test_what_else_a_recipe_may_say(values: dict[str, Any], toys: Path, tmp_path
     if name == "a cache":
         build = ["cache", "build", "--teacher", str(toys / "teacher"), "--data", values["data"]["train"]["path"]]
         build += ["--max-length", "32", "--packing", "--codec", "top_k", "--out", str(places["CACHE"])]
-        built = potstill(*build, said=tmp_path / "said")
+        built = potstill(*build, printed=tmp_path / "printed")
         built.join()
-        assert built.exitcode == 0, (tmp_path / "said").read_text()
+        assert built.exitcode == 0, (tmp_path / "printed").read_text()
     recipe = written(values, two, ranks=2, **(FSDP if way == "fsdp" else {}))
     if way == "fsdp" and name in REFUSED:
         with pytest.raises(AssertionError, match="expected a full student on every rank"):
@@ -178,7 +180,7 @@ GATHERED = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
 
 
 @pytest.mark.parametrize(
-    ("fsdp", "zero", "teacher", "said"),
+    ("fsdp", "zero", "teacher", "message"),
     [
         (False, {"stage": 3}, None, "expected stage3_gather_16bit_weights_on_model_save: true"),
         (False, GATHERED, EMATeacher(), "got one that ZeRO-3 shards"),
@@ -189,13 +191,13 @@ GATHERED = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
     ],
 )
 def test_what_sharding_rules_out(
-    fsdp: bool, zero: dict[str, Any] | None, teacher: Teacher | None, said: str | None
+    fsdp: bool, zero: dict[str, Any] | None, teacher: Teacher | None, message: str | None
 ) -> None:
     def check() -> None:
         check_sharding(fsdp=fsdp, zero=zero, fsdp_requested=False, teacher=teacher, rollout=False)
 
-    if said is None:
+    if message is None:
         check()
     else:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             check()

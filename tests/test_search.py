@@ -155,7 +155,7 @@ def test_a_search_without_weights_or_with_fixed_layers_is_refused(
         Recipe.parse(searched)
 
 
-def test_fewer_shapes_than_asked_for_are_said(searched: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_shapes_than_requested_are_reported(searched: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     searched["student"]["design"]["search"] = 50
     shown = io.StringIO()
     for name in ("pruned_loss", "trained_loss"):

@@ -304,7 +304,7 @@ def test_settings_that_are_nested_too_deeply_are_refused(model: Path, tmp_path: 
         encode(Source(tmp_path / "d.jsonl"), load_tokenizer(str(model), "teacher.model"), max_length=16)
 
 
-def test_a_header_of_weights_that_lies_is_refused(model: Path) -> None:
+def test_a_wrong_header_of_weights_is_refused(model: Path) -> None:
     content = (model / "model.safetensors").read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])

@@ -23,8 +23,8 @@ RAN = "document.documentElement.setAttribute('data-ran', '1')"
 
 
 @pytest.fixture
-def asked() -> Iterator[Any]:
-    """A server on this machine that a page may want something of."""
+def web_server() -> Iterator[Any]:
+    """A server on this machine that records the paths that a page requests."""
 
     class Handler(QuietHandler):
         def do_GET(self) -> None:  # noqa: N802
@@ -56,8 +56,8 @@ def dom(page: Path, folder: Path) -> str:
 
 @needs_browser
 @pytest.mark.skipif(sys.platform != "linux", reason="the options are those of Chromium on Linux")
-def test_no_text_of_a_report_runs(tmp_path: Path, asked: Any) -> None:
-    text = payload(asked.url)
+def test_no_text_of_a_report_runs(tmp_path: Path, web_server: Any) -> None:
+    text = payload(web_server.url)
     summary = full_summary() | {
         "name": text,
         "objective": text,
@@ -74,13 +74,15 @@ def test_no_text_of_a_report_runs(tmp_path: Path, asked: Any) -> None:
     shown = dom(write_report(tmp_path), tmp_path / "browser")
     assert "document.documentElement.setAttribute" in shown  # as text
     assert 'data-ran="1"' not in shown
-    assert asked.paths == []
+    assert web_server.paths == []
 
 
 @needs_browser
 @pytest.mark.skipif(sys.platform != "linux", reason="the options are those of Chromium on Linux")
-def test_the_same_text_runs_in_a_page_that_does_not_escape_it(tmp_path: Path, asked: Any) -> None:
+def test_the_same_text_runs_in_a_page_that_does_not_escape_it(tmp_path: Path, web_server: Any) -> None:
     """Else the test above would prove nothing."""
-    (tmp_path / "page.html").write_text(f"<!doctype html><html><body>{payload(asked.url).partition('<meta')[0]}</html>")
+    (tmp_path / "page.html").write_text(
+        f"<!doctype html><html><body>{payload(web_server.url).partition('<meta')[0]}</html>"
+    )
     assert 'data-ran="1"' in dom(tmp_path / "page.html", tmp_path / "browser")
-    assert "/image" in asked.paths
+    assert "/image" in web_server.paths

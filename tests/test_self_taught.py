@@ -116,10 +116,10 @@ def test_the_average_is_resumed_bit_for_bit(tmp_path: Path) -> None:
 def test_beside_an_adapter_only_the_adapter_is_there_twice(tmp_path: Path) -> None:
     student, teacher = lora(), EMATeacher(0.5)
     one = trainer(tmp_path, student=student, teacher=teacher)
-    mine, theirs = dict(student.named_parameters()), dict(teacher.model.named_parameters())
-    for name, p in mine.items():
-        assert (theirs[name] is p) == (not p.requires_grad)
-    assert set(teacher.state_dict()) == {name for name in mine if "lora" in name}
+    student_parameters, teacher_parameters = dict(student.named_parameters()), dict(teacher.model.named_parameters())
+    for name, p in student_parameters.items():
+        assert (teacher_parameters[name] is p) == (not p.requires_grad)
+    assert set(teacher.state_dict()) == {name for name in student_parameters if "lora" in name}
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     one.train()
     assert any(not torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -194,9 +194,9 @@ def test_the_base_teaches_without_a_second_copy(tmp_path: Path) -> None:
         outputs.append(one.step(batch))  # with dropout in the student's adapter, and none in the teacher
         outputs[-1].loss.backward()
     assert outputs[0].loss == outputs[1].loss and outputs[0].logs["logits"] > 1e-3
-    for mine, theirs in zip(found.student.parameters(), beside.student.parameters(), strict=True):
-        assert mine.requires_grad == theirs.requires_grad
-        assert (mine.grad is None and theirs.grad is None) or torch.equal(mine.grad, theirs.grad)
+    for actual, expected in zip(found.student.parameters(), beside.student.parameters(), strict=True):
+        assert actual.requires_grad == expected.requires_grad
+        assert (actual.grad is None and expected.grad is None) or torch.equal(actual.grad, expected.grad)
     one = trainer(tmp_path, student=student, teacher=BaseModelTeacher())
     one.train()
     trained = {name for name, p in one.distiller.named_parameters() if p.requires_grad}
@@ -206,7 +206,7 @@ def test_the_base_teaches_without_a_second_copy(tmp_path: Path) -> None:
         assert torch.equal(value, kept.get(name, kept.get(name.replace(".weight", ".base_layer.weight"))))
 
 
-def test_what_the_base_says_is_what_it_said(tmp_path: Path) -> None:
+def test_the_targets_of_the_base_model_do_not_change(tmp_path: Path) -> None:
     base, batch = make_llama(hidden_size=8), make_batch()
     alignment = causal_alignment(batch["labels"])
     for student in (
@@ -221,9 +221,9 @@ def test_what_the_base_says_is_what_it_said(tmp_path: Path) -> None:
             for p in student.parameters():
                 if p.requires_grad:
                     p.add_(0.1)
-        said = teacher(batch, alignment).targets
-        assert isinstance(said, HeadTargets | DenseTargets)
-        torch.testing.assert_close(said.dense(), ModelTeacher(base)(batch, alignment).targets.dense())
+        targets = teacher(batch, alignment).targets
+        assert isinstance(targets, HeadTargets | DenseTargets)
+        torch.testing.assert_close(targets.dense(), ModelTeacher(base)(batch, alignment).targets.dense())
         assert student.training
     hidden = Distiller(lora(copy.deepcopy(base)), BaseModelTeacher(), [Hidden()])
     assert hidden.step(batch).logs["hidden"] > 0
@@ -313,12 +313,12 @@ def test_deep_supervision_is_its_formula() -> None:
     found = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    said = student(**inputs, output_hidden_states=True)
+    outputs = student(**inputs, output_hidden_states=True)
     alignment = causal_alignment(batch["labels"])
-    final = alignment.select(said.logits)
+    final = alignment.select(outputs.logits)
     apart = [
         token_divergence(
-            student.lm_head(student.model.norm(alignment.select(said.hidden_states[layer + 1]))),
+            student.lm_head(student.model.norm(alignment.select(outputs.hidden_states[layer + 1]))),
             DenseTargets(final.detach()),
             JSD(),
             temperature=2.0,
@@ -328,8 +328,8 @@ def test_deep_supervision_is_its_formula() -> None:
     term = 4 * (apart[0] + apart[1]) / 2
     torch.testing.assert_close(output.logs["deep_supervision"], term.detach())
     (0.5 * term + torch.nn.functional.cross_entropy(final, alignment.labels)).backward()
-    for mine, p in zip(found, student.parameters(), strict=True):
-        torch.testing.assert_close(mine, p.grad)
+    for actual, p in zip(found, student.parameters(), strict=True):
+        torch.testing.assert_close(actual, p.grad)
 
 
 def test_deep_supervision_counts_tokens_by_their_weights() -> None:
@@ -338,9 +338,9 @@ def test_deep_supervision_counts_tokens_by_their_weights() -> None:
     output = Distiller(student, None, [DeepSupervision([0])]).step({**batch, "weights": weights})
     alignment = causal_alignment(batch["labels"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    said = student(**inputs, output_hidden_states=True)
-    early = student.lm_head(student.model.norm(alignment.select(said.hidden_states[1])))
-    apart = token_divergence(early, DenseTargets(alignment.select(said.logits)), ForwardKL())
+    outputs = student(**inputs, output_hidden_states=True)
+    early = student.lm_head(student.model.norm(alignment.select(outputs.hidden_states[1])))
+    apart = token_divergence(early, DenseTargets(alignment.select(outputs.logits)), ForwardKL())
     of_labels = weights[:, 1:][batch["labels"][:, 1:] != -100]
     torch.testing.assert_close(output.loss, (apart * of_labels).sum() / of_labels.sum())
 

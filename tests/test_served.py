@@ -1,4 +1,4 @@
-"""A teacher behind a server says what the same model says live; what does not fit is told before anything is taught."""
+"""A teacher behind a server gives the targets of the live model; what does not fit is an error before training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def serve(toy: ToyServer, tokenizer: Any, top_k: int = 5) -> ServedTeacher:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_it_says_what_the_live_model_says(toy: ToyServer, tokenizer: Any, side: str) -> None:
+def test_its_targets_are_those_of_the_live_model(toy: ToyServer, tokenizer: Any, side: str) -> None:
     batch = make_batch(5, 12)
     batch["labels"][3] = -100  # a row where nothing counts
     if side == "left":
@@ -58,25 +58,25 @@ def test_it_says_what_the_live_model_says(toy: ToyServer, tokenizer: Any, side: 
                 batch[name][row] = batch[name][row].roll(12 - size)
     alignment = causal_alignment(batch["labels"])
     teacher = serve(toy, tokenizer)
-    toy.asked.clear()
-    said = teacher(batch, alignment)
+    toy.requests.clear()
+    output = teacher(batch, alignment)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         expected = alignment.select(toy.model(**inputs).logits).log_softmax(-1)
-    if side == "left":  # the live model is asked row by row, as positions begin behind the padding
+    if side == "left":  # the live model runs row by row, as positions begin behind the padding
         rows = [batch["input_ids"][row][batch["attention_mask"][row].bool()] for row in range(5)]
         with torch.no_grad():
             alone = [toy.model(input_ids=row[None]).logits[0].log_softmax(-1) for row in rows]
         pads = (batch["attention_mask"] == 0).sum(1)
         places = zip((alignment.positions // 12).tolist(), alignment.column.tolist(), strict=True)
         expected = torch.stack([alone[row][column - int(pads[row])] for row, column in places])
-    assert torch.equal(said.targets.ids, expected.topk(5).indices)
-    torch.testing.assert_close(said.targets.log_probs, expected.topk(5).values, rtol=0, atol=2e-6)
-    told = expected.gather(1, alignment.labels[:, None])[:, 0]
-    torch.testing.assert_close(said.label_log_probs, told, rtol=0, atol=2e-6)
-    assert (said.targets.kind, said.targets.temperature) == ("bucket", 1.0)
-    assert len(toy.asked) == 4
-    for body in toy.asked:
+    assert torch.equal(output.targets.ids, expected.topk(5).indices)
+    torch.testing.assert_close(output.targets.log_probs, expected.topk(5).values, rtol=0, atol=2e-6)
+    label_log_probs = expected.gather(1, alignment.labels[:, None])[:, 0]
+    torch.testing.assert_close(output.label_log_probs, label_log_probs, rtol=0, atol=2e-6)
+    assert (output.targets.kind, output.targets.temperature) == ("bucket", 1.0)
+    assert len(toy.requests) == 4
+    for body in toy.requests:
         assert not set(body["prompt"]) & {1}  # no padding
 
 
@@ -86,14 +86,14 @@ def test_nothing_behind_the_last_counting_token_is_sent(toy: ToyServer, tokenize
     batch["labels"][:, 6:] = -100
     teacher = serve(toy, tokenizer)
     teacher(batch, causal_alignment(batch["labels"]))
-    assert toy.asked[-1]["prompt"] == [2, 3, 4, 5, 6, 7]
+    assert toy.requests[-1]["prompt"] == [2, 3, 4, 5, 6, 7]
 
 
 def test_a_batch_where_nothing_counts(toy: ToyServer, tokenizer: Any) -> None:
     batch = make_batch(2, 6)
     batch["labels"][:] = -100
-    said = serve(toy, tokenizer)(batch, causal_alignment(batch["labels"]))
-    assert said.targets.ids.shape == (0, 5)
+    output = serve(toy, tokenizer)(batch, causal_alignment(batch["labels"]))
+    assert output.targets.ids.shape == (0, 5)
 
 
 @pytest.mark.parametrize("divergence", [ForwardKL(), JSD(0.3)])
@@ -118,9 +118,9 @@ def test_padding_rows_of_its_head_are_no_tokens(tokenizer: Any, monkeypatch: pyt
     toy = ToyServer(model, tokenizer)
     try:
         batch = make_batch()
-        said = serve(toy, tokenizer)(batch, causal_alignment(batch["labels"])).targets
-        assert (said.ids >= 300).any()
-        said.slice(300)
+        targets = serve(toy, tokenizer)(batch, causal_alignment(batch["labels"])).targets
+        assert (targets.ids >= 300).any()
+        targets.slice(300)
     finally:
         toy.close()
 
@@ -159,10 +159,10 @@ def without_words(answer: Any) -> Any:
     return answer
 
 
-def test_what_it_cannot_be_is_told_when_it_is_made(toy: ToyServer, tokenizer: Any) -> None:
+def test_impossible_settings_are_refused_at_its_creation(toy: ToyServer, tokenizer: Any) -> None:
     with pytest.raises(RefusedError, match="max allowed: 20"):
         serve(toy, tokenizer, top_k=21)
-    toy.tells_prompts = False
+    toy.scores_prompts = False
     with pytest.raises(RefusedError, match="enough to generate data"):
         serve(toy, tokenizer)
     toy.faults = ["500"] * 9
@@ -218,11 +218,11 @@ def test_what_the_page_about_servers_shows_works(
     exec(compile(code, "servers.md", "exec"), {})
 
 
-def test_check_asks_the_server(served_values: dict[str, Any], toy: ToyServer) -> None:
+def test_check_sends_requests_to_the_server(served_values: dict[str, Any], toy: ToyServer) -> None:
     found = check(Recipe.parse(served_values))
     assert found.built.loaded.model is None
     assert found.built.vocabulary == 300
-    assert toy.asked
+    assert toy.requests
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_check_asks_the_server(served_values: dict[str, Any], toy: ToyServer) ->
         ),
     ],
 )
-def test_what_a_recipe_with_a_server_cannot_say(
+def test_recipes_that_do_not_go_with_a_server_are_refused(
     served_values: dict[str, Any], change: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
@@ -273,9 +273,11 @@ def test_rows_must_leave_the_server_a_place(served_values: dict[str, Any]) -> No
 
 
 def test_a_cache_built_from_a_server_serves_the_same_run(served_values: dict[str, Any], tmp_path: Path) -> None:
-    asked = Recipe.parse(served_values)
-    sources, top_k = [asked.data.train, asked.data.eval], {"k": asked.teacher.server.top_k}
-    request = CacheRequest(asked.teacher, sources, 32, True, "top_k", top_k, tmp_path / "cache", 4, asked.student.model)
+    parsed = Recipe.parse(served_values)
+    sources, top_k = [parsed.data.train, parsed.data.eval], {"k": parsed.teacher.server.top_k}
+    request = CacheRequest(
+        parsed.teacher, sources, 32, True, "top_k", top_k, tmp_path / "cache", 4, parsed.student.model
+    )
     manifest = build(request, console=Console(file=io.StringIO()))
     assert manifest is not None and manifest.plan.teacher.startswith("toy behind http://127.0.0.1")
     live = quiet_run(served_values)

@@ -38,7 +38,7 @@ from test_trainer import losses, trainer, weights
 from toy_server import ToyServer
 from toy_student_server import ToyStudentServer
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # asked for by peft
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # which peft reads
 
 
 @pytest.fixture
@@ -59,12 +59,12 @@ def writer(toy: ToyServer, folder: Path, **options: Any) -> ServedWriter:
 def served(toy: ToyServer, folder: Path, share: Any = 1.0, max_staleness: int = 0, **options: Any) -> Rollout:
     sampling = Sampling(max_new_tokens=6, **options.pop("sampling", {}))
     adapter = options.pop("adapter", False)
-    who = writer(toy, folder, adapter=adapter, max_staleness=max_staleness)
-    return Rollout(make_tokenizer(), sampling, share=share, prompt_tokens=3, server=who, **options)
+    server = writer(toy, folder, adapter=adapter, max_staleness=max_staleness)
+    return Rollout(make_tokenizer(), sampling, share=share, prompt_tokens=3, server=server, **options)
 
 
 def must_be_written_by(model: Any, made: dict[str, torch.Tensor], apart: float = 1e-5) -> None:
-    """The server told what this model gives each token."""
+    """The server's log-probabilities are this model's."""
     inputs = {name: made[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         log_probs = model.eval()(**inputs).logits[:, :-1].log_softmax(-1)
@@ -91,9 +91,9 @@ def test_it_writes_as_the_student(toy: ToyStudentServer, tmp_path: Path) -> None
     assert torch.equal(again["input_ids"], made["input_ids"])
     (other,) = served(toy, tmp_path, seed=1)([batch], model, step=0)
     assert other["input_ids"].tolist() != made["input_ids"].tolist()
-    bodies = [body for body in toy.asked if "return_token_ids" in body][:4]
+    bodies = [body for body in toy.requests if "return_token_ids" in body][:4]
     assert len({body["seed"] for body in bodies}) == len(bodies)
-    assert len({body["cache_salt"] for body in toy.asked if "return_token_ids" in body}) == 3
+    assert len({body["cache_salt"] for body in toy.requests if "return_token_ids" in body}) == 3
 
 
 def test_texts_end_where_there_is_no_room(toy: ToyStudentServer, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_padded_head_never_writes_padding(tokenizer: Any, tmp_path: Path) -> N
     try:
         (made,) = served(toy, tmp_path, vocabulary=300)([make_batch()], wide, step=0)
         assert int(made["input_ids"].max()) < 300
-        assert set(toy.asked[-1]["logit_bias"]) == {str(token) for token in range(300, 320)}
+        assert set(toy.requests[-1]["logit_bias"]) == {str(token) for token in range(300, 320)}
     finally:
         toy.close()
 
@@ -127,23 +127,23 @@ def test_weights_are_as_old_as_they_may_be(toy: ToyStudentServer, tmp_path: Path
     one = on_policy(toy, tmp_path, 1.0, max_staleness=2, max_steps=7)
     begun = weights(one)
     one.train()
-    assert len(toy.lent) == 3  # before steps 0, 3 and 6
+    assert len(toy.received) == 3  # before steps 0, 3 and 6
     lines = [line for line in one.state.log_history if "own_age" in line]
     assert [line["own_age"] for line in lines] == [0, 1, 2, 0, 1, 2, 0]
-    sent = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in toy.lent]
+    sent = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in toy.received]
     assert torch.equal(sent[0], begun)
     assert not torch.equal(sent[1], sent[0]) and not torch.equal(sent[2], sent[1])
     assert not (tmp_path / "served").exists()
     new = on_policy(toy, tmp_path / "new", 1.0, max_steps=4)
-    toy.lent.clear()
+    toy.received.clear()
     new.train()
-    assert len(toy.lent) == 4
+    assert len(toy.received) == 4
     assert all(line["own_age"] == 0 for line in new.state.log_history if "own_age" in line)
 
 
-def test_nothing_is_lent_where_nothing_is_to_be_written(toy: ToyStudentServer, tmp_path: Path) -> None:
+def test_without_on_policy_samples_no_weights_are_sent(toy: ToyStudentServer, tmp_path: Path) -> None:
     on_policy(toy, tmp_path, 0.0).train()
-    assert not toy.lent
+    assert not toy.received
 
 
 def test_a_text_that_is_used_again_has_the_age_of_its_writer(toy: ToyStudentServer, tmp_path: Path) -> None:
@@ -173,14 +173,12 @@ def test_training_is_that_of_a_student_that_writes_the_same(toy: ToyStudentServe
 def of(model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         log_probs = model(input_ids=made["input_ids"], attention_mask=made["attention_mask"]).logits.log_softmax(-1)
-    told = log_probs[:, :-1].gather(-1, made["input_ids"][:, 1:, None])[..., 0]
-    padded = torch.nn.functional.pad(told, (1, 0), value=torch.nan)
+    of_tokens = log_probs[:, :-1].gather(-1, made["input_ids"][:, 1:, None])[..., 0]
+    padded = torch.nn.functional.pad(of_tokens, (1, 0), value=torch.nan)
     return padded.where(~made[STUDENT_LOG_PROBS].isnan(), torch.nan)
 
 
-def test_what_it_was_drawn_from_is_not_told_where_that_is_not_the_student(
-    toy: ToyStudentServer, tmp_path: Path
-) -> None:
+def test_truncated_sampling_has_no_sampler_log_probs(toy: ToyStudentServer, tmp_path: Path) -> None:
     model = student()
     (made,) = served(toy, tmp_path, sampling={"top_p": 0.9, "sampling_temperature": 0.8})([make_batch()], model, step=0)
     must_be_written_by(model, made)
@@ -210,7 +208,7 @@ def test_resumed_equals_uninterrupted(tokenizer: Any, tmp_path: Path, adapter: b
         toy.close()
 
 
-def test_of_an_adapter_the_adapter_alone_is_lent(tokenizer: Any, tmp_path: Path) -> None:
+def test_of_an_adapted_student_only_the_adapter_is_sent(tokenizer: Any, tmp_path: Path) -> None:
     base = student(seed=2)
     toy = ToyStudentServer(tokenizer, copy.deepcopy(base))
     try:
@@ -218,14 +216,14 @@ def test_of_an_adapter_the_adapter_alone_is_lent(tokenizer: Any, tmp_path: Path)
         one = served(toy, tmp_path, adapter=True)
         (made,) = one([make_batch()], model, step=0)
         must_be_written_by(model, made)
-        first = toy.asked[-1]["model"]
+        first = toy.requests[-1]["model"]
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.add_(1.0)
         (made,) = one([make_batch()], model, step=1)
         must_be_written_by(model, made)
-        assert [*toy.adapters] == [toy.asked[-1]["model"]] != [first]  # the one before is given up
+        assert [*toy.adapters] == [toy.requests[-1]["model"]] != [first]  # the one before is given up
         (folder,) = (tmp_path / "served").iterdir()
         assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 4000
     finally:
@@ -244,11 +242,11 @@ def _of_two_ranks(folder: Path, url: str) -> None:
 
 
 @pytest.mark.slow
-def test_one_rank_lends_and_all_write(toy: ToyStudentServer, tmp_path: Path) -> None:
+def test_one_rank_sends_the_weights_and_all_sample(toy: ToyStudentServer, tmp_path: Path) -> None:
     processes.two_ranks(tmp_path, _of_two_ranks, tmp_path / "run", toy.url, NO_PROXY="*")
-    assert len(toy.lent) == 2
-    assert len([body for body in toy.asked if "return_token_ids" in body]) == 3 * 8
-    assert len({body["seed"] for body in toy.asked}) == 3 * 8
+    assert len(toy.received) == 2
+    assert len([body for body in toy.requests if "return_token_ids" in body]) == 3 * 8
+    assert len({body["seed"] for body in toy.requests}) == 3 * 8
 
 
 # What goes wrong.
@@ -262,8 +260,8 @@ def test_a_server_that_takes_no_weights(toy: ToyStudentServer, tmp_path: Path) -
         served(toy, tmp_path, adapter=True)([make_batch()], lora(student()), step=0)
 
 
-def test_a_server_that_says_that_it_took_them(toy: ToyStudentServer, tmp_path: Path) -> None:
-    toy.deaf = True
+def test_a_server_that_ignores_new_weights_is_an_error(toy: ToyStudentServer, tmp_path: Path) -> None:
+    toy.ignores_weights = True
     with pytest.raises(ServerError, match=r"expected the student's log-probabilities, .*served, got"):
         served(toy, tmp_path)([make_batch()], student(), step=0)
 
@@ -299,12 +297,12 @@ def test_answers_without_tokens_are_refused(toy: ToyStudentServer, tmp_path: Pat
         one([make_batch()], student(), step=0)
 
 
-def test_a_guide_does_not_read_along_there(toy: ToyStudentServer, tmp_path: Path) -> None:
+def test_a_guide_with_a_server_is_refused(toy: ToyStudentServer, tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match="expected a guide or a server, got both"):
         served(toy, tmp_path, guide=teacher_mix(make_llama(), 0.2))
 
 
-def test_a_server_that_stumbles_is_asked_again(toy: ToyStudentServer, tmp_path: Path) -> None:
+def test_failed_requests_are_sent_again(toy: ToyStudentServer, tmp_path: Path) -> None:
     expected = on_policy(toy, tmp_path / "a")
     expected.train()
     found = on_policy(toy, tmp_path / "b")
@@ -318,12 +316,12 @@ def test_a_server_that_is_gone_ends_the_run_which_goes_on(toy: ToyStudentServer,
     whole = on_policy(toy, tmp_path / "a", **saved)
     whole.train()
     gone = on_policy(toy, tmp_path / "b", **saved)
-    answer, asked = toy.answer, 0
+    answer, calls = toy.answer, 0
 
     def down(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        nonlocal asked
-        asked += path == "/collective_rpc"
-        return answer(path, body) if asked < 4 else (503, b"")
+        nonlocal calls
+        calls += path == "/collective_rpc"
+        return answer(path, body) if calls < 4 else (503, b"")
 
     toy.answer = down  # type: ignore[method-assign]
     with pytest.raises(ServerError, match=r"/collective_rpc: expected an answer, got status 503.*\(3 attempts\)"):
@@ -351,19 +349,19 @@ def test_a_recipe_learns_from_what_a_server_writes(
     for i, objective in enumerate(([{"term": "logits", "divergence": "reverse_kl"}], [{"term": "policy"}])):
         train = recipe_values["train"] | {"save_steps": 6}
         values = recipe_values | {"output": f"{recipe_values['output']}{i}", "train": train}
-        told = recipe(values, toy, toys, objective=objective)
-        directory = run(told, console=Console(quiet=True)).directory
+        parsed = recipe(values, toy, toys, objective=objective)
+        directory = run(parsed, console=Console(quiet=True)).directory
         lines = [line for line in logged_lines(directory / "metrics.jsonl") if "own_share" in line]
         assert {line["own_age"] for line in lines if "own_age" in line} == {0.0, 1.0}
         assert logged_lines(directory / "own_texts.jsonl")
         assert not (directory / "served").exists()
 
 
-def test_check_lends_weights_and_leaves_nothing(
+def test_check_sends_weights_and_leaves_no_files(
     toy: ToyStudentServer, recipe_values: dict[str, Any], toys: Path
 ) -> None:
     found = check(recipe(recipe_values, toy, toys))
-    assert found.seconds > 0 and toy.lent
+    assert found.seconds > 0 and toy.received
     assert not Path(recipe_values["output"], "served").exists()
     toy.takes = False
     with pytest.raises(RefusedError, match="VLLM_SERVER_DEV_MODE"):
@@ -403,8 +401,10 @@ def test_biases_that_no_server_takes(toy: ToyStudentServer, recipe_values: dict[
         wanted.rollout.server.writer(adapted, make_tokenizer(), Path(wanted.output))
 
 
-def test_what_makes_no_sense_is_told_at_once(toy: ToyStudentServer, recipe_values: dict[str, Any], toys: Path) -> None:
-    for wrong, objective, said in [
+def test_impossible_rollouts_are_refused_at_once(
+    toy: ToyStudentServer, recipe_values: dict[str, Any], toys: Path
+) -> None:
+    for wrong, objective, message in [
         ({"teacher_mix": 0.2}, None, "rollout: expected teacher_mix without server, got both"),
         ({"teacher_top_k": 3}, None, "rollout: expected teacher_top_k without server, got both"),
         ({"batch_size": 8}, None, "rollout: expected batch_size without server, got both"),
@@ -414,15 +414,15 @@ def test_what_makes_no_sense_is_told_at_once(toy: ToyStudentServer, recipe_value
         ({"server": {"url": "x", "model": "toy", "staleness": 1}}, None, "Did you mean max_staleness"),
     ]:
         changes = {} if objective is None else {"objective": objective}
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(RecipeError, match=message):
             recipe(recipe_values, toy, toys, rollout=wrong, **changes)
     recipe(recipe_values, toy, toys, rollout={"top_p": 0.9}, objective=[{"term": "policy", "importance": False}])
-    told = recipe(recipe_values, toy, toys)
-    assert told == Recipe.parse(__import__("yaml").safe_load(told.dump()))
+    parsed = recipe(recipe_values, toy, toys)
+    assert parsed == Recipe.parse(__import__("yaml").safe_load(parsed.dump()))
 
 
 def test_every_error_is_one_line(toy: ToyStudentServer, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     toy.takes = False
-    with pytest.raises(PotstillError) as told:
+    with pytest.raises(PotstillError) as caught:
         served(toy, tmp_path)([make_batch()], student(), step=0)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)

@@ -53,17 +53,17 @@ def test_completions_come_in_the_order_of_prompts_and_samples(toy: ToyServer, to
     assert connect(toy).complete([], Sampling()) == []
 
 
-def test_what_is_asked_is_what_was_meant(toy: ToyServer) -> None:
+def test_requests_hold_the_prompts_and_sampling_settings(toy: ToyServer) -> None:
     server = connect(toy)
     plain = Sampling(max_new_tokens=7, sampling_temperature=0.5, top_p=0.9)
     server.complete(["def f", torch.tensor([3, 4])], plain)
-    assert sorted(toy.asked, key=lambda body: str(body["prompt"])) == [
+    assert sorted(toy.requests, key=lambda body: str(body["prompt"])) == [
         {"model": "toy", "prompt": prompt, "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "n": 1}
         | {"skip_special_tokens": False, "return_token_ids": True}
         for prompt in ([3, 4], "def f")
     ]
     server.complete(["def f"], Sampling(top_k=5, stop=("\n",), seed=0, max_new_tokens=2))
-    assert {"top_k": 5, "stop": ["\n"], "seed": 0}.items() <= toy.asked[-1].items()
+    assert {"top_k": 5, "stop": ["\n"], "seed": 0}.items() <= toy.requests[-1].items()
 
 
 def test_special_tokens_stay_and_token_ids_come_back(toy: ToyServer) -> None:
@@ -76,35 +76,35 @@ def test_special_tokens_stay_and_token_ids_come_back(toy: ToyServer) -> None:
     (completions,) = connect(toy, end_ids=frozenset({5, 0})).complete([[3, 4]], Sampling(samples=3, max_new_tokens=2))
     assert [completion.ids for completion in completions] == [(), (7, 1), (7, 2)]  # a stop string cuts within tokens
     expected = {"skip_special_tokens": False, "return_token_ids": True, "stop_token_ids": [0, 5]}
-    assert expected.items() <= toy.asked[-1].items()
+    assert expected.items() <= toy.requests[-1].items()
 
 
 def test_a_server_that_refuses_keys_of_vllm_gets_none_of_them(toy: ToyServer) -> None:
     expected = texts(connect(toy), PROMPTS[:2])
-    toy.refused, toy.asked[:] = {"return_token_ids"}, []
+    toy.refused, toy.requests[:] = {"return_token_ids"}, []
     server = connect(toy, end_ids=frozenset({5}))
     assert texts(server, PROMPTS[:2]) == expected
-    asked = len(toy.asked)
+    before = len(toy.requests)
     assert texts(server, PROMPTS[:2]) == expected
-    assert len(toy.asked) == asked + 2
-    assert not {"skip_special_tokens", "return_token_ids", "stop_token_ids"} & {*toy.asked[-1]}
+    assert len(toy.requests) == before + 2
+    assert not {"skip_special_tokens", "return_token_ids", "stop_token_ids"} & {*toy.requests[-1]}
     assert server.complete([[3, 4]], Sampling(max_new_tokens=1))[0][0].ids == ()
     with pytest.raises(RefusedError, match="longer than the maximum"):
         server.complete([[3] * 70], Sampling(max_new_tokens=1))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_passes_is_asked_again(toy: ToyServer, fault: str) -> None:
+def test_requests_are_sent_again_after_faults_that_pass(toy: ToyServer, fault: str) -> None:
     expected = texts(connect(toy), PROMPTS[:6])
-    before = len(toy.asked)
+    before = len(toy.requests)
     toy.faults = [fault, fault]
     assert texts(connect(toy), PROMPTS[:6]) == expected
-    assert len(toy.asked) == before + 8
+    assert len(toy.requests) == before + 8
 
 
 def test_nothing_is_lost_and_nothing_doubled_among_many_faults(toy: ToyServer) -> None:
     expected = connect(toy).score(PROMPTS, 3)
-    toy.asked.clear()
+    toy.requests.clear()
     faults = [fault for fault in FAULTS if fault != "hang"] * 3 + [""] * 21
     random.Random(0).shuffle(faults)
     toy.faults = list(faults)
@@ -112,7 +112,7 @@ def test_nothing_is_lost_and_nothing_doubled_among_many_faults(toy: ToyServer) -
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.ids, other.ids)
         assert torch.equal(one.log_probs, other.log_probs)
-    assert len(toy.asked) == len(PROMPTS) + 21
+    assert len(toy.requests) == len(PROMPTS) + 21
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -132,12 +132,12 @@ def test_a_refused_connection_has_a_clear_end(toy: ToyServer) -> None:
         ModelServer(url, "toy", attempts=3).card()
 
 
-def test_a_refusal_is_told_at_once_in_the_servers_words(toy: ToyServer) -> None:
+def test_a_refusal_is_an_error_at_once_with_the_servers_message(toy: ToyServer) -> None:
     with pytest.raises(
         RefusedError, match=r"got status 400: the prompt is longer than the maximum model length of 64\."
     ):
         connect(toy).score([[3] * 64], 3)
-    assert len(toy.asked) == 1
+    assert len(toy.requests) == 1
     with pytest.raises(RefusedError, match="max allowed: 20") as caught:
         connect(toy).score([[3, 4]], 21)
     assert caught.value.status == 400
@@ -170,7 +170,7 @@ def test_retry_after_is_honoured(toy: ToyServer, monkeypatch: pytest.MonkeyPatch
     assert 0.02 <= waited[2] <= 0.04  # the third wait doubles the first twice, and is random
 
 
-def test_a_server_that_is_overloaded_is_asked_less_at_once() -> None:
+def test_an_overloaded_server_gets_fewer_requests_at_once() -> None:
     window = ConcurrencyLimit(8)
     with window.slot() as one, window.slot() as two:
         window.shrink(one)
@@ -207,7 +207,7 @@ def test_the_window_is_kept(toy: ToyServer) -> None:
         (lambda answer: {"choices": None}, "expected choices"),
     ],
 )
-def test_an_answer_that_is_none_is_not_taken(toy: ToyServer, change: Any, message: str) -> None:
+def test_malformed_answers_are_errors(toy: ToyServer, change: Any, message: str) -> None:
     toy.change = change
     with pytest.raises(ServerError, match=message):
         texts(connect(toy), [[3]], samples=2)
@@ -241,8 +241,8 @@ def test_damaged_log_probabilities_are_not_taken(toy: ToyServer, kind: str) -> N
         connect(toy).score([[3, 4, 5]], 3)
 
 
-def test_a_server_of_openais_kind_says_why_it_cannot_score(toy: ToyServer) -> None:
-    toy.tells_prompts = False
+def test_the_error_for_a_server_that_cannot_score_has_the_reason(toy: ToyServer) -> None:
+    toy.scores_prompts = False
     with pytest.raises(RefusedError, match=r"of generated tokens alone.*enough to generate data"):
         connect(toy).score([[3, 4]], 3)
     assert texts(connect(toy), ["def"]) == [["def!0"]]
@@ -297,7 +297,7 @@ def test_v1_may_stand_in_the_url(toy: ToyServer) -> None:
         assert ModelServer(url, "toy").card()["max_model_len"] == 64
 
 
-def test_a_model_that_is_not_served_is_told_with_the_nearest(toy: ToyServer) -> None:
+def test_the_error_for_a_model_that_is_not_served_has_the_nearest(toy: ToyServer) -> None:
     with pytest.raises(RefusedError, match=r"toy, other.*Did you mean toy\?"):
         ModelServer(toy.url, "toyy").card()
 

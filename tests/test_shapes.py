@@ -131,8 +131,8 @@ def test_both_texts_of_a_pair_are_read(write):
     refused(lambda: load(Source(path, field="premise"), "classification"), "hypothesis", "`pair: hypothesis`")
     paired = load(Source(path, field="premise", pair="hypothesis"), "classification").dataset
     assert paired[0] == {"text": "a", "label": "0", "text_pair": "b"}
-    asked = write([{"query": "a", "passage": "b", "label": 0}], "asked.jsonl")
-    refused(lambda: load(Source(asked, field="query"), "classification"), "`pair: passage`")
+    queries = write([{"query": "a", "passage": "b", "label": 0}], "queries.jsonl")
+    refused(lambda: load(Source(queries, field="query"), "classification"), "`pair: passage`")
     alone = load(Source(path, field="premise", ignore=("hypothesis",)), "classification").dataset
     assert alone[0] == {"text": "a", "label": "0"}
 

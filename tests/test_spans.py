@@ -1,4 +1,4 @@
-"""Spans of characters and the tokens that say them, on tokenizers that cut in different ways."""
+"""Spans of characters and the tokens that cover them, on tokenizers that cut in different ways."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_tokens_of_a_span_are_those_that_hold_its_characters(name: str, text
 
 
 @pytest.mark.parametrize("text", SOLUTIONS)
-def test_on_bytes_the_tokens_of_a_span_say_it(text: str) -> None:
+def test_on_bytes_the_tokens_of_a_span_decode_to_it(text: str) -> None:
     """Up to the space before a word, which belongs to its token."""
     tokenizer = make_tokenizer()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

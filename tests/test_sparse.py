@@ -21,9 +21,9 @@ from linear_cases import (
     every_divergence,
     every_dtype,
     every_reduction,
+    make_targets,
     rand,
     randn,
-    said,
     wanting,
 )
 from potstill.errors import ShapeError, UserError, VocabularyError
@@ -106,7 +106,7 @@ def test_a_bucket_is_a_divergence_over_k_tokens_and_all_others_together(divergen
 @every_temperature
 @every_dtype
 def test_a_sample_gives_nothing_to_the_others(divergence, temperature, dtype):
-    student, targets = logits(dtype)[0], said("sampled", temperature=temperature, dtype=dtype)
+    student, targets = logits(dtype)[0], make_targets("sampled", temperature=temperature, dtype=dtype)
     values = token_divergence(student, targets, divergence, temperature=temperature)
     close(values, by_loops(student, targets, divergence, temperature), dtype)
 
@@ -114,7 +114,7 @@ def test_a_sample_gives_nothing_to_the_others(divergence, temperature, dtype):
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d not in INFINITE_AT_ZERO], ids=str)
 @every_dtype
 def test_a_renormalised_few_give_nothing_to_the_others(divergence, dtype):
-    student, targets = logits(dtype)[0], said("renormalized", dtype=dtype)
+    student, targets = logits(dtype)[0], make_targets("renormalized", dtype=dtype)
     for temperature in TEMPERATURES:
         values = token_divergence(student, targets, divergence, temperature=temperature)
         close(values, by_loops(student, targets, divergence, temperature), dtype)
@@ -128,7 +128,7 @@ def test_its_gradient_is_the_slope_of_its_value(divergence, temperature):
     torch.autograd.gradcheck(lambda z: token_divergence(z, targets, divergence, temperature=temperature), student)
     kinds = ["renormalized"] * (divergence not in INFINITE_AT_ZERO) + ["sampled"] * (divergence in LINEAR)
     for kind in kinds:
-        other = said(kind, 2, 5, temperature=temperature, K=4)
+        other = make_targets(kind, 2, 5, temperature=temperature, K=4)
         torch.autograd.gradcheck(
             lambda z, t=other: token_divergence(z, t, divergence, temperature=temperature), student
         )
@@ -224,7 +224,7 @@ def test_slots_that_are_not_used_change_nothing(kind, filling, dtype, backend):
     divergence = ForwardKL() if kind == "sampled" else JSD(0.3)
     student, teacher = logits(dtype)
     targets = bucket(teacher)
-    if kind != "bucket":  # anything may be said
+    if kind != "bucket":  # any log-probabilities are allowed
         targets = SparseTargets(targets.ids, (1 + rand(N, K, seed=33, dtype=dtype)).log_softmax(-1), kind)
     extra = {
         "zeros": torch.zeros(N, 3, dtype=torch.long),
@@ -288,7 +288,7 @@ def test_tokens_that_the_student_rules_out(divergence, dtype, backend):
 @every_backend
 @every_reduction
 def test_reverse_kl_to_a_renormalised_few_is_an_error_that_says_what_to_use(divergence, backend, reduction):
-    student, targets = logits()[0], said("renormalized")
+    student, targets = logits()[0], make_targets("renormalized")
     with pytest.raises(ShapeError, match=r"^\w+: expected a finite \w+, got inf: .*Use a bounded divergence \(JSD"):
         linear_divergence(
             student, LMHead(torch.eye(V).double()), targets, divergence, reduction=reduction, backend=backend
@@ -328,7 +328,7 @@ def test_log_probs_may_be_kept_in_half_precision():
 @pytest.mark.parametrize("kind", ["bucket", "sampled"])
 @pytest.mark.parametrize("backend", WAYS)
 def test_what_was_taken_at_one_temperature_is_refused_at_another(kind, backend):
-    student, targets = logits()[0], said(kind, temperature=2.0)
+    student, targets = logits()[0], make_targets(kind, temperature=2.0)
     over(student, targets, ForwardKL(), backend, temperature=2.0)
     words = rf"temperature 2 of the {kind} targets, got 1\. .*at that temperature, or .*renormalized"
     with pytest.raises(ShapeError, match=words) as caught:
@@ -356,7 +356,7 @@ def test_a_renormalised_few_can_be_tempered_again(taken_at, temperature, backend
 def test_a_sample_is_refused_where_it_would_be_biased(divergence, backend):
     words = rf"linear in the teacher with sampled targets, got {type(divergence).__name__}, .*Use ForwardKL or"
     with pytest.raises(ShapeError, match=words) as caught:
-        over(logits()[0], said("sampled"), divergence, backend)
+        over(logits()[0], make_targets("sampled"), divergence, backend)
     assert "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Where a model may be cut before its head, and that it says the same in one piece and in two."""
+"""Where a model may be cut before its head, and that it gives the same logits in one piece and in two."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class _Louder(LlamaForCausalLM):
 
 
 class _Biased(LlamaForCausalLM):
-    """Its additional parameter says nothing at first."""
+    """Its additional parameter is zero at first."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -120,7 +120,7 @@ class _Biased(LlamaForCausalLM):
 
 
 class _Bounded(LlamaForCausalLM):
-    """A soft cap that its config does not know."""
+    """A soft cap that its config does not have."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)

@@ -149,7 +149,7 @@ def test_parts_and_an_ordinary_build_meet_in_one_cache(toys: Path, tmp_path: Pat
     assert files(out) == files(tmp_path / "ordinary")
 
 
-def test_it_says_what_it_reads_and_keeps(toys: Path, tmp_path: Path) -> None:
+def test_a_build_reports_what_it_reads_and_keeps(toys: Path, tmp_path: Path) -> None:
     console = Console(record=True, file=StringIO(), width=200)
     build(streamed_request(toys, tmp_path / "cache"), console=console)
     model = load_model(str(toys / "teacher"), "teacher")
@@ -162,7 +162,7 @@ def test_it_says_what_it_reads_and_keeps(toys: Path, tmp_path: Path) -> None:
     assert f"read {size(read)} of weights in all, with their checksum" in text
 
 
-def test_a_build_says_where_the_weights_of_a_spread_teacher_are(toys: Path, tmp_path: Path) -> None:
+def test_a_build_reports_the_devices_of_a_spread_teacher(toys: Path, tmp_path: Path) -> None:
     console = Console(record=True, file=StringIO(), width=200)
     teacher = ModelSource(str(toys / "teacher"), device_map={"": "cpu", "model.layers.1": "disk"})
     build(request(toys, tmp_path / "cache", teacher=teacher), console=console)

@@ -139,7 +139,7 @@ def test_a_path_that_is_not_there(toys: Path, load) -> None:
         load(str(toys / "studnt"), "student.model")
 
 
-def test_a_bare_name_near_a_folder_is_not_asked_of_the_hub(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bare_name_near_a_folder_is_not_looked_up_on_the_hub(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(toys)
     with pytest.raises(ModelError, match=r"Did you mean teacher\?"):
         load_model("teachers", "teacher.model")

@@ -39,7 +39,7 @@ def quiet_sweep(values: dict[str, Any], vary: list[str], out: Path, **options: A
 VARY = ["student.design.hidden_size=4,8", "objective.0.temperature=1,2"]
 
 
-def test_a_sweep_leaves_what_it_promises(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_sweep_writes_its_files_and_summary(values: dict[str, Any], tmp_path: Path) -> None:
     found = quiet_sweep(values, VARY, tmp_path / "sweep")
     names = {path.name for path in found.directory.iterdir()}
     runs = {f"hidden_size-{size}-temperature-{t}" for size in (4, 8) for t in (1, 2)}
@@ -217,7 +217,7 @@ def test_names_tell_combinations_apart(values: dict[str, Any], tmp_path: Path) -
         (["seed=-1,-2"], "greater than or equal to 0"),
     ],
 )
-def test_what_cannot_be_varied_is_said_before_anything_runs(
+def test_what_cannot_be_varied_is_refused_before_anything_runs(
     values: dict[str, Any], tmp_path: Path, vary: list[str], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
@@ -225,7 +225,7 @@ def test_what_cannot_be_varied_is_said_before_anything_runs(
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_mistake_is_told_once_and_all_of_them(values: dict[str, Any], tmp_path: Path) -> None:
+def test_each_mistake_is_reported_once(values: dict[str, Any], tmp_path: Path) -> None:
     values["train"]["max_step"] = 1
     with pytest.raises(RecipeError) as caught:
         grid(values, read_axes(["seed=1,2", "objective.0.temperature=1,-1"]), tmp_path)

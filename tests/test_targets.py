@@ -113,7 +113,7 @@ def test_the_rest_of_a_bucket_is_never_below_nothing(dtype):
     assert rest.isfinite() and rest < -15 and rest.dtype == torch.promote_types(dtype, torch.float32)
 
 
-def test_sparse_targets_know_whether_they_speak_of_the_first_tokens():
+def test_sparse_targets_are_sliced_only_where_no_token_is_lost():
     targets = SparseTargets(torch.tensor([[0, 3], [2, 99]]), torch.tensor([[-1.0, -1.0], [-1.0, -math.inf]]))
     assert targets.slice(4) is targets  # a slot that is not used may hold any id
     with pytest.raises(VocabularyError, match=r"^SparseTargets: expected token ids in 0\.\.2, got 0\.\.3\. .*another"):
@@ -150,10 +150,10 @@ def test_padding_of_the_vocabulary_is_sliced_off_before_the_normaliser():
     """Rows of zeros give logits of 0, which is real probability: the two models below differ only by them."""
     hidden, weight, teacher = randn(5, H), randn(V, H), randn(5, V)
     head = LMHead(torch.cat([weight, torch.zeros(3, H, dtype=torch.float64)]))
-    said = DenseTargets(torch.nn.functional.pad(teacher, (0, 3)))
+    wide_targets = DenseTargets(torch.nn.functional.pad(teacher, (0, 3)))
     unpadded = token_divergence(LMHead(weight).logits(hidden), DenseTargets(teacher), ForwardKL())
-    sliced = token_divergence(head.slice(V).logits(hidden), said.slice(V), ForwardKL())
-    padded = token_divergence(head.logits(hidden), said, ForwardKL())
+    sliced = token_divergence(head.slice(V).logits(hidden), wide_targets.slice(V), ForwardKL())
+    padded = token_divergence(head.logits(hidden), wide_targets, ForwardKL())
     assert torch.equal(sliced, unpadded)
     assert ((padded - unpadded).abs() > 0.01).all()
 

@@ -1,4 +1,4 @@
-"""What models are asked for: positions that count, heads that are cut, terms that make sense."""
+"""What models compute for a task: target positions, heads that are split off, terms that make sense."""
 
 from __future__ import annotations
 
@@ -78,21 +78,21 @@ def test_rows_that_do_not_count_are_not_attended_to() -> None:
 
 
 @pytest.mark.parametrize("kind", MASKED)
-def test_a_masked_head_is_cut_and_says_the_same(kind: str) -> None:
+def test_a_masked_head_is_split_off_with_the_same_logits(kind: str) -> None:
     model, batch = make_encoder(kind, "masked").eval(), make_batch("masked")
     alignment = align(batch["labels"], "masked")
     found = split_model(model)
     assert found is not None
-    said, whole = forward_targets(model, found, batch, alignment), forward_targets(model, None, batch, alignment)
-    assert isinstance(said, HeadTargets) and isinstance(whole, DenseTargets)
-    torch.testing.assert_close(said.dense(), whole.dense(), rtol=1e-4, atol=1e-5)
+    targets, whole = forward_targets(model, found, batch, alignment), forward_targets(model, None, batch, alignment)
+    assert isinstance(targets, HeadTargets) and isinstance(whole, DenseTargets)
+    torch.testing.assert_close(targets.dense(), whole.dense(), rtol=1e-4, atol=1e-5)
 
 
 def test_what_stands_between_is_proven() -> None:
     model = make_encoder("bert", "masked")
     transform = model.cls.predictions.transform
     model.cls.predictions.transform.forward = lambda states: 2 * type(transform).forward(transform, states)
-    assert split_model(model) is not None, "the module itself is asked"
+    assert split_model(model) is not None, "the module itself decides"
     model = make_encoder("distilbert", "masked")
     model.activation = torch.nn.Sequential(model.activation, torch.nn.Linear(16, 16))  # trained, and used by both
     assert split_model(model) is not None
@@ -113,11 +113,11 @@ def test_classifiers_and_encoders_stay_whole() -> None:
     for task in ("classification", "encoder"):
         assert split_model(make_encoder("bert", task)) is None
     batch = make_batch("encoder")
-    said = forward_targets(make_encoder("bert", "encoder"), None, batch, align(batch["labels"], "encoder"))
-    assert said.dense().shape == (6, 0)
+    targets = forward_targets(make_encoder("bert", "encoder"), None, batch, align(batch["labels"], "encoder"))
+    assert targets.dense().shape == (6, 0)
 
 
-def test_types_of_tokens_go_to_models_that_know_them() -> None:
+def test_types_of_tokens_go_to_models_that_have_them() -> None:
     batch = make_batch("classification")
     plain = {name: value for name, value in batch.items() if name != "token_type_ids"}
     for kind, differs in (("bert", True), ("roberta", False), ("distilbert", False)):

@@ -109,14 +109,19 @@ def test_the_other_terms_are_their_formulas() -> None:
     one = distiller(Attention(LayerMap.last_k()), Relations(), Similarity(), Hidden(LayerMap.last_k(), "cka"))
     found = one.step(batch).logs
     assert isinstance(one.teacher, ModelTeacher)
-    _, mine = one._capture.capture(one._request, lambda: one.student(**_inputs(batch)))
-    _, theirs = one.teacher._capture.capture(one.teacher._needs, lambda: one.teacher.model(**_inputs(batch)))
-    s, t = mine.attentions[1], theirs.attentions[3]
+    _, student_activations = one._capture.capture(one._request, lambda: one.student(**_inputs(batch)))
+    _, teacher_activations = one.teacher._capture.capture(
+        one.teacher._needs, lambda: one.teacher.model(**_inputs(batch))
+    )
+    s, t = student_activations.attentions[1], teacher_activations.attentions[3]
     assert s.shape[1] == t.shape[1] == 2
     torch.testing.assert_close(found["attention"], attention_mse(s, t)[there].mean().detach())
-    apart = [relation_divergence(a, b, there, 2) for a, b in zip(mine.vectors[1], theirs.vectors[3], strict=True)]
+    apart = [
+        relation_divergence(a, b, there, 2)
+        for a, b in zip(student_activations.vectors[1], teacher_activations.vectors[3], strict=True)
+    ]
     torch.testing.assert_close(found["relations"], torch.stack(apart).mean(0)[there].mean().detach())
-    a, b = mine.hidden[1], theirs.hidden[3]
+    a, b = student_activations.hidden[1], teacher_activations.hidden[3]
     pooled = [(x * there[..., None]).sum(1) / there.sum(1, keepdim=True) for x in (a, b)]
     kept = there.any(1)
     torch.testing.assert_close(found["similarity"], rkd_distance(*(x[kept] for x in pooled)).detach())
@@ -127,12 +132,12 @@ def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-@pytest.mark.parametrize(("mine", "theirs"), [(2, 4), (4, 2), (2, 8)])
+@pytest.mark.parametrize(("student_heads", "teacher_heads"), [(2, 4), (4, 2), (2, 8)])
 @pytest.mark.parametrize("heads", ["overlap", "entropy", "variance", "learned"])
-def test_head_counts_may_differ(mine: int, theirs: int, heads: Any) -> None:
+def test_head_counts_may_differ(student_heads: int, teacher_heads: int, heads: Any) -> None:
     student, teacher = make_llama(**STUDENT), make_llama(**TEACHER)
-    student = type(student)(_with_heads(student.config, mine))
-    teacher = type(teacher)(_with_heads(teacher.config, theirs))
+    student = type(student)(_with_heads(student.config, student_heads))
+    teacher = type(teacher)(_with_heads(teacher.config, teacher_heads))
     batch = make_batch()
     one = Distiller(student, teacher, [Attention(LayerMap.last_k(), ForwardKL(), heads=heads)])
     loss = one.step(batch).loss
@@ -143,7 +148,7 @@ def test_head_counts_may_differ(mine: int, theirs: int, heads: Any) -> None:
     if heads == "overlap":
         _, a = one._capture.capture(one._request, lambda: student(**_inputs(batch)))
         _, b = one.teacher._capture.capture(one.teacher._needs, lambda: teacher(**_inputs(batch)))
-        maps, _ = match_heads(b.attentions[3], head_overlap(mine, theirs))
+        maps, _ = match_heads(b.attentions[3], head_overlap(student_heads, teacher_heads))
         torch.testing.assert_close(loss, attention_divergence(a.attentions[1], maps)[attended_positions(batch)].mean())
 
 
@@ -274,9 +279,11 @@ def test_selected_dimensions_are_the_teachers() -> None:
     one, batch = distiller(Hidden(LayerMap.last_k(), dimensions={3: picked})), make_batch()
     assert not one.objective.state_dict()
     s, t = hidden_states(one.student.model, batch, 1), None
-    _, mine = one._capture.capture(one._request, lambda: one.student(**_inputs(batch)))
-    _, theirs = one.teacher._capture.capture(one.teacher._needs, lambda: one.teacher.model(**_inputs(batch)))
-    s, t = mine.hidden[1], theirs.hidden[3][..., picked]
+    _, student_activations = one._capture.capture(one._request, lambda: one.student(**_inputs(batch)))
+    _, teacher_activations = one.teacher._capture.capture(
+        one.teacher._needs, lambda: one.teacher.model(**_inputs(batch))
+    )
+    s, t = student_activations.hidden[1], teacher_activations.hidden[3][..., picked]
     torch.testing.assert_close(one.step(batch).loss, hidden_mse(s, t)[attended_positions(batch)].mean())
 
 

@@ -31,8 +31,8 @@ def blocks(language: str) -> list[str]:
 def workplace(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the page's reader has it."""
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
-    asked = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(4)]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(4)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "eval.jsonl").write_text('{"prompt": "1 + 1?", "completion": "Answer: 2"}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -95,12 +95,12 @@ def test_upstream_gradients_weigh_each_token():
     torch.testing.assert_close(weighed, plain * weights.unsqueeze(-1))
 
 
-def test_head_targets_say_what_their_dense_logits_say_and_get_no_gradient():
+def test_head_targets_equal_their_dense_logits_and_get_no_gradient():
     student, _ = pair(2, 3, 7)
     hidden, weight, bias = (pair(*shape)[0] for shape in ((2, 3, 4), (7, 4), (7,)))
     targets = HeadTargets(hidden, LMHead(weight, bias, logit_scale=0.5, softcap=3.0))
     dense = DenseTargets(targets.dense())
-    loss, same = (token_divergence(student, said, ReverseKL()) for said in (targets, dense))
+    loss, same = (token_divergence(student, teacher, ReverseKL()) for teacher in (targets, dense))
     assert torch.equal(loss, same)
     (loss + same).sum().backward()
     assert student.grad is not None

@@ -28,7 +28,7 @@ def candidates(*rows: tuple[float, int, float]) -> list[Candidate]:
     ]
 
 
-def test_the_front_is_who_nobody_beats() -> None:
+def test_no_point_of_the_front_is_dominated() -> None:
     draw = random.Random(0)
     for _ in range(200):
         costs = [draw.randint(1, 6) for _ in range(8)]

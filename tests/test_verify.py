@@ -1,4 +1,4 @@
-"""Answers compared as what they say, and votes over them."""
+"""Answers compared by their meaning, and votes over them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
-def test_the_same_answer_in_other_clothes(one: str, other: str) -> None:
+def test_the_same_answer_in_another_form(one: str, other: str) -> None:
     assert same_answer(one, other)
     assert same_answer(other, one)
 

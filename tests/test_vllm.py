@@ -32,16 +32,16 @@ from toy_server import LiveTopK, logged, prepared_with_top_k
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
 
 
-def test_it_says_what_the_live_model_says(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_its_targets_are_those_of_the_live_model(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
     batch = make_batch(6, 60)
     alignment = causal_alignment(batch["labels"])
-    said = ServedTeacher(ModelServer(vllm.url, "toy"), tokenizer, top_k=20)(batch, alignment)
+    output = ServedTeacher(ModelServer(vllm.url, "toy"), tokenizer, top_k=20)(batch, alignment)
     live = ModelTeacher(make_served())(batch, alignment).targets.dense().log_softmax(-1)
-    torch.testing.assert_close(said.targets.log_probs, live.topk(20).values, rtol=0, atol=2e-5)
-    torch.testing.assert_close(said.targets.log_probs, live.gather(1, said.targets.ids), rtol=0, atol=2e-5)
+    torch.testing.assert_close(output.targets.log_probs, live.topk(20).values, rtol=0, atol=2e-5)
+    torch.testing.assert_close(output.targets.log_probs, live.gather(1, output.targets.ids), rtol=0, atol=2e-5)
     labels = live.gather(1, alignment.labels[:, None])[:, 0]
-    torch.testing.assert_close(said.label_log_probs, labels, rtol=0, atol=2e-5)
-    print(f"largest difference {(said.targets.log_probs - live.topk(20).values).abs().max():.1e} nats")
+    torch.testing.assert_close(output.label_log_probs, labels, rtol=0, atol=2e-5)
+    print(f"largest difference {(output.targets.log_probs - live.topk(20).values).abs().max():.1e} nats")
 
 
 def test_a_step_from_it_is_a_step_from_the_live_model(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -95,7 +95,7 @@ def test_it_writes_what_the_live_model_writes(vllm: Served, tokenizer: PreTraine
     assert [len(found) for found in server.complete(prompts, drawn)] == [2, 2, 2]
 
 
-def test_what_it_refuses_is_told(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_refused_requests_are_errors(vllm: Served, tokenizer: PreTrainedTokenizerFast) -> None:
     server = ModelServer(vllm.url, "toy")
     teacher = ServedTeacher(server, tokenizer)
     assert teacher.max_length == 63

@@ -45,7 +45,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def generated(recipe: Path, *options: str, kill_at: int | None = None) -> int:
-    """The exit status of `potstill generate`, killed as soon as so many asks are answered."""
+    """The exit status of `potstill generate`, killed as soon as so many requests are answered."""
     process = generating(recipe, *options, until=0 if kill_at is None else kill_at)
     if kill_at is not None:
         process.kill()
@@ -53,9 +53,9 @@ def generated(recipe: Path, *options: str, kill_at: int | None = None) -> int:
 
 
 def generating(recipe: Path, *options: str, until: int) -> BaseProcess:
-    """A process of `potstill generate` that has answered more than so many asks, or has ended."""
+    """A process of `potstill generate` that has answered more than so many requests, or has ended."""
     folder = Path(yaml.safe_load(recipe.read_text())["output"])
-    process = processes.potstill("generate", str(recipe), *options, said=recipe.with_suffix(".log"))
+    process = processes.potstill("generate", str(recipe), *options, printed=recipe.with_suffix(".log"))
     while process.exitcode is None and len(lines_of(folder / "texts.jsonl")) <= until:
         time.sleep(0.01)
     return process
@@ -88,12 +88,12 @@ def test_killed_twice_no_row_is_lost_or_doubled(values: dict[str, Any], tmp_path
         rows = [row for file in ("train", "dropped") for row in lines(tmp_path / name / f"{file}.jsonl")]
         places = Counter((row["provenance"]["row"], row["provenance"]["sample"]) for row in rows)
         assert len(places) == QUESTIONS * SAMPLES and set(places.values()) == {1}
-    # Each ask has the seed that it has in the run that was not killed; what a server writes for it may differ by the
+    # Each request has the seed of the run that was not killed; what a server writes for it may differ by the
     # rounding of what it does beside, so that the same text is no demand.
     whole = lines(tmp_path / "whole" / "texts.jsonl")[1:]
     assert [one["seed"] for one in journal] == [one["seed"] for one in whole]
     same = sum(one == other for one, other in zip(journal, whole, strict=True))
-    print(f"{same} of {QUESTIONS} asks have the very texts of the run that was not killed")
+    print(f"{same} of {QUESTIONS} requests have the very texts of the run that was not killed")
 
 
 def test_rows_of_a_server_that_is_killed_and_started_again(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -79,8 +79,8 @@ def held_bytes(tokenizer: PreTrainedTokenizerFast, ids: list[int], text: str) ->
     found: list[range] = []
     pieces, start = text.split("<end>"), 0
     tokens = " ".join(tokenizer.convert_ids_to_tokens(ids)).split("<end>")
-    for piece, said in zip(pieces, tokens, strict=False):
-        sizes = [len(token) for token in said.split()]
+    for piece, piece_tokens in zip(pieces, tokens, strict=False):
+        sizes = [len(token) for token in piece_tokens.split()]
         at = start - (sum(sizes) - len(piece.encode()))
         assert at in (start, start - 1)
         for size in sizes:
@@ -145,7 +145,7 @@ def test_weights_per_span_are_those_of_means(other: float | None, write: Any) ->
         targets = [i for i, label in enumerate(row["labels"]) if label != -100]
         losses = {i: float(i * i % 7) for i in targets}
         means = 0.0
-        for weight in {names["weights"][i] for i in targets}:  # which tells the span of a token
+        for weight in {names["weights"][i] for i in targets}:  # which identifies the span of a token
             within = [losses[i] for i in targets if names["weights"][i] == weight]
             means += weight * sum(within) / len(within)
         found = sum(row["weights"][i] * losses[i] for i in targets)
@@ -192,8 +192,8 @@ def test_rows_and_single_tokens_have_weights_and_what_counts_nothing_has_no_labe
         labels = [label if weight else -100 for label, weight in zip(before["labels"], one["weights"], strict=True)]
         assert one["labels"] == labels
     other = encode(Source(path, span_weights={"reasoning": 0, "answer": 0, "other": 1}), tokenizer, max_length=200)
-    said = tokenizer.convert_ids_to_tokens([i for i in other.dataset[0]["labels"] if i != -100])
-    assert "".join(said) == "ĊĊAnswer:<end>"
+    target_tokens = tokenizer.convert_ids_to_tokens([i for i in other.dataset[0]["labels"] if i != -100])
+    assert "".join(target_tokens) == "ĊĊAnswer:<end>"
     assert none.tokens + other.tokens < encode(Source(path), tokenizer, max_length=200).tokens
 
     ids = [{"input_ids": [5, 6, 7], "weights": [1, 0, 0.5], "share": 2}]
@@ -244,7 +244,7 @@ def test_bad_weights_are_one_clear_line(row: Any, options: Any, words: str | Non
     assert "\n" not in str(error.value)
 
 
-def test_recipes_take_weights_and_tell_mistakes(recipe_values: dict[str, Any]) -> None:
+def test_recipes_accept_weights_and_refuse_mistakes(recipe_values: dict[str, Any]) -> None:
     recipe_values["data"]["train"] |= {"weight": "share", "span_weights": WEIGHTS}
     assert Recipe.parse(recipe_values).data.train.span_weights.answer == 0.75
     for wrong, words in (

@@ -53,13 +53,13 @@ def test_the_demo_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> Non
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
 
-    def said(*command: str) -> str:
+    def stdout_of(*command: str) -> str:
         done = subprocess.run(command, cwd=elsewhere, env=clean, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert said(str(python), "-c", "import potstill; print(potstill.__file__)").startswith(str(environment))
-    output = said(str(environment / "bin/potstill"), "demo", "--fast")
+    assert stdout_of(str(python), "-c", "import potstill; print(potstill.__file__)").startswith(str(environment))
+    output = stdout_of(str(environment / "bin/potstill"), "demo", "--fast")
     assert "The student closes" in " ".join(output.split())
     run = elsewhere / "runs/demo-fast"
     assert "fewer steps and less text than the figures of the README" in (run / "report.html").read_text()

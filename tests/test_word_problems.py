@@ -72,12 +72,12 @@ def test_held_out_templates_are_of_known_parts(made: Any) -> None:
     assert any(bought.search(one.question) for one in made.problems(300, "train", 0, held_out=True))
 
 
-def test_the_tokenizer_knows_every_word_and_gives_texts_back(made: Any) -> None:
+def test_the_tokenizer_has_every_word_and_decodes_what_it_encodes(made: Any) -> None:
     words = made.tokenizer()
     assert len(words) < 300
     for one in [*made.problems(200, "train", 0), *made.problems(200, "test", 0, held_out=True)]:
-        asked = {made.PROMPT: one.chain, made.PROGRAM_PROMPT: one.program, made.ANSWER_PROMPT: f" {one.answer}"}
-        for prompt, said in asked.items():
-            for text in (fill(prompt, one.question), said):
+        completions = {made.PROMPT: one.chain, made.PROGRAM_PROMPT: one.program, made.ANSWER_PROMPT: f" {one.answer}"}
+        for prompt, completion in completions.items():
+            for text in (fill(prompt, one.question), completion):
                 ids = words(text)["input_ids"]
                 assert words.decode(ids) == text and words.unk_token_id not in ids

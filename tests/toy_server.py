@@ -1,4 +1,4 @@
-"""A toy model behind a real HTTP server that speaks like vLLM and fails as it is told, and what it is compared with."""
+"""A toy model behind a real HTTP server with vLLM's API and faults on demand, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LiveTopK(Teacher):
 
 
 def prepared_with_top_k(recipe: Recipe) -> BuiltRun:
-    """`prepare`, but a model that sits here tells its 20 likeliest tokens alone."""
+    """`prepare`, but a model that sits here gives its 20 likeliest tokens alone."""
     built = build_run(recipe)
     return built if built.loaded.model is None else replace(built, teacher=LiveTopK(built.loaded.model, 20))
 
@@ -54,18 +54,18 @@ class ToyServer:
     Args:
         model: a causal language model.
         tokenizer: how the server reads token ids.
-        tells_prompts: whether it knows prompt_logprobs and /detokenize, as vLLM does and OpenAI does not.
+        scores_prompts: whether it has prompt_logprobs and /detokenize, as vLLM does and OpenAI does not.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, tells_prompts: bool = True) -> None:
-        self.model, self.tokenizer, self.tells_prompts = model.eval(), tokenizer, tells_prompts
+    def __init__(self, model: Any, tokenizer: Any, *, scores_prompts: bool = True) -> None:
+        self.model, self.tokenizer, self.scores_prompts = model.eval(), tokenizer, scores_prompts
         self.name = "toy"
-        self.detokenizes = tells_prompts
-        self.faults: list[str] = []  # what befalls the next questions to /v1/completions
+        self.detokenizes = scores_prompts
+        self.faults: list[str] = []  # the faults of the next requests to /v1/completions
         self.change: Any = None  # what is done to an answer of /v1/completions
         self.key: str | None = None  # the only key that is let in
         self.refused: set[str] = set()  # keys of /v1/completions that it does not know
-        self.asked: list[dict[str, Any]] = []  # bodies of /v1/completions
+        self.requests: list[dict[str, Any]] = []  # bodies of /v1/completions
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         self._gone = threading.Event()
@@ -101,7 +101,7 @@ class ToyServer:
             {"index": i, "text": f"{self.tokenizer.decode(prompt)}!{i}", "finish_reason": ("stop", "length")[i % 2]}
             for i in range(body.get("n", 1))
         ]
-        if "prompt_logprobs" in body and self.tells_prompts:
+        if "prompt_logprobs" in body and self.scores_prompts:
             choices[0]["prompt_logprobs"] = self.prompt_logprobs(prompt, body["prompt_logprobs"])
         return 200, {"choices": choices[::-1]}
 
@@ -139,7 +139,7 @@ class ToyServer:
                 fault = ""
                 if self.path == "/v1/completions":
                     with server.lock:
-                        server.asked.append(body)
+                        server.requests.append(body)
                         fault = server.faults.pop(0) if server.faults else ""
                         server.at_once += 1
                         server.most_at_once = max(server.most_at_once, server.at_once)

@@ -15,7 +15,7 @@ from toy_server import ToyServer
 
 
 class ToyStudentServer(ToyServer):
-    """Serves random weights, under the name "toy", until it is lent others.
+    """Serves random weights, under the name "toy", until it is sent others.
 
     Args:
         tokenizer: how the server reads token ids.
@@ -26,8 +26,8 @@ class ToyStudentServer(ToyServer):
         super().__init__(model if model is not None else make_llama(hidden_size=8, layers=1, seed=9), tokenizer)
         self.version = "default"
         self.takes = True  # False: without VLLM_SERVER_DEV_MODE and VLLM_ALLOW_RUNTIME_LORA_UPDATING
-        self.deaf = False  # it says that it took weights, and did not
-        self.lent: list[Any] = []  # all models that it was lent
+        self.ignores_weights = False  # True: it reports that it loaded weights, and did not
+        self.received: list[Any] = []  # all models that it was sent
         self.adapters: dict[str, Any] = {}
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -38,19 +38,19 @@ class ToyStudentServer(ToyServer):
             return 200, {"success": True}
         if path == "/collective_rpc" and self.takes:
             assert body["method"] == "reload_weights"
-            if not self.deaf:
+            if not self.ignores_weights:
                 self.model = LlamaForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
-            self.lent.append(self.model)
+            self.received.append(self.model)
             return 200, {"results": [None]}
         if path == "/v1/load_lora_adapter" and self.takes:
             base = type(self.model)(self.model.config)
             base.load_state_dict(self.model.state_dict())
             self.adapters[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"]).eval()
-            self.lent.append(self.adapters[body["lora_name"]])
-            return 200, b"Success: it is said in words."
+            self.received.append(self.adapters[body["lora_name"]])
+            return 200, b"Success: the adapter is loaded or unloaded."
         if path == "/v1/unload_lora_adapter" and self.takes:
             del self.adapters[body["lora_name"]]
-            return 200, b"Success: it is said in words."
+            return 200, b"Success: the adapter is loaded or unloaded."
         if path == "/v1/completions" and "return_token_ids" in body:
             return self.write(body)
         return super().answer(path, body)
@@ -73,5 +73,7 @@ class ToyStudentServer(ToyServer):
             log_probs = token_log_probs(
                 model, body["prompt"], text.ids
             ).tolist()  # over all rows of its head, as vLLM's are
-        told = {"token_ids": text.ids, "logprobs": {"token_logprobs": log_probs}}
-        return 200, {"choices": [{"index": 0, "text": "", "finish_reason": "stop" if text.ended else "length", **told}]}
+        extra = {"token_ids": text.ids, "logprobs": {"token_logprobs": log_probs}}
+        return 200, {
+            "choices": [{"index": 0, "text": "", "finish_reason": "stop" if text.ended else "length", **extra}]
+        }

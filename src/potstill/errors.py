@@ -1,13 +1,13 @@
 """Every error that Potstill raises on purpose.
 
     PotstillError
-    ├── UserError               something to correct in what was asked; exit status 2
+    ├── UserError               a mistake in a recipe, a command or a call; exit status 2
     │   ├── RecipeError         a recipe does not say what it must
     │   ├── DataError           a file, a field or an example is not usable
     │   │   └── EmptyDataError  no token of the data is a target
-    │   ├── VocabularyError     teacher and student do not speak of the same tokens
+    │   ├── VocabularyError     teacher and student do not have the same tokens
     │   ├── ModelError          a model cannot be read or built
-    │   ├── RefusedError        a server does not do what it is asked
+    │   ├── RefusedError        a server refuses a request
     │   └── ShapeError          tensors that do not fit together
     └── RunError                a run could not go on; exit status 1
         ├── ServerError         a server does not answer
@@ -30,7 +30,7 @@ class PotstillError(Exception):
 
 
 class UserError(PotstillError):
-    """Something to correct in what was asked."""
+    """A mistake in a recipe, a command or a call."""
 
 
 class RecipeError(UserError, ValueError):
@@ -46,7 +46,7 @@ class EmptyDataError(DataError):
 
 
 class VocabularyError(UserError, ValueError):
-    """Teacher and student do not speak of the same tokens."""
+    """Teacher and student do not have the same tokens."""
 
 
 class ModelError(UserError, ValueError):
@@ -54,7 +54,7 @@ class ModelError(UserError, ValueError):
 
 
 class RefusedError(UserError, ValueError):
-    """A server does not do what it is asked; `status` is its HTTP status, where that is how it refuses."""
+    """A server refuses a request; `status` is its HTTP status, where it has one."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)

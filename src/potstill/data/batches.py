@@ -235,7 +235,7 @@ class PaddingCollator:
 
     Labels come from the examples and are never compared with the pad id: EOS may pad, and still be a target. Examples
     that come with padding, by their attention_mask, lose it, and packed ones are split into their sequences, which
-    position_ids, seq_idx or seq_lengths tell: see `potstill.data.right_padding`. Other columns are left out.
+    position_ids, seq_idx or seq_lengths give: see `potstill.data.right_padding`. Other columns are left out.
     """
 
     pad_token_id: int

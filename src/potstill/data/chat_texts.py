@@ -117,8 +117,8 @@ class ChatRenderer:
 
     def end_within(self, talk: Conversation) -> str | None:
         """Find a token that ends a text in what the messages themselves say; the model reads it as that token."""
-        says = [part for message in talk.messages for _, part in _parts(message)]
-        return next((end for end in self.ends if any(end in part for part in says)), None)
+        contents = [part for message in talk.messages for _, part in _parts(message)]
+        return next((end for end in self.ends if any(end in part for part in contents)), None)
 
     def render(self, talk: Conversation, *, by_turn: bool = False) -> list[ChatText]:
         """Render a conversation; none where no message has a loss. `by_turn` asks for a text for each turn."""

@@ -107,7 +107,7 @@ class RowEncoder:
             yield from locate(self.tokenizer, group, special=special)
 
     def note(self, name: str, example: str) -> None:
-        """Count something of which a note tells, with its first example."""
+        """Count something that a note reports, with its first example."""
         self.counts[name] += 1
         self.examples.setdefault(name, example)
 

@@ -16,7 +16,7 @@ from potstill.errors import DataError
 
 @dataclass(frozen=True)
 class LocatedTokens:
-    """The tokens of a text, and where in it they stand; slow tokenizers do not tell where."""
+    """The tokens of a text, and where in it they stand; slow tokenizers do not give the places."""
 
     tokenizer: PreTrainedTokenizerBase
     text: str

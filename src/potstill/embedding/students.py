@@ -217,7 +217,7 @@ class StaticStudent(EmbeddingStudent):
         focus: Focus,
         seed: int,
     ) -> TextStudent:
-        if tokens is None:  # a server or a file of vectors, which cannot tell what a token means
+        if tokens is None:  # a server or a file of vectors, which cannot encode single tokens
             tokenizer, head = self._tokenizer(teacher), self._pca_head(vectors, focus, seed)
             blocks = (torch.from_numpy(head.transform(block)) for block in vectors.blocks())
             return self.from_table(tokenizer, mean_of_texts(tokenizer, texts, blocks, self.dimensions), texts)

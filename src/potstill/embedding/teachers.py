@@ -35,7 +35,7 @@ class EmbeddingTeacher(ChosenByKey, Declared):
     """Source of the vectors that a student learns from."""
 
     reads_text: ClassVar[bool] = True
-    has_vocabulary: ClassVar[bool] = False  # of which it can tell what each token means
+    has_vocabulary: ClassVar[bool] = False  # whose single tokens it can encode
 
     @abstractmethod
     def load(self) -> TextEncoder | None: ...

@@ -203,7 +203,7 @@ def _dialogue(
 def _description(
     text: GeneratedText, task: str, reasoning: Span | None, answer: Span | None, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a row says of its text beside the dialogue."""
+    """The columns that describe a text, beside its dialogue."""
     request = text.request
     row: dict[str, Any] = {}
     if text.reasoning_span is not None:

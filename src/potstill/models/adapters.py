@@ -328,7 +328,7 @@ def _choose(layers: Mapping[str, nn.Module], ends: Sequence[str], key: str) -> l
 
 
 def _smaller_side(layer: Any) -> int:
-    """The smaller number of inputs and outputs; the shape of a quantized weight does not tell."""
+    """The smaller number of inputs and outputs; the shape of a quantized weight does not give it."""
     return min((layer.nx, layer.nf) if is_transposed(layer) else (layer.in_features, layer.out_features))
 
 

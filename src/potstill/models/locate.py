@@ -150,7 +150,7 @@ def _check_index(path: Path, key: str) -> None:
         names = {*content["weight_map"].values()}
         outside = [name for name in names if Path(name).name != name]
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return  # not an index of weights, or damaged, which is said where it is read
+        return  # not an index of weights, or damaged, which is an error where it is read
     if outside:
         raise ModelError(
             f"{key}: expected the files of weights in {path.parent}, got {outside[0]} in {path.name}. "

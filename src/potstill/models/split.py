@@ -26,7 +26,7 @@ SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multipl
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SPAN = 60.0  # the probe's logits are in [-SPAN, SPAN]: large enough to bend under every soft cap
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # the part of a batch that models read
-# Token-wise submodules between body and head, in order; the probe tells which of them a model has.
+# Token-wise submodules between body and head, in order; the probe finds which of them a model has.
 GELU = "gelu"  # a function, not a submodule
 BETWEEN = (
     (),  # causal language models

@@ -80,7 +80,7 @@ def find_attention(layer: nn.Module) -> tuple[nn.Module, tuple[str, ...]] | None
 
 
 def split_projection(fused: Tensor, config: Any, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the output of a fused projection into queries, keys and values; its width tells the number of keys."""
+    """Split the output of a fused projection into queries, keys and values; its width gives the number of keys."""
     heads, width = config.num_attention_heads, head_size(config)
     keys = (fused.shape[-1] // width - heads) // 2
     if keys < 1:

@@ -311,8 +311,8 @@ def _notes(plan: GenerationPlan, completions: Sequence[RequestCompletions]) -> l
     """Say where rows may differ from what the teacher read and wrote."""
     tokenizer, notes = plan.reader.tokenizer, []
     is_chat = tokenizer is not None and tokenizer.chat_template is not None
-    asked = plan.requests[0].task != OwnText.name
-    if is_chat and plan.reader.row_format == "completion" and asked:
+    has_prompts = plan.requests[0].task != OwnText.name
+    if is_chat and plan.reader.row_format == "completion" and has_prompts:
         notes.append("rows: the teacher read its chat template, and the rows have the bare prompts.")
     if isinstance(plan.engine, ModelServer) and not any(text.ids for each in completions for text in each.texts):
         notes.append("teacher.server: no token ids came back: special tokens may be missing in the texts.")

@@ -52,7 +52,7 @@ class ModelTeacher(Teacher):
         if is_spread(model) and (device is not None or dtype is not None):
             hint = "Leave them out, or load the model without device_map."
             raise ModelError(f"ModelTeacher: expected no device or dtype for a model that is spread, got one. {hint}")
-        if dtype is not None:  # a quantized model refuses even to be asked
+        if dtype is not None:  # `to` of a quantized model raises
             model.to(dtype)
         if device is not None:
             try:

@@ -33,7 +33,7 @@ class TokenBytes:
         self.tokenizer = tokenizer
         self._owner = owner
         if not tokenizer.is_fast:
-            raise self._refuse("a slow one", "Its tokens do not tell their bytes.")
+            raise self._refuse("a slow one", "It does not give the bytes of its tokens.")
         self._backend: Any = tokenizer.backend_tokenizer
         state = json.loads(self._backend.to_str())
         decoders = _components(state["decoder"])

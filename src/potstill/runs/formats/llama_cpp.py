@@ -109,7 +109,7 @@ _errors: list[str] = []
 
 @_Log
 def _collect(level: int, text: bytes, _: Any) -> None:
-    """Keep what llama.cpp says of a failure, and print nothing."""
+    """Keep llama.cpp's messages about a failure, and print nothing."""
     if level >= _LOG_ERROR:
         _errors.append(text.decode(errors="replace"))
 
