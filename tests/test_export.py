@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_tokenizer, quiet_run
 from potstill import files
 from potstill.cli import app
 from potstill.data.sources import Source
@@ -299,3 +299,15 @@ def test_a_run_exports_its_student(recipe_values: dict[str, Any], tmp_path: Path
         "q8_0",
         "f16",
     }
+
+
+def test_a_second_export_of_fewer_tokens_is_beside_the_cut_teacher(recipe_values: dict[str, Any]) -> None:
+    recipe_values["student"] |= {"vocabulary": {"keep": 280}}
+    recipe_values |= {"export": [{"to": "gguf", "quantize": "f32"}], "evaluate": {"continuations": 0}}
+    directory = quiet_run(recipe_values).directory
+    first = read_exports(directory / "export")
+    assert first is not None
+    assert first.files[0].teacher_kl is not None
+    again = export(directory, quantize=["f32"])
+    assert again.files[0].teacher_kl == pytest.approx(first.files[0].teacher_kl, rel=1e-3)
+    assert again.teacher_loss == pytest.approx(first.teacher_loss, rel=1e-3)
