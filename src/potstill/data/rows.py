@@ -85,15 +85,13 @@ class RowEncoder:
         """
         closing = self.with_eos([]) if self.packing else []
         for ids in documents:
-            if self.long_rows is not None and len(ids) > limit:
-                self.counts[self.long_rows] += 1
-                if self.long_rows == "drop":
-                    continue
-                if self.long_rows == "cut":
-                    ids = ids[:limit]
-                    yield [*ids, *closing], [*ids, *[IGNORE] * len(closing)]
-                    continue
-            yield ids, ids
+            way = self.long_rows if len(ids) > limit else None
+            if way is not None:
+                self.counts[way] += 1
+            if way == "cut":
+                yield [*ids[:limit], *closing], [*ids[:limit], *[IGNORE] * len(closing)]
+            elif way != "drop":
+                yield ids, ids
 
     def tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """Tokenize texts, with or without the special tokens that the tokenizer adds."""
