@@ -171,11 +171,36 @@ def test_rows_that_are_too_long_are_cut_left_out_or_split_and_counted(kind: str,
     for name, values in whole[0].items():
         assert [found["cut"][0][name], len(found["cut"])] == [values[:12], 2]
         parts = [row[name] for row in found["split"]][:-1]
-        joined = [value for part in parts for value in part]
+        shared = kind != "text"  # the last token of a part, for the next one's first target
+        joined = [value for number, part in enumerate(parts) for value in part[shared and number > 0 :]]
         assert joined == values[: len(joined)]
         assert len(values) - len(joined) < 3  # a last part without a target is left out
     assert len(found["drop"]) == 1
     assert min(len(row["input_ids"]) for row in found["split"]) > 1
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 8, 9, 40])
+@pytest.mark.parametrize("kind", ["completion", "messages", "input_ids"])
+def test_rows_that_are_split_have_each_target_once(kind: str, max_length: int, write: Any) -> None:
+    tokenizer = byte_level(chat=CHAT, eos_token="<eos>", pad_token="<pad>")
+    rows = [*LONG[kind], {"prompt": "12345678", "completion": "the mat"}] if kind == "completion" else LONG[kind]
+    whole = encode(Source(write(rows)), tokenizer, max_length=10_000)
+    split = encode(Source(write(rows), long_rows="split"), tokenizer, max_length=max_length)
+    targets = [[i for row in x.dataset for i in row["labels"][1:] if i != -100] for x in (whole, split)]
+    assert targets[0] == targets[1]
+    assert whole.tokens == split.tokens
+    assert max(len(row["input_ids"]) for row in split.dataset) <= max_length
+
+
+def test_a_text_that_is_cut_does_not_end_in_packed_rows(write: Any) -> None:
+    tokenizer = byte_level(eos_token="<eos>", pad_token="<pad>")
+    texts = ["the cat sat on the mat", "a"]
+    rows = encode(
+        Source(write([{"text": text} for text in texts]), long_rows="cut"), tokenizer, max_length=4, packing=True
+    )
+    (long, short), eos = (tokenizer(text)["input_ids"] for text in texts), tokenizer.eos_token_id
+    assert rows_of(rows) == [long[:4], [eos, *short, eos]]
+    assert [row["labels"] for row in rows.dataset] == [long[:4], [IGNORE, *short, eos]]
 
 
 def test_long_rows_and_what_they_cannot_go_with(write: Any) -> None:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_tokenizer, quiet_run
 from potstill import files
 from potstill.cli import app
 from potstill.data.sources import Source
@@ -60,7 +60,10 @@ def test_a_model_is_measured_beside_its_teacher(model: Path, toys: Path) -> None
         assert file.kl < 1e-3 and abs(file.loss - exports.student_loss) < 2e-2
         assert abs(file.teacher_kl - exports.student_teacher_kl) < 2e-2
         assert file.prompt_tokens_per_second > 0 and file.tokens_per_second > 0
-        assert file.notes == [] and (file.peak_bytes is None or file.peak_bytes > 0)
+        assert file.peak_bytes is None or file.peak_bytes > 0
+    f16, q8_0 = exports.files
+    assert f16.notes == []
+    assert "most weights of its matrices are not q8_0: 100% f16." in q8_0.notes[0]  # rows of 16 weights
 
 
 def test_each_model_runs_once_on_each_row(model: Path, toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,3 +299,15 @@ def test_a_run_exports_its_student(recipe_values: dict[str, Any], tmp_path: Path
         "q8_0",
         "f16",
     }
+
+
+def test_a_second_export_of_fewer_tokens_is_beside_the_cut_teacher(recipe_values: dict[str, Any]) -> None:
+    recipe_values["student"] |= {"vocabulary": {"keep": 280}}
+    recipe_values |= {"export": [{"to": "gguf", "quantize": "f32"}], "evaluate": {"continuations": 0}}
+    directory = quiet_run(recipe_values).directory
+    first = read_exports(directory / "export")
+    assert first is not None
+    assert first.files[0].teacher_kl is not None
+    again = export(directory, quantize=["f32"])
+    assert again.files[0].teacher_kl == pytest.approx(first.files[0].teacher_kl, rel=1e-3)
+    assert again.teacher_loss == pytest.approx(first.teacher_loss, rel=1e-3)

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from conftest import TEXT, make_llama, make_tokenizer
 from potstill.runs.formats.gguf_families import FAMILIES
-from potstill.runs.formats.gguf_file import gguf_kind, write_gguf
+from potstill.runs.formats.gguf_file import gguf_kind, kind_notes, write_gguf
 from potstill.runs.formats.gguf_tokenizer import _SPLITS
 from potstill.runs.formats.llama_cpp import LlamaCpp
 
@@ -134,6 +134,24 @@ def test_k_quants_are_those_of_llama_cpp(tmp_path: Path) -> None:
     of = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
     kinds = [of[f"blk.{layer}.attn_qkv.weight"] for layer in range(8)]
     assert kinds == ["Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q6_K"], "as the values alone"
+
+
+def test_a_file_whose_weights_are_of_another_kind_has_a_note(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    for width, kind, shares in (
+        (48, "q4_0", "100% f16."),
+        (96, "q4_k_m", "q5_0, "),
+        (256, "q4_k_m", None),
+        (96, "q4_0", None),
+        (48, "f16", None),
+    ):
+        sizes = {"hidden_size": width, "intermediate_size": width, "head_dim": width // 4, "num_hidden_layers": 8}
+        write_gguf(make("llama", **sizes, num_key_value_heads=4), make_tokenizer(), path, kind)
+        notes = [*kind_notes(path, kind)]
+        assert len(notes) == (shares is not None)
+        if shares is not None:
+            assert f"are not {kind}: " in notes[0]
+            assert shares in notes[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])

@@ -186,6 +186,25 @@ def test_a_head_that_is_not_tied_stays_apart(tmp_path: Path) -> None:
     assert torch.equal(model.lm_head.weight, load_file(tmp_path / "model.safetensors")["lm_head.weight"])
 
 
+def test_what_else_is_tied_is_saved_beside_a_head_that_is_not(tmp_path: Path) -> None:
+    """BERT ties the biases of its head too, and LUKE the embeddings of entities, but not its head."""
+    for family, tied in (("bert", "cls.predictions.decoder.bias"), ("luke", "entity_predictions.decoder.weight")):
+        families.model(family, AutoModelForMaskedLM).save_pretrained(tmp_path / "first")
+        weights = load_file(tmp_path / "first" / "model.safetensors")
+        assert tied not in weights
+        if family == "bert":
+            weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"].flip(0)
+            save_file(weights, tmp_path / "first" / "model.safetensors", metadata={"format": "pt"})
+        model = load_model(str(tmp_path / "first"), "student.model", task="masked")
+        assert model.config.tie_word_embeddings == (family == "luke")
+        with torch.no_grad():
+            model.get_parameter(tied).add_(1.0)
+        model.save_pretrained(tmp_path / "second")
+        again = load_model(str(tmp_path / "second"), "student.model", task="masked")
+        assert loading_notes(again) == ()
+        assert torch.equal(again.get_parameter(tied), model.get_parameter(tied))
+
+
 def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     name = saved(tmp_path, without_head, tie_word_embeddings=True)
     assert loading_notes(load_model(name, "teacher.model")) == ()

@@ -31,6 +31,7 @@ from potstill.errors import ModelError, RecipeError
 from potstill.models.trimming import choose_tokens, trim_model, trim_tokenizer
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
+from potstill.runs.rehearsal import rehearse
 from potstill.runs.show import show_data
 from toy_encoders import make_encoder, save
 
@@ -221,6 +222,16 @@ def test_an_existing_student_is_cut_and_a_run_saves_it(recipe_values: dict[str, 
     _check_whole_teacher(rows, tokenizer, toys)
     page = (result.directory / "report.html").read_text()
     assert re.search(r"<th[^>]*>whole teacher</th><th[^>]*>teacher</th><th[^>]*>student</th>", page)
+
+
+def test_prompts_may_be_longer_than_the_rows_of_a_rehearsal(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"prompt": "a b c d e f g h i j k l m n o p q r s t" + " u" * i, "completion": " v w"} for i in range(8)]
+    for part in ("train", "eval"):
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        recipe_values["data"][part] = {"path": str(tmp_path / f"{part}.jsonl")}
+    recipe_values["data"] |= {"packing": False, "max_length": 64}
+    built = trimmed_run(recipe_values, keep="data")
+    rehearse(built, built.new_student())
 
 
 def _check_whole_teacher(rows: dict[str, Any], own: Any, toys: Path) -> None:

@@ -47,6 +47,7 @@ class Examples:
         teacher_longest: tokens of the longest row with a prompt of the teacher's own; 0 where there is none.
         joined: whether its rows are joined plain text, which is not packed again.
         sources: the titles of the sources, and their rows before they were encoded, empty ones included.
+        max_length: that they were encoded with; a rehearsal takes shorter pieces.
     """
 
     dataset: Any
@@ -55,6 +56,7 @@ class Examples:
     teacher_longest: int = 0
     joined: bool = False
     sources: tuple[tuple[str, Dataset], ...] = ()
+    max_length: int = 0
 
 
 def encode(
@@ -145,7 +147,7 @@ def encode(
     if task == "causal" and kind in ("text", "completion") and tokenizer.eos_token_id is None:
         notes = [f"tokenizer: expected an EOS token, got none: the texts of {file} have no end token.", *notes]
     encoded, sources, counts = Dataset.from_file(str(path)), ((file, dataset),), encoder.counts
-    return Examples(encoded, counts["tokens"], tuple(notes), counts["teacher_longest"], joined, sources)
+    return Examples(encoded, counts["tokens"], tuple(notes), counts["teacher_longest"], joined, sources, max_length)
 
 
 def _check_suitable(

@@ -20,7 +20,7 @@ from potstill.files import atomic_path
 from potstill.models.checksums import write_checksum
 
 BATCH = 256  # rows read, tokenised and written at a time
-FORMAT = 4  # to be raised whenever the same input is encoded differently
+FORMAT = 5  # to be raised whenever the same input is encoded differently
 
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 

@@ -46,7 +46,7 @@ def encode_mixture(sources: Source | Sequence[Source], tokenizer: PreTrainedToke
     longest = max(examples.teacher_longest for examples in encoded)
     rows = tuple(chain(*(examples.sources for examples in encoded)))
     joined = all(examples.joined for examples in encoded)
-    return Examples(concatenate_datasets(datasets), tokens, tuple(notes), longest, joined, rows)
+    return Examples(concatenate_datasets(datasets), tokens, tuple(notes), longest, joined, rows, encoded[0].max_length)
 
 
 def _counts(sources: Sequence[Source], sizes: list[int]) -> list[int]:

@@ -20,7 +20,7 @@ from potstill.data.disk_cache import BATCH
 from potstill.data.sources import TEACHER_PROMPT_COLUMNS, LongRows, SourceKind
 from potstill.data.token_places import LocatedTokens, locate
 from potstill.data.token_weights import SPAN_COLUMNS, Span, SpanWeights, token_weights
-from potstill.data.windows import bounds, packed, windows
+from potstill.data.windows import IdsAndLabels, bounds, packed, windows
 from potstill.errors import DataError
 from potstill.losses.alignment import IGNORE, Task, check_unshifted
 from potstill.models.chat import end_token_ids, render_chat, unread_keys
@@ -78,15 +78,20 @@ class RowEncoder:
         uncounted = replace(self, counts=Counter(), examples={})  # the student's rows count what is empty
         return _with_teacher_rows(rows, encode(dataset, uncounted, teacher_prompt), self)
 
-    def texts(self, documents: Iterator[list[int]], limit: int) -> Iterator[list[int]]:
-        """Cut plain texts of more than so many tokens, or leave them out, where that is asked for."""
+    def texts(self, documents: Iterator[list[int]], limit: int) -> Iterator[IdsAndLabels]:
+        """Cut plain texts of more than so many tokens, or leave them out, where that is asked for.
+
+        A text that is cut does not end: where others follow in its row, the EOS between them is no target.
+        """
+        closing = self.with_eos([]) if self.packing else []
         for ids in documents:
-            if self.long_rows is not None and len(ids) > limit:
-                self.counts[self.long_rows] += 1
-                if self.long_rows == "drop":
-                    continue
-                ids = ids[:limit] if self.long_rows == "cut" else ids
-            yield ids
+            way = self.long_rows if len(ids) > limit else None
+            if way is not None:
+                self.counts[way] += 1
+            if way == "cut":
+                yield [*ids[:limit], *closing], [*ids[:limit], *[IGNORE] * len(closing)]
+            elif way != "drop":
+                yield ids, ids
 
     def tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
         """Tokenize texts, with or without the special tokens that the tokenizer adds."""
@@ -184,7 +189,7 @@ def _text_rows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]:
     if not framed:
         split = packed if encoder.packing else windows
         texts = encoder.texts(map(encoder.with_eos, documents), length)
-        return (EncodedRow(ids, ids) for ids in split(texts, length))
+        return (EncodedRow(*part) for part in split(texts, length))
     # Each window has the special tokens around it, as masked language models know them.
     before, after = encoder.special_tokens()
     room = length - len(before) - len(after)
@@ -194,7 +199,7 @@ def _text_rows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]:
             "Raise max_length."
         )
     texts = encoder.texts(documents, room)
-    parts = (ids[start : start + room] for ids in texts for start in range(0, len(ids), room))
+    parts = (ids[start : start + room] for ids, _ in texts for start in range(0, len(ids), room))
     return (EncodedRow(ids, ids) for ids in ([*before, *part, *after] for part in parts))
 
 
@@ -204,16 +209,18 @@ def _text_rows(dataset: Dataset, encoder: RowEncoder) -> Iterator[EncodedRow]:
 def _shortened(rows: AnswerRows, encoder: RowEncoder) -> Iterator[list[EncodedRow]]:
     """What each row becomes: itself where it is short enough, else what `long_rows` says.
 
-    A row that is cut must keep a token of its answer; of several rows of a conversation the first.
+    A row that is cut must keep a token of its answer; of several rows of a conversation the first. The parts of a row
+    that is split share a token, because the first of each is never predicted: no target is lost.
     """
     limit, last_number, way = encoder.max_length, 0, encoder.long_rows or "cut"
+    shared = int(encoder.task == "causal")
     full: list[tuple[int, int]] = []
     for number, prompt_length, row in rows:
         if way == "cut" and prompt_length >= limit and number != last_number:
             full.append((number, prompt_length))
         last_number, tokens = number, len(row.input_ids)
         encoder.counts[way] += tokens > limit
-        parts = bounds(tokens, limit) if way == "split" else [(0, limit)]
+        parts = bounds(tokens, limit, shared=shared) if way == "split" and tokens > limit else [(0, limit)]
         yield [_part(row, start, end) for start, end in parts] if way != "drop" or tokens <= limit else []
     if full:
         number, length = full[0]

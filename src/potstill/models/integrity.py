@@ -135,9 +135,31 @@ def config_notes(model: Any, saved: PretrainedConfig, *, key: str, name: str) ->
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     config = model.config.get_text_config()
     plain = type(head) is nn.Linear and type(embeddings) is nn.Embedding and not head.weight.is_meta
-    if plain and getattr(config, "tie_word_embeddings", False) and head.weight is not embeddings.weight:
+    if (
+        plain
+        and getattr(config, "tie_word_embeddings", False)
+        and head.weight is not embeddings.weight
+        and _ties_head(model, head)
+    ):
         model.config.tie_word_embeddings = config.tie_word_embeddings = False
+        _untie(model)
         yield f"{key}: the config.json of {name} ties head and embeddings, but their weights differ: both are kept."
+
+
+def _ties_head(model: Any, head: nn.Module) -> bool:
+    """Whether the family ties its head, where the config ties embeddings; LUKE ties that of entities alone."""
+    targets = getattr(model, "_tied_weights_keys", None) or {}
+    paths = [path for path, module in model.named_modules() if module is head]
+    return any(re.search(target, f"{path}.weight") for target in targets for path in paths)
+
+
+def _untie(model: Any) -> None:
+    """Give a copy of its own to each weight that is still tied: save_pretrained would leave it out as a tied one."""
+    for name in model.all_tied_weights_keys:
+        module, _, weight = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        setattr(model.get_submodule(module), weight, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+    model.all_tied_weights_keys = {}
 
 
 def check_shapes(

@@ -172,8 +172,8 @@ def check_fits(needed: int, key: str, name: str) -> None:
     if room is not None and needed > room:
         raise ModelError(
             f"{key}: expected weights that fit into the {room / 1e9:.3g} GB of memory, got {needed / 1e9:.3g} GB in "
-            f"{name}. Choose a smaller model; a teacher can be spread (teacher.device_map: auto), run layer by layer "
-            "into a cache (potstill cache build --stream), or run behind a server."
+            f"{name}. Choose a smaller model. In a recipe, spread a teacher (teacher.device_map: auto), run it layer "
+            "by layer into a cache (potstill cache build --stream), or run it behind a server."
         )
 
 

@@ -28,6 +28,7 @@ from potstill.losses.alignment import SEQUENCE_TASKS, TASKS, Task
 from potstill.models.adapted import is_adapted, merged
 from potstill.models.heads import class_ids, match_heads
 from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from potstill.models.trimming import trim_model
 from potstill.runs.config.document import read
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.config.run import Recipe
@@ -77,7 +78,7 @@ def export(
     recipe = _recipe_of(folder)
     options: dict[str, Any] = {"max_length": max_length}
     masks: dict[str, Any] = {}
-    name = str(student)
+    name, cut = str(student), False
     if recipe is not None:
         if not data is teacher is out is task is None:
             raise UserError(
@@ -88,8 +89,8 @@ def export(
         data, task = recipe.data.eval, recipe.task
         options = {"max_length": recipe.data.max_length, "packing": recipe.data.packing}
         masks = {"share": recipe.data.masked_share, "seed": recipe.seed}
-        # The teacher of a student with fewer tokens was cut in memory alone.
-        teacher = recipe.teacher.model_path if recipe.student.vocabulary is None else None
+        teacher, own = recipe.teacher.model_path, recipe.student
+        cut = own.vocabulary is not None and own.model is own.tokenizer is None  # tokens of the teacher
     embeds = isinstance(recipe, EmbeddingRecipe) or (task is None and (folder / "modules.json").exists())
     task = task or "causal"
     if task not in TASKS:
@@ -114,7 +115,7 @@ def export(
                 classes = class_ids(model.config) if task == "classification" else None
                 rows = encode(data, tokenizer, **options, task=task, classes=classes).dataset
                 rows = MaskedRows(rows, tokenizer, **masks).fixed() if task == "masked" else rows
-                other = None if teacher is None else _teacher(teacher, tokenizer, task)
+                other = None if teacher is None else _teacher(teacher, tokenizer, task, cut=cut)
             models = {"student": model} if other is None else {"student": model, "teacher": other}
             if task in SEQUENCE_TASKS:
                 match_heads(task, models, pad_token_id(tokenizer)[0])
@@ -288,8 +289,12 @@ def _texts(recipe: Any, data: Source | None, tokenizer: PreTrainedTokenizerBase)
     return text_rows(source.dataset["text"], tokenizer)
 
 
-def _teacher(name: str, tokenizer: PreTrainedTokenizerBase, task: Task = "causal") -> Any:
-    """Load the teacher if it has the student's tokens; else nothing compares them."""
-    if load_tokenizer(name, "teacher").get_vocab() != tokenizer.get_vocab():
+def _teacher(name: str, tokenizer: PreTrainedTokenizerBase, task: Task = "causal", *, cut: bool = False) -> Any:
+    """Load the teacher if it has the student's tokens, or is to be cut to them; else nothing compares them."""
+    tokens, own = load_tokenizer(name, "teacher").get_vocab(), tokenizer.get_vocab()
+    if tokens != own and not cut:
         return None
-    return load_model(name, "teacher", "float32", task)
+    teacher = load_model(name, "teacher", "float32", task)
+    if tokens != own:
+        trim_model(teacher, [tokens[token] for token in sorted(own, key=own.__getitem__)])
+    return teacher

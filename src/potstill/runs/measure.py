@@ -67,7 +67,8 @@ def summarize(
     whole = None
     if recipe.student.vocabulary is not None and teacher is not None and task == "causal":
         with PartProgress(console, "held-out rows of the whole teacher") as progress:
-            whole = measure_whole_teacher(recipe, len(measured), limit.share(0.5), progress.update)
+            length = held_out.max_length
+            whole = measure_whole_teacher(recipe, len(measured), length, limit.share(0.5), progress.update)
     curve_loss, curve_rows = teacher_loss, measured
     if len(built.curve) < len(measured) or len(measured) < len(held_out.dataset):
         with PartProgress(console, "rows of the curves") as progress:

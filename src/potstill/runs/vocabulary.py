@@ -109,15 +109,18 @@ def trim_teacher(recipe: Recipe, loaded: LoadedTeacher, kept: KeptTokens) -> tup
 
 
 def measure_whole_teacher(
-    recipe: Recipe, num_rows: int, limit: TimeLimit, on_rows: Callable[[int, int], None]
+    recipe: Recipe, num_rows: int, max_length: int, limit: TimeLimit, on_rows: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Measure the teacher as it is on the disk, with all its tokens, on the first held-out rows."""
+    """Measure the teacher as it is on the disk, with all its tokens, on the first held-out rows of max_length tokens.
+
+    A rehearsal has short rows of the kept tokens, but none of all, and prompts do not fit into the length of its own.
+    """
     loaded = recipe.teacher.load(None, recipe.task)
     set_chat_template(loaded.tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
-    rows = _held_out(recipe, loaded.tokenizer, num_rows)
+    rows = _held_out(recipe, loaded.tokenizer, num_rows, max_length=max_length)
     assert loaded.model is not None
     model = move(loaded.model, recipe.teacher.model_device or PartialState().device)
-    options: dict[str, Any] = {"max_length": recipe.data.max_length, "limit": limit, "on_rows": on_rows}
+    options: dict[str, Any] = {"max_length": max_length, "limit": limit, "on_rows": on_rows}
     quality, rows = measure_rows(recipe.task, None, {"whole": model}, rows, loaded.tokenizer, **options)
     whole: Any = quality["whole"]
     return {
@@ -154,6 +157,6 @@ def _options(recipe: Recipe) -> dict[str, Any]:
     return {"max_length": data.max_length, "packing": data.packing, "task": recipe.task}
 
 
-def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, number: int = PROBE_ROWS) -> Dataset:
-    rows = encode(recipe.data.eval, tokenizer, **_options(recipe)).dataset
+def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, number: int = PROBE_ROWS, **others: int) -> Dataset:
+    rows = encode(recipe.data.eval, tokenizer, **{**_options(recipe), **others}).dataset
     return rows.select(range(min(number, len(rows))))

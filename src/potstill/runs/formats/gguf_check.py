@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from potstill.errors import RunError
 from potstill.evaluate.exported import ExportedFile
 from potstill.models.chat import end_token_ids
+from potstill.runs.formats.gguf_file import kind_notes
 from potstill.runs.formats.llama_cpp import LlamaCpp
 from potstill.runs.formats.measure import NEW_TOKENS, PROMPT, Bench, measure_causal
 
@@ -36,7 +37,8 @@ def measure_gguf(path: Path, kind: str, bench: Bench) -> ExportedFile:
     """
 
     def check(loaded: LlamaCpp) -> list[str]:
-        return [*_token_notes(loaded, bench.tokenizer), *_end_notes(loaded, bench.tokenizer, bench.student)]
+        token_notes = _token_notes(loaded, bench.tokenizer)
+        return [*token_notes, *_end_notes(loaded, bench.tokenizer, bench.student), *kind_notes(path, kind)]
 
     return measure_causal(partial(LlamaCpp, path, max(bench.longest, PROMPT + NEW_TOKENS)), path, kind, bench, check)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ _FILE_TYPES |= {"q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
 _SMALL_BLOCKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 _K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m")
 SUPER_BLOCK = 256
+MOST = 0.5  # of the weights
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
@@ -112,6 +114,22 @@ def gguf_kind(path: Path) -> str:
     except (ValueError, OSError) as error:
         raise UserError(f"student: expected a GGUF file, got {path}: {one_line(error)}.") from None
     return name.lower().removeprefix("mostly_").removeprefix("all_")
+
+
+def kind_notes(path: Path, kind: str) -> Iterator[str]:
+    """Say so where most weights of a file's matrices are of other kinds than the one that it is named by."""
+    gguf = require_package("gguf", "export", "export")
+    weights = Counter[str]()
+    for tensor in gguf.GGUFReader(path).tensors:
+        if len(tensor.shape) > 1:
+            weights[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    own = sum(count for name, count in weights.items() if kind.startswith(name))
+    if kind.startswith("q") and own < MOST * weights.total():
+        shares = ", ".join(f"{count / weights.total():.0%} {name}" for name, count in weights.most_common())
+        yield (
+            f"most weights of its matrices are not {kind}: {shares}. The head has more bits, and so have matrices with "
+            f"rows that no block divides, of {SUPER_BLOCK if '_k' in kind else BLOCK} weights. Choose widths by it."
+        )
 
 
 def _arch(gguf: Any, name: str) -> Any:
