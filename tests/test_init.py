@@ -180,11 +180,12 @@ def test_language_models_lose_feed_forward_units(
     output_of("check", "recipe.yaml")
 
 
-def test_another_tokenizer_is_seen() -> None:
-    make_tokenizer(280).save_pretrained("student")
-    make_llama(vocab_size=280, layers=1).save_pretrained("student")
+@pytest.mark.parametrize(("tokens", "term"), [(280, "chunks"), (299, "mapped_logits")])
+def test_another_tokenizer_is_seen(tokens: int, term: str) -> None:
+    make_tokenizer(tokens).save_pretrained("student")
+    make_llama(vocab_size=tokens, layers=1).save_pretrained("student")
     found = drafted(*DATA, "--student", "student")
-    assert [term["term"] for term in found["objective"]] == ["chunks", "labels"]
+    assert [part["term"] for part in found["objective"]] == [term, "labels"]
     assert found["student"] == {"model": "student"}
     ran()
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from potstill.data.locate import locate
 from potstill.data.sources import Source
@@ -28,6 +28,8 @@ from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import StudentPart
 from potstill.runs.init import inspection
+from potstill.teachers.byte_alignment import TokenizerPair
+from potstill.teachers.pieces import TokenBytes
 
 Kind = Literal["distillation", "embedding", "generate"]
 MAX_LENGTH = 2048  # default limit for rows with prompts or labels
@@ -41,6 +43,8 @@ ADAPTER_RATES = {"lora": 2e-4, "qlora": 2e-4, "ia3": 3e-3, "prefix": 1e-2, "prom
 
 # For students cut from a teacher of at most so many parameters: measured for 5M and 135M, a guess above.
 CUT_RATES = ((20e6, 5e-4), (500e6, 2e-4), (math.inf, 1e-4))
+
+ALIKE = 0.75  # chunks for each of the student's tokens; 1 where all of them are tokens of the teacher
 
 # The recipe suggests fewer tokens to students of a teacher with at least so many, and such a share of embeddings.
 MANY_TOKENS, TOKEN_SHARE = 40_000, 0.15
@@ -169,10 +173,12 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     if rows.is_whole_file:
         num_rows = rows.num_tokens // max_length if packing else rows.num_rows
         batch = max(1, min(batch, num_rows // MIN_STEPS))
-    other = existing is not None and existing.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
+    over_bytes = None  # the term for a teacher with another tokenizer
+    if existing is not None and existing.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        over_bytes = _term_over_bytes(rows, existing.tokenizer, teacher.tokenizer)
     train, held_out = ({**place, **rows.columns} for place in (request.train, request.held_out))
     accumulation = 1 if rows.is_whole_file else math.ceil(8 / batch)
-    models = {"teacher": teacher, "student": student, "design": design, "other_tokenizer": other}
+    models = {"teacher": teacher, "student": student, "design": design, "over_bytes": over_bytes}
     tasks = {"task": teacher.task, "sequence_level": teacher.task in SEQUENCE_TASKS}
     data = {"rows": rows, "train": train, "held_out": held_out, "positions": positions}
     data |= {"joins": joins, "packing": packing, "unpacked": unpacked}
@@ -262,6 +268,18 @@ def _fewer_units(teacher: inspection.ModelInfo) -> dict[str, int]:
 def _fewer_layers(teacher: inspection.ModelInfo) -> dict[str, int]:
     own_name = text_config(teacher.config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     return {own_name: max(1, design_shape(teacher.config).layers // 2)}
+
+
+def _term_over_bytes(
+    rows: inspection.RowSample, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> str:
+    """The term for two tokenizers: distributions over the student's tokens where most are also the teacher's.
+
+    Measured for one pair whose tokens are alike, and for a student that reads bytes (docs/benchmarks.md).
+    """
+    pair = TokenizerPair(TokenBytes(student, "student"), TokenBytes(teacher, "teacher"))
+    chunks = sum(len(pair.align(ids).sizes) for ids in rows.ids)
+    return "mapped_logits" if chunks and chunks >= ALIKE * sum(map(len, rows.ids)) else "chunks"
 
 
 def _token_share(request: DraftRequest, teacher: inspection.ModelInfo) -> float:

@@ -113,6 +113,7 @@ def _task(config: PretrainedConfig, path: str, key: str, requested: Task | None)
 
 
 SAMPLE_ROWS = 500
+SAMPLE_TOKENIZED = 16  # whose tokens are compared with the teacher's
 SAMPLE_CHARACTERS = 20_000  # of a plain text, which may be a whole book
 
 # Usual names of columns, by preference, for each column key of a recipe.
@@ -130,6 +131,7 @@ class RowSample(NamedTuple):
     is_whole_file: bool
     longest: int  # most tokens in a row, after truncation to the model's limit
     num_tokens: int  # of all rows together
+    ids: tuple[list[int], ...] = ()  # token ids of some rows
 
 
 def find_columns(source: Source, names: Sequence[str], task: Task, given: Mapping[str, str]) -> dict[str, Any]:
@@ -184,8 +186,10 @@ def sample_rows(
         sample.write_text("".join(lines), encoding="utf-8")
         task, classes = teacher.task, class_ids(teacher.config)
         examples = encode(Source(sample, **columns), tokenizer, max_length=max_length, task=task, classes=classes)
-    lengths = [len(ids) for ids in examples.dataset["input_ids"]]
-    return RowSample(columns, choice.unused, len(lines), len(rows) <= SAMPLE_ROWS, max(lengths), sum(lengths))
+    tokens = examples.dataset["input_ids"][:]
+    lengths, is_whole_file = [*map(len, tokens)], len(rows) <= SAMPLE_ROWS
+    some = tuple(tokens[:SAMPLE_TOKENIZED])
+    return RowSample(columns, choice.unused, len(lines), is_whole_file, max(lengths), sum(lengths), some)
 
 
 def _as_chat(columns: dict[str, Any]) -> dict[str, Any]:
