@@ -204,6 +204,17 @@ def test_encoders(task: str) -> None:
     assert set(ran()["rows"]) == {"teacher", "student"} | ({"baseline"} if task != "encoder" else set())
 
 
+def test_a_classifier_with_another_tokenizer_keeps_its_terms() -> None:
+    save(make_encoder("distilbert", "classification", seed=1), Path("teacher"))
+    save(make_encoder("distilbert", "classification", seed=2), Path("student"))
+    words = Path("student/tokenizer.json").read_text()
+    Path("student/tokenizer.json").write_text(words.replace('"the"', '"thee"'))
+    for name, seed in (("train", 0), ("eval", 7)):
+        write_rows(Path(f"{name}.jsonl"), 40, seed=seed)
+    found = drafted(*DATA, "--student", "student")
+    assert [part["term"] for part in found["objective"]] == ["logits", "labels"]
+
+
 def test_vectors_and_embedders(embedder: Path) -> None:
     write(train=[{"sentence": f"{text.split('(')[0]} number {i}"} for i, text in enumerate(TEXT * 5)])
     np.save("vectors.npy", np.random.default_rng(0).standard_normal((300, 12)).astype("f4"))

@@ -174,7 +174,8 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
         num_rows = rows.num_tokens // max_length if packing else rows.num_rows
         batch = max(1, min(batch, num_rows // MIN_STEPS))
     over_bytes = None  # the term for a teacher with another tokenizer
-    if existing is not None and existing.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+    other = existing is not None and existing.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
+    if existing is not None and other and teacher.task == "causal":
         over_bytes = _term_over_bytes(rows, existing.tokenizer, teacher.tokenizer)
     train, held_out = ({**place, **rows.columns} for place in (request.train, request.held_out))
     accumulation = 1 if rows.is_whole_file else math.ceil(8 / batch)
