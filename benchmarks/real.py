@@ -183,9 +183,10 @@ class Texts:
         path, out = self.out / f"own-{tokens}.jsonl", self.out / "own"
         if path.exists():
             return path
+        number = max(8, tokens // 70)  # half of the texts do not end within 384 tokens, and are left out
         recipe = GenerateRecipe.parse({
             "kind": "generate", "name": "own", "teacher": {"model": teacher, "dtype": DTYPE}, "held_out": 0.0,
-            "task": {"task": "own_text", "number": max(8, tokens // 150), "question_tokens": 128},
+            "task": {"task": "own_text", "number": number, "question_tokens": 128},
             "sampling": {"sampling_temperature": 1.0, "top_p": 0.95, "max_new_tokens": 384},
             "filter": {"distinct_words": 0.3}, "output": str(out),
         })  # fmt: skip
