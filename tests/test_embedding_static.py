@@ -30,7 +30,7 @@ from potstill.embedding.static import (
     token_ids,
     token_table,
 )
-from potstill.embedding.students import EncoderLayers, StaticStudent, TokenVectors
+from potstill.embedding.students import EncoderLayers, StartData, StaticStudent, TokenVectors
 from potstill.embedding.token_fit import CHANGE_RIDGE, MAP_RIDGE, WEIGHT_RIDGE, FitTexts, fit_tokens
 from potstill.errors import DataError, RecipeError, ShapeError, UserError
 from potstill.runs.config.embedding import EmbeddingRecipe
@@ -239,12 +239,12 @@ def test_texts_are_read_from_the_disk_when_they_are_needed(
         monkeypatch.setattr(module, "token_ids", count)
     for module in (static, embedding_vectors):
         monkeypatch.setattr(module, "BLOCK_ROWS", 16)
-    fit: Any = recipe.student.build(data.vectors, data.texts, data.teacher, data.tokens, "balanced", 0)
-    means: Any = recipe.student.build(data.vectors, data.texts, data.teacher, None, "balanced", 0)
+    fit: Any = recipe.student.build(StartData(data.vectors, data.texts, data.teacher, data.tokens), "balanced", 0)
+    means: Any = recipe.student.build(StartData(data.vectors, data.texts, data.teacher), "balanced", 0)
     assert largest == 16
     monkeypatch.undo()
     for student, tokens in ((fit, data.tokens), (means, None)):
-        whole: Any = recipe.student.build(data.vectors, [*data.texts], data.teacher, tokens, "balanced", 0)
+        whole: Any = recipe.student.build(StartData(data.vectors, [*data.texts], data.teacher, tokens), "balanced", 0)
         similarities = [(vectors @ vectors.T) for vectors in (student(expected[:9]), whole(expected[:9]))]
         torch.testing.assert_close(*similarities, atol=1e-4, rtol=1e-3)
 
@@ -278,4 +278,4 @@ def test_directions_that_are_removed_are_no_dimensions_of_a_student_without_text
     nothing: Any = None
     tokens = TokenTable(nothing, 40, torch.arange(40), torch.randn(40, 8), torch.ones(40))
     with pytest.raises(UserError, match="expected at most 4 without texts to learn from"):
-        StaticStudent(dimensions=5).build(nothing, [], nothing, tokens, nothing, 0)
+        StaticStudent(dimensions=5).build(StartData(nothing, [], tokens=tokens), nothing, 0)

@@ -45,12 +45,17 @@ FILES = ["config.json", "generation_config.json", "model.onnx", "tokenizer.json"
 FAMILIES = sorted({family for family, _ in CASES.values()})  # those of the table in docs/export.md
 
 
+def exported_toy(toys: Path, folder: Path, to: Any) -> tuple[Path, Exports]:
+    """A toy model with its graphs, measured beside its teacher."""
+    model = Path(shutil.copytree(toys / "student", folder / "model"))
+    options: dict[str, Any] = {"data": Source(str(toys / "eval.jsonl")), "teacher": str(toys / "teacher")}
+    return model, export(model, to, ("f32", "int8"), **options, max_length=32, tokens=100)
+
+
 @pytest.fixture(scope="module")
 def exported(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exports]:
-    """A toy model with its exports, traced once: that takes some ten seconds."""
-    model = Path(shutil.copytree(toys / "student", tmp_path_factory.mktemp("onnx") / "model"))
-    options: dict[str, Any] = {"data": Source(str(toys / "eval.jsonl")), "teacher": str(toys / "teacher")}
-    return model, export(model, "onnx", ("f32", "int8"), **options, max_length=32, tokens=100)
+    """Traced once: that takes some ten seconds."""
+    return exported_toy(toys, tmp_path_factory.mktemp("onnx"), "onnx")
 
 
 def test_graphs_are_measured_beside_the_teacher(exported: tuple[Path, Exports]) -> None:

@@ -22,7 +22,7 @@ from potstill.runs.export import export
 from potstill.runs.formats.openvino import open_openvino
 from potstill.runs.formats.table import FORMATS, exported_files, format_of
 from test_export_embedding import WORDS, train
-from test_export_onnx import FILES, check_parity
+from test_export_onnx import FILES, check_parity, exported_toy
 from toy_encoders import make_encoder, save, write_rows
 
 if find_spec("openvino") is None:  # its import reports itself over the network, unless Potstill does it
@@ -33,9 +33,7 @@ pytest.importorskip("onnxruntime")
 
 @pytest.fixture(scope="module")
 def exported(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exports]:
-    model = Path(shutil.copytree(toys / "student", tmp_path_factory.mktemp("openvino") / "model"))
-    options: dict[str, Any] = {"data": Source(str(toys / "eval.jsonl")), "teacher": str(toys / "teacher")}
-    return model, export(model, "openvino", ("f32", "int8"), **options, max_length=32, tokens=100)
+    return exported_toy(toys, tmp_path_factory.mktemp("openvino"), "openvino")
 
 
 def test_graphs_are_measured_in_openvino(exported: tuple[Path, Exports]) -> None:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ from potstill.losses.declared import Declared, Range, Record
 from potstill.models.loading import load_tokenizer
 from potstill.models.precision import as_dtype
 from potstill.models.trimming import choose_tokens, trim_tokenizer
+
+
+class StartData(NamedTuple):
+    """What the first weights of a student are made of."""
+
+    vectors: VectorArray  # the teacher's
+    texts: Sequence[str]
+    teacher: Any = None  # a sentence-transformers model, if it is one
+    tokens: TokenTable | None = None  # what `EmbeddingStudent.read_tokens` made of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +86,8 @@ class EmbeddingStudent(ChosenByKey, Declared):
         return student if dtype is None else student.to(dtype)
 
     @abstractmethod
-    def build(
-        self,
-        vectors: VectorArray,
-        texts: Sequence[str],
-        teacher: Any,
-        tokens: TokenTable | None,
-        focus: Focus,
-        seed: int,
-    ) -> EmbeddingModel:
-        """Make the student with its first weights.
-
-        `teacher` is a sentence-transformers model, or None; `tokens` is what `read_tokens` made of it.
-        """
+    def build(self, data: StartData, focus: Focus, seed: int) -> EmbeddingModel:
+        """Make the student with its first weights."""
 
     def read_tokens(
         self, teacher: Any, limit: int | None = None, on_progress: OnProgress = no_progress
@@ -118,16 +116,8 @@ class HeadStudent(EmbeddingStudent):
     reads_text = False
     learning_rate = 3e-3
 
-    def build(
-        self,
-        vectors: VectorArray,
-        texts: Sequence[str],
-        teacher: Any,
-        tokens: TokenTable | None,
-        focus: Focus,
-        seed: int,
-    ) -> VectorHead:
-        return self._pca_head(vectors, focus, seed, self.hidden if self.head == "mlp" else 0)
+    def build(self, data: StartData, focus: Focus, seed: int) -> VectorHead:
+        return self._pca_head(data.vectors, focus, seed, self.hidden if self.head == "mlp" else 0)
 
 
 @dataclass(frozen=True)
@@ -154,20 +144,12 @@ class EncoderStudent(EmbeddingStudent):
     empty_is_default = True
     learning_rate = 3e-4
 
-    def build(
-        self,
-        vectors: VectorArray,
-        texts: Sequence[str],
-        teacher: Any,
-        tokens: TokenTable | None,
-        focus: Focus,
-        seed: int,
-    ) -> TextStudent:
-        if self.encoder.model is None and teacher is None:
+    def build(self, data: StartData, focus: Focus, seed: int) -> TextStudent:
+        if self.encoder.model is None and data.teacher is None:
             raise UserError("student.encoder.model: expected a sentence-transformers model, got none. Name one.")
-        start, path = self._first_vectors(vectors, focus, seed), self.encoder.model
-        model = load_embedder(path, "student.encoder.model", pooled=False) if path else teacher
-        return encoder_student(model, self.encoder.layers, texts, start, keep=self.encoder.vocabulary)
+        start, path = self._first_vectors(data.vectors, focus, seed), self.encoder.model
+        model = load_embedder(path, "student.encoder.model", pooled=False) if path else data.teacher
+        return encoder_student(model, self.encoder.layers, data.texts, start, keep=self.encoder.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -208,21 +190,14 @@ class StaticStudent(EmbeddingStudent):
     learning_rate = 1e-2
     fitted_learning_rate = 1e-3  # more makes tokens of the texts good for these texts alone
 
-    def build(
-        self,
-        vectors: VectorArray,
-        texts: Sequence[str],
-        teacher: Any,
-        tokens: TokenTable | None,
-        focus: Focus,
-        seed: int,
-    ) -> TextStudent:
+    def build(self, data: StartData, focus: Focus, seed: int) -> TextStudent:
+        texts, tokens = data.texts, data.tokens
         if tokens is None:  # a server or a file of vectors, which cannot encode single tokens
-            tokenizer, head = self._tokenizer(teacher), self._pca_head(vectors, focus, seed)
-            blocks = (torch.from_numpy(head.transform(block)) for block in vectors.blocks())
+            tokenizer, head = self._tokenizer(data.teacher), self._pca_head(data.vectors, focus, seed)
+            blocks = (torch.from_numpy(head.transform(block)) for block in data.vectors.blocks())
             return self.from_table(tokenizer, mean_of_texts(tokenizer, texts, blocks, self.dimensions), texts)
         if texts:
-            rows = fit_tokens(tokens, texts, vectors)
+            rows = fit_tokens(tokens, texts, data.vectors)
         else:
             most = tokens.vectors.shape[1] - COMMON_DIRECTIONS
             if self.dimensions > most:

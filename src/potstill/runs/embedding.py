@@ -19,6 +19,7 @@ from potstill.embedding.encoders import EmbeddingModel, embedder_with_head
 from potstill.embedding.heads import PCA_ROWS, VectorHead, fit_pca, random_projection
 from potstill.embedding.objective import FOCUSES, Focus, PairObjective
 from potstill.embedding.static import text_tokens
+from potstill.embedding.students import StartData
 from potstill.embedding.training import EmbeddingDistiller, Epoch, embed
 from potstill.embedding.vectors import TensorVectors, VectorSlice
 from potstill.errors import UserError, one_line
@@ -142,7 +143,8 @@ def _rehearse(recipe: EmbeddingRecipe, data: EmbeddingData) -> None:
 
 
 def _build(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData) -> EmbeddingModel:
-    return recipe.student.build(data.vectors, data.texts or [], data.teacher, data.tokens, focus, recipe.seed)
+    start = StartData(data.vectors, data.texts or [], data.teacher, data.tokens)
+    return recipe.student.build(start, focus, recipe.seed)
 
 
 def _distiller(recipe: EmbeddingRecipe, focus: Focus, data: EmbeddingData, **changes: Any) -> EmbeddingDistiller:
