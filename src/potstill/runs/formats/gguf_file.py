@@ -33,7 +33,7 @@ _FILE_TYPES |= {"q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
 _SMALL_BLOCKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 _K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m")
 SUPER_BLOCK = 256
-MOST = 0.5  # of the weights
+LEAST_OF_KIND = 0.5  # of the weights of a file's matrices, of the kind that it is named by
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
@@ -124,7 +124,7 @@ def kind_notes(path: Path, kind: str) -> Iterator[str]:
         if len(tensor.shape) > 1:
             weights[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
     own = sum(count for name, count in weights.items() if kind.startswith(name))
-    if kind.startswith("q") and own < MOST * weights.total():
+    if kind.startswith("q") and own < LEAST_OF_KIND * weights.total():
         shares = ", ".join(f"{count / weights.total():.0%} {name}" for name, count in weights.most_common())
         yield (
             f"most weights of its matrices are not {kind}: {shares}. The head has more bits, and so have matrices with "

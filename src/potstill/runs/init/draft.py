@@ -18,8 +18,9 @@ from potstill.data.sources import Source
 from potstill.embedding.vectors import open_vectors
 from potstill.errors import RecipeError, UserError
 from potstill.losses.alignment import SEQUENCE_TASKS, Task
+from potstill.models.budget import loses_least_with_units
 from potstill.models.loading import has_bfloat16, load_config, suppress_warnings
-from potstill.models.shapes import EXPERT_FIELDS, FFN_FIELDS, design_shape, text_config
+from potstill.models.shapes import FFN_FIELDS, design_shape, text_config
 from potstill.models.size import count_parameters, size_of
 from potstill.runs.build_student import design_of
 from potstill.runs.config.document import Document
@@ -174,9 +175,8 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
         num_rows = rows.num_tokens // max_length if packing else rows.num_rows
         batch = max(1, min(batch, num_rows // MIN_STEPS))
     over_bytes = None  # the term for a teacher with another tokenizer
-    other = existing is not None and existing.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
-    if existing is not None and other and teacher.task == "causal":
-        over_bytes = _term_over_bytes(rows, existing.tokenizer, teacher.tokenizer)
+    if teacher.task == "causal" and reader.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        over_bytes = _term_over_bytes(rows, reader.tokenizer, teacher.tokenizer)
     train, held_out = ({**place, **rows.columns} for place in (request.train, request.held_out))
     accumulation = 1 if rows.is_whole_file else math.ceil(8 / batch)
     models = {"teacher": teacher, "student": student, "design": design, "over_bytes": over_bytes}
@@ -259,7 +259,7 @@ def _fewer_units(teacher: inspection.ModelInfo) -> dict[str, int]:
     That keeps more of a language model than half of its layers. Empty where it is another model, or a small one.
     """
     config = text_config(teacher.config)
-    if teacher.task != "causal" or not teacher.can_initialize or any(getattr(config, x, None) for x in EXPERT_FIELDS):
+    if teacher.task != "causal" or not (teacher.can_initialize and loses_least_with_units(teacher.config)):
         return {}
     units = design_shape(config).ffn // 3 // 32 * 32  # whole blocks of a quantized file
     name = next((name for name in FFN_FIELDS if hasattr(config, name)), None)
