@@ -38,7 +38,7 @@ def toy(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ToyServer]:
 
 
 def connect(toy: ToyServer, **changes: Any) -> ModelServer:
-    return ModelServer(toy.url, "toy", **{"timeout_s": 0.5, **changes})
+    return ModelServer(toy.url, "toy", **{"timeout_s": 30.0, **changes})
 
 
 def texts(server: ModelServer, prompts: Any, **sampling: Any) -> list[list[str]]:
@@ -98,8 +98,10 @@ def test_requests_are_sent_again_after_faults_that_pass(toy: ToyServer, fault: s
     expected = texts(connect(toy), PROMPTS[:6])
     before = len(toy.requests)
     toy.faults = [fault, fault]
-    assert texts(connect(toy), PROMPTS[:6]) == expected
-    assert len(toy.requests) == before + 8
+    hang = fault == "hang"
+    assert texts(connect(toy, timeout_s=0.5 if hang else 30.0), PROMPTS[:6]) == expected
+    sent = len(toy.requests) - before
+    assert sent >= 8 if hang else sent == 8  # a busy machine may need more than 0.5 s for an answer, too
 
 
 def test_nothing_is_lost_and_nothing_doubled_among_many_faults(toy: ToyServer) -> None:
