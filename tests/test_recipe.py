@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter
 from potstill.errors import OTHER_NAMES, RecipeError
 from potstill.losses.divergences import JSD, AlphaBeta, Divergence, ReverseKL
 from potstill.losses.schedule import Schedule
+from potstill.runs.config import inputs
 from potstill.runs.config.document import _paths
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.config.run import Recipe
@@ -82,6 +84,32 @@ def test_a_run_is_resumed_with_the_files_that_it_began_with(tmp_path: Path) -> N
         recipe.check_directory(run, resume=True)
     (run / "inputs.json").unlink()  # without them nothing is compared
     recipe.check_directory(run, resume=True)
+
+
+@pytest.mark.parametrize("path", ["rows", "rows/*.jsonl"])
+def test_a_run_is_resumed_with_the_folders_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows, run = tmp_path / "rows", tmp_path / "rows" / "run"
+    rows.mkdir()
+    (rows / "a.jsonl").write_text("a" * 50_000 * 64)
+    monkeypatch.setattr(inputs, "SAMPLED_BYTES", 2**20)
+    data = {"train": {"path": path}, "eval": {"path": "e.jsonl"}}
+    recipe = Recipe.parse(yaml.safe_load(MINIMAL) | {"data": data, "output": str(run)})
+    recipe.start(run)
+    (run / "metrics.jsonl").touch()
+    (rows / "README.md").touch()
+    recipe.check_directory(run, resume=True)
+    (rows / "b.jsonl").touch()
+    with pytest.raises(RecipeError, match=re.escape(f"output: expected {path} as it was when the run in")):
+        recipe.check_directory(run, resume=True)
+    (rows / "b.jsonl").unlink()
+    recipe.check_directory(run, resume=True)
+    for changed in ("b" * 50_000 * 64, "a" * 50_000 * 63):  # of the same size, and another
+        (rows / "a.jsonl").write_text(changed)
+        with pytest.raises(RecipeError, match="got another content"):
+            recipe.check_directory(run, resume=True)
 
 
 def test_a_file_with_the_name_of_a_field_is_none_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
