@@ -39,7 +39,7 @@ from potstill.runs.cache import CacheRequest
 from potstill.runs.config.generate import GenerateRecipe
 from potstill.runs.config.run import Recipe
 from potstill.runs.generate import generate
-from potstill.runs.run import settle_student
+from potstill.runs.run import run, settle_student
 from potstill.runs.steps import STEPS, walk
 
 HELD_OUT = 48  # summaries, and as many problems
@@ -72,6 +72,7 @@ class Row(NamedTuple):
     objective: list[dict[str, Any]] = ANNEALED
     rate: float = RATE
     own_text: bool = False  # the teacher writes what the student learns from, as chats
+    corrected: bool = False  # the teacher is first trained on the labels of the same texts
 
 
 def cut(layers: int, units: int, **options: Any) -> dict[str, Any]:
@@ -110,6 +111,8 @@ ROWS = {
     "smollm2-60-half": Row(cut(30, 512), objective=HALF),
     "smollm2-60-unfitted": Row(cut(30, 512, fit=False)),
     "smollm2-60-own": Row(cut(30, 512), objective=HALF, own_text=True),
+    "smollm2-60-corrected": Row(cut(30, 512), corrected=True),
+    "smollm2-60-corrected-half": Row(cut(30, 512), objective=HALF, corrected=True),
     "smollm2-60-depth": Row(depth(15)),
     "smollm2-60-rule": Row(pruned(0.6)),
     "smollm2-40-rule": Row(pruned(0.4)),
@@ -250,15 +253,18 @@ def tasks(models: Path, out: Path) -> Iterator[Path]:
 def train(name: str, row: Row, args: argparse.Namespace, texts: Texts, record: Record) -> None:
     """Train a row's student, and the same on labels alone; measure what is not measured yet."""
     last = "baseline" if row.tokens else "start"
-    if record.has(row=row.teacher, model="teacher") and record.has(row=name, model=last):
+    if record.has(row=name, model=last):
         return
-    folder = str(args.models / row.teacher)
-    if not record.has(row=row.teacher, model="teacher"):
+    recipe, seconds = recipe_of(name, row, args, texts), 0
+    if row.corrected:
+        correct(recipe, str(args.models / row.teacher))
+    teacher_row = f"{row.teacher}-corrected-{row.tokens}" if row.corrected else row.teacher
+    if not record.has(row=teacher_row, model="teacher"):
+        folder = str(recipe.teacher.model_path)
         whole = load_model(folder, "teacher", DTYPE, "causal")
         facts = quality(whole, whole, load_tokenizer(folder, "teacher"), texts)
-        record.add(row=row.teacher, model="teacher", tokens=0, **facts)
+        record.add(row=teacher_row, model="teacher", tokens=row.tokens if row.corrected else 0, **facts)
         del whole
-    recipe, seconds = recipe_of(name, row, args, texts), 0
     if row.cached is not None:
         seconds += build_cache(recipe, row.cached)
     began, console = time.process_time(), Console()
@@ -286,9 +292,22 @@ def saved(folder: Path) -> Any:
     return load_model(str(folder), "student", DTYPE, "causal")
 
 
+def correct(recipe: Recipe, original: str) -> None:
+    """Train the teacher that a recipe names on its texts, from the original teacher, by labels alone."""
+    folder = Path(str(recipe.teacher.model_path)).parent
+    if not (folder / "report.html").exists():
+        values = recipe.model_dump(mode="json", exclude_unset=True) | {
+            "name": "corrected", "student": {"model": original}, "objective": [{"term": "labels"}],
+            "output": str(folder), "evaluate": {"baseline": False, "continuations": 4, "curve_rows": 8},
+        }  # fmt: skip
+        values["teacher"]["model"], values["train"]["learning_rate"] = original, WHOLE_RATE
+        run(Recipe.parse(values), resume=True, console=Console())
+
+
 def recipe_of(name: str, row: Row, args: argparse.Namespace, texts: Texts) -> Recipe:
     folder = str(args.models / row.teacher)
-    teacher, student = {"model": folder, "dtype": DTYPE}, dict(row.student)
+    taught_by = str(args.out / f"{row.teacher}-corrected-{row.tokens}" / "student") if row.corrected else folder
+    teacher, student = {"model": taught_by, "dtype": DTYPE}, dict(row.student)
     if row.cached is not None:
         teacher["cache"] = str(args.out / f"{name}-cache")
     if "model" in student:
