@@ -45,7 +45,7 @@ def toy(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ToyServer]:
 
 
 def serve(toy: ToyServer, tokenizer: Any, top_k: int = 5) -> ServedTeacher:
-    return ServedTeacher(ModelServer(toy.url, "toy", timeout_s=5.0, attempts=3), tokenizer, top_k=top_k)
+    return ServedTeacher(ModelServer(toy.url, "toy", timeout_s=30.0, attempts=3), tokenizer, top_k=top_k)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

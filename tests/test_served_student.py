@@ -52,7 +52,7 @@ def toy(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ToyStudentS
 
 def writer(toy: ToyServer, folder: Path, **options: Any) -> ServedWriter:
     tokenizer = options.pop("tokenizer", None) or make_tokenizer()
-    server = ModelServer(toy.url, options.pop("model", "toy"), timeout_s=5.0, attempts=3)
+    server = ModelServer(toy.url, options.pop("model", "toy"), timeout_s=30.0, attempts=3)
     return ServedWriter(server, tokenizer, folder / "served", **options)
 
 
