@@ -135,6 +135,7 @@ ROWS = {
     "smollm2-60-200k": Row(cut(30, 512), 200_000),
     "smollm2-60-vocabulary-200k": Row(cut(30, 688) | trimmed(32_768), 200_000),
     "smollm2-60-vocabulary-500k": Row(cut(30, 688) | trimmed(32_768), 500_000),
+    "smollm2-60-vocabulary-500k-fast": Row(cut(30, 688) | trimmed(32_768), 500_000, rate=6e-4),
     "smollm2-40-200k": Row(cut(15, 512), 200_000),
 }
 
