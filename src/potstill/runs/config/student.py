@@ -121,7 +121,7 @@ class VocabularyPart(Part):
 
     keep: Literal["data", "auto"] | Annotated[int, Field(ge=1)] = Field(
         description="data, all tokens of the text; or a number: the most frequent; or auto: the number with which a "
-        "pruned student of the design's size loses least. Special tokens and the alphabet stay"
+        "pruned student of the design's size loses least. Added tokens and the alphabet stay"
     )
     text: Source | None = Field(None, description="where tokens are counted, as a source of data; default: data.train")
 
