@@ -112,8 +112,7 @@ def trim_model(model: PreTrainedModel, kept: Sequence[int], key: str = KEY) -> N
     """
     embeddings: Any = model.get_input_embeddings()
     ids = {old: new for new, old in enumerate(kept)}
-    rows = len(embeddings.weight)
-    _check_tables(model, rows, key)
+    _check_tables(model, len(embeddings.weight), key)
     order = torch.tensor([*kept])
     probe = torch.tensor([[*range(len(kept))][:PROBE] + evenly_spaced(PROBE, len(kept))])
     before = _output(model, order[probe])
@@ -122,7 +121,8 @@ def trim_model(model: PreTrainedModel, kept: Sequence[int], key: str = KEY) -> N
             weight[: len(order)] = weight[order.to(weight.device)]
     _renumber(model, ids)
     model.resize_token_embeddings(len(order))
-    before = before[..., order.to(before.device)] if before.shape[-1] == rows else before
+    if model.get_output_embeddings() is not None:
+        before = before[..., order.to(before.device)]
     try:
         same = _is_same(before, _output(model, probe))
     except IndexError:  # rows of its embeddings are more than the tokens
