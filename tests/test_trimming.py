@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,29 @@ def test_prompts_may_be_longer_than_the_rows_of_a_rehearsal(recipe_values: dict[
     recipe_values["data"] |= {"packing": False, "max_length": 64}
     built = trimmed_run(recipe_values, keep="data")
     rehearse(built, built.new_student())
+
+
+def test_held_out_rows_may_be_the_end_token_alone(recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
+    text = json.loads((toys / "train.jsonl").read_text().splitlines()[0])["text"]
+    length = len(AutoTokenizer.from_pretrained(toys / "teacher")(text)["input_ids"])
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"text": text}))
+    recipe_values["data"] |= {"packing": False, "max_length": length, "eval": {"path": str(tmp_path / "eval.jsonl")}}
+    built = trimmed_run(recipe_values, keep="data")
+    assert built.tokenizer.eos_token_id in [
+        row["input_ids"][-1] for row in built.eval.dataset if len(row["input_ids"]) < 3
+    ]
+    rehearse(replace(built, eval=replace(built.eval, dataset=built.eval.dataset.select([1]))), built.new_student())
+
+
+def test_an_adapter_of_a_cut_model_is_merged(recipe_values: dict[str, Any], toys: Path) -> None:
+    student = {"model": str(toys / "student"), "vocabulary": {"keep": 280}, "adapter": "lora"}
+    recipe_values["student"] = student
+    with pytest.raises(
+        RecipeError, match="expected lora or ia3 with merge: true with vocabulary, got lora: the cut model"
+    ):
+        Recipe.parse(recipe_values)
+    recipe_values["student"] = student | {"adapter": {"kind": "lora", "merge": True}}
+    assert Recipe.parse(recipe_values).student.merges
 
 
 def _check_whole_teacher(rows: dict[str, Any], own: Any, toys: Path) -> None:
