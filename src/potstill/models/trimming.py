@@ -68,7 +68,7 @@ def choose_tokens(
         return sorted(kept.union(*(vocabulary.with_parts(token) for token in frequent)))
     if len(kept) > keep:
         raise ModelError(
-            f"{key}: expected at least {len(kept)} tokens, the special ones and the alphabet"
+            f"{key}: expected at least {len(kept)} tokens, the added ones and the alphabet"
             f"{' and words of your own' if always else ''}, got {keep}. Keep more."
         )
     rest = (token for token in sorted(vocabulary.names) if token not in counts and not vocabulary.is_free(token))
