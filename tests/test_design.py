@@ -351,7 +351,7 @@ def test_the_command_counts_fewer_tokens(toys: Path) -> None:
             (*data, "--vocabulary", "many"),
             "--vocabulary: expected data, auto or a number of tokens such as 32000, got many.",
         ),
-        ((*data, "--vocabulary", "7"), "the special ones and the alphabet, got 7. Keep more."),
+        ((*data, "--vocabulary", "7"), "the added ones and the alphabet, got 7. Keep more."),
     ):
         assert message in str(potstill(*teacher, *options).exception)
 

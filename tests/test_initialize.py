@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import families
 from conftest import make_batch
 from potstill.errors import ModelError, RecipeError
 from potstill.models.design import student_config
@@ -245,6 +246,43 @@ def test_by_default_layers_are_the_most_influential_of_their_groups(method: Any)
         assert torch.equal(layer.mlp.up_proj.weight, teacher.model.layers[source].mlp.up_proj.weight)
     one = begun(teacher, method, num_hidden_layers=1)  # fewer than half: evenly spaced
     assert torch.equal(one.model.layers[0].mlp.up_proj.weight, teacher.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("method", ["copy", "truncate", "prune"])
+def test_a_layer_of_each_kind_stays(method: Any) -> None:
+    teacher = model("gemma2")
+    kinds = teacher.config.layer_types
+    assert choose_layers("uniform", 5, 3, None) == [0, 2, 4]
+    assert {kinds[layer] for layer in (0, 2, 4)} == {"sliding_attention"}
+    student = begun(teacher, method, "uniform", num_hidden_layers=3)
+    assert student.config.layer_types == [kinds[layer] for layer in (1, 2, 4)]
+    for layer, source in zip(student.model.layers, (1, 2, 4), strict=True):
+        assert torch.equal(layer.mlp.up_proj.weight, teacher.model.layers[source].mlp.up_proj.weight)
+    assert begun(teacher, method, [0, 2, 4], num_hidden_layers=3).config.layer_types == ["sliding_attention"] * 3
+
+
+def test_layers_of_kinds_that_the_family_changes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer of Gemma 4 has full attention."""
+    monkeypatch.setitem(families.SMALL, "num_hidden_layers", 6)
+    teacher = random_student(families.small("gemma4_text"), 1)
+    assert teacher.config.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
+    assert begun(teacher, "copy", "skip", num_hidden_layers=3, vocabulary=128).config.layer_types[-2:] == (
+        ["sliding_attention", "full_attention"]
+    )
+    with pytest.raises(
+        ModelError, match=r"^student\.initialize\.layers: expected layers of the kinds that gemma4_text"
+    ):
+        begun(teacher, "copy", [0, 2, 4], num_hidden_layers=3, vocabulary=128)
+
+
+def test_layers_without_attention_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(families.SMALL, "num_hidden_layers", 6)
+    monkeypatch.setitem(families.OWN, "qwen3_next", {"layer_types": ["linear_attention", "full_attention"] * 3})
+    teacher = random_student(families.small("qwen3_next"), 1)
+    with pytest.raises(
+        ModelError, match=r"^student\.initialize\.layers: expected a layer with attention, got \[0, 2\]"
+    ):
+        begun(teacher, "copy", [0, 2], num_hidden_layers=2, vocabulary=128)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,13 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     Gemma3nTextConfig,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 from transformers.models.gemma3n import Gemma3nForCausalLM
 from typer.testing import CliRunner
@@ -33,7 +41,7 @@ from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from potstill.runs.rehearsal import rehearse
 from potstill.runs.show import show_data
-from toy_encoders import make_encoder, save
+from toy_encoders import make_bert_tokenizer, make_encoder, save
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
@@ -160,6 +168,33 @@ def test_a_number_above_that_of_the_text_is_filled_up() -> None:
     assert len(choose_tokens(whole, counted(whole, TEXTS[:1]), size - 10)) == size - 10
 
 
+def test_spaces_survive_a_text_without_any() -> None:
+    """Bytes of the underline that stands for a space would be decoded as that underline."""
+    whole = wrapped(byte_fallback())
+    trimmed = trim_tokenizer(whole, choose_tokens(whole, counted(whole, ["\u4f60\u597d"]), "data"))
+    assert trimmed.decode(trimmed("a fox sleeps")["input_ids"], skip_special_tokens=True) == "a fox sleeps"
+
+
+def test_added_tokens_are_kept_unless_they_are_reserved() -> None:
+    whole = wrapped(byte_level())
+    whole.add_tokens(["<think>", "/nothink", "<reserved_7>", "<\uff5cplace\u2581holder\u2581no\u25811\uff5c>"])
+    trimmed = trim_tokenizer(whole, choose_tokens(whole, {}, "data"))
+    assert [*trimmed.get_added_vocab()] == ["<s>", "<pad>", "<unk>", "<end>", "<think>", "/nothink"]
+    assert (
+        "<reserved_7>"
+        in trim_tokenizer(whole, choose_tokens(whole, counted(whole, ["<reserved_7>"]), "data")).get_vocab()
+    )
+
+
+def test_what_a_class_of_tokenizers_sets_is_saved_with_a_cut_one(tmp_path: Path) -> None:
+    whole = make_bert_tokenizer()
+    whole.padding_side = "left"
+    trim_tokenizer(whole, choose_tokens(whole, {}, "data")).save_pretrained(tmp_path / "trimmed")
+    trimmed = AutoTokenizer.from_pretrained(tmp_path / "trimmed")
+    assert trimmed("a", "b")["token_type_ids"] == whole("a", "b")["token_type_ids"]
+    assert trimmed.padding_side == "left"
+
+
 def trimmed_run(values: dict[str, Any], **vocabulary: Any) -> Any:
     values["student"]["vocabulary"] = vocabulary
     return build_run(Recipe.parse(values))
@@ -234,6 +269,29 @@ def test_prompts_may_be_longer_than_the_rows_of_a_rehearsal(recipe_values: dict[
     rehearse(built, built.new_student())
 
 
+def test_held_out_rows_may_be_the_end_token_alone(recipe_values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
+    text = json.loads((toys / "train.jsonl").read_text().splitlines()[0])["text"]
+    length = len(AutoTokenizer.from_pretrained(toys / "teacher")(text)["input_ids"])
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"text": text}))
+    recipe_values["data"] |= {"packing": False, "max_length": length, "eval": {"path": str(tmp_path / "eval.jsonl")}}
+    built = trimmed_run(recipe_values, keep="data")
+    assert built.tokenizer.eos_token_id in [
+        row["input_ids"][-1] for row in built.eval.dataset if len(row["input_ids"]) < 3
+    ]
+    rehearse(replace(built, eval=replace(built.eval, dataset=built.eval.dataset.select([1]))), built.new_student())
+
+
+def test_an_adapter_of_a_cut_model_is_merged(recipe_values: dict[str, Any], toys: Path) -> None:
+    student = {"model": str(toys / "student"), "vocabulary": {"keep": 280}, "adapter": "lora"}
+    recipe_values["student"] = student
+    with pytest.raises(
+        RecipeError, match="expected lora or ia3 with merge: true with vocabulary, got lora: the cut model"
+    ):
+        Recipe.parse(recipe_values)
+    recipe_values["student"] = student | {"adapter": {"kind": "lora", "merge": True}}
+    assert Recipe.parse(recipe_values).student.merges
+
+
 def _check_whole_teacher(rows: dict[str, Any], own: Any, toys: Path) -> None:
     """Check the row of the teacher with all its tokens against a plain computation."""
     nats, size, tokens = 0.0, 0, 0
@@ -290,6 +348,29 @@ def test_a_masked_model_is_cut_too(judged_rows: Path, tmp_path: Path) -> None:
     assert built.vocabulary == built.new_student().config.vocab_size == len(built.tokenizer.get_vocab())
 
 
+def test_a_classifier_is_cut_too(judged_rows: Path, tmp_path: Path) -> None:
+    save(make_encoder("bert", "classification", seed=1), Path("teacher"))
+    Path("text.txt").write_text("more words")
+    values: dict[str, Any] = {
+        "name": "run", "task": "classification", "teacher": {"model": "teacher"}, "output": str(tmp_path / "run"),
+        "student": {"design": {"num_hidden_layers": 1}, "initialize": "copy", "vocabulary": {"keep": "data"}},
+        "data": {"train": {"path": "train.jsonl"}, "eval": {"path": "eval.jsonl"}, "max_length": 32},
+        "objective": [{"term": "logits"}, {"term": "labels"}], "train": {"max_steps": 1},
+    }  # fmt: skip
+    for text in {}, {"text": {"path": "text.txt"}}:
+        values["student"]["vocabulary"] = {"keep": "data", **text}
+        built = build_run(Recipe.parse(values))
+        assert built.new_student().config.vocab_size == len(built.tokenizer.get_vocab())
+        assert "token_type_ids" in built.tokenizer.model_input_names
+
+
+def test_rows_of_ids_are_those_of_all_tokens(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [5, 6, 7, 8]}))
+    recipe_values["data"] |= {"packing": False, "eval": {"path": str(tmp_path / "ids.jsonl")}}
+    with pytest.raises(RecipeError, match=r"student\.vocabulary: expected texts.*got ids of all tokens in ids\.jsonl"):
+        trimmed_run(recipe_values, keep=262)
+
+
 def test_caches_keep_all_tokens(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     recipe_values["student"]["vocabulary"] = {"keep": "data"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_values))
@@ -331,6 +412,41 @@ def test_a_masked_model_keeps_the_biases_of_its_head() -> None:
         trim_model(model, kept)
         after = model(torch.tensor([[4, 9, 0]])).logits
     assert torch.equal(before, after)
+
+
+def test_positions_that_are_counted_from_the_padding_are_those_of_the_whole_model() -> None:
+    tokenizer = wrapped(byte_level())
+    tokenizer.pad_token = "<unused0>"
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, pad_token_id=4,
+    )  # fmt: skip
+    kept = choose_tokens(tokenizer, {}, "data")
+    assert kept[4] == tokenizer.pad_token_id == 4
+    trim_model(RobertaForMaskedLM(copy.deepcopy(config)), kept)
+    with pytest.raises(ModelError, match="whose output for the kept tokens changes with their ids"):
+        trim_model(RobertaForMaskedLM(config), [0, 1, *kept[4:]])
+
+
+def test_models_that_read_tokens_elsewhere_are_refused() -> None:
+    config = MobileBertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        embedding_size=16, intra_bottleneck_size=16, num_feedforward_networks=1, true_hidden_size=16,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="got MobileBertForMaskedLM, whose output for the kept tokens changes"):
+        trim_model(MobileBertForMaskedLM(config), range(1, 64, 2))
+
+
+def test_ids_in_configs_are_new_ones_or_those_of_no_token() -> None:
+    config = ModernBertDecoderConfig(
+        vocab_size=62, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        cls_token_id=9, sep_token_id=20, pad_token_id=0, bos_token_id=9, eos_token_id=20,
+    )  # fmt: skip
+    model = ModernBertDecoderForCausalLM(config)
+    model.generation_config.bad_words_ids = [[20, 30], [20, 7]]
+    trim_model(model, [0, *range(20, 62)])
+    assert (config.cls_token_id, config.sep_token_id, config.bos_token_id, config.eos_token_id) == (-1, 1, -1, 1)
+    assert model.generation_config.bad_words_ids == [[1, 11]]
 
 
 def test_other_tables_of_tokens_are_refused() -> None:

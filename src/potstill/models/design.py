@@ -81,7 +81,7 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
         raise invalid_config(teacher.model_type, error) from None
     for name, value in changes.items():
         taken = student.to_dict()[name] if name in known else getattr(student, name)  # of one that differs by layer too
-        if not _contains(taken, value):
+        if not contains(taken, value):
             raise ModelError(
                 f"student.design: expected a field that {teacher.model_type} takes, got {name} {value}, in place of "
                 f"which the config has {taken}. Leave it out."
@@ -165,9 +165,9 @@ def _rotary(teacher: Mapping[str, Any], changes: Any) -> dict[str, Any]:
     return {**teacher, **changes}
 
 
-def _contains(value: Any, part: Any) -> bool:
+def contains(value: Any, part: Any) -> bool:
     if isinstance(part, Mapping) and isinstance(value, Mapping):
-        return all(_contains(value.get(str(key), value.get(key)), item) for key, item in part.items())
+        return all(contains(value.get(str(key), value.get(key)), item) for key, item in part.items())
     return bool(value == part) or str(value).removeprefix("torch.") == str(part)
 
 

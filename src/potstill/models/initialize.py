@@ -12,10 +12,10 @@ from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
 from potstill.errors import ModelError
 from potstill.models.dense import DENSE_FAMILIES
-from potstill.models.design import layer_fields
 from potstill.models.expert_selection import BlockSource, network_sizes
 from potstill.models.feed_forward import Mixture, find_mixture
 from potstill.models.fitting import fit_layers
+from potstill.models.layer_kinds import keep_kinds, with_layers
 from potstill.models.norms import rescale_norms
 from potstill.models.placement import weight_in_memory
 from potstill.models.pruning import (
@@ -148,6 +148,15 @@ def plan_initialization(
                 raise
             choice = "uniform"
     chosen = choose_layers(choice, structure.shape.layers, shape.layers, influence)
+    if isinstance(choice, str):
+        chosen = keep_kinds(chosen, getattr(of_teacher, "layer_types", None) or [])
+    try:
+        config = with_layers(config, of_teacher, chosen)
+    except ModelError:
+        if not isinstance(choice, str):
+            raise
+        chosen = [*chosen[:-1], structure.shape.layers - 1]  # some families' last layer is of a kind that is fixed
+        config = with_layers(config, of_teacher, chosen)
     if whole:
         parts = whole_layers(structure.shape, chosen, matching=method == "selective")
     elif mixture is not None:
@@ -156,10 +165,6 @@ def plan_initialization(
         parts = replace(parts, blocks=tuple(importance.blocks[layer] for layer in chosen), merge=merge)
     else:
         parts = select_parts(structure.shape, shape, chosen, importance if method == "prune" else None)
-    fields, first = config.to_dict(), layer_fields(of_teacher, range(shape.layers))
-    by_layer = layer_fields(of_teacher, chosen)
-    changed_fields = {name: value for name, value in by_layer.items() if fields.get(name) == first.get(name)}
-    config = type(config).from_dict(fields | changed_fields)  # those that the design gives stay
     student = build(config, "meta")
     if not parts.matching:
         _check_kinds(teacher, student, structure, parts)

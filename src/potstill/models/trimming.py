@@ -11,16 +11,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from potstill.errors import ModelError
 from potstill.models.shapes import text_config
+from potstill.models.spacing import evenly_spaced
+from potstill.models.split import undisturbed
 
 KEY = "student.vocabulary"  # of the recipe
-FREE = ("unused", "reserved")  # in the names of added tokens that stand for nothing yet
+TOKEN_FIELDS = {  # of configs, beside those whose names end in _token_id or _token_index
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids"),
+    *("pad_index", "bos_index", "eos_index", "unk_index", "mask_index"),
+}
+OPTIONAL_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of most configs; others need a number
+NO_TOKEN = -1
+FREE = ("unused", "reserved", "place\u2581holder")  # in the names of added tokens that stand for nothing yet
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+SPACE = "\u2581"  # stands for a space in tokens
+OFFSET = 16  # RoBERTa counts positions from the id of its padding, which is below this and keeps its place
+PROBE = 16  # tokens of lowest id, and as many others, on which a cut model is compared with the whole one
+SAME = 1e-3  # difference that is rounding, of the largest output in float32
+ROUNDING_ULPS = 8  # the same in other precisions, in units in the last place
 TOKEN_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # of a trimmed tokenizer
+CLASS_SETTINGS = (
+    "model_input_names",
+    "padding_side",
+    "truncation_side",
+)  # of a tokenizer, by default those of its class
 
 
 def choose_tokens(
@@ -32,9 +51,9 @@ def choose_tokens(
 ) -> list[int]:
     """Choose the ids of the tokens to keep, in their order.
 
-    Kept in any case: special tokens, the alphabet (bytes, or single characters where the tokenizer knows no bytes), so
-    that every text can be encoded as before or in more tokens, and the tokens that a kept one is merged from, so that a
-    text of kept tokens is encoded as before.
+    Kept in any case: added tokens, unless they are reserved, the alphabet (bytes, or single characters where the
+    tokenizer knows no bytes), so that every text can be encoded as before or in more tokens, and the tokens that a kept
+    one is merged from, so that a text of kept tokens is encoded as before.
 
     Args:
         counts: token id -> how often the text has it.
@@ -49,7 +68,7 @@ def choose_tokens(
         return sorted(kept.union(*(vocabulary.with_parts(token) for token in frequent)))
     if len(kept) > keep:
         raise ModelError(
-            f"{key}: expected at least {len(kept)} tokens, the special ones and the alphabet"
+            f"{key}: expected at least {len(kept)} tokens, the added ones and the alphabet"
             f"{' and words of your own' if always else ''}, got {keep}. Keep more."
         )
     rest = (token for token in sorted(vocabulary.names) if token not in counts and not vocabulary.is_free(token))
@@ -77,6 +96,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int], key:
         settings = folder / "tokenizer_config.json"
         values = json.loads(settings.read_text(encoding="utf-8"))
         values.pop("added_tokens_decoder", None)  # by id; they stand in tokenizer.json
+        values |= {name: getattr(tokenizer, name) for name in CLASS_SETTINGS}
         settings.write_text(json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
         trimmed = PreTrainedTokenizerFast.from_pretrained(folder)
     if trimmed.get_vocab() != ids:
@@ -85,16 +105,49 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int], key:
 
 
 def trim_model(model: PreTrainedModel, kept: Sequence[int], key: str = KEY) -> None:
-    """Cut a model's embeddings, head and token ids to the kept tokens, in place."""
+    """Cut a model's embeddings, head and token ids to the kept tokens, in place.
+
+    Raises:
+        ModelError: its output for kept tokens is another than before, since it reads ids or tables of tokens elsewhere.
+    """
     embeddings: Any = model.get_input_embeddings()
     ids = {old: new for new, old in enumerate(kept)}
     _check_tables(model, len(embeddings.weight), key)
     order = torch.tensor([*kept])
+    probe = torch.tensor([[*range(len(kept))][:PROBE] + evenly_spaced(PROBE, len(kept))])
+    before = _output(model, order[probe])
     with torch.no_grad():
         for weight in {id(w): w for w in _by_token(model)}.values():
             weight[: len(order)] = weight[order.to(weight.device)]
     _renumber(model, ids)
-    model.resize_token_embeddings(len(order), mean_resizing=False)
+    model.resize_token_embeddings(len(order))
+    if model.get_output_embeddings() is not None:
+        before = before[..., order.to(before.device)]
+    try:
+        same = _is_same(before, _output(model, probe))
+    except IndexError:  # rows of its embeddings are more than the tokens
+        same = False
+    if not same:
+        raise ModelError(
+            f"{key}: expected a model that reads the embeddings of its tokens alone, got {type(model).__name__}, whose "
+            "output for the kept tokens changes with their ids. Keep all tokens."
+        )
+
+
+def _output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Compute what a model makes of a row of tokens: logits, or hidden states where it has no head."""
+    ids = ids.to(model.device)
+    with undisturbed(model):
+        output: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+    return output
+
+
+def _is_same(before: torch.Tensor, after: torch.Tensor) -> bool:
+    if before.shape != after.shape:
+        return False
+    tolerance = max(SAME, ROUNDING_ULPS * torch.finfo(before.dtype).eps)
+    before, after = (values[before.isfinite() & after.isfinite()].float() for values in (before, after))
+    return bool(((before - after).abs() <= tolerance * before.abs().max()).all()) if len(before) else True
 
 
 def _by_token(model: PreTrainedModel) -> Iterator[torch.Tensor]:
@@ -126,13 +179,21 @@ def _renumber(model: PreTrainedModel, ids: Mapping[int, int]) -> None:
     }
     for config in filter(None, configs.values()):
         for name, value in [*vars(config).items()]:
-            if name.endswith(("_token_id", "_token_index")) or name in ("suppress_tokens", "begin_suppress_tokens"):
-                setattr(config, name, _new_ids(value, ids))
+            if value is not None and (name.endswith(("_token_id", "_token_index")) or name in TOKEN_FIELDS):
+                new = _new_ids(value, ids)
+                needs_number = isinstance(config, PretrainedConfig) and name not in OPTIONAL_FIELDS
+                try:
+                    setattr(config, name, NO_TOKEN if new is None and needs_number else new)
+                except StrictDataclassFieldValidationError:
+                    setattr(config, name, NO_TOKEN)
 
 
 def _new_ids(value: Any, ids: Mapping[int, int]) -> Any:
+    """The new id of a token or None, those of a list that are kept, or the lists of which all are kept."""
+    if isinstance(value, list) and any(isinstance(words, list) for words in value):
+        return [[ids[token] for token in words] for words in value if ids.keys() >= {*words}]
     if isinstance(value, list):
-        return [ids[one] for one in value if one in ids]
+        return [ids[token] for token in value if token in ids]
     return ids.get(value) if isinstance(value, int) else value
 
 
@@ -169,12 +230,14 @@ class _Vocabulary:
         names |= {
             token["content"]
             for token in self.content["added_tokens"]
-            if token["content"] in template or (token["special"] and not self.is_free(token["id"]))
+            if token["content"] in template or not self.is_free(token["id"])
         }
         model = self.content["model"]
         names.add(model.get("unk_token") or "")
         unknown = {model["unk_id"]} if isinstance(model.get("unk_id"), int) else set()
-        return {self.ids[name] for name in names if name in self.ids} | unknown
+        padding = self.tokenizer.pad_token_id
+        before = range(padding if padding is not None and padding < OFFSET else 0)
+        return {self.ids[name] for name in names if name in self.ids} | unknown | {*before}
 
     def is_free(self, token: int) -> bool:
         """Whether it is an added token that stands for nothing yet."""
@@ -212,8 +275,8 @@ class _Vocabulary:
         if _has_type(self.content, "ByteLevel"):
             return {*ByteLevel.alphabet()}
         if self.content["model"].get("byte_fallback"):
-            return BYTES
-        marks = (self.content["model"].get("continuing_subword_prefix") or "", "\u2581")
+            return BYTES | {SPACE}
+        marks = (self.content["model"].get("continuing_subword_prefix") or "", SPACE)
         end = self.content["model"].get("end_of_word_suffix") or ""
         return {name for name in self.ids if len(_bare(name, marks, end)) <= 1}
 

@@ -134,7 +134,8 @@ def build_run(recipe: Recipe) -> BuiltRun:
             tokenizer = load_tokenizer(name, f"student.{key}")
     set_chat_template(tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
     source = load_source(recipe, loaded, tokenizer)
-    kept, whole = keep_tokens(recipe, tokenizer), copy.deepcopy(source.config if source else loaded.config)
+    kept = keep_tokens(recipe, tokenizer, loaded.config)
+    whole = copy.deepcopy(source.config if source else loaded.config)
     if kept is not None:
         loaded, vocabulary_note = trim_teacher(recipe, loaded, kept)
         if source is not None:

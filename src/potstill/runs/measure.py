@@ -239,9 +239,10 @@ def _scores(
             rows["teacher"]["bytes"] = weight_bytes(folders["teacher"]) or teacher.get_memory_footprint()
     if (text := built.teacher.alignment_stats(measured)) is not None:
         for row in rows.values():
-            row["bits_per_byte"] = row["loss"] * text.tokens / text.bytes / math.log(2)
+            row["bits_per_byte"] = row["loss"] * text.tokens / max(1, text.bytes) / math.log(2)
     if whole is not None:  # the text is the same: its loss is divided by the tokens of the others
-        nats = math.log(2) * text_bytes(measured, built.tokenizer) / max(1, quality["student"].tokens)
+        size = max(1, text_bytes(measured, built.tokenizer))  # rows of a rehearsal may be the end token alone
+        nats = math.log(2) * size / max(1, quality["student"].tokens)
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] / nats
         rows["whole_teacher"] = dict.fromkeys(rows["student"]) | {**whole, "loss": whole["bits_per_byte"] * nats}

@@ -31,11 +31,11 @@ def show_data(recipe: Recipe, count: int, *, held_out: bool = False) -> ShownDat
     if tokenizer is None:
         tokenizer = recipe.teacher.load(student.model, recipe.task).tokenizer
     set_chat_template(tokenizer, recipe.data.chat_template, recipe.data.chat_template_kwargs)
-    if (kept := keep_tokens(recipe, tokenizer)) is not None:
-        teacher = kept.tokenizer if teacher is not None and teacher.get_vocab() == tokenizer.get_vocab() else teacher
-        tokenizer = kept.tokenizer
     model = student.model or teacher_path
     config = load_config(model, "student.model") if model and recipe.task in SEQUENCE_TASKS else None
+    if (kept := keep_tokens(recipe, tokenizer, config)) is not None:
+        teacher = kept.tokenizer if teacher is not None and teacher.get_vocab() == tokenizer.get_vocab() else teacher
+        tokenizer = kept.tokenizer
     train, evaluation, _ = encode_data(recipe, config, tokenizer)
     examples = evaluation if held_out else train
     other = teacher if teacher is not None and teacher.get_vocab() != tokenizer.get_vocab() else None

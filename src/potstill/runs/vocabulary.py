@@ -13,19 +13,21 @@ from typing import Any, Literal, NamedTuple
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data.batches import encode, in_batches
+from potstill.data.loading import load
 from potstill.data.mixture import encode_mixture
-from potstill.data.sources import Source
+from potstill.data.sources import Source, in_parts
 from potstill.errors import RecipeError
 from potstill.evaluate.held_out import measure_rows, text_bytes
 from potstill.evaluate.quality import logits_in_parts, outputs_at
 from potstill.evaluate.sequence import measure
 from potstill.evaluate.speed import bytes_on_disk
 from potstill.evaluate.time_limit import TimeLimit
-from potstill.losses.alignment import causal_alignment
+from potstill.losses.alignment import SEQUENCE_TASKS, causal_alignment
 from potstill.models.chat import set_chat_template
+from potstill.models.heads import class_ids
 from potstill.models.placement import is_spread, move
 from potstill.models.precision import describe_precision
 from potstill.models.split import evaluation_mode, split_model
@@ -45,19 +47,31 @@ class KeptTokens(NamedTuple):
     whole: PreTrainedTokenizerBase
 
 
-def keep_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> KeptTokens | None:
+def keep_tokens(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None
+) -> KeptTokens | None:
     """Choose the tokens that the recipe asks for, and make a tokenizer of them; None where it keeps all.
 
-    All are kept where their number is not chosen yet.
+    All are kept where their number is not chosen yet. The config is the teacher's, with a classifier's classes.
     """
     part = recipe.student.vocabulary
     if part is None:
         return None
-    source = recipe.data.train if part.text is None else part.text
+    for rows in (*in_parts(recipe.data.train), recipe.data.eval):
+        if load(rows, recipe.task, has_template=tokenizer.chat_template is not None).kind == "input_ids":
+            raise RecipeError(
+                f"student.vocabulary: expected texts, which fewer tokens can encode, got ids of all tokens in "
+                f"{rows.title}. Give its text, or keep all tokens."
+            )
+    source, options = recipe.data.train if part.text is None else part.text, _options(recipe)
+    if recipe.task in SEQUENCE_TASKS and part.text is not None:
+        options["task"] = "encoder"  # a text without labels
+    elif recipe.task == "classification" and config is not None:
+        options["classes"] = class_ids(config)
     if part.keep == "auto":
-        encode_mixture(source, tokenizer, **_options(recipe))  # it is kept on the disk: mistakes in it are found now
+        encode_mixture(source, tokenizer, **options)  # it is kept on the disk: mistakes in it are found now
         return None
-    kept = tokens_of(source, tokenizer, part.keep, **_options(recipe))
+    kept = tokens_of(source, tokenizer, part.keep, **options)
     return KeptTokens(kept, trim_tokenizer(tokenizer, kept), tokenizer)
 
 

@@ -44,7 +44,7 @@ def choose_vocabulary_size(recipe: Recipe, directory: Path, console: Console) ->
     _check(recipe)
     model = recipe.student.model or str(recipe.teacher.model_path)
     tokenizer, config = load_tokenizer(model, "student"), load_config(model, "student")
-    keep_tokens(recipe, tokenizer)  # a mistake in the text is found before any measurement
+    keep_tokens(recipe, tokenizer, config)  # a mistake in the text is found before any measurement
     part, design = recipe.student.vocabulary, recipe.student.design
     assert part is not None
     assert isinstance(design, BudgetPart)

@@ -121,7 +121,7 @@ class VocabularyPart(Part):
 
     keep: Literal["data", "auto"] | Annotated[int, Field(ge=1)] = Field(
         description="data, all tokens of the text; or a number: the most frequent; or auto: the number with which a "
-        "pruned student of the design's size loses least. Special tokens and the alphabet stay"
+        "pruned student of the design's size loses least. Added tokens and the alphabet stay"
     )
     text: Source | None = Field(None, description="where tokens are counted, as a source of data; default: data.train")
 
@@ -206,17 +206,18 @@ class StudentPart(Part):
             raise ValueError(
                 f"expected save_dtype float32 with quantize, got {self.save_dtype}, which does not hold the weights"
             )
-        if adapter is None or self.design is None:
+        if adapter is None or (self.design is None and self.vocabulary is None):
             return self
-        if method == "random":
+        if self.design is not None and method == "random":
             raise ValueError(
                 "expected an adapter on a model that has learnt something, got one on a design with random weights, "
                 "which would stay frozen. Name a model, begin with the teacher's weights (initialize), or leave it out"
             )
         if adapter.base_bits is not None or not adapter.merge:
+            what, of = ("on a design", "a design") if self.design is not None else ("with vocabulary", "the cut model")
             raise ValueError(
-                f"expected lora or ia3 with merge: true on a design, got {adapter.name}: a design is on no disk, "
-                "so that an adapter alone could not be loaded again"
+                f"expected lora or ia3 with merge: true {what}, got {adapter.name}: {of} is on no disk, so that an "
+                "adapter alone could not be loaded again"
             )
         return self
 

@@ -1,0 +1,58 @@
+"""Kinds of layers, such as sliding and full attention, in a student with some of its teacher's layers."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+from potstill.errors import ModelError
+from potstill.models.design import contains, layer_fields
+from potstill.models.shapes import attention_layers
+
+
+def keep_kinds(layers: Sequence[int], kinds: Sequence[str]) -> list[int]:
+    """Exchange chosen layers for the nearest of each kind that is missing, so that one of each kind stays.
+
+    Without it a student may have sliding attention alone, and see nothing beyond its windows.
+
+    >>> keep_kinds([0, 2, 4], ["sliding", "sliding", "sliding", "sliding", "sliding", "full"])
+    [0, 2, 5]
+    """
+    chosen = [*layers]
+    for kind in dict.fromkeys(kinds):
+        counts = Counter(kinds[layer] for layer in chosen)
+        others = [layer for layer in chosen if counts[kinds[layer]] > 1]
+        missing = [layer for layer in range(len(kinds)) if kinds[layer] == kind and not counts[kind]]
+        swaps = [(abs(new - old), old, new) for new in missing for old in others]
+        if swaps:
+            _, old, new = min(swaps)
+            chosen = sorted({*chosen} - {old} | {new})
+    return chosen
+
+
+def with_layers(config: PretrainedConfig, of_teacher: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """Give a student's config the fields by layer of these layers of its teacher; those that the design changes stay.
+
+    Raises:
+        ModelError: the family makes one another kind, as Gemma 4 its last, or none has attention.
+    """
+    fields, first = config.to_dict(), layer_fields(of_teacher, range(config.num_hidden_layers))
+    taken = type(config).from_dict(copy.deepcopy(fields | first)).to_dict()  # a constructor may change lists in place
+    changed = {name: x for name, x in layer_fields(of_teacher, layers).items() if fields.get(name) == taken.get(name)}
+    student: PretrainedConfig = type(config).from_dict(copy.deepcopy(fields | changed))
+    taken = student.to_dict()
+    for name, value in changed.items():
+        if name in fields and not contains(taken[name], value):
+            raise ModelError(
+                f"student.initialize.layers: expected layers of the kinds that {config.model_type} takes, got {name} "
+                f"{value}, in place of which the config has {taken[name]}. Choose others."
+            )
+    if attention_layers(of_teacher) and not attention_layers(student):
+        raise ModelError(
+            f"student.initialize.layers: expected a layer with attention, got {[*layers]} of {config.model_type}, "
+            "which have none, and could not generate text. Choose others."
+        )
+    return student
