@@ -142,6 +142,7 @@ def _teacher(diagnosis: Mapping[str, Any]) -> Iterator[Finding]:
         yield _problem(
             f"the teacher itself ({nats(teacher)} nats) is no better on this text than training on labels alone "
             f"({nats(baseline)}), so there is little to learn from it",
+            ": train the teacher on it first",
             level="alarm",
         )
     ratio = diagnosis["compression"]

@@ -21,10 +21,10 @@ from potstill.models.spacing import evenly_spaced
 from potstill.models.split import undisturbed
 
 KEY = "student.vocabulary"  # of the recipe
-TOKEN_FIELDS = {  # of configs, beside those whose names end in _token_id or _token_index
+TOKEN_FIELDS = (  # of configs, beside those whose names end in _token_id or _token_index
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids"),
     *("pad_index", "bos_index", "eos_index", "unk_index", "mask_index"),
-}
+)
 OPTIONAL_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of most configs; others need a number
 NO_TOKEN = -1
 FREE = ("unused", "reserved", "place\u2581holder")  # in the names of added tokens that stand for nothing yet
@@ -35,11 +35,7 @@ PROBE = 16  # tokens of lowest id, and as many others, on which a cut model is c
 SAME = 1e-3  # difference that is rounding, of the largest output in float32
 ROUNDING_ULPS = 8  # the same in other precisions, in units in the last place
 TOKEN_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # of a trimmed tokenizer
-CLASS_SETTINGS = (
-    "model_input_names",
-    "padding_side",
-    "truncation_side",
-)  # of a tokenizer, by default those of its class
+CLASS_SETTINGS = ("model_input_names", "padding_side", "truncation_side")  # by default those of a tokenizer's class
 
 
 def choose_tokens(
