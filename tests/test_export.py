@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from potstill.runs.formats import gguf_file, llama_cpp, measure
 from potstill.runs.formats.gguf_families import gguf_family
 from potstill.runs.formats.gguf_file import write_gguf
 from potstill.runs.formats.llama_cpp import LlamaCpp
+from potstill.runs.formats.table import FORMATS
 from test_quantize import weights_of
 from test_report import run_directory, summary  # noqa: F401  # fixtures
 
@@ -252,6 +255,19 @@ def test_what_is_in_the_way_is_refused_before_anything_is_measured(
         (out / "export.json").write_text(text)
         with pytest.raises(UserError, match=r"figures of exported files in .*export.json, got something else. Delete"):
             export(model)
+
+
+def test_a_full_disk_is_one_line_without_advice_for_other_commands(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setitem(FORMATS, "gguf", replace(FORMATS["gguf"], write=fail))  # type: ignore[arg-type]
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(RunError, match=r"got 0.0 MB. .* run the command again, with --resume if it has that"):
+        export(model)
+    assert not (model / "export").exists()
 
 
 def test_wrong_options(model: Path, toys: Path) -> None:
