@@ -164,7 +164,7 @@ def test_an_interrupted_save_leaves_nothing(recipe_values: dict[str, Any], monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr("potstill.runs.steps.write_checksums", interrupted)
-    monkeypatch.setattr("potstill.runs.run.rehearse", lambda *_, **__: None)
+    monkeypatch.setattr("potstill.runs.run.rehearse", lambda *_, **__: [])
     with pytest.raises(KeyboardInterrupt):
         quiet_run(recipe_values)
     assert not [path for path in Path(recipe_values["output"]).iterdir() if path.name.startswith("student")]

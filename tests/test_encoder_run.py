@@ -22,6 +22,7 @@ from conftest import mostly_slow
 from potstill.data.sources import Source
 from potstill.errors import DataError, ModelError, RecipeError
 from potstill.evaluate.measures import QUALITY
+from potstill.models.loading import load_model
 from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
@@ -253,6 +254,13 @@ def test_a_teacher_whose_head_would_be_random_is_refused(judged_rows: Path) -> N
     for name in ("masked", "classify"):
         with pytest.raises(ModelError, match=r"teacher\.model: expected .* got a model without weights for c"):
             build_run(Recipe.load(RECIPES[name], SMALL))
+
+
+def test_the_error_for_a_classifier_without_its_task_names_its_class(tmp_path: Path) -> None:
+    save(make_encoder("bert", "classification"), tmp_path / "model")
+    for task in ("causal", "masked"):
+        with pytest.raises(ModelError, match="It was saved as BertForSequenceClassification: name the task that this"):
+            load_model(str(tmp_path / "model"), "student", task=task)  # type: ignore[arg-type]
 
 
 def test_the_error_for_an_unknown_label_has_its_row(judged_rows: Path) -> None:

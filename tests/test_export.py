@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,10 @@ from typer.testing import CliRunner
 from conftest import make_llama, make_tokenizer, quiet_run
 from potstill import files
 from potstill.cli import app
+from potstill.cli.export import show_exports
 from potstill.data.sources import Source
 from potstill.errors import ModelError, RunError, UserError
-from potstill.evaluate.exported import Exports, read_exports
+from potstill.evaluate.exported import ExportedFile, Exports, read_exports
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.runs import export as runs_export
 from potstill.runs.config.run import Recipe
@@ -30,6 +33,7 @@ from potstill.runs.formats import gguf_file, llama_cpp, measure
 from potstill.runs.formats.gguf_families import gguf_family
 from potstill.runs.formats.gguf_file import write_gguf
 from potstill.runs.formats.llama_cpp import LlamaCpp
+from potstill.runs.formats.table import FORMATS
 from test_quantize import weights_of
 from test_report import run_directory, summary  # noqa: F401  # fixtures
 
@@ -213,6 +217,57 @@ def test_layers_with_windows_that_gguf_does_not_hold(tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
     with pytest.raises(ModelError, match="gemma3_text with full attention in each n-th layer, got layer_types"):
         write_gguf(make("gemma3_text", **{**WINDOWS, "layer_types": kinds}), make_tokenizer(), tmp_path / "model.gguf")
+
+
+def test_the_table_has_all_files_in_a_terminal_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"student-{program}-{kind}" for program in ("onnx", "openvino") for kind in ("f32", "int8")]
+    speeds: dict[str, Any] = {"prompt_tokens_per_second": 9.0, "peak_bytes": 8}
+    exported = [ExportedFile(file=name, kind="f32", program="a program", bytes=7, **speeds) for name in names]
+    show_exports(Exports(task="embedding", student_bytes=7, files=exported))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert next(line for line in lines if line.split()[:1] == ["size"]).count("7 bytes") == 5, "the student and 4 files"
+    head = lines[: next(i for i, line in enumerate(lines) if "──" in line)]
+    letters = sorted("".join("".join(line.split()) for line in head))
+    assert letters == sorted("".join(["student/", *names])), "no name is cut"
+    assert not any("loss" in line or "generation" in line for line in lines), "nothing was measured"
+
+
+def test_what_is_in_the_way_is_refused_before_anything_is_measured(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(runs_export, "Bench", fail)
+    out = model / "export"
+    (out / "student-f16.gguf").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"expected a file to write, or nothing, at .*student-f16.gguf, got a folder"):
+        export(model)
+    (out / "student-f16.gguf").rmdir()
+    (out / "student-onnx-f32").touch()
+    with pytest.raises(UserError, match=r"expected a folder to write, or nothing, at .*student-onnx-f32, got a file"):
+        export(model, "onnx")
+    for text in ("{half", "[]"):
+        (out / "export.json").write_text(text)
+        with pytest.raises(UserError, match=r"figures of exported files in .*export.json, got something else. Delete"):
+            export(model)
+
+
+def test_a_full_disk_is_one_line_without_advice_for_other_commands(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setitem(FORMATS, "gguf", replace(FORMATS["gguf"], write=fail))  # type: ignore[arg-type]
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(RunError, match=r"got 0.0 MB. .* run the command again, with --resume if it has that"):
+        export(model)
+    assert not (model / "export").exists()
 
 
 def test_wrong_options(model: Path, toys: Path) -> None:

@@ -14,6 +14,7 @@ from conftest import make_batch, make_llama, make_tokenizer
 from potstill.errors import ModelError, RecipeError, UserError
 from potstill.models.checksums import CHECKSUMS
 from potstill.models.weight_grid import WeightGrid
+from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
 from potstill.runs.formats.gguf_file import weight_grids, write_gguf
 from potstill.train.arguments import DistillationConfig
@@ -111,6 +112,16 @@ def test_a_resumed_training_ends_in_the_same_weights(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-2" / CHECKSUMS).unlink()
     with pytest.raises(UserError, match=r"expected latent.safetensors in .*: it is of a training without grids"):
         trainer_of(again, tmp_path, rows, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_widths_that_no_block_divides_are_noted_before_the_training(recipe_values: dict[str, Any]) -> None:
+    """Of the design, 8 wide, and of what is exported beside."""
+    values = recipe_values | {"student": recipe_values["student"] | {"quantize": "q4_0"}}
+    (note,) = [note for note in check(Recipe.parse(values)).built.notes if "of its matrices" in note]
+    assert note.startswith("student.quantize: most weights of its matrices are not q4_0: ") and "% f16" in note
+    values |= {"export": [{"to": "gguf", "quantize": "q8_0"}, {"to": "gguf", "quantize": "f16"}]}
+    notes = [note for note in check(Recipe.parse(values)).built.notes if "of its matrices" in note]
+    assert [note.partition(":")[0] for note in notes] == ["export", "student.quantize"]
 
 
 def test_what_cannot_be_trained_so_is_refused(recipe_values: dict[str, Any], tmp_path: Path) -> None:

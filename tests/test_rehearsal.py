@@ -102,7 +102,7 @@ def test_the_rehearsal_changes_nothing_of_the_run(
     recipe_values["rollout"] = {"max_new_tokens": 8, "replay": {"size": 4}}
     recipe_values["evaluate"]["baseline"] = False
     rehearsed = quiet_run(recipe_values)
-    monkeypatch.setattr("potstill.runs.run.rehearse", lambda built, student: None)
+    monkeypatch.setattr("potstill.runs.run.rehearse", lambda built, student: [])
     alone = quiet_run(recipe_values | {"output": str(tmp_path / "alone")})
     assert rehearsed.summary["teacher_weights"] == alone.summary["teacher_weights"]
     weights, expected = (load_file(done.directory / "student" / "model.safetensors") for done in (rehearsed, alone))

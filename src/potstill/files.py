@@ -37,7 +37,7 @@ def explain_disk_full(folder: Path, needed: int) -> Iterator[None]:
             raise
         raise RunError(
             f"output: expected room for {needed / 1e6:,.1f} MB on the disk of {folder}, got {free / 1e6:,.1f} MB. What "
-            "was saved is kept. Make room, and go on with --resume."
+            "was saved is kept. Make room, and run the command again, with --resume if it has that."
         ) from error
 
 

@@ -114,9 +114,15 @@ def print_facts(rows: Iterable[tuple[str, ...]]) -> None:
 
 
 def comparison_table(columns: Iterable[str], title: str | None = None, *, wraps: bool = False) -> Table:
-    """Make a table with a column of names, which may wrap, and a right-aligned column for each of `columns`."""
+    """Make a table with a column of names and a right-aligned column for each of `columns`.
+
+    Where a line is too short, cells wrap: Rich leaves out whole columns of those that may not.
+
+    Args:
+        wraps: the names alone wrap.
+    """
     table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=not wraps)
-    table.add_column("", no_wrap=not wraps)
+    table.add_column("", overflow="fold")
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=wraps, overflow="fold")
     return table

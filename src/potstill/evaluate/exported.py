@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from potstill.errors import UserError
 from potstill.evaluate.formatting import count, nats, percent, size
 from potstill.files import write_text
 from potstill.losses.alignment import TOKEN_TASKS, Task
 
 FOLDER, FILE = "export", "export.json"
+NONE = "–"  # in a table, where nothing was measured
 ExportTask = Literal[Task, "embedding"]  # of a sentence-transformers model: a vector for each text
 
 
@@ -63,9 +65,18 @@ def write_exports(exports: Exports, folder: Path) -> None:
 
 
 def read_exports(folder: Path) -> Exports | None:
-    """The records of the exports in a folder; None without any."""
+    """The records of the exports in a folder; None without any.
+
+    Raises:
+        UserError: they are damaged.
+    """
     path = folder / FILE
-    return Exports.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return Exports.model_validate_json(path.read_bytes()) if path.exists() else None
+    except ValidationError:
+        raise UserError(
+            f"export: expected the figures of exported files in {path}, got something else. Delete it, and export anew."
+        ) from None
 
 
 _SIMILARITIES = "difference of similarities"
@@ -90,13 +101,13 @@ def export_rows(exports: Exports) -> Iterator[tuple[str, ...]]:
     """Rows of a table: the student in transformers, then each file."""
 
     def write(value: float | None, form: Any) -> str:
-        return "–" if value is None else str(form(value))
+        return NONE if value is None else str(form(value))
 
-    student = (write(exports.student_loss, nats), "–", "–", write(exports.student_teacher_kl, nats))
+    student = (write(exports.student_loss, nats), NONE, NONE, write(exports.student_teacher_kl, nats))
     if exports.student_bytes is not None:
-        yield ("student/", "PyTorch", size(exports.student_bytes), *student, "–", "–", "–")
+        yield ("student/", "PyTorch", size(exports.student_bytes), *student, NONE, NONE, NONE)
     for file in exports.files:
-        agreement = "–" if file.agreement is None else percent(file.agreement, 1)
+        agreement = NONE if file.agreement is None else percent(file.agreement, 1)
         quality = (write(file.loss, nats), agreement, write(file.kl, "{:z.5f}".format), write(file.teacher_kl, nats))
         yield (
             file.file,

@@ -88,8 +88,12 @@ def check_weights(
     if not may_miss:
         only_head = all(weight.startswith(HEADS) for weight in missing)
         hint = "They would be random: name a model that was trained for it."
-        if only_head:
-            hint = f"It was saved without its head: save it as {type(model).__name__}, or name a model with one."
+        own = type(model).__name__
+        saved_as = next(iter(model.config.architectures or ()), own)
+        if only_head and "For" in saved_as and saved_as != own:
+            hint = f"It was saved as {saved_as}: name the task that this is for, or a model with that head."
+        elif only_head:
+            hint = f"It was saved without its head: save it as {own}, or name a model with one."
         raise ModelError(f"{key}: expected {kind} in {name}, got a model without weights for {_some(missing)}. {hint}")
     note = f"{key}: {name} has no weights for {_some(missing)}: they start at random."
     return (note, _unused(key, name, model, unexpected)) if unexpected else (note,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ def check(recipe: Recipe, console: Console | None = None) -> Preflight:
             built = build_run(calibrated_quickly(recipe))
         with part(console, "trying every step on short rows"):
             student = built.new_student()
-            rehearse(built, student)
+            built = replace(built, notes=(*built.notes, *rehearse(built, student)))
         with part(console, "timing a batch"), quick_collection():
             return _estimate(recipe, built, student)
 

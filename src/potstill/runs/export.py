@@ -154,8 +154,12 @@ def export_model(
     console: Console,
 ) -> Exports:
     """Export a loaded model to files of some kinds in each format, and measure them on held-out rows."""
-    for to in kinds:
+    _check_free(out, is_folder=True)
+    for to, quantize in kinds.items():
         FORMATS[to].program()  # a missing package is an error before anything is measured
+        for kind in quantize:
+            _check_free(out / FORMATS[to].file.format(kind), is_folder=FORMATS[to].graph is not None)
+    read_exports(out)  # records that are damaged are an error before that too
     if is_adapted(model):
         model = merged(model)
     bench = Bench(tokenizer, None if rows is None else measured_rows(rows, tokens), model, teacher, task)
@@ -242,6 +246,13 @@ def _student_beside(file: Path) -> Path | None:
     run = file.absolute().parent.parent
     folders = (run / STUDENT, run) if file.absolute().parent.name == FOLDER else ()
     return next((folder for folder in folders if (folder / "config.json").exists()), None)
+
+
+def _check_free(path: Path, *, is_folder: bool) -> None:
+    """Refuse a folder in place of a file, and the reverse, which a new one does not replace."""
+    if path.exists() and path.is_dir() is not is_folder:
+        kinds = ("a folder", "a file") if is_folder else ("a file", "a folder")
+        raise UserError(f"export: expected {kinds[0]} to write, or nothing, at {path}, got {kinds[1]}. Move it away.")
 
 
 def _earlier(exports: Exports, out: Path) -> list[ExportedFile]:

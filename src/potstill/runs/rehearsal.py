@@ -21,9 +21,12 @@ from transformers.integrations import get_reporting_integration_callbacks
 from potstill.errors import PotstillError, RecipeError, RunError, one_line, remedy
 from potstill.files import explain_disk_full, remove, temporary_path
 from potstill.losses.alignment import TOKEN_TASKS
+from potstill.models.adapted import is_adapted
 from potstill.models.spacing import evenly_spaced
 from potstill.runs import steps
 from potstill.runs.build import BuiltRun, piece
+from potstill.runs.config.run import Recipe
+from potstill.runs.formats.gguf_file import kind_notes
 from potstill.runs.map_memory import check_map_memory
 
 ROWS = 3  # for each rank; encoders are compared on 3 at least
@@ -33,10 +36,13 @@ NEW_TOKENS = 4  # of an on-policy sample
 NO_TIME = 1e-6  # seconds: one batch, one pass and one continuation are measured
 
 
-def rehearse(built: BuiltRun, student: Any) -> None:
+def rehearse(built: BuiltRun, student: Any) -> list[str]:
     """Walk the steps of a run in a temporary folder: one optimiser step, resumed for a second one.
 
     The folder is on the disk of the run's output. The student is one that `built.new_student` made; it does not change.
+
+    Returns:
+        Notes on the files that the run will write.
 
     Raises:
         RunError: a step failed; the message names it.
@@ -63,6 +69,15 @@ def rehearse(built: BuiltRun, student: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     PartialState().wait_for_everyone()
+    return [*_file_notes(built.recipe, student)]
+
+
+def _file_notes(recipe: Recipe, student: Any) -> Iterator[str]:
+    """Say which kinds of GGUF files do not go with the widths of a student."""
+    kinds: dict[Any, str] = {part.kind: "export" for part in recipe.export if part.to == "gguf"}
+    kinds |= {} if recipe.student.quantize is None else {recipe.student.quantize: "student.quantize"}
+    for kind, key in kinds.items() if not is_adapted(student) else ():
+        yield from (f"{key}: {note}" for note in kind_notes(student, kind))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,17 +64,22 @@ def _run(recipe: Recipe, directory: Path, resume: bool, shown: Console) -> RunRe
             built = replace(built, notes=(*before, *built.notes))
         for warning in built.duplicates.warnings:
             shown.print(f"warning: {warning}", style="bold red", highlight=False, markup=False)
-        for note in built.notes:
-            shown.print(note, style="dim", highlight=False, markup=False)
+        _show_notes(built.notes, shown)
         if not (directory / "student").exists():
             with part(shown, "trying every step on short rows"):
                 student = built.new_student()
-                rehearse(built, student)
+                notes = rehearse(built, student)
+            _show_notes(notes, shown)
             if (weak := weak_gradient(built, student)) is not None:
                 shown.print(f"warning: {weak}", style="bold red", highlight=False, markup=False)
         with explain_disk_full(directory, CHECKPOINT_BYTES * built.size.trained):
             walk(STEPS, built, directory, shown)
     return RunResult(directory, json.loads((directory / "summary.json").read_text(encoding="utf-8")))
+
+
+def _show_notes(notes: Iterable[str], shown: Console) -> None:
+    for note in notes:
+        shown.print(note, style="dim", highlight=False, markup=False)
 
 
 def settle_student(recipe: Recipe, directory: Path, console: Console, resume: bool) -> tuple[Recipe, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from torch import Tensor
@@ -116,13 +116,17 @@ def gguf_kind(path: Path) -> str:
     return name.lower().removeprefix("mostly_").removeprefix("all_")
 
 
-def kind_notes(path: Path, kind: str) -> Iterator[str]:
-    """Say so where most weights of a file's matrices are of other kinds than the one that it is named by."""
-    gguf = require_package("gguf", "export", "export")
+def kind_notes(source: Any, kind: str) -> Iterator[str]:
+    """Say so where most weights of the matrices of a file, or of a model's file, are of other kinds than its name."""
     weights = Counter[str]()
-    for tensor in gguf.GGUFReader(path).tensors:
-        if len(tensor.shape) > 1:
-            weights[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    if isinstance(source, Path):
+        for tensor in require_package("gguf", "export", "export").GGUFReader(source).tensors:
+            if len(tensor.shape) > 1:
+                weights[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    else:
+        for _, _, weight, its_kind in _tensors(source, cast(GgufType, kind)):
+            if weight.ndim > 1:
+                weights[its_kind] += weight.numel()
     own = sum(count for name, count in weights.items() if kind.startswith(name))
     if kind.startswith("q") and own < LEAST_OF_KIND * weights.total():
         shares = ", ".join(f"{count / weights.total():.0%} {name}" for name, count in weights.most_common())
