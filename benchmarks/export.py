@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from potstill import Source, export
-from potstill.evaluate.exported import export_columns, export_rows, read_exports
+from potstill.evaluate.exported import export_table, read_exports
 from potstill.runs.formats.table import FORMATS
 
 KINDS = {"gguf": "f16,q8_0,q5_1,q4_k_m,q4_0", "onnx": "f32,int8", "openvino": "f32,int8"}
@@ -44,9 +44,9 @@ def main() -> None:
     exports = read_exports(args.out)
     assert exports is not None
     print(f"{exports.tokens} held-out tokens\n")
-    columns = export_columns(exports)
+    columns, rows = export_table(exports)
     print(f"| {' | '.join(columns)} |\n|---{'|---:' * (len(columns) - 1)}|")
-    for row in export_rows(exports):
+    for row in rows:
         print(f"| {' | '.join(row)} |")
 
 

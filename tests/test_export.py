@@ -26,6 +26,9 @@ from potstill.data.sources import Source
 from potstill.errors import ModelError, RunError, UserError
 from potstill.evaluate.exported import ExportedFile, Exports, read_exports
 from potstill.evaluate.report.page import write_report, write_student_card
+from potstill.models.adapted import save_adapter
+from potstill.models.adapters import Lora, adapt
+from potstill.models.loading import load_model
 from potstill.runs import export as runs_export
 from potstill.runs.config.run import Recipe
 from potstill.runs.export import evaluate_files, export
@@ -44,6 +47,17 @@ pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install
 @pytest.fixture
 def model(toys: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(toys / "student", tmp_path / "model"))
+
+
+def test_a_student_with_an_adapter_is_as_large_as_both(model: Path, toys: Path) -> None:
+    adapter = model.parent / "adapter"
+    save_adapter(adapt(load_model(str(model), "student"), Lora(rank=2)), adapter)
+    make_tokenizer().save_pretrained(adapter)
+    exports = export(adapter, quantize=("f32",), data=Source(str(toys / "eval.jsonl")), max_length=32, tokens=100)
+    alone = (adapter / "adapter_model.safetensors").stat().st_size
+    assert exports.student_bytes == alone + (model / "model.safetensors").stat().st_size
+    again = evaluate_files([adapter / "export/student-f32.gguf"], Source(str(toys / "eval.jsonl")), tokens=100)
+    assert again.student_bytes == exports.student_bytes
 
 
 def test_a_model_is_measured_beside_its_teacher(model: Path, toys: Path) -> None:

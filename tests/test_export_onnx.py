@@ -23,7 +23,7 @@ from potstill import files
 from potstill.cli import app
 from potstill.data.sources import Source
 from potstill.errors import ModelError, RunError, UserError
-from potstill.evaluate.exported import Exports, export_columns, export_rows, read_exports
+from potstill.evaluate.exported import Exports, export_table, read_exports
 from potstill.runs.config.run import Recipe
 from potstill.runs.export import export
 from potstill.runs.formats import loaded as loaded_file
@@ -255,12 +255,13 @@ def test_encoders(family: str, task: Any, columns: dict[str, str], tmp_path: Pat
     assert (plain.loss is None) is (task == "encoder") and (plain.agreement is None) is (
         task in ("encoder", "regression")
     )
-    columns_of_table = export_columns(exports)
-    assert all(len(row) == len(columns_of_table) for row in export_rows(exports))
-    assert columns_of_table[5] == {
+    columns, rows = export_table(exports)
+    assert all(len(row) == len(columns) for row in rows)
+    assert {
         "regression": "squared distance to the student",
         "encoder": "difference of similarities to the student",
-    }.get(task, "KL to the student")
+    }.get(task, "KL to the student") in columns
+    assert ("held-out loss" in columns) is (plain.loss is not None) and "generation, tokens a second" not in columns
 
 
 def test_a_student_that_onnx_does_not_hold_is_refused_before_it_is_trained(

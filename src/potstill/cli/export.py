@@ -63,13 +63,13 @@ def export(
 
 def show_exports(exports: Any) -> None:
     """Print a column for the student and one for each file."""
-    from potstill.evaluate.exported import NONE, export_columns, export_rows
+    from potstill.evaluate.exported import export_table
 
-    names, *measures = zip(*export_rows(exports), strict=True)
+    columns, rows = export_table(exports)
+    names, *measures = zip(*rows, strict=True)
     table = comparison_table(names)
-    for name, values in zip(export_columns(exports)[1:], measures, strict=True):
-        if any(value != NONE for value in values):
-            table.add_row(name, *values)
+    for name, values in zip(columns[1:], measures, strict=True):
+        table.add_row(name, *values)
     show(table)
     for file in exports.files:
         for note in file.notes:

@@ -87,8 +87,14 @@ _DISTANCES: dict[ExportTask, str] = {
 }
 
 
-def export_columns(exports: Exports) -> tuple[str, ...]:
-    """Names of the columns of `export_rows`."""
+def export_table(exports: Exports) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The names of a table's columns, those with figures alone, and its rows: the student, then each file."""
+    columns = zip(_columns(exports), *_rows(exports), strict=True)
+    names, *rows = zip(*(column for column in columns if any(cell != NONE for cell in column[1:])), strict=True)
+    return names, rows
+
+
+def _columns(exports: Exports) -> tuple[str, ...]:
     distance = _DISTANCES.get(exports.task, "KL")
     return (
         *("file", "program", "size", "held-out loss", "agreement with the student"),
@@ -97,9 +103,7 @@ def export_columns(exports: Exports) -> tuple[str, ...]:
     )
 
 
-def export_rows(exports: Exports) -> Iterator[tuple[str, ...]]:
-    """Rows of a table: the student in transformers, then each file."""
-
+def _rows(exports: Exports) -> Iterator[tuple[str, ...]]:
     def write(value: float | None, form: Any) -> str:
         return NONE if value is None else str(form(value))
 
@@ -123,8 +127,5 @@ def export_rows(exports: Exports) -> Iterator[tuple[str, ...]]:
 def export_facts(run_directory: Path) -> dict[str, Any]:
     """The exports of a run directory, as its report and its card show them."""
     exports = read_exports(run_directory / FOLDER)
-    return {
-        "exports": exports,
-        "export_columns": () if exports is None else export_columns(exports),
-        "export_rows": [] if exports is None else list(export_rows(exports)),
-    }
+    columns, rows = ((), []) if exports is None else export_table(exports)
+    return {"exports": exports, "export_columns": columns, "export_rows": rows}

@@ -21,7 +21,7 @@ from potstill.errors import UserError, nearest
 from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, ExportTask, read_exports, write_exports
 from potstill.evaluate.report.embedding import write_embedding_report
 from potstill.evaluate.report.page import write_report, write_student_card
-from potstill.evaluate.speed import weight_bytes
+from potstill.evaluate.speed import bytes_on_disk, weight_bytes
 from potstill.evaluate.summary import is_finished
 from potstill.files import atomic_path, explain_disk_full, lock_folder
 from potstill.losses.alignment import SEQUENCE_TASKS, TASKS, Task
@@ -160,12 +160,13 @@ def export_model(
         for kind in quantize:
             _check_free(out / FORMATS[to].file.format(kind), is_folder=FORMATS[to].graph is not None)
     read_exports(out)  # records that are damaged are an error before that too
+    size = sum(weight_bytes(student_folder / path) for path in module_paths(student_folder) or [""])
     if is_adapted(model):
+        size = bytes_on_disk(student_folder, model)
         model = merged(model)
     bench = Bench(tokenizer, None if rows is None else measured_rows(rows, tokens), model, teacher, task)
     with part(console, "measuring the student"):
-        modules = module_paths(student_folder) or [""]
-        exports = together = bench.start(sum(weight_bytes(student_folder / path) for path in modules))
+        exports = together = bench.start(size)
     out.mkdir(parents=True, exist_ok=True)
     prepared = dict[Any, Any]()
     for to, quantize in kinds.items():
@@ -223,16 +224,12 @@ def evaluate_files(
     with part(console, "reading models and data"):
         tokenizer = load_tokenizer(name, "student")
         rows = measured_rows(encode(data, tokenizer, max_length=max_length, packing=packing).dataset, tokens)
-        bench = Bench(
-            tokenizer,
-            rows,
-            None if student is None else load_model(name, "student", "float32"),
-            None if teacher is None else _teacher(teacher, tokenizer),
-        )
+        model = None if student is None else load_model(name, "student", "float32")
+        bench = Bench(tokenizer, rows, model, None if teacher is None else _teacher(teacher, tokenizer))
     if teacher is not None and bench.teacher is None:
         raise UserError(f"--teacher: expected a model with the tokens of {name}, got {teacher}. Leave it out.")
     with part(console, "measuring in transformers"):
-        exports = bench.start(None if student is None else weight_bytes(student))
+        exports = bench.start(None if student is None else bytes_on_disk(student, model))
     for path in files:
         form = format_of(path)
         with part(console, f"measuring {path.name} in {form.program()}"):
@@ -245,7 +242,8 @@ def _student_beside(file: Path) -> Path | None:
     """The student that an export in a run directory, or in the folder of a model, is of."""
     run = file.absolute().parent.parent
     folders = (run / STUDENT, run) if file.absolute().parent.name == FOLDER else ()
-    return next((folder for folder in folders if (folder / "config.json").exists()), None)
+    configs = (folder / name for folder in folders for name in ("config.json", "adapter_config.json"))
+    return next((config.parent for config in configs if config.exists()), None)
 
 
 def _check_free(path: Path, *, is_folder: bool) -> None:
