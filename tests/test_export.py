@@ -287,7 +287,7 @@ def test_a_full_disk_is_one_line_without_advice_for_other_commands(
 def test_wrong_options(model: Path, toys: Path) -> None:
     for arguments, message in (
         (["--quantize", "int8"], "--quantize: expected some of f32, f16, .*, got int8"),
-        (["--to", "onnx", "--quantize", "q8_0"], "--quantize: expected some of f32, int8, got q8_0"),
+        (["--to", "onnx", "--quantize", "q8_0"], "--quantize: expected some of f32, int8, int4, got q8_0"),
         (["--quantize", "q4"], "--quantize: expected some of f32, f16, .*, got q4. Did you mean q4_"),
         (["--to", "ggml"], "--to: expected one of gguf, onnx, openvino, got ggml"),
         (["--field", "text"], "--field, --pair, --label: expected --data with them, got none"),
@@ -335,7 +335,7 @@ def test_recipes_name_their_exports(recipe_values: dict[str, Any]) -> None:
     assert files[3:] == [("onnx", "f32"), ("onnx", "int8"), ("gguf", "f32")]
     for wrong, message in (
         ({"quantize": "q8_0"}, "export: expected each file once, got gguf q8_0 twice"),
-        ({"to": "onnx", "quantize": "q4_1"}, r"export.6.quantize: expected some of f32, int8, got q4_1"),
+        ({"to": "onnx", "quantize": "q4_1"}, r"export.6.quantize: expected some of f32, int8, int4, got q4_1"),
         ({"quantize": "int8"}, r"export.6.quantize: expected some of f32, f16, .*, got int8"),
     ):
         with pytest.raises(UserError, match=message):

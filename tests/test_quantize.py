@@ -16,7 +16,11 @@ from potstill.models.checksums import CHECKSUMS
 from potstill.models.weight_grid import WeightGrid
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
-from potstill.runs.formats.gguf_file import weight_grids, write_gguf
+from potstill.runs.formats.gguf_file import write_gguf
+from potstill.runs.formats.graphs import CausalGraph
+from potstill.runs.formats.onnx_graph import trace, write_onnx
+from potstill.runs.formats.onnx_runtime import open_onnx
+from potstill.runs.formats.table import weight_grids
 from potstill.train.arguments import DistillationConfig
 from potstill.train.terms.logits import Labels
 from potstill.train.trainer import DistillationTrainer
@@ -68,6 +72,34 @@ def test_an_export_holds_the_trained_weights(case: str, kind: Any, tmp_path: Pat
     write_gguf(model, make_tokenizer(), tmp_path / "rounded.gguf", kind)
     latent, rounded = (weights_of(tmp_path / f"{name}.gguf") for name in ("latent", "rounded"))
     assert all(np.array_equal(weight, rounded[name]) for name, weight in latent.items())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("case", ["llama, tied", "phi3", "gpt2"])
+def test_a_graph_holds_the_trained_weights(case: str, kind: Any, tmp_path: Path) -> None:
+    """All matrices and tables are in blocks, and those of weights on the grid are those of the latent ones."""
+    onnx = pytest.importorskip("onnx", reason="install it with pip install 'potstill[onnx]'")
+    family, changes = CASES[case]
+    model = make(family, **changes, **({} if family == "gpt2" else {"intermediate_size": 72}))  # no whole blocks
+    write_onnx(trace(model), model, make_tokenizer(), tmp_path / "latent", kind)
+    grids, parameters = weight_grids(model, kind), dict(model.named_parameters())
+    assert {name for name, weight in parameters.items() if weight.ndim > 1} == {*grids}
+    for name, grid in grids.items():
+        parameters[name].data = grid.round(parameters[name].data)
+        assert torch.equal(grid.round(parameters[name].data), parameters[name].data)
+    write_onnx(trace(model), model, make_tokenizer(), tmp_path / "rounded", kind)
+    latent, rounded = (onnx.load(tmp_path / name / "model.onnx").graph for name in ("latent", "rounded"))
+    blocks = {x.name: onnx.numpy_helper.to_array(x) for x in rounded.initializer if len(x.dims) == 3}
+    assert len(blocks) == len(grids)
+    assert all(
+        np.array_equal(onnx.numpy_helper.to_array(x), blocks[x.name]) for x in latent.initializer if x.name in blocks
+    )
+    ids = [*range(5, 40)]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    with CausalGraph(open_onnx, tmp_path / "rounded") as loaded:
+        actual = torch.from_numpy(np.concatenate([*loaded.logits(ids)])).log_softmax(-1)
+    assert (expected.exp() * (expected - actual)).sum(-1).max() < 1e-3  # activations are in 8 bits
 
 
 def trainer_of(student: Any, folder: Path, rows: list[dict[str, Any]], **options: Any) -> DistillationTrainer:

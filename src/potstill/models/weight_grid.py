@@ -1,15 +1,17 @@
-"""Weights on the grid of a quantized file, bit for bit: blocks of 32 with a scale in half precision."""
+"""Weights on the grid of a quantized file, bit for bit: blocks of 32 with a scale each, for GGUF in half precision."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BLOCK = 32
-GridKind = Literal["q4_0", "q8_0", "f16"]
+GridKind = Literal["q4_0", "q8_0", "f16", "int8", "int4"]  # int8 and int4 are those of onnxruntime
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ def _round_q8_0(weight: Tensor) -> Tensor:
     return (whole * scale.half().float()).flatten(-2)
 
 
+def _round_int(weight: Tensor, lowest: int) -> Tensor:
+    """Round to lowest..-lowest - 1 times a float32 scale, by which the entry of largest magnitude is `lowest`."""
+    width = weight.shape[-1]
+    blocks = nn.functional.pad(weight, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
+    high, low = blocks.amax(-1, keepdim=True), blocks.amin(-1, keepdim=True)
+    scale = torch.where(high.abs() > low.abs(), high, low) / lowest
+    whole = (blocks * _inverse(scale) - lowest + 0.5).floor().clamp(0, -2 * lowest - 1) + lowest
+    return (whole * scale).flatten(-2)[..., :width]
+
+
 def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0.0, 1 / scale)
 
@@ -54,4 +66,10 @@ def _round_f16(weight: Tensor) -> Tensor:
     return weight.half().float()
 
 
-_ROUND = {"q4_0": _round_q4_0, "q8_0": _round_q8_0, "f16": _round_f16}
+_ROUND: dict[GridKind, Callable[[Tensor], Tensor]] = {
+    "q4_0": _round_q4_0,
+    "q8_0": _round_q8_0,
+    "f16": _round_f16,
+    "int8": partial(_round_int, lowest=-128),
+    "int4": partial(_round_int, lowest=-8),
+}

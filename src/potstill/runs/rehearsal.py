@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import PartialState
@@ -26,7 +26,7 @@ from potstill.models.spacing import evenly_spaced
 from potstill.runs import steps
 from potstill.runs.build import BuiltRun, piece
 from potstill.runs.config.run import Recipe
-from potstill.runs.formats.gguf_file import kind_notes
+from potstill.runs.formats.gguf_file import GgufType, kind_notes
 from potstill.runs.map_memory import check_map_memory
 
 ROWS = 3  # for each rank; encoders are compared on 3 at least
@@ -75,7 +75,8 @@ def rehearse(built: BuiltRun, student: Any) -> list[str]:
 def _file_notes(recipe: Recipe, student: Any) -> Iterator[str]:
     """Say which kinds of GGUF files do not go with the widths of a student."""
     kinds: dict[Any, str] = {part.kind: "export" for part in recipe.export if part.to == "gguf"}
-    kinds |= {} if recipe.student.quantize is None else {recipe.student.quantize: "student.quantize"}
+    if recipe.student.quantize in get_args(GgufType):
+        kinds[recipe.student.quantize] = "student.quantize"
     for kind, key in kinds.items() if not is_adapted(student) else ():
         yield from (f"{key}: {note}" for note in kind_notes(student, kind))
 

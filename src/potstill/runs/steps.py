@@ -24,7 +24,7 @@ from potstill.models.loading import load_model
 from potstill.models.modules import copy_modules
 from potstill.runs.build import BuiltRun
 from potstill.runs.config.export import export_kinds
-from potstill.runs.formats.gguf_file import weight_grids
+from potstill.runs.formats.table import weight_grids
 from potstill.runs.interruption import Interruption
 from potstill.runs.measure import EVAL_ROWS, summarize
 from potstill.runs.progress import part

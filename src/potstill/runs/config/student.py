@@ -157,9 +157,10 @@ class StudentPart(Part):
         None, description="a kind, or a kind with its options: the model is frozen, and this is trained on it"
     )
 
-    quantize: Literal["q4_0", "q8_0"] | None = Field(
+    quantize: Literal["q4_0", "q8_0", "int8", "int4"] | None = Field(
         None,
-        description="train for this kind of GGUF file: the student computes with the weights that the file will have",
+        description="train for this kind of file, of GGUF, or int8 and int4 of ONNX and OpenVINO: the student computes "
+        "with the weights that the file will have",
     )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",

@@ -66,7 +66,7 @@ def write_gguf(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path, quant
         writer.close()
 
 
-def weight_grids(model: Any, quantize: GridKind) -> dict[str, WeightGrid]:
+def gguf_grids(model: Any, quantize: GridKind) -> dict[str, WeightGrid]:
     """The grids that an exported file has for the weights of a model, by their names there.
 
     Raises:
@@ -74,7 +74,7 @@ def weight_grids(model: Any, quantize: GridKind) -> dict[str, WeightGrid]:
     """
     require_package("gguf", "export", "student.quantize")
     try:
-        tensors = [*_tensors(model, quantize)]
+        tensors = [*_tensors(model, cast(GgufType, quantize))]
     except ModelError as error:
         raise ModelError(f"student.quantize: {str(error).removeprefix('export: ')}") from None
     config, family = model.config, gguf_family(model.config)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from potstill.errors import nearest
 from potstill.evaluate.exported import ExportedFile, ExportTask
+from potstill.models.weight_grid import GridKind, WeightGrid
 from potstill.runs.formats import gguf_check, gguf_file, llama_cpp, onnx_graph, onnx_runtime, openvino
 from potstill.runs.formats.gguf_file import GgufType
 from potstill.runs.formats.graphs import OpenGraph, measure_graph
@@ -32,6 +33,7 @@ class FileFormat:
         prepare: makes of a model and its task what all its files are written from.
         write: a file from what is prepared, the model, its tokenizer, a path and a kind.
         kind: reads the kind of any file of the format.
+        grids: of a model's weights in files of a kind, by their names in the model, to train on.
     """
 
     kinds: tuple[str, ...]
@@ -45,6 +47,7 @@ class FileFormat:
     write: Callable[..., None]
     measure: Callable[[Path, str, Bench], ExportedFile]
     kind: Callable[[Path], str]
+    grids: Callable[[Any, GridKind], dict[str, WeightGrid]]
 
     def mistakes(self, key: str, kind: str, task: ExportTask) -> Iterator[str]:
         """Give the errors of a kind that the format does not have, and of a task that it is not for."""
@@ -55,11 +58,17 @@ class FileFormat:
 
 
 def _of_graphs(
-    name: str, graph: str, disk: int, program: Callable[[], str], write: Any, opened: OpenGraph
+    name: str,
+    kinds: tuple[str, ...],
+    graph: str,
+    disk: int,
+    program: Callable[[], str],
+    write: Any,
+    opened: OpenGraph,
 ) -> FileFormat:
     """A format whose files are folders with a graph that torch traces."""
     return FileFormat(
-        kinds=get_args(OnnxType),
+        kinds=kinds,
         default="f32",
         tasks=frozenset(get_args(ExportTask)),
         file=f"student-{name}-{{}}",
@@ -70,6 +79,7 @@ def _of_graphs(
         write=write,
         measure=partial(measure_graph, opened),
         kind=lambda folder: opened(folder).kind,
+        grids=onnx_graph.graph_grids,
     )
 
 
@@ -86,9 +96,11 @@ FORMATS: Mapping[str, FileFormat] = {
         write=lambda prepared, *written: gguf_file.write_gguf(*written),
         measure=gguf_check.measure_gguf,
         kind=gguf_file.gguf_kind,
+        grids=gguf_file.gguf_grids,
     ),
     "onnx": _of_graphs(
         "onnx",
+        get_args(OnnxType),
         onnx_graph.MODEL,
         12,
         onnx_runtime.program_version,
@@ -96,10 +108,21 @@ FORMATS: Mapping[str, FileFormat] = {
         onnx_runtime.open_onnx,
     ),
     "openvino": _of_graphs(
-        "openvino", openvino.MODEL, 16, openvino.program_version, openvino.write_openvino, openvino.open_openvino
+        "openvino",
+        ("f32", "int8"),
+        openvino.MODEL,
+        16,
+        openvino.program_version,
+        openvino.write_openvino,
+        openvino.open_openvino,
     ),
 }
 GRAPHS = {form.graph: form for form in FORMATS.values() if form.graph}
+
+
+def weight_grids(model: Any, kind: GridKind) -> dict[str, WeightGrid]:
+    """The grids of a model's weights in files of a kind, by their names in the model."""
+    return next(form for form in FORMATS.values() if kind in form.kinds).grids(model, kind)
 
 
 def format_of(file: Path) -> FileFormat:
