@@ -179,10 +179,13 @@ def design_of(
 
 def budget_config(design: BudgetPart, source: PretrainedConfig, vocabulary: int) -> PretrainedConfig:
     """Derive the config of the student of a budget with so many tokens; ModelError where the family has none."""
+    return budget_of(design).student(source, vocabulary=vocabulary)
+
+
+def budget_of(design: BudgetPart) -> Budget:
     counts = {name: getattr(design, name) for name in ("params", "active_params")}
     limits = design.model_dump(exclude={"search"})
-    limits |= {name: None if count is None else parse_count(count) for name, count in counts.items()}
-    return Budget(**limits).student(source, vocabulary=vocabulary)
+    return Budget(**limits | {name: None if count is None else parse_count(count) for name, count in counts.items()})
 
 
 def initialization_of(
