@@ -62,6 +62,16 @@ def test_the_student_ends_where_teacher_and_template_do(chats: dict[str, Any]) -
     assert "plain text" not in "\n".join(built.notes)
 
 
+@pytest.mark.parametrize("of_teacher", [None, 5])
+def test_a_designed_student_pads_as_its_teacher_does(chats: dict[str, Any], of_teacher: int | None) -> None:
+    built = build_run(Recipe.parse(chats))
+    built.tokenizer.pad_token_id = 4
+    assert built.new_student.design is not None
+    built.new_student.design.pad_token_id = None
+    built.loaded.model.generation_config.pad_token_id = of_teacher
+    assert built.new_student().generation_config.pad_token_id == (of_teacher or 4)
+
+
 def test_the_trainer_saves_the_end_of_turns(chats: dict[str, Any], tmp_path: Path) -> None:
     built = build_run(Recipe.parse(chats))
     student = make_llama(vocab_size=302)

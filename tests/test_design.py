@@ -135,6 +135,14 @@ def test_budgets_of_all_kinds() -> None:
         Budget(memory_gb=100).student(LLAMA_8B)
 
 
+def test_memory_is_for_a_row_that_the_teacher_can_read() -> None:
+    """By default as `potstill design` counts it."""
+    teacher = LlamaConfig(hidden_size=64, num_hidden_layers=4, max_position_embeddings=128, vocab_size=300)
+    limit = 0.6 * size_of(teacher, 128).serve_bytes / 1e9
+    short, default = (Budget(memory_gb=limit, **context).student(teacher) for context in ({"context": 128}, {}))
+    assert short.to_dict() == default.to_dict()
+
+
 def test_a_budget_of_active_parameters() -> None:
     teacher = families.small("mixtral")
     limit = 0.6 * size_of(teacher, 64).active_parameters

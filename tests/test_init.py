@@ -54,6 +54,12 @@ def test_a_smaller_vocabulary_is_suggested_where_embeddings_are_large(
         Recipe.parse(yaml.safe_load(text.replace(line, line.replace("# ", ""))))
 
 
+def test_no_smaller_vocabulary_is_suggested_for_token_ids() -> None:
+    make_llama(hidden_size=32, layers=4, seed=4, vocab_size=50_000).save_pretrained("teacher")
+    write(train=[{"input_ids": [5, 6, 7, 8]}] * 4, eval=[{"input_ids": [5, 6, 7]}] * 4)
+    assert "vocabulary:" not in draft(DraftRequest("teacher", Path("train.jsonl"), Path("eval.jsonl")))
+
+
 def write(**files: list[dict[str, Any]]) -> None:
     for name, rows in files.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

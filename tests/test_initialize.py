@@ -14,6 +14,7 @@ from transformers import (
     DistilBertConfig,
     Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     LlamaConfig,
     MixtralConfig,
     Olmo2Config,
@@ -25,7 +26,7 @@ from transformers import (
 import families
 from conftest import make_batch
 from potstill.errors import ModelError, RecipeError
-from potstill.models.design import student_config
+from potstill.models.design import ShapeSearch, student_config
 from potstill.models.initialize import plan_initialization, random_student
 from potstill.models.pruning import choose_layers, measure_importance, measure_influence, select_parts
 from potstill.models.shapes import DesignShape
@@ -282,6 +283,49 @@ def test_layers_without_attention_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(
         ModelError, match=r"^student\.initialize\.layers: expected a layer with attention, got \[0, 2\]"
     ):
+        begun(teacher, "copy", [0, 2], num_hidden_layers=2, vocabulary=128)
+
+
+def test_a_layer_of_each_kind_of_gpt_neo_stays() -> None:
+    """It names kinds otherwise than other families."""
+    types = [[["global", "local"], 2], [["global"], 1]]
+    teacher = random_student(GPTNeoConfig(**ENDS, hidden_size=32, num_heads=4, num_layers=5, attention_types=types), 1)
+    assert choose_layers("uniform", 5, 3, None) == [0, 2, 4]  # all are global
+    student = begun(teacher, "copy", "uniform", num_layers=3)
+    assert student.config.attention_layers == ["local", "global", "global"]
+    smallest = ShapeSearch(teacher.config, "width", 60).smallest()
+    assert smallest.shape.layers == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "layers", "note"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [0, 2], "attn.scaling of a layer is by its place"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [0, 1], None),
+        ("gpt2", {}, [0, 2], None),
+        ("diffllama", {}, [0, 2], "self_attn.lambda_init of a layer is by its place"),
+        ("minicpm3", {}, [0, 1], "residual_scale of a layer is by its place or the number of layers in minicpm3"),
+        ("modernbert-decoder", {}, [1, 2], "without attn_norm.weight of layer 1, which layer 0 does not have"),
+    ],
+)
+def test_layers_that_compute_something_else_in_another_place_are_noted(
+    family: str, own: dict[str, Any], layers: list[int], note: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("num_hidden_layers", "n_layer"):
+        monkeypatch.setitem(families.SMALL, name, 4)
+    monkeypatch.setitem(families.OWN, family, families.OWN.get(family, {}) | own)
+    teacher = random_student(families.small(family), 1)
+    config = student_config(teacher.config, {"num_hidden_layers": 2}, 128)
+    _, *notes = plan_initialization(teacher, config, "copy", layers=layers, calibration=list).notes
+    assert len(notes) == (note is not None) and (note or "") in "".join(notes)
+
+
+def test_a_kind_that_the_family_requires_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(families.SMALL, "num_hidden_layers", 4)
+    kinds = {"layer_types": ["linear_attention", "full_attention"] * 2}
+    monkeypatch.setitem(families.OWN, "olmo_hybrid", families.OWN.get("olmo_hybrid", {}) | kinds)
+    teacher = random_student(families.small("olmo_hybrid"), 1)
+    with pytest.raises(ModelError, match="at least one attention layer"):
         begun(teacher, "copy", [0, 2], num_hidden_layers=2, vocabulary=128)
 
 

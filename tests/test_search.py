@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from potstill.errors import RecipeError
+from potstill.models.budget import Budget
 from potstill.models.candidates import SIZES, Candidates, next_shape
 from potstill.models.design import TOLERANCE, design
 from potstill.models.shapes import design_shape
-from potstill.models.size import count_parameters
+from potstill.models.size import count_parameters, size_of
 from potstill.runs import search
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
@@ -52,6 +53,20 @@ def test_candidates_have_the_budget_and_differ_in_all_sizes() -> None:
         assert shape.heads % shape.kv_heads == 0
         assert shape.head_size == whole.head_size
         assert all(getattr(shape, size) <= getattr(whole, size) for size in SIZES)
+
+
+def test_candidates_meet_limits_on_cost_too() -> None:
+    budget = Budget(memory_gb=0.5 * size_of(TEACHER, 512).serve_bytes / 1e9, context=512)
+    first = budget.student(TEACHER)
+    over, within = (
+        Candidates(TEACHER, first, "balanced", *limits).shapes
+        for limits in ((), (partial(budget.allows, teacher=TEACHER),))
+    )
+    cost = {shape: size_of(some_candidates().config(shape), 512).serve_bytes / 1e9 for shape in over}
+    assert budget.memory_gb is not None
+    assert max(cost.values()) > budget.memory_gb
+    assert within == [shape for shape in over if shape == over[0] or cost[shape] <= budget.memory_gb]
+    assert 1 < len(within) < len(over)
 
 
 def test_shapes_are_spread_at_first_and_then_near_the_best() -> None:

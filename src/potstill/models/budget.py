@@ -17,8 +17,10 @@ from potstill.losses.declared import Record
 from potstill.models.capacity import TaskKind, smallest_student
 from potstill.models.compression import TARGETS
 from potstill.models.design import KEEP_WORDS, TOLERANCE, Keep, ShapeSearch, design
-from potstill.models.shapes import count_experts, text_config
+from potstill.models.shapes import count_experts, position_limit, text_config
 from potstill.models.size import count_parameters, is_encoder, size_of
+
+CONTEXT = 2048  # tokens in a row, by default
 
 Measure = Callable[[PretrainedConfig], float]
 
@@ -46,7 +48,7 @@ class Budget(Record):
         task: of min_share, see `expected_share`.
         keep: see `design`. By default attention for a causal language model without experts, where a student that
             keeps it can meet the limits, else balanced.
-        context: tokens in a row.
+        context: tokens in a row; 2048 by default, or as many as the teacher has positions for, if those are fewer.
 
     Raises:
         ModelError: no limit, or one that is not positive.
@@ -62,7 +64,7 @@ class Budget(Record):
     min_share: float | None = None
     task: TaskKind = "general"
     keep: Keep | None = None
-    context: int = 2048
+    context: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,11 +96,15 @@ class Budget(Record):
                 return self._student(teacher, "attention", vocabulary, seconds)
         return self._student(teacher, self.keep or "balanced", vocabulary, seconds)
 
+    def allows(self, student: PretrainedConfig, teacher: PretrainedConfig) -> bool:
+        """Whether a student of the right number of parameters meets the limits on its cost too."""
+        return all(cost.measure(student) <= cost.most for cost in self._costs(text_config(teacher), None))
+
     def _student(
         self, teacher: PretrainedConfig, keep: Keep, vocabulary: int | None, seconds: Measure | None
     ) -> PretrainedConfig:
         teacher = text_config(teacher)
-        whole, costs = count_parameters(teacher), [*self._costs(seconds)]
+        whole, costs = count_parameters(teacher), [*self._costs(teacher, seconds)]
         least = 0 if self.min_share is None else math.ceil(smallest_student(whole, self.min_share, self.task).value)
         sizes = [] if self.params is None else [self.params]
         sizes += [] if self.target is None else [TARGETS[self.target]]
@@ -116,12 +122,13 @@ class Budget(Record):
             )
         return student
 
-    def _costs(self, seconds: Measure | None) -> Iterator[CostLimit]:
+    def _costs(self, teacher: PretrainedConfig, seconds: Measure | None) -> Iterator[CostLimit]:
+        tokens = self.context or min(CONTEXT, position_limit(teacher) or CONTEXT)
         if self.active_params is not None:
-            active: Measure = lambda config: size_of(config, self.context).active_parameters  # noqa: E731
+            active: Measure = lambda config: size_of(config, tokens).active_parameters  # noqa: E731
             yield CostLimit(active, self.active_params, f"at most {self.active_params:,} active parameters")
         if self.memory_gb is not None:
-            memory: Measure = lambda config: size_of(config, self.context).serve_bytes / 1e9  # noqa: E731
+            memory: Measure = lambda config: size_of(config, tokens).serve_bytes / 1e9  # noqa: E731
             yield CostLimit(memory, self.memory_gb, f"at most {self.memory_gb:g} GB")
         if self.latency_ms is not None:
             if seconds is None:

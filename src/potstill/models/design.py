@@ -21,6 +21,7 @@ from potstill.models.shapes import (
     count_experts,
     design_shape,
     experts_per_token,
+    layer_kinds,
     text_config,
 )
 from potstill.models.size import build, count_parameters, invalid_config, layer_parameters
@@ -45,8 +46,7 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
 
     Names may be transformers' common ones, such as num_hidden_layers for GPT-2. Those of `rope_parameters`, such as
     rope_theta, may stand alone; the teacher's others stay. With `model_type`, a teacher with experts has a student of a
-    dense family (`dense_config`). Fields with an entry for each layer are those of the first
-    layers. Those that the family computes from other fields are computed again.
+    dense family (`dense_config`). Fields by layer are those of the first layers. What the family computes is new.
 
     >>> from transformers import LlamaConfig
     >>> student_config(LlamaConfig(), {"num_hidden_layers": 2}, 1000).vocab_size
@@ -337,7 +337,7 @@ class ShapeSearch:
 
     def _kinds(self) -> list[tuple[Any, ...]]:
         """Describe the kind of each of the teacher's layers, by its type in the config and its parameters."""
-        types = getattr(self.teacher, "layer_types", None) or [""] * self.shape.layers
+        types = layer_kinds(self.teacher) or [""] * self.shape.layers
         _, *layers = layer_parameters(build(self.teacher, "meta"))
         return [(kind, *sorted(shapes.items())) for kind, shapes in zip(types, layers, strict=True)]
 

@@ -15,7 +15,7 @@ from potstill.models.dense import DENSE_FAMILIES
 from potstill.models.expert_selection import BlockSource, network_sizes
 from potstill.models.feed_forward import Mixture, find_mixture
 from potstill.models.fitting import fit_layers
-from potstill.models.layer_kinds import keep_kinds, with_layers
+from potstill.models.layer_kinds import keep_kinds, layer_notes, with_layers
 from potstill.models.norms import rescale_norms
 from potstill.models.placement import weight_in_memory
 from potstill.models.pruning import (
@@ -28,7 +28,7 @@ from potstill.models.pruning import (
     select_parts,
     whole_layers,
 )
-from potstill.models.shapes import ATTENTION_WIDTHS, DesignShape, count_experts, design_shape, text_config
+from potstill.models.shapes import ATTENTION_WIDTHS, DesignShape, count_experts, design_shape, layer_kinds, text_config
 from potstill.models.size import build
 from potstill.models.structure import (
     LayerList,
@@ -149,7 +149,7 @@ def plan_initialization(
             choice = "uniform"
     chosen = choose_layers(choice, structure.shape.layers, shape.layers, influence)
     if isinstance(choice, str):
-        chosen = keep_kinds(chosen, getattr(of_teacher, "layer_types", None) or [])
+        chosen = keep_kinds(chosen, layer_kinds(of_teacher))
     try:
         config = with_layers(config, of_teacher, chosen)
     except ModelError:
@@ -286,6 +286,8 @@ def _notes(
     config, of_teacher = student.config, text_config(teacher.config)
     if parts.kv_heads and parts.kv_heads[0].shape[1] > 1:
         yield f"student: each key and value head is the mean of {parts.kv_heads[0].shape[1]} of the larger model's."
+    if not parts.matching:
+        yield from layer_notes(of_teacher, structure.layers, parts.layers)
     if config.vocab_size < of_teacher.vocab_size:
         yield f"student: the first {config.vocab_size} of the larger model's {of_teacher.vocab_size} token rows."
     copied: dict[str, int] = {}  # parameters by name, with * for the number of a layer

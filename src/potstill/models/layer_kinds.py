@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from potstill.errors import ModelError
-from potstill.models.design import contains, layer_fields
+from potstill.models.design import contains, layer_fields, student_config
 from potstill.models.shapes import attention_layers
+from potstill.models.size import build, invalid_config
+from potstill.models.structure import find_layer_list
 
 
 def keep_kinds(layers: Sequence[int], kinds: Sequence[str]) -> list[int]:
@@ -42,7 +45,10 @@ def with_layers(config: PretrainedConfig, of_teacher: PretrainedConfig, layers: 
     fields, first = config.to_dict(), layer_fields(of_teacher, range(config.num_hidden_layers))
     taken = type(config).from_dict(copy.deepcopy(fields | first)).to_dict()  # a constructor may change lists in place
     changed = {name: x for name, x in layer_fields(of_teacher, layers).items() if fields.get(name) == taken.get(name)}
-    student: PretrainedConfig = type(config).from_dict(copy.deepcopy(fields | changed))
+    try:
+        student: PretrainedConfig = type(config).from_dict(copy.deepcopy(fields | changed))
+    except Exception as error:
+        raise invalid_config(config.model_type, error) from None
     taken = student.to_dict()
     for name, value in changed.items():
         if name in fields and not contains(taken[name], value):
@@ -56,3 +62,34 @@ def with_layers(config: PretrainedConfig, of_teacher: PretrainedConfig, layers: 
             "which have none, and could not generate text. Choose others."
         )
     return student
+
+
+def layer_notes(of_teacher: PretrainedConfig, layers: nn.ModuleList, chosen: Sequence[int]) -> Iterator[str]:
+    """Say where layers that are copied compute something else: their place or their number is in what they compute.
+
+    Such as the scaling of GPT-2's attention with scale_attn_by_inverse_layer_idx, and of MiniCPM3's layers; the first
+    layer of ModernBERT lacks a norm.
+    """
+    shorter = student_config(of_teacher, {"num_hidden_layers": len(chosen)}, of_teacher.vocab_size)
+    kept = find_layer_list(build(with_layers(shorter, of_teacher, chosen), "meta")).layers
+    changed: set[str] = set()
+    for place, (number, layer) in enumerate(zip(chosen, kept, strict=True)):
+        own, other = _settings(layers[number]), _settings(layer)
+        changed |= {name for name in own.keys() & other.keys() if own[name] != other[name]}
+        if lost := {name for name, _ in layers[number].named_parameters()} - {n for n, _ in layer.named_parameters()}:
+            yield f"student: without {', '.join(sorted(lost))} of layer {number}, which layer {place} does not have."
+    if changed:
+        yield (
+            f"student: {', '.join(sorted(changed))} of a layer is by its place or the number of layers in "
+            f"{of_teacher.model_type}: until it is trained, it is another function."
+        )
+
+
+def _settings(layer: nn.Module) -> dict[str, float]:
+    """The numbers in the modules of a layer by their names, but for those of layers themselves, such as layer_idx."""
+    numbers = (
+        (f"{path}.{name}".lstrip("."), value)
+        for path, module in layer.named_modules()
+        for name, value in vars(module).items()
+    )
+    return {name: x for name, x in numbers if type(x) in (int, float) and "layer" not in name.rpartition(".")[2]}

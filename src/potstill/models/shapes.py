@@ -158,6 +158,11 @@ def attention_layers(config: Any) -> int:
     return sum(("attention" in kind and "linear" not in kind) or kind == "hybrid" for kind in kinds)
 
 
+def layer_kinds(config: Any) -> list[str]:
+    """Return the kind of each layer, such as sliding_attention; none where the config does not give kinds."""
+    return getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []  # GPT Neo's
+
+
 def value_size(config: Any) -> int:
     return _number(config, "v_head_dim") or head_size(config)
 

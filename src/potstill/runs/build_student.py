@@ -73,7 +73,17 @@ class StudentBuilder:
         model = self._new()
         if self.recipe.task == "causal":
             set_end_tokens(model, self._end_tokens(model), self.tokenizer.eos_token_id)
+            self._set_pad_token(model)
         return model
+
+    def _set_pad_token(self, model: Any) -> None:
+        """Let a designed student's own generation pad as its source's does, or else with its tokenizer's pad token."""
+        generation = getattr(model, "generation_config", None)
+        if self.design is not None and generation is not None and generation.pad_token_id is None:
+            same = self.recipe.student.tokenizer is None  # the source has the student's tokens
+            of_source = getattr(self.source, "generation_config", None) if same else None
+            pad = getattr(of_source, "pad_token_id", None)
+            generation.pad_token_id = self.tokenizer.pad_token_id if pad is None else pad
 
     def _end_tokens(self, model: Any) -> frozenset[int]:
         """Find the tokens that end a text: the student's own, its source's, and a teacher's of the same tokens."""
@@ -169,10 +179,13 @@ def design_of(
 
 def budget_config(design: BudgetPart, source: PretrainedConfig, vocabulary: int) -> PretrainedConfig:
     """Derive the config of the student of a budget with so many tokens; ModelError where the family has none."""
+    return budget_of(design).student(source, vocabulary=vocabulary)
+
+
+def budget_of(design: BudgetPart) -> Budget:
     counts = {name: getattr(design, name) for name in ("params", "active_params")}
     limits = design.model_dump(exclude={"search"})
-    limits |= {name: None if count is None else parse_count(count) for name, count in counts.items()}
-    return Budget(**limits).student(source, vocabulary=vocabulary)
+    return Budget(**limits | {name: None if count is None else parse_count(count) for name, count in counts.items()})
 
 
 def initialization_of(

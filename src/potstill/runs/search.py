@@ -34,6 +34,7 @@ from potstill.models.spacing import evenly_spaced
 from potstill.runs.build import BuiltRun, TrainingPlan, build_objective, build_run
 from potstill.runs.build_student import (
     StudentBuilder,
+    budget_of,
     calibrated_quickly,
     calibration_batches,
     calibration_precision,
@@ -226,7 +227,9 @@ class _Search:
         assert isinstance(budget, BudgetPart)
         assert builder.design is not None
         assert builder.source is not None
-        candidates = Candidates(text_config(builder.source.config), builder.design, budget.keep or "balanced")
+        larger = text_config(builder.source.config)
+        allows = partial(budget_of(budget).allows, teacher=larger)
+        candidates = Candidates(larger, builder.design, budget.keep or "balanced", allows)
         rows = built.train.dataset
         scored = {*evenly_spaced(min(SCORED_ROWS, max(1, len(rows) // 4)), len(rows))}
         others = [number for number in range(len(rows)) if number not in scored]

@@ -39,7 +39,9 @@ class BudgetPart(Part):
         description="what stays as in the teacher; attention: all but feed-forward units, then layers. By default "
         "attention for a causal language model where it can meet the limits, else balanced: depth and width",
     )
-    context: int = Field(2048, ge=1, description="tokens in a row, for memory_gb")
+    context: int | None = Field(
+        None, ge=1, description="tokens in a row, for memory_gb; default: 2048, or the teacher's positions if fewer"
+    )
     search: int | None = Field(
         None,
         ge=2,

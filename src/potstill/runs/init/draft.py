@@ -184,7 +184,7 @@ def _distillation(request: DraftRequest) -> dict[str, Any]:
     data = {"rows": rows, "train": train, "held_out": held_out, "positions": positions}
     data |= {"joins": joins, "packing": packing, "unpacked": unpacked}
     training = {"batch": batch, "accumulation": accumulation, "rate": _learning_rate(request, teacher)}
-    share = _token_share(request, teacher)
+    share = _token_share(request, teacher) if rows.kind != "input_ids" else 0.0
     return {
         **models,
         **tasks,

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from potstill.data.batches import encode
 from potstill.data.columns import choose_columns, recognise
 from potstill.data.locate import locate
-from potstill.data.sources import Source
+from potstill.data.sources import Source, SourceKind
 from potstill.errors import DataError, ModelError
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.models.design import student_config
@@ -23,7 +23,7 @@ from potstill.models.feed_forward import find_mixture
 from potstill.models.heads import class_ids, max_positions
 from potstill.models.loading import AUTO_CLASSES, adapter_base, load_config, load_tokenizer
 from potstill.models.packing_probe import packing_mistake
-from potstill.models.shapes import config_fields, design_shape, text_config
+from potstill.models.shapes import config_fields, design_shape, layer_kinds, text_config
 from potstill.models.size import build, count_parameters
 from potstill.models.structure import find_structure
 
@@ -76,7 +76,7 @@ def unpacked(config: PretrainedConfig, length: int, adapter: str | None) -> str 
 def _small_config(config: PretrainedConfig) -> PretrainedConfig:
     """A narrow model of a family with few layers, among them each kind that it has."""
     config, shape = text_config(config), design_shape(config)
-    kinds: list[str] = getattr(config, "layer_types", None) or []
+    kinds = layer_kinds(config)
     shape = replace(shape, layers=min(shape.layers, max([2, *(kinds.index(kind) + 1 for kind in kinds)])))
     if shape.heads:
         kv_heads = 4 if shape.kv_heads == shape.heads else 2
@@ -132,6 +132,7 @@ class RowSample(NamedTuple):
     longest: int  # most tokens in a row, after truncation to the model's limit
     num_tokens: int  # of all rows together
     ids: tuple[list[int], ...] = ()  # token ids of some rows
+    kind: SourceKind = "text"
 
 
 def find_columns(source: Source, names: Sequence[str], task: Task, given: Mapping[str, str]) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def sample_rows(
     tokens = examples.dataset["input_ids"][:]
     lengths, is_whole_file = [*map(len, tokens)], len(rows) <= SAMPLE_ROWS
     some = tuple(tokens[:SAMPLE_TOKENIZED])
-    return RowSample(columns, choice.unused, len(lines), is_whole_file, max(lengths), sum(lengths), some)
+    return RowSample(columns, choice.unused, len(lines), is_whole_file, max(lengths), sum(lengths), some, choice.kind)
 
 
 def _as_chat(columns: dict[str, Any]) -> dict[str, Any]:
