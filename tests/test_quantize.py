@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from conftest import make_batch, make_llama, make_tokenizer
+from conftest import make_batch, make_llama, make_tokenizer, quiet_run
 from potstill.errors import ModelError, RecipeError, UserError
+from potstill.evaluate.exported import read_exports
 from potstill.models.checksums import CHECKSUMS
+from potstill.models.loading import load_model
 from potstill.models.weight_grid import WeightGrid
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
@@ -154,6 +156,26 @@ def test_widths_that_no_block_divides_are_noted_before_the_training(recipe_value
     values |= {"export": [{"to": "gguf", "quantize": "q8_0"}, {"to": "gguf", "quantize": "f16"}]}
     notes = [note for note in check(Recipe.parse(values)).built.notes if "of its matrices" in note]
     assert [note.partition(":")[0] for note in notes] == ["export", "student.quantize"]
+    assert (
+        "student.quantize: the student is trained for q4_0, and export writes q8_0, f16 alone. Add a file of that kind."
+        in check(Recipe.parse(values)).built.notes
+    )
+
+
+def test_a_student_that_is_trained_for_a_graph(recipe_values: dict[str, Any]) -> None:
+    pytest.importorskip("onnxruntime", reason="install it with pip install 'potstill[onnx]'")
+    values = recipe_values | {"student": recipe_values["student"] | {"quantize": "int4"}}
+    values |= {"export": [{"to": "onnx", "quantize": "int4"}], "evaluate": {"baseline": False, "continuations": 0}}
+    directory = quiet_run(values).directory
+    exports = read_exports(directory / "export")
+    assert exports is not None
+    (file,) = exports.files
+    assert (file.file, file.kind) == ("student-onnx-int4", "int4") and file.kl is not None and file.kl < 1e-3
+    student = load_model(str(directory / "student"), "student")
+    weights = dict(student.named_parameters())
+    assert all(
+        torch.equal(grid.round(weights[name]), weights[name]) for name, grid in weight_grids(student, "int4").items()
+    )
 
 
 def test_what_cannot_be_trained_so_is_refused(recipe_values: dict[str, Any], tmp_path: Path) -> None:

@@ -73,7 +73,13 @@ def rehearse(built: BuiltRun, student: Any) -> list[str]:
 
 
 def _file_notes(recipe: Recipe, student: Any) -> Iterator[str]:
-    """Say which kinds of GGUF files do not go with the widths of a student."""
+    """Say which files do not go with what a student is trained for, and which kinds of GGUF not with its widths."""
+    exported = [part.kind for part in recipe.export]
+    if recipe.student.quantize not in {None, *exported} and exported:
+        yield (
+            f"student.quantize: the student is trained for {recipe.student.quantize}, and export writes "
+            f"{', '.join(exported)} alone. Add a file of that kind."
+        )
     kinds: dict[Any, str] = {part.kind: "export" for part in recipe.export if part.to == "gguf"}
     if recipe.student.quantize in get_args(GgufType):
         kinds[recipe.student.quantize] = "student.quantize"
