@@ -16,7 +16,7 @@ from potstill.errors import ModelError, nearest
 from potstill.models.dense import dense_config
 from potstill.models.shapes import (
     DesignShape,
-    attention_layers,
+    check_attention,
     config_fields,
     count_experts,
     design_shape,
@@ -24,7 +24,7 @@ from potstill.models.shapes import (
     layer_kinds,
     text_config,
 )
-from potstill.models.size import build, count_parameters, invalid_config, layer_parameters
+from potstill.models.size import build, config_of, count_parameters, layer_parameters
 
 Keep = Literal["balanced", "depth", "width", "attention"]
 KEEP_WORDS = {
@@ -75,10 +75,7 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
     if layers in changes:
         by_layer = layer_fields(teacher, range(changes[layers]))
         values |= {name: value for name, value in by_layer.items() if name not in changes}
-    try:
-        student: PretrainedConfig = type(teacher).from_dict(values)  # its constructor checks that fields fit together
-    except Exception as error:
-        raise invalid_config(teacher.model_type, error) from None
+    student = config_of(teacher, values)
     for name, value in changes.items():
         taken = student.to_dict()[name] if name in known else getattr(student, name)  # of one that differs by layer too
         if not contains(taken, value):
@@ -96,11 +93,8 @@ def student_config(teacher: PretrainedConfig, changes: Mapping[str, Any], vocabu
             f"student.design: expected at least the {experts_per_token(student)} experts that a token is sent to, got "
             f"{count_experts(student)}. Change both."
         )
-    if attention_layers(teacher) and not attention_layers(student):
-        raise ModelError(
-            f"student.design: expected a layer with attention, got the first {student.num_hidden_layers} of "
-            f"{teacher.model_type}, which have none, and could not generate text. Ask for more layers."
-        )
+    first = f"the first {student.num_hidden_layers}"
+    check_attention(teacher, student, "student.design", first, "Ask for more layers.")
     return student
 
 

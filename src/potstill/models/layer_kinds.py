@@ -11,8 +11,8 @@ from transformers import PretrainedConfig
 
 from potstill.errors import ModelError
 from potstill.models.design import contains, layer_fields, student_config
-from potstill.models.shapes import attention_layers
-from potstill.models.size import build, invalid_config
+from potstill.models.shapes import check_attention
+from potstill.models.size import build, config_of
 from potstill.models.structure import find_layer_list
 
 
@@ -45,10 +45,7 @@ def with_layers(config: PretrainedConfig, of_teacher: PretrainedConfig, layers: 
     fields, first = config.to_dict(), layer_fields(of_teacher, range(config.num_hidden_layers))
     taken = type(config).from_dict(copy.deepcopy(fields | first)).to_dict()  # a constructor may change lists in place
     changed = {name: x for name, x in layer_fields(of_teacher, layers).items() if fields.get(name) == taken.get(name)}
-    try:
-        student: PretrainedConfig = type(config).from_dict(copy.deepcopy(fields | changed))
-    except Exception as error:
-        raise invalid_config(config.model_type, error) from None
+    student = config_of(config, copy.deepcopy(fields | changed))
     taken = student.to_dict()
     for name, value in changed.items():
         if name in fields and not contains(taken[name], value):
@@ -56,11 +53,7 @@ def with_layers(config: PretrainedConfig, of_teacher: PretrainedConfig, layers: 
                 f"student.initialize.layers: expected layers of the kinds that {config.model_type} takes, got {name} "
                 f"{value}, in place of which the config has {taken[name]}. Choose others."
             )
-    if attention_layers(of_teacher) and not attention_layers(student):
-        raise ModelError(
-            f"student.initialize.layers: expected a layer with attention, got {[*layers]} of {config.model_type}, "
-            "which have none, and could not generate text. Choose others."
-        )
+    check_attention(of_teacher, student, "student.initialize.layers", [*layers], "Choose others.")
     return student
 
 

@@ -158,6 +158,17 @@ def attention_layers(config: Any) -> int:
     return sum(("attention" in kind and "linear" not in kind) or kind == "hybrid" for kind in kinds)
 
 
+def check_attention(
+    teacher: PretrainedConfig, student: PretrainedConfig, key: str, layers: object, advice: str
+) -> None:
+    """Refuse a student without attention, where its teacher has some."""
+    if attention_layers(teacher) and not attention_layers(student):
+        raise ModelError(
+            f"{key}: expected a layer with attention, got {layers} of {teacher.model_type}, which have none, and could "
+            f"not generate text. {advice}"
+        )
+
+
 def layer_kinds(config: Any) -> list[str]:
     """Return the kind of each layer, such as sliding_attention; none where the config does not give kinds."""
     return getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []  # GPT Neo's

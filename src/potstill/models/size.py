@@ -85,6 +85,15 @@ def language_model_class(config: PretrainedConfig) -> Any:
     return auto.AutoModelForImageTextToText if reads_images and not complete else auto.AutoModelForCausalLM
 
 
+def config_of(family: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
+    """Make a config of a family, whose constructor checks that the fields fit together."""
+    try:
+        config: PretrainedConfig = type(family).from_dict(values)
+    except Exception as error:
+        raise invalid_config(family.model_type, error) from None
+    return config
+
+
 def invalid_config(family: str, error: Exception) -> ModelError:
     """Turn an architecture's own error about sizes that do not fit together into one line."""
     line = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()  # libraries put the reason last
