@@ -16,6 +16,7 @@ from potstill.runs.formats.gguf_file import GgufType
 from potstill.runs.formats.graphs import OpenGraph, measure_graph
 from potstill.runs.formats.measure import Bench
 from potstill.runs.formats.onnx_graph import OnnxType
+from potstill.runs.formats.onnx_quantized import graph_grids
 
 Format = Literal["gguf", "onnx", "openvino"]
 FileType = Literal[GgufType, OnnxType]
@@ -79,7 +80,7 @@ def _of_graphs(
         write=write,
         measure=partial(measure_graph, opened),
         kind=lambda folder: opened(folder).kind,
-        grids=onnx_graph.graph_grids,
+        grids=graph_grids,
     )
 
 
