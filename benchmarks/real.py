@@ -132,6 +132,7 @@ ROWS = {
     "smollm2-30-once": Row(pruned(0.3)),
     "smollm2-85-200k": Row(cut(30, 1152), 200_000),
     "smollm2-85-vocabulary-200k": Row(cut(30, 1328) | trimmed(32_768), 200_000),
+    "smollm2-85-vocabulary-500k": Row(cut(30, 1328) | trimmed(32_768), 500_000),
     "smollm2-60-200k": Row(cut(30, 512), 200_000),
     "smollm2-60-vocabulary-200k": Row(cut(30, 688) | trimmed(32_768), 200_000),
     "smollm2-60-vocabulary-500k": Row(cut(30, 688) | trimmed(32_768), 500_000),
