@@ -7,12 +7,12 @@ import json
 import math
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from potstill.errors import RecipeError
 from potstill.models.budget import Budget
@@ -20,10 +20,10 @@ from potstill.models.candidates import SIZES, Candidates, next_shape
 from potstill.models.design import TOLERANCE, design
 from potstill.models.shapes import design_shape
 from potstill.models.size import count_parameters, size_of
-from potstill.runs import search
+from potstill.runs import build_student, search
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
-from potstill.runs.run import run
+from potstill.runs.run import run, settle_student
 from potstill.runs.search import plan_search, search_shape
 from reference_students import sizes
 
@@ -55,18 +55,28 @@ def test_candidates_have_the_budget_and_differ_in_all_sizes() -> None:
         assert all(getattr(shape, size) <= getattr(whole, size) for size in SIZES)
 
 
-def test_candidates_meet_limits_on_cost_too() -> None:
-    budget = Budget(memory_gb=0.5 * size_of(TEACHER, 512).serve_bytes / 1e9, context=512)
-    first = budget.student(TEACHER)
-    over, within = (
-        Candidates(TEACHER, first, "balanced", *limits).shapes
-        for limits in ((), (partial(budget.allows, teacher=TEACHER),))
-    )
-    cost = {shape: size_of(some_candidates().config(shape), 512).serve_bytes / 1e9 for shape in over}
-    assert budget.memory_gb is not None
-    assert max(cost.values()) > budget.memory_gb
-    assert within == [shape for shape in over if shape == over[0] or cost[shape] <= budget.memory_gb]
-    assert 1 < len(within) < len(over)
+@pytest.mark.parametrize("limit", ["memory_gb", "latency_ms"])
+def test_shapes_that_are_measured_meet_limits_on_cost_too(limit: str) -> None:
+    def seconds(config: PretrainedConfig, tokens: int) -> float:
+        assert tokens == 512
+        return size_of(config, tokens).flops_per_token / 1e9
+
+    def cost(config: PretrainedConfig) -> float:
+        return 1000 * seconds(config, 512) if limit == "latency_ms" else size_of(config, 512).serve_bytes / 1e9
+
+    most = 0.5 * cost(TEACHER)
+    budget = Budget(**{limit: most}, context=512)  # type: ignore[arg-type]  # both are numbers
+    candidates = Candidates(TEACHER, budget.student(TEACHER, seconds=seconds), "balanced")
+    over = [*candidates.shapes]
+    allows = partial(budget.allows, teacher=TEACHER, seconds=seconds)
+    search_ = search._Search(*[cast(Any, None)] * 2, candidates, allows, *[cast(Any, None)] * 2)
+    measured: dict[Any, float] = {}
+    while shape := search_.next_shape(measured, len(over)):
+        measured[shape] = 1.0
+    costs = {shape: cost(candidates.config(shape)) for shape in over}
+    assert max(costs.values()) > most
+    assert {*measured} == {shape for shape in over if shape == over[0] or costs[shape] <= most}
+    assert 1 < len(measured) < len(over)
 
 
 def test_shapes_are_spread_at_first_and_then_near_the_best() -> None:
@@ -183,3 +193,28 @@ def test_a_teacher_of_several_models_is_refused(searched: dict[str, Any], toys: 
     searched["teacher"] = {"ensemble": [{"model": str(toys / "teacher")}, {"model": str(toys / "teacher")}]}
     with pytest.raises(RecipeError, match=r"student\.design\.search: expected a teacher that is one model"):
         search_shape(Recipe.parse(searched), Path(searched["output"]), QUIET)
+
+
+def test_a_timed_shape_is_kept_for_a_run_that_goes_on(
+    searched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = 1e-9  # seconds of a parameter
+
+    def seconds(config: PretrainedConfig, tokens: int) -> float:
+        assert tokens == 32
+        return count_parameters(config) * speed
+
+    monkeypatch.setattr(build_student, "forward_seconds", seconds)
+    searched["student"]["design"] = {"latency_ms": 7e-3, "context": 32}
+    recipe, directory = Recipe.parse(searched), Path(searched["output"])
+    assert any(note.startswith("student.design.latency_ms: ") for note in build_run(recipe).notes)
+    settled, notes = settle_student(recipe, directory, QUIET, resume=False)
+    assert notes[0].startswith("student.design.latency_ms: ")
+    assert "took at most 0.007 ms" in notes[0]
+    student = build_run(settled).new_student()
+    assert 6300 <= count_parameters(student.config) <= 7000
+    speed = 1.2e-9  # another machine
+    again, _ = settle_student(recipe, directory, QUIET, resume=True)
+    assert again.student == settled.student
+    other, _ = settle_student(recipe, directory / "other", QUIET, resume=False)
+    assert other.student != settled.student

@@ -56,15 +56,11 @@ def design(
     are pruned from the teacher and measured on --data, and the best trained for a few steps; with --vocabulary auto
     students with fewer and fewer tokens are. Files of both go to --out.
     """
-    from potstill.evaluate.speed import latency_ms as measure_latency
+    from potstill.evaluate.speed import forward_seconds
     from potstill.models.budget import Budget, parse_count
     from potstill.models.design import Keep, student_config
     from potstill.models.loading import load_config, suppress_warnings
     from potstill.models.shapes import position_limit, text_config
-    from potstill.models.size import build
-
-    def seconds(config: Any) -> float:
-        return measure_latency(build(config), tokens, repeats=3) / 1000
 
     with suppress_warnings():
         if list_:
@@ -98,7 +94,7 @@ def design(
             student = student_config(config, {}, size)
         else:
             budget = Budget(**limits, task=task, keep=keep, context=tokens)  # type: ignore[arg-type]
-            student = budget.student(config, vocabulary=size, seconds=seconds)
+            student = budget.student(config, vocabulary=size, seconds=forward_seconds)
         _compare(text_config(config), student, tokens, target, task)  # type: ignore[arg-type]  # it is a known task
         if part is not None:
             _print_student(text_config(config), student, teacher, part)
@@ -127,11 +123,6 @@ def _search(
     from potstill.runs.init.draft import DraftRequest, draft
     from potstill.runs.run import settle_student
 
-    if limits.pop("latency_ms") is not None:
-        raise UserError(
-            "design: expected --params, --active-params, --compression, --memory-gb, --target or --min-share with "
-            "--search and --vocabulary auto, got --latency-ms. Find the number of parameters without them first."
-        )
     budget = {name: limit for name, limit in limits.items() if limit is not None}
     if not budget.keys() - {"keep", "context"}:
         raise UserError("design: expected a limit such as --params 80M with --search and --vocabulary auto, got none.")

@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from potstill.evaluate.time_limit import TimeLimit
 from potstill.models.locate import weight_files
+from potstill.models.size import build
 
 WARM_UPS = 3
 PASSES = 15  # that are timed, of each model
 NEW_TOKENS = 8  # generated to time one
+
+_TIMED: dict[tuple[str, int], float] = {}  # seconds of a config's model: one answer for all that asks in a process
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,14 @@ def latencies(
 def latency_ms(model: Any, length: int, repeats: int = PASSES, rows: int = 1) -> float:
     """Measure the median time of one forward pass of one model; see `latencies`."""
     return latencies({"": model}, length, repeats=repeats, rows=rows)[""].median_ms
+
+
+def forward_seconds(config: PretrainedConfig, tokens: int) -> float:
+    """Time a forward pass of a config's model, with random weights, over one row; each config once in a process."""
+    key = config.to_json_string(), tokens
+    if key not in _TIMED:
+        _TIMED[key] = latency_ms(build(config).to(PartialState().device), tokens, repeats=3) / 1000
+    return _TIMED[key]
 
 
 def speed(

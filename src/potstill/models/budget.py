@@ -23,6 +23,7 @@ from potstill.models.size import count_parameters, is_encoder, size_of
 CONTEXT = 2048  # tokens in a row, by default
 
 Measure = Callable[[PretrainedConfig], float]
+Timer = Callable[[PretrainedConfig, int], float]  # seconds of a forward pass over a row of so many tokens
 
 
 class CostLimit(NamedTuple):
@@ -81,12 +82,12 @@ class Budget(Record):
                 raise ModelError(f"design: expected {name} {between}, got {limit:g}.")
 
     def student(
-        self, teacher: PretrainedConfig, *, vocabulary: int | None = None, seconds: Measure | None = None
+        self, teacher: PretrainedConfig, *, vocabulary: int | None = None, seconds: Timer | None = None
     ) -> PretrainedConfig:
         """Design the largest student within the budget; with min_share alone, the smallest.
 
         `vocabulary` is the number of token ids, the teacher's by default. `seconds` times a forward pass of a config's
-        model, for `latency_ms`.
+        model over a row of so many tokens, for `latency_ms`.
         """
         if not isinstance(teacher, PretrainedConfig):
             hint = "Give the config of a model, or AutoConfig.from_pretrained(name)."
@@ -96,12 +97,12 @@ class Budget(Record):
                 return self._student(teacher, "attention", vocabulary, seconds)
         return self._student(teacher, self.keep or "balanced", vocabulary, seconds)
 
-    def allows(self, student: PretrainedConfig, teacher: PretrainedConfig) -> bool:
+    def allows(self, student: PretrainedConfig, teacher: PretrainedConfig, *, seconds: Timer | None = None) -> bool:
         """Whether a student of the right number of parameters meets the limits on its cost too."""
-        return all(cost.measure(student) <= cost.most for cost in self._costs(text_config(teacher), None))
+        return all(cost.measure(student) <= cost.most for cost in self._costs(text_config(teacher), seconds))
 
     def _student(
-        self, teacher: PretrainedConfig, keep: Keep, vocabulary: int | None, seconds: Measure | None
+        self, teacher: PretrainedConfig, keep: Keep, vocabulary: int | None, seconds: Timer | None
     ) -> PretrainedConfig:
         teacher = text_config(teacher)
         whole, costs = count_parameters(teacher), [*self._costs(teacher, seconds)]
@@ -122,7 +123,7 @@ class Budget(Record):
             )
         return student
 
-    def _costs(self, teacher: PretrainedConfig, seconds: Measure | None) -> Iterator[CostLimit]:
+    def _costs(self, teacher: PretrainedConfig, seconds: Timer | None) -> Iterator[CostLimit]:
         tokens = self.context or min(CONTEXT, position_limit(teacher) or CONTEXT)
         if self.active_params is not None:
             active: Measure = lambda config: size_of(config, tokens).active_parameters  # noqa: E731
@@ -134,9 +135,11 @@ class Budget(Record):
             if seconds is None:
                 raise ModelError(
                     "design: expected seconds for latency_ms, got none. Give a function that times a forward pass of a "
-                    "config's model, as potstill design does."
+                    "config's model over so many tokens, as potstill design does."
                 )
-            yield CostLimit(lambda config: 1000 * seconds(config), self.latency_ms, f"at most {self.latency_ms:g} ms")
+            yield CostLimit(
+                lambda config: 1000 * seconds(config, tokens), self.latency_ms, f"at most {self.latency_ms:g} ms"
+            )
 
 
 def _largest(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PretrainedConfig
 
@@ -15,23 +15,13 @@ SIZES = ("layers", "hidden", "heads", "kv_heads", "ffn")
 
 
 class Candidates:
-    """The shapes of a teacher's family with about as many parameters as a first one, the same in all layers.
+    """The shapes of a teacher's family with about as many parameters as a first one, the same in all layers."""
 
-    `allows` says whether a config meets the budget's other limits.
-    """
-
-    def __init__(
-        self,
-        teacher: PretrainedConfig,
-        first: PretrainedConfig,
-        keep: Keep,
-        allows: Callable[[PretrainedConfig], bool] = lambda config: True,
-    ) -> None:
+    def __init__(self, teacher: PretrainedConfig, first: PretrainedConfig, keep: Keep) -> None:
         self._search = ShapeSearch(text_config(teacher), keep, first.vocab_size, vary_heads=True)
         shape = design_shape(first)
         others = [candidate.shape for candidate in self._search.near(count_parameters(first))]
-        others = [other for other in dict.fromkeys(others) if other != shape]
-        self.shapes = [shape, *(other for other in others if allows(self.config(other)))]
+        self.shapes = [shape, *(other for other in dict.fromkeys(others) if other != shape)]
 
     def config(self, shape: DesignShape) -> PretrainedConfig:
         return self._search.config(shape)

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from potstill.data.batches import in_batches, pad_token_id
 from potstill.errors import RecipeError
+from potstill.evaluate.speed import forward_seconds
 from potstill.losses.alignment import Task
 from potstill.models.adapted import is_adapted, is_quantized
 from potstill.models.adapters import adapt
@@ -179,7 +180,7 @@ def design_of(
 
 def budget_config(design: BudgetPart, source: PretrainedConfig, vocabulary: int) -> PretrainedConfig:
     """Derive the config of the student of a budget with so many tokens; ModelError where the family has none."""
-    return budget_of(design).student(source, vocabulary=vocabulary)
+    return budget_of(design).student(source, vocabulary=vocabulary, seconds=forward_seconds)
 
 
 def budget_of(design: BudgetPart) -> Budget:

@@ -22,6 +22,7 @@ from potstill.runs.search import search_shape
 from potstill.runs.start import weak_gradient
 from potstill.runs.steps import CHECKPOINT_BYTES, STEPS, walk
 from potstill.runs.terminal import Terminal
+from potstill.runs.timed_shape import fix_timed_shape
 from potstill.runs.vocabulary_size import choose_vocabulary_size
 
 
@@ -93,6 +94,9 @@ def settle_student(recipe: Recipe, directory: Path, console: Console, resume: bo
         notes.append(note)
     if recipe.student.searches:
         recipe, note = search_shape(recipe, directory, console)
+        notes.append(note)
+    if recipe.student.is_timed:
+        recipe, note = fix_timed_shape(recipe, directory)
         notes.append(note)
     if recipe.student.rounds:
         recipe, note = prune_in_rounds(recipe, directory, console, resume)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
+from transformers import PretrainedConfig
 
 from potstill.data.batches import in_batches
 from potstill.errors import PotstillError, RecipeError, RunError, one_line
 from potstill.evaluate.report.search import write_search_report
 from potstill.evaluate.sequence import measure
+from potstill.evaluate.speed import forward_seconds
 from potstill.evaluate.versions import versions
 from potstill.files import write_json
 from potstill.models.candidates import Candidates, next_shape
@@ -125,21 +127,19 @@ def _search(recipe: Recipe, directory: Path, request: Any, console: Console) -> 
             console.print(f"{title}: loss {value:.3f}", highlight=False, markup=False)
             return float(value)
 
-        if (number := len(search.candidates.shapes)) < 2:
-            raise RecipeError(
-                "student.design.search: expected a budget that several shapes meet within 5%, got one that "
-                f"{describe(search.candidates.shapes[0])} alone meets. Leave search out, or change the budget."
-            )
-        if number < recipe.student.searches:
-            note = f"student.design.search: {number} shapes have this size, fewer than {recipe.student.searches}."
-            console.print(note, style="dim", highlight=False, markup=False)
-        plan = plan_search(min(number, recipe.student.searches), search.built.plan.steps)
+        _check_number(search.candidates.shapes)
+        wanted = recipe.student.searches
+        plan = plan_search(min(len(search.candidates.shapes), wanted), search.built.plan.steps)
         curves: dict[DesignShape, list[tuple[int, float]]] = {}
         losses: dict[DesignShape, float] = {}
-        while len(losses) < plan.shapes and (shape := next_shape(search.candidates.shapes, losses, plan.shapes)):
+        while len(losses) < plan.shapes and (shape := search.next_shape(losses, plan.shapes)):
             losses[shape] = loss(shape, 0, partial(search.pruned_loss, shape))
             curves[shape] = [(0, losses[shape])]
             search.forget(sorted(losses, key=lambda shape: losses[shape])[plan.rounds[0][0] :])
+        _check_number([*losses])
+        if (number := len(losses)) < wanted:
+            note = f"student.design.search: {number} shapes have this size, fewer than {wanted}."
+            console.print(note, style="dim", highlight=False, markup=False)
         for students, steps in plan.rounds:
             best = sorted(losses, key=lambda shape: losses[shape])[:students]
             search.forget(losses.keys() - set(best))
@@ -174,6 +174,14 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(
             f"student.design.search: expected one process, got {processes}. Search first with potstill design "
             "--search, and put the shape into the recipe."
+        )
+
+
+def _check_number(shapes: Sequence[DesignShape]) -> None:
+    if len(shapes) < 2:
+        raise RecipeError(
+            "student.design.search: expected a budget that several shapes meet within 5%, got one that "
+            f"{describe(shapes[0])} alone meets. Leave search out, or change the budget."
         )
 
 
@@ -215,6 +223,7 @@ class _Search:
     built: BuiltRun
     builder: StudentBuilder  # of the first shape
     candidates: Candidates
+    allows: Callable[[PretrainedConfig], bool]  # whether the budget's other limits are met
     train: Dataset  # the other training rows
     scored: Dataset
     students: dict[DesignShape, StudentBuilder] = field(default_factory=dict)  # that may be trained
@@ -228,13 +237,25 @@ class _Search:
         assert builder.design is not None
         assert builder.source is not None
         larger = text_config(builder.source.config)
-        allows = partial(budget_of(budget).allows, teacher=larger)
-        candidates = Candidates(larger, builder.design, budget.keep or "balanced", allows)
+        allows = partial(budget_of(budget).allows, teacher=larger, seconds=forward_seconds)
+        candidates = Candidates(larger, builder.design, budget.keep or "balanced")
         rows = built.train.dataset
         scored = {*evenly_spaced(min(SCORED_ROWS, max(1, len(rows) // 4)), len(rows))}
         others = [number for number in range(len(rows)) if number not in scored]
         builder = replace(builder, recipe=recipe)
-        return cls(built, builder, candidates, rows.select(others), rows.select(sorted(scored)))
+        return cls(built, builder, candidates, allows, rows.select(others), rows.select(sorted(scored)))
+
+    def next_shape(self, losses: Mapping[DesignShape, float], number: int) -> DesignShape | None:
+        """Choose the shape to measure next; the first is within all limits, others are left out where they are not.
+
+        A limit is tried when a shape's turn comes, because timing takes long.
+        """
+        shapes = self.candidates.shapes
+        while shape := next_shape(shapes, losses, number):
+            if not losses or self.allows(self.candidates.config(shape)):
+                return shape
+            shapes.remove(shape)
+        return None
 
     @cached_property
     def importance(self) -> Importance:

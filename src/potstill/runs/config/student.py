@@ -12,7 +12,7 @@ from potstill.models.adapters import Adapter
 from potstill.models.capacity import TaskKind
 from potstill.runs.config.document import Part
 
-LIMITS = ("params", "active_params", "compression", "memory_gb", "target", "min_share")
+LIMITS = ("params", "active_params", "compression", "memory_gb", "latency_ms", "target", "min_share")
 
 
 class BudgetPart(Part):
@@ -26,6 +26,9 @@ class BudgetPart(Part):
     )
     compression: float | None = Field(None, gt=1, description="so many times fewer parameters than the teacher's")
     memory_gb: float | None = Field(None, gt=0, description="to serve one row of context tokens in half precision")
+    latency_ms: float | None = Field(
+        None, gt=0, description="for a forward pass over one row of context tokens, timed where the run begins"
+    )
     target: Literal["browser", "edge", "mobile", "server"] | None = Field(None, description="a kind of device")
     min_share: float | None = Field(
         None,
@@ -40,7 +43,9 @@ class BudgetPart(Part):
         "attention for a causal language model where it can meet the limits, else balanced: depth and width",
     )
     context: int | None = Field(
-        None, ge=1, description="tokens in a row, for memory_gb; default: 2048, or the teacher's positions if fewer"
+        None,
+        ge=1,
+        description="tokens in a row, for memory_gb and latency_ms; default: 2048, or the teacher's positions if fewer",
     )
     search: int | None = Field(
         None,
@@ -235,6 +240,11 @@ class StudentPart(Part):
         return self.vocabulary is not None and self.vocabulary.keep == "auto"
 
     @property
+    def is_timed(self) -> bool:
+        """Whether a run times students to choose the shape."""
+        return isinstance(self.design, BudgetPart) and self.design.latency_ms is not None
+
+    @property
     def open_choices(self) -> list[str]:
         """Notes about what a run chooses before it trains, for figures that are computed without it."""
         notes = {
@@ -243,6 +253,9 @@ class StudentPart(Part):
             ),
             "design.search: these are figures of the first shape; potstill run searches for a better one.": (
                 self.searches
+            ),
+            "design.latency_ms: these are figures of a student that was timed now; potstill run times its own.": (
+                self.is_timed
             ),
             "initialize.rounds: these are figures of one cut; potstill run makes several.": self.rounds,
         }
