@@ -401,6 +401,15 @@ def test_the_verdict_is_honest(losses, phrases):
         assert phrase in sentence
 
 
+def test_a_student_with_fewer_tokens_is_compared_with_the_size_of_the_whole_teacher(run_directory, summary):
+    whole = 2 * summary["rows"]["teacher"]["parameters"]
+    summary["rows"]["whole_teacher"] = {"loss": 2.2, "parameters": whole}
+    ratio = f"{whole / summary['rows']['student']['parameters']:.1f}"
+    page = write_report(run_directory(summary)).read_text()
+    assert f"{ratio} times fewer parameters" in page
+    assert f'<dt>smaller</dt><dd class="value">{ratio}×</dd>' in page
+
+
 def test_the_verdict_needs_a_student():
     with pytest.raises(DataError, match=r"rows\.student"):
         verdict({"rows": {"teacher": {"loss": 2.0}}})

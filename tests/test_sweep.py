@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import subprocess
 import sys
 import time
@@ -68,6 +69,24 @@ def test_a_sweep_writes_its_files_and_summary(values: dict[str, Any], tmp_path: 
     assert "pareto-parameters" in page
     assert found.summary["recommended"]["why"].split(":")[0] in page
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_students_with_other_tokens_are_compared_by_text(values: dict[str, Any], toys: Path, tmp_path: Path) -> None:
+    found = quiet_sweep(values, ["student.vocabulary.keep=data,270"], tmp_path / "sweep")
+    summaries = [
+        json.loads((found.directory / row["directory"] / "summary.json").read_text()) for row in found.summary["runs"]
+    ]
+    bits = [summary["rows"]["student"]["bits_per_byte"] for summary in summaries]
+    sizes = [summary["data"]["eval_bytes_per_token"] for summary in summaries]
+    assert sizes[0] > 1.02 * sizes[1]
+    whole = summaries[0]["rows"]["whole_teacher"]
+    teacher = found.summary["teacher"]
+    assert teacher["parameters"] == whole["parameters"] > summaries[1]["rows"]["teacher"]["parameters"]
+    assert teacher["loss"] == pytest.approx(whole["bits_per_byte"] * math.log(2) * teacher["bytes_per_token"], rel=1e-6)
+    for row, of_byte in zip(found.summary["runs"], bits, strict=True):
+        nats = math.log(2) * teacher["bytes_per_token"] * of_byte
+        assert row["loss"] == pytest.approx(nats, rel=1e-6)
+        assert row["quality"] == pytest.approx(math.exp(teacher["loss"] - nats), rel=1e-6)
 
 
 def test_exported_files_are_compared_by_their_sizes_and_speeds(values: dict[str, Any], tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ class ScoresByModel(BaseModel):
     baseline: ModelScores | None = None
     student: ModelScores
 
+    @property
+    def uncut_teacher(self) -> ModelScores | None:
+        """The teacher with all its tokens."""
+        return self.whole_teacher or self.teacher
+
     def present(self) -> dict[str, ModelScores]:
         """The models that were measured, always in the same order."""
         return {model: scores for model in MODELS if (scores := getattr(self, model)) is not None}
@@ -125,6 +130,7 @@ class DataFacts(BaseModel):
     eval_examples: int | None = None
     eval_in_train: float | None = None  # share of held-out rows that are training rows
     eval_measured: int | None = None  # of them: fewer where evaluate.time_limit ended the measurement
+    eval_bytes_per_token: float | None = None  # of their text, in the student's tokens
 
 
 class TrainingFacts(BaseModel):

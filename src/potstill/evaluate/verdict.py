@@ -99,7 +99,8 @@ def _encoder_verdict(rows: ScoresByModel) -> str:
 
 
 def _smaller(rows: ScoresByModel) -> str:
-    if not rows.teacher or not rows.teacher.parameters or not rows.student.parameters:
+    teacher = rows.uncut_teacher
+    if not teacher or not teacher.parameters or not rows.student.parameters:
         return ""
-    ratio = rows.teacher.parameters / rows.student.parameters
+    ratio = teacher.parameters / rows.student.parameters
     return f", with {times(ratio)} times fewer parameters" if ratio >= 1.05 else ""

@@ -102,6 +102,8 @@ def summarize(
         data[f"{name}_tokens"] = examples.tokens if of_tokens else None
     data["eval_in_train"] = built.duplicates.share
     data["eval_measured"] = len(measured)
+    size = text_bytes(measured, built.tokenizer) if of_tokens else 0
+    data["eval_bytes_per_token"] = size / max(1, quality["student"].tokens) or None
     steps, seconds = built.plan.steps, {name: seconds_of(metrics, name) for name in students}
     step_tokens = round(train.tokens / len(train.dataset) * built.plan.rows_per_step) if of_tokens else None
     return records.Summary(
@@ -109,7 +111,7 @@ def summarize(
         seed=recipe.seed,
         task=task,
         created=datetime.now(UTC).replace(microsecond=0),
-        rows=_scores(built, models, students, quality, teacher_loss, measured, latency, whole),
+        rows=_scores(built, models, students, quality, teacher_loss, measured, latency, whole, size),
         gap_closed=closed,
         curve=records.CurveFacts(rows=len(built.curve), teacher_loss=curve_loss),
         kl_by_position=positions,
@@ -218,6 +220,7 @@ def _scores(
     measured: Dataset,
     latency: Mapping[str, Latency],
     whole: Mapping[str, Any] | None,
+    size: int,
 ) -> records.ScoresByModel:
     folders = {"teacher": Path(str(built.recipe.teacher.model_path)), **students}
     rows: dict[str, dict[str, Any]] = {}
@@ -241,8 +244,8 @@ def _scores(
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] * text.tokens / max(1, text.bytes) / math.log(2)
     if whole is not None:  # the text is the same: its loss is divided by the tokens of the others
-        size = max(1, text_bytes(measured, built.tokenizer))  # rows of a rehearsal may be the end token alone
-        nats = math.log(2) * size / max(1, quality["student"].tokens)
+        # Rows of a rehearsal may be the end token alone.
+        nats = math.log(2) * max(1, size) / max(1, quality["student"].tokens)
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] / nats
         rows["whole_teacher"] = dict.fromkeys(rows["student"]) | {**whole, "loss": whole["bits_per_byte"] * nats}

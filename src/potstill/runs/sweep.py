@@ -235,17 +235,21 @@ def _run(recipe: Recipe, console: Console | None = None, folder: Path = Path()) 
 def _summarize(done: Sequence[Point], limits: tradeoff.Limits) -> dict[str, Any]:
     """Compare the finished runs for sweep.json."""
     summaries = [json.loads((point.directory / "summary.json").read_text(encoding="utf-8")) for point in done]
-    teachers = [summary["rows"].get("teacher") or {} for summary in summaries]
+    teachers = [_teacher(summary) for summary in summaries]
     known = [teacher for teacher in teachers if teacher.get("loss") is not None]
-    teacher = min(known, key=lambda row: row["loss"], default={})
-    rows = [_row(point, summary, teacher.get("loss", 0.0)) for point, summary in zip(done, summaries, strict=True)]
+    teacher = min(known, key=lambda row: row["loss"] / row["bytes_per_token"], default={})
+    rows = [_row(point, summary, teacher) for point, summary in zip(done, summaries, strict=True)]
     costs = ("parameters", "bytes", "latency_ms")
     qualities = [row["quality"] for row in rows]
     figures = ("label", "quality", *costs, "memory_bytes")
     candidates = [tradeoff.Candidate(*(row[name] for name in figures)) for row in rows]
     sizes = [row.get("parameters") or math.nan for row in teachers]
     compressions = [size / row["parameters"] for size, row in zip(sizes, rows, strict=True)]
-    files = [file for place, point in enumerate(done) for file in _files(place, point)]
+    files = [
+        file
+        for place, (point, summary) in enumerate(zip(done, summaries, strict=True))
+        for file in _files(place, point, summary, teacher)
+    ]
     recommended = tradeoff.recommend(candidates, limits)._asdict()
     if leak := leakage(max((summary["data"].get("eval_in_train") or 0.0 for summary in summaries), default=0.0)):
         recommended["why"] = f"{leak} Among these figures: {recommended['why']}"
@@ -264,11 +268,31 @@ def _summarize(done: Sequence[Point], limits: tradeoff.Limits) -> dict[str, Any]
     }
 
 
-def _row(point: Point, summary: dict[str, Any], teacher_loss: float) -> dict[str, Any]:
-    """One run of the table. Its student is timed again, right after the others, in the same conditions."""
+def _teacher(summary: dict[str, Any]) -> dict[str, Any]:
+    """The teacher of a run, with all its tokens; its loss is for one token of the run's student."""
+    rows = summary["rows"]
+    teacher = rows.get("whole_teacher") or rows.get("teacher") or {}
+    return {**teacher, "bytes_per_token": _bytes_per_token(summary)}
+
+
+def _bytes_per_token(summary: dict[str, Any]) -> float:
+    """Of the held-out text, in the tokens of a run's student; 1 where it is not in tokens."""
+    return summary["data"].get("eval_bytes_per_token") or 1.0
+
+
+def _tokens(summary: dict[str, Any], teacher: dict[str, Any]) -> float:
+    """How many tokens of a run's student are as long as one of those that the teacher's loss is for."""
+    return float(teacher.get("bytes_per_token", 1.0)) / _bytes_per_token(summary)
+
+
+def _row(point: Point, summary: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+    """One run of the table. Its student is timed again, right after the others, in the same conditions.
+
+    Its loss is for as much text as the teacher's: students may have other tokens.
+    """
     student = summary["rows"]["student"]
     model = load_model(str(point.directory / "student"), "student").to(PartialState().device)
-    loss = math.nan if student["loss"] is None else student["loss"]
+    loss = math.nan if student["loss"] is None else student["loss"] * _tokens(summary, teacher)
     length = point.recipe.data.max_length
     of_teacher = (summary["rows"].get("teacher") or {}).get("latency_ms")  # both were timed in turns
     return {
@@ -276,27 +300,31 @@ def _row(point: Point, summary: dict[str, Any], teacher_loss: float) -> dict[str
         "directory": point.directory.name,
         "values": point.values,
         **student,
+        "loss": student["loss"] and loss,
         "latency_ms": latency_ms(model, length),
         "speed_up": of_teacher and of_teacher / student["latency_ms"],
         "memory_bytes": student["bytes"] + length * size_of(model.config, length).kv_cache_bytes_per_token,
-        "quality": tradeoff.relative_quality(teacher_loss, loss),
+        "quality": tradeoff.relative_quality(teacher.get("loss", 0.0), loss),
         "gap_closed": summary["gap_closed"],
         "seconds": summary["training"]["seconds"].get("student"),
     }
 
 
-def _files(place: int, point: Point) -> Iterator[dict[str, Any]]:
+def _files(place: int, point: Point, summary: dict[str, Any], teacher: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The exported files of a run that generate text, and were measured beside the teacher, by their costs."""
     exports = read_exports(point.directory / FOLDER)
     if exports is None or exports.teacher_loss is None:
         return
+    rows, tokens = summary["rows"], _tokens(summary, teacher)
+    whole = rows.get("whole_teacher")
+    lost = 0.0 if whole is None else rows["teacher"]["loss"] - whole["loss"]  # by the teacher, with its tokens
     for file in exports.files:
         if file.loss is not None and file.tokens_per_second:
             yield {
                 "run": place,
                 **file.model_dump(include={"file", "kind", "program", "bytes", "peak_bytes", "loss", "teacher_kl"}),
                 "ms_per_token": 1000 / file.tokens_per_second,
-                "quality": tradeoff.relative_quality(exports.teacher_loss, file.loss),
+                "quality": tradeoff.relative_quality(tokens * (exports.teacher_loss - lost), tokens * file.loss),
             }
 
 

@@ -110,8 +110,9 @@ def _table(summary: Summary) -> Iterator[dict[str, Any]]:
 
 def _headlines(summary: Summary) -> Iterator[Headline]:
     teacher, baseline, student = summary.rows.teacher, summary.rows.baseline, summary.rows.student
-    if teacher and teacher.parameters and student.parameters:
-        yield ratio_headline(teacher.parameters, student.parameters, SMALLER)
+    uncut = summary.rows.uncut_teacher
+    if uncut and uncut.parameters and student.parameters:
+        yield ratio_headline(uncut.parameters, student.parameters, SMALLER)
     if (adapter := summary.adapter) is not None:
         saved = f", {size(adapter.bytes)} on disk" if adapter.bytes is not None else ", merged"
         detail = f"{adapter.title}: {count(adapter.trained)}{saved}"
