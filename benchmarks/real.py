@@ -110,6 +110,7 @@ ROWS = {
     "smollm2-40": Row(cut(15, 512)),
     "smollm2-60-half": Row(cut(30, 512), objective=HALF),
     "smollm2-60-unfitted": Row(cut(30, 512, fit=False)),
+    "smollm2-60-vocabulary-unfitted": Row(cut(30, 688, fit=False) | trimmed(32_768), 0),
     "smollm2-60-own": Row(cut(30, 512), objective=HALF, own_text=True),
     "smollm2-60-corrected": Row(cut(30, 512), corrected=True),
     "smollm2-60-corrected-half": Row(cut(30, 512), objective=HALF, corrected=True),
