@@ -12,9 +12,9 @@ from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from potstill.data.batches import encode, pad_token_id
+from potstill.data.batches import Examples, encode, pad_token_id
 from potstill.data.masking import MaskedRows
 from potstill.data.sources import Source
 from potstill.data.vocabulary import shared_vocabulary
@@ -153,12 +153,64 @@ def _evaluate(
     """Measure models of one tokenizer."""
     names = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
     with part(evaluation.console, f"{evaluation.scope}reading models and data"):
-        tokenizer = load_tokenizer(student, "student")
+        of = _Measurements.read(names, source, harness, max_length, packing, options, task)
+    measured, cut = evaluation.part("held-out rows", of.quality)
+    results = {name: {"model": path} | of.describe(name, measured) for name, path in names.items()}
+    sections = {"text": ("continuations", of.text)} if options.generations else {}
+    sections["speed"] = ("speed", of.speeds)
+    for key, (title, measure_part) in sections.items():
+        of_models, cut_here = evaluation.part(title, measure_part)
+        cut = [*cut, *cut_here]
+        for name in names:
+            results[name][key] = of_models[name]
+    for name in harness.tasks if harness else ():
+        of_models, cut_here = evaluation.part(f"lm-eval {name}", partial(of.scores, name))
+        cut = [*cut, *cut_here]
+        for model_name, of_model in of_models.items():
+            results[model_name].setdefault("lm_eval", {}).update(of_model)
+    limited = f"--time-limit: {duration(options.time_limit)} did not suffice"
+    rows = {"rows": len(of.examples.dataset), "measured": measured["rows"], "tokens": of.examples.tokens}
+    return {
+        "models": results,
+        "data": {"path": source.path, **rows, "bytes": measured["bytes"]},
+        "notes": [*of.examples.notes, *(f"{limited}: {line}" for line in cut)],
+        "versions": versions(),
+    }
+
+
+@dataclass(frozen=True)
+class _Measurements:
+    """Models of one tokenizer and rows, and what can be measured of all of them within a time.
+
+    Each measurement gives its results as JSON, and notes of what the time did not suffice for.
+    """
+
+    models: Mapping[str, PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int | None  # the tokens that all heads share; None for one model, or where heads are no tokens
+    examples: Examples
+    harness: Harness | None
+    max_length: int
+    options: EvaluationOptions
+    task: Task
+
+    @classmethod
+    def read(
+        cls,
+        names: Mapping[str, str],
+        source: Source,
+        harness: Harness | None,
+        max_length: int,
+        packing: bool,
+        options: EvaluationOptions,
+        task: Task,
+    ) -> _Measurements:
+        tokenizer = load_tokenizer(names["student"], "student")
         models = {name: load_model(path, OPTION[name], task=task) for name, path in names.items()}
         vocabulary = None
-        if teacher is not None:
+        if "teacher" in names:
             head_rows = {name: token_rows(model, task) for name, model in models.items()}
-            vocabulary = shared_vocabulary(load_tokenizer(teacher, "--teacher"), tokenizer, head_rows)
+            vocabulary = shared_vocabulary(load_tokenizer(names["teacher"], "--teacher"), tokenizer, head_rows)
         _check_lengths(models, {"--max-length": max_length, "--length": max(options.lengths, default=0)})
         if task not in TOKEN_TASKS:
             vocabulary = None
@@ -170,83 +222,68 @@ def _evaluate(
         elif task in SEQUENCE_TASKS:
             for model in models.values():
                 check_end_tokens(model, examples.dataset["input_ids"])
-    num_rows = len(examples.dataset)
+        return cls(models, tokenizer, vocabulary, examples, harness, max_length, options, task)
 
-    def quality(progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
-        shared: dict[str, Any] = {"max_length": max_length, "limit": limit, "on_rows": progress.update}
-        students, reference = {"student": models["student"]}, models.get("teacher")
-        measured, rows = measure_rows(
-            task, reference, students, examples.dataset, tokenizer, vocabulary=vocabulary, **shared
+    def describe(self, name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
+        """The size of a model, and its quality on the held-out rows."""
+        model, quality = self.models[name], measured[name]
+        nats = quality["loss"] * quality["tokens"] if measured["bytes"] else None
+        return {
+            "parameters": parameter_count(model).all,
+            "bytes": model.get_memory_footprint(),
+            "bits_per_byte": None if nats is None else nats / math.log(2) / measured["bytes"],
+            "quality": quality,
+        }
+
+    def quality(self, progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
+        """Measure held-out rows."""
+        students, teacher, dataset = (
+            {"student": self.models["student"]},
+            self.models.get("teacher"),
+            self.examples.dataset,
         )
-        num_bytes = text_bytes(rows, tokenizer) if task == "causal" else 0
-        cut = [] if len(rows) == num_rows else [f"{len(rows):,} of {num_rows:,} rows were measured."]
+        shared: dict[str, Any] = {"vocabulary": self.vocabulary, "max_length": self.max_length}
+        shared |= {"limit": limit, "on_rows": progress.update}
+        measured, rows = measure_rows(self.task, teacher, students, dataset, self.tokenizer, **shared)
+        num_bytes = text_bytes(rows, self.tokenizer) if self.task == "causal" else 0
+        cut = [] if len(rows) == len(dataset) else [f"{len(rows):,} of {len(dataset):,} rows were measured."]
         return {"bytes": num_bytes, "rows": len(rows), **{name: asdict(x) for name, x in measured.items()}}, cut
 
-    def text(progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
-        chosen = [examples.dataset[i] for i in evenly_spaced(options.generations, num_rows)]
-        written: dict[str, tuple[list[str], list[str]]] = {name: ([], []) for name in models}
+    def text(self, progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
+        """Continue prompts, and compare with the original continuations."""
+        dataset, options = self.examples.dataset, self.options
+        chosen = [dataset[i] for i in evenly_spaced(options.generations, len(dataset))]
+        written: dict[str, tuple[list[str], list[str]]] = {name: ([], []) for name in self.models}
         for number, row in enumerate(limit.within(chosen), 1):
-            for name, model in models.items():
-                for texts, new in zip(
-                    written[name], continuations(model, tokenizer, [row], options.new_tokens), strict=True
-                ):
-                    texts += new
+            for name, model in self.models.items():
+                new = continuations(model, self.tokenizer, [row], options.new_tokens)
+                for texts, more in zip(written[name], new, strict=True):
+                    texts += more
             progress.update(number, len(chosen))
         cut = [] if progress.done == len(chosen) else [f"{progress.done} of {len(chosen)} rows were continued."]
         return {name: asdict(text_quality(*texts)) for name, texts in written.items()}, cut
 
-    def scores(task_name: str, progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
-        assert harness is not None
+    def scores(self, task_name: str, progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
+        """Measure a task of lm-eval."""
+        assert self.harness is not None
         results = {}
         try:
-            for name, model in models.items():
-                shared: dict[str, Any] = {"examples": options.lm_eval_limit, "on_pass": progress.update}
-                results[name] = harness.scores(model, tokenizer, task_name, limit=limit, **shared)
+            for name, model in self.models.items():
+                shared: dict[str, Any] = {"examples": self.options.lm_eval_limit, "on_pass": progress.update}
+                results[name] = self.harness.scores(model, self.tokenizer, task_name, limit=limit, **shared)
         except TimeLimitError:
             return {}, [f"lm-eval {task_name} was not finished, and is left out. Lower --lm-eval-limit."]
         return results, []
 
-    def speeds(progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
-        sizes = [*product(options.batch_sizes, options.lengths)]
-        results: dict[str, list[Any]] = {name: [] for name in models}
-        for number, (size, name) in enumerate(product(sizes, models)):
-            share = limit.share(1 / (len(sizes) * len(models) - number))
-            results[name].append(asdict(speed(models[name], *size, generates=task == "causal", limit=share)))
-            progress.update(number + 1, len(sizes) * len(models))
+    def speeds(self, progress: PartProgress, limit: TimeLimit) -> tuple[Any, list[str]]:
+        """Time all sizes of batches."""
+        sizes = [*product(self.options.batch_sizes, self.options.lengths)]
+        results: dict[str, list[Any]] = {name: [] for name in self.models}
+        for number, (size, name) in enumerate(product(sizes, self.models)):
+            share = limit.share(1 / (len(sizes) * len(self.models) - number))
+            results[name].append(asdict(speed(self.models[name], *size, generates=self.task == "causal", limit=share)))
+            progress.update(number + 1, len(sizes) * len(self.models))
         return results, []
-
-    measured, cut = evaluation.part("held-out rows", quality)
-    results: dict[str, dict[str, Any]] = {}
-    for name, model in models.items():
-        of_model = measured[name]
-        nats = of_model["loss"] * of_model["tokens"] if measured["bytes"] else None
-        results[name] = {
-            "model": names[name],
-            "parameters": parameter_count(model).all,
-            "bytes": model.get_memory_footprint(),
-            "bits_per_byte": None if nats is None else nats / math.log(2) / measured["bytes"],
-            "quality": of_model,
-        }
-    sections = {"text": ("continuations", text)} if options.generations else {}
-    sections["speed"] = ("speed", speeds)
-    for key, (title, measure_part) in sections.items():
-        of_models, cut_here = evaluation.part(title, measure_part)
-        cut = [*cut, *cut_here]
-        for name in models:
-            results[name][key] = of_models[name]
-    for name in harness.tasks if harness else ():
-        of_models, cut_here = evaluation.part(f"lm-eval {name}", partial(scores, name))
-        cut = [*cut, *cut_here]
-        for model_name, of_model in of_models.items():
-            results[model_name].setdefault("lm_eval", {}).update(of_model)
-    limited = f"--time-limit: {duration(options.time_limit)} did not suffice"
-    data = {"path": source.path, "rows": num_rows, "measured": measured["rows"], "tokens": examples.tokens}
-    return {
-        "models": results,
-        "data": {**data, "bytes": measured["bytes"]},
-        "notes": [*examples.notes, *(f"{limited}: {line}" for line in cut)],
-        "versions": versions(),
-    }
 
 
 def _check_lengths(models: Mapping[str, PreTrainedModel], longest: Mapping[str, int]) -> None:

@@ -103,7 +103,7 @@ def summarize(
     data["eval_in_train"] = built.duplicates.share
     data["eval_measured"] = len(measured)
     size = text_bytes(measured, built.tokenizer) if of_tokens else 0
-    data["eval_bytes_per_token"] = size / max(1, quality["student"].tokens) or None
+    data["eval_bytes_per_token"] = size / max(1, quality["student"].tokens) if size else None
     steps, seconds = built.plan.steps, {name: seconds_of(metrics, name) for name in students}
     step_tokens = round(train.tokens / len(train.dataset) * built.plan.rows_per_step) if of_tokens else None
     return records.Summary(
