@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from inspect import signature
 from itertools import chain
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from potstill.errors import ModelError
+from potstill.losses.alignment import SEQUENCE_TASKS, Task
 from potstill.losses.token_losses import on_float64_device
 from potstill.models.precision import integer_weights
 from potstill.models.shapes import finds_padding_by_id, text_config
@@ -44,6 +45,49 @@ CAUSAL = "_potstill_causal"  # an attribute of models that were probed already
 PROBE_TOKENS = 8
 OTHER_SHAPE = 64  # times as much rounding is allowed between rows of two lengths, which are computed otherwise
 SHOWN = 3  # names in a message
+
+
+def check_loaded(
+    model: Any,
+    info: Mapping[str, Any],
+    saved: PretrainedConfig,
+    task: Task,
+    *,
+    key: str,
+    name: str,
+    kind: str,
+    may_miss: bool,
+) -> list[str]:
+    """Check a loaded model against its checkpoint, and for its task; return notes.
+
+    Args:
+        model: the loaded model.
+        info: what transformers says of its weights: missing, unexpected, of other shapes.
+        saved: its config, as it was saved.
+        task: what it is loaded for.
+        key: the recipe's key, for messages.
+        name: of the checkpoint.
+        kind: of the model, in words.
+        may_miss: whether weights that are missing may be random.
+    """
+    names = {"key": key, "name": name}
+    check_shapes(info["mismatched_keys"], kind=kind, **names)
+    check_stored(model, **names)
+    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    notes = [*check_weights(model, missing, unexpected, kind=kind, may_miss=may_miss, **names)]
+    notes += [*check_values(model, **names), *config_notes(model, saved, **names)]
+    check_embeddings(model, key)
+    if task == "causal":
+        check_generates(model, key)
+        check_causal(model, key)
+    if task in ("masked", *SEQUENCE_TASKS):
+        notes += padding_notes(model, key)
+    if task == "classification" and model.config.problem_type == "multi_label_classification":
+        raise ModelError(
+            f"{key}: expected a classifier of one class a text, got {name}, whose problem_type is "
+            "multi_label_classification. Name another model: the probabilities of its classes do not sum to 1."
+        )
+    return notes
 
 
 def check_weights(

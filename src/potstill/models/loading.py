@@ -22,17 +22,7 @@ from potstill.losses.alignment import MOST_TOKENS, SEQUENCE_TASKS, TOKEN_TASKS, 
 from potstill.losses.cpu import multiplies_bfloat16
 from potstill.models.advice import has_tokenizer, unreadable
 from potstill.models.checksums import changed_notes, check_folder
-from potstill.models.integrity import (
-    check_causal,
-    check_embeddings,
-    check_generates,
-    check_shapes,
-    check_stored,
-    check_values,
-    check_weights,
-    config_notes,
-    padding_notes,
-)
+from potstill.models.integrity import check_loaded, check_values
 from potstill.models.locate import ModelLocation, locate, require_package, weight_files
 from potstill.models.placement import check_fits, placing, remove_with, weight_notes
 from potstill.models.precision import (
@@ -180,44 +170,82 @@ def _load_base(
     may_miss: bool = False,
     placement: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    auto_class, kind = AUTO_CLASSES[task]
-    if task == "causal":
-        auto_class = language_model_class(load_config(name, key))
-    location = locate(name, key)
-    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype, **location.options}
-    is_outline = placement is not None and "state_dict" in placement
-    options |= placement if placement and is_outline else {}
-    options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
+    kind, location, saved = AUTO_CLASSES[task][1], locate(name, key), load_config(name, key)
     if task in TOKEN_TASKS and location.folder is not None and (location.folder / "modules.json").exists():
         raise ModelError(
             f"{key}: expected {kind} in {name}, got a sentence-transformers model, which turns a text into one vector. "
             "Distil it with a recipe of kind embedding (teacher.embedder), or with task: encoder."
         )
-    if labels_of is not None and task in SEQUENCE_TASKS:
-        saved = load_config(name, key)
-        if not any("SequenceClassification" in architecture for architecture in saved.architectures or ()):
-            options |= {"id2label": labels_of.id2label, "label2id": labels_of.label2id}
-    with torch.device("meta"):
-        unloaded: Any = auto_class.from_config(load_config(name, key)) if quantization or placement else None
-    if unloaded is None:
-        check_fits(saved_bytes(name, as_dtype(None if dtype == "auto" else dtype)), key, name)
-    if quantization is not None:
-        if "gguf_file" in options:
-            raise ModelError(f"{key}: expected a GGUF file without another quantization, got both. Leave dtype out.")
-        check_quantizable(unloaded, key=key, name=name, bits=4 if quantization.load_in_4bit else 8)
-        if task in SEQUENCE_TASKS:
-            quantization.llm_int8_skip_modules = sequence_head_names(unloaded)
-        options["quantization_config"] = quantization
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": dtype, **location.options}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, with their names
+    has_head = any("SequenceClassification" in architecture for architecture in saved.architectures or ())
+    if labels_of is not None and task in SEQUENCE_TASKS and not has_head:
+        options |= {"id2label": labels_of.id2label, "label2id": labels_of.label2id}
+    model, info = _read_weights(name, key, task, location, saved, options, quantization, placement)
+    missing = [weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight]
+    if labels_of is not None:  # the adapter has the head, or the student's starts at random
+        missing = [weight for weight in missing if may_miss or not weight.startswith(tuple(sequence_head_names(model)))]
+    names = {"key": key, "name": name, "kind": kind}
+    notes = check_loaded(model, info | {"missing_keys": missing}, saved, task, may_miss=may_miss, **names)
+    if placement and not _is_outline(placement) and model.get_input_embeddings().weight.is_meta:
+        raise ModelError(
+            f"{key}: expected embeddings in memory with device_map, got them on the disk in {name}. Allow more "
+            "max_memory, or name a device for them in device_map."
+        )
+    notes += changed_notes(location.folder, key) if location.folder is not None else ()
+    notes += () if _is_outline(placement) else weight_notes(model, key)
+    setattr(model, NOTES, tuple(notes))
+    model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
+    model.config.dtype = saved_dtype(name) or model.dtype  # the same
+    if task in SEQUENCE_TASKS:
+        model.config.problem_type = "regression" if task == "regression" else "single_label_classification"
+    return model
+
+
+def _is_outline(placement: Mapping[str, Any] | None) -> bool:
+    """Whether a model is made without its weights; see `load_outline`."""
+    return placement is not None and "state_dict" in placement
+
+
+def _read_weights(
+    name: str,
+    key: str,
+    task: Task,
+    location: ModelLocation,
+    saved: PretrainedConfig,
+    options: dict[str, Any],
+    quantization: Any,
+    placement: Mapping[str, Any] | None,
+) -> tuple[Any, dict[str, Any]]:
+    """Load a model with transformers, quantized and placed as asked; return it and what it says of its weights."""
+    auto_class, kind = AUTO_CLASSES[task]
+    if task == "causal":
+        auto_class = language_model_class(saved)
     path: str | None = location.path
-    if is_outline:  # its class is given no name, to find no files
-        path, auto_class = None, type(unloaded)
+    given = as_dtype(None if options["dtype"] == "auto" else options["dtype"])
     placed: Any = nullcontext({})
-    if placement and not is_outline:
-        precision = as_dtype(None if dtype == "auto" else dtype) or saved_dtype(name) or torch.float32
-        itemsize = precision.itemsize if quantization is None else 0.5 if quantization.load_in_4bit else 1.0
-        placed = placing(unloaded, placement, key.removesuffix(".model"), itemsize)
+    if quantization is None and not placement:
+        check_fits(saved_bytes(name, given), key, name)
+    else:
+        with torch.device("meta"):
+            unloaded: Any = auto_class.from_config(saved)
+        if quantization is not None:
+            if "gguf_file" in options:
+                raise ModelError(
+                    f"{key}: expected a GGUF file without another quantization, got both. Leave dtype out."
+                )
+            check_quantizable(unloaded, key=key, name=name, bits=4 if quantization.load_in_4bit else 8)
+            if task in SEQUENCE_TASKS:
+                quantization.llm_int8_skip_modules = sequence_head_names(unloaded)
+            options = options | {"quantization_config": quantization}
+        if _is_outline(placement):  # its class is given no name, to find no files
+            path, auto_class, options = None, type(unloaded), options | dict(placement or {})
+        elif placement:
+            precision = given or saved_dtype(name) or torch.float32
+            itemsize = precision.itemsize if quantization is None else 0.5 if quantization.load_in_4bit else 1.0
+            placed = placing(unloaded, placement, key.removesuffix(".model"), itemsize)
     try:
-        with suppress_warnings(), placed as own:  # of missing weights, which are checked below
+        with suppress_warnings(), placed as own:  # of missing weights, which are checked afterwards
             model, info = auto_class.from_pretrained(path, output_loading_info=True, **options, **own)
     except PotstillError:
         raise
@@ -225,38 +253,7 @@ def _load_base(
         raise unreadable(key, f"{kind} with weights in safetensors", name, location, error) from error
     remove_with(model, own)
     keep_gradients(model)
-    missing = [weight for weight in info["missing_keys"] if task != "encoder" or "pooler" not in weight]
-    if labels_of is not None:  # the adapter has the head, or the student's starts at random
-        missing = [weight for weight in missing if may_miss or not weight.startswith(tuple(sequence_head_names(model)))]
-    names = {"key": key, "name": name}
-    check_shapes(info["mismatched_keys"], kind=kind, **names)
-    check_stored(model, **names)
-    notes = [*check_weights(model, missing, info["unexpected_keys"], kind=kind, may_miss=may_miss, **names)]
-    notes += [*check_values(model, **names), *config_notes(model, load_config(name, key), **names)]
-    notes += changed_notes(location.folder, key) if location.folder is not None else ()
-    notes += () if is_outline else weight_notes(model, key)
-    check_embeddings(model, key)
-    if path and placement and model.get_input_embeddings().weight.is_meta:
-        raise ModelError(
-            f"{key}: expected embeddings in memory with device_map, got them on the disk in {name}. Allow more "
-            "max_memory, or name a device for them in device_map."
-        )
-    if task == "causal":
-        check_generates(model, key)
-        check_causal(model, key)
-    if task in ("masked", *SEQUENCE_TASKS):
-        notes += padding_notes(model, key)
-    setattr(model, NOTES, tuple(notes))
-    model.config.architectures = [type(model).__name__]  # as if saved, for students designed after this model
-    model.config.dtype = saved_dtype(name) or model.dtype  # the same
-    if task == "classification" and model.config.problem_type == "multi_label_classification":
-        raise ModelError(
-            f"{key}: expected a classifier of one class a text, got {name}, whose problem_type is "
-            "multi_label_classification. Name another model: the probabilities of its classes do not sum to 1."
-        )
-    if task in SEQUENCE_TASKS:
-        model.config.problem_type = "regression" if task == "regression" else "single_label_classification"
-    return model
+    return model, info
 
 
 def _load_with_adapter(folder: Path, key: str, dtype: str, task: Task, trainable: bool) -> PreTrainedModel:

@@ -93,17 +93,8 @@ def summarize(
         positions = records.PositionKL(edges=quality["student"].position_edges, **kl)
     metrics = logged_lines(directory / "metrics.jsonl")
     stats = next((line for line in reversed(metrics) if "own_length" in line), None)
-    data: dict[str, Any] = {}
-    for name, sources, examples in (("train", recipe.data.train, train), ("eval", recipe.data.eval, held_out)):
-        data |= {
-            name: ", ".join(str(source.path) for source in in_parts(sources)),
-            f"{name}_examples": len(examples.dataset),
-        }
-        data[f"{name}_tokens"] = examples.tokens if of_tokens else None
-    data["eval_in_train"] = built.duplicates.share
-    data["eval_measured"] = len(measured)
     size = text_bytes(measured, built.tokenizer) if of_tokens else 0
-    data["eval_bytes_per_token"] = size / max(1, quality["student"].tokens) if size else None
+    bytes_per_token = size / max(1, quality["student"].tokens) if size else None
     steps, seconds = built.plan.steps, {name: seconds_of(metrics, name) for name in students}
     step_tokens = round(train.tokens / len(train.dataset) * built.plan.rows_per_step) if of_tokens else None
     return records.Summary(
@@ -119,7 +110,7 @@ def summarize(
         latency={name: records.LatencyFacts(**asdict(times)) for name, times in latency.items()},
         own_texts=[records.Sample(**sample) for sample in _spread(logged_lines(directory / "own_texts.jsonl"))],
         own_text=None if stats is None else records.SampleFacts(**stats),
-        data=records.DataFacts(**data),
+        data=_data_facts(built, len(measured), bytes_per_token),
         training=records.TrainingFacts(
             steps=steps, tokens_per_step=step_tokens, seconds=seconds, flops=training_flops(built, models["student"])
         ),
@@ -135,6 +126,17 @@ def summarize(
         ],
         versions=versions(),
     )
+
+
+def _data_facts(built: BuiltRun, measured: int, bytes_per_token: float | None) -> records.DataFacts:
+    data, of_tokens = built.recipe.data, built.recipe.task in TOKEN_TASKS
+    facts: dict[str, Any] = {"eval_in_train": built.duplicates.share, "eval_measured": measured}
+    facts["eval_bytes_per_token"] = bytes_per_token
+    for name, sources, examples in (("train", data.train, built.train), ("eval", data.eval, built.eval)):
+        facts[name] = ", ".join(str(source.path) for source in in_parts(sources))
+        facts[f"{name}_examples"] = len(examples.dataset)
+        facts[f"{name}_tokens"] = examples.tokens if of_tokens else None
+    return records.DataFacts(**facts)
 
 
 def _limit_notes(bounded: Mapping[str, tuple[int, int]], seconds: float) -> list[str]:
