@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
 from potstill.errors import ModelError
 from potstill.models.dense import DENSE_FAMILIES
-from potstill.models.expert_selection import BlockSource, network_sizes
+from potstill.models.expert_selection import network_sizes
 from potstill.models.feed_forward import Mixture, find_mixture
 from potstill.models.fitting import fit_layers
 from potstill.models.layer_kinds import keep_kinds, layer_notes, with_layers
 from potstill.models.norms import rescale_norms
-from potstill.models.placement import weight_in_memory
 from potstill.models.pruning import (
     Importance,
     LayerChoice,
@@ -30,14 +28,8 @@ from potstill.models.pruning import (
 )
 from potstill.models.shapes import ATTENTION_WIDTHS, DesignShape, count_experts, design_shape, layer_kinds, text_config
 from potstill.models.size import build
-from potstill.models.structure import (
-    LayerList,
-    LayerMatrices,
-    LayerStructure,
-    find_layer_list,
-    find_structure,
-    is_transposed,
-)
+from potstill.models.structure import LayerList, find_layer_list, find_structure
+from potstill.models.weight_sources import copy_weights, in_block, name_in, source_name, source_of
 
 InitMethod = Literal["copy", "truncate", "prune", "selective"]
 WIDTHS = {
@@ -67,7 +59,7 @@ class Initialization:
     def student(self, teacher: PreTrainedModel, seed: int) -> PreTrainedModel:
         """Build the student in float32; `seed` is of the weights that the teacher does not have."""
         student = random_student(self.config, seed)
-        _copy(teacher, student, self.parts)
+        copy_weights(teacher, student, self.parts)
         student.load_state_dict(dict(self.changed), strict=False)
         return student
 
@@ -101,24 +93,61 @@ def plan_initialization(
     if method not in get_args(InitMethod):
         raise ModelError(f"student.initialize: expected {', '.join(get_args(InitMethod))}, got {method}.")
     of_teacher: Any = text_config(teacher.config)
-    dense = config.model_type in DENSE_FAMILIES.get(of_teacher.model_type, ())
-    if type(config) is not type(of_teacher) and not (dense and method == "prune"):
-        family, other = type(of_teacher).__name__, type(config).__name__
-        hint = " Use prune, which makes one network of experts." if dense else ""
-        raise ModelError(f"student.initialize: expected a student of the larger model's {family}, got {other}.{hint}")
+    _check_family(config, of_teacher, method)
     whole = method in ("copy", "selective")
     mixture = find_mixture(teacher) if method == "prune" else None
     structure: LayerList = mixture or (find_layer_list(teacher) if whole else find_structure(teacher))
-    shape = design_shape(config)
     if merge and (mixture is None or not 1 < count_experts(config) < count_experts(of_teacher)):
         raise ModelError(
             "student.initialize.experts: expected a student with at least two and fewer experts than the larger model "
             "for merge, got another. Leave it out, or change the number of experts in student.design."
         )
-    widths_of = {name: field for name, field in WIDTHS.items() if mixture is None or field != "ffn"}
-    sizes = {name: (getattr(shape, field), getattr(structure.shape, field)) for name, field in widths_of.items()}
-    changed = {name: (kept, total) for name, (kept, total) in sizes.items() if kept != total and kept and total}
-    widths = ", ".join(f"{kept} of {total} {name}" for name, (kept, total) in changed.items())
+    shape = design_shape(config)
+    changed = _changed_widths(shape, structure)
+    _check_sizes(config, of_teacher, structure.shape.head_size, method, changed)
+    if method == "prune" and importance is None:
+        importance = measure_importance(teacher, calibration())
+    influence = None if importance is None else importance.layers
+    config, chosen, by = _choose(teacher, structure, config, shape.layers, method, layers, influence, calibration)
+    parts = _select(teacher, structure, shape, method, chosen, importance, merge)
+    student = build(config, "meta")
+    if not parts.matching:
+        _check_kinds(teacher, student, structure, parts)
+    of_layers = f"layers {', '.join(map(str, chosen))} of {structure.shape.layers} ({by})"
+    words = [*_width_words(changed, method)]
+    if mixture is not None:
+        words += _expert_words(mixture, student, chosen, merge)
+    note = f"student: the larger model's {of_layers}, {', '.join(words) or 'complete'}."
+    initialization = Initialization(config, parts, (note, *_notes(teacher, student, structure, parts)))
+    if "channels" in changed and not parts.matching:
+        initialization = _rescaled(initialization, teacher, calibration())
+    return _fitted(initialization, teacher, calibration()) if fit and not parts.matching else initialization
+
+
+def _check_family(config: PretrainedConfig, of_teacher: PretrainedConfig, method: InitMethod) -> None:
+    dense = config.model_type in DENSE_FAMILIES.get(of_teacher.model_type, ())
+    if type(config) is not type(of_teacher) and not (dense and method == "prune"):
+        family, other = type(of_teacher).__name__, type(config).__name__
+        hint = " Use prune, which makes one network of experts." if dense else ""
+        raise ModelError(f"student.initialize: expected a student of the larger model's {family}, got {other}.{hint}")
+
+
+def _changed_widths(shape: DesignShape, structure: LayerList) -> dict[str, tuple[int, int]]:
+    """The student's widths that are not its teacher's, by their names: the number that it keeps, and that of all."""
+    fields = {name: field for name, field in WIDTHS.items() if field != "ffn" or not isinstance(structure, Mixture)}
+    sizes = {name: (getattr(shape, field), getattr(structure.shape, field)) for name, field in fields.items()}
+    return {name: (kept, total) for name, (kept, total) in sizes.items() if kept != total and kept and total}
+
+
+def _check_sizes(
+    config: PretrainedConfig,
+    of_teacher: PretrainedConfig,
+    head_size: int,
+    method: InitMethod,
+    changed: Mapping[str, tuple[int, int]],
+) -> None:
+    """Check that a method can make the sizes of a student."""
+    widths = _in_words(changed)
     if method == "copy" and widths:
         raise ModelError(
             f"student.initialize: expected the larger model's widths to copy layers, got {widths}. Change "
@@ -127,63 +156,77 @@ def plan_initialization(
     if method == "selective" and "numbers of each head" in changed:  # matrices of one shape would be of other heads
         raise ModelError(
             f"student.initialize: expected heads as wide as the larger model's for selective, got {widths}. Set "
-            f"head_dim to {structure.shape.head_size}."
+            f"head_dim to {head_size}."
         )
     if config.vocab_size > of_teacher.vocab_size and method != "selective":
         raise ModelError(
             f"student.initialize: expected at most the larger model's {of_teacher.vocab_size} tokens, got "
             f"{config.vocab_size}. Use selective, whose embeddings are random then."
         )
+
+
+def _in_words(changed: Mapping[str, tuple[int, int]]) -> str:
+    return ", ".join(f"{kept} of {total} {name}" for name, (kept, total) in changed.items())
+
+
+def _width_words(changed: Mapping[str, tuple[int, int]], method: InitMethod) -> Iterator[str]:
+    """What becomes of widths, in words."""
+    if method == "selective":
+        yield "the parameters whose shape matches"
+    elif changed:
+        yield f"{_in_words(changed)} ({'the most active' if method == 'prune' else 'the first'})"
+
+
+def _choose(
+    teacher: PreTrainedModel,
+    structure: LayerList,
+    config: PretrainedConfig,
+    number: int,
+    method: InitMethod,
+    layers: LayerChoice | Sequence[int] | None,
+    influence: Tensor | None,
+    calibration: Callable[[], Iterable[Mapping[str, Tensor]]],
+) -> tuple[PretrainedConfig, list[int], str]:
+    """Choose a number of the teacher's layers; return the student's config with their fields, these, and how."""
+    of_teacher, total = text_config(teacher.config), structure.shape.layers
     choice: LayerChoice | Sequence[int] = "uniform" if layers is None else layers
-    if layers is None and method in ("copy", "prune") and 2 * shape.layers >= structure.shape.layers:
+    if layers is None and method in ("copy", "prune") and 2 * number >= total:
         choice = "grouped"  # with fewer layers each stands for more of them, and evenly spaced ones are fitted better
-    if method == "prune" and importance is None:
-        importance = measure_importance(teacher, calibration())
-    influence = None if importance is None else importance.layers
-    if influence is None and choice in ("grouped", "importance") and shape.layers < structure.shape.layers:
+    if influence is None and choice in ("grouped", "importance") and number < total:
         try:
             influence = measure_influence(teacher, structure.layers, calibration())
         except ModelError:
             if layers is not None:
                 raise
             choice = "uniform"
-    chosen = choose_layers(choice, structure.shape.layers, shape.layers, influence)
-    if isinstance(choice, str):
-        chosen = keep_kinds(chosen, layer_kinds(of_teacher))
+    chosen = choose_layers(choice, total, number, influence)
+    if not isinstance(choice, str):
+        return with_layers(config, of_teacher, chosen), chosen, "as given"
+    chosen = keep_kinds(chosen, layer_kinds(of_teacher))
     try:
-        config = with_layers(config, of_teacher, chosen)
+        return with_layers(config, of_teacher, chosen), chosen, choice
     except ModelError:
-        if not isinstance(choice, str):
-            raise
-        chosen = [*chosen[:-1], structure.shape.layers - 1]  # some families' last layer is of a kind that is fixed
-        config = with_layers(config, of_teacher, chosen)
-    if whole:
-        parts = whole_layers(structure.shape, chosen, matching=method == "selective")
-    elif mixture is not None:
-        assert importance is not None, "it is measured"
-        parts = _select_around_experts(mixture, shape, chosen, importance, type(teacher).__name__)
-        parts = replace(parts, blocks=tuple(importance.blocks[layer] for layer in chosen), merge=merge)
-    else:
-        parts = select_parts(structure.shape, shape, chosen, importance if method == "prune" else None)
-    student = build(config, "meta")
-    if not parts.matching:
-        _check_kinds(teacher, student, structure, parts)
-    by = choice if isinstance(choice, str) else "as given"
-    of_layers = f"layers {', '.join(map(str, chosen))} of {structure.shape.layers} ({by})"
-    if parts.matching:
-        widths = "the parameters whose shape matches"
-    elif widths:
-        widths += " (the most active)" if method == "prune" else " (the first)"
-    if mixture is not None:
-        widths = ", ".join([*filter(None, [widths]), *_expert_words(mixture, student, chosen, merge)])
-    notes = (
-        f"student: the larger model's {of_layers}, {widths or 'complete'}.",
-        *_notes(teacher, student, structure, parts),
-    )
-    initialization = Initialization(config, parts, notes)
-    if "channels" in changed and not parts.matching:
-        initialization = _rescaled(initialization, teacher, calibration())
-    return _fitted(initialization, teacher, calibration()) if fit and not parts.matching else initialization
+        chosen = [*chosen[:-1], total - 1]  # some families' last layer is of a kind that is fixed
+        return with_layers(config, of_teacher, chosen), chosen, choice
+
+
+def _select(
+    teacher: PreTrainedModel,
+    structure: LayerList,
+    shape: DesignShape,
+    method: InitMethod,
+    chosen: Sequence[int],
+    importance: Importance | None,
+    merge: bool,
+) -> SelectedParts:
+    """Select the parts of the chosen layers."""
+    if method in ("copy", "selective"):
+        return whole_layers(structure.shape, chosen, matching=method == "selective")
+    if not isinstance(structure, Mixture):
+        return select_parts(structure.shape, shape, chosen, importance if method == "prune" else None)
+    assert importance is not None, "it is measured"
+    parts = _select_around_experts(structure, shape, chosen, importance, type(teacher).__name__)
+    return replace(parts, blocks=tuple(importance.blocks[layer] for layer in chosen), merge=merge)
 
 
 def _select_around_experts(
@@ -223,8 +266,8 @@ def _rescaled(
     """Rescale the student's norms to the channels that it has."""
     student, parts, structure = initialization.student(teacher, 0), initialization.parts, find_layer_list(teacher)
     whole = dict(teacher.named_parameters())
-    names = {name: _name_in(teacher, student, name) for name, _ in student.named_parameters()}
-    sources = {name: _source_name(structure, own, parts) for name, own in names.items()}
+    names = {name: name_in(teacher, student, name) for name, _ in student.named_parameters()}
+    sources = {name: source_name(structure, own, parts) for name, own in names.items()}
     taken = {name: source for name, source in sources.items() if source in whole}
     return replace(initialization, changed=rescale_norms(teacher, student, taken, parts.channels, batches))
 
@@ -263,9 +306,9 @@ def _check_kinds(
 ) -> None:
     """Check that each layer of the student has the parts of the teacher's layer that it comes from."""
     for name, parameter in student.named_parameters():
-        name = _name_in(teacher, student, name)
-        place, source = structure.locate(name), _source(teacher, structure, name, parts, parameter)
-        if place and _in_block(structure, parts, place):
+        name = name_in(teacher, student, name)
+        place, source = structure.locate(name), source_of(teacher, structure, name, parts, parameter)
+        if place and in_block(structure, parts, place):
             continue
         if place and (source is None or (not parts.heads and source.shape != parameter.shape)):
             first = [*range(len(parts.layers))]
@@ -293,10 +336,10 @@ def _notes(
     copied: dict[str, int] = {}  # parameters by name, with * for the number of a layer
     random: dict[str, int] = {}
     for own_name, parameter in student.named_parameters():
-        name = _name_in(teacher, student, own_name)
+        name = name_in(teacher, student, own_name)
         place = structure.locate(name)
-        of_block = place is not None and _in_block(structure, parts, place)
-        known = of_block or _source(teacher, structure, name, parts, parameter) is not None
+        of_block = place is not None and in_block(structure, parts, place)
+        known = of_block or source_of(teacher, structure, name, parts, parameter) is not None
         names = copied if known else random
         own_name = own_name.replace(f".{place[0]}.", ".*.", 1) if place else own_name
         names[own_name] = names.get(own_name, 0) + parameter.numel()
@@ -313,136 +356,3 @@ def _notes(
         yield f"student: {what}, and random: {', '.join(random)}."
     if getattr(config, "tie_word_embeddings", False) and not getattr(of_teacher, "tie_word_embeddings", False):
         yield "student: its head is its embedding (tied); the larger model's own head is not copied."
-
-
-def _in_block(structure: LayerList, parts: SelectedParts, place: tuple[int, str]) -> bool:
-    """Whether a place in the student's layers is in a feed-forward network of a mixture, which `BlockSource` fills."""
-    if not isinstance(structure, Mixture):
-        return False
-    block = structure.blocks[parts.layers[place[0]]]
-    return block is not None and f"{place[1]}.".startswith(f"{block.path}.")
-
-
-def _name_in(teacher: PreTrainedModel, student: PreTrainedModel, name: str) -> str:
-    """Return the teacher's name of a student's parameter; a teacher may have its text part within another model."""
-    if text_config(teacher.config) is teacher.config:
-        return name
-    of_teacher, of_student = (
-        next(path for path, module in model.named_modules() if module is model.get_decoder())
-        for model in (teacher, student)
-    )
-    return name.replace(f"{of_student}.", f"{of_teacher}.", 1) if name.startswith(f"{of_student}.") else name
-
-
-def _source_name(structure: LayerList, name: str, parts: SelectedParts) -> str:
-    """The teacher's name of the parameter that a student's comes from; its own is that of the student's layer."""
-    if place := structure.locate(name):
-        rest = name.removeprefix(f"{structure.path}.{place[0]}")
-        name = f"{structure.path}.{parts.layers[place[0]]}{rest}"
-    return name
-
-
-def _source(
-    teacher: PreTrainedModel, structure: LayerList, name: str, parts: SelectedParts, parameter: Tensor
-) -> Tensor | None:
-    """The teacher's parameter or buffer that a student's comes from."""
-    path, _, own = _source_name(structure, name, parts).rpartition(".")
-    try:
-        source: Any = getattr(teacher.get_submodule(path), own, None)
-    except AttributeError:
-        return None
-    if not isinstance(source, Tensor):
-        return None
-    if source.shape == parameter.shape or not parts.matching:
-        return source
-    sizes = [*source.shape[:1], *parameter.shape[:1]]
-    fewer_tokens = len(sizes) == 2 and sizes[0] == text_config(teacher.config).vocab_size > sizes[1]
-    return source if fewer_tokens and source.shape[1:] == parameter.shape[1:] else None
-
-
-@torch.no_grad()
-def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedParts) -> None:
-    """Fill a student's parameters and saved buffers from the teacher's, in place."""
-    mixture = find_mixture(teacher) if parts.blocks else None
-    structure: LayerList = mixture or (find_structure(teacher) if parts.heads else find_layer_list(teacher))
-    configs, parameters = (text_config(teacher.config), student.config), dict(student.named_parameters())
-    saved = student.state_dict().keys()
-    buffers = {name: buffer for name, buffer in student.named_buffers() if name in saved}
-    for own_name, parameter in (parameters | buffers).items():
-        name = _name_in(teacher, student, own_name)
-        place, source = structure.locate(name), _source(teacher, structure, name, parts, parameter)
-        of_block = place is not None and _in_block(structure, parts, place)
-        if source is None or of_block or (own_name in buffers and source.shape != parameter.shape):
-            continue
-        with weight_in_memory(teacher, _source_name(structure, name, parts)) as weight:
-            value = weight.detach().to("cpu", parameter.dtype)
-        axes = None
-        if place is not None and isinstance(structure, LayerStructure | Mixture) and parts.heads:
-            axes = _axes(structure, parts, place[0]).get(place[1])
-        if axes is None:
-            value = _select_outside(value, parameter, *configs, parts, name)
-        else:
-            transposed = value.ndim == 2 and is_transposed(student.get_submodule(own_name.rpartition(".")[0]))
-            value = value.T if transposed else value
-            rows = value[axes[0]]
-            value = rows.squeeze(1) if rows.shape[1] == 1 else rows.mean(1)
-            value = value if value.ndim == 1 else value.index_select(1, axes[1])
-            value = value.T if transposed else value
-        parameter.copy_(value)
-    if mixture is not None:
-        for number, layer in enumerate(find_layer_list(student).layers):
-            of_teacher = parts.layers[number]
-            block, importance = mixture.blocks[of_teacher], parts.blocks[number]
-            if block is not None and importance is not None:
-                path = f"{mixture.path}.{of_teacher}"
-                filled = BlockSource(teacher, path, block, importance, parts.channels)
-                filled.fill(layer, student.config, parts.merge)
-
-
-def _axes(structure: LayerStructure | Mixture, parts: SelectedParts, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """By matrix of a student's layer, the teacher's rows [out, m], averaged over m, and columns [in]."""
-    matrices = structure.attention if isinstance(structure, Mixture) else structure.matrices
-    assert matrices is not None, "heads are selected"
-    size, channels = structure.shape.head_size, parts.channels
-    heads, units = parts.heads[layer].unsqueeze(1), parts.units[layer]
-    queries, keys = _head_rows(heads, size), _head_rows(parts.kv_heads[layer], size)
-    axes = {
-        **dict.fromkeys((matrices.key, matrices.value), (keys, channels)),
-        matrices.query: (queries, channels),
-        matrices.output: (channels.unsqueeze(1), queries.squeeze(1)),
-    }
-    if isinstance(matrices, LayerMatrices):
-        axes |= dict.fromkeys(matrices.up, (units.unsqueeze(1), channels))
-        axes[matrices.down] = channels.unsqueeze(1), units
-    if matrices.fused:
-        width = structure.shape.heads * size
-        axes[matrices.query] = torch.cat([queries, keys + width, keys + 2 * width]), channels
-    return axes
-
-
-def _head_rows(heads: Tensor, size: int) -> Tensor:
-    """The rows [n * size, m] of heads [n, m]."""
-    return (heads.unsqueeze(1) * size + torch.arange(size)[None, :, None]).flatten(0, 1)
-
-
-def _select_outside(
-    value: Tensor, target: Tensor, teacher: Any, student: Any, parts: SelectedParts, name: str
-) -> Tensor:
-    """Select from a parameter that is not a layer's matrix: axes that differ are hidden channels or tokens."""
-    for axis, (full, kept) in enumerate(zip(value.shape, target.shape, strict=True)):
-        if full == kept:
-            continue
-        if (full, kept) == (teacher.hidden_size, student.hidden_size):
-            value = value.index_select(axis, parts.channels)
-        elif (full, kept) == (teacher.vocab_size, student.vocab_size):
-            value = value.narrow(axis, 0, kept)
-        elif full * student.num_hidden_layers == kept * teacher.num_hidden_layers:  # embeddings for each layer
-            by_layer = value.unflatten(axis, (teacher.num_hidden_layers, -1))
-            value = by_layer.index_select(axis, torch.tensor(parts.layers)).flatten(axis, axis + 1)
-        else:
-            raise ModelError(
-                f"student.initialize: expected {name} of {student.model_type} to differ from the larger model's in "
-                f"hidden channels or tokens alone, got {list(target.shape)} beside {list(value.shape)}. Change that "
-                "field of student.design back."
-            )
-    return value
