@@ -16,6 +16,7 @@ from potstill.models.expert_selection import BlockSource, network_sizes
 from potstill.models.feed_forward import Mixture, find_mixture
 from potstill.models.fitting import fit_layers
 from potstill.models.layer_kinds import keep_kinds, layer_notes, with_layers
+from potstill.models.matrix_axes import matrix_axes
 from potstill.models.norms import rescale_norms
 from potstill.models.placement import weight_in_memory
 from potstill.models.pruning import (
@@ -32,7 +33,6 @@ from potstill.models.shapes import ATTENTION_WIDTHS, DesignShape, count_experts,
 from potstill.models.size import build
 from potstill.models.structure import (
     LayerList,
-    LayerMatrices,
     LayerStructure,
     find_layer_list,
     find_structure,
@@ -164,6 +164,8 @@ def plan_initialization(
         parts = _select_around_experts(mixture, shape, chosen, importance, type(teacher).__name__)
         parts = replace(parts, blocks=tuple(importance.blocks[layer] for layer in chosen), merge=merge)
     else:
+        if isinstance(structure, LayerStructure) and structure.whole_attention:
+            _check_whole_attention(structure, shape, type(teacher).__name__)
         parts = select_parts(structure.shape, shape, chosen, importance if method == "prune" else None)
     student = build(config, "meta")
     if not parts.matching:
@@ -193,13 +195,19 @@ def _select_around_experts(
     of_teacher = replace(mixture.shape, ffn=0)
     if mixture.attention is not None:
         return select_parts(of_teacher, replace(shape, ffn=0), layers, importance)
+    _check_whole_attention(mixture, shape, name)
+    return whole_layers(of_teacher, layers)
+
+
+def _check_whole_attention(structure: LayerList, student: DesignShape, name: str) -> None:
+    """Check that a student has its larger model's attention, where that cannot be pruned."""
+    what = "experts, units" if isinstance(structure, Mixture) else "feed-forward units"
     for width in ATTENTION_WIDTHS:
-        if (size := getattr(shape, width)) != (own := getattr(of_teacher, width)):
+        if (size := getattr(student, width)) != (own := getattr(structure.shape, width)):
             raise ModelError(
                 f"student.initialize: expected {width} {own} as in {name}, whose attention cannot be pruned, got "
-                f"{size}. Change experts, units and layers alone."
+                f"{size}. Change {what} and layers alone (keep: attention)."
             )
-    return whole_layers(of_teacher, layers)
 
 
 def _expert_words(mixture: Mixture, student: PreTrainedModel, layers: Sequence[int], merge: bool) -> Iterator[str]:
@@ -378,7 +386,7 @@ def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedPar
             value = weight.detach().to("cpu", parameter.dtype)
         axes = None
         if place is not None and isinstance(structure, LayerStructure | Mixture) and parts.heads:
-            axes = _axes(structure, parts, place[0]).get(place[1])
+            axes = matrix_axes(structure, parts, place[0]).get(place[1])
         if axes is None:
             value = _select_outside(value, parameter, *configs, parts, name)
         else:
@@ -397,32 +405,6 @@ def _copy(teacher: PreTrainedModel, student: PreTrainedModel, parts: SelectedPar
                 path = f"{mixture.path}.{of_teacher}"
                 filled = BlockSource(teacher, path, block, importance, parts.channels)
                 filled.fill(layer, student.config, parts.merge)
-
-
-def _axes(structure: LayerStructure | Mixture, parts: SelectedParts, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """By matrix of a student's layer, the teacher's rows [out, m], averaged over m, and columns [in]."""
-    matrices = structure.attention if isinstance(structure, Mixture) else structure.matrices
-    assert matrices is not None, "heads are selected"
-    size, channels = structure.shape.head_size, parts.channels
-    heads, units = parts.heads[layer].unsqueeze(1), parts.units[layer]
-    queries, keys = _head_rows(heads, size), _head_rows(parts.kv_heads[layer], size)
-    axes = {
-        **dict.fromkeys((matrices.key, matrices.value), (keys, channels)),
-        matrices.query: (queries, channels),
-        matrices.output: (channels.unsqueeze(1), queries.squeeze(1)),
-    }
-    if isinstance(matrices, LayerMatrices):
-        axes |= dict.fromkeys(matrices.up, (units.unsqueeze(1), channels))
-        axes[matrices.down] = channels.unsqueeze(1), units
-    if matrices.fused:
-        width = structure.shape.heads * size
-        axes[matrices.query] = torch.cat([queries, keys + width, keys + 2 * width]), channels
-    return axes
-
-
-def _head_rows(heads: Tensor, size: int) -> Tensor:
-    """The rows [n * size, m] of heads [n, m]."""
-    return (heads.unsqueeze(1) * size + torch.arange(size)[None, :, None]).flatten(0, 1)
 
 
 def _select_outside(
