@@ -385,13 +385,12 @@ def test_values_are_checked_in_python(make: Any, message: str) -> None:
 
 def test_an_unknown_architecture_needs_named_layers() -> None:
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("gpt_neox", vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                             num_attention_heads=2)
-    )  # fmt: skip
+        AutoConfig.for_model("bloom", vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    )
     with pytest.raises(ModelError, match="Name its layers with target_modules"):
         adapt(model, Ia3())
     assert parameter_count(adapt(model, Ia3(["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]))).trained == 2 * (
-        48 + 32
+        48 + 64
     )
 
 

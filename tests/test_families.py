@@ -159,13 +159,60 @@ def test_layers_of_any_family_are_copied(family: str) -> None:
     torch.testing.assert_close(student(**ids).logits, teacher(**ids).logits)
 
 
-def test_layers_of_another_kind_are_not_copied() -> None:
-    config = families.small("deepseek_v2")
-    config.first_k_dense_replace = 1
-    teacher = random_student(config, 0)  # a dense layer, then one with experts
-    config = student_config(config, {"num_hidden_layers": 1}, families.VOCABULARY)
-    with pytest.raises(ModelError, match=r"layer 1 of the larger model, a .*, for layer 0, .* such as layers: \[0\]"):
-        plan_initialization(teacher, config, "copy", layers=[1], calibration=list)
+def test_layers_of_another_kind_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(families.SMALL, "num_hidden_layers", 6)
+    teacher = random_student(families.small("jamba"), 0)  # attention in each second layer
+    config = student_config(teacher.config, {"num_hidden_layers": 4}, families.VOCABULARY)
+    with pytest.raises(ModelError, match=r"layer 3 of the larger model, a .*, for layer 2, .* such as layers: \[0, 1"):
+        plan_initialization(teacher, config, "copy", layers=[0, 1, 3, 5], calibration=list)
+    shared = {"layers_block_type": ["linear_attention", "hybrid"] * 3, "hybrid_layer_ids": [1, 3, 5]}
+    monkeypatch.setitem(families.OWN, "zamba2", shared | {"num_hidden_layers": 6})
+    teacher = random_student(families.small("zamba2"), 0)
+    config = student_config(teacher.config, {"num_hidden_layers": 4}, families.VOCABULARY)
+    with pytest.raises(
+        ModelError, match=r"first ones of zamba2's layers \[1, 3, 5\], which share weights, got \[1, 5\]"
+    ):
+        plan_initialization(teacher, config, "copy", layers=[0, 1, 4, 5], calibration=list)
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "layers", "fields"),
+    [
+        ("deepseek_v3", {"first_k_dense_replace": 3}, [0, 2, 4, 5], {"first_k_dense_replace": 2}),
+        ("glm4_moe", {"first_k_dense_replace": 1}, [1, 3, 4, 5], {"first_k_dense_replace": 0}),
+        ("lfm2_moe", {"layer_types": ["conv", "full_attention"] * 3}, [1, 2, 3, 4], {"num_dense_layers": 1}),
+        ("ernie4_5_moe", {}, [1, 2, 4, 5], {"moe_layer_start_index": 0}),
+        ("qwen3_moe", {"mlp_only_layers": [0, 3]}, [0, 2, 3, 5], {"mlp_only_layers": [0, 2]}),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, [0, 2, 3, 5], {"mlp_only_layers": [0, 1], "decoder_sparse_step": 1}),
+        ("llama4_text", {"interleave_moe_layer_step": 2}, [0, 2, 3, 5], {"moe_layers": [2, 3]}),
+        ("bamba", {"attn_layer_indices": [1, 4]}, [0, 1, 3, 4], {"attn_layer_indices": [1, 3]}),
+        ("zamba2", {"layers_block_type": ["linear_attention", "hybrid", "hybrid"] * 2}, [0, 1, 2, 3], {}),
+        ("jamba", {}, [0, 2, 4, 5], {"attn_layer_period": 4, "attn_layer_offset": 3}),
+        ("jamba", {}, [0, 1, 2, 3], {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    ],
+)
+def test_layers_that_are_of_a_kind_by_their_number_stay_of_it(
+    family: str, own: dict[str, Any], layers: list[int], fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student computes what the teacher does without the other layers."""
+    monkeypatch.setitem(families.SMALL, "num_hidden_layers", 6)
+    numbers = {"hybrid_layer_ids": [1, 2, 4, 5]} if family == "zamba2" else {}
+    monkeypatch.setitem(families.OWN, family, families.OWN.get(family, {}) | own | numbers | {"num_hidden_layers": 6})
+    teacher = random_student(families.small(family), 0).eval()
+    config = student_config(teacher.config, {"num_hidden_layers": 4}, families.VOCABULARY)
+    student = plan_initialization(teacher, config, "copy", layers=layers, calibration=list).student(teacher, 7).eval()
+    assert student.config.to_dict().items() >= fields.items()
+    for number, layer in enumerate(teacher.model.layers):
+        if number not in layers:
+            layer.register_forward_hook(_leave_out, with_kwargs=True)
+    ids = {"input_ids": rows()["input_ids"]}
+    torch.testing.assert_close(student(**ids).logits, teacher(**ids).logits)
+
+
+def _leave_out(_: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    """Return a layer's hidden states as they came in."""
+    states = inputs[0] if inputs else named["hidden_states"]
+    return states if isinstance(output, torch.Tensor) else (states, *output[1:])
 
 
 @pytest.mark.parametrize(

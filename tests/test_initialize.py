@@ -11,16 +11,24 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    BloomConfig,
     DistilBertConfig,
     Gemma2Config,
+    GlmConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
+    NemotronConfig,
     Olmo2Config,
+    Phi3Config,
+    PhiConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Starcoder2Config,
 )
 
 import families
@@ -28,9 +36,10 @@ from conftest import make_batch
 from potstill.errors import ModelError, RecipeError
 from potstill.models.design import ShapeSearch, student_config
 from potstill.models.initialize import plan_initialization, random_student
+from potstill.models.matrix_axes import fused_heads
 from potstill.models.pruning import choose_layers, measure_importance, measure_influence, select_parts
 from potstill.models.shapes import DesignShape
-from potstill.models.structure import find_structure
+from potstill.models.structure import find_structure, is_transposed, split_projection
 from potstill.runs.build import build_run
 from potstill.runs.config.run import Recipe
 from reference_students import cosine
@@ -55,10 +64,19 @@ KINDS = {
     "qwen3": Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
     "gemma2": Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=4),
     "gpt2": GPT2Config(**ENDS, n_embd=32, n_head=4, n_layer=5, n_inner=48),
+    "phi3": Phi3Config(**SIZES, head_dim=8),
+    "glm": GlmConfig(**SIZES, head_dim=8),
+    "nemotron": NemotronConfig(**SIZES, head_dim=8),
+    "starcoder2": Starcoder2Config(**SIZES),
+    "phi": PhiConfig(**SIZES),
+    "olmo2": Olmo2Config(**SIZES),
+    "gptj": GPTJConfig(**ENDS, n_embd=32, n_head=4, n_layer=5, n_inner=48, rotary_dim=4),
+    "gpt_neox": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
     "bert": BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
     "distilbert": DistilBertConfig(**ENDS, dim=32, n_heads=4, n_layers=5, hidden_dim=48),
 }
-LAYERS = {"gpt2": "n_layer", "distilbert": "n_layers"}
+LAYERS = {"gpt2": "n_layer", "gptj": "n_layer", "distilbert": "n_layers"}
+PRUNED_HEADS = ("llama", "llama, tied", "qwen3", "phi3", "glm", "nemotron")  # whose config gives the width of a head
 BATCH = {name: value for name, value in make_batch(4, 12, 60).items() if name != "labels"}
 
 
@@ -111,45 +129,67 @@ def test_copied_layers_compute_what_dropping_the_others_does(kind: str, method: 
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama, tied", "qwen3", "gpt2", "bert", "distilbert"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("gemma2", "qwen2")])
 def test_units_that_do_nothing_are_pruned_without_a_trace(kind: str) -> None:
     teacher = model(kind)
     structure = find_structure(teacher)
     generator = torch.Generator().manual_seed(3)
-    size = structure.shape.head_size
+    size, heads, kv_heads = structure.shape.head_size, structure.shape.heads, structure.shape.kv_heads
+    value_heads = {"gpt2": heads + kv_heads, "phi3": heads + kv_heads}.get(
+        kind, 0
+    )  # which of a module are the first values
     for layer in structure.layers:
         dead = torch.randperm(48, generator=generator)[:32]
-        for path in (*structure.matrices.up,):
-            module = layer.get_submodule(path)
-            weight = module.weight.T if kind == "gpt2" else module.weight
-            with torch.no_grad():
-                weight[dead] = 0
-                if module.bias is not None:
-                    module.bias[dead] = 0
-        group = int(torch.randint(2, (1,), generator=generator))  # a key and value head, with its query heads
-        groups = slice(2 * group * size, 2 * (group + 1) * size)
-        with torch.no_grad():  # the heads of a dead group give 0
-            if kind == "gpt2":
-                value = layer.get_submodule("attn.c_attn")
-                value.weight[:, 64:][:, groups] = 0
-                value.bias[64:][groups] = 0
-            else:
-                value = layer.get_submodule(structure.matrices.value)
-                rows = slice(group * size, (group + 1) * size) if structure.shape.kv_heads == 2 else groups
-                value.weight[rows] = 0
-                if value.bias is not None:
-                    value.bias[rows] = 0
-    fields = {"gpt2": {"n_inner": 16}, "distilbert": {"hidden_dim": 16}}.get(kind, {"intermediate_size": 16})
-    heads = (
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-        if "llama" in kind or kind == "qwen3"
-        else {}
-    )
-    student = begun(teacher, "prune", layers=[0, 1, 2, 3, 4], **fields, **heads)
+        for path in structure.matrices.up:
+            units = torch.cat([dead, dead + 48]) if path.endswith("gate_up_proj") else dead
+            kill_rows(layer.get_submodule(path), units)
+        group = int(torch.randint(2, (1,), generator=generator))  # key and value heads whose query heads give 0
+        of_group = kv_heads // 2 * group + torch.arange(kv_heads // 2)
+        of_group = 3 * of_group + 2 if kind == "gpt_neox" else value_heads + of_group
+        kill_rows(
+            layer.get_submodule(structure.matrices.value), (of_group[:, None] * size + torch.arange(size)).flatten()
+        )
+    fields = {"gpt2": {"n_inner": 16}, "gptj": {"n_inner": 16}, "distilbert": {"hidden_dim": 16}}
+    of_heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8} if kind in PRUNED_HEADS else {}
+    changes = fields.get(kind, {"intermediate_size": 16}) | of_heads
+    student = begun(teacher, "prune", layers=[0, 1, 2, 3, 4], **changes)
     torch.testing.assert_close(logits(student), logits(teacher), rtol=1e-5, atol=1e-5)
     assert student.num_parameters() < teacher.num_parameters()
-    truncated = begun(teacher, "truncate", **fields, **heads)
+    truncated = begun(teacher, "truncate", **changes)
     assert not torch.allclose(logits(truncated), logits(teacher), atol=1e-2)
+
+
+@torch.no_grad()
+def kill_rows(module: Any, rows: torch.Tensor) -> None:
+    (module.weight.T if is_transposed(module) else module.weight)[rows] = 0
+    if module.bias is not None:
+        module.bias[rows] = 0
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_heads_of_one_module_for_queries_keys_and_values(grouped: bool) -> None:
+    """Against the projection that terms over layers split."""
+    teacher, size = DesignShape(1, 12, 6, 2, 4, 0), 4
+    config = LlamaConfig(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, head_dim=size)
+    numbers = torch.arange(10 * size).view(1, 1, -1)
+    parts = split_projection(numbers, config, grouped)
+    heads, kv_heads = torch.tensor([0, 2, 4, 5]), torch.tensor([[0], [1]])
+    rows = fused_heads(heads[:, None], kv_heads, teacher, grouped)[:, 0, None] * size + torch.arange(size)
+    smaller = LlamaConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=size)
+    for own, whole, kept in zip(
+        split_projection(rows.view(1, 1, -1), smaller, grouped), parts, (heads, *[kv_heads[:, 0]] * 2), strict=True
+    ):
+        assert torch.equal(own.unflatten(-1, (-1, size)), whole.unflatten(-1, (-1, size))[:, :, kept])
+    merged = fused_heads(heads[:3, None], torch.tensor([[0, 1]]), teacher, grouped)
+    assert merged.shape == (5, 2)
+    assert (merged[:3, 0] == merged[:3, 1]).all() and (merged[3:, 0] != merged[3:, 1]).all()
+
+
+def test_attention_with_a_norm_over_all_heads_stays() -> None:
+    with pytest.raises(
+        ModelError, match=r"hidden 32 as in Olmo2ForCausalLM, whose attention cannot be pruned, got 16\."
+    ):
+        begun(model("olmo2"), "prune", num_attention_heads=2, num_key_value_heads=2, hidden_size=16)
 
 
 def test_channels_that_carry_nothing_are_pruned_without_a_trace() -> None:
@@ -422,7 +462,7 @@ def test_layers_that_cannot_be(layers: Any) -> None:
     "config",
     [
         MixtralConfig(**SIZES, num_local_experts=2),  # a mixture of experts
-        Olmo2Config(**SIZES),  # norms over all heads at once
+        BloomConfig(**ENDS, hidden_size=32, n_head=4, n_layer=5),  # the slope of a head's positions is by its number
     ],
 )
 def test_parts_of_unknown_architectures_are_refused(config: Any) -> None:

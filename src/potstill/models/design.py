@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from potstill.errors import ModelError, nearest
 from potstill.models.dense import dense_config
+from potstill.models.layer_fields import layer_fields
 from potstill.models.shapes import (
     DesignShape,
     check_attention,
@@ -183,26 +184,6 @@ def _computed(config: PretrainedConfig) -> list[str]:
             with suppress(Exception):
                 names += [name] if getattr(type(config).from_dict(others), name) == value else []
     return names
-
-
-def layer_fields(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
-    """Return the fields of a config that differ by layer, for a model of these layers."""
-    known, depth = config.to_dict(), config.num_hidden_layers
-    layers = [layer for layer in layers if layer < depth]
-    lists = {name: x for name, x in known.items() if isinstance(x, list) and len(x) == depth and _by_layer(name)}
-    fields: dict[str, Any] = {name: [values[layer] for layer in layers] for name, values in lists.items()}
-    if by_layer := known.get("per_layer_config"):
-        own = {int(layer): values for layer, values in by_layer.items()}
-        fields["per_layer_config"] = {i: own[layer] for i, layer in enumerate(layers) if layer in own}
-    if shared := known.get("num_kv_shared_layers"):  # the last layers take keys and values of earlier ones
-        fields["num_kv_shared_layers"] = sum(layer >= depth - shared for layer in layers)
-    if "attention_types" in known:  # GPT Neo's, as patterns that are repeated
-        fields["attention_types"] = [[[config.attention_layers[layer] for layer in layers], 1]]
-    return fields
-
-
-def _by_layer(name: str) -> bool:
-    return any(part in name for part in ("layer", "block", "pattern", "intermediate_size", "heads", "window"))
 
 
 def design(

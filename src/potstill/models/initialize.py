@@ -28,7 +28,7 @@ from potstill.models.pruning import (
 )
 from potstill.models.shapes import ATTENTION_WIDTHS, DesignShape, count_experts, design_shape, layer_kinds, text_config
 from potstill.models.size import build
-from potstill.models.structure import LayerList, find_layer_list, find_structure
+from potstill.models.structure import LayerList, LayerStructure, find_layer_list, find_structure
 from potstill.models.weight_sources import copy_weights, in_block, name_in, source_name, source_of
 
 InitMethod = Literal["copy", "truncate", "prune", "selective"]
@@ -222,6 +222,8 @@ def _select(
     """Select the parts of the chosen layers."""
     if method in ("copy", "selective"):
         return whole_layers(structure.shape, chosen, matching=method == "selective")
+    if isinstance(structure, LayerStructure) and structure.whole_attention:
+        _check_whole_attention(structure, shape, type(teacher).__name__)
     if not isinstance(structure, Mixture):
         return select_parts(structure.shape, shape, chosen, importance if method == "prune" else None)
     assert importance is not None, "it is measured"
@@ -236,13 +238,19 @@ def _select_around_experts(
     of_teacher = replace(mixture.shape, ffn=0)
     if mixture.attention is not None:
         return select_parts(of_teacher, replace(shape, ffn=0), layers, importance)
+    _check_whole_attention(mixture, shape, name)
+    return whole_layers(of_teacher, layers)
+
+
+def _check_whole_attention(structure: LayerList, student: DesignShape, name: str) -> None:
+    """Check that a student has its larger model's attention, where that cannot be pruned."""
+    what = "experts, units" if isinstance(structure, Mixture) else "feed-forward units"
     for width in ATTENTION_WIDTHS:
-        if (size := getattr(shape, width)) != (own := getattr(of_teacher, width)):
+        if (size := getattr(student, width)) != (own := getattr(structure.shape, width)):
             raise ModelError(
                 f"student.initialize: expected {width} {own} as in {name}, whose attention cannot be pruned, got "
-                f"{size}. Change experts, units and layers alone."
+                f"{size}. Change {what} and layers alone (keep: attention)."
             )
-    return whole_layers(of_teacher, layers)
 
 
 def _expert_words(mixture: Mixture, student: PreTrainedModel, layers: Sequence[int], merge: bool) -> Iterator[str]:

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from potstill.errors import ModelError
-from potstill.models.design import contains, layer_fields, student_config
+from potstill.models.design import contains, student_config
+from potstill.models.layer_fields import layer_fields
 from potstill.models.shapes import check_attention
 from potstill.models.size import build, config_of
 from potstill.models.structure import find_layer_list
@@ -53,6 +54,13 @@ def with_layers(config: PretrainedConfig, of_teacher: PretrainedConfig, layers: 
                 f"student.initialize.layers: expected layers of the kinds that {config.model_type} takes, got {name} "
                 f"{value}, in place of which the config has {taken[name]}. Choose others."
             )
+    hybrid: list[int] = getattr(of_teacher, "hybrid_layer_ids", None) or []  # Zamba2's: the same with adapters in turn
+    kept = [layer for layer in hybrid if layer in layers]
+    if kept != hybrid[: len(kept)]:
+        raise ModelError(
+            f"student.initialize.layers: expected the first ones of {of_teacher.model_type}'s layers {hybrid}, which "
+            f"share weights, got {kept}. Choose others."
+        )
     check_attention(of_teacher, student, "student.initialize.layers", [*layers], "Choose others.")
     return student
 

@@ -6,6 +6,7 @@ import re
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -142,28 +143,48 @@ class AttentionMatrices:
         """Whether one module projects to queries, keys and values."""
         return self.query == self.key
 
+    @property
+    def grouped(self) -> bool:
+        """Whether a fused module has queries, key and value by group of heads, rather than all queries first."""
+        return self.query.endswith(GROUPED)
+
 
 @dataclass(frozen=True)
 class LayerMatrices(AttentionMatrices):
     """Paths of the weight matrices within a layer."""
 
     _: KW_ONLY
-    up: tuple[str, ...]  # two where the feed-forward network has a gate
+    up: tuple[str, ...]  # two where the feed-forward network has a gate of its own
     down: str
 
+    @property
+    def fused_gate(self) -> bool:
+        """Whether one module makes the gates of all units, and then what they let through."""
+        return self.up[0].endswith("gate_up_proj")
 
+
+_Q, _K, _V, _O = (f"self_attn.{name}_proj" for name in "qkvo")
 FAMILIES = (
     # Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, SmolLM
+    LayerMatrices(_Q, _K, _V, _O, up=("mlp.gate_proj", "mlp.up_proj"), down="mlp.down_proj"),
+    # GLM
+    LayerMatrices(_Q, _K, _V, _O, up=("mlp.gate_up_proj",), down="mlp.down_proj"),
+    # Nemotron, Arcee
+    LayerMatrices(_Q, _K, _V, _O, up=("mlp.up_proj",), down="mlp.down_proj"),
+    # StarCoder2
+    LayerMatrices(_Q, _K, _V, _O, up=("mlp.c_fc",), down="mlp.c_proj"),
+    # Phi-1 and 2
+    LayerMatrices(_Q, _K, _V, "self_attn.dense", up=("mlp.fc1",), down="mlp.fc2"),
+    # GPT-J
+    LayerMatrices("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", up=("mlp.fc_in",), down="mlp.fc_out"),
+    # Phi-3 and 4
+    LayerMatrices(*("self_attn.qkv_proj",) * 3, _O, up=("mlp.gate_up_proj",), down="mlp.down_proj"),
+    # GPT-NeoX, Pythia
     LayerMatrices(
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        up=("mlp.gate_proj", "mlp.up_proj"),
-        down="mlp.down_proj",
+        *("attention.query_key_value",) * 3, "attention.dense", up=("mlp.dense_h_to_4h",), down="mlp.dense_4h_to_h"
     ),
     # GPT-2
-    LayerMatrices("attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj", up=("mlp.c_fc",), down="mlp.c_proj"),
+    LayerMatrices(*("attn.c_attn",) * 3, "attn.c_proj", up=("mlp.c_fc",), down="mlp.c_proj"),
     # BERT, RoBERTa
     LayerMatrices(
         "attention.self.query",
@@ -206,6 +227,7 @@ class LayerStructure(LayerList):
     """The layers of a model of a known family, and where their weight matrices are."""
 
     matrices: LayerMatrices
+    whole_attention: bool = False  # heads cannot be pruned, as of OLMo 2, which normalizes all heads at once
 
 
 def find_layer_list(model: Any) -> LayerList:
@@ -221,24 +243,36 @@ def find_layer_list(model: Any) -> LayerList:
 
 
 def find_structure(model: Any) -> LayerStructure:
-    """Find where the weight matrices of a model's layers are; fused gates are not known.
+    """Find where the weight matrices of a model's layers are.
 
     `find_mixture` is for layers with experts.
     """
     shape = design_shape(model.config)
     for path, layers in layer_lists(model):
-        for matrices in FAMILIES:
-            if len({*map(type, layers)}) == 1 and fits(layers[0], matrices, shape):
-                return LayerStructure(shape, path, layers, matrices)
+        alike = len({*map(type, layers)}) == 1
+        for matrices, whole in product(FAMILIES if alike else (), (False, True)):
+            if fits(layers[0], matrices, shape, whole_attention=whole):
+                return LayerStructure(shape, path, layers, matrices, whole)
     raise ModelError(
-        f"student.initialize: expected a model built like Llama, Mistral, Qwen, Gemma, GPT-2, BERT or DistilBERT, got "
-        f"{type(model).__name__}, whose layers have other parts. Copy complete layers (initialize: copy), begin with "
-        "random weights (initialize: random), or make the student yourself and give it as student.model."
+        f"student.initialize: expected a model built like Llama, Mistral, Qwen, Gemma, Phi, GLM, GPT-2, GPT-NeoX, "
+        f"BERT or DistilBERT, got {type(model).__name__}, whose layers have other parts. Copy complete layers "
+        "(initialize: copy), begin with random weights (initialize: random), or make the student yourself and give it "
+        "as student.model."
     )
 
 
-def fits(layer: nn.Module, matrices: AttentionMatrices, shape: DesignShape, besides: str = "") -> bool:
-    """Whether a layer has exactly these matrices, in the sizes of the config; `besides` is the path of another part."""
+def fits(
+    layer: nn.Module,
+    matrices: AttentionMatrices,
+    shape: DesignShape,
+    besides: str = "",
+    *,
+    whole_attention: bool = False,
+) -> bool:
+    """Whether a layer has exactly these matrices, in the sizes of the config; `besides` is the path of another part.
+
+    With `whole_attention` the attention may have norms over all heads, which cannot be pruned.
+    """
     modules: dict[str, Any] = dict(layer.named_modules())
     heads, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     sizes = {
@@ -247,20 +281,24 @@ def fits(layer: nn.Module, matrices: AttentionMatrices, shape: DesignShape, besi
         matrices.output: (shape.hidden, heads),
     }
     if isinstance(matrices, LayerMatrices):
-        sizes |= {matrices.down: (shape.hidden, shape.ffn), **dict.fromkeys(matrices.up, (shape.ffn, shape.hidden))}
+        units = 2 * shape.ffn if matrices.fused_gate else shape.ffn
+        sizes |= {matrices.down: (shape.hidden, shape.ffn), **dict.fromkeys(matrices.up, (units, shape.hidden))}
     for path, size in sizes.items():
         module: Any = modules.get(path)
         if not is_linear(module) or tuple(module.weight.shape) != (size[::-1] if is_transposed(module) else size):
             return False
     attention = matrices.query.rpartition(".")[0]
+    lengths = {shape.head_size, heads, kv} if whole_attention else {shape.head_size}
     for name, parameter in layer.named_parameters():
         path = name.rpartition(".")[0]
         if besides and name.startswith(f"{besides}."):
             continue
-        per_head = path.startswith(f"{attention}.")  # a norm over all heads at once cannot be pruned
         if path == attention:  # a number for each head, as attention sinks are
             return False
-        if path not in sizes and (parameter.ndim != 1 or (per_head and len(parameter) != shape.head_size)):
+        if path in sizes:
+            continue
+        of_heads, of_units = path.startswith(f"{attention}."), len(parameter) == shape.ffn != shape.hidden
+        if parameter.ndim != 1 or (len(parameter) not in lengths if of_heads else of_units):
             return False
     return True
 

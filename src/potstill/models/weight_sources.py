@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from potstill.errors import ModelError
 from potstill.models.expert_selection import BlockSource
 from potstill.models.feed_forward import Mixture, find_mixture
+from potstill.models.matrix_axes import matrix_axes
 from potstill.models.placement import weight_in_memory
 from potstill.models.pruning import SelectedParts
 from potstill.models.shapes import text_config
 from potstill.models.structure import (
     LayerList,
-    LayerMatrices,
     LayerStructure,
     find_layer_list,
     find_structure,
@@ -42,7 +42,7 @@ def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, parts: Sele
             value = weight.detach().to("cpu", parameter.dtype)
         axes = None
         if place is not None and isinstance(structure, LayerStructure | Mixture) and parts.heads:
-            axes = _axes(structure, parts, place[0]).get(place[1])
+            axes = matrix_axes(structure, parts, place[0]).get(place[1])
         if axes is None:
             value = _select_outside(value, parameter, *configs, parts, name)
         else:
@@ -106,32 +106,6 @@ def source_of(
     sizes = [*source.shape[:1], *parameter.shape[:1]]
     fewer_tokens = len(sizes) == 2 and sizes[0] == text_config(teacher.config).vocab_size > sizes[1]
     return source if fewer_tokens and source.shape[1:] == parameter.shape[1:] else None
-
-
-def _axes(structure: LayerStructure | Mixture, parts: SelectedParts, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """By matrix of a student's layer, the teacher's rows [out, m], averaged over m, and columns [in]."""
-    matrices = structure.attention if isinstance(structure, Mixture) else structure.matrices
-    assert matrices is not None, "heads are selected"
-    size, channels = structure.shape.head_size, parts.channels
-    heads, units = parts.heads[layer].unsqueeze(1), parts.units[layer]
-    queries, keys = _head_rows(heads, size), _head_rows(parts.kv_heads[layer], size)
-    axes = {
-        **dict.fromkeys((matrices.key, matrices.value), (keys, channels)),
-        matrices.query: (queries, channels),
-        matrices.output: (channels.unsqueeze(1), queries.squeeze(1)),
-    }
-    if isinstance(matrices, LayerMatrices):
-        axes |= dict.fromkeys(matrices.up, (units.unsqueeze(1), channels))
-        axes[matrices.down] = channels.unsqueeze(1), units
-    if matrices.fused:
-        width = structure.shape.heads * size
-        axes[matrices.query] = torch.cat([queries, keys + width, keys + 2 * width]), channels
-    return axes
-
-
-def _head_rows(heads: Tensor, size: int) -> Tensor:
-    """The rows [n * size, m] of heads [n, m]."""
-    return (heads.unsqueeze(1) * size + torch.arange(size)[None, :, None]).flatten(0, 1)
 
 
 def _select_outside(
