@@ -289,7 +289,7 @@ def test_wrong_options(model: Path, toys: Path) -> None:
         (["--quantize", "int8"], "--quantize: expected some of f32, f16, .*, got int8"),
         (["--to", "onnx", "--quantize", "q8_0"], "--quantize: expected some of f32, int8, int4, got q8_0"),
         (["--quantize", "q4"], "--quantize: expected some of f32, f16, .*, got q4. Did you mean q4_"),
-        (["--to", "ggml"], "--to: expected one of gguf, onnx, openvino, got ggml"),
+        (["--to", "ggml"], "--to: expected one of gguf, gguf-adapter, onnx, openvino, got ggml"),
         (["--field", "text"], "--field, --pair, --label: expected --data with them, got none"),
     ):
         result = CliRunner().invoke(app, ["export", str(model), *arguments])

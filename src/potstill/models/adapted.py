@@ -112,11 +112,17 @@ def merged(model: Any) -> PreTrainedModel:
     A quantized base is dequantized first. In 4 bits that is exact; in 8 bits the quantized products also round
     activations, which no plain model does. The given model must not be used afterwards.
     """
-    peft = require_package("peft", "adapters", "student.adapter.merge")
     with suppress_warnings():
-        if is_quantized(model):
-            (config,) = model.peft_config.values()
-            weights = peft.get_peft_model_state_dict(model)
-            model = peft.get_peft_model(model.unload().dequantize(), config)
-            peft.set_peft_model_state_dict(model, weights)
-        return model.merge_and_unload(safe_merge=True)
+        return over_plain_base(model).merge_and_unload(safe_merge=True)
+
+
+def over_plain_base(model: Any) -> Any:
+    """Put the adapter of a quantized base on the dequantized one, in place of that model; others stay as they are."""
+    if not is_quantized(model):
+        return model
+    peft = require_package("peft", "adapters", "student.adapter.merge")
+    (config,) = model.peft_config.values()
+    weights = peft.get_peft_model_state_dict(model)
+    model = peft.get_peft_model(model.unload().dequantize(), config)
+    peft.set_peft_model_state_dict(model, weights)
+    return model
