@@ -141,7 +141,7 @@ def test_a_second_export_keeps_the_first_and_clears_what_a_kill_left(
         patch.setattr(files.os, "getpid", lambda: 2**22 + 1)  # no process has this number
         files.temporary_path(model / "export" / "student-q8_0.gguf").write_bytes(b"half")
     export(model, quantize=("q4_0",))
-    export(model, quantize=("q4_0",))
+    export(model, quantize=("q4_0", "q4_0"))
     records = read_exports(model / "export")
     assert records is not None and [file.kind for file in records.files] == ["f16", "q4_0"]
     assert {path.suffix for path in (model / "export").iterdir()} == {".gguf", ".json"}
@@ -289,6 +289,7 @@ def test_wrong_options(model: Path, toys: Path) -> None:
         (["--quantize", "int8"], "--quantize: expected some of f32, f16, .*, got int8"),
         (["--to", "onnx", "--quantize", "q8_0"], "--quantize: expected some of f32, int8, int4, got q8_0"),
         (["--quantize", "q4"], "--quantize: expected some of f32, f16, .*, got q4. Did you mean q4_"),
+        (["--quantize", "Q4_K_M"], "got Q4_K_M. Did you mean q4_k_m?"),
         (["--to", "ggml"], "--to: expected one of gguf, gguf-adapter, onnx, openvino, got ggml"),
         (["--field", "text"], "--field, --pair, --label: expected --data with them, got none"),
     ):

@@ -74,7 +74,7 @@ def export(
         out: folder for a model's files; by default `export` in its own.
     """
     form = _format(to)
-    quantize = quantize or (form.default,)  # type: ignore[assignment]
+    quantize = [*dict.fromkeys(quantize or (form.default,))]  # type: ignore[list-item]
     folder, console = Path(student).expanduser(), console or Console(quiet=True)
     recipe = _recipe_of(folder)
     options: dict[str, Any] = {"max_length": max_length}
@@ -280,7 +280,10 @@ def _recipe_of(folder: Path) -> Recipe | EmbeddingRecipe | None:
         raise UserError(f"export: expected a run that trains a student, got one of the kind {kind}.")
     recipe = Recipe.parse(values) if kind is None else EmbeddingRecipe.parse(values)
     if not (folder / STUDENT).is_dir():
-        raise UserError(f"export: expected a finished run, got {folder} without student/. Finish it with --resume.")
+        raise UserError(
+            f"export: expected a finished run, got {folder} without student/. Put it back, or finish "
+            "the run with --resume."
+        )
     if kind is not None and not (folder / STUDENT / "modules.json").exists():
         raise UserError(
             f"export: expected a student that reads text, got a head over vectors of a server or a file in {folder}. "

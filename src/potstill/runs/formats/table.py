@@ -155,5 +155,6 @@ def exported_files(path: Path) -> list[Path]:
     if path.name in FOLDERS and path.is_file():
         return [path.parent]
     if path.is_dir() and not (path / "config.json").exists():
-        return sorted([*path.glob("*.gguf"), *(file.parent for main in FOLDERS for file in path.glob(f"*/{main}"))])
+        files = [*path.glob("*.gguf"), *(file.parent for main in FOLDERS for file in path.glob(f"*/{main}"))]
+        return sorted(file for file in files if file.suffix != ".partial")  # of an export that was killed
     return [path] if path.is_file() and path.suffix == ".gguf" else []
