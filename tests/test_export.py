@@ -301,14 +301,18 @@ def test_wrong_options(model: Path, toys: Path) -> None:
         export(model / "nothing")
 
 
-def test_a_missing_package_is_an_error_with_the_command(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["gguf", "xllamacpp"])
+def test_a_missing_package_is_an_error_with_the_command(
+    package: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(measure.Bench, "start", lambda *_: pytest.fail("the student is measured"))
     llama_cpp._library.cache_clear()
     try:
         with pytest.raises(
-            UserError, match=r"expected the package xllamacpp, got none. .*pip install 'potstill\[export\]'"
+            UserError, match=rf"expected the package {package}, got none. .*pip install 'potstill\[export\]'"
         ):
             export(model)
     finally:

@@ -103,7 +103,8 @@ def quantize_rows(weight: np.ndarray, ggml_type: int, shape: tuple[int, ...]) ->
 
 
 def program_version() -> str:
-    """What runs the files, for reports."""
+    """What runs the files, for reports; a package that writes them is missing first."""
+    require_package("gguf", "export", "export")
     return f"llama.cpp of xllamacpp {require_package('xllamacpp', 'export', 'export').__version__}"
 
 
@@ -124,8 +125,8 @@ _errors: list[str] = []
 
 @_Log
 def _collect(level: int, text: bytes, _: Any) -> None:
-    """Keep llama.cpp's messages about a failure, and print nothing."""
-    if level >= _LOG_ERROR:
+    """Keep llama.cpp's messages about a failure, and print nothing; dots of its progress have a higher level."""
+    if level == _LOG_ERROR:
         _errors.append(text.decode(errors="replace"))
 
 
