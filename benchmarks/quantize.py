@@ -1,9 +1,10 @@
-r"""Quantized after training against trained quantized, at equal tokens, measured in llama.cpp: benchmarks/quantize.py
+r"""Quantized after training against trained quantized, at equal tokens, measured in the file: benchmarks/quantize.py
 
     python benchmarks/quantize.py --out runs/bench-quantize
     python benchmarks/quantize.py --model models/smollm2 --texts models --kinds q4_0 --rates 1e-4 --tokens 50_000 \
         --out runs/bench-quantize-smollm2
 
+Kinds of GGUF are measured in llama.cpp, int8 and int4 as ONNX in onnxruntime.
 The demo's teacher pruned to half is trained plainly, and for each kind of file. A model (`--model`) needs no plain
 training: it learns quantized from itself in full precision, and its own files are those that are quantized after
 training. Learning rates are compared on texts of their own (`dev_kl`); all files are measured on the same held-out
@@ -32,13 +33,18 @@ from potstill.evaluate.harness import Harness
 from potstill.models.loading import has_bfloat16, load_tokenizer
 from potstill.runs.config.run import Recipe
 from potstill.runs.export import evaluate_files
+from potstill.runs.formats.graphs import CausalGraph
 from potstill.runs.formats.llama_cpp import LlamaCpp
+from potstill.runs.formats.loaded import LoadedFile
 from potstill.runs.formats.measure import CausalFile
+from potstill.runs.formats.onnx_runtime import open_onnx
+from potstill.runs.formats.table import FORMATS
 from real import EXAMPLES, read, tasks, write
 from task import stdlib_task
 
 ROW_TOKENS, ROWS = 128, 8  # of a step
 DEV, HELD_OUT = 48, 346  # texts of --texts before the last ones, and the last ones
+ONNX = ("f32", "int8", "int4")  # kinds of files in onnxruntime
 
 
 def recipe_of(args: argparse.Namespace, arm: str, tokens: int, rate: float) -> Recipe:
@@ -79,27 +85,28 @@ class Files:
         self.harness = Harness([str(path) for path in tasks(args.texts, args.out)]) if args.tasks else None
 
     def measure(self, student: str, out: Path, teacher: str, kinds: Sequence[str], **row: Any) -> None:
-        """Export a student to some kinds, and measure the files in llama.cpp beside the teacher."""
-        missing: Any = [kind for kind in kinds if not self.record.has(kind=kind, **row)]
-        if not missing:
-            return
+        """Export a student to some kinds, and measure the files in their programs beside the teacher."""
+        missing = [kind for kind in kinds if not self.record.has(kind=kind, **row)]
         files, console = out / "files", Console(stderr=True)
-        export(student, quantize=missing, out=files, console=console)
         data = Source(str(self.args.out / "held-out.jsonl"), field="text")
         options: dict[str, Any] = {"max_length": ROW_TOKENS, "tokens": self.args.held_out, "console": console}
-        exports = evaluate_files([files / f"student-{kind}.gguf" for kind in missing], data, teacher, **options)
-        for file in exports.files:
+        for kind in missing:
+            to: Any = "onnx" if kind in ONNX else "gguf"
+            quantize: Any = [kind]
+            export(student, to, quantize, out=files, console=console)
+            exports = evaluate_files([files / FORMATS[to].file.format(kind)], data, teacher, **options)
+            (file,) = exports.files
             scores = self.scores(student, files / file.file)
             figures = file.model_dump(include={"bytes", "tokens", "loss", "teacher_kl"})
             self.record.add(kind=file.kind, **row, **figures, teacher_loss=exports.teacher_loss, **scores)
 
     def scores(self, student: str, path: Path) -> dict[str, float]:
-        """Accuracy on PIQA and BoolQ, in llama.cpp."""
+        """Accuracy on PIQA and BoolQ, in the file's program."""
         if self.harness is None:
             return {}
         tokenizer, scores = load_tokenizer(student, "student"), {}
         for task in self.harness.tasks:
-            with LlamaCpp(path, 2048) as loaded:
+            with LlamaCpp(path, 2048) if path.is_file() else CausalGraph(open_onnx, path) as loaded:
                 of = self.harness.scores(_Scored(loaded, student), tokenizer, task, examples=EXAMPLES[task])
             scores[task.removeprefix("real_")] = round(next(iter(of.values()))["acc_norm,none"], 4)
         return scores
@@ -121,6 +128,7 @@ def main() -> None:
     write_texts(args)
     files, kinds = Files(args), args.kinds.split(",")
     arms = kinds if args.model else ["plain", *kinds]
+    measured = sorted({*("f32" if kind in ONNX else "f16" for kind in kinds)}) + kinds
     for tokens, rate, arm in product(map(int, args.tokens.split(",")), map(float, args.rates.split(",")), arms):
         recipe = recipe_of(args, arm, tokens, rate)
         folder, teacher = Path(recipe.output), str(recipe.teacher.model_path)
@@ -129,9 +137,9 @@ def main() -> None:
         dev = json.loads((folder / "summary.json").read_text())["rows"]["student"]
         row = {"trained": "plainly" if arm == "plain" else f"for {arm}", "training_tokens": tokens}
         row |= {"rate": rate, "dev_kl": dev["kl"]}
-        files.measure(str(folder / "student"), folder, teacher, ("f16", *kinds) if arm == "plain" else (arm,), **row)
+        files.measure(str(folder / "student"), folder, teacher, measured if arm == "plain" else (arm,), **row)
     if args.model:
-        files.measure(args.model, args.out, args.model, ("f16", *kinds), trained="plainly", training_tokens=0)
+        files.measure(args.model, args.out, args.model, measured, trained="plainly", training_tokens=0)
     print_table(files.record.lines)
 
 
@@ -142,7 +150,8 @@ def print_table(lines: list[dict[str, Any]]) -> None:
     plain = {(line["training_tokens"], line["kind"]): line for line in lines if line["trained"] == "plainly"}
     for line in lines:
         beside = [
-            plain.get((line["training_tokens"], kind)) or plain.get((0, kind)) or line for kind in ("f16", line["kind"])
+            plain.get((line["training_tokens"], kind)) or plain.get((0, kind)) or line
+            for kind in ("f32" if line["kind"] in ONNX else "f16", line["kind"])
         ]
         regained = [_regained(key, *beside, line) for key in ("loss", "teacher_kl")]
         cells = [line["trained"], f"{line['training_tokens']:,}", f"{line.get('rate', '')}", line["kind"]]
@@ -161,7 +170,7 @@ class _Scored(CausalFile):
 
     device = torch.device("cpu")
 
-    def __init__(self, loaded: LlamaCpp, student: str) -> None:
+    def __init__(self, loaded: LoadedFile, student: str) -> None:
         super().__init__(loaded)
         self.config = AutoConfig.from_pretrained(student)
 

@@ -257,6 +257,33 @@ def test_a_quantized_base_is_trained_saved_and_merged(base: str, tmp_path: Path,
     assert (logits - expected).abs().max() < tolerance * expected.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_merged_into_the_head_or_the_embeddings_alone_the_other_stays(target: str, tmp_path: Path) -> None:
+    batch = make_batch()
+    config = peft.LoraConfig(r=2, target_modules=[target])
+    with suppress_warnings():
+        student = stirred(peft.get_peft_model(make_llama(tie_word_embeddings=True).eval(), config))
+    expected = student(**inputs(batch)).logits
+    merged(student).save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), "student")
+    torch.testing.assert_close(again(**inputs(batch)).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "virtual tokens"),
+        (peft.LoraConfig(r=2, task_type="CAUSAL_LM", alora_invocation_tokens=[2, 3]), "aLoRA"),
+    ],
+)
+def test_what_no_weights_compute_is_not_merged(config: Any, kind: str) -> None:
+    with suppress_warnings():
+        student = peft.get_peft_model(make_llama(), config)
+    with pytest.raises(ModelError, match=f"an adapter that can be merged into the weights of its base, got {kind}"):
+        merged(student)
+
+
 def step_by_step(model: Any, ids: list[int], new: int) -> list[int]:
     for _ in range(new):
         row = torch.tensor([ids])

@@ -297,6 +297,15 @@ def test_a_student_can_be_measured_alone(toys: Path, tmp_path: Path) -> None:
     assert "agreement" not in done.output
 
 
+def test_a_folder_for_results_that_cannot_be_written_is_known_before_they_are_measured(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    done = evaluate(toys, tmp_path / "figures.json")
+    assert isinstance(done.exception, UserError)
+    assert "--out: expected a file in a folder that can be written, got " in str(done.exception)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

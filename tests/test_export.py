@@ -141,7 +141,7 @@ def test_a_second_export_keeps_the_first_and_clears_what_a_kill_left(
         patch.setattr(files.os, "getpid", lambda: 2**22 + 1)  # no process has this number
         files.temporary_path(model / "export" / "student-q8_0.gguf").write_bytes(b"half")
     export(model, quantize=("q4_0",))
-    export(model, quantize=("q4_0",))
+    export(model, quantize=("q4_0", "q4_0"))
     records = read_exports(model / "export")
     assert records is not None and [file.kind for file in records.files] == ["f16", "q4_0"]
     assert {path.suffix for path in (model / "export").iterdir()} == {".gguf", ".json"}
@@ -289,7 +289,8 @@ def test_wrong_options(model: Path, toys: Path) -> None:
         (["--quantize", "int8"], "--quantize: expected some of f32, f16, .*, got int8"),
         (["--to", "onnx", "--quantize", "q8_0"], "--quantize: expected some of f32, int8, int4, got q8_0"),
         (["--quantize", "q4"], "--quantize: expected some of f32, f16, .*, got q4. Did you mean q4_"),
-        (["--to", "ggml"], "--to: expected one of gguf, onnx, openvino, got ggml"),
+        (["--quantize", "Q4_K_M"], "got Q4_K_M. Did you mean q4_k_m?"),
+        (["--to", "ggml"], "--to: expected one of gguf, gguf-adapter, onnx, openvino, got ggml"),
         (["--field", "text"], "--field, --pair, --label: expected --data with them, got none"),
     ):
         result = CliRunner().invoke(app, ["export", str(model), *arguments])
@@ -300,14 +301,18 @@ def test_wrong_options(model: Path, toys: Path) -> None:
         export(model / "nothing")
 
 
-def test_a_missing_package_is_an_error_with_the_command(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["gguf", "xllamacpp"])
+def test_a_missing_package_is_an_error_with_the_command(
+    package: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(measure.Bench, "start", lambda *_: pytest.fail("the student is measured"))
     llama_cpp._library.cache_clear()
     try:
         with pytest.raises(
-            UserError, match=r"expected the package xllamacpp, got none. .*pip install 'potstill\[export\]'"
+            UserError, match=rf"expected the package {package}, got none. .*pip install 'potstill\[export\]'"
         ):
             export(model)
     finally:

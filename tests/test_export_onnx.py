@@ -146,7 +146,7 @@ def test_graphs_are_evaluated_alone(exported: tuple[Path, Exports], toys: Path, 
 
 
 def test_exported_files_are_found(tmp_path: Path) -> None:
-    for name in ("a.gguf", "b/model.onnx", "c/model.safetensors", "c/model.onnx"):
+    for name in ("a.gguf", "b/model.onnx", "c/model.safetensors", "c/model.onnx", "d.partial/model.onnx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert exported_files(tmp_path) == [tmp_path / "a.gguf", tmp_path / "b", tmp_path / "c"]

@@ -118,6 +118,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
     name, known = str(name)[:100], list(known)
     meant = OTHER_NAMES.get(name, "").rpartition(".")[2]
     near = [meant] if meant in known else difflib.get_close_matches(name, known, n=1)
+    near = near or [other for other in known if other.lower() == name.lower()]
     return f" Did you mean {near[0]}?" if near else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,8 +52,10 @@ def evaluate(
     from potstill.runs.evaluate import evaluate as evaluate_models
     from potstill.runs.formats.table import exported_files
 
-    if not out.absolute().parent.is_dir():
+    if not (folder := out.absolute().parent).is_dir():
         raise UserError(f"--out: expected a file in an existing folder, got {out}. Create its folder first.")
+    if not os.access(folder, os.W_OK):  # which is known before the models are measured
+        raise UserError(f"--out: expected a file in a folder that can be written, got {out}. Choose another folder.")
     if files := exported_files(Path(student).expanduser()):
         if generations or lm_eval or task != "causal" or batch_size != "1" or length:
             raise UserError(

@@ -14,12 +14,14 @@ from potstill.errors import UserError
 @app.command()
 def export(
     student: Annotated[str, typer.Argument(help="a run directory, or a folder with a model", show_default=False)],
-    to: Annotated[str, typer.Option(help="format: gguf, onnx or openvino")] = "gguf",
+    to: Annotated[
+        str, typer.Option(help="format: gguf, gguf-adapter (a LoRA adapter beside its base), onnx or openvino")
+    ] = "gguf",
     quantize: Annotated[
         str | None,
         typer.Option(
             help="GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or q4_k_m, by default f16; ONNX, "
-            "OpenVINO: f32 or int8, by default f32; several, comma-separated"
+            "OpenVINO: f32, int8 or, for ONNX, int4, by default f32; several, comma-separated"
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="held-out data to measure a model on; a run has its own")] = None,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from potstill.errors import ModelError
 from potstill.losses.alignment import Task
 from potstill.models.loading import (
     ADAPTER_WEIGHTS,
@@ -111,12 +112,41 @@ def merged(model: Any) -> PreTrainedModel:
 
     A quantized base is dequantized first. In 4 bits that is exact; in 8 bits the quantized products also round
     activations, which no plain model does. The given model must not be used afterwards.
+
+    Raises:
+        ModelError: no weights compute the same.
     """
-    peft = require_package("peft", "adapters", "student.adapter.merge")
+    config = model.active_peft_config
+    if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+        kind = "virtual tokens" if config.is_prompt_learning else "aLoRA, which begins at some tokens"
+        raise ModelError(
+            f"student: expected an adapter that can be merged into the weights of its base, got {kind}. Train lora or "
+            "ia3."
+        )
     with suppress_warnings():
-        if is_quantized(model):
-            (config,) = model.peft_config.values()
-            weights = peft.get_peft_model_state_dict(model)
-            model = peft.get_peft_model(model.unload().dequantize(), config)
-            peft.set_peft_model_state_dict(model, weights)
+        model = over_plain_base(model)
+        _untie_adapted(model.get_base_model())
         return model.merge_and_unload(safe_merge=True)
+
+
+def _untie_adapted(base: Any) -> None:
+    """Give the head weights of its own where it, or the embeddings, alone has an adapter: both would be changed."""
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is None or not (hasattr(head, "base_layer") or hasattr(embeddings, "base_layer")):
+        return
+    layer = getattr(head, "base_layer", head)
+    if layer.weight is getattr(embeddings, "base_layer", embeddings).weight:
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+        base.config.tie_word_embeddings = False
+
+
+def over_plain_base(model: Any) -> Any:
+    """Put the adapter of a quantized base on the dequantized one, in place of that model; others stay as they are."""
+    if not is_quantized(model):
+        return model
+    peft = require_package("peft", "adapters", "student.adapter.merge")
+    (config,) = model.peft_config.values()
+    weights = peft.get_peft_model_state_dict(model)
+    model = peft.get_peft_model(model.unload().dequantize(), config)
+    peft.set_peft_model_state_dict(model, weights)
+    return model

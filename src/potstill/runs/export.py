@@ -33,6 +33,7 @@ from potstill.runs.config.document import read
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.config.run import Recipe
 from potstill.runs.embedding_sources import held_out_texts
+from potstill.runs.formats.llama_cpp import model_file
 from potstill.runs.formats.measure import Bench, measured_rows
 from potstill.runs.formats.sentences import SentenceModel
 from potstill.runs.formats.table import FORMATS, FileFormat, FileType, Format, format_of
@@ -62,9 +63,9 @@ def export(
     model card. A file that cannot be loaded, or reads plain text as other tokens, is not left behind.
 
     Args:
-        to: gguf for llama.cpp, onnx for onnxruntime, or openvino.
+        to: gguf for llama.cpp, gguf-adapter for a LoRA adapter and its base there, onnx for onnxruntime, or openvino.
         quantize: of each file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or q4_k_m for GGUF, by
-            default f16; f32 or int8 for ONNX and OpenVINO, by default f32.
+            default f16; f32, int8 or, for ONNX, int4, by default f32. An adapter has float32, and its base this.
         data: held-out data to measure a model on; a run has its own.
         teacher: a model with the same tokens to compare a model with; a run has its own.
         task: of a model, by default causal; a run has its own, and a folder with modules.json gives sentence vectors.
@@ -73,7 +74,7 @@ def export(
         out: folder for a model's files; by default `export` in its own.
     """
     form = _format(to)
-    quantize = quantize or (form.default,)  # type: ignore[assignment]
+    quantize = [*dict.fromkeys(quantize or (form.default,))]  # type: ignore[list-item]
     folder, console = Path(student).expanduser(), console or Console(quiet=True)
     recipe = _recipe_of(folder)
     options: dict[str, Any] = {"max_length": max_length}
@@ -158,8 +159,10 @@ def export_model(
     for to, quantize in kinds.items():
         FORMATS[to].program()  # a missing package is an error before anything is measured
         for kind in quantize:
-            _check_free(out / FORMATS[to].file.format(kind), is_folder=FORMATS[to].graph is not None)
+            _check_free(out / FORMATS[to].file.format(kind), is_folder=FORMATS[to].main is not None)
     read_exports(out)  # records that are damaged are an error before that too
+    # A student's adapter is copied before it is merged.
+    prepared = {form.prepare: form.prepare(model, task) for form in map(FORMATS.__getitem__, kinds) if form.adapter}
     size = sum(weight_bytes(student_folder / path) for path in module_paths(student_folder) or [""])
     if is_adapted(model):
         size = bytes_on_disk(student_folder, model)
@@ -168,7 +171,6 @@ def export_model(
     with part(console, "measuring the student"):
         exports = together = bench.start(size)
     out.mkdir(parents=True, exist_ok=True)
-    prepared = dict[Any, Any]()
     for to, quantize in kinds.items():
         form = FORMATS[to]
         if form.prepare not in prepared:  # a graph is traced once for all formats that are made of it
@@ -220,7 +222,8 @@ def evaluate_files(
     """
     console = console or Console(quiet=True)
     student = _student_beside(files[0])
-    name = str(student or teacher or files[0])
+    alone = model_file(files[0]) if format_of(files[0]).adapter else files[0]
+    name = str(student or teacher or alone)
     with part(console, "reading models and data"):
         tokenizer = load_tokenizer(name, "student")
         rows = measured_rows(encode(data, tokenizer, max_length=max_length, packing=packing).dataset, tokens)
@@ -277,7 +280,10 @@ def _recipe_of(folder: Path) -> Recipe | EmbeddingRecipe | None:
         raise UserError(f"export: expected a run that trains a student, got one of the kind {kind}.")
     recipe = Recipe.parse(values) if kind is None else EmbeddingRecipe.parse(values)
     if not (folder / STUDENT).is_dir():
-        raise UserError(f"export: expected a finished run, got {folder} without student/. Finish it with --resume.")
+        raise UserError(
+            f"export: expected a finished run, got {folder} without student/. Put it back, or finish "
+            "the run with --resume."
+        )
     if kind is not None and not (folder / STUDENT / "modules.json").exists():
         raise UserError(
             f"export: expected a student that reads text, got a head over vectors of a server or a file in {folder}. "

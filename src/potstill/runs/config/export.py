@@ -14,8 +14,12 @@ from potstill.runs.formats.table import FORMATS, FileType, Format
 class ExportPart(Part):
     """A file of the student for another program, measured there."""
 
-    to: Format = Field("gguf", description="for llama.cpp, onnxruntime or OpenVINO")
-    quantize: FileType | None = Field(None, description="of its matrices; by default f16 in GGUF, else f32")
+    to: Format = Field(
+        "gguf", description="for llama.cpp, a LoRA adapter merged (gguf) or beside its base; onnxruntime; OpenVINO"
+    )
+    quantize: FileType | None = Field(
+        None, description="of its matrices, or those of its base; by default f16 in GGUF, else f32"
+    )
 
     @property
     def kind(self) -> FileType:

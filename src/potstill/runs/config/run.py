@@ -11,11 +11,13 @@ from potstill.data.masking import MASKED_SHARE
 from potstill.data.sources import Source, in_parts
 from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.declared import Either
-from potstill.models.adapters import adapter_conflicts
+from potstill.models.adapters import Lora, adapter_conflicts
+from potstill.models.loading import is_adapter
 from potstill.runs.config.document import Document, Part
 from potstill.runs.config.export import ExportPart, export_mistakes
 from potstill.runs.config.student import StudentPart
 from potstill.runs.config.training import TrainPart, argument_names
+from potstill.runs.formats.table import FORMATS
 from potstill.teachers import cached, ensemble, model, self_taught, served  # noqa: F401  # kinds of teachers
 from potstill.teachers.source import TeacherSource
 from potstill.train.objective import task_mistakes
@@ -124,6 +126,11 @@ class Recipe(Document):
         if self.student.quantize is not None and self.task != "causal":
             yield f"student.quantize: expected the task causal, got {self.task}."
         yield from export_mistakes(self.export, self.task)
+        adapter, name = self.student.adapter, self.student.model
+        is_lora = isinstance(adapter, Lora) and not adapter.merge
+        saved = adapter is None and name is not None and is_adapter(name)
+        if any(FORMATS[part.to].adapter for part in self.export) and not (is_lora or saved):
+            yield "export: expected student.adapter lora or qlora, not merged, for gguf-adapter, got another. Use gguf."
 
     def _task_mistakes(self) -> Iterator[str]:
         """Find what is not defined for the task, each mistake as a line that begins with its key."""

@@ -13,7 +13,7 @@ from potstill.errors import RunError
 from potstill.evaluate.exported import ExportedFile
 from potstill.models.chat import end_token_ids
 from potstill.runs.formats.gguf_file import kind_notes
-from potstill.runs.formats.llama_cpp import LlamaCpp
+from potstill.runs.formats.llama_cpp import LlamaCpp, model_file
 from potstill.runs.formats.measure import NEW_TOKENS, PROMPT, Bench, measure_causal
 
 # Texts that tokenizers split in different ways.
@@ -38,7 +38,7 @@ def measure_gguf(path: Path, kind: str, bench: Bench) -> ExportedFile:
 
     def check(loaded: LlamaCpp) -> list[str]:
         token_notes = _token_notes(loaded, bench.tokenizer)
-        return [*token_notes, *_end_notes(loaded, bench.tokenizer, bench.student), *kind_notes(path, kind)]
+        return [*token_notes, *_end_notes(loaded, bench.tokenizer, bench.student), *kind_notes(model_file(path), kind)]
 
     return measure_causal(partial(LlamaCpp, path, max(bench.longest, PROMPT + NEW_TOKENS)), path, kind, bench, check)
 

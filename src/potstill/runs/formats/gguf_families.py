@@ -183,15 +183,20 @@ def rope_tensors(config: Any) -> dict[str, Tensor]:
 
 def gguf_weight(name: str, weight: Tensor, config: Any, family: GgufFamily) -> Tensor:
     """Change a weight of transformers into that of llama.cpp, in float32."""
-    weight = weight.float()
-    if family.interleaved and (".q_proj." in name or ".k_proj." in name):
-        heads = config.num_attention_heads if ".q_proj." in name else kv_heads(config)
-        weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    weight = gguf_rows(name, weight.float(), config, family)
     if is_transposed(name, family):
         weight = weight.T
     if family.offset_norms and name.endswith("norm.weight"):
         weight = weight + 1
     return weight * weight_scale(name, config, family)
+
+
+def gguf_rows(name: str, weight: Tensor, config: Any, family: GgufFamily) -> Tensor:
+    """Order the rows of a weight, one for each output, as llama.cpp has them."""
+    if not family.interleaved or not (".q_proj." in name or ".k_proj." in name):
+        return weight
+    heads = config.num_attention_heads if ".q_proj." in name else kv_heads(config)
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def is_transposed(name: str, family: GgufFamily) -> bool:

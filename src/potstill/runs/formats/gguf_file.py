@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,7 +24,7 @@ from potstill.runs.formats.gguf_families import (
     write_parameters,
 )
 from potstill.runs.formats.gguf_tokenizer import write_tokenizer
-from potstill.runs.formats.llama_cpp import quantize_rows
+from potstill.runs.formats.llama_cpp import ADAPTER, BASE, model_file, quantize_rows
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m"]
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
@@ -87,16 +87,12 @@ def gguf_grids(model: Any, quantize: GridKind) -> dict[str, WeightGrid]:
 
 def _tensors(model: Any, quantize: GgufType) -> Iterator[tuple[str, str, Tensor, Any]]:
     """Each weight of a model: its name, its name in GGUF, itself, and how it is quantized."""
-    gguf = require_package("gguf", "export", "export")
-    config, arch = model.config, gguf_family(model.config).arch
-    names = gguf.get_tensor_name_map(_arch(gguf, arch), config.num_hidden_layers)
+    config, name_in_gguf = model.config, tensor_names(model.config)
     tied = config.tie_word_embeddings
     for name, weight in model.state_dict().items():
         if tied and name == "lm_head.weight":
             continue
-        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if own is None:
-            raise ModelError(f"export: expected for GGUF weights that {arch} has, got {name}.")
+        own = name_in_gguf(name)
         columns = weight.shape[0 if is_transposed(name, gguf_family(config)) else -1]
         if weight.ndim == 1 or own == "position_embd.weight":
             yield name, own, weight, "f32"
@@ -105,11 +101,33 @@ def _tensors(model: Any, quantize: GgufType) -> Iterator[tuple[str, str, Tensor,
             yield name, own, weight, _matrix_type(own, columns, quantize, is_head, config.num_hidden_layers)
 
 
+def tensor_names(config: Any) -> Callable[[str], str]:
+    """A function that gives the name in GGUF of a weight of a model with some config."""
+    gguf = require_package("gguf", "export", "export")
+    arch = gguf_family(config).arch
+    known = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(known, config.num_hidden_layers)
+
+    def name_in_gguf(name: str) -> str:
+        own: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if own is None:
+            raise ModelError(f"export: expected for GGUF weights that {arch} has, got {name}.")
+        return own
+
+    return name_in_gguf
+
+
 def gguf_kind(path: Path) -> str:
-    """What most weights of any file are quantized to, by its header: q4_k_m, for example."""
+    """What most weights of any model are quantized to, by the header of its file: q4_k_m, for example."""
     gguf = require_package("gguf", "export", "export")
     try:
-        field = gguf.GGUFReader(path).get_field("general.file_type")
+        reader = gguf.GGUFReader(model_file(path))
+        field, of = (reader.get_field(f"general.{name}") for name in ("file_type", "type"))
+        if of is not None and of.contents() == gguf.GGUFType.ADAPTER:
+            raise UserError(
+                f"student: expected a model, got an adapter, {path}. Name it {ADAPTER}, and its model as GGUF {BASE}, "
+                "in a folder of both, and evaluate that."
+            )
         name = "" if field is None else gguf.LlamaFileType(field.contents()).name
     except (ValueError, OSError) as error:
         raise UserError(f"student: expected a GGUF file, got {path}: {one_line(error)}.") from None
@@ -134,10 +152,6 @@ def kind_notes(source: Any, kind: str) -> Iterator[str]:
             f"most weights of its matrices are not {kind}: {shares}. The head has more bits, and so have matrices with "
             f"rows that no block divides, of {SUPER_BLOCK if '_k' in kind else BLOCK} weights. Choose widths by it."
         )
-
-
-def _arch(gguf: Any, name: str) -> Any:
-    return next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
 
 
 def _add(gguf: Any, writer: Any, name: str, weight: np.ndarray, kind: str) -> None:

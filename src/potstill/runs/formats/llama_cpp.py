@@ -17,6 +17,7 @@ from potstill.errors import RunError, UserError, one_line
 from potstill.models.locate import require_package
 from potstill.runs.formats.loaded import CHUNK, LoadedFile
 
+BASE, ADAPTER = "base.gguf", "adapter.gguf"  # of a folder with an adapter and the model that it is for
 _LOG_ERROR = 4  # level of ggml
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 
@@ -67,6 +68,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_batch_init": (_Batch, [c_int32, c_int32, c_int32]),
     "llama_batch_free": (None, [_Batch]),
     "llama_decode": (c_int32, [c_void_p, _Batch]),
+    "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
+    "llama_set_adapters_lora": (c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
     "llama_get_logits": (POINTER(c_float), [c_void_p]),
     "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
@@ -100,8 +103,21 @@ def quantize_rows(weight: np.ndarray, ggml_type: int, shape: tuple[int, ...]) ->
 
 
 def program_version() -> str:
-    """What runs the files, for reports."""
+    """What runs the files, for reports; a package that writes them is missing first."""
+    require_package("gguf", "export", "export")
     return f"llama.cpp of xllamacpp {require_package('xllamacpp', 'export', 'export').__version__}"
+
+
+def model_file(path: Path) -> Path:
+    """The file of a model: itself, or that of the base in a folder with an adapter."""
+    if not path.is_dir():
+        return path
+    if not (path / BASE).is_file():
+        raise UserError(
+            f"student: expected {BASE}, the model that the adapter is for, beside {path / ADAPTER}, got none. Put it "
+            "there."
+        )
+    return path / BASE
 
 
 _errors: list[str] = []
@@ -109,25 +125,27 @@ _errors: list[str] = []
 
 @_Log
 def _collect(level: int, text: bytes, _: Any) -> None:
-    """Keep llama.cpp's messages about a failure, and print nothing."""
-    if level >= _LOG_ERROR:
+    """Keep llama.cpp's messages about a failure, and print nothing; dots of its progress have a higher level."""
+    if level == _LOG_ERROR:
         _errors.append(text.decode(errors="replace"))
 
 
 class LlamaCpp(LoadedFile):
-    """A GGUF file, loaded by llama.cpp.
+    """A GGUF file, or a folder with an adapter and its base, loaded by llama.cpp.
 
     Raises:
-        RunError: llama.cpp does not load the file.
+        RunError: llama.cpp does not load it.
     """
 
     def __init__(self, path: Path, positions: int | None = None) -> None:
-        self._library, self._context, self._model = _library(), None, None
+        self._library, self._context, self._model, self._adapter = _library(), None, None, None
         self.program = program_version()
         _errors.clear()
         params = self._library.llama_model_default_params()
-        self._model = self._library.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
+        self._model = self._library.llama_model_load_from_file(os.fsencode(model_file(path)), params)
+        if self._model and path.is_dir():  # before the context, which has room for what is loaded
+            self._adapter = self._library.llama_adapter_lora_init(self._model, os.fsencode(path / ADAPTER))
+        if not self._model or (path.is_dir() and not self._adapter):
             raise RunError(f"export: expected a file that llama.cpp loads, got {path}: {one_line(' '.join(_errors))}")
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.num_tokens = int(self._library.llama_vocab_n_tokens(self._vocabulary))
@@ -144,11 +162,13 @@ class LlamaCpp(LoadedFile):
         sizes = self._library.llama_n_ctx(self._context), self._library.llama_n_batch(self._context)
         if sizes[0] < params.n_ctx or sizes[1] != CHUNK:  # the fields of another version lie elsewhere
             raise UserError(f"export: expected an xllamacpp whose contexts are as asked for, got {sizes}. Update it.")
+        if self._adapter:
+            self._library.llama_set_adapters_lora(self._context, c_void_p(self._adapter), 1, c_float(1.0))
         threads = torch.get_num_threads()
         self._library.llama_set_n_threads(self._context, threads, threads)
 
     def close(self) -> None:
-        """Free the model and its context."""
+        """Free the model, with its adapter, and its context."""
         if self._context:
             self._library.llama_free(self._context)
         if self._model:

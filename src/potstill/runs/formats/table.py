@@ -11,14 +11,14 @@ from typing import Any, Literal, get_args
 from potstill.errors import nearest
 from potstill.evaluate.exported import ExportedFile, ExportTask
 from potstill.models.weight_grid import GridKind, WeightGrid
-from potstill.runs.formats import gguf_check, gguf_file, llama_cpp, onnx_graph, onnx_runtime, openvino
+from potstill.runs.formats import gguf_adapter, gguf_check, gguf_file, llama_cpp, onnx_graph, onnx_runtime, openvino
 from potstill.runs.formats.gguf_file import GgufType
 from potstill.runs.formats.graphs import OpenGraph, measure_graph
 from potstill.runs.formats.measure import Bench
 from potstill.runs.formats.onnx_graph import OnnxType
 from potstill.runs.formats.onnx_quantized import graph_grids
 
-Format = Literal["gguf", "onnx", "openvino"]
+Format = Literal["gguf", "gguf-adapter", "onnx", "openvino"]
 FileType = Literal[GgufType, OnnxType]
 
 
@@ -28,10 +28,11 @@ class FileFormat:
 
     Args:
         file: name of a file, or a folder, with a place for its kind.
-        graph: name of the graph in such a folder; None for a file.
+        main: name of the file by which such a folder is known; None for a file.
         disk: bytes for each weight while a file is written, at most.
         program: names that program and its version, or raises a UserError where a package is missing.
         prepare: makes of a model and its task what all its files are written from.
+        adapter: whether that is a student's adapter beside its base, before both are merged.
         write: a file from what is prepared, the model, its tokenizer, a path and a kind.
         kind: reads the kind of any file of the format.
         grids: of a model's weights in files of a kind, by their names in the model, to train on.
@@ -41,7 +42,7 @@ class FileFormat:
     default: str
     tasks: frozenset[ExportTask]
     file: str
-    graph: str | None
+    main: str | None
     disk: int
     program: Callable[[], str]
     prepare: Callable[[Any, ExportTask], Any]
@@ -49,6 +50,7 @@ class FileFormat:
     measure: Callable[[Path, str, Bench], ExportedFile]
     kind: Callable[[Path], str]
     grids: Callable[[Any, GridKind], dict[str, WeightGrid]]
+    adapter: bool = False
 
     def mistakes(self, key: str, kind: str, task: ExportTask) -> Iterator[str]:
         """Give the errors of a kind that the format does not have, and of a task that it is not for."""
@@ -61,7 +63,7 @@ class FileFormat:
 def _of_graphs(
     name: str,
     kinds: tuple[str, ...],
-    graph: str,
+    main: str,
     disk: int,
     program: Callable[[], str],
     write: Any,
@@ -73,7 +75,7 @@ def _of_graphs(
         default="f32",
         tasks=frozenset(get_args(ExportTask)),
         file=f"student-{name}-{{}}",
-        graph=graph,
+        main=main,
         disk=disk,
         program=program,
         prepare=onnx_graph.trace,
@@ -90,7 +92,7 @@ FORMATS: Mapping[str, FileFormat] = {
         default="f16",
         tasks=frozenset({"causal"}),
         file="student-{}.gguf",
-        graph=None,
+        main=None,
         disk=4,
         program=llama_cpp.program_version,
         prepare=lambda model, task: model,
@@ -98,6 +100,21 @@ FORMATS: Mapping[str, FileFormat] = {
         measure=gguf_check.measure_gguf,
         kind=gguf_file.gguf_kind,
         grids=gguf_file.gguf_grids,
+    ),
+    "gguf-adapter": FileFormat(
+        kinds=get_args(GgufType),
+        default="f16",
+        tasks=frozenset({"causal"}),
+        file="student-gguf-adapter-{}",
+        main=llama_cpp.ADAPTER,
+        disk=8,
+        program=llama_cpp.program_version,
+        prepare=lambda model, task: gguf_adapter.separate_adapter(model),
+        write=lambda prepared, model, *written: gguf_adapter.write_gguf_adapter(prepared, *written),
+        measure=gguf_adapter.measure_gguf_adapter,
+        kind=gguf_file.gguf_kind,
+        grids=gguf_file.gguf_grids,
+        adapter=True,
     ),
     "onnx": _of_graphs(
         "onnx",
@@ -118,7 +135,7 @@ FORMATS: Mapping[str, FileFormat] = {
         openvino.open_openvino,
     ),
 }
-GRAPHS = {form.graph: form for form in FORMATS.values() if form.graph}
+FOLDERS = {form.main: form for form in FORMATS.values() if form.main}
 
 
 def weight_grids(model: Any, kind: GridKind) -> dict[str, WeightGrid]:
@@ -128,15 +145,16 @@ def weight_grids(model: Any, kind: GridKind) -> dict[str, WeightGrid]:
 
 def format_of(file: Path) -> FileFormat:
     """The format of a file that stands alone, or of a folder with a graph."""
-    return next((form for graph, form in GRAPHS.items() if (file / graph).is_file()), FORMATS["gguf"])
+    return next((form for main, form in FOLDERS.items() if (file / main).is_file()), FORMATS["gguf"])
 
 
 def exported_files(path: Path) -> list[Path]:
     """The exported files that a path names: itself, or those in a folder that is no model of transformers."""
-    if any((path / graph).is_file() for graph in GRAPHS) and not [*path.glob("*.safetensors")]:
+    if any((path / main).is_file() for main in FOLDERS) and not [*path.glob("*.safetensors")]:
         return [path]
-    if path.name in GRAPHS and path.is_file():
+    if path.name in FOLDERS and path.is_file():
         return [path.parent]
     if path.is_dir() and not (path / "config.json").exists():
-        return sorted([*path.glob("*.gguf"), *(file.parent for graph in GRAPHS for file in path.glob(f"*/{graph}"))])
+        files = [*path.glob("*.gguf"), *(file.parent for main in FOLDERS for file in path.glob(f"*/{main}"))]
+        return sorted(file for file in files if file.suffix != ".partial")  # of an export that was killed
     return [path] if path.is_file() and path.suffix == ".gguf" else []
