@@ -15,7 +15,7 @@ from potstill.errors import UserError
 from potstill.losses.alignment import Task
 
 Kind = Literal["distillation", "embedding", "generate"]
-BUDGET = ("params", "compression", "memory_gb", "target", "keep", "context")
+BUDGET = ("params", "active_params", "compression", "memory_gb", "latency_ms", "target", "keep", "context")
 COLUMNS = ("field", "prompt", "completion", "messages", "pair", "label")
 AdapterName = Literal["lora", "qlora", "ia3", "prompt", "prefix"]  # typer needs them here, where no torch is
 
@@ -35,11 +35,13 @@ def init(
     task: Annotated[Task | None, typer.Option(help="default: the one the teacher was trained for")] = None,
     student: Annotated[str | None, typer.Option(help="existing model, in place of a budget")] = None,
     params: Annotated[str | None, typer.Option(help="parameters of a new student: 100M, 1.5B")] = None,
+    active_params: Annotated[str | None, typer.Option(help="at most so many that a token passes through")] = None,
     compression: Annotated[float | None, typer.Option(help="how many times smaller than the teacher")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="to serve one row in half precision")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="of a forward pass over one row, timed here")] = None,
     target: Annotated[str | None, typer.Option(help="kind of device: browser, edge, mobile, server")] = None,
-    keep: Annotated[str | None, typer.Option(help="what to keep from the teacher: balanced, depth, width")] = None,
-    context: Annotated[int | None, typer.Option(help="tokens in a row, for --memory-gb", min=1)] = None,
+    keep: Annotated[str | None, typer.Option(help="of the teacher: attention, balanced, depth or width")] = None,
+    context: Annotated[int | None, typer.Option(help="tokens in a row, for memory and latency", min=1)] = None,
     adapter: Annotated[AdapterName | None, typer.Option(help="to train on --student")] = None,
     field: Annotated[str | None, typer.Option(help="column of texts, or of questions")] = None,
     prompt: Annotated[str | None, typer.Option(help="column of prompts")] = None,

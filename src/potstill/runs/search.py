@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from potstill.data.batches import in_batches
+from potstill.data.encoding_notes import plural
 from potstill.errors import PotstillError, RecipeError, RunError, one_line
 from potstill.evaluate.report.search import write_search_report
 from potstill.evaluate.sequence import measure
@@ -196,8 +197,9 @@ def _finite(compute: Callable[[], float], title: str, console: Console) -> float
 
 
 def describe(shape: DesignShape) -> str:
-    heads = f"{shape.heads} heads" if shape.heads == shape.kv_heads else f"{shape.heads}/{shape.kv_heads} heads"
-    return f"{shape.layers} layers of width {shape.hidden}, {heads}, feed-forward {shape.ffn}"
+    grouped = shape.heads != shape.kv_heads
+    heads = f"{shape.heads}/{shape.kv_heads} heads" if grouped else plural(shape.heads, "head")
+    return f"{plural(shape.layers, 'layer')} of width {shape.hidden}, {heads}, feed-forward {shape.ffn}"
 
 
 def _note(record: dict[str, Any]) -> str:

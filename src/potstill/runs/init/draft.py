@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from potstill.data.encoding_notes import plural
 from potstill.data.locate import locate
 from potstill.data.sources import Source
 from potstill.embedding.vectors import open_vectors
@@ -57,7 +58,8 @@ class DraftRequest:
 
     Args:
         split: of `data` where that is a folder or a data set on the hub with several; eval_split and config likewise.
-        budget: limits (params, compression, memory_gb, target), with keep and context; default: half of the layers.
+        budget: limits (params, active_params, compression, memory_gb, latency_ms, target), with keep and context;
+            default: half of the layers.
         columns: column key of the recipe -> column; default: found by their names.
         no_data: the teacher writes the data by the recipe of `texts`.
     """
@@ -249,7 +251,7 @@ def _student(
     assert config is not None
     shape, parameters = design_shape(config), count_parameters(config)
     ratio = f"{teacher.parameters / parameters:.1f} times smaller than the teacher"
-    wide = f"{shape.layers} layers of width {shape.hidden}" + (f" with {shape.ffn} feed-forward units" if units else "")
+    wide = f"{plural(shape.layers, 'layer')} of width {shape.hidden}" + (f" with {shape.ffn} feed-forward units" if units else "")
     return student, f"{wide}, {parameters:,} parameters: {ratio}", config
 
 
