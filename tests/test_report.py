@@ -410,6 +410,14 @@ def test_a_student_with_fewer_tokens_is_compared_with_the_size_of_the_whole_teac
     assert f'<dt>smaller</dt><dd class="value">{ratio}×</dd>' in page
 
 
+@pytest.mark.parametrize(
+    ("whole", "phrase"), [(2.2, "With all its tokens the teacher has 2.200."), (2.4, "its own teacher, 2.250")]
+)
+def test_a_teacher_that_is_surpassed_may_be_better_with_all_its_tokens(whole, phrase):
+    rows = {name: {"loss": loss} for name, loss in (("teacher", 2.5), ("baseline", 3.0), ("student", 2.25))}
+    assert phrase in verdict({"rows": rows | {"whole_teacher": {"loss": whole}}})
+
+
 def test_the_verdict_needs_a_student():
     with pytest.raises(DataError, match=r"rows\.student"):
         verdict({"rows": {"teacher": {"loss": 2.0}}})

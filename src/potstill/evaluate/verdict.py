@@ -30,7 +30,9 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
             "The student's held-out loss is not a number: training diverged. Try a smaller learning rate, a longer "
             "warm-up or gradient clipping."
         )
-    surpassed = f"The student is better than its own teacher, {nats(student)} against {nats(teacher)} {unit} held out"
+    whole = _loss_with_all_tokens(rows)
+    own = "its own teacher" if whole is None else "its own teacher with the same tokens"
+    surpassed = f"The student is better than {own}, {nats(student)} against {nats(teacher)} {unit} held out"
     if not math.isfinite(baseline):
         why = "the baseline diverged" if rows.baseline else "no baseline was run"
         unknown = f"{why}, so the teacher's contribution cannot be measured"
@@ -60,6 +62,8 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
             "there is no gap to close. Use a stronger teacher first."
         )
     if student < teacher:
+        if whole is not None:
+            return f"{surpassed} (baseline {nats(baseline)}). With all its tokens the teacher has {nats(whole)}."
         return (
             f"{surpassed} (baseline {nats(baseline)}). Check that the held-out text is not in the training data; if it "
             "is not, a stronger teacher can help further."
@@ -96,6 +100,12 @@ def _encoder_verdict(rows: ScoresByModel) -> str:
         f"The student's similarities of held-out rows correlate with the teacher's at {correlation:.3f}"
         f"{_smaller(rows)}, and it keeps {percent(recall)} of the ten nearest rows of each."
     )
+
+
+def _loss_with_all_tokens(rows: ScoresByModel) -> float | None:
+    """The loss of the teacher with all its tokens, where that is better than the student's; None where it is not."""
+    whole = rows.whole_teacher
+    return whole.loss if whole is not None and whole.loss < rows.student.loss else None
 
 
 def _smaller(rows: ScoresByModel) -> str:

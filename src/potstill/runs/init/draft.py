@@ -251,7 +251,8 @@ def _student(
     assert config is not None
     shape, parameters = design_shape(config), count_parameters(config)
     ratio = f"{teacher.parameters / parameters:.1f} times smaller than the teacher"
-    wide = f"{plural(shape.layers, 'layer')} of width {shape.hidden}" + (f" with {shape.ffn} feed-forward units" if units else "")
+    wide = f"{plural(shape.layers, 'layer')} of width {shape.hidden}"
+    wide += f" with {shape.ffn} feed-forward units" if units else ""
     return student, f"{wide}, {parameters:,} parameters: {ratio}", config
 
 
