@@ -185,35 +185,38 @@ def build_run(recipe: Recipe) -> BuiltRun:
         duplicates=duplicates,
         save_dtype=new_student.save_dtype,
     )
-    rollout = built.new_rollout()
     _check_teacher(built)
     parts = [*loaded.models.values(), *([source] if source else []), student, loaded.tokenizer]
     parts += [] if tokenizer is loaded.tokenizer else [tokenizer]
     notes = [note for part in parts for note in loading_notes(part)]
-    notes += [
-        *([vocabulary_note] if kept else ()),
-        *_teacher_notes(built),
-        *train.notes,
-        *held_out.notes,
-        *duplicates.notes,
-        *filter(None, [pad_token_id(tokenizer)[1]]),
-    ]
-    if recipe.task == "causal":
-        notes += chat_notes(loaded, tokenizer, train.dataset, recipe.data.eval)
-    if recipe.train.get("bf16") and not plan.bf16:
-        notes.append("train.bf16: this CPU has no bfloat16 instructions; training in float32, which is faster here.")
-    notes += [*recipe.student.open_choices, *vocabulary_notes]
-    notes += new_student.initialization.notes if new_student.initialization else ()
-    notes += packing_notes(packed, plan.batch_rows, loaded) if packed is not None else ()
-    notes += rollout.check_prompts(train.dataset) if rollout else ()
-    if rollout and rollout.own_weight is not None and plan.rows_per_step <= 1:
-        notes.append(
-            "rollout.own_weight: it has no effect on a step of one row, which is a sample or data. Take more rows."
-        )
-    notes += _alignment_notes(stats, vocabulary) if stats else ()
-    if teacher.needs_trial and not teacher.covers(held_out.dataset):
-        notes.append("teacher: it does not cover the held-out rows, which learning curves measure by labels alone.")
+    notes += [*([vocabulary_note] if kept else ()), *vocabulary_notes, *_notes(built)]
     return replace(built, notes=tuple(notes))
+
+
+def _notes(built: BuiltRun) -> Iterator[str]:
+    """Notes on teacher, data, student and training."""
+    recipe, student, rollout = built.recipe, built.new_student, built.new_rollout()
+    yield from _teacher_notes(built)
+    yield from (*built.train.notes, *built.eval.notes, *built.duplicates.notes)
+    yield from filter(None, [pad_token_id(built.tokenizer)[1]])
+    if recipe.task == "causal":
+        yield from chat_notes(built.loaded, built.tokenizer, built.train.dataset, recipe.data.eval)
+    if recipe.train.get("bf16") and not built.plan.bf16:
+        yield "train.bf16: this CPU has no bfloat16 instructions; training in float32, which is faster here."
+    yield from recipe.student.open_choices
+    if isinstance(student, StudentBuilder) and student.initialization:
+        yield from student.initialization.notes
+    if built.packed is not None:
+        yield from packing_notes(built.packed, built.plan.batch_rows, built.loaded)
+    if rollout is not None:
+        yield from rollout.check_prompts(built.train.dataset)
+        if rollout.own_weight is not None and built.plan.rows_per_step <= 1:
+            why = "it has no effect on a step of one row, which is a sample or data"
+            yield f"rollout.own_weight: {why}. Take more rows."
+    if built.alignment_stats:
+        yield from _alignment_notes(built.alignment_stats, built.vocabulary)
+    if built.teacher.needs_trial and not built.teacher.covers(built.eval.dataset):
+        yield "teacher: it does not cover the held-out rows, which learning curves measure by labels alone."
 
 
 def piece(row: dict[str, Any], length: int) -> dict[str, Any]:
