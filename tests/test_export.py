@@ -154,6 +154,16 @@ def test_a_file_that_llama_cpp_does_not_load_is_not_left_behind(model: Path, mon
     assert not (model / "export").exists()
 
 
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_a_file_that_computes_something_else_is_not_left_behind(
+    kind: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "gguf_weight", lambda name, weight, *_: weight.float())  # rows of queries and keys
+    with pytest.raises(RunError, match=r"expected llama in llama.cpp within 0.001 nats of the student, got \d"):
+        export(model, quantize=(kind,))
+    assert not (model / "export").exists()
+
+
 def test_plain_text_of_other_tokens_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenize = LlamaCpp.tokenize
     monkeypatch.setattr(LlamaCpp, "tokenize", lambda self, text: tokenize(self, text + "s" * text.isascii()))
@@ -231,6 +241,30 @@ def test_layers_with_windows_that_gguf_does_not_hold(tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
     with pytest.raises(ModelError, match="gemma3_text with full attention in each n-th layer, got layer_types"):
         write_gguf(make("gemma3_text", **{**WINDOWS, "layer_types": kinds}), make_tokenizer(), tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"beta_fast": 8.0}, "yarn with beta_fast 32, got 8.0"),
+        ("llama", {"truncate": False}, "yarn with truncate True, got False"),
+        ("qwen2", {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "in qwen2, got llama3"),
+        ("llama", {"rope_type": "dynamic"}, "default, linear, yarn, longrope, llama3 in llama, got dynamic"),
+        ("gemma3_text", {"attention_factor": 1.0}, "yarn with its own attention_factor beside sliding windows"),
+    ],
+)
+def test_rotary_embeddings_that_gguf_does_not_hold(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    from test_export_gguf import WINDOWS, YARN, make
+
+    rope = {**YARN["rope_parameters"], **changes}
+    windows: dict[str, Any] = {}
+    if family == "gemma3_text":
+        windows = {**WINDOWS, "head_dim": 8}
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    with pytest.raises(ModelError, match=message):
+        write_gguf(make(family, **windows, rope_parameters=rope), make_tokenizer(), tmp_path / "model.gguf")
 
 
 def test_the_table_has_all_files_in_a_terminal_of_80_columns(

@@ -170,7 +170,9 @@ def test_an_adapter_of_another_base_is_not_measured(student: Path, toys: Path) -
     export(student, to="gguf-adapter", quantize=("f32",))
     folder = student / "export" / "student-gguf-adapter-f32"
     write_gguf(make_llama(hidden_size=48), make_tokenizer(), folder / "base.gguf", "f32")
-    with pytest.raises(RunError, match=r"expected a file that llama.cpp loads, got \S*: llama_adapter.*wrong base model"):
+    with pytest.raises(
+        RunError, match=r"expected a file that llama.cpp loads, got \S*: llama_adapter.*wrong base model"
+    ):
         evaluate_files([folder], Source(str(toys / "eval.jsonl")), max_length=32, tokens=100)
 
 

@@ -32,6 +32,7 @@ from potstill.models.heads import token_rows
 from potstill.runs.formats.loaded import CHUNK, LoadedFile
 
 PROMPT, NEW_TOKENS = 128, 32  # tokens that are timed
+PROBED = 24  # tokens on which a file and its model are compared
 
 
 class FileModule(nn.Module):
@@ -181,6 +182,11 @@ def measure_causal(
 
         peak = extra_bytes(serve, torch.device("cpu"))
     return exported_file(path, kind, loaded.program, figures, speeds, peak, notes)
+
+
+def random_ids(tokens: int, length: int) -> Tensor:
+    """A row of ids that a file and its model are compared on: [1, length]."""
+    return torch.randint(tokens, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def check_lengths(bench: Bench, path: Path, positions: int) -> None:
