@@ -333,6 +333,15 @@ def test_wrong_options(model: Path, toys: Path) -> None:
             raise result.exception
     with pytest.raises(ModelError, match="student: expected"):
         export(model / "nothing")
+    other = shutil.copytree(toys / "teacher", model.parent / "other")
+    make_tokenizer(280).save_pretrained(other)
+    for data, message in (
+        (Source(str(toys / "eval.jsonl")), "--teacher: expected a model with the tokens of .*, got .*other. Leave it"),
+        (None, "--teacher: expected --data to compare a model on, got .*other without"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(model, data=data, teacher=str(other))
+    assert not (model / "export").exists()
 
 
 @pytest.mark.parametrize("package", ["gguf", "xllamacpp"])
