@@ -36,6 +36,7 @@ from potstill.runs.formats import gguf_file, llama_cpp, measure
 from potstill.runs.formats.gguf_families import gguf_family
 from potstill.runs.formats.gguf_file import write_gguf
 from potstill.runs.formats.llama_cpp import LlamaCpp
+from potstill.runs.formats.loaded import LoadedFile
 from potstill.runs.formats.table import FORMATS
 from test_quantize import weights_of
 from test_report import run_directory, summary  # noqa: F401  # fixtures
@@ -172,6 +173,26 @@ def test_plain_text_of_other_tokens_is_refused(model: Path, monkeypatch: pytest.
     monkeypatch.setattr(LlamaCpp, "tokenize", lambda self, text: tokenize(self, text + "s" * (not text.isascii())))
     (file,) = export(model).files
     assert "llama.cpp gives other tokens than the tokenizer for" in file.notes[0]
+
+
+def test_the_speed_of_generation_is_without_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, prompts = 0.0, iter([9.0, 5.0, 1.0, 5.0, 1.0])  # each time the prompt takes another time
+
+    class Slow(LoadedFile):
+        num_tokens, context_length = 300, 256
+
+        def close(self) -> None: ...
+        def ends(self) -> frozenset[int]:
+            return frozenset()
+
+        def _clear(self) -> None: ...
+        def _decode(self, ids: Any, start: int) -> np.ndarray:
+            nonlocal now
+            now += 0.01 if len(ids) == 1 else next(prompts)
+            return np.zeros((len(ids), self.num_tokens), np.float32)
+
+    monkeypatch.setattr(measure.time, "process_time", lambda: now)
+    assert measure._speeds(Slow()) == pytest.approx((128 / 5, 100))
 
 
 def test_generation_ends_where_it_does_in_transformers(tmp_path: Path) -> None:
