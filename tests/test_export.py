@@ -36,6 +36,7 @@ from potstill.runs.formats import gguf_file, llama_cpp, measure
 from potstill.runs.formats.gguf_families import gguf_family
 from potstill.runs.formats.gguf_file import write_gguf
 from potstill.runs.formats.llama_cpp import LlamaCpp
+from potstill.runs.formats.loaded import LoadedFile
 from potstill.runs.formats.table import FORMATS
 from test_quantize import weights_of
 from test_report import run_directory, summary  # noqa: F401  # fixtures
@@ -154,6 +155,16 @@ def test_a_file_that_llama_cpp_does_not_load_is_not_left_behind(model: Path, mon
     assert not (model / "export").exists()
 
 
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_a_file_that_computes_something_else_is_not_left_behind(
+    kind: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "gguf_weight", lambda name, weight, *_: weight.float())  # rows of queries and keys
+    with pytest.raises(RunError, match=r"expected llama in llama.cpp within 0.001 nats of the student, got \d"):
+        export(model, quantize=(kind,))
+    assert not (model / "export").exists()
+
+
 def test_plain_text_of_other_tokens_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenize = LlamaCpp.tokenize
     monkeypatch.setattr(LlamaCpp, "tokenize", lambda self, text: tokenize(self, text + "s" * text.isascii()))
@@ -162,6 +173,26 @@ def test_plain_text_of_other_tokens_is_refused(model: Path, monkeypatch: pytest.
     monkeypatch.setattr(LlamaCpp, "tokenize", lambda self, text: tokenize(self, text + "s" * (not text.isascii())))
     (file,) = export(model).files
     assert "llama.cpp gives other tokens than the tokenizer for" in file.notes[0]
+
+
+def test_the_speed_of_generation_is_without_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, prompts = 0.0, iter([9.0, 5.0, 1.0, 5.0, 1.0])  # each time the prompt takes another time
+
+    class Slow(LoadedFile):
+        num_tokens, context_length = 300, 256
+
+        def close(self) -> None: ...
+        def ends(self) -> frozenset[int]:
+            return frozenset()
+
+        def _clear(self) -> None: ...
+        def _decode(self, ids: Any, start: int) -> np.ndarray:
+            nonlocal now
+            now += 0.01 if len(ids) == 1 else next(prompts)
+            return np.zeros((len(ids), self.num_tokens), np.float32)
+
+    monkeypatch.setattr(measure.time, "process_time", lambda: now)
+    assert measure._speeds(Slow()) == pytest.approx((128 / 5, 100))
 
 
 def test_generation_ends_where_it_does_in_transformers(tmp_path: Path) -> None:
@@ -233,6 +264,30 @@ def test_layers_with_windows_that_gguf_does_not_hold(tmp_path: Path) -> None:
         write_gguf(make("gemma3_text", **{**WINDOWS, "layer_types": kinds}), make_tokenizer(), tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"beta_fast": 8.0}, "yarn with beta_fast 32, got 8.0"),
+        ("llama", {"truncate": False}, "yarn with truncate True, got False"),
+        ("qwen2", {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "in qwen2, got llama3"),
+        ("llama", {"rope_type": "dynamic"}, "default, linear, yarn, longrope, llama3 in llama, got dynamic"),
+        ("gemma3_text", {"attention_factor": 1.0}, "yarn with its own attention_factor beside sliding windows"),
+    ],
+)
+def test_rotary_embeddings_that_gguf_does_not_hold(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    from test_export_gguf import WINDOWS, YARN, make
+
+    rope = {**YARN["rope_parameters"], **changes}
+    windows: dict[str, Any] = {}
+    if family == "gemma3_text":
+        windows = {**WINDOWS, "head_dim": 8}
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    with pytest.raises(ModelError, match=message):
+        write_gguf(make(family, **windows, rope_parameters=rope), make_tokenizer(), tmp_path / "model.gguf")
+
+
 def test_the_table_has_all_files_in_a_terminal_of_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +354,15 @@ def test_wrong_options(model: Path, toys: Path) -> None:
             raise result.exception
     with pytest.raises(ModelError, match="student: expected"):
         export(model / "nothing")
+    other = shutil.copytree(toys / "teacher", model.parent / "other")
+    make_tokenizer(280).save_pretrained(other)
+    for data, message in (
+        (Source(str(toys / "eval.jsonl")), "--teacher: expected a model with the tokens of .*, got .*other. Leave it"),
+        (None, "--teacher: expected --data to compare a model on, got .*other without"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(model, data=data, teacher=str(other))
+    assert not (model / "export").exists()
 
 
 @pytest.mark.parametrize("package", ["gguf", "xllamacpp"])

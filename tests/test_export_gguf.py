@@ -39,6 +39,18 @@ LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [1.5, 2.0, 3.0, 4.0],
     "short_factor": [1.0, 1.1, 1.2, 1.3], "original_max_position_embeddings": 512, "factor": 2.0,
 }  # fmt: skip
+YARN: dict[str, Any] = {
+    "head_dim": 64,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
+
+def _changed_yarn(**changes: Any) -> dict[str, Any]:
+    return {**YARN, "rope_parameters": {**YARN["rope_parameters"], **changes}}
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
@@ -48,6 +60,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ),
+    "llama, yarn": ("llama", YARN),
+    "llama, yarn with another scale": ("llama", _changed_yarn(attention_factor=1.0)),
+    "qwen3, yarn of DeepSeek": ("qwen3", _changed_yarn(mscale=0.707, mscale_all_dim=1.0)),
     "llama, pruned heads": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),

@@ -101,6 +101,8 @@ def export(
         raise UserError(mistake)
     if embeds and teacher is not None:
         raise UserError(f"--teacher: expected none for a sentence-transformers model, got {teacher}. Leave it out.")
+    if teacher is not None and data is None:
+        raise UserError(f"--teacher: expected --data to compare a model on, got {teacher} without. Name held-out data.")
     if out is None and folder.is_dir():
         out = folder / FOLDER
     with lock_folder(folder, "run") if recipe else nullcontext() if out is None else lock_folder(out, "--out"):
@@ -116,7 +118,10 @@ def export(
                 classes = class_ids(model.config) if task == "classification" else None
                 rows = encode(data, tokenizer, **options, task=task, classes=classes).dataset
                 rows = MaskedRows(rows, tokenizer, **masks).fixed() if task == "masked" else rows
-                other = None if teacher is None else _teacher(teacher, tokenizer, task, cut=cut)
+                if teacher is not None and recipe is None:
+                    other = _same_teacher(teacher, tokenizer, name, task)
+                elif teacher is not None:
+                    other = _teacher(teacher, tokenizer, task, cut=cut)
             models = {"student": model} if other is None else {"student": model, "teacher": other}
             if task in SEQUENCE_TASKS:
                 match_heads(task, models, pad_token_id(tokenizer)[0])
@@ -228,9 +233,7 @@ def evaluate_files(
         tokenizer = load_tokenizer(name, "student")
         rows = measured_rows(encode(data, tokenizer, max_length=max_length, packing=packing).dataset, tokens)
         model = None if student is None else load_model(name, "student", "float32")
-        bench = Bench(tokenizer, rows, model, None if teacher is None else _teacher(teacher, tokenizer))
-    if teacher is not None and bench.teacher is None:
-        raise UserError(f"--teacher: expected a model with the tokens of {name}, got {teacher}. Leave it out.")
+        bench = Bench(tokenizer, rows, model, None if teacher is None else _same_teacher(teacher, tokenizer, name))
     with part(console, "measuring in transformers"):
         exports = bench.start(None if student is None else bytes_on_disk(student, model))
     for path in files:
@@ -302,6 +305,13 @@ def _texts(recipe: Any, data: Source | None, tokenizer: PreTrainedTokenizerBase)
     if "text" not in source.dataset.column_names:
         raise UserError(f"--data: expected a column of texts in {data.title}, got none. Name it with --field.")
     return text_rows(source.dataset["text"], tokenizer)
+
+
+def _same_teacher(name: str, tokenizer: PreTrainedTokenizerBase, student: str, task: Task = "causal") -> Any:
+    """Load a teacher that a user named, whose tokens are those of the student."""
+    if (teacher := _teacher(name, tokenizer, task)) is None:
+        raise UserError(f"--teacher: expected a model with the tokens of {student}, got {name}. Leave it out.")
+    return teacher
 
 
 def _teacher(name: str, tokenizer: PreTrainedTokenizerBase, task: Task = "causal", *, cut: bool = False) -> Any:

@@ -59,15 +59,15 @@ def separate_adapter(model: Any) -> SeparateAdapter:
         if others := [name for name in names if not name.endswith(_PAIR)]:
             raise _refusal("pairs of matrices alone", others[0])
         model = over_plain_base(copy.deepcopy(model))
-        matrices = {}
+        matrices, alpha = {}, config.lora_alpha or 1.0  # 0 is none for llama.cpp
         for name, layer in model.get_base_model().named_modules():
             if adapter in getattr(layer, "lora_A", ()):
                 a, b = (pair[adapter].weight.detach().float() for pair in (layer.lora_A, layer.lora_B))
-                matrices[f"{name}.weight"] = a, b * (layer.scaling[adapter] * len(a) / config.lora_alpha)
+                matrices[f"{name}.weight"] = a, b * (layer.scaling[adapter] * len(a) / alpha)
         base = model.unload()
     if base.config.tie_word_embeddings and "lm_head.weight" in matrices:
         raise _refusal("an adapter of layers", "one of the head, which is the embeddings too")
-    return SeparateAdapter(base, config.lora_alpha, matrices)
+    return SeparateAdapter(base, alpha, matrices)
 
 
 def _refusal(expected: str, got: str, advice: str = "Use gguf, which merges it into its base") -> ModelError:

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import RunError
@@ -14,8 +16,10 @@ from potstill.evaluate.exported import ExportedFile
 from potstill.models.chat import end_token_ids
 from potstill.runs.formats.gguf_file import kind_notes
 from potstill.runs.formats.llama_cpp import LlamaCpp, model_file
-from potstill.runs.formats.measure import NEW_TOKENS, PROMPT, Bench, measure_causal
+from potstill.runs.formats.measure import NEW_TOKENS, PROBED, PROMPT, Bench, measure_causal, random_ids
 
+_UNQUANTIZED = ("f32", "f16")
+_FARTHEST = 1e-3  # KL of such a file to its student, which llama.cpp's activations in half precision leave far below
 # Texts that tokenizers split in different ways.
 PROBES = (
     *("Hello world", "I'm here; you'LL see, don't you?", "def f(x):\n    return x != 3.14\n", "  two  spaces\n\n\ttab"),
@@ -33,14 +37,30 @@ def measure_gguf(path: Path, kind: str, bench: Bench) -> ExportedFile:
     """Load a file in llama.cpp, check its tokens, and measure it.
 
     Raises:
-        RunError: llama.cpp does not load it, or reads plain text as other tokens.
+        RunError: llama.cpp does not load it, computes something else than the student in 16 bits or more, or reads
+            plain text as other tokens.
     """
 
     def check(loaded: LlamaCpp) -> list[str]:
+        if kind in _UNQUANTIZED and bench.student is not None:
+            _check_student(loaded, bench.student)
         token_notes = _token_notes(loaded, bench.tokenizer)
         return [*token_notes, *_end_notes(loaded, bench.tokenizer, bench.student), *kind_notes(model_file(path), kind)]
 
     return measure_causal(partial(LlamaCpp, path, max(bench.longest, PROMPT + NEW_TOKENS)), path, kind, bench, check)
+
+
+@torch.no_grad()
+def _check_student(loaded: LlamaCpp, student: Any) -> None:
+    ids = random_ids(loaded.num_tokens, min(PROBED, loaded.context_length))
+    log_probs = torch.from_numpy(np.concatenate([*loaded.logits(ids[0].tolist())])).log_softmax(-1)
+    expected = student(input_ids=ids).logits[0].float().log_softmax(-1)
+    kl = float((expected.exp() * (expected - log_probs)).sum(-1).mean())
+    if not kl <= _FARTHEST:  # NaN too
+        raise RunError(
+            f"export: expected {student.config.model_type} in llama.cpp within {_FARTHEST} nats of the student, got "
+            f"{kl:.3g}: it computes something else than this model. Use onnx, or bf16 where weights are large."
+        )
 
 
 def _token_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from potstill.errors import ModelError
 from potstill.models.shapes import head_size, kv_heads
@@ -24,15 +25,16 @@ class GgufFamily:
     offset_norms: bool = False  # norms that multiply by 1 + weight
     transposed: bool = False  # weights of Conv1D layers
     windows: bool = False  # layers with sliding windows between those with full attention
+    rope_tensors: bool = False  # rotary frequencies may be divided by a tensor
     full_width: bool = False  # all heads together are as wide as the hidden states
 
 
 FAMILIES: Mapping[str, GgufFamily] = {
-    "llama": GgufFamily("llama", "silu", interleaved=True),
-    "mistral": GgufFamily("llama", "silu", interleaved=True),
+    "llama": GgufFamily("llama", "silu", interleaved=True, rope_tensors=True),
+    "mistral": GgufFamily("llama", "silu", interleaved=True, rope_tensors=True),
     "qwen2": GgufFamily("qwen2", "silu"),
     "qwen3": GgufFamily("qwen3", "silu"),
-    "phi3": GgufFamily("phi3", "silu", full_width=True),
+    "phi3": GgufFamily("phi3", "silu", full_width=True, rope_tensors=True),
     "gemma": GgufFamily("gemma", "gelu_pytorch_tanh", offset_norms=True),
     "gemma2": GgufFamily("gemma2", "gelu_pytorch_tanh", offset_norms=True, windows=True),
     "gemma3_text": GgufFamily("gemma3", "gelu_pytorch_tanh", offset_norms=True, windows=True),
@@ -40,6 +42,7 @@ FAMILIES: Mapping[str, GgufFamily] = {
 }
 # llama.cpp's 27B models of Gemma, known by their depth, scale attention by the width of all heads.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # as llama.cpp has it
 _GPT2_SWITCHES = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
 
@@ -133,10 +136,21 @@ def _write_rope(writer: Any, config: Any, family: GgufFamily) -> None:
             raise _refusal("rotary embeddings without scaling in sliding windows", sliding["rope_type"])
         writer.add_float32(f"{family.arch}.rope.freq_base_swa", sliding["rope_theta"])
     kind, factor = full.get("rope_type", "default"), full.get("factor")
+    scalings = ("default", "linear", "yarn", *(("longrope", "llama3") if family.rope_tensors else ()))
+    if kind not in scalings:
+        raise _refusal(f"rotary embeddings of the type {', '.join(scalings)} in {family.arch}", kind)
     if kind == "linear":
         writer.add_rope_scaling_type(_scaling("linear"))
         writer.add_rope_scaling_factor(factor)
     elif kind == "yarn":
+        if changed := [key for key, value in _YARN.items() if full.get(key) not in (None, value)]:
+            raise _refusal(f"yarn with {changed[0]} {_YARN[changed[0]]}", full[changed[0]])
+        layer_type = "full_attention" if full is not rope else None
+        _, attention = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"), layer_type=layer_type)
+        attention /= 1 + 0.1 * math.log(factor)  # llama.cpp multiplies its own factor by this one, in windows too
+        if family.windows and not math.isclose(attention, 1):
+            raise _refusal("yarn with its own attention_factor beside sliding windows", "another one")
+        writer.add_rope_scaling_attn_factors(attention)
         writer.add_rope_scaling_type(_scaling("yarn"))
         writer.add_rope_scaling_factor(factor)
         writer.add_rope_scaling_orig_ctx_len(
@@ -149,8 +163,6 @@ def _write_rope(writer: Any, config: Any, family: GgufFamily) -> None:
         writer.add_rope_scaling_type(_scaling("longrope"))
         writer.add_rope_scaling_orig_ctx_len(original)
         writer.add_rope_scaling_attn_factors(attention)
-    elif kind not in ("default", "llama3"):
-        raise _refusal("rotary embeddings of the type default, linear, yarn, longrope or llama3", kind)
 
 
 def _scaling(name: str) -> Any:

@@ -23,18 +23,20 @@ from potstill.models.loading import load_tokenizer
 from potstill.models.shapes import position_limit
 from potstill.runs.formats.loaded import LoadedFile
 from potstill.runs.formats.measure import (
+    PROBED,
     PROMPT,
     Bench,
     FileModule,
     check_lengths,
     exported_file,
     measure_causal,
+    random_ids,
     seconds,
 )
 from potstill.runs.formats.sentences import PROBES
 
 _UNLIMITED = 1 << 20  # positions of a model without a limit
-_PROBED, _SPLIT = 24, 9  # tokens that a graph reads in two passes, and those of the first
+_SPLIT = 9  # of the tokens that a graph reads in two passes, those of the first
 _FARTHEST = 1e-3  # distance of a graph in float32 from its model: of log-probabilities, or of other outputs
 
 
@@ -160,7 +162,7 @@ def measure_graph(open_graph: OpenGraph, folder: Path, kind: str, bench: Bench) 
         if compared is not None:
             _check_rows(rows, compared, tokens)
         figures = bench.figures(rows)
-    ids, time = _random_ids(tokens, min(PROMPT, limit // 2)), 0.0
+    ids, time = random_ids(tokens, min(PROMPT, limit // 2)), 0.0
     del rows
 
     def serve() -> None:
@@ -174,14 +176,10 @@ def measure_graph(open_graph: OpenGraph, folder: Path, kind: str, bench: Bench) 
     )
 
 
-def _random_ids(tokens: int, length: int) -> Tensor:
-    return torch.randint(tokens, (1, length), generator=torch.Generator().manual_seed(0))
-
-
 @torch.no_grad()
 def _check_causal(loaded: CausalGraph, model: Any) -> None:
     """Check log-probabilities that are computed in two passes, the second with the cache of the first."""
-    ids = _random_ids(loaded.num_tokens, min(_PROBED, loaded.context_length))
+    ids = random_ids(loaded.num_tokens, min(PROBED, loaded.context_length))
     passes = loaded.logits_in_passes(ids[0].tolist(), _SPLIT)
     logits, expected = torch.from_numpy(passes), model(input_ids=ids).logits[0]
     _check_close(logits.log_softmax(-1), expected.log_softmax(-1), model)
@@ -191,7 +189,7 @@ def _check_causal(loaded: CausalGraph, model: Any) -> None:
 def _check_rows(rows: GraphRows, model: Any, tokens: int) -> None:
     """Check the output for a row and a shorter one, which is padded."""
     limit = position_limit(rows.config) or _UNLIMITED
-    ids = _random_ids(tokens, 2 * min(_PROBED, limit // 2)).view(2, -1)
+    ids = random_ids(tokens, 2 * min(PROBED, limit // 2)).view(2, -1)
     mask = torch.ones_like(ids)
     mask[1, _SPLIT:] = 0
     output, expected = (getattr(module(input_ids=ids, attention_mask=mask), rows.output) for module in (rows, model))

@@ -48,12 +48,15 @@ class LoadedFile(ABC):
 
     def generate(self, ids: Sequence[int], new_tokens: int, ends: frozenset[int] | None = None) -> list[int]:
         """Continue a row greedily, to an end token, which is the last one then; by default to those of the file."""
-        ends = self.ends() if ends is None else ends
         *_, logits = self.logits(ids)
+        return self.proceed(logits, len(ids), new_tokens, self.ends() if ends is None else ends)
+
+    def proceed(self, logits: np.ndarray, start: int, new_tokens: int, ends: frozenset[int]) -> list[int]:
+        """Continue the row in the cache, of `start` tokens, from its last logits; see `generate`."""
         written: list[int] = []
         while len(written) < new_tokens:
             written.append(int(logits[-1].argmax()))
             if written[-1] in ends or len(written) == new_tokens:
                 break
-            logits = self._decode(written[-1:], len(ids) + len(written) - 1)
+            logits = self._decode(written[-1:], start + len(written) - 1)
         return written

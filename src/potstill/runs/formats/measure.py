@@ -32,6 +32,7 @@ from potstill.models.heads import token_rows
 from potstill.runs.formats.loaded import CHUNK, LoadedFile
 
 PROMPT, NEW_TOKENS = 128, 32  # tokens that are timed
+PROBED = 24  # tokens on which a file and its model are compared
 
 
 class FileModule(nn.Module):
@@ -183,6 +184,11 @@ def measure_causal(
     return exported_file(path, kind, loaded.program, figures, speeds, peak, notes)
 
 
+def random_ids(tokens: int, length: int) -> Tensor:
+    """A row of ids that a file and its model are compared on: [1, length]."""
+    return torch.randint(tokens, (1, length), generator=torch.Generator().manual_seed(0))
+
+
 def check_lengths(bench: Bench, path: Path, positions: int) -> None:
     """Check that the longest row fits into a file."""
     if bench.longest > positions:
@@ -219,16 +225,30 @@ def exported_file(
 def _speeds(loaded: LoadedFile) -> tuple[float, float]:
     """Tokens a second of a prompt and of generation."""
     ids = [i % loaded.num_tokens for i in range(min(PROMPT, loaded.context_length // 2))]
-    prompt = seconds(lambda: [None for _ in loaded.logits(ids)])
     new = min(NEW_TOKENS, loaded.context_length // 2)
-    together = seconds(lambda: loaded.generate(ids, new, ends=frozenset()))
-    return len(ids) / prompt, new / max(together - prompt, 1e-9)
+
+    def read() -> np.ndarray:
+        *_, logits = loaded.logits(ids)
+        return logits
+
+    prompt = seconds(read)
+    # The prompt gives the first token; generation alone is timed, as it may be a small part of both.
+    passes = seconds(lambda logits: loaded.proceed(logits, len(ids), new, frozenset()), read)
+    return len(ids) / prompt, (new - 1) / max(passes, 1e-9)
 
 
-def seconds(action: Any) -> float:
-    """Time an action once it has run before; on one thread by the processor's time, as others may run there too."""
+def seconds(action: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> float:
+    """Time an action once it has run before; on one thread by the processor's time, as others may run there too.
+
+    It is given what `prepare` returns, which is not timed.
+    """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    action()  # the first run reads the file
-    start = clock()
-    action()
-    return clock() - start
+
+    def timed() -> float:
+        prepared = () if prepare is None else (prepare(),)
+        start = clock()
+        action(*prepared)
+        return clock() - start
+
+    timed()  # the first run reads the file
+    return timed()
