@@ -19,6 +19,7 @@ from potstill.cli import app
 from potstill.cli import init as command
 from potstill.errors import DataError, ModelError, RecipeError, UserError
 from potstill.runs.config.run import Recipe
+from potstill.runs.init import inspection
 from potstill.runs.init.draft import DraftRequest, draft
 from toy_encoders import make_encoder, save, write_rows
 
@@ -369,9 +370,10 @@ def test_columns_with_capitals_are_recognised() -> None:
     assert "# held out" in Path("recipe.yaml").read_text()
 
 
-def test_a_batch_is_that_of_all_of_a_long_text() -> None:
+def test_a_batch_is_that_of_all_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which the first characters alone are read."""
-    text = "the quick brown fox jumps over the lazy dog. " * 400
+    monkeypatch.setattr(inspection, "SAMPLE_CHARACTERS", 2000)
+    text = "the quick brown fox jumps over the lazy dog. " * 40
     write(train=[{"text": text}])
     short = drafted(*DATA)["train"]["per_device_train_batch_size"]
     write(train=[{"text": text * 100}])
