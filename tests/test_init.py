@@ -19,6 +19,7 @@ from potstill.cli import app
 from potstill.cli import init as command
 from potstill.errors import DataError, ModelError, RecipeError, UserError
 from potstill.runs.config.run import Recipe
+from potstill.runs.init import inspection
 from potstill.runs.init.draft import DraftRequest, draft
 from toy_encoders import make_encoder, save, write_rows
 
@@ -354,3 +355,26 @@ def test_ambiguous_columns_are_refused() -> None:
         DataError, match=r"columns of one kind in train\.jsonl, got text, prompt, completion\. Say which"
     ):
         output_of("init", "--teacher", "teacher", *DATA)
+
+
+def test_columns_with_capitals_are_recognised() -> None:
+    lines = ["Question,Answer,Id", *(f"What is {i}?,It is {i}.,{i}" for i in range(20))]
+    Path("table.csv").write_text("\n".join(lines))
+    found = drafted("--data", "table.csv", "--eval", "table.csv")
+    train = found["data"]["train"]
+    assert train == {"path": "table.csv", "prompt": "Question", "completion": "Answer", "chat": True}
+    assert "# the rows of train" in Path("recipe.yaml").read_text()
+    rows = [{"Text": "a b c d", "ID": i} for i in range(20)]
+    write(train=rows, eval=rows[:5])
+    assert drafted(*DATA)["data"]["train"] == {"path": "train.jsonl", "field": "Text"}
+    assert "# held out" in Path("recipe.yaml").read_text()
+
+
+def test_a_batch_is_that_of_all_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the first characters alone are read."""
+    monkeypatch.setattr(inspection, "SAMPLE_CHARACTERS", 2000)
+    text = "the quick brown fox jumps over the lazy dog. " * 40
+    write(train=[{"text": text}])
+    short = drafted(*DATA)["train"]["per_device_train_batch_size"]
+    write(train=[{"text": text * 100}])
+    assert short < drafted(*DATA)["train"]["per_device_train_batch_size"]

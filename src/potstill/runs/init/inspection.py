@@ -130,7 +130,7 @@ class RowSample(NamedTuple):
     num_rows: int
     is_whole_file: bool
     longest: int  # most tokens in a row, after truncation to the model's limit
-    num_tokens: int  # of all rows together
+    num_tokens: int  # of all rows together; of long texts an estimate
     ids: tuple[list[int], ...] = ()  # token ids of some rows
     kind: SourceKind = "text"
 
@@ -152,7 +152,9 @@ def find_columns(source: Source, names: Sequence[str], task: Task, given: Mappin
     text, flags = first_of(TEXTS, names), "--field"
     ways: list[dict[str, Any]] = [{"field": text}] if text else []
     if task in TOKEN_TASKS:
-        ways += [way for way in recognise(names) if way not in ways]
+        own_names = _own_names(names)
+        usual_ways = recognise(names) or [_renamed(way, own_names) for way in recognise([*own_names])]
+        ways += [way for way in usual_ways if way not in ways]
         flags = "--field, --messages, or --prompt with --completion"
     if not ways and len(names) == 1:
         ways = [{"field": names[0]}]
@@ -178,9 +180,11 @@ def sample_rows(
         for batch in location.batches(choice.columns)
         for row in zip(*batch.columns.values(), strict=True)
     ]
-    for row in rows:
+    characters = [0, 0]  # in all texts, and in what is read of them
+    for row in rows[:SAMPLE_ROWS]:
         if isinstance(text := row.get(columns.get("field", "")), str):
             row[columns["field"]] = text[:SAMPLE_CHARACTERS]
+            characters = [characters[0] + len(text), characters[1] + len(row[columns["field"]])]
     with tempfile.TemporaryDirectory() as folder:
         sample = Path(folder) / f"{Path(source.path).stem}.jsonl"
         lines = [json.dumps(row, default=str) + "\n" for row in rows[:SAMPLE_ROWS]]
@@ -189,8 +193,9 @@ def sample_rows(
         examples = encode(Source(sample, **columns), tokenizer, max_length=max_length, task=task, classes=classes)
     tokens = examples.dataset["input_ids"][:]
     lengths, is_whole_file = [*map(len, tokens)], len(rows) <= SAMPLE_ROWS
+    num_tokens = round(sum(lengths) * max(1, characters[0]) / max(1, characters[1]))
     some = tuple(tokens[:SAMPLE_TOKENIZED])
-    return RowSample(columns, choice.unused, len(lines), is_whole_file, max(lengths), sum(lengths), some, choice.kind)
+    return RowSample(columns, choice.unused, len(lines), is_whole_file, max(lengths), num_tokens, some, choice.kind)
 
 
 def _as_chat(columns: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +210,22 @@ def _as_text(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_of(candidates: Sequence[str], names: Sequence[str]) -> str | None:
-    return next((name for name in candidates if name in names), None)
+    own_names = _own_names(names)
+    return next((own_names[name] for name in candidates if name in own_names), None)
+
+
+def _own_names(names: Sequence[str]) -> dict[str, str]:
+    """The names of columns by themselves in small letters, as tables often have capitals: Question and Answer."""
+    return {name.casefold(): name for name in names} | {name: name for name in names}
+
+
+def _renamed(way: dict[str, Any], own_names: Mapping[str, str]) -> dict[str, Any]:
+    """Give the columns of a way to read rows the names that a file has."""
+
+    def own(value: Any) -> Any:
+        return tuple(map(own, value)) if isinstance(value, tuple) else own_names.get(value, value)
+
+    return {key: own(value) for key, value in way.items()}
 
 
 def _unclear(source: Source, names: Sequence[str], expected: str, flags: str) -> DataError:
