@@ -166,6 +166,22 @@ def test_files_are_measured_together_and_evaluated_alone(student: Path, toys: Pa
             raise result.exception
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_files_of_a_quantized_base_are_compared_with_the_merged_student(bits: int, toys: Path, tmp_path: Path) -> None:
+    """Products in 8 bits round activations, which a merged file does not."""
+    pytest.importorskip("bitsandbytes")
+    make("llama", hidden_size=64).save_pretrained(tmp_path / "base")
+    with suppress_warnings():
+        base = load_model(str(tmp_path / "base"), "student", "float32", bits=bits)
+        save_adapter(trained(base, Lora(rank=2)), tmp_path / "adapter")
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    data, rows = Source(str(toys / "eval.jsonl")), {"max_length": 32, "tokens": 100}
+    (file,) = export(tmp_path / "adapter", quantize=("f32",), data=data, **rows).files  # type: ignore[arg-type]
+    again = evaluate_files([tmp_path / "adapter/export/student-f32.gguf"], data, **rows)  # type: ignore[arg-type]
+    assert file.kl is not None and file.kl < 1e-4
+    assert (again.files[0].loss, again.files[0].kl) == (file.loss, file.kl)
+
+
 def test_an_adapter_of_another_base_is_not_measured(student: Path, toys: Path) -> None:
     export(student, to="gguf-adapter", quantize=("f32",))
     folder = student / "export" / "student-gguf-adapter-f32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
@@ -165,7 +166,7 @@ def export_model(
         FORMATS[to].program()  # a missing package is an error before anything is measured
         for kind in quantize:
             _check_free(out / FORMATS[to].file.format(kind), is_folder=FORMATS[to].main is not None)
-    read_exports(out)  # records that are damaged are an error before that too
+    before = read_exports(out)  # records that are damaged are an error before that too
     # A student's adapter is copied before it is merged.
     prepared = {form.prepare: form.prepare(model, task) for form in map(FORMATS.__getitem__, kinds) if form.adapter}
     size = sum(weight_bytes(student_folder / path) for path in module_paths(student_folder) or [""])
@@ -190,8 +191,12 @@ def export_model(
                     file = form.measure(partial, kind, bench)
             exports.files.append(file.model_copy(update={"file": path.name}))
             exports.tokens = exports.tokens or file.tokens  # encoders without a teacher have no figures of their own
-            together = exports.model_copy(update={"files": [*_earlier(exports, out), *exports.files]})
+            together = exports.model_copy(update={"files": [*_earlier(before, exports, out), *exports.files]})
             write_exports(together, out)  # after each file, so that an interruption costs one
+    for path in [] if before is None else [out / file.file for file in before.files]:
+        if path.exists() and path.name not in {file.file for file in together.files}:
+            left = f"{path.name}: of another student, or measured on other rows, and no longer listed. Export it again."
+            console.print(left, highlight=False)
     return together
 
 
@@ -232,10 +237,12 @@ def evaluate_files(
     with part(console, "reading models and data"):
         tokenizer = load_tokenizer(name, "student")
         rows = measured_rows(encode(data, tokenizer, max_length=max_length, packing=packing).dataset, tokens)
-        model = None if student is None else load_model(name, "student", "float32")
+        model: Any = None if student is None else load_model(name, "student", "float32")
+        size = None if student is None else bytes_on_disk(student, model)
+        model = merged(model) if is_adapted(model) else model
         bench = Bench(tokenizer, rows, model, None if teacher is None else _same_teacher(teacher, tokenizer, name))
     with part(console, "measuring in transformers"):
-        exports = bench.start(None if student is None else bytes_on_disk(student, model))
+        exports = bench.start(size)
     for path in files:
         form = format_of(path)
         with part(console, f"measuring {path.name} in {form.program()}"):
@@ -259,10 +266,12 @@ def _check_free(path: Path, *, is_folder: bool) -> None:
         raise UserError(f"export: expected {kinds[0]} to write, or nothing, at {path}, got {kinds[1]}. Move it away.")
 
 
-def _earlier(exports: Exports, out: Path) -> list[ExportedFile]:
-    """Files of an earlier export that were measured on the same rows, and are not written anew."""
-    before, new = read_exports(out), {file.file for file in exports.files}
+def _earlier(before: Exports | None, exports: Exports, out: Path) -> list[ExportedFile]:
+    """Files of an earlier export of this student that were measured on the same rows, and are not written anew."""
+    new = {file.file for file in exports.files}
     if before is None or before.tokens != exports.tokens:
+        return []
+    if not math.isclose(before.student_loss or 0, exports.student_loss or 0, rel_tol=1e-4):
         return []
     return [file for file in before.files if file.file not in new and (out / file.file).exists()]
 
