@@ -138,7 +138,7 @@ def test_files_are_evaluated_alone(model: Path, toys: Path, tmp_path: Path) -> N
 def test_a_second_export_keeps_the_first_and_clears_what_a_kill_left(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export(model, quantize=("f16",))
+    export(model, quantize="f16")
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "getpid", lambda: 2**22 + 1)  # no process has this number
         files.temporary_path(model / "export" / "student-q8_0.gguf").write_bytes(b"half")

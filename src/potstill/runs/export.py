@@ -48,7 +48,7 @@ MEASURED_TOKENS = 2048  # held-out tokens that the files are measured on
 def export(
     student: str | Path,
     to: Format = "gguf",
-    quantize: Sequence[FileType] = (),
+    quantize: FileType | Sequence[FileType] = (),
     *,
     data: Source | None = None,
     teacher: str | None = None,
@@ -65,8 +65,9 @@ def export(
 
     Args:
         to: gguf for llama.cpp, gguf-adapter for a LoRA adapter and its base there, onnx for onnxruntime, or openvino.
-        quantize: of each file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or q4_k_m for GGUF, by
-            default f16; f32, int8 or, for ONNX, int4, by default f32. An adapter has float32, and its base this.
+        quantize: of the file, or of each of several: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or
+            q4_k_m for GGUF, by default f16; f32, int8 or, for ONNX, int4, by default f32. An adapter has float32, and
+            its base this.
         data: held-out data to measure a model on; a run has its own.
         teacher: a model with the same tokens to compare a model with; a run has its own.
         task: of a model, by default causal; a run has its own, and a folder with modules.json gives sentence vectors.
@@ -75,7 +76,8 @@ def export(
         out: folder for a model's files; by default `export` in its own.
     """
     form = _format(to)
-    quantize = [*dict.fromkeys(quantize or (form.default,))]  # type: ignore[list-item]
+    named: Any = [quantize] if isinstance(quantize, str) else quantize or [form.default]
+    quantize = [*dict.fromkeys(named)]
     folder, console = Path(student).expanduser(), console or Console(quiet=True)
     recipe = _recipe_of(folder)
     options: dict[str, Any] = {"max_length": max_length}
