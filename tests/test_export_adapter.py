@@ -19,7 +19,7 @@ from potstill.data.sources import Source
 from potstill.errors import ModelError, RecipeError, RunError, UserError
 from potstill.evaluate.exported import Exports, read_exports
 from potstill.models.adapted import merged, save_adapter
-from potstill.models.adapters import Adapter, Ia3, Lora, adapt
+from potstill.models.adapters import Adapter, Ia3, Lora, Prompt, adapt
 from potstill.models.loading import load_model, suppress_warnings
 from potstill.runs.config.run import Recipe
 from potstill.runs.export import evaluate_files, export
@@ -106,7 +106,11 @@ LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUS
         (peft.LoraConfig(r=2, target_modules=["embed_tokens"]), "pairs of matrices alone, got .*lora_embedding"),
         (peft.LoraConfig(**LORA, trainable_token_indices=[3]), "pairs of matrices alone, got .*token"),
         (peft.LoraConfig(**LORA, init_lora_weights="pissa"), "of an unchanged base, got init_lora_weights: pissa"),
-        (peft.LoraConfig(**LORA, alora_invocation_tokens=[3, 4]), "of all tokens, got alora_invocation_tokens"),
+        (
+            peft.LoraConfig(**LORA, alora_invocation_tokens=[3, 4]),
+            "merged into the weights of its base, got aLoRA",
+        ),
+        (Prompt(virtual_tokens=2), "merged into the weights of its base, got virtual tokens"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft warns of any bias
