@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -137,7 +138,7 @@ def test_files_are_evaluated_alone(model: Path, toys: Path, tmp_path: Path) -> N
 def test_a_second_export_keeps_the_first_and_clears_what_a_kill_left(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export(model, quantize=("f16",))
+    export(model, quantize="f16")
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "getpid", lambda: 2**22 + 1)  # no process has this number
         files.temporary_path(model / "export" / "student-q8_0.gguf").write_bytes(b"half")
@@ -146,6 +147,18 @@ def test_a_second_export_keeps_the_first_and_clears_what_a_kill_left(
     records = read_exports(model / "export")
     assert records is not None and [file.kind for file in records.files] == ["f16", "q4_0"]
     assert {path.suffix for path in (model / "export").iterdir()} == {".gguf", ".json"}
+
+
+def test_files_of_another_student_or_on_other_rows_are_no_longer_listed(model: Path, toys: Path) -> None:
+    options: dict[str, Any] = {"data": Source(str(toys / "eval.jsonl")), "max_length": 32}
+    export(model, quantize=("f16",), **options, tokens=100)
+    make_llama(hidden_size=8, layers=1, seed=3).save_pretrained(model)
+    for kind, tokens in (("q8_0", 100), ("q4_0", 300)):
+        console = Console(record=True, width=200, file=io.StringIO())
+        (file,) = export(model, quantize=(kind,), **options, tokens=tokens, console=console).files
+        assert (file.kind, file.kl is not None and file.kl < 1e-2) == (kind, True)
+        left = "student-f16.gguf" if kind == "q8_0" else "student-q8_0.gguf"
+        assert f"{left}: of another student, or measured on other rows, and no longer" in console.export_text()
 
 
 def test_a_file_that_llama_cpp_does_not_load_is_not_left_behind(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

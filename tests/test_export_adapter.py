@@ -19,7 +19,7 @@ from potstill.data.sources import Source
 from potstill.errors import ModelError, RecipeError, RunError, UserError
 from potstill.evaluate.exported import Exports, read_exports
 from potstill.models.adapted import merged, save_adapter
-from potstill.models.adapters import Adapter, Ia3, Lora, adapt
+from potstill.models.adapters import Adapter, Ia3, Lora, Prompt, adapt
 from potstill.models.loading import load_model, suppress_warnings
 from potstill.runs.config.run import Recipe
 from potstill.runs.export import evaluate_files, export
@@ -106,7 +106,11 @@ LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUS
         (peft.LoraConfig(r=2, target_modules=["embed_tokens"]), "pairs of matrices alone, got .*lora_embedding"),
         (peft.LoraConfig(**LORA, trainable_token_indices=[3]), "pairs of matrices alone, got .*token"),
         (peft.LoraConfig(**LORA, init_lora_weights="pissa"), "of an unchanged base, got init_lora_weights: pissa"),
-        (peft.LoraConfig(**LORA, alora_invocation_tokens=[3, 4]), "of all tokens, got alora_invocation_tokens"),
+        (
+            peft.LoraConfig(**LORA, alora_invocation_tokens=[3, 4]),
+            "merged into the weights of its base, got aLoRA",
+        ),
+        (Prompt(virtual_tokens=2), "merged into the weights of its base, got virtual tokens"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft warns of any bias
@@ -164,6 +168,22 @@ def test_files_are_measured_together_and_evaluated_alone(student: Path, toys: Pa
         assert isinstance(result.exception, UserError), result.exception
         with pytest.raises(UserError, match=message):
             raise result.exception
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_files_of_a_quantized_base_are_compared_with_the_merged_student(bits: int, toys: Path, tmp_path: Path) -> None:
+    """Products in 8 bits round activations, which a merged file does not."""
+    pytest.importorskip("bitsandbytes")
+    make("llama", hidden_size=64).save_pretrained(tmp_path / "base")
+    with suppress_warnings():
+        base = load_model(str(tmp_path / "base"), "student", "float32", bits=bits)
+        save_adapter(trained(base, Lora(rank=2)), tmp_path / "adapter")
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    data, rows = Source(str(toys / "eval.jsonl")), {"max_length": 32, "tokens": 100}
+    (file,) = export(tmp_path / "adapter", quantize=("f32",), data=data, **rows).files  # type: ignore[arg-type]
+    again = evaluate_files([tmp_path / "adapter/export/student-f32.gguf"], data, **rows)  # type: ignore[arg-type]
+    assert file.kl is not None and file.kl < 1e-4
+    assert (again.files[0].loss, again.files[0].kl) == (file.loss, file.kl)
 
 
 def test_an_adapter_of_another_base_is_not_measured(student: Path, toys: Path) -> None:

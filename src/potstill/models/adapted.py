@@ -116,13 +116,7 @@ def merged(model: Any) -> PreTrainedModel:
     Raises:
         ModelError: no weights compute the same.
     """
-    config = model.active_peft_config
-    if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
-        kind = "virtual tokens" if config.is_prompt_learning else "aLoRA, which begins at some tokens"
-        raise ModelError(
-            f"student: expected an adapter that can be merged into the weights of its base, got {kind}. Train lora or "
-            "ia3."
-        )
+    check_mergeable(model)
     with suppress_warnings():
         model = over_plain_base(model)
         _untie_adapted(model.get_base_model())
@@ -138,6 +132,17 @@ def _untie_adapted(base: Any) -> None:
     if layer.weight is getattr(embeddings, "base_layer", embeddings).weight:
         layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
         base.config.tie_word_embeddings = False
+
+
+def check_mergeable(model: Any) -> None:
+    """Refuse an adapter that no weights of its base can replace."""
+    config = model.active_peft_config
+    if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+        kind = "virtual tokens" if config.is_prompt_learning else "aLoRA, which begins at some tokens"
+        raise ModelError(
+            f"student: expected an adapter that can be merged into the weights of its base, got {kind}. Train lora or "
+            "ia3."
+        )
 
 
 def over_plain_base(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
@@ -47,7 +48,7 @@ MEASURED_TOKENS = 2048  # held-out tokens that the files are measured on
 def export(
     student: str | Path,
     to: Format = "gguf",
-    quantize: Sequence[FileType] = (),
+    quantize: FileType | Sequence[FileType] = (),
     *,
     data: Source | None = None,
     teacher: str | None = None,
@@ -64,8 +65,9 @@ def export(
 
     Args:
         to: gguf for llama.cpp, gguf-adapter for a LoRA adapter and its base there, onnx for onnxruntime, or openvino.
-        quantize: of each file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or q4_k_m for GGUF, by
-            default f16; f32, int8 or, for ONNX, int4, by default f32. An adapter has float32, and its base this.
+        quantize: of the file, or of each of several: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or
+            q4_k_m for GGUF, by default f16; f32, int8 or, for ONNX, int4, by default f32. An adapter has float32, and
+            its base this.
         data: held-out data to measure a model on; a run has its own.
         teacher: a model with the same tokens to compare a model with; a run has its own.
         task: of a model, by default causal; a run has its own, and a folder with modules.json gives sentence vectors.
@@ -74,7 +76,8 @@ def export(
         out: folder for a model's files; by default `export` in its own.
     """
     form = _format(to)
-    quantize = [*dict.fromkeys(quantize or (form.default,))]  # type: ignore[list-item]
+    named: Any = [quantize] if isinstance(quantize, str) else quantize or [form.default]
+    quantize = [*dict.fromkeys(named)]
     folder, console = Path(student).expanduser(), console or Console(quiet=True)
     recipe = _recipe_of(folder)
     options: dict[str, Any] = {"max_length": max_length}
@@ -165,7 +168,7 @@ def export_model(
         FORMATS[to].program()  # a missing package is an error before anything is measured
         for kind in quantize:
             _check_free(out / FORMATS[to].file.format(kind), is_folder=FORMATS[to].main is not None)
-    read_exports(out)  # records that are damaged are an error before that too
+    before = read_exports(out)  # records that are damaged are an error before that too
     # A student's adapter is copied before it is merged.
     prepared = {form.prepare: form.prepare(model, task) for form in map(FORMATS.__getitem__, kinds) if form.adapter}
     size = sum(weight_bytes(student_folder / path) for path in module_paths(student_folder) or [""])
@@ -190,8 +193,12 @@ def export_model(
                     file = form.measure(partial, kind, bench)
             exports.files.append(file.model_copy(update={"file": path.name}))
             exports.tokens = exports.tokens or file.tokens  # encoders without a teacher have no figures of their own
-            together = exports.model_copy(update={"files": [*_earlier(exports, out), *exports.files]})
+            together = exports.model_copy(update={"files": [*_earlier(before, exports, out), *exports.files]})
             write_exports(together, out)  # after each file, so that an interruption costs one
+    for path in [] if before is None else [out / file.file for file in before.files]:
+        if path.exists() and path.name not in {file.file for file in together.files}:
+            left = f"{path.name}: of another student, or measured on other rows, and no longer listed. Export it again."
+            console.print(left, highlight=False)
     return together
 
 
@@ -232,10 +239,12 @@ def evaluate_files(
     with part(console, "reading models and data"):
         tokenizer = load_tokenizer(name, "student")
         rows = measured_rows(encode(data, tokenizer, max_length=max_length, packing=packing).dataset, tokens)
-        model = None if student is None else load_model(name, "student", "float32")
+        model: Any = None if student is None else load_model(name, "student", "float32")
+        size = None if student is None else bytes_on_disk(student, model)
+        model = merged(model) if is_adapted(model) else model
         bench = Bench(tokenizer, rows, model, None if teacher is None else _same_teacher(teacher, tokenizer, name))
     with part(console, "measuring in transformers"):
-        exports = bench.start(None if student is None else bytes_on_disk(student, model))
+        exports = bench.start(size)
     for path in files:
         form = format_of(path)
         with part(console, f"measuring {path.name} in {form.program()}"):
@@ -259,10 +268,12 @@ def _check_free(path: Path, *, is_folder: bool) -> None:
         raise UserError(f"export: expected {kinds[0]} to write, or nothing, at {path}, got {kinds[1]}. Move it away.")
 
 
-def _earlier(exports: Exports, out: Path) -> list[ExportedFile]:
-    """Files of an earlier export that were measured on the same rows, and are not written anew."""
-    before, new = read_exports(out), {file.file for file in exports.files}
+def _earlier(before: Exports | None, exports: Exports, out: Path) -> list[ExportedFile]:
+    """Files of an earlier export of this student that were measured on the same rows, and are not written anew."""
+    new = {file.file for file in exports.files}
     if before is None or before.tokens != exports.tokens:
+        return []
+    if not math.isclose(before.student_loss or 0, exports.student_loss or 0, rel_tol=1e-4):
         return []
     return [file for file in before.files if file.file not in new and (out / file.file).exists()]
 

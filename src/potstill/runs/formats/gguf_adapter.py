@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from potstill.errors import ModelError
 from potstill.evaluate.exported import ExportedFile
 from potstill.evaluate.formatting import size
-from potstill.models.adapted import is_adapted, over_plain_base
+from potstill.models.adapted import check_mergeable, is_adapted, over_plain_base
 from potstill.models.loading import SAVED_EMBEDDINGS, suppress_warnings
 from potstill.models.locate import require_package
 from potstill.runs.formats.gguf_check import measure_gguf
@@ -44,6 +44,7 @@ def separate_adapter(model: Any) -> SeparateAdapter:
     """
     if not is_adapted(model):
         raise _refusal("a student with an adapter", "a whole model", "Use gguf")
+    check_mergeable(model)
     config, adapter, kind = model.active_peft_config, model.active_adapter, model.active_peft_config.peft_type.value
     if kind != "LORA":
         raise _refusal("a LoRA adapter", kind)
@@ -51,8 +52,6 @@ def separate_adapter(model: Any) -> SeparateAdapter:
         raise _refusal("a LoRA adapter alone", "embeddings of its own")
     if config.init_lora_weights not in _KEEPS_BASE:
         raise _refusal("an adapter of an unchanged base", f"init_lora_weights: {config.init_lora_weights}")
-    if getattr(config, "alora_invocation_tokens", None):
-        raise _refusal("an adapter of all tokens", "alora_invocation_tokens")
     with suppress_warnings():
         peft = require_package("peft", "adapters", "export")
         names = [*peft.get_peft_model_state_dict(model, save_embedding_layers=False)]
