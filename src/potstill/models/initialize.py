@@ -171,7 +171,8 @@ def plan_initialization(
     if not parts.matching:
         _check_kinds(teacher, student, structure, parts)
     by = choice if isinstance(choice, str) else "as given"
-    of_layers = f"layers {', '.join(map(str, chosen))} of {structure.shape.layers} ({by})"
+    depth = structure.shape.layers
+    of_layers = f"layers {', '.join(map(str, chosen))} of {depth} ({by})" if len(chosen) < depth else f"{depth} layers"
     if parts.matching:
         widths = "the parameters whose shape matches"
     elif widths:
