@@ -635,6 +635,12 @@ def test_empty_data(rows, write):
         refused(lambda: encode(Source(path), WITHOUT_EOS, max_length=9), "empty data", f"{len(rows)} row")
 
 
+def test_a_file_without_columns(tmp_path: Path):
+    pyarrow.parquet.write_table(pa.table({}), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"in data\.parquet, got none\. Name the one to read"):
+        encode(Source(tmp_path / "data.parquet"), WITHOUT_EOS, max_length=9)
+
+
 # Sources
 
 

@@ -159,6 +159,13 @@ def test_units_that_do_nothing_are_pruned_without_a_trace(kind: str) -> None:
     assert not torch.allclose(logits(truncated), logits(teacher), atol=1e-2)
 
 
+def test_layers_that_all_stay_are_not_listed() -> None:
+    teacher = model("llama")
+    config = student_config(teacher.config, {"intermediate_size": 16}, 60)
+    notes = plan_initialization(teacher, config, "prune", calibration=lambda: [BATCH]).notes
+    assert notes[0] == "student: the larger model's 5 layers, 16 of 48 feed-forward units (the most active)."
+
+
 @torch.no_grad()
 def kill_rows(module: Any, rows: torch.Tensor) -> None:
     (module.weight.T if is_transposed(module) else module.weight)[rows] = 0

@@ -114,4 +114,4 @@ def is_glob(path: Path) -> bool:
 
 def listed(names: Sequence[str], most: int = 12) -> str:
     """Join names for an error, the first dozen of them."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")

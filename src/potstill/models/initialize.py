@@ -113,7 +113,8 @@ def plan_initialization(
     student = build(config, "meta")
     if not parts.matching:
         _check_kinds(teacher, student, structure, parts)
-    of_layers = f"layers {', '.join(map(str, chosen))} of {structure.shape.layers} ({by})"
+    depth = structure.shape.layers
+    of_layers = f"layers {', '.join(map(str, chosen))} of {depth} ({by})" if len(chosen) < depth else f"{depth} layers"
     words = [*_width_words(changed, method)]
     if mixture is not None:
         words += _expert_words(mixture, student, chosen, merge)
