@@ -66,6 +66,31 @@ def test_agreement_divergence_and_calibration_are_what_loops_find() -> None:
     assert alone.js is alone.top_k_agreement is None
 
 
+def test_the_error_of_a_difference_is_that_of_a_mean_over_rows() -> None:
+    models = {"student": make_llama(seed=1), "baseline": make_llama(seed=2)}
+    batches = [make_batch(5, 12, seed=3), make_batch(7, 9, seed=4)]
+    found = compare(None, models, batches)
+    rows = []  # difference of the sums of losses, and tokens
+    for batch in batches:
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            labels, sums = labels[1:], []
+            for model in models.values():
+                with torch.no_grad():
+                    logits = model.eval()(ids[None], attention_mask=mask[None]).logits[0, :-1].double()
+                sums.append(float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum")))
+            if tokens := int((labels != -100).sum()):
+                rows.append((sums[1] - sums[0], tokens))
+    total = sum(tokens for _, tokens in rows)
+    mean = sum(difference for difference, _ in rows) / total
+    rest = [difference - mean * tokens for difference, tokens in rows]
+    expected = math.sqrt(len(rows) / (len(rows) - 1) * sum(x * x for x in rest)) / total
+    assert found["baseline"].loss - found["student"].loss == pytest.approx(mean, rel=1e-4)
+    assert found["baseline"].difference_errors == pytest.approx({"student": expected}, rel=1e-4)
+    assert found["student"].difference_errors == pytest.approx({"baseline": expected}, rel=1e-4)
+    one_row = {name: values[:1] for name, values in batches[0].items()}
+    assert compare(None, models, [one_row])["student"].difference_errors == {}
+
+
 def test_rouge_and_bleu_of_texts_that_are_known() -> None:
     same = text_quality(["the cat sat on the mat"], ["the cat sat on the mat"])
     assert (same.rouge1, same.rouge_l, round(same.bleu)) == (1.0, 1.0, 100)

@@ -418,6 +418,21 @@ def test_a_teacher_that_is_surpassed_may_be_better_with_all_its_tokens(whole, ph
     assert phrase in verdict({"rows": rows | {"whole_teacher": {"loss": whole}}})
 
 
+@pytest.mark.parametrize(
+    ("student", "error", "phrase"),
+    [
+        (2.9, 0.06, "better than the baseline, 2.900 against 3.000 nats held out, by less than two standard errors"),
+        (3.1, 0.06, "worse than the baseline"),
+        (2.9, 0.04, "closes 20% of the gap"),
+    ],
+)
+def test_a_difference_within_its_error_is_no_conclusion(student, error, phrase):
+    rows = {name: {"loss": loss} for name, loss in (("teacher", 2.5), ("baseline", 3.0), ("student", student))}
+    sentence = verdict({"rows": rows, "gain_error": error})
+    assert phrase in sentence
+    assert ("too few to tell them apart" in sentence) == (error > 0.05)
+
+
 def test_the_verdict_needs_a_student():
     with pytest.raises(DataError, match=r"rows\.student"):
         verdict({"rows": {"teacher": {"loss": 2.0}}})

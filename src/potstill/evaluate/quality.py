@@ -39,6 +39,8 @@ class Quality:
         ece: expected calibration error: mean gap between confidence and accuracy over 15 bins.
         kl_by_position: mean KL in each bin of `position_edges`; None for an empty bin.
         position_edges: [bins + 1] the first position of each bin, and the end.
+        difference_errors: by other models, standard errors of the differences between their losses and this one's, for
+            rows drawn at random; none for a single row.
     """
 
     loss: float
@@ -51,21 +53,31 @@ class Quality:
     kl_by_position: list[float | None]
     position_edges: list[int]
     tokens: int
+    difference_errors: dict[str, float]
 
 
 class _Sums:
     """Running sums of one model over target tokens, in float64."""
 
     def __init__(self) -> None:
-        self.tokens, self.loss = 0, 0.0
-        self.overconfidence, self.distances, self.kl_at, self.count_at = (
-            torch.zeros(length, dtype=torch.float64) for length in (BINS, 4, 0, 0)
+        self.tokens = 0
+        self.overconfidence, self.distances, self.kl_at, self.count_at, self.losses = (
+            torch.zeros(length, dtype=torch.float64) for length in (BINS, 4, 0, 0, 0)
         )
 
-    def add(self, logits: Tensor, expected: Tensor | None, labels: Tensor, column: Tensor, length: int) -> None:
+    def add(
+        self,
+        logits: Tensor,
+        expected: Tensor | None,
+        labels: Tensor,
+        row: Tensor,
+        column: Tensor,
+        length: int,
+    ) -> None:
         """Add positions with logits [C, V] of the model and of the reference; `column` are their places in rows."""
         self.tokens += len(labels)
-        self.loss += float(token_cross_entropy(logits, labels).cpu().double().sum())
+        more = (0, max(int(row.max()) + 1 - len(self.losses), 0))
+        self.losses = pad(self.losses, more).index_add(0, row, token_cross_entropy(logits, labels).cpu().double())
         self.overconfidence += overconfidence(logits, labels)
         if expected is None:
             return
@@ -75,7 +87,7 @@ class _Sums:
         self.kl_at = pad(self.kl_at, longer).index_add(0, column, distances["kl"])
         self.count_at = pad(self.count_at, longer).index_add(0, column, torch.ones_like(distances["kl"]))
 
-    def means(self, bins: int) -> Quality:
+    def means(self, bins: int, errors: dict[str, float]) -> Quality:
         count = max(self.tokens, 1)
         positions = max(len(self.kl_at) - 1, 0)  # the last position of a row predicts nothing
         bins = min(bins, max(positions, 1))
@@ -84,8 +96,8 @@ class _Sums:
         kl_by_position = [total / tokens if tokens else None for total, tokens in parts]
         kl, js, overlap, agreement = (self.distances / count).tolist() if len(self.kl_at) else [None] * 4
         compared = (agreement, None if kl is None else max(kl, 0.0), js, overlap)
-        loss, ece = self.loss / count, float(self.overconfidence.abs().sum()) / count
-        return Quality(loss, math.exp(min(loss, 700.0)), *compared, ece, kl_by_position, edges, self.tokens)
+        loss, ece = float(self.losses.sum()) / count, float(self.overconfidence.abs().sum()) / count
+        return Quality(loss, math.exp(min(loss, 700.0)), *compared, ece, kl_by_position, edges, self.tokens, errors)
 
 
 @torch.no_grad()
@@ -111,16 +123,37 @@ def compare(
     measured = dict(models) if reference is None else {"teacher": reference, **models}
     sums = {name: _Sums() for name in measured}
     splits = {name: split_model(model) for name, model in measured.items()}
+    tokens: list[Tensor] = []  # of each row
     with evaluation_mode(*measured.values()):
         for batch in (right_padded(batch, task) for batch in batches):
             alignment = align(batch["labels"], task)
             outputs = {name: outputs_at(model, splits[name], batch, alignment) for name, model in measured.items()}
-            labels, column = alignment.labels, alignment.column.cpu()
+            labels, column, row = alignment.labels, alignment.column.cpu(), alignment.row.cpu()
+            before = sum(map(len, tokens))
+            tokens.append(torch.bincount(row, minlength=len(batch["labels"])).double())
             for part, logits in logits_in_parts(outputs, vocabulary, labels.device):
                 expected = None if reference is None else logits["teacher"]
                 for name, own in logits.items():
-                    sums[name].add(own, expected, labels[part], column[part], alignment.length)
-    return {name: model_sums.means(bins) for name, model_sums in sums.items()}
+                    sums[name].add(own, expected, labels[part], before + row[part], column[part], alignment.length)
+    losses = {name: pad(each.losses, (0, sum(map(len, tokens)) - len(each.losses))) for name, each in sums.items()}
+    return {name: each.means(bins, dict(_errors(name, losses, tokens))) for name, each in sums.items()}
+
+
+def _errors(name: str, losses: Mapping[str, Tensor], tokens: list[Tensor]) -> Iterator[tuple[str, float]]:
+    """Standard errors of the differences between the mean loss of other models and that of one.
+
+    A mean over the tokens of rows [R] is a ratio of two sums: Cochran, Sampling Techniques, 1977, 6.3.
+
+    Args:
+        losses: of each model, the sum in each row.
+        tokens: of each row, by batch.
+    """
+    counts = torch.cat(tokens) if tokens else torch.zeros(0)
+    number = int((counts > 0).sum())
+    for other in (other for other in losses if other != name and number > 1):
+        difference = losses[other] - losses[name]
+        rest = difference - counts * difference.sum() / counts.sum()
+        yield other, float((number / (number - 1) * rest.square().sum()).sqrt() / counts.sum())
 
 
 FullTargets = HeadTargets | DenseTargets | MixtureTargets

@@ -177,6 +177,7 @@ class Summary(BaseModel):
     created: datetime | None = None
     rows: ScoresByModel
     gap_closed: float | None = None
+    gain_error: float | None = None  # standard error of the baseline's loss minus the student's, over held-out rows
     latency: dict[str, LatencyFacts] = {}
     curve: CurveFacts = CurveFacts()
     kl_by_position: PositionKL | None = None

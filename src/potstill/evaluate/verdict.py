@@ -50,6 +50,12 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
     if abs(gain) < 0.0005:
         same = f"student and baseline both reach {nats(student)} {unit} held out"
         return f"The teacher made no difference: {same}. Try more steps, another temperature or another divergence."
+    if (error := summary.gain_error) is not None and abs(gain) < 2 * error:
+        side = "better" if gain > 0 else "worse"
+        return (
+            f"The student is {side} than the baseline, {losses}, by less than two standard errors of the difference "
+            f"({nats(2 * error)}): these rows are too few to tell them apart. Hold out more text, or train longer."
+        )
     if gain < 0:
         advice = "temperature 1, an additional labels term, more steps, or a teacher closer to the student in size"
         unhelpful = f"worse than the baseline, {losses}: the teacher did not help in this run"

@@ -84,7 +84,9 @@ def summarize(
         "passes for the latency": (min(times.passes for times in latency.values()), PASSES),
         "continuations": (progress.done, number),
     }
-    closed = None
+    closed = error = None
+    if "baseline" in students and of_tokens:
+        error = quality["baseline"].difference_errors.get("student")
     if "baseline" in students and teacher_loss is not None:
         closed = gap_closed(teacher_loss, quality["baseline"].loss, quality["student"].loss)
     positions = None
@@ -104,6 +106,7 @@ def summarize(
         created=datetime.now(UTC).replace(microsecond=0),
         rows=_scores(built, models, students, quality, teacher_loss, measured, latency, whole, size),
         gap_closed=closed,
+        gain_error=error,
         curve=records.CurveFacts(rows=len(built.curve), teacher_loss=curve_loss),
         kl_by_position=positions,
         continuations=continuations,
