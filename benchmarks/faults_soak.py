@@ -32,6 +32,7 @@ from potstill.train.trainer import DistillationTrainer
 SHORT_STEPS = 100  # of the run that the beginning is compared with
 EVERY = 25  # steps between evaluations, checkpoints and measurements
 WARM = 0.25  # share of the soak after which memory is compared: allocators and caches have filled by then
+LEAST = 20  # measurements of a process: one with fewer shows no trend
 NOISE = 3.0  # standard errors of the slope of memory
 MOST_GROWTH = 0.01  # of the memory, over the measured part
 
@@ -120,6 +121,7 @@ def train(toys: Path, out: Path, steps: int, soak: list[Soak]) -> list[dict[str,
 def report(lines: list[dict[str, Any]], short: list[dict[str, Any]], long: list[dict[str, Any]]) -> bool:
     """Print what the soak showed; return whether all of it is as it should be."""
     processes = [list(group) for _, group in groupby(lines, lambda line: line["process"])]
+    processes = [process for process in processes if len(process) >= LEAST]
     rows = {"steps": (f"{lines[-1]['step']:,}", True), "hours": (f"{lines[-1]['seconds'] / 3600:.2f}", True)}
     for process in processes:
         name = f"resident memory of process {process[0]['process'] + 1}, MB"

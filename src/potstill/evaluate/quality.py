@@ -130,7 +130,7 @@ def compare(
             outputs = {name: outputs_at(model, splits[name], batch, alignment) for name, model in measured.items()}
             labels, column, row = alignment.labels, alignment.column.cpu(), alignment.row.cpu()
             before = sum(map(len, tokens))
-            tokens.append(torch.bincount(row, minlength=len(batch["labels"])).double())
+            tokens.append(torch.bincount(row, minlength=len(batch["labels"])))
             for part, logits in logits_in_parts(outputs, vocabulary, labels.device):
                 expected = None if reference is None else logits["teacher"]
                 for name, own in logits.items():
