@@ -125,13 +125,14 @@ def evaluate(
     num_parts = 1 + bool(options.generations) + len(options.lm_eval) + 1
     evaluation = _Evaluation(parts, TimeLimit(options.time_limit), console or Console(quiet=True), num_parts)
     rows: dict[str, Any] = {"max_length": max_length, "packing": packing, "options": options, "task": task}
-    if not two_tokenizers:
-        results = _evaluate(evaluation, student, teacher, source, harness, **rows)
+    read = partial(_Measurements.read, source=source, harness=harness, **rows)
+    if teacher is None or not two_tokenizers:
+        models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+        results = _evaluate(evaluation, models, read)
     else:
-        assert teacher is not None
         alone = replace(evaluation, scope="teacher ", limit=evaluation.limit.share(0.5))
-        of_teacher = _evaluate(alone, teacher, None, source, harness, **rows)
-        results = _evaluate(replace(evaluation, scope="student "), student, None, source, harness, **rows)
+        of_teacher = _evaluate(alone, {"student": teacher}, read)
+        results = _evaluate(replace(evaluation, scope="student "), {"student": student}, read)
         notes = [*results["notes"], TWO_TOKENIZERS]
         results |= {"models": {"teacher": of_teacher["models"]["student"], **results["models"]}, "notes": notes}
     parts.remove()
@@ -139,40 +140,30 @@ def evaluate(
 
 
 def _evaluate(
-    evaluation: _Evaluation,
-    student: str,
-    teacher: str | None,
-    source: Source,
-    harness: Harness | None,
-    *,
-    max_length: int,
-    packing: bool,
-    options: EvaluationOptions,
-    task: Task,
+    evaluation: _Evaluation, names: Mapping[str, str], read: Callable[[Mapping[str, str]], _Measurements]
 ) -> dict[str, Any]:
-    """Measure models of one tokenizer."""
-    names = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+    """Measure models of one tokenizer, which `read` loads with the data by their names and paths."""
     with part(evaluation.console, f"{evaluation.scope}reading models and data"):
-        of = _Measurements.read(names, source, harness, max_length, packing, options, task)
+        of = read(names)
     measured, cut = evaluation.part("held-out rows", of.quality)
     results = {name: {"model": path} | of.describe(name, measured) for name, path in names.items()}
-    sections = {"text": ("continuations", of.text)} if options.generations else {}
+    sections = {"text": ("continuations", of.text)} if of.options.generations else {}
     sections["speed"] = ("speed", of.speeds)
     for key, (title, measure_part) in sections.items():
         of_models, cut_here = evaluation.part(title, measure_part)
         cut = [*cut, *cut_here]
         for name in names:
             results[name][key] = of_models[name]
-    for name in harness.tasks if harness else ():
+    for name in of.harness.tasks if of.harness else ():
         of_models, cut_here = evaluation.part(f"lm-eval {name}", partial(of.scores, name))
         cut = [*cut, *cut_here]
         for model_name, of_model in of_models.items():
             results[model_name].setdefault("lm_eval", {}).update(of_model)
-    limited = f"--time-limit: {duration(options.time_limit)} did not suffice"
+    limited = f"--time-limit: {duration(of.options.time_limit)} did not suffice"
     rows = {"rows": len(of.examples.dataset), "measured": measured["rows"], "tokens": of.examples.tokens}
     return {
         "models": results,
-        "data": {"path": source.path, **rows, "bytes": measured["bytes"]},
+        "data": {"path": of.path, **rows, "bytes": measured["bytes"]},
         "notes": [*of.examples.notes, *(f"{limited}: {line}" for line in cut)],
         "versions": versions(),
     }
@@ -188,6 +179,7 @@ class _Measurements:
     models: Mapping[str, PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int | None  # the tokens that all heads share; None for one model, or where heads are no tokens
+    path: str | Path  # of the rows
     examples: Examples
     harness: Harness | None
     max_length: int
@@ -222,7 +214,7 @@ class _Measurements:
         elif task in SEQUENCE_TASKS:
             for model in models.values():
                 check_end_tokens(model, examples.dataset["input_ids"])
-        return cls(models, tokenizer, vocabulary, examples, harness, max_length, options, task)
+        return cls(models, tokenizer, vocabulary, source.path, examples, harness, max_length, options, task)
 
     def describe(self, name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
         """The size of a model, and its quality on the held-out rows."""
